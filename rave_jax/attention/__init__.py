@@ -1,0 +1,48 @@
+"""The heart: token codes become masks, mechanisms speak through hooks, `attend` runs one kernel.
+
+One line per mechanism below makes it known to configs.
+"""
+
+from rave_jax.attention.attend import AttentionOutput, attend, mask_codes, positions
+from rave_jax.attention.base import (
+    AttentionDims,
+    Features,
+    Mechanism,
+    check_owners,
+    needs_pre_rope_keys,
+)
+from rave_jax.attention.cache import KvCache, empty_cache, write_info, write_slots
+from rave_jax.attention.masks import cached_codes, causal_codes, segment_codes
+from rave_jax.attention.plan import Layers, SegmentPlan, build_mechanisms, plan_segments
+from rave_jax.attention.rave import Rave
+from rave_jax.attention.sliding_window import SlidingWindow
+from rave_jax.attention.text_positions import TextPositions
+
+MechanismConfig = Rave | SlidingWindow | TextPositions
+
+__all__ = [
+    "AttentionDims",
+    "AttentionOutput",
+    "Features",
+    "KvCache",
+    "Layers",
+    "Mechanism",
+    "MechanismConfig",
+    "Rave",
+    "SegmentPlan",
+    "SlidingWindow",
+    "TextPositions",
+    "attend",
+    "build_mechanisms",
+    "cached_codes",
+    "causal_codes",
+    "check_owners",
+    "empty_cache",
+    "mask_codes",
+    "needs_pre_rope_keys",
+    "plan_segments",
+    "positions",
+    "segment_codes",
+    "write_info",
+    "write_slots",
+]

@@ -1,0 +1,68 @@
+"""One attention, whatever the mechanisms: the hooks in their order, then one kernel call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from rave_jax.attention.base import Features, Mechanism
+from rave_jax.attention.probe import attention_rows
+from rave_jax.batch import TokenInfo
+from rave_jax.kernels import pair_bias
+from rave_jax.kernels.pair_bias import Implementation, MaskCodes, PairForm
+from rave_jax.typing import Array, Float, Int
+
+
+class AttentionOutput(NamedTuple):
+    """What `attend` gives: heads' outputs, and the asked-for rows of the attention map (None if not asked)."""
+
+    out: Float[Array, "B T H h"]
+    rows: Float[Array, "B N H S"] | None
+
+
+def positions(mechanisms: Sequence[Mechanism], info: TokenInfo, positions: Int[Array, "3 B T"]) -> Int[Array, "3 B T"]:
+    """Rotary positions after every mechanism's `positions` hook."""
+    for mechanism in mechanisms:
+        positions = mechanism.positions(info, positions)
+    return positions
+
+
+def mask_codes(mechanisms: Sequence[Mechanism], info_q: TokenInfo, info_k: TokenInfo, codes: MaskCodes) -> MaskCodes:
+    """Mask codes after every mechanism's `mask` hook."""
+    for mechanism in mechanisms:
+        codes = mechanism.mask(info_q, info_k, codes)
+    return codes
+
+
+def attend(
+    x: Features,
+    codes: MaskCodes,
+    info_q: TokenInfo,
+    info_k: TokenInfo,
+    mechanisms: Sequence[Mechanism],
+    *,
+    implementation: Implementation = "auto",
+    rows: Int[Array, "B N"] | None = None,
+) -> AttentionOutput:
+    """Attention of one layer under its mechanisms.
+
+    Args:
+        x: projected features; q and k are rotated already.
+        codes: mask codes after the `mask` hooks.
+        info_q, info_k: token codes of the queries and of the keys (the same without a cache).
+        mechanisms: of this layer; at most one scores pairs (`check_owners`).
+        implementation: kernel backend.
+        rows: queries, by index, whose rows of the attention map are wanted. Costs O(N S).
+
+    Returns:
+        outputs before the output projection, and the rows.
+    """
+    bias, form = None, PairForm()
+    for mechanism in mechanisms:
+        term = mechanism.score(x, info_q, info_k)
+        if term is not None:
+            bias, form = term
+    scale = x.q.shape[-1] ** -0.5
+    out, lse = pair_bias.attention(x.q, x.k, x.v, codes, bias, form, scale=scale, implementation=implementation)
+    wanted = None if rows is None else attention_rows(x.q, x.k, codes, bias, form, scale, lse, rows)
+    return AttentionOutput(out, wanted)

@@ -1,0 +1,79 @@
+"""The hook protocol: what a mechanism may say about attention.
+
+A mechanism is a small nnx module, with or without parameters, that overrides one to three hooks. The
+defaults say nothing. Hooks that another mechanism already owns are refused by name when a model is built.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from flax import nnx
+
+from rave_jax.batch import TokenInfo
+from rave_jax.config import ConfigError
+from rave_jax.kernels.pair_bias import MaskCodes, PairBias, PairForm
+from rave_jax.typing import Array, Float, Int
+
+
+class AttentionDims(NamedTuple):
+    """Sizes of one attention layer."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+
+
+class Features(NamedTuple):
+    """What one layer projects. q0 and k0 are q and k before RoPE, after q/k norm where the family has one.
+
+    k0 may be None when no mechanism of the layer scores pairs (a cache then need not keep it).
+    """
+
+    q: Float[Array, "B T H h"]
+    k: Float[Array, "B S K h"]
+    v: Float[Array, "B S K h"]
+    q0: Float[Array, "B T H h"]
+    k0: Float[Array, "B S K h"] | None
+
+
+class Mechanism(nnx.Module):
+    """One way to change attention. `positions` and `mask` may not read parameters: they run once per segment
+    of layers, outside the scan over layers."""
+
+    EXCLUSIVE = ("positions", "score")
+
+    def positions(self, info: TokenInfo, positions: Int[Array, "3 B T"]) -> Int[Array, "3 B T"]:
+        """Other rotary positions."""
+        return positions
+
+    def mask(self, info_q: TokenInfo, info_k: TokenInfo, codes: MaskCodes) -> MaskCodes:
+        """Other mask codes."""
+        return codes
+
+    def score(self, x: Features, info_q: TokenInfo, info_k: TokenInfo) -> tuple[PairBias, PairForm] | None:
+        """An additive term before the softmax."""
+        return None
+
+
+def owns(mechanism: Mechanism, hook: str) -> bool:
+    """Does this mechanism override the hook?"""
+    return getattr(type(mechanism), hook) is not getattr(Mechanism, hook)
+
+
+def check_owners(mechanisms: Sequence[Mechanism]) -> None:
+    """Refuse two owners of one thing.
+
+    Raises:
+        ConfigError: names the hook and both mechanisms.
+    """
+    for hook in Mechanism.EXCLUSIVE:
+        owners = [type(m).__name__ for m in mechanisms if owns(m, hook)]
+        if len(owners) > 1:
+            raise ConfigError(f"mechanisms {' and '.join(owners)} both own the hook {hook!r}: keep one of them")
+
+
+def needs_pre_rope_keys(mechanisms: Sequence[Mechanism]) -> bool:
+    """Must a cache keep keys before RoPE for these mechanisms?"""
+    return any(owns(m, "score") for m in mechanisms)

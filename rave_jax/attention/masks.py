@@ -1,0 +1,43 @@
+"""Mask codes of the plain rules. Other rules intersect or open these; the predicate is in kernels."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from rave_jax.kernels.pair_bias import MaskCodes
+from rave_jax.typing import Array, Int
+
+NO_OPEN_Q, NO_OPEN_K = -1, -2
+
+
+def codes_from_bounds(lo: Int[Array, "B T"], hi: Int[Array, "B T"], order: Int[Array, "B S"]) -> MaskCodes:
+    """Codes that allow lo <= order <= hi and open nothing."""
+    return MaskCodes(lo, hi, order, jnp.full_like(lo, NO_OPEN_Q), jnp.full_like(order, NO_OPEN_K))
+
+
+def _document_bounds(segment: Int[Array, "B T"]) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:
+    """(index, first index of the token's run of equal segment numbers)."""
+    index = jnp.broadcast_to(jnp.arange(segment.shape[1], dtype=jnp.int32), segment.shape)
+    first = jnp.pad(segment[:, 1:] != segment[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    return index, jax.lax.cummax(jnp.where(first, index, 0), axis=1)
+
+
+def causal_codes(segment: Int[Array, "B T"]) -> MaskCodes:
+    """Each token sees the tokens of its own document up to itself; padding (segment 0) sees and is seen by none.
+
+    Documents are contiguous runs of one segment number.
+    """
+    index, start = _document_bounds(segment)
+    return codes_from_bounds(jnp.where(segment > 0, start, index + 1), index, index)
+
+
+def segment_codes(segment: Int[Array, "B P"]) -> MaskCodes:
+    """Each element sees all elements with its own segment number (vision tower); padding (0) sees none."""
+    return codes_from_bounds(jnp.where(segment > 0, segment, 1), segment, segment)
+
+
+def cached_codes(slots: Int[Array, "B T"], size: int) -> MaskCodes:
+    """Queries at cache slots `slots` of rows that hold one document each: they see slots 0 .. their own."""
+    order = jnp.broadcast_to(jnp.arange(size, dtype=jnp.int32), (slots.shape[0], size))
+    return codes_from_bounds(jnp.zeros_like(slots), slots, order)

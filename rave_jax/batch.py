@@ -1,0 +1,91 @@
+"""One batch: static shapes, zero to n images per row, several documents per row.
+
+`data` writes these with numpy and `attention` and `models` read them under jit, so they live below
+both, in plain NamedTuples: a NamedTuple is a jax pytree without importing jax, and loader workers can
+fork safely. A mechanism reads `TokenInfo` and nothing else about the prompt's layout.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import NamedTuple
+
+from rave_jax.typing import Array, Float, Int, UInt8
+
+
+class Kind(IntEnum):
+    """What a token is."""
+
+    PAD = 0
+    TEXT = 1
+    VISUAL = 2
+    CONTEXT = 3
+
+
+class Role(IntEnum):
+    """Who speaks a token. Visual tokens carry the role of the message that holds the image."""
+
+    NONE = 0
+    SYSTEM = 1
+    QUESTION = 2
+    RESPONSE = 3
+
+
+class TokenInfo(NamedTuple):
+    """What mechanisms may know of each token. Every field is int32 [B,T].
+
+    Fields:
+        segment: packed document in the row, counted from 1; 0 is padding.
+        place: the token's place in its document, counted from 0.
+        kind: a `Kind`.
+        role: a `Role`.
+        turn: number of the user turn in the document, counted from 1; 0 before the first.
+        image: image or video in the row, counted from 1; 0 for tokens that are not visual.
+        row, col, frame: place of a visual token in its merged grid, from 0.
+        grid_t, grid_h, grid_w: size of that merged grid; 0 for tokens that are not visual.
+    """
+
+    segment: Int[Array, "B T"]
+    place: Int[Array, "B T"]
+    kind: Int[Array, "B T"]
+    role: Int[Array, "B T"]
+    turn: Int[Array, "B T"]
+    image: Int[Array, "B T"]
+    row: Int[Array, "B T"]
+    col: Int[Array, "B T"]
+    frame: Int[Array, "B T"]
+    grid_t: Int[Array, "B T"]
+    grid_h: Int[Array, "B T"]
+    grid_w: Int[Array, "B T"]
+
+
+class Batch(NamedTuple):
+    """What one forward and one training step read.
+
+    Fields:
+        tokens: token ids; visual tokens hold the family's image (or video) placeholder id.
+        targets: the id each position predicts (tokens shifted left inside a document).
+        loss_weights: weight of each prediction, 0 where there is none to learn.
+        info: token codes.
+        positions: rotary position of each token: temporal, height, width.
+        visual_index: for a visual token, which merged patch of the row it is, counted from 0 (the
+            patches of merge unit n stand at n*m2 .. n*m2 + m2 - 1, m2 = spatial_merge_size ** 2); 0 else.
+        patches: pixel values 0..255 (uint8) of each patch, flattened as (channel, temporal, row, col);
+            merge units stay together, and inside a frame they stand window by window.
+        patch_segment: frame of the row that a patch belongs to, counted from 1; 0 is padding. Full
+            attention blocks of the tower see one frame.
+        patch_place: (row, col) of the patch in its frame's patch grid, from 0.
+        patch_window: attention window of the patch, counted from 1 over the row; 0 is padding.
+            Windows are contiguous and ascending.
+    """
+
+    tokens: Int[Array, "B T"]
+    targets: Int[Array, "B T"]
+    loss_weights: Float[Array, "B T"]
+    info: TokenInfo
+    positions: Int[Array, "3 B T"]
+    visual_index: Int[Array, "B T"]
+    patches: UInt8[Array, "B P C"]
+    patch_segment: Int[Array, "B P"]
+    patch_place: Int[Array, "B P 2"]
+    patch_window: Int[Array, "B P"]

@@ -1,0 +1,203 @@
+"""Configuration machinery: strict JSON in and out, field docs, config files, command-line overrides.
+
+A config is a tree of frozen dataclasses. Leaves are bool, int, float, str, None, literals and tuples of
+those; a field that may hold one of several dataclasses (a union) carries a `type` tag in JSON. Help text
+is the string literal under a field. What a config *means* lives beside the code it configures.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import functools
+import importlib.util
+import inspect
+import itertools
+import json
+import sys
+import textwrap
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, Union
+
+import tyro
+
+TAG = "type"
+
+
+class ConfigError(ValueError):
+    """A config that cannot be used. The message names the field, what was given and what was expected."""
+
+
+def require(condition: bool, field: str, given: object, expected: str) -> None:
+    """Raise ConfigError unless `condition` holds; for use in `__post_init__`."""
+    if not condition:
+        raise ConfigError(f"{field} is {given!r}, expected {expected}")
+
+
+def to_json(value: Any) -> Any:
+    """A config as JSON-ready data. Every dataclass carries its class name under `type`."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {TAG: type(value).__name__, **fields}
+    if isinstance(value, (tuple, list)):
+        return [to_json(item) for item in value]
+    return value
+
+
+def from_json(cls: Any, data: Any, where: str = "config") -> Any:
+    """The inverse of `to_json`, strict.
+
+    Args:
+        cls: a dataclass or any type a config field may have.
+        data: what `json.loads` gave.
+        where: path of `data` in the whole config, for messages.
+
+    Raises:
+        ConfigError: unknown or missing key, unknown type tag, or a value of another type.
+    """
+    origin, args = typing.get_origin(cls), typing.get_args(cls)
+    if origin is typing.Annotated:
+        return from_json(args[0], data, where)
+    if dataclasses.is_dataclass(cls):
+        return _dataclass_from_json(cls, data, where)
+    if origin in (Union, types.UnionType):
+        return _union_from_json(args, data, where)
+    if origin is Literal:
+        require(data in args, where, data, f"one of {', '.join(map(repr, args))}")
+        return data
+    if origin is tuple:
+        require(isinstance(data, list), where, data, "a list")
+        variadic = len(args) == 2 and args[1] is Ellipsis
+        kinds = [args[0]] * len(data) if variadic else list(args)
+        require(len(kinds) == len(data), where, data, f"{len(kinds)} items")
+        return tuple(
+            from_json(kind, item, f"{where}.{i}") for i, (kind, item) in enumerate(zip(kinds, data, strict=True))
+        )
+    if cls is float:
+        require(isinstance(data, (int, float)) and not isinstance(data, bool), where, data, "a number")
+        return float(data)
+    if cls is type(None):
+        require(data is None, where, data, "null")
+        return None
+    require(type(data) is cls, where, data, f"a value of type {cls.__name__}")
+    return data
+
+
+def _dataclass_from_json(cls: Any, data: Any, where: str) -> Any:
+    require(isinstance(data, dict), where, data, f"an object with the fields of {cls.__name__}")
+    data = dict(data)
+    tag = data.pop(TAG, cls.__name__)
+    require(tag == cls.__name__, f"{where}.{TAG}", tag, repr(cls.__name__))
+    hints = typing.get_type_hints(cls, include_extras=True)
+    names = [f.name for f in dataclasses.fields(cls)]
+    for key in data:
+        if key not in names:
+            close = difflib.get_close_matches(key, names, 1)
+            hint = f"; did you mean {close[0]!r}?" if close else ""
+            raise ConfigError(f"{where}.{key}: {cls.__name__} has no such field{hint}")
+    values = {name: from_json(hints[name], data[name], f"{where}.{name}") for name in names if name in data}
+    for f in dataclasses.fields(cls):
+        optional = f.default is not dataclasses.MISSING or f.default_factory is not dataclasses.MISSING
+        if f.name not in values and not optional:
+            raise ConfigError(f"{where}.{f.name}: {cls.__name__} needs this field and it is missing")
+    return cls(**values)
+
+
+def _union_from_json(options: tuple[Any, ...], data: Any, where: str) -> Any:
+    if data is None and type(None) in options:
+        return None
+    classes = {c.__name__: c for c in options if dataclasses.is_dataclass(c)}
+    if isinstance(data, dict) and classes:
+        tag = data.get(TAG)
+        require(tag in classes, f"{where}.{TAG}", tag, f"one of {', '.join(map(repr, classes))}")
+        return from_json(classes[tag], data, where)
+    plain = [c for c in options if not dataclasses.is_dataclass(c) and c is not type(None)]
+    for option in plain:
+        try:
+            return from_json(option, data, where)
+        except ConfigError:
+            continue
+    raise ConfigError(f"{where} is {data!r}, expected one of {', '.join(str(o) for o in options)}")
+
+
+def dumps(config: Any) -> str:
+    """The resolved config as a JSON text that `loads` takes back to an equal config."""
+    return json.dumps(to_json(config), indent=2) + "\n"
+
+
+def loads[T](cls: type[T], text: str, where: str = "config") -> T:
+    """A config of class `cls` from the text that `dumps` wrote.
+
+    Raises:
+        ConfigError: not JSON, or not a config of this class.
+    """
+    try:
+        data = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{where} is not JSON: {error}") from error
+    return from_json(cls, data, where)
+
+
+@functools.cache
+def field_docs(cls: type) -> dict[str, str]:
+    """Help text of each field that `cls` itself declares: the string literal under the field."""
+    body = typing.cast(ast.ClassDef, ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]).body
+    docs: dict[str, str] = {}
+    for statement, following in itertools.pairwise(body):
+        if not (isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name)):
+            continue
+        if isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant):
+            docs[statement.target.id] = inspect.cleandoc(str(following.value.value))
+    return docs
+
+
+def load_file(path: str | Path) -> Any:
+    """The config that `get_config()` of a Python file returns.
+
+    Raises:
+        ConfigError: no such file, or the file has no `get_config`.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such config file")
+    spec = importlib.util.spec_from_file_location(f"rave_jax_config_{path.stem}", path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    # Config files share helpers by plain imports (`from quickstart import ...`) from their own folder.
+    sys.path.insert(0, str(path.parent.resolve()))
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.pop(0)
+    if not hasattr(module, "get_config"):
+        raise ConfigError(f"{path}: defines no get_config()")
+    return module.get_config()
+
+
+def override[T](config: T, argv: Sequence[str], prog: str | None = None) -> T:
+    """`config` with command-line overrides such as `--optimizer.learning_rate 1e-4`.
+
+    A misspelt option ends the program with exit code 2 and a suggestion; `--help` lists every field.
+    """
+    return tyro.cli(type(config), default=config, args=list(argv), prog=prog, config=(tyro.conf.AvoidSubcommands,))
+
+
+def load_command_line(argv: Sequence[str], prog: str) -> Any:
+    """The config of `PROG CONFIG.py [--overrides]`; a `.json` file is a resolved config of a run.
+
+    Exits with code 2 and one line when the config cannot be used.
+    """
+    if not argv or argv[0].startswith("-"):
+        print(
+            f"usage: {prog} CONFIG.py [--field.name value ...]   (CONFIG.py --help lists the fields)", file=sys.stderr
+        )
+        raise SystemExit(0 if argv and argv[0] in ("-h", "--help") else 2)
+    try:
+        return override(load_file(argv[0]), argv[1:], prog=f"{prog} {argv[0]}")
+    except ConfigError as error:
+        print(f"{prog}: {error}", file=sys.stderr)
+        raise SystemExit(2) from error

@@ -1,0 +1,6 @@
+"""Attention with masks as data and an additive query-key bias that is never stored."""
+
+from rave_jax.kernels.pair_bias.api import attention, choose
+from rave_jax.kernels.pair_bias.base import Implementation, MaskCodes, PairBias, PairForm
+
+__all__ = ["Implementation", "MaskCodes", "PairBias", "PairForm", "attention", "choose"]

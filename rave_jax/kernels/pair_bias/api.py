@@ -1,0 +1,84 @@
+"""The public function, and which backend serves it."""
+
+from __future__ import annotations
+
+import functools
+import logging
+
+from rave_jax.kernels.pair_bias import reference, xla
+from rave_jax.kernels.pair_bias.base import Implementation, MaskCodes, PairBias, PairForm
+from rave_jax.typing import Array, Float
+
+log = logging.getLogger(__name__)
+BACKENDS = {"reference": reference.attention, "xla": xla.attention}
+
+
+def attention(
+    q: Float[Array, "B T H h"],
+    k: Float[Array, "B S K h"],
+    v: Float[Array, "B S K h"],
+    codes: MaskCodes,
+    bias: PairBias | None = None,
+    form: PairForm = PairForm(),  # noqa: B008  # frozen
+    *,
+    scale: float,
+    implementation: Implementation = "auto",
+) -> tuple[Float[Array, "B T H h"], Float[Array, "B T H"]]:
+    """Attention under mask codes with an optional pair bias; semantics in `base`.
+
+    Args:
+        q, k, v: H must be a multiple of K; keys and values are never repeated.
+        codes: who may see whom.
+        bias: operands of the additive bias, or None for plain attention.
+        form: how the bias grows from its operands.
+        scale: multiplies <q, k>; usually head_dim ** -0.5.
+        implementation: a backend by name, or "auto".
+
+    Returns:
+        (output in q's dtype, float32 log-sum-exp; 0 and -inf for rows that may see nothing), both
+        differentiable in q, k, v and every float operand of the bias.
+
+    Raises:
+        ValueError: operands whose shapes do not belong together, or an unknown implementation.
+    """
+    _check(q, k, v, codes, bias)
+    return BACKENDS[choose(implementation)](q, k, v, codes, bias, form, scale)
+
+
+def choose(implementation: Implementation) -> str:
+    """The backend that will serve.
+
+    Raises:
+        ValueError: there is no such backend.
+    """
+    if implementation == "auto":
+        _say_once("attention: xla (blockwise, any device); no fused kernel is registered for pair biases")
+        return "xla"
+    if implementation not in BACKENDS:
+        raise ValueError(f"attention implementation {implementation!r}, expected auto, {', '.join(BACKENDS)}")
+    return implementation
+
+
+@functools.cache
+def _say_once(line: str) -> None:
+    log.info(line)
+
+
+def _check(q: Array, k: Array, v: Array, codes: MaskCodes, bias: PairBias | None) -> None:
+    B, T, H, h = q.shape
+    S, K = k.shape[1:3]
+    Shape = tuple[int, ...]
+    expected: dict[str, tuple[Shape, Shape]] = {"k": (k.shape, (B, S, K, h)), "v": (v.shape[:3], (B, S, K))}
+    for name in ("lo", "hi", "open_q"):
+        expected[f"codes.{name}"] = (getattr(codes, name).shape, (B, T))
+    for name in ("order", "open_k"):
+        expected[f"codes.{name}"] = (getattr(codes, name).shape, (B, S))
+    if bias is not None:
+        r = bias.u.shape[-1]
+        shapes = ((B, T, H, r), (B, S, K, r), (B, T, H), (B, S, K), (H,), (B, T, H), (B, S))
+        expected |= {f"bias.{n}": (x.shape, s) for n, x, s in zip(bias._fields, bias, shapes, strict=True)}
+    for name, (given, wanted) in expected.items():
+        if tuple(given) != wanted:
+            raise ValueError(f"attention operand {name} has shape {tuple(given)}, expected {wanted} beside q {q.shape}")
+    if H % K:
+        raise ValueError(f"{H} query heads cannot share {K} kv heads: {H} is not a multiple of {K}")

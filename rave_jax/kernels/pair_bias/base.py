@@ -1,0 +1,131 @@
+"""What the operation means: masks as five vectors, the pair bias, and the score of one (query, key) tile.
+
+    score_ij = scale * <q_i, k_j> + bias_ij
+    bias_ij  = f(<u_i, w_j> + row_i + key_j)   where query i and key j are switched on, else 0
+    allow_ij = (lo_i <= order_j <= hi_i) or (open_q_i == open_k_j)
+    out_i    = sum_j softmax_j(score_ij over allowed j) v_j,   lse_i = log sum_j exp(score_ij)
+
+Rows with no allowed key give out = 0 and lse = -inf, with finite gradients. Every backend builds its tiles
+from `tile_scores` and `tile_allow`, so the semantics exist once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from rave_jax.config import require
+from rave_jax.typing import Array, Bool, Float, Int
+
+Implementation = Literal["auto", "reference", "xla"]
+
+
+class MaskCodes(NamedTuple):
+    """Who may see whom, as data. Closings intersect [lo, hi]; one rule may own the opening (-1 and -2: none)."""
+
+    lo: Int[Array, "B T"]
+    hi: Int[Array, "B T"]
+    order: Int[Array, "B S"]
+    open_q: Int[Array, "B T"]
+    open_k: Int[Array, "B S"]
+
+
+@dataclass(frozen=True)
+class PairForm:
+    """How the pair's z becomes a bias; f(0) is exactly 0 in every form, so a zero gate changes no bit."""
+
+    kind: Literal["log_gate", "tanh", "linear", "centered_sigmoid"] = "log_gate"
+    """log_gate: log(2 sigmoid(z)), a true multiplicative gate of at most 2; tanh: limit * tanh(z / limit);
+    linear: z; centered_sigmoid: gain * (2 sigmoid(z) - 1) with a learned gain per head."""
+    limit: float = 4.0
+    """Bound of the tanh form, in logits."""
+
+    def __post_init__(self) -> None:
+        require(self.limit > 0, "limit", self.limit, "a positive number of logits")
+
+    def __call__(self, z: Array, gain: Array) -> Array:
+        """The bias of z, elementwise in float32; `gain` broadcasts and is read by centered_sigmoid alone."""
+        if self.kind == "log_gate":
+            return log_gate(z)
+        if self.kind == "tanh":
+            return self.limit * jnp.tanh(z / self.limit)
+        if self.kind == "centered_sigmoid":
+            return gain * jnp.tanh(z / 2)
+        return z
+
+
+def log_gate(z: Array) -> Array:
+    """log(2 sigmoid(z)), exactly 0 at 0 and accurate for all z.
+
+    Near zero 2 sigmoid(z) = 1 + tanh(z / 2); far below, where that cancels, log 2 + z - log1p(e^z).
+    """
+    near = z > -2.0
+    z_near, z_far = jnp.where(near, z, 0.0), jnp.where(near, -2.0, z)
+    return jnp.where(near, jnp.log1p(jnp.tanh(z_near / 2)), jnp.log(2.0) + z_far - jnp.log1p(jnp.exp(z_far)))
+
+
+class PairBias(NamedTuple):
+    """Operands of the bias, float32. H query heads share the K heads of w and key as they share keys."""
+
+    u: Float[Array, "B T H r"]
+    w: Float[Array, "B S K r"]
+    row: Float[Array, "B T H"]
+    key: Float[Array, "B S K"]
+    gain: Float[Array, "H"]
+    query_on: Bool[Array, "B T H"]
+    key_on: Bool[Array, "B S"]
+
+
+def group_heads(x: Float[Array, "B T H *rest"], num_kv_heads: int) -> Float[Array, "B K G T *rest"]:
+    """Query heads beside the kv head they read: head n belongs to kv head n // G."""
+    B, T, H, *rest = x.shape
+    return jnp.moveaxis(x.reshape(B, T, num_kv_heads, H // num_kv_heads, *rest), 1, 3)
+
+
+def ungroup_heads(x: Float[Array, "B K G T *rest"]) -> Float[Array, "B T H *rest"]:
+    """The inverse of `group_heads`."""
+    B, K, G, T, *rest = x.shape
+    return jnp.moveaxis(x, 3, 1).reshape(B, T, K * G, *rest)
+
+
+def tile_bias(bias: PairBias, form: PairForm) -> Float[Array, "B K G T S"]:
+    """The bias of every pair of the operands' queries and keys."""
+    K = bias.w.shape[2]
+    u = group_heads(bias.u, K)
+    z = jnp.einsum("BKGTr,BSKr->BKGTS", u, bias.w, preferred_element_type=jnp.float32)
+    z = z + group_heads(bias.row, K)[..., None] + jnp.moveaxis(bias.key, 1, 2)[:, :, None, None, :]
+    on = group_heads(bias.query_on, K)[..., None] & bias.key_on[:, None, None, None, :]
+    gain = bias.gain.reshape(1, K, -1, 1, 1)
+    return jnp.where(on, form(z, gain), 0.0)
+
+
+def tile_scores(
+    q: Float[Array, "B K G T h"], k: Float[Array, "B S K h"], bias: PairBias | None, form: PairForm, scale: float
+) -> Float[Array, "B K G T S"]:
+    """Float32 scores of every pair, before the mask."""
+    scores = scale * jnp.einsum("BKGTh,BSKh->BKGTS", q, k, preferred_element_type=jnp.float32)
+    return scores if bias is None else scores + tile_bias(bias, form)
+
+
+def tile_allow(codes: MaskCodes) -> Bool[Array, "B 1 1 T S"]:
+    """The one mask predicate."""
+    order, open_k = codes.order[:, None, :], codes.open_k[:, None, :]
+    inside = (codes.lo[..., None] <= order) & (order <= codes.hi[..., None])
+    return (inside | (codes.open_q[..., None] == open_k))[:, None, None]
+
+
+def take_keys(
+    codes: MaskCodes, bias: PairBias | None, start: jax.Array, size: int
+) -> tuple[MaskCodes, PairBias | None]:
+    """The same operands for keys start .. start + size - 1."""
+
+    def cut(x: Array) -> Array:
+        return jax.lax.dynamic_slice_in_dim(x, start, size, axis=1)
+
+    codes = codes._replace(order=cut(codes.order), open_k=cut(codes.open_k))
+    if bias is not None:
+        bias = bias._replace(w=cut(bias.w), key=cut(bias.key), key_on=cut(bias.key_on))
+    return codes, bias

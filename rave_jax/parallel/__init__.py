@@ -1,0 +1,1 @@
+"""Hosts, meshes and sharding rules."""

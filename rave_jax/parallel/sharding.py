@@ -1,0 +1,84 @@
+"""Sharding rules as data: logical axis names of arrays to mesh axes.
+
+Parameters carry their logical axes as `nnx.Param(..., axes=("mlp", "embed"))`; activations name theirs in
+`shard(x, "batch", "length", None)`. `RULES` is the one table that says where each name goes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Generator, Mapping
+from contextvars import ContextVar
+from typing import TypeVar
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+M = TypeVar("M")
+Axes = tuple[str | None, ...]
+
+RULES: Mapping[str, str | tuple[str, ...] | None] = {
+    # rows
+    "batch": ("data", "fsdp"),
+    "length": None,
+    # parameters and the activations between them
+    "embed": "fsdp",
+    "vocab": "tensor",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "mlp": "tensor",
+    "head_dim": None,
+    "rank": None,
+    "patch": None,
+    "layers": None,
+}
+
+_current_mesh: ContextVar[Mesh | None] = ContextVar("rave_jax_mesh", default=None)
+
+
+@contextlib.contextmanager
+def use_mesh(mesh: Mesh) -> Generator[None]:
+    """Make `shard` constrain to this mesh. Enter it around tracing (jit's first call) and running alike."""
+    token = _current_mesh.set(mesh)
+    try:
+        with jax.set_mesh(mesh):
+            yield
+    finally:
+        _current_mesh.reset(token)
+
+
+def partition_spec(axes: Axes, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    """Where an array with these logical axes goes on the mesh.
+
+    An axis whose size the mesh does not divide is kept whole (4 kv heads on 8 tensor ways, say); the
+    parameter table printed at the start of a run shows it.
+
+    Raises:
+        KeyError: a logical axis that RULES does not know.
+    """
+    entries = []
+    for name, size in zip(axes, shape, strict=True):
+        rule = None if name is None else RULES[name]
+        names = (rule,) if isinstance(rule, str) else (rule or ())
+        ways = math.prod(mesh.shape[n] for n in names)
+        entries.append(rule if ways > 1 and size % ways == 0 else None)
+    return PartitionSpec(*entries)
+
+
+def named_sharding(axes: Axes, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
+    """`partition_spec` as a NamedSharding."""
+    return NamedSharding(mesh, partition_spec(axes, shape, mesh))
+
+
+def shard(x: jax.Array, *axes: str | None) -> jax.Array:
+    """Pin an activation to its place on the current mesh; the identity without one."""
+    mesh = _current_mesh.get()
+    if mesh is None or mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, named_sharding(axes, x.shape, mesh))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The whole array on every device."""
+    return NamedSharding(mesh, PartitionSpec())

@@ -1,0 +1,30 @@
+"""Array types and the one legend of axis letters.
+
+| letter | axis                        | letter | axis                                |
+|--------|-----------------------------|--------|-------------------------------------|
+| B      | batch rows                  | V      | vocabulary                          |
+| T      | query length                | P      | patches of a row                    |
+| S      | key length                  | C      | numbers in a flattened patch        |
+| D      | model width                 | R      | regions                             |
+| H      | query heads                 | m      | tokens in a region                  |
+| K      | key/value heads             | r      | gate rank                           |
+| G      | query heads per kv head H/K | L      | layers                              |
+| h      | head_dim                    | F      | mlp width                           |
+
+Einsum strings and shape comments use these letters and no others. A letter that is local to one
+function (N, for a count) is said where it is used. Gaze's K is `top_k` in code.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from jaxtyping import Bool, Float, Int, UInt8
+
+if TYPE_CHECKING:
+    from jax import Array
+    from numpy import ndarray as NpArray
+else:
+    Array = NpArray = Any
+
+__all__ = ["Array", "Bool", "Float", "Int", "NpArray", "UInt8"]

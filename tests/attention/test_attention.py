@@ -1,0 +1,112 @@
+"""Masks, segments of layers, hooks and their owners, rows of the map."""
+
+from __future__ import annotations
+
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+
+from rave_jax import attention as at
+from rave_jax.attention.attend import mask_codes, positions
+from rave_jax.batch import Kind, TokenInfo
+from rave_jax.config import ConfigError
+from rave_jax.kernels.pair_bias.base import tile_allow
+
+DIMS = at.AttentionDims(4, 2, 8)
+KEY = jax.random.key(0)
+
+
+def info_of(segment, kind=None) -> TokenInfo:
+    segment = jnp.asarray(segment, jnp.int32)
+    zeros = jnp.zeros_like(segment)
+    info = TokenInfo(*[zeros] * len(TokenInfo._fields))
+    return info._replace(
+        segment=segment, kind=jnp.where(segment > 0, Kind.TEXT, Kind.PAD) if kind is None else jnp.asarray(kind)
+    )
+
+
+def allowed(codes) -> np.ndarray:
+    return np.asarray(tile_allow(codes))[:, 0, 0]
+
+
+rows = st.lists(st.integers(1, 5), min_size=1, max_size=4).map(
+    lambda lengths: np.pad(np.repeat(np.arange(1, len(lengths) + 1), lengths), (0, 20 - sum(lengths)))
+)
+
+
+@given(st.lists(rows, min_size=1, max_size=3), st.integers(1, 6))
+@settings(max_examples=40, deadline=None)
+def test_causal_and_window_rules_by_brute_force(batch, window):
+    segment = np.stack(batch)
+    info = info_of(segment)
+    codes = at.causal_codes(info.segment)
+    narrow = mask_codes([at.SlidingWindow(window).build(DIMS, KEY)], info, info, codes)
+    full, near = allowed(codes), allowed(narrow)
+    for b, i, j in np.ndindex(len(segment), 20, 20):
+        rule = segment[b, i] > 0 and segment[b, i] == segment[b, j] and j <= i
+        assert full[b, i, j] == rule
+        assert near[b, i, j] == (rule and i - j < window)
+
+
+def test_segment_codes_see_their_own_frame_and_nothing_of_padding():
+    segment = np.array([[1, 1, 2, 2, 2, 0, 0]])
+    seen = allowed(at.segment_codes(jnp.asarray(segment)))[0]
+    assert np.array_equal(seen, (segment[0][:, None] == segment[0]) & (segment[0] > 0)[:, None])
+
+
+def test_cached_codes_see_slots_up_to_their_own():
+    seen = allowed(at.cached_codes(jnp.array([[3], [0]]), 6))
+    assert seen[0, 0].tolist() == [True] * 4 + [False] * 2 and seen[1, 0].tolist() == [True] + [False] * 5
+
+
+def test_text_positions_count_every_token():
+    info = info_of([[1, 1, 2, 2]])._replace(place=jnp.array([[0, 1, 0, 1]], jnp.int32))
+    given_ = positions([at.TextPositions().build(DIMS, KEY)], info, jnp.full((3, 1, 4), 7))
+    assert given_.tolist() == [[[0, 1, 0, 1]]] * 3
+
+
+def test_layers_are_planned_as_runs_of_equal_mechanisms():
+    some, window = at.Rave(layers=(1, 2)), at.SlidingWindow(8)
+    plan = at.plan_segments((some, window), 5)
+    assert [(p.start, p.stop, p.mechanisms) for p in plan] == [
+        (0, 1, (window,)),
+        (1, 3, (some, window)),
+        (3, 5, (window,)),
+    ]
+    assert [(p.start, p.stop) for p in at.plan_segments((), 5)] == [(0, 5)]
+    with pytest.raises(ConfigError, match=r"Rave.layers names \[9\]"):
+        at.plan_segments((at.Rave(layers=(0, 9)),), 5)
+
+
+def test_two_owners_of_one_hook_are_refused_by_name():
+    with pytest.raises(ConfigError, match="RaveGate and RaveGate both own the hook 'score'"):
+        at.build_mechanisms((at.Rave(), at.Rave(rank=4)), DIMS, KEY)
+    with pytest.raises(ConfigError, match="'positions'"):
+        at.build_mechanisms((at.TextPositions(), at.TextPositions()), DIMS, KEY)
+
+
+@pytest.mark.parametrize("implementation", ("reference", "xla"))
+def test_rows_on_demand_are_the_rows_of_the_map(implementation):
+    rng = np.random.default_rng(0)
+    T = 150
+    kind = np.where(rng.random((2, T)) < 0.5, Kind.VISUAL, Kind.TEXT)
+    info = info_of(np.ones((2, T)), kind)
+    q, k, v = (jnp.asarray(rng.normal(size=(2, T, n, 8)), jnp.float32) for n in (4, 2, 2))
+    gate = at.Rave(start="random").build(DIMS, KEY)
+    wanted = jnp.array([[3, 149], [0, 77]])
+    x = at.Features(q, k, v, q, k)
+    codes = at.causal_codes(info.segment)
+    given_ = at.attend(x, codes, info, info, [gate], implementation=implementation, rows=wanted)
+    # A value of e_j per key reads the map off the output.
+    for b in range(2):
+        for head in range(4):
+            eye = jnp.broadcast_to(jnp.eye(T)[:, None, :], (T, 2, T))[None]
+            probe = at.Features(q[b : b + 1], k[b : b + 1], eye, q[b : b + 1], k[b : b + 1])
+            one = jax.tree.map(lambda a, b=b: a[b : b + 1], info)
+            full = at.attend(
+                probe, jax.tree.map(lambda a, b=b: a[b : b + 1], codes), one, one, [gate], implementation="reference"
+            )
+            np.testing.assert_allclose(given_.rows[b, :, head], full.out[0, wanted[b], head], atol=1e-6)

@@ -1,0 +1,188 @@
+"""Attention with pair bias: the blockwise backend against the dense oracle, and both against stated rules."""
+
+from __future__ import annotations
+
+import functools
+
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+
+from rave_jax.kernels.pair_bias import MaskCodes, PairBias, PairForm, attention, choose
+from rave_jax.kernels.pair_bias.base import log_gate, tile_allow
+
+FORMS = ("log_gate", "tanh", "linear", "centered_sigmoid")
+B, H, K, h, r = 2, 4, 2, 8, 4
+SHAPES = ((1, 1), (7, 300), (300, 300))
+
+
+def random_codes(rng: np.random.Generator, T: int, S: int) -> MaskCodes:
+    """Intervals of every kind (some empty) and openings, over keys in a shuffled order."""
+    lo = rng.integers(-1, S, (B, T))
+    hi = lo + rng.integers(-2, S, (B, T))
+    order = np.stack([rng.permutation(S) for _ in range(B)])
+    open_q = np.where(rng.random((B, T)) < 0.1, rng.integers(0, 3, (B, T)), -1)
+    open_k = np.where(rng.random((B, S)) < 0.1, rng.integers(0, 3, (B, S)), -2)
+    return MaskCodes(*(jnp.asarray(x, jnp.int32) for x in (lo, hi, order, open_q, open_k)))
+
+
+def random_operands(rng: np.random.Generator, T: int, S: int, visual: float):
+    def normal(*shape):
+        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+    bias = PairBias(
+        u=normal(B, T, H, r),
+        w=normal(B, S, K, r),
+        row=normal(B, T, H),
+        key=normal(B, S, K),
+        gain=normal(H),
+        query_on=jnp.asarray(rng.random((B, T, H)) < 0.8),
+        key_on=jnp.asarray(rng.random((B, S)) < visual),
+    )
+    return normal(B, T, H, h), normal(B, S, K, h), normal(B, S, K, h), bias
+
+
+@functools.partial(jax.jit, static_argnames=("form", "implementation"))
+def outputs_and_gradients(q, k, v, bias, codes, ct, form, implementation):
+    """Output, log-sum-exp and the gradient of every float operand for one random pair of cotangents."""
+
+    def run(q, k, v, floats):
+        full = None if bias is None else bias._replace(**floats)
+        return attention(q, k, v, codes, full, PairForm(form), scale=h**-0.5, implementation=implementation)
+
+    floats = {} if bias is None else {n: getattr(bias, n) for n in ("u", "w", "row", "key", "gain")}
+    (out, lse), pull = jax.vjp(run, q, k, v, floats)
+    d_lse = jnp.where(jnp.isfinite(lse), ct[1], 0.0)
+    return out, lse, pull((ct[0], d_lse))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("form", (*FORMS, None), ids=str)
+def test_xla_equals_reference_with_every_gradient(shape, form):
+    rng = np.random.default_rng(hash((shape, form)) % 2**32)
+    T, S = shape
+    for visual in (0.0, 0.6, 1.0) if form == "log_gate" else (0.6,):
+        q, k, v, bias = random_operands(rng, T, S, visual)
+        bias = bias if form else None
+        codes = random_codes(rng, T, S)
+        ct = (
+            jnp.asarray(rng.normal(size=(B, T, H, h)), jnp.float32),
+            jnp.asarray(rng.normal(size=(B, T, H)), jnp.float32),
+        )
+        expected = outputs_and_gradients(q, k, v, bias, codes, ct, form or "linear", "reference")
+        given_ = outputs_and_gradients(q, k, v, bias, codes, ct, form or "linear", "xla")
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), given_, expected)
+
+
+@pytest.mark.parametrize("implementation", ("reference", "xla"))
+def test_rows_that_see_nothing_are_zero_with_finite_gradients(implementation):
+    rng = np.random.default_rng(0)
+    T = S = 300
+    q, k, v, bias = random_operands(rng, T, S, 0.5)
+    codes = random_codes(rng, T, S)
+    blind = jnp.zeros((B, T), bool).at[:, ::3].set(True)
+    codes = codes._replace(
+        lo=jnp.where(blind, S, codes.lo), hi=jnp.where(blind, -1, codes.hi), open_q=codes.open_q * 0 - 1
+    )
+    ct = (jnp.ones((B, T, H, h)), jnp.ones((B, T, H)))
+    out, lse, grads = outputs_and_gradients(q, k, v, bias, codes, ct, "log_gate", implementation)
+    assert np.all(np.asarray(out)[:, ::3] == 0) and np.all(np.isneginf(np.asarray(lse)[:, ::3]))
+    assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
+    assert np.all(np.asarray(grads[0])[:, ::3] == 0)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_zero_pair_changes_no_bit(form):
+    rng = np.random.default_rng(1)
+    q, k, v, bias = random_operands(rng, 300, 300, 0.6)
+    zero = bias._replace(w=bias.w * 0, row=bias.row * 0, key=bias.key * 0)
+    codes = random_codes(rng, 300, 300)
+    for implementation in ("reference", "xla"):
+        run = jax.jit(functools.partial(attention, form=PairForm(form), scale=0.3, implementation=implementation))
+        for a, b in zip(run(q, k, v, codes, None), run(q, k, v, codes, zero), strict=True):
+            assert np.array_equal(a, b)
+
+
+def test_xla_makes_no_array_of_queries_by_keys():
+    T = 1024
+    rng = np.random.default_rng(2)
+    q, k, v, bias = random_operands(rng, T, T, 0.6)
+    codes = random_codes(rng, T, T)
+
+    def loss(implementation, q, k, v, floats):
+        out, lse = attention(q, k, v, codes, bias._replace(**floats), scale=0.3, implementation=implementation)
+        return (out**2).sum() + jnp.where(jnp.isfinite(lse), lse, 0).sum()
+
+    floats = {n: getattr(bias, n) for n in ("u", "w", "row", "key", "gain")}
+
+    def shapes(implementation):
+        jaxpr = jax.make_jaxpr(jax.value_and_grad(functools.partial(loss, implementation), (0, 1, 2, 3)))(
+            q, k, v, floats
+        )
+        return set(all_shapes(jaxpr.jaxpr))
+
+    def square(shape):
+        return sum(n == T for n in shape) > 1
+
+    assert any(map(square, shapes("reference"))), "the check sees the oracle's map"
+    assert not any(map(square, shapes("xla")))
+
+
+def all_shapes(jaxpr):
+    """Shapes of every intermediate array, inner computations included."""
+    for equation in jaxpr.eqns:
+        yield from (tuple(v.aval.shape) for v in equation.outvars)
+        for value in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from all_shapes(inner)
+
+
+@given(st.integers(0, 2**31))
+@settings(max_examples=20, deadline=None)
+def test_the_mask_is_the_stated_predicate(seed):
+    codes = random_codes(np.random.default_rng(seed), 5, 9)
+    lo, hi, order, open_q, open_k = (np.asarray(x) for x in codes)
+    allow = np.asarray(tile_allow(codes))[:, 0, 0]
+    for b, i, j in np.ndindex(B, 5, 9):
+        assert allow[b, i, j] == (lo[b, i] <= order[b, j] <= hi[b, i] or open_q[b, i] == open_k[b, j])
+
+
+def test_log_gate_is_accurate_everywhere_and_exact_at_zero():
+    z = np.concatenate([-np.logspace(-6, 2.5, 200), np.logspace(-6, 2.5, 200)])
+    expected = np.log(2.0) - np.logaddexp(0, -z)
+    np.testing.assert_allclose(log_gate(jnp.asarray(z, jnp.float32)), expected, rtol=3e-6, atol=1e-7)
+    assert float(log_gate(jnp.float32(0))) == 0.0
+    slopes = jax.vmap(jax.grad(log_gate))(jnp.asarray(z, jnp.float32))
+    np.testing.assert_allclose(slopes, 1 / (1 + np.exp(np.minimum(z, 80))), rtol=1e-4, atol=1e-6)
+
+
+def test_bfloat16_keeps_float32_statistics():
+    rng = np.random.default_rng(3)
+    q, k, v, bias = random_operands(rng, 300, 300, 0.6)
+    codes = random_codes(rng, 300, 300)
+    half = tuple(x.astype(jnp.bfloat16) for x in (q, k, v))
+    out, lse = attention(*half, codes, bias, scale=0.3, implementation="xla")
+    expected, expected_lse = attention(
+        *(x.astype(jnp.float32) for x in half), codes, bias, scale=0.3, implementation="reference"
+    )
+    assert out.dtype == jnp.bfloat16 and lse.dtype == jnp.float32
+    np.testing.assert_allclose(out.astype(jnp.float32), expected, atol=2e-2)
+    np.testing.assert_allclose(lse, expected_lse, atol=1e-4)
+
+
+def test_operands_that_do_not_fit_are_named():
+    rng = np.random.default_rng(4)
+    q, k, v, bias = random_operands(rng, 7, 9, 0.5)
+    codes = random_codes(rng, 7, 9)
+    with pytest.raises(ValueError, match=r"bias\.key has shape \(2, 8, 2\), expected \(2, 9, 2\)"):
+        attention(q, k, v, codes, bias._replace(key=bias.key[:, :-1]), scale=1.0)
+    with pytest.raises(ValueError, match=r"codes\.hi"):
+        attention(q, k, v, codes._replace(hi=codes.hi[:, :-1]), scale=1.0)
+    with pytest.raises(ValueError, match="3 query heads cannot share 2 kv heads"):
+        attention(q[:, :, :3], k, v, codes, scale=1.0)
+    with pytest.raises(ValueError, match="'flash'"):
+        choose("flash")
