@@ -1,0 +1,48 @@
+"""Fine-tune Qwen2.5-VL-7B-Instruct with RAVE on your own data, on a TPU slice.
+
+Point `init.path` at the HuggingFace directory and `data.sources` at your conversations: a LLaVA-style file with an
+image folder as below, or `HfParquet(path="...")` for parquet with embedded images. The tower is frozen; the gate starts
+at zero, so the first step computes exactly the released model, and learns at five times the backbone's rate.
+"""
+
+from rave_jax.attention import Rave
+from rave_jax.data.pipeline import DataConfig
+from rave_jax.data.sources import LlavaJson
+from rave_jax.models.config import ModelOptions
+from rave_jax.parallel.mesh import MeshConfig
+from rave_jax.training.config import TrainConfig
+from rave_jax.training.init import FromHF
+from rave_jax.training.optimizers import OptimizerConfig, ParameterGroup
+
+
+def get_config() -> TrainConfig:
+    """One row is one conversation of at most 4,096 tokens with pictures of at most 1,024 visual tokens."""
+    return TrainConfig(
+        output_dir="runs/qwen2_5_vl_7b_rave_sft",
+        init=FromHF("checkpoints/Qwen2.5-VL-7B-Instruct"),
+        model=ModelOptions(mechanisms=(Rave(rank=16),), remat="full", param_dtype="float32", compute_dtype="bfloat16"),
+        data=DataConfig(
+            sources=(LlavaJson(path="data/conversations.json", image_dir="data/images"),),
+            rows=128,
+            tokens=4096,
+            patches=8192,
+            max_pixels=1024 * 28 * 28,
+            workers=8,
+            prefetch=4,
+        ),
+        optimizer=OptimizerConfig(
+            learning_rate=1e-5,
+            warmup=100,
+            beta2=0.95,
+            weight_decay=0.01,
+            groups=(
+                ParameterGroup(name="tower", pattern=r"^vision\.", frozen=True),
+                ParameterGroup(name="gate", pattern=r"\.mechanisms\.", learning_rate=5.0, weight_decay=0.0),
+            ),
+        ),
+        mesh=MeshConfig(fsdp=-1, tensor=4),
+        steps=5000,
+        loss_chunk=512,
+        log_every=10,
+        save_every=500,
+    )

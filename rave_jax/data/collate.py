@@ -1,0 +1,119 @@
+"""Examples into a batch of static shape: several documents per row, padding after them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+from rave_jax.batch import Batch, TokenInfo
+from rave_jax.data.sample import Example, OverBudget
+
+
+class BatchShape(NamedTuple):
+    """The static shape of a batch.
+
+    Fields:
+        rows: B.
+        tokens: T, text and visual tokens of a row.
+        patches: P of a row; a multiple of the tower's window (`ProcessorSettings.window_patches`), or 0 for text only.
+    """
+
+    rows: int
+    tokens: int
+    patches: int
+
+
+def round_up(number: int, multiple: int) -> int:
+    """The least multiple of `multiple` that is at least `number`."""
+    return -(-number // multiple) * multiple
+
+
+def smallest_shape(rows: Sequence[Sequence[Example]], tokens_multiple: int, patches_multiple: int) -> BatchShape:
+    """The least shape that holds these rows, lengths rounded up so that few shapes occur.
+
+    Args:
+        rows: documents of each row.
+        tokens_multiple: T is a multiple of it.
+        patches_multiple: P is a multiple of it; the tower's window, or a multiple of that.
+    """
+    tokens = max((sum(len(e.tokens) for e in row) for row in rows), default=0)
+    patches = max((sum(len(e.patches) for e in row) for row in rows), default=0)
+    return BatchShape(len(rows), round_up(max(tokens, 1), tokens_multiple), round_up(patches, patches_multiple))
+
+
+def check_fits(example: Example, tokens: int, patches: int, name: str) -> None:
+    """Raise OverBudget, naming the sample and its sizes, unless it fits the budgets."""
+    if len(example.tokens) > tokens or len(example.patches) > patches:
+        raise OverBudget(
+            f"{name}: {len(example.tokens)} tokens and {len(example.patches)} patches, "
+            f"over the budget of {tokens} tokens and {patches} patches"
+        )
+
+
+def empty_batch(shape: BatchShape, patch_numbers: int) -> Batch:
+    """A batch of padding only; `patch_numbers` is C."""
+    b, t, p = shape
+
+    def zeros(*size: int, dtype: DTypeLike = np.int32) -> Any:
+        return np.zeros(size, dtype)
+
+    return Batch(
+        tokens=zeros(b, t),
+        targets=zeros(b, t),
+        loss_weights=zeros(b, t, dtype=np.float32),
+        info=TokenInfo(*(zeros(b, t) for _ in TokenInfo._fields)),
+        positions=zeros(3, b, t),
+        visual_index=zeros(b, t),
+        patches=zeros(b, p, patch_numbers, dtype=np.uint8),
+        patch_segment=zeros(b, p),
+        patch_place=zeros(b, p, 2),
+        patch_window=zeros(b, p),
+    )
+
+
+def collate(rows: Sequence[Sequence[Example]], shape: BatchShape, patch_numbers: int, merge_patches: int = 4) -> Batch:
+    """Pack the documents of each row one after another and pad to `shape`.
+
+    A document's images, frames, windows and merged patches are numbered on behind those of the documents before it;
+    its positions and turns start anew. A token predicts the next one of its own document.
+
+    Args:
+        rows: documents of each row, at most `shape.rows` of them; rows that are missing are padding.
+        shape: the batch's shape.
+        patch_numbers: C, numbers in a flattened patch (`ProcessorSettings.patch_numbers`).
+        merge_patches: patches in a merge unit (`ProcessorSettings.merge_patches`).
+
+    Raises:
+        OverBudget: a row's documents do not fit. Nothing is cut.
+    """
+    if len(rows) > shape.rows:
+        raise OverBudget(f"{len(rows)} rows for a batch of {shape.rows}")
+    batch = empty_batch(shape, patch_numbers)
+    for b, documents in enumerate(rows):
+        token = patch = images = frames = windows = 0
+        for number, example in enumerate(documents, start=1):
+            check_fits(example, shape.tokens - token, shape.patches - patch, f"row {b}, document {number}")
+            t = slice(token, token + len(example.tokens))
+            p = slice(patch, patch + len(example.patches))
+            visual = example.info.image > 0
+            batch.tokens[b, t] = example.tokens
+            batch.targets[b, t.start : t.stop - 1] = example.tokens[1:]
+            batch.loss_weights[b, t.start : t.stop - 1] = example.loss_mask[1:]
+            for name, code in example.info._asdict().items():
+                getattr(batch.info, name)[b, t] = code
+            batch.info.segment[b, t] = number
+            batch.info.image[b, t] = np.where(visual, example.info.image + images, 0)
+            batch.positions[:, b, t] = example.positions
+            batch.visual_index[b, t] = np.where(visual, example.visual_index + patch // merge_patches, 0)
+            batch.patches[b, p] = example.patches
+            batch.patch_place[b, p] = example.patch_place
+            batch.patch_segment[b, p] = example.patch_segment + frames
+            batch.patch_window[b, p] = example.patch_window + windows
+            token, patch = t.stop, p.stop
+            images += int(example.info.image.max(initial=0))
+            frames += int(example.patch_segment.max(initial=0))
+            windows += int(example.patch_window.max(initial=0))
+    return batch

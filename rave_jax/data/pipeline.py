@@ -1,0 +1,299 @@
+"""Batches of a run: any rows of any step, as a pure function of the config and the step.
+
+Nothing is remembered between steps: a process asks for the rows its devices own, a resumed run for the step it stopped
+at, and both get what an undisturbed single process would have got. A sample that cannot be used is replaced by the
+next one of its source's order that can, which keeps that property.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import Counter, OrderedDict, deque
+from collections.abc import Generator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from rave_jax.batch import Batch
+from rave_jax.config import require
+from rave_jax.data.collate import BatchShape, check_fits, collate, round_up
+from rave_jax.data.order import Order
+from rave_jax.data.processor import Processor
+from rave_jax.data.sample import EmptyAnswer, Example, Sample, SampleError, Source, message_text
+from rave_jax.data.sources import SourceConfig, Synthetic
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the curriculum."""
+
+    step: int = 0
+    """First step of the stage."""
+    weights: tuple[float, ...] = ()
+    """Share of each source, in the order of `sources`; empty for equal shares."""
+
+    def __post_init__(self) -> None:
+        require(self.step >= 0, "step", self.step, "0 or more")
+        good = all(weight >= 0 for weight in self.weights) and (not self.weights or sum(self.weights) > 0)
+        require(good, "weights", self.weights, "numbers of 0 or more, not all 0")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What a run reads and in which shape."""
+
+    sources: tuple[SourceConfig, ...] = (Synthetic(),)
+    """Where samples come from."""
+    stages: tuple[Stage, ...] = (Stage(),)
+    """Curriculum: which share of the samples each source has from which step on; the first stage starts at 0."""
+    rows: int = 64
+    """Rows of a batch over all hosts."""
+    tokens: int = 128
+    """Tokens of a row, text and visual together."""
+    patches: int = 64
+    """Patches of a row, rounded up to whole windows of the tower; 0 for text only."""
+    documents_per_row: int = 1
+    """Samples packed into a row; each may take an equal part of the row's tokens and patches."""
+    seed: int = 0
+    """Seed of the order of samples."""
+    min_pixels: int | None = None
+    """Least pixels of a resized picture; None for the model's own limit."""
+    max_pixels: int | None = None
+    """Most pixels of a resized picture; None for the model's own limit."""
+    on_error: Literal["skip", "fail"] = "skip"
+    """What to do with a broken picture, an empty answer, a sample over budget: log, count and skip, or stop."""
+    max_skips: int = 100
+    """Samples skipped one after another in one place before the run stops all the same."""
+    prefetch: int = 2
+    """Batches made ahead in the background; 0 makes each when it is asked for."""
+    workers: int = 1
+    """Threads that make them."""
+    cache_mb: int = 256
+    """Memory for samples already processed, in MB; 0 for none."""
+
+    def __post_init__(self) -> None:
+        require(len(self.sources) > 0, "sources", self.sources, "at least one source")
+        steps = [stage.step for stage in self.stages]
+        require(steps[:1] == [0], "stages", steps, "a first stage at step 0")
+        require(steps == sorted(set(steps)), "stages", steps, "ascending steps")
+        for number, stage in enumerate(self.stages):
+            fits = len(stage.weights) in (0, len(self.sources))
+            require(
+                fits, f"stages.{number}.weights", stage.weights, f"one weight for each of {len(self.sources)} sources"
+            )
+        for name, least in (("rows", 1), ("tokens", 1), ("patches", 0), ("documents_per_row", 1), ("max_skips", 0)):
+            require(getattr(self, name) >= least, name, getattr(self, name), f"{least} or more")
+        for name, least in (("prefetch", 0), ("workers", 1), ("cache_mb", 0)):
+            require(getattr(self, name) >= least, name, getattr(self, name), f"{least} or more")
+
+    def processor(self, directory: str | Path) -> Processor:
+        """The processor of an HF directory, under this config's pixel limits."""
+        return Processor.from_hf(directory, self.min_pixels, self.max_pixels)
+
+
+@dataclass(frozen=True)
+class Skip:
+    """A sample that was not used: of which source, which index, why, and the line that was logged."""
+
+    source: str
+    index: int
+    reason: str
+    message: str
+
+
+class Pipeline:
+    """Batches of a run.
+
+    Args:
+        config: what to read.
+        processor: the model's processor; `DataConfig.processor` gives it.
+
+    Raises:
+        ConfigError: a source cannot be opened or is empty.
+    """
+
+    def __init__(self, config: DataConfig, processor: Processor):
+        self.config = config
+        self.processor = processor
+        self.sources: tuple[Source, ...] = tuple(source.build() for source in config.sources)
+        for source in self.sources:
+            require(len(source) > 0, f"data.sources ({source.name})", len(source), "at least one sample")
+        settings = processor.settings
+        self.shape = BatchShape(config.rows, config.tokens, round_up(config.patches, settings.window_patches))
+        """Shape of the whole batch, over all hosts."""
+        per_step = config.rows * config.documents_per_row
+        equal = (1.0,) * len(self.sources)
+        stages = [(stage.step * per_step, stage.weights or equal) for stage in config.stages]
+        self._order = Order([len(source) for source in self.sources], stages, config.seed)
+        self._cache = _Cache(config.cache_mb * 2**20)
+        self._logged: set[tuple[int, int]] = set()
+        self._lock = threading.Lock()
+        self.skipped: Counter[str] = Counter()
+        """Samples skipped so far in batches handed out, by reason."""
+
+    def rows(self, step: int, start: int, stop: int) -> Batch:
+        """Rows start..stop-1 of the batch of a step, and no others are loaded.
+
+        Raises:
+            SampleError: a sample cannot be used and `on_error` is "fail", or too many in one place cannot.
+        """
+        batch, skips = self._make(step, start, stop)
+        self._count(skips)
+        return batch
+
+    def stream(self, step: int, start: int, stop: int) -> Generator[Batch]:
+        """The same rows of `step` and all steps after it, made ahead in background threads."""
+        if self.config.prefetch == 0:
+            while True:
+                yield self.rows(step, start, stop)
+                step += 1
+        # Threads serve: Pillow and the tokenizer let go of the interpreter's lock, and nothing has to be copied between
+        # processes. Grain's iterators would add a state of their own to a stream that is already a function of step.
+        pool = ThreadPoolExecutor(self.config.workers, thread_name_prefix="data")
+        waiting: deque[Future[tuple[Batch, list[Skip]]]] = deque()
+        try:
+            while True:
+                while len(waiting) < max(self.config.prefetch, self.config.workers):
+                    waiting.append(pool.submit(self._make, step, start, stop))
+                    step += 1
+                batch, skips = waiting.popleft().result()
+                self._count(skips)
+                yield batch
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def samples(self, step: int, row: int) -> list[Sample]:
+        """The samples of one row, replacements made, for pictures and tables."""
+        per_row = self.config.documents_per_row
+        first = (step * self.config.rows + row) * per_row
+        found = [self._usable(place) for place in range(first, first + per_row)]
+        return [self.sources[number][index] for number, index, _, _ in found]
+
+    def state(self, step: int) -> dict[str, Any]:
+        """What to save with a checkpoint before `step` is taken: JSON-ready."""
+        return {"step": step, "skipped": dict(self.skipped), **self._facts()}
+
+    def _facts(self) -> dict[str, Any]:
+        """What the order of samples hangs on, besides the curriculum."""
+        c = self.config
+        lengths = [len(source) for source in self.sources]
+        return {"seed": c.seed, "rows": c.rows, "documents_per_row": c.documents_per_row, "samples": lengths}
+
+    def restore(self, state: Mapping[str, Any]) -> int:
+        """Take up a saved state; returns the step to go on with.
+
+        Raises:
+            ConfigError: the state was saved under another seed, or by a run with another number of rows or samples:
+                its step would not be where it stopped.
+        """
+        for name, value in self._facts().items():
+            require(
+                state.get(name) == value, f"data.{name}", value, f"{state.get(name)!r} as in the run that was saved"
+            )
+        self.skipped = Counter(state["skipped"])
+        return int(state["step"])
+
+    def _count(self, skips: Sequence[Skip]) -> None:
+        self.skipped.update(skip.reason for skip in skips)
+
+    def _make(self, step: int, start: int, stop: int) -> tuple[Batch, list[Skip]]:
+        require(0 <= start < stop <= self.config.rows, "rows", (start, stop), f"a range within {self.config.rows} rows")
+        per_row = self.config.documents_per_row
+        rows: list[list[Example]] = []
+        skips: list[Skip] = []
+        for row in range(start, stop):
+            first = (step * self.config.rows + row) * per_row
+            found = [self._usable(place) for place in range(first, first + per_row)]
+            rows.append([example for _, _, example, _ in found])
+            skips += [skip for _, _, _, skipped in found for skip in skipped]
+        settings = self.processor.settings
+        shape = self.shape._replace(rows=stop - start)
+        return collate(rows, shape, settings.patch_numbers, settings.merge_patches), skips
+
+    def _usable(self, place: int) -> tuple[int, int, Example, list[Skip]]:
+        """Source, index and example of a place: its sample, or the first behind it in the order that can be used."""
+        number, draw = self._order.draw(place)
+        skips: list[Skip] = []
+        for attempt in range(self.config.max_skips + 1):
+            index = self._order.index(number, draw + attempt)
+            try:
+                return number, index, self._load(number, index), skips
+            except SampleError as error:
+                if self.config.on_error == "fail":
+                    raise
+                skips.append(self._skip(number, index, error))
+        raise SampleError(
+            f"{self.sources[number].name}: {self.config.max_skips + 1} samples one after another cannot be used; "
+            f"the last: {skips[-1].message}"
+        )
+
+    def _skip(self, number: int, index: int, error: SampleError) -> Skip:
+        skip = Skip(self.sources[number].name, index, error.reason, str(error))
+        with self._lock:
+            new = (number, index) not in self._logged
+            self._logged.add((number, index))
+        if new:
+            log.warning("skipped (%s) %s", skip.reason, skip.message)
+        return skip
+
+    def _load(self, number: int, index: int) -> Example:
+        key = (number, index)
+        if (cached := self._cache.get(key)) is not None:
+            return cached
+        sample = self.sources[number][index]
+        name = f"{self.sources[number].name}/{sample.id}"
+        check_answers(sample, name)
+        example = self.processor.encode(sample.messages, name=name)
+        per_row = self.config.documents_per_row
+        check_fits(example, self.shape.tokens // per_row, self.shape.patches // per_row, name)
+        self._cache.put(key, example)
+        return example
+
+
+def check_answers(sample: Sample, name: str) -> None:
+    """Raise EmptyAnswer, naming the sample, unless it ends with an answer and every answer has a text."""
+    if not sample.messages or sample.messages[-1]["role"] != "assistant":
+        raise EmptyAnswer(f"{name}: the conversation ends without an answer{_files_of(sample)}")
+    for message in sample.messages:
+        if message["role"] == "assistant" and not message_text(message).strip():
+            raise EmptyAnswer(f"{name}: an answer is empty{_files_of(sample)}")
+
+
+def _files_of(sample: Sample) -> str:
+    files = [image for image in sample.images if isinstance(image, str)]
+    return f" ({', '.join(files)})" if files else ""
+
+
+class _Cache:
+    """Examples already made, the least recently used thrown out first."""
+
+    def __init__(self, limit: int):
+        self._limit = limit
+        self._used = 0
+        self._items: OrderedDict[tuple[int, int], tuple[Example, int]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, key: tuple[int, int]) -> Example | None:
+        with self._lock:
+            if key not in self._items:
+                return None
+            self._items.move_to_end(key)
+            return self._items[key][0]
+
+    def put(self, key: tuple[int, int], example: Example) -> None:
+        codes = (len(example.info) + 6) * 4 * len(example.tokens)
+        size = example.patches.nbytes + 16 * len(example.patches) + codes
+        if size > self._limit:
+            return
+        with self._lock:
+            if key in self._items:
+                return
+            self._items[key] = (example, size)
+            self._used += size
+            while self._used > self._limit:
+                _, (_, dropped) = self._items.popitem(last=False)
+                self._used -= dropped

@@ -1,0 +1,61 @@
+"""Rotary positions of text, pictures and videos (M-RoPE), as Qwen2.5-VL's `get_rope_index` gives them.
+
+Text counts on in all three axes. A picture starts where the text stopped: its axes are the frame, row and column of
+the merged grid, and the text after it goes on behind its longer side. A video's frames stand
+`tokens_per_second * seconds` apart, cut to whole numbers; transformers 5.23 goes on behind the longer side of its
+grid as well, however many frames it has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from rave_jax.typing import Int, NpArray
+
+
+class Visual(NamedTuple):
+    """A picture or video of a document.
+
+    Fields:
+        start: index of its first token.
+        grid: size of its merged grid (t, h, w); it has t * h * w tokens.
+        seconds: time between its frames; None for a picture.
+    """
+
+    start: int
+    grid: tuple[int, int, int]
+    seconds: float | None = None
+
+
+def grid_places(grid: tuple[int, int, int]) -> Int[NpArray, "3 N"]:
+    """Frame, row and column of each token of a merged grid, in the order the tokens stand."""
+    return np.indices(grid, dtype=np.int32).reshape(3, -1)
+
+
+def mrope_positions(length: int, visuals: Sequence[Visual], tokens_per_second: float) -> Int[NpArray, "3 T"]:
+    """Positions (temporal, height, width) of one document.
+
+    Args:
+        length: number of tokens.
+        visuals: its pictures and videos in order, not overlapping.
+        tokens_per_second: temporal positions per second of a video.
+    """
+    positions = np.empty((3, length), np.int32)
+    token = position = 0
+    for start, grid, seconds in visuals:
+        positions[:, token:start] = np.arange(position, position + start - token, dtype=np.int32)
+        position += start - token
+        token = start + grid[0] * grid[1] * grid[2]
+        places = grid_places(grid)
+        if seconds is not None:
+            # The original multiplies in float32 and cuts, so 3 * 0.3333333 must be cut alike.
+            places[0] = (places[0].astype(np.float32) * (np.float32(tokens_per_second) * np.float32(seconds))).astype(
+                np.int32
+            )
+        positions[:, start:token] = places + position
+        position += max(grid[1], grid[2])
+    positions[:, token:] = np.arange(position, position + length - token, dtype=np.int32)
+    return positions

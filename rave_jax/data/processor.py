@@ -1,0 +1,332 @@
+"""Conversations with pictures into numbers, as transformers' Qwen2.5-VL processor does it, without torch."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rave_jax.batch import Kind, Role, TokenInfo
+from rave_jax.config import ConfigError, require
+from rave_jax.data.chat import ChatTemplate, Run, read_template
+from rave_jax.data.images import Patches, PatchGrid, count_tokens, image_patches
+from rave_jax.data.positions import Visual, grid_places, mrope_positions
+from rave_jax.data.sample import Example, Message, SampleError
+from rave_jax.data.video import VideoLimits, video_patches
+from rave_jax.typing import NpArray
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+BICUBIC = 3
+
+
+@dataclass(frozen=True)
+class ProcessorSettings:
+    """What a model wants of its pictures, from its HF directory."""
+
+    has_vision: bool = True
+    """Whether the model takes pictures at all."""
+    patch_size: int = 14
+    """Pixels along the side of a patch."""
+    temporal_patch_size: int = 2
+    """Pictures in a patch."""
+    merge_size: int = 2
+    """Patches along the side of a merge unit, which becomes one token."""
+    window_size: int = 112
+    """Pixels along the side of an attention window of the tower."""
+    min_pixels: int = 56 * 56
+    """Least pixels of a resized picture."""
+    max_pixels: int = 28 * 28 * 1280
+    """Most pixels of a resized picture."""
+    image_mean: tuple[float, ...] = CLIP_MEAN
+    """Mean per channel of pixels scaled to 0..1; subtracted on the device."""
+    image_std: tuple[float, ...] = CLIP_STD
+    """Standard deviation per channel; divided by on the device."""
+    image_token_id: int = 151655
+    """Placeholder of a picture's tokens."""
+    video_token_id: int = 151656
+    """Placeholder of a video's tokens."""
+    tokens_per_second: float = 4
+    """Temporal positions per second of video."""
+    video: VideoLimits = field(default_factory=VideoLimits)
+    """Limits of a video's frames and pixels."""
+
+    def __post_init__(self) -> None:
+        unit = self.patch_size * self.merge_size
+        require(self.window_size >= unit, "window_size", self.window_size, f"at least one merge unit of {unit} pixels")
+        require(
+            0 < self.min_pixels <= self.max_pixels, "min_pixels", self.min_pixels, f"1 to max_pixels {self.max_pixels}"
+        )
+
+    @property
+    def grid(self) -> PatchGrid:
+        """The tower's geometry."""
+        window = self.window_size // self.merge_size // self.patch_size
+        return PatchGrid(self.patch_size, self.temporal_patch_size, self.merge_size, window)
+
+    @property
+    def patch_numbers(self) -> int:
+        """C: numbers in a flattened patch."""
+        return 3 * self.temporal_patch_size * self.patch_size**2
+
+    @property
+    def merge_patches(self) -> int:
+        """Patches in a merge unit."""
+        return self.merge_size**2
+
+    @property
+    def window_patches(self) -> int:
+        """Patches in a full attention window; patch budgets are multiples of it."""
+        return (self.grid.window * self.merge_size) ** 2
+
+    @classmethod
+    def from_hf(cls, directory: str | Path) -> ProcessorSettings:
+        """Read config.json and the image (and video) processor's file of an HF directory.
+
+        Raises:
+            ConfigError: a file or key is missing, or asks for processing that is not done here.
+        """
+        directory = Path(directory)
+        config = _read_json(directory / "config.json")
+        vision = config.get("vision_config")
+        if vision is None:
+            return cls(has_vision=False, image_token_id=-1, video_token_id=-1)
+        nested = _read_json(directory / "processor_config.json", optional=True)
+        image_file = directory / "preprocessor_config.json"
+        image = nested.get("image_processor") or _read_json(image_file)
+        video = (
+            nested.get("video_processor")
+            or _read_json(directory / "video_preprocessor_config.json", optional=True)
+            or image
+        )
+        for key, wanted in (
+            ("do_resize", True),
+            ("do_rescale", True),
+            ("do_normalize", True),
+            ("do_convert_rgb", True),
+        ):
+            if image.get(key, wanted) is not wanted:
+                raise ConfigError(f"{image_file}: {key} is {image[key]!r}, expected {wanted}")
+        if image.get("resample", BICUBIC) != BICUBIC:
+            raise ConfigError(f"{image_file}: resample is {image['resample']!r}, expected {BICUBIC} (bicubic)")
+        if abs(image.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-6:
+            raise ConfigError(f"{image_file}: rescale_factor is {image['rescale_factor']!r}, expected 1/255")
+        for key in ("image_token_id", "video_token_id"):
+            if key not in config:
+                raise ConfigError(f"{directory / 'config.json'}: the key {key!r} is missing")
+        default = cls()
+        shared = ("patch_size", "temporal_patch_size", "merge_size")
+        low, high = _pixel_limits(image, default.min_pixels, default.max_pixels)
+        video_low, video_high = _pixel_limits(video, VideoLimits.min_pixels, VideoLimits.max_pixels)
+        sampled = {key: video[key] for key in ("min_frames", "max_frames") if video.get(key) is not None}
+        return cls(
+            **{key: image.get(key, getattr(default, key)) for key in shared},
+            window_size=vision.get("window_size", default.window_size),
+            min_pixels=low,
+            max_pixels=high,
+            image_mean=tuple(image.get("image_mean", default.image_mean)),
+            image_std=tuple(image.get("image_std", default.image_std)),
+            image_token_id=config["image_token_id"],
+            video_token_id=config["video_token_id"],
+            tokens_per_second=vision.get("tokens_per_second", default.tokens_per_second),
+            video=VideoLimits(
+                min_pixels=video_low,
+                max_pixels=video_high,
+                fps=video.get("fps") if video.get("do_sample_frames") else None,
+                cap_total=bool(video.get("cap_pixels_per_frame")),
+                max_tokens=video.get("max_video_tokens", VideoLimits.max_tokens),
+                **sampled,
+            ),
+        )
+
+
+def _read_json(path: Path, optional: bool = False) -> dict[str, Any]:
+    if not path.is_file():
+        if optional:
+            return {}
+        raise ConfigError(f"{path}: no such file; a model directory of a vision-language model needs it")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path}: not JSON: {error}") from error
+
+
+def _pixel_limits(config: dict[str, Any], low: int, high: int) -> tuple[int, int]:
+    size = config.get("size") or {}
+    least, most = config.get("min_pixels"), config.get("max_pixels")
+    return least or size.get("shortest_edge") or low, most or size.get("longest_edge") or high
+
+
+class Processor:
+    """Conversation in, `Example` out.
+
+    Args:
+        tokenizer: a fast tokenizer of transformers.
+        settings: what the model wants of its pictures.
+        chat_template: the Jinja text of its chat template.
+    """
+
+    def __init__(self, tokenizer: Any, settings: ProcessorSettings, chat_template: str):
+        self.tokenizer = tokenizer
+        self.settings = settings
+        self.chat = ChatTemplate(tokenizer, chat_template)
+
+    @classmethod
+    def from_hf(cls, directory: str | Path, min_pixels: int | None = None, max_pixels: int | None = None) -> Processor:
+        """The processor of an HF directory, with other pixel limits for pictures where given.
+
+        Raises:
+            ConfigError: a file or key is missing.
+        """
+        # transformers would otherwise advise to install torch, at every start of a program that needs none.
+        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+        from transformers import AutoTokenizer
+
+        settings = ProcessorSettings.from_hf(directory)
+        low = settings.min_pixels if min_pixels is None else min_pixels
+        high = settings.max_pixels if max_pixels is None else max_pixels
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(str(directory))
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{directory}: no tokenizer could be read: {error}") from error
+        if not getattr(tokenizer, "is_fast", False):
+            raise ConfigError(f"{directory}: {type(tokenizer).__name__} is no fast tokenizer")
+        return cls(tokenizer, replace(settings, min_pixels=low, max_pixels=high), read_template(directory, tokenizer))
+
+    @property
+    def end_id(self) -> int:
+        """The token that ends an answer."""
+        return self.chat.end_id
+
+    def decode(self, tokens: Sequence[int] | NpArray) -> str:
+        """The text of token ids, special tokens left out."""
+        return self.tokenizer.decode(np.asarray(tokens).tolist(), skip_special_tokens=True)
+
+    def count_tokens(self, height: int, width: int) -> int:
+        """Number of visual tokens of a picture of this size (see `images.image_size` for a file's)."""
+        s = self.settings
+        return count_tokens(height, width, s.grid, s.min_pixels, s.max_pixels)
+
+    def encode(self, messages: Sequence[Message], add_generation_prompt: bool = False, name: str = "") -> Example:
+        """One conversation in numbers.
+
+        Args:
+            messages: the conversation.
+            add_generation_prompt: end with the header of an answer to come.
+            name: what errors call the sample.
+
+        Raises:
+            SampleError: a message, a picture or a placeholder that cannot be used. Says which sample and file.
+        """
+        try:
+            return self._encode(messages, add_generation_prompt)
+        except SampleError as error:
+            raise (type(error)(f"{name}: {error}") if name else error) from error
+
+    def _encode(self, messages: Sequence[Message], add_generation_prompt: bool) -> Example:
+        runs = self.chat.runs(messages, add_generation_prompt)
+        parts = [part for run in runs for part in run.visuals]
+        if parts and not self.settings.has_vision:
+            raise SampleError("the conversation has pictures and the model takes none")
+        places = self._placeholders(runs, parts)
+        cuts = [self._cut(part) for part in parts]
+        ids = np.concatenate([np.asarray(run.ids, np.int32) for run in runs])
+        repeats = np.ones(len(ids), np.int32)
+        repeats[places] = [len(patches.order) for patches, _ in cuts]
+        starts = (np.cumsum(repeats) - repeats)[places]
+        turn = np.cumsum([run.role is Role.QUESTION for run in runs])
+        lengths = [len(run.ids) for run in runs]
+
+        def spread(values: Any) -> Any:
+            return np.repeat(np.repeat(values, lengths).astype(np.int32), repeats)
+
+        learn = np.concatenate([_span(len(run.ids), run.learn) for run in runs])
+        tokens = np.repeat(ids, repeats)
+        visuals = [
+            Visual(int(start), patches.grid, seconds) for start, (patches, seconds) in zip(starts, cuts, strict=True)
+        ]
+        info, visual_index = self._visual_codes(len(tokens), visuals, [patches for patches, _ in cuts])
+        info = info._replace(role=spread([int(run.role) for run in runs]), turn=spread(turn))
+        return Example(
+            tokens=tokens,
+            loss_mask=np.repeat(learn, repeats),
+            info=info,
+            positions=mrope_positions(len(tokens), visuals, self.settings.tokens_per_second),
+            visual_index=visual_index,
+            **_join([patches for patches, _ in cuts], self.settings.patch_numbers),
+        )
+
+    def _cut(self, part: Message) -> tuple[Patches, float | None]:
+        s = self.settings
+        name = part.get("name", "")
+        if part["type"] == "video":
+            return video_patches(part["video"], part.get("fps"), s.grid, s.video, name)
+        return image_patches(part["image"], s.grid, s.min_pixels, s.max_pixels, name), None
+
+    def _placeholders(self, runs: Sequence[Run], parts: Sequence[Message]) -> NpArray:
+        """Index of each picture's placeholder in the runs' tokens put end to end."""
+        kinds = {self.settings.image_token_id: "image", self.settings.video_token_id: "video"}
+        found = [(index, kinds[i]) for index, i in enumerate(i for run in runs for i in run.ids) if i in kinds]
+        wanted = [part["type"] for part in parts]
+        if [kind for _, kind in found] != wanted:
+            raise SampleError(
+                f"the rendered text holds the placeholders {[kind for _, kind in found]} for the pictures {wanted}; "
+                "is a placeholder written out in a message's text?"
+            )
+        return np.array([index for index, _ in found], np.int64)
+
+    def _visual_codes(self, length: int, visuals: list[Visual], cuts: list[Patches]) -> tuple[TokenInfo, NpArray]:
+        codes: dict[str, Any] = {name: np.zeros(length, np.int32) for name in TokenInfo._fields}
+        codes["segment"][:] = 1
+        codes["kind"][:] = Kind.TEXT
+        codes["place"][:] = np.arange(length)
+        visual_index = np.zeros(length, np.int32)
+        units = 0
+        for number, (visual, patches) in enumerate(zip(visuals, cuts, strict=True), start=1):
+            span = slice(visual.start, visual.start + len(patches.order))
+            values = (Kind.VISUAL, number, *grid_places(patches.grid), *patches.grid)
+            names = ("kind", "image", "frame", "row", "col", "grid_t", "grid_h", "grid_w")
+            for code, value in zip(names, values, strict=True):
+                codes[code][span] = value
+            visual_index[span] = patches.order + units
+            units += len(patches.order)
+        return TokenInfo(**codes), visual_index
+
+
+def _span(length: int, bounds: tuple[int, int]) -> NpArray:
+    span = np.zeros(length, np.float32)
+    span[slice(*bounds)] = 1
+    return span
+
+
+def _join(cuts: list[Patches], numbers: int) -> dict[str, NpArray]:
+    """Patches of several pictures end to end, their frames and windows numbered on."""
+    if not cuts:
+        none = np.zeros(0, np.int32)
+        return {
+            "patches": np.zeros((0, numbers), np.uint8),
+            "patch_segment": none,
+            "patch_place": np.zeros((0, 2), np.int32),
+            "patch_window": none,
+        }
+    if len(cuts) == 1:
+        only = cuts[0]
+        return {
+            "patches": only.pixels,
+            "patch_segment": only.segment,
+            "patch_place": only.place,
+            "patch_window": only.window,
+        }
+    frames = np.cumsum([0] + [int(patches.segment[-1]) for patches in cuts[:-1]])
+    windows = np.cumsum([0] + [int(patches.window[-1]) for patches in cuts[:-1]])
+    return {
+        "patches": np.concatenate([patches.pixels for patches in cuts]),
+        "patch_segment": np.concatenate([p.segment + n for p, n in zip(cuts, frames, strict=True)]).astype(np.int32),
+        "patch_place": np.concatenate([patches.place for patches in cuts]),
+        "patch_window": np.concatenate([p.window + n for p, n in zip(cuts, windows, strict=True)]).astype(np.int32),
+    }

@@ -1,0 +1,126 @@
+"""A sample as a source gives it, the example a processor makes of it, and what can be wrong with either."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+from rave_jax.batch import TokenInfo
+from rave_jax.typing import Float, Int, NpArray, UInt8
+
+Message = Mapping[str, Any]
+"""A chat message in HF form: `{"role": "system" | "user" | "assistant", "content": text or list of parts}`.
+
+A part is `{"type": "text", "text": str}`, `{"type": "image", "image": path | bytes | PIL image | uint8 array}` or
+`{"type": "video", "video": [frames, each as an image], "fps": frames per second}`. An image or video part may carry a
+`name` that errors then say in place of a path.
+"""
+
+
+class SampleError(ValueError):
+    """A sample that cannot be used. `reason` is the short name it is counted under; the message names the file."""
+
+    reason = "bad record"
+
+
+class ImageError(SampleError):
+    """A picture that cannot be read: broken, cut off, animated, too thin, or not a picture."""
+
+    reason = "broken image"
+
+
+class EmptyAnswer(SampleError):
+    """A conversation with nothing to learn: an answer is missing or blank."""
+
+    reason = "empty answer"
+
+
+class OverBudget(SampleError):
+    """A sample with more tokens or patches than its row holds. Nothing is ever cut to make it fit."""
+
+    reason = "over budget"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One conversation about zero or more pictures."""
+
+    id: str
+    """Name of the sample in its source, unique there."""
+    messages: tuple[Message, ...]
+    """The whole conversation; the last message is the assistant's answer, as it is trained."""
+    answers: tuple[str, ...]
+    """Accepted answers of the last question, the trained one first."""
+    metric: str = "exact_match"
+    """How a prediction is scored: exact_match, relaxed_accuracy or anls."""
+    source: str = ""
+    """Name of the source."""
+    evidence: tuple[float, float, float, float] | None = None
+    """Pixel box x1, y1, x2, y2 of the answer's evidence in the first picture, if known."""
+    template: str = ""
+    """The question with its contents left out: samples of one template ask the same kind of thing."""
+    task: str = ""
+    """The task the sample belongs to, for tables."""
+
+    @property
+    def prompt(self) -> tuple[Message, ...]:
+        """The conversation up to its last question: what generation starts from."""
+        return self.messages[:-1] if self.messages and self.messages[-1]["role"] == "assistant" else self.messages
+
+    @property
+    def question(self) -> str:
+        """Text of the last question, its pictures left out."""
+        for message in reversed(self.messages):
+            if message["role"] == "user":
+                return message_text(message)
+        return ""
+
+    @property
+    def images(self) -> tuple[Any, ...]:
+        """The pictures of the conversation in order, as they stand in its messages."""
+        parts = (part for m in self.messages if not isinstance(m["content"], str) for part in m["content"])
+        return tuple(part["image"] for part in parts if part["type"] == "image")
+
+
+def message_text(message: Message) -> str:
+    """The text of a message, its pictures left out."""
+    content = message["content"]
+    if isinstance(content, str):
+        return content
+    return "".join(part["text"] for part in content if part["type"] == "text")
+
+
+class Source(Protocol):
+    """Samples by index: random access, the same sample for the same index whoever asks."""
+
+    name: str
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Sample: ...
+
+
+class Example(NamedTuple):
+    """One conversation in numbers, before padding. The fields are those of `Batch` for one document.
+
+    Fields:
+        tokens: token ids, placeholders of pictures repeated once per merged patch.
+        loss_mask: 1 on tokens of answers (with the end-of-message token, without the header), 0 elsewhere.
+        info: token codes of one document (segment 1; images counted from 1).
+        positions: rotary positions: temporal, height, width.
+        visual_index: which merged patch of the document a visual token is; 0 for text.
+        patches: pixel values 0..255, in the layout `Batch` describes.
+        patch_segment, patch_place, patch_window: frame, place and window of each patch; frames and windows are
+            counted from 1.
+    """
+
+    tokens: Int[NpArray, "T"]
+    loss_mask: Float[NpArray, "T"]
+    info: TokenInfo
+    positions: Int[NpArray, "3 T"]
+    visual_index: Int[NpArray, "T"]
+    patches: UInt8[NpArray, "P C"]
+    patch_segment: Int[NpArray, "P"]
+    patch_place: Int[NpArray, "P 2"]
+    patch_window: Int[NpArray, "P"]

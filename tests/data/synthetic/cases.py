@@ -1,0 +1,31 @@
+"""The tasks under test, each with a picture size, and the scenes behind their samples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from rave_jax.data.synthetic import BarChart, Counting, DigitMosaic, PositionMosaic, Receipt
+from rave_jax.data.synthetic.base import Question, Split, generator
+
+TASKS = [
+    pytest.param(DigitMosaic(), 84, id="digit_mosaic"),
+    pytest.param(PositionMosaic(), 84, id="position_mosaic"),
+    pytest.param(PositionMosaic(min_grid=3, max_grid=4), 100, id="position_mosaic-4"),
+    pytest.param(BarChart(), 84, id="bar_chart"),
+    pytest.param(BarChart(marks="gridlines"), 84, id="bar_chart-gridlines"),
+    pytest.param(BarChart(ask=("colour", "label"), max_value=40), 196, id="bar_chart-labels"),
+    pytest.param(Counting(), 84, id="counting"),
+    pytest.param(Counting(grid=4, max_count=9, ask=("both",)), 112, id="counting-both"),
+    pytest.param(Receipt(), 224, id="receipt"),
+]
+
+
+def scenes(task: Any, split: Split, number: int, count: int = 1) -> Iterator[tuple[Any, tuple[Question, ...], Any]]:
+    """Scene, questions and the random stream after them, of a few samples."""
+    for index in range(number):
+        rng = generator(3, split, index)
+        scene, asked = task.draw(rng, split, count)
+        yield scene, asked, rng

@@ -1,0 +1,187 @@
+"""Batches of a run: any rows of any step, the same whoever asks, and what happens to samples that cannot be used."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rave_jax import config as configs
+from rave_jax.batch import Batch
+from rave_jax.config import ConfigError
+from rave_jax.data.pipeline import DataConfig, Pipeline, Stage
+from rave_jax.data.processor import Processor
+from rave_jax.data.sample import EmptyAnswer, ImageError, OverBudget, SampleError
+from rave_jax.data.sources import QaJsonl, Synthetic
+
+BROKEN = {"broken image", "empty answer", "over budget"}
+
+
+def arrays(batch: Batch) -> list[np.ndarray]:
+    """Every array of a batch, rows first."""
+    return [
+        *(np.moveaxis(a, 1, 0) if n == "positions" else a for n, a in batch._asdict().items() if n != "info"),
+        *batch.info,
+    ]
+
+
+def assert_same(first: Batch, second: Batch) -> None:
+    for a, b in zip(arrays(first), arrays(second), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def data(folder: Path, **changes: object) -> DataConfig:
+    source = QaJsonl(str(folder / "qa.jsonl"))
+    values = {"sources": (source,), "rows": 6, "tokens": 192, "patches": 64, "prefetch": 0, **changes}
+    return DataConfig(**values)
+
+
+@given(st.integers(0, 40), st.lists(st.integers(1, 5), max_size=3), st.sampled_from([1, 2]))
+def test_rows_do_not_depend_on_who_loads_them(processor: Processor, step: int, cuts: list[int], documents: int) -> None:
+    config = DataConfig(
+        sources=(Synthetic(length=1000), Synthetic(length=500, seed=1)),
+        stages=(Stage(), Stage(20, (3.0, 1.0))),
+        rows=6,
+        tokens=400 * documents,
+        patches=144 * documents,
+        documents_per_row=documents,
+        max_pixels=48 * 48,
+    )
+    small = Processor(processor.tokenizer, _limited(processor, config), processor.chat._template)
+    whole = Pipeline(config, small).rows(step, 0, 6)
+    assert whole.info.segment.max() == documents
+    other = Pipeline(config, small)
+    bounds = [0, *sorted(set(cuts)), 6]
+    parts = [other.rows(step, a, b) for a, b in itertools.pairwise(bounds)]
+    for row, pieces in zip(arrays(whole), zip(*map(arrays, parts), strict=True), strict=True):
+        np.testing.assert_array_equal(row, np.concatenate(pieces))
+
+
+def _limited(processor: Processor, config: DataConfig):
+    from dataclasses import replace
+
+    return replace(processor.settings, max_pixels=config.max_pixels)
+
+
+def test_bad_samples_are_skipped_named_and_counted(
+    qa_folder: Path, processor: Processor, caplog: pytest.LogCaptureFixture
+) -> None:
+    pipeline = Pipeline(data(qa_folder), processor)
+    with caplog.at_level(logging.WARNING, "rave_jax"):
+        batches = [pipeline.rows(step, 0, 6) for step in range(10)]
+    assert all((batch.loss_weights.sum(1) > 0).all() for batch in batches)
+    assert set(pipeline.skipped) == BROKEN
+    assert sum(pipeline.skipped.values()) >= 3 * 5  # 60 places are 6 walks through the 10 records
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == 3  # one line each, however often they come up
+    assert any("3.jpg" in line and "broken image" in line for line in lines)
+    assert any("q5" in line and "5.jpg" in line and "an answer is empty" in line for line in lines)
+    assert any("q7" in line and "tokens and 48 patches" in line for line in lines)
+
+
+def test_a_replacement_is_the_next_of_the_order(qa_folder: Path, processor: Processor) -> None:
+    pipeline = Pipeline(data(qa_folder), processor)
+    order = pipeline._order
+    for place in range(30):
+        source, draw = order.draw(place)
+        walk = (order.index(source, draw + n) for n in range(10))
+        expected = next(index for index in walk if index not in (3, 5, 7))
+        assert [sample.id for sample in pipeline.samples(*divmod(place, 6))] == [f"q{expected}"]
+
+
+@pytest.mark.parametrize(("record", "error"), [(3, ImageError), (5, EmptyAnswer), (7, OverBudget)])
+def test_bad_samples_can_be_fatal(record: int, error: type, qa_folder: Path, processor: Processor) -> None:
+    lines = (qa_folder / "qa.jsonl").read_text().splitlines()
+    (qa_folder / "qa.jsonl").write_text(lines[record] + "\n")
+    with pytest.raises(error, match=f"q{record}"):
+        Pipeline(data(qa_folder, on_error="fail"), processor).rows(0, 0, 1)
+    with pytest.raises(SampleError, match=rf"5 samples one after another.*q{record}"):
+        Pipeline(data(qa_folder, max_skips=4), processor).rows(0, 0, 1)
+
+
+def test_prefetching_changes_nothing(qa_folder: Path, processor: Processor) -> None:
+    plain = Pipeline(data(qa_folder), processor)
+    ahead = Pipeline(data(qa_folder, prefetch=3, workers=2), processor)
+    stream = ahead.stream(5, 1, 4)
+    for step in range(5, 12):
+        assert_same(next(stream), plain.rows(step, 1, 4))
+        assert ahead.skipped == plain.skipped  # what lies ahead is not counted before it is used
+    stream.close()
+    zero = plain.stream(5, 1, 4)
+    assert_same(next(zero), ahead.rows(5, 1, 4))
+
+
+def test_an_error_in_the_background_arrives(qa_folder: Path, processor: Processor) -> None:
+    stream = Pipeline(data(qa_folder, prefetch=2, on_error="fail"), processor).stream(0, 0, 6)
+    with pytest.raises(SampleError):
+        for _ in range(4):
+            next(stream)
+
+
+def test_state_is_json_and_restores(qa_folder: Path, processor: Processor) -> None:
+    first = Pipeline(data(qa_folder), processor)
+    for step in range(4):
+        first.rows(step, 0, 6)
+    state = json.loads(json.dumps(first.state(4)))
+    second = Pipeline(data(qa_folder), processor)
+    step = second.restore(state)
+    assert_same(second.rows(step, 0, 6), first.rows(4, 0, 6))
+    assert second.skipped == first.skipped
+    with pytest.raises(ConfigError, match=r"data\.seed is 1"):
+        Pipeline(data(qa_folder, seed=1), processor).restore(state)
+    with (qa_folder / "qa.jsonl").open("a") as file:
+        file.write("{}\n")
+    with pytest.raises(ConfigError, match=r"data\.samples is \[11\], expected \[10\] as in the run"):
+        Pipeline(data(qa_folder), processor).restore(state)
+
+
+def test_the_cache_changes_nothing_but_time(qa_folder: Path, processor: Processor) -> None:
+    cached, plain = Pipeline(data(qa_folder), processor), Pipeline(data(qa_folder, cache_mb=0), processor)
+    for step in range(6):
+        assert_same(cached.rows(step, 0, 6), plain.rows(step, 0, 6))
+    assert cached.skipped == plain.skipped
+    assert len(cached._cache._items) == 7
+    assert not plain._cache._items
+
+
+def test_the_curriculum_goes_by_step(qa_folder: Path, processor: Processor) -> None:
+    (qa_folder / "b").mkdir()
+    lines = [line.replace("images/", "../images/") for line in (qa_folder / "qa.jsonl").read_text().splitlines()]
+    (qa_folder / "b" / "qa.jsonl").write_text("\n".join([*lines[:3], lines[4]]))
+    sources = (QaJsonl(str(qa_folder / "qa.jsonl"), name="a"), QaJsonl(str(qa_folder / "b/qa.jsonl"), name="b"))
+    config = data(qa_folder, sources=sources, stages=(Stage(0, (1.0, 0.0)), Stage(3, (0.0, 1.0))))
+    pipeline = Pipeline(config, processor)
+    names = [{sample.source for row in range(6) for sample in pipeline.samples(step, row)} for step in range(6)]
+    assert names == [{"a"}] * 3 + [{"b"}] * 3
+
+
+def test_configs(qa_folder: Path, processor: Processor) -> None:
+    config = data(qa_folder, stages=(Stage(), Stage(9, (1.0,))))
+    assert configs.loads(DataConfig, configs.dumps(config)) == config
+    for changes, says in (
+        ({"stages": (Stage(1),)}, "a first stage at step 0"),
+        ({"stages": (Stage(), Stage(5), Stage(5))}, "ascending"),
+        ({"stages": (Stage(0, (1.0, 2.0)),)}, "one weight for each of 1"),
+        ({"sources": ()}, "at least one source"),
+        ({"rows": 0}, "rows is 0"),
+        ({"workers": 0}, "workers is 0"),
+    ):
+        with pytest.raises(ConfigError, match=says):
+            data(qa_folder, **changes)
+    with pytest.raises(ConfigError, match="not all 0"):
+        Stage(0, (0.0,))
+    (qa_folder / "empty.jsonl").write_text("\n")
+    with pytest.raises(ConfigError, match="at least one sample"):
+        Pipeline(data(qa_folder, sources=(QaJsonl(str(qa_folder / "empty.jsonl")),)), processor)
+    with pytest.raises(ConfigError, match="a range within 6 rows"):
+        Pipeline(config, processor).rows(0, 3, 7)
+
+
+def test_patch_budgets_are_whole_windows(qa_folder: Path, processor: Processor) -> None:
+    assert Pipeline(data(qa_folder, patches=50), processor).shape == (6, 192, 64)
