@@ -67,7 +67,8 @@ def from_json(cls: Any, data: Any, where: str = "config") -> Any:
     if origin in (Union, types.UnionType):
         return _union_from_json(args, data, where)
     if origin is Literal:
-        require(data in args, where, data, f"one of {', '.join(map(repr, args))}")
+        same = any(data == arg and type(data) is type(arg) for arg in args)  # True == 1, and is not meant
+        require(same, where, data, f"one of {', '.join(map(repr, args))}")
         return data
     if origin is tuple:
         require(isinstance(data, list), where, data, "a list")
@@ -186,18 +187,31 @@ def override[T](config: T, argv: Sequence[str], prog: str | None = None) -> T:
     return tyro.cli(type(config), default=config, args=list(argv), prog=prog, config=(tyro.conf.AvoidSubcommands,))
 
 
-def load_command_line(argv: Sequence[str], prog: str) -> Any:
-    """The config of `PROG CONFIG.py [--overrides]`; a `.json` file is a resolved config of a run.
+def load_command_line[T](cls: type[T], argv: Sequence[str], prog: str) -> T:
+    """The config of `PROG CONFIG [--overrides]`.
 
-    Exits with code 2 and one line when the config cannot be used.
+    CONFIG is a Python file with `get_config()`, or the resolved config of a run, a `.json` file. Exits with code 2
+    and one line when the config cannot be used.
     """
-    if not argv or argv[0].startswith("-"):
-        print(
-            f"usage: {prog} CONFIG.py [--field.name value ...]   (CONFIG.py --help lists the fields)", file=sys.stderr
-        )
-        raise SystemExit(0 if argv and argv[0] in ("-h", "--help") else 2)
+    usage = f"usage: {prog} CONFIG.py [--field.name value ...]   (CONFIG.py --help lists the fields)"
+    if argv and argv[0] in ("-h", "--help"):
+        print(usage)
+        raise SystemExit(0)
     try:
-        return override(load_file(argv[0]), argv[1:], prog=f"{prog} {argv[0]}")
+        if not argv or argv[0].startswith("-"):
+            raise ConfigError(f"the first word has to be a config file\n{usage}")
+        return override(_load(cls, argv[0]), argv[1:], prog=f"{prog} {argv[0]}")
     except ConfigError as error:
         print(f"{prog}: {error}", file=sys.stderr)
         raise SystemExit(2) from error
+
+
+def _load[T](cls: type[T], path: str) -> T:
+    if not path.endswith(".json"):
+        config = load_file(path)
+        require(isinstance(config, cls), f"get_config() of {path}", config, f"one of class {cls.__name__}")
+        return config
+    try:
+        return loads(cls, Path(path).read_text(encoding="utf-8"), where=path)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error})") from error

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from rave_jax.config import ConfigError, require
 
@@ -60,3 +60,12 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     devices = jax.devices() if devices is None else devices
     # Auto axes: shardings are propagated by the compiler and pinned by `sharding.shard` where it matters.
     return jax.make_mesh(config.sizes(len(devices)), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def abstract_mesh(config: MeshConfig, num_devices: int) -> AbstractMesh:
+    """The mesh that `config` makes of that many devices, without the devices.
+
+    Raises:
+        ConfigError: the sizes do not multiply to the number of devices.
+    """
+    return AbstractMesh(config.sizes(num_devices), AXES, axis_types=(AxisType.Auto,) * 3)

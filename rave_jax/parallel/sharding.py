@@ -10,12 +10,10 @@ import contextlib
 import math
 from collections.abc import Generator, Mapping
 from contextvars import ContextVar
-from typing import TypeVar
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-M = TypeVar("M")
 Axes = tuple[str | None, ...]
 
 RULES: Mapping[str, str | tuple[str, ...] | None] = {
@@ -34,21 +32,25 @@ RULES: Mapping[str, str | tuple[str, ...] | None] = {
     "layers": None,
 }
 
-_current_mesh: ContextVar[Mesh | None] = ContextVar("rave_jax_mesh", default=None)
+_current_mesh: ContextVar[Mesh | AbstractMesh | None] = ContextVar("rave_jax_mesh", default=None)
 
 
 @contextlib.contextmanager
-def use_mesh(mesh: Mesh) -> Generator[None]:
-    """Make `shard` constrain to this mesh. Enter it around tracing (jit's first call) and running alike."""
+def use_mesh(mesh: Mesh | AbstractMesh) -> Generator[None]:
+    """Make `shard` constrain to this mesh. Enter it around tracing (jit's first call) and running alike.
+
+    An abstract mesh, which has shape and no devices, serves tracing and lowering alone.
+    """
     token = _current_mesh.set(mesh)
     try:
-        with jax.set_mesh(mesh):
+        abstract = isinstance(mesh, AbstractMesh)
+        with jax.sharding.use_abstract_mesh(mesh) if abstract else jax.set_mesh(mesh):
             yield
     finally:
         _current_mesh.reset(token)
 
 
-def partition_spec(axes: Axes, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+def partition_spec(axes: Axes, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
     """Where an array with these logical axes goes on the mesh.
 
     An axis whose size the mesh does not divide is kept whole (4 kv heads on 8 tensor ways, say); the
@@ -66,7 +68,7 @@ def partition_spec(axes: Axes, shape: tuple[int, ...], mesh: Mesh) -> PartitionS
     return PartitionSpec(*entries)
 
 
-def named_sharding(axes: Axes, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
+def named_sharding(axes: Axes, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> NamedSharding:
     """`partition_spec` as a NamedSharding."""
     return NamedSharding(mesh, partition_spec(axes, shape, mesh))
 
@@ -79,6 +81,6 @@ def shard(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, named_sharding(axes, x.shape, mesh))
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """The whole array on every device."""
     return NamedSharding(mesh, PartitionSpec())

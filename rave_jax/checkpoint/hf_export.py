@@ -1,0 +1,233 @@
+"""HuggingFace directory out: layout and keys that transformers loads, written whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Generator
+from pathlib import Path
+from typing import NamedTuple
+
+import jax
+import ml_dtypes
+import numpy as np
+from jax.sharding import NamedSharding
+
+from rave_jax.checkpoint import native, sidecar
+from rave_jax.checkpoint.hf_files import (
+    CONFIG,
+    INDEX,
+    SIDECAR,
+    SIDECAR_JSON,
+    SINGLE,
+    carried_files,
+    has_weights,
+    index_of,
+    read_weights,
+)
+from rave_jax.checkpoint.naming import extra_parameters, global_names, rules_of
+from rave_jax.checkpoint.safetensors_file import CheckpointError, Planned, write_header, write_tensor
+from rave_jax.models.families import family_named
+from rave_jax.models.parameters import Place, locate, named_parameters
+from rave_jax.models.vlm import Vlm
+from rave_jax.parallel.sharding import replicated
+from rave_jax.typing import NpArray
+
+MAX_SHARD_BYTES = 5_000_000_000
+DTYPE_NAMES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+
+
+class Item(NamedTuple):
+    """A tensor to be written and where its numbers are."""
+
+    planned: Planned
+    place: Place
+
+
+def export_hf(
+    model: Vlm,
+    destination: str | Path,
+    source: str | Path | None = None,
+    *,
+    dtype: str | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> Path:
+    """Write a model as a HuggingFace directory. Every process of a job calls it; the first one writes.
+
+    Args:
+        model: with parameters on any mesh.
+        destination: a directory that is not there yet (or empty).
+        source: the directory that the model came from: its config, tokenizer and processor files are carried along
+            byte for byte, and its style of keys is kept. None writes a config made from ours, and no tokenizer.
+        dtype: number type of what is written, "float32" or "bfloat16"; None writes each parameter as it is.
+        max_shard_bytes: a file takes no more, unless one tensor alone does.
+
+    Returns:
+        the destination.
+
+    Raises:
+        CheckpointError: the destination is not free, cannot be written or has too little room. Nothing is left there.
+    """
+    source = None if source is None else Path(source)
+    target = None if dtype is None else DTYPE_NAMES[dtype]
+    family = family_named(model.config.family)
+    rename = family.other_key if keeps_other_keys(model, source) else lambda key: key
+    params = named_parameters(model)
+
+    def item(key: str, shape: tuple[int, ...], place: Place) -> Item:
+        stored = np.dtype(params[place.path].dtype)
+        return Item(Planned(key, stored if target is None or place.path in extras else target, shape), place)
+
+    extras = extra_parameters(model)
+    backbone = [item(rename(rule.hf_key), rule.shape, locate(model, rule)) for rule in rules_of(model)]
+    beside = [
+        item(name, _layer_shape(params[p].shape, n), Place(p, n)) for p in extras for name, n in _layers(model, p)
+    ]
+    files = _divide(backbone, max_shard_bytes) | ({SIDECAR: beside} if beside else {})
+    total = sum(i.planned.nbytes for items in files.values() for i in items)
+    with written_whole(Path(destination), total) as folder:
+        for name, items in files.items():
+            _write_file(None if folder is None else folder / name, items, params)
+        if folder is not None:
+            _write_small_files(folder, model, source, {name: items for name, items in files.items() if name != SIDECAR})
+    return Path(destination)
+
+
+def keeps_other_keys(model: Vlm, source: Path | None) -> bool:
+    """Has the directory that the model came from keys in the family's other style?"""
+    if source is not None and native.is_native(source):
+        return native.has_other_key_style(source)
+    if source is None or not has_weights(source):
+        return False
+    family = family_named(model.config.family)
+    stored = index_of(source) or read_weights(source).tensors
+    return any(family.canonical_key(key) != key for key in stored)
+
+
+def _layers(model: Vlm, path: str) -> list[tuple[str, int | None]]:
+    names = global_names(model, path)
+    return [(names[0], None)] if names == [path] else [(name, n) for n, name in enumerate(names)]
+
+
+def _layer_shape(shape: tuple[int, ...], index: int | None) -> tuple[int, ...]:
+    return shape if index is None else shape[1:]
+
+
+def _divide(items: list[Item], limit: int) -> dict[str, list[Item]]:
+    """Files in order, none above the limit unless for one tensor."""
+    groups: list[list[Item]] = [[]]
+    size = 0
+    for item in items:
+        if groups[-1] and size + item.planned.nbytes > limit:
+            groups.append([])
+            size = 0
+        groups[-1].append(item)
+        size += item.planned.nbytes
+    if len(groups) == 1:
+        return {SINGLE: groups[0]}
+    count = len(groups)
+    return {f"model-{n:05d}-of-{count:05d}.safetensors": group for n, group in enumerate(groups, start=1)}
+
+
+def _write_file(path: Path | None, items: list[Item], params: dict) -> None:
+    # Wide types first: then every tensor starts at a multiple of its number's size.
+    items = sorted(items, key=lambda i: -i.planned.dtype.itemsize)
+    with contextlib.ExitStack() as stack:
+        file = None if path is None else stack.enter_context(path.open("wb"))
+        if file is not None:
+            write_header(file, [i.planned for i in items])
+        for planned, place in items:
+            value = gather(params[place.path][...], place.index)
+            if file is not None:
+                write_tensor(file, value.reshape(planned.shape).astype(planned.dtype, copy=False))
+        if file is not None:
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _write_small_files(folder: Path, model: Vlm, source: Path | None, files: dict[str, list[Item]]) -> None:
+    if len(files) > 1:
+        total = sum(i.planned.nbytes for items in files.values() for i in items)
+        where = {i.planned.key: name for name, items in files.items() for i in items}
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    if source is None:
+        config = family_named(model.config.family).render(model.config)
+        config["dtype"] = str(np.dtype(model.embed.weight.dtype))
+        (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    else:
+        copy_small_files(source, folder)
+    if sidecar.needs_sidecar(model.options):
+        (folder / SIDECAR_JSON).write_text(sidecar.options_text(model.options))
+
+
+def copy_small_files(source: Path, folder: Path) -> None:
+    """Config, tokenizer, processor and licence files, byte for byte."""
+    for file in carried_files(source):
+        shutil.copyfile(file, folder / file.name)
+
+
+@functools.partial(jax.jit, static_argnames="where")
+def _layer(x: jax.Array, index: jax.Array, where: NamedSharding | None) -> jax.Array:
+    layer = jax.lax.dynamic_index_in_dim(x, index, keepdims=False)
+    return layer if where is None else jax.lax.with_sharding_constraint(layer, where)
+
+
+@functools.partial(jax.jit, static_argnames="where")
+def _whole(x: jax.Array, where: NamedSharding) -> jax.Array:
+    return jax.lax.with_sharding_constraint(x, where)
+
+
+def gather(x: jax.Array, index: int | None) -> NpArray:
+    """One tensor on the host: all of x, or one layer of it. Devices hold one tensor more while it runs."""
+    where = replicated(x.sharding.mesh) if isinstance(x.sharding, NamedSharding) else None
+    if index is not None:
+        x = _layer(x, index, where)
+    elif where is not None and not x.is_fully_addressable:
+        x = _whole(x, where)
+    return np.asarray(x if x.is_fully_addressable else x.addressable_data(0))
+
+
+@contextlib.contextmanager
+def written_whole(destination: Path, nbytes: int) -> Generator[Path | None]:
+    """A new folder beside the destination, moved there in one step at the end; nothing is left after an error.
+
+    Args:
+        destination: not there yet, or an empty directory.
+        nbytes: how much will be written.
+
+    Yields:
+        the folder, or None in processes other than the first.
+
+    Raises:
+        CheckpointError: not free, read-only, full.
+    """
+    if jax.process_index() > 0:
+        yield None
+        return
+    destination = Path(os.path.abspath(destination))
+    folder = None
+    try:
+        if destination.is_dir() and any(destination.iterdir()):
+            raise CheckpointError(f"{destination}: is there already and not empty; nothing was written")
+        if destination.exists() and not destination.is_dir():
+            raise CheckpointError(f"{destination}: is there already and no directory; nothing was written")
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(destination.parent).free
+        if free < nbytes:
+            raise CheckpointError(f"{destination}: {nbytes:,} bytes are needed, but {free:,} are free")
+        folder = Path(tempfile.mkdtemp(dir=destination.parent, prefix=f".{destination.name}.unfinished-"))
+        yield folder
+        folder.chmod(0o755)  # mkdtemp makes folders that only their owner reads
+        folder.rename(destination)
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot write {destination}: {error.strerror or error}; nothing is left there"
+        ) from error
+    finally:
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)

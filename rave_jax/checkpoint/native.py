@@ -1,0 +1,163 @@
+"""Native checkpoint: parameters as orbax writes them, with config, tokenizer and processor files beside.
+
+    DIR/parameters/     {path: array}, in the cut of the stack that the mechanisms of DIR/rave_jax.json make
+    DIR/native.json     format, and the HuggingFace style of keys it came from
+    DIR/rave_jax.json   the ModelOptions, if mechanisms or adapters were written
+    DIR/config.json     and its like: carried along from the HuggingFace directory
+
+`import_hf`, and so the `init` of every config, reads it like a HuggingFace directory.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from orbax.checkpoint import v1 as ocp
+
+from rave_jax.checkpoint import sidecar
+from rave_jax.checkpoint.hf_files import NATIVE, SIDECAR_JSON, read_json
+from rave_jax.checkpoint.naming import extra_parameters, global_names, places
+from rave_jax.checkpoint.safetensors_file import CheckpointError
+from rave_jax.checkpoint.target import abstract_model, fresh_parameters, parameter_shardings
+from rave_jax.models.config import ModelOptions, VlmConfig
+from rave_jax.models.parameters import Place, named_parameters, with_values
+from rave_jax.models.vlm import Vlm
+
+PARAMETERS = "parameters"
+FORMAT = 1
+
+
+def is_native(directory: Path) -> bool:
+    """Is this a native checkpoint?"""
+    return (directory / NATIVE).is_file()
+
+
+def has_other_key_style(directory: Path) -> bool:
+    """Did it come from HuggingFace files with keys in the family's other style?
+
+    Raises:
+        CheckpointError: written in another format.
+    """
+    data = read_json(directory / NATIVE)
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        raise CheckpointError(f"{directory / NATIVE}: expected an object with format {FORMAT}")
+    return bool(data.get("other_key_style"))
+
+
+def write_into(folder: Path, model: Vlm, other_key_style: bool) -> None:
+    """Fill a folder with a native checkpoint, but for the files that are carried along. For one process."""
+    values = {path: param[...] for path, param in named_parameters(model).items()}
+    ocp.save(str(folder.resolve() / PARAMETERS), values)
+    text = json.dumps({"format": FORMAT, "other_key_style": other_key_style}, indent=2) + "\n"
+    (folder / NATIVE).write_text(text)
+    if sidecar.needs_sidecar(model.options):
+        (folder / SIDECAR_JSON).write_text(sidecar.options_text(model.options))
+
+
+def stored_dtypes(directory: Path) -> dict[str, np.dtype]:
+    """Number type of every stored parameter, by path.
+
+    Raises:
+        CheckpointError: the parameters cannot be read.
+    """
+    return {path: np.dtype(leaf.dtype) for path, leaf in _metadata(directory).items()}
+
+
+def _metadata(directory: Path) -> dict:
+    try:
+        return dict(ocp.metadata(str(directory.resolve() / PARAMETERS)).metadata)
+    except (ValueError, KeyError, TypeError, OSError, ocp.errors.InvalidLayoutError) as error:
+        raise CheckpointError(f"{directory / PARAMETERS}: cannot be read: {_first_line(error)}") from error
+
+
+def restore(
+    directory: Path, config: VlmConfig, options: ModelOptions, mesh: Mesh | None, key: jax.Array, *, as_stored: bool
+) -> Vlm:
+    """The model of a native checkpoint on the mesh.
+
+    Args:
+        directory: the checkpoint.
+        config: of the model.
+        options: how to build it. `sidecar.check_same` has allowed them.
+        mesh: where parameters go; None is the first device.
+        key: starts parameters that the checkpoint does not hold.
+        as_stored: keep the stored number types rather than cast to the options'.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be read or holds another model.
+    """
+    stored_model = abstract_model(config, sidecar.saved_options(directory) or ModelOptions())
+    dtypes = stored_dtypes(directory)
+    shapes = {path: tuple(leaf.shape) for path, leaf in _metadata(directory).items()}
+    expected = {path: param.shape for path, param in named_parameters(stored_model).items()}
+    if shapes != expected:
+        wrong = sorted(p for p in shapes.keys() | expected.keys() if shapes.get(p) != expected.get(p))
+        raise CheckpointError(
+            f"{directory}: holds another model than its config.json says: "
+            + "; ".join(f"{p} is {shapes.get(p)}, expected {expected.get(p)}" for p in wrong)
+        )
+    where = parameter_shardings(stored_model, mesh)
+    target = {p: jax.ShapeDtypeStruct(shape, dtypes[p], sharding=where[p]) for p, shape in shapes.items()}
+    try:
+        values = ocp.load(str(directory.resolve() / PARAMETERS), target)
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise CheckpointError(f"{directory / PARAMETERS}: cannot be read: {_first_line(error)}") from error
+    model = abstract_model(config, options)
+    return with_values(model, _recut(values, stored_model, model, config, options, mesh, key, as_stored))
+
+
+def _recut(
+    values: dict[str, jax.Array],
+    stored: Vlm,
+    model: Vlm,
+    config: VlmConfig,
+    options: ModelOptions,
+    mesh: Mesh | None,
+    key: jax.Array,
+    as_stored: bool,
+) -> dict[str, jax.Array]:
+    """The stored parameters in the cut and number types of `model`; what is not stored begins fresh."""
+    known = places(stored)
+    where = parameter_shardings(model, mesh)
+    fresh = {p: where[p] for p in extra_parameters(model) if global_names(model, p)[0] not in known}
+    result = fresh_parameters(config, options, key, fresh)
+    for path, param in named_parameters(model).items():
+        if path in fresh:
+            continue
+        sources = [known[name] for name in global_names(model, path)]
+        dtype = values[sources[0].path].dtype if as_stored else param.dtype
+        runs = _runs(sources)
+        whole = len(runs) == 1 and values[runs[0][0]].shape == param.shape
+        if whole and values[runs[0][0]].dtype == dtype:
+            result[path] = values[runs[0][0]]
+            continue
+        cut = functools.partial(_join, spans=tuple(None if whole else span for _, span in runs), dtype=dtype)
+        result[path] = jax.jit(cut, out_shardings=where[path])([values[p] for p, _ in runs])
+    return result
+
+
+def _runs(sources: list[Place]) -> list[tuple[str, tuple[int, int]]]:
+    """Consecutive layers of one stored parameter as (path, (start, stop))."""
+    runs: list[tuple[str, tuple[int, int]]] = []
+    for path, index in sources:
+        n = index or 0
+        if runs and runs[-1][0] == path and runs[-1][1][1] == n:
+            runs[-1] = (path, (runs[-1][1][0], n + 1))
+        else:
+            runs.append((path, (n, n + 1)))
+    return runs
+
+
+def _join(parts: list[jax.Array], spans: tuple[tuple[int, int] | None, ...], dtype: jnp.dtype) -> jax.Array:
+    cut = [x if span is None else x[slice(*span)] for x, span in zip(parts, spans, strict=True)]
+    return jnp.concatenate([x.astype(dtype) for x in cut]) if len(cut) > 1 else cut[0].astype(dtype)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

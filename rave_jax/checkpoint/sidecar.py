@@ -1,0 +1,64 @@
+"""What a HuggingFace checkpoint has no slot for, written beside it.
+
+`rave_jax.json` holds the `ModelOptions`; `rave_jax.safetensors` the parameters of mechanisms and adapters, by global
+layer number (`decoder.layers.7.mechanisms.0.key_proj`). transformers ignores both files.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from rave_jax import config as configs
+from rave_jax.checkpoint.hf_files import SIDECAR, SIDECAR_JSON, read_json
+from rave_jax.checkpoint.safetensors_file import CheckpointError
+from rave_jax.models.config import ModelOptions
+
+FORMAT = 1
+
+
+def saved_options(directory: Path) -> ModelOptions | None:
+    """The options that were written beside a checkpoint, or None where nothing was.
+
+    Raises:
+        CheckpointError: the file is not what we write, or the parameters lie there without it.
+    """
+    path = directory / SIDECAR_JSON
+    if not path.is_file():
+        if (directory / SIDECAR).is_file():
+            raise CheckpointError(
+                f"{directory}: {SIDECAR} is there without {SIDECAR_JSON}, which says what it belongs to"
+            )
+        return None
+    data = read_json(path)
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        found = data.get("format") if isinstance(data, dict) else data
+        raise CheckpointError(f"{path}: format is {found!r}, expected {FORMAT}")
+    return configs.from_json(ModelOptions, data.get("options"), f"{path}: options")
+
+
+def options_text(options: ModelOptions) -> str:
+    """The text of `rave_jax.json`."""
+    return json.dumps({"format": FORMAT, "options": configs.to_json(options)}, indent=2) + "\n"
+
+
+def needs_sidecar(options: ModelOptions) -> bool:
+    """Would reading the HuggingFace files alone give another model?"""
+    return bool(options.mechanisms) or options.lora is not None
+
+
+def check_same(directory: Path, saved: ModelOptions | None, asked: ModelOptions) -> None:
+    """Refuse to read parameters into a model that they were not trained in.
+
+    Raises:
+        CheckpointError: mechanisms or adapters differ from those written beside the checkpoint.
+    """
+    if saved is None or not needs_sidecar(saved):
+        return
+    for field in ("mechanisms", "lora"):
+        there, here = getattr(saved, field), getattr(asked, field)
+        if there != here:
+            raise CheckpointError(
+                f"{directory}: was written with {field} {there}, but {here} is asked for: ask for the same, or move "
+                f"{SIDECAR_JSON} and {SIDECAR} away to start from the backbone alone"
+            )

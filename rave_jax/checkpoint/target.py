@@ -1,0 +1,44 @@
+"""What a checkpoint is read into: the model without its numbers, where they go, and those that begin fresh."""
+
+from __future__ import annotations
+
+import jax
+from flax import nnx
+from jax.sharding import Mesh, Sharding, SingleDeviceSharding
+
+from rave_jax.models.config import ModelOptions, VlmConfig
+from rave_jax.models.parameters import named_parameters, param_axes
+from rave_jax.models.vlm import Vlm
+from rave_jax.parallel.sharding import named_sharding
+
+
+def abstract_model(config: VlmConfig, options: ModelOptions) -> Vlm:
+    """The model without its numbers."""
+    return jax.eval_shape(lambda: Vlm(config, options, key=jax.random.key(0)))
+
+
+def is_stacked(param: nnx.Param) -> bool:
+    """Has this parameter a layer axis in front?"""
+    return param_axes(param)[:1] == ("layers",)
+
+
+def parameter_shardings(model: Vlm, mesh: Mesh | None) -> dict[str, Sharding]:
+    """Where each parameter goes: by the sharding rules on a mesh, else the first device."""
+    params = named_parameters(model)
+    if mesh is None:
+        return dict.fromkeys(params, SingleDeviceSharding(jax.local_devices()[0]))
+    return {path: named_sharding(param_axes(param), param.shape, mesh) for path, param in params.items()}
+
+
+def fresh_parameters(
+    config: VlmConfig, options: ModelOptions, key: jax.Array, places: dict[str, Sharding]
+) -> dict[str, jax.Array]:
+    """Only these parameters of a newly made model: the compiler drops what the others would take."""
+    if not places:
+        return {}
+
+    def make(key: jax.Array) -> dict[str, jax.Array]:
+        params = named_parameters(Vlm(config, options, key=key))
+        return {path: params[path][...] for path in places}
+
+    return jax.jit(make, out_shardings=places)(key)

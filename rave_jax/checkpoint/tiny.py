@@ -1,0 +1,191 @@
+"""A small random model as a complete HuggingFace directory, through the exporter.
+
+Start of the weights, as `Vlm` makes them: linears normal with standard deviation 1/sqrt(fan_in), which keeps the size
+of activations at any width (HF's fixed 0.02 is a quarter of that at a width of 128); the embedding table normal with
+0.02; biases zero, norms one.
+
+The tokenizer has one token per byte and no merges, so it needs no corpus and reads any text.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+from rave_jax.checkpoint.hf_export import export_hf
+from rave_jax.config import require
+from rave_jax.models.config import ModelOptions, TextConfig, VisionConfig, VlmConfig
+from rave_jax.models.families import family_named
+from rave_jax.models.vlm import Vlm
+
+FAMILY = "qwen2_5_vl"
+BYTES = 256
+SPECIAL = (
+    "<|endoftext|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|vision_start|>",
+    "<|vision_end|>",
+    "<|image_pad|>",
+    "<|video_pad|>",
+)
+IDS = {token: BYTES + n for n, token in enumerate(SPECIAL)}
+VOCAB_SIZE = 272
+"""Rows of the embedding table: 256 bytes and 7 special tokens, rounded up so that devices can share it."""
+
+CHAT_TEMPLATE = """\
+{%- macro written(content) -%}
+  {%- if content is string -%}{{- content -}}
+  {%- else -%}
+    {%- for part in content -%}
+      {%- if part.type == 'image' -%}<|vision_start|><|image_pad|><|vision_end|>
+      {%- elif part.type == 'video' -%}<|vision_start|><|video_pad|><|vision_end|>
+      {%- else -%}{{- part.text -}}
+      {%- endif -%}
+    {%- endfor -%}
+  {%- endif -%}
+{%- endmacro -%}
+{%- for message in messages -%}
+  {{- '<|im_start|>' + message.role + '\\n' + written(message.content) + '<|im_end|>\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}
+"""
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """A small random model with a byte-level tokenizer, written into the run directory in HuggingFace format."""
+
+    seed: int = 0
+    """Seed of the weights."""
+    hidden_size: int = 128
+    """Width of the decoder."""
+    num_layers: int = 4
+    """Decoder layers."""
+    num_heads: int = 4
+    """Query heads of the decoder."""
+    num_kv_heads: int = 2
+    """Key/value heads of the decoder."""
+    mlp_size: int = 256
+    """Mlp width of the decoder."""
+    vision_hidden_size: int = 128
+    """Width of the tower."""
+    vision_layers: int = 2
+    """Blocks of the tower."""
+    vision_heads: int = 4
+    """Heads of the tower."""
+    vision_mlp_size: int = 256
+    """Mlp width of the tower."""
+
+    def __post_init__(self) -> None:
+        ok = self.hidden_size % self.num_heads == 0 and self.hidden_size // self.num_heads % 2 == 0
+        require(ok, "hidden_size", self.hidden_size, f"num_heads {self.num_heads} times an even number")
+        for name in ("hidden_size", "vision_hidden_size"):
+            require(getattr(self, name) > 0, name, getattr(self, name), "above 0")
+
+
+def tiny_config(sizes: Tiny) -> VlmConfig:
+    """The model config. The last block of the tower attends over the whole frame; half of the rotary frequencies
+    turn with time, a quarter each (about) with height and width."""
+    half = sizes.hidden_size // sizes.num_heads // 2
+    side = math.ceil(half / 4) if half > 2 else half // 3
+    text = TextConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=sizes.hidden_size,
+        num_layers=sizes.num_layers,
+        num_heads=sizes.num_heads,
+        num_kv_heads=sizes.num_kv_heads,
+        head_dim=sizes.hidden_size // sizes.num_heads,
+        mlp_size=sizes.mlp_size,
+        mrope_section=(half - 2 * side, side, side),
+        tie_embeddings=True,
+    )
+    vision = VisionConfig(
+        depth=sizes.vision_layers,
+        hidden_size=sizes.vision_hidden_size,
+        num_heads=sizes.vision_heads,
+        mlp_size=sizes.vision_mlp_size,
+        full_attention_blocks=(sizes.vision_layers - 1,),
+        out_size=sizes.hidden_size,
+    )
+    return VlmConfig(
+        text=text,
+        vision=vision,
+        image_token_id=IDS["<|image_pad|>"],
+        video_token_id=IDS["<|video_pad|>"],
+        vision_start_token_id=IDS["<|vision_start|>"],
+        vision_end_token_id=IDS["<|vision_end|>"],
+        eos_token_ids=(IDS["<|im_end|>"],),
+        family=FAMILY,
+    )
+
+
+def byte_tokenizer() -> Tokenizer:
+    """One token per byte of UTF-8, and the special tokens of Qwen's chat format."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    assert len(alphabet) == BYTES
+    tokenizer = Tokenizer(models.BPE(vocab={char: n for n, char in enumerate(alphabet)}, merges=[]))
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
+    return tokenizer
+
+
+def write_tiny(destination: str | Path, sizes: Tiny = Tiny()) -> Path:
+    """Write the model, its tokenizer and its processor settings.
+
+    Args:
+        destination: a directory that is not there yet (or empty).
+        sizes: of the model, and its seed.
+
+    Raises:
+        ConfigError: sizes that make no model, or a destination that cannot be written.
+    """
+    config = tiny_config(sizes)
+    options = ModelOptions(param_dtype="float32")
+    model = jax.jit(lambda key: Vlm(config, options, key=key))(jax.random.key(sizes.seed))
+    with tempfile.TemporaryDirectory() as folder:
+        byte_tokenizer().save(str(Path(folder) / "tokenizer.json"))
+        for name, data in _settings(config).items():
+            (Path(folder) / name).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+        return export_hf(model, destination, folder)
+
+
+def _settings(config: VlmConfig) -> dict[str, Any]:
+    vision = config.vision
+    assert vision is not None
+    end, pad = IDS["<|im_end|>"], IDS["<|endoftext|>"]
+    unit = (vision.patch_size * vision.merge_size) ** 2
+    ids = {"bos_token_id": pad, "pad_token_id": pad}
+    return {
+        "config.json": family_named(FAMILY).render(config) | {"dtype": "float32"} | ids,
+        "generation_config.json": {**ids, "eos_token_id": [end, pad], "do_sample": False},
+        "tokenizer_config.json": {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "chat_template": CHAT_TEMPLATE,
+            "eos_token": "<|im_end|>",
+            "pad_token": "<|endoftext|>",
+            "additional_special_tokens": list(SPECIAL),
+            "clean_up_tokenization_spaces": False,
+            "model_max_length": config.text.max_position,
+        },
+        "preprocessor_config.json": {
+            "image_processor_type": "Qwen2VLImageProcessor",
+            "processor_class": "Qwen2_5_VLProcessor",
+            "patch_size": vision.patch_size,
+            "temporal_patch_size": vision.temporal_patch_size,
+            "merge_size": vision.merge_size,
+            "min_pixels": unit,
+            "max_pixels": 1024 * unit,
+            "image_mean": list(vision.pixel_mean),
+            "image_std": list(vision.pixel_std),
+        },
+    }

@@ -1,0 +1,144 @@
+"""Does a checkpoint fit a model? Every key, shape and number type is compared before anything is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from rave_jax.checkpoint.hf_files import SIDECAR, Weights, read_weights
+from rave_jax.checkpoint.naming import extra_parameters, global_names, places, rules_of
+from rave_jax.checkpoint.safetensors_file import DTYPES, CheckpointError, Slice, Stored, read_header, read_into
+from rave_jax.models.families import family_named
+from rave_jax.models.parameters import locate, named_parameters
+from rave_jax.models.vlm import Vlm
+from rave_jax.typing import NpArray
+
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+
+class Match(NamedTuple):
+    """Where every parameter's numbers are.
+
+    Fields:
+        sources: for each parameter the stored tensors, one per layer of a stacked one.
+        fresh: parameters with no stored numbers, which begin at their start.
+        other_style: are keys in the family's other style?
+    """
+
+    sources: dict[str, list[Stored]]
+    fresh: list[str]
+    other_style: bool
+
+
+def match(directory: Path, model: Vlm, with_sidecar: bool) -> Match:
+    """Find each parameter of an abstract model in the directory.
+
+    Args:
+        directory: in HuggingFace format.
+        model: from `jax.eval_shape`.
+        with_sidecar: must parameters beyond the backbone be in the side-car? Otherwise they begin fresh.
+
+    Raises:
+        CheckpointError: lists everything that does not fit, with keys and files.
+    """
+    weights = read_weights(directory)
+    problems = list(weights.problems)
+    found = _by_canonical_key(weights, model, problems)
+    sources: dict[str, dict[int, Stored]] = {}
+    broken = _files_without_keys(weights)
+    for rule in rules_of(model):
+        path, index = locate(model, rule)
+        stored = found.pop(rule.hf_key, None)
+        if stored is None:
+            if not broken:
+                problems.append(f"{rule.hf_key}: missing (not in {' or '.join(weights.files)})")
+            continue
+        problems += _misfits(stored, rule.shape)
+        sources.setdefault(path, {})[index or 0] = stored
+    head = found.pop(HEAD, None) if model.config.text.tie_embeddings else None
+    problems += [
+        f"{stored.key} ({stored.file.name}): no parameter of the model belongs to it" for stored in found.values()
+    ]
+    extras = extra_parameters(model)
+    if with_sidecar:
+        problems += _match_sidecar(directory / SIDECAR, model, extras, sources)
+    if not problems and head is not None:
+        problems += _differing_head(head, sources["embed.weight"][0])
+    if problems:
+        raise CheckpointError(refusal(directory, problems))
+    style = any(family_named(model.config.family).canonical_key(key) != key for key in weights.tensors)
+    ordered = {path: [by_layer[n] for n in sorted(by_layer)] for path, by_layer in sources.items()}
+    return Match(ordered, [] if with_sidecar else extras, style)
+
+
+def refusal(directory: Path, problems: list[str]) -> str:
+    """One message that lists everything."""
+    if len(problems) == 1:
+        return f"{directory} does not fit: {problems[0]}"
+    return "\n  ".join([f"{directory} does not fit, {len(problems)} problems:", *problems])
+
+
+def _by_canonical_key(weights: Weights, model: Vlm, problems: list[str]) -> dict[str, Stored]:
+    family = family_named(model.config.family)
+    found: dict[str, Stored] = {}
+    for key, stored in weights.tensors.items():
+        name = family.canonical_key(key)
+        if name in found:
+            problems.append(
+                f"{key} ({stored.file.name}): the same parameter as {found[name].key} ({found[name].file.name})"
+            )
+        found[name] = stored
+    return found
+
+
+def _files_without_keys(weights: Weights) -> bool:
+    """Is there a file whose keys could not be read? Its problem is stated once, not once per missing key."""
+    return {stored.file.name for stored in weights.tensors.values()} != set(weights.files)
+
+
+def _misfits(stored: Stored, shape: tuple[int, ...]) -> list[str]:
+    where = f"{stored.key} ({stored.file.name})"
+    problems = []
+    if stored.shape != shape:
+        problems.append(f"{where}: its shape is {list(stored.shape)}, expected {list(shape)}")
+    if stored.dtype not in DTYPES:
+        problems.append(f"{where}: its number type is {stored.dtype}, expected {' or '.join(DTYPES)}")
+    return problems
+
+
+def _match_sidecar(path: Path, model: Vlm, extras: list[str], sources: dict[str, dict[int, Stored]]) -> list[str]:
+    if not extras and not path.is_file():
+        return []
+    found, problems = read_header(path)
+    known = places(model)
+    shapes: Mapping[str, tuple[int, ...]] = {p: param.shape for p, param in named_parameters(model).items()}
+    for name in [name for extra in extras for name in global_names(model, extra)]:
+        place = known[name]
+        stored = found.pop(name, None)
+        if stored is None:
+            problems.append(f"{name}: missing (not in {path.name})")
+            continue
+        shape = shapes[place.path]
+        problems += _misfits(stored, shape if place.index is None else shape[1:])
+        sources.setdefault(place.path, {})[place.index or 0] = stored
+    return problems + [f"{key} ({path.name}): no parameter of the model belongs to it" for key in found]
+
+
+def _differing_head(head: Stored, embedding: Stored) -> list[str]:
+    """A checkpoint may repeat the tied embedding table as its head; another head would be lost silently."""
+    where = f"{head.key} ({head.file.name})"
+    if head.shape == embedding.shape and head.dtype == embedding.dtype:
+        rows = max(1, (4 << 20) // max(1, head.shape[1] * DTYPES[head.dtype].itemsize))
+        spans = [slice(n, min(n + rows, head.shape[0])) for n in range(0, head.shape[0], rows)]
+        if all(np.array_equal(_rows(head, span), _rows(embedding, span)) for span in spans):
+            return []
+    return [f"{where}: the config ties the head to {embedding.key}, but the two differ"]
+
+
+def _rows(stored: Stored, span: slice) -> NpArray:
+    out = np.empty((span.stop - span.start, stored.shape[1]), DTYPES[stored.dtype])
+    read_into(stored, stored.shape, [Slice(out, (span, slice(None)))])
+    return out.view(np.uint8)

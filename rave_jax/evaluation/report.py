@@ -1,0 +1,144 @@
+"""The page about a run: `report.md` from the files that training and evaluation left beside it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rave_jax.evaluation.config import Report
+from rave_jax.evaluation.summary import HEADINGS
+from rave_jax.look.curves import save_loss_curve
+from rave_jax.observe.metrics import read_jsonl
+
+EVALUATION = "evaluation"
+_LONGEST = 160
+
+
+def write_report(config: Report, run: Path) -> Path:
+    """Write `report.md`, and `loss.png` where the run has metrics.
+
+    Args:
+        config: the page.
+        run: the run directory; what it does not hold is left out of the page.
+
+    Returns:
+        the page's path.
+    """
+    page = [f"# {config.title}", ""]
+    page += _config(run / "config.json")
+    page += _training(run, config.smoothing)
+    for file in sorted(run.glob(f"{EVALUATION}/*/summary.json")):
+        page += _evaluation(json.loads(file.read_text(encoding="utf-8")), file.parent.relative_to(run))
+    path = run / "report.md"
+    path.write_text("\n".join(page).rstrip() + "\n", encoding="utf-8")
+    return path
+
+
+def _config(path: Path) -> list[str]:
+    if not path.is_file():
+        return []
+    config = json.loads(path.read_text(encoding="utf-8"))
+    rows = [[f"`{name}`", f"`{_short(value)}`"] for name, value in config.items() if name not in ("type", "final")]
+    return ["## Config", "", *_table(["field", "value"], rows), "", f"All of it: [{path.name}]({path.name}).", ""]
+
+
+def _short(value: Any) -> str:
+    """A config value in one line: class names in front of their fields, long ones cut."""
+
+    def text(value: Any) -> str:
+        if isinstance(value, dict):
+            fields = ", ".join(f"{k}={text(v)}" for k, v in value.items() if k != "type")
+            return f"{value.get('type', '')}({fields})"
+        if isinstance(value, list):
+            return "[" + ", ".join(map(text, value)) + "]"
+        return json.dumps(value, ensure_ascii=False)
+
+    line = text(value)
+    return (line if len(line) <= _LONGEST else line[: _LONGEST - 4] + " ...").replace("|", "/").replace("`", "'")
+
+
+def _training(run: Path, smoothing: int) -> list[str]:
+    file = run / "metrics.jsonl"
+    rows = [row for row in read_jsonl(file) if row.get("loss") is not None] if file.is_file() else []
+    if not rows:
+        return []
+    steps, losses = [int(row["step"]) for row in rows], [float(row["loss"]) for row in rows]
+    # Metrics are written every few steps; smoothing is said in steps.
+    apart = max((steps[-1] - steps[0]) / max(len(steps) - 1, 1), 1.0)
+    save_loss_curve(run / "loss.png", steps, losses, max(round(smoothing / apart), 1))
+    return [
+        "## Training",
+        "",
+        f"{steps[-1]:,} steps; loss {losses[0]:.3f} at step {steps[0]:,}, {losses[-1]:.3f} at step {steps[-1]:,}.",
+        "",
+        "![loss](loss.png)",
+        "",
+    ]
+
+
+def _evaluation(summary: Mapping[str, Any], folder: Path) -> list[str]:
+    names = list(summary["total"]["controls"])
+    header = ["task", "metric", "samples", "score", *(HEADINGS[name] for name in names)]
+    rows = []
+    for row in (*summary["tasks"], summary["total"]):
+        mark = "**" if row["task"] == "all" else ""
+        cells = [row["task"], row["metric"], f"{row['samples']:,}", f"{row['score']:.1%}"]
+        cells += [f"{row['controls'][name]:.1%}" for name in names]
+        rows.append([f"{mark}{cell}{mark}" for cell in cells])
+    page = [f"## Evaluation: {summary['name']}", "", *_table(header, rows, left=2), ""]
+    if summary["broken"]:
+        page += ["Left out: " + ", ".join(f"{n:,} {reason}" for reason, n in summary["broken"].items()) + ".", ""]
+    page += [f"Every prediction: [predictions.jsonl]({folder}/predictions.jsonl).", ""]
+    page += _gate(summary["gate"]) + _looking(summary["looking"])
+    for picture in summary["pictures"]:
+        page += [f"![attention of one answer]({folder}/{picture})", ""]
+    return page
+
+
+def _gate(gate: Mapping[str, Any] | None) -> list[str]:
+    if gate is None:
+        return []
+    floors = "; ".join(f"{HEADINGS[name]}: {value:.1%}" for name, value in gate["floors"].items())
+    return [
+        f"### Does it look? The gate {'holds' if gate['holds'] else 'does not hold'}.",
+        "",
+        *(f"- {finding}" for finding in gate["findings"]),
+        "",
+        f"The question-only floor, {gate['floor']:.1%}, is the largest of: {floors}.",
+        "",
+    ]
+
+
+def _looking(looking: Mapping[str, Any] | None) -> list[str]:
+    if looking is None:
+        return []
+    page = [
+        "### Where the answers look",
+        "",
+        f"{looking['on_picture']:.1%} of the answers' attention went to the picture ({looking['samples']:,} answers, "
+        "averaged over heads and layers).",
+        "",
+    ]
+    if looking["boxes"] is None:
+        return page
+    rows = [
+        [
+            task,
+            f"{b['samples']:,}",
+            f"{b['in_box']:.1%}",
+            f"{b['area']:.1%}",
+            f"{b['in_box'] / max(b['area'], 1e-9):.2f}",
+        ]
+        for task, b in [*looking["by_task"].items(), ("all", looking["boxes"])]
+    ]
+    layers = ", ".join(f"{share:.1%}" for share in looking["by_layer"])
+    page += _table(["task", "answers", "attention in the evidence box", "area of the box", "times even"], rows, left=1)
+    page += ["", f"In the box by layer, from the first: {layers}.", ""]
+    return page
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 9) -> list[str]:
+    rule = [":--" if column < left else "--:" for column in range(len(header))]
+    return ["| " + " | ".join(cells) + " |" for cells in (header, rule, *rows)]

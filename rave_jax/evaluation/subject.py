@@ -1,0 +1,174 @@
+"""Who is asked: anything that answers samples, and a model that does so by greedy generation."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from rave_jax.batch import Batch, Kind, Role, TokenInfo
+from rave_jax.data.collate import BatchShape, check_fits, collate
+from rave_jax.data.processor import Processor
+from rave_jax.data.sample import Example, Sample, SampleError
+from rave_jax.inference.greedy import generate
+from rave_jax.look.maps import Look, lay_out
+from rave_jax.models.vlm import Vlm
+from rave_jax.parallel.rows import batch_shardings, global_batch
+from rave_jax.parallel.sharding import replicated, use_mesh
+from rave_jax.typing import Array, Float, Int, NpArray
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What was answered: the text, and the tokens it was read from (none if the subject has no tokens)."""
+
+    text: str
+    tokens: tuple[int, ...] = ()
+
+
+class Subject(Protocol):
+    """Anything that can be examined."""
+
+    def answer(self, samples: Sequence[Sample]) -> list[Answer | SampleError]:
+        """An answer to each sample's last question, or why it could not be asked."""
+        ...
+
+    def look(self, samples: Sequence[Sample], answers: Sequence[Answer]) -> list[Look | None]:
+        """Where each answer looked in the first picture; None for a sample without one, or with a video."""
+        ...
+
+
+class ModelSubject:
+    """A model, its processor and its mesh. Every batch has one shape, so each program compiles once.
+
+    All processes must call it alike with the same samples; each places the rows its devices own, and all get
+    all answers.
+    """
+
+    def __init__(
+        self,
+        model: Vlm,
+        processor: Processor,
+        mesh: Mesh,
+        shape: BatchShape,
+        max_new_tokens: int,
+        stop_ids: tuple[int, ...],
+    ):
+        """`shape` holds the prompt alone; the answer gets `max_new_tokens` more."""
+        self._model, self._processor, self._mesh = model, processor, mesh
+        self._shape, self._max_new_tokens = shape, max_new_tokens
+        whole = replicated(mesh)
+        self._generate = jax.jit(
+            functools.partial(generate, max_new_tokens=max_new_tokens, stop_ids=stop_ids), out_shardings=whole
+        )
+        self._answer_rows = jax.jit(answer_rows, out_shardings=whole)
+
+    def answer(self, samples: Sequence[Sample]) -> list[Answer | SampleError]:
+        results: list[Answer | SampleError] = []
+        for start in range(0, len(samples), self._shape.rows):
+            results += self._answer_chunk(samples[start : start + self._shape.rows])
+        return results
+
+    def _answer_chunk(self, samples: Sequence[Sample]) -> list[Answer | SampleError]:
+        asked = [self._encode(sample) for sample in samples]
+        examples = [example for example in asked if not isinstance(example, SampleError)]
+        if not examples:
+            return [error for error in asked if isinstance(error, SampleError)]
+        with use_mesh(self._mesh):
+            made = self._generate(self._model, self._batch(examples, self._shape))
+        tokens, lengths = np.asarray(made.tokens), np.asarray(made.lengths)
+        answers = iter([tuple(row[:length].tolist()) for row, length in zip(tokens, lengths, strict=True)])
+        return [e if isinstance(e, SampleError) else self._read(next(answers)) for e in asked]
+
+    def _read(self, tokens: tuple[int, ...]) -> Answer:
+        return Answer(self._processor.decode(tokens).strip(), tokens)
+
+    def _encode(self, sample: Sample) -> Example | SampleError:
+        try:
+            example = self._processor.encode(sample.prompt, add_generation_prompt=True, name=sample.id)
+            check_fits(example, self._shape.tokens, self._shape.patches, sample.id)
+            return example
+        except SampleError as error:
+            return error
+
+    def look(self, samples: Sequence[Sample], answers: Sequence[Answer]) -> list[Look | None]:
+        looks: list[Look | None] = []
+        for start in range(0, len(samples), self._shape.rows):
+            stop = start + self._shape.rows
+            looks += self._look_chunk(samples[start:stop], answers[start:stop])
+        return looks
+
+    def _look_chunk(self, samples: Sequence[Sample], answers: Sequence[Answer]) -> list[Look | None]:
+        prompts = [self._processor.encode(s.prompt, add_generation_prompt=True, name=s.id) for s in samples]
+        examples = [with_answer(p, a.tokens) for p, a in zip(prompts, answers, strict=True)]
+        shape = BatchShape(self._shape.rows, self._shape.tokens + self._max_new_tokens, self._shape.patches)
+        # A token is chosen by the query before it: the last of the prompt for the first, and so on.
+        rows = np.zeros((shape.rows, self._max_new_tokens), np.int32)
+        weights = np.zeros((shape.rows, self._max_new_tokens), np.float32)
+        for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+            count = max(len(answer.tokens), 1)
+            rows[i, :count] = len(prompt.tokens) - 1 + np.arange(count)
+            weights[i, :count] = 1.0 / count
+        with use_mesh(self._mesh):
+            where = batch_shardings(self._mesh, shape.rows).tokens
+            queries = jax.device_put((rows, weights), where)
+            found = np.asarray(self._answer_rows(self._model, self._batch(examples, shape), *queries))
+        looks: list[Look | None] = []
+        for i, (prompt, example) in enumerate(zip(prompts, examples, strict=True)):
+            # With a video in it, the first visual of a prompt need not be its first picture.
+            videos = np.any(prompt.tokens == self._processor.settings.video_token_id)
+            grid = None if videos else lay_out(example.info, found[:, i, :, : len(example.tokens)])
+            looks.append(None if grid is None else Look(grid))
+        return looks
+
+    def _batch(self, examples: Sequence[Example], shape: BatchShape) -> Batch:
+        settings = self._processor.settings
+
+        def load(span: range) -> Batch:
+            mine = [[example] for example in examples[span.start : span.stop]]
+            return collate(mine, shape._replace(rows=len(span)), settings.patch_numbers, settings.merge_patches)
+
+        return global_batch(load, self._mesh, shape.rows)
+
+
+def with_answer(prompt: Example, tokens: Sequence[int]) -> Example:
+    """A prompt followed by an answer's tokens, as generation lays them out."""
+    count = len(tokens)
+    start = len(prompt.tokens)
+    after = np.arange(count, dtype=np.int32)
+
+    def extend(x: NpArray, value: NpArray | int) -> NpArray:
+        return np.concatenate([x, np.broadcast_to(np.asarray(value, x.dtype), (*x.shape[:-1], count))], axis=-1)
+
+    codes = {name: extend(np.asarray(code), 0) for name, code in prompt.info._asdict().items()}
+    ends = {"segment": 1, "place": start + after, "kind": Kind.TEXT, "role": Role.RESPONSE}
+    for name, value in {**ends, "turn": codes["turn"][start - 1]}.items():
+        codes[name][start:] = value
+    return prompt._replace(
+        tokens=extend(prompt.tokens, np.asarray(tokens, np.int32)),
+        loss_mask=extend(prompt.loss_mask, 0),
+        info=TokenInfo._make(codes.values()),
+        positions=extend(prompt.positions, prompt.positions.max() + 1 + after),
+        visual_index=extend(prompt.visual_index, 0),
+    )
+
+
+def answer_rows(
+    model: Vlm, batch: Batch, rows: Int[Array, "B N"], weights: Float[Array, "B N"]
+) -> Float[Array, "L B H S"]:
+    """Rows of the attention map averaged over queries, in every layer and head; never the whole map.
+
+    Args:
+        model: the model.
+        batch: prompts with their answers.
+        rows: the queries.
+        weights: of each query in the average; 0 for fillers.
+    """
+    _, found = model.hidden(batch, rows=rows)
+    return jnp.einsum("LBNHS,BN->LBHS", found.astype(jnp.float32), weights)

@@ -1,0 +1,81 @@
+"""Attention over a picture: weights of key tokens laid out on the image's grid, and the share inside a box."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from rave_jax.batch import TokenInfo
+from rave_jax.typing import Float, NpArray
+
+Box = tuple[float, float, float, float]
+"""x1, y1, x2, y2; far edges excluded."""
+
+
+@dataclass(frozen=True)
+class Look:
+    """Where the answer to one question looked in the first picture.
+
+    Attributes:
+        weights: attention from the queries that chose the answer's tokens, averaged over them, on each cell
+            of the picture's merged grid; [layers, heads, grid rows, grid columns]. What is missing to 1
+            went to text and to other pictures.
+    """
+
+    weights: Float[NpArray, "L H y x"]
+
+    @property
+    def on_picture(self) -> float:
+        """Share of all attention that went to the picture."""
+        return float(self.weights.sum((-2, -1)).mean())
+
+    def heat(self, layers: tuple[int, ...] = ()) -> Float[NpArray, "y x"]:
+        """Map averaged over heads and over `layers` (all when empty), scaled to sum to 1 over the picture."""
+        heat = self.weights[list(layers) if layers else slice(None)].mean((0, 1))
+        return heat / max(float(heat.sum()), 1e-30)
+
+    def in_box(self, box: Box, layers: tuple[int, ...] = ()) -> float:
+        """Share of the picture's attention inside `box` (in fractions of the picture's width and height)."""
+        heat = self.heat(layers)
+        return float((heat * coverage(box, heat.shape)).sum())
+
+
+def lay_out(info: TokenInfo, weights: Float[NpArray, "L H S"], image: int = 1) -> Float[NpArray, "L H y x"] | None:
+    """Weights of the tokens of one image on its grid; None where the row has no such image.
+
+    Args:
+        info: token codes of one row (arrays [S]).
+        weights: attention to each token.
+        image: number of the image in the row. The frames of a video are summed.
+    """
+    codes = {name: np.asarray(code) for name, code in info._asdict().items()}
+    tokens = np.flatnonzero(codes["image"] == image)
+    if not len(tokens):
+        return None
+    rows, cols = (int(codes[name][tokens[0]]) for name in ("grid_h", "grid_w"))
+    cells = codes["row"][tokens] * cols + codes["col"][tokens]
+    grid = np.zeros((*weights.shape[:2], rows * cols), np.float32)
+    for cell, token in zip(cells, tokens, strict=True):
+        grid[..., cell] += weights[..., token]
+    return grid.reshape(*weights.shape[:2], rows, cols)
+
+
+def relative_box(box: Box, width: int, height: int) -> Box:
+    """A pixel box in fractions of the picture. An image processor may stretch the picture; fractions stay."""
+    return box[0] / width, box[1] / height, box[2] / width, box[3] / height
+
+
+def area(box: Box) -> float:
+    """Share of the picture that a relative box covers: what attention spread evenly would put there."""
+    return max(0.0, min(box[2], 1.0) - max(box[0], 0.0)) * max(0.0, min(box[3], 1.0) - max(box[1], 0.0))
+
+
+def coverage(box: Box, grid: tuple[int, int]) -> Float[NpArray, "y x"]:
+    """How much of each grid cell a relative box covers, 0..1."""
+
+    def along(low: float, high: float, cells: int) -> NpArray:
+        edges = np.arange(cells + 1) / cells
+        return np.clip(np.minimum(edges[1:], high) - np.maximum(edges[:-1], low), 0.0, None) * cells
+
+    return np.outer(along(box[1], box[3], grid[0]), along(box[0], box[2], grid[1]))

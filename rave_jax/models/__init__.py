@@ -1,0 +1,1 @@
+"""Model code: leaf modules, rotary positions, decoder, towers, families of checkpoints."""

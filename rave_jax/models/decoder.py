@@ -1,0 +1,208 @@
+"""The text decoder: pre-norm layers of attention and SwiGLU, in segments of layers with equal mechanisms."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from rave_jax import attention
+from rave_jax.attention import Features, KvCache
+from rave_jax.attention.plan import LayeredConfig
+from rave_jax.batch import TokenInfo
+from rave_jax.kernels.pair_bias import MaskCodes
+from rave_jax.models import lora
+from rave_jax.models.config import ModelOptions, TextConfig
+from rave_jax.models.layers import Linear, RmsNorm, SwiGlu
+from rave_jax.models.rope import Rotation, rotate, text_rotation
+from rave_jax.models.stack import Segment
+from rave_jax.parallel.sharding import shard
+from rave_jax.typing import Array, Float, Int
+
+
+class LayerCache(NamedTuple):
+    """Cached keys and values of one layer, or of several with a layer axis in front."""
+
+    k: Float[Array, "B S K h"]
+    v: Float[Array, "B S K h"]
+    k0: Float[Array, "B S K h"] | None
+
+
+class Situation(NamedTuple):
+    """What all layers of a segment share: where queries and keys stand and who may see whom."""
+
+    rotation: Rotation
+    codes: MaskCodes
+    info_q: TokenInfo
+    info_k: TokenInfo
+    slots: Int[Array, "B T"] | None
+    rows: Int[Array, "B N"] | None
+
+
+class Attention(nnx.Module):
+    """Projections of one attention layer; what happens between them is `attention.attend`."""
+
+    def __init__(self, config: TextConfig, *, dtype: jnp.dtype, key: jax.Array):
+        D, (H, K, h) = config.hidden_size, config.attention_dims
+        keys = jax.random.split(key, 4)
+        query_axes, kv_axes = ("heads", "head_dim", "embed"), ("kv_heads", "head_dim", "embed")
+        bias = config.qkv_bias
+        self.query = Linear((H, h), (D,), query_axes, bias=bias, dtype=dtype, key=keys[0])
+        self.key = Linear((K, h), (D,), kv_axes, bias=bias, dtype=dtype, key=keys[1])
+        self.value = Linear((K, h), (D,), kv_axes, bias=bias, dtype=dtype, key=keys[2])
+        self.output = Linear((D,), (H, h), ("embed", "heads", "head_dim"), bias=False, dtype=dtype, key=keys[3])
+        if config.qk_norm:
+            self.query_norm = RmsNorm(h, eps=config.rms_norm_eps, dtype=dtype)
+            self.key_norm = RmsNorm(h, eps=config.rms_norm_eps, dtype=dtype)
+        self.qk_norm = config.qk_norm
+
+    def features(self, x: Float[Array, "B T D"], rotation: Rotation) -> Features:
+        """q, k, v of the tokens in x, and q, k before RoPE."""
+        q0 = shard(self.query(x), "batch", "length", "heads", None)
+        k0 = shard(self.key(x), "batch", "length", "kv_heads", None)
+        v = shard(self.value(x), "batch", "length", "kv_heads", None)
+        if self.qk_norm:
+            q0, k0 = self.query_norm(q0), self.key_norm(k0)
+        return Features(rotate(q0, rotation), rotate(k0, rotation), v, q0, k0)
+
+
+class DecoderLayer(nnx.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: TextConfig, mechanisms: Sequence[LayeredConfig], options: ModelOptions, key: jax.Array):
+        dtype, D = options.params, config.hidden_size
+        # Mechanisms take keys of their own, so that a model with and one without start with equal weights.
+        keys = jax.random.split(key, 4)
+        self.attention = Attention(config, dtype=dtype, key=keys[0])
+        self.mlp = SwiGlu(D, config.mlp_size, bias=False, dtype=dtype, key=keys[1])
+        self.attention_norm = RmsNorm(D, eps=config.rms_norm_eps, dtype=dtype)
+        self.mlp_norm = RmsNorm(D, eps=config.rms_norm_eps, dtype=dtype)
+        self.mechanisms = attention.build_mechanisms(mechanisms, config.attention_dims, keys[2])
+        attention.check_owners(self.mechanisms)
+        self.implementation = options.attention
+        lora.attach(self, "decoder.", options.lora, dtype, keys[3])
+
+    def __call__(
+        self, x: Float[Array, "B T D"], at: Situation, cache: LayerCache | None
+    ) -> tuple[Float[Array, "B T D"], LayerCache | None, Float[Array, "B N H S"] | None]:
+        """The layer's output, its cache with the new tokens written, and the asked-for attention rows."""
+        found = self.attention.features(self.attention_norm(x), at.rotation)
+        if cache is not None:
+            assert at.slots is not None
+            k0 = cache.k0
+            if k0 is not None and found.k0 is not None:
+                k0 = attention.write_slots(k0, found.k0, at.slots)
+            cache = LayerCache(
+                attention.write_slots(cache.k, found.k, at.slots), attention.write_slots(cache.v, found.v, at.slots), k0
+            )
+            found = found._replace(k=cache.k, v=cache.v, k0=k0)
+        seen = attention.attend(
+            found,
+            at.codes,
+            at.info_q,
+            at.info_k,
+            self.mechanisms,
+            implementation=self.implementation,
+            rows=at.rows,
+        )
+        out = shard(seen.out, "batch", "length", "heads", None)
+        x = shard(x + self.attention.output(out), "batch", "length", None)
+        x = shard(x + self.mlp(self.mlp_norm(x)), "batch", "length", None)
+        return x, cache, seen.rows
+
+
+class Decoder(nnx.Module):
+    """All layers and the final norm. Global layer n stands in the segment with start <= n < stop."""
+
+    def __init__(self, config: TextConfig, options: ModelOptions, *, key: jax.Array):
+        mechanisms = (*config.window_mechanisms, *options.mechanisms)
+        keys = jax.random.split(key, config.num_layers)
+        self.segments = nnx.List(
+            Segment(start, stop, lambda k, chosen=chosen: DecoderLayer(config, chosen, options, k), keys)
+            for start, stop, chosen in attention.plan_segments(mechanisms, config.num_layers)
+        )
+        self.norm = RmsNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=options.params)
+        self.head_dim = config.head_dim
+        self.rope_theta = config.rope_theta
+        self.mrope_section = config.mrope_section
+        self.remat = options.remat
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        info: TokenInfo,
+        positions: Int[Array, "3 B T"],
+        rows: Int[Array, "B N"] | None = None,
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "L B N H S"] | None]:
+        """Whole rows at once, causal inside each document.
+
+        Args:
+            x: embedded tokens.
+            info, positions: of the tokens.
+            rows: queries, by index, whose attention rows are wanted in every layer.
+
+        Returns:
+            hidden states after the final norm, and the rows (None if not asked).
+        """
+        base = attention.causal_codes(info.segment)
+        wanted = []
+        for segment in self.segments:
+            at = self._situation(segment, base, info, info, positions, slots=None, rows=rows)
+
+            def body(layer: DecoderLayer, x: Array, _: None, at: Situation = at) -> tuple[Array, Array | None]:
+                x, _cache, seen = layer(x, at, None)
+                return x, seen
+
+            x, seen = segment.scan(body, x, None, self.remat)
+            wanted.append(seen)
+        return self.norm(x), None if rows is None else jnp.concatenate(wanted)
+
+    def cached(
+        self, x: Float[Array, "B T D"], info: TokenInfo, positions: Int[Array, "3 B T"], cache: KvCache
+    ) -> tuple[Float[Array, "B T D"], KvCache]:
+        """Tokens that follow what the cache holds, one document per row, padding on the right.
+
+        Padding is written too and overwritten by what follows; until then no query sees it.
+
+        Returns:
+            hidden states after the final norm, and the cache with the tokens in it.
+        """
+        slots = cache.index[:, None] + jnp.arange(x.shape[1], dtype=jnp.int32)
+        held = attention.write_info(cache.info, info, slots)
+        base = attention.cached_codes(slots, cache.size)
+        parts = []
+        for segment in self.segments:
+            at = self._situation(segment, base, info, held, positions, slots=slots, rows=None)
+
+            def body(layer: DecoderLayer, x: Array, mine: LayerCache, at: Situation = at) -> tuple[Array, LayerCache]:
+                x, written, _rows = layer(x, at, mine)
+                assert written is not None
+                return x, written
+
+            mine = jax.tree.map(lambda c, s=segment: c[s.start : s.stop], LayerCache(cache.k, cache.v, cache.k0))
+            x, mine = segment.scan(body, x, mine, self.remat)
+            parts.append(mine)
+        whole = parts[0] if len(parts) == 1 else jax.tree.map(lambda *layers: jnp.concatenate(layers), *parts)
+        index = cache.index + jnp.sum(info.segment > 0, axis=1, dtype=jnp.int32)
+        return self.norm(x), KvCache(whole.k, whole.v, whole.k0, held, index)
+
+    def _situation(
+        self,
+        segment: Segment[DecoderLayer],
+        base: MaskCodes,
+        info_q: TokenInfo,
+        info_k: TokenInfo,
+        positions: Int[Array, "3 B T"],
+        *,
+        slots: Int[Array, "B T"] | None,
+        rows: Int[Array, "B N"] | None,
+    ) -> Situation:
+        # The hooks `positions` and `mask` read no parameters, so the stacked mechanisms may answer for all layers.
+        mechanisms = segment.layers.mechanisms
+        placed = attention.positions(mechanisms, info_q, positions)
+        rotation = text_rotation(placed, self.head_dim, self.rope_theta, self.mrope_section)
+        codes = attention.mask_codes(mechanisms, info_q, info_k, base)
+        return Situation(rotation, codes, info_q, info_k, slots, rows)

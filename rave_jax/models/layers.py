@@ -1,0 +1,155 @@
+"""Leaf modules: linear, embedding, RMSNorm, SwiGLU. Weights keep the [out, in] orientation of HF checkpoints."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from rave_jax.models.initial import normal
+from rave_jax.parallel.sharding import shard
+from rave_jax.typing import Array, Float, Int
+
+Axes = tuple[str | None, ...]
+
+
+class Adapter(nnx.Module):
+    """A low-rank update of one linear (LoRA, arXiv 2106.09685): down [r, *in], up [*out, r], up zero at the start."""
+
+    def __init__(
+        self,
+        out_shape: tuple[int, ...],
+        in_shape: tuple[int, ...],
+        axes: Axes,
+        *,
+        rank: int,
+        scale: float,
+        dtype: jnp.dtype,
+        key: jax.Array,
+    ):
+        n = len(out_shape)
+        down = normal(key, (rank, *in_shape), math.prod(in_shape) ** -0.5, dtype)
+        self.down = nnx.Param(down, axes=("rank", *axes[n:]))
+        self.up = nnx.Param(jnp.zeros((*out_shape, rank), dtype), axes=(*axes[:n], "rank"))
+        self.scale = scale
+
+    def __call__(self, x: Array, n: int | None = None) -> Array:
+        """The update of the linear's output for the same x; with n, of entry n of its first axis."""
+        up = self.up[...] if n is None else self.up[n]
+        return self.scale * contract(contract(x, self.down[...]), up, 1)
+
+
+class Linear(nnx.Module):
+    """y[..., *out] = sum over *in of weight[*out, *in] x[..., *in], plus bias[*out].
+
+    Args:
+        out_shape, in_shape: axes of the result and of the summed input, heads as axes of their own.
+        axes: logical axes of the weight, one per axis of out_shape + in_shape.
+        bias: whether there is one; zero at the start.
+    """
+
+    def __init__(
+        self,
+        out_shape: tuple[int, ...],
+        in_shape: tuple[int, ...],
+        axes: Axes,
+        *,
+        bias: bool,
+        dtype: jnp.dtype,
+        key: jax.Array,
+    ):
+        n = len(out_shape)
+        weight = normal(key, (*out_shape, *in_shape), math.prod(in_shape) ** -0.5, dtype)
+        self.weight = nnx.Param(weight, axes=axes)
+        self.bias = nnx.data(nnx.Param(jnp.zeros(out_shape, dtype), axes=axes[:n]) if bias else None)
+        self.adapter: Adapter | None = nnx.data(None)
+        self.num_in = len(in_shape)
+
+    @property
+    def out_shape(self) -> tuple[int, ...]:
+        """Axes of the result beside the batch ones."""
+        return self.weight.shape[: -self.num_in]
+
+    @property
+    def in_shape(self) -> tuple[int, ...]:
+        """Axes that are summed over."""
+        return self.weight.shape[-self.num_in :]
+
+    def part(self, x: Array, n: int) -> Array:
+        """Entry n of the first output axis, without the others."""
+        y = contract(x, self.weight[n], self.num_in)
+        if self.bias is not None:
+            y = y + self.bias[n].astype(x.dtype)
+        return y if self.adapter is None else y + self.adapter(x, n)
+
+    def __call__(self, x: Array) -> Array:
+        """Computes in x's number type."""
+        y = contract(x, self.weight[...], self.num_in)
+        if self.bias is not None:
+            y = y + self.bias[...].astype(x.dtype)
+        return y if self.adapter is None else y + self.adapter(x)
+
+
+def contract(x: Array, weight: Array, num_in: int | None = None) -> Array:
+    """Sum over the last `num_in` axes of x and of weight; without a number, all of weight's but its first."""
+    num_in = weight.ndim - 1 if num_in is None else num_in
+    out, into = weight.shape[:-num_in], weight.shape[-num_in:]
+    rows = x.shape[: x.ndim - num_in]
+    # As a plain matrix: with heads as an axis of its own the CPU compiler copies the weight into another order.
+    matrix = weight.reshape(math.prod(out), math.prod(into)).astype(x.dtype)
+    return jnp.einsum("...i,oi->...o", x.reshape(*rows, -1), matrix).reshape(*rows, *out)
+
+
+def keep_inputs[**P, R](function: Callable[P, R]) -> Callable[P, R]:
+    """`function`, elementwise and cheap, keeping only its inputs for the backward pass, not what it computes inside."""
+    return jax.checkpoint(function, prevent_cse=False)
+
+
+class Embedding(nnx.Module):
+    """A table [V, D]; also the output head when a model ties the two."""
+
+    def __init__(self, vocab_size: int, width: int, *, dtype: jnp.dtype, key: jax.Array):
+        table = normal(key, (vocab_size, width), 0.02, dtype)
+        self.weight = nnx.Param(table, axes=("vocab", "embed"))
+
+    def __call__(self, tokens: Int[Array, "B T"], dtype: jnp.dtype) -> Float[Array, "B T D"]:
+        """Rows of the table."""
+        return self.weight[...][tokens].astype(dtype)
+
+
+class RmsNorm(nnx.Module):
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis, in float32."""
+
+    def __init__(self, width: int, *, eps: float, dtype: jnp.dtype):
+        # Whole on every device: splitting a vector this small would only add communication.
+        self.weight = nnx.Param(jnp.ones((width,), dtype), axes=(None,))
+        self.eps = eps
+
+    def __call__(self, x: Array) -> Array:
+        """The same shape and number type as x."""
+        return keep_inputs(functools.partial(_rms_norm, eps=self.eps))(x, self.weight[...])
+
+
+def _rms_norm(x: Array, weight: Array, *, eps: float) -> Array:
+    wide = x.astype(jnp.float32)
+    scale = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
+    return (wide * scale * weight.astype(jnp.float32)).astype(x.dtype)
+
+
+class SwiGlu(nnx.Module):
+    """down(silu(gate(x)) * up(x)), the mlp of the decoder and of the tower."""
+
+    def __init__(self, width: int, hidden: int, *, bias: bool, dtype: jnp.dtype, key: jax.Array):
+        keys = jax.random.split(key, 3)
+        self.gate = Linear((hidden,), (width,), ("mlp", "embed"), bias=bias, dtype=dtype, key=keys[0])
+        self.up = Linear((hidden,), (width,), ("mlp", "embed"), bias=bias, dtype=dtype, key=keys[1])
+        self.down = Linear((width,), (hidden,), ("embed", "mlp"), bias=bias, dtype=dtype, key=keys[2])
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """The same shape as x."""
+        hidden = keep_inputs(lambda gate, up: jax.nn.silu(gate) * up)(self.gate(x), self.up(x))
+        return self.down(shard(hidden, "batch", "length", "mlp"))

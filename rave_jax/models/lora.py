@@ -1,0 +1,62 @@
+"""LoRA: where adapters go. The adapter itself is `layers.Adapter`; a linear adds it to its output."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from rave_jax.config import ConfigError
+from rave_jax.models.config import Lora
+from rave_jax.models.layers import Adapter, Linear
+
+
+def linears(module: nnx.Module, prefix: str) -> dict[str, Linear]:
+    """Every linear below `module`, by dotted path with `prefix` in front."""
+    found: dict[str, Linear] = {}
+    for name, child in vars(module).items():
+        if isinstance(child, Linear):
+            found[prefix + name] = child
+        elif isinstance(child, nnx.Module):
+            found |= linears(child, f"{prefix}{name}.")
+    return found
+
+
+def attach(layer: nnx.Module, prefix: str, lora: Lora | None, dtype: jnp.dtype, key: jax.Array) -> None:
+    """Give each target of `lora` below `layer` its adapter. Runs while one layer is being made.
+
+    Args:
+        layer: a layer of the decoder or of the tower.
+        prefix: `decoder.` or `vision.`, what targets call it.
+        lora: None attaches nothing.
+        dtype: of the adapter's parameters.
+        key: the layer's; folded with the path, so that one adapter's start does not depend on the others.
+    """
+    if lora is None:
+        return
+    for path, linear in linears(layer, prefix).items():
+        if path in lora.targets:
+            linear.adapter = Adapter(
+                linear.out_shape,
+                linear.in_shape,
+                linear.weight.get_metadata()["axes"],
+                rank=lora.rank,
+                scale=lora.alpha / lora.rank,
+                dtype=dtype,
+                key=jax.random.fold_in(key, zlib.crc32(path.encode())),
+            )
+
+
+def check_targets(lora: Lora | None, known: Iterable[str]) -> None:
+    """Refuse targets that name no linear.
+
+    Raises:
+        ConfigError: names the unknown targets and all known ones.
+    """
+    known = list(known)
+    unknown = [] if lora is None else [target for target in lora.targets if target not in known]
+    if unknown:
+        raise ConfigError(f"lora.targets names {', '.join(unknown)}, expected some of {', '.join(known)}")

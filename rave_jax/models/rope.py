@@ -1,0 +1,64 @@
+"""Rotary position: angles from positions (1-D, M-RoPE, 2-D of the tower) and the rotation. Angles are float32.
+
+The head's halves are paired (x[i], x[i + h/2]), as in HF's Llama and Qwen code.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+
+from rave_jax.typing import Array, Float, Int
+
+
+class Rotation(NamedTuple):
+    """Cosine and sine of each pair's angle, float32."""
+
+    cos: Float[Array, "B T half"]
+    sin: Float[Array, "B T half"]
+
+
+def _frequencies(count: int, theta: float) -> np.ndarray:
+    """theta ** (-n / count) for n = 0 .. count - 1, rounded to float32 where the checkpoints' own code rounds."""
+    exponents = np.arange(count, dtype=np.float32) / np.float32(count)
+    return np.float32(1) / (theta ** exponents.astype(np.float64)).astype(np.float32)
+
+
+def text_rotation(
+    positions: Int[Array, "3 B T"], head_dim: int, theta: float, sections: tuple[int, ...] = ()
+) -> Rotation:
+    """Rotation of the decoder's queries and keys.
+
+    Args:
+        positions: temporal, height and width position of each token.
+        head_dim: h, even.
+        theta: base of the frequencies.
+        sections: M-RoPE (Qwen2-VL, arXiv 2409.12191): how many of the h/2 frequencies turn with the temporal,
+            then the height, then the width position, and round again; empty: all with the temporal one.
+    """
+    half = head_dim // 2
+    frequencies = jnp.asarray(_frequencies(half, theta))
+    if not sections:
+        angles = positions[0, ..., None].astype(jnp.float32) * frequencies
+    else:
+        axis = np.repeat(np.arange(len(sections)) % 3, sections)
+        angles = jnp.moveaxis(positions, 0, -1)[..., axis].astype(jnp.float32) * frequencies
+    return Rotation(jnp.cos(angles), jnp.sin(angles))
+
+
+def patch_rotation(place: Int[Array, "B P 2"], head_dim: int, theta: float) -> Rotation:
+    """Rotation of the tower's queries and keys: the first half of the pairs turns with the row, the other with
+    the column, at the same h/4 frequencies."""
+    frequencies = jnp.asarray(_frequencies(head_dim // 4, theta))
+    angles = place[..., None].astype(jnp.float32) * frequencies
+    angles = angles.reshape(*place.shape[:-1], head_dim // 2)
+    return Rotation(jnp.cos(angles), jnp.sin(angles))
+
+
+def rotate(x: Float[Array, "B T H h"], rotation: Rotation) -> Float[Array, "B T H h"]:
+    """Turn each pair of x by its angle, in float32; x's number type comes back."""
+    cos, sin = rotation.cos[..., None, :], rotation.sin[..., None, :]
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)

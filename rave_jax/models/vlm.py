@@ -1,0 +1,132 @@
+"""The whole model: embedding, tower, decoder, head."""
+
+from __future__ import annotations
+
+from typing import overload
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from rave_jax import attention
+from rave_jax.attention import KvCache
+from rave_jax.batch import Batch, Kind, TokenInfo
+from rave_jax.models import lora
+from rave_jax.models.config import ModelOptions, VlmConfig
+from rave_jax.models.decoder import Decoder
+from rave_jax.models.layers import Embedding, Linear
+from rave_jax.models.vision.qwen2_5 import Tower
+from rave_jax.parallel.sharding import shard
+from rave_jax.typing import Array, Float, Int
+
+
+class Vlm(nnx.Module):
+    """A vision-language model, or a language model when `config.vision` is None.
+
+    Attributes:
+        embed: token embedding.
+        vision: tower and merger, or None.
+        decoder: text decoder.
+        lm_head: output head, or None when it is the embedding table.
+
+    Raises:
+        ConfigError: a mechanism or adapter names something the model does not have, or two mechanisms own one hook.
+    """
+
+    def __init__(self, config: VlmConfig, options: ModelOptions, *, key: jax.Array):
+        text, dtype = config.text, options.params
+        keys = jax.random.split(key, 4)
+        self.config = config
+        self.options = options
+        self.embed = Embedding(text.vocab_size, text.hidden_size, dtype=dtype, key=keys[0])
+        self.vision: Tower | None = nnx.data(
+            None if config.vision is None else Tower(config.vision, options, key=keys[1])
+        )
+        self.decoder = Decoder(text, options, key=keys[2])
+        head = (text.vocab_size,), (text.hidden_size,)
+        self.lm_head: Linear | None = nnx.data(
+            None if text.tie_embeddings else Linear(*head, ("vocab", "embed"), bias=False, dtype=dtype, key=keys[3])
+        )
+        lora.check_targets(options.lora, self._linears())
+
+    def _linears(self) -> list[str]:
+        stacks = {"decoder.": self.decoder, "vision.": self.vision}
+        return [
+            path
+            for prefix, stack in stacks.items()
+            if stack is not None
+            for path in lora.linears(stack.segments[0].layers, prefix)
+        ]
+
+    @overload
+    def hidden(self, batch: Batch, rows: None = None) -> Float[Array, "B T D"]: ...
+
+    @overload
+    def hidden(
+        self, batch: Batch, rows: Int[Array, "B N"]
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "L B N H S"]]: ...
+
+    def hidden(self, batch: Batch, rows: Int[Array, "B N"] | None = None):
+        """Hidden states after the final norm.
+
+        Args:
+            batch: rows of packed documents.
+            rows: queries, by index, whose attention rows are wanted.
+
+        Returns:
+            [B,T,D]; with `rows` also the float32 attention of those queries over all keys in every layer
+            [L,B,N,H,S].
+        """
+        out, wanted = self.decoder(self.embedded(batch), batch.info, batch.positions, rows)
+        return out if rows is None else (out, wanted)
+
+    def embedded(self, batch: Batch) -> Float[Array, "B T D"]:
+        """Token embeddings with visual tokens in their places.
+
+        Raises:
+            ValueError: there are patches but no tower.
+        """
+        x = self.embed(batch.tokens, self.options.compute)
+        if batch.patches.shape[1] > 0:
+            if self.vision is None:
+                raise ValueError(f"the batch has patches, but a {self.config.family} text model has no vision tower")
+            seen = self.vision(batch.patches, batch.patch_segment, batch.patch_place, batch.patch_window)
+            placed = jnp.take_along_axis(seen, batch.visual_index[..., None], axis=1, mode="clip")
+            x = jnp.where((batch.info.kind == Kind.VISUAL)[..., None], placed, x)
+        return shard(x, "batch", "length", None)
+
+    def head_weight(self) -> Float[Array, "V D"]:
+        """The output head's weight: the embedding table when they are tied."""
+        return self.embed.weight[...] if self.lm_head is None else self.lm_head.weight[...]
+
+    def logits(self, hidden: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
+        """Float32 scores of every token."""
+        weight = self.head_weight().astype(hidden.dtype)
+        return jnp.einsum("...D,VD->...V", hidden, weight, preferred_element_type=jnp.float32)
+
+    def empty_cache(self, batch: int, size: int) -> KvCache:
+        """A cache for `batch` rows of at most `size` tokens."""
+        text = self.config.text
+        keep = any(attention.needs_pre_rope_keys(s.layers.mechanisms) for s in self.decoder.segments)
+        return attention.empty_cache(
+            text.num_layers, batch, size, text.num_kv_heads, text.head_dim, self.options.compute, keep
+        )
+
+    def prefill(self, batch: Batch, cache: KvCache) -> tuple[Float[Array, "B T D"], KvCache]:
+        """Read prompts, one document per row with padding on the right, into the cache.
+
+        Returns:
+            hidden states after the final norm, and the cache; `cache.index` is each row's length.
+        """
+        return self.decoder.cached(self.embedded(batch), batch.info, batch.positions, cache)
+
+    def decode(
+        self, tokens: Int[Array, "B T"], info: TokenInfo, positions: Int[Array, "3 B T"], cache: KvCache
+    ) -> tuple[Float[Array, "B T D"], KvCache]:
+        """Text tokens that follow what the cache holds. A token with segment 0 leaves its row's cache as it was.
+
+        Returns:
+            hidden states after the final norm, and the cache.
+        """
+        x = shard(self.embed(tokens, self.options.compute), "batch", "length", None)
+        return self.decoder.cached(x, info, positions, cache)

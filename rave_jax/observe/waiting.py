@@ -1,0 +1,33 @@
+"""Does training wait for its data?"""
+
+from __future__ import annotations
+
+
+class WaitMeter:
+    """Share of the time that steps waited for a batch, judged over windows of steps."""
+
+    def __init__(self, window: int = 50, share: float = 0.2):
+        """Warn when more than `share` of the time of `window` steps went to waiting."""
+        self._window, self._share = window, share
+        self._steps, self._waited, self._elapsed = 0, 0.0, 0.0
+
+    def add(self, waited: float, elapsed: float) -> str | None:
+        """Count one step.
+
+        Args:
+            waited: seconds until its batch was there.
+            elapsed: seconds of the whole step, waiting included.
+
+        Returns:
+            A warning to show at the end of a window that waited too long, else None.
+        """
+        self._steps += 1
+        self._waited += waited
+        self._elapsed += elapsed
+        if self._steps < self._window:
+            return None
+        share, steps = self._waited / max(self._elapsed, 1e-9), self._steps
+        self._steps, self._waited, self._elapsed = 0, 0.0, 0.0
+        if share <= self._share:
+            return None
+        return f"warning: the last {steps} steps waited for data {share:.0%} of the time; the loader is the bottleneck"

@@ -1,0 +1,111 @@
+"""`rave-jax`: convert, inspect, logits. Each subcommand imports what it needs when it runs, so that --help is quick."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from rave_jax.config import ConfigError
+
+DTYPES = ("float32", "bfloat16")
+EXIT_INPUT = 2
+"""Misuse, or input that cannot be used."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(EXIT_INPUT, f"{self.prog}: {message} ({self.prog} --help says more)\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="rave-jax", description="Work on checkpoints and models.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    convert = commands.add_parser("convert", help="between HuggingFace format and ours")
+    ways = convert.add_subparsers(dest="way", required=True, metavar="from-hf|to-hf")
+    from_hf = ways.add_parser("from-hf", help="a HuggingFace directory into a native checkpoint")
+    from_hf.add_argument("source", type=Path, help="directory with config.json and safetensors")
+    from_hf.add_argument("--dtype", choices=DTYPES, help="number type of the parameters (default: as stored)")
+    to_hf = ways.add_parser("to-hf", help="a native checkpoint, or a training run, into a HuggingFace directory")
+    to_hf.add_argument("source", type=Path, help="native checkpoint, run directory, or HuggingFace directory")
+    to_hf.add_argument("--dtype", choices=DTYPES, help="number type of the weights (default: that of the parameters)")
+    to_hf.add_argument("--step", type=int, help="which checkpoint of a run (default: the newest)")
+    to_hf.add_argument(
+        "--max-shard-size",
+        type=_size,
+        default=5 * 10**9,
+        metavar="SIZE",
+        help="of a weight file, as 5GB (default) or 500MB",
+    )
+    for way in (from_hf, to_hf):
+        way.add_argument("destination", type=Path, help="directory that is not there yet")
+
+    inspect = commands.add_parser("inspect", help="config and parameters of a model, without loading it")
+    inspect.add_argument(
+        "path", type=Path, help="HuggingFace directory (config.json is enough), native checkpoint or run directory"
+    )
+
+    logits = commands.add_parser("logits", help="float32 logits of one conversation")
+    logits.add_argument("model", type=Path, help="HuggingFace directory, native checkpoint or run directory")
+    logits.add_argument("request", type=Path, help="JSON list of messages in HF chat format, images by path")
+    logits.add_argument("out", type=Path, help=".npz to write: input_ids [T], logits [T,V]")
+    logits.add_argument("--add-generation-prompt", action="store_true", help="end with the header of an answer to come")
+    return parser
+
+
+def _size(text: str) -> int:
+    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+    number, unit = (text[:-2], units.get(text[-2:].upper())) if text[-2:].isalpha() else (text, 1)
+    if unit is None or not number.strip().isdecimal() or int(number) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size, expected one like 5GB or 500MB")
+    return int(number) * unit
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line; returns the exit code: 0, or 2 for input that cannot be used, said in one message."""
+    arguments = _parser().parse_args(argv)
+    # Only tokenizers are used of transformers; its remark that torch is missing would confuse.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    try:
+        _run(arguments)
+    except ConfigError as error:
+        print(f"rave-jax: {error}", file=sys.stderr)
+        return EXIT_INPUT
+    except BrokenPipeError:  # `| head` has seen enough; the interpreter must not flush into it again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def _run(arguments: argparse.Namespace) -> None:
+    match arguments.command:
+        case "convert":
+            from rave_jax.tools.convert import from_hf, to_hf
+
+            if arguments.way == "from-hf":
+                from_hf(arguments.source, arguments.destination, arguments.dtype)
+            else:
+                to_hf(
+                    arguments.source,
+                    arguments.destination,
+                    dtype=arguments.dtype,
+                    step=arguments.step,
+                    max_shard_bytes=arguments.max_shard_size,
+                )
+        case "inspect":
+            from rave_jax.tools.inspect import inspect
+
+            inspect(arguments.path)
+        case "logits":
+            from rave_jax.tools.logits import write_logits
+
+            write_logits(arguments.model, arguments.request, arguments.out, arguments.add_generation_prompt)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

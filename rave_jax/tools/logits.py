@@ -1,0 +1,130 @@
+"""`rave-jax logits`: what a model says of one conversation, for comparison with other implementations."""
+
+from __future__ import annotations
+
+import errno
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rave_jax.checkpoint.hf_files import read_json
+from rave_jax.config import ConfigError
+from rave_jax.data.collate import collate, smallest_shape
+from rave_jax.data.processor import Processor
+from rave_jax.data.sample import SampleError
+from rave_jax.models.vlm import Vlm
+from rave_jax.tools import source as sources
+
+TOKEN_BUCKET = 64
+"""T is padded to a multiple of it, so that requests of similar length share one program."""
+
+
+def write_logits(model: Path, request: Path, out: Path, add_generation_prompt: bool = False) -> None:
+    """Write `input_ids` [T] and float32 `logits` [T,V] of a conversation.
+
+    Args:
+        model: HuggingFace directory, native checkpoint or run directory.
+        request: JSON list of messages in HF chat format; image paths relative to this file, or absolute.
+        out: .npz to write.
+        add_generation_prompt: end with the header of an answer to come.
+
+    Raises:
+        ConfigError: the model, the request or a picture cannot be used, or `out` cannot be written.
+    """
+    messages = read_request(request)
+    processor = Processor.from_hf(sources.model_directory(model))
+    changes = {"param_dtype": "float32", "compute_dtype": "float32"}
+    loaded = sources.load(model, changes=changes)
+    try:
+        ids, values = logits(loaded.model, processor, messages, add_generation_prompt)
+    except SampleError as error:
+        raise ConfigError(f"{request}: {error}") from error
+    _write(out, ids, values)
+    print(f"{out}: input_ids {list(ids.shape)}, logits {list(values.shape)}")
+
+
+def read_request(path: Path) -> list[dict[str, Any]]:
+    """The messages of a request file, image paths made absolute.
+
+    A picture is given as `{"type": "image", "image": PATH}` or, as HF also has it, under `path` or `url`; a video as
+    `{"type": "video", "video": [PATH of each frame], "fps": NUMBER}`.
+
+    Raises:
+        ConfigError: not a list of messages, or a picture that is not a local path.
+    """
+    data = read_json(path)
+    if not isinstance(data, list) or not data or not all(isinstance(m, dict) and "content" in m for m in data):
+        raise ConfigError(f"{path}: expected a JSON list of messages, each with 'role' and 'content'")
+    return [message | {"content": _resolve(message["content"], path)} for message in data]
+
+
+def _resolve(content: Any, request: Path) -> Any:
+    if not isinstance(content, list):
+        return content
+    parts = []
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind == "image":
+            given = next((part[key] for key in ("image", "path", "url") if key in part), None)
+            parts.append({"type": "image", "image": _local(given, request)})
+        elif kind == "video":
+            frames = part.get("video")
+            if not isinstance(frames, list):
+                raise ConfigError(f"{request}: video is {frames!r}, expected a list of paths, one per frame")
+            parts.append(part | {"video": [_local(frame, request) for frame in frames]})
+        elif kind == "text" and not isinstance(part.get("text"), str):
+            raise ConfigError(f"{request}: a text part's text is {part.get('text')!r}, expected a string")
+        else:
+            parts.append(part)
+    return parts
+
+
+def _local(given: Any, request: Path) -> str:
+    text = given.removeprefix("file://") if isinstance(given, str) else given
+    if not isinstance(text, str) or "://" in text or text.startswith("data:"):
+        raise ConfigError(f"{request}: a picture is given as {str(given)[:100]!r}, expected the path of a local file")
+    return str(request.parent.resolve() / text)
+
+
+def logits(
+    model: Vlm, processor: Processor, messages: list[dict[str, Any]], add_generation_prompt: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids [T] and float32 logits [T,V] of a conversation, at highest matmul precision.
+
+    Raises:
+        SampleError: a message or a picture that cannot be used.
+    """
+    example = processor.encode(messages, add_generation_prompt)
+    settings = processor.settings
+    shape = smallest_shape([[example]], TOKEN_BUCKET, settings.window_patches)
+    batch = collate([[example]], shape, settings.patch_numbers, settings.merge_patches)
+
+    @jax.jit
+    def run(model: Vlm, batch: Any) -> jax.Array:
+        return model.logits(model.hidden(batch))
+
+    with jax.default_matmul_precision("highest"):
+        values = run(model, jax.tree.map(jnp.asarray, batch))
+    length = len(example.tokens)
+    return np.asarray(example.tokens), np.asarray(values[0, :length], np.float32)
+
+
+def _write(out: Path, ids: np.ndarray, values: np.ndarray) -> None:
+    """All or nothing: the file appears under its name when it is complete."""
+    part = None
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=out.parent, prefix=f".{out.name}.", delete=False) as file:
+            part = Path(file.name)
+            np.savez(file, input_ids=ids, logits=values)
+        part.chmod(0o644)
+        part.replace(out)
+    except OSError as error:
+        if part is not None:
+            part.unlink(missing_ok=True)
+        raise ConfigError(f"cannot write {out}: {error.strerror or os.strerror(error.errno or errno.EIO)}") from error

@@ -1,0 +1,91 @@
+"""Layout of a run directory.
+
+config.json        the resolved config; `train.py RUN/config.json` repeats or continues the run
+model/             HF config, tokenizer and processor files (and the weights of a `Tiny` start)
+metrics.jsonl      one row per logged step
+tensorboard/       the same as events
+checkpoints/STEP/  parameters, optimizer, data state (checkpoint/store.py)
+bad_step/STEP/     the state before a step that was not finite, if there was one
+evaluation/NAME/   what the evaluations after the last step wrote
+report.md          what `Report` wrote
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from rave_jax import config as configs
+from rave_jax.config import ConfigError
+from rave_jax.training.config import TrainConfig, check_same_run
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """Paths of a run."""
+
+    path: Path
+    """The run directory, absolute."""
+
+    @property
+    def config(self) -> Path:
+        """The resolved config."""
+        return self.path / "config.json"
+
+    @property
+    def model(self) -> Path:
+        """HF directory: at least config, tokenizer and processor files."""
+        return self.path / "model"
+
+    @property
+    def metrics(self) -> Path:
+        """Metrics as JSON lines."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def tensorboard(self) -> Path:
+        """Metrics as TensorBoard events."""
+        return self.path / "tensorboard"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Directory of the checkpoint store."""
+        return self.path / "checkpoints"
+
+    @property
+    def bad_step(self) -> Path:
+        """Store with the state before a step that was not finite."""
+        return self.path / "bad_step"
+
+    def evaluation(self, name: str) -> Path:
+        """What the evaluation of that name wrote."""
+        return self.path / "evaluation" / name
+
+    def read_config(self) -> TrainConfig:
+        """The config the run was started with.
+
+        Raises:
+            ConfigError: not a run directory, or its config is not one of ours.
+        """
+        if not self.config.is_file():
+            raise ConfigError(f"{self.path} is not a run directory: it holds no config.json")
+        return configs.loads(TrainConfig, self.config.read_text(), str(self.config))
+
+    def claim(self, config: TrainConfig) -> None:
+        """Make this the directory of `config`, or check that it already is.
+
+        Raises:
+            ConfigError: another run lives here.
+            OSError: the config cannot be written.
+        """
+        if self.config.exists():
+            check_same_run(self.read_config(), config, str(self.path))
+        written = self.config.with_suffix(".tmp")
+        written.write_text(configs.dumps(config))
+        os.replace(written, self.config)
+
+
+def run_directory(path: str | Path) -> RunDirectory:
+    """The run directory at a path, which need not exist yet."""
+    return RunDirectory(Path(path).expanduser().resolve())

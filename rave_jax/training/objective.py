@@ -1,0 +1,68 @@
+"""The loss: cross-entropy over the vocabulary in chunks, so that no float32 [B,T,V] array exists."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from rave_jax.typing import Array, Float, Int
+
+
+class TokenSums(NamedTuple):
+    """Float32 sums over tokens; divide by a total weight to get means."""
+
+    loss: Float[Array, ""]
+    correct: Float[Array, ""]
+    weight: Float[Array, ""]
+
+
+def chunked_cross_entropy(
+    hidden: Float[Array, "B T D"],
+    head: Float[Array, "V D"],
+    targets: Int[Array, "B T"],
+    weights: Float[Array, "B T"],
+    chunk: int,
+) -> TokenSums:
+    """Weighted sums of the negative log-likelihood and of right guesses.
+
+    Logits exist for `chunk` tokens of each row at a time, in float32, and are computed again in the backward
+    pass. T need not be a multiple of the chunk.
+
+    Args:
+        hidden: output of the final norm.
+        head: rows of the vocabulary; taken in hidden's dtype, products summed in float32.
+        targets: the id that each position predicts.
+        weights: weight of each prediction.
+        chunk: tokens of a row per chunk.
+    """
+    B, T, _ = hidden.shape
+    chunk = min(chunk, T)
+    head = head.astype(hidden.dtype)
+    whole = T // chunk * chunk
+
+    @jax.checkpoint
+    def of_chunk(hidden: jax.Array, targets: jax.Array, weights: jax.Array) -> TokenSums:
+        logits = jnp.einsum("BTD,VD->BTV", hidden, head, preferred_element_type=jnp.float32)
+        top = jnp.max(logits, axis=-1)
+        shifted = logits - jax.lax.stop_gradient(top)[..., None]
+        chosen = jnp.take_along_axis(shifted, targets[..., None], axis=-1)[..., 0]
+        loss = jnp.log(jnp.sum(jnp.exp(shifted), axis=-1)) - chosen
+        weights = weights.astype(jnp.float32)
+        right = jnp.argmax(logits, axis=-1) == targets
+        return TokenSums(jnp.sum(loss * weights), jnp.sum(right * weights), jnp.sum(weights))
+
+    def body(sums: TokenSums, part: tuple[jax.Array, ...]) -> tuple[TokenSums, None]:
+        return jax.tree.map(jnp.add, sums, of_chunk(*part)), None
+
+    def split(x: jax.Array) -> jax.Array:
+        # Chunks are cut along T so that rows stay on the devices that own them.
+        parts = x[:, :whole].reshape(B, whole // chunk, chunk, *x.shape[2:])
+        return jnp.moveaxis(parts, 1, 0)
+
+    zero = jnp.zeros((), jnp.float32)
+    sums, _ = jax.lax.scan(body, TokenSums(zero, zero, zero), tuple(map(split, (hidden, targets, weights))))
+    if whole < T:
+        sums = jax.tree.map(jnp.add, sums, of_chunk(hidden[:, whole:], targets[:, whole:], weights[:, whole:]))
+    return sums

@@ -1,0 +1,161 @@
+"""Optimizer, learning-rate schedule and parameter groups.
+
+Parameters are named by their canonical path (models/parameters.py). A group is a regular expression over those
+names; the first group that matches owns the parameter, and what no group matches is trained as it is.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from rave_jax.config import ConfigError, require
+
+Schedule = Callable[[jax.Array | int], jax.Array]
+
+
+@dataclass(frozen=True)
+class ParameterGroup:
+    """Parameters that are trained alike."""
+
+    name: str = ""
+    """Name in the parameter table."""
+    pattern: str = ""
+    """Regular expression, searched in the canonical parameter path, such as `^vision\\.` or `mechanisms`."""
+    learning_rate: float = 1.0
+    """Multiplier of the optimizer's learning rate."""
+    weight_decay: float | None = None
+    """Weight decay of this group; null takes the optimizer's."""
+    frozen: bool = False
+    """Never trained: no gradient, no optimizer state."""
+    freeze_after: int | None = None
+    """Trained until this many steps are done, then kept as it is; null trains to the end."""
+
+    def __post_init__(self) -> None:
+        require(bool(self.name), "name", self.name, "a name")
+        require(self.learning_rate > 0 or self.frozen, "learning_rate", self.learning_rate, "above 0, or frozen")
+        require(not (self.frozen and self.freeze_after), "freeze_after", self.freeze_after, "null in a frozen group")
+        try:
+            re.compile(self.pattern)
+        except re.error as error:
+            raise ConfigError(f"pattern is {self.pattern!r}, expected a regular expression: {error}") from error
+
+
+REST = ParameterGroup(name="rest", pattern="")
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with clipping, a warm-up and a decay."""
+
+    learning_rate: float = 1e-3
+    """Peak learning rate."""
+    warmup: int = 0
+    """Steps over which the learning rate rises to its peak; the first step already has a share of it."""
+    decay: Literal["cosine", "linear", "none"] = "cosine"
+    """How it falls from the peak to the last step."""
+    final_learning_rate: float = 0.0
+    """Share of the peak that is left at the last step."""
+    beta1: float = 0.9
+    """Decay of the mean of gradients."""
+    beta2: float = 0.999
+    """Decay of the mean of squared gradients."""
+    epsilon: float = 1e-8
+    """Added to the root of the squared gradients."""
+    weight_decay: float = 0.0
+    """Decay of matrices, times the learning rate; vectors (norms, biases) do not decay."""
+    clip_norm: float | None = 1.0
+    """Largest norm of the gradient of all trained parameters together; null does not clip."""
+    first_moment: Literal["float32", "bfloat16"] = "float32"
+    """Number type of the mean of gradients."""
+    accumulation: int = 1
+    """Micro-batches that one step is computed in; the result is that of the whole batch."""
+    groups: tuple[ParameterGroup, ...] = ()
+    """Parameter groups; the first whose pattern matches owns a parameter."""
+
+    def __post_init__(self) -> None:
+        require(self.learning_rate > 0, "learning_rate", self.learning_rate, "above 0")
+        require(self.warmup >= 0, "warmup", self.warmup, "at least 0 steps")
+        require(0 <= self.final_learning_rate <= 1, "final_learning_rate", self.final_learning_rate, "from 0 to 1")
+        require(0 <= self.beta1 < 1, "beta1", self.beta1, "from 0 to below 1")
+        require(0 <= self.beta2 < 1, "beta2", self.beta2, "from 0 to below 1")
+        require(self.clip_norm is None or self.clip_norm > 0, "clip_norm", self.clip_norm, "above 0, or null")
+        require(self.accumulation >= 1, "accumulation", self.accumulation, "at least 1 micro-batch")
+        names = [group.name for group in self.groups]
+        require(
+            len(set(names)) == len(names) and REST.name not in names, "groups", names, "different names, not 'rest'"
+        )
+
+
+def learning_rate_schedule(config: OptimizerConfig, steps: int) -> Schedule:
+    """Learning rate of step 0, 1, ... of a run of that many steps."""
+    require(config.warmup < steps, "optimizer.warmup", config.warmup, f"fewer than the run's {steps} steps")
+
+    def rate(step: jax.Array | int) -> jax.Array:
+        step = jnp.asarray(step, jnp.float32)
+        rise = jnp.minimum((step + 1) / max(config.warmup, 1), 1.0)
+        done = jnp.clip((step - config.warmup) / (steps - config.warmup), 0.0, 1.0)
+        fall = {"cosine": 0.5 * (1 + jnp.cos(jnp.pi * done)), "linear": 1 - done, "none": jnp.ones(())}[config.decay]
+        return config.learning_rate * rise * (config.final_learning_rate + (1 - config.final_learning_rate) * fall)
+
+    return rate
+
+
+def assign_groups(names: Iterable[str], config: OptimizerConfig) -> dict[str, ParameterGroup]:
+    """The group of each parameter.
+
+    Raises:
+        ConfigError: a group that matches no parameter, or one whose parameters earlier groups took.
+    """
+    names = list(names)
+    groups = {name: next((g for g in config.groups if re.search(g.pattern, name)), REST) for name in names}
+    for i, group in enumerate(config.groups):
+        if group not in groups.values():
+            taken = any(re.search(group.pattern, name) for name in names)
+            why = "earlier groups take all that it matches" if taken else "it matches no parameter"
+            examples = ", ".join(sorted(names)[:: max(1, len(names) // 5)][:5])
+            raise ConfigError(
+                f"optimizer.groups.{i} ({group.name}): pattern is {group.pattern!r}, but {why}; "
+                f"parameters are {examples}, ..."
+            )
+    return groups
+
+
+def make_optimizer(
+    config: OptimizerConfig, steps: int, groups: Mapping[str, ParameterGroup], ndims: Mapping[str, int]
+) -> optax.GradientTransformation:
+    """AdamW over a dict of trained parameters by name.
+
+    Args:
+        config: rates and decays.
+        steps: steps of the whole run, for the schedule.
+        groups: group of each trained parameter.
+        ndims: logical axes of each trained parameter, layers not counted; those with one or none do not decay.
+    """
+    schedule = learning_rate_schedule(config, steps)
+
+    def matrices(params: Any) -> dict[str, bool]:
+        return {name: ndims[name] >= 2 for name in params}
+
+    def of_group(group: ParameterGroup) -> optax.GradientTransformation:
+        decay = config.weight_decay if group.weight_decay is None else group.weight_decay
+
+        def rate(count: Any) -> jax.Array:
+            return group.learning_rate * schedule(count)
+
+        return optax.chain(
+            optax.scale_by_adam(config.beta1, config.beta2, config.epsilon, mu_dtype=config.first_moment),
+            optax.add_decayed_weights(decay, mask=matrices),
+            optax.scale_by_learning_rate(rate),
+        )
+
+    by_group = optax.multi_transform(
+        {group.name: of_group(group) for group in groups.values()}, {name: group.name for name, group in groups.items()}
+    )
+    return by_group if config.clip_norm is None else optax.chain(optax.clip_by_global_norm(config.clip_norm), by_group)

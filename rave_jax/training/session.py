@@ -1,0 +1,136 @@
+"""A config turned into programs and places: groups, optimizer, shardings and the compiled step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import jax
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from rave_jax.checkpoint.store import abstract
+from rave_jax.config import require
+from rave_jax.observe.tables import GroupRow
+from rave_jax.parallel.rows import batch_shardings, row_ways
+from rave_jax.parallel.sharding import replicated
+from rave_jax.training.optimizers import (
+    OptimizerConfig,
+    ParameterGroup,
+    Schedule,
+    assign_groups,
+    learning_rate_schedule,
+    make_optimizer,
+)
+from rave_jax.training.state import ModelGraph, Params, TrainState, init_state, state_shardings
+from rave_jax.training.step import Step, compile_step, make_step
+
+
+@dataclass(frozen=True)
+class Session:
+    """What the loop runs. Nothing here holds a parameter's numbers."""
+
+    mesh: Mesh
+    graph: ModelGraph
+    groups: Mapping[str, ParameterGroup]
+    """Group of every parameter."""
+    optimizer: optax.GradientTransformation
+    schedule: Schedule
+    state: TrainState
+    """Abstract state with shardings: the target of a restore."""
+    step: Step
+    """Compiled at its first call, which donates the state it is given. Call and lower it inside `use_mesh(mesh)`."""
+
+    def first_state(self, params: Params) -> TrainState:
+        """State before the first step, from parameters that lie on the mesh."""
+        shardings = jax.tree.map(lambda x: x.sharding, self.state)
+        fresh = jax.jit(lambda p: init_state(p, self.groups, self.optimizer), out_shardings=shardings, donate_argnums=0)
+        return fresh(params)
+
+
+def make_session(
+    model: nnx.Module, config: OptimizerConfig, mesh: Mesh, *, steps: int, rows: int, loss_chunk: int
+) -> Session:
+    """
+    Args:
+        model: the module, or an abstract one from `jax.eval_shape`.
+        config: optimizer and groups.
+        mesh: where the run lives.
+        steps: of the whole run.
+        rows: of the global batch.
+        loss_chunk: tokens of a row whose logits exist at one time.
+
+    Raises:
+        ConfigError: a group that matches nothing, everything frozen, or rows that mesh and accumulation do not divide.
+    """
+    ways = row_ways(mesh) * config.accumulation
+    what = f"a multiple of {ways}: row shards of the mesh ({row_ways(mesh)}) times accumulation ({config.accumulation})"
+    require(rows % ways == 0, "data rows", rows, what)
+    graph = ModelGraph(model)
+    groups = assign_groups(graph.names, config)
+    trained = {name: group for name, group in groups.items() if not group.frozen}
+    require(
+        bool(trained),
+        "optimizer.groups",
+        [group.name for group in config.groups],
+        "groups that leave something to train",
+    )
+    optimizer = make_optimizer(config, steps, trained, graph.logical_ndims)
+    schedule = learning_rate_schedule(config, steps)
+    shapes = jax.eval_shape(lambda: init_state(_empty(graph), groups, optimizer))
+    shardings = state_shardings(shapes, graph.shardings(mesh), mesh)
+    step = make_step(graph, groups, optimizer, schedule, accumulation=config.accumulation, loss_chunk=loss_chunk)
+    compiled = compile_step(step, shardings, batch_shardings(mesh, rows), replicated(mesh))
+    return Session(mesh, graph, groups, optimizer, schedule, abstract(shapes, shardings), compiled)
+
+
+def _empty(graph: ModelGraph) -> Params:
+    return {name: jax.numpy.zeros(shape.shape, shape.dtype) for name, shape in graph.shapes.items()}
+
+
+def group_rows(session: Session, config: OptimizerConfig) -> list[GroupRow]:
+    """The parameter table: what trains, what does not, and what it costs."""
+    optimizer_bytes: dict[str, int] = {}
+    for path, leaf in jax.tree_util.tree_flatten_with_path(session.state.optimizer)[0]:
+        name = getattr(path[-1], "key", "")
+        optimizer_bytes[name] = optimizer_bytes.get(name, 0) + _bytes(leaf)
+    rows: list[GroupRow] = []
+    for group in dict.fromkeys(session.groups.values()):
+        for adapters in (False, True):
+            names = [n for n, g in session.groups.items() if g is group and (".adapter." in n) == adapters]
+            if names:
+                rows.append(
+                    _group_row(session, config, group, names, optimizer_bytes, "LoRA" if adapters else "trained")
+                )
+    return rows
+
+
+def _group_row(
+    session: Session,
+    config: OptimizerConfig,
+    group: ParameterGroup,
+    names: list[str],
+    optimizer_bytes: Mapping[str, int],
+    trained: str,
+) -> GroupRow:
+    phase = "" if group.freeze_after is None else f" until step {group.freeze_after}"
+    leaves = [session.graph.shapes[name] for name in names]
+    placed = session.state.trained | session.state.frozen
+    decay = config.weight_decay if group.weight_decay is None else group.weight_decay
+    return GroupRow(
+        group=group.name,
+        state="frozen" if group.frozen else trained + phase,
+        tensors=len(names),
+        parameters=sum(math.prod(leaf.shape) for leaf in leaves),
+        bytes=sum(map(_bytes, leaves)),
+        optimizer_bytes=sum(optimizer_bytes.get(name, 0) for name in names),
+        learning_rate=0.0 if group.frozen else group.learning_rate * config.learning_rate,
+        weight_decay=0.0 if group.frozen else decay,
+        whole=sum(placed[name].sharding.is_fully_replicated for name in names) if session.mesh.size > 1 else 0,
+    )
+
+
+def _bytes(leaf: jax.ShapeDtypeStruct) -> int:
+    return math.prod(leaf.shape) * leaf.dtype.itemsize

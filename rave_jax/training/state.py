@@ -1,0 +1,118 @@
+"""What a step reads and returns: parameters by name, trained apart from frozen, and optimizer state.
+
+The model is an nnx module only while it computes. Between steps its numbers live in flat dicts by canonical
+path, which parameter groups, optimizer state and checkpoints share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+
+from rave_jax.models.parameters import named_parameters, param_axes
+from rave_jax.parallel.sharding import named_sharding, replicated
+from rave_jax.training.optimizers import ParameterGroup
+from rave_jax.typing import Array, Int
+
+Params = dict[str, jax.Array]
+
+
+class TrainState(NamedTuple):
+    """Everything that training changes, and the parameters that it does not.
+
+    Fields:
+        step: optimizer steps done.
+        bad_step: the step whose loss or gradient was not finite, or -1; from then on the state stands still.
+        trained: parameters with gradients, by canonical path.
+        frozen: parameters without.
+        optimizer: optax state of the trained ones.
+    """
+
+    step: Int[Array, ""]
+    bad_step: Int[Array, ""]
+    trained: Params
+    frozen: Params
+    optimizer: optax.OptState
+
+
+class ModelGraph[M: nnx.Module]:
+    """A model without its numbers: takes a module apart into a dict by canonical path and puts it together."""
+
+    def __init__(self, model: M):
+        """
+        Args:
+            model: a module, or an abstract one from `jax.eval_shape`.
+        """
+        named = named_parameters(model)
+        self.axes = {name: param_axes(param) for name, param in named.items()}
+        self.logical_ndims = {name: len(param.get_metadata()["axes"]) for name, param in named.items()}
+        self.names = tuple(named)
+        leaves, self._treedef = jax.tree.flatten(model)
+        assert len(leaves) == len(self.names), "a model holds parameters and nothing else"
+        shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
+        self.shapes = dict(zip(self.names, shapes, strict=True))
+
+    def split(self, model: M) -> Params:
+        """The numbers of a module of this shape, by name."""
+        return dict(zip(self.names, jax.tree.leaves(model), strict=True))
+
+    def merge(self, values: Mapping[str, jax.Array]) -> M:
+        """The module with these numbers."""
+        return jax.tree.unflatten(self._treedef, [values[name] for name in self.names])
+
+    def shardings(self, mesh: Mesh) -> dict[str, NamedSharding]:
+        """Where each parameter goes."""
+        return {name: named_sharding(self.axes[name], self.shapes[name].shape, mesh) for name in self.names}
+
+
+def init_state(
+    params: Params, groups: Mapping[str, ParameterGroup], optimizer: optax.GradientTransformation
+) -> TrainState:
+    """State before the first step. Traceable."""
+    trained = {name: value for name, value in params.items() if not groups[name].frozen}
+    frozen = {name: value for name, value in params.items() if groups[name].frozen}
+    return TrainState(jnp.zeros((), jnp.int32), jnp.full((), -1, jnp.int32), trained, frozen, optimizer.init(trained))
+
+
+def state_shardings(abstract: TrainState, params: Mapping[str, NamedSharding], mesh: Mesh) -> TrainState:
+    """Where each array of a state goes: optimizer state lies with its parameter, counters everywhere."""
+
+    def place(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> NamedSharding:
+        # Optimizer state repeats the dict of trained parameters, so the last key of a path names one.
+        name = str(getattr(path[-1], "key", ""))
+        return params[name] if name in params and leaf.ndim else replicated(mesh)
+
+    return jax.tree_util.tree_map_with_path(place, abstract)
+
+
+def parameters_of(state: TrainState) -> dict[str, Any]:
+    """The part of a state that a checkpoint keeps as parameters. It does not say which of them were trained."""
+    return {"step": state.step, "values": state.trained | state.frozen}
+
+
+def parameters_target(graph: ModelGraph, mesh: Mesh) -> dict[str, Any]:
+    """`parameters_of` for a restore without optimizer state: shapes, dtypes and shardings."""
+    shardings = graph.shardings(mesh)
+    values = {
+        name: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=shardings[name])
+        for name, shape in graph.shapes.items()
+    }
+    return {"step": jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh)), "values": values}
+
+
+def state_of(parameters: Mapping[str, Any], optimizer: optax.OptState, like: TrainState) -> TrainState:
+    """A state from the parts that a checkpoint keeps, trained and frozen as in `like`."""
+    values = parameters["values"]
+    return TrainState(
+        step=parameters["step"],
+        bad_step=jnp.full_like(parameters["step"], -1),
+        trained={name: values[name] for name in like.trained},
+        frozen={name: values[name] for name in like.frozen},
+        optimizer=optimizer,
+    )

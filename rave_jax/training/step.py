@@ -1,0 +1,162 @@
+"""One training step: a pure function of state and batch, with shardings and donation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from rave_jax.batch import Batch, Kind
+from rave_jax.parallel.rows import batch_axis
+from rave_jax.training.objective import TokenSums, chunked_cross_entropy
+from rave_jax.training.optimizers import ParameterGroup, Schedule
+from rave_jax.training.state import ModelGraph, Params, TrainState
+from rave_jax.typing import Array, Float, Int
+
+
+class Trainable(Protocol):
+    """What a step needs of a model."""
+
+    def hidden(self, batch: Batch) -> jax.Array:
+        """[B,T,D] after the final norm."""
+
+    def head_weight(self) -> jax.Array:
+        """[V,D]."""
+
+
+class StepMetrics(NamedTuple):
+    """What one step reports, over the whole batch.
+
+    Fields:
+        loss: mean negative log-likelihood of a target token, weighted.
+        accuracy: share of target tokens guessed right, weighted.
+        grad_norm: norm of the gradient of all trained parameters, before clipping.
+        learning_rate: rate of a group with multiplier 1.
+        tokens: tokens that are not padding.
+        target_tokens: tokens with a loss.
+        bad_step: -1, or the step whose loss or gradient was not finite.
+    """
+
+    loss: Float[Array, ""]
+    accuracy: Float[Array, ""]
+    grad_norm: Float[Array, ""]
+    learning_rate: Float[Array, ""]
+    tokens: Int[Array, ""]
+    target_tokens: Int[Array, ""]
+    bad_step: Int[Array, ""]
+
+
+Step = Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
+
+
+def micro_batches(batch: Batch, count: int) -> Batch:
+    """Split rows into `count` micro-batches on a new leading axis.
+
+    Micro-batch i takes rows i, i + count, ...: each device cuts its own rows and none move.
+    """
+
+    def split(axis: int, x: jax.Array) -> jax.Array:
+        rows = x.shape[axis] // count
+        parts = x.reshape(*x.shape[:axis], rows, count, *x.shape[axis + 1 :])
+        return jnp.moveaxis(parts, axis + 1, 0)
+
+    return jax.tree.map(split, batch_axis(), batch)
+
+
+def make_step(
+    graph: ModelGraph,
+    groups: Mapping[str, ParameterGroup],
+    optimizer: optax.GradientTransformation,
+    schedule: Schedule,
+    *,
+    accumulation: int,
+    loss_chunk: int,
+) -> Step:
+    """The step as a pure function, not yet compiled.
+
+    The loss is the weighted mean over the target tokens of the whole batch, whatever the accumulation. A step
+    whose loss or gradient is not finite changes nothing but `bad_step`, and neither does any step after it, so
+    that the caller, who reads metrics late, still holds the state before the bad update.
+    """
+    last_step = {name: group.freeze_after for name, group in groups.items() if group.freeze_after is not None}
+
+    def objective(trained: Params, frozen: Params, batch: Batch, total: jax.Array) -> tuple[jax.Array, TokenSums]:
+        model: Trainable = graph.merge(trained | frozen)
+        sums = chunked_cross_entropy(
+            model.hidden(batch), model.head_weight(), batch.targets, batch.loss_weights, loss_chunk
+        )
+        return sums.loss / total, sums
+
+    def gradients(state: TrainState, batch: Batch) -> tuple[TokenSums, Params]:
+        total = jnp.sum(batch.loss_weights, dtype=jnp.float32)
+        total = jnp.where(total > 0, total, 1.0)
+        of_batch = jax.value_and_grad(objective, has_aux=True)
+        if accumulation == 1:
+            (_, sums), grads = of_batch(state.trained, state.frozen, batch, total)
+            return sums, grads
+
+        def body(carry: tuple[TokenSums, Params], micro: Batch) -> tuple[tuple[TokenSums, Params], None]:
+            (_, sums), grads = of_batch(state.trained, state.frozen, micro, total)
+            return jax.tree.map(lambda a, b: a + b.astype(a.dtype), carry, (sums, grads)), None
+
+        zero = jnp.zeros((), jnp.float32)
+        empty = {name: jnp.zeros(x.shape, jnp.float32) for name, x in state.trained.items()}
+        (sums, grads), _ = jax.lax.scan(body, (TokenSums(zero, zero, zero), empty), micro_batches(batch, accumulation))
+        return sums, {name: grad.astype(state.trained[name].dtype) for name, grad in grads.items()}
+
+    def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+        sums, grads = gradients(state, batch)
+
+        def in_phase(tree: Any) -> Params:
+            return {
+                name: jnp.where(state.step < last_step[name], x, 0) if name in last_step else x
+                for name, x in tree.items()
+            }
+
+        grads = in_phase(grads)
+        norm = optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
+        updates, moments = optimizer.update(grads, state.optimizer, state.trained)
+        # Momentum and decay would go on moving a group after its phase: its update is zero too.
+        moved = optax.apply_updates(state.trained, in_phase(updates))
+
+        finite = jnp.isfinite(sums.loss) & jnp.isfinite(norm)
+        bad_step = jnp.where((state.bad_step < 0) & ~finite, state.step, state.bad_step)
+        ok = bad_step < 0
+
+        def keep(new: jax.Array, old: jax.Array) -> jax.Array:
+            return jnp.where(ok, new, old)
+
+        after = TrainState(
+            step=state.step + ok,
+            bad_step=bad_step,
+            trained=jax.tree.map(keep, moved, state.trained),
+            frozen=state.frozen,
+            optimizer=jax.tree.map(keep, moments, state.optimizer),
+        )
+        weight = jnp.where(sums.weight > 0, sums.weight, 1.0)
+        return after, StepMetrics(
+            loss=sums.loss / weight,
+            accuracy=sums.correct / weight,
+            grad_norm=norm,
+            learning_rate=schedule(state.step),
+            tokens=jnp.sum(batch.info.kind != Kind.PAD),
+            target_tokens=jnp.sum(batch.loss_weights > 0),
+            bad_step=bad_step,
+        )
+
+    return step
+
+
+def compile_step(step: Step, states: Any, batches: Any, metrics: jax.sharding.NamedSharding) -> Step:
+    """The step under jit. The state is donated.
+
+    Args:
+        step: from `make_step`.
+        states: shardings of the state.
+        batches: shardings of the batch.
+        metrics: sharding of every metric.
+    """
+    return jax.jit(step, in_shardings=(states, batches), out_shardings=(states, metrics), donate_argnums=0)

@@ -1,0 +1,170 @@
+"""Export: byte-equal, whole or not at all, and everything comes back with the side-car."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from rave_jax.attention import Rave
+from rave_jax.checkpoint import native
+from rave_jax.checkpoint.hf_export import copy_small_files, export_hf, written_whole
+from rave_jax.checkpoint.hf_import import import_hf
+from rave_jax.checkpoint.safetensors_file import CheckpointError
+from rave_jax.models.config import Lora, ModelOptions
+from rave_jax.models.parameters import named_parameters, with_values
+from rave_jax.models.vlm import Vlm
+from rave_jax.parallel.mesh import MeshConfig, make_mesh
+from tests.checkpoint.conftest import Tensors, Write
+
+OPTIONS = ModelOptions(
+    mechanisms=(Rave(rank=2, layers=(0, 2)),), lora=Lora(rank=2, targets=("decoder.mlp.up", "vision.attention.qkv"))
+)
+
+
+def all_tensors(folder: Path) -> Tensors:
+    return {key: value for file in folder.glob("model*.safetensors") for key, value in load_file(file).items()}
+
+
+def assert_same_bytes(ours: Tensors, theirs: Tensors) -> None:
+    assert ours.keys() == theirs.keys()
+    for key, value in theirs.items():
+        assert ours[key].dtype == value.dtype and ours[key].shape == value.shape
+        assert ours[key].tobytes() == value.tobytes(), key
+
+
+def shaken(model: Vlm) -> Vlm:
+    """Other numbers in every parameter, as training would leave them."""
+    params = named_parameters(model)
+    noise = {p: v[...] + np.float32(0.25 + n) for n, (p, v) in enumerate(params.items())}
+    return with_values(model, noise)
+
+
+def assert_same_models(one: Vlm, other: Vlm) -> None:
+    ours, theirs = named_parameters(one), named_parameters(other)
+    assert ours.keys() == theirs.keys()
+    for path in ours:
+        assert np.array_equal(np.asarray(ours[path][...]), np.asarray(theirs[path][...])), path
+
+
+@pytest.mark.parametrize("other_style", [False, True])
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_an_unchanged_import_is_written_byte_equal(
+    write: Write, tmp_path: Path, other_style: bool, bfloat16: bool
+) -> None:
+    source = write(shards=2, bfloat16=bfloat16, other_style=other_style)
+    mesh = make_mesh(MeshConfig(fsdp=2, tensor=2), jax.devices()[:4])
+    model = import_hf(source, mesh=mesh, dtypes="stored")
+    out = export_hf(model, tmp_path / "out", source, max_shard_bytes=20_000)
+    assert_same_bytes(all_tensors(out), all_tensors(source))
+    for name in ("config.json", "tokenizer_config.json"):
+        assert (out / name).read_bytes() == (source / name).read_bytes()
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    files = {name: (out / name).stat().st_size for name in set(index["weight_map"].values())}
+    assert len(files) > 2
+    assert index["metadata"]["total_size"] == sum(v.nbytes for v in all_tensors(out).values())
+    assert not (out / "rave_jax.json").exists() and not (out / "rave_jax.safetensors").exists()
+
+
+def test_a_cast_there_and_back_loses_nothing(write: Write, tmp_path: Path) -> None:
+    source = write(bfloat16=True)
+    out = export_hf(import_hf(source, ModelOptions()), tmp_path / "out", source, dtype="bfloat16")
+    assert_same_bytes(all_tensors(out), all_tensors(source))
+
+
+def test_the_sidecar_brings_everything_back(write: Write, tmp_path: Path) -> None:
+    source = write()
+    model = shaken(import_hf(source, OPTIONS))
+    out = export_hf(model, tmp_path / "out", source)
+    names = set(load_file(out / "rave_jax.safetensors"))
+    assert "decoder.layers.2.mechanisms.0.key_proj" in names
+    assert "vision.layers.1.attention.qkv.adapter.up" in names
+    assert not any(name.startswith("decoder.layers.1.mechanisms") for name in names)
+    again = import_hf(out, mesh=make_mesh(MeshConfig(fsdp=4, tensor=2)))
+    assert again.options == OPTIONS
+    assert_same_models(again, model)
+    second = export_hf(again, tmp_path / "second", out)
+    for name in ("model.safetensors", "rave_jax.safetensors", "rave_jax.json"):
+        assert (second / name).read_bytes() == (out / name).read_bytes()
+
+
+def test_a_sidecar_serves_only_what_it_was_written_for(write: Write, tmp_path: Path) -> None:
+    source = write()
+    out = export_hf(import_hf(source, OPTIONS), tmp_path / "out", source)
+    with pytest.raises(CheckpointError, match="was written with mechanisms"):
+        import_hf(out, ModelOptions())
+    (out / "rave_jax.safetensors").write_bytes((out / "rave_jax.safetensors").read_bytes()[:-4])
+    with pytest.raises(CheckpointError, match=r"\(rave_jax.safetensors\): truncated"):
+        import_hf(out)
+    (out / "rave_jax.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"rave_jax\.safetensors: cannot be read"):
+        import_hf(out)
+    (out / "rave_jax.json").unlink()
+    assert import_hf(out, ModelOptions()).options == ModelOptions()
+
+
+def test_a_native_checkpoint_goes_there_and_back(write: Write, tmp_path: Path) -> None:
+    source = write(bfloat16=True, other_style=True)
+    mesh = make_mesh(MeshConfig(fsdp=2, tensor=2), jax.devices()[:4])
+    model = import_hf(source, dtypes="stored")
+    with written_whole(tmp_path / "native", 0) as folder:
+        assert folder is not None
+        copy_small_files(source, folder)
+        native.write_into(folder, model, other_key_style=True)
+    again = import_hf(tmp_path / "native", mesh=mesh, dtypes="stored")
+    assert_same_models(again, model)
+    out = export_hf(again, tmp_path / "out", tmp_path / "native")
+    assert_same_bytes(all_tensors(out), all_tensors(source))
+    # The same checkpoint in another cut of the stack, with mechanisms that begin fresh, and in float32.
+    gated = import_hf(tmp_path / "native", OPTIONS, mesh)
+    assert_same_models(gated, import_hf(source, OPTIONS, mesh))
+
+
+def test_without_a_source_the_config_is_ours(write: Write, tmp_path: Path) -> None:
+    model = import_hf(write())
+    out = export_hf(model, tmp_path / "out")
+    assert import_hf(out).config == model.config
+    assert json.loads((out / "config.json").read_text())["dtype"] == "float32"
+
+
+def test_a_destination_that_is_taken(write: Write, tmp_path: Path) -> None:
+    source = write()
+    model = import_hf(source)
+    with pytest.raises(CheckpointError, match="not empty"):
+        export_hf(model, source, source)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(CheckpointError, match="no directory"):
+        export_hf(model, tmp_path / "file", source)
+    with pytest.raises(CheckpointError, match="cannot write"):
+        export_hf(model, tmp_path / "file" / "below", source)
+    (tmp_path / "empty").mkdir()
+    export_hf(model, tmp_path / "empty", source)
+
+
+@pytest.mark.parametrize("code", [errno.EROFS, errno.ENOSPC, errno.EDQUOT])
+def test_a_disk_that_refuses_leaves_nothing(
+    write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    source = write()
+    model = import_hf(source)
+
+    def refuse(_: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    before = sorted(tmp_path.iterdir())
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(CheckpointError, match=f"cannot write .*out: {os.strerror(code)}"):
+        export_hf(model, tmp_path / "out", source)
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_too_little_room_is_said_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="bytes are needed"), written_whole(tmp_path / "out", 10**18):
+        raise AssertionError("nothing may be written")
+    assert list(tmp_path.iterdir()) == []

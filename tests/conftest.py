@@ -1,0 +1,67 @@
+"""What every test shares: eight simulated CPU devices, one compilation cache, and where outside things are."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parents[1]
+
+# Before jax starts its backends; subprocesses of tests inherit the environment, but not the device count.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(REPO / ".cache" / "jax"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("MPLBACKEND", "agg")
+
+import jax
+import pytest
+from hypothesis import HealthCheck, settings
+
+NUM_DEVICES = 8
+if os.environ["JAX_PLATFORMS"] == "cpu":
+    jax.config.update("jax_num_cpu_devices", NUM_DEVICES)
+
+# Compilation makes the first example of a property slow, so time limits per example say nothing. The examples
+# are the same in every run: a red test stays red until somebody repairs it.
+settings.register_profile(
+    "rave_jax", deadline=None, derandomize=True, max_examples=25, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("rave_jax")
+
+TORCH_PYTHON = "RAVE_JAX_TORCH_PYTHON"
+DATA = "RAVE_JAX_DATA"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip parity tests by name where no interpreter with torch is given."""
+    if os.environ.get(TORCH_PYTHON):
+        return
+    for item in items:
+        if item.get_closest_marker("parity"):
+            item.add_marker(pytest.mark.skip(reason=f"{TORCH_PYTHON} names no interpreter that has torch"))
+
+
+@pytest.fixture(scope="session")
+def repo() -> Path:
+    """The root of the checkout."""
+    return REPO
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of small public data sets and configs that is laid beside the checkout; skips without it."""
+    folder = Path(os.environ.get(DATA) or REPO.parent / "shared" / "data")
+    if not folder.is_dir():
+        pytest.skip(f"no data at {folder}; {DATA} names another folder")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def torch_python() -> str:
+    """The interpreter that runs the torch side of a parity test (`*_torch.py`, files in and out)."""
+    interpreter = os.environ.get(TORCH_PYTHON)
+    if not interpreter:
+        pytest.skip(f"{TORCH_PYTHON} names no interpreter that has torch")
+    return interpreter

@@ -1,0 +1,146 @@
+"""Contracts of all configs: every field has help and is read, every file in configs/ is a run that lowers."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import typing
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import jax
+import pytest
+
+from rave_jax import config as machinery
+from rave_jax.batch import Batch
+from rave_jax.checkpoint.hf_import import load_config
+from rave_jax.data.collate import BatchShape, empty_batch, round_up
+from rave_jax.models.config import VlmConfig
+from rave_jax.models.families import presets
+from rave_jax.models.vlm import Vlm
+from rave_jax.parallel.mesh import MeshConfig, abstract_mesh
+from rave_jax.parallel.rows import batch_axis, batch_shardings
+from rave_jax.parallel.sharding import use_mesh
+from rave_jax.training.config import TrainConfig
+from rave_jax.training.init import FromHF, prepare
+from rave_jax.training.session import make_session
+
+REPO = Path(__file__).resolve().parents[2]
+FILES = sorted(p for p in (REPO / "configs").glob("*.py") if "def get_config(" in p.read_text())
+# Released checkpoints that configs name: their shapes are known, their weights are not needed to lower a step.
+RELEASED = {"Qwen2.5-VL-3B-Instruct": presets.qwen2_5_vl_3b, "Qwen2.5-VL-7B-Instruct": presets.qwen2_5_vl_7b}
+DEVICES = 8
+"""Devices of a config that takes as many as there are."""
+
+
+def config_classes(kind: typing.Any) -> Iterator[type]:
+    """Every dataclass that a config of this type can hold, itself included."""
+    if dataclasses.is_dataclass(kind) and isinstance(kind, type):
+        yield kind
+        for hint in typing.get_type_hints(kind).values():
+            yield from config_classes(hint)
+    for argument in typing.get_args(kind):
+        yield from config_classes(argument)
+
+
+CLASSES = sorted(set(config_classes(TrainConfig)) | set(config_classes(VlmConfig)), key=lambda c: c.__qualname__)
+
+
+@cache
+def names_read() -> set[str]:
+    """Attribute names, and names in `getattr`-like strings, that any code but a `__post_init__` uses."""
+    found: set[str] = set()
+    for path in [*(REPO / "rave_jax").rglob("*.py"), *REPO.glob("*.py")]:
+        tree = ast.parse(path.read_text())
+        checks = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef) and n.name == "__post_init__"]
+        skipped = {id(n) for check in checks for n in ast.walk(check)}
+        found |= {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and id(n) not in skipped}
+    return found
+
+
+@pytest.mark.parametrize("cls", CLASSES, ids=lambda c: c.__name__)
+def test_every_field_has_help_a_default_and_a_reader(cls: type) -> None:
+    fields = dataclasses.fields(cls)
+    names = {f.name for f in fields}
+    assert dict.fromkeys(names - set(machinery.field_docs(cls))) == {}, "fields without help"
+    assert [f.name for f in fields if f.default is f.default_factory is dataclasses.MISSING] == []
+    assert names - names_read() == set(), "fields that nothing reads"
+
+
+def test_class_names_are_unique() -> None:
+    """They are the type tags of JSON."""
+    names = [cls.__name__ for cls in CLASSES]
+    assert sorted(set(names)) == names
+
+
+def test_the_configs_that_the_project_promises_exist() -> None:
+    promised = {"quickstart", "synthetic_all", "qwen2_5_vl_7b_rave_sft"}
+    assert promised <= {path.stem for path in FILES}
+    assert len([path for path in FILES if path.stem.startswith("quickstart_")]) >= 4, "four ablations"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+def test_a_config_survives_its_resolved_form(path: Path) -> None:
+    config = machinery.load_file(path)
+    assert isinstance(config, TrainConfig)
+    assert (ast.get_docstring(ast.parse(path.read_text())) or "").strip(), "a config says what it is for"
+    assert machinery.loads(TrainConfig, machinery.dumps(config)) == config
+
+
+def num_devices(config: TrainConfig) -> int:
+    """Devices that the config is made for."""
+    sizes = (config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    given = 1
+    for size in sizes:
+        given *= max(size, 1)
+    return given if -1 not in sizes else max(config.simulated_devices or DEVICES, given)
+
+
+def model_config(config: TrainConfig, folder: Path) -> VlmConfig:
+    """The shapes of the checkpoint that the config starts from."""
+    if not isinstance(config.init, FromHF):
+        prepare(config.init, folder / "model")
+        return load_config(folder / "model")[0]
+    name = Path(config.init.path).name
+    assert name in RELEASED, f"{name}: tell this test its shapes (RELEASED), or name a checkpoint whose shapes it knows"
+    return RELEASED[name]()
+
+
+def abstract_batch(config: TrainConfig, vlm: VlmConfig) -> Batch:
+    """Shapes of the global batch; only one row of it is made."""
+    width, window = (vlm.vision.patch_width, vlm.vision.window_patches) if vlm.vision else (1, 1)
+    row = empty_batch(BatchShape(1, config.data.tokens, round_up(config.data.patches, window)), width)
+
+    def widen(axis: int, x: jax.Array) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((*x.shape[:axis], config.data.rows, *x.shape[axis + 1 :]), x.dtype)
+
+    return jax.tree.map(widen, batch_axis(), row)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+def test_a_config_lowers_to_a_sharded_tpu_program(path: Path, tmp_path: Path) -> None:
+    """The whole train step, traced at its real shapes on a mesh without devices, as the TPU would get it."""
+    config = machinery.load_file(path)
+    vlm = model_config(config, tmp_path)
+    mesh = abstract_mesh(config.mesh, num_devices(config))
+    with use_mesh(mesh):
+        model = jax.eval_shape(lambda key: Vlm(vlm, config.model, key=key), jax.random.key(0))
+        session = make_session(
+            model, config.optimizer, mesh, steps=config.steps, rows=config.data.rows, loss_chunk=config.loss_chunk
+        )
+        batch = jax.tree.map(
+            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+            abstract_batch(config, vlm),
+            batch_shardings(mesh, config.data.rows),
+        )
+        lowered = session.step.trace(session.state, batch).lower(lowering_platforms=("tpu",))
+    state, metrics = lowered.out_info
+    assert state.step.shape == metrics.loss.shape == ()
+    assert f"mhlo.num_partitions = {mesh.size}" in lowered.as_text()
+
+
+def test_a_config_that_does_not_fit_its_mesh_is_refused() -> None:
+    config = TrainConfig(mesh=MeshConfig(data=3))
+    with pytest.raises(machinery.ConfigError, match="mesh is data 3"):
+        abstract_mesh(config.mesh, 8)

@@ -1,0 +1,91 @@
+"""Two processes: rows go by shard and not by process, losses are equal everywhere, checkpoints fit any layout."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from rave_jax.parallel.mesh import MeshConfig, make_mesh
+from tests.distributed.worker import LAYOUTS, OPTIMIZER, ROWS, STEPS
+from tests.training.small import LENGTH, first_state, run_steps, session_of
+
+PROCESSES = 2
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory, repo):
+    """What each process saw."""
+    folder = tmp_path_factory.mktemp("job")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(repo)}
+    command = [sys.executable, "-m", "tests.distributed.worker"]
+    jobs = [
+        subprocess.Popen(
+            [*command, str(n), str(PROCESSES), str(port), str(folder)],
+            cwd=repo,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for n in range(PROCESSES)
+    ]
+    try:
+        outputs = [job.communicate(timeout=400)[0] for job in jobs]
+    finally:
+        for job in jobs:
+            job.kill()
+    for job, output in zip(jobs, outputs, strict=True):
+        assert job.returncode == 0, output[-3000:]
+    return [json.loads((folder / f"{n}.json").read_text()) for n in range(PROCESSES)]
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """Losses of one process with one device."""
+    session = session_of(OPTIMIZER, make_mesh(MeshConfig(), jax.devices()[:1]), steps=STEPS, rows=ROWS)
+    return [metrics.loss for metrics in run_steps(session, first_state(session), range(STEPS), ROWS)[1]]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_losses_are_those_of_one_process(results, alone, layout):
+    for result in results:
+        np.testing.assert_allclose([loss for _, loss, _ in result[layout]["losses"]], alone, rtol=1e-6)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_processes_agree(results, layout):
+    first, second = (result[layout] for result in results)
+    assert first["shapes"] == second["shapes"] == [[ROWS, LENGTH]] * STEPS
+    assert first["losses"] == second["losses"]
+    assert first["digest"] == second["digest"]
+
+
+def test_rows_follow_the_shards(results):
+    rows = {name: [result[name]["rows"] for result in results] for name in LAYOUTS}
+    assert rows["fsdp"] == [[[0, 2], [2, 4]], [[4, 6], [6, 8]]]
+    # Tensor parallelism across processes: both hold every row, and each must load it.
+    assert rows["tensor"] == [[[0, 8]], [[0, 8]]]
+    assert rows["both"] == [[[0, 4]], [[4, 8]]]
+
+
+def test_a_checkpoint_continues_on_another_layout(results):
+    for result in results:
+        whole, continued = result["fsdp"]["losses"], result["restored"]["losses"]
+        assert [step for step, _, _ in continued] == [3, 4]
+        np.testing.assert_allclose([row[1] for row in continued], [row[1] for row in whole[2:]], rtol=1e-6)
+
+
+def test_a_barrier_gives_up_and_says_which(results):
+    message, seconds = results[0]["barrier"]
+    assert message == "barrier 'lonely': not all 2 processes came in 1 s"
+    assert seconds < 30

@@ -1,0 +1,100 @@
+"""One process of a job: trains the small model on several layouts and writes what it saw.
+
+python worker.py PROCESS PROCESSES PORT FOLDER
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from rave_jax.checkpoint.store import Store
+from rave_jax.observe.progress import ProgressReport
+from rave_jax.parallel import hosts
+from rave_jax.parallel.mesh import MeshConfig, make_mesh
+from rave_jax.parallel.rows import owned_rows
+from rave_jax.parallel.sharding import replicated
+from rave_jax.training.loop import Loop, Schedule
+from rave_jax.training.optimizers import OptimizerConfig
+from rave_jax.training.state import parameters_of, state_of
+from tests.training.small import RandomSource, first_state, session_of
+
+ROWS, STEPS, SAVED = 8, 4, 2
+LAYOUTS = {"fsdp": MeshConfig(fsdp=4), "tensor": MeshConfig(fsdp=1, tensor=4), "both": MeshConfig(fsdp=2, tensor=2)}
+OPTIMIZER = OptimizerConfig(learning_rate=1e-2)
+
+
+class Losses:
+    """A metrics writer that remembers."""
+
+    def __init__(self):
+        self.rows = []
+
+    def write(self, step, values):
+        self.rows.append([step, values["loss"], values["tokens"]])
+
+    def close(self):
+        pass
+
+
+def digest(mesh, tree) -> str:
+    """A hash of the gathered numbers."""
+    whole = jax.jit(lambda t: t, out_shardings=replicated(mesh))(tree)
+    return hashlib.sha256(
+        b"".join(np.asarray(x.addressable_data(0)).tobytes() for x in jax.tree.leaves(whole))
+    ).hexdigest()
+
+
+def run(mesh, folder: Path, restore: Path | None) -> dict:
+    """Train from the start, or from the checkpoint of another layout."""
+    session = session_of(OPTIMIZER, mesh, steps=STEPS, rows=ROWS)
+    shapes = []
+
+    def seen(state, batch, step=session.step):
+        shapes.append(list(batch.tokens.shape))
+        return step(state, batch)
+
+    session = dataclasses.replace(session, step=seen)
+    if restore is None:
+        state = first_state(session)
+    else:
+        with Store(restore, keep=9) as store:
+            found = store.restore(SAVED, parameters_of(session.state), session.state.optimizer)
+        state = state_of(found[0], found[1], session.state)
+        assert found[2] == {"step": SAVED}
+    losses = Losses()
+    with Store(folder / "checkpoints", keep=9) as store, ProgressReport(STEPS, 0, enabled=False) as progress:
+        schedule = Schedule(STEPS, log_every=1, save_every=SAVED)
+        loop = Loop(session, schedule, store, folder / "bad", [losses], progress, hosts.Watchdog(0))
+        state = loop.run(state, RandomSource(ROWS), ROWS, str)
+    rows = [[span.start, span.stop] for span in owned_rows(mesh, ROWS)]
+    return {"shapes": shapes, "losses": losses.rows, "rows": rows, "digest": digest(mesh, state.trained)}
+
+
+def main(process: int, processes: int, port: str, folder: Path) -> None:
+    config = hosts.HostsConfig(f"localhost:{port}", processes, process, start_timeout=60, heartbeat_timeout=30)
+    hosts.start(config, simulated_devices=2)
+    results = {}
+    for name, layout in LAYOUTS.items():
+        results[name] = run(make_mesh(layout), folder / name, None)
+        hosts.barrier("layout", config)
+    results["restored"] = run(make_mesh(LAYOUTS["tensor"]), folder / "restored", folder / "fsdp" / "checkpoints")
+    if process == 0:
+        began = time.monotonic()
+        try:
+            hosts.barrier("lonely", dataclasses.replace(config, barrier_timeout=1))
+        except RuntimeError as error:
+            results["barrier"] = [str(error), time.monotonic() - began]
+    (folder / f"{process}.json").write_text(json.dumps(results))
+    hosts.barrier("end", dataclasses.replace(config, barrier_timeout=60)) if process else time.sleep(2)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], Path(sys.argv[4]))

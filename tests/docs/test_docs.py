@@ -1,0 +1,135 @@
+"""The pages say what is so: commands run or parse, links lead somewhere, named files, fields and messages exist."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from rave_jax import config as machinery
+from rave_jax.tools.cli import _parser
+from rave_jax.training.config import TrainConfig
+
+REPO = Path(__file__).resolve().parents[2]
+PAGES = [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))]
+CI = (REPO / ".ci" / "run").read_text()
+BLOCK = re.compile(r"(?P<run><!-- test: run -->\n)?```bash\n(?P<body>.*?)```", re.DOTALL)
+SOURCES = [*REPO.glob("*.py"), *(REPO / "rave_jax").rglob("*.py")]
+
+
+class Block(NamedTuple):
+    page: str
+    body: str
+    run: bool
+
+    @property
+    def commands(self) -> list[str]:
+        return [line for line in self.body.replace("\\\n", " ").splitlines() if line and not line.startswith("#")]
+
+
+BLOCKS = [
+    Block(page.name, match["body"], bool(match["run"])) for page in PAGES for match in BLOCK.finditer(page.read_text())
+]
+CHECKED = [(block.page, command) for block in BLOCKS if not block.run for command in block.commands]
+
+
+def runs_of_configs() -> set[str]:
+    return {machinery.load_file(path).output_dir for path in (REPO / "configs").glob("*.py")}
+
+
+def check_train(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The config exists and takes these overrides; a resolved one is that of a run some config makes."""
+    if words[0].endswith(".json"):
+        assert str(Path(words[0]).parent) in runs_of_configs()
+        return
+    monkeypatch.chdir(REPO)
+    try:
+        machinery.load_command_line(TrainConfig, words, "train.py")
+    except SystemExit as stop:
+        assert stop.code == 0 and words[-1] == "--help"
+
+
+@pytest.mark.parametrize(("page", "command"), CHECKED, ids=[f"{page}-{command}" for page, command in CHECKED])
+def test_a_command_is_run_by_ci_or_would_be_understood(
+    page: str, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    match shlex.split(command):
+        case ["python3", "bootstrap.py", *_]:
+            assert command in CI
+        case [setting, "python", *words] if setting.startswith("RAVE_JAX_TORCH_PYTHON="):
+            assert shlex.join(words) in CI
+        case ["python", "train.py", *words]:
+            check_train(words, monkeypatch)
+        case ["python", "eval.py", path]:
+            assert path in runs_of_configs()
+        case ["python", "-m", "pip", "install", "-c", "constraints.txt", "-e", target]:
+            extras = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+            assert target.removeprefix(".[").removesuffix("]") in extras
+        case ["rave-jax", *words]:
+            _parser().parse_args(words)
+        case _:
+            pytest.fail(f"nothing here knows how to check {command!r}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("block", [b for b in BLOCKS if b.run], ids=lambda b: b.page)
+def test_a_walk_runs_as_it_stands(block: Block, tmp_path: Path) -> None:
+    for name in ("train.py", "eval.py", "configs"):
+        (tmp_path / name).symlink_to(REPO / name)
+    environment = dict(os.environ)
+    environment.pop("JAX_PLATFORMS", None)  # a newcomer has not set it
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+    done = subprocess.run(
+        ["bash", "-euxc", block.body], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=570
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+def test_walks_and_both_commands_are_there() -> None:
+    assert [b.page for b in BLOCKS if b.run], "no page has a walk that a test runs"
+    first, second = (command for page, command in CHECKED if page == "README.md" and "bootstrap.py" in command)
+    assert first.endswith("train.py configs/quickstart.py") and "pytest" in second
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_links_and_files_exist(page: Path) -> None:
+    text = page.read_text()
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link]
+    assert [link for link in links if not (page.parent / link).exists()] == []
+    named = re.findall(r"`((?:rave_jax|configs|tests|docs|benchmarks)/[\w/.]*)`", text)
+    assert [name for name in named if not (REPO / name).exists()] == []
+
+
+def field_exists(dotted: str) -> bool:
+    cls: type = TrainConfig
+    for part in dotted.split("."):
+        fields = {f.name: f for f in dataclasses.fields(cls)} if dataclasses.is_dataclass(cls) else {}
+        if part not in fields:
+            return False
+        default = fields[part].default_factory
+        cls = default if isinstance(default, type) else type(None)
+    return True
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+def test_fields_exist(page: Path) -> None:
+    first = "|".join(f.name for f in dataclasses.fields(TrainConfig))
+    found = re.findall(rf"`(?:--)?((?:{first})(?:\.[a-z_]+)+)(?: [\w.]+)?`", page.read_text())
+    assert [name for name in found if not name.endswith((".py", ".json", ".jsonl")) and not field_exists(name)] == []
+
+
+def test_messages_of_troubleshooting_are_said_somewhere() -> None:
+    """Words in bold code are what a program says; tyro says the one about unrecognized options."""
+    said = re.findall(r"\*\*`([^`]+)`", (REPO / "docs" / "troubleshooting.md").read_text())
+    code = "\n".join(path.read_text() for path in SOURCES)
+    fragments = [part.strip() for message in said for part in message.split("...") if part.strip()]
+    assert [f for f in fragments if f not in code and f != "Unrecognized options"] == []
+    assert len(fragments) >= 5

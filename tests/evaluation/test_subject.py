@@ -1,0 +1,143 @@
+"""A model as the subject: prompts, answers and looks through the real processor."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from rave_jax.attention import Rave
+from rave_jax.data.collate import BatchShape, collate
+from rave_jax.data.processor import Processor
+from rave_jax.data.sample import Sample, SampleError
+from rave_jax.data.video import VideoLimits
+from rave_jax.evaluation.subject import Answer, ModelSubject, with_answer
+from rave_jax.inference import generate
+from rave_jax.models.config import ModelOptions
+from rave_jax.models.families.presets import tiny
+from rave_jax.models.vlm import Vlm
+from rave_jax.parallel.mesh import MeshConfig, make_mesh
+from tests.data.conftest import TEMPLATE, byte_tokenizer, tiny_settings
+from tests.data.pictures import noise
+from tests.models.made import model
+
+NEW = 4
+SHAPE = BatchShape(rows=2, tokens=96, patches=64)
+
+
+@pytest.fixture(scope="module")
+def processor() -> Processor:
+    tokenizer = byte_tokenizer()
+    video = VideoLimits(min_pixels=64, max_pixels=1024)
+    return Processor(tokenizer, dataclasses.replace(tiny_settings(tokenizer), video=video), TEMPLATE)
+
+
+@pytest.fixture(scope="module")
+def vlm(processor: Processor) -> Vlm:
+    ids = {"image_token_id": processor.settings.image_token_id, "video_token_id": processor.settings.video_token_id}
+    config = dataclasses.replace(tiny(vocab_size=270, tie_embeddings=False), **ids)
+    return model(config, ModelOptions(mechanisms=(Rave(rank=2),)), seed=1)
+
+
+def ask(question: str, size: tuple[int, int] | None, seed: int = 0) -> Sample:
+    picture = [] if size is None else [{"type": "image", "image": noise(*size, seed=seed)}]
+    content = [*picture, {"type": "text", "text": question}]
+    return Sample(
+        id=question,
+        messages=({"role": "user", "content": content}, {"role": "assistant", "content": "yes"}),
+        answers=("yes",),
+    )
+
+
+SAMPLES = (ask("What?", (24, 16)), ask("No picture", None), ask("How many are there?", (16, 32), 1))
+
+
+def on(devices: int, vlm: Vlm, processor: Processor) -> ModelSubject:
+    mesh = make_mesh(MeshConfig(), jax.devices()[:devices])
+    return ModelSubject(vlm, processor, mesh, SHAPE, NEW, (processor.end_id,))
+
+
+@pytest.fixture(scope="module")
+def subject(vlm: Vlm, processor: Processor) -> ModelSubject:
+    return on(1, vlm, processor)
+
+
+def test_answers_are_what_generation_gives(subject: ModelSubject, vlm: Vlm, processor: Processor) -> None:
+    answers = subject.answer(SAMPLES)
+    for sample, answer in zip(SAMPLES, answers, strict=True):
+        assert isinstance(answer, Answer)
+        example = processor.encode(sample.prompt, add_generation_prompt=True)
+        alone = collate([[example]], SHAPE._replace(rows=1), processor.settings.patch_numbers)
+        made = generate(vlm, alone, max_new_tokens=NEW, stop_ids=(processor.end_id,))
+        assert list(answer.tokens) == made.tokens[0, : int(made.lengths[0])].tolist()
+        assert answer.text == processor.decode(answer.tokens).strip()
+
+
+def test_answers_and_looks_do_not_depend_on_the_mesh(subject: ModelSubject, vlm: Vlm, processor: Processor) -> None:
+    one, two = subject, on(2, vlm, processor)
+    answers = [a for a in one.answer(SAMPLES) if isinstance(a, Answer)]
+    assert two.answer(SAMPLES) == answers
+    for a, b in zip(one.look(SAMPLES, answers), two.look(SAMPLES, answers), strict=True):
+        assert (a is None) == (b is None)
+        if a is not None and b is not None:
+            np.testing.assert_allclose(a.weights, b.weights, atol=1e-5)
+
+
+def test_a_prompt_over_budget_is_an_answer_of_its_own(subject: ModelSubject) -> None:
+    long = ask("word " * 40, (24, 16))
+    broken = dataclasses.replace(
+        SAMPLES[0], messages=({"role": "user", "content": [{"type": "image", "image": b"no"}]},)
+    )
+    results = subject.answer([long, SAMPLES[0], broken])
+    assert [type(result).__name__ for result in results] == ["OverBudget", "Answer", "ImageError"]
+    assert isinstance(results[0], SampleError) and "word" in str(results[0]) and "96" in str(results[0])
+
+
+def test_a_prompt_with_its_answer_is_the_conversation(processor: Processor) -> None:
+    sample = SAMPLES[0]
+    whole = processor.encode(sample.messages)
+    prompt = processor.encode(sample.prompt, add_generation_prompt=True)
+    start = len(prompt.tokens)
+    answer = [int(t) for t in whole.tokens[start : start + 4]]
+    assert processor.decode(answer) == "yes" and answer[-1] == processor.end_id
+    made = with_answer(prompt, answer)
+    for name in ("tokens", "visual_index"):
+        np.testing.assert_array_equal(getattr(made, name), getattr(whole, name)[: start + 4])
+    np.testing.assert_array_equal(made.positions, whole.positions[:, : start + 4])
+    for name, code in made.info._asdict().items():
+        np.testing.assert_array_equal(code, getattr(whole.info, name)[: start + 4], err_msg=name)
+
+
+def test_a_look_is_the_mean_row_of_the_choosing_queries(subject: ModelSubject, vlm: Vlm, processor: Processor) -> None:
+    sample, answer = SAMPLES[2], Answer("abc", (70, 71, 72))
+    looks = subject.look([sample, SAMPLES[1]], [answer, Answer("", ())])
+    assert looks[1] is None, "no picture, no look"
+    prompt = processor.encode(sample.prompt, add_generation_prompt=True)
+    example = with_answer(prompt, answer.tokens)
+    batch = collate([[example]], BatchShape(1, len(example.tokens), 64), processor.settings.patch_numbers)
+    last = len(prompt.tokens) - 1
+    rows = np.array([[last, last + 1, last + 2]], np.int32)
+    _, weights = jax.jit(lambda m, b: m.hidden(b, rows=rows))(vlm, batch)
+    expected = np.asarray(weights)[:, 0].mean(1)
+    visual = np.flatnonzero(example.info.image == 1)
+    assert looks[0] is not None and looks[0].weights.shape[-2:] == (2, 4)
+    np.testing.assert_allclose(looks[0].weights.reshape(*expected.shape[:2], -1), expected[..., visual], atol=1e-6)
+    assert 0 < looks[0].on_picture < 1
+
+
+def test_a_video_is_asked_but_not_looked_at(subject: ModelSubject) -> None:
+    frames = [noise(16, 16, seed=i) for i in range(2)]
+    content = [{"type": "video", "video": frames, "fps": 2.0}, {"type": "text", "text": "What moves?"}]
+    sample = Sample(id="video", messages=({"role": "user", "content": content},), answers=("all",))
+    (answer,) = subject.answer([sample])
+    assert isinstance(answer, Answer)
+    assert subject.look([sample], [answer]) == [None]
+
+
+def test_prompts_of_any_size_are_one_program(subject: ModelSubject) -> None:
+    sizes = [(8 * (1 + i % 5), 8 * (1 + i % 3)) for i in range(10)]
+    answers = subject.answer([ask("?" * (1 + i), size, i) for i, size in enumerate(sizes)])
+    assert all(isinstance(answer, Answer) for answer in answers)
+    assert subject._generate._cache_size() == 1

@@ -1,0 +1,92 @@
+"""A world small enough to know everything about: a picture's brightness is the digit asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from rave_jax.data.images import read_image
+from rave_jax.data.sample import ImageError, OverBudget, Sample, SampleError
+from rave_jax.evaluation.subject import Answer
+from rave_jax.look.maps import Look
+
+
+@dataclass(frozen=True)
+class Toy:
+    """Samples of the world. In "odd" questions half the answers are 3, in "even" ones they are always even."""
+
+    split: str = "heldout"
+    length: int = 200
+    broken_every: int = 0
+    name = "toy"
+
+    def build(self) -> Toy:
+        return self
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> Sample:
+        return self._make(index, shift=0)
+
+    def redeal(self, index: int) -> Sample:
+        return self._make(index, shift=1 + index % 9)
+
+    def _make(self, index: int, shift: int) -> Sample:
+        if self.broken_every and index % self.broken_every == 0:
+            raise ImageError(f"toy{index}.png: cut off")
+        rng = np.random.default_rng((self.split == "train", index))
+        odd = index % 2 == 1
+        digit = int(rng.choice([3, rng.integers(10)]) if odd else 2 * rng.integers(5))
+        picture = np.full((6, 8, 3), 25 * ((digit + shift) % 10), np.uint8)
+        content = [
+            {"type": "image", "image": picture},
+            {"type": "text", "text": "How bright, odd?" if odd else "How bright?"},
+        ]
+        return Sample(
+            id=f"toy/{self.split}/{index}",
+            messages=({"role": "user", "content": content}, {"role": "assistant", "content": str(digit)}),
+            answers=(str(digit),),
+            evidence=(0.0, 0.0, 4.0, 6.0),
+            template="odd" if odd else "even",
+            task="odd" if odd else "even",
+            source="toy",
+        )
+
+
+def read(sample: Sample) -> str:
+    """The digit that a picture shows."""
+    return str(round(float(np.asarray(read_image(sample.images[0])).mean()) / 25))
+
+
+class Fake:
+    """A subject that answers by a rule, and whose answers look left (3 parts of 4) or nowhere in particular."""
+
+    def __init__(
+        self, rule: Callable[[Sample], str], left: float = 0.5, most_pixels: Callable[[Sample], bool] | None = None
+    ):
+        self._rule, self._left, self._too_large = rule, left, most_pixels
+        self.looked_at: list[str] = []
+
+    def answer(self, samples: Sequence[Sample]) -> list[Answer | SampleError]:
+        return [self._answer(sample) for sample in samples]
+
+    def _answer(self, sample: Sample) -> Answer | SampleError:
+        if self._too_large is not None and self._too_large(sample):
+            return OverBudget(f"{sample.id}: too many tokens")
+        return Answer(self._rule(sample), (1,))
+
+    def look(self, samples: Sequence[Sample], answers: Sequence[Answer]) -> list[Look | None]:
+        assert len(samples) == len(answers)
+        self.looked_at += [sample.id for sample in samples]
+        grid = np.zeros((2, 3, 2, 2), np.float32)
+        grid[..., 0], grid[..., 1] = 0.2 * self._left, 0.2 * (1 - self._left)
+        return [Look(grid) for _ in samples]
+
+
+def any_source(source: Toy) -> Any:
+    """The world where a config wants one of the library's own sources."""
+    return source

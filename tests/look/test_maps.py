@@ -1,0 +1,72 @@
+"""Attention laid out on a picture, and how much of it lies in a box, on maps made by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rave_jax.batch import TokenInfo
+from rave_jax.look.maps import Look, area, coverage, lay_out, relative_box
+
+FRACTION = st.floats(0, 1)
+
+
+def info(**codes: list[int]) -> TokenInfo:
+    length = len(next(iter(codes.values())))
+    zeros = np.zeros(length, np.int32)
+    return TokenInfo(*(np.array(codes.get(name, zeros), np.int32) for name in TokenInfo._fields))
+
+
+def test_weights_land_on_their_cells() -> None:
+    # text, a 2 x 3 picture whose tokens stand out of order, text, a second picture of one token
+    codes = info(
+        image=[0, 1, 1, 1, 1, 1, 1, 0, 2],
+        row=[0, 1, 0, 0, 0, 1, 1, 0, 0],
+        col=[0, 2, 0, 1, 2, 0, 1, 0, 0],
+        grid_h=[0, 2, 2, 2, 2, 2, 2, 0, 1],
+        grid_w=[0, 3, 3, 3, 3, 3, 3, 0, 1],
+    )
+    weights = np.arange(9, dtype=np.float32).reshape(1, 1, 9)
+    grid = lay_out(codes, weights)
+    assert grid is not None and grid[0, 0].tolist() == [[2, 3, 4], [5, 6, 1]]
+    second = lay_out(codes, weights, image=2)
+    assert second is not None and second[0, 0].tolist() == [[8]]
+    assert lay_out(codes, weights, image=3) is None
+
+
+def test_frames_of_a_video_add_up() -> None:
+    codes = info(image=[1, 1, 1, 1], frame=[0, 0, 1, 1], col=[0, 1, 0, 1], grid_h=[1] * 4, grid_w=[2] * 4)
+    grid = lay_out(codes, np.array([[[1.0, 2.0, 4.0, 8.0]]]))
+    assert grid is not None and grid[0, 0].tolist() == [[5, 10]]
+
+
+def test_share_in_a_box_by_hand() -> None:
+    """One layer looks at the left half, the other at one corner; the box is the upper left quarter, then one beside."""
+    weights = np.zeros((2, 1, 2, 2), np.float32)
+    weights[0, 0] = [[0.3, 0.0], [0.3, 0.0]]
+    weights[1, 0] = [[0.0, 0.0], [0.0, 0.2]]
+    look = Look(weights)
+    box = relative_box((0, 0, 50, 20), width=100, height=40)
+    assert box == (0, 0, 0.5, 0.5)
+    assert look.on_picture == pytest.approx(0.4)
+    assert look.in_box(box) == pytest.approx(0.3 / 0.8)
+    assert look.in_box(box, layers=(0,)) == pytest.approx(0.5)
+    assert look.in_box(box, layers=(1,)) == 0.0
+    assert look.in_box((0.25, 0.0, 0.75, 0.5), layers=(0,)) == pytest.approx(0.25)
+    assert look.heat((1,)).tolist() == [[0, 0], [0, 1]]
+
+
+def test_no_attention_on_the_picture_is_zero_everywhere() -> None:
+    look = Look(np.zeros((1, 1, 2, 2), np.float32))
+    assert look.in_box((0, 0, 1, 1)) == 0.0 and look.on_picture == 0.0
+
+
+@given(FRACTION, FRACTION, FRACTION, FRACTION, st.integers(1, 7), st.integers(1, 7))
+def test_even_attention_puts_the_area_in_the_box(a: float, b: float, c: float, d: float, rows: int, cols: int) -> None:
+    box = (min(a, b), min(c, d), max(a, b), max(c, d))
+    covered = coverage(box, (rows, cols))
+    assert covered.shape == (rows, cols) and covered.min() >= 0 and covered.max() <= 1 + 1e-9
+    even = Look(np.full((1, 2, rows, cols), 0.01, np.float32))
+    assert even.in_box(box) == pytest.approx(area(box), abs=1e-5)

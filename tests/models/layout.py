@@ -1,0 +1,147 @@
+"""Batches for model tests, laid out here by plain loops over the rules of `rave_jax.batch`.
+
+Written apart from the library's own data code on purpose: when both agree with transformers, neither is wrong.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from rave_jax.batch import Batch, Kind, Role, TokenInfo
+from rave_jax.models.config import VisionConfig, VlmConfig
+
+
+@dataclass(frozen=True)
+class Visual:
+    """An image (t = 1) or video; the grid counts patches, frames counted in temporal patches."""
+
+    t: int
+    h: int
+    w: int
+    video: bool = False
+    seconds: float = 1.0
+
+
+@dataclass
+class Document:
+    """One document: per-token lists, patches in our order, and what transformers wants."""
+
+    tokens: list[int] = field(default_factory=list)
+    codes: list[dict[str, int]] = field(default_factory=list)
+    positions: list[tuple[int, int, int]] = field(default_factory=list)
+    units: list[int] = field(default_factory=list)
+    patches: list[np.ndarray] = field(default_factory=list)
+    segment: list[int] = field(default_factory=list)
+    place: list[tuple[int, int]] = field(default_factory=list)
+    window: list[int] = field(default_factory=list)
+    hf_pixels: dict[str, list[np.ndarray]] = field(default_factory=lambda: {"image": [], "video": []})
+    hf_grids: dict[str, list[tuple[int, int, int]]] = field(default_factory=lambda: {"image": [], "video": []})
+    hf_seconds: list[float] = field(default_factory=list)
+
+
+def document(parts: list[int | Visual], config: VlmConfig, rng: np.random.Generator) -> Document:
+    """A document of text runs (their lengths) and pictures, with random tokens and pixels."""
+    doc, position, image = Document(), 0, 0
+    for part in parts:
+        if isinstance(part, int):
+            for _ in range(part):
+                doc.tokens.append(int(rng.integers(0, config.text.vocab_size - 6)))
+                doc.codes.append({"kind": Kind.TEXT, "role": Role.QUESTION, "turn": 1})
+                doc.positions.append((position,) * 3)
+                doc.units.append(0)
+                position += 1
+            continue
+        assert config.vision is not None
+        image += 1
+        m = config.vision.merge_size
+        unit_of = _add_patches(doc, part, config.vision, rng)
+        grid = {"grid_t": part.t, "grid_h": part.h // m, "grid_w": part.w // m}
+        step = config.tokens_per_second * part.seconds if part.video else 1
+        for t, row, col in np.ndindex(part.t, part.h // m, part.w // m):
+            doc.tokens.append(config.video_token_id if part.video else config.image_token_id)
+            where = {"image": image, "frame": t, "row": row, "col": col, **grid}
+            doc.codes.append({"kind": Kind.VISUAL, "role": Role.QUESTION, "turn": 1, **where})
+            doc.positions.append((position + int(t * step), position + row, position + col))
+            doc.units.append(unit_of[t, row, col])
+        position += max(part.h, part.w) // m
+    for place, code in enumerate(doc.codes):
+        code["place"] = place
+    return doc
+
+
+def _add_patches(doc: Document, visual: Visual, vision: VisionConfig, rng: np.random.Generator) -> dict:
+    """Add a picture's patches window by window; returns which merge unit of the document each token's place is."""
+    m = vision.merge_size
+    side = vision.window_size // m // vision.patch_size * m
+    pixels = rng.integers(0, 256, (visual.t, visual.h, visual.w, vision.patch_width), dtype=np.uint8)
+    kind = "video" if visual.video else "image"
+    raster = [
+        pixels[t, row * m + i, col * m + j]
+        for t, row, col in np.ndindex(visual.t, visual.h // m, visual.w // m)
+        for i, j in np.ndindex(m, m)
+    ]
+    doc.hf_pixels[kind].append(np.stack(raster))
+    doc.hf_grids[kind].append((visual.t, visual.h, visual.w))
+    if visual.video:
+        doc.hf_seconds.append(visual.seconds)
+    unit_of = {}
+    for t in range(visual.t):
+        frame = max(doc.segment, default=0) + 1
+        for top in range(0, visual.h, side):
+            for left in range(0, visual.w, side):
+                window = max(doc.window, default=0) + 1
+                for row in range(top, min(top + side, visual.h), m):
+                    for col in range(left, min(left + side, visual.w), m):
+                        unit_of[t, row // m, col // m] = len(doc.patches) // m**2
+                        for i, j in np.ndindex(m, m):
+                            doc.patches.append(pixels[t, row + i, col + j])
+                            doc.place.append((row + i, col + j))
+                            doc.segment.append(frame)
+                            doc.window.append(window)
+    return unit_of
+
+
+def batch(rows: list[list[Document]], config: VlmConfig, tokens: int, patches: int) -> Batch:
+    """Rows of packed documents, padded on the right to `tokens` and `patches`."""
+    made = [_row(documents, config, tokens, patches) for documents in rows]
+    first = made[0]
+    stacked = {name: np.stack([row[name] for row in made]) for name in first if name not in TokenInfo._fields}
+    stacked["positions"] = np.moveaxis(stacked["positions"], 0, 1)
+    info = TokenInfo(**{name: np.stack([row[name] for row in made]) for name in TokenInfo._fields})
+    return Batch(info=info, **stacked)
+
+
+def _row(documents: list[Document], config: VlmConfig, T: int, P: int) -> dict[str, np.ndarray]:
+    C = 0 if config.vision is None else config.vision.patch_width
+    unit = 1 if config.vision is None else config.vision.merge_unit
+    row = {name: np.zeros(T, np.int32) for name in (*TokenInfo._fields, "tokens", "targets", "visual_index")}
+    row |= {"loss_weights": np.zeros(T, np.float32), "positions": np.zeros((3, T), np.int32)}
+    row |= {"patches": np.zeros((P, C), np.uint8), "patch_place": np.zeros((P, 2), np.int32)}
+    row |= {name: np.zeros(P, np.int32) for name in ("patch_segment", "patch_window")}
+    token = patch = segment = window = images = 0
+    for number, doc in enumerate(documents, 1):
+        n, p = len(doc.tokens), len(doc.patches)
+        assert token + n <= T and patch + p <= P, "the test's own shape is too small"
+        here, there = slice(token, token + n), slice(patch, patch + p)
+        row["tokens"][here], row["positions"][:, here], row["segment"][here] = (
+            doc.tokens,
+            np.array(doc.positions).T,
+            number,
+        )
+        row["targets"][token : token + n - 1] = doc.tokens[1:]
+        row["loss_weights"][token : token + n - 1] = 1
+        for i, code in enumerate(doc.codes):
+            for name, value in code.items():
+                row[name][token + i] = value + (images if name == "image" and value else 0)
+            if code["kind"] == Kind.VISUAL:
+                row["visual_index"][token + i] = doc.units[i] + patch // unit
+        if p:
+            row["patches"][there], row["patch_place"][there] = np.stack(doc.patches), doc.place
+            row["patch_segment"][there] = np.array(doc.segment) + segment
+            row["patch_window"][there] = np.array(doc.window) + window
+            segment, window = segment + max(doc.segment), window + max(doc.window)
+        images += max((code.get("image", 0) for code in doc.codes), default=0)
+        token, patch = token + n, patch + p
+    return row

@@ -1,0 +1,222 @@
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rave_jax.attention import Rave, SlidingWindow
+from rave_jax.batch import Batch, Kind, TokenInfo
+from rave_jax.models.config import ModelOptions, TextConfig, VlmConfig
+from rave_jax.models.families import presets
+from rave_jax.models.parameters import count, named_parameters, param_axes, shardings, with_values
+from rave_jax.models.vlm import Vlm
+from rave_jax.parallel.mesh import MeshConfig, make_mesh
+from rave_jax.parallel.sharding import use_mesh
+from tests.models.layout import Visual, batch, document
+from tests.models.made import model as made
+
+CONFIG = presets.tiny(vocab_size=64, num_layers=3)
+RAVE = ModelOptions(mechanisms=(Rave(rank=4, layers=(1, 2)),))
+
+
+@functools.cache
+def a_model(options: ModelOptions = ModelOptions()) -> Vlm:  # noqa: B008  # frozen
+    return made(CONFIG, options)
+
+
+@jax.jit
+def logits(model: Vlm, batch: Batch) -> jax.Array:
+    return model.logits(model.hidden(batch))
+
+
+def documents(*parts: list[int | Visual]):
+    rng = np.random.default_rng(7)
+    return [document(p, CONFIG, rng) for p in parts]
+
+
+@pytest.mark.parametrize("options", [ModelOptions(), RAVE], ids=["plain", "rave"])
+def test_packed_documents_equal_each_alone(options: ModelOptions) -> None:
+    model = a_model(options)
+    docs = documents([3, Visual(1, 4, 6), 4], [5], [Visual(1, 2, 4), 1, Visual(2, 4, 4, video=True), 3])
+    shape = {"tokens": 44, "patches": 68}
+    packed = logits(model, batch([docs, docs[::-1]], CONFIG, **shape))
+    for order, row in ((docs, 0), (docs[::-1], 1)):
+        start = 0
+        for doc in order:
+            n = len(doc.tokens)
+            alone = logits(model, batch([[doc], []], CONFIG, **shape))
+            np.testing.assert_allclose(packed[row, start : start + n], alone[0, :n], atol=2e-5)
+            start += n
+
+
+@pytest.mark.parametrize("options", [ModelOptions(), RAVE], ids=["plain", "rave"])
+def test_prefill_and_decode_equal_the_whole_forward_at_every_step(options: ModelOptions) -> None:
+    model = a_model(options)
+    rows = [[doc] for doc in documents([3, Visual(1, 4, 6), 8], [12])]
+    prompts = np.array([11, 7])
+    T = 18
+    whole = batch(rows, CONFIG, tokens=T, patches=24)
+    expected = np.asarray(logits(model, whole))
+    lengths = (np.asarray(whole.info.segment) > 0).sum(1)
+
+    within = np.arange(T) < prompts[:, None]
+    prompt = whole._replace(
+        tokens=np.where(within, whole.tokens, 0),
+        info=TokenInfo(*(np.where(within, code, 0) for code in whole.info)),
+        positions=np.where(within, whole.positions, 0),
+    )
+    # The cache is larger than the prompt, and rows end at different lengths.
+    hidden, cache = jax.jit(Vlm.prefill)(model, prompt, model.empty_cache(2, T + 5))
+    assert cache.index.tolist() == prompts.tolist()
+    for row, n in enumerate(prompts):
+        np.testing.assert_allclose(model.logits(hidden)[row, :n], expected[row, :n], atol=2e-5)
+
+    decode = jax.jit(Vlm.decode)
+    for step in range(7):
+        at = prompts + step
+        alive = at < lengths
+        pick = functools.partial(np.take_along_axis, indices=np.minimum(at, T - 1)[:, None], axis=1)
+        info = TokenInfo(*(np.where(alive[:, None], pick(code), 0) for code in whole.info))
+        positions = np.stack([pick(p) for p in whole.positions])
+        hidden, cache = decode(model, pick(whole.tokens), info, positions, cache)
+        for row in np.flatnonzero(alive):
+            np.testing.assert_allclose(model.logits(hidden)[row, 0], expected[row, at[row]], atol=2e-5)
+    assert cache.index.tolist() == lengths.tolist()
+
+
+def test_a_cache_keeps_unrotated_keys_only_for_who_reads_them() -> None:
+    assert a_model().empty_cache(1, 4).k0 is None
+    assert a_model(RAVE).empty_cache(1, 4).k0 is not None
+
+
+def test_text_needs_no_patches() -> None:
+    docs = documents([9])
+    without = batch([docs], CONFIG, tokens=10, patches=0)
+    spare = batch([docs], CONFIG, tokens=10, patches=16)
+    np.testing.assert_allclose(logits(a_model(), without), logits(a_model(), spare), atol=1e-6)
+    text = made(VlmConfig(text=TextConfig(), vision=None))
+    assert np.isfinite(logits(text, without._replace(patches=np.zeros((1, 0, 0), np.uint8)))).all()
+    with pytest.raises(ValueError, match="no vision tower"):
+        text.hidden(spare)
+
+
+@pytest.mark.parametrize("options", [ModelOptions(), RAVE], ids=["plain", "rave"])
+def test_empty_rows_and_padding_make_no_nan(options: ModelOptions) -> None:
+    rows = batch([documents([2, Visual(1, 4, 4), 2]), []], CONFIG, tokens=12, patches=24)
+
+    @jax.jit
+    def loss(model: Vlm) -> jax.Array:
+        return jnp.sum(jnp.square(model.logits(model.hidden(rows))) * rows.loss_weights[..., None])
+
+    value, grads = jax.value_and_grad(loss)(a_model(options))
+    assert np.isfinite(value)
+    for name, grad in named_parameters(grads).items():
+        assert np.isfinite(grad[...]).all(), name
+        assert np.abs(grad[...]).max() > 0, name
+
+
+def test_fifty_odd_sizes_compile_once() -> None:
+    traced = []
+
+    @jax.jit
+    def run(model: Vlm, batch: Batch) -> jax.Array:
+        traced.append(1)
+        return model.hidden(batch)
+
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        h, w = 2 * rng.integers(1, 7, 2)
+        doc = document([int(rng.integers(1, 6)), Visual(1, int(h), int(w)), 2], CONFIG, rng)
+        assert np.isfinite(run(a_model(), batch([[doc]], CONFIG, tokens=44, patches=144))).all()
+    assert len(traced) == 1 == run._cache_size()
+
+
+def test_attention_rows_are_what_the_heads_read() -> None:
+    rows = batch([documents([3, Visual(1, 4, 6), 4]), documents([6])], CONFIG, tokens=14, patches=24)
+    wanted = jnp.array([[12, 0, 5], [5, 2, 13]])
+    hidden, seen = jax.jit(Vlm.hidden)(a_model(RAVE), rows, wanted)
+    np.testing.assert_allclose(hidden, a_model(RAVE).hidden(rows), atol=2e-5)
+    assert seen.shape == (3, 2, 3, CONFIG.text.num_heads, 14)
+    total = np.asarray(seen.sum(-1))
+    np.testing.assert_allclose(total[:, 0], 1, atol=1e-5)
+    np.testing.assert_allclose(total[:, 1, :2], 1, atol=1e-5)
+    assert (total[:, 1, 2] == 0).all(), "a padding query sees nothing"
+    assert (np.asarray(seen)[:, 0, 2, :, 6:] == 0).all(), "no query sees what comes later"
+
+
+def test_rematerialisation_changes_no_gradient() -> None:
+    rows = batch([documents([3, Visual(1, 4, 6), 4])], CONFIG, tokens=14, patches=24)
+
+    @jax.jit
+    def grads(model: Vlm) -> Vlm:
+        return jax.grad(lambda m: jnp.sum(jnp.square(m.hidden(rows))))(model)
+
+    ours = named_parameters(grads(a_model()))
+    for remat in ("full", "dots"):
+        theirs = named_parameters(grads(made(CONFIG, ModelOptions(remat=remat))))
+        for name in ours:
+            np.testing.assert_allclose(ours[name][...], theirs[name][...], rtol=1e-4, atol=1e-4, err_msg=name)
+
+
+def test_how_a_stack_is_cut_changes_nothing() -> None:
+    # A window wider than the row does nothing but make segments.
+    cut = ModelOptions(mechanisms=(SlidingWindow(100, layers=(1,)),))
+    build = jax.jit(lambda options: Vlm(CONFIG, options, key=jax.random.key(3)), static_argnums=0)
+    whole, parts = build(ModelOptions()), build(cut)
+    assert [len(whole.decoder.segments), len(parts.decoder.segments)] == [1, 3]
+    rows = batch([documents([3, Visual(1, 4, 6), 4])], CONFIG, tokens=14, patches=24)
+    np.testing.assert_allclose(logits(whole, rows), logits(parts, rows), atol=1e-5)
+
+
+def test_half_precision_keeps_its_types() -> None:
+    model = made(CONFIG, ModelOptions(param_dtype="bfloat16", compute_dtype="bfloat16"))
+    rows = batch([documents([3, Visual(1, 4, 6), 4])], CONFIG, tokens=14, patches=24)
+    hidden = model.hidden(rows)
+    assert hidden.dtype == jnp.bfloat16
+    assert model.logits(hidden).dtype == jnp.float32
+    wide = {path: param[...].astype(jnp.float32) for path, param in named_parameters(model).items()}
+    exact = logits(with_values(a_model(), wide), rows)
+    assert np.abs(model.logits(hidden) - exact)[0, :13].max() < 0.1 * np.abs(exact).max()
+
+
+def test_visual_tokens_come_from_their_own_picture() -> None:
+    docs = documents([1, Visual(1, 4, 4), 1, Visual(1, 2, 4), 1])
+    rows = batch([docs], CONFIG, tokens=12, patches=24)
+    second = rows._replace(patches=np.where(rows.patch_segment[..., None] == 2, 255 - rows.patches, rows.patches))
+    changed = np.abs(np.asarray(a_model().embedded(rows) - a_model().embedded(second))[0]).max(-1) > 0
+    assert changed.tolist() == (rows.info.image[0] == 2).tolist()
+    assert (rows.info.kind[0] == Kind.VISUAL).sum() == 6
+
+
+@pytest.mark.parametrize("layout", [{"fsdp": 2, "tensor": 2, "data": 1}], ids=str)
+def test_a_mesh_gives_the_same_numbers(layout: dict[str, int]) -> None:
+    devices = jax.devices()[: int(np.prod(list(layout.values())))]
+    if len(devices) < np.prod(list(layout.values())):
+        pytest.skip("needs simulated devices")
+    mesh = make_mesh(MeshConfig(**layout), devices)
+    model = a_model(RAVE)
+    rows = batch(
+        [[doc] for doc in documents(*[[n, Visual(1, 4, 6), 4] for n in range(1, 5)])], CONFIG, tokens=14, patches=24
+    )
+    with use_mesh(mesh):
+        placed = jax.device_put(model, shardings(model, mesh))
+        ours = jax.jit(lambda m, b: m.logits(m.hidden(b)))(placed, rows)
+    query = named_parameters(placed)["decoder.segments.0.layers.attention.query.weight"]
+    assert param_axes(query) == ("layers", "heads", "head_dim", "embed")
+    local = query[...].addressable_shards[0].data.size
+    assert local * layout["fsdp"] * layout["tensor"] == query.size
+    np.testing.assert_allclose(ours, logits(model, rows), atol=2e-5)
+
+
+def test_values_go_where_they_are_sent_or_nowhere() -> None:
+    model = a_model()
+    changed = with_values(model, {"decoder.norm.weight": jnp.full(32, 2.0)})
+    assert float(named_parameters(changed)["decoder.norm.weight"][...].sum()) == 64
+    assert count(changed) == count(model)
+    with pytest.raises(KeyError, match=r"no such parameters: decoder\.nrm"):
+        with_values(model, {"decoder.nrm": jnp.zeros(1)})
+    with pytest.raises(ValueError, match=r"decoder\.norm\.weight is \(3,\), expected \(32,\)"):
+        with_values(model, {"decoder.norm.weight": jnp.zeros(3)})

@@ -1,0 +1,92 @@
+"""What a run shows and writes."""
+
+from __future__ import annotations
+
+import io
+import json
+
+import pytest
+from rich.console import Console
+
+from rave_jax.observe.metrics import JsonlWriter, read_jsonl
+from rave_jax.observe.progress import ProgressReport, duration
+from rave_jax.observe.tables import GroupRow, print_parameters, size
+from rave_jax.observe.waiting import WaitMeter
+
+
+def test_jsonl_drops_rows_after_the_restored_step(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 3.0}\n{"step": 2, "loss": 2.0}\n{"step": 3, "loss": 1.0}\n{"step": 4, "lo')
+    writer = JsonlWriter(path, after_step=2)
+    writer.write(3, {"loss": 1.5})
+    # Written out at once: another reader sees it while the writer is open.
+    assert [row["loss"] for row in read_jsonl(path)] == [3.0, 2.0, 1.5]
+    writer.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_jsonl_stays_json_when_a_number_is_not_finite(tmp_path):
+    writer = JsonlWriter(tmp_path / "metrics.jsonl", 0)
+    writer.write(1, {"loss": float("nan"), "grad_norm": float("inf"), "tokens": 4})
+    writer.close()
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {
+        "step": 1,
+        "loss": None,
+        "grad_norm": None,
+        "tokens": 4,
+    }
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (75.9, "1:15"), (3700, "1:01:40"), (-1, "0:00")])
+def test_duration(seconds, text):
+    assert duration(seconds) == text
+
+
+@pytest.mark.parametrize(("count", "text"), [(5, "5 B"), (2048, "2.0 KiB"), (3 * 2**30, "3.0 GiB")])
+def test_size(count, text):
+    assert size(count) == text
+
+
+def test_progress_is_plain_lines_without_a_terminal():
+    out = io.StringIO()
+    with ProgressReport(10, 0, console=Console(file=out, force_terminal=False, width=200)) as progress:
+        progress.restart_clock(1)
+        progress.update(1, {"loss": 2.5}, line=True)
+        progress.update(2, {"loss": 2.4, "accuracy": 0.25, "tokens_per_second": 12345.6}, line=True)
+        progress.update(3, {"loss": 2.3}, line=False)
+    first, second = out.getvalue().splitlines()
+    assert first == "step 1/10  loss 2.5000"
+    assert second.startswith("step 2/10  loss 2.4000  accuracy 0.2500  12,346 tokens/s  ")
+    assert second.endswith(" left")
+
+
+def test_progress_is_a_bar_on_a_terminal():
+    out = io.StringIO()
+    with ProgressReport(10, 5, console=Console(file=out, force_terminal=True, width=100)) as progress:
+        progress.update(6, {"loss": 2.5}, line=True)
+        progress.say("warning: look here")
+    assert "6/10" in out.getvalue()
+    assert "loss 2.5000" in out.getvalue()
+    assert "warning: look here" in out.getvalue()
+
+
+def test_waiting_for_data_is_said_once_per_window():
+    meter = WaitMeter(window=4, share=0.2)
+    quick = [meter.add(waited=0.1, elapsed=1.0) for _ in range(4)]
+    slow = [meter.add(waited=0.5, elapsed=1.0) for _ in range(4)]
+    assert quick == [None] * 4
+    assert slow[:3] == [None] * 3
+    assert slow[3] == "warning: the last 4 steps waited for data 50% of the time; the loader is the bottleneck"
+
+
+def test_parameter_table_adds_up():
+    out = io.StringIO()
+    rows = [
+        GroupRow("gate", "trained", 2, 1000, 4000, 8000, 1e-3, 0.1, 0),
+        GroupRow("tower", "frozen", 30, 5000, 10000, 0, 0.0, 0.0, 3),
+    ]
+    print_parameters(rows, Console(file=out, width=150))
+    lines = {line.split()[0]: line.split() for line in out.getvalue().splitlines() if line.strip()}
+    assert lines["all"][1:] == ["1,000", "trained", "32", "6,000", "13.7", "KiB", "7.8", "KiB", "3"]
+    assert lines["tower"][1:] == ["frozen", "30", "5,000", "9.8", "KiB", "0", "B", "3"]
+    assert "0.001" in lines["gate"]

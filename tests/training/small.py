@@ -1,0 +1,129 @@
+"""The smallest model that has every kind of parameter, and batches for it without files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from rave_jax.attention import Rave
+from rave_jax.batch import Batch, Kind, Role, TokenInfo
+from rave_jax.models.config import ModelOptions, TextConfig, VisionConfig, VlmConfig
+from rave_jax.models.vlm import Vlm
+from rave_jax.parallel.mesh import MeshConfig, make_mesh
+from rave_jax.parallel.rows import batch_axis, global_batch
+from rave_jax.parallel.sharding import use_mesh
+from rave_jax.training.optimizers import OptimizerConfig
+from rave_jax.training.session import Session, make_session
+from rave_jax.training.state import TrainState
+from rave_jax.training.step import StepMetrics
+
+VOCAB, LENGTH, PATCHES = 64, 24, 16
+CONFIG = VlmConfig(
+    text=TextConfig(vocab_size=VOCAB, hidden_size=32, head_dim=8, mlp_size=64),
+    vision=VisionConfig(depth=2, hidden_size=32, num_heads=2, mlp_size=64, patch_size=4, window_size=16, out_size=32),
+)
+OPTIONS = ModelOptions(mechanisms=(Rave(rank=4),))
+
+
+def abstract_model(config: VlmConfig = CONFIG, options: ModelOptions = OPTIONS) -> Vlm:
+    """The model without its numbers."""
+    return jax.eval_shape(lambda key: Vlm(config, options, key=key), jax.random.key(0))
+
+
+def rows_of(batch: Batch, start: int, stop: int) -> Batch:
+    """Some rows of a batch."""
+    return jax.tree.map(lambda axis, x: x[(slice(None),) * axis + (slice(start, stop),)], batch_axis(), batch)
+
+
+def random_batch(seed: int, rows: int) -> Batch:
+    """One image of 2x2 visual tokens and a few target tokens in each row, more of them in some rows."""
+    rng = np.random.default_rng(seed)
+    zero = np.zeros((rows, LENGTH), np.int32)
+    visual = np.zeros((rows, LENGTH), bool)
+    visual[:, 2:6] = True
+    info = TokenInfo(*[zero] * len(TokenInfo._fields))._replace(
+        segment=zero + 1,
+        place=np.broadcast_to(np.arange(LENGTH, dtype=np.int32), (rows, LENGTH)),
+        kind=np.where(visual, Kind.VISUAL, Kind.TEXT).astype(np.int32),
+        role=np.full_like(zero, Role.QUESTION),
+        image=visual.astype(np.int32),
+    )
+    weights = np.zeros((rows, LENGTH), np.float32)
+    for row in range(rows):
+        weights[row, -2 - row % 5 : -1] = 1
+    tokens = rng.integers(0, VOCAB, (rows, LENGTH)).astype(np.int32)
+    index = zero.copy()
+    index[:, 2:6] = np.arange(4)
+    place = np.stack(np.divmod(np.arange(PATCHES, dtype=np.int32), 4), axis=-1)
+    return Batch(
+        tokens=tokens,
+        targets=np.roll(tokens, -1, 1),
+        loss_weights=weights,
+        info=info,
+        positions=np.broadcast_to(np.arange(LENGTH, dtype=np.int32), (3, rows, LENGTH)),
+        visual_index=index,
+        patches=rng.integers(0, 256, (rows, PATCHES, CONFIG.vision.patch_width)).astype(np.uint8),
+        patch_segment=np.ones((rows, PATCHES), np.int32),
+        patch_place=np.broadcast_to(place, (rows, PATCHES, 2)),
+        patch_window=np.ones((rows, PATCHES), np.int32),
+    )
+
+
+class RandomSource:
+    """A data pipeline of `random_batch`, a pure function of the step."""
+
+    def __init__(self, rows: int, poison: int | None = None):
+        """`poison`: the batch of this step has an infinite loss weight."""
+        self._rows, self._poison = rows, poison
+
+    def stream(self, step: int, start: int, stop: int) -> Iterator[Batch]:
+        """Rows start..stop-1 of `step` and all after it."""
+        while True:
+            batch = random_batch(step, self._rows)
+            if step == self._poison:
+                batch.loss_weights[0, -2] = np.inf
+            yield rows_of(batch, start, stop)
+            step += 1
+
+    def state(self, step: int) -> dict[str, Any]:
+        """JSON-ready."""
+        return {"step": step}
+
+
+def session_of(
+    optimizer: OptimizerConfig,
+    mesh: Mesh | None = None,
+    *,
+    steps: int = 4,
+    rows: int = 8,
+    config: VlmConfig = CONFIG,
+    options: ModelOptions = OPTIONS,
+) -> Session:
+    """A session on one device, or on a mesh."""
+    mesh = mesh or make_mesh(MeshConfig(), jax.devices()[:1])
+    return make_session(abstract_model(config, options), optimizer, mesh, steps=steps, rows=rows, loss_chunk=10)
+
+
+def first_state(session: Session, config: VlmConfig = CONFIG, options: ModelOptions = OPTIONS) -> TrainState:
+    """State before the first step, from a seed."""
+    with use_mesh(session.mesh):
+        # The numbers do not depend on where they are made, so one program serves every layout.
+        model = jax.jit(lambda key: Vlm(config, options, key=key))(jax.random.key(0))
+        values = session.graph.split(model)
+        return session.first_state(jax.device_put(values, session.graph.shardings(session.mesh)))
+
+
+def run_steps(session: Session, state: TrainState, steps: range, rows: int = 8) -> tuple[TrainState, list[StepMetrics]]:
+    """The state after some steps on random batches, and the metrics of each on the host."""
+    metrics = []
+    with use_mesh(session.mesh):
+        for step in steps:
+            whole = random_batch(step, rows)
+            batch = global_batch(lambda span, b=whole: rows_of(b, span.start, span.stop), session.mesh, rows)
+            state, measured = session.step(state, batch)
+            metrics.append(jax.device_get(measured))
+    return state, metrics

@@ -1,0 +1,132 @@
+"""The loop: metrics that read back, resume, a loss that is not a number, signals, and a source that fails."""
+
+from __future__ import annotations
+
+import os
+import signal
+import struct
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from rave_jax.checkpoint.store import Store
+from rave_jax.observe.metrics import JsonlWriter, TensorBoardWriter, read_jsonl
+from rave_jax.observe.progress import ProgressReport
+from rave_jax.parallel.hosts import Watchdog
+from rave_jax.training.loop import Interrupted, Loop, NonFiniteError, Schedule
+from rave_jax.training.optimizers import OptimizerConfig
+from rave_jax.training.state import TrainState, parameters_of, state_of
+from tests.training.small import RandomSource, first_state, session_of
+
+ROWS, STEPS = 8, 6
+
+
+@pytest.fixture(scope="module")
+def session():
+    return session_of(OptimizerConfig(learning_rate=1e-2, accumulation=2), steps=STEPS, rows=ROWS)
+
+
+def run(session, folder: Path, state: TrainState, source, *, save_every: int = 2, writers=()) -> TrainState:
+    with Store(folder / "checkpoints", keep=2) as store:
+        schedule = Schedule(STEPS, log_every=1, save_every=save_every)
+        progress = ProgressReport(STEPS, 0, enabled=False)
+        loop = Loop(session, schedule, store, folder / "bad_step", writers, progress, Watchdog(0))
+        return loop.run(state, source, ROWS, lambda step: f"batch {step}")
+
+
+def restored(session, folder: Path, step: int | None = None) -> tuple[TrainState, dict]:
+    with Store(folder, keep=2) as store:
+        step = store.latest if step is None else step
+        target = parameters_of(session.state)
+        parameters, optimizer, data = store.restore(step, target, session.state.optimizer)
+        return state_of(parameters, optimizer, session.state), data
+
+
+def without_time(rows: list[dict]) -> list[dict]:
+    return [{name: value for name, value in row.items() if name != "tokens_per_second"} for row in rows]
+
+
+def scalars(directory: Path) -> dict[str, dict[int, float]]:
+    """Scalars of event files, by name and step. A record is length, checksum, bytes, checksum."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    found: dict[str, dict[int, float]] = {}
+    for file in sorted(directory.glob("events.*"), key=lambda f: f.stat().st_mtime_ns):
+        data, at = file.read_bytes(), 0
+        while at < len(data):
+            (length,) = struct.unpack_from("<Q", data, at)
+            event = Event.FromString(data[at + 12 : at + 12 + length])
+            at += length + 16
+            for value in event.summary.value:
+                found.setdefault(value.tag, {})[event.step] = value.simple_value
+    return found
+
+
+def test_metrics_read_back_and_a_resumed_run_reads_as_one(session, tmp_path):
+    unbroken = tmp_path / "unbroken"
+    unbroken.mkdir()
+    writers = [JsonlWriter(unbroken / "metrics.jsonl", 0), TensorBoardWriter(unbroken / "events", 0)]
+    run(session, unbroken, first_state(session), RandomSource(ROWS), writers=writers)
+    for writer in writers:
+        writer.close()
+    rows = read_jsonl(unbroken / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    assert {"loss", "accuracy", "grad_norm", "learning_rate", "tokens", "target_tokens", "tokens_per_second"} < set(
+        rows[0]
+    )
+    events = scalars(unbroken / "events")
+    for name in ("loss", "learning_rate", "grad_norm"):
+        np.testing.assert_allclose([events[name][row["step"]] for row in rows], [row[name] for row in rows], rtol=1e-6)
+    assert rows[-1]["loss"] < rows[0]["loss"] or np.isfinite(rows[-1]["loss"])
+
+    # As after a kill: the newest checkpoint is of step 4, the metrics go on to step 5 and end in half a line.
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    lines = (unbroken / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (broken / "metrics.jsonl").write_text("".join(lines[:5]) + lines[5][:20])
+    state, data = restored(session, unbroken / "checkpoints", 4)
+    assert data == {"step": 4}
+    writer = JsonlWriter(broken / "metrics.jsonl", 4)
+    resumed = run(session, broken, state, RandomSource(ROWS), writers=[writer])
+    writer.close()
+    assert without_time(read_jsonl(broken / "metrics.jsonl")) == without_time(rows)
+    last, _ = restored(session, unbroken / "checkpoints")
+    jax.tree.map(np.testing.assert_array_equal, resumed, last)
+
+
+def test_a_loss_that_is_no_number_stops_with_the_state_before_it(session, tmp_path):
+    with pytest.raises(NonFiniteError, match=r"step 4: loss is (nan|inf).*data: batch 3; the state before.*bad_step/3"):
+        run(session, tmp_path, first_state(session), RandomSource(ROWS, poison=3), save_every=3)
+    saved, _ = restored(session, tmp_path / "bad_step")
+    before, _ = restored(session, tmp_path / "checkpoints")
+    assert saved.step == before.step == 3
+    jax.tree.map(np.testing.assert_array_equal, saved, before)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_saves_and_stops(session, tmp_path, name):
+    class Signalling(RandomSource):
+        def state(self, step):
+            if step == 3:
+                os.kill(os.getpid(), getattr(signal, name))
+            return super().state(step)
+
+    before = signal.getsignal(getattr(signal, name))
+    with pytest.raises(Interrupted, match=rf"{name}: stopped after step \d, which is saved"):
+        run(session, tmp_path, first_state(session), Signalling(ROWS), save_every=100)
+    assert signal.getsignal(getattr(signal, name)) == before
+    state, data = restored(session, tmp_path / "checkpoints")
+    assert 1 <= state.step < STEPS
+    assert data == {"step": state.step}
+
+
+def test_what_the_source_raises_reaches_the_caller(session, tmp_path):
+    class Failing(RandomSource):
+        def stream(self, step, start, stop):
+            yield next(super().stream(step, start, stop))
+            raise OSError("broken.jpg cannot be read")
+
+    with pytest.raises(OSError, match=r"broken\.jpg"):
+        run(session, tmp_path, first_state(session), Failing(ROWS))

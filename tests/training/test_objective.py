@@ -1,0 +1,73 @@
+"""Chunked cross-entropy equals the dense one, and never makes a float32 [B,T,V] array."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rave_jax.training.objective import chunked_cross_entropy
+
+V, D = 17, 6
+
+
+def arrays(seed: int, B: int, T: int, dtype=jnp.float32):
+    keys = jax.random.split(jax.random.key(seed), 4)
+    hidden = 3 * jax.random.normal(keys[0], (B, T, D), dtype)
+    head = jax.random.normal(keys[1], (V, D), jnp.float32)
+    targets = jax.random.randint(keys[2], (B, T), 0, V)
+    weights = jax.random.uniform(keys[3], (B, T)) * (jnp.arange(T) % 3 > 0)
+    return hidden, head, targets, weights
+
+
+def dense(hidden, head, targets, weights):
+    logits = jnp.einsum("BTD,VD->BTV", hidden.astype(jnp.float32), head)
+    chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], -1)[..., 0]
+    return -(chosen * weights).sum(), ((logits.argmax(-1) == targets) * weights).sum(), weights.sum()
+
+
+@given(seed=st.integers(0, 99), chunk=st.sampled_from([1, 3, 4, 5, 8, 20]), T=st.sampled_from([1, 4, 8, 11]))
+def test_equals_dense(seed, chunk, T):
+    given_arrays = arrays(seed, 2, T)
+    np.testing.assert_allclose(chunked_cross_entropy(*given_arrays, chunk), dense(*given_arrays), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [4, 5])
+def test_gradients_equal_dense(chunk):
+    given_arrays = arrays(1, 3, 12)
+    ours = jax.grad(lambda *a: chunked_cross_entropy(*a, chunk).loss, argnums=(0, 1))(*given_arrays)
+    theirs = jax.grad(lambda *a: dense(*a)[0], argnums=(0, 1))(*given_arrays)
+    for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_huge_logits_stay_finite():
+    hidden, head, targets, weights = arrays(2, 2, 8)
+    sums, grad = jax.value_and_grad(lambda h: chunked_cross_entropy(h, head, targets, weights, 4).loss)(1e4 * hidden)
+    assert np.isfinite(sums)
+    assert np.isfinite(grad).all()
+
+
+def shapes_in(jaxpr) -> set[tuple[tuple[int, ...], str]]:
+    """Shape and dtype of every value that a program makes, inner programs included."""
+    found = set()
+    for equation in jaxpr.eqns:
+        found |= {(v.aval.shape, str(v.aval.dtype)) for v in equation.outvars if hasattr(v.aval, "shape")}
+        for inner in jax.tree.leaves(equation.params, is_leaf=lambda p: hasattr(p, "eqns") or hasattr(p, "jaxpr")):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                found |= shapes_in(inner)
+    return found
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_no_array_of_all_logits(dtype):
+    B, T, chunk = 2, 32, 8
+    given_arrays = arrays(0, B, T, dtype)
+    program = jax.make_jaxpr(jax.grad(lambda *a: chunked_cross_entropy(*a, chunk).loss, argnums=(0, 1)))(*given_arrays)
+    sizes = {(np.prod(shape), dtype) for shape, dtype in shapes_in(program.jaxpr) if V in shape}
+    assert (B * chunk * V, "float32") in sizes, "the walk found no logits at all"
+    assert max(size for size, _ in sizes) == B * chunk * V

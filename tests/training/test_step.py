@@ -1,0 +1,217 @@
+"""The step: accumulation, groups, phases, layouts, and what happens to a loss that is not a number."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from rave_jax.config import ConfigError
+from rave_jax.parallel.mesh import MeshConfig, make_mesh
+from rave_jax.parallel.rows import global_batch
+from rave_jax.parallel.sharding import use_mesh
+from rave_jax.training.objective import chunked_cross_entropy
+from rave_jax.training.optimizers import OptimizerConfig, ParameterGroup
+from rave_jax.training.session import group_rows
+from tests.training.small import CONFIG, OPTIONS, first_state, random_batch, rows_of, run_steps, session_of
+
+TOWER = ParameterGroup("tower", r"^vision\.", frozen=True)
+PLAIN = OptimizerConfig(learning_rate=1e-2, decay="none", clip_norm=None)
+
+
+def host(tree):
+    return jax.tree.map(np.asarray, tree)
+
+
+def test_accumulation_equals_the_whole_batch():
+    """Micro-batches have different numbers of target tokens, so a mean of means would differ."""
+    results = []
+    for accumulation in (1, 4):
+        session = session_of(OptimizerConfig(learning_rate=1e-2, accumulation=accumulation))
+        state, metrics = run_steps(session, first_state(session), range(2))
+        results.append((host(state.trained), metrics))
+    (one, one_metrics), (four, four_metrics) = results
+    np.testing.assert_allclose(one_metrics, four_metrics, rtol=1e-5)
+    for name in one:
+        # Adam divides by the root of a squared gradient, which magnifies rounding where a gradient is about zero.
+        np.testing.assert_allclose(one[name], four[name], atol=2e-4, err_msg=name)
+
+
+def test_equals_the_step_written_out_by_hand():
+    """Dense loss, plain optax AdamW on the whole model: no groups, no chunks, no shardings."""
+    session = session_of(OptimizerConfig(learning_rate=1e-2, decay="none", weight_decay=0.1, clip_norm=0.5))
+    state = first_state(session)
+    params = host(state.trained)
+    batch = random_batch(0, 8)
+
+    def loss(params):
+        model = session.graph.merge(params)
+        logits = model.logits(model.hidden(jax.tree.map(jnp.asarray, batch)))
+        chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), batch.targets[..., None], -1)[..., 0]
+        return -(chosen * batch.loss_weights).sum() / batch.loss_weights.sum()
+
+    value, grads = jax.value_and_grad(loss)(params)
+    matrices = {name: session.graph.logical_ndims[name] >= 2 for name in params}
+    optimizer = optax.chain(optax.clip_by_global_norm(0.5), optax.adamw(1e-2, weight_decay=0.1, mask=matrices))
+    updates, _ = optimizer.update(grads, optimizer.init(params), params)
+    wanted = optax.apply_updates(params, updates)
+    state, (metrics,) = run_steps(session, state, range(1))
+    np.testing.assert_allclose(metrics.loss, value, rtol=1e-5)
+    np.testing.assert_allclose(metrics.grad_norm, optax.tree.norm(grads), rtol=1e-4)
+    for name in wanted:
+        close = np.isclose(state.trained[name], wanted[name], atol=1e-4)
+        assert close.mean() > 0.99, name  # the rest: gradients at the edge of rounding, see above
+
+
+def test_frozen_parameters_stay_and_cost_nothing():
+    config = OptimizerConfig(learning_rate=1e-2, weight_decay=0.1, groups=(TOWER,))
+    session = session_of(config)
+    state = first_state(session)
+    before = host(state.frozen)
+    trained = host(state.trained)
+    assert before
+    assert all(name.startswith("vision.") for name in before)
+    # Adam keeps two numbers for each trained one, and nothing for the others.
+    sizes = [leaf.size for leaf in jax.tree.leaves(state.optimizer) if leaf.ndim]
+    assert sum(sizes) == 2 * sum(x.size for x in state.trained.values())
+    state, _ = run_steps(session, state, range(3))
+    for name, value in before.items():
+        np.testing.assert_array_equal(state.frozen[name], value, err_msg=name)
+    assert all((np.asarray(state.trained[name]) != value).any() for name, value in trained.items())
+
+
+def test_frozen_parameters_get_no_gradient():
+    """The compiled step is cheaper by the tower's backward pass."""
+    flops = {}
+    for name, groups in (("all", ()), ("no tower", (TOWER,))):
+        session = session_of(OptimizerConfig(groups=groups))
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), random_batch(0, 8))
+        with use_mesh(session.mesh):
+            flops[name] = session.step.lower(session.state, shapes).cost_analysis()["flops"]
+    assert flops["no tower"] < 0.8 * flops["all"]
+
+
+def test_groups_have_their_own_rates():
+    groups = (
+        ParameterGroup("slow", r"^embed", learning_rate=0.1),
+        ParameterGroup("fast", r"\.mlp\.", learning_rate=3.0),
+    )
+    session = session_of(OptimizerConfig(learning_rate=1e-3, decay="none", clip_norm=None, groups=groups))
+    state = first_state(session)
+    before = host(state.trained)
+    after, _ = run_steps(session, state, range(1))
+    moved = {name: np.abs(np.asarray(after.trained[name]) - before[name]).max() for name in before}
+    # The first step of Adam moves every number with a gradient by the learning rate.
+    for name, distance in moved.items():
+        if name.endswith("query_proj"):
+            assert distance == 0  # its gradient starts when key_proj has left zero
+            continue
+        multiplier = 0.1 if name.startswith("embed") else 3.0 if ".mlp." in name else 1.0
+        np.testing.assert_allclose(distance, 1e-3 * multiplier, rtol=1e-2, err_msg=name)
+
+
+def test_a_phase_ends_without_a_new_program():
+    gate = ParameterGroup("gate", "mechanisms", freeze_after=2)
+    session = session_of(OptimizerConfig(learning_rate=1e-2, weight_decay=0.1, groups=(gate,)))
+    state, _ = run_steps(session, first_state(session), range(2))
+    gates = {name: np.asarray(x) for name, x in state.trained.items() if "mechanisms" in name}
+    others = host({name: x for name, x in state.trained.items() if name not in gates})
+    assert any(value.any() for name, value in gates.items() if name.endswith("key_proj"))
+    state, _ = run_steps(session, state, range(2, 4))
+    for name, value in gates.items():
+        np.testing.assert_array_equal(state.trained[name], value, err_msg=name)
+    assert all((np.asarray(state.trained[name]) != value).any() for name, value in others.items())
+    assert session.step._cache_size() == 1
+
+
+@pytest.mark.parametrize(
+    "mesh",
+    [MeshConfig(data=8, fsdp=1), MeshConfig(fsdp=8), MeshConfig(fsdp=2, tensor=4), MeshConfig(2, 2, 2)],
+    ids=["data", "fsdp", "tensor", "all"],
+)
+def test_layouts_give_the_losses_of_one_device(mesh, one_device):
+    session = session_of(PLAIN, make_mesh(mesh))
+    state = first_state(session)
+    split = [x for x in state.trained.values() if not x.sharding.is_fully_replicated]
+    assert bool(split) == (mesh.data != 8)
+    _, metrics = run_steps(session, state, range(3))
+    for ours, theirs in zip(metrics, one_device, strict=True):
+        np.testing.assert_allclose(ours.loss, theirs.loss, rtol=1e-6)
+        assert ours.tokens == theirs.tokens
+        assert ours.target_tokens == theirs.target_tokens
+
+
+@pytest.fixture(scope="module")
+def one_device():
+    session = session_of(PLAIN)
+    return run_steps(session, first_state(session), range(3))[1]
+
+
+def test_a_bad_step_changes_nothing_and_stops_those_after_it():
+    session = session_of(PLAIN)
+    state, _ = run_steps(session, first_state(session), range(1))
+    before = host(state)
+    with use_mesh(session.mesh):
+        bad = random_batch(1, 8)
+        bad.loss_weights[0, -2] = np.nan
+        state, metrics = session.step(state, global_batch(lambda s: rows_of(bad, s.start, s.stop), session.mesh, 8))
+        assert metrics.bad_step == 1
+        assert np.isnan(metrics.loss)
+    state, (metrics,) = run_steps(session, state, range(2, 3))
+    assert metrics.bad_step == 1
+    assert state.step == 1
+    jax.tree.map(np.testing.assert_array_equal, host(state._replace(bad_step=jnp.int32(-1))), before)
+
+
+def test_a_batch_without_targets_is_no_error():
+    session = session_of(PLAIN)
+    state = first_state(session)
+    with use_mesh(session.mesh):
+        empty = random_batch(0, 8)
+        empty.loss_weights[:] = 0
+        _, metrics = session.step(state, global_batch(lambda s: rows_of(empty, s.start, s.stop), session.mesh, 8))
+    assert metrics.loss == 0
+    assert metrics.bad_step == -1
+
+
+def test_rows_that_do_not_divide_are_refused():
+    with pytest.raises(ConfigError, match=r"data rows is 12, expected a multiple of 16.*\(8\).*\(2\)"):
+        session_of(OptimizerConfig(accumulation=2), make_mesh(MeshConfig()), rows=12)
+
+
+def test_a_run_that_trains_nothing_is_refused():
+    with pytest.raises(ConfigError, match="leave something to train"):
+        session_of(OptimizerConfig(groups=(ParameterGroup("all", "", frozen=True),)))
+
+
+def test_table_says_what_trains():
+    gate = ParameterGroup("gate", "mechanisms", learning_rate=3.0, freeze_after=2)
+    config = OptimizerConfig(learning_rate=1e-3, groups=(TOWER, gate))
+    rows = {row.group: row for row in group_rows(session_of(config), config)}
+    assert rows["tower"].state == "frozen"
+    assert rows["tower"].optimizer_bytes == 0
+    assert rows["gate"].state == "trained until step 2"
+    assert rows["gate"].learning_rate == pytest.approx(3e-3)
+    assert rows["gate"].optimizer_bytes == 2 * rows["gate"].bytes
+    total = sum(x.size for x in jax.tree.leaves(session_of(config).graph.shapes))
+    assert sum(row.parameters for row in rows.values()) == total
+
+
+def test_the_head_takes_part_in_the_loss():
+    """Tied: the embedding's gradient has a part for every word, not only for those in the batch."""
+    session = session_of(PLAIN)
+    state = first_state(session)
+    batch = jax.tree.map(jnp.asarray, random_batch(0, 8))
+
+    def loss(trained):
+        model = session.graph.merge(trained)
+        return chunked_cross_entropy(
+            model.hidden(batch), model.head_weight(), batch.targets, batch.loss_weights, 10
+        ).loss
+
+    grads = jax.grad(loss)(state.trained)["embed.weight"]
+    assert (np.abs(grads).max(axis=1) > 0).all()
+    assert CONFIG.text.tie_embeddings
+    assert OPTIONS.mechanisms
