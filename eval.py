@@ -66,8 +66,7 @@ def main(argv: list[str]) -> int:
         model, processor = load(path, config, mesh)
         console = Console(quiet=not hosts.is_first())
         for item in config.evals:
-            summary = evaluate(item, model, processor, mesh, out / EVALUATION / item.name)
-            print_summary(summary, console)
+            print_summary(evaluate(item, model, processor, mesh, out / EVALUATION / item.name), console)
         if hosts.is_first():
             console.print(f"report: {write_report(config.report, out)}", soft_wrap=True)
     except (ConfigError, StoreError, SampleError, OSError) as error:

@@ -26,20 +26,16 @@ import time
 from pathlib import Path
 
 import jax
+import ml_dtypes
+import numpy as np
+from jax.sharding import Mesh
+from safetensors.numpy import load_file, save_file
 
-jax.config.update("jax_platforms", "cpu")
-jax.config.update("jax_num_cpu_devices", 4)
-
-import ml_dtypes  # noqa: E402  # devices first
-import numpy as np  # noqa: E402
-from jax.sharding import Mesh  # noqa: E402
-from safetensors.numpy import load_file, save_file  # noqa: E402
-
-from rave_jax.checkpoint.hf_import import import_hf  # noqa: E402
-from rave_jax.models.config import ModelOptions, TextConfig, VisionConfig, VlmConfig  # noqa: E402
-from rave_jax.models.families import family_named  # noqa: E402
-from rave_jax.models.parameters import named_parameters  # noqa: E402
-from rave_jax.parallel.mesh import MeshConfig, make_mesh  # noqa: E402
+from rave_jax.checkpoint.hf_import import import_hf
+from rave_jax.models.config import ModelOptions, TextConfig, VisionConfig, VlmConfig
+from rave_jax.models.families import family_named
+from rave_jax.models.parameters import named_parameters
+from rave_jax.parallel.mesh import MeshConfig, make_mesh
 
 OPTIONS = ModelOptions(param_dtype="bfloat16", compute_dtype="bfloat16")
 SPEED_AIM, MEMORY_AIM = 0.8, 1.2
@@ -125,6 +121,8 @@ def memory_ratio(folder: Path, mesh: Mesh | None) -> float:
 
 def measure(folder: Path, layout: str, rounds: int) -> list[dict[str, object]]:
     """The rows of one layout."""
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", 4)
     mesh = make_mesh(MeshConfig(fsdp=2, tensor=2)) if layout == LAYOUTS[1] else None
     where = f"{layout}, CPU ({platform.machine()})"
     import_it(folder, mesh)

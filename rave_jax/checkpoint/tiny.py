@@ -83,6 +83,8 @@ class Tiny:
     """Heads of the tower."""
     vision_mlp_size: int = 256
     """Mlp width of the tower."""
+    window_size: int = 112
+    """Side of the tower's attention windows in pixels; patches have 14, visual tokens 28."""
 
     def __post_init__(self) -> None:
         ok = self.hidden_size % self.num_heads == 0 and self.hidden_size // self.num_heads % 2 == 0
@@ -112,6 +114,7 @@ def tiny_config(sizes: Tiny) -> VlmConfig:
         hidden_size=sizes.vision_hidden_size,
         num_heads=sizes.vision_heads,
         mlp_size=sizes.vision_mlp_size,
+        window_size=sizes.window_size,
         full_attention_blocks=(sizes.vision_layers - 1,),
         out_size=sizes.hidden_size,
     )

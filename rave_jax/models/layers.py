@@ -101,12 +101,26 @@ def contract(x: Array, weight: Array, num_in: int | None = None) -> Array:
     rows = x.shape[: x.ndim - num_in]
     # As a plain matrix: with heads as an axis of its own the CPU compiler copies the weight into another order.
     matrix = weight.reshape(math.prod(out), math.prod(into)).astype(x.dtype)
-    return jnp.einsum("...i,oi->...o", x.reshape(*rows, -1), matrix).reshape(*rows, *out)
+    y = whole_gradient(jnp.einsum("...i,oi->...o", x.reshape(*rows, -1), matrix))
+    return y.reshape(*rows, *out)
 
 
 def keep_inputs[**P, R](function: Callable[P, R]) -> Callable[P, R]:
     """`function`, elementwise and cheap, keeping only its inputs for the backward pass, not what it computes inside."""
     return jax.checkpoint(function, prevent_cse=False)
+
+
+@jax.custom_vjp
+def whole_gradient(x: Array) -> Array:
+    """x; its gradient is computed once, as an array of its own.
+
+    Two matmuls read the gradient of a linear's output. Without this the CPU compiler computes it again for each, for
+    one of them in transposed order, which costs about as much as the matmul itself.
+    """
+    return x
+
+
+whole_gradient.defvjp(lambda x: (x, None), lambda _, gradient: (jax.lax.optimization_barrier(gradient),))
 
 
 class Embedding(nnx.Module):

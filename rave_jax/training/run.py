@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from rave_jax.checkpoint.hf_import import import_hf, load_config
-from rave_jax.checkpoint.store import Store, StoreError, check_writable
+from rave_jax.checkpoint.store import Store, StoreError, check_writable, local_bytes
 from rave_jax.config import ConfigError
 from rave_jax.data.pipeline import Pipeline
 from rave_jax.data.processor import Processor

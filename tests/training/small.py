@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,9 +25,21 @@ from rave_jax.training.step import StepMetrics
 VOCAB, LENGTH, PATCHES = 64, 24, 16
 CONFIG = VlmConfig(
     text=TextConfig(vocab_size=VOCAB, hidden_size=32, head_dim=8, mlp_size=64),
-    vision=VisionConfig(depth=2, hidden_size=32, num_heads=2, mlp_size=64, patch_size=4, window_size=16, out_size=32),
+    vision=VisionConfig(
+        depth=1,
+        hidden_size=32,
+        num_heads=2,
+        mlp_size=64,
+        patch_size=4,
+        window_size=16,
+        full_attention_blocks=(0,),
+        out_size=32,
+    ),
 )
 OPTIONS = ModelOptions(mechanisms=(Rave(rank=4),))
+
+
+TEXT = dataclasses.replace(CONFIG, text=dataclasses.replace(CONFIG.text, num_layers=1), vision=None)
 
 
 def abstract_model(config: VlmConfig = CONFIG, options: ModelOptions = OPTIONS) -> Vlm:
@@ -39,7 +52,7 @@ def rows_of(batch: Batch, start: int, stop: int) -> Batch:
     return jax.tree.map(lambda axis, x: x[(slice(None),) * axis + (slice(start, stop),)], batch_axis(), batch)
 
 
-def random_batch(seed: int, rows: int) -> Batch:
+def random_batch(seed: int, rows: int, patches: int = PATCHES) -> Batch:
     """One image of 2x2 visual tokens and a few target tokens in each row, more of them in some rows."""
     rng = np.random.default_rng(seed)
     zero = np.zeros((rows, LENGTH), np.int32)
@@ -58,7 +71,7 @@ def random_batch(seed: int, rows: int) -> Batch:
     tokens = rng.integers(0, VOCAB, (rows, LENGTH)).astype(np.int32)
     index = zero.copy()
     index[:, 2:6] = np.arange(4)
-    place = np.stack(np.divmod(np.arange(PATCHES, dtype=np.int32), 4), axis=-1)
+    place = np.stack(np.divmod(np.arange(patches, dtype=np.int32), 4), axis=-1)
     return Batch(
         tokens=tokens,
         targets=np.roll(tokens, -1, 1),
@@ -66,24 +79,24 @@ def random_batch(seed: int, rows: int) -> Batch:
         info=info,
         positions=np.broadcast_to(np.arange(LENGTH, dtype=np.int32), (3, rows, LENGTH)),
         visual_index=index,
-        patches=rng.integers(0, 256, (rows, PATCHES, CONFIG.vision.patch_width)).astype(np.uint8),
-        patch_segment=np.ones((rows, PATCHES), np.int32),
-        patch_place=np.broadcast_to(place, (rows, PATCHES, 2)),
-        patch_window=np.ones((rows, PATCHES), np.int32),
+        patches=rng.integers(0, 256, (rows, patches, CONFIG.vision.patch_width)).astype(np.uint8),
+        patch_segment=np.ones((rows, patches), np.int32),
+        patch_place=np.broadcast_to(place, (rows, patches, 2)),
+        patch_window=np.ones((rows, patches), np.int32),
     )
 
 
 class RandomSource:
     """A data pipeline of `random_batch`, a pure function of the step."""
 
-    def __init__(self, rows: int, poison: int | None = None):
-        """`poison`: the batch of this step has an infinite loss weight."""
-        self._rows, self._poison = rows, poison
+    def __init__(self, rows: int, poison: int | None = None, patches: int = PATCHES):
+        """`poison`: the batch of this step has an infinite loss weight. `patches` 0 is for `TEXT`."""
+        self._rows, self._poison, self._patches = rows, poison, patches
 
     def stream(self, step: int, start: int, stop: int) -> Iterator[Batch]:
         """Rows start..stop-1 of `step` and all after it."""
         while True:
-            batch = random_batch(step, self._rows)
+            batch = random_batch(step, self._rows, self._patches)
             if step == self._poison:
                 batch.loss_weights[0, -2] = np.inf
             yield rows_of(batch, start, stop)
@@ -111,18 +124,19 @@ def session_of(
 def first_state(session: Session, config: VlmConfig = CONFIG, options: ModelOptions = OPTIONS) -> TrainState:
     """State before the first step, from a seed."""
     with use_mesh(session.mesh):
-        # The numbers do not depend on where they are made, so one program serves every layout.
-        model = jax.jit(lambda key: Vlm(config, options, key=key))(jax.random.key(0))
-        values = session.graph.split(model)
-        return session.first_state(jax.device_put(values, session.graph.shardings(session.mesh)))
+        shardings = session.graph.shardings(session.mesh)
+        make = jax.jit(lambda key: session.graph.split(Vlm(config, options, key=key)), out_shardings=shardings)
+        return session.first_state(make(jax.random.key(0)))
 
 
-def run_steps(session: Session, state: TrainState, steps: range, rows: int = 8) -> tuple[TrainState, list[StepMetrics]]:
+def run_steps(
+    session: Session, state: TrainState, steps: range, rows: int = 8, patches: int = PATCHES
+) -> tuple[TrainState, list[StepMetrics]]:
     """The state after some steps on random batches, and the metrics of each on the host."""
     metrics = []
     with use_mesh(session.mesh):
         for step in steps:
-            whole = random_batch(step, rows)
+            whole = random_batch(step, rows, patches)
             batch = global_batch(lambda span, b=whole: rows_of(b, span.start, span.stop), session.mesh, rows)
             state, measured = session.step(state, batch)
             metrics.append(jax.device_get(measured))

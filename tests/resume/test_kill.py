@@ -1,0 +1,74 @@
+"""kill -9 at a random step, then the same command: the loss curve is that of a run that was left alone."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from rave_jax.observe.metrics import read_jsonl
+
+CONFIG = "tests/resume/small_run.py"
+
+
+def start(repo: Path, folder: Path, *overrides: str) -> subprocess.Popen:
+    command = [sys.executable, "train.py", CONFIG, "--output_dir", str(folder), "--simulated_devices", "2", *overrides]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(repo)}
+    return subprocess.Popen(
+        command, cwd=repo, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def finish(job: subprocess.Popen) -> str:
+    output = job.communicate(timeout=500)[0]
+    assert job.returncode == 0, output[-3000:]
+    return output
+
+
+def kill_at(job: subprocess.Popen, folder: Path, step: int, delay: float) -> None:
+    """End the process as soon as its metrics show `step` steps, and a little later."""
+    metrics = folder / "metrics.jsonl"
+    while job.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= step):
+        time.sleep(0.002)
+    time.sleep(delay)
+    assert job.poll() is None, f"the run ended before it was killed: {job.communicate()[0][-2000:]}"
+    job.send_signal(signal.SIGKILL)
+    job.wait()
+
+
+def curve(folder: Path) -> list[dict]:
+    return [
+        {name: value for name, value in row.items() if name != "tokens_per_second"}
+        for row in read_jsonl(folder / "metrics.jsonl")
+    ]
+
+
+def test_a_killed_run_continues_bit_for_bit(repo, tmp_path):
+    finish(start(repo, tmp_path / "alone"))
+    job = start(repo, tmp_path / "killed")
+    kill_at(job, tmp_path / "killed", random.Random(0).randint(2, 6), 0.0)
+    output = finish(start(repo, tmp_path / "killed"))
+    assert "continuing after step" in output
+    rows = curve(tmp_path / "alone")
+    assert [row["step"] for row in rows] == list(range(1, 11))
+    assert curve(tmp_path / "killed") == rows
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_killed_again_and_again(repo, tmp_path, seed):
+    """Longer, at moments that fall into steps and saves alike."""
+    longer = ("--steps", "60")
+    finish(start(repo, tmp_path / "alone", *longer))
+    chance = random.Random(seed)
+    for lowest in (1, 15, 30):
+        job = start(repo, tmp_path / "killed", *longer)
+        kill_at(job, tmp_path / "killed", chance.randint(lowest, lowest + 20), chance.random() * 0.05)
+    finish(start(repo, tmp_path / "killed", *longer))
+    assert curve(tmp_path / "killed") == curve(tmp_path / "alone")
