@@ -46,7 +46,7 @@ def install(root: Path, lock: int) -> None:
     base = getattr(sys, "_base_executable", None) or sys.executable
     subprocess.run([base, "-m", "venv", str(root / ".venv")], check=True, pass_fds=[lock])
     pip = [str(python), "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
-    target = ["--constraint", str(root / "constraints.txt"), "--editable", f"{root}[dev]"]
+    target = ["--constraint", str(root / "constraints.txt"), "--editable", f"{root}[test]"]
     subprocess.run(pip + target, check=True, pass_fds=[lock])
 
 

@@ -4,7 +4,8 @@ Start of the weights, as `Vlm` makes them: linears normal with standard deviatio
 of activations at any width (HF's fixed 0.02 is a quarter of that at a width of 128); the embedding table normal with
 0.02; biases zero, norms one.
 
-The tokenizer has one token per byte and no merges, so it needs no corpus and reads any text.
+The tokenizer is byte-level BPE, as Qwen's: every byte is a token, so it reads any text, and a few merges make the
+words of the chat format and of the synthetic questions short.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from rave_jax.checkpoint.hf_export import export_hf
 from rave_jax.config import require
@@ -37,8 +38,14 @@ SPECIAL = (
     "<|video_pad|>",
 )
 IDS = {token: BYTES + n for n, token in enumerate(SPECIAL)}
-VOCAB_SIZE = 272
-"""Rows of the embedding table: 256 bytes and 7 special tokens, rounded up so that devices can share it."""
+VOCAB_SIZE = 448
+"""Rows of the embedding table: 256 bytes, 7 special tokens, and room for merges; a number that devices can share."""
+WORDS = (
+    "system user assistant Which What digit number is the value total price of in on at cell bar row column and "
+    "How many shapes are there there? cell? bar? shapes? red green blue yellow orange purple pink cyan brown gray "
+    "circle circles square squares triangle triangles cross crosses"
+)
+"""What the merges are learned from, each word with and without a blank before it."""
 
 CHAT_TEMPLATE = """\
 {%- macro written(content) -%}
@@ -131,15 +138,28 @@ def tiny_config(sizes: Tiny) -> VlmConfig:
 
 
 def byte_tokenizer() -> Tokenizer:
-    """One token per byte of UTF-8, and the special tokens of Qwen's chat format."""
+    """Byte-level BPE over UTF-8, and the special tokens of Qwen's chat format. The same at every call."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     assert len(alphabet) == BYTES
-    tokenizer = Tokenizer(models.BPE(vocab={char: n for n, char in enumerate(alphabet)}, merges=[]))
+    vocab = {char: n for n, char in enumerate(alphabet)} | IDS
+    merges = learned_merges(VOCAB_SIZE - len(vocab))
+    vocab |= {left + right: len(vocab) + n for n, (left, right) in enumerate(merges)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
     tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
     return tokenizer
+
+
+def learned_merges(limit: int) -> list[tuple[str, str]]:
+    """At most `limit` merges that make tokens of `WORDS`."""
+    learner = Tokenizer(models.BPE())
+    learner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=BYTES + limit, initial_alphabet=alphabet, show_progress=False)
+    learner.train_from_iterator([word for plain in WORDS.split() for word in (plain, " " + plain)], trainer)
+    return [tuple(merge) for merge in json.loads(learner.to_str())["model"]["merges"]]
 
 
 def write_tiny(destination: str | Path, sizes: Tiny = Tiny()) -> Path:

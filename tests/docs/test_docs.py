@@ -19,7 +19,7 @@ from rave_jax.tools.cli import _parser
 from rave_jax.training.config import TrainConfig
 
 REPO = Path(__file__).resolve().parents[2]
-PAGES = [REPO / "README.md", *sorted((REPO / "docs").glob("*.md"))]
+PAGES = [REPO / "README.md", REPO / "BENCHMARKS.md", *sorted((REPO / "docs").glob("*.md"))]
 CI = (REPO / ".ci" / "run").read_text()
 BLOCK = re.compile(r"(?P<run><!-- test: run -->\n)?```bash\n(?P<body>.*?)```", re.DOTALL)
 SOURCES = [*REPO.glob("*.py"), *(REPO / "rave_jax").rglob("*.py")]
@@ -64,6 +64,9 @@ def test_a_command_is_run_by_ci_or_would_be_understood(
     match shlex.split(command):
         case ["python3", "bootstrap.py", *_]:
             assert command in CI
+        case [*settings, "python", script, "--json", _] if script.startswith("benchmarks/"):
+            text = (REPO / script).read_text()
+            assert "--json" in text and all(setting.split("=")[0] in text for setting in settings)
         case [setting, "python", *words] if setting.startswith("RAVE_JAX_TORCH_PYTHON="):
             assert shlex.join(words) in CI
         case ["python", "train.py", *words]:

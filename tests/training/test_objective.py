@@ -6,8 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from rave_jax.training.objective import chunked_cross_entropy
 
@@ -29,9 +27,9 @@ def dense(hidden, head, targets, weights):
     return -(chosen * weights).sum(), ((logits.argmax(-1) == targets) * weights).sum(), weights.sum()
 
 
-@given(seed=st.integers(0, 99), chunk=st.sampled_from([1, 3, 4, 5, 8, 20]), T=st.sampled_from([1, 4, 8, 11]))
-def test_equals_dense(seed, chunk, T):
-    given_arrays = arrays(seed, 2, T)
+@pytest.mark.parametrize(("T", "chunk"), [(1, 4), (8, 1), (8, 4), (8, 8), (11, 4), (11, 20)])
+def test_equals_dense(T, chunk):
+    given_arrays = arrays(T, 2, T)
     np.testing.assert_allclose(chunked_cross_entropy(*given_arrays, chunk), dense(*given_arrays), rtol=1e-5, atol=1e-5)
 
 

@@ -57,14 +57,19 @@ class PairForm:
         return z
 
 
+@jax.custom_jvp
 def log_gate(z: Array) -> Array:
-    """log(2 sigmoid(z)), exactly 0 at 0 and accurate for all z.
+    """log(2 sigmoid(z)), exactly 0 at 0 and accurate for all z; its slope is sigmoid(-z).
 
-    Near zero 2 sigmoid(z) = 1 + tanh(z / 2); far below, where that cancels, log 2 + z - log1p(e^z).
+    2 sigmoid(-|z|) = e^-|z| / (1 + (e^-|z| - 1) / 2), and the sign of z decides whether e^-|z| stays.
     """
-    near = z > -2.0
-    z_near, z_far = jnp.where(near, z, 0.0), jnp.where(near, -2.0, z)
-    return jnp.where(near, jnp.log1p(jnp.tanh(z_near / 2)), jnp.log(2.0) + z_far - jnp.log1p(jnp.exp(z_far)))
+    return jnp.minimum(z, 0.0) - jnp.log1p(0.5 * jnp.expm1(-jnp.abs(z)))
+
+
+@log_gate.defjvp
+def _log_gate_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    (z,), (dz,) = primals, tangents
+    return log_gate(z), jax.nn.sigmoid(-z) * dz
 
 
 class PairBias(NamedTuple):
