@@ -7,6 +7,7 @@ import sys
 
 from rave_jax.checkpoint.store import StoreError
 from rave_jax.config import ConfigError, load_command_line
+from rave_jax.data.sample import SampleError
 from rave_jax.parallel import hosts
 from rave_jax.training.config import TrainConfig
 from rave_jax.training.loop import Interrupted, NonFiniteError
@@ -26,7 +27,7 @@ def main(argv: list[str]) -> int:
     except ConfigError as error:
         print(f"train.py: {error}", file=sys.stderr)
         return EXIT_CONFIG
-    except (StoreError, NonFiniteError) as error:
+    except (StoreError, NonFiniteError, SampleError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         return EXIT_FAILED
     except Interrupted as error:

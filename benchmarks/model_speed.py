@@ -84,7 +84,7 @@ def documents(rng: np.random.Generator) -> tuple[list[list[Example]], dict[str, 
         zeros = np.zeros(TOKENS, np.int32)
         span, index, kind = slice(17, 17 + visual), zeros.copy(), np.full(TOKENS, int(Kind.TEXT), np.int32)
         index[span], kind[span] = patches.order, int(Kind.VISUAL)
-        codes = dict.fromkeys(TokenInfo._fields, zeros)
+        codes: dict[str, Any] = dict.fromkeys(TokenInfo._fields, zeros)
         codes |= {"segment": zeros + 1, "place": np.arange(TOKENS, dtype=np.int32), "kind": kind}
         for name, place in zip(("frame", "row", "col"), grid_places(patches.grid), strict=True):
             codes[name] = zeros.copy()
@@ -117,13 +117,15 @@ def our_tasks(model: Vlm, batch: Batch) -> dict[str, Callable[[], Any]]:
     def forward(model: Vlm) -> jax.Array:
         return model.logits(model.hidden(batch))
 
-    def train_step(model: Vlm, moments: Any) -> tuple[Vlm, Any, jax.Array]:
-        value, grads = jax.value_and_grad(loss)(model)
-        updates, moments = optimizer.update(grads, moments, model)
-        return optax.apply_updates(model, updates), moments, value
+    leaves, treedef = jax.tree.flatten(model)
+
+    def train_step(leaves: Any, moments: Any) -> tuple[Any, Any, jax.Array]:
+        value, grads = jax.value_and_grad(lambda x: loss(jax.tree.unflatten(treedef, x)))(leaves)
+        updates, moments = optimizer.update(grads, moments, leaves)
+        return optax.apply_updates(leaves, updates), moments, value
 
     # The trained copy is donated step by step; the other tasks keep the model they were given.
-    state = [*jax.jit(lambda m: (jax.tree.map(jnp.copy, m), optimizer.init(m)))(model)]
+    state = [*jax.jit(lambda x: (jax.tree.map(jnp.copy, x), optimizer.init(x)))(leaves)]
     train_jit = jax.jit(train_step, donate_argnums=(0, 1))
 
     def train() -> jax.Array:
@@ -145,7 +147,7 @@ def measure(rounds: int) -> list[dict[str, Any]]:
     threads = len(os.sched_getaffinity(0))
     rows, arrays = documents(np.random.default_rng(SEED))
     with tempfile.TemporaryDirectory() as folder:
-        np.savez(f"{folder}/inputs.npz", **arrays)
+        np.savez(f"{folder}/inputs.npz", allow_pickle=False, **arrays)
         shape = {"config": CONFIG, "seed": SEED, "threads": threads, "new_tokens": NEW_TOKENS}
         Path(folder, "shape.json").write_text(json.dumps(shape))
         command = [torch_python, str(Path(__file__).with_name("model_speed_torch.py")), folder]
@@ -154,7 +156,7 @@ def measure(rounds: int) -> list[dict[str, Any]]:
         versions = json.loads(worker.stdout.readline())
         model = import_hf(folder, ModelOptions(), None, jax.random.key(SEED))
         patch_numbers = rows[0][0].patches.shape[1]
-        shape_of = BatchShape(ROWS, TOKENS, ROWS * 0 + len(rows[0][0].patches))
+        shape_of = BatchShape(ROWS, TOKENS, len(rows[0][0].patches))
         batch = jax.tree.map(jnp.asarray, collate(rows, shape_of, patch_numbers))
         tasks = our_tasks(model, batch)
 

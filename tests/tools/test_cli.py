@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from safetensors.numpy import load_file
 
-from rave_jax.checkpoint.tiny import Tiny, write_tiny
+from rave_jax.checkpoint.tiny import VOCAB_SIZE, Tiny, write_tiny
 from rave_jax.tools.cli import main
 
 SMALL = Tiny(hidden_size=32, num_layers=2, mlp_size=48, vision_hidden_size=16, vision_heads=2, vision_mlp_size=24)
@@ -52,7 +52,7 @@ def test_logits_of_directory_and_native_checkpoint(folder: Path, tmp_path: Path)
     for source, name in ((folder, "one.npz"), (tmp_path / "native", "two.npz")):
         assert main(["logits", str(source), str(request), str(tmp_path / name)]) == 0
     one, two = np.load(tmp_path / "one.npz"), np.load(tmp_path / "two.npz")
-    assert one["logits"].dtype == np.float32 and one["logits"].shape == (len(one["input_ids"]), 272)
+    assert one["logits"].dtype == np.float32 and one["logits"].shape == (len(one["input_ids"]), VOCAB_SIZE)
     assert np.isfinite(one["logits"]).all() and np.array_equal(one["logits"], two["logits"])
     assert (one["input_ids"] == 261).sum() == 2 * 3 * 5  # 97 x 151 becomes 84 x 140: 3 x 5 merge units
 

@@ -23,6 +23,8 @@ class DigitMosaic:
     """Least number of rows and of columns."""
     max_grid: int = 3
     """Greatest number of rows and of columns."""
+    alike: bool = False
+    """Does one digit stand on all cells? A warm-up: the digit can be read before the colours are understood."""
 
     def __post_init__(self) -> None:
         require(self.weight > 0, "weight", self.weight, "a number above 0")
@@ -42,7 +44,7 @@ class DigitMosaic:
         return self.min_grid**2
 
     def draw(self, rng: np.random.Generator, split: Split, count: int) -> tuple[Mosaic, tuple[Question, ...]]:
-        scene = mosaic.draw(rng, split, (self.min_grid, self.max_grid), unique_colours=True)
+        scene = mosaic.draw(rng, split, (self.min_grid, self.max_grid), unique_colours=True, alike=self.alike)
         cells = rng.permutation(scene.rows * scene.cols)[:count].tolist()
         return scene, tuple(
             Question(

@@ -45,12 +45,15 @@ class Mosaic:
         return left, top, right, bottom
 
 
-def draw(rng: np.random.Generator, split: Split, sides: tuple[int, int], unique_colours: bool) -> Mosaic:
+def draw(
+    rng: np.random.Generator, split: Split, sides: tuple[int, int], unique_colours: bool, alike: bool = False
+) -> Mosaic:
     """A mosaic whose layout and digit pictures belong to the split; digits are independent of all else.
 
     Args:
         sides: least and greatest number of rows and of columns.
         unique_colours: no colour twice in a mosaic.
+        alike: one digit, in different hands, on all cells.
     """
     while True:
         rows, cols = (int(n) for n in rng.integers(sides[0], sides[1] + 1, 2))
@@ -62,7 +65,8 @@ def draw(rng: np.random.Generator, split: Split, sides: tuple[int, int], unique_
         chosen = tuple(colours.tolist())
         if in_split((rows, cols, chosen), split):
             break
-    pictures = tuple(digits.pick(rng, split, label) for label in rng.integers(10, size=cells).tolist())
+    labels = rng.integers(10, size=1 if alike else cells).tolist() * (cells if alike else 1)
+    pictures = tuple(digits.pick(rng, split, label) for label in labels)
     shifts = tuple((down, right) for down, right in rng.random((cells, 2)).tolist())
     return Mosaic(rows, cols, chosen, pictures, shifts)
 

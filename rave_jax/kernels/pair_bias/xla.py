@@ -10,6 +10,7 @@ the log-sum-exp is an output too:
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -145,7 +146,7 @@ def _backward(form: PairForm, scale: float, block: int, saved, cotangents):
     d_bias = None
     if bias is not None:
         (d_u, d_row, d_gain), (d_w, d_key) = d_rows, d_bias_keys
-        switches = (np.zeros(x.shape, jax.dtypes.float0) for x in (bias.query_on, bias.key_on))
+        switches: list[Any] = [np.zeros(x.shape, jax.dtypes.float0) for x in (bias.query_on, bias.key_on)]
         d_bias = PairBias(d_u, d_w, d_row, d_key, d_gain, *switches)
     return ungroup_heads(d_q).astype(q.dtype), d_k, d_v, d_bias, None
 

@@ -138,3 +138,12 @@ def test_pictures_of_the_splits_differ(task, image_size):
     )
     assert len(train) == len(heldout) == 30
     assert not train & heldout
+
+
+def test_an_alike_mosaic_shows_one_digit_on_every_cell() -> None:
+    task = DigitMosaic(alike=True)
+    scenes = [task.draw(np.random.default_rng(seed), "train", 2)[0] for seed in range(40)]
+    labels = [{scene.label(cell) for cell in range(scene.rows * scene.cols)} for scene in scenes]
+    assert all(len(found) == 1 for found in labels)
+    assert len(set.union(*labels)) == 10
+    assert any(len(set(scene.pictures)) > 1 for scene in scenes), "in different hands"
