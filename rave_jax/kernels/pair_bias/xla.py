@@ -34,9 +34,9 @@ NOWHERE = jnp.iinfo(jnp.int32).min
 
 
 def block_size(T: int, S: int) -> int:
-    """Keys per block: wide enough to keep the matrix units busy, at most about 2^22 scores per head, and never
-    all of a long S."""
-    if S <= 128:
+    """Keys per block: all of them where the whole map is no larger than a tile (windows, decoding), else wide enough to
+    keep the matrix units busy, at most about 2^22 scores per head, and never all of a long S."""
+    if S <= 128 or T * S <= 1 << 14:
         return S
     widest = max(128, min(512, (1 << 22) // max(T, 1) // 128 * 128))
     return min(widest, max(128, S // 8 // 128 * 128))
