@@ -1,8 +1,8 @@
 """The quickstart: a tiny Qwen2.5-VL with RAVE learns to read pictures, on two simulated devices of a CPU.
 
 A curriculum: mosaics of one digit, to learn to read; digits on coloured cells ("Which digit is on the red cell?"), to
-learn to look; then those mixed with bar charts and counting. The mixture from the first step on does not take off
-in these few minutes.
+learn to look; then those mixed with bar charts and counting. The gate does not hold yet: docs/training.md says where
+it stands.
 """
 
 from rave_jax.attention import Rave

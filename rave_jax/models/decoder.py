@@ -81,7 +81,6 @@ class DecoderLayer(nnx.Module):
         self.attention_norm = RmsNorm(D, eps=config.rms_norm_eps, dtype=dtype)
         self.mlp_norm = RmsNorm(D, eps=config.rms_norm_eps, dtype=dtype)
         self.mechanisms = attention.build_mechanisms(mechanisms, config.attention_dims, keys[2])
-        attention.check_owners(self.mechanisms)
         self.implementation = options.attention
         lora.attach(self, "decoder.", options.lora, dtype, keys[3])
 

@@ -14,6 +14,7 @@ from PIL import Image
 
 from rave_jax.batch import Kind, Role, TokenInfo
 from rave_jax.config import ConfigError
+from rave_jax.data.collate import BatchShape, collate
 from rave_jax.data.processor import Processor, ProcessorSettings
 from rave_jax.data.sample import ImageError, SampleError
 from tests.data.pictures import noise
@@ -168,3 +169,12 @@ def test_settings_that_are_not_done_here(key: str, value: object, qwen_dir: Path
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({**config, key: value}))
     with pytest.raises(ConfigError, match=f"{key} is"):
         ProcessorSettings.from_hf(tmp_path)
+
+
+def test_every_token_knows_its_place_in_the_document(processor: Processor) -> None:
+    question = {"role": "user", "content": [image(16, 24), text("?")]}
+    example = processor.encode([question, {"role": "assistant", "content": "7"}])
+    length = len(example.tokens)
+    np.testing.assert_array_equal(example.info.place, np.arange(length))
+    packed = collate([[example, example]], BatchShape(1, 2 * length, 256), processor.settings.patch_numbers)
+    np.testing.assert_array_equal(packed.info.place[0, length:], np.arange(length))
