@@ -1,11 +1,11 @@
 """All synthetic tasks, receipts and positions too: a longer run for a machine with an accelerator.
 
-Pictures of 224 pixels; colour mosaics first, then positions and counting, then everything.
+Pictures of 224 pixels; colour mosaics first, listed and asked, then positions and counting, then everything.
 """
 
 from rave_jax.attention import Rave
 from rave_jax.data.pipeline import DataConfig, Stage
-from rave_jax.data.synthetic import BarChart, Counting, DigitMosaic, PositionMosaic, Receipt, Synthetic
+from rave_jax.data.synthetic import BarChart, Counting, DigitMosaic, MosaicList, PositionMosaic, Receipt, Synthetic
 from rave_jax.evaluation.config import Eval, Gate, Report
 from rave_jax.models.config import ModelOptions
 from rave_jax.training.config import TrainConfig
@@ -30,7 +30,7 @@ def get_config() -> TrainConfig:
         model=ModelOptions(mechanisms=(Rave(),), compute_dtype="bfloat16"),
         data=DataConfig(
             sources=(
-                Synthetic(tasks=(DigitMosaic(),), image_size=SIZE),
+                Synthetic(tasks=(MosaicList(), DigitMosaic()), image_size=SIZE),
                 Synthetic(tasks=(DigitMosaic(), PositionMosaic(), Counting()), image_size=SIZE),
                 Synthetic(tasks=EVERYTHING, image_size=SIZE),
             ),

@@ -2,7 +2,8 @@
 
 Start of the weights, as `Vlm` makes them: linears normal with standard deviation 1/sqrt(fan_in), which keeps the size
 of activations at any width (HF's fixed 0.02 is a quarter of that at a width of 128); the embedding table normal with
-0.02; biases zero, norms one.
+0.02, and apart from the head, where each step of Adam would move all words that are not the answer together, by more
+than what tells them apart; biases zero, norms one.
 
 The tokenizer is byte-level BPE, as Qwen's: every byte is a token, so it reads any text, and a few merges make the
 words of the chat format and of the synthetic questions short.
@@ -114,7 +115,7 @@ def tiny_config(sizes: Tiny) -> VlmConfig:
         head_dim=sizes.hidden_size // sizes.num_heads,
         mlp_size=sizes.mlp_size,
         mrope_section=(half - 2 * side, side, side),
-        tie_embeddings=True,
+        tie_embeddings=False,
     )
     vision = VisionConfig(
         depth=sizes.vision_layers,

@@ -3,6 +3,7 @@
 from rave_jax.data.synthetic.bar_chart import BarChart
 from rave_jax.data.synthetic.counting import Counting
 from rave_jax.data.synthetic.digit_mosaic import DigitMosaic
+from rave_jax.data.synthetic.mosaic_list import MosaicList
 from rave_jax.data.synthetic.position_mosaic import PositionMosaic
 from rave_jax.data.synthetic.receipt import Receipt
 from rave_jax.data.synthetic.source import Synthetic, SyntheticSource, SyntheticTask
@@ -11,6 +12,7 @@ __all__ = [
     "BarChart",
     "Counting",
     "DigitMosaic",
+    "MosaicList",
     "PositionMosaic",
     "Receipt",
     "Synthetic",

@@ -8,13 +8,12 @@ import numpy as np
 
 from rave_jax.config import require
 from rave_jax.data.synthetic import mosaic, palette
-from rave_jax.data.synthetic.base import Box, Question, Split
-from rave_jax.data.synthetic.mosaic import Mosaic
-from rave_jax.typing import NpArray, UInt8
+from rave_jax.data.synthetic.base import Question, Split
+from rave_jax.data.synthetic.mosaic import Mosaic, MosaicTask
 
 
 @dataclass(frozen=True)
-class DigitMosaic:
+class DigitMosaic(MosaicTask):
     """Mosaics asked by colour. Every cell of a mosaic has a colour of its own."""
 
     weight: float = 1.0
@@ -23,8 +22,6 @@ class DigitMosaic:
     """Least number of rows and of columns."""
     max_grid: int = 3
     """Greatest number of rows and of columns."""
-    alike: bool = False
-    """Does one digit stand on all cells? A warm-up: the digit can be read before the colours are understood."""
 
     def __post_init__(self) -> None:
         require(self.weight > 0, "weight", self.weight, "a number above 0")
@@ -35,16 +32,8 @@ class DigitMosaic:
     def name(self) -> str:
         return "digit_mosaic"
 
-    @property
-    def min_image_size(self) -> int:
-        return 16 * self.max_grid
-
-    @property
-    def max_questions(self) -> int:
-        return self.min_grid**2
-
     def draw(self, rng: np.random.Generator, split: Split, count: int) -> tuple[Mosaic, tuple[Question, ...]]:
-        scene = mosaic.draw(rng, split, (self.min_grid, self.max_grid), unique_colours=True, alike=self.alike)
+        scene = mosaic.draw(rng, split, (self.min_grid, self.max_grid), unique_colours=True)
         cells = rng.permutation(scene.rows * scene.cols)[:count].tolist()
         return scene, tuple(
             Question(
@@ -55,15 +44,3 @@ class DigitMosaic:
             )
             for cell in cells
         )
-
-    def answer(self, scene: Mosaic, question: Question) -> str:
-        return str(scene.label(question.target))
-
-    def evidence(self, scene: Mosaic, question: Question, image_size: int) -> Box:
-        return mosaic.box(scene, question.target, image_size)
-
-    def redeal(self, rng: np.random.Generator, split: Split, scene: Mosaic, question: Question) -> Mosaic:
-        return mosaic.redeal(rng, split, scene, question.target)
-
-    def paint(self, scene: Mosaic, image_size: int) -> UInt8[NpArray, "S S 3"]:
-        return mosaic.paint(scene, image_size)

@@ -1,4 +1,8 @@
-"""The picture that `digit_mosaic` and `position_mosaic` share: handwritten digits on coloured cells."""
+"""The picture that the mosaic tasks share: handwritten digits on coloured cells.
+
+Cells have one size whatever their number, as words of one page do: a mosaic of few cells stands somewhere on the frame
+that the largest one fills, with paper around it.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from rave_jax.data.synthetic import canvas, digits, palette
-from rave_jax.data.synthetic.base import Box, Split, in_split
+from rave_jax.data.synthetic.base import Box, Question, Split, in_split
 from rave_jax.typing import NpArray, UInt8
 
 
@@ -17,6 +21,8 @@ class Mosaic:
     """A grid of cells, numbered along the rows.
 
     Attributes:
+        frame: cells along a side of the picture.
+        corner: row and column of the frame where the first cell stands.
         colours: number of each cell's colour in the palette.
         pictures: number of each cell's digit picture.
         shifts: where each digit stands in the room its cell leaves, (down, right) in 0..1.
@@ -24,6 +30,8 @@ class Mosaic:
 
     rows: int
     cols: int
+    frame: int
+    corner: tuple[int, int]
     colours: tuple[int, ...]
     pictures: tuple[int, ...]
     shifts: tuple[tuple[float, float], ...]
@@ -39,21 +47,25 @@ class Mosaic:
 
     def edges(self, cell: int, image_size: int) -> tuple[int, int, int, int]:
         """Pixel box of a cell: left, top, right, bottom."""
-        row, col = divmod(cell, self.cols)
-        top, bottom = (image_size * r // self.rows for r in (row, row + 1))
-        left, right = (image_size * c // self.cols for c in (col, col + 1))
+        row, col = (own + first for own, first in zip(divmod(cell, self.cols), self.corner, strict=True))
+        top, bottom = (image_size * r // self.frame for r in (row, row + 1))
+        left, right = (image_size * c // self.frame for c in (col, col + 1))
         return left, top, right, bottom
 
+    def redealt(self, rng: np.random.Generator, split: Split, cell: int) -> Mosaic:
+        """The mosaic with a picture of another digit on one cell."""
+        label = (self.label(cell) + int(rng.integers(1, 10))) % 10
+        pictures = list(self.pictures)
+        pictures[cell] = digits.pick(rng, split, label)
+        return dataclasses.replace(self, pictures=tuple(pictures))
 
-def draw(
-    rng: np.random.Generator, split: Split, sides: tuple[int, int], unique_colours: bool, alike: bool = False
-) -> Mosaic:
+
+def draw(rng: np.random.Generator, split: Split, sides: tuple[int, int], unique_colours: bool) -> Mosaic:
     """A mosaic whose layout and digit pictures belong to the split; digits are independent of all else.
 
     Args:
-        sides: least and greatest number of rows and of columns.
+        sides: least and greatest number of rows and of columns. The greatest is also the side of the frame.
         unique_colours: no colour twice in a mosaic.
-        alike: one digit, in different hands, on all cells.
     """
     while True:
         rows, cols = (int(n) for n in rng.integers(sides[0], sides[1] + 1, 2))
@@ -65,24 +77,10 @@ def draw(
         chosen = tuple(colours.tolist())
         if in_split((rows, cols, chosen), split):
             break
-    labels = rng.integers(10, size=1 if alike else cells).tolist() * (cells if alike else 1)
-    pictures = tuple(digits.pick(rng, split, label) for label in labels)
+    pictures = tuple(digits.pick(rng, split, label) for label in rng.integers(10, size=cells).tolist())
     shifts = tuple((down, right) for down, right in rng.random((cells, 2)).tolist())
-    return Mosaic(rows, cols, chosen, pictures, shifts)
-
-
-def box(scene: Mosaic, cell: int, image_size: int) -> Box:
-    """Evidence box of a cell."""
-    left, top, right, bottom = scene.edges(cell, image_size)
-    return float(left), float(top), float(right), float(bottom)
-
-
-def redeal(rng: np.random.Generator, split: Split, scene: Mosaic, cell: int) -> Mosaic:
-    """The mosaic with a picture of another digit on one cell."""
-    label = (scene.label(cell) + int(rng.integers(1, 10))) % 10
-    pictures = list(scene.pictures)
-    pictures[cell] = digits.pick(rng, split, label)
-    return dataclasses.replace(scene, pictures=tuple(pictures))
+    corner = int(rng.integers(sides[1] - rows + 1)), int(rng.integers(sides[1] - cols + 1))
+    return Mosaic(rows, cols, sides[1], corner, chosen, pictures, shifts)
 
 
 def paint(scene: Mosaic, image_size: int) -> UInt8[NpArray, "S S 3"]:
@@ -99,3 +97,31 @@ def paint(scene: Mosaic, image_size: int) -> UInt8[NpArray, "S S 3"]:
         left = x1 + round(right * (x2 - x1 - line - size))
         canvas.stamp(picture, digits.enlarged(size)[number], top, left, palette.INK)
     return picture
+
+
+class MosaicTask:
+    """What the tasks about one cell of a mosaic share; `Question.target` is the number of the cell."""
+
+    min_grid: int
+    max_grid: int
+
+    @property
+    def min_image_size(self) -> int:
+        return 16 * self.max_grid
+
+    @property
+    def max_questions(self) -> int:
+        return self.min_grid**2
+
+    def answer(self, scene: Mosaic, question: Question) -> str:
+        return str(scene.label(question.target))
+
+    def evidence(self, scene: Mosaic, question: Question, image_size: int) -> Box:
+        left, top, right, bottom = scene.edges(question.target, image_size)
+        return float(left), float(top), float(right), float(bottom)
+
+    def redeal(self, rng: np.random.Generator, split: Split, scene: Mosaic, question: Question) -> Mosaic:
+        return scene.redealt(rng, split, question.target)
+
+    def paint(self, scene: Mosaic, image_size: int) -> UInt8[NpArray, "S S 3"]:
+        return paint(scene, image_size)

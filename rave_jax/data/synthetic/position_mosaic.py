@@ -8,13 +8,12 @@ import numpy as np
 
 from rave_jax.config import require
 from rave_jax.data.synthetic import mosaic
-from rave_jax.data.synthetic.base import Box, Question, Split
-from rave_jax.data.synthetic.mosaic import Mosaic
-from rave_jax.typing import NpArray, UInt8
+from rave_jax.data.synthetic.base import Question, Split
+from rave_jax.data.synthetic.mosaic import Mosaic, MosaicTask
 
 
 @dataclass(frozen=True)
-class PositionMosaic:
+class PositionMosaic(MosaicTask):
     """Mosaics asked by row and column, counted from 1 at the top left. Colours say nothing here."""
 
     weight: float = 1.0
@@ -33,14 +32,6 @@ class PositionMosaic:
     def name(self) -> str:
         return "position_mosaic"
 
-    @property
-    def min_image_size(self) -> int:
-        return 16 * self.max_grid
-
-    @property
-    def max_questions(self) -> int:
-        return self.min_grid**2
-
     def draw(self, rng: np.random.Generator, split: Split, count: int) -> tuple[Mosaic, tuple[Question, ...]]:
         scene = mosaic.draw(rng, split, (self.min_grid, self.max_grid), unique_colours=False)
         cells = rng.permutation(scene.rows * scene.cols)[:count].tolist()
@@ -53,15 +44,3 @@ class PositionMosaic:
             )
             for cell in cells
         )
-
-    def answer(self, scene: Mosaic, question: Question) -> str:
-        return str(scene.label(question.target))
-
-    def evidence(self, scene: Mosaic, question: Question, image_size: int) -> Box:
-        return mosaic.box(scene, question.target, image_size)
-
-    def redeal(self, rng: np.random.Generator, split: Split, scene: Mosaic, question: Question) -> Mosaic:
-        return mosaic.redeal(rng, split, scene, question.target)
-
-    def paint(self, scene: Mosaic, image_size: int) -> UInt8[NpArray, "S S 3"]:
-        return mosaic.paint(scene, image_size)

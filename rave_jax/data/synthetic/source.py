@@ -12,10 +12,11 @@ from rave_jax.data.synthetic.bar_chart import BarChart
 from rave_jax.data.synthetic.base import Split, generator, make_sample
 from rave_jax.data.synthetic.counting import Counting
 from rave_jax.data.synthetic.digit_mosaic import DigitMosaic
+from rave_jax.data.synthetic.mosaic_list import MosaicList
 from rave_jax.data.synthetic.position_mosaic import PositionMosaic
 from rave_jax.data.synthetic.receipt import Receipt
 
-SyntheticTask = DigitMosaic | PositionMosaic | BarChart | Counting | Receipt
+SyntheticTask = DigitMosaic | MosaicList | PositionMosaic | BarChart | Counting | Receipt
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Synthetic:
     image_size: int = 84
     """Side of the square pictures in pixels. Receipts need 224."""
     questions_per_image: int | None = None
-    """Question turns on one picture, the last is scored. None: 2 in train, 1 in heldout."""
+    """Question turns on one picture, the last is scored. None: 2 in train where the tasks have room, 1 in heldout."""
     length: int = 1_000_000
     """Number of samples. It costs nothing: a sample is made when it is asked for."""
 
@@ -39,7 +40,7 @@ class Synthetic:
         require(len(self.tasks) > 0, "tasks", self.tasks, "at least one task")
         require(self.seed >= 0, "seed", self.seed, "0 or more")
         require(self.length > 0, "length", self.length, "1 or more")
-        most = min(task.max_questions for task in self.tasks)
+        most = self._room
         expected = f"1 to {most}, which every picture of the mixture has room for"
         require(1 <= self.questions <= most, "questions_per_image", self.questions, expected)
         for task in self.tasks:
@@ -51,8 +52,12 @@ class Synthetic:
     def questions(self) -> int:
         """Question turns on one picture."""
         if self.questions_per_image is None:
-            return 2 if self.split == "train" else 1
+            return min(2, self._room) if self.split == "train" else 1
         return self.questions_per_image
+
+    @property
+    def _room(self) -> int:
+        return min(task.max_questions for task in self.tasks)
 
     def build(self) -> SyntheticSource:
         """The source."""

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 
-from rave_jax.data.synthetic import BarChart, Counting, DigitMosaic, PositionMosaic, Receipt
+from rave_jax.data.synthetic import BarChart, Counting, DigitMosaic, MosaicList, PositionMosaic, Receipt
 from rave_jax.data.synthetic.base import Question, Split, generator
 
 TASKS = [
     pytest.param(DigitMosaic(), 84, id="digit_mosaic"),
+    pytest.param(MosaicList(), 84, id="mosaic_list"),
     pytest.param(PositionMosaic(), 84, id="position_mosaic"),
     pytest.param(PositionMosaic(min_grid=3, max_grid=4), 100, id="position_mosaic-4"),
     pytest.param(BarChart(), 84, id="bar_chart"),

@@ -7,7 +7,18 @@ import collections
 import numpy as np
 import pytest
 
-from rave_jax.data.synthetic import BarChart, Counting, DigitMosaic, PositionMosaic, Receipt, Synthetic, canvas, digits
+from rave_jax.data.synthetic import (
+    BarChart,
+    Counting,
+    DigitMosaic,
+    MosaicList,
+    PositionMosaic,
+    Receipt,
+    Synthetic,
+    canvas,
+    digits,
+    palette,
+)
 from rave_jax.data.synthetic.base import SPLITS
 from rave_jax.data.synthetic.words import WORDS
 from tests.data.synthetic.cases import TASKS, scenes
@@ -29,7 +40,7 @@ def test_digit_pictures_are_disjoint():
             assert set(labels[of]) == {label}
 
 
-@pytest.mark.parametrize("task", [DigitMosaic(), PositionMosaic()])
+@pytest.mark.parametrize("task", [DigitMosaic(), PositionMosaic(), MosaicList()])
 def test_mosaics_share_neither_digits_nor_layouts(task):
     ink, _ = digits.load()
     train, heldout = _both(task, 400, lambda scene: [ink[number].tobytes() for number in scene.pictures])
@@ -140,10 +151,31 @@ def test_pictures_of_the_splits_differ(task, image_size):
     assert not train & heldout
 
 
-def test_an_alike_mosaic_shows_one_digit_on_every_cell() -> None:
-    task = DigitMosaic(alike=True)
-    scenes = [task.draw(np.random.default_rng(seed), "train", 2)[0] for seed in range(40)]
-    labels = [{scene.label(cell) for cell in range(scene.rows * scene.cols)} for scene in scenes]
-    assert all(len(found) == 1 for found in labels)
-    assert len(set.union(*labels)) == 10
-    assert any(len(set(scene.pictures)) > 1 for scene in scenes), "in different hands"
+def test_a_list_names_every_cell_once_with_its_digit_right_behind_the_colour():
+    task = MosaicList(min_grid=1)
+    sizes, orders = set(), set()
+    for scene, (question,), _ in scenes(task, "train", 60):
+        names = [palette.NAMES[colour] for colour in scene.colours]
+        expected = {name + str(scene.label(cell)) for cell, name in enumerate(names)}
+        listed = task.answer(scene, question).split(" ")
+        assert len(listed) == len(names)
+        assert set(listed) == expected
+        sizes.add(len(names))
+        orders.add(question.target)
+    assert sizes == {1, 2, 3, 4, 6, 9}
+    assert len(orders) > 30, "colours come in any order"
+
+
+@pytest.mark.parametrize("task", [DigitMosaic(), PositionMosaic(), MosaicList()])
+def test_small_mosaics_stand_anywhere_on_the_frame_of_the_largest(task):
+    corners = collections.defaultdict(set)
+    for scene, _, _ in scenes(task, "train", 300):
+        corners[scene.rows, scene.cols].add(scene.corner)
+        picture = task.paint(scene, 84)
+        for cell in range(scene.rows * scene.cols):
+            left, top, right, bottom = scene.edges(cell, 84)
+            assert (right - left, bottom - top) == (28, 28)
+            assert tuple(picture[top, left]) == palette.RGB[scene.colours[cell]]
+        painted = (picture != palette.PAPER).any(2)
+        assert painted.sum() <= scene.rows * scene.cols * 28**2
+    assert {size: len(places) for size, places in corners.items()} == {(2, 2): 4, (2, 3): 2, (3, 2): 2, (3, 3): 1}
