@@ -1,8 +1,8 @@
 """The quickstart: a tiny Qwen2.5-VL with RAVE learns to read pictures, on two simulated devices of a CPU.
 
-A curriculum: mosaics of digits on coloured cells to be listed ("red7 blue3"), to learn to read and to find a colour; the
-same ones asked ("Which digit is on the red cell?"), to learn to look where the question says; then these questions mixed
-with bar charts and counting. docs/training.md says how well it ends.
+A curriculum: mosaics of digits on coloured cells to be listed ("red7 blue3"), to learn to read and to find a colour;
+the same ones asked ("Which digit is on the red cell?"), to learn to look where the question says; then these questions
+mixed with bar charts and counting. docs/training.md says how well it ends.
 """
 
 from rave_jax.attention import Rave

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from rave_jax.config import require
 from rave_jax.data.synthetic import canvas, digits, palette
 from rave_jax.data.synthetic.base import Box, Question, Split, in_split
 from rave_jax.typing import NpArray, UInt8
@@ -99,11 +100,20 @@ def paint(scene: Mosaic, image_size: int) -> UInt8[NpArray, "S S 3"]:
     return picture
 
 
+@dataclass(frozen=True)
 class MosaicTask:
-    """What the tasks about one cell of a mosaic share; `Question.target` is the number of the cell."""
+    """What the mosaic tasks share. Unless a task says otherwise, `Question.target` is the number of a cell."""
 
-    min_grid: int
-    max_grid: int
+    weight: float = 1.0
+    """Share of this task in the mixture, relative to the other tasks."""
+    min_grid: int = 2
+    """Least number of rows and of columns."""
+    max_grid: int = 3
+    """Greatest number of rows and of columns."""
+
+    def __post_init__(self) -> None:
+        require(self.weight > 0, "weight", self.weight, "a number above 0")
+        require(2 <= self.min_grid <= self.max_grid, "min_grid", self.min_grid, f"2 to max_grid ({self.max_grid})")
 
     @property
     def min_image_size(self) -> int:

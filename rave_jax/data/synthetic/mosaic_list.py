@@ -1,7 +1,7 @@
 """Handwritten digits on coloured cells, to be listed: "red7 blue3 green0", in any order of the colours.
 
-A warm-up for `digit_mosaic`: a list has as many answers as the mosaic has cells, and each stands right behind the colour
-that it belongs to, so that one step of attention, from that colour to its cell, finds it.
+A warm-up for `digit_mosaic`: a list has as many answers as the mosaic has cells, and each stands right behind the
+colour that it belongs to, so that one step of attention, from that colour to its cell, finds it.
 """
 
 from __future__ import annotations
@@ -13,33 +13,20 @@ import numpy as np
 from rave_jax.config import require
 from rave_jax.data.synthetic import mosaic, palette
 from rave_jax.data.synthetic.base import Box, Question, Split
-from rave_jax.data.synthetic.mosaic import Mosaic
-from rave_jax.typing import NpArray, UInt8
+from rave_jax.data.synthetic.mosaic import Mosaic, MosaicTask
 
 
 @dataclass(frozen=True)
-class MosaicList:
-    """Mosaics to be listed cell by cell. Every cell of a mosaic has a colour of its own."""
-
-    weight: float = 1.0
-    """Share of this task in the mixture, relative to the other tasks."""
-    min_grid: int = 2
-    """Least number of rows and of columns."""
-    max_grid: int = 3
-    """Greatest number of rows and of columns."""
+class MosaicList(MosaicTask):
+    """Mosaics to be listed, in the order of cells in `Question.target`. Every cell has a colour of its own."""
 
     def __post_init__(self) -> None:
-        require(self.weight > 0, "weight", self.weight, "a number above 0")
-        require(1 <= self.min_grid <= self.max_grid, "min_grid", self.min_grid, f"1 to max_grid ({self.max_grid})")
+        super().__post_init__()
         require(self.max_grid <= 3, "max_grid", self.max_grid, "at most 3: a colour for each cell")
 
     @property
     def name(self) -> str:
         return "mosaic_list"
-
-    @property
-    def min_image_size(self) -> int:
-        return 16 * self.max_grid
 
     @property
     def max_questions(self) -> int:
@@ -61,6 +48,3 @@ class MosaicList:
 
     def redeal(self, rng: np.random.Generator, split: Split, scene: Mosaic, question: Question) -> Mosaic:
         return scene.redealt(rng, split, question.target[int(rng.integers(len(question.target)))])
-
-    def paint(self, scene: Mosaic, image_size: int) -> UInt8[NpArray, "S S 3"]:
-        return mosaic.paint(scene, image_size)

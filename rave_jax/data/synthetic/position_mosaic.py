@@ -16,16 +16,8 @@ from rave_jax.data.synthetic.mosaic import Mosaic, MosaicTask
 class PositionMosaic(MosaicTask):
     """Mosaics asked by row and column, counted from 1 at the top left. Colours say nothing here."""
 
-    weight: float = 1.0
-    """Share of this task in the mixture, relative to the other tasks."""
-    min_grid: int = 2
-    """Least number of rows and of columns."""
-    max_grid: int = 3
-    """Greatest number of rows and of columns."""
-
     def __post_init__(self) -> None:
-        require(self.weight > 0, "weight", self.weight, "a number above 0")
-        require(2 <= self.min_grid <= self.max_grid, "min_grid", self.min_grid, f"2 to max_grid ({self.max_grid})")
+        super().__post_init__()
         require(self.max_grid <= 9, "max_grid", self.max_grid, "at most 9")
 
     @property

@@ -152,7 +152,7 @@ def test_pictures_of_the_splits_differ(task, image_size):
 
 
 def test_a_list_names_every_cell_once_with_its_digit_right_behind_the_colour():
-    task = MosaicList(min_grid=1)
+    task = MosaicList()
     sizes, orders = set(), set()
     for scene, (question,), _ in scenes(task, "train", 60):
         names = [palette.NAMES[colour] for colour in scene.colours]
@@ -162,8 +162,8 @@ def test_a_list_names_every_cell_once_with_its_digit_right_behind_the_colour():
         assert set(listed) == expected
         sizes.add(len(names))
         orders.add(question.target)
-    assert sizes == {1, 2, 3, 4, 6, 9}
-    assert len(orders) > 30, "colours come in any order"
+    assert sizes == {4, 6, 9}
+    assert len(orders) > 40, "colours come in any order"
 
 
 @pytest.mark.parametrize("task", [DigitMosaic(), PositionMosaic(), MosaicList()])
