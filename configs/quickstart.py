@@ -23,15 +23,16 @@ def get_config() -> TrainConfig:
     """About four minutes on two cores, evaluation and report included."""
     return TrainConfig(
         output_dir="runs/quickstart",
-        init=Tiny(window_size=84),
+        init=Tiny(num_heads=8, window_size=84),
         model=ModelOptions(mechanisms=(Rave(rank=8),)),
         data=DataConfig(
             sources=(
+                Synthetic(tasks=(MosaicList(min_grid=3),)),
                 Synthetic(tasks=(MosaicList(),)),
                 Synthetic(tasks=(DigitMosaic(),)),
                 Synthetic(tasks=MIXTURE),
             ),
-            stages=(Stage(0, (1, 0, 0)), Stage(150, (1, 1, 0)), Stage(300, (0, 0, 1))),
+            stages=(Stage(0, (1, 0, 0, 0)), Stage(180, (0, 1, 1, 0)), Stage(360, (0, 0, 0, 1))),
             rows=32,
             tokens=56,
             patches=36,
