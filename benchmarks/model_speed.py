@@ -154,7 +154,7 @@ def measure(rounds: int) -> list[dict[str, Any]]:
         worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
         assert worker.stdin and worker.stdout
         versions = json.loads(worker.stdout.readline())
-        model = import_hf(folder, ModelOptions(), None, jax.random.key(SEED))
+        model = import_hf(folder, ModelOptions(scan_layers=False), None, jax.random.key(SEED))
         patch_numbers = rows[0][0].patches.shape[1]
         shape_of = BatchShape(ROWS, TOKENS, len(rows[0][0].patches))
         batch = jax.tree.map(jnp.asarray, collate(rows, shape_of, patch_numbers))

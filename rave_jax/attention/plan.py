@@ -35,8 +35,13 @@ class SegmentPlan(NamedTuple):
     mechanisms: tuple[LayeredConfig, ...]
 
 
-def plan_segments(configs: Sequence[LayeredConfig], num_layers: int) -> tuple[SegmentPlan, ...]:
+def plan_segments(configs: Sequence[LayeredConfig], num_layers: int, join: bool = True) -> tuple[SegmentPlan, ...]:
     """Runs of consecutive layers with equal mechanisms, in order, covering every layer.
+
+    Args:
+        configs: mechanisms and the layers each is in.
+        num_layers: of the whole stack.
+        join: without it, every layer is a run of its own.
 
     Raises:
         ConfigError: a config names a layer that the model does not have.
@@ -50,7 +55,7 @@ def plan_segments(configs: Sequence[LayeredConfig], num_layers: int) -> tuple[Se
     used = [tuple(c for c in configs if c.layers == "all" or n in c.layers) for n in range(num_layers)]
     plans: list[SegmentPlan] = []
     for n, mechanisms in enumerate(used):
-        if plans and plans[-1].mechanisms == mechanisms:
+        if join and plans and plans[-1].mechanisms == mechanisms:
             plans[-1] = plans[-1]._replace(stop=n + 1)
         else:
             plans.append(SegmentPlan(n, n + 1, mechanisms))

@@ -220,6 +220,9 @@ class ModelOptions:
     remat: Remat = "none"
     """What a layer keeps for the backward pass: none recomputes nothing, full keeps only the layer's input, dots
     keeps the results of weight matmuls."""
+    scan_layers: bool = True
+    """Are equal layers stacked and run as one loop? It compiles fast at any depth. Without it every layer has arrays of
+    its own and is compiled by itself: nothing is copied out of a stack, which is what decoding waits for on a CPU."""
     param_dtype: FloatName = "float32"
     """Number type in which parameters are stored."""
     compute_dtype: FloatName = "float32"

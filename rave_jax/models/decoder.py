@@ -121,7 +121,7 @@ class Decoder(nnx.Module):
         keys = jax.random.split(key, config.num_layers)
         self.segments = nnx.List(
             Segment(start, stop, lambda k, chosen=chosen: DecoderLayer(config, chosen, options, k), keys)
-            for start, stop, chosen in attention.plan_segments(mechanisms, config.num_layers)
+            for start, stop, chosen in attention.plan_segments(mechanisms, config.num_layers, options.scan_layers)
         )
         self.norm = RmsNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=options.params)
         self.head_dim = config.head_dim

@@ -106,7 +106,10 @@ def contract(x: Array, weight: Array, num_in: int | None = None) -> Array:
 
 
 def keep_inputs[**P, R](function: Callable[P, R]) -> Callable[P, R]:
-    """`function`, elementwise and cheap, keeping only its inputs for the backward pass, not what it computes inside."""
+    """`function`, keeping only its inputs for the backward pass, which computes again what it needs from inside.
+
+    For what is elementwise and cheap, alone or before a last matmul, whose result no gradient needs.
+    """
     return jax.checkpoint(function, prevent_cse=False)
 
 
@@ -165,5 +168,8 @@ class SwiGlu(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """The same shape as x."""
-        hidden = keep_inputs(lambda gate, up: jax.nn.silu(gate) * up)(self.gate(x), self.up(x))
-        return self.down(shard(hidden, "batch", "length", "mlp"))
+
+        def rest(gate: Array, up: Array) -> Array:
+            return self.down(shard(jax.nn.silu(gate) * up, "batch", "length", "mlp"))
+
+        return keep_inputs(rest)(self.gate(x), self.up(x))

@@ -28,7 +28,7 @@ def chunked_cross_entropy(
     """Weighted sums of the negative log-likelihood and of right guesses.
 
     Logits exist for `chunk` tokens of each row at a time, in float32, and are computed again in the backward
-    pass. T need not be a multiple of the chunk.
+    pass unless one chunk takes all. T need not be a multiple of the chunk.
 
     Args:
         hidden: output of the final norm.
@@ -42,7 +42,6 @@ def chunked_cross_entropy(
     head = head.astype(hidden.dtype)
     whole = T // chunk * chunk
 
-    @jax.checkpoint
     def of_chunk(hidden: jax.Array, targets: jax.Array, weights: jax.Array) -> TokenSums:
         logits = jnp.einsum("BTD,VD->BTV", hidden, head, preferred_element_type=jnp.float32)
         top = jnp.max(logits, axis=-1)
@@ -53,8 +52,13 @@ def chunked_cross_entropy(
         right = jnp.argmax(logits, axis=-1) == targets
         return TokenSums(jnp.sum(loss * weights), jnp.sum(right * weights), jnp.sum(weights))
 
+    if chunk == T:
+        # One chunk is what the backward pass would hold anyway: keep its logits.
+        return of_chunk(hidden, targets, weights)
+    again = jax.checkpoint(of_chunk)
+
     def body(sums: TokenSums, part: tuple[jax.Array, ...]) -> tuple[TokenSums, None]:
-        return jax.tree.map(jnp.add, sums, of_chunk(*part)), None
+        return jax.tree.map(jnp.add, sums, again(*part)), None
 
     def split(x: jax.Array) -> jax.Array:
         # Chunks are cut along T so that rows stay on the devices that own them.
@@ -64,5 +68,5 @@ def chunked_cross_entropy(
     zero = jnp.zeros((), jnp.float32)
     sums, _ = jax.lax.scan(body, TokenSums(zero, zero, zero), tuple(map(split, (hidden, targets, weights))))
     if whole < T:
-        sums = jax.tree.map(jnp.add, sums, of_chunk(hidden[:, whole:], targets[:, whole:], weights[:, whole:]))
+        sums = jax.tree.map(jnp.add, sums, again(hidden[:, whole:], targets[:, whole:], weights[:, whole:]))
     return sums

@@ -35,9 +35,10 @@ def check_numbers(model: Vlm, tensors: Tensors) -> None:
         assert np.array_equal(ours.reshape(rule.shape).view(np.uint8), tensors[rule.hf_key].view(np.uint8)), rule
 
 
-def test_every_tensor_arrives(write: Write) -> None:
+@pytest.mark.parametrize("scan_layers", [True, False])
+def test_every_tensor_arrives(write: Write, scan_layers: bool) -> None:
     folder = write()
-    check_numbers(import_hf(folder), load_file(folder / "model.safetensors"))
+    check_numbers(import_hf(folder, ModelOptions(scan_layers=scan_layers)), load_file(folder / "model.safetensors"))
 
 
 @pytest.mark.parametrize("other_style", [False, True])

@@ -75,6 +75,14 @@ def test_each_token_is_the_argmax_of_a_whole_forward(name: str, prompts: list[Do
         assert logits[row, last : last + NEW].argmax(-1).tolist() == answer.tolist()
 
 
+def test_layers_apart_say_the_same(prompts: list[Document]) -> None:
+    build = jax.jit(lambda options: Vlm(CONFIG, options, key=jax.random.key(1)), static_argnums=0)
+    mechanisms = (Rave(rank=4, start="random"),)
+    stacked, apart = (build(ModelOptions(mechanisms=mechanisms, scan_layers=scan)) for scan in (True, False))
+    made = [generate(m, as_batch(prompts), max_new_tokens=NEW, stop_ids=()) for m in (stacked, apart)]
+    assert made[0].tokens.tolist() == made[1].tokens.tolist()
+
+
 def test_a_batch_says_what_each_row_says_alone(prompts: list[Document]) -> None:
     vlm = make_model((Rave(rank=4),))
     together = generate(vlm, as_batch(prompts), max_new_tokens=NEW, stop_ids=())

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -169,6 +170,56 @@ def test_how_a_stack_is_cut_changes_nothing() -> None:
     assert [len(whole.decoder.segments), len(parts.decoder.segments)] == [1, 3]
     rows = batch([documents([3, Visual(1, 4, 6), 4])], CONFIG, tokens=14, patches=24)
     np.testing.assert_allclose(logits(whole, rows), logits(parts, rows), atol=1e-5)
+
+
+def test_layers_apart_are_the_layers_of_the_stack() -> None:
+    build = jax.jit(lambda options: Vlm(CONFIG, options, key=jax.random.key(3)), static_argnums=0)
+    stacked, apart = (build(dataclasses.replace(RAVE, scan_layers=scan)) for scan in (True, False))
+    for stack, depth in ((apart.decoder, CONFIG.text.num_layers), (apart.vision, CONFIG.vision.depth)):
+        assert [(s.start, s.stop) for s in stack.segments] == [(n, n + 1) for n in range(depth)]
+    rows = batch([documents([3, Visual(1, 4, 6), 4])], CONFIG, tokens=14, patches=24)
+
+    @jax.jit
+    def value_and_grads(model: Vlm) -> tuple[jax.Array, Vlm]:
+        return jax.value_and_grad(lambda m: jnp.sum(jnp.square(m.logits(m.hidden(rows)))))(model)
+
+    def sizes(grads: Vlm) -> list[float]:
+        """The size of every gradient, layer by layer."""
+        layers = [
+            jnp.linalg.norm(leaf[n].reshape(-1))
+            for stack in (grads.decoder, grads.vision)
+            for segment in stack.segments
+            for n in range(segment.stop - segment.start)
+            for leaf in jax.tree.leaves(segment.layers)
+        ]
+        return [*layers, jnp.linalg.norm(grads.embed.weight[...])]
+
+    (one, ours), (other, theirs) = value_and_grads(stacked), value_and_grads(apart)
+    np.testing.assert_allclose(one, other, rtol=1e-5)
+    np.testing.assert_allclose(sizes(ours), sizes(theirs), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [ModelOptions(), RAVE], ids=["plain", "rave"])
+def test_packed_gradients_are_the_sum_of_each_document_alone(options: ModelOptions) -> None:
+    docs = documents([3, Visual(1, 4, 6), 4], [5], [Visual(1, 2, 4), 1, Visual(2, 4, 4, video=True), 3])
+    shape = {"tokens": 44, "patches": 68}
+
+    @jax.jit
+    def grads(model: Vlm, rows: Batch) -> Vlm:
+        def loss(model: Vlm) -> jax.Array:
+            # The square makes every token's share its own; padding has none.
+            real = (rows.info.kind != Kind.PAD)[..., None]
+            return jnp.sum(jnp.square(model.logits(model.hidden(rows))), where=real)
+
+        return jax.grad(loss)(model)
+
+    model = a_model(options)
+    packed = named_parameters(grads(model, batch([docs, []], CONFIG, **shape)))
+    alone = [named_parameters(grads(model, batch([[doc], []], CONFIG, **shape))) for doc in docs]
+    for name, param in packed.items():
+        total = sum(np.asarray(each[name][...]) for each in alone)
+        scale = max(1.0, float(np.abs(total).max()))
+        np.testing.assert_allclose(param[...] / scale, total / scale, atol=2e-5, err_msg=name)
 
 
 def test_half_precision_keeps_its_types() -> None:

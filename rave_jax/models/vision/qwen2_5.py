@@ -87,7 +87,7 @@ class Tower(nnx.Module):
         width = (config.hidden_size,), (config.patch_width,)
         self.patch = Linear(*width, ("embed", "patch"), bias=False, dtype=dtype, key=patch_key)
         keys = jax.random.split(blocks_key, config.depth)
-        runs = block_runs(config.depth, config.full_attention_blocks)
+        runs = block_runs(config.depth, config.full_attention_blocks, options.scan_layers)
         self.segments = nnx.List(
             Segment(start, stop, lambda k: VisionBlock(config, options, k), keys) for start, stop, _ in runs
         )
@@ -147,8 +147,10 @@ class Tower(nnx.Module):
         return (patches.astype(jnp.float32) * scale - shift).astype(self.compute)
 
 
-def block_runs(depth: int, full: tuple[int, ...]) -> list[tuple[int, int, bool]]:
-    """(start, stop, full attention?) of each run of equal blocks, in order."""
+def block_runs(depth: int, full: tuple[int, ...], join: bool = True) -> list[tuple[int, int, bool]]:
+    """(start, stop, full attention?) of each run of equal blocks, in order; without `join`, of each block."""
+    if not join:
+        return [(n, n + 1, n in full) for n in range(depth)]
     runs = []
     for is_full, blocks in itertools.groupby(range(depth), lambda n: n in full):
         numbers = list(blocks)
