@@ -127,6 +127,22 @@ def assign_groups(names: Iterable[str], config: OptimizerConfig) -> dict[str, Pa
     return groups
 
 
+def in_float32(*parts: optax.GradientTransformation) -> optax.GradientTransformation:
+    """The parts in order, on float32 copies of gradients and parameters, whatever their types.
+
+    In bfloat16 a mean of squared gradients stands still: what a step adds to it is less than its last bit.
+    """
+    inner = optax.chain(*parts)
+
+    def wide(tree: Any) -> Any:
+        return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
+
+    def update(gradients: Any, state: Any, parameters: Any = None) -> tuple[Any, Any]:
+        return inner.update(wide(gradients), state, wide(parameters))
+
+    return optax.GradientTransformation(lambda parameters: inner.init(wide(parameters)), update)
+
+
 def make_optimizer(
     config: OptimizerConfig, steps: int, groups: Mapping[str, ParameterGroup], ndims: Mapping[str, int]
 ) -> optax.GradientTransformation:
@@ -149,7 +165,7 @@ def make_optimizer(
         def rate(count: Any) -> jax.Array:
             return group.learning_rate * schedule(count)
 
-        return optax.chain(
+        return in_float32(
             optax.scale_by_adam(config.beta1, config.beta2, config.epsilon, mu_dtype=config.first_moment),
             optax.add_decayed_weights(decay, mask=matrices),
             optax.scale_by_learning_rate(rate),

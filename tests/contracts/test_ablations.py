@@ -23,5 +23,6 @@ def added(name: str, marker: str) -> int:
     return sum(param.size for path, param in named_parameters(model).items() if marker in path)
 
 
-def test_the_lora_control_has_as_many_extra_parameters_as_the_gate() -> None:
-    assert (added("quickstart", ".mechanisms."), added("quickstart_lora_control", ".adapter.")) == (4 * 1732, 4 * 1792)
+def test_the_lora_control_has_no_fewer_extra_parameters_than_the_gate() -> None:
+    # Of the ranks around it, 4 has 15 % more than the gate and 3 has 14 % fewer.
+    assert (added("quickstart", ".mechanisms."), added("quickstart_lora_control", ".adapter.")) == (4 * 1448, 4 * 1664)

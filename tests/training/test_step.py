@@ -9,6 +9,7 @@ import optax
 import pytest
 
 from rave_jax.config import ConfigError
+from rave_jax.models.config import Lora, ModelOptions
 from rave_jax.parallel.mesh import MeshConfig, make_mesh
 from rave_jax.parallel.rows import global_batch
 from rave_jax.parallel.sharding import use_mesh
@@ -219,3 +220,29 @@ def test_the_head_takes_part_in_the_loss(plain):
     assert (np.abs(grads).max(axis=1) > 0).all()
     assert CONFIG.text.tie_embeddings
     assert OPTIONS.mechanisms
+
+
+def test_half_precision_trains_adapters_beside_whole_numbers():
+    """Weights and activations in bfloat16, only the adapters trained; their moments stay float32 as asked."""
+    options = ModelOptions(param_dtype="bfloat16", compute_dtype="bfloat16", lora=Lora(rank=2))
+    groups = (
+        ParameterGroup("adapter", r"\.adapter\.", learning_rate=2.0),
+        ParameterGroup("backbone", "", frozen=True),
+    )
+    session = session_of(OptimizerConfig(learning_rate=1e-2, decay="none", groups=groups), options=options)
+    state = first_state(session, options=options)
+    assert all(".adapter." in name for name in state.trained)
+    assert len(state.trained) == 4, "down and up, of query and of key"
+    before = host((state.trained, state.frozen))
+    state, metrics = run_steps(session, state, range(3))
+    assert all(np.isfinite(each.loss) for each in metrics)
+    for name, value in before[1].items():
+        np.testing.assert_array_equal(state.frozen[name], value, err_msg=name)
+    for name, value in state.trained.items():
+        assert value.dtype == jnp.bfloat16
+        assert (np.asarray(value) != before[0][name]).any(), name
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.optimizer) if leaf.ndim > 1} == {jnp.dtype("float32")}
+    whole = ModelOptions(lora=Lora(rank=2))
+    wide = session_of(OptimizerConfig(learning_rate=1e-2, decay="none", groups=groups), options=whole)
+    exact = run_steps(wide, first_state(wide, options=whole), range(3))[1]
+    np.testing.assert_allclose([m.loss for m in metrics], [m.loss for m in exact], rtol=0.02)
