@@ -1,4 +1,4 @@
-"""Ablation of the quickstart: at least as many extra parameters, spent on low-rank updates of query and key instead of a gate.
+"""Ablation of the quickstart: no fewer extra parameters, spent on low-rank updates of query and key instead of a gate.
 
 A gate of rank 8 here has 1,448 parameters a layer, an adapter of rank 4 on query and key 1,664, of rank 3 1,248.
 """

@@ -137,10 +137,13 @@ def in_float32(*parts: optax.GradientTransformation) -> optax.GradientTransforma
     def wide(tree: Any) -> Any:
         return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
 
-    def update(gradients: Any, state: Any, parameters: Any = None) -> tuple[Any, Any]:
-        return inner.update(wide(gradients), state, wide(parameters))
+    def init(params: Any) -> Any:
+        return inner.init(wide(params))
 
-    return optax.GradientTransformation(lambda parameters: inner.init(wide(parameters)), update)
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        return inner.update(wide(updates), state, wide(params))
+
+    return optax.GradientTransformation(init, update)
 
 
 def make_optimizer(
