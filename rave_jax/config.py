@@ -114,7 +114,9 @@ def _union_from_json(options: tuple[Any, ...], data: Any, where: str) -> Any:
     classes = {c.__name__: c for c in options if dataclasses.is_dataclass(c)}
     if isinstance(data, dict) and classes:
         tag = data.get(TAG)
-        require(tag in classes, f"{where}.{TAG}", tag, f"one of {', '.join(map(repr, classes))}")
+        require(
+            isinstance(tag, str) and tag in classes, f"{where}.{TAG}", tag, f"one of {', '.join(map(repr, classes))}"
+        )
         return from_json(classes[tag], data, where)
     plain = [c for c in options if not dataclasses.is_dataclass(c) and c is not type(None)]
     for option in plain:

@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import Mesh, Sharding
 
 from rave_jax.checkpoint import native
-from rave_jax.checkpoint.hf_files import hf_config
+from rave_jax.checkpoint.hf_files import hf_config, read_json
 from rave_jax.checkpoint.safetensors_file import DTYPES, CheckpointError, Slice, Stored, read_into
 from rave_jax.checkpoint.sidecar import check_same, needs_sidecar, saved_options
 from rave_jax.checkpoint.target import abstract_model, fresh_parameters, is_stacked, parameter_shardings
@@ -45,9 +45,41 @@ def load_config(directory: str | Path) -> tuple[VlmConfig, Family]:
     hf = hf_config(Path(directory))
     try:
         family = family_for(hf)
-        return family.parse(hf), family
+        return with_image_settings(family.parse(hf), Path(directory)), family
     except ValueError as error:
         raise CheckpointError(f"{directory}: {error}") from error
+    except (TypeError, AttributeError, ZeroDivisionError) as error:
+        raise CheckpointError(f"{directory}/config.json: a value is of the wrong kind: {error}") from error
+
+
+def with_image_settings(config: VlmConfig, directory: Path) -> VlmConfig:
+    """The config with the mean and deviation of pixels that the directory's processor files state, where there are any.
+
+    Raises:
+        CheckpointError: those files cut pictures in other ways than the tower reads them.
+    """
+    if config.vision is None:
+        return config
+    for name in ("processor_config.json", "preprocessor_config.json"):
+        if not (directory / name).is_file():
+            continue
+        whole = read_json(directory / name)
+        settings = whole.get("image_processor") if name.startswith("processor") else whole
+        if settings is None:
+            continue
+        for key in ("patch_size", "temporal_patch_size", "merge_size"):
+            wanted = getattr(config.vision, key)
+            if settings.get(key, wanted) != wanted:
+                raise CheckpointError(
+                    f"{directory / name}: {key} is {settings[key]!r}, expected {wanted} as config.json has it"
+                )
+        stated = {
+            ours: tuple(float(n) for n in settings[theirs])
+            for ours, theirs in (("pixel_mean", "image_mean"), ("pixel_std", "image_std"))
+            if settings.get(theirs) is not None
+        }
+        return dataclasses.replace(config, vision=dataclasses.replace(config.vision, **stated))
+    return config
 
 
 def import_hf(

@@ -63,18 +63,22 @@ def read_header(path: Path) -> tuple[dict[str, Stored], list[str]]:
             entries = json.loads(file.read(length))
     except OSError as error:
         return {}, [f"{path.name}: cannot be read: {error.strerror or error}"]
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         return {}, [f"{path.name}: its header is corrupt: {error}"]
     if not isinstance(entries, dict):
         return {}, [f"{path.name}: its header is corrupt: no object"]
     tensors: dict[str, Stored] = {}
     problems: list[str] = []
+    spans: list[tuple[int, int]] = []
     for key, entry in entries.items():
         if key == "__metadata__":
             continue
         try:
             shape = tuple(int(n) for n in entry["shape"])
             begin, end = (int(n) for n in entry["data_offsets"])
+            if not 0 <= begin <= end or min(shape, default=0) < 0:
+                raise ValueError
+            spans.append((begin, end))
             tensors[key] = Stored(path, key, str(entry["dtype"]), shape, 8 + length + begin)
         except (KeyError, TypeError, ValueError):
             problems.append(f"{key} ({path.name}): its header entry is corrupt")
@@ -84,6 +88,11 @@ def read_header(path: Path) -> tuple[dict[str, Stored], list[str]]:
             problems.append(f"{key} ({path.name}): truncated: it ends at byte {8 + length + end} of {size}")
         elif stored.dtype in DTYPES and end - begin != math.prod(shape) * DTYPES[stored.dtype].itemsize:
             problems.append(f"{key} ({path.name}): {end - begin} bytes do not make {stored.dtype} {list(shape)}")
+    # The format: tensors lie end to end and fill the file.
+    spans.sort()
+    ends = [0, *(end for _, end in spans)]
+    if not problems and [*(begin for begin, _ in spans), size - 8 - length] != ends:
+        problems.append(f"{path.name}: its tensors overlap, or leave bytes between or behind them")
     return tensors, problems
 
 

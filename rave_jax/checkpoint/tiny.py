@@ -11,6 +11,7 @@ words of the chat format and of the synthetic questions short.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import tempfile
@@ -95,10 +96,13 @@ class Tiny:
     """Side of the tower's attention windows in pixels; patches have 14, visual tokens 28."""
 
     def __post_init__(self) -> None:
+        require(0 <= self.seed < 2**32, "seed", self.seed, "0 to 2^32 - 1")
+        sizes = [f.name for f in dataclasses.fields(self) if f.name != "seed"]
+        for name in sizes:
+            require(getattr(self, name) > 0, name, getattr(self, name), "above 0")
         ok = self.hidden_size % self.num_heads == 0 and self.hidden_size // self.num_heads % 2 == 0
         require(ok, "hidden_size", self.hidden_size, f"num_heads {self.num_heads} times an even number")
-        for name in ("hidden_size", "vision_hidden_size"):
-            require(getattr(self, name) > 0, name, getattr(self, name), "above 0")
+        tiny_config(self)  # it checks the rest
 
 
 def tiny_config(sizes: Tiny) -> VlmConfig:

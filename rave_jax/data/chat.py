@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jinja2
+
 from rave_jax.batch import Role
 from rave_jax.config import ConfigError
 from rave_jax.data.sample import Message, SampleError
@@ -46,7 +48,10 @@ def read_template(directory: str | Path, tokenizer: Any) -> str:
     if raw.is_file():
         return raw.read_text(encoding="utf-8")
     if legacy.is_file():
-        return json.loads(legacy.read_text(encoding="utf-8"))["chat_template"]
+        try:
+            return str(json.loads(legacy.read_text(encoding="utf-8"))["chat_template"])
+        except (ValueError, TypeError, KeyError) as error:
+            raise ConfigError(f"{legacy}: expected an object with the key 'chat_template'") from error
     if isinstance(tokenizer.chat_template, str):
         return tokenizer.chat_template
     raise ConfigError(
@@ -61,7 +66,7 @@ def template_view(message: Message) -> dict[str, Any]:
         SampleError: a role or a part that is not known.
     """
     role, content = message.get("role"), message.get("content")
-    if role not in ROLES:
+    if not isinstance(role, str) or role not in ROLES:
         raise SampleError(f"role {role!r}: expected system, user or assistant")
     if isinstance(content, str):
         return {"role": role, "content": content}
@@ -118,16 +123,22 @@ class ChatTemplate:
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
         """The text of a conversation as the tokenizer's `apply_chat_template` gives it."""
-        return self._tokenizer.apply_chat_template(
-            list(messages),
-            chat_template=self._template,
-            tokenize=False,
-            add_generation_prompt=add_generation_prompt,
-        )
+        try:
+            return self._tokenizer.apply_chat_template(
+                list(messages),
+                chat_template=self._template,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+            )
+        except jinja2.TemplateError as error:
+            raise SampleError(f"the chat template cannot render the conversation: {error}") from error
 
     def tokenize(self, text: str) -> list[int]:
         """Token ids of a text; special tokens written out in it count as such."""
-        return self._backend.encode(text, add_special_tokens=False).ids
+        try:
+            return self._backend.encode(text, add_special_tokens=False).ids
+        except TypeError as error:
+            raise SampleError(f"a text is no Unicode: {text[:40]!r}") from error
 
     def runs(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> list[Run]:
         """The conversation as runs, in order; their tokens end to end are those of the whole text.

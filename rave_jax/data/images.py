@@ -6,7 +6,8 @@ rescaling and normalising belong on the device, and are already in the order the
 What transformers does and we do alike:
 - A file or its bytes are turned upright by their EXIF orientation (as its `load_image` does for a path in a chat
   message); a PIL image or an array is taken as it is.
-- Transparency is laid over white, every other mode is converted to RGB by Pillow.
+- Transparency is laid over white (as its processor does with a PIL picture; its `load_image` would drop it), every
+  other mode is converted to RGB by Pillow.
 """
 
 from __future__ import annotations

@@ -59,7 +59,7 @@ class DataConfig:
     documents_per_row: int = 1
     """Samples packed into a row; each may take an equal part of the row's tokens and patches."""
     seed: int = 0
-    """Seed of the order of samples."""
+    """Seed of the order of samples, 0 or more."""
     min_pixels: int | None = None
     """Least pixels of a resized picture; None for the model's own limit."""
     max_pixels: int | None = None
@@ -77,6 +77,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         require(len(self.sources) > 0, "sources", self.sources, "at least one source")
+        require(self.seed >= 0, "seed", self.seed, "0 or more")
         steps = [stage.step for stage in self.stages]
         require(steps[:1] == [0], "stages", steps, "a first stage at step 0")
         require(steps == sorted(set(steps)), "stages", steps, "ascending steps")

@@ -151,9 +151,12 @@ def _read_json(path: Path, optional: bool = False) -> dict[str, Any]:
             return {}
         raise ConfigError(f"{path}: no such file; a model directory of a vision-language model needs it")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
         raise ConfigError(f"{path}: not JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: expected an object")
+    return data
 
 
 def _pixel_limits(config: dict[str, Any], low: int, high: int) -> tuple[int, int]:
@@ -174,7 +177,10 @@ class Processor:
     def __init__(self, tokenizer: Any, settings: ProcessorSettings, chat_template: str):
         self.tokenizer = tokenizer
         self.settings = settings
-        self.chat = ChatTemplate(tokenizer, chat_template)
+        try:
+            self.chat = ChatTemplate(tokenizer, chat_template)
+        except SampleError as error:
+            raise ConfigError(str(error)) from error
 
     @classmethod
     def from_hf(cls, directory: str | Path, min_pixels: int | None = None, max_pixels: int | None = None) -> Processor:
@@ -187,12 +193,19 @@ class Processor:
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
         from transformers import AutoTokenizer
 
-        settings = ProcessorSettings.from_hf(directory)
+        try:
+            settings = ProcessorSettings.from_hf(directory)
+        except ConfigError:
+            raise
+        except (TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+            raise ConfigError(
+                f"{directory}: config.json or a processor file has a value of the wrong kind: {error}"
+            ) from error
         low = settings.min_pixels if min_pixels is None else min_pixels
         high = settings.max_pixels if max_pixels is None else max_pixels
         try:
             tokenizer = AutoTokenizer.from_pretrained(str(directory))
-        except (OSError, ValueError) as error:
+        except Exception as error:  # the libraries below raise many kinds for files that are not theirs
             raise ConfigError(f"{directory}: no tokenizer could be read: {error}") from error
         if not getattr(tokenizer, "is_fast", False):
             raise ConfigError(f"{directory}: {type(tokenizer).__name__} is no fast tokenizer")

@@ -96,6 +96,8 @@ def video_patches(
         raise ImageError(f"{name or 'video'}: no frames")
     if limits.fps is not None and not fps:
         raise ImageError(f"{name or 'video'}: sampling {limits.fps} frames per second needs the part's own 'fps'")
+    if fps is not None and not (isinstance(fps, int | float) and fps > 0):
+        raise ImageError(f"{name or 'video'}: fps is {fps!r}, expected a number above 0")
     rate = fps or UNKNOWN_FPS
     try:
         keep = sample_frames(len(frames), rate, limits, grid.temporal)

@@ -116,6 +116,9 @@ def logits(
 
 def _write(out: Path, ids: np.ndarray, values: np.ndarray) -> None:
     """All or nothing: the file appears under its name when it is complete."""
+    out = out.resolve()
+    if out.exists() and not out.is_file():
+        raise ConfigError(f"cannot write {out}: it is there and no file")
     part = None
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

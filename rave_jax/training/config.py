@@ -63,6 +63,7 @@ class TrainConfig:
         for name in ("steps", "loss_chunk", "log_every", "save_every", "keep"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         require(self.simulated_devices >= 0, "simulated_devices", self.simulated_devices, "at least 0")
+        require(0 <= self.seed < 2**32, "seed", self.seed, "0 to 2^32 - 1")
         warmup = self.optimizer.warmup
         require(warmup < self.steps, "optimizer.warmup", warmup, f"fewer than the run's {self.steps} steps")
 

@@ -6,6 +6,7 @@ names; the first group that matches owns the parameter, and what no group matche
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -80,7 +81,8 @@ class OptimizerConfig:
     """Parameter groups; the first whose pattern matches owns a parameter."""
 
     def __post_init__(self) -> None:
-        require(self.learning_rate > 0, "learning_rate", self.learning_rate, "above 0")
+        require(0 < self.learning_rate < math.inf, "learning_rate", self.learning_rate, "above 0")
+        require(0 <= self.weight_decay < math.inf, "weight_decay", self.weight_decay, "at least 0")
         require(self.warmup >= 0, "warmup", self.warmup, "at least 0 steps")
         require(0 <= self.final_learning_rate <= 1, "final_learning_rate", self.final_learning_rate, "from 0 to 1")
         require(0 <= self.beta1 < 1, "beta1", self.beta1, "from 0 to below 1")

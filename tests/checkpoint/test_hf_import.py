@@ -125,6 +125,38 @@ def test_a_corrupt_header_is_named(write: Write) -> None:
         import_hf(folder)
 
 
+@pytest.mark.parametrize("how", ["before the data", "over another", "bytes behind", "nested too deep"])
+def test_tensors_lie_end_to_end(write: Write, how: str) -> None:
+    file = write() / "model.safetensors"
+    data = file.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    entries, rest = json.loads(data[8 : 8 + length]), data[8 + length :]
+    entry = entries["model.norm.weight"]
+    begin, end = entry["data_offsets"]
+    if how == "before the data":
+        entry["data_offsets"] = [begin - end, 0]
+    elif how == "over another":
+        entry["data_offsets"] = [0, end - begin] if begin else [end, 2 * end]
+    elif how == "bytes behind":
+        rest += b"1234"
+    header = b"[" * 200_000 if how == "nested too deep" else json.dumps(entries).encode()
+    file.write_bytes(len(header).to_bytes(8, "little") + header + rest)
+    with pytest.raises(CheckpointError, match=r"corrupt|overlap, or leave bytes"):
+        import_hf(file.parent)
+
+
+def test_pixels_are_normalised_as_the_processor_files_say(write: Write) -> None:
+    folder = write()
+    assert load_config(folder)[0].vision.pixel_mean != (0.5, 0.5, 0.5)
+    half = {"image_mean": [0.5] * 3, "image_std": [0.25] * 3}
+    (folder / "preprocessor_config.json").write_text(json.dumps(half))
+    vision = import_hf(folder).config.vision
+    assert (vision.pixel_mean, vision.pixel_std) == ((0.5,) * 3, (0.25,) * 3)
+    (folder / "preprocessor_config.json").write_text(json.dumps({"merge_size": 1}))
+    with pytest.raises(CheckpointError, match=r"preprocessor_config\.json: merge_size is 1, expected 2"):
+        load_config(folder)
+
+
 def test_index_and_files_must_agree(write: Write) -> None:
     folder = write(shards=2)
     index = json.loads((folder / "model.safetensors.index.json").read_text())

@@ -22,6 +22,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny(tmp_path_factory.mktemp("tiny") / "model", SMALL)
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("num_heads", 0), ("num_layers", 0), ("mlp_size", -1), ("window_size", 3), ("seed", -1)],
+)
+def test_sizes_that_make_no_model_are_refused_at_once(field: str, value: int) -> None:
+    with pytest.raises(ConfigError, match=rf"{field} is {value}"):
+        Tiny(**{field: value})
+
+
 def test_the_config_comes_back(folder: Path) -> None:
     assert load_config(folder)[0] == tiny_config(SMALL)
     weights = np.asarray(import_hf(folder).decoder.segments[0].layers.mlp.up.weight[...])

@@ -89,6 +89,8 @@ def test_answers_with_odd_ends(answer: str, qwen: Processor) -> None:
     [
         ([], "without messages"),
         ([{"role": "robot", "content": "hi"}], "role 'robot'"),
+        ([{"role": ["user"], "content": "hi"}], "role .'user'."),
+        ([{"role": "user", "content": "\ud800"}], "no Unicode"),
         ([{"role": "assistant", "content": "hi"}], "starts with an answer"),
         ([{"role": "user", "content": None}], "expected text or a list"),
         ([{"role": "user", "content": [{"type": "sound"}]}], "part of type 'sound'"),

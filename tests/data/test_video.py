@@ -42,6 +42,9 @@ def test_too_few_frames_to_sample() -> None:
         video_patches([noise(28, 28)], 1.0, GRID, replace(SMALL, fps=1.0), "clip")
     with pytest.raises(ImageError, match="needs the part's own 'fps'"):
         video_patches([noise(28, 28)] * 4, None, GRID, replace(SMALL, fps=1.0))
+    for fps in (0, -1.0, "x"):
+        with pytest.raises(ImageError, match=r"clip: fps is .*expected a number above 0"):
+            video_patches([noise(28, 28)] * 4, fps, GRID, SMALL, "clip")
     with pytest.raises(ImageError, match="no frames"):
         video_patches([], 1.0, GRID, SMALL)
     with pytest.raises(ImageError, match="several sizes"):

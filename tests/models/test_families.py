@@ -103,6 +103,11 @@ def test_configs_as_transformers_5_saves_them() -> None:
         ({"hidden_act": "gelu"}, "'hidden_act' is 'gelu', expected 'silu'"),
         ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "'rope_type' is 'yarn', expected 'default' or 'mrope'"),
         ({"vision_config": None}, "'vision_config' is missing"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "'layer_types' says 'sliding_attention' of layer 1"),
+        (
+            {"use_sliding_window": True, "max_window_layers": 1, "layer_types": ["sliding_attention"]},
+            "'layer_types' says 'sliding_attention' of layer 0, expected 'full_attention'",
+        ),
         ({"vision_config": {"depth": 2}}, "vision_config: 'hidden_size' is missing"),
     ],
 )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -125,3 +127,42 @@ def test_an_output_that_cannot_be_written(folder: Path, tmp_path: Path, capsys: 
     request = request_file(tmp_path, asked({"type": "text", "text": "a"}))
     assert main(["logits", str(folder), str(request), str(request / "below.npz")]) == 2
     assert "cannot write" in capsys.readouterr().err
+    pipe, link, file = (tmp_path / name for name in ("pipe", "link.npz", "file.npz"))
+    os.mkfifo(pipe)
+    assert main(["logits", str(folder), str(request), str(pipe)]) == 2
+    assert "no file" in capsys.readouterr().err and pipe.is_fifo()
+    link.symlink_to(file)
+    assert main(["logits", str(folder), str(request), str(link)]) == 0
+    assert link.is_symlink() and "logits" in np.load(file)
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        ("config.json", "num_attention_heads", 0),
+        ("config.json", "hidden_size", "32"),
+        ("config.json", "num_hidden_layers", 2.5),
+        ("config.json", "rope_scaling", "default"),
+        ("config.json", "model_type", ["qwen2_5_vl"]),
+        ("config.json", "vision_config", [1]),
+        ("preprocessor_config.json", "min_pixels", "5"),
+        ("preprocessor_config.json", "image_mean", 5),
+        ("preprocessor_config.json", "rescale_factor", None),
+        ("preprocessor_config.json", "patch_size", 0),
+        ("preprocessor_config.json", "merge_size", 1),
+        ("tokenizer_config.json", "chat_template", "{% if %}"),
+        ("tokenizer_config.json", "chat_template", "{{ raise_exception('no') }}"),
+        ("tokenizer.json", "model", None),
+    ],
+)
+def test_a_model_directory_with_a_bad_value_is_one_line(
+    name: str, key: str, value: object, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = shutil.copytree(folder, tmp_path / "broken")
+    file = broken / name
+    file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
+    request = request_file(tmp_path, asked({"type": "text", "text": "a"}, {"type": "image", "image": "picture.png"}))
+    assert main(["logits", str(broken), str(request), str(tmp_path / "out.npz")]) == 2
+    err = capsys.readouterr().err
+    assert str(broken) in err or "chat template" in err or "tokenizer" in err
+    assert "Traceback" not in err and not (tmp_path / "out.npz").exists()

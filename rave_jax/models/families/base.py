@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from rave_jax.config import ConfigError
-from rave_jax.models.config import VlmConfig
+from rave_jax.models.config import TextConfig, VlmConfig
 
 HfConfig = Mapping[str, Any]
 
@@ -82,6 +82,22 @@ def only(config: HfConfig, key: str, allowed: tuple[Any, ...], where: str = "con
     value = config.get(key, allowed[0])
     if value not in allowed:
         raise ConfigError(f"{where}: {key!r} is {value!r}, expected {' or '.join(map(repr, allowed))}")
+
+
+def check_layer_types(config: HfConfig, text: TextConfig, where: str = "config.json") -> None:
+    """Refuse `layer_types` that differ from what the sliding window's own keys say.
+
+    Raises:
+        ConfigError: names the first layer that does.
+    """
+    for layer, kind in enumerate(config.get("layer_types") or ()):
+        windowed = text.sliding_window is not None and layer >= text.window_from
+        expected = "sliding_attention" if windowed else "full_attention"
+        if kind != expected:
+            raise ConfigError(
+                f"{where}: 'layer_types' says {kind!r} of layer {layer}, expected {expected!r} from use_sliding_window "
+                "and max_window_layers"
+            )
 
 
 def eos_ids(config: HfConfig, default: int | None = None) -> tuple[int, ...]:

@@ -10,7 +10,16 @@ from typing import Any
 
 from rave_jax.config import ConfigError
 from rave_jax.models.config import TextConfig, VisionConfig, VlmConfig
-from rave_jax.models.families.base import Family, HfConfig, TensorRule, decoder_tensors, eos_ids, need, only
+from rave_jax.models.families.base import (
+    Family,
+    HfConfig,
+    TensorRule,
+    check_layer_types,
+    decoder_tensors,
+    eos_ids,
+    need,
+    only,
+)
 
 
 def parse(hf: HfConfig) -> VlmConfig:
@@ -41,7 +50,7 @@ def _parse_text(text: HfConfig, tied: bool) -> TextConfig:
     if D % H:
         raise ConfigError(f"config.json: 'hidden_size' is {D}, expected a multiple of num_attention_heads {H}")
     windowed = bool(text.get("use_sliding_window"))
-    return TextConfig(
+    config = TextConfig(
         vocab_size=need(text, "vocab_size"),
         hidden_size=D,
         num_layers=need(text, "num_hidden_layers"),
@@ -59,6 +68,8 @@ def _parse_text(text: HfConfig, tied: bool) -> TextConfig:
         window_from=text.get("max_window_layers", 80) if windowed else 0,
         max_position=text.get("max_position_embeddings", 32768),
     )
+    check_layer_types(text, config)
+    return config
 
 
 def _parse_vision(vision: HfConfig) -> VisionConfig:

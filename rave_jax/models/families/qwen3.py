@@ -5,7 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 from rave_jax.models.config import TextConfig, VlmConfig
-from rave_jax.models.families.base import Family, HfConfig, TensorRule, decoder_tensors, eos_ids, need, only
+from rave_jax.models.families.base import (
+    Family,
+    HfConfig,
+    TensorRule,
+    check_layer_types,
+    decoder_tensors,
+    eos_ids,
+    need,
+    only,
+)
 
 
 def parse(hf: HfConfig) -> VlmConfig:
@@ -37,6 +46,7 @@ def parse(hf: HfConfig) -> VlmConfig:
         window_from=hf.get("max_window_layers", 28) if windowed else 0,
         max_position=hf.get("max_position_embeddings", 32768),
     )
+    check_layer_types(hf, text)
     return VlmConfig(text=text, vision=None, eos_token_ids=eos_ids(hf), family=FAMILY.model_type)
 
 
