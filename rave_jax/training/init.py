@@ -6,8 +6,10 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from rave_jax.checkpoint.tiny import Tiny, write_tiny
+from rave_jax.checkpoint.hf_import import load_config
+from rave_jax.checkpoint.tiny import Tiny, tiny_config, write_tiny
 from rave_jax.config import ConfigError, require
+from rave_jax.models.config import VlmConfig
 
 # What a model directory holds beside its weights. A run keeps a copy, so that it can be read on its own.
 SMALL_FILES = ("*.json", "*.txt", "*.jinja")
@@ -49,6 +51,21 @@ def prepare(init: FromHF | Tiny, directory: Path) -> None:
                 if file.is_file() and not file.match(INDEX):
                     shutil.copyfile(file, partial / file.name)
     partial.rename(directory)
+
+
+def model_config(init: FromHF | Tiny, directory: Path) -> VlmConfig:
+    """The config of a run's model; nothing need have been written yet.
+
+    Args:
+        init: of the run's config.
+        directory: the run's model directory, read where it is there.
+
+    Raises:
+        ConfigError: there is no such directory, or a model that we do not compute.
+    """
+    if (directory / "config.json").is_file():
+        return load_config(directory)[0]
+    return tiny_config(init) if isinstance(init, Tiny) else load_config(source_of(init, directory))[0]
 
 
 def source_of(init: FromHF | Tiny, directory: Path) -> Path:

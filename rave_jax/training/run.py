@@ -12,8 +12,9 @@ import jax
 from jax.sharding import Mesh
 from rich.console import Console
 
-from rave_jax.checkpoint.hf_import import import_hf, load_config
+from rave_jax.checkpoint.hf_import import import_hf
 from rave_jax.checkpoint.store import Store, StoreError, check_writable, local_bytes
+from rave_jax.checkpoint.target import abstract_model
 from rave_jax.config import ConfigError
 from rave_jax.data.pipeline import Pipeline
 from rave_jax.data.processor import Processor
@@ -21,7 +22,6 @@ from rave_jax.evaluation.config import Eval, Report
 from rave_jax.evaluation.report import write_report
 from rave_jax.evaluation.suites import evaluate
 from rave_jax.evaluation.summary import print_summary
-from rave_jax.models.config import ModelOptions
 from rave_jax.models.vlm import Vlm
 from rave_jax.observe.metrics import JsonlWriter, MetricsWriter, TensorBoardWriter
 from rave_jax.observe.progress import ProgressReport
@@ -31,7 +31,7 @@ from rave_jax.parallel.mesh import MeshConfig, make_mesh
 from rave_jax.parallel.sharding import use_mesh
 from rave_jax.training.config import TrainConfig
 from rave_jax.training.directory import RunDirectory, run_directory
-from rave_jax.training.init import prepare, source_of
+from rave_jax.training.init import model_config, prepare, source_of
 from rave_jax.training.loop import Loop, Schedule
 from rave_jax.training.session import Session, group_rows, make_session
 from rave_jax.training.state import ModelGraph, TrainState, parameters_of, parameters_target, state_of
@@ -57,12 +57,6 @@ class LoadedRun(NamedTuple):
     step: int
 
 
-def abstract_model(directory: Path, options: ModelOptions) -> Vlm:
-    """The model of an HF directory, of which only config.json is read, without its numbers."""
-    config, _ = load_config(directory)
-    return jax.eval_shape(lambda key: Vlm(config, options, key=key), jax.random.key(0))
-
-
 def train(config: TrainConfig) -> None:
     """Run or continue an experiment. Call `hosts.start` first.
 
@@ -74,16 +68,17 @@ def train(config: TrainConfig) -> None:
     """
     directory = run_directory(config.output_dir)
     mesh = make_mesh(config.mesh)
-    _claim(directory, config)
     with use_mesh(mesh):
+        # Made first: a config that makes no model, or no session of it, leaves nothing behind.
         session = make_session(
-            abstract_model(directory.model, config.model),
+            abstract_model(model_config(config.init, directory.model), config.model),
             config.optimizer,
             mesh,
             steps=config.steps,
             rows=config.data.rows,
             loss_chunk=config.loss_chunk,
         )
+        _claim(directory, config)
         kept = min(config.keep, -(-config.steps // config.save_every)) + 1
         present = sum(f.stat().st_size for f in directory.checkpoints.rglob("*") if f.is_file())
         check_writable(directory.checkpoints, kept * local_bytes(session.state) - present)
@@ -194,7 +189,7 @@ def load_run(path: str | Path, mesh: MeshConfig | None = None, step: int | None 
     devices = make_mesh(mesh or MeshConfig())
     if not directory.checkpoints.is_dir():
         raise ConfigError(f"{directory.path} holds no checkpoint yet")
-    graph = ModelGraph(abstract_model(directory.model, config.model))
+    graph = ModelGraph(abstract_model(model_config(config.init, directory.model), config.model))
     with Store(directory.checkpoints, config.keep, reader=True) as store:
         step = store.latest if step is None else step
         if step is None:

@@ -98,6 +98,7 @@ def test_a_misspelt_key_of_a_config_file_exits_2_with_a_suggestion(run, tmp_path
     [
         (["--output_dir", "/proc/rave_jax/run"], train.EXIT_FAILED, "cannot write to /proc/rave_jax/run"),
         (["--mesh.tensor", "3"], train.EXIT_CONFIG, "mesh is data 1 x fsdp -1 x tensor 3, but"),
+        (["--model.mechanisms.0.layers", "99"], train.EXIT_CONFIG, "Rave.layers names [99], expected numbers from 0"),
         (["--data.rows", "12"], train.EXIT_CONFIG, "data rows is 12, expected a multiple of 8"),
         (["--optimizer.groups.1.pattern", "mecanisms"], train.EXIT_CONFIG, "it matches no parameter"),
     ],
@@ -107,7 +108,7 @@ def test_what_cannot_be_used_is_one_line(tmp_path, capsys, overrides, code, mess
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
     assert message in lines[0]
-    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert not (tmp_path / "run").exists(), "nothing is written before the config is known to fit"
 
 
 def test_a_directory_that_is_no_run_is_named(tmp_path):
