@@ -1,7 +1,7 @@
 """The picture that the mosaic tasks share: handwritten digits on coloured cells.
 
-Cells have one size whatever their number, as words of one page do: a mosaic of few cells stands somewhere on the frame
-that the largest one fills, with paper around it.
+Cells have one size whatever their number: a mosaic of few cells stands somewhere on the frame that the largest one
+fills, with paper around it.
 """
 
 from __future__ import annotations
