@@ -154,6 +154,7 @@ def measure(rounds: int) -> list[dict[str, Any]]:
         worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
         assert worker.stdin and worker.stdout
         versions = json.loads(worker.stdout.readline())
+        # As a user would on a CPU: nothing is copied out of a stack. Torch keeps its layers apart too.
         model = import_hf(folder, ModelOptions(scan_layers=False), None, jax.random.key(SEED))
         patch_numbers = rows[0][0].patches.shape[1]
         shape_of = BatchShape(ROWS, TOKENS, len(rows[0][0].patches))

@@ -37,10 +37,10 @@ Dtypes = Literal["options", "stored"]
 
 
 def load_config(directory: str | Path) -> tuple[VlmConfig, Family]:
-    """The model config and family of a directory, of which only config.json is read.
+    """The model config and family of a directory: of config.json, and the pixel statistics of its processor files.
 
     Raises:
-        ConfigError: no config.json, or a model that we do not compute.
+        ConfigError: no config.json, a model that we do not compute, or processor files that do not fit it.
     """
     hf = hf_config(Path(directory))
     try:
