@@ -19,11 +19,12 @@ import numpy as np
 from jax.sharding import Mesh, Sharding
 
 from rave_jax.checkpoint import native
-from rave_jax.checkpoint.hf_files import hf_config, read_json
+from rave_jax.checkpoint.hf_files import hf_config
 from rave_jax.checkpoint.safetensors_file import DTYPES, CheckpointError, Slice, Stored, read_into
 from rave_jax.checkpoint.sidecar import check_same, needs_sidecar, saved_options
 from rave_jax.checkpoint.target import abstract_model, fresh_parameters, is_stacked, parameter_shardings
 from rave_jax.checkpoint.verify import match, refusal
+from rave_jax.data.processor import image_settings
 from rave_jax.models.config import ModelOptions, VlmConfig
 from rave_jax.models.families import Family, family_for
 from rave_jax.models.parameters import named_parameters, with_values
@@ -60,26 +61,17 @@ def with_image_settings(config: VlmConfig, directory: Path) -> VlmConfig:
     """
     if config.vision is None:
         return config
-    for name in ("processor_config.json", "preprocessor_config.json"):
-        if not (directory / name).is_file():
-            continue
-        whole = read_json(directory / name)
-        settings = whole.get("image_processor") if name.startswith("processor") else whole
-        if settings is None:
-            continue
-        for key in ("patch_size", "temporal_patch_size", "merge_size"):
-            wanted = getattr(config.vision, key)
-            if settings.get(key, wanted) != wanted:
-                raise CheckpointError(
-                    f"{directory / name}: {key} is {settings[key]!r}, expected {wanted} as config.json has it"
-                )
-        stated = {
-            ours: tuple(float(n) for n in settings[theirs])
-            for ours, theirs in (("pixel_mean", "image_mean"), ("pixel_std", "image_std"))
-            if settings.get(theirs) is not None
-        }
-        return dataclasses.replace(config, vision=dataclasses.replace(config.vision, **stated))
-    return config
+    file, settings = image_settings(directory)
+    for key in ("patch_size", "temporal_patch_size", "merge_size"):
+        wanted = getattr(config.vision, key)
+        if settings.get(key, wanted) != wanted:
+            raise CheckpointError(f"{file}: {key} is {settings[key]!r}, expected {wanted} as config.json has it")
+    stated = {
+        ours: tuple(float(n) for n in settings[theirs])
+        for ours, theirs in (("pixel_mean", "image_mean"), ("pixel_std", "image_std"))
+        if settings.get(theirs) is not None
+    }
+    return dataclasses.replace(config, vision=dataclasses.replace(config.vision, **stated))
 
 
 def import_hf(

@@ -20,8 +20,6 @@ from rave_jax.data.sample import Example, Message, SampleError
 from rave_jax.data.video import VideoLimits, video_patches
 from rave_jax.typing import NpArray
 
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 BICUBIC = 3
 
 
@@ -43,10 +41,6 @@ class ProcessorSettings:
     """Least pixels of a resized picture."""
     max_pixels: int = 28 * 28 * 1280
     """Most pixels of a resized picture."""
-    image_mean: tuple[float, ...] = CLIP_MEAN
-    """Mean per channel of pixels scaled to 0..1; subtracted on the device."""
-    image_std: tuple[float, ...] = CLIP_STD
-    """Standard deviation per channel; divided by on the device."""
     image_token_id: int = 151655
     """Placeholder of a picture's tokens."""
     video_token_id: int = 151656
@@ -97,8 +91,9 @@ class ProcessorSettings:
         if vision is None:
             return cls(has_vision=False, image_token_id=-1, video_token_id=-1)
         nested = _read_json(directory / "processor_config.json", optional=True)
-        image_file = directory / "preprocessor_config.json"
-        image = nested.get("image_processor") or _read_json(image_file)
+        image_file, image = image_settings(directory)
+        if not image:
+            raise ConfigError(f"{image_file}: no such file; a model directory of a vision-language model needs it")
         video = (
             nested.get("video_processor")
             or _read_json(directory / "video_preprocessor_config.json", optional=True)
@@ -129,8 +124,6 @@ class ProcessorSettings:
             window_size=vision.get("window_size", default.window_size),
             min_pixels=low,
             max_pixels=high,
-            image_mean=tuple(image.get("image_mean", default.image_mean)),
-            image_std=tuple(image.get("image_std", default.image_std)),
             image_token_id=config["image_token_id"],
             video_token_id=config["video_token_id"],
             tokens_per_second=vision.get("tokens_per_second", default.tokens_per_second),
@@ -143,6 +136,16 @@ class ProcessorSettings:
                 **sampled,
             ),
         )
+
+
+def image_settings(directory: Path) -> tuple[Path, dict[str, Any]]:
+    """The file of an HF directory that says how pictures are processed, and what it says; {} where there is none."""
+    nested = directory / "processor_config.json"
+    image = _read_json(nested, optional=True).get("image_processor")
+    if image:
+        return nested, image
+    file = directory / "preprocessor_config.json"
+    return file, _read_json(file, optional=True)
 
 
 def _read_json(path: Path, optional: bool = False) -> dict[str, Any]:

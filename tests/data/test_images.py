@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from transformers.image_transforms import normalize, rescale
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from rave_jax.data.images import (
@@ -24,14 +25,14 @@ from rave_jax.data.images import (
     smart_resize,
     window_layout,
 )
-from rave_jax.data.processor import CLIP_MEAN, CLIP_STD, Processor
+from rave_jax.data.processor import Processor
 from rave_jax.data.sample import ImageError
 from tests.data.pictures import noise
 
 GRID = PatchGrid(patch=14, temporal=2, merge=2, window=4)
 
 
-def hf_values(patches: Patches, grid: PatchGrid, mean=CLIP_MEAN, std=CLIP_STD) -> np.ndarray:
+def hf_values(patches: Patches, grid: PatchGrid, mean=OPENAI_CLIP_MEAN, std=OPENAI_CLIP_STD) -> np.ndarray:
     """Our bytes in transformers' patch order, scaled and normalised by transformers' own functions."""
     units = len(patches.order)
     raster = patches.pixels.reshape(units, -1)[patches.order].reshape(units * grid.merge**2, 3, -1)
