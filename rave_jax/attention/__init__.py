@@ -3,15 +3,15 @@
 One line per mechanism below makes it known to configs.
 """
 
-from rave_jax.attention.attend import AttentionOutput, attend, mask_codes, positions
+from rave_jax.attention.attend import AttentionOutput, attend, mask_codes, positions, remember
 from rave_jax.attention.base import (
     AttentionDims,
     Features,
+    Keys,
     Mechanism,
     check_owners,
-    needs_pre_rope_keys,
 )
-from rave_jax.attention.cache import KvCache, empty_cache, write_info, write_slots
+from rave_jax.attention.cache import CacheType, KvCache
 from rave_jax.attention.masks import cached_codes, causal_codes, segment_codes
 from rave_jax.attention.plan import Layers, SegmentPlan, build_mechanisms, plan_segments
 from rave_jax.attention.rave import Rave
@@ -23,7 +23,9 @@ MechanismConfig = Rave | SlidingWindow | TextPositions
 __all__ = [
     "AttentionDims",
     "AttentionOutput",
+    "CacheType",
     "Features",
+    "Keys",
     "KvCache",
     "Layers",
     "Mechanism",
@@ -37,12 +39,9 @@ __all__ = [
     "cached_codes",
     "causal_codes",
     "check_owners",
-    "empty_cache",
     "mask_codes",
-    "needs_pre_rope_keys",
     "plan_segments",
     "positions",
+    "remember",
     "segment_codes",
-    "write_info",
-    "write_slots",
 ]

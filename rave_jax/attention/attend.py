@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from rave_jax.attention.base import Features, Mechanism
+from rave_jax.attention.base import Features, Keys, Mechanism
 from rave_jax.attention.probe import attention_rows
 from rave_jax.batch import TokenInfo
 from rave_jax.kernels import pair_bias
@@ -34,8 +34,14 @@ def mask_codes(mechanisms: Sequence[Mechanism], info_q: TokenInfo, info_k: Token
     return codes
 
 
+def remember(mechanisms: Sequence[Mechanism], x: Features) -> Keys:
+    """The tokens of x as keys, with what each mechanism wants kept of them."""
+    return Keys(x.k, x.v, tuple(mechanism.remember(x) for mechanism in mechanisms))
+
+
 def attend(
     x: Features,
+    keys: Keys,
     codes: MaskCodes,
     info_q: TokenInfo,
     info_k: TokenInfo,
@@ -47,7 +53,8 @@ def attend(
     """Attention of one layer under its mechanisms.
 
     Args:
-        x: projected features; q and k are rotated already.
+        x: projected features of the queries' tokens; q is rotated already.
+        keys: all keys that may be seen, rotated, those of the tokens in x among them.
         codes: mask codes after the `mask` hooks.
         info_q, info_k: token codes of the queries and of the keys (the same without a cache).
         mechanisms: of this layer; at most one scores pairs (`check_owners`).
@@ -58,11 +65,11 @@ def attend(
         outputs before the output projection, and the rows.
     """
     bias, form = None, PairForm()
-    for mechanism in mechanisms:
-        term = mechanism.score(x, info_q, info_k)
+    for mechanism, remembered in zip(mechanisms, keys.remembered, strict=True):
+        term = mechanism.score(x, remembered, info_q, info_k)
         if term is not None:
             bias, form = term
     scale = x.q.shape[-1] ** -0.5
-    out, lse = pair_bias.attention(x.q, x.k, x.v, codes, bias, form, scale=scale, implementation=implementation)
-    wanted = None if rows is None else attention_rows(x.q, x.k, codes, bias, form, scale, lse, rows)
+    out, lse = pair_bias.attention(x.q, keys.k, keys.v, codes, bias, form, scale=scale, implementation=implementation)
+    wanted = None if rows is None else attention_rows(x.q, keys.k, codes, bias, form, scale, lse, rows)
     return AttentionOutput(out, wanted)

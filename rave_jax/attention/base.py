@@ -7,7 +7,7 @@ defaults say nothing. Hooks that another mechanism already owns are refused by n
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from flax import nnx
 
@@ -26,16 +26,25 @@ class AttentionDims(NamedTuple):
 
 
 class Features(NamedTuple):
-    """What one layer projects. q0 and k0 are q and k before RoPE, after q/k norm where the family has one.
-
-    k0 may be None when no mechanism of the layer scores pairs (a cache then need not keep it).
-    """
+    """What one layer projects of the tokens it is given. q0 and k0 are q and k before RoPE, after q/k norm where the
+    family has one."""
 
     q: Float[Array, "B T H h"]
+    k: Float[Array, "B T K h"]
+    v: Float[Array, "B T K h"]
+    q0: Float[Array, "B T H h"]
+    k0: Float[Array, "B T K h"]
+
+
+class Keys(NamedTuple):
+    """What queries meet: the keys of the tokens given and, with a cache, of those before them.
+
+    `remembered` holds, for each mechanism of the layer in order, what its `remember` hook said of every key.
+    """
+
     k: Float[Array, "B S K h"]
     v: Float[Array, "B S K h"]
-    q0: Float[Array, "B T H h"]
-    k0: Float[Array, "B S K h"] | None
+    remembered: tuple[Any, ...]
 
 
 class Mechanism(nnx.Module):
@@ -52,8 +61,17 @@ class Mechanism(nnx.Module):
         """Other mask codes."""
         return codes
 
-    def score(self, x: Features, info_q: TokenInfo, info_k: TokenInfo) -> tuple[PairBias, PairForm] | None:
-        """An additive term before the softmax."""
+    def remember(self, x: Features) -> Any:
+        """What `score` will want to know of these tokens as keys: None, or a pytree of arrays [B,T,K,...].
+
+        A cache keeps it beside k and v, so that a key is looked at once, however many queries come after it.
+        """
+        return None
+
+    def score(
+        self, x: Features, remembered: Any, info_q: TokenInfo, info_k: TokenInfo
+    ) -> tuple[PairBias, PairForm] | None:
+        """An additive term before the softmax. `remembered` is what `remember` gave, for all keys [B,S,K,...]."""
         return None
 
 
@@ -72,8 +90,3 @@ def check_owners(mechanisms: Sequence[Mechanism]) -> None:
         owners = [type(m).__name__ for m in mechanisms if owns(m, hook)]
         if len(owners) > 1:
             raise ConfigError(f"mechanisms {' and '.join(owners)} both own the hook {hook!r}: keep one of them")
-
-
-def needs_pre_rope_keys(mechanisms: Sequence[Mechanism]) -> bool:
-    """Must a cache keep keys before RoPE for these mechanisms?"""
-    return any(owns(m, "score") for m in mechanisms)

@@ -8,15 +8,15 @@ model. Its functional form is not public to us; everything below that sentence i
     z_ij = <u_i, w_j> + <a, q0_i> + c + <e, k0_j>
     bias_ij = f(z_ij)                               f: see kernels.pair_bias.PairForm
 
-A is per query head and B per kv head, so that w can be cached beside the keys. B, a, c and e start at zero and
-A at random: the gate starts as exactly nothing, learns from the first step, and never dies. The query term moves
-attention between text and image, the key and pair terms move it within the image.
+A is per query head and B per kv head: w and <e, k0> are what a cache keeps of a key, r + 1 numbers per kv head. B, a,
+c and e start at zero and A at random: the gate starts as exactly nothing, learns from the first step, and never dies.
+The query term moves attention between text and image, the key and pair terms move it within the image.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,7 @@ from rave_jax.attention.plan import Layers
 from rave_jax.batch import Kind, TokenInfo
 from rave_jax.config import require
 from rave_jax.kernels.pair_bias import PairBias, PairForm
+from rave_jax.typing import Array, Float
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,13 @@ class Rave:
         return RaveGate(self, dims, key)
 
 
+class GateKeys(NamedTuple):
+    """The key side of the gate: w_j = k0_j B and the key term, float32."""
+
+    w: Float[Array, "B S K r"]
+    key: Float[Array, "B S K"]
+
+
 class RaveGate(Mechanism):
     """The gate of one layer. Parameters (only those that the config's terms and form use):
 
@@ -96,25 +104,32 @@ class RaveGate(Mechanism):
         if config.form == "centered_sigmoid":
             self.gain = nnx.Param(jnp.ones((H,)), axes=("heads",))
 
-    def score(self, x: Features, info_q: TokenInfo, info_k: TokenInfo) -> tuple[PairBias, PairForm]:
+    def remember(self, x: Features) -> GateKeys:
+        """The key side of z, in float32."""
+        k0 = x.k0.astype(jnp.float32)
+        key = jnp.zeros(k0.shape[:3])
+        if self.config.terms in ("pair+k", "all"):
+            key = jnp.einsum("BSKh,Kh->BSK", k0, _f32(self.key_term))
+        return GateKeys(jnp.einsum("BSKh,Khr->BSKr", k0, _f32(self.key_proj)), key)
+
+    def score(
+        self, x: Features, remembered: GateKeys, info_q: TokenInfo, info_k: TokenInfo
+    ) -> tuple[PairBias, PairForm]:
         """Operands of the bias, in float32."""
-        assert x.k0 is not None, "RAVE reads keys before RoPE: the cache must keep them"
-        q0, k0 = x.q0.astype(jnp.float32), x.k0.astype(jnp.float32)
+        q0 = x.q0.astype(jnp.float32)
         config, H = self.config, q0.shape[2]
-        row, key = jnp.zeros(q0.shape[:3]), jnp.zeros(k0.shape[:3])
+        row = jnp.zeros(q0.shape[:3])
         if config.terms in ("pair+q", "all"):
             row = jnp.einsum("BTHh,Hh->BTH", q0, _f32(self.query_term)) + _f32(self.constant)
-        if config.terms in ("pair+k", "all"):
-            key = jnp.einsum("BSKh,Kh->BSK", k0, _f32(self.key_term))
         selected = (
             jnp.ones(H, bool) if config.heads == "all" else jnp.zeros(H, bool).at[jnp.array(config.heads)].set(True)
         )
         query = info_q.kind == Kind.TEXT if config.queries == "text" else info_q.kind != Kind.PAD
         bias = PairBias(
             u=jnp.einsum("BTHh,Hhr->BTHr", q0, _f32(self.query_proj)) * config.rank**-0.5,
-            w=jnp.einsum("BSKh,Khr->BSKr", k0, _f32(self.key_proj)),
+            w=remembered.w,
             row=row,
-            key=key,
+            key=remembered.key,
             gain=_f32(self.gain) if config.form == "centered_sigmoid" else jnp.ones(H),
             query_on=query[..., None] & selected,
             key_on=info_k.kind == Kind.VISUAL,

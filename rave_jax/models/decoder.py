@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from rave_jax import attention
-from rave_jax.attention import Features, KvCache
+from rave_jax.attention import CacheType, Features, Keys, KvCache
+from rave_jax.attention import cache as kv_cache
 from rave_jax.attention.plan import LayeredConfig
 from rave_jax.batch import TokenInfo
 from rave_jax.kernels.pair_bias import MaskCodes
@@ -24,11 +25,10 @@ from rave_jax.typing import Array, Float, Int
 
 
 class LayerCache(NamedTuple):
-    """Cached keys and values of one layer, or of several with a layer axis in front."""
+    """The keys of a whole segment, and which of its layers is meant."""
 
-    k: Float[Array, "B S K h"]
-    v: Float[Array, "B S K h"]
-    k0: Float[Array, "B S K h"] | None
+    stored: kv_cache.StoredKeys
+    layer: Int[Array, ""]
 
 
 class Situation(NamedTuple):
@@ -38,7 +38,7 @@ class Situation(NamedTuple):
     codes: MaskCodes
     info_q: TokenInfo
     info_k: TokenInfo
-    slots: Int[Array, "B T"] | None
+    start: Int[Array, "B"] | None
     rows: Int[Array, "B N"] | None
 
 
@@ -89,17 +89,14 @@ class DecoderLayer(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], LayerCache | None, Float[Array, "B N H S"] | None]:
         """The layer's output, its cache with the new tokens written, and the asked-for attention rows."""
         found = self.attention.features(self.attention_norm(x), at.rotation)
+        keys = attention.remember(self.mechanisms, found)
         if cache is not None:
-            assert at.slots is not None
-            k0 = cache.k0
-            if k0 is not None and found.k0 is not None:
-                k0 = attention.write_slots(k0, found.k0, at.slots)
-            cache = LayerCache(
-                attention.write_slots(cache.k, found.k, at.slots), attention.write_slots(cache.v, found.v, at.slots), k0
-            )
-            found = found._replace(k=cache.k, v=cache.v, k0=k0)
+            assert at.start is not None
+            cache = cache._replace(stored=kv_cache.write(cache.stored, cache.layer, at.start, keys))
+            keys = kv_cache.read(cache.stored, cache.layer, found.q.dtype)
         seen = attention.attend(
             found,
+            keys,
             at.codes,
             at.info_q,
             at.info_k,
@@ -125,6 +122,7 @@ class Decoder(nnx.Module):
         )
         self.norm = RmsNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=options.params)
         self.head_dim = config.head_dim
+        self.attention_dims = config.attention_dims
         self.rope_theta = config.rope_theta
         self.mrope_section = config.mrope_section
         self.remat = options.remat
@@ -149,7 +147,7 @@ class Decoder(nnx.Module):
         base = attention.causal_codes(info.segment)
         wanted = []
         for segment in self.segments:
-            at = self._situation(segment, base, info, info, positions, slots=None, rows=rows)
+            at = self._situation(segment, base, info, info, positions, start=None, rows=rows)
 
             def body(layer: DecoderLayer, x: Array, _: None, at: Situation = at) -> tuple[Array, Array | None]:
                 x, _cache, seen = layer(x, at, None)
@@ -164,29 +162,43 @@ class Decoder(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], KvCache]:
         """Tokens that follow what the cache holds, one document per row, padding on the right.
 
-        Padding is written too and overwritten by what follows; until then no query sees it.
+        Padding is written too and overwritten by what follows; until then no query sees it. `cache.index` + T may not
+        be beyond the cache's size: such a row is not written.
 
         Returns:
             hidden states after the final norm, and the cache with the tokens in it.
         """
-        slots = cache.index[:, None] + jnp.arange(x.shape[1], dtype=jnp.int32)
-        held = attention.write_info(cache.info, info, slots)
+        T = x.shape[1]
+        start = cache.index
+        slots = start[:, None] + jnp.arange(T, dtype=jnp.int32)
+        held = kv_cache.write_info(cache.info, start, info)
         base = attention.cached_codes(slots, cache.size)
-        parts = []
-        for segment in self.segments:
-            at = self._situation(segment, base, info, held, positions, slots=slots, rows=None)
+        segments = []
+        for segment, stored in zip(self.segments, cache.segments, strict=True):
+            at = self._situation(segment, base, info, held, positions, start=start, rows=None)
 
-            def body(layer: DecoderLayer, x: Array, mine: LayerCache, at: Situation = at) -> tuple[Array, LayerCache]:
-                x, written, _rows = layer(x, at, mine)
+            def body(layer: DecoderLayer, carry: Any, n: Array, at: Situation = at) -> tuple[Any, None]:
+                x, written, _rows = layer(carry[0], at, LayerCache(carry[1], n))
                 assert written is not None
-                return x, written
+                return (x, written.stored), None
 
-            mine = jax.tree.map(lambda c, s=segment: c[s.start : s.stop], LayerCache(cache.k, cache.v, cache.k0))
-            x, mine = segment.scan(body, x, mine, self.remat)
-            parts.append(mine)
-        whole = parts[0] if len(parts) == 1 else jax.tree.map(lambda *layers: jnp.concatenate(layers), *parts)
-        index = cache.index + jnp.sum(info.segment > 0, axis=1, dtype=jnp.int32)
-        return self.norm(x), KvCache(whole.k, whole.v, whole.k0, held, index)
+            # The keys ride in the carry: each layer writes its new ones in place, nothing else is copied.
+            numbers = jnp.arange(segment.stop - segment.start, dtype=jnp.int32)
+            (x, stored), _ = segment.scan(body, (x, stored), numbers, "none")
+            segments.append(stored)
+        index = start + jnp.sum(info.segment > 0, axis=1, dtype=jnp.int32)
+        return self.norm(x), kv_cache.placed(KvCache(tuple(segments), held, index))
+
+    def empty_cache(self, rows: int, size: int, kind: CacheType, dtype: jnp.dtype) -> KvCache:
+        """A cache for `rows` documents of at most `size` tokens; `dtype` is the compute type."""
+        H, K, h = self.attention_dims
+
+        def keys(layer: DecoderLayer) -> Keys:
+            q, k = jnp.zeros((rows, size, H, h), dtype), jnp.zeros((rows, size, K, h), dtype)
+            return attention.remember(layer.mechanisms, Features(q, k, k, q, k))
+
+        shapes = tuple(jax.eval_shape(jax.vmap(keys), segment.layers) for segment in self.segments)
+        return kv_cache.empty_cache(shapes, kind)
 
     def _situation(
         self,
@@ -196,7 +208,7 @@ class Decoder(nnx.Module):
         info_k: TokenInfo,
         positions: Int[Array, "3 B T"],
         *,
-        slots: Int[Array, "B T"] | None,
+        start: Int[Array, "B"] | None,
         rows: Int[Array, "B N"] | None,
     ) -> Situation:
         # The hooks `positions` and `mask` read no parameters, so the stacked mechanisms may answer for all layers.
@@ -204,4 +216,4 @@ class Decoder(nnx.Module):
         placed = attention.positions(mechanisms, info_q, positions)
         rotation = text_rotation(placed, self.head_dim, self.rope_theta, self.mrope_section)
         codes = attention.mask_codes(mechanisms, info_q, info_k, base)
-        return Situation(rotation, codes, info_q, info_k, slots, rows)
+        return Situation(rotation, codes, info_q, info_k, start, rows)

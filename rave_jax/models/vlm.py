@@ -8,8 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from rave_jax import attention
-from rave_jax.attention import KvCache
+from rave_jax.attention import CacheType, KvCache
 from rave_jax.batch import Batch, Kind, TokenInfo
 from rave_jax.models import lora
 from rave_jax.models.config import ModelOptions, VlmConfig
@@ -104,13 +103,9 @@ class Vlm(nnx.Module):
         weight = self.head_weight().astype(hidden.dtype)
         return jnp.einsum("...D,VD->...V", hidden, weight, preferred_element_type=jnp.float32)
 
-    def empty_cache(self, batch: int, size: int) -> KvCache:
-        """A cache for `batch` rows of at most `size` tokens."""
-        text = self.config.text
-        keep = any(attention.needs_pre_rope_keys(s.layers.mechanisms) for s in self.decoder.segments)
-        return attention.empty_cache(
-            text.num_layers, batch, size, text.num_kv_heads, text.head_dim, self.options.compute, keep
-        )
+    def empty_cache(self, rows: int, size: int, kind: CacheType = "compute") -> KvCache:
+        """A cache for `rows` documents of at most `size` tokens, k and v in the number type `kind`."""
+        return self.decoder.empty_cache(rows, size, kind, self.options.compute)
 
     def prefill(self, batch: Batch, cache: KvCache) -> tuple[Float[Array, "B T D"], KvCache]:
         """Read prompts, one document per row with padding on the right, into the cache.

@@ -99,14 +99,13 @@ def test_rows_on_demand_are_the_rows_of_the_map(implementation):
     wanted = jnp.array([[3, 149], [0, 77]])
     x = at.Features(q, k, v, q, k)
     codes = at.causal_codes(info.segment)
-    given_ = at.attend(x, codes, info, info, [gate], implementation=implementation, rows=wanted)
+    given_ = at.attend(x, at.remember([gate], x), codes, info, info, [gate], implementation=implementation, rows=wanted)
     # A value of e_j per key reads the map off the output.
     for b in range(2):
         for head in range(4):
             eye = jnp.broadcast_to(jnp.eye(T)[:, None, :], (T, 2, T))[None]
             probe = at.Features(q[b : b + 1], k[b : b + 1], eye, q[b : b + 1], k[b : b + 1])
-            one = jax.tree.map(lambda a, b=b: a[b : b + 1], info)
-            full = at.attend(
-                probe, jax.tree.map(lambda a, b=b: a[b : b + 1], codes), one, one, [gate], implementation="reference"
-            )
+            one, its_codes = jax.tree.map(lambda a, b=b: a[b : b + 1], (info, codes))
+            keys = at.remember([gate], probe)
+            full = at.attend(probe, keys, its_codes, one, one, [gate], implementation="reference")
             np.testing.assert_allclose(given_.rows[b, :, head], full.out[0, wanted[b], head], atol=1e-6)

@@ -34,7 +34,8 @@ def features(seed: int = 0) -> at.Features:
 
 def bias_map(config: at.Rave, x: at.Features) -> np.ndarray:
     """The bias as [B,T,H,S]."""
-    term = config.build(DIMS, KEY).score(x, info(), info())
+    gate = config.build(DIMS, KEY)
+    term = gate.score(x, gate.remember(x), info(), info())
     assert term is not None
     return np.asarray(ungroup_heads(tile_bias(*term)))
 
@@ -94,7 +95,7 @@ def gate_gradient(gate, x, token_info):
     codes = at.causal_codes(token_info.segment)
 
     def loss(gate):
-        return (at.attend(x, codes, token_info, token_info, [gate]).out ** 2).sum()
+        return (at.attend(x, at.remember([gate], x), codes, token_info, token_info, [gate]).out ** 2).sum()
 
     return jax.grad(loss)(gate)
 
@@ -126,8 +127,8 @@ def test_grouped_heads_equal_expanded_heads():
     wide.key_proj[...], wide.key_term[...] = (jnp.repeat(p[...], 2, 0) for p in (gate.key_proj, gate.key_term))
     every = x._replace(**{n: jnp.repeat(getattr(x, n), 2, 2) for n in ("k", "v", "k0")})
     codes = at.causal_codes(info().segment)
-    grouped = at.attend(x, codes, info(), info(), [gate]).out
-    expanded = at.attend(every, codes, info(), info(), [wide]).out
+    grouped = at.attend(x, at.remember([gate], x), codes, info(), info(), [gate]).out
+    expanded = at.attend(every, at.remember([wide], every), codes, info(), info(), [wide]).out
     np.testing.assert_allclose(grouped, expanded, atol=1e-6)
 
 

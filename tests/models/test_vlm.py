@@ -88,9 +88,13 @@ def test_prefill_and_decode_equal_the_whole_forward_at_every_step(options: Model
     assert cache.index.tolist() == lengths.tolist()
 
 
-def test_a_cache_keeps_unrotated_keys_only_for_who_reads_them() -> None:
-    assert a_model().empty_cache(1, 4).k0 is None
-    assert a_model(RAVE).empty_cache(1, 4).k0 is not None
+def test_a_cache_keeps_what_mechanisms_remember_and_no_more() -> None:
+    (plain,) = a_model().empty_cache(1, 5).segments
+    assert plain.remembered == ()
+    before, rave, *after = a_model(RAVE).empty_cache(1, 5).segments
+    assert [keys.remembered for keys in (before, *after)] == [()] * (1 + len(after))
+    gate_keys = jax.tree.leaves(rave.remembered)
+    assert [x.shape for x in gate_keys] == [(2, 1, 5, CONFIG.text.num_kv_heads, 4), (2, 1, 5, CONFIG.text.num_kv_heads)]
 
 
 def test_text_needs_no_patches() -> None:
