@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from jaxtyping import Bool, Float, Int, Int8, UInt8
+from jaxtyping import Bool, Float, Int, Int8, UInt8, UInt32
 
 if TYPE_CHECKING:
     from jax import Array
@@ -27,4 +27,4 @@ if TYPE_CHECKING:
 else:
     Array = NpArray = Any
 
-__all__ = ["Array", "Bool", "Float", "Int", "Int8", "NpArray", "UInt8"]
+__all__ = ["Array", "Bool", "Float", "Int", "Int8", "NpArray", "UInt8", "UInt32"]

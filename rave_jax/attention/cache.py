@@ -145,13 +145,13 @@ def _write_runs(stored: Array, layer: Array, start: Int[Array, "B"], runs: Array
 
 
 def take(cache: KvCache, rows: Int[Array, "n"] | None, reach: int) -> KvCache:
-    """A cache of its own with the first `reach` slots of the rows `rows`, or of all."""
+    """A cache of its own with the first `reach` slots of `rows` (for numbers beyond them, of the last), or of all."""
 
     def cut(x: Array, axis: int) -> Array:
         x = jax.lax.slice_in_dim(x, 0, reach, axis=axis + 1)
-        return x if rows is None else jnp.take(x, rows, axis=axis)
+        return x if rows is None else jnp.take(x, rows, axis=axis, mode="clip")
 
-    index = cache.index if rows is None else cache.index[rows]
+    index = cache.index if rows is None else jnp.take(cache.index, rows, mode="clip")
     segments = jax.tree.map(lambda x: cut(x, 1), cache.segments)
     return KvCache(segments, jax.tree.map(lambda x: cut(x, 0), cache.info), index)
 

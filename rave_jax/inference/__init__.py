@@ -1,5 +1,8 @@
-"""Generation from a trained model."""
+"""Generation from a trained model: a cache with slots, sampling, and text as it comes."""
 
-from rave_jax.inference.greedy import Generated, generate
+from rave_jax.inference.buckets import SlotConfig
+from rave_jax.inference.generate import Completion, Generator, Piece, Request
+from rave_jax.inference.sampling import Sampling
+from rave_jax.inference.slots import Engine
 
-__all__ = ["Generated", "generate"]
+__all__ = ["Completion", "Engine", "Generator", "Piece", "Request", "Sampling", "SlotConfig"]

@@ -1,0 +1,88 @@
+"""How generation is sized: what is compiled is decided here, before the first request comes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rave_jax.attention import CacheType
+from rave_jax.config import require
+
+
+@dataclass(frozen=True)
+class SlotConfig:
+    """Slots of generation: how many answers grow at once, and how long they and their prompts may be."""
+
+    slots: int = 8
+    """Answers that grow at once. A slot whose answer is finished takes the next prompt; nothing is compiled anew."""
+    max_length: int = 4096
+    """Most tokens of a prompt (visual tokens counted) and its answer together: slots of the cache per row."""
+    chunk: int = 512
+    """Most tokens of a prompt that are read at once; a longer prompt is read in several chunks."""
+    smallest: int = 64
+    """Least number of tokens that a program is compiled for; sizes double from here."""
+    patches: int = 4096
+    """Patches that go through the tower at once: pictures are read in groups of at most so many. A picture that has
+    more alone goes alone."""
+    prefill_rows: int = 1
+    """Prompts that are read together. More is quicker for many short prompts and leaves slots waiting for company."""
+    decode_steps: int = 8
+    """Most tokens per answer between two looks of the host (stop strings, streaming). A freed slot ends them early
+    while prompts wait."""
+    cache: CacheType = "compute"
+    """Number type of cached keys and values: as computed, bfloat16, or int8 with a scale per token and head."""
+    max_stop_ids: int = 8
+    """Most token ids that may end one answer, the model's own counted."""
+
+    def __post_init__(self) -> None:
+        for name in ("slots", "smallest", "patches", "prefill_rows", "decode_steps", "max_stop_ids"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        require(self.max_length >= 2, "max_length", self.max_length, "at least 2, a prompt and an answer token")
+        require(self.chunk >= self.smallest, "chunk", self.chunk, f"at least `smallest` ({self.smallest})")
+        require(self.prefill_rows <= self.slots, "prefill_rows", self.prefill_rows, f"at most `slots` ({self.slots})")
+
+
+class Buckets:
+    """The few sizes that are compiled.
+
+    Attributes:
+        reaches: how many slots of the cache a program reads and writes, ascending. The last holds `max_length`.
+        chunk: tokens of a prompt read at once.
+        patches: sizes of the tower's input, ascending; empty without a tower.
+    """
+
+    def __init__(self, config: SlotConfig, window_patches: int, merge_patches: int):
+        """`window_patches` is 0 for a model without a tower; else inputs of the tower are multiples of it."""
+        self.chunk = min(config.chunk, config.max_length)
+        whole = -(-config.max_length // self.chunk) * self.chunk
+        small = _doubled(min(config.smallest, self.chunk), self.chunk)
+        self.reaches = (*small, *(n for n in _doubled(self.chunk, whole) if n > self.chunk))
+        self.patches: tuple[int, ...] = ()
+        if window_patches:
+            windows = -(-merge_patches * whole // window_patches)
+            self.patches = tuple(n * window_patches for n in _doubled(1, windows))
+
+    @property
+    def size(self) -> int:
+        """Slots per row of the cache."""
+        return self.reaches[-1]
+
+    def reach(self, length: int) -> int:
+        """The least reach that holds so many tokens."""
+        return next(n for n in self.reaches if n >= length)
+
+    def tower(self, patches: int) -> int:
+        """The least input of the tower that holds so many patches."""
+        return next(n for n in self.patches if n >= patches)
+
+    def chunk_of(self, reach: int) -> int:
+        """Tokens per row that a program of this reach reads: prompts within one chunk are read whole."""
+        return min(reach, self.chunk)
+
+
+def _doubled(first: int, last: int) -> tuple[int, ...]:
+    """first, 2 first, 4 first, ... below `last`, and `last`."""
+    sizes = []
+    while first < last:
+        sizes.append(first)
+        first *= 2
+    return (*sizes, last)

@@ -1,0 +1,164 @@
+"""Conversations in, text out: the processor before the slots and text after them, request by request."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from jax.sharding import Mesh
+
+from rave_jax.config import ConfigError
+from rave_jax.data.processor import Processor
+from rave_jax.data.sample import Message, SampleError
+from rave_jax.inference.buckets import SlotConfig
+from rave_jax.inference.sampling import Sampling
+from rave_jax.inference.slots import Engine, Reason, Usage
+from rave_jax.inference.text import TextStream
+from rave_jax.models.vlm import Vlm
+
+
+@dataclass(frozen=True)
+class Request:
+    """A conversation that waits for an answer."""
+
+    messages: Sequence[Message]
+    """The conversation in HF chat format, pictures by path, bytes, array or PIL image; the last message asks."""
+    sampling: Sampling = field(default_factory=Sampling)
+    """How the answer is chosen and when it ends."""
+    name: str = ""
+    """What errors call it."""
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A whole answer."""
+
+    text: str
+    """The text, without special tokens and without what a stop string ended it at."""
+    tokens: tuple[int, ...]
+    """Token ids, without the stop token; with those that made up a stop string."""
+    reason: Reason
+    """Why it ended."""
+    prompt_tokens: int
+    """Length of the prompt, visual tokens counted."""
+
+
+class Piece(NamedTuple):
+    """Something that became known of a request: more text, and at the end the whole answer or what went wrong.
+
+    Fields:
+        request: its place in the order in which requests were given, from 0.
+        text: text that follows what was given before; may be empty.
+        end: None while the answer grows.
+    """
+
+    request: int
+    text: str
+    end: Completion | SampleError | None
+
+
+@dataclass
+class _Answer:
+    request: int
+    prompt_tokens: int
+    stream: TextStream
+    tokens: list[int]
+
+
+class Generator:
+    """Answers requests with a model, many at once.
+
+    Args:
+        model: the model, on the mesh.
+        processor: of the model.
+        config: sizes of the slots.
+        mesh: the devices, or None for a single one.
+
+    Raises:
+        ConfigError: more ids end an answer than `config.max_stop_ids`.
+    """
+
+    def __init__(self, model: Vlm, processor: Processor, config: SlotConfig, mesh: Mesh | None = None):
+        settings = processor.settings
+        self._processor = processor
+        self._ahead = config.prefill_rows
+        self._engine = Engine(
+            model,
+            config,
+            (*model.config.eos_token_ids, processor.end_id),
+            window_patches=settings.window_patches,
+            merge_patches=settings.merge_patches,
+            patch_numbers=settings.patch_numbers,
+            mesh=mesh,
+        )
+
+    @property
+    def usage(self) -> Usage:
+        """How well the slots were used so far."""
+        return self._engine.usage
+
+    def answers(self, requests: Iterable[Request]) -> list[Completion | SampleError]:
+        """The whole answer to each request in order, or what was wrong with it."""
+        ends = {piece.request: piece.end for piece in self.stream(requests) if piece.end is not None}
+        return [ends[n] for n in range(len(ends))]
+
+    def stream(self, requests: Iterable[Request]) -> Iterator[Piece]:
+        """Pieces of all answers as they come. A request that cannot be answered ends with its error; others go on.
+
+        Requests are taken from the iterable when there is room for them. Closing the iterator ends what runs.
+        """
+        source = enumerate(requests)
+        running: dict[int, _Answer] = {}
+        refused: deque[Piece] = deque()
+        more = True
+        try:
+            while more or running:
+                while more and self._engine.waiting < self._ahead:
+                    following = next(source, None)
+                    more = following is not None
+                    if following is not None:
+                        self._submit(*following, running, refused)
+                yield from refused
+                refused.clear()
+                for progress in self._engine.step() if running else ():
+                    answer = running[progress.request]
+                    yield self._piece(progress.request, answer, progress.tokens, progress.reason)
+                    ended = progress.reason is not None or answer.stream.stopped
+                    if ended:
+                        del running[progress.request]
+        finally:
+            for number in running:
+                self._engine.cancel(number)
+
+    def _submit(self, place: int, request: Request, running: dict[int, _Answer], refused: deque[Piece]) -> None:
+        called = request.name or f"request {place}"
+        try:
+            example = self._processor.encode(request.messages, add_generation_prompt=True, name=called)
+            stream = TextStream(self._processor.tokenizer, request.sampling.stop)
+            number = self._engine.submit(example, request.sampling, called)
+        except SampleError as error:
+            refused.append(Piece(place, "", error))
+        except ConfigError as error:
+            refused.append(Piece(place, "", SampleError(str(error))))
+        else:
+            running[number] = _Answer(place, len(example.tokens), stream, [])
+
+    def _piece(self, number: int, answer: _Answer, tokens: Sequence[int], reason: Reason | None) -> Piece:
+        parts = []
+        for token in tokens:
+            answer.tokens.append(token)
+            parts.append(answer.stream.push(token))
+            if answer.stream.stopped:
+                break
+        if reason is not None and not answer.stream.stopped:
+            parts.append(answer.stream.finish())
+        if answer.stream.stopped:
+            if reason is None:
+                self._engine.cancel(number)
+            reason = "stop"
+        end = None
+        if reason is not None:
+            end = Completion(answer.stream.text, tuple(answer.tokens), reason, answer.prompt_tokens)
+        return Piece(answer.request, "".join(parts), end)

@@ -1,0 +1,276 @@
+"""The three programs of generation, each pure: pictures are seen, prompts are read, answers are written.
+
+All take the state of the slots and give it back changed; the host calls them with donated state. Their shapes are the
+buckets', so what is compiled does not depend on what is asked.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from rave_jax.attention import CacheType, KvCache
+from rave_jax.attention import cache as kv_cache
+from rave_jax.batch import Kind, Role, TokenInfo
+from rave_jax.inference.sampling import RowSampling, choose
+from rave_jax.models.vlm import Vlm
+from rave_jax.parallel.sharding import shard
+from rave_jax.typing import Array, Bool, Float, Int, UInt8
+
+NOTHING = -1
+"""Stands where no token was given out."""
+
+
+class SlotState(NamedTuple):
+    """What the device knows of every slot. Letters as everywhere; N prompts are read together, at most E ids stop one.
+
+    Fields:
+        cache: keys of prompts and answers.
+        pictures: visual tokens of the prompts that are being read, in the order of `visual_index`.
+        seen: ids that stand in the slot's prompt or answer.
+        token: the last token chosen, not yet in the cache.
+        position: its rotary position, equal in all three axes.
+        turn: its turn in the conversation.
+        count: tokens of the answer so far.
+        limit: most tokens of the answer.
+        active: is the answer unfinished?
+        stops: ids that end the answer; -1 fills up.
+        sampling: how tokens are chosen.
+    """
+
+    cache: KvCache
+    pictures: Float[Array, "N S D"]
+    seen: Bool[Array, "B V"]
+    token: Int[Array, "B"]
+    position: Int[Array, "B"]
+    turn: Int[Array, "B"]
+    count: Int[Array, "B"]
+    limit: Int[Array, "B"]
+    active: Bool[Array, "B"]
+    stops: Int[Array, "B E"]
+    sampling: RowSampling
+
+
+class Pictures(NamedTuple):
+    """Some whole frames of N prompts, as in `Batch`. `offset` is the first visual token they become, in each row."""
+
+    patches: UInt8[Array, "N P C"]
+    segment: Int[Array, "N P"]
+    place: Int[Array, "N P 2"]
+    window: Int[Array, "N P"]
+    offset: Int[Array, "N"]
+
+
+class Chunk(NamedTuple):
+    """The next tokens of N prompts, as in `Batch`, padding (segment 0) on the right."""
+
+    tokens: Int[Array, "N T"]
+    info: TokenInfo
+    positions: Int[Array, "3 N T"]
+    visual_index: Int[Array, "N T"]
+
+
+class Admission(NamedTuple):
+    """Which prompts are read and how they are to be answered.
+
+    Fields:
+        slot: where each goes; the number of slots for rows that hold no prompt.
+        begins: is this the prompt's first chunk?
+        last: where in the chunk the prompt's last token stands; -1 if not in this chunk.
+        position, turn, limit, stops, sampling: as in `SlotState`, for the answer's first token.
+    """
+
+    slot: Int[Array, "N"]
+    begins: Bool[Array, "N"]
+    last: Int[Array, "N"]
+    position: Int[Array, "N"]
+    turn: Int[Array, "N"]
+    limit: Int[Array, "N"]
+    stops: Int[Array, "N E"]
+    sampling: RowSampling
+
+
+def empty_state(model: Vlm, slots: int, size: int, prompts: int, stops: int, cache: CacheType) -> SlotState:
+    """Slots with nothing in them.
+
+    Args:
+        model: the model; only its shapes are read.
+        slots, size: rows of the cache and tokens each holds.
+        prompts: how many are read together.
+        stops: most ids that end one answer.
+        cache: number type of the cache.
+    """
+    visual = size if model.vision is not None else 0
+    zeros = jnp.zeros(slots, jnp.int32)
+    ones = jnp.ones(slots, jnp.float32)
+    state = SlotState(
+        cache=model.empty_cache(slots, size, cache),
+        pictures=jnp.zeros((prompts, visual, model.config.text.hidden_size), model.options.compute),
+        seen=jnp.zeros((slots, model.config.text.vocab_size), bool),
+        token=zeros,
+        position=zeros,
+        turn=zeros,
+        count=zeros,
+        limit=zeros,
+        active=jnp.zeros(slots, bool),
+        stops=jnp.full((slots, stops), NOTHING, jnp.int32),
+        sampling=RowSampling(
+            temperature=0 * ones,
+            top_k=zeros,
+            top_p=ones,
+            min_p=0 * ones,
+            repetition_penalty=ones,
+            seed=jnp.zeros(slots, jnp.uint32),
+        ),
+    )
+    return settled(state)
+
+
+def settled(state: SlotState) -> SlotState:
+    """The state where the sharding rules want it, after every program alike: else each would be compiled twice."""
+    ruled: dict[str, Any] = {
+        "cache": kv_cache.placed(state.cache),
+        "pictures": shard(state.pictures, "batch", None, None),
+        "seen": shard(state.seen, "batch", "vocab"),
+    }
+    rest = {name: x for name, x in state._asdict().items() if name not in ruled}
+    return SlotState(**ruled, **jax.tree.map(lambda x: shard(x, *[None] * x.ndim), rest))
+
+
+def see(model: Vlm, state: SlotState, pictures: Pictures) -> tuple[SlotState]:
+    """Put frames through the tower and keep their visual tokens for the chunks that hold them."""
+    assert model.vision is not None
+    tokens = model.vision(pictures.patches, pictures.segment, pictures.place, pictures.window)
+    N, U, _ = tokens.shape
+    real = pictures.segment[:, :: pictures.segment.shape[1] // U] > 0
+    size = state.pictures.shape[1]
+    where = jnp.where(real, pictures.offset[:, None] + jnp.arange(U, dtype=jnp.int32), size)
+    kept = state.pictures.at[jnp.arange(N)[:, None], where].set(tokens.astype(state.pictures.dtype), mode="drop")
+    return (settled(state._replace(pictures=kept)),)
+
+
+def read(
+    model: Vlm, state: SlotState, chunk: Chunk, admission: Admission, *, reach: int
+) -> tuple[SlotState, Int[Array, "N"]]:
+    """Read the next chunk of N prompts. Where a prompt ends, its answer's first token is chosen.
+
+    Args:
+        model: the model.
+        state: of the slots.
+        chunk: the tokens; the slots they go to have room for T more within `reach`.
+        admission: whose tokens they are.
+        reach: slots of the cache that the chunk may see.
+
+    Returns:
+        the state, and the answers' first tokens; -1 where the prompt goes on, or the answer is empty.
+    """
+    B = state.seen.shape[0]
+    begins = admission.begins
+    part = kv_cache.take(state.cache, admission.slot, reach)
+    # Leftovers of who had the slot before: no query may take them for its own document's.
+    fresh = jax.tree.map(lambda code: jnp.where(begins[:, None], 0, code), part.info)
+    part = part._replace(info=fresh, index=jnp.where(begins, 0, part.index))
+
+    x = model.embed(chunk.tokens, model.options.compute)
+    if state.pictures.shape[1]:
+        placed = jnp.take_along_axis(state.pictures, chunk.visual_index[..., None], axis=1, mode="clip")
+        x = jnp.where((chunk.info.kind == Kind.VISUAL)[..., None], placed, x)
+    x = shard(x, "batch", "length", None)
+    hidden, part = model.decoder.cached(x, chunk.info, chunk.positions, part)
+    cache = kv_cache.put(state.cache, part, admission.slot)
+
+    rows = jnp.arange(len(begins))
+    ids = jnp.where(chunk.info.segment > 0, chunk.tokens, state.seen.shape[1])
+    seen = jnp.where(begins[:, None], False, jnp.take(state.seen, admission.slot, axis=0, mode="clip"))
+    seen = seen.at[rows[:, None], ids].set(True, mode="drop")
+    count = jnp.zeros_like(admission.limit)
+    first = choose(model.logits(hidden[rows, admission.last]), admission.sampling, seen, count)
+    stopped = jnp.any(first[:, None] == admission.stops, axis=1)
+    ends = admission.last >= 0
+    seen = seen.at[rows, first].max(ends)
+
+    def enter(old: Array, new: Array) -> Array:
+        return old.at[jnp.where(ends, admission.slot, B)].set(new.astype(old.dtype), mode="drop")
+
+    state = state._replace(
+        cache=cache,
+        seen=state.seen.at[admission.slot].set(seen, mode="drop"),
+        token=enter(state.token, first),
+        position=enter(state.position, admission.position),
+        turn=enter(state.turn, admission.turn),
+        count=enter(state.count, count + 1),
+        limit=enter(state.limit, admission.limit),
+        active=enter(state.active, ~stopped & (admission.limit > 1)),
+        stops=enter(state.stops, admission.stops),
+        sampling=jax.tree.map(enter, state.sampling, admission.sampling),
+    )
+    return settled(state), shard(jnp.where(ends & ~stopped, first, NOTHING), None)
+
+
+def write(
+    model: Vlm,
+    state: SlotState,
+    alive: Bool[Array, "B"],
+    steps: Int[Array, ""],
+    eager: Bool[Array, ""],
+    *,
+    reach: int,
+    width: int,
+) -> tuple[SlotState, Int[Array, "B W"], Int[Array, ""]]:
+    """Let every active answer grow by up to `steps` tokens, each the choice after a pass over the one before.
+
+    Args:
+        model: the model.
+        state: of the slots.
+        alive: slots whose answer nobody has ended from outside.
+        steps: at most `width`.
+        eager: end as soon as one answer does, so that its slot can be used.
+        reach: slots of the cache that may be read and written; the answers stay within it.
+        width: W, columns of the result.
+
+    Returns:
+        the state, the tokens in order with -1 where none came, and how many steps were run.
+    """
+    begun, whole = state.active & alive, state.cache
+    state = state._replace(active=begun, cache=kv_cache.take(whole, None, reach))
+    out = jnp.full((len(begun), width), NOTHING, jnp.int32)
+
+    def unfinished(carry: tuple[Array, Array, SlotState]) -> Bool[Array, ""]:
+        step, _, now = carry
+        return (step < steps) & jnp.any(now.active) & ~(eager & jnp.any(begun & ~now.active))
+
+    def advance(carry: tuple[Array, Array, SlotState]) -> tuple[Array, Array, SlotState]:
+        step, out, now = carry
+        info = _answer_info(now)
+        positions = jnp.broadcast_to(now.position[None, :, None], (3, len(begun), 1))
+        hidden, cache = model.decode(now.token[:, None], info, positions, now.cache)
+        chosen = choose(model.logits(hidden[:, 0]), now.sampling, now.seen, now.count)
+        given = now.active & ~jnp.any(chosen[:, None] == now.stops, axis=1)
+        count = now.count + given
+        now = now._replace(
+            cache=cache,
+            seen=now.seen.at[jnp.arange(len(begun)), chosen].max(given),
+            token=jnp.where(given, chosen, now.token),
+            position=now.position + now.active,
+            count=count,
+            active=given & (count < now.limit),
+        )
+        return step + 1, out.at[:, step].set(jnp.where(given, chosen, NOTHING)), now
+
+    ran, out, state = jax.lax.while_loop(unfinished, advance, (jnp.int32(0), out, state))
+    return settled(state._replace(cache=kv_cache.put(whole, state.cache, None))), shard(out, None, None), ran
+
+
+def _answer_info(now: SlotState) -> TokenInfo:
+    """Codes [B,1] of the tokens to read next: text of the response. Finished and empty slots are padding."""
+    zeros = jnp.zeros_like(now.token)
+    codes = TokenInfo(*[zeros] * len(TokenInfo._fields))._replace(
+        segment=now.active.astype(jnp.int32),
+        place=now.cache.index,
+        kind=jnp.where(now.active, Kind.TEXT, Kind.PAD),
+        role=jnp.where(now.active, Role.RESPONSE, Role.NONE),
+        turn=now.turn,
+    )
+    return jax.tree.map(lambda code: code[:, None].astype(jnp.int32), codes)

@@ -1,0 +1,132 @@
+"""Prompts as the programs take them: host arrays of the buckets' shapes, a row per prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from rave_jax.batch import Batch, TokenInfo
+from rave_jax.data.collate import BatchShape, collate
+from rave_jax.data.sample import Example
+from rave_jax.inference.buckets import Buckets
+from rave_jax.inference.programs import NOTHING, Admission, Chunk, Pictures
+from rave_jax.inference.sampling import RowSampling, Sampling
+from rave_jax.typing import NpArray
+
+
+class Prompt(NamedTuple):
+    """A prompt and how it is answered.
+
+    Fields:
+        example: the prompt.
+        sampling: how tokens are chosen.
+        stops: ids that end the answer.
+        limit: most tokens of the answer.
+    """
+
+    example: Example
+    sampling: Sampling
+    stops: tuple[int, ...]
+    limit: int
+
+    @property
+    def length(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.example.tokens)
+
+
+class PromptGroup:
+    """Up to N prompts that are read together.
+
+    Args:
+        prompts: at least one.
+        rows: N; rows without a prompt are padding.
+        buckets: the sizes to use.
+        patch_numbers, merge_patches: of the processor's settings.
+    """
+
+    def __init__(
+        self, prompts: Sequence[Prompt], rows: int, buckets: Buckets, *, patch_numbers: int, merge_patches: int
+    ):
+        self.prompts, self.rows, self.buckets = prompts, rows, buckets
+        longest = max(prompt.length for prompt in prompts)
+        self.width = buckets.chunk_of(buckets.reach(longest))
+        """T: tokens of each prompt that are read at once."""
+        tokens = -(-longest // self.width) * self.width
+        patches = max(len(prompt.example.patches) for prompt in prompts)
+        self._merge_patches = merge_patches
+        documents = [[prompt.example] for prompt in prompts]
+        self._batch: Batch = collate(documents, BatchShape(rows, tokens, patches), patch_numbers, merge_patches)
+
+    def pictures(self, most: int) -> Iterator[Pictures]:
+        """All frames, in as few runs of the tower as `most` patches a row and run allow; a larger frame goes alone."""
+        groups = [_frame_groups(prompt.example.patch_segment, most) for prompt in self.prompts]
+        names = ("patches", "patch_segment", "patch_place", "patch_window")
+        whole = [np.asarray(getattr(self._batch, name)) for name in names]
+        for turn in range(max(map(len, groups))):
+            spans = [mine[turn] if turn < len(mine) else range(0) for mine in groups]
+            P = self.buckets.tower(max(map(len, spans)))
+            cuts: list[Any] = [np.zeros((self.rows, P, *x.shape[2:]), x.dtype) for x in whole]
+            offset: Any = np.zeros(self.rows, np.int32)
+            for row, span in enumerate(spans):
+                offset[row] = span.start // self._merge_patches
+                for cut, x in zip(cuts, whole, strict=True):
+                    cut[row, : len(span)] = x[row, span.start : span.stop]
+            yield Pictures(*cuts, offset)
+
+    def chunks(self, slots: Sequence[int], no_slot: int) -> Iterator[tuple[int, Chunk, Admission]]:
+        """(reach, tokens, who they belong to) of each pass over the prompts.
+
+        Args:
+            slots: where the prompts go.
+            no_slot: stands for padding rows.
+        """
+        batch, T = self._batch, self.width
+        lengths = self._column([prompt.length for prompt in self.prompts])
+        admission = self._admission(self._column(slots, no_slot))
+        for start in range(0, batch.tokens.shape[1], T):
+            part = slice(start, start + T)
+            info = TokenInfo(*(code[:, part] for code in batch.info))
+            chunk = Chunk(batch.tokens[:, part], info, batch.positions[:, :, part], batch.visual_index[:, part])
+            here = (start < lengths) & (lengths <= start + T)
+            last: Any = np.where(here, lengths - 1 - start, NOTHING).astype(np.int32)
+            begins: Any = np.full(self.rows, start == 0)
+            yield self.buckets.reach(start + T), chunk, admission._replace(last=last, begins=begins)
+
+    def _admission(self, slots: NpArray) -> Admission:
+        fill = [Sampling()] * (self.rows - len(self.prompts))
+        samplings = [prompt.sampling for prompt in self.prompts] + fill
+        width = max(len(prompt.stops) for prompt in self.prompts)
+        stops: Any = np.full((self.rows, width), NOTHING, np.int32)
+        for row, prompt in enumerate(self.prompts):
+            stops[row, : len(prompt.stops)] = prompt.stops
+        values: dict[str, Any] = {
+            "slot": slots,
+            "begins": None,
+            "last": None,
+            # An answer goes on after the largest of the three M-RoPE coordinates in the prompt.
+            "position": self._column([int(prompt.example.positions.max()) + 1 for prompt in self.prompts]),
+            "turn": self._column([int(np.asarray(prompt.example.info.turn)[-1]) for prompt in self.prompts]),
+            "limit": self._column([prompt.limit for prompt in self.prompts]),
+            "stops": stops,
+        }
+        return Admission(**values, sampling=RowSampling.of(samplings))
+
+    def _column(self, values: Sequence[int], fill: int = 0) -> NpArray:
+        return np.array([*values, *[fill] * (self.rows - len(values))], np.int32)
+
+
+def _frame_groups(segment: Any, most: int) -> list[range]:
+    """Spans of whole frames with at most `most` patches together; a larger frame stands alone."""
+    ends = [*(np.flatnonzero(np.diff(segment)) + 1).tolist(), len(segment)] if len(segment) else []
+    groups: list[range] = []
+    start = 0
+    for end in ends:
+        if groups and end - groups[-1].start <= most:
+            groups[-1] = range(groups[-1].start, end)
+        else:
+            groups.append(range(start, end))
+        start = end
+    return groups

@@ -1,0 +1,244 @@
+"""Continuous batching: prompts wait in a line, take a slot when one is free, and leave it when their answer is done.
+
+The host decides who is where; everything it decides is data to three compiled programs (`programs.py`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from rave_jax.config import ConfigError
+from rave_jax.data.sample import Example, OverBudget, SampleError
+from rave_jax.inference.buckets import Buckets, SlotConfig
+from rave_jax.inference.programs import NOTHING, empty_state, read, see, write
+from rave_jax.inference.prompts import Prompt, PromptGroup
+from rave_jax.inference.sampling import Sampling
+from rave_jax.models.vlm import Vlm
+from rave_jax.parallel.sharding import replicated, use_mesh
+from rave_jax.typing import NpArray
+
+Reason = Literal["stop", "length", "full"]
+"""Why an answer ended: a stop token (or, of text, a stop string), its own limit of tokens, or no room in its slot."""
+
+
+class Progress(NamedTuple):
+    """What one step gave one request: new tokens, and why it ended if it did."""
+
+    request: int
+    tokens: tuple[int, ...]
+    reason: Reason | None
+
+
+@dataclass
+class Usage:
+    """How well the slots were used."""
+
+    slot_steps: int = 0
+    """Slots times decoding steps that were run."""
+    used: int = 0
+    """Those of them in which an answer grew or ended."""
+    programs: set[tuple[str, int]] = field(default_factory=set)
+    """Name and size of every program that was run; each is compiled once."""
+
+    @property
+    def occupancy(self) -> float:
+        """Share of the slot steps that were used; 1 before the first."""
+        return self.used / self.slot_steps if self.slot_steps else 1.0
+
+
+@dataclass
+class _Job:
+    request: int
+    prompt: Prompt
+    given: int = 0
+
+    def length_after(self, steps: int) -> int:
+        """Tokens in its slot after so many more; the newest answer token is never there yet."""
+        return self.prompt.length + min(self.given + steps, self.prompt.limit) - 1
+
+
+class Engine:
+    """Answers to prompts, token by token.
+
+    All processes of a job must call it alike. Not for use by several threads.
+
+    Args:
+        model: the model, on the mesh.
+        config: sizes.
+        stop_ids: ids that end every answer.
+        window_patches, merge_patches, patch_numbers: of the processor's settings; not read for a text model.
+        mesh: the devices, or None for a single one.
+
+    Raises:
+        ConfigError: there are more stop ids than `max_stop_ids`.
+    """
+
+    def __init__(
+        self,
+        model: Vlm,
+        config: SlotConfig,
+        stop_ids: Sequence[int],
+        *,
+        window_patches: int,
+        merge_patches: int,
+        patch_numbers: int,
+        mesh: Mesh | None = None,
+    ):
+        self.config = config
+        self.usage = Usage()
+        self._model, self._mesh = model, mesh
+        self._stop_ids = frozenset(stop_ids)
+        if len(self._stop_ids) > config.max_stop_ids:
+            raise ConfigError(f"{len(self._stop_ids)} ids end an answer, but max_stop_ids is {config.max_stop_ids}")
+        self._layout = {"merge_patches": merge_patches, "patch_numbers": patch_numbers}
+        self._buckets = Buckets(config, window_patches if model.vision is not None else 0, merge_patches)
+        self._waiting: deque[_Job] = deque()
+        self._slots: list[_Job | None] = [None] * config.slots
+        self._requests = 0
+        sizes = (config.slots, self._buckets.size, config.prefill_rows, config.max_stop_ids, config.cache)
+        with self._placed():
+            self._state = jax.jit(empty_state, static_argnums=(1, 2, 3, 4, 5))(model, *sizes)
+
+    @property
+    def waiting(self) -> int:
+        """Prompts that have no slot yet."""
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        """Answers that grow."""
+        return sum(job is not None for job in self._slots)
+
+    def submit(self, example: Example, sampling: Sampling, name: str = "") -> int:
+        """Put a prompt in the line; returns the request's number.
+
+        Args:
+            example: the prompt.
+            sampling: how it is answered. Stop strings are not looked at here.
+            name: what errors call it.
+
+        Raises:
+            OverBudget: the prompt leaves no room for an answer.
+            SampleError: too many stop ids, or pictures for a model that takes none.
+        """
+        called = f"{name}: " if name else ""
+        room = self.config.max_length - len(example.tokens) + 1
+        if room < 2:
+            raise OverBudget(
+                f"{called}a prompt of {len(example.tokens)} tokens leaves no room for an answer: "
+                f"max_length is {self.config.max_length}"
+            )
+        if len(example.patches) and not self._buckets.patches:
+            raise SampleError(f"{called}the prompt has pictures and the model takes none")
+        stops = tuple(sorted(self._stop_ids.union(sampling.stop_ids)))
+        if len(stops) > self.config.max_stop_ids:
+            raise SampleError(f"{called}{len(stops)} ids end it, but max_stop_ids is {self.config.max_stop_ids}")
+        fill = (NOTHING,) * (self.config.max_stop_ids - len(stops))
+        self._requests += 1
+        limit = min(sampling.max_new_tokens, room)
+        self._waiting.append(_Job(self._requests, Prompt(example, sampling, stops + fill, limit)))
+        return self._requests
+
+    def cancel(self, request: int) -> None:
+        """End a request, wherever it is; nothing more comes of it."""
+        self._waiting = deque(job for job in self._waiting if job.request != request)
+        self._slots = [None if job is not None and job.request == request else job for job in self._slots]
+
+    def step(self) -> list[Progress]:
+        """Read prompts while slots are free for them, then let all answers grow a little."""
+        done = []
+        with self._placed():
+            while self._group_fits():
+                done += self._read()
+            if self.running:
+                done += self._write()
+        return done
+
+    def _group_fits(self) -> bool:
+        """Is there a slot for each prompt of a full group, or for all that wait?"""
+        group = min(self.config.prefill_rows, self.waiting)
+        return 0 < group <= self.config.slots - self.running
+
+    def _read(self) -> list[Progress]:
+        rows = self.config.prefill_rows
+        free = [slot for slot, job in enumerate(self._slots) if job is None]
+        jobs = [self._waiting.popleft() for _ in range(min(rows, self.waiting))]
+        slots = free[: len(jobs)]
+        group = PromptGroup([job.prompt for job in jobs], rows, self._buckets, **self._layout)
+        for pictures in group.pictures(self.config.patches):
+            self._run("see", pictures.patches.shape[1], _see, pictures)
+        first = np.full(rows, NOTHING)
+        for reach, chunk, admission in group.chunks(slots, no_slot=self.config.slots):
+            (given,) = self._run("read", reach, _read, chunk, admission, reach=reach)
+            first = np.where(np.asarray(admission.last) >= 0, np.asarray(given), first)
+        done = []
+        for slot, job, token in zip(slots, jobs, first.tolist(), strict=False):
+            self._slots[slot] = job
+            done.append(self._take(slot, job, [token]))
+        return done
+
+    def _write(self) -> list[Progress]:
+        running = [(slot, job) for slot, job in enumerate(self._slots) if job is not None]
+        width = self.config.decode_steps
+        steps = min(width, max(job.prompt.limit - job.given for _, job in running))
+        reach = self._buckets.reach(max(job.length_after(steps) for _, job in running))
+        alive = np.array([job is not None for job in self._slots])
+        eager = np.array(self.waiting > 0)
+        arguments = (alive, np.int32(steps), eager)
+        out, ran = self._run("write", reach, _write, *arguments, reach=reach, width=width)
+        ran = int(ran)
+        done = []
+        for (slot, job), tokens in zip(running, np.asarray(out)[[slot for slot, _ in running], :ran], strict=True):
+            # The step in which a stop token came was used too.
+            self.usage.used += min(int((tokens != NOTHING).sum()) + 1, ran)
+            done.append(self._take(slot, job, tokens.tolist()))
+        self.usage.slot_steps += ran * self.config.slots
+        return done
+
+    def _take(self, slot: int, job: _Job, column: list[int]) -> Progress:
+        """Count what a slot gave; where no token came before the limit, a stop token had come."""
+        tokens = tuple(token for token in column if token != NOTHING)
+        job.given += len(tokens)
+        reason: Reason | None = None
+        if job.given == job.prompt.limit:
+            reason = "length" if job.given == job.prompt.sampling.max_new_tokens else "full"
+        elif len(tokens) < len(column):
+            reason = "stop"
+        if reason is not None:
+            self._slots[slot] = None
+        return Progress(job.request, tokens, reason)
+
+    def _run(self, name: str, size: int, program: Any, *arguments: Any, **sizes: int) -> list[Any]:
+        """Run a program on the state, which it replaces; returns what else it gives."""
+        self.usage.programs.add((name, size))
+        if self._mesh is not None:
+            arguments = _everywhere(arguments, self._mesh)
+        self._state, *rest = program(self._model, self._state, *arguments, **sizes)
+        return rest
+
+    def _placed(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self._mesh is None else use_mesh(self._mesh)
+
+
+_see = jax.jit(see, donate_argnums=1)
+_read = jax.jit(read, donate_argnums=1, static_argnames="reach")
+_write = jax.jit(write, donate_argnums=1, static_argnames=("reach", "width"))
+
+
+def _everywhere(arguments: Any, mesh: Mesh) -> Any:
+    """Host arrays, equal on all processes, as arrays that every device of the mesh holds."""
+    sharding = replicated(mesh)
+
+    def place(x: NpArray) -> jax.Array:
+        whole = np.asarray(x)
+        return jax.make_array_from_callback(whole.shape, sharding, lambda index: whole[index])
+
+    return jax.tree.map(place, arguments)
