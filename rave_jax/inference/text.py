@@ -91,7 +91,7 @@ class TextStream:
         if self.stopped:
             certain = begin
         piece = self._held[:certain]
-        self._held = "" if self.stopped else self._held[certain:]
+        self._held = self._held[certain:]
         if piece:
             self._shown.append(piece)
         return piece
