@@ -2,6 +2,9 @@
 
 A row holds one document; slot s of it belongs to the document's s-th token. What a mechanism remembers of a key (RAVE's
 gate keys) lies beside k and v in the same slots, in the mechanism's own number type.
+
+Kv heads stand before slots: attention reads one head's slots as a matrix, and a TPU pads the last two axes of an array
+to its tiles, which few heads would fill badly.
 """
 
 from __future__ import annotations
@@ -27,10 +30,10 @@ class Quantised(NamedTuple):
 
 
 class StoredKeys(NamedTuple):
-    """`Keys` of all layers of a segment as they lie in the cache: every array is [L,B,S,K,...]."""
+    """`Keys` of all layers of a segment as they lie in the cache: every array is [L,B,K,S,...]."""
 
-    k: Float[Array, "L B S K h"] | Quantised
-    v: Float[Array, "L B S K h"] | Quantised
+    k: Float[Array, "L B K S h"] | Quantised
+    v: Float[Array, "L B K S h"] | Quantised
     remembered: tuple[Any, ...]
 
 
@@ -58,29 +61,33 @@ def empty_cache(segments: tuple[Keys, ...], kind: CacheType) -> KvCache:
     """A cache with nothing in it, on the current mesh.
 
     Args:
-        segments: shapes of the keys, [L,B,S,K,...] each, as the model computes them.
+        segments: shapes of the keys as the model computes them, [L,B,S,K,...] each.
         kind: number type of k and v: as computed, bfloat16, or int8 with a float32 scale per token and kv head.
     """
 
-    def kept(x: jax.ShapeDtypeStruct) -> Array | Quantised:
-        if kind == "int8":
-            return Quantised(jnp.zeros(x.shape, jnp.int8), jnp.zeros((*x.shape[:-1], 1), jnp.float32))
-        return jnp.zeros(x.shape, jnp.bfloat16 if kind == "bfloat16" else x.dtype)
+    def zeros(x: jax.ShapeDtypeStruct, dtype: jnp.dtype | None = None) -> Array:
+        L, B, S, K, *rest = x.shape
+        return jnp.zeros((L, B, K, S, *rest), dtype or x.dtype)
 
-    def zeros(keys: Any) -> StoredKeys:
-        remembered = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), keys.remembered)
-        return StoredKeys(kept(keys.k), kept(keys.v), remembered)
+    def kept(x: Any) -> Array | Quantised:
+        if kind == "int8":
+            scale = jax.ShapeDtypeStruct((*x.shape[:-1], 1), jnp.float32)
+            return Quantised(zeros(x, jnp.dtype(jnp.int8)), zeros(scale))
+        return zeros(x, jnp.dtype(jnp.bfloat16) if kind == "bfloat16" else None)
+
+    def stored(keys: Keys) -> StoredKeys:
+        return StoredKeys(kept(keys.k), kept(keys.v), jax.tree.map(zeros, keys.remembered))
 
     B, S = segments[0].k.shape[1:3]
     info = TokenInfo(*[jnp.zeros((B, S), jnp.int32)] * len(TokenInfo._fields))
-    return placed(KvCache(tuple(map(zeros, segments)), info, jnp.zeros((B,), jnp.int32)))
+    return placed(KvCache(tuple(map(stored, segments)), info, jnp.zeros((B,), jnp.int32)))
 
 
 def placed(cache: KvCache) -> KvCache:
     """The cache where the sharding rules want it: rows and kv heads are split, slots and layers are not."""
 
     def keys(x: Array) -> Array:
-        return shard(x, "layers", "batch", "length", "kv_heads", *[None] * (x.ndim - 4))
+        return shard(x, "layers", "batch", "kv_heads", "length", *[None] * (x.ndim - 4))
 
     return KvCache(
         jax.tree.map(keys, cache.segments),
@@ -90,7 +97,7 @@ def placed(cache: KvCache) -> KvCache:
 
 
 def write(stored: StoredKeys, layer: Array, start: Int[Array, "B"], new: Keys) -> StoredKeys:
-    """`stored` [L,B,S,...] with the keys `new` [B,T,...] of one layer in each row's slots start .. start + T - 1.
+    """`stored` with the keys `new` [B,T,K,...] of one layer in each row's slots start .. start + T - 1.
 
     A row whose run does not fit into the slots is left as it was.
     """
@@ -98,23 +105,30 @@ def write(stored: StoredKeys, layer: Array, start: Int[Array, "B"], new: Keys) -
     def pack(x: Array, like: Array | Quantised) -> Any:
         return quantise(x) if isinstance(like, Quantised) else x
 
+    def run(old: Array, x: Array) -> Array:
+        return _write_runs(old, layer, start, jnp.swapaxes(x, 1, 2))
+
     packed = StoredKeys(pack(new.k, stored.k), pack(new.v, stored.v), new.remembered)
-    return jax.tree.map(lambda old, run: _write_runs(old, layer, start, run), stored, packed)
+    return jax.tree.map(run, stored, packed)
 
 
 def read(stored: StoredKeys, layer: Array, dtype: jnp.dtype) -> Keys:
-    """The keys of one layer [B,S,...], k and v in `dtype`."""
+    """The keys of one layer [B,S,K,...], k and v in `dtype`."""
 
     def unpack(x: Array | Quantised) -> Array:
         return x.values.astype(dtype) * x.scale.astype(dtype) if isinstance(x, Quantised) else x.astype(dtype)
 
-    mine = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, layer, keepdims=False), stored)
+    mine = jax.tree.map(lambda x: jnp.swapaxes(jax.lax.dynamic_index_in_dim(x, layer, keepdims=False), 1, 2), stored)
     return Keys(unpack(mine.k), unpack(mine.v), mine.remembered)
 
 
 def write_info(held: TokenInfo, start: Int[Array, "B"], new: TokenInfo) -> TokenInfo:
     """`write` for the token codes [B,S]."""
-    return jax.tree.map(lambda old, run: _write_runs(old[None], jnp.int32(0), start, run)[0], held, new)
+
+    def run(old: Array, codes: Array) -> Array:
+        return _write_runs(old[None, :, None], jnp.int32(0), start, codes[:, None])[0, :, 0]
+
+    return jax.tree.map(run, held, new)
 
 
 def quantise(x: Float[Array, "*axes h"]) -> Quantised:
@@ -125,13 +139,13 @@ def quantise(x: Float[Array, "*axes h"]) -> Quantised:
 
 
 def _write_runs(stored: Array, layer: Array, start: Int[Array, "B"], runs: Array) -> Array:
-    """One scatter of B windows: a whole run moves at once, where an index per token would move one token at a time."""
+    """`runs` [B,K,T,...] into `stored` [L,B,K,S,...] by one scatter of B windows: a run moves whole, and in place."""
     rows = jnp.arange(runs.shape[0], dtype=jnp.int32)
     at = jnp.stack([jnp.broadcast_to(layer, rows.shape), rows, start], axis=-1)
     numbers = jax.lax.ScatterDimensionNumbers(
         update_window_dims=tuple(range(1, runs.ndim)),
         inserted_window_dims=(0, 1),
-        scatter_dims_to_operand_dims=(0, 1, 2),
+        scatter_dims_to_operand_dims=(0, 1, 3),
     )
     return jax.lax.scatter(
         stored,
@@ -147,26 +161,24 @@ def _write_runs(stored: Array, layer: Array, start: Int[Array, "B"], runs: Array
 def take(cache: KvCache, rows: Int[Array, "n"] | None, reach: int) -> KvCache:
     """A cache of its own with the first `reach` slots of `rows` (for numbers beyond them, of the last), or of all."""
 
-    def cut(x: Array, axis: int) -> Array:
-        x = jax.lax.slice_in_dim(x, 0, reach, axis=axis + 1)
-        return x if rows is None else jnp.take(x, rows, axis=axis, mode="clip")
+    def cut(x: Array, row_axis: int, slot_axis: int) -> Array:
+        x = jax.lax.slice_in_dim(x, 0, reach, axis=slot_axis)
+        return x if rows is None else jnp.take(x, rows, axis=row_axis, mode="clip")
 
     index = cache.index if rows is None else jnp.take(cache.index, rows, mode="clip")
-    segments = jax.tree.map(lambda x: cut(x, 1), cache.segments)
-    return KvCache(segments, jax.tree.map(lambda x: cut(x, 0), cache.info), index)
+    segments = jax.tree.map(lambda x: cut(x, 1, 3), cache.segments)
+    return KvCache(segments, jax.tree.map(lambda x: cut(x, 0, 1), cache.info), index)
 
 
 def put(cache: KvCache, part: KvCache, rows: Int[Array, "n"] | None) -> KvCache:
     """`cache` with the slots that `take` gave written back. Rows numbered beyond the cache are dropped."""
+    if rows is None:
+
+        def back(x: Array, y: Array) -> Array:
+            return jax.lax.dynamic_update_slice(x, y, (0,) * x.ndim)
+
+        return placed(jax.tree.map(back, cache, part))
     reach = part.size
-
-    def back(x: Array, y: Array, axis: int) -> Array:
-        if rows is None:
-            return jax.lax.dynamic_update_slice_in_dim(x, y, 0, axis=axis + 1)
-        where = (slice(None),) * axis + (rows, slice(0, reach))
-        return x.at[where].set(y, mode="drop")
-
-    index = part.index if rows is None else cache.index.at[rows].set(part.index, mode="drop")
-    segments = jax.tree.map(lambda x, y: back(x, y, 1), cache.segments, part.segments)
-    info = jax.tree.map(lambda x, y: back(x, y, 0), cache.info, part.info)
-    return placed(KvCache(segments, info, index))
+    segments = jax.tree.map(lambda x, y: x.at[:, rows, :, :reach].set(y, mode="drop"), cache.segments, part.segments)
+    info = jax.tree.map(lambda x, y: x.at[rows, :reach].set(y, mode="drop"), cache.info, part.info)
+    return placed(KvCache(segments, info, cache.index.at[rows].set(part.index, mode="drop")))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -13,15 +12,18 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rave_jax.batch import Batch, Kind, Role, TokenInfo
-from rave_jax.data.collate import BatchShape, check_fits, collate
+from rave_jax.data.collate import BatchShape, collate
 from rave_jax.data.processor import Processor
 from rave_jax.data.sample import Example, Sample, SampleError
-from rave_jax.inference.greedy import generate
+from rave_jax.inference import Completion, Generator, Request, Sampling, SlotConfig
 from rave_jax.look.maps import Look, lay_out
 from rave_jax.models.vlm import Vlm
 from rave_jax.parallel.rows import batch_shardings, global_batch
 from rave_jax.parallel.sharding import replicated, use_mesh
 from rave_jax.typing import Array, Float, Int, NpArray
+
+CHUNK = 512
+"""Tokens of a prompt that are read at once."""
 
 
 @dataclass(frozen=True)
@@ -45,57 +47,35 @@ class Subject(Protocol):
 
 
 class ModelSubject:
-    """A model, its processor and its mesh. Every batch has one shape, so each program compiles once.
+    """A model, its processor and its mesh. It answers in slots, and every batch it looks at has one shape.
 
     All processes must call it alike with the same samples; each places the rows its devices own, and all get
     all answers.
     """
 
-    def __init__(
-        self,
-        model: Vlm,
-        processor: Processor,
-        mesh: Mesh,
-        shape: BatchShape,
-        max_new_tokens: int,
-        stop_ids: tuple[int, ...],
-    ):
+    def __init__(self, model: Vlm, processor: Processor, mesh: Mesh, shape: BatchShape, max_new_tokens: int):
         """`shape` holds the prompt alone; the answer gets `max_new_tokens` more."""
         self._model, self._processor, self._mesh = model, processor, mesh
-        self._shape, self._max_new_tokens = shape, max_new_tokens
-        whole = replicated(mesh)
-        self._generate = jax.jit(
-            functools.partial(generate, max_new_tokens=max_new_tokens, stop_ids=stop_ids), out_shardings=whole
+        self._shape, self._sampling = shape, Sampling(max_new_tokens)
+        slots = SlotConfig(
+            slots=shape.rows,
+            max_length=shape.tokens + max_new_tokens,
+            max_prompt=shape.tokens,
+            max_patches=shape.patches or None,
+            # Short prompts of a benchmark are worth neither more sizes nor waiting for each other.
+            smallest=min(128, CHUNK),
+            chunk=CHUNK,
+            prefill_rows=max(1, shape.rows // 4),
         )
-        self._answer_rows = jax.jit(answer_rows, out_shardings=whole)
+        self._generator = Generator(model, processor, slots, mesh)
+        self._answer_rows = jax.jit(answer_rows, out_shardings=replicated(mesh))
 
     def answer(self, samples: Sequence[Sample]) -> list[Answer | SampleError]:
-        results: list[Answer | SampleError] = []
-        for start in range(0, len(samples), self._shape.rows):
-            results += self._answer_chunk(samples[start : start + self._shape.rows])
-        return results
-
-    def _answer_chunk(self, samples: Sequence[Sample]) -> list[Answer | SampleError]:
-        asked = [self._encode(sample) for sample in samples]
-        examples = [example for example in asked if not isinstance(example, SampleError)]
-        if not examples:
-            return [error for error in asked if isinstance(error, SampleError)]
-        with use_mesh(self._mesh):
-            made = self._generate(self._model, self._batch(examples, self._shape))
-        tokens, lengths = np.asarray(made.tokens), np.asarray(made.lengths)
-        answers = iter([tuple(row[:length].tolist()) for row, length in zip(tokens, lengths, strict=True)])
-        return [e if isinstance(e, SampleError) else self._read(next(answers)) for e in asked]
-
-    def _read(self, tokens: tuple[int, ...]) -> Answer:
-        return Answer(self._processor.decode(tokens).strip(), tokens)
-
-    def _encode(self, sample: Sample) -> Example | SampleError:
-        try:
-            example = self._processor.encode(sample.prompt, add_generation_prompt=True, name=sample.id)
-            check_fits(example, self._shape.tokens, self._shape.patches, sample.id)
-            return example
-        except SampleError as error:
-            return error
+        asked = (Request(sample.prompt, self._sampling, sample.id) for sample in samples)
+        return [
+            Answer(end.text.strip(), end.tokens) if isinstance(end, Completion) else end
+            for end in self._generator.answers(asked)
+        ]
 
     def look(self, samples: Sequence[Sample], answers: Sequence[Answer]) -> list[Look | None]:
         looks: list[Look | None] = []
@@ -107,10 +87,10 @@ class ModelSubject:
     def _look_chunk(self, samples: Sequence[Sample], answers: Sequence[Answer]) -> list[Look | None]:
         prompts = [self._processor.encode(s.prompt, add_generation_prompt=True, name=s.id) for s in samples]
         examples = [with_answer(p, a.tokens) for p, a in zip(prompts, answers, strict=True)]
-        shape = BatchShape(self._shape.rows, self._shape.tokens + self._max_new_tokens, self._shape.patches)
+        shape = BatchShape(self._shape.rows, self._shape.tokens + self._sampling.max_new_tokens, self._shape.patches)
         # A token is chosen by the query before it: the last of the prompt for the first, and so on.
-        rows = np.zeros((shape.rows, self._max_new_tokens), np.int32)
-        weights = np.zeros((shape.rows, self._max_new_tokens), np.float32)
+        rows = np.zeros((shape.rows, self._sampling.max_new_tokens), np.int32)
+        weights = np.zeros((shape.rows, self._sampling.max_new_tokens), np.float32)
         for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
             count = max(len(answer.tokens), 1)
             rows[i, :count] = len(prompt.tokens) - 1 + np.arange(count)

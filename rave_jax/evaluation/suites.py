@@ -92,8 +92,7 @@ def evaluate(config: Eval, model: Vlm, processor: Processor, mesh: Mesh, out: Pa
     patches = round_up(config.patches, processor.settings.window_patches) if model.vision is not None else 0
     rows = round_up(config.rows, row_ways(mesh))
     shape = BatchShape(rows, config.tokens, patches)
-    stop_ids = tuple(sorted({*model.config.eos_token_ids, processor.end_id}))
-    subject = ModelSubject(model, processor, mesh, shape, config.max_new_tokens, stop_ids)
+    subject = ModelSubject(model, processor, mesh, shape, config.max_new_tokens)
     first = jax.process_index() == 0
     return run(config, config.data.build(), subject, out if first else None, log if first else lambda line: None)
 
@@ -143,15 +142,17 @@ def _ask(
     """A record per sample that could be asked, in order."""
     count = min(config.samples, len(source))
     console = Console(stderr=True)
+    # More than there are slots, so that a slot that is done early takes the next sample.
+    together = 4 * config.rows
     for start in track(
-        range(0, count, config.rows),
+        range(0, count, together),
         f"evaluation {config.name}",
         console=console,
         disable=not (show and console.is_terminal),
         transient=True,
     ):
         indices, samples = [], []
-        for index in range(start, min(start + config.rows, count)):
+        for index in range(start, min(start + together, count)):
             try:
                 samples.append(source[index])
                 indices.append(index)

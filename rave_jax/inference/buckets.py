@@ -16,10 +16,14 @@ class SlotConfig:
     """Answers that grow at once. A slot whose answer is finished takes the next prompt; nothing is compiled anew."""
     max_length: int = 4096
     """Most tokens of a prompt (visual tokens counted) and its answer together: slots of the cache per row."""
+    max_prompt: int | None = None
+    """Most tokens of a prompt; None: all that leave room for one answer token."""
+    max_patches: int | None = None
+    """Most patches of a prompt's pictures; None: as many as its tokens allow."""
     chunk: int = 512
     """Most tokens of a prompt that are read at once; a longer prompt is read in several chunks."""
     smallest: int = 64
-    """Least number of tokens that a program is compiled for; sizes double from here."""
+    """Least number of tokens that a program is compiled for; from here on there are two sizes to each doubling."""
     patches: int = 4096
     """Patches that go through the tower at once: pictures are read in groups of at most so many. A picture that has
     more alone goes alone."""
@@ -37,6 +41,9 @@ class SlotConfig:
         for name in ("slots", "smallest", "patches", "prefill_rows", "decode_steps", "max_stop_ids"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         require(self.max_length >= 2, "max_length", self.max_length, "at least 2, a prompt and an answer token")
+        for name in ("max_prompt", "max_patches"):
+            given = getattr(self, name)
+            require(given is None or given >= 1, name, given, "at least 1, or None")
         require(self.chunk >= self.smallest, "chunk", self.chunk, f"at least `smallest` ({self.smallest})")
         require(self.prefill_rows <= self.slots, "prefill_rows", self.prefill_rows, f"at most `slots` ({self.slots})")
 
@@ -46,7 +53,8 @@ class Buckets:
 
     Attributes:
         reaches: how many slots of the cache a program reads and writes, ascending. The last holds `max_length`.
-        chunk: tokens of a prompt read at once.
+        chunk: tokens of a prompt read at once. Up to it there are two reaches to a doubling, beyond it one, and an
+            answer that grows, whose cost hardly depends on the reach, uses every other one.
         patches: sizes of the tower's input, ascending; empty without a tower.
     """
 
@@ -54,12 +62,12 @@ class Buckets:
         """`window_patches` is 0 for a model without a tower; else inputs of the tower are multiples of it."""
         self.chunk = min(config.chunk, config.max_length)
         whole = -(-config.max_length // self.chunk) * self.chunk
-        small = _doubled(min(config.smallest, self.chunk), self.chunk)
-        self.reaches = (*small, *(n for n in _doubled(self.chunk, whole) if n > self.chunk))
+        small = _grown(min(config.smallest, self.chunk), self.chunk)
+        self.reaches = (*small, *_grown(self.chunk, whole)[2::2])
         self.patches: tuple[int, ...] = ()
         if window_patches:
             windows = -(-merge_patches * whole // window_patches)
-            self.patches = tuple(n * window_patches for n in _doubled(1, windows))
+            self.patches = tuple(n * window_patches for n in _grown(1, windows))
 
     @property
     def size(self) -> int:
@@ -79,10 +87,10 @@ class Buckets:
         return min(reach, self.chunk)
 
 
-def _doubled(first: int, last: int) -> tuple[int, ...]:
-    """first, 2 first, 4 first, ... below `last`, and `last`."""
+def _grown(first: int, last: int) -> tuple[int, ...]:
+    """first, 1.5 first, 2 first, 3 first, 4 first, ... below `last`, and `last`."""
     sizes = []
     while first < last:
-        sizes.append(first)
+        sizes += [first, first * 3 // 2]
         first *= 2
-    return (*sizes, last)
+    return (*sorted({n for n in sizes if n < last}), last)

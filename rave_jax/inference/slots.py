@@ -126,16 +126,18 @@ class Engine:
             name: what errors call it.
 
         Raises:
-            OverBudget: the prompt leaves no room for an answer.
+            OverBudget: the prompt is too long, has too many patches, or leaves no room for an answer.
             SampleError: too many stop ids, or pictures for a model that takes none.
         """
         called = f"{name}: " if name else ""
-        room = self.config.max_length - len(example.tokens) + 1
-        if room < 2:
-            raise OverBudget(
-                f"{called}a prompt of {len(example.tokens)} tokens leaves no room for an answer: "
-                f"max_length is {self.config.max_length}"
-            )
+        config = self.config
+        for given, what, most, field_name in (
+            (len(example.tokens), "tokens", config.max_prompt, "max_prompt"),
+            (len(example.patches), "patches", config.max_patches, "max_patches"),
+            (len(example.tokens) + 1, "tokens, an answer token counted", config.max_length, "max_length"),
+        ):
+            if most is not None and given > most:
+                raise OverBudget(f"{called}the prompt has {given} {what}, over the budget of {field_name} {most}")
         if len(example.patches) and not self._buckets.patches:
             raise SampleError(f"{called}the prompt has pictures and the model takes none")
         stops = tuple(sorted(self._stop_ids.union(sampling.stop_ids)))
@@ -143,7 +145,8 @@ class Engine:
             raise SampleError(f"{called}{len(stops)} ids end it, but max_stop_ids is {self.config.max_stop_ids}")
         fill = (NOTHING,) * (self.config.max_stop_ids - len(stops))
         self._requests += 1
-        limit = min(sampling.max_new_tokens, room)
+        # The last token of an answer needs no room: nothing follows that would look at it.
+        limit = min(sampling.max_new_tokens, config.max_length - len(example.tokens) + 1)
         self._waiting.append(_Job(self._requests, Prompt(example, sampling, stops + fill, limit)))
         return self._requests
 
@@ -197,9 +200,10 @@ class Engine:
         ran = int(ran)
         done = []
         for (slot, job), tokens in zip(running, np.asarray(out)[[slot for slot, _ in running], :ran], strict=True):
+            progress = self._take(slot, job, tokens.tolist())
             # The step in which a stop token came was used too.
-            self.usage.used += min(int((tokens != NOTHING).sum()) + 1, ran)
-            done.append(self._take(slot, job, tokens.tolist()))
+            self.usage.used += len(progress.tokens) + (progress.reason == "stop")
+            done.append(progress)
         self.usage.slot_steps += ran * self.config.slots
         return done
 

@@ -94,7 +94,7 @@ def test_a_cache_keeps_what_mechanisms_remember_and_no_more() -> None:
     before, rave, *after = a_model(RAVE).empty_cache(1, 5).segments
     assert [keys.remembered for keys in (before, *after)] == [()] * (1 + len(after))
     gate_keys = jax.tree.leaves(rave.remembered)
-    assert [x.shape for x in gate_keys] == [(2, 1, 5, CONFIG.text.num_kv_heads, 4), (2, 1, 5, CONFIG.text.num_kv_heads)]
+    assert [x.shape for x in gate_keys] == [(2, 1, CONFIG.text.num_kv_heads, 5, 4), (2, 1, CONFIG.text.num_kv_heads, 5)]
 
 
 def test_text_needs_no_patches() -> None:

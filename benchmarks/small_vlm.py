@@ -1,0 +1,155 @@
+"""What the speed benchmarks share: a 43 M Qwen2.5-VL shape, prompts that both sides can read, the torch worker."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from rave_jax.batch import Kind, TokenInfo
+from rave_jax.checkpoint.hf_import import import_hf
+from rave_jax.data.images import PatchGrid, image_patches
+from rave_jax.data.positions import Visual, grid_places, mrope_positions
+from rave_jax.data.sample import Example
+from rave_jax.models.config import ModelOptions
+from rave_jax.models.vlm import Vlm
+
+SEED = 0
+VOCAB, IMAGE, START, END = 8192, 8000, 8001, 8002
+UNUSED = 8003  # an id that greedy decoding may not stop at
+WINDOW_PATCHES, MERGE_PATCHES, PATCH_NUMBERS = 64, 4, 1176
+CONFIG: dict[str, Any] = {
+    "image_token_id": IMAGE,
+    "video_token_id": UNUSED,
+    "vision_start_token_id": START,
+    "vision_end_token_id": END,
+    "tie_word_embeddings": False,
+    "text_config": {
+        "vocab_size": VOCAB,
+        "hidden_size": 512,
+        "num_hidden_layers": 10,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "intermediate_size": 1408,
+        "rope_parameters": {"rope_type": "default", "mrope_section": [8, 12, 12], "rope_theta": 1e6},
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
+        "tie_word_embeddings": False,
+    },
+    "vision_config": {
+        "depth": 6,
+        "hidden_size": 256,
+        "num_heads": 4,
+        "intermediate_size": 704,
+        "out_hidden_size": 512,
+        "fullatt_block_indexes": [2, 5],
+    },
+}
+
+
+class Prompt(NamedTuple):
+    """The same prompt for both: our example, and the arrays that transformers takes (pixels None without pictures)."""
+
+    ours: Example
+    input_ids: np.ndarray
+    pixel_values: np.ndarray | None
+    image_grid_thw: np.ndarray | None
+
+
+def prompt(rng: np.random.Generator, tokens: int, sides: Sequence[int]) -> Prompt:
+    """Random text of `tokens` tokens in all, with a random square picture of each side in it, from token 16 on."""
+    grid = PatchGrid(patch=14, temporal=2, merge=2, window=4)
+    images = [rng.integers(0, 256, (side, side, 3), np.uint8) for side in sides]
+    ids = rng.integers(0, 7999, tokens).astype(np.int32)
+    codes: dict[str, Any] = {name: np.zeros(tokens, np.int32) for name in TokenInfo._fields}
+    codes["segment"][:], codes["kind"][:], codes["place"][:] = 1, int(Kind.TEXT), np.arange(tokens)
+    index, visuals, cuts, at, units = np.zeros(tokens, np.int32), [], [], 16, 0
+    for number, image in enumerate(images, 1):
+        cut = image_patches(image, grid, 56 * 56, image.shape[0] ** 2)
+        count = len(cut.order)
+        span = slice(at + 1, at + 1 + count)
+        ids[at], ids[span], ids[span.stop] = START, IMAGE, END
+        index[span], codes["kind"][span], codes["image"][span] = cut.order + units, int(Kind.VISUAL), number
+        for name, place in zip(("frame", "row", "col"), grid_places(cut.grid), strict=True):
+            codes[name][span] = place
+        visuals.append(Visual(span.start, cut.grid))
+        cuts.append(cut)
+        at, units = span.stop + 1, units + count
+    assert at <= tokens, "the pictures do not fit"
+
+    def joined(name: str, step: str | None = None) -> np.ndarray:
+        parts, last = [np.zeros((0, PATCH_NUMBERS), np.uint8)] if name == "pixels" else [], 0
+        for cut in cuts:
+            part = getattr(cut, name)
+            parts.append(part + last if step else part)
+            last = int(parts[-1].max()) if step else 0
+        return np.concatenate(parts) if parts else np.zeros((0, 2) if name == "place" else (0,), np.int32)
+
+    example = Example(
+        tokens=ids,
+        loss_mask=np.ones(tokens, np.float32),
+        info=TokenInfo(**codes),
+        positions=mrope_positions(tokens, visuals, 2.0),
+        visual_index=index,
+        patches=joined("pixels"),
+        patch_segment=joined("segment", "on"),
+        patch_place=joined("place"),
+        patch_window=joined("window", "on"),
+    )
+    theirs = Qwen2VLImageProcessorPil()(images=images, return_tensors="np") if images else {}
+    return Prompt(example, ids.astype(np.int64), theirs.get("pixel_values"), theirs.get("image_grid_thw"))
+
+
+class TorchSide:
+    """The same checkpoint in transformers, in a process of its own: `name` asks it to do a task and gives the seconds.
+
+    Args:
+        script: of this folder.
+        folder: where it makes the checkpoint and finds its inputs.
+        shape: what it is told, beside the model's config, seed and threads.
+    """
+
+    def __init__(self, script: str, folder: str, shape: dict[str, Any]):
+        interpreter = os.environ.get("RAVE_JAX_TORCH_PYTHON")
+        if not interpreter:
+            raise SystemExit("RAVE_JAX_TORCH_PYTHON is not set: name a Python that has torch and transformers")
+        self.threads = len(os.sched_getaffinity(0))
+        told = {"config": CONFIG, "seed": SEED, "threads": self.threads, **shape}
+        Path(folder, "shape.json").write_text(json.dumps(told))
+        command = [interpreter, str(Path(__file__).with_name(script)), folder]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
+        self.says = json.loads(self._line())
+
+    def seconds(self, task: str) -> float:
+        """Do it once."""
+        assert self._process.stdin
+        print(task, file=self._process.stdin, flush=True)
+        return float(self._line())
+
+    def close(self) -> None:
+        """End the process."""
+        assert self._process.stdin
+        self._process.stdin.close()
+        self._process.wait()
+
+    @property
+    def where(self) -> str:
+        """Machine and versions, for a row of results."""
+        return f"CPU, {self.threads} threads, float32, jax {jax.__version__}, torch {self.says['torch']}, seed {SEED}"
+
+    def _line(self) -> str:
+        assert self._process.stdout
+        return self._process.stdout.readline()
+
+
+def our_model(folder: str) -> Vlm:
+    """The checkpoint in our model, as a user would run it on a CPU: torch keeps its layers apart too."""
+    return import_hf(folder, ModelOptions(scan_layers=False), None, jax.random.key(SEED))

@@ -1,0 +1,62 @@
+"""Prompts for the engine, laid out by hand, and the oracle: a whole forward pass over prompt and answer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from rave_jax.batch import Kind, Role, TokenInfo
+from rave_jax.data.sample import Example
+from rave_jax.models.config import VlmConfig
+from rave_jax.models.vlm import Vlm
+from tests.models.layout import Document, batch
+
+
+def example_of(doc: Document, config: VlmConfig) -> Example:
+    """The document as the processor would give it."""
+    T, P = len(doc.tokens), len(doc.patches)
+    row: Any = batch([[doc]], config, T, P)
+    info = TokenInfo(*(code[0] for code in row.info))
+    return Example(
+        tokens=row.tokens[0],
+        loss_mask=np.zeros(T, np.float32),
+        info=info,
+        positions=row.positions[:, 0],
+        visual_index=row.visual_index[0],
+        patches=row.patches[0],
+        patch_segment=row.patch_segment[0],
+        patch_place=row.patch_place[0],
+        patch_window=row.patch_window[0],
+    )
+
+
+def with_answer(prompt: Document, answer: list[int]) -> Document:
+    """The prompt with answer tokens after it, written out by hand."""
+    after = max(max(p) for p in prompt.positions) + 1
+    start = len(prompt.tokens)
+    codes = [{"kind": Kind.TEXT, "role": Role.RESPONSE, "turn": 1, "place": start + i} for i in range(len(answer))]
+    return Document(
+        tokens=prompt.tokens + answer,
+        codes=prompt.codes + codes,
+        positions=prompt.positions + [(after + i,) * 3 for i in range(len(answer))],
+        units=prompt.units + [0] * len(answer),
+        patches=prompt.patches,
+        segment=prompt.segment,
+        place=prompt.place,
+        window=prompt.window,
+    )
+
+
+@jax.jit
+def _logits(model: Vlm, whole: Any) -> jax.Array:
+    return model.logits(model.hidden(whole))
+
+
+def whole_forward(model: Vlm, prompts: list[Document], answers: list[list[int]], T: int, P: int) -> list[np.ndarray]:
+    """Logits [N,V] that a pass over prompt and answer at once gives where each of the N answer tokens was chosen."""
+    documents = [with_answer(p, a) for p, a in zip(prompts, answers, strict=True)]
+    found = np.asarray(_logits(model, batch([[d] for d in documents], model.config, T, P)))
+    starts = [len(p.tokens) - 1 for p in prompts]
+    return [row[s : s + len(a)] for row, s, a in zip(found, starts, answers, strict=True)]

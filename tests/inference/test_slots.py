@@ -1,0 +1,233 @@
+"""Slots against their definition: each token is the argmax of a whole forward pass, whoever is in the other slots."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+import pytest
+
+from rave_jax.attention import MechanismConfig, Rave, SlidingWindow, TextPositions
+from rave_jax.config import ConfigError
+from rave_jax.data.sample import OverBudget, SampleError
+from rave_jax.inference import Engine, Sampling, SlotConfig
+from rave_jax.inference import slots as programs
+from rave_jax.models.config import ModelOptions, TextConfig, VlmConfig
+from rave_jax.models.families.presets import tiny
+from rave_jax.models.vlm import Vlm
+from rave_jax.parallel.mesh import MeshConfig, make_mesh
+from rave_jax.parallel.sharding import named_sharding
+from tests.inference.prompts import example_of, whole_forward
+from tests.models.layout import Document, Visual, document
+from tests.models.made import model
+
+CONFIG = tiny(tie_embeddings=False)  # tied, a random model repeats what it read
+VISION = CONFIG.vision
+assert VISION is not None
+NEW = 6
+# Prompts of one token, within one chunk, and of three chunks; without a picture, with one, with several and a video.
+PARTS: tuple[list[int | Visual], ...] = (
+    [3, Visual(1, 4, 4), 4],
+    [2, Visual(1, 4, 6), 1, Visual(1, 2, 4), 5],
+    [1],
+    [9, Visual(1, 4, 8), 4, Visual(2, 4, 4, video=True), 2, Visual(1, 4, 4), 9],
+    [14],
+)
+SIZES = SlotConfig(
+    slots=3, max_length=64, chunk=16, smallest=16, patches=40, prefill_rows=2, decode_steps=4, max_stop_ids=2
+)
+SETTINGS: dict[str, tuple[MechanismConfig, ...]] = {
+    "plain": (),
+    "rave": (Rave(rank=4, layers=(0, 2), queries="text", form="tanh"), SlidingWindow(window=20, layers=(1,))),
+    "positions": (TextPositions(), SlidingWindow(window=5)),
+}
+
+
+@functools.cache
+def a_model(name: str = "rave") -> Vlm:
+    return model(CONFIG, ModelOptions(mechanisms=SETTINGS[name]), seed=3)
+
+
+@functools.cache
+def prompts() -> list[Document]:
+    rng = np.random.default_rng(0)
+    return [document(parts, CONFIG, rng) for parts in PARTS]
+
+
+def engine(vlm: Vlm, sizes: SlotConfig = SIZES, stop_ids: Sequence[int] = (), mesh=None) -> Engine:
+    assert VISION is not None
+    return Engine(
+        vlm,
+        sizes,
+        stop_ids,
+        window_patches=VISION.window_patches,
+        merge_patches=VISION.merge_unit,
+        patch_numbers=VISION.patch_width,
+        mesh=mesh,
+    )
+
+
+def run(slots: Engine, documents: Sequence[Document], samplings: Sequence[Sampling] | None = None) -> list[list[int]]:
+    """The answers, in order; also holds that each request ends once."""
+    samplings = samplings or [Sampling(NEW)] * len(documents)
+    asked = zip(documents, samplings, strict=True)
+    numbers = [slots.submit(example_of(doc, slots._model.config), sampling) for doc, sampling in asked]
+    answers: dict[int, list[int]] = {number: [] for number in numbers}
+    ended = []
+    while slots.waiting or slots.running:
+        for progress in slots.step():
+            assert progress.request not in ended
+            answers[progress.request] += progress.tokens
+            ended += [progress.request] * (progress.reason is not None)
+    assert sorted(ended) == numbers
+    return [answers[number] for number in numbers]
+
+
+def compilations() -> int:
+    """Programs of the engine that were compiled in this process."""
+    return sum(program._cache_size() for program in (programs._see, programs._read, programs._write))
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_each_token_is_the_argmax_of_a_whole_forward(name: str) -> None:
+    vlm = a_model(name)
+    answers = run(engine(vlm), prompts())
+    assert [len(answer) for answer in answers] == [NEW] * len(PARTS)
+    assert len({token for answer in answers for token in answer}) > 5, "a model that says one thing proves nothing"
+    for answer, logits in zip(answers, whole_forward(vlm, prompts(), answers, T=72, P=160), strict=True):
+        assert answer == logits.argmax(-1).tolist()
+        best = np.sort(logits, axis=-1)
+        assert (best[:, -1] - best[:, -2]).min() > 1e-4, "no tie decides"
+
+
+@pytest.fixture(scope="module")
+def expected() -> list[list[int]]:
+    return run(engine(a_model()), prompts())
+
+
+def test_a_batch_says_what_each_row_says_alone(expected: list[list[int]]) -> None:
+    slots = engine(a_model())
+    assert [run(slots, [prompt])[0] for prompt in prompts()] == expected
+    assert run(slots, prompts()[::-1]) == expected[::-1], "used slots remember nothing of who was there"
+
+
+def test_layers_apart_say_the_same(expected: list[list[int]]) -> None:
+    stacked = a_model()
+    options = dataclasses.replace(stacked.options, scan_layers=False)
+    apart = jax.eval_shape(lambda: Vlm(CONFIG, options, key=jax.random.key(0)))
+    layers = [
+        jax.tree.map(lambda x, n=n: x[n : n + 1], segment.layers)
+        for segment in stacked.decoder.segments
+        for n in range(segment.stop - segment.start)
+    ]
+    for segment, one in zip(apart.decoder.segments, layers, strict=True):
+        segment.layers = one
+    apart.decoder.norm, apart.embed, apart.lm_head = stacked.decoder.norm, stacked.embed, stacked.lm_head
+    apart.vision = stacked.vision
+    assert run(engine(apart), prompts()[:2]) == expected[:2]
+
+
+def test_stop_tokens_end_a_row_and_only_that_row(expected: list[list[int]]) -> None:
+    stop, own = expected[0][2], expected[3][1]
+    samplings = [Sampling(NEW), Sampling(NEW), Sampling(1), Sampling(NEW, stop_ids=(own,)), Sampling(NEW)]
+    answers = run(engine(a_model(), stop_ids=(stop,)), prompts(), samplings)
+    for answer, free, sampling in zip(answers, expected, samplings, strict=True):
+        stops = {stop, *sampling.stop_ids}
+        free = free[: sampling.max_new_tokens]
+        assert answer == free[: next((i for i, token in enumerate(free) if token in stops), len(free))]
+    assert len(answers[0]) <= 2 and len(answers[3]) <= 1
+
+
+def test_an_answer_ends_where_its_slot_does(expected: list[list[int]]) -> None:
+    prompt = prompts()[3]
+    slots = engine(a_model())
+    room = SIZES.max_length - len(prompt.tokens) + 1
+    number = slots.submit(example_of(prompt, CONFIG), Sampling(1000))
+    progress = [p for _ in range(room) for p in slots.step()]
+    assert {p.request for p in progress} == {number}
+    answer = [token for p in progress for token in p.tokens]
+    assert len(answer) == room and answer[:NEW] == expected[3]
+    assert [p.reason for p in progress if p.reason] == ["full"]
+    # The last token needed no slot of its own, and every one before it was seen.
+    (logits,) = whole_forward(a_model(), [prompt], [answer], T=72, P=160)
+    assert answer == logits.argmax(-1).tolist()
+
+
+def test_a_mesh_changes_nothing_and_compiles_nothing_twice(expected: list[list[int]]) -> None:
+    mesh = make_mesh(MeshConfig(fsdp=2, tensor=2), jax.devices()[:4])
+    before = compilations()
+    slots = engine(a_model(), dataclasses.replace(SIZES, slots=4), mesh=mesh)
+    stored = slots._state.cache.segments[0].k
+    wanted = named_sharding(("layers", "batch", "kv_heads", "length", None), stored.shape, mesh)
+    assert stored.sharding.is_equivalent_to(wanted, stored.ndim) and not wanted.is_fully_replicated
+    assert run(slots, prompts()) == expected
+    assert run(slots, prompts()[::-1]) == expected[::-1]
+    assert compilations() - before == len(slots.usage.programs)
+
+
+def test_a_mixed_load_compiles_its_buckets_and_keeps_slots_busy() -> None:
+    rng = np.random.default_rng(1)
+    before = compilations()
+    slots = engine(a_model(), dataclasses.replace(SIZES, prefill_rows=1, decode_steps=5))
+    some = [document([int(n), Visual(1, 4, 4), 1], CONFIG, rng) for n in rng.integers(1, 30, 60)]
+    run(slots, some, [Sampling(int(n)) for n in rng.integers(1, 25, 60)])
+    sizes = {name: {n for kind, n in slots.usage.programs if kind == name} for name in ("see", "read", "write")}
+    assert sizes["see"] == {16} and sizes["read"] == {16, 32, 64} and sizes["write"] <= {16, 32, 64}
+    assert compilations() - before == len(slots.usage.programs)
+    assert 0.95 < slots.usage.occupancy < 1, "only at the end slots run empty"
+
+
+def test_what_does_not_fit_is_refused_and_nothing_is_lost(expected: list[list[int]]) -> None:
+    slots = engine(a_model(), dataclasses.replace(SIZES, max_prompt=40, max_patches=60))
+    long = document([41], CONFIG, np.random.default_rng(0))
+    many = document([1, Visual(1, 8, 8), 1], CONFIG, np.random.default_rng(0))
+    whole = document([64], CONFIG, np.random.default_rng(0))
+    with pytest.raises(OverBudget, match="x: the prompt has 41 tokens, over the budget of max_prompt 40"):
+        slots.submit(example_of(long, CONFIG), Sampling(), "x")
+    with pytest.raises(OverBudget, match="64 patches, over the budget of max_patches 60"):
+        slots.submit(example_of(many, CONFIG), Sampling())
+    with pytest.raises(OverBudget, match="65 tokens, an answer token counted, over the budget of max_length 64"):
+        engine(a_model()).submit(example_of(whole, CONFIG), Sampling())
+    with pytest.raises(SampleError, match="3 ids end it, but max_stop_ids is 2"):
+        slots.submit(example_of(prompts()[0], CONFIG), Sampling(stop_ids=(1, 2, 3)))
+    with pytest.raises(ConfigError, match="3 ids end an answer"):
+        engine(a_model(), stop_ids=(1, 2, 3))
+    text = VlmConfig(text=TextConfig(), vision=None)
+    with pytest.raises(SampleError, match="the model takes none"):
+        engine(model(text)).submit(example_of(prompts()[0], CONFIG), Sampling())
+    assert run(slots, prompts()[:1]) == expected[:1]
+
+
+def test_a_cancelled_request_leaves_its_slot(expected: list[list[int]]) -> None:
+    slots = engine(a_model())
+    numbers = [slots.submit(example_of(prompt, CONFIG), Sampling(40)) for prompt in prompts()]
+    slots.step()
+    assert slots.running == 2 and slots.waiting == 3, "the third slot waits for company"
+    for number in numbers:
+        slots.cancel(number)
+    assert slots.running == slots.waiting == 0 and slots.step() == []
+    assert run(slots, prompts()) == expected
+
+
+@pytest.mark.parametrize(
+    "field",
+    [
+        "slots",
+        "max_length",
+        "chunk",
+        "smallest",
+        "patches",
+        "prefill_rows",
+        "decode_steps",
+        "max_prompt",
+        "max_patches",
+    ],
+)
+def test_sizes_that_make_no_slots_are_refused(field: str) -> None:
+    with pytest.raises(ConfigError, match=field):
+        SlotConfig(**{field: 0})
+    with pytest.raises(ConfigError, match="prefill_rows"):
+        SlotConfig(slots=2, prefill_rows=3)
