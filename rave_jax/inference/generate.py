@@ -83,7 +83,8 @@ class Generator:
     def __init__(self, model: Vlm, processor: Processor, config: SlotConfig, mesh: Mesh | None = None):
         settings = processor.settings
         self._processor = processor
-        self._ahead = config.prefill_rows
+        # As many as there are slots, and a group that waits for the next free ones.
+        self._most = config.slots + config.prefill_rows
         self._engine = Engine(
             model,
             config,
@@ -115,19 +116,23 @@ class Generator:
         more = True
         try:
             while more or running:
-                while more and self._engine.waiting < self._ahead:
+                while more and self._engine.running + self._engine.waiting < self._most:
                     following = next(source, None)
                     more = following is not None
                     if following is not None:
                         self._submit(*following, running, refused)
                 yield from refused
                 refused.clear()
+                gone: set[int] = set()
                 for progress in self._engine.step() if running else ():
+                    if progress.request in gone:  # its first token ended it, and the same step had more
+                        continue
                     answer = running[progress.request]
                     yield self._piece(progress.request, answer, progress.tokens, progress.reason)
                     ended = progress.reason is not None or answer.stream.stopped
                     if ended:
                         del running[progress.request]
+                        gone.add(progress.request)
         finally:
             for number in running:
                 self._engine.cancel(number)
