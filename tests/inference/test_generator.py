@@ -1,0 +1,302 @@
+"""Text from conversations: what ends it, what comes when, and what one request may do to another (nothing)."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import pytest
+
+from rave_jax.attention import Rave
+from rave_jax.data.processor import Processor
+from rave_jax.data.sample import ImageError, OverBudget, SampleError
+from rave_jax.inference import Completion, Generator, Request, Sampling, SlotConfig
+from rave_jax.models.config import ModelOptions, TextConfig, VlmConfig
+from rave_jax.models.families.presets import tiny
+from rave_jax.models.parameters import with_values
+from rave_jax.models.vlm import Vlm
+from tests.data.conftest import TEMPLATE, byte_tokenizer, tiny_settings
+from tests.data.pictures import noise
+from tests.models.made import model
+
+V = 270
+LETTERS = 94
+"""The first ids of the tokenizer are the characters from ! to ~, a byte and a letter each."""
+NEW = 24
+# One reach: few programs. Three slots of which none waits for company, and two that are read together.
+THREE = SlotConfig(slots=3, max_length=160, chunk=160, smallest=160, patches=64, decode_steps=4, max_stop_ids=4)
+TWO = dataclasses.replace(THREE, slots=2, prefill_rows=2, decode_steps=1)
+# The penalty keeps a random model from saying one letter again and again.
+COLD = Sampling(NEW, repetition_penalty=2)
+WARM = Sampling(NEW, temperature=1.5, seed=5)
+
+
+def speaker(config: VlmConfig, mechanisms: tuple[Any, ...] = ()) -> Vlm:
+    """A model whose most likely token is a letter at every step; warm, it says anything."""
+    vlm = model(config, ModelOptions(mechanisms=mechanisms), seed=1)
+    assert vlm.lm_head is not None
+    letters = jnp.arange(V)[:, None] < LETTERS
+    return with_values(vlm, {"lm_head.weight": jnp.where(letters, vlm.lm_head.weight[...], 0)})
+
+
+@pytest.fixture(scope="module")
+def processor() -> Processor:
+    tokenizer = byte_tokenizer()
+    return Processor(tokenizer, tiny_settings(tokenizer), TEMPLATE)
+
+
+@pytest.fixture(scope="module")
+def vlm(processor: Processor) -> Vlm:
+    ids = {"image_token_id": processor.settings.image_token_id, "video_token_id": processor.settings.video_token_id}
+    config = dataclasses.replace(tiny(vocab_size=V, tie_embeddings=False), **ids, eos_token_ids=(processor.end_id,))
+    return speaker(config, (Rave(rank=2),))
+
+
+@pytest.fixture(scope="module")
+def three(vlm: Vlm, processor: Processor) -> Generator:
+    return Generator(vlm, processor, THREE)
+
+
+@pytest.fixture(scope="module")
+def two(vlm: Vlm, processor: Processor) -> Generator:
+    return Generator(vlm, processor, TWO)
+
+
+def ask(question: str, sampling: Sampling = COLD, picture: Any = None, name: str = "") -> Request:
+    shown = [] if picture is None else [{"type": "image", "image": picture}]
+    return Request([{"role": "user", "content": [*shown, {"type": "text", "text": question}]}], sampling, name)
+
+
+PICTURE = noise(24, 16)
+GOOD = (
+    ask("What?", picture=PICTURE),
+    ask("Why?", dataclasses.replace(COLD, max_new_tokens=3)),
+    ask("How many are there?", WARM, noise(16, 24, seed=1)),
+    ask("Who?", dataclasses.replace(COLD, max_new_tokens=11)),
+    ask("Where?", dataclasses.replace(WARM, max_new_tokens=17, seed=6)),
+)
+
+
+def changed(asked: int, **changes: Any) -> Sampling:
+    return dataclasses.replace(GOOD[asked].sampling, **changes)
+
+
+def whole(generator: Generator, requests: Sequence[Request]) -> list[Completion]:
+    """The answers to requests that can be answered."""
+    ends = generator.answers(requests)
+    assert [type(end) for end in ends] == [Completion] * len(requests), ends
+    return [end for end in ends if isinstance(end, Completion)]
+
+
+@pytest.fixture(scope="module")
+def alone(three: Generator) -> list[Completion]:
+    """What each of GOOD is answered when nobody else asks."""
+    return [answer for request in GOOD for answer in whole(three, [request])]
+
+
+def idle(generator: Generator) -> bool:
+    return generator._engine.running == generator._engine.waiting == 0
+
+
+def test_a_completion_is_the_text_of_its_tokens(alone: list[Completion], processor: Processor) -> None:
+    for request, answer in zip(GOOD, alone, strict=True):
+        assert answer.text == processor.decode(answer.tokens)
+        assert answer.prompt_tokens == len(processor.encode(request.messages, add_generation_prompt=True).tokens)
+        assert answer.reason == ("stop" if len(answer.tokens) < request.sampling.max_new_tokens else "length")
+    assert len(set(alone[0].text)) > 8 and alone[0].text.isascii(), "the greedy speaker says letters"
+    assert any(not answer.text.isascii() for answer in alone), "a warm one says anything"
+
+
+def test_answers_come_in_the_order_of_the_requests_whoever_else_asks(
+    three: Generator, two: Generator, alone: list[Completion]
+) -> None:
+    orders = [list(range(5)), [4, 3, 2, 1, 0], [2, 2, 0, 4, 1, 3, 2]]
+    for generator, order in itertools.product((three, two), orders):
+        assert whole(generator, [GOOD[n] for n in order]) == [alone[n] for n in order]
+
+
+def test_another_seed_says_something_else_and_the_same_seed_the_same(three: Generator) -> None:
+    seeds = [1, 2, 3, 1, 2, 3, 1]
+    said = [a.tokens for a in whole(three, [ask("?", dataclasses.replace(WARM, seed=seed)) for seed in seeds])]
+    assert len(set(said)) == 3
+    assert all(tokens == said[seeds.index(seed)] for seed, tokens in zip(seeds, said, strict=True))
+
+
+def test_one_token_is_an_answer(three: Generator, alone: list[Completion]) -> None:
+    one, *_ = whole(three, [dataclasses.replace(GOOD[0], sampling=changed(0, max_new_tokens=1)), *GOOD[1:4]])
+    assert (one.tokens, one.text, one.reason) == (alone[0].tokens[:1], alone[0].text[:1], "length")
+
+
+def test_an_answer_ends_where_its_slot_does(three: Generator, alone: list[Completion]) -> None:
+    [full] = whole(three, [dataclasses.replace(GOOD[0], sampling=changed(0, max_new_tokens=1000))])
+    assert full.reason == "full" and full.text.startswith(alone[0].text)
+    assert len(full.tokens) == THREE.max_length - full.prompt_tokens + 1
+
+
+def test_stop_ids_end_an_answer_and_are_no_part_of_it(three: Generator, alone: list[Completion]) -> None:
+    tokens = alone[0].tokens
+    for place in (0, 3, 4, 5, NEW - 1):
+        [answer] = whole(three, [dataclasses.replace(GOOD[0], sampling=changed(0, stop_ids=(tokens[place], 269)))])
+        first = tokens.index(tokens[place])
+        assert (answer.tokens, answer.text) == (tokens[:first], alone[0].text[:first])
+        assert answer.reason == "stop" and idle(three)
+
+
+@pytest.mark.parametrize("asked", [0, 2], ids=["letters", "any bytes"])
+@pytest.mark.parametrize("sizes", ["three", "two"])
+def test_a_stop_string_ends_the_text_before_it_wherever_tokens_split_it(
+    asked: int, sizes: str, alone: list[Completion], request: pytest.FixtureRequest
+) -> None:
+    """One token per byte, looked at after every fourth or every token: a string begins and ends at all of them."""
+    free = alone[asked]
+    spans = [(at, n) for n in (1, 2, 5) for at in range(len(free.text) - n + 1)]
+    strings = [free.text[at : at + n] for at, n in spans]
+    requests = [dataclasses.replace(GOOD[asked], sampling=changed(asked, stop=(string,))) for string in strings]
+    for string, answer in zip(strings, whole(request.getfixturevalue(sizes), requests), strict=True):
+        assert answer.text == free.text[: free.text.index(string)]
+        assert answer.reason == "stop"
+        assert answer.tokens == free.tokens[: len(answer.tokens)]
+        if free.text.isascii():
+            assert len(answer.tokens) == len(answer.text) + len(string)
+
+
+def test_of_several_stop_strings_the_first_in_the_text_counts(three: Generator, alone: list[Completion]) -> None:
+    text = alone[0].text
+    stop = (text[14:16], text[7:12], text[8:9], "never said")
+    [answer] = whole(three, [dataclasses.replace(GOOD[0], sampling=changed(0, stop=stop))])
+    assert answer.text == text[: min(text.index(string) for string in stop[:3])]
+
+
+def test_a_stop_string_frees_the_slot_at_once(three: Generator, alone: list[Completion]) -> None:
+    long = changed(0, stop=(alone[0].text[4:7],), max_new_tokens=100)
+    steps = three.usage.slot_steps
+    for piece in three.stream([dataclasses.replace(GOOD[0], sampling=long)]):
+        assert (piece.end is not None) == idle(three)
+    # The first token came with the prompt; the seventh was in the second look at four.
+    assert three.usage.slot_steps - steps == THREE.slots * 2 * THREE.decode_steps
+
+
+@pytest.mark.parametrize("sizes", ["three", "two"])
+def test_pieces_put_end_to_end_are_the_text(
+    sizes: str, alone: list[Completion], request: pytest.FixtureRequest
+) -> None:
+    stopped = dataclasses.replace(GOOD[2], sampling=changed(2, stop=(alone[2].text[9:12],)))
+    broken = ask("?", picture=b"none")
+    texts: dict[int, str] = {}
+    ends: dict[int, Completion | SampleError] = {}
+    grew = 0
+    generator: Generator = request.getfixturevalue(sizes)
+    for piece in generator.stream([*GOOD, stopped, broken]):
+        assert piece.request not in ends, "nothing follows the end"
+        texts[piece.request] = texts.get(piece.request, "") + piece.text
+        grew += bool(piece.text) and piece.request == 0
+        if piece.end is not None:
+            ends[piece.request] = piece.end
+    assert sorted(ends) == list(range(7)) and isinstance(ends[6], ImageError)
+    for number in range(6):
+        end = ends[number]
+        assert isinstance(end, Completion) and end.text == texts[number]
+    assert [ends[n] for n in range(5)] == alone
+    assert texts[5] == alone[2].text[: alone[2].text.index(alone[2].text[9:12])] and texts[6] == ""
+    decode_steps = generator._engine.config.decode_steps
+    assert grew >= NEW / decode_steps, "text comes while the answer grows"
+
+
+BAD: tuple[tuple[Request, type[SampleError], str], ...] = (
+    (ask("What?", picture=b"not a picture", name="broken"), ImageError, "^broken: "),
+    (ask("word " * 40, name="long"), OverBudget, "^long: .*160"),
+    (ask("What?", Sampling(stop_ids=(1, 2, 3, 4)), name="ends"), SampleError, "^ends: 5 ids end it"),
+    (Request([{"role": "nobody", "content": "?"}], name="role"), SampleError, "^role: .*nobody"),
+    (Request([{"role": "user", "content": "<|image_pad|>"}]), SampleError, "^request 4: .*placeholder"),
+)
+
+
+def test_what_cannot_be_answered_ends_with_its_own_error_and_the_others_are_answered(
+    three: Generator, alone: list[Completion]
+) -> None:
+    mixed = [bad for bad, _, _ in BAD] + [
+        r for pair in zip(GOOD, (bad for bad, _, _ in BAD), strict=True) for r in pair
+    ]
+    ends = three.answers(mixed)
+    assert ends[5::2] == alone
+    for end, (_, kind, message) in zip(ends[:5], BAD, strict=True):
+        assert type(end) is kind
+        with pytest.raises(SampleError, match=message):
+            raise end
+    assert [type(end) for end in ends[6::2]] == [kind for _, kind, _ in BAD]
+    assert three.answers([bad for bad, _, _ in BAD][:1] * 9 + [GOOD[0]])[9] == alone[0], "errors take no slot"
+    assert three.answers([]) == []
+
+
+def test_a_text_model_answers_text_and_refuses_pictures(processor: Processor) -> None:
+    text = TextConfig(vocab_size=V, tie_embeddings=False)
+    settings = dataclasses.replace(processor.settings, has_vision=False)
+    config = VlmConfig(text=text, vision=None, eos_token_ids=(), family="qwen3")
+    generator = Generator(speaker(config), Processor(processor.tokenizer, settings, TEMPLATE), THREE)
+    first, refused, last = generator.answers([ask("What?"), ask("What?", picture=PICTURE, name="seen"), ask("Why?")])
+    assert isinstance(first, Completion) and isinstance(last, Completion)
+    assert len(first.tokens) == len(last.tokens) == NEW and first.text != last.text
+    assert type(refused) is SampleError and str(refused) == (
+        "seen: the conversation has pictures and the model takes none"
+    )
+
+
+@pytest.mark.parametrize("sizes", ["three", "two"])
+def test_requests_are_taken_when_there_is_room_and_no_sooner(
+    sizes: str, alone: list[Completion], request: pytest.FixtureRequest
+) -> None:
+    generator: Generator = request.getfixturevalue(sizes)
+    config = generator._engine.config
+    taken, ended = 0, 0
+
+    def source() -> Iterator[Request]:
+        nonlocal taken
+        for number in itertools.count():
+            taken += 1
+            yield GOOD[number % 5]
+
+    stream = generator.stream(source())
+    for piece in itertools.islice(stream, 150):
+        # An answer that has just ended was in a slot when the next ones were taken.
+        assert taken - ended <= config.slots + config.prefill_rows
+        ended += piece.end is not None
+    assert ended > 4
+    stream.close()
+    assert idle(generator)
+    assert whole(generator, GOOD) == alone
+
+
+@pytest.mark.parametrize("sizes", [THREE, TWO], ids=["three", "two"])
+def test_slots_are_busy_while_requests_are_left(sizes: SlotConfig, vlm: Vlm, processor: Processor) -> None:
+    generator = Generator(vlm, processor, sizes)
+    whole(generator, [ask("?" * (1 + n % 5), Sampling(13)) for n in range(6 * sizes.slots)])
+    assert generator.usage.occupancy > 0.95
+
+
+def until_closed(stream: Any) -> None:
+    stream.close()
+
+
+def until_an_error(stream: Any) -> None:
+    with pytest.raises(RuntimeError, match="no more"):
+        list(stream)
+
+
+@pytest.mark.parametrize("leave", [until_closed, until_an_error])
+def test_a_stream_that_is_left_leaves_nobody_in_the_slots(
+    leave: Callable[[Any], None], three: Generator, alone: list[Completion]
+) -> None:
+    def source() -> Iterator[Request]:
+        yield from [dataclasses.replace(GOOD[0], sampling=changed(0, max_new_tokens=100))] * 7
+        raise RuntimeError("no more")
+
+    stream = three.stream(source())
+    for _ in range(5):
+        assert next(stream).end is None
+    assert not idle(three)
+    leave(stream)
+    assert idle(three)
+    assert whole(three, GOOD) == alone
