@@ -34,7 +34,7 @@ from small_vlm import (
 )
 
 from rave_jax.inference import Engine, Sampling, SlotConfig
-from rave_jax.inference import slots as programs
+from rave_jax.inference.slots import compilations
 from rave_jax.models.vlm import Vlm
 
 SLOTS = 8
@@ -94,11 +94,6 @@ def answer(slots: Engine, asked: list[Asked]) -> None:
     while slots.running or slots.waiting:
         given += sum(len(progress.tokens) for progress in slots.step())
     assert given == sum(one.new_tokens for one in asked)
-
-
-def compilations() -> int:
-    """Programs of slots that were compiled so far."""
-    return sum(program._cache_size() for program in (programs._see, programs._read, programs._write))
 
 
 def measure(rounds: int) -> list[dict[str, Any]]:

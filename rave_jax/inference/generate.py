@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 from jax.sharding import Mesh
 
-from rave_jax.config import ConfigError
 from rave_jax.data.processor import Processor
 from rave_jax.data.sample import Message, SampleError
 from rave_jax.inference.buckets import SlotConfig
@@ -77,11 +76,14 @@ class Generator:
         mesh: the devices, or None for a single one.
 
     Raises:
-        ConfigError: more ids end an answer than `config.max_stop_ids`.
+        ConfigError: more ids end an answer than `config.max_stop_ids`, or the tokenizer is of a kind whose text cannot
+            be put together token by token.
     """
 
     def __init__(self, model: Vlm, processor: Processor, config: SlotConfig, mesh: Mesh | None = None):
         settings = processor.settings
+        TextStream(processor.tokenizer)  # refuses the tokenizer now rather than every request later
+        self._streaming = False
         self._processor = processor
         # As many as there are slots, and a group that waits for the next free ones.
         self._most = config.slots + config.prefill_rows
@@ -109,7 +111,13 @@ class Generator:
         """Pieces of all answers as they come. A request that cannot be answered ends with its error; others go on.
 
         Requests are taken from the iterable when there is room for them. Closing the iterator ends what runs.
+
+        Raises:
+            RuntimeError: another stream of this generator is open; they would take each other's answers.
         """
+        if self._streaming:
+            raise RuntimeError("a stream of this generator is open: read it to its end or close it first")
+        self._streaming = True
         source = enumerate(requests)
         running: dict[int, _Answer] = {}
         refused: deque[Piece] = deque()
@@ -134,6 +142,7 @@ class Generator:
                         del running[progress.request]
                         gone.add(progress.request)
         finally:
+            self._streaming = False
             for number in running:
                 self._engine.cancel(number)
 
@@ -145,8 +154,6 @@ class Generator:
             number = self._engine.submit(example, request.sampling, called)
         except SampleError as error:
             refused.append(Piece(place, "", error))
-        except ConfigError as error:
-            refused.append(Piece(place, "", SampleError(str(error))))
         else:
             running[number] = _Answer(place, len(example.tokens), stream, [])
 

@@ -232,9 +232,14 @@ class Engine:
         return contextlib.nullcontext() if self._mesh is None else use_mesh(self._mesh)
 
 
-_see = jax.jit(see, donate_argnums=1)
-_read = jax.jit(read, donate_argnums=1, static_argnames="reach")
-_write = jax.jit(write, donate_argnums=1, static_argnames=("reach", "width"))
+_see: Any = jax.jit(see, donate_argnums=1)
+_read: Any = jax.jit(read, donate_argnums=1, static_argnames="reach")
+_write: Any = jax.jit(write, donate_argnums=1, static_argnames=("reach", "width"))
+
+
+def compilations() -> int:
+    """Programs of slots that this process holds compiled, of all models and sizes."""
+    return sum(program._cache_size() for program in (_see, _read, _write))
 
 
 def _everywhere(arguments: Any, mesh: Mesh) -> Any:

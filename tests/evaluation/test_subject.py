@@ -14,7 +14,8 @@ from rave_jax.data.processor import Processor
 from rave_jax.data.sample import Sample, SampleError
 from rave_jax.data.video import VideoLimits
 from rave_jax.evaluation.subject import Answer, ModelSubject, with_answer
-from rave_jax.inference import generate
+from rave_jax.inference import Completion, Generator, Request, Sampling, SlotConfig
+from rave_jax.inference.slots import compilations
 from rave_jax.models.config import ModelOptions
 from rave_jax.models.families.presets import tiny
 from rave_jax.models.vlm import Vlm
@@ -56,7 +57,7 @@ SAMPLES = (ask("What?", (24, 16)), ask("No picture", None), ask("How many are th
 
 def on(devices: int, vlm: Vlm, processor: Processor) -> ModelSubject:
     mesh = make_mesh(MeshConfig(), jax.devices()[:devices])
-    return ModelSubject(vlm, processor, mesh, SHAPE, NEW, (processor.end_id,))
+    return ModelSubject(vlm, processor, mesh, SHAPE, NEW)
 
 
 @pytest.fixture(scope="module")
@@ -66,13 +67,11 @@ def subject(vlm: Vlm, processor: Processor) -> ModelSubject:
 
 def test_answers_are_what_generation_gives(subject: ModelSubject, vlm: Vlm, processor: Processor) -> None:
     answers = subject.answer(SAMPLES)
+    alone = Generator(vlm, processor, SlotConfig(slots=1, max_length=128, chunk=128))
     for sample, answer in zip(SAMPLES, answers, strict=True):
-        assert isinstance(answer, Answer)
-        example = processor.encode(sample.prompt, add_generation_prompt=True)
-        alone = collate([[example]], SHAPE._replace(rows=1), processor.settings.patch_numbers)
-        made = generate(vlm, alone, max_new_tokens=NEW, stop_ids=(processor.end_id,))
-        assert list(answer.tokens) == made.tokens[0, : int(made.lengths[0])].tolist()
-        assert answer.text == processor.decode(answer.tokens).strip()
+        (made,) = alone.answers([Request(sample.prompt, Sampling(NEW))])
+        assert isinstance(made, Completion)
+        assert answer == Answer(made.text.strip(), made.tokens)
 
 
 def test_answers_and_looks_do_not_depend_on_the_mesh(subject: ModelSubject, vlm: Vlm, processor: Processor) -> None:
@@ -136,8 +135,12 @@ def test_a_video_is_asked_but_not_looked_at(subject: ModelSubject) -> None:
     assert subject.look([sample], [answer]) == [None]
 
 
-def test_prompts_of_any_size_are_one_program(subject: ModelSubject) -> None:
+def test_prompts_of_any_size_are_few_programs(subject: ModelSubject) -> None:
+    usage, before = subject._generator.usage, compilations()
+    known = set(usage.programs)
     sizes = [(8 * (1 + i % 5), 8 * (1 + i % 3)) for i in range(10)]
     answers = subject.answer([ask("?" * (1 + i), size, i) for i, size in enumerate(sizes)])
     assert all(isinstance(answer, Answer) for answer in answers)
-    assert subject._generate._cache_size() == 1
+    # The tower has a size for every window or two; prompts and answers have one each.
+    assert compilations() - before <= len(usage.programs - known)
+    assert len({size for name, size in usage.programs if name != "see"}) == 1

@@ -9,8 +9,10 @@ from typing import Any
 
 import jax.numpy as jnp
 import pytest
+from tokenizers import Tokenizer, decoders, models
 
 from rave_jax.attention import Rave
+from rave_jax.config import ConfigError
 from rave_jax.data.processor import Processor
 from rave_jax.data.sample import ImageError, OverBudget, SampleError
 from rave_jax.inference import Completion, Generator, Request, Sampling, SlotConfig
@@ -274,6 +276,26 @@ def test_slots_are_busy_while_requests_are_left(sizes: SlotConfig, vlm: Vlm, pro
     generator = Generator(vlm, processor, sizes)
     whole(generator, [ask("?" * (1 + n % 5), Sampling(13)) for n in range(6 * sizes.slots)])
     assert generator.usage.occupancy > 0.95
+
+
+def test_one_stream_at_a_time(three: Generator, alone: list[Completion]) -> None:
+    first = three.stream([ask("one"), ask("two")])
+    next(first)
+    with pytest.raises(RuntimeError, match="a stream of this generator is open"):
+        three.answers([ask("three")])
+    first.close()
+    assert idle(three) and len(whole(three, [ask("three")])) == 1
+
+
+def test_a_tokenizer_whose_text_cannot_be_put_together_is_refused(vlm: Vlm, processor: Processor) -> None:
+    class Other:
+        backend_tokenizer = Tokenizer(models.WordPiece(unk_token="?"))
+
+    Other.backend_tokenizer.decoder = decoders.WordPiece()
+    other = Processor.__new__(Processor)
+    other.settings, other.tokenizer = processor.settings, Other()
+    with pytest.raises(ConfigError, match="WordPiece, expected ByteLevel"):
+        Generator(vlm, other, SlotConfig())
 
 
 def until_closed(stream: Any) -> None:

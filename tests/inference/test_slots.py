@@ -14,7 +14,7 @@ from rave_jax.attention import MechanismConfig, Rave, SlidingWindow, TextPositio
 from rave_jax.config import ConfigError
 from rave_jax.data.sample import OverBudget, SampleError
 from rave_jax.inference import Engine, Sampling, SlotConfig
-from rave_jax.inference import slots as programs
+from rave_jax.inference.slots import compilations
 from rave_jax.models.config import ModelOptions, TextConfig, VlmConfig
 from rave_jax.models.families.presets import tiny
 from rave_jax.models.vlm import Vlm
@@ -84,11 +84,6 @@ def run(slots: Engine, documents: Sequence[Document], samplings: Sequence[Sampli
             ended += [progress.request] * (progress.reason is not None)
     assert sorted(ended) == numbers
     return [answers[number] for number in numbers]
-
-
-def compilations() -> int:
-    """Programs of the engine that were compiled in this process."""
-    return sum(program._cache_size() for program in (programs._see, programs._read, programs._write))
 
 
 @pytest.mark.parametrize("name", SETTINGS)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rave_jax.attention import Rave, SlidingWindow
+from rave_jax.attention import CacheType, Rave, SlidingWindow
 from rave_jax.batch import Batch, Kind, TokenInfo
 from rave_jax.models.config import ModelOptions, TextConfig, VlmConfig
 from rave_jax.models.families import presets
@@ -86,6 +86,17 @@ def test_prefill_and_decode_equal_the_whole_forward_at_every_step(options: Model
         for row in np.flatnonzero(alive):
             np.testing.assert_allclose(model.logits(hidden)[row, 0], expected[row, at[row]], atol=2e-5)
     assert cache.index.tolist() == lengths.tolist()
+
+
+@pytest.mark.parametrize(("kind", "tolerance"), [("bfloat16", 0.02), ("int8", 0.02)])
+def test_a_smaller_cache_changes_little(kind: CacheType, tolerance: float) -> None:
+    model = a_model(RAVE)
+    whole = batch([[doc] for doc in documents([3, Visual(1, 4, 6), 8], [12])], CONFIG, tokens=18, patches=24)
+    expected = np.asarray(logits(model, whole))
+    hidden, _ = jax.jit(Vlm.prefill)(model, whole, model.empty_cache(2, 18, kind))
+    real = np.asarray(whole.info.segment) > 0
+    difference = np.abs(np.asarray(model.logits(hidden)) - expected)[real]
+    assert 0 < difference.max() < tolerance * np.abs(expected[real]).max()
 
 
 def test_a_cache_keeps_what_mechanisms_remember_and_no_more() -> None:

@@ -1,0 +1,101 @@
+"""The cache: runs land in their slots and nowhere else, views go back where they came from, int8 loses little."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rave_jax import attention as at
+from rave_jax.attention import cache as kv
+from rave_jax.attention.rave import GateKeys
+from rave_jax.batch import TokenInfo
+
+L, B, S, K, h, r = 2, 3, 8, 2, 4, 3
+
+
+def shapes() -> tuple[at.Keys, ...]:
+    def of(*rest: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((L, B, S, K, *rest), jnp.float32)
+
+    return (at.Keys(of(h), of(h), (GateKeys(of(r), of()), None)),)
+
+
+def keys(T: int, seed: int = 0) -> at.Keys:
+    rng = np.random.default_rng(seed)
+    k, v, w, key = (jnp.asarray(rng.normal(size=(B, T, K, *rest)), jnp.float32) for rest in ((h,), (h,), (r,), ()))
+    return at.Keys(k, v, (GateKeys(w, key), None))
+
+
+def filled(kind: kv.CacheType = "compute") -> kv.KvCache:
+    cache = kv.empty_cache(shapes(), kind)
+    (stored,) = cache.segments
+    for layer in range(L):
+        stored = kv.write(stored, jnp.int32(layer), jnp.zeros(B, jnp.int32), keys(S, seed=layer))
+    info = TokenInfo(*(jnp.asarray(np.random.default_rng(9).integers(0, 9, (B, S)), jnp.int32) for _ in cache.info))
+    return kv.KvCache((stored,), info, jnp.array([3, 5, 8], jnp.int32))
+
+
+@given(st.integers(1, S), st.lists(st.integers(0, S + 2), min_size=B, max_size=B), st.integers(0, L - 1))
+def test_a_run_is_written_to_its_slots_of_its_layer_or_not_at_all(T: int, starts: list[int], layer: int) -> None:
+    before, new = filled().segments[0], keys(T, seed=7)
+    after = kv.write(before, jnp.int32(layer), jnp.array(starts, jnp.int32), new)
+    for n in range(L):
+        was, now = (kv.read(stored, jnp.int32(n), jnp.dtype(jnp.float32)) for stored in (before, after))
+        expected = jax.tree.map(np.array, was)
+        for row, start in enumerate(starts):
+            if n == layer and start + T <= S:
+                for old, run in zip(jax.tree.leaves(expected), jax.tree.leaves(new), strict=True):
+                    old[row, start : start + T] = run[row]
+        jax.tree.map(np.testing.assert_array_equal, now, expected)
+
+
+@pytest.mark.parametrize("rows", [[1], [2, 0], [0, 2, 1]])
+@pytest.mark.parametrize("reach", [3, S])
+def test_what_is_taken_goes_back_where_it_was(rows: list[int], reach: int) -> None:
+    cache = filled()
+    part = kv.take(cache, jnp.array([*rows, B], jnp.int32), reach)
+    assert part.size == reach and part.segments[0].k.shape == (L, len(rows) + 1, K, reach, h)
+    np.testing.assert_array_equal(part.info.kind[: len(rows)], cache.info.kind[np.array(rows), :reach])
+    same = kv.put(cache, part, jnp.array([*rows, B], jnp.int32))
+    jax.tree.map(np.testing.assert_array_equal, same, cache)
+    marked = kv.put(cache, jax.tree.map(lambda x: x * 0 - 1, part), jnp.array([*rows, B], jnp.int32))
+    others = [row for row in range(B) if row not in rows]
+    np.testing.assert_array_equal(marked.index, [-1 if row in rows else cache.index[row] for row in range(B)])
+    now, was = marked.segments[0].remembered[0].w, cache.segments[0].remembered[0].w
+    assert np.all(np.asarray(now)[:, rows, :, :reach] == -1)
+    np.testing.assert_array_equal(now[:, :, :, reach:], was[:, :, :, reach:])
+    np.testing.assert_array_equal(now[:, np.array(others, int)], was[:, np.array(others, int)])
+    whole = kv.put(cache, jax.tree.map(lambda x: x * 0 - 1, kv.take(cache, None, reach)), None)
+    assert np.all(np.asarray(whole.info.turn)[:, :reach] == -1)
+    np.testing.assert_array_equal(whole.info.turn[:, reach:], cache.info.turn[:, reach:])
+
+
+@given(st.integers(0, 2**31), st.floats(1e-6, 1e6))
+def test_int8_is_off_by_half_a_step_at_most(seed: int, size: float) -> None:
+    x = np.random.default_rng(seed).normal(size=(5, 3, 16)).astype(np.float32) * np.float32(size)
+    x[0, 0] = 0
+    found = kv.quantise(jnp.asarray(x))
+    assert found.values.dtype == jnp.int8 and found.scale.shape == (5, 3, 1)
+    back = np.asarray(found.values, np.float32) * np.asarray(found.scale)
+    step = np.abs(x).max(-1, keepdims=True) / 127
+    assert np.all(np.abs(back - x) <= 0.5001 * step) and np.all(back[0, 0] == 0)
+
+
+@pytest.mark.parametrize(("kind", "bytes_per_number"), [("compute", 4), ("bfloat16", 2), ("int8", 1 + 4 / h)])
+def test_number_types_hold_what_they_say(kind: kv.CacheType, bytes_per_number: float) -> None:
+    cache = filled(kind)
+    (stored,) = cache.segments
+    gate = sum(x.nbytes for x in jax.tree.leaves(stored.remembered))
+    assert gate == L * B * S * K * (r + 1) * 4, "what a mechanism remembers keeps its own type"
+    codes = sum(x.nbytes for x in (*cache.info, cache.index))
+    assert cache.nbytes == 2 * L * B * S * K * h * bytes_per_number + gate + codes
+    found = kv.read(stored, jnp.int32(1), jnp.dtype(jnp.float32))
+    tolerance = {"compute": 0, "bfloat16": 2**-8, "int8": 1 / 127}[kind]
+    exact = keys(S, seed=1)
+    assert found.k.dtype == jnp.float32
+    np.testing.assert_allclose(found.k, exact.k, atol=tolerance * float(jnp.abs(exact.k).max()))
+    np.testing.assert_array_equal(found.remembered[0].w, exact.remembered[0].w)
