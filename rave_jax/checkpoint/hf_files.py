@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from rave_jax.checkpoint.safetensors_file import CheckpointError, Stored, read_header
 
 CONFIG = "config.json"
+GENERATION_CONFIG = "generation_config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SIDECAR = "rave_jax.safetensors"
@@ -59,6 +60,19 @@ def hf_config(directory: Path) -> dict[str, Any]:
     config = read_json(directory / CONFIG)
     if not isinstance(config, dict):
         raise CheckpointError(f"{directory / CONFIG}: expected an object")
+    return config
+
+
+def generation_config(directory: Path) -> dict[str, Any]:
+    """What a directory says of generation, {} where it says nothing.
+
+    Raises:
+        CheckpointError: the file is there and no object of JSON.
+    """
+    file = directory / GENERATION_CONFIG
+    config = read_json(file) if file.is_file() else {}
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{file}: expected an object")
     return config
 
 

@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import Mesh, Sharding
 
 from rave_jax.checkpoint import native
-from rave_jax.checkpoint.hf_files import hf_config
+from rave_jax.checkpoint.hf_files import GENERATION_CONFIG, generation_config, hf_config
 from rave_jax.checkpoint.safetensors_file import DTYPES, CheckpointError, Slice, Stored, read_into
 from rave_jax.checkpoint.sidecar import check_same, needs_sidecar, saved_options
 from rave_jax.checkpoint.target import abstract_model, fresh_parameters, is_stacked, parameter_shardings
@@ -27,6 +27,7 @@ from rave_jax.checkpoint.verify import match, refusal
 from rave_jax.data.processor import image_settings
 from rave_jax.models.config import ModelOptions, VlmConfig
 from rave_jax.models.families import Family, family_for
+from rave_jax.models.families.base import eos_ids
 from rave_jax.models.parameters import named_parameters, with_values
 from rave_jax.models.vlm import Vlm
 from rave_jax.typing import NpArray
@@ -38,15 +39,19 @@ Dtypes = Literal["options", "stored"]
 
 
 def load_config(directory: str | Path) -> tuple[VlmConfig, Family]:
-    """The model config and family of a directory: of config.json, and the pixel statistics of its processor files.
+    """The model config and family of a directory.
+
+    config.json says what the model is; its processor files have the pixel statistics, and generation_config.json the
+    ids that end an answer.
 
     Raises:
-        ConfigError: no config.json, a model that we do not compute, or processor files that do not fit it.
+        ConfigError: no config.json, a model that we do not compute, or other files that do not fit it.
     """
     hf = hf_config(Path(directory))
     try:
         family = family_for(hf)
-        return with_image_settings(family.parse(hf), Path(directory)), family
+        config = with_image_settings(family.parse(hf), Path(directory))
+        return with_generation_settings(config, Path(directory)), family
     except ValueError as error:
         raise CheckpointError(f"{directory}: {error}") from error
     except (TypeError, AttributeError, ZeroDivisionError) as error:
@@ -72,6 +77,20 @@ def with_image_settings(config: VlmConfig, directory: Path) -> VlmConfig:
         if settings.get(theirs) is not None
     }
     return dataclasses.replace(config, vision=dataclasses.replace(config.vision, **stated))
+
+
+def with_generation_settings(config: VlmConfig, directory: Path) -> VlmConfig:
+    """The config with the `eos_token_id` of generation_config.json, where there is any.
+
+    It goes before that of config.json, as in transformers: released models name more ids there.
+
+    Raises:
+        ConfigError: it is no id and no list of them.
+    """
+    stated = generation_config(directory)
+    if stated.get("eos_token_id") is None:
+        return config
+    return dataclasses.replace(config, eos_token_ids=eos_ids(stated, where=GENERATION_CONFIG))
 
 
 def import_hf(

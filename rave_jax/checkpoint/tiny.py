@@ -136,7 +136,7 @@ def tiny_config(sizes: Tiny) -> VlmConfig:
         video_token_id=IDS["<|video_pad|>"],
         vision_start_token_id=IDS["<|vision_start|>"],
         vision_end_token_id=IDS["<|vision_end|>"],
-        eos_token_ids=(IDS["<|im_end|>"],),
+        eos_token_ids=(IDS["<|im_end|>"], IDS["<|endoftext|>"]),
         family=FAMILY,
     )
 
@@ -189,12 +189,12 @@ def write_tiny(destination: str | Path, sizes: Tiny = Tiny()) -> Path:
 def _settings(config: VlmConfig) -> dict[str, Any]:
     vision = config.vision
     assert vision is not None
-    end, pad = IDS["<|im_end|>"], IDS["<|endoftext|>"]
+    pad = IDS["<|endoftext|>"]
     unit = (vision.patch_size * vision.merge_size) ** 2
     ids = {"bos_token_id": pad, "pad_token_id": pad}
     return {
         "config.json": family_named(FAMILY).render(config) | {"dtype": "float32"} | ids,
-        "generation_config.json": {**ids, "eos_token_id": [end, pad], "do_sample": False},
+        "generation_config.json": {**ids, "eos_token_id": list(config.eos_token_ids), "do_sample": False},
         "tokenizer_config.json": {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "chat_template": CHAT_TEMPLATE,

@@ -60,10 +60,11 @@ def test_an_unchanged_import_is_written_byte_equal(
 ) -> None:
     source = write(shards=2, bfloat16=bfloat16, other_style=other_style)
     mesh = make_mesh(MeshConfig(fsdp=2, tensor=2), jax.devices()[:4])
+    (source / "generation_config.json").write_text('{ "eos_token_id": [5, 3]}')
     model = import_hf(source, mesh=mesh, dtypes="stored")
     out = export_hf(model, tmp_path / "out", source, max_shard_bytes=20_000)
     assert_same_bytes(all_tensors(out), all_tensors(source))
-    for name in ("config.json", "tokenizer_config.json"):
+    for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
         assert (out / name).read_bytes() == (source / name).read_bytes()
     index = json.loads((out / "model.safetensors.index.json").read_text())
     files = {name: (out / name).stat().st_size for name in set(index["weight_map"].values())}
@@ -127,7 +128,9 @@ def test_a_native_checkpoint_goes_there_and_back(write: Write, tmp_path: Path) -
 
 
 def test_without_a_source_the_config_is_ours(write: Write, tmp_path: Path) -> None:
-    model = import_hf(write())
+    source = write()
+    (source / "generation_config.json").write_text('{"eos_token_id": [5, 3]}')
+    model = import_hf(source)
     out = export_hf(model, tmp_path / "out")
     assert import_hf(out).config == model.config
     assert json.loads((out / "config.json").read_text())["dtype"] == "float32"

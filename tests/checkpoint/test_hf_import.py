@@ -157,6 +157,23 @@ def test_pixels_are_normalised_as_the_processor_files_say(write: Write) -> None:
         load_config(folder)
 
 
+def test_what_ends_an_answer_is_said_by_the_generation_config(write: Write) -> None:
+    folder = write()
+    file = folder / "generation_config.json"
+    stated = load_config(folder)[0].eos_token_ids
+    for text, ids in (("{}", stated), ('{"eos_token_id": [7, 5]}', (7, 5)), ('{"eos_token_id": 7}', (7,))):
+        file.write_text(text)
+        assert import_hf(folder).config.eos_token_ids == ids
+    for value in ("7", -1, True, 7.0, [7, None], {"a": 7}):
+        file.write_text(json.dumps({"eos_token_id": value}))
+        with pytest.raises(CheckpointError, match=r"generation_config\.json: 'eos_token_id' is .*, expected a tok"):
+            load_config(folder)
+    for text, wrong in (("[7]", "expected an object"), ("{", "not JSON")):
+        file.write_text(text)
+        with pytest.raises(CheckpointError, match=rf"generation_config\.json: {wrong}"):
+            load_config(folder)
+
+
 def test_index_and_files_must_agree(write: Write) -> None:
     folder = write(shards=2)
     index = json.loads((folder / "model.safetensors.index.json").read_text())

@@ -109,6 +109,7 @@ def test_configs_as_transformers_5_saves_them() -> None:
             "'layer_types' says 'sliding_attention' of layer 0, expected 'full_attention'",
         ),
         ({"vision_config": {"depth": 2}}, "vision_config: 'hidden_size' is missing"),
+        ({"eos_token_id": "<|im_end|>"}, "'eos_token_id' is '<|im_end|>', expected a token id or a list of them"),
     ],
 )
 def test_what_we_do_not_compute_is_refused(change: dict, message: str) -> None:

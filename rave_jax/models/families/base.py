@@ -100,12 +100,19 @@ def check_layer_types(config: HfConfig, text: TextConfig, where: str = "config.j
             )
 
 
-def eos_ids(config: HfConfig, default: int | None = None) -> tuple[int, ...]:
-    """`eos_token_id` as a tuple, whether the config says one, several or none."""
+def eos_ids(config: HfConfig, default: int | None = None, where: str = "config.json") -> tuple[int, ...]:
+    """`eos_token_id` as a tuple, whether the config says one, several or none.
+
+    Raises:
+        ConfigError: it says something else.
+    """
     value = config.get("eos_token_id", default)
     if value is None:
         return ()
-    return tuple(value) if isinstance(value, (list, tuple)) else (value,)
+    ids = tuple(value) if isinstance(value, (list, tuple)) else (value,)
+    if not all(type(i) is int and i >= 0 for i in ids):
+        raise ConfigError(f"{where}: 'eos_token_id' is {value!r}, expected a token id or a list of them")
+    return ids
 
 
 def decoder_tensors(config: VlmConfig) -> list[TensorRule]:
