@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections import abc, deque
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -107,7 +107,7 @@ class Generator:
         ends = {piece.request: piece.end for piece in self.stream(requests) if piece.end is not None}
         return [ends[n] for n in range(len(ends))]
 
-    def stream(self, requests: Iterable[Request]) -> Iterator[Piece]:
+    def stream(self, requests: Iterable[Request]) -> abc.Generator[Piece]:
         """Pieces of all answers as they come. A request that cannot be answered ends with its error; others go on.
 
         Requests are taken from the iterable when there is room for them. Closing the iterator ends what runs.
