@@ -1,23 +1,37 @@
-"""`rave-jax`: convert, inspect, logits. Each subcommand imports what it needs when it runs, so that --help is quick."""
+"""`rave-jax`: convert, inspect, logits, generate.
+
+Each subcommand imports what it needs when it runs, so that --help is quick.
+"""
 
 from __future__ import annotations
 
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from rave_jax.config import ConfigError
 
 DTYPES = ("float32", "bfloat16")
 EXIT_INPUT = 2
 """Misuse, or input that cannot be used."""
+EXIT_INTERRUPTED = 130
+"""Ctrl-C, as shells have it."""
 
 
 class _Parser(argparse.ArgumentParser):
     """Says what is wrong in one line."""
+
+    late: Callable[[argparse.ArgumentParser], None] | None = None
+    """Adds flags that take long to know. Called when this parser is the one that is used."""
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        late, self.late = self.late, None
+        if late is not None:
+            late(self)
+        return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
         self.exit(EXIT_INPUT, f"{self.prog}: {message} ({self.prog} --help says more)\n")
@@ -56,7 +70,38 @@ def _parser() -> argparse.ArgumentParser:
     logits.add_argument("request", type=Path, help="JSON list of messages in HF chat format, images by path")
     logits.add_argument("out", type=Path, help=".npz to write: input_ids [T], logits [T,V]")
     logits.add_argument("--add-generation-prompt", action="store_true", help="end with the header of an answer to come")
+
+    generate = commands.add_parser("generate", help="answers to a prompt, to a file of requests, or in a conversation")
+    generate.add_argument("model", type=Path, help="HuggingFace directory, native checkpoint or run directory")
+    generate.add_argument("--prompt", metavar="TEXT", help="what is asked; the answer goes to stdout as it comes")
+    generate.add_argument(
+        "--image",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="before the prompt; may come several times",
+    )
+    generate.add_argument("--system", metavar="TEXT", help="system message before everything")
+    generate.add_argument(
+        "--requests", type=Path, metavar="FILE", help="JSON Lines with 'messages' in HF chat format, images by path"
+    )
+    generate.add_argument(
+        "--out", type=Path, metavar="FILE", help="JSON Lines of answers to --requests (default: stdout)"
+    )
+    generate.add_argument("--interactive", action="store_true", help="a question per line, the conversation is kept")
+    generate.add_argument(
+        "--dtype", choices=DTYPES, help="number type to compute in (default: that of the model's options)"
+    )
+    generate.add_argument("--verbose", action="store_true", help="say on stderr how many tokens came and how quickly")
+    generate.late = _generation_flags
     return parser
+
+
+def _generation_flags(parser: argparse.ArgumentParser) -> None:
+    from rave_jax.tools.generate import add_flags
+
+    add_flags(parser)
 
 
 def _size(text: str) -> int:
@@ -68,21 +113,27 @@ def _size(text: str) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line; returns the exit code: 0, or 2 for input that cannot be used, said in one message."""
+    """Run a command line; returns the exit code.
+
+    0, 2 for input that cannot be used, said in one message, or 1 where a part of it could not be used.
+    """
     arguments = _parser().parse_args(argv)
     # Only tokenizers are used of transformers; its remark that torch is missing would confuse.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
-        _run(arguments)
+        return _run(arguments)
     except ConfigError as error:
         print(f"rave-jax: {error}", file=sys.stderr)
         return EXIT_INPUT
     except BrokenPipeError:  # `| head` has seen enough; the interpreter must not flush into it again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return EXIT_INTERRUPTED
     return 0
 
 
-def _run(arguments: argparse.Namespace) -> None:
+def _run(arguments: argparse.Namespace) -> int:
     match arguments.command:
         case "convert":
             from rave_jax.tools.convert import from_hf, to_hf
@@ -105,6 +156,11 @@ def _run(arguments: argparse.Namespace) -> None:
             from rave_jax.tools.logits import write_logits
 
             write_logits(arguments.model, arguments.request, arguments.out, arguments.add_generation_prompt)
+        case "generate":
+            from rave_jax.tools.generate import generate
+
+            return generate(arguments)
+    return 0
 
 
 if __name__ == "__main__":

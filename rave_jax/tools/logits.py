@@ -12,13 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rave_jax.checkpoint.hf_files import read_json
 from rave_jax.config import ConfigError
 from rave_jax.data.collate import collate, smallest_shape
 from rave_jax.data.processor import Processor
 from rave_jax.data.sample import SampleError
 from rave_jax.models.vlm import Vlm
 from rave_jax.tools import source as sources
+from rave_jax.tools.request import read_request
 
 TOKEN_BUCKET = 64
 """T is padded to a multiple of it, so that requests of similar length share one program."""
@@ -46,49 +46,6 @@ def write_logits(model: Path, request: Path, out: Path, add_generation_prompt: b
         raise ConfigError(f"{request}: {error}") from error
     _write(out, ids, values)
     print(f"{out}: input_ids {list(ids.shape)}, logits {list(values.shape)}")
-
-
-def read_request(path: Path) -> list[dict[str, Any]]:
-    """The messages of a request file, image paths made absolute.
-
-    A picture is given as `{"type": "image", "image": PATH}` or, as HF also has it, under `path` or `url`; a video as
-    `{"type": "video", "video": [PATH of each frame], "fps": NUMBER}`.
-
-    Raises:
-        ConfigError: not a list of messages, or a picture that is not a local path.
-    """
-    data = read_json(path)
-    if not isinstance(data, list) or not data or not all(isinstance(m, dict) and "content" in m for m in data):
-        raise ConfigError(f"{path}: expected a JSON list of messages, each with 'role' and 'content'")
-    return [message | {"content": _resolve(message["content"], path)} for message in data]
-
-
-def _resolve(content: Any, request: Path) -> Any:
-    if not isinstance(content, list):
-        return content
-    parts = []
-    for part in content:
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind == "image":
-            given = next((part[key] for key in ("image", "path", "url") if key in part), None)
-            parts.append({"type": "image", "image": _local(given, request)})
-        elif kind == "video":
-            frames = part.get("video")
-            if not isinstance(frames, list):
-                raise ConfigError(f"{request}: video is {frames!r}, expected a list of paths, one per frame")
-            parts.append(part | {"video": [_local(frame, request) for frame in frames]})
-        elif kind == "text" and not isinstance(part.get("text"), str):
-            raise ConfigError(f"{request}: a text part's text is {part.get('text')!r}, expected a string")
-        else:
-            parts.append(part)
-    return parts
-
-
-def _local(given: Any, request: Path) -> str:
-    text = given.removeprefix("file://") if isinstance(given, str) else given
-    if not isinstance(text, str) or "://" in text or text.startswith("data:"):
-        raise ConfigError(f"{request}: a picture is given as {str(given)[:100]!r}, expected the path of a local file")
-    return str(request.parent.resolve() / text)
 
 
 def logits(

@@ -16,6 +16,7 @@ from rave_jax.checkpoint.sidecar import saved_options
 from rave_jax.checkpoint.store import StoreError
 from rave_jax.checkpoint.target import abstract_model
 from rave_jax.config import ConfigError
+from rave_jax.data.processor import Processor
 from rave_jax.models.config import ModelOptions
 from rave_jax.models.parameters import named_parameters, with_values
 from rave_jax.models.vlm import Vlm
@@ -46,6 +47,18 @@ def is_run(path: Path) -> bool:
 def model_directory(path: Path) -> Path:
     """The directory with the model's config, tokenizer and processor files."""
     return run_directory(path).model if is_run(path) else path
+
+
+def processor_of(path: Path) -> Processor:
+    """The processor of a model: for a run, under the pixel limits it was trained with.
+
+    Raises:
+        ConfigError: a file or key is missing.
+    """
+    if is_run(path):
+        run = run_directory(path)
+        return run.read_config().data.processor(run.model)
+    return Processor.from_hf(path)
 
 
 def options_of(path: Path) -> ModelOptions:

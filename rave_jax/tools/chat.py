@@ -1,0 +1,157 @@
+"""`rave-jax generate --interactive`: a conversation, a question per line."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import signal
+import sys
+import threading
+from collections import abc
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from rave_jax.config import ConfigError
+from rave_jax.data.images import read_image
+from rave_jax.data.sample import SampleError
+from rave_jax.inference import Generator, Request, Sampling
+from rave_jax.tools.answer import show
+from rave_jax.tools.request import question
+
+COMMANDS = "/image PATH, /clear or /exit"
+
+
+class Chat:
+    """A conversation and what was said in it.
+
+    Args:
+        generator: answers.
+        sampling: how.
+        system: messages before every conversation.
+        verbose: say on stderr how many tokens came and how quickly.
+    """
+
+    def __init__(self, generator: Generator, sampling: Sampling, system: Sequence[dict[str, Any]], verbose: bool):
+        self._generator, self._sampling, self._verbose = generator, sampling, verbose
+        self._system = list(system)
+        self._said: list[dict[str, Any]] = []
+        self._pictures: list[Any] = []
+
+    def take(self, line: str) -> bool:
+        """Do what a line says; False when it says that the conversation is over."""
+        command, _, rest = line.strip().partition(" ")
+        if not line.startswith("/"):
+            self.ask(line)
+        elif command == "/exit":
+            return False
+        elif command == "/clear":
+            self._said, self._pictures = [], []
+        elif command == "/image" and rest:
+            self.attach(Path(rest.strip()).expanduser())
+        else:
+            _say(f"{command} is nothing to do here: {COMMANDS}, or a question")
+        return True
+
+    def attach(self, path: Path) -> None:
+        """Put a picture before the next question. It is read now, and stays the same if the file does not."""
+        try:
+            self._pictures.append(read_image(path))
+        except SampleError as error:
+            _say(str(error))
+
+    def ask(self, text: str) -> None:
+        """Answer a question. Where that cannot be done, the conversation stays as it was."""
+        if not text.strip():
+            return
+        asked = question(text, tuple(self._pictures))
+        self._pictures = []
+        request = Request([*self._system, *self._said, asked], self._sampling, "the conversation")
+        with _interrupts() as stopped, contextlib.closing(self._generator.stream([request])) as pieces:
+            try:
+                text, whole = show(pieces, self._verbose, stopped)
+            except ConfigError as error:
+                return _say(str(error))
+        self._said += [asked, {"role": "assistant", "content": text}]
+        if whole is not None and whole.reason == "full":
+            _say("the answer ends here because the conversation has reached max_length; /clear begins another")
+
+
+def chat(
+    make: Callable[[], Generator],
+    sampling: Sampling,
+    system: Sequence[dict[str, Any]] = (),
+    images: Sequence[str] = (),
+    prompt: str | None = None,
+    verbose: bool = False,
+) -> None:
+    """Talk over stdin and stdout until one of them ends. Remarks go to stderr.
+
+    Args:
+        make: gives the generator.
+        sampling: how answers are chosen.
+        system: messages before every conversation.
+        images: go before the first question.
+        prompt: the first question; None leaves it to stdin.
+        verbose: say on stderr how many tokens came and how quickly.
+
+    Raises:
+        ConfigError: the model cannot be used.
+    """
+    talk = Chat(make(), sampling, system, verbose)
+    for path in images:
+        talk.attach(Path(path))
+    if prompt is not None:
+        talk.ask(prompt)
+    for line in _lines():
+        if not talk.take(line):
+            return
+
+
+def _lines() -> Iterator[str]:
+    terminal = sys.stdin.isatty()
+    if terminal:
+        _say(f"A question per line, or {COMMANDS}. Ctrl-C stops an answer.")
+        with contextlib.suppress(ImportError):  # input() then has arrow keys and a memory, where Python was built so
+            importlib.import_module("readline")
+    while True:
+        try:
+            yield input("> " if terminal else "")
+        except EOFError:
+            if terminal:
+                print()
+            return
+        except UnicodeDecodeError as error:
+            _say(f"a line is no text: {error}")
+        except KeyboardInterrupt:
+            if not terminal:
+                raise
+            _say("\n/exit leaves")
+
+
+@contextlib.contextmanager
+def _interrupts() -> abc.Generator[Callable[[], bool]]:
+    """Ctrl-C is only remembered; gives the function that says whether it came. A second one ends the program.
+
+    An exception instead could come between a program that has consumed the cache and the line that keeps the new one.
+    """
+    came = False
+
+    def remember(*_: object) -> None:
+        nonlocal came
+        if came:
+            raise KeyboardInterrupt
+        came = True
+
+    # Python takes signals in the main thread alone.
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGINT, remember) if main else None
+    try:
+        yield lambda: came
+    finally:
+        if main:
+            signal.signal(signal.SIGINT, before)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)

@@ -1,0 +1,338 @@
+"""`rave-jax generate`: what it prints and writes is what `Generator` answers; one bad request spoils nothing else."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import signal
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from rave_jax.checkpoint.tiny import write_tiny
+from rave_jax.config import ConfigError
+from rave_jax.data.sample import SampleError
+from rave_jax.inference import Completion, Generator, Piece, Request, Sampling, SlotConfig
+from rave_jax.tools import generate as command
+from rave_jax.tools import source as sources
+from rave_jax.tools.answer import show
+from rave_jax.tools.cli import main
+from rave_jax.tools.jsonl import written
+from tests.tools.test_cli import SMALL
+
+SIZES = SlotConfig(slots=2, max_length=128, chunk=64)
+FLAGS = ("--slots", "2", "--max-length", "128", "--chunk", "64", "--max-new-tokens", "8")
+SAMPLING = Sampling(max_new_tokens=8)
+ASKED = "Which digit is on the red cell?"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, and two pictures beside it."""
+    home = tmp_path_factory.mktemp("generate")
+    rng = np.random.default_rng(0)
+    for name in ("one.png", "two.png"):
+        Image.fromarray(rng.integers(0, 256, (56, 84, 3), np.uint8)).save(home / name)
+    (home / "broken.png").write_bytes(b"no picture")
+    return write_tiny(home / "model", SMALL)
+
+
+@pytest.fixture(scope="module")
+def generator(folder: Path) -> Generator:
+    """What the commands below are compared with; nothing is left running in it."""
+    return command.load(folder, sources.processor_of(folder), SIZES)
+
+
+@pytest.fixture
+def loaded(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
+    """The command gets the generator that is there already; the list has what it asked for."""
+    calls: list[tuple] = []
+    monkeypatch.setattr(command, "load", lambda *given: calls.append(given) or generator)
+    return calls
+
+
+def user(text: str, *pictures: Path | str) -> dict[str, Any]:
+    parts: list[dict[str, str]] = [{"type": "image", "image": str(picture)} for picture in pictures]
+    return {"role": "user", "content": [*parts, {"type": "text", "text": text}]}
+
+
+def answer(generator: Generator, *messages: dict[str, Any], sampling: Sampling = SAMPLING) -> Completion:
+    (end,) = generator.answers([Request(messages, sampling)])
+    assert isinstance(end, Completion)
+    return end
+
+
+def test_a_prompt_from_directory_and_flags_to_stdout(
+    folder: Path, generator: Generator, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["generate", str(folder), "--prompt", ASKED, *FLAGS]) == 0
+    printed = capsys.readouterr()
+    assert printed.out == answer(generator, user(ASKED)).text + "\n" and printed.err == ""
+
+
+def test_pictures_system_and_sampling_reach_the_model(
+    folder: Path, generator: Generator, loaded: list[tuple], capsys: pytest.CaptureFixture[str]
+) -> None:
+    one, two = (folder.parent / name for name in ("one.png", "two.png"))
+    given = ["--image", str(two), "--image", str(one), "--system", "Short.", "--temperature", "1", "--seed", "3"]
+    rest = ["--stop", "zzz", "--stop", "yyy", "--stop-ids", "5", "--dtype", "bfloat16", "--verbose", "--cache", "int8"]
+    assert main(["generate", str(folder), "--prompt", ASKED, *FLAGS, *given, *rest]) == 0
+    sampling = Sampling(max_new_tokens=8, temperature=1.0, seed=3, stop=("zzz", "yyy"), stop_ids=(5,))
+    system = {"role": "system", "content": "Short."}
+    expected = answer(generator, system, user(ASKED, two, one), sampling=sampling)
+    printed = capsys.readouterr()
+    assert printed.out == expected.text + "\n" and expected.text != answer(generator, user(ASKED, one, two)).text
+    assert f"{len(expected.tokens)} tokens in" in printed.err and f"a prompt of {expected.prompt_tokens}" in printed.err
+    assert loaded[0][2:] == (SlotConfig(slots=2, max_length=128, chunk=64, cache="int8"), "bfloat16")
+
+
+def test_slots_are_one_for_a_prompt_and_eight_for_a_file(folder: Path, loaded: list[tuple], tmp_path: Path) -> None:
+    (tmp_path / "none.jsonl").write_text("\n")
+    assert main(["generate", str(folder), "--prompt", ASKED, "--max-new-tokens", "1"]) == 0
+    assert main(["generate", str(folder), "--requests", str(tmp_path / "none.jsonl")]) == 0
+    assert [call[2].slots for call in loaded] == [1, 8]
+
+
+def test_pieces_are_shown_as_they_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+    record = SimpleNamespace(write=lambda text: events.append(f"write {text!r}"), flush=lambda: events.append("flush"))
+    monkeypatch.setattr(sys, "stdout", record)
+
+    def pieces() -> Any:
+        for text, end in (("a", None), ("b\n", Completion("ab\n", (1, 2), "stop", 3))):
+            events.append("made")
+            yield Piece(0, text, end)
+
+    assert show(pieces(), verbose=False).text == "ab\n"
+    seen = [event for event in events if event not in ("write ''", "write '\\n'")]
+    assert seen == ["made", "write 'a'", "flush", "made", "write 'b\\n'", "flush", "flush"]
+    with pytest.raises(ConfigError, match="no such picture"):
+        show(iter([Piece(0, "", SampleError("no such picture"))]), verbose=False)
+
+
+LINES = [
+    {"messages": [{"role": "user", "content": ASKED}]},
+    {"messages": [user("What?", "broken.png")]},
+    {"messages": [user("What?", "one.png")], "temperature": 1.0, "seed": 7, "max_new_tokens": 4, "stop": ["zzz"]},
+    {"messages": [user("What?")], "temprature": 1.0},
+    {"messages": [user("word " * 200)]},
+    {"messages": [user("What?")], "top_p": 2},
+    {"messages": [user("What?")], "temperature": 10**400},
+    {"messages": [user("What?")], "stop": "a"},
+    {"messages": [user("What?", "\udcff.png")]},
+    {"messages": "What?"},
+    ["What?"],
+    {"messages": [user("How many?", "two.png", "one.png")]},
+]
+ERRORS = {
+    1: r"line 2: .*broken\.png: cannot identify",
+    3: r"line 5: unknown key 'temprature'; did you mean 'temperature'\?",
+    4: r"line 6: a prompt of \d+ tokens leaves no room for an answer: max_length is 128",
+    5: r"line 7: top_p is 2.0, expected above 0",
+    6: r"line 8: int too large",
+    7: r"line 9: stop is 'a', expected a list",
+    8: r"line 10: .*",
+    9: r"line 11: messages: expected a JSON list of messages",
+    10: r"line 12: expected an object with the key 'messages'",
+    12: r"line 14: not JSON: ",
+    13: r"line 15: not JSON: ",
+}
+
+
+def test_a_file_of_requests(
+    folder: Path, generator: Generator, loaded: list[tuple], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    requests, out = folder.parent / "requests.jsonl", tmp_path / "new" / "out.jsonl"
+    lines = [json.dumps(line).encode() for line in LINES] + [b'{"messages"', b"\xff"]
+    requests.write_bytes(b"\n".join([*lines[:3], b" ", *lines[3:]]) + b"\n")
+    run = ["generate", str(folder), "--requests", str(requests), *FLAGS]
+    assert main([*run, "--out", str(out), "--verbose"]) == 1
+    printed = capsys.readouterr()
+    assert printed.out == "" and "of 3 answers" in printed.err
+    answers = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [line["index"] for line in answers] == list(range(len(lines)))
+    refused = {place: line["error"] for place, line in enumerate(answers) if line.keys() == {"index", "error"}}
+    assert refused.keys() == ERRORS.keys()
+    assert {n: text for n, text in refused.items() if not re.match(ERRORS[n], text)} == {}
+    chosen = {0: SAMPLING, 2: Sampling(max_new_tokens=4, temperature=1.0, seed=7, stop=("zzz",)), 11: SAMPLING}
+    home = folder.parent
+    asked = {
+        0: user(ASKED),
+        2: user("What?", home / "one.png"),
+        11: user("How many?", home / "two.png", home / "one.png"),
+    }
+    for place, sampling in chosen.items():
+        end = answer(generator, asked[place], sampling=sampling)
+        counts = {"tokens": len(end.tokens), "prompt_tokens": end.prompt_tokens}
+        assert answers[place] == {"index": place, "text": end.text, "reason": end.reason, **counts}
+    assert [file.name for file in out.parent.iterdir()] == ["out.jsonl"]
+
+    requests.write_text(json.dumps(LINES[0]))
+    assert main([*run, "--out", str(out)]) == 0  # one that is there is replaced
+    assert [json.loads(line) for line in out.read_text().splitlines()] == answers[:1]
+    assert main(run) == 0
+    assert json.loads(capsys.readouterr().out) == answers[0]
+
+
+def test_an_output_is_whole_or_under_another_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, part = tmp_path / "out.jsonl", tmp_path / "out.jsonl.part"
+    out.write_text("before")
+    with pytest.raises(KeyboardInterrupt), written(out):
+        raise KeyboardInterrupt
+    assert not part.exists() and capsys.readouterr().err == ""
+    with pytest.raises(KeyboardInterrupt), written(out) as write:
+        write({"index": 0, "text": "é"})
+        assert part.read_text() == '{"index": 0, "text": "é"}\n'  # at once
+        raise KeyboardInterrupt
+    assert out.read_text() == "before" and str(part) in capsys.readouterr().err
+    with pytest.raises(ConfigError, match=r"out\.jsonl\.part is there"), written(out):
+        raise AssertionError("another's file must not be written over")
+    with pytest.raises(ConfigError, match="no file"), written(tmp_path):
+        pass
+    with pytest.raises(ConfigError, match="cannot write"), written(out / "below"):
+        pass
+
+
+def talk(folder: Path, monkeypatch: pytest.MonkeyPatch, *lines: str, more: tuple[str, ...] = ()) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
+    assert main(["generate", str(folder), "--interactive", *FLAGS, *more]) == 0
+
+
+def test_a_conversation_is_kept(
+    folder: Path,
+    generator: Generator,
+    loaded: list[tuple],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    one, two = folder.parent / "one.png", folder.parent / "two.png"
+    first = answer(generator, user("What?")).text
+    said = [user("What?"), {"role": "assistant", "content": first}]
+    second = answer(generator, *said, user("Which?", one, two)).text
+    alone = answer(generator, user("Which?")).text
+    assert len({second, alone}) == 2
+    lines = (
+        "What?",
+        "",
+        f"/image {one}",
+        f"/image {two}",
+        "Which?",
+        f"/image {one}",
+        "/clear",
+        "Which?",
+        "/exit",
+        "What?",
+    )
+    talk(folder, monkeypatch, *lines)
+    printed = capsys.readouterr()
+    assert printed.out == f"{first}\n{second}\n{alone}\n" and printed.err == ""
+    talk(folder, monkeypatch, "Which?", more=("--prompt", "What?", "--image", str(one)))
+    opened = answer(generator, user("What?", one)).text
+    after = answer(generator, user("What?", one), {"role": "assistant", "content": opened}, user("Which?")).text
+    assert capsys.readouterr().out == f"{opened}\n{after}\n"
+
+
+def test_a_turn_that_cannot_be_used_changes_nothing(
+    folder: Path,
+    generator: Generator,
+    loaded: list[tuple],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    first = answer(generator, user("What?")).text
+    second = answer(generator, user("What?"), {"role": "assistant", "content": first}, user("Which?")).text
+    bad = (f"/image {folder.parent / 'broken.png'}", "/image", "/help me", "word " * 200, "<|im_start|>")
+    talk(folder, monkeypatch, "What?", *bad, "Which?")
+    printed = capsys.readouterr()
+    assert printed.out == f"{first}\n{second}\n"
+    errors = printed.err.splitlines()
+    assert len(errors) == len(bad)
+    expected = (
+        "broken.png: cannot",
+        "/image is nothing to do",
+        "/help is nothing to do",
+        "leaves no room",
+        "<|im_start|>",
+    )
+    assert all(part in line for part, line in zip(expected, errors, strict=True)), errors
+
+
+def test_interrupting_an_answer_keeps_what_was_said(
+    folder: Path,
+    generator: Generator,
+    loaded: list[tuple],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Ctrl-C at the first piece of an answer that would go on."""
+    pieces = [piece.text for piece in generator.stream([Request([user("What?")], Sampling(max_new_tokens=64))])]
+    assert len(pieces) > 3
+    stream, turns = generator.stream, []
+
+    def interrupted(requests: list[Request]) -> Any:
+        turns.append(requests[0].messages)
+        for piece in stream(requests):
+            if len(turns) == 1:
+                signal.raise_signal(signal.SIGINT)
+            yield piece
+
+    before = signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(generator, "stream", interrupted)
+    talk(folder, monkeypatch, "What?", "Which?", more=("--max-new-tokens", "64"))
+    assert signal.getsignal(signal.SIGINT) is before
+    assert turns[1][1] == {"role": "assistant", "content": pieces[0]}
+    assert capsys.readouterr().out.startswith(pieces[0] + "\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "nothing is asked"),
+        (["--prompt", "a", "--top-p", "2"], "top_p is 2.0"),
+        (["--prompt", "a", "--top-k", "many"], "--top-k"),
+        (["--prompt", "a", "--stop", ""], "stop is"),
+        (["--prompt", "a", "--chunk", "3"], "chunk is 3"),
+        (["--prompt", "a", "--cache", "float64"], "--cache"),
+        (["--prompt", "a", "--out", "{tmp}/out"], "--out goes with --requests"),
+        (["--prompt", "a", "--image", "{home}/broken.png"], "broken.png: cannot identify"),
+        (["--prompt", "a", "--image", "{tmp}/nowhere.png"], "nowhere.png"),
+        (["--prompt", "<|image_pad|>"], "placeholder"),
+        (["--requests", "{tmp}/nowhere.jsonl"], "nowhere.jsonl: cannot be read: No such file"),
+        (["--requests", "{home}"], "cannot be read: Is a directory"),
+        (["--requests", "{home}/broken.png", "--system", "a"], "--system does not go with --requests"),
+        (["--requests", "{home}/broken.png", "--out", "{home}/broken.png"], "is the file of the requests"),
+    ],
+)
+def test_misuse_is_one_line_before_a_model_is_read(
+    arguments: list[str],
+    message: str,
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(command, "load", lambda *_: pytest.fail("a model was read"))
+    given = [text.format(home=folder.parent, tmp=tmp_path) for text in arguments]
+    try:
+        code = main(["generate", str(folder), *given])
+    except SystemExit as stopped:
+        code = stopped.code
+    err = capsys.readouterr().err
+    assert code == 2 and err.startswith("rave-jax") and err.count("\n") == 1 and message in err, err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_shows_only_with_a_model_is_one_line_too(
+    folder: Path, loaded: list[tuple], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["generate", str(folder), "--prompt", "word " * 200, *FLAGS]) == 2
+    assert "max_length is 128" in capsys.readouterr().err
+    assert main(["generate", str(tmp_path / "nowhere"), "--prompt", "a"]) == 2
+    err = capsys.readouterr().err
+    assert "no such directory" in err and err.count("\n") == 1
