@@ -56,7 +56,7 @@ def generate(arguments: argparse.Namespace) -> int:
     if arguments.interactive:
         chat(generator, sampling, system, pictures, arguments.prompt, arguments.verbose)
         return 0
-    request = Request([*system, question(arguments.prompt, pictures)], sampling, "the prompt")
+    request = Request([*system, question(arguments.prompt, pictures)], sampling, "--prompt")
     try:
         # Before the weights are read, which may take minutes.
         processor.encode(request.messages, add_generation_prompt=True, name=request.name)

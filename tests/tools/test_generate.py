@@ -133,7 +133,7 @@ LINES = [
 ERRORS = {
     1: r"line 2: .*broken\.png: cannot identify",
     3: r"line 5: unknown key 'temprature'; did you mean 'temperature'\?",
-    4: r"line 6: a prompt of \d+ tokens leaves no room for an answer: max_length is 128",
+    4: r"line 6: the prompt has \d+ tokens, .* budget of max_length 128",
     5: r"line 7: top_p is 2.0, expected above 0",
     6: r"line 8: int too large",
     7: r"line 9: stop is 'a', expected a list",
@@ -257,7 +257,7 @@ def test_a_turn_that_cannot_be_used_changes_nothing(
         "broken.png: cannot",
         "/image is nothing to do",
         "/help is nothing to do",
-        "leaves no room",
+        "budget of max_length 128",
         "<|im_start|>",
     )
     assert all(part in line for part, line in zip(expected, errors, strict=True)), errors
@@ -332,7 +332,7 @@ def test_what_shows_only_with_a_model_is_one_line_too(
     folder: Path, loaded: list[tuple], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["generate", str(folder), "--prompt", "word " * 200, *FLAGS]) == 2
-    assert "max_length is 128" in capsys.readouterr().err
+    assert "budget of max_length 128" in capsys.readouterr().err
     assert main(["generate", str(tmp_path / "nowhere"), "--prompt", "a"]) == 2
     err = capsys.readouterr().err
     assert "no such directory" in err and err.count("\n") == 1
