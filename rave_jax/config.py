@@ -80,7 +80,10 @@ def from_json(cls: Any, data: Any, where: str = "config") -> Any:
         )
     if cls is float:
         require(isinstance(data, (int, float)) and not isinstance(data, bool), where, data, "a number")
-        return float(data)
+        try:
+            return float(data)
+        except OverflowError:
+            raise ConfigError(f"{where} is too large an integer, expected a number of at most 1.8e308") from None
     if cls is type(None):
         require(data is None, where, data, "null")
         return None

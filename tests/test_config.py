@@ -89,6 +89,7 @@ def changed(**fields: Any) -> str:
         (changed(zzz=1), "config.zzz: Experiment has no such field"),
         (changed(rate="fast"), "config.rate is 'fast', expected a number"),
         (changed(rate=True), "config.rate is True, expected a number"),
+        (changed(rate=10**400), "config.rate is too large an integer"),
         (changed(quiet=1), "config.quiet is 1, expected a value of type bool"),
         (changed(level=True), "config.level is True, expected one of 1, 2"),
         (changed(level=3), "config.level is 3, expected one of 1, 2"),

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from numbers import Integral, Real
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import jax
@@ -76,9 +75,8 @@ def _is_whole(value: object, least: int, most: int) -> bool:
 
 
 def _is_number(value: object, least: float, most: float) -> bool:
-    if not isinstance(value, Real) or isinstance(value, bool):
-        return False
-    return math.isfinite(value) and least <= float(value) <= most
+    # Compared as it is: an integer may be too large to become a float. NaN is in no range.
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and least <= value <= most
 
 
 class RowSampling(NamedTuple):

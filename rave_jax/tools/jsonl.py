@@ -141,7 +141,7 @@ def _request(data: Any, folder: Path, sampling: Sampling, where: str) -> Request
     try:
         stated = {key: from_json(KINDS[key], value, key) for key, value in data.items() if key in KINDS}
         chosen = dataclasses.replace(sampling, **stated)
-    except (ConfigError, OverflowError) as error:
+    except ConfigError as error:
         raise ConfigError(f"{where}: {error}") from error
     return Request(resolved(data.get(MESSAGES), folder, f"{where}: {MESSAGES}"), chosen, where)
 

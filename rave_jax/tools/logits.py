@@ -37,7 +37,7 @@ def write_logits(model: Path, request: Path, out: Path, add_generation_prompt: b
         ConfigError: the model, the request or a picture cannot be used, or `out` cannot be written.
     """
     messages = read_request(request)
-    processor = Processor.from_hf(sources.model_directory(model))
+    processor = sources.processor_of(model)
     changes = {"param_dtype": "float32", "compute_dtype": "float32"}
     loaded = sources.load(model, changes=changes)
     try:
