@@ -149,11 +149,11 @@ class Decoder(nnx.Module):
         for segment in self.segments:
             at = self._situation(segment, base, info, info, positions, start=None, rows=rows)
 
-            def body(layer: DecoderLayer, x: Array, _: None, at: Situation = at) -> tuple[Array, Array | None]:
+            def body(layer: DecoderLayer, x: Array, _: None, at: Situation) -> tuple[Array, Array | None]:
                 x, _cache, seen = layer(x, at, None)
                 return x, seen
 
-            x, seen = segment.scan(body, x, None, self.remat)
+            x, seen = segment.scan(body, x, None, at, self.remat)
             wanted.append(seen)
         return self.norm(x), None if rows is None else jnp.concatenate(wanted)
 
@@ -177,14 +177,14 @@ class Decoder(nnx.Module):
         for segment, stored in zip(self.segments, cache.segments, strict=True):
             at = self._situation(segment, base, info, held, positions, start=start, rows=None)
 
-            def body(layer: DecoderLayer, carry: Any, n: Array, at: Situation = at) -> tuple[Any, None]:
+            def body(layer: DecoderLayer, carry: Any, n: Array, at: Situation) -> tuple[Any, None]:
                 x, written, _rows = layer(carry[0], at, LayerCache(carry[1], n))
                 assert written is not None
                 return (x, written.stored), None
 
             # The keys ride in the carry: each layer writes its new ones in place, nothing else is copied.
             numbers = jnp.arange(segment.stop - segment.start, dtype=jnp.int32)
-            (x, stored), _ = segment.scan(body, (x, stored), numbers, "none")
+            (x, stored), _ = segment.scan(body, (x, stored), numbers, at, "none")
             segments.append(stored)
         index = start + jnp.sum(info.segment > 0, axis=1, dtype=jnp.int32)
         return self.norm(x), kv_cache.placed(KvCache(tuple(segments), held, index))

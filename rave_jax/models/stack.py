@@ -26,26 +26,48 @@ class Segment[Layer: nnx.Module](nnx.Module):
         self.layers: Layer = jax.vmap(make)(keys[start:stop])
 
     def scan(
-        self, body: Callable[[Layer, Any, Any], tuple[Any, Any]], carry: Any, xs: Any, remat: Remat
+        self, body: Callable[[Layer, Any, Any, Any], tuple[Any, Any]], carry: Any, xs: Any, shared: Any, remat: Remat
     ) -> tuple[Any, Any]:
-        """Fold `body(layer, carry, x) -> (carry, y)` over the layers.
+        """Fold `body(layer, carry, x, shared) -> (carry, y)` over the layers.
 
         Args:
-            body: one layer. It must return no parameters: whatever it returns is stacked over layers and kept.
+            body: one layer. It must return no parameters: whatever it returns is stacked over layers and kept. It must
+                close over no arrays: they go into `shared`.
             carry: what goes through the layers.
             xs: pytree with the layer axis in front, or None.
+            shared: pytree that all layers read.
             remat: what is kept for the backward pass.
         """
 
-        def step(carry: Any, scanned: tuple[Any, Any]) -> tuple[Any, Any]:
-            return body(scanned[0], carry, scanned[1])
+        def of_layer(carry: Any, scanned: tuple[Any, Any], shared: Any) -> tuple[Any, Any]:
+            return body(scanned[0], carry, scanned[1], shared)
 
-        return jax.lax.scan(rematerialised(step, remat), carry, (self.layers, xs))
+        step = rematerialised(of_layer, remat)
+        if self.stop - self.start == 1:
+            step = backward_in_turn(step)
+        return jax.lax.scan(lambda carry, scanned: step(carry, scanned, shared), carry, (self.layers, xs))
 
 
 def rematerialised(step: Callable, remat: Remat) -> Callable:
-    """`step` under a policy of `ModelOptions.remat`. The loop already keeps the compiler from undoing it."""
+    """`step` under a policy of `ModelOptions.remat`. The loop, or `backward_in_turn`, keeps the compiler from
+    undoing it."""
     if remat == "none":
         return step
     policy = None if remat == "full" else jax.checkpoint_policies.dots_with_no_batch_dims_saveable
     return jax.checkpoint(step, policy=policy, prevent_cse=False)
+
+
+def backward_in_turn[**P, R](step: Callable[P, R]) -> Callable[P, R]:
+    """`step`, whose backward pass starts when the gradient of its result is there, as in a loop.
+
+    The compiler unrolls a loop of one layer. It would then take what the backward pass computes again from the
+    forward pass, or compute it long before it is needed: either way all layers' intermediates would be kept at once.
+    """
+
+    def backward(pull: Callable, gradient: Any) -> Any:
+        pull, gradient = jax.lax.optimization_barrier((pull, gradient))
+        return pull(gradient)
+
+    run = jax.custom_vjp(step)
+    run.defvjp(lambda *args: jax.vjp(step, *args), backward)
+    return run

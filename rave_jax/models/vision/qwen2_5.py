@@ -131,10 +131,10 @@ class Tower(nnx.Module):
         for run, full in zip(self.segments, self.full, strict=True):
             codes, width = (whole, None) if full else (local, chunk)
 
-            def body(block: VisionBlock, x: Array, _: None, codes: MaskCodes = codes, width: int | None = width):
-                return block(x, rotation, codes, width), None
+            def body(block: VisionBlock, x: Array, _: None, at: tuple[Rotation, MaskCodes], width: int | None = width):
+                return block(x, *at, width), None
 
-            x, _ = run.scan(body, x, None, self.remat)
+            x, _ = run.scan(body, x, None, (rotation, codes), self.remat)
         return self.merger(x[:, :P])
 
     def normalised(self, patches: UInt8[Array, "B P C"]) -> Float[Array, "B P C"]:
