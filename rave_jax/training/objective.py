@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from rave_jax.models.layers import whole_gradient
 from rave_jax.typing import Array, Float, Int
 
 
@@ -43,10 +44,12 @@ def chunked_cross_entropy(
     whole = T // chunk * chunk
 
     def of_chunk(hidden: jax.Array, targets: jax.Array, weights: jax.Array) -> TokenSums:
-        logits = jnp.einsum("BTD,VD->BTV", hidden, head, preferred_element_type=jnp.float32)
+        logits = whole_gradient(jnp.einsum("BTD,VD->BTV", hidden, head, preferred_element_type=jnp.float32))
         top = jnp.max(logits, axis=-1)
         shifted = logits - jax.lax.stop_gradient(top)[..., None]
-        chosen = jnp.take_along_axis(shifted, targets[..., None], axis=-1)[..., 0]
+        # A comparison, not a gather: the gradient of a gather is a scatter into a [B,T,V] array of zeros.
+        at_target = jax.lax.broadcasted_iota(targets.dtype, shifted.shape, shifted.ndim - 1) == targets[..., None]
+        chosen = jnp.sum(jnp.where(at_target, shifted, 0.0), axis=-1)
         loss = jnp.log(jnp.sum(jnp.exp(shifted), axis=-1)) - chosen
         weights = weights.astype(jnp.float32)
         right = jnp.argmax(logits, axis=-1) == targets
