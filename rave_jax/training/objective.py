@@ -50,6 +50,8 @@ def chunked_cross_entropy(
         # A comparison, not a gather: the gradient of a gather is a scatter into a [B,T,V] array of zeros.
         at_target = jax.lax.broadcasted_iota(targets.dtype, shifted.shape, shifted.ndim - 1) == targets[..., None]
         chosen = jnp.sum(jnp.where(at_target, shifted, 0.0), axis=-1)
+        # An id that the vocabulary does not have must not pass for a loss: training stops at NaN.
+        chosen = jnp.where((targets >= 0) & (targets < logits.shape[-1]), chosen, jnp.nan)
         loss = jnp.log(jnp.sum(jnp.exp(shifted), axis=-1)) - chosen
         weights = weights.astype(jnp.float32)
         right = jnp.argmax(logits, axis=-1) == targets

@@ -135,7 +135,7 @@ ERRORS = {
     3: r"line 5: unknown key 'temprature'; did you mean 'temperature'\?",
     4: r"line 6: the prompt has \d+ tokens, .* budget of max_length 128",
     5: r"line 7: top_p is 2.0, expected above 0",
-    6: r"line 8: int too large",
+    6: r"line 8: temperature is too large an integer",
     7: r"line 9: stop is 'a', expected a list",
     8: r"line 10: .*",
     9: r"line 11: messages: expected a JSON list of messages",

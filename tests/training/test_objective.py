@@ -69,3 +69,9 @@ def test_no_array_of_all_logits(dtype):
     sizes = {(np.prod(shape), dtype) for shape, dtype in shapes_in(program.jaxpr) if V in shape}
     assert (B * chunk * V, "float32") in sizes, "the walk found no logits at all"
     assert max(size for size, _ in sizes) == B * chunk * V
+
+
+@pytest.mark.parametrize("wrong", [V, -1])
+def test_an_id_that_the_vocabulary_does_not_have_is_no_loss(wrong):
+    hidden, head, targets, weights = arrays(0, 2, 8)
+    assert np.isnan(chunked_cross_entropy(hidden, head, targets.at[1, 3].set(wrong), weights + 1, 4).loss)
