@@ -105,7 +105,9 @@ class Engine:
         self._requests = 0
         sizes = (config.slots, self._buckets.size, config.prefill_rows, config.max_stop_ids, config.cache)
         with self._placed():
-            self._state = jax.jit(empty_state, static_argnums=(1, 2, 3, 4, 5))(model, *sizes)
+            state = jax.jit(empty_state, static_argnums=(1, 2, 3, 4, 5))(model, *sizes)
+        # Bound to its device like what the programs give back: else the first of them would be compiled twice.
+        self._state = state if mesh is not None else jax.device_put(state, jax.tree.leaves(model)[0].sharding)
 
     @property
     def waiting(self) -> int:

@@ -166,7 +166,8 @@ def test_a_mesh_changes_nothing_and_compiles_nothing_twice(expected: list[list[i
 def test_a_mixed_load_compiles_its_buckets_and_keeps_slots_busy() -> None:
     rng = np.random.default_rng(1)
     before = compilations()
-    slots = engine(a_model(), dataclasses.replace(SIZES, prefill_rows=1, decode_steps=5))
+    bound = jax.device_put(a_model(), jax.devices()[0])  # as an import gives it
+    slots = engine(bound, dataclasses.replace(SIZES, prefill_rows=1, decode_steps=5))
     some = [document([int(n), Visual(1, 4, 4), 1], CONFIG, rng) for n in rng.integers(1, 30, 60)]
     run(slots, some, [Sampling(int(n)) for n in rng.integers(1, 25, 60)])
     sizes = {name: {n for kind, n in slots.usage.programs if kind == name} for name in ("see", "read", "write")}
