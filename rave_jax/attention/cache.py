@@ -160,25 +160,28 @@ def _write_runs(stored: Array, layer: Array, start: Int[Array, "B"], runs: Array
 
 def take(cache: KvCache, rows: Int[Array, "n"] | None, reach: int) -> KvCache:
     """A cache of its own with the first `reach` slots of `rows` (for numbers beyond them, of the last), or of all."""
-
-    def cut(x: Array, row_axis: int, slot_axis: int) -> Array:
-        x = jax.lax.slice_in_dim(x, 0, reach, axis=slot_axis)
-        return x if rows is None else jnp.take(x, rows, axis=row_axis, mode="clip")
-
-    index = cache.index if rows is None else jnp.take(cache.index, rows, mode="clip")
-    segments = jax.tree.map(lambda x: cut(x, 1, 3), cache.segments)
-    return KvCache(segments, jax.tree.map(lambda x: cut(x, 0, 1), cache.info), index)
+    if rows is None:
+        segments = jax.tree.map(lambda x: jax.lax.slice_in_dim(x, 0, reach, axis=3), cache.segments)
+        return KvCache(segments, jax.tree.map(lambda x: x[:, :reach], cache.info), cache.index)
+    segments = jax.tree.map(lambda x: x.at[:, rows, :, :reach].get(mode="clip"), cache.segments)
+    info = jax.tree.map(lambda x: x.at[rows, :reach].get(mode="clip"), cache.info)
+    return KvCache(segments, info, cache.index.at[rows].get(mode="clip"))
 
 
 def put(cache: KvCache, part: KvCache, rows: Int[Array, "n"] | None) -> KvCache:
-    """`cache` with the slots that `take` gave written back. Rows numbered beyond the cache are dropped."""
+    """`cache` with the slots that `take` gave written back. Rows numbered beyond it stand last, and are dropped."""
     if rows is None:
+        return placed(jax.tree.map(lambda x, y: jax.lax.dynamic_update_slice(x, y, (0,) * x.ndim), cache, part))
 
-        def back(x: Array, y: Array) -> Array:
-            return jax.lax.dynamic_update_slice(x, y, (0,) * x.ndim)
+    def one_row(n: Array, cache: KvCache) -> KvCache:
+        def back(x: Array, y: Array, axis: int) -> Array:
+            at = [rows[n] if i == axis else 0 for i in range(x.ndim)]
+            return jax.lax.dynamic_update_slice(x, jax.lax.dynamic_slice_in_dim(y, n, 1, axis), at)
 
-        return placed(jax.tree.map(back, cache, part))
-    reach = part.size
-    segments = jax.tree.map(lambda x, y: x.at[:, rows, :, :reach].set(y, mode="drop"), cache.segments, part.segments)
-    info = jax.tree.map(lambda x, y: x.at[rows, :reach].set(y, mode="drop"), cache.info, part.info)
-    return placed(KvCache(segments, info, cache.index.at[rows].set(part.index, mode="drop")))
+        segments = jax.tree.map(lambda x, y: back(x, y, 1), cache.segments, part.segments)
+        info, index = jax.tree.map(lambda x, y: back(x, y, 0), (cache.info, cache.index), (part.info, part.index))
+        return KvCache(segments, info, index)
+
+    # Row by row, and in place: for a scatter of rows this large the compiler copies the whole cache.
+    real = jnp.sum(rows < cache.index.shape[0])
+    return placed(jax.lax.fori_loop(0, real, one_row, cache))

@@ -76,7 +76,7 @@ class Admission(NamedTuple):
     """Which prompts are read and how they are to be answered.
 
     Fields:
-        slot: where each goes; the number of slots for rows that hold no prompt.
+        slot: where each goes; rows that hold no prompt stand last and have the number of slots.
         begins: is this the prompt's first chunk?
         last: where in the chunk the prompt's last token stands; -1 if not in this chunk.
         position, turn, limit, stops, sampling: as in `SlotState`, for the answer's first token.
