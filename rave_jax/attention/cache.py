@@ -26,7 +26,7 @@ class Quantised(NamedTuple):
     """Numbers as values * scale, with one scale for the h numbers of a token and kv head (symmetric, to nearest)."""
 
     values: Int8[Array, "*axes h"]
-    scale: Float[Array, "*axes 1"]
+    scale: Float[Array, "*axes"]
 
 
 class StoredKeys(NamedTuple):
@@ -71,7 +71,7 @@ def empty_cache(segments: tuple[Keys, ...], kind: CacheType) -> KvCache:
 
     def kept(x: Any) -> Array | Quantised:
         if kind == "int8":
-            scale = jax.ShapeDtypeStruct((*x.shape[:-1], 1), jnp.float32)
+            scale = jax.ShapeDtypeStruct(x.shape[:-1], jnp.float32)
             return Quantised(zeros(x, jnp.dtype(jnp.int8)), zeros(scale))
         return zeros(x, jnp.dtype(jnp.bfloat16) if kind == "bfloat16" else None)
 
@@ -116,7 +116,9 @@ def read(stored: StoredKeys, layer: Array, dtype: jnp.dtype) -> Keys:
     """The keys of one layer [B,S,K,...], k and v in `dtype`."""
 
     def unpack(x: Array | Quantised) -> Array:
-        return x.values.astype(dtype) * x.scale.astype(dtype) if isinstance(x, Quantised) else x.astype(dtype)
+        return (
+            x.values.astype(dtype) * x.scale[..., None].astype(dtype) if isinstance(x, Quantised) else x.astype(dtype)
+        )
 
     mine = jax.tree.map(lambda x: jnp.swapaxes(jax.lax.dynamic_index_in_dim(x, layer, keepdims=False), 1, 2), stored)
     return Keys(unpack(mine.k), unpack(mine.v), mine.remembered)
@@ -134,8 +136,8 @@ def write_info(held: TokenInfo, start: Int[Array, "B"], new: TokenInfo) -> Token
 def quantise(x: Float[Array, "*axes h"]) -> Quantised:
     """int8 with one scale per row of h numbers: the largest of them becomes 127."""
     wide = x.astype(jnp.float32)
-    scale = jnp.max(jnp.abs(wide), axis=-1, keepdims=True) / 127
-    return Quantised(jnp.round(wide / jnp.where(scale > 0, scale, 1)).astype(jnp.int8), scale)
+    scale = jnp.max(jnp.abs(wide), axis=-1) / 127
+    return Quantised(jnp.round(wide / jnp.where(scale > 0, scale, 1)[..., None]).astype(jnp.int8), scale)
 
 
 def _write_runs(stored: Array, layer: Array, start: Int[Array, "B"], runs: Array) -> Array:
@@ -175,8 +177,7 @@ def put(cache: KvCache, part: KvCache, rows: Int[Array, "n"] | None) -> KvCache:
 
     def one_row(n: Array, cache: KvCache) -> KvCache:
         def back(x: Array, y: Array, axis: int) -> Array:
-            at = [rows[n] if i == axis else 0 for i in range(x.ndim)]
-            return jax.lax.dynamic_update_slice(x, jax.lax.dynamic_slice_in_dim(y, n, 1, axis), at)
+            return jax.lax.dynamic_update_slice_in_dim(x, jax.lax.dynamic_slice_in_dim(y, n, 1, axis), rows[n], axis)
 
         segments = jax.tree.map(lambda x, y: back(x, y, 1), cache.segments, part.segments)
         info, index = jax.tree.map(lambda x, y: back(x, y, 0), (cache.info, cache.index), (part.info, part.index))

@@ -65,6 +65,8 @@ def template_view(message: Message) -> dict[str, Any]:
     Raises:
         SampleError: a role or a part that is not known.
     """
+    if not hasattr(message, "get"):
+        raise SampleError(f"a message is {type(message).__name__}: expected an object with role and content")
     role, content = message.get("role"), message.get("content")
     if not isinstance(role, str) or role not in ROLES:
         raise SampleError(f"role {role!r}: expected system, user or assistant")
@@ -76,6 +78,8 @@ def template_view(message: Message) -> dict[str, Any]:
     for part in content:
         kind = part.get("type") if hasattr(part, "get") else None
         if kind == "text":
+            if not isinstance(part.get("text"), str):
+                raise SampleError(f"the text of a text part is {part.get('text')!r}: expected a string")
             parts.append({"type": "text", "text": part["text"]})
         elif kind in VISUAL_TYPES:
             if kind not in part:

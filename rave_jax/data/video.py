@@ -92,12 +92,14 @@ def video_patches(
     Raises:
         ImageError: no frames, a broken one, or frames of several sizes.
     """
+    if isinstance(frames, (str, bytes)) or not hasattr(frames, "__len__"):
+        raise ImageError(f"{name or 'video'}: a video is {type(frames).__name__}: expected a list of frames")
     if not len(frames):
         raise ImageError(f"{name or 'video'}: no frames")
     if limits.fps is not None and not fps:
         raise ImageError(f"{name or 'video'}: sampling {limits.fps} frames per second needs the part's own 'fps'")
-    if fps is not None and not (isinstance(fps, int | float) and fps > 0):
-        raise ImageError(f"{name or 'video'}: fps is {fps!r}, expected a number above 0")
+    if fps is not None and not (isinstance(fps, int | float) and not isinstance(fps, bool) and 1e-3 <= fps <= 1e3):
+        raise ImageError(f"{name or 'video'}: fps is {fps!r:.40}, expected a number from 0.001 to 1000")
     rate = fps or UNKNOWN_FPS
     try:
         keep = sample_frames(len(frames), rate, limits, grid.temporal)

@@ -61,7 +61,7 @@ class ModelSubject:
             slots=shape.rows,
             max_length=shape.tokens + max_new_tokens,
             max_prompt=shape.tokens,
-            max_patches=shape.patches or None,
+            max_patches=shape.patches,
             # Short prompts of a benchmark are worth neither more sizes nor waiting for each other.
             smallest=min(128, CHUNK),
             chunk=CHUNK,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from dataclasses import dataclass
 
 from rave_jax.attention import CacheType
@@ -38,13 +39,12 @@ class SlotConfig:
     """Most token ids that may end one answer, the model's own counted."""
 
     def __post_init__(self) -> None:
-        for name in ("slots", "smallest", "patches", "prefill_rows", "decode_steps", "max_stop_ids"):
+        for name in ("slots", "chunk", "smallest", "patches", "prefill_rows", "decode_steps", "max_stop_ids"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         require(self.max_length >= 2, "max_length", self.max_length, "at least 2, a prompt and an answer token")
-        for name in ("max_prompt", "max_patches"):
-            given = getattr(self, name)
-            require(given is None or given >= 1, name, given, "at least 1, or None")
-        require(self.chunk >= self.smallest, "chunk", self.chunk, f"at least `smallest` ({self.smallest})")
+        require(self.max_prompt is None or self.max_prompt >= 1, "max_prompt", self.max_prompt, "at least 1, or None")
+        given = self.max_patches
+        require(given is None or given >= 0, "max_patches", given, "0 (no pictures) or more, or None")
         require(self.prefill_rows <= self.slots, "prefill_rows", self.prefill_rows, f"at most `slots` ({self.slots})")
 
 
@@ -53,8 +53,7 @@ class Buckets:
 
     Attributes:
         reaches: how many slots of the cache a program reads and writes, ascending. The last holds `max_length`.
-        chunk: tokens of a prompt read at once. Up to it there are two reaches to a doubling, beyond it one, and an
-            answer that grows, whose cost hardly depends on the reach, uses every other one.
+        chunk: tokens of a prompt read at once. Up to it there are two reaches to a doubling, beyond it one.
         patches: sizes of the tower's input, ascending; empty without a tower.
     """
 
@@ -63,7 +62,7 @@ class Buckets:
         self.chunk = min(config.chunk, config.max_length)
         whole = -(-config.max_length // self.chunk) * self.chunk
         small = _grown(min(config.smallest, self.chunk), self.chunk)
-        self.reaches = (*small, *_grown(self.chunk, whole)[2::2])
+        self.reaches = (*small, *_doubled(self.chunk, whole)[1:])
         self.patches: tuple[int, ...] = ()
         if window_patches:
             windows = -(-merge_patches * whole // window_patches)
@@ -76,21 +75,27 @@ class Buckets:
 
     def reach(self, length: int) -> int:
         """The least reach that holds so many tokens."""
-        return next(n for n in self.reaches if n >= length)
+        return self.reaches[bisect.bisect_left(self.reaches, length)]
 
     def tower(self, patches: int) -> int:
         """The least input of the tower that holds so many patches."""
-        return next(n for n in self.patches if n >= patches)
+        return self.patches[bisect.bisect_left(self.patches, patches)]
 
     def chunk_of(self, reach: int) -> int:
         """Tokens per row that a program of this reach reads: prompts within one chunk are read whole."""
         return min(reach, self.chunk)
 
 
-def _grown(first: int, last: int) -> tuple[int, ...]:
-    """first, 1.5 first, 2 first, 3 first, 4 first, ... below `last`, and `last`."""
+def _doubled(first: int, last: int) -> tuple[int, ...]:
+    """first, 2 first, 4 first, ... below `last`, and `last`."""
     sizes = []
     while first < last:
-        sizes += [first, first * 3 // 2]
+        sizes.append(first)
         first *= 2
-    return (*sorted({n for n in sizes if n < last}), last)
+    return (*sizes, last)
+
+
+def _grown(first: int, last: int) -> tuple[int, ...]:
+    """first, 1.5 first, 2 first, 3 first, 4 first, ... below `last`, and `last`."""
+    sizes = {size for n in _doubled(first, last) for size in (n, n * 3 // 2)}
+    return (*sorted(n for n in sizes if n < last), last)

@@ -124,23 +124,19 @@ class Generator:
         more = True
         try:
             while more or running:
-                while more and self._engine.running + self._engine.waiting < self._most:
+                while more and not refused and self._engine.running + self._engine.waiting < self._most:
                     following = next(source, None)
                     more = following is not None
                     if following is not None:
                         self._submit(*following, running, refused)
                 yield from refused
                 refused.clear()
-                gone: set[int] = set()
                 for progress in self._engine.step() if running else ():
-                    if progress.request in gone:  # its first token ended it, and the same step had more
-                        continue
                     answer = running[progress.request]
                     yield self._piece(progress.request, answer, progress.tokens, progress.reason)
                     ended = progress.reason is not None or answer.stream.stopped
                     if ended:
                         del running[progress.request]
-                        gone.add(progress.request)
         finally:
             self._streaming = False
             for number in running:

@@ -15,7 +15,7 @@ from rave_jax.attention import CacheType, KvCache
 from rave_jax.attention import cache as kv_cache
 from rave_jax.batch import Kind, Role, TokenInfo
 from rave_jax.inference.sampling import RowSampling, choose
-from rave_jax.models.vlm import Vlm
+from rave_jax.models.vlm import Vlm, with_pictures
 from rave_jax.parallel.sharding import shard
 from rave_jax.typing import Array, Bool, Float, Int, UInt8
 
@@ -175,8 +175,7 @@ def read(
 
     x = model.embed(chunk.tokens, model.options.compute)
     if state.pictures.shape[1]:
-        placed = jnp.take_along_axis(state.pictures, chunk.visual_index[..., None], axis=1, mode="clip")
-        x = jnp.where((chunk.info.kind == Kind.VISUAL)[..., None], placed, x)
+        x = with_pictures(x, state.pictures, chunk.info, chunk.visual_index)
     x = shard(x, "batch", "length", None)
     hidden, part = model.decoder.cached(x, chunk.info, chunk.positions, part)
     cache = kv_cache.put(state.cache, part, admission.slot)

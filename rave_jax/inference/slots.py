@@ -158,13 +158,16 @@ class Engine:
         self._slots = [None if job is not None and job.request == request else job for job in self._slots]
 
     def step(self) -> list[Progress]:
-        """Read prompts while slots are free for them, then let all answers grow a little."""
+        """Read prompts where slots are free for them; where none are, let all answers grow a little.
+
+        So the first token of an answer is given out before anything else is computed.
+        """
         done = []
         with self._placed():
             while self._group_fits():
                 done += self._read()
-            if self.running:
-                done += self._write()
+            if not done and self.running:
+                done = self._write()
         return done
 
     def _group_fits(self) -> bool:
@@ -180,10 +183,12 @@ class Engine:
         group = PromptGroup([job.prompt for job in jobs], rows, self._buckets, **self._layout)
         for pictures in group.pictures(self.config.patches):
             self._run("see", pictures.patches.shape[1], _see, pictures)
-        first = np.full(rows, NOTHING)
-        for reach, chunk, admission in group.chunks(slots, no_slot=self.config.slots):
-            (given,) = self._run("read", reach, _read, chunk, admission, reach=reach)
-            first = np.where(np.asarray(admission.last) >= 0, np.asarray(given), first)
+        given = [
+            self._run("read", reach, _read, chunk, admission, reach=reach)[0]
+            for reach, chunk, admission in group.chunks(slots, no_slot=self.config.slots)
+        ]
+        # A prompt gives its answer's first token with its last chunk, and -1 with the others.
+        first = np.max(np.stack(given), axis=0)
         done = []
         for slot, job, token in zip(slots, jobs, first.tolist(), strict=False):
             self._slots[slot] = job

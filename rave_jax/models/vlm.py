@@ -90,8 +90,7 @@ class Vlm(nnx.Module):
             if self.vision is None:
                 raise ValueError(f"the batch has patches, but a {self.config.family} text model has no vision tower")
             seen = self.vision(batch.patches, batch.patch_segment, batch.patch_place, batch.patch_window)
-            placed = jnp.take_along_axis(seen, batch.visual_index[..., None], axis=1, mode="clip")
-            x = jnp.where((batch.info.kind == Kind.VISUAL)[..., None], placed, x)
+            x = with_pictures(x, seen, batch.info, batch.visual_index)
         return shard(x, "batch", "length", None)
 
     def head_weight(self) -> Float[Array, "V D"]:
@@ -107,14 +106,6 @@ class Vlm(nnx.Module):
         """A cache for `rows` documents of at most `size` tokens, k and v in the number type `kind`."""
         return self.decoder.empty_cache(rows, size, kind, self.options.compute)
 
-    def prefill(self, batch: Batch, cache: KvCache) -> tuple[Float[Array, "B T D"], KvCache]:
-        """Read prompts, one document per row with padding on the right, into the cache.
-
-        Returns:
-            hidden states after the final norm, and the cache; `cache.index` is each row's length.
-        """
-        return self.decoder.cached(self.embedded(batch), batch.info, batch.positions, cache)
-
     def decode(
         self, tokens: Int[Array, "B T"], info: TokenInfo, positions: Int[Array, "3 B T"], cache: KvCache
     ) -> tuple[Float[Array, "B T D"], KvCache]:
@@ -125,3 +116,11 @@ class Vlm(nnx.Module):
         """
         x = shard(self.embed(tokens, self.options.compute), "batch", "length", None)
         return self.decoder.cached(x, info, positions, cache)
+
+
+def with_pictures(
+    x: Float[Array, "B T D"], seen: Float[Array, "B U D"], info: TokenInfo, visual_index: Int[Array, "B T"]
+) -> Float[Array, "B T D"]:
+    """Embedded tokens with the visual ones replaced by what the tower made of their merge unit (of U in the row)."""
+    placed = jnp.take_along_axis(seen, visual_index[..., None], axis=1, mode="clip")
+    return jnp.where((info.kind == Kind.VISUAL)[..., None], placed, x)

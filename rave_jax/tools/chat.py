@@ -48,24 +48,27 @@ class Chat:
         elif command == "/clear":
             self._said, self._pictures = [], []
         elif command == "/image" and rest:
-            self.attach(Path(rest.strip()).expanduser())
+            try:
+                self.attach(Path(rest.strip()).expanduser())
+            except (SampleError, RuntimeError) as error:  # RuntimeError: ~ of somebody who is not there
+                _say(str(error))
         else:
             _say(f"{command} is nothing to do here: {COMMANDS}, or a question")
         return True
 
     def attach(self, path: Path) -> None:
-        """Put a picture before the next question. It is read now, and stays the same if the file does not."""
-        try:
-            self._pictures.append(read_image(path))
-        except SampleError as error:
-            _say(str(error))
+        """Put a picture before the next question. It is read now, and stays the same if the file does not.
+
+        Raises:
+            SampleError: it is none.
+        """
+        self._pictures.append(read_image(path))
 
     def ask(self, text: str) -> None:
         """Answer a question. Where that cannot be done, the conversation stays as it was."""
         if not text.strip():
             return
         asked = question(text, tuple(self._pictures))
-        self._pictures = []
         request = Request([*self._system, *self._said, asked], self._sampling, "the conversation")
         with _interrupts() as stopped, contextlib.closing(self._generator.stream([request])) as pieces:
             try:
@@ -73,6 +76,7 @@ class Chat:
             except ConfigError as error:
                 return _say(str(error))
         self._said += [asked, {"role": "assistant", "content": text}]
+        self._pictures = []
         if whole is not None and whole.reason == "full":
             _say("the answer ends here because the conversation has reached max_length; /clear begins another")
 
@@ -96,11 +100,14 @@ def chat(
         verbose: say on stderr how many tokens came and how quickly.
 
     Raises:
-        ConfigError: the model cannot be used.
+        ConfigError: the model or one of `images` cannot be used.
     """
     talk = Chat(make(), sampling, system, verbose)
     for path in images:
-        talk.attach(Path(path))
+        try:
+            talk.attach(Path(path))
+        except SampleError as error:
+            raise ConfigError(str(error)) from error
     if prompt is not None:
         talk.ask(prompt)
     for line in _lines():

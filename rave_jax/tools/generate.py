@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import jax
 
 from rave_jax.config import ConfigError
+from rave_jax.data.collate import round_up
 from rave_jax.data.processor import Processor
 from rave_jax.data.sample import SampleError
 from rave_jax.inference import Generator, Request, Sampling, SlotConfig
+from rave_jax.parallel.rows import row_ways
 from rave_jax.tools import source as sources
 from rave_jax.tools.answer import show
 from rave_jax.tools.chat import chat
@@ -101,4 +104,10 @@ def load(path: Path, processor: Processor, sizes: SlotConfig, dtype: str | None 
     if jax.default_backend() == "cpu" and not sources.is_run(path):
         changes["scan_layers"] = False
     source = sources.load(path, changes=changes)
+    if source.mesh is not None:
+        # Rows that the mesh cannot split would lie, and be computed, on every device.
+        ways = row_ways(source.mesh)
+        sizes = dataclasses.replace(
+            sizes, slots=round_up(sizes.slots, ways), prefill_rows=round_up(sizes.prefill_rows, ways)
+        )
     return Generator(source.model, processor, sizes, source.mesh)

@@ -43,7 +43,7 @@ def test_too_few_frames_to_sample() -> None:
     with pytest.raises(ImageError, match="needs the part's own 'fps'"):
         video_patches([noise(28, 28)] * 4, None, GRID, replace(SMALL, fps=1.0))
     for fps in (0, -1.0, "x"):
-        with pytest.raises(ImageError, match=r"clip: fps is .*expected a number above 0"):
+        with pytest.raises(ImageError, match=r"clip: fps is .*expected a number from 0.001 to 1000"):
             video_patches([noise(28, 28)] * 4, fps, GRID, SMALL, "clip")
     with pytest.raises(ImageError, match="no frames"):
         video_patches([], 1.0, GRID, SMALL)

@@ -144,3 +144,10 @@ def test_prompts_of_any_size_are_few_programs(subject: ModelSubject) -> None:
     # The tower has a size for every window or two; prompts and answers have one each.
     assert compilations() - before <= len(usage.programs - known)
     assert len({size for name, size in usage.programs if name != "see"}) == 1
+
+
+def test_no_patches_are_no_pictures(vlm: Vlm, processor: Processor) -> None:
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    text, picture = ModelSubject(vlm, processor, mesh, SHAPE._replace(patches=0), NEW).answer([SAMPLES[1], SAMPLES[0]])
+    assert isinstance(text, Answer)
+    assert isinstance(picture, SampleError) and "over the budget of max_patches 0" in str(picture)

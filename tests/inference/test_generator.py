@@ -298,6 +298,22 @@ def test_a_tokenizer_whose_text_cannot_be_put_together_is_refused(vlm: Vlm, proc
         Generator(vlm, other, SlotConfig())
 
 
+@pytest.mark.parametrize(
+    ("messages", "said"),
+    [
+        ([{"role": "user", "content": [{"type": "text"}]}], "the text of a text part is None"),
+        (["hello"], "a message is str"),
+        ([{"role": "user", "content": [{"type": "video", "video": 5}]}], "a video is int"),
+        ([{"role": "user", "content": [{"type": "video", "video": [noise(8, 8)], "fps": 10**400}]}], "fps is 1"),
+        ([{"role": "user", "content": [{"type": "video", "video": [noise(8, 8)], "fps": 1e-300}]}], "fps is 1e-300"),
+    ],
+)
+def test_messages_of_the_wrong_kind_spoil_no_other_request(messages: Any, said: str, three: Generator) -> None:
+    bad, good = three.answers([Request(messages, COLD, "odd"), ask("one")])
+    assert isinstance(bad, SampleError) and str(bad).startswith("odd: ") and said in str(bad)
+    assert isinstance(good, Completion)
+
+
 def until_closed(stream: Any) -> None:
     stream.close()
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rave_jax.attention import CacheType, Rave, SlidingWindow
+from rave_jax.attention import CacheType, KvCache, Rave, SlidingWindow
 from rave_jax.batch import Batch, Kind, TokenInfo
 from rave_jax.models.config import ModelOptions, TextConfig, VlmConfig
 from rave_jax.models.families import presets
@@ -53,6 +53,11 @@ def test_packed_documents_equal_each_alone(options: ModelOptions) -> None:
             start += n
 
 
+@jax.jit
+def prefill(model: Vlm, prompt: Batch, cache: KvCache) -> tuple[jax.Array, KvCache]:
+    return model.decoder.cached(model.embedded(prompt), prompt.info, prompt.positions, cache)
+
+
 @pytest.mark.parametrize("options", [ModelOptions(), RAVE], ids=["plain", "rave"])
 def test_prefill_and_decode_equal_the_whole_forward_at_every_step(options: ModelOptions) -> None:
     model = a_model(options)
@@ -70,7 +75,7 @@ def test_prefill_and_decode_equal_the_whole_forward_at_every_step(options: Model
         positions=np.where(within, whole.positions, 0),
     )
     # The cache is larger than the prompt, and rows end at different lengths.
-    hidden, cache = jax.jit(Vlm.prefill)(model, prompt, model.empty_cache(2, T + 5))
+    hidden, cache = prefill(model, prompt, model.empty_cache(2, T + 5))
     assert cache.index.tolist() == prompts.tolist()
     for row, n in enumerate(prompts):
         np.testing.assert_allclose(model.logits(hidden)[row, :n], expected[row, :n], atol=2e-5)
@@ -93,7 +98,7 @@ def test_a_smaller_cache_changes_little(kind: CacheType, tolerance: float) -> No
     model = a_model(RAVE)
     whole = batch([[doc] for doc in documents([3, Visual(1, 4, 6), 8], [12])], CONFIG, tokens=18, patches=24)
     expected = np.asarray(logits(model, whole))
-    hidden, _ = jax.jit(Vlm.prefill)(model, whole, model.empty_cache(2, 18, kind))
+    hidden, _ = prefill(model, whole, model.empty_cache(2, 18, kind))
     real = np.asarray(whole.info.segment) > 0
     difference = np.abs(np.asarray(model.logits(hidden)) - expected)[real]
     assert 0 < difference.max() < tolerance * np.abs(expected[real]).max()

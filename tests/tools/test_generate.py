@@ -297,7 +297,7 @@ def test_interrupting_an_answer_keeps_what_was_said(
         (["--prompt", "a", "--top-p", "2"], "top_p is 2.0"),
         (["--prompt", "a", "--top-k", "many"], "--top-k"),
         (["--prompt", "a", "--stop", ""], "stop is"),
-        (["--prompt", "a", "--chunk", "3"], "chunk is 3"),
+        (["--prompt", "a", "--chunk", "0"], "chunk is 0"),
         (["--prompt", "a", "--cache", "float64"], "--cache"),
         (["--prompt", "a", "--out", "{tmp}/out"], "--out goes with --requests"),
         (["--prompt", "a", "--image", "{home}/broken.png"], "broken.png: cannot identify"),
