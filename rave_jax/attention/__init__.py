@@ -9,27 +9,35 @@ from rave_jax.attention.base import (
     Features,
     Keys,
     Mechanism,
+    Owned,
     check_owners,
 )
 from rave_jax.attention.cache import CacheType, KvCache
+from rave_jax.attention.cca import Cca
+from rave_jax.attention.croc import Croc
 from rave_jax.attention.masks import cached_codes, causal_codes, segment_codes
+from rave_jax.attention.mma import Mma
 from rave_jax.attention.plan import Layers, SegmentPlan, build_mechanisms, plan_segments
 from rave_jax.attention.rave import Rave
 from rave_jax.attention.sliding_window import SlidingWindow
 from rave_jax.attention.text_positions import TextPositions
 
-MechanismConfig = Rave | SlidingWindow | TextPositions
+MechanismConfig = Rave | SlidingWindow | TextPositions | Mma | Croc | Cca
 
 __all__ = [
     "AttentionDims",
     "AttentionOutput",
     "CacheType",
+    "Cca",
+    "Croc",
     "Features",
     "Keys",
     "KvCache",
     "Layers",
     "Mechanism",
     "MechanismConfig",
+    "Mma",
+    "Owned",
     "Rave",
     "SegmentPlan",
     "SlidingWindow",

@@ -20,16 +20,22 @@ class AttentionOutput(NamedTuple):
     rows: Float[Array, "B N H S"] | None
 
 
-def positions(mechanisms: Sequence[Mechanism], info: TokenInfo, positions: Int[Array, "3 B T"]) -> Int[Array, "3 B T"]:
-    """Rotary positions after every mechanism's `positions` hook."""
+def positions(
+    mechanisms: Sequence[Mechanism],
+    info_q: TokenInfo,
+    info_k: TokenInfo,
+    own: Int[Array, "B T"],
+    positions: Int[Array, "3 B T"],
+) -> Int[Array, "3 B T"]:
+    """Rotary positions after every mechanism's `positions` hook; `own` is where queries stand among the keys."""
     for mechanism in mechanisms:
-        positions = mechanism.positions(info, positions)
+        positions = mechanism.positions(info_q, info_k, own, positions)
     return positions
 
 
 def mask_codes(mechanisms: Sequence[Mechanism], info_q: TokenInfo, info_k: TokenInfo, codes: MaskCodes) -> MaskCodes:
-    """Mask codes after every mechanism's `mask` hook."""
-    for mechanism in mechanisms:
+    """Mask codes after every mechanism's `mask` hook, whatever the order they are listed in."""
+    for mechanism in sorted(mechanisms, key=lambda mechanism: bool(mechanism.OWNS)):
         codes = mechanism.mask(info_q, info_k, codes)
     return codes
 

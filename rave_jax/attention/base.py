@@ -1,13 +1,13 @@
 """The hook protocol: what a mechanism may say about attention.
 
 A mechanism is a small nnx module, with or without parameters, that overrides one to three hooks. The
-defaults say nothing. Hooks that another mechanism already owns are refused by name when a model is built.
+defaults say nothing. What another mechanism of the layer already owns is refused by name when a model is built.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 from flax import nnx
 
@@ -47,18 +47,34 @@ class Keys(NamedTuple):
     remembered: tuple[Any, ...]
 
 
+Owned = Literal["positions", "score", "order", "hi", "opening"]
+"""What one mechanism of a layer may own: rotary positions; the term before the softmax; of the mask codes the order of
+keys, how far up it a query sees, and the opening. Any number may close the interval further."""
+
+
 class Mechanism(nnx.Module):
     """One way to change attention. `positions` and `mask` may not read parameters: they run once per segment
     of layers, outside the scan over layers."""
 
-    EXCLUSIVE = ("positions", "score")
+    OWNS: ClassVar[tuple[Owned, ...]] = ()
+    """What no other mechanism of the layer may own."""
+    NEEDS: ClassVar[tuple[Owned, ...]] = ()
+    """What no other mechanism of the layer may own, though this one leaves it plain."""
+    LOOKS_AHEAD: ClassVar[bool] = False
+    """May a token see later ones? Then a prompt has to be read whole."""
 
-    def positions(self, info: TokenInfo, positions: Int[Array, "3 B T"]) -> Int[Array, "3 B T"]:
-        """Other rotary positions."""
+    def positions(
+        self, info_q: TokenInfo, info_k: TokenInfo, own: Int[Array, "B T"], positions: Int[Array, "3 B T"]
+    ) -> Int[Array, "3 B T"]:
+        """Other rotary positions of the queries; `own` is where each stands among the keys."""
         return positions
 
     def mask(self, info_q: TokenInfo, info_k: TokenInfo, codes: MaskCodes) -> MaskCodes:
-        """Other mask codes."""
+        """Other mask codes. With a cache, `info_k` is 0 in slots that hold nothing yet.
+
+        Those who own nothing of the codes speak first, so that they find them plain: `order` numbers the keys, and
+        `hi` is where the query itself stands among them.
+        """
         return codes
 
     def remember(self, x: Features) -> Any:
@@ -75,18 +91,19 @@ class Mechanism(nnx.Module):
         return None
 
 
-def owns(mechanism: Mechanism, hook: str) -> bool:
-    """Does this mechanism override the hook?"""
-    return getattr(type(mechanism), hook) is not getattr(Mechanism, hook)
-
-
 def check_owners(mechanisms: Sequence[Mechanism]) -> None:
-    """Refuse two owners of one thing.
+    """Refuse two owners of one thing, and an owner of what another needs plain.
 
     Raises:
-        ConfigError: names the hook and both mechanisms.
+        ConfigError: names the thing and the mechanisms.
     """
-    for hook in Mechanism.EXCLUSIVE:
-        owners = [type(m).__name__ for m in mechanisms if owns(m, hook)]
+    names = [type(mechanism).__name__ for mechanism in mechanisms]
+    for thing in get_args(Owned):
+        owners = [name for name, mechanism in zip(names, mechanisms, strict=True) if thing in mechanism.OWNS]
         if len(owners) > 1:
-            raise ConfigError(f"mechanisms {' and '.join(owners)} both own the hook {hook!r}: keep one of them")
+            raise ConfigError(f"mechanisms {' and '.join(owners)} both own {thing!r}: keep one of them")
+        needing = [name for name, mechanism in zip(names, mechanisms, strict=True) if thing in mechanism.NEEDS]
+        if owners and needing:
+            raise ConfigError(
+                f"mechanism {needing[0]} needs {thing!r} plain, but {owners[0]} owns it: keep one of them"
+            )

@@ -66,7 +66,7 @@ def build_mechanisms(configs: Sequence[LayeredConfig], dims: AttentionDims, key:
     """The mechanisms of one layer, in the order of their configs.
 
     Raises:
-        ConfigError: two of them own one hook.
+        ConfigError: two of them own one thing, or one needs plain what another owns.
     """
     keys = jax.random.split(key, max(len(configs), 1))
     mechanisms = [config.build(dims, k) for config, k in zip(configs, keys, strict=False)]

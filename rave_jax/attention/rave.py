@@ -82,6 +82,8 @@ class RaveGate(Mechanism):
     gain [H].
     """
 
+    OWNS = ("score",)
+
     def __init__(self, config: Rave, dims: AttentionDims, key: jax.Array):
         H, K, h = dims
         self.config = config

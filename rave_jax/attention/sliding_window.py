@@ -32,7 +32,9 @@ class SlidingWindow:
 
 
 class Window(Mechanism):
-    """Closes the causal interval from below."""
+    """Closes the causal interval from below. It counts in `order`, so that has to be the plain one."""
+
+    NEEDS = ("order",)
 
     def __init__(self, config: SlidingWindow):
         self.config = config

@@ -28,6 +28,10 @@ class TextPositions:
 class Counted(Mechanism):
     """Replaces the three M-RoPE coordinates by the token's place in its document."""
 
-    def positions(self, info: TokenInfo, positions: Int[Array, "3 B T"]) -> Int[Array, "3 B T"]:
+    OWNS = ("positions",)
+
+    def positions(
+        self, info_q: TokenInfo, info_k: TokenInfo, own: Int[Array, "B T"], positions: Int[Array, "3 B T"]
+    ) -> Int[Array, "3 B T"]:
         """The place of each token, three times."""
-        return jnp.broadcast_to(info.place, positions.shape)
+        return jnp.broadcast_to(info_q.place, positions.shape)

@@ -22,7 +22,8 @@ class SlotConfig:
     max_patches: int | None = None
     """Most patches of a prompt's pictures; None: as many as its tokens allow."""
     chunk: int = 512
-    """Most tokens of a prompt that are read at once; a longer prompt is read in several chunks."""
+    """Most tokens of a prompt that are read at once; a longer prompt is read in several chunks. With a mechanism whose
+    tokens see later ones (Mma, Croc, Cca) it is refused instead."""
     smallest: int = 64
     """Least number of tokens that a program is compiled for; from here on there are two sizes to each doubling."""
     patches: int = 4096

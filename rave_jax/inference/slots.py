@@ -128,7 +128,8 @@ class Engine:
             name: what errors call it.
 
         Raises:
-            OverBudget: the prompt is too long, has too many patches, or leaves no room for an answer.
+            OverBudget: the prompt is too long, has too many patches, or leaves no room for an answer; or it is longer
+                than `chunk` and the model has a mechanism that looks ahead.
             SampleError: too many stop ids, or pictures for a model that takes none.
         """
         called = f"{name}: " if name else ""
@@ -140,6 +141,12 @@ class Engine:
         ):
             if most is not None and given > most:
                 raise OverBudget(f"{called}the prompt has {given} {what}, over the budget of {field_name} {most}")
+        ahead = self._model.decoder.looks_ahead
+        if ahead and len(example.tokens) > self._buckets.chunk:
+            raise OverBudget(
+                f"{called}the prompt has {len(example.tokens)} tokens, over the budget of chunk {self._buckets.chunk}: "
+                f"with {' and '.join(ahead)} tokens see later ones, so a prompt is read whole"
+            )
         if len(example.patches) and not self._buckets.patches:
             raise SampleError(f"{called}the prompt has pictures and the model takes none")
         stops = tuple(sorted(self._stop_ids.union(sampling.stop_ids)))

@@ -163,7 +163,8 @@ class Decoder(nnx.Module):
         """Tokens that follow what the cache holds, one document per row, padding on the right.
 
         Padding is written too and overwritten by what follows; until then no query sees it. `cache.index` + T may not
-        be beyond the cache's size: such a row is not written.
+        be beyond the cache's size: such a row is not written. Where `looks_ahead` names mechanisms, the tokens that one
+        may see have to be given with it or before it.
 
         Returns:
             hidden states after the final norm, and the cache with the tokens in it.
@@ -172,6 +173,9 @@ class Decoder(nnx.Module):
         start = cache.index
         slots = start[:, None] + jnp.arange(T, dtype=jnp.int32)
         held = kv_cache.write_info(cache.info, start, info)
+        # What lies beyond is left from before, and `mask` hooks may not take it for tokens.
+        reached = jnp.arange(cache.size, dtype=jnp.int32) < start[:, None] + T
+        held = jax.tree.map(lambda code: jnp.where(reached, code, 0), held)
         base = attention.cached_codes(slots, cache.size)
         segments = []
         for segment, stored in zip(self.segments, cache.segments, strict=True):
@@ -188,6 +192,12 @@ class Decoder(nnx.Module):
             segments.append(stored)
         index = start + jnp.sum(info.segment > 0, axis=1, dtype=jnp.int32)
         return self.norm(x), kv_cache.placed(KvCache(tuple(segments), held, index))
+
+    @property
+    def looks_ahead(self) -> tuple[str, ...]:
+        """Names of the mechanisms that let a token see later ones."""
+        found = [m for segment in self.segments for m in segment.layers.mechanisms if m.LOOKS_AHEAD]
+        return tuple(dict.fromkeys(type(mechanism).__name__ for mechanism in found))
 
     def empty_cache(self, rows: int, size: int, kind: CacheType, dtype: jnp.dtype) -> KvCache:
         """A cache for `rows` documents of at most `size` tokens; `dtype` is the compute type."""
@@ -213,7 +223,7 @@ class Decoder(nnx.Module):
     ) -> Situation:
         # The hooks `positions` and `mask` read no parameters, so the stacked mechanisms may answer for all layers.
         mechanisms = segment.layers.mechanisms
-        placed = attention.positions(mechanisms, info_q, positions)
+        placed = attention.positions(mechanisms, info_q, info_k, base.hi, positions)
         rotation = text_rotation(placed, self.head_dim, self.rope_theta, self.mrope_section)
         codes = attention.mask_codes(mechanisms, info_q, info_k, base)
         return Situation(rotation, codes, info_q, info_k, start, rows)

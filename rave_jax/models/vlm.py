@@ -29,7 +29,7 @@ class Vlm(nnx.Module):
         lm_head: output head, or None when it is the embedding table.
 
     Raises:
-        ConfigError: a mechanism or adapter names something the model does not have, or two mechanisms own one hook.
+        ConfigError: a mechanism or adapter names something the model does not have, or two mechanisms own one thing.
     """
 
     def __init__(self, config: VlmConfig, options: ModelOptions, *, key: jax.Array):

@@ -64,7 +64,8 @@ def test_cached_codes_see_slots_up_to_their_own():
 
 def test_text_positions_count_every_token():
     info = info_of([[1, 1, 2, 2]])._replace(place=jnp.array([[0, 1, 0, 1]], jnp.int32))
-    given_ = positions([at.TextPositions().build(DIMS, KEY)], info, jnp.full((3, 1, 4), 7))
+    own = jnp.array([[0, 1, 2, 3]])
+    given_ = positions([at.TextPositions().build(DIMS, KEY)], info, info, own, jnp.full((3, 1, 4), 7))
     assert given_.tolist() == [[[0, 1, 0, 1]]] * 3
 
 
@@ -81,8 +82,8 @@ def test_layers_are_planned_as_runs_of_equal_mechanisms():
         at.plan_segments((at.Rave(layers=(0, 9)),), 5)
 
 
-def test_two_owners_of_one_hook_are_refused_by_name():
-    with pytest.raises(ConfigError, match="RaveGate and RaveGate both own the hook 'score'"):
+def test_two_owners_of_one_thing_are_refused_by_name():
+    with pytest.raises(ConfigError, match="RaveGate and RaveGate both own 'score'"):
         at.build_mechanisms((at.Rave(), at.Rave(rank=4)), DIMS, KEY)
     with pytest.raises(ConfigError, match="'positions'"):
         at.build_mechanisms((at.TextPositions(), at.TextPositions()), DIMS, KEY)

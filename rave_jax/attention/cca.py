@@ -1,0 +1,73 @@
+"""Concentric causal attention (CCA): a picture is read from its outer ring inwards.
+
+Source: CCA, arXiv 2410.15926, and its released code, for one square image. With t0 the image's first place and
+ring = min(row, H - 1 - row, col, W - 1 - col):
+
+    allow(i, j) = ring_j <= ring_i   where i and j are of one image, else   j <= i
+    position    = t0 + ring          on the image; text after it goes on at t0 + H / 2
+
+Our reading: the same ring where H and W differ, with text going on at t0 + ceil(min(H, W) / 2); each image of several,
+and each frame of a video, is one picture; all three axes of M-RoPE take the position.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from rave_jax.attention.base import AttentionDims, Mechanism
+from rave_jax.attention.plan import Layers
+from rave_jax.batch import Kind, TokenInfo
+from rave_jax.kernels.pair_bias import MaskCodes
+from rave_jax.typing import Array, Int
+
+
+@dataclass(frozen=True)
+class Cca:
+    """Visual tokens stand and see by rings, from the outer one to the centre."""
+
+    layers: Layers = "all"
+    """Decoder layers that use it, by global number, or all."""
+
+    def build(self, dims: AttentionDims, key: jax.Array) -> CcaRings:
+        """The mechanism of one layer."""
+        return CcaRings()
+
+
+class CcaRings(Mechanism):
+    """Moves the tokens of a picture to their rings, in the mask's order and in rotary positions."""
+
+    OWNS = ("positions", "order", "hi")
+    LOOKS_AHEAD = True
+
+    def positions(
+        self, info_q: TokenInfo, info_k: TokenInfo, own: Int[Array, "B T"], positions: Int[Array, "3 B T"]
+    ) -> Int[Array, "3 B T"]:
+        """Text takes one position each, a picture as many as it has rings; three times the same."""
+        visual = info_k.kind == Kind.VISUAL
+        rings = jnp.where(visual, (jnp.minimum(info_k.grid_h, info_k.grid_w) + 1) // 2, 1)
+        before = jnp.cumsum(jnp.where(visual & (_raster(info_k) > 0), 0, rings), axis=1) - rings
+        first = jax.lax.cummax(jnp.where(info_k.place == 0, before, 0), axis=1)
+        found = jnp.take_along_axis(before - first + _ring(info_k), own, axis=1, mode="clip")
+        return jnp.broadcast_to(found, positions.shape)
+
+    def mask(self, info_q: TokenInfo, info_k: TokenInfo, codes: MaskCodes) -> MaskCodes:
+        """order = hi = first token of the picture + ring, on visual tokens."""
+        return codes._replace(
+            order=codes.order - _raster(info_k) + _ring(info_k), hi=codes.hi - _raster(info_q) + _ring(info_q)
+        )
+
+
+def _raster(info: TokenInfo) -> Int[Array, "B T"]:
+    """How many tokens of its picture stand before a visual token; 0 on others."""
+    return info.row * info.grid_w + info.col
+
+
+def _ring(info: TokenInfo) -> Int[Array, "B T"]:
+    """Rings around a visual token; 0 on others."""
+    inner = jnp.minimum(
+        jnp.minimum(info.row, info.grid_h - 1 - info.row), jnp.minimum(info.col, info.grid_w - 1 - info.col)
+    )
+    return jnp.where(info.kind == Kind.VISUAL, inner, 0)

@@ -1,0 +1,70 @@
+"""Croc's mixed attention: both ways within a picture, or within all that comes before the answer.
+
+Source: Croc, arXiv 2410.14332, which uses it in one stage of pretraining. Two rules, because its words and its released
+code differ:
+
+    visual (the paper's words)   allow(i, j) = (j <= i)  or  (i and j visual and of one image)
+    prefix (the released code)   allow(i, j) = (j <= i)  or  (j before the first supervised token)
+
+Our reading: "of one image" for several images and for videos; the first supervised token is the first token of the
+document's first answer, whose header counts as answer, so that training and generation agree. A document without an
+answer is all prefix: do not train on one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from rave_jax.attention.base import AttentionDims, Mechanism
+from rave_jax.attention.plan import Layers
+from rave_jax.batch import Role, TokenInfo
+from rave_jax.kernels.pair_bias import MaskCodes
+from rave_jax.typing import Array, Int
+
+
+@dataclass(frozen=True)
+class Croc:
+    """Tokens of a picture, or of all that comes before the answer, see each other both ways."""
+
+    rule: Literal["visual", "prefix"] = "visual"
+    """visual: tokens of one picture see each other; prefix: all tokens before the document's first answer do."""
+    layers: Layers = "all"
+    """Decoder layers that use it, by global number, or all."""
+
+    def build(self, dims: AttentionDims, key: jax.Array) -> CrocMask:
+        """The mechanism of one layer."""
+        return CrocMask(self)
+
+
+class CrocMask(Mechanism):
+    """Raises `hi` to the end of the query's block."""
+
+    OWNS = ("hi",)
+    LOOKS_AHEAD = True
+
+    def __init__(self, config: Croc):
+        self.config = config
+
+    def mask(self, info_q: TokenInfo, info_k: TokenInfo, codes: MaskCodes) -> MaskCodes:
+        """hi = last token of the query's block, where it stands in one."""
+        block = info_k.image if self.config.rule == "visual" else _prefix(info_k)
+        ends = jnp.where(block > 0, _last_of_run(block), 0)
+        return codes._replace(hi=jnp.maximum(codes.hi, jnp.take_along_axis(ends, codes.hi, axis=1, mode="clip")))
+
+
+def _prefix(info: TokenInfo) -> Int[Array, "B S"]:
+    """The document's number on tokens before its first answer, else 0."""
+    index = jnp.arange(info.segment.shape[1], dtype=jnp.int32)
+    answered = jax.lax.cummax(jnp.where(info.role == Role.RESPONSE, index, -1), axis=1) >= index - info.place
+    return jnp.where(answered, 0, info.segment)
+
+
+def _last_of_run(block: Int[Array, "B S"]) -> Int[Array, "B S"]:
+    """Index of the last token of each token's run of equal numbers."""
+    index = jnp.arange(block.shape[1], dtype=jnp.int32)
+    last = jnp.pad(block[:, 1:] != block[:, :-1], ((0, 0), (0, 1)), constant_values=True)
+    return jax.lax.cummin(jnp.where(last, index, block.shape[1]), axis=1, reverse=True)

@@ -1,0 +1,71 @@
+"""Slots with mechanisms whose tokens see later ones: answers are a whole forward's, long prompts are refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import numpy as np
+import pytest
+
+from rave_jax.attention import Cca, Croc, MechanismConfig, Mma, Rave
+from rave_jax.batch import Role
+from rave_jax.data.sample import SampleError
+from rave_jax.inference import Sampling
+from rave_jax.models.config import ModelOptions
+from rave_jax.models.vlm import Vlm
+from tests.inference.prompts import example_of, whole_forward
+from tests.inference.test_slots import CONFIG, NEW, SIZES, engine, prompts, run
+from tests.models.layout import Document, Visual, document
+from tests.models.made import model
+
+WHOLE = dataclasses.replace(SIZES, slots=2, max_length=48, chunk=48, smallest=32)
+SETTINGS: dict[str, tuple[MechanismConfig, ...]] = {
+    "mma and croc": (Mma(), Croc(layers=(0, 1)), Croc("prefix", layers=(2,))),
+    "cca": (Cca(), Mma(), Rave(rank=4)),
+}
+
+
+@functools.cache
+def a_model(name: str) -> Vlm:
+    return model(CONFIG, ModelOptions(mechanisms=SETTINGS[name]), seed=3)
+
+
+def asked() -> list[Document]:
+    """Prompts, two for the slots and two for what those leave.
+
+    The picture at the end of the first covers slots 27 to 35. The third ends at slot 28 within a reach of 32, so that
+    its answer meets slots which still hold the end of a picture that began before it. The second has an answer in its
+    middle.
+    """
+    rng = np.random.default_rng(1)
+    parts: tuple[list[int | Visual], ...] = (
+        [2, Visual(2, 4, 4, video=True), 17, Visual(1, 6, 6), 2],
+        [2, Visual(1, 4, 6), 6, Visual(1, 6, 6), 3],
+        [29],
+        [3, Visual(1, 4, 4), 4],
+    )
+    documents = [document(some, CONFIG, rng) for some in parts]
+    for code in documents[1].codes[10:13]:
+        code["role"] = Role.RESPONSE
+    for code in documents[1].codes[13:]:
+        code["turn"] = 2
+    return documents
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_each_token_is_the_argmax_of_a_whole_forward(name: str) -> None:
+    vlm = a_model(name)
+    answers = run(engine(vlm, WHOLE), asked())
+    assert len({token for answer in answers for token in answer}) > 5, "a model that says one thing proves nothing"
+    for answer, logits in zip(answers, whole_forward(vlm, asked(), answers, T=48, P=80), strict=True):
+        assert len(answer) == NEW and answer == logits.argmax(-1).tolist()
+        best = np.sort(logits, axis=-1)
+        assert (best[:, -1] - best[:, -2]).min() > 1e-4, "no tie decides"
+
+
+def test_a_prompt_of_several_chunks_is_refused() -> None:
+    slots = engine(a_model("mma and croc"))
+    with pytest.raises(SampleError, match="x: the prompt has 44 tokens, over the budget of chunk 16: with MmaMask and"):
+        slots.submit(example_of(prompts()[3], CONFIG), Sampling(), "x")
+    slots.submit(example_of(prompts()[0], CONFIG), Sampling())
