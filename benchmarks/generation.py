@@ -13,10 +13,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
-import statistics
 import tempfile
-import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +28,7 @@ from small_vlm import (
     WINDOW_PATCHES,
     Prompt,
     TorchSide,
+    compare,
     our_model,
     prompt,
 )
@@ -116,30 +116,10 @@ def measure(rounds: int) -> list[dict[str, Any]]:
         }
         rows = []
         for load, aim in (("one", 1.0), ("eight", 2.0), ("mixed", 2.0)):
-            asked, slots = all_loads[load], engine(model, sizes[load])
-
-            def ours(slots: Engine = slots, asked: list[Asked] = asked) -> float:
-                start = time.perf_counter()
-                answer(slots, asked)
-                return time.perf_counter() - start
-
-            pairs = [(ours(), torch.seconds(load)) for _ in range(rounds + 1)][1:]
-            ratio = statistics.median(b / a for a, b in pairs)
+            asked = all_loads[load]
+            ours = functools.partial(answer, engine(model, sizes[load]), asked)
             tokens = sum(one.new_tokens for one in asked)
-            speeds = [tokens / statistics.median(column) for column in zip(*pairs, strict=True)]
-            rows.append(
-                {
-                    "name": f"{load}: tokens/s against transformers + torch",
-                    "where": torch.where,
-                    "value": round(ratio, 3),
-                    "unit": "ratio",
-                    "aim": f">= {aim}",
-                    "holds": ratio >= aim,
-                    "ours_tokens_per_s": round(speeds[0], 1),
-                    "torch_tokens_per_s": round(speeds[1], 1),
-                    "parameters": torch.says["parameters"],
-                }
-            )
+            rows.append(compare(torch, load, ours, tokens=tokens, aim=aim, rounds=rounds, uncounted=1))
         where = torch.where
         torch.close()
     return rows + count(model, where)

@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from small_vlm import IMAGE, MERGE_PATCHES, PATCH_NUMBERS, SEED, WINDOW_PATCHES, TorchSide, our_model, prompt
+from small_vlm import IMAGE, MERGE_PATCHES, PATCH_NUMBERS, SEED, WINDOW_PATCHES, TorchSide, compare, our_model, prompt
 
 from rave_jax.batch import Batch
 from rave_jax.data.collate import BatchShape, collate
@@ -114,30 +112,10 @@ def measure(rounds: int) -> list[dict[str, Any]]:
         batch = jax.tree.map(jnp.asarray, collate([[example] for example in examples], shape, PATCH_NUMBERS))
         tasks = our_tasks(model, batch, examples)
 
-        def ours(task: str) -> float:
-            start = time.perf_counter()
-            jax.block_until_ready(tasks[task]())
-            return time.perf_counter() - start
-
         results = []
-        for task in tasks:
+        for task, ours in tasks.items():
             tokens = ROWS * (NEW_TOKENS if task == "generate" else TOKENS)
-            pairs = [(ours(task), torch.seconds(task)) for _ in range(rounds + 2)][2:]
-            ratio = statistics.median(b / a for a, b in pairs)
-            speeds = [tokens / statistics.median(column) for column in zip(*pairs, strict=True)]
-            results.append(
-                {
-                    "name": f"{task}: tokens/s against transformers + torch",
-                    "where": torch.where,
-                    "value": round(ratio, 3),
-                    "unit": "ratio",
-                    "aim": ">= 1.0",
-                    "holds": ratio >= 1.0,
-                    "ours_tokens_per_s": round(speeds[0]),
-                    "torch_tokens_per_s": round(speeds[1]),
-                    "parameters": torch.says["parameters"],
-                }
-            )
+            results.append(compare(torch, task, ours, tokens=tokens, aim=1.0, rounds=rounds, uncounted=2))
         torch.close()
     return results
 

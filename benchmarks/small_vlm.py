@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 import subprocess
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -148,6 +150,42 @@ class TorchSide:
     def _line(self) -> str:
         assert self._process.stdout
         return self._process.stdout.readline()
+
+
+def compare(
+    torch: TorchSide, task: str, ours: Callable[[], Any], *, tokens: int, aim: float, rounds: int, uncounted: int
+) -> dict[str, Any]:
+    """A row of results: how many times as quick as torch we are, as a median over rounds of one call of each.
+
+    Args:
+        torch: does `task`.
+        task: its name there.
+        ours: the same on our side; returns what must be ready when it is done.
+        tokens: of one call.
+        aim: least ratio.
+        rounds: how many are counted.
+        uncounted: rounds before them.
+    """
+
+    def seconds() -> float:
+        start = time.perf_counter()
+        jax.block_until_ready(ours())
+        return time.perf_counter() - start
+
+    pairs = [(seconds(), torch.seconds(task)) for _ in range(rounds + uncounted)][uncounted:]
+    ratio = statistics.median(theirs / mine for mine, theirs in pairs)
+    speeds = [tokens / statistics.median(column) for column in zip(*pairs, strict=True)]
+    return {
+        "name": f"{task}: tokens/s against transformers + torch",
+        "where": torch.where,
+        "value": round(ratio, 3),
+        "unit": "ratio",
+        "aim": f">= {aim}",
+        "holds": ratio >= aim,
+        "ours_tokens_per_s": round(speeds[0], 1),
+        "torch_tokens_per_s": round(speeds[1], 1),
+        "parameters": torch.says["parameters"],
+    }
 
 
 def our_model(folder: str) -> Vlm:

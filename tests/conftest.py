@@ -61,7 +61,4 @@ def shared_data() -> Path:
 @pytest.fixture(scope="session")
 def torch_python() -> str:
     """The interpreter that runs the torch side of a parity test (`*_torch.py`, files in and out)."""
-    interpreter = os.environ.get(TORCH_PYTHON)
-    if not interpreter:
-        pytest.skip(f"{TORCH_PYTHON} names no interpreter that has torch")
-    return interpreter
+    return os.environ[TORCH_PYTHON]  # without it, tests marked parity were skipped at collection

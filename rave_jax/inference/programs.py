@@ -169,9 +169,8 @@ def read(
     B = state.seen.shape[0]
     begins = admission.begins
     part = kv_cache.take(state.cache, admission.slot, reach)
-    # Leftovers of who had the slot before: no query may take them for its own document's.
-    fresh = jax.tree.map(lambda code: jnp.where(begins[:, None], 0, code), part.info)
-    part = part._replace(info=fresh, index=jnp.where(begins, 0, part.index))
+    # From slot 0 on: what is left there of who had the slot before counts as not written.
+    part = part._replace(index=jnp.where(begins, 0, part.index))
 
     x = model.embed(chunk.tokens, model.options.compute)
     if state.pictures.shape[1]:

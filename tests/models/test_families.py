@@ -6,9 +6,9 @@ from pathlib import Path
 import jax
 import pytest
 
-from rave_jax.attention import SlidingWindow
+from rave_jax.attention import CacheType, Rave, SlidingWindow
 from rave_jax.config import ConfigError
-from rave_jax.models.config import ModelOptions, VlmConfig
+from rave_jax.models.config import FloatName, ModelOptions, VlmConfig
 from rave_jax.models.families import FAMILIES, family_for, family_named, presets
 from rave_jax.models.parameters import locate, named_parameters, num_bytes
 from rave_jax.models.vlm import Vlm
@@ -116,3 +116,22 @@ def test_what_we_do_not_compute_is_refused(change: dict, message: str) -> None:
     hf = family_named("qwen2_5_vl").render(presets.tiny()) | change
     with pytest.raises(ConfigError, match=message):
         family_for(hf).parse(hf)
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "mechanisms", "expected"),
+    [
+        ("compute", "float32", (), 114_688),
+        ("compute", "bfloat16", (), 57_344),
+        ("int8", "bfloat16", (), 29_568),
+        ("int8", "bfloat16", (Rave(rank=16),), 29_568 + 7_616),
+    ],
+)
+def test_a_token_of_the_7b_takes_the_cache_that_the_page_says(
+    repo: Path, kind: CacheType, dtype: FloatName, mechanisms: tuple[Rave, ...], expected: int
+) -> None:
+    options = ModelOptions(mechanisms=mechanisms, param_dtype=dtype, compute_dtype=dtype)
+    made = jax.eval_shape(lambda: Vlm(presets.qwen2_5_vl_7b(), options, key=jax.random.key(0)).empty_cache(1, 1, kind))
+    assert sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(made.segments)) == expected
+    page = (repo / "docs" / "generation.md").read_text()
+    assert all(f"{number:,}" in page for number in ({expected} if not mechanisms else {7_616}))
