@@ -9,7 +9,7 @@ from rave_jax.attention.base import Features, Keys, Mechanism
 from rave_jax.attention.probe import attention_rows
 from rave_jax.batch import TokenInfo
 from rave_jax.kernels import pair_bias
-from rave_jax.kernels.pair_bias import Implementation, MaskCodes, PairForm
+from rave_jax.kernels.pair_bias import Implementation, MaskCodes, PairForm, Terms
 from rave_jax.typing import Array, Float, Int
 
 
@@ -77,5 +77,5 @@ def attend(
             bias, form = term
     scale = x.q.shape[-1] ** -0.5
     out, lse = pair_bias.attention(x.q, keys.k, keys.v, codes, bias, form, scale=scale, implementation=implementation)
-    wanted = None if rows is None else attention_rows(x.q, keys.k, codes, bias, form, scale, lse, rows)
+    wanted = None if rows is None else attention_rows(x.q, keys.k, codes, Terms(bias, None), form, scale, lse, rows)
     return AttentionOutput(out, wanted)

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 
 from rave_jax.kernels.pair_bias.base import (
     MaskCodes,
-    PairBias,
     PairForm,
+    Terms,
     group_heads,
     tile_allow,
     tile_scores,
@@ -20,7 +20,7 @@ def attention_rows(
     q: Float[Array, "B T H h"],
     k: Float[Array, "B S K h"],
     codes: MaskCodes,
-    bias: PairBias | None,
+    terms: Terms,
     form: PairForm,
     scale: float,
     lse: Float[Array, "B T H"],
@@ -33,9 +33,10 @@ def attention_rows(
 
     K = k.shape[2]
     codes = codes._replace(lo=pick(codes.lo), hi=pick(codes.hi), open_q=pick(codes.open_q))
-    if bias is not None:
-        bias = bias._replace(u=pick(bias.u), row=pick(bias.row), query_on=pick(bias.query_on))
-    scores = tile_scores(group_heads(pick(q), K), k, bias, form, scale)
+    pair = terms.pair
+    if pair is not None:
+        pair = pair._replace(u=pick(pair.u), row=pick(pair.row), query_on=pick(pair.query_on))
+    scores = tile_scores(group_heads(pick(q), K), k, terms._replace(pair=pair), form, scale)
     norm = group_heads(pick(lse), K)[..., None]
     weights = jnp.where(tile_allow(codes), jnp.exp(scores - jnp.where(norm == -jnp.inf, 0.0, norm)), 0.0)
     return ungroup_heads(weights)

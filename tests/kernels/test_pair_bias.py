@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from rave_jax.kernels.pair_bias import MaskCodes, PairBias, PairForm, attention, choose
+from rave_jax.kernels.pair_bias import KeySegments, MaskCodes, PairBias, PairForm, attention, choose
 from rave_jax.kernels.pair_bias.base import log_gate, tile_allow
 
 FORMS = ("log_gate", "tanh", "linear", "centered_sigmoid")
-B, H, K, h, r = 2, 4, 2, 8, 4
+B, H, K, h, c, r = 2, 4, 2, 8, 6, 4  # c: width of values
+NUM_SEGMENTS = 4
 SHAPES = ((1, 1), (7, 300), (300, 300))
 
 
@@ -42,39 +43,99 @@ def random_operands(rng: np.random.Generator, T: int, S: int, visual: float):
         query_on=jnp.asarray(rng.random((B, T, H)) < 0.8),
         key_on=jnp.asarray(rng.random((B, S)) < visual),
     )
-    return normal(B, T, H, h), normal(B, S, K, h), normal(B, S, K, h), bias
+    return normal(B, T, H, h), normal(B, S, K, h), normal(B, S, K, c), bias
 
 
 @functools.partial(jax.jit, static_argnames=("form", "implementation"))
-def outputs_and_gradients(q, k, v, bias, codes, ct, form, implementation):
+def outputs_and_gradients(q, k, v, bias, key_bias, codes, ct, form, implementation, segments=None):
     """Output, log-sum-exp and the gradient of every float operand for one random pair of cotangents."""
 
-    def run(q, k, v, floats):
+    def run(q, k, v, floats, key_bias):
         full = None if bias is None else bias._replace(**floats)
-        return attention(q, k, v, codes, full, PairForm(form), scale=h**-0.5, implementation=implementation)
+        of = None if segments is None else KeySegments(segments, NUM_SEGMENTS)
+        return attention(
+            q,
+            k,
+            v,
+            codes,
+            full,
+            PairForm(form),
+            scale=h**-0.5,
+            key_bias=key_bias,
+            segments=of,
+            implementation=implementation,
+        )
 
     floats = {} if bias is None else {n: getattr(bias, n) for n in ("u", "w", "row", "key", "gain")}
-    (out, lse), pull = jax.vjp(run, q, k, v, floats)
+    (out, lse), pull = jax.vjp(run, q, k, v, floats, key_bias)
     d_lse = jnp.where(jnp.isfinite(lse), ct[1], 0.0)
     return out, lse, pull((ct[0], d_lse))
 
 
+def random_cotangents(rng: np.random.Generator, *leading: int):
+    """Of an output and a log-sum-exp of [B, *leading, H]."""
+    return tuple(jnp.asarray(rng.normal(size=(B, *leading, H, *last)), jnp.float32) for last in ((c,), ()))
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("per_key", (False, True), ids=("", "key_bias"))
 @pytest.mark.parametrize("form", (*FORMS, None), ids=str)
-def test_xla_equals_reference_with_every_gradient(shape, form):
+def test_xla_equals_reference_with_every_gradient(shape, form, per_key):
     rng = np.random.default_rng(hash((shape, form)) % 2**32)
     T, S = shape
     for visual in (0.0, 0.6, 1.0) if form == "log_gate" else (0.6,):
         q, k, v, bias = random_operands(rng, T, S, visual)
-        bias = bias if form else None
-        codes = random_codes(rng, T, S)
-        ct = (
-            jnp.asarray(rng.normal(size=(B, T, H, h)), jnp.float32),
-            jnp.asarray(rng.normal(size=(B, T, H)), jnp.float32),
-        )
-        expected = outputs_and_gradients(q, k, v, bias, codes, ct, form or "linear", "reference")
-        given_ = outputs_and_gradients(q, k, v, bias, codes, ct, form or "linear", "xla")
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), given_, expected)
+        operands = (q, k, v, bias if form else None, random_key_bias(rng, S) if per_key else None)
+        rest = (random_codes(rng, T, S), random_cotangents(rng, T), form or "linear")
+        expected = outputs_and_gradients(*operands, *rest, "reference")
+        found = outputs_and_gradients(*operands, *rest, "xla")
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), found, expected)
+
+
+def random_key_bias(rng: np.random.Generator, S: int):
+    return jnp.asarray(rng.normal(size=(B, S, H)), jnp.float32)
+
+
+@pytest.mark.parametrize("implementation", ("reference", "xla"))
+def test_segments_are_what_their_keys_alone_give_and_merge_to_the_whole(implementation):
+    rng = np.random.default_rng(5)
+    T, S = 7, 300
+    q, k, v, bias = random_operands(rng, T, S, 0.5)
+    key_bias, codes = random_key_bias(rng, S), random_codes(rng, T, S)
+    of = jnp.asarray(rng.integers(0, NUM_SEGMENTS - 1, (B, S)), jnp.int32)  # the last one stays empty
+    rest = (codes, random_cotangents(rng, T, NUM_SEGMENTS), "log_gate")
+    out, lse, grads = outputs_and_gradients(q, k, v, bias, key_bias, *rest, implementation, of)
+    assert np.all(np.asarray(out)[:, :, -1] == 0) and np.all(np.isneginf(np.asarray(lse)[:, :, -1]))
+    for n in range(NUM_SEGMENTS):
+        inside = np.asarray(of) == n
+        alone, alone_lse = by_hand(q, k, v, codes, bias, key_bias, inside)
+        np.testing.assert_allclose(out[:, :, n], alone, atol=2e-5)
+        np.testing.assert_allclose(lse[:, :, n], alone_lse, atol=2e-5)
+    whole, _ = attention(q, k, v, codes, bias, scale=h**-0.5, key_bias=key_bias, implementation=implementation)
+    weights = jax.nn.softmax(lse, axis=2, where=jnp.isfinite(lse).any(2, keepdims=True))
+    np.testing.assert_allclose((weights[..., None] * out).sum(2), whole, atol=2e-5)
+    expected = outputs_and_gradients(q, k, v, bias, key_bias, *rest, "reference", of)[2]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5), grads, expected)
+
+
+def by_hand(q, k, v, codes, bias, key_bias, inside):
+    """Attention over the keys in `inside`, in numpy and float64, one pair at a time in effect."""
+    q, k, v, key_bias = (np.asarray(x, np.float64) for x in (q, k, v, key_bias))
+    k, v = (np.repeat(x, H // K, axis=2) for x in (k, v))
+    w, key = (np.repeat(np.asarray(x, np.float64), H // K, axis=2) for x in (bias.w, bias.key))
+    z = np.einsum("BTHr,BSHr->BHTS", np.asarray(bias.u, np.float64), w)
+    z += np.moveaxis(np.asarray(bias.row), 2, 1)[..., None] + np.moveaxis(key, 2, 1)[:, :, None]
+    on = np.moveaxis(np.asarray(bias.query_on), 2, 1)[..., None] & np.asarray(bias.key_on)[:, None, None]
+    scores = np.einsum("BTHh,BSHh->BHTS", q, k) * h**-0.5 + np.moveaxis(key_bias, 2, 1)[:, :, None]
+    scores += np.where(on, np.log(2) - np.logaddexp(0, -z), 0)
+    lo, hi, order, open_q, open_k = (np.asarray(x) for x in codes)
+    allow = (lo[..., None] <= order[:, None]) & (order[:, None] <= hi[..., None])
+    allow |= open_q[..., None] == open_k[:, None]
+    weights = np.where((allow & inside[:, None])[:, None], np.exp(scores), 0)
+    total = weights.sum(-1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        out = np.nan_to_num(np.einsum("BHTS,BSHc->BTHc", weights, v) / np.moveaxis(total, 1, 2)[..., None])
+        return out, np.moveaxis(np.log(total), 1, 2)
 
 
 @pytest.mark.parametrize("implementation", ("reference", "xla"))
@@ -87,8 +148,8 @@ def test_rows_that_see_nothing_are_zero_with_finite_gradients(implementation):
     codes = codes._replace(
         lo=jnp.where(blind, S, codes.lo), hi=jnp.where(blind, -1, codes.hi), open_q=codes.open_q * 0 - 1
     )
-    ct = (jnp.ones((B, T, H, h)), jnp.ones((B, T, H)))
-    out, lse, grads = outputs_and_gradients(q, k, v, bias, codes, ct, "log_gate", implementation)
+    ct = (jnp.ones((B, T, H, c)), jnp.ones((B, T, H)))
+    out, lse, grads = outputs_and_gradients(q, k, v, bias, None, codes, ct, "log_gate", implementation)
     assert np.all(np.asarray(out)[:, ::3] == 0) and np.all(np.isneginf(np.asarray(lse)[:, ::3]))
     assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
     assert np.all(np.asarray(grads[0])[:, ::3] == 0)

@@ -1,12 +1,12 @@
 """What the operation means: masks as five vectors, the pair bias, and the score of one (query, key) tile.
 
-    score_ij = scale * <q_i, k_j> + bias_ij
+    score_ij = scale * <q_i, k_j> + bias_ij + key_bias_j
     bias_ij  = f(<u_i, w_j> + row_i + key_j)   where query i and key j are switched on, else 0
     allow_ij = (lo_i <= order_j <= hi_i) or (open_q_i == open_k_j)
     out_i    = sum_j softmax_j(score_ij over allowed j) v_j,   lse_i = log sum_j exp(score_ij)
 
-Rows with no allowed key give out = 0 and lse = -inf, with finite gradients. Every backend builds its tiles
-from `tile_scores` and `tile_allow`, so the semantics exist once.
+Rows with no allowed key give out = 0 and lse = -inf, with finite gradients. With key segments, out and lse exist once
+for each segment, as if its keys were all there are.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from rave_jax.config import require
 from rave_jax.typing import Array, Bool, Float, Int
 
 Implementation = Literal["auto", "reference", "xla"]
+NOWHERE = jnp.iinfo(jnp.int32).min
+"""Order of keys that no interval reaches."""
 
 
 class MaskCodes(NamedTuple):
@@ -31,6 +33,13 @@ class MaskCodes(NamedTuple):
     order: Int[Array, "B S"]
     open_q: Int[Array, "B T"]
     open_k: Int[Array, "B S"]
+
+
+class KeySegments(NamedTuple):
+    """A partition of the keys: key j is of segment `of[j]`, one of 0 .. count - 1; any other number is of none."""
+
+    of: Int[Array, "B S"]
+    count: int
 
 
 @dataclass(frozen=True)
@@ -84,6 +93,16 @@ class PairBias(NamedTuple):
     key_on: Bool[Array, "B S"]
 
 
+class Terms(NamedTuple):
+    """What is added to <q, k> before the softmax; None adds nothing."""
+
+    pair: PairBias | None
+    per_key: Float[Array, "B S H"] | None
+
+    def __bool__(self) -> bool:
+        return self.pair is not None or self.per_key is not None
+
+
 def group_heads(x: Float[Array, "B T H *rest"], num_kv_heads: int) -> Float[Array, "B K G T *rest"]:
     """Query heads beside the kv head they read: head n belongs to kv head n // G."""
     B, T, H, *rest = x.shape
@@ -107,12 +126,23 @@ def tile_bias(bias: PairBias, form: PairForm) -> Float[Array, "B K G T S"]:
     return jnp.where(on, form(z, gain), 0.0)
 
 
+def tile_terms(terms: Terms, form: PairForm, num_kv_heads: int) -> Float[Array, "B K G #T S"]:
+    """What the terms add to every pair of the operands' queries and keys."""
+    total = jnp.zeros((1, 1, 1, 1, 1), jnp.float32)
+    if terms.pair is not None:
+        total = tile_bias(terms.pair, form)
+    if terms.per_key is not None:
+        B, S, _H = terms.per_key.shape
+        total = total + jnp.moveaxis(terms.per_key, 1, 2).reshape(B, num_kv_heads, -1, 1, S)
+    return total
+
+
 def tile_scores(
-    q: Float[Array, "B K G T h"], k: Float[Array, "B S K h"], bias: PairBias | None, form: PairForm, scale: float
+    q: Float[Array, "B K G T h"], k: Float[Array, "B S K h"], terms: Terms, form: PairForm, scale: float
 ) -> Float[Array, "B K G T S"]:
     """Float32 scores of every pair, before the mask."""
     scores = scale * jnp.einsum("BKGTh,BSKh->BKGTS", q, k, preferred_element_type=jnp.float32)
-    return scores if bias is None else scores + tile_bias(bias, form)
+    return scores + tile_terms(terms, form, k.shape[2]) if terms else scores
 
 
 def tile_allow(codes: MaskCodes) -> Bool[Array, "B 1 1 T S"]:
@@ -122,15 +152,22 @@ def tile_allow(codes: MaskCodes) -> Bool[Array, "B 1 1 T S"]:
     return (inside | (codes.open_q[..., None] == open_k))[:, None, None]
 
 
-def take_keys(
-    codes: MaskCodes, bias: PairBias | None, start: jax.Array, size: int
-) -> tuple[MaskCodes, PairBias | None]:
+def of_segment(codes: MaskCodes, segments: KeySegments, number: int) -> MaskCodes:
+    """The same codes with the keys of all other segments out of reach."""
+    inside = segments.of == number
+    # An opening needs a number that no query has: the largest and one more (of -1, none, that is still no key's).
+    shut = jnp.max(codes.open_q, axis=1, keepdims=True) + 1
+    return codes._replace(order=jnp.where(inside, codes.order, NOWHERE), open_k=jnp.where(inside, codes.open_k, shut))
+
+
+def take_keys(codes: MaskCodes, terms: Terms, start: jax.Array, size: int) -> tuple[MaskCodes, Terms]:
     """The same operands for keys start .. start + size - 1."""
 
     def cut(x: Array) -> Array:
         return jax.lax.dynamic_slice_in_dim(x, start, size, axis=1)
 
     codes = codes._replace(order=cut(codes.order), open_k=cut(codes.open_k))
-    if bias is not None:
-        bias = bias._replace(w=cut(bias.w), key=cut(bias.key), key_on=cut(bias.key_on))
-    return codes, bias
+    pair, per_key = terms
+    if pair is not None:
+        pair = pair._replace(w=cut(pair.w), key=cut(pair.key), key_on=cut(pair.key_on))
+    return codes, Terms(pair, None if per_key is None else cut(per_key))

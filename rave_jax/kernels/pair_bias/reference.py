@@ -7,8 +7,8 @@ import jax.numpy as jnp
 
 from rave_jax.kernels.pair_bias.base import (
     MaskCodes,
-    PairBias,
     PairForm,
+    Terms,
     group_heads,
     tile_allow,
     tile_scores,
@@ -20,14 +20,14 @@ from rave_jax.typing import Array, Float
 def attention(
     q: Float[Array, "B T H h"],
     k: Float[Array, "B S K h"],
-    v: Float[Array, "B S K h"],
+    v: Float[Array, "B S K c"],
     codes: MaskCodes,
-    bias: PairBias | None,
+    terms: Terms,
     form: PairForm,
     scale: float,
-) -> tuple[Float[Array, "B T H h"], Float[Array, "B T H"]]:
+) -> tuple[Float[Array, "B T H c"], Float[Array, "B T H"]]:
     """Dense attention; see `api.attention`. Makes [B,H,T,S] arrays."""
-    scores = tile_scores(group_heads(q, k.shape[2]), k, bias, form, scale)
+    scores = tile_scores(group_heads(q, k.shape[2]), k, terms, form, scale)
     allow = tile_allow(codes)
     scores = jnp.where(allow, scores, -jnp.inf)
     top = jax.lax.stop_gradient(jnp.maximum(scores.max(-1, keepdims=True), jnp.finfo(jnp.float32).min))
@@ -35,6 +35,6 @@ def attention(
     total = weights.sum(-1)
     seen = total > 0
     safe = jnp.where(seen, total, 1.0)
-    out = jnp.einsum("BKGTS,BSKh->BKGTh", (weights / safe[..., None]).astype(v.dtype), v)
+    out = jnp.einsum("BKGTS,BSKc->BKGTc", (weights / safe[..., None]).astype(v.dtype), v)
     lse = jnp.where(seen, jnp.log(safe) + top[..., 0], -jnp.inf)
     return ungroup_heads(out).astype(q.dtype), ungroup_heads(lse)

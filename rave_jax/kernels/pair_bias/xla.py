@@ -17,20 +17,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from rave_jax.kernels.pair_bias.base import (
+    NOWHERE,
     MaskCodes,
-    PairBias,
     PairForm,
+    Terms,
     group_heads,
     take_keys,
     tile_allow,
-    tile_bias,
     tile_scores,
+    tile_terms,
     ungroup_heads,
 )
 from rave_jax.typing import Array, Float
-
-NOWHERE = jnp.iinfo(jnp.int32).min
-"""Order and opening of padding keys: below every lo, equal to no opening."""
 
 
 def block_size(T: int, S: int) -> int:
@@ -45,12 +43,12 @@ def block_size(T: int, S: int) -> int:
 def attention(
     q: Float[Array, "B T H h"],
     k: Float[Array, "B S K h"],
-    v: Float[Array, "B S K h"],
+    v: Float[Array, "B S K c"],
     codes: MaskCodes,
-    bias: PairBias | None,
+    terms: Terms,
     form: PairForm,
     scale: float,
-) -> tuple[Float[Array, "B T H h"], Float[Array, "B T H"]]:
+) -> tuple[Float[Array, "B T H c"], Float[Array, "B T H"]]:
     """Blockwise attention; see `api.attention`."""
     T, S = q.shape[1], k.shape[1]
     block = block_size(T, S)
@@ -58,12 +56,13 @@ def attention(
     if padding:
         k, v = _pad(k, padding), _pad(v, padding)
         codes = codes._replace(order=_pad(codes.order, padding, NOWHERE), open_k=_pad(codes.open_k, padding, NOWHERE))
-        if bias is not None:
-            bias = bias._replace(
-                w=_pad(bias.w, padding), key=_pad(bias.key, padding), key_on=_pad(bias.key_on, padding)
+        pair, per_key = terms
+        if pair is not None:
+            pair = pair._replace(
+                w=_pad(pair.w, padding), key=_pad(pair.key, padding), key_on=_pad(pair.key_on, padding)
             )
-    out, lse = _attention(q, k, v, bias, codes, form, scale, block)
-    return out, lse
+        terms = Terms(pair, None if per_key is None else _pad(per_key, padding))
+    return _attention(q, k, v, terms, codes, form, scale, block)
 
 
 def _pad(x: Array, count: int, value: int = 0) -> Array:
@@ -71,29 +70,29 @@ def _pad(x: Array, count: int, value: int = 0) -> Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
-def _attention(q, k, v, bias, codes, form, scale, block):
-    return _forward(q, k, v, bias, codes, form, scale, block)[0]
+def _attention(q, k, v, terms, codes, form, scale, block):
+    return _forward(q, k, v, terms, codes, form, scale, block)[0]
 
 
-def _forward(q, k, v, bias, codes, form: PairForm, scale: float, block: int):
+def _forward(q, k, v, terms, codes, form: PairForm, scale: float, block: int):
     K = k.shape[2]
     qg = group_heads(q, K)
-    B, _, G, T, h = qg.shape
+    B, _, G, T, _ = qg.shape
 
     def visit(carry, start):
         out, top, total = carry
         k_tile, v_tile = (jax.lax.dynamic_slice_in_dim(x, start, block, axis=1) for x in (k, v))
-        codes_tile, bias_tile = take_keys(codes, bias, start, block)
-        scores = jnp.where(tile_allow(codes_tile), tile_scores(qg, k_tile, bias_tile, form, scale), -jnp.inf)
+        codes_tile, terms_tile = take_keys(codes, terms, start, block)
+        scores = jnp.where(tile_allow(codes_tile), tile_scores(qg, k_tile, terms_tile, form, scale), -jnp.inf)
         new_top = jnp.maximum(top, scores.max(-1))
         anchor = jnp.where(new_top == -jnp.inf, 0.0, new_top)
         weights = jnp.exp(scores - anchor[..., None])
         shrink = jnp.exp(top - anchor)
-        part = jnp.einsum("BKGTS,BSKh->BKGTh", weights.astype(v.dtype), v_tile, preferred_element_type=jnp.float32)
+        part = jnp.einsum("BKGTS,BSKc->BKGTc", weights.astype(v.dtype), v_tile, preferred_element_type=jnp.float32)
         return (out * shrink[..., None] + part, new_top, total * shrink + weights.sum(-1)), None
 
     start = (
-        jnp.zeros((B, K, G, T, h), jnp.float32),
+        jnp.zeros((B, K, G, T, v.shape[-1]), jnp.float32),
         jnp.full((B, K, G, T), -jnp.inf, jnp.float32),
         jnp.zeros((B, K, G, T), jnp.float32),
     )
@@ -102,11 +101,11 @@ def _forward(q, k, v, bias, codes, form: PairForm, scale: float, block: int):
     out = out / jnp.where(seen, total, 1.0)[..., None]
     lse = jnp.where(seen, jnp.where(seen, top, 0.0) + jnp.log(jnp.where(seen, total, 1.0)), -jnp.inf)
     out, lse = ungroup_heads(out).astype(q.dtype), ungroup_heads(lse)
-    return (out, lse), (q, k, v, bias, codes, out, lse)
+    return (out, lse), (q, k, v, terms, codes, out, lse)
 
 
 def _backward(form: PairForm, scale: float, block: int, saved, cotangents):
-    q, k, v, bias, codes, out, lse = saved
+    q, k, v, terms, codes, out, lse = saved
     d_out, d_lse = cotangents
     K = k.shape[2]
     qg, d_outg = group_heads(q, K), group_heads(d_out.astype(v.dtype), K)
@@ -117,38 +116,34 @@ def _backward(form: PairForm, scale: float, block: int, saved, cotangents):
     def visit(carry, start):
         d_q, d_rows = carry
         k_tile, v_tile = (jax.lax.dynamic_slice_in_dim(x, start, block, axis=1) for x in (k, v))
-        codes_tile, bias_tile = take_keys(codes, bias, start, block)
-        scores = tile_scores(qg, k_tile, None, form, scale)
-        pull_bias = None
-        if bias_tile is not None:
-            bias_scores, pull_bias = jax.vjp(
-                lambda *f: tile_bias(_with_floats(bias_tile, f), form), *_floats(bias_tile)
-            )
-            scores = scores + bias_scores
+        codes_tile, terms_tile = take_keys(codes, terms, start, block)
+        scores = dots = tile_scores(qg, k_tile, Terms(None, None), form, scale)
+        pull_terms = None
+        if terms:
+            floats, rest = _split(terms_tile)
+            scores, pull_terms = jax.vjp(lambda floats: dots + tile_terms(_join(floats, rest), form, K), floats)
         weights = jnp.where(tile_allow(codes_tile), jnp.exp(scores - lse_g), 0.0)
-        d_weights = jnp.einsum("BKGTh,BSKh->BKGTS", d_outg, v_tile, preferred_element_type=jnp.float32)
+        d_weights = jnp.einsum("BKGTc,BSKc->BKGTS", d_outg, v_tile, preferred_element_type=jnp.float32)
         d_scores = weights * (d_weights + shift)
-        d_v = jnp.einsum("BKGTS,BKGTh->BSKh", weights.astype(v.dtype), d_outg, preferred_element_type=jnp.float32)
+        d_v = jnp.einsum("BKGTS,BKGTc->BSKc", weights.astype(v.dtype), d_outg, preferred_element_type=jnp.float32)
         d_dot = (scale * d_scores).astype(q.dtype)
         d_q = d_q + jnp.einsum("BKGTS,BSKh->BKGTh", d_dot, k_tile, preferred_element_type=jnp.float32)
         d_k = jnp.einsum("BKGTS,BKGTh->BSKh", d_dot, qg, preferred_element_type=jnp.float32)
-        d_keys = (d_k.astype(k.dtype), d_v.astype(v.dtype))
-        if pull_bias is not None:
-            d_u, d_w, d_row, d_key, d_gain = pull_bias(d_scores)
-            d_rows = tuple(a + b for a, b in zip(d_rows, (d_u, d_row, d_gain), strict=True))
-            d_keys += (d_w, d_key)
+        d_keys = {"k": d_k.astype(k.dtype), "v": d_v.astype(v.dtype)}
+        if pull_terms is not None:
+            (found,) = pull_terms(d_scores)
+            d_rows = {name: d_rows[name] + found[name] for name in d_rows}
+            d_keys |= {name: found[name] for name in found if name not in d_rows}
         return (d_q, d_rows), d_keys
 
-    d_rows = () if bias is None else tuple(jnp.zeros_like(x) for x in (bias.u, bias.row, bias.gain))
+    floats, _ = _split(terms)
+    d_rows = {name: jnp.zeros_like(floats[name]) for name in floats if name in ROWS}
     start = (jnp.zeros(qg.shape, jnp.float32), d_rows)
     (d_q, d_rows), d_keys = _scan_blocks(visit, start, k.shape[1], block)
-    d_k, d_v, *d_bias_keys = (jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:]) for x in d_keys)
-    d_bias = None
-    if bias is not None:
-        (d_u, d_row, d_gain), (d_w, d_key) = d_rows, d_bias_keys
-        switches: list[Any] = [np.zeros(x.shape, jax.dtypes.float0) for x in (bias.query_on, bias.key_on)]
-        d_bias = PairBias(d_u, d_w, d_row, d_key, d_gain, *switches)
-    return ungroup_heads(d_q).astype(q.dtype), d_k, d_v, d_bias, None
+    d_keys = {name: jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:]) for name, x in d_keys.items()}
+    d_k, d_v = d_keys.pop("k"), d_keys.pop("v")
+    d_terms = _cotangents(terms, d_rows | d_keys)
+    return ungroup_heads(d_q).astype(q.dtype), d_k, d_v, d_terms, None
 
 
 def _scan_blocks(visit, start, S: int, block: int):
@@ -159,12 +154,34 @@ def _scan_blocks(visit, start, S: int, block: int):
     return jax.lax.scan(visit, start, jnp.arange(0, S, block))
 
 
-def _floats(bias: PairBias) -> tuple[Array, ...]:
-    return (bias.u, bias.w, bias.row, bias.key, bias.gain)
+ROWS = ("u", "row", "gain")
+"""Operands of the queries: their gradients are sums over the blocks of keys."""
 
 
-def _with_floats(bias: PairBias, floats: tuple[Array, ...]) -> PairBias:
-    return bias._replace(**dict(zip(("u", "w", "row", "key", "gain"), floats, strict=True)))
+def _split(terms: Terms) -> tuple[dict[str, Array], Terms]:
+    """The float operands by name, and all that `_join` needs beside them."""
+    floats = {} if terms.per_key is None else {"per_key": terms.per_key}
+    if terms.pair is not None:
+        floats |= {name: getattr(terms.pair, name) for name in ("u", "w", "row", "key", "gain")}
+    return floats, terms
+
+
+def _join(floats: dict[str, Array], terms: Terms) -> Terms:
+    pair = terms.pair
+    if pair is not None:
+        pair = pair._replace(**{name: x for name, x in floats.items() if name != "per_key"})
+    return Terms(pair, floats.get("per_key"))
+
+
+def _cotangents(terms: Terms, floats: dict[str, Array]) -> Terms:
+    """The gradients in the shape of the terms; switches have none."""
+    pair = terms.pair
+    if pair is not None:
+        switches: dict[str, Any] = {
+            name: np.zeros(getattr(pair, name).shape, jax.dtypes.float0) for name in ("query_on", "key_on")
+        }
+        pair = pair._replace(**switches)
+    return _join(floats, Terms(pair, None))
 
 
 _attention.defvjp(_forward, _backward)
