@@ -1,0 +1,117 @@
+"""Attention with pair bias in Mosaic kernels for TPUs; semantics in `pair_bias.base`."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rave_jax.kernels.pair_bias.base import MaskCodes, PairForm, Terms
+from rave_jax.kernels.pair_bias.pallas_tpu import operands, tile
+from rave_jax.kernels.pair_bias.pallas_tpu.backward import backward
+from rave_jax.kernels.pair_bias.pallas_tpu.blocks import BlockSizes, block_facts
+from rave_jax.kernels.pair_bias.pallas_tpu.forward import forward
+from rave_jax.kernels.pair_bias.pallas_tpu.operands import Call, Packed
+from rave_jax.typing import Array, Bool, Float
+
+
+def attention(
+    q: Float[Array, "B T H h"],
+    k: Float[Array, "B S K h"],
+    v: Float[Array, "B S K c"],
+    codes: MaskCodes,
+    terms: Terms,
+    form: PairForm,
+    scale: float,
+    *,
+    blocks: BlockSizes,
+    interpret: Any = False,
+) -> tuple[Float[Array, "B T H c"], Float[Array, "B T H"]]:
+    """Attention on one device; see `api.attention`.
+
+    Args:
+        blocks: sizes of the kernels' blocks.
+        interpret: what `pallas_call` takes: True or its InterpretParams run the kernels anywhere, slowly.
+    """
+    call = operands.make_call(q, k, v, terms, form, scale, blocks, interpret=interpret)
+    whole = operands.pad_codes(codes, call.T, call.S)
+    queries_on = keys_on = jnp.zeros((), bool)
+    if terms.pair is not None:
+        queries_on, keys_on = terms.pair.query_on.any(-1), terms.pair.key_on
+    queries_on, keys_on = (_switches(x, n, call) for x, n in ((queries_on, call.T), (keys_on, call.S)))
+    out, lse = _attention(operands.pack(q, k, v, terms, call), whole, queries_on, keys_on, call)
+    T, G = q.shape[1], call.G
+    lse = operands.unpack_queries(lse[:, :, :, :G], T)
+    lse = jnp.where(lse >= tile.UNSEEN, -jnp.inf, lse * (1 / tile.LOG2E))
+    return operands.unpack_queries(out, T)[..., : v.shape[-1]], lse
+
+
+def _switches(x: Bool[Array, "B n"], size: int, call: Call) -> Bool[Array, "B size"]:
+    return operands.pad(x, 1, size) if x.ndim else jnp.zeros((call.B, size), bool)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _attention(packed, codes, queries_on, keys_on, call):
+    return _forward(packed, codes, queries_on, keys_on, call)[0]
+
+
+def _forward(packed, codes, queries_on, keys_on, call):
+    facts = block_facts(codes, queries_on, keys_on, *call.blocks.forward)
+    out, lse = forward(packed, operands.pack_codes(codes), facts, call)
+    return (out, lse), (packed, codes, queries_on, keys_on, out, lse)
+
+
+def _backward(call: Call, saved, cotangents):
+    packed, codes, queries_on, keys_on, out, lse = saved
+    d_out, d_lse = cotangents
+    delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
+    delta = operands.pad(delta, 3, call.padded_group) - d_lse * tile.LOG2E
+    grads = []
+    for chunk, part, codes_k, on in _key_chunks(packed, codes, keys_on, call):
+        facts = block_facts(codes_k, queries_on, on, *call.blocks.backward)
+        grads.append(backward(part, operands.pack_codes(codes_k), facts, d_out, lse, delta, chunk))
+    none = tuple(np.zeros(x.shape, jax.dtypes.float0) for x in (queries_on, keys_on))
+    return _joined(grads), MaskCodes(*(np.zeros(x.shape, jax.dtypes.float0) for x in codes)), *none
+
+
+_attention.defvjp(_forward, _backward)
+
+KEYS_AXIS = {"k": 2, "v": 2, "w": 2, "keys": 2, "key_bias": 2}
+"""Operands that are cut with the keys, and where."""
+
+
+def _key_chunks(packed: Packed, codes: MaskCodes, keys_on: Array, call: Call):
+    """The operands for as many keys at a time as the backward kernel has room for."""
+    import dataclasses
+
+    step = min(call.blocks.backward_keys, call.S)
+    for start in range(0, call.S, step):
+        size = min(step, call.S - start)
+        part = {}
+        for name, axis in KEYS_AXIS.items():
+            x = getattr(packed, name)
+            if x is not None:
+                unit = call.S // x.shape[axis]
+                part[name] = jax.lax.slice_in_dim(x, start // unit, (start + size) // unit, axis=axis)
+        inside = slice(start, start + size)
+        codes_k = codes._replace(order=codes.order[:, inside], open_k=codes.open_k[:, inside])
+        yield dataclasses.replace(call, S=size), packed._replace(**part), codes_k, keys_on[:, inside]
+
+
+def _joined(grads: list[Packed]) -> Packed:
+    """Gradients of chunks of keys as one: the keys' side by side, the queries' summed."""
+    if len(grads) == 1:
+        return grads[0]
+    found = {}
+    for name in Packed._fields:
+        parts = [getattr(g, name) for g in grads]
+        if parts[0] is None:
+            found[name] = None
+        elif name in KEYS_AXIS:
+            found[name] = jnp.concatenate(parts, axis=KEYS_AXIS[name])
+        else:
+            found[name] = sum(x.astype(jnp.float32) for x in parts).astype(parts[0].dtype)
+    return Packed(**found)

@@ -1,0 +1,165 @@
+"""Blocks of queries and keys: their sizes, what is known of each from minima and maxima, and which pairs are visited.
+
+A pair of blocks is *live* when some query may see some key, *full* when every query sees every key, and *gated* when
+some query and some key of it are switched on. Live may be said too often and full too seldom; neither is ever wrong
+the other way.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from rave_jax.config import require
+from rave_jax.kernels.pair_bias.base import NOWHERE, MaskCodes
+from rave_jax.typing import Array, Bool, Int
+
+BIG = jnp.iinfo(jnp.int32).max
+FACTS = 8
+"""Numbers kept of a block. Of queries: lo min, lo max, hi min, hi max, open bits, any switched on, first and last live
+block of keys. Of keys: order min or NOWHERE where not all can be seen, order max, open bits, any switched on, order min."""
+
+
+@dataclass(frozen=True)
+class BlockSizes:
+    """Queries and keys in a block of each kernel."""
+
+    forward: tuple[int, int] = (512, 512)
+    """(queries, keys) of the forward kernel."""
+    backward: tuple[int, int] = (512, 512)
+    """(queries, keys) of the backward kernel."""
+    backward_keys: int = 32768
+    """Keys whose gradients the backward kernel keeps in its memory; longer rows are taken in chunks."""
+
+    def __post_init__(self) -> None:
+        for name in ("forward", "backward"):
+            sizes = getattr(self, name)
+            require(all(n > 0 and n % 128 == 0 for n in sizes), name, sizes, "multiples of 128")
+        fits = self.backward_keys >= self.backward[1] and self.backward_keys % self.backward[1] == 0
+        require(fits, "backward_keys", self.backward_keys, "a multiple of the backward kernel's block of keys")
+
+
+def block_facts(
+    codes: MaskCodes, queries_on: Bool[Array, "B T"], keys_on: Bool[Array, "B S"], block_q: int, block_k: int
+) -> tuple[Int[Array, "facts"], Int[Array, "facts"]]:
+    """What the kernels know of each block before they see it, as two flat arrays [B * blocks * FACTS].
+
+    Lengths must be multiples of the blocks.
+    """
+    B = codes.lo.shape[0]
+    lo, hi, open_q, queries_on = (x.reshape(B, -1, block_q) for x in (codes.lo, codes.hi, codes.open_q, queries_on))
+    order, open_k, keys_on = (x.reshape(B, -1, block_k) for x in (codes.order, codes.open_k, keys_on))
+    seeing, seen = lo <= hi, order != NOWHERE
+    lo_min = jnp.where(seeing, lo, BIG).min(-1)
+    hi_max = jnp.where(seeing, hi, NOWHERE).max(-1)
+    order_min = jnp.where(seen, order, BIG).min(-1)
+    order_max = order.max(-1)
+    bits_q, bits_k = _bits(open_q), _bits(open_k)
+    live = (lo_min[:, :, None] <= order_max[:, None]) & (order_min[:, None] <= hi_max[:, :, None])
+    live |= (bits_q[:, :, None] & bits_k[:, None]) != 0
+    of_q = (lo_min, lo.max(-1), hi.min(-1), hi_max, bits_q, queries_on.any(-1), *_ends(live))
+    # A key out of reach keeps its block from being full.
+    of_k = (jnp.where(seen.all(-1), order_min, NOWHERE), order_max, bits_k, keys_on.any(-1), order_min)
+    of_k += (jnp.zeros_like(order_min),) * (FACTS - len(of_k))
+    return tuple(jnp.stack([x.astype(jnp.int32) for x in facts], -1).reshape(-1) for facts in (of_q, of_k))
+
+
+def _bits(opening: Int[Array, "B n block"]) -> Int[Array, "B n"]:
+    """One bit for each opening in the block, of 32: equal openings share a bit, so none is missed."""
+    return jax.lax.reduce(jnp.left_shift(1, opening & 31), jnp.int32(0), jax.lax.bitwise_or, (2,))
+
+
+def _ends(live: Bool[Array, "B n m"]) -> tuple[Int[Array, "B n"], Int[Array, "B n"]]:
+    """First and last live block of each row; 0 and 0 without one."""
+    first = jnp.argmax(live, -1)
+    last = live.shape[-1] - 1 - jnp.argmax(live[..., ::-1], -1)
+    return first, jnp.where(live.any(-1), last, 0)
+
+
+class Guards(Protocol):
+    """Which work a pair of blocks needs; scalars inside a kernel."""
+
+    def live(self) -> Any: ...
+
+    def full(self) -> Any: ...
+
+    def gated(self) -> Any: ...
+
+
+class Visit(Protocol):
+    """How a grid step finds its guards and blocks."""
+
+    def guards(self, facts_q: Any, facts_k: Any, b: Any, i: Any, j: Any) -> Guards:
+        """Guards of block i of queries and block j of keys in row b."""
+        ...
+
+    def key_block(self, facts_q: Any, b: Any, i: Any, j: Any) -> Any:
+        """The block of keys that step (i, j) has at hand: j, or the nearest that queries i need, so that a block that
+        is skipped is not copied either."""
+        ...
+
+
+@dataclass(frozen=True)
+class ByFacts:
+    """Guards that read the blocks' facts: what runs."""
+
+    num_q: int
+    num_k: int
+
+    def guards(self, facts_q: Any, facts_k: Any, b: Any, i: Any, j: Any) -> FactGuards:
+        at_q, at_k = (b * self.num_q + i) * FACTS, (b * self.num_k + j) * FACTS
+        return FactGuards(*(facts_q[at_q + n] for n in range(6)), *(facts_k[at_k + n] for n in range(5)))
+
+    def key_block(self, facts_q: Any, b: Any, i: Any, j: Any) -> Any:
+        at = (b * self.num_q + i) * FACTS
+        return jnp.clip(j, facts_q[at + 6], facts_q[at + 7])
+
+
+@dataclass(frozen=True)
+class FactGuards:
+    """See `Guards`."""
+
+    lo_min: Any
+    lo_max: Any
+    hi_min: Any
+    hi_max: Any
+    bits_q: Any
+    queries_on: Any
+    all_order_min: Any
+    order_max: Any
+    bits_k: Any
+    keys_on: Any
+    order_min: Any
+
+    def live(self) -> Any:
+        near = (self.lo_min <= self.order_max) & (self.order_min <= self.hi_max)
+        return near | ((self.bits_q & self.bits_k) != 0)
+
+    def full(self) -> Any:
+        return (self.lo_max <= self.all_order_min) & (self.order_max <= self.hi_min)
+
+    def gated(self) -> Any:
+        return (self.queries_on != 0) & (self.keys_on != 0)
+
+
+def when_each(guards: Guards, gated: bool, body: Any) -> None:
+    """Run `body(masked, gated)` in the cheapest of its variants that the pair of blocks admits, or not at all.
+
+    Args:
+        guards: of the pair.
+        gated: is there a gate in the call at all.
+        body: writes to refs; both arguments are Python bools.
+    """
+    live, full = guards.live(), guards.full()
+    for masked in (False, True):
+        here = live & (jnp.logical_not(full) if masked else full)
+        if not gated:
+            pl.when(here)(lambda masked=masked: body(masked, False))
+            continue
+        on = guards.gated()
+        pl.when(here & on)(lambda masked=masked: body(masked, True))
+        pl.when(here & jnp.logical_not(on))(lambda masked=masked: body(masked, False))

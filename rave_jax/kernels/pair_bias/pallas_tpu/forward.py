@@ -1,0 +1,151 @@
+"""The forward kernel: one block of queries stays, blocks of keys pass by, an online softmax in scratch memory.
+
+All query heads of a kv head are in one grid step: keys, values, mask and the keys' side of the gate are made once for
+all of them. The heads are visited one at a time, or, where queries are few, all as one matrix.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from rave_jax.kernels.pair_bias.pallas_tpu import tile
+from rave_jax.kernels.pair_bias.pallas_tpu.blocks import when_each
+from rave_jax.kernels.pair_bias.pallas_tpu.operands import Call, Codes, Packed
+from rave_jax.kernels.pair_bias.pallas_tpu.specs import Inputs, compiler_params, cost, input_specs
+from rave_jax.kernels.pair_bias.pallas_tpu.tile import LANES, MASKED, UNSEEN
+from rave_jax.typing import Array, Float, Int
+
+ROWS_AT_ONCE = 512
+"""Heads are taken together while their queries are no more than this."""
+
+
+def forward(
+    packed: Packed, codes: Codes, facts: tuple[Int[Array, "n"], Int[Array, "m"]], call: Call
+) -> tuple[Float[Array, "B K I G t c"], Float[Array, "B K I G t"]]:
+    """(output, log-sum-exp in log2 with UNSEEN for rows that saw nothing and G padded to whole sublanes)."""
+    block_q, block_k = call.blocks.forward
+    grid = (call.B, call.K, call.T // block_q, call.S // block_k)
+    visit = call.visit(grid[2], grid[3])
+
+    def at(b, n, i, j, facts_q, facts_k):
+        return b, n, i, visit.key_block(facts_q, b, i, j)
+
+    G, Gp, c, t = call.G, call.padded_group, call.c, call.part_q
+    scratch = {
+        "top": pltpu.VMEM((G, block_q, LANES), jnp.float32),
+        "total": pltpu.VMEM((G, block_q, LANES), jnp.float32),
+        "sum": pltpu.VMEM((G, block_q, c), jnp.float32),
+        "bounds": pltpu.VMEM((3, block_q, LANES), jnp.int32),
+        "mask": pltpu.VMEM((block_q, block_k), jnp.float32),
+    }
+    if call.r is not None:
+        lanes = -(-call.split_channels // LANES) * LANES
+        scratch["U"] = pltpu.VMEM((G, block_q, lanes), call.dtype)
+    if call.has_gain:
+        scratch["gain"] = pltpu.VMEM((G, block_q, LANES), jnp.float32)
+    specs = input_specs(call, block_q, block_k, at)
+    inputs = specs.arrays(packed, codes)
+    outputs = (
+        jax.ShapeDtypeStruct((call.B, call.K, call.T // t, G, t, c), packed.q.dtype),
+        jax.ShapeDtypeStruct((call.B, call.K, call.T // t, Gp, t), jnp.float32),
+    )
+    out_specs = (
+        pl.BlockSpec((1, 1, block_q // t, G, t, c), lambda b, n, i, j, *_: (b, n, i, 0, 0, 0)),
+        pl.BlockSpec((1, 1, block_q // t, Gp, t), lambda b, n, i, j, *_: (b, n, i, 0, 0)),
+    )
+    run = pl.pallas_call(
+        functools.partial(_kernel, call=call, visit=visit, names=specs.names, scratch_names=tuple(scratch)),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=2,
+            grid=grid,
+            in_specs=specs.blocks,
+            out_specs=out_specs,
+            scratch_shapes=tuple(scratch.values()),
+        ),
+        out_shape=outputs,
+        compiler_params=compiler_params(in_turn=1),
+        cost_estimate=cost(call, grid, inputs, specs, outputs, products=2, gate_products=1),
+        interpret=call.interpret,
+        name="pair_bias_forward",
+    )
+    return run(*facts, *inputs)
+
+
+def _kernel(facts_q, facts_k, *refs, call: Call, visit: Any, names: tuple[str, ...], scratch_names: tuple[str, ...]):
+    inputs = Inputs(dict(zip(names, refs, strict=False)))
+    out_ref, lse_ref = refs[len(names) : len(names) + 2]
+    scratch = dict(zip(scratch_names, refs[len(names) + 2 :], strict=True))
+    b, kv_head, i, j = (pl.program_id(n) for n in range(4))
+    last = j == pl.num_programs(3) - 1
+    block_q, block_k = call.blocks.forward
+    t = call.part_q
+    heads = call.G if block_q == t and call.G * block_q <= ROWS_AT_ONCE and block_q % 16 == 0 else 1
+    rows = heads * block_q
+
+    @pl.when(j == 0)
+    def _start():
+        scratch["top"][...] = jnp.full(scratch["top"].shape, MASKED, jnp.float32)
+        scratch["total"][...] = jnp.zeros(scratch["total"].shape, jnp.float32)
+        scratch["sum"][...] = jnp.zeros(scratch["sum"].shape, jnp.float32)
+        inputs.keep_queries(scratch, kv_head, call)
+
+    def visit_keys(masked: bool, gated: bool) -> None:
+        k, v = inputs.k(), inputs.v()
+        W = tile.channels(inputs.key_channels(), "key", jnp.dtype(call.dtype)) if gated else None
+        if masked:
+            lo, hi, open_q = (tile.wide(scratch["bounds"][n], block_k) for n in range(3))
+            scratch["mask"][...] = tile.mask(lo, hi, open_q, inputs.order(), inputs.open_k())
+
+        def visit_heads(n: Any, _: None) -> None:
+            of = pl.ds(n * heads, heads)
+            q = inputs.query_head("q", n, heads)
+            x = tile.product(q, k, (1, 1)) * (call.scale * tile.LOG2E)
+            if call.key_bias:
+                x = x + _rows(inputs.key_bias(n, heads), block_q)
+            if gated:
+                U = scratch["U"][of].reshape(rows, -1)[:, : call.split_channels]
+                z = tile.product(U, W, (1, 0))
+                gain = tile.wide(scratch["gain"][of].reshape(rows, LANES), block_k) if call.has_gain else None
+                x = x + tile.gate(z, call.form, gain).shift
+            if masked:
+                x = (x.reshape(heads, block_q, block_k) + scratch["mask"][...][None]).reshape(rows, block_k)
+            top = scratch["top"][of].reshape(rows, LANES)
+            new_top = jnp.maximum(top, jnp.max(x, axis=1, keepdims=True))
+            weights = jnp.exp2(x - tile.wide(new_top, block_k))
+            shrink = jnp.exp2(top - new_top)
+            total = shrink * scratch["total"][of].reshape(rows, LANES) + tile.fold_lanes(weights)
+            part = tile.product(weights.astype(v.dtype), v, (1, 0))
+            added = tile.wide(shrink, call.c) * scratch["sum"][of].reshape(rows, call.c) + part
+            scratch["top"][of] = new_top.reshape(heads, block_q, LANES)
+            scratch["total"][of] = total.reshape(heads, block_q, LANES)
+            scratch["sum"][of] = added.reshape(heads, block_q, call.c)
+
+        jax.lax.fori_loop(0, call.G // heads, visit_heads, None)
+
+    when_each(visit.guards(facts_q, facts_k, b, i, j), call.r is not None, visit_keys)
+
+    @pl.when(last)
+    def _finish():
+        for n in range(call.G):
+            top = scratch["top"][n]
+            total = jnp.broadcast_to(jnp.sum(scratch["total"][n], axis=1, keepdims=True), top.shape)
+            seen = (top > MASKED / 2) & (total > 0)
+            safe = jnp.where(seen, total, 1.0)
+            part = jnp.where(tile.wide(seen.astype(jnp.float32), call.c) > 0, scratch["sum"][n], 0.0)
+            out_ref[0, 0, :, n] = (part / tile.wide(safe, call.c)).astype(out_ref.dtype).reshape(-1, t, call.c)
+            lse = jnp.where(seen, top + jnp.log(safe) * (1 / math.log(2)), UNSEEN).T[:1]
+            for m in range(block_q // t):
+                lse_ref[0, 0, m, n : n + 1, :] = lse[:, m * t : (m + 1) * t]
+
+
+def _rows(x: Array, block_q: int) -> Array:
+    """One row for each head [heads, n], for all its queries [heads * block_q, n]."""
+    heads, n = x.shape
+    return jnp.broadcast_to(x[:, None], (heads, block_q, n)).reshape(heads * block_q, n)

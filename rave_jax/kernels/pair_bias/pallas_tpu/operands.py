@@ -1,0 +1,242 @@
+"""From the public operands to what the kernels read, and the sizes they are compiled for.
+
+Heads come before tokens, so that one head's tokens are a matrix; lengths and widths are padded to whole blocks and
+lanes. Tokens are cut into parts, and all heads of a part lie together (I parts of t queries, J parts of s keys): a
+block is whole parts, and one copy brings it. What belongs to a token and is no vector (codes, row term, log-sum-exp)
+lies with tokens in the lanes: a column [T, 1] would be padded to 128 lanes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax.numpy as jnp
+
+from rave_jax.kernels.pair_bias.base import NOWHERE, MaskCodes, PairBias, PairForm, Terms
+from rave_jax.kernels.pair_bias.pallas_tpu.blocks import BlockSizes, ByFacts, Visit
+from rave_jax.kernels.pair_bias.pallas_tpu.tile import LANES, LOG2E, z_scale
+from rave_jax.typing import Array, Float, Int
+
+SUBLANES = 8
+
+
+@dataclass(frozen=True)
+class Call:
+    """All that is static of one call: sizes after padding, and what is asked."""
+
+    B: int
+    K: int
+    G: int
+    T: int
+    S: int
+    h: int
+    c: int
+    r: int | None
+    """Gate channels, padded; None without a pair bias."""
+    key_bias: bool
+    form: PairForm
+    scale: float
+    blocks: BlockSizes
+    """Already cut to T and S."""
+    part_q: int
+    """Queries in a part (t)."""
+    part_k: int
+    """Keys in a part (s)."""
+    dtype: str
+    interpret: bool
+    """Run by an interpreter, on any device."""
+    visit: Callable[[int, int], Visit] = ByFacts
+
+    @property
+    def padded_group(self) -> int:
+        """G up to whole sublanes."""
+        return up(self.G, SUBLANES)
+
+    @property
+    def channels(self) -> int:
+        """Channels of the gate's product before they are split: u, and eight for row term and one."""
+        assert self.r is not None
+        return self.r + SUBLANES
+
+    @property
+    def split_channels(self) -> int:
+        """Channels of the gate's product."""
+        return self.channels if self.dtype == "float32" else up(3 * self.channels, 16)
+
+    @property
+    def has_gain(self) -> bool:
+        """Has the form a gain per head?"""
+        return self.r is not None and self.form.kind == "centered_sigmoid"
+
+
+class Packed(NamedTuple):
+    """The float operands as the kernels read them. None where the call has none."""
+
+    q: Float[Array, "B K I G t h"]
+    k: Float[Array, "B K S h"]
+    v: Float[Array, "B K S c"]
+    u: Float[Array, "B K I G r t"] | None = None
+    rows: Float[Array, "B K I 2*G t"] | None = None
+    """Row terms, then switches; each padded to whole sublanes."""
+    w: Float[Array, "B K J r s"] | None = None
+    keys: Float[Array, "B K J 8 s"] | None = None
+    """Switch, key term and a one, then zeros."""
+    gain: Float[Array, "K G"] | None = None
+    key_bias: Float[Array, "B K J G s"] | None = None
+    """In log2; G padded to whole sublanes."""
+
+
+class Codes(NamedTuple):
+    """Mask codes with tokens in the lanes: lo, hi, open_q; order, open_k; then zeros."""
+
+    queries: Int[Array, "B 8 T"]
+    keys: Int[Array, "B 8 S"]
+
+
+def up(n: int, to: int) -> int:
+    """n rounded up to a multiple."""
+    return -(-n // to) * to
+
+
+def pad(x: Array, axis: int, size: int, value: float = 0) -> Array:
+    """x with `axis` filled up to `size`."""
+    missing = size - x.shape[axis]
+    widths = [(0, missing if n == axis else 0) for n in range(x.ndim)]
+    return jnp.pad(x, widths, constant_values=value) if missing else x
+
+
+def pad_codes(codes: MaskCodes, T: int, S: int) -> MaskCodes:
+    """Queries that see nothing and keys that nobody sees, up to whole blocks."""
+    shut = jnp.max(codes.open_q) + 1
+    open_k = pad(codes.open_k, 1, S)
+    there = jnp.arange(S) < codes.open_k.shape[1]
+    return MaskCodes(
+        pad(codes.lo, 1, T, 1),
+        pad(codes.hi, 1, T, 0),
+        pad(codes.order, 1, S, NOWHERE),
+        pad(codes.open_q, 1, T, -1),
+        jnp.where(there, open_k, jnp.maximum(shut, 0)),
+    )
+
+
+def pack_codes(codes: MaskCodes) -> Codes:
+    """Codes, padded already, in the kernels' layout."""
+    queries = jnp.stack([codes.lo, codes.hi, codes.open_q], axis=1).astype(jnp.int32)
+    keys = jnp.stack([codes.order, codes.open_k], axis=1).astype(jnp.int32)
+    return Codes(pad(queries, 1, SUBLANES), pad(keys, 1, SUBLANES))
+
+
+def pack(q: Array, k: Array, v: Array, terms: Terms, call: Call) -> Packed:
+    """The float operands in the kernels' layout. Plain jnp: jax differentiates it, switches and scales included."""
+    packed = Packed(
+        q=pad(query_parts(q, call), 5, call.h),
+        k=pad(pad(jnp.moveaxis(k, 2, 1), 2, call.S), 3, call.h),
+        v=pad(pad(jnp.moveaxis(v, 2, 1), 2, call.S), 3, call.c),
+    )
+    if terms.pair is not None:
+        packed = packed._replace(**_pack_pair(terms.pair, call))
+    if terms.per_key is not None:
+        heads = terms.per_key.reshape(call.B, -1, call.K, call.G) * LOG2E
+        packed = packed._replace(key_bias=pad(jnp.swapaxes(_key_parts(heads, call), 3, 4), 3, call.padded_group))
+    return packed
+
+
+def _pack_pair(pair: PairBias, call: Call) -> dict[str, Array]:
+    r = call.r
+    assert r is not None
+    scaled = query_parts(pair.query_on.astype(jnp.float32), call) * z_scale(call.form)
+    switches, rows = (pad(x, 3, call.padded_group) for x in (scaled, query_parts(pair.row, call) * scaled))
+    u = jnp.swapaxes(query_parts(pair.u, call) * scaled[..., None], 4, 5)
+    key_on = pair.key_on.astype(jnp.float32)[..., None]
+    w = _key_parts(pair.w * key_on[..., None], call)
+    ones = jnp.ones_like(pair.key)
+    keys = jnp.stack([key_on * ones, pair.key * key_on, ones], axis=-1)
+    packed = {
+        "u": pad(u, 4, r),
+        "rows": jnp.concatenate([rows, switches], axis=3),
+        "w": pad(jnp.swapaxes(w, 3, 4), 3, r),
+        "keys": pad(jnp.swapaxes(_key_parts(keys, call), 3, 4), 3, SUBLANES),
+    }
+    if call.has_gain:
+        packed["gain"] = pair.gain.reshape(call.K, call.G)
+    return packed
+
+
+def query_parts(x: Float[Array, "B T H *rest"], call: Call) -> Float[Array, "B K I G t *rest"]:
+    """Query heads by kv head, tokens in parts."""
+    x = pad(x, 1, call.T)
+    x = x.reshape(call.B, -1, call.part_q, call.K, call.G, *x.shape[3:])
+    return jnp.moveaxis(x, (3, 4), (1, 3))
+
+
+def unpack_queries(x: Float[Array, "B K I G t *rest"], T: int) -> Float[Array, "B T H *rest"]:
+    """The inverse of `query_parts`, without what was padded."""
+    x = jnp.moveaxis(x, (1, 3), (3, 4))
+    B, parts, t, K, G, *rest = x.shape
+    return x.reshape(B, parts * t, K * G, *rest)[:, :T]
+
+
+def _key_parts(x: Float[Array, "B S K n"], call: Call) -> Float[Array, "B K J s n"]:
+    x = pad(x, 1, call.S)
+    return jnp.moveaxis(x.reshape(call.B, -1, call.part_k, *x.shape[2:]), 3, 1)
+
+
+def make_call(
+    q: Array,
+    k: Array,
+    v: Array,
+    terms: Terms,
+    form: PairForm,
+    scale: float,
+    blocks: BlockSizes,
+    *,
+    interpret: bool,
+    visit: Callable[[int, int], Visit] = ByFacts,
+) -> Call:
+    """Sizes of a call: lengths are padded to a common multiple of its blocks."""
+    B, T, H, h = q.shape
+    S, K = k.shape[1:3]
+    few = T <= FEW
+    padded_T = up(T, 16) if few else up(T, LANES)
+    padded_S = up(S, LANES)
+
+    def cut(sizes: tuple[int, int]) -> tuple[int, int]:
+        block_q, block_k = sizes
+        return (padded_T if few else min(block_q, padded_T)), min(block_k, padded_S)
+
+    used = [cut(sizes) for sizes in (blocks.forward, blocks.backward)]
+    sizes_q, sizes_k = zip(*used, strict=True)
+    return Call(
+        B=B,
+        K=K,
+        G=H // K,
+        T=up(T, math.lcm(*sizes_q)),
+        S=up(S, math.lcm(*sizes_k)),
+        h=up(h, LANES),
+        c=up(v.shape[-1], LANES),
+        r=None if terms.pair is None else up(terms.pair.u.shape[-1], SUBLANES),
+        key_bias=terms.per_key is not None,
+        form=form,
+        scale=scale,
+        blocks=CutBlocks(*used, backward_keys=blocks.backward_keys),
+        part_q=math.gcd(*sizes_q),
+        part_k=math.gcd(*sizes_k),
+        dtype=str(q.dtype),
+        interpret=interpret,
+        visit=visit,
+    )
+
+
+FEW = 64
+"""So few queries (decoding) are one block, shorter than the lanes are wide."""
+
+
+@dataclass(frozen=True)
+class CutBlocks(BlockSizes):
+    """Blocks no longer than the call; a short one need not be whole lanes."""
+
+    def __post_init__(self) -> None:
+        pass

@@ -1,0 +1,205 @@
+"""What the three kernels share around their bodies: blocks of the inputs, how they are read, compiler parameters, cost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from rave_jax.kernels.pair_bias.pallas_tpu import tile
+from rave_jax.kernels.pair_bias.pallas_tpu.operands import SUBLANES, Call, Codes, Packed
+from rave_jax.kernels.pair_bias.pallas_tpu.tile import LANES
+from rave_jax.typing import Array
+
+VMEM_LIMIT = 100 * 2**20
+"""Bytes a kernel may use; a tuning table must stay below what its chip has."""
+
+
+class InputSpecs(NamedTuple):
+    """Names of the inputs in their order, and their blocks."""
+
+    names: tuple[str, ...]
+    blocks: tuple[pl.BlockSpec, ...]
+
+    def arrays(self, packed: Packed, codes: Codes, **more: Array) -> tuple[Array, ...]:
+        """The inputs in their order."""
+        known = packed._asdict() | {"codes_q": codes.queries, "codes_k": codes.keys} | more
+        return tuple(known[name] for name in self.names)
+
+
+def input_specs(
+    call: Call, block_q: int, block_k: int, at: Callable[..., tuple[Any, Any, Any, Any]], *more: str
+) -> InputSpecs:
+    """Blocks of the inputs that the call has; `at` gives (row, kv head, block of queries, block of keys) of a step.
+
+    `more` names arrays of the backward pass: d_out [B,K,I,G,t,c], and lse and delta [B,K,I,G,t].
+    """
+
+    def of(shape: tuple[int, ...], index: Callable[[Any, Any, Any, Any], tuple[Any, ...]]) -> pl.BlockSpec:
+        return pl.BlockSpec(shape, lambda *step: index(*at(*step)))
+
+    G, Gp, t, s = call.G, call.padded_group, call.part_q, call.part_k
+    many_q, many_k = block_q // t, block_k // s
+    found = {
+        "codes_q": of((1, SUBLANES, block_q), lambda b, n, i, j: (b, 0, i)),
+        "codes_k": of((1, SUBLANES, block_k), lambda b, n, i, j: (b, 0, j)),
+        "q": of((1, 1, many_q, G, t, call.h), lambda b, n, i, j: (b, n, i, 0, 0, 0)),
+        "k": of((1, 1, block_k, call.h), lambda b, n, i, j: (b, n, j, 0)),
+        "v": of((1, 1, block_k, call.c), lambda b, n, i, j: (b, n, j, 0)),
+    }
+    if call.r is not None:
+        found |= {
+            "u": of((1, 1, many_q, G, call.r, t), lambda b, n, i, j: (b, n, i, 0, 0, 0)),
+            "rows": of((1, 1, many_q, 2 * Gp, t), lambda b, n, i, j: (b, n, i, 0, 0)),
+            "w": of((1, 1, many_k, call.r, s), lambda b, n, i, j: (b, n, j, 0, 0)),
+            "keys": of((1, 1, many_k, SUBLANES, s), lambda b, n, i, j: (b, n, j, 0, 0)),
+        }
+    if call.has_gain:
+        found["gain"] = pl.BlockSpec(memory_space=pltpu.SMEM)
+    if call.key_bias:
+        found["key_bias"] = of((1, 1, many_k, Gp, s), lambda b, n, i, j: (b, n, j, 0, 0))
+    backward = {
+        "d_out": of((1, 1, many_q, G, t, call.c), lambda b, n, i, j: (b, n, i, 0, 0, 0)),
+        "lse": of((1, 1, many_q, Gp, t), lambda b, n, i, j: (b, n, i, 0, 0)),
+        "delta": of((1, 1, many_q, Gp, t), lambda b, n, i, j: (b, n, i, 0, 0)),
+    }
+    found |= {name: backward[name] for name in more}
+    return InputSpecs(tuple(found), tuple(found.values()))
+
+
+class Inputs(NamedTuple):
+    """The input refs of a kernel, by name, and what is read from them."""
+
+    refs: dict[str, Any]
+
+    def __getitem__(self, name: str) -> Any:  # ty: ignore[invalid-method-override]
+        return self.refs[name]
+
+    def k(self) -> Array:
+        """[block_k, h]."""
+        return self.refs["k"][0, 0]
+
+    def v(self) -> Array:
+        """[block_k, c]."""
+        return self.refs["v"][0, 0]
+
+    def order(self) -> Array:
+        """[1, block_k]."""
+        return self.refs["codes_k"][0, 0:1]
+
+    def open_k(self) -> Array:
+        """[1, block_k]."""
+        return self.refs["codes_k"][0, 1:2]
+
+    def key_bias(self, n: Any, heads: int) -> Array:
+        """[heads, block_k] of the n-th lot of heads."""
+        return side_by_side(self.refs["key_bias"][0, 0, :, pl.ds(n * heads, heads)])
+
+    def query_head(self, name: str, n: Any, heads: int) -> Array:
+        """q or d_out of the n-th lot of heads, [heads * block_q, h]."""
+        x = self.refs[name][0, 0, :, pl.ds(n * heads, heads)]
+        parts, _, t, h = x.shape
+        # A lot of several heads is a block of one part, so heads come first either way.
+        return x.reshape(heads * parts * t, h)
+
+    def query_row(self, name: str, n: Any) -> Array:
+        """A number of each query, [1, block_q]."""
+        return side_by_side(self.refs[name][0, 0, :, pl.ds(n, 1)])
+
+    def key_channels(self) -> Array:
+        """The keys' side of z', float32 [channels, block_k]."""
+        return jnp.concatenate([side_by_side(self.refs[name][0, 0]) for name in ("w", "keys")], axis=0)
+
+    def query_channels(self, n: Any, call: Call) -> Array:
+        """The queries' side of z' for one head, float32 [channels, block_q]."""
+        u = side_by_side(self.refs["u"][0, 0, :, n])
+        row, switch = self.query_row("rows", n), self.query_row("rows", call.padded_group + n)
+        # Against the keys' [switch, key term, 1]: the row term and a one, both zero where the query is off, and what
+        # is added everywhere.
+        sublane = jax.lax.broadcasted_iota(jnp.int32, (SUBLANES, row.shape[1]), 0)
+        offset = jnp.where(sublane == 2, tile.z_offset(call.form), 0.0)
+        last = jnp.where(sublane == 0, row, jnp.where(sublane == 1, switch, offset))
+        return jnp.concatenate([u, last], axis=0)
+
+    def keep_queries(self, scratch: dict[str, Any], kv_head: Any, call: Call) -> None:
+        """What belongs to the block of queries and is needed as columns, made once for all blocks of keys."""
+        for n in range(3):
+            scratch["bounds"][n] = tile.column(self.refs["codes_q"][0, n : n + 1])
+        for n in range(call.G):
+            if "U" in scratch:
+                rows = self.query_channels(n, call)
+                U = tile.channels(rows, "query", jnp.dtype(call.dtype)).astype(jnp.float32)
+                lanes = scratch["U"].shape[-1]
+                if U.shape[0] < lanes:
+                    U = jnp.concatenate([U, jnp.zeros((lanes - U.shape[0], U.shape[1]), jnp.float32)], axis=0)
+                scratch["U"][n] = U.T.astype(scratch["U"].dtype)
+            if "U_rows" in scratch:
+                scratch["U_rows"][n] = rows.astype(scratch["U_rows"].dtype)
+            for name in ("q", "d_out"):
+                if name in scratch:
+                    x = self.query_head(name, n, 1).astype(jnp.float32)
+                    scratch[name][n] = x.T.astype(scratch[name].dtype)
+            if "gain" in scratch:
+                scratch["gain"][n] = jnp.full(scratch["gain"].shape[1:], self.refs["gain"][kv_head, n])
+            for name in ("lse", "delta"):
+                if name in scratch:
+                    scratch[name][n] = tile.column(self.query_row(name, n))
+
+
+def side_by_side(x: Array) -> Array:
+    """Parts [m, n, t] with their tokens in a row, [n, m * t]."""
+    return jnp.concatenate([x[m] for m in range(x.shape[0])], axis=1)
+
+
+def compiler_params(in_turn: int) -> Any:
+    """The last `in_turn` of the four grid axes are taken in their order; the others are independent."""
+    semantics = ("parallel",) * (4 - in_turn) + ("arbitrary",) * in_turn
+    return pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=VMEM_LIMIT)
+
+
+def cost(
+    call: Call,
+    grid: tuple[int, ...],
+    inputs: Sequence[Array],
+    specs: InputSpecs,
+    outputs: Sequence[jax.ShapeDtypeStruct],
+    *,
+    products: int,
+    gate_products: int,
+) -> pl.CostEstimate:
+    """The work where every block is visited; what is skipped is known at run time only."""
+    pairs = call.B * call.K * call.G * call.T * call.S
+    flops = 2 * pairs * call.h * products
+    transcendentals = pairs
+    if call.r is not None:
+        flops += 2 * pairs * call.split_channels * gate_products
+        transcendentals += pairs * (2 if call.form.kind == "log_gate" else int(call.form.kind != "linear"))
+    steps = grid[0] * grid[1] * grid[2] * grid[3]
+    copied = 0
+    for name, array, spec in zip(specs.names, inputs, specs.blocks, strict=True):
+        if spec.block_shape is None:
+            copied += array.size * 4
+            continue
+        inner = name in INNER_OF_QUERIES
+        count = steps if inner else steps // grid[3]
+        copied += count * _size(spec.block_shape) * array.dtype.itemsize
+    copied += sum(x.size * x.dtype.itemsize for x in outputs)
+    return pl.CostEstimate(flops=flops, transcendentals=transcendentals, bytes_accessed=copied)
+
+
+INNER_OF_QUERIES = ("codes_k", "k", "v", "w", "keys", "key_bias")
+"""Inputs that change with every block of keys."""
+
+
+def _size(shape: Sequence[Any]) -> int:
+    size = 1
+    for n in shape:
+        size *= int(n)
+    return size
+
+
+__all__ = ["LANES", "InputSpecs", "Inputs", "compiler_params", "cost", "input_specs"]

@@ -1,0 +1,130 @@
+"""What happens inside one tile, in units of log2: masks, the gate and its slope.
+
+The exponent of a pair is x = log2(e) * (scale * <q, k> + bias + key bias). A gate comes from one small product
+z' = <U_i, W_j> whose channels are u, the row term and a one against w, a one and the key term; switches are zeros in
+them, so that z' is exactly 0 where the gate is off. z' is z times a constant of the form, taken into U; one channel
+more adds a constant.
+
+Operands in bfloat16 lose too much of a gate. Split into a rounded part and its rest, (a + a')(b + b') without a'b' is
+one product over three times the channels, [a, a, a'] with [b, b', b]. A matrix unit is 128 or 256 deep, so up to
+40 channels cost what one would.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from rave_jax.kernels.pair_bias.base import PairForm
+from rave_jax.typing import Array
+
+LOG2E = math.log2(math.e)
+LANES = 128
+MASKED = -1e30
+"""Exponent of a pair that may not see; and of a row before it has seen one."""
+UNSEEN = 1e30
+"""Log-sum-exp, in log2, of a row that saw nothing: every weight made from it is 0."""
+
+
+def z_offset(form: PairForm) -> float:
+    """What the product has beside z', everywhere: log_gate wants z' - 1."""
+    return -1.0 if form.kind == "log_gate" else 0.0
+
+
+def z_scale(form: PairForm) -> float:
+    """z' / z."""
+    return {
+        "log_gate": -LOG2E,
+        "tanh": 1 / form.limit,
+        "linear": LOG2E,
+        "centered_sigmoid": 0.5,
+    }[form.kind]
+
+
+class Gate(NamedTuple):
+    """What z' does to a pair."""
+
+    shift: Array
+    """What it adds to the exponent."""
+    slope: Array | float
+    """d bias / d z' (of z' itself, not of z' - 1)."""
+    of_gain: Array | None
+    """d bias / d gain, in a form that has one."""
+
+
+def gate(z: Array, form: PairForm, gain: Array | None) -> Gate:
+    """The gate of a tile of z'; what is not used is not computed.
+
+    log_gate, with z' = -log2(e) z: log2(2 sigmoid(z)) = -log2(1/2 + 2^(z' - 1)). The product gives z' - 1. Powers and
+    logarithms of two are one operation each in a unit of their own, a division is thirteen of the vector unit's. Where
+    2^z' would overflow, the logarithm is z' - 1 to the last bit. sigmoid(-z) is 1 - 2^(shift - 1).
+    """
+    if form.kind == "log_gate":
+        shift = -jnp.maximum(jnp.log2(0.5 + jnp.exp2(jnp.minimum(z, 126.0))), z)
+        return Gate(shift, (1.0 - jnp.exp2(shift - 1.0)) * (-1 / LOG2E), None)
+    if form.kind == "linear":
+        return Gate(z, 1 / LOG2E, None)
+    bent = jnp.tanh(z)
+    steep = 1.0 - bent * bent
+    if form.kind == "tanh":
+        return Gate((form.limit * LOG2E) * bent, form.limit * steep, None)
+    assert gain is not None
+    return Gate((LOG2E * gain) * bent, gain * steep, bent)
+
+
+def channels(rows: Array, side: Literal["query", "key"], dtype: jnp.dtype) -> Array:
+    """U or W of a block, channels first, in the type its product is taken in.
+
+    Args:
+        rows: float32 [channels, block], a multiple of 8 channels.
+        side: whose.
+        dtype: bfloat16, or float32 for whole products.
+
+    Returns:
+        [n, block]: n = channels, or three times that, rounded up to 16.
+    """
+    if dtype == jnp.float32:
+        return rows
+    rounded = rows.astype(jnp.bfloat16).astype(jnp.float32)
+    rest = rows - rounded
+    parts = [rounded, rounded, rest] if side == "query" else [rounded, rest, rounded]
+    if 3 * rows.shape[0] % 16:
+        parts.append(jnp.zeros((8, rows.shape[1]), jnp.float32))
+    return jnp.concatenate(parts, axis=0).astype(jnp.bfloat16)
+
+
+def mask(lo: Array, hi: Array, open_q: Array, order: Array, open_k: Array) -> Array:
+    """What to add to an exponent: 0 or MASKED. Queries and keys are a column and a row, or a row and a column."""
+    allow = ((lo <= order) & (order <= hi)) | (open_q == open_k)
+    return jnp.where(allow, 0.0, MASKED)
+
+
+def product(a: Array, b: Array, contract: tuple[int, int]) -> Array:
+    """a b summed in float32; float32 operands are multiplied whole."""
+    precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return jax.lax.dot_general(
+        a, b, (((contract[0],), (contract[1],)), ((), ())), precision=precision, preferred_element_type=jnp.float32
+    )
+
+
+def column(x: Array) -> Array:
+    """A row [1, n] as a column in every lane [n, LANES]."""
+    eight = jnp.broadcast_to(x, (8, x.shape[1]))
+    return jnp.broadcast_to(eight.T[:, :1], (x.shape[1], LANES))
+
+
+def wide(x: Array, width: int) -> Array:
+    """A column kept in every lane, [n, LANES], for a tile of `width`."""
+    if width == LANES:
+        return x
+    if width < LANES:
+        return x[:, :width]
+    return jnp.concatenate([x] * (width // LANES), axis=1)
+
+
+def fold_lanes(x: Array) -> Array:
+    """Sums of lanes that are LANES apart: [n, width] to [n, LANES]."""
+    return sum(x[:, n : n + LANES] for n in range(0, x.shape[1], LANES))
