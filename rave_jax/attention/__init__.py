@@ -4,12 +4,17 @@ One line per mechanism below makes it known to configs.
 """
 
 from rave_jax.attention.attend import AttentionOutput, attend, mask_codes, positions, remember
+from rave_jax.attention.avar import Avar
 from rave_jax.attention.base import (
     AttentionDims,
+    Channels,
     Features,
+    KeyFactor,
     Keys,
     Mechanism,
     Owned,
+    Parts,
+    Score,
     check_owners,
 )
 from rave_jax.attention.cache import CacheType, KvCache
@@ -21,16 +26,20 @@ from rave_jax.attention.plan import Layers, SegmentPlan, build_mechanisms, plan_
 from rave_jax.attention.rave import Rave
 from rave_jax.attention.sliding_window import SlidingWindow
 from rave_jax.attention.text_positions import TextPositions
+from rave_jax.attention.zero_tuning import ZeroTuning
 
-MechanismConfig = Rave | SlidingWindow | TextPositions | Mma | Croc | Cca
+MechanismConfig = Rave | SlidingWindow | TextPositions | Mma | Croc | Cca | ZeroTuning | Avar
 
 __all__ = [
     "AttentionDims",
     "AttentionOutput",
+    "Avar",
     "CacheType",
     "Cca",
+    "Channels",
     "Croc",
     "Features",
+    "KeyFactor",
     "Keys",
     "KvCache",
     "Layers",
@@ -38,10 +47,13 @@ __all__ = [
     "MechanismConfig",
     "Mma",
     "Owned",
+    "Parts",
     "Rave",
+    "Score",
     "SegmentPlan",
     "SlidingWindow",
     "TextPositions",
+    "ZeroTuning",
     "attend",
     "build_mechanisms",
     "cached_codes",

@@ -1,23 +1,29 @@
-"""One attention, whatever the mechanisms: the hooks in their order, then one kernel call."""
+"""One attention, whatever the mechanisms: the hooks in their order around one kernel."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from rave_jax.attention.base import Features, Keys, Mechanism
+import jax.numpy as jnp
+
+from rave_jax.attention.base import Features, KeyFactor, Keys, Mechanism, Parts, overrides
+from rave_jax.attention.merge import log_weights, merged, partition_of, parts_of, with_factor
 from rave_jax.attention.probe import attention_rows
+from rave_jax.attention.scores import scores_of
 from rave_jax.batch import TokenInfo
 from rave_jax.kernels import pair_bias
-from rave_jax.kernels.pair_bias import Implementation, MaskCodes, PairForm, Terms
+from rave_jax.kernels.pair_bias import Implementation, MaskCodes
 from rave_jax.typing import Array, Float, Int
 
 
 class AttentionOutput(NamedTuple):
-    """What `attend` gives: heads' outputs, and the asked-for rows of the attention map (None if not asked)."""
+    """What `attend` gives: heads' outputs, the asked-for rows of the attention map (None if not asked), and the sums of
+    the mechanisms' losses by name (none if not asked)."""
 
     out: Float[Array, "B T H h"]
     rows: Float[Array, "B N H S"] | None
+    losses: dict[str, Float[Array, ""]]
 
 
 def positions(
@@ -55,6 +61,7 @@ def attend(
     *,
     implementation: Implementation = "auto",
     rows: Int[Array, "B N"] | None = None,
+    losses: bool = False,
 ) -> AttentionOutput:
     """Attention of one layer under its mechanisms.
 
@@ -63,19 +70,57 @@ def attend(
         keys: all keys that may be seen, rotated, those of the tokens in x among them.
         codes: mask codes after the `mask` hooks.
         info_q, info_k: token codes of the queries and of the keys (the same without a cache).
-        mechanisms: of this layer; at most one scores pairs (`check_owners`).
+        mechanisms: of this layer; what has one owner is claimed once (`check_owners`).
         implementation: kernel backend.
         rows: queries, by index, whose rows of the attention map are wanted. Costs O(N S).
+        losses: are the mechanisms' losses wanted? Costs one run of the kernel for each segment they ask for.
 
     Returns:
-        outputs before the output projection, and the rows.
+        outputs before the output projection, the rows, and the losses.
     """
-    bias, form = None, PairForm()
-    for mechanism, remembered in zip(mechanisms, keys.remembered, strict=True):
-        term = mechanism.score(x, remembered, info_q, info_k)
-        if term is not None:
-            bias, form = term
-    scale = x.q.shape[-1] ** -0.5
-    out, lse = pair_bias.attention(x.q, keys.k, keys.v, codes, bias, form, scale=scale, implementation=implementation)
-    wanted = None if rows is None else attention_rows(x.q, keys.k, codes, Terms(bias, None), form, scale, lse, rows)
-    return AttentionOutput(out, wanted)
+    losses = losses and any(overrides(mechanism, "losses") for mechanism in mechanisms)
+    scores = scores_of(x, keys, codes, info_q, info_k, mechanisms)
+    partition = partition_of(mechanisms, x, keys.remembered, info_k, losses)
+    segments, factor = partition.segments, key_factor(mechanisms, x, info_q, info_k)
+    out, lse = pair_bias.attention(
+        scores.q,
+        scores.k,
+        keys.v,
+        codes,
+        scores.terms.pair,
+        scores.form,
+        scale=scores.scale,
+        key_bias=scores.terms.per_key,
+        segments=segments,
+        implementation=implementation,
+    )
+    weights, found = None, {}
+    if segments is not None or factor is not None or losses:
+        if segments is None:
+            out, lse = out[:, :, None], lse[:, :, None]
+        if factor is not None:
+            out, lse = with_factor(out, lse, keys.v, scores, factor, None if segments is None else segments.of)
+        if segments is not None:
+            weights = log_weights(mechanisms, x, parts_of(lse, partition), partition, info_q, info_k)
+        lse = lse if weights is None else lse + weights
+        found = named_losses(mechanisms, x, parts_of(lse, partition), info_q, info_k) if losses else {}
+        out, lse = (out[:, :, 0], lse[:, :, 0]) if segments is None else merged(out, lse)
+    wanted = None if rows is None else attention_rows(scores, lse, rows, factor, segments, weights)
+    return AttentionOutput(out, wanted, found)
+
+
+def key_factor(mechanisms: Sequence[Mechanism], x: Features, info_q: TokenInfo, info_k: TokenInfo) -> KeyFactor | None:
+    """What the one mechanism that may change a key's weight says."""
+    said = [mechanism.factor(x, info_q, info_k) for mechanism in mechanisms if overrides(mechanism, "factor")]
+    return said[0] if said else None
+
+
+def named_losses(
+    mechanisms: Sequence[Mechanism], x: Features, parts: Sequence[Parts], info_q: TokenInfo, info_k: TokenInfo
+) -> dict[str, Float[Array, ""]]:
+    """What all mechanisms say, summed where they use one name."""
+    total: dict[str, Array] = {}
+    for mechanism, own in zip(mechanisms, parts, strict=True):
+        for name, value in mechanism.losses(x, own, info_q, info_k).items():
+            total[name] = total.get(name, jnp.zeros((), jnp.float32)) + value
+    return total

@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
+import jax.numpy as jnp
 from flax import nnx
 
 from rave_jax.batch import TokenInfo
 from rave_jax.config import ConfigError
-from rave_jax.kernels.pair_bias import MaskCodes, PairBias, PairForm
+from rave_jax.kernels.pair_bias import KeySegments, MaskCodes, PairBias, PairForm
 from rave_jax.typing import Array, Float, Int
 
 
@@ -27,13 +28,14 @@ class AttentionDims(NamedTuple):
 
 class Features(NamedTuple):
     """What one layer projects of the tokens it is given. q0 and k0 are q and k before RoPE, after q/k norm where the
-    family has one."""
+    family has one; hidden is the residual stream that enters the layer, before its norm."""
 
     q: Float[Array, "B T H h"]
     k: Float[Array, "B T K h"]
     v: Float[Array, "B T K h"]
     q0: Float[Array, "B T H h"]
     k0: Float[Array, "B T K h"]
+    hidden: Float[Array, "B T D"]
 
 
 class Keys(NamedTuple):
@@ -47,9 +49,47 @@ class Keys(NamedTuple):
     remembered: tuple[Any, ...]
 
 
-Owned = Literal["positions", "score", "order", "hi", "opening"]
-"""What one mechanism of a layer may own: rotary positions; the term before the softmax; of the mask codes the order of
-keys, how far up it a query sees, and the opening. Any number may close the interval further."""
+class Channels(NamedTuple):
+    """Columns of queries and of keys whose product is added to the score as it is, without the scale of <q, k>."""
+
+    q: Float[Array, "B T H n"]
+    k: Float[Array, "B S K n"]
+
+
+class Score(NamedTuple):
+    """What a mechanism adds to the scores before the softmax. Key biases (float32, finite) and channels of several
+    mechanisms add up; the pair term has one owner."""
+
+    pair: tuple[PairBias, PairForm] | None = None
+    key_bias: Float[Array, "B S H"] | None = None
+    channels: Channels | None = None
+
+
+class KeyFactor(NamedTuple):
+    """One key of each query, by its index, and the log of what its weight is multiplied by."""
+
+    key: Int[Array, "B T"]
+    log: Float[Array, "H"]
+
+
+class Parts(NamedTuple):
+    """Log-sum-exps of a query's scores over the keys of each segment and over all it sees, float32; -inf over none."""
+
+    segments: Float[Array, "B T N H"]
+    whole: Float[Array, "B T H"]
+
+    @property
+    def mass(self) -> Float[Array, "B T N H"]:
+        """The attention that each segment gets, exp(segments - whole); 0 where nothing is seen. Gradients are finite
+        everywhere."""
+        whole = jnp.where(self.whole == -jnp.inf, 0.0, self.whole)
+        return jnp.exp(self.segments - whole[:, :, None])
+
+
+Owned = Literal["positions", "pair", "order", "hi", "opening", "factor"]
+"""What one mechanism of a layer may own: rotary positions; the pair term before the softmax; of the mask codes the
+order of keys, how far up it a query sees, and the opening; the key whose weight is changed after the softmax. Any
+number may close the interval further, add key biases and channels, and weigh segments."""
 
 
 class Mechanism(nnx.Module):
@@ -84,11 +124,46 @@ class Mechanism(nnx.Module):
         """
         return None
 
-    def score(
-        self, x: Features, remembered: Any, info_q: TokenInfo, info_k: TokenInfo
-    ) -> tuple[PairBias, PairForm] | None:
-        """An additive term before the softmax. `remembered` is what `remember` gave, for all keys [B,S,K,...]."""
+    def score(self, x: Features, remembered: Any, info_q: TokenInfo, info_k: TokenInfo) -> Score | None:
+        """Additive terms before the softmax. `remembered` is what `remember` gave, for all keys [B,S,K,...]."""
         return None
+
+    def factor(self, x: Features, info_q: TokenInfo, info_k: TokenInfo) -> KeyFactor | None:
+        """One key of each query whose weight is multiplied, as if the log were added to its score. It is done after the
+        kernel, from the log-sum-exp, and costs one score for each query and head."""
+        return None
+
+    def segments(self, x: Features, remembered: Any, info_k: TokenInfo) -> KeySegments | None:
+        """A partition of the keys whose log-sum-exps `merge` or `losses` will read. Every key has to be of one segment.
+
+        The kernel runs once for each segment. It is asked of who overrides `merge`, and in training of who overrides
+        `losses`; partitions of several mechanisms are refined to the common one.
+        """
+        return None
+
+    def merge(self, x: Features, parts: Parts, info_q: TokenInfo, info_k: TokenInfo) -> Float[Array, "B T N H"] | None:
+        """Logs of what the weights of each of its own segments are multiplied by, before all are normalised again.
+
+        `parts` is of the scores with all terms, before any `merge`. Factors of several mechanisms multiply.
+        """
+        return None
+
+    def losses(self, x: Features, parts: Parts, info_q: TokenInfo, info_k: TokenInfo) -> dict[str, Float[Array, ""]]:
+        """Terms of the training loss by name, weighted already: float32 sums over rows and whatever else they average.
+
+        `parts` is of the attention that the layer applies, after every `merge`. Layers add up, and training divides by
+        `loss_weights` of the whole batch, so that a mean is one over all micro-batches, rows and layers.
+        """
+        return {}
+
+    def loss_weights(self, info: TokenInfo) -> dict[str, Float[Array, ""]]:
+        """What one layer contributes to the weights of `losses`, by the same names. It may not read parameters."""
+        return {}
+
+
+def overrides(mechanism: Mechanism, hook: str) -> bool:
+    """Does the mechanism say anything through this hook?"""
+    return getattr(type(mechanism), hook) is not getattr(Mechanism, hook)
 
 
 def check_owners(mechanisms: Sequence[Mechanism]) -> None:

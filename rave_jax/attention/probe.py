@@ -4,39 +4,35 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
-from rave_jax.kernels.pair_bias.base import (
-    MaskCodes,
-    PairForm,
-    Terms,
-    group_heads,
-    tile_allow,
-    tile_scores,
-    ungroup_heads,
-)
+from rave_jax.attention.base import KeyFactor
+from rave_jax.attention.scores import Scores, of_queries, pick
+from rave_jax.kernels.pair_bias import KeySegments
 from rave_jax.typing import Array, Float, Int
 
 
 def attention_rows(
-    q: Float[Array, "B T H h"],
-    k: Float[Array, "B S K h"],
-    codes: MaskCodes,
-    terms: Terms,
-    form: PairForm,
-    scale: float,
+    scores: Scores,
     lse: Float[Array, "B T H"],
     rows: Int[Array, "B N"],
+    factor: KeyFactor | None = None,
+    segments: KeySegments | None = None,
+    weights: Float[Array, "B T M H"] | None = None,
 ) -> Float[Array, "B N H S"]:
-    """Attention weights of queries `rows` [B,N] over all keys, float32; a row that may see nothing is zero."""
+    """Attention weights of queries `rows` [B,N] over all keys, float32; a row that may see nothing is zero.
 
-    def pick(x: Array) -> Array:
-        return jnp.take_along_axis(x, rows.reshape(*rows.shape, *[1] * (x.ndim - 2)), axis=1)
-
-    K = k.shape[2]
-    codes = codes._replace(lo=pick(codes.lo), hi=pick(codes.hi), open_q=pick(codes.open_q))
-    pair = terms.pair
-    if pair is not None:
-        pair = pair._replace(u=pick(pair.u), row=pick(pair.row), query_on=pick(pair.query_on))
-    scores = tile_scores(group_heads(pick(q), K), k, terms._replace(pair=pair), form, scale)
-    norm = group_heads(pick(lse), K)[..., None]
-    weights = jnp.where(tile_allow(codes), jnp.exp(scores - jnp.where(norm == -jnp.inf, 0.0, norm)), 0.0)
-    return ungroup_heads(weights)
+    Args:
+        scores: of all pairs.
+        lse: of the weights that are asked for, after whatever changed them.
+        rows: queries, by index.
+        factor: the key of each query whose weight was multiplied, or None.
+        segments, weights: log factors of M segments, or None.
+    """
+    found, allowed = of_queries(scores, rows)
+    if factor is not None:
+        at_key = pick(factor.key, rows)[..., None] == jnp.arange(found.shape[-1])
+        found = found + at_key[:, :, None] * factor.log[:, None]
+    if weights is not None and segments is not None:
+        of_key = jnp.broadcast_to(segments.of[:, None, None], found.shape)
+        found = found + jnp.take_along_axis(jnp.moveaxis(pick(weights, rows), 2, 3), of_key, axis=-1, mode="clip")
+    norm = pick(lse, rows)[..., None]
+    return jnp.where(allowed, jnp.exp(found - jnp.where(norm == -jnp.inf, 0.0, norm)), 0.0)

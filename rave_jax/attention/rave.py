@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from rave_jax.attention.base import AttentionDims, Features, Mechanism
+from rave_jax.attention.base import AttentionDims, Features, Mechanism, Score
 from rave_jax.attention.plan import Layers
 from rave_jax.batch import Kind, TokenInfo
 from rave_jax.config import require
@@ -82,7 +82,7 @@ class RaveGate(Mechanism):
     gain [H].
     """
 
-    OWNS = ("score",)
+    OWNS = ("pair",)
 
     def __init__(self, config: Rave, dims: AttentionDims, key: jax.Array):
         H, K, h = dims
@@ -114,9 +114,7 @@ class RaveGate(Mechanism):
             key = jnp.einsum("BSKh,Kh->BSK", k0, _f32(self.key_term))
         return GateKeys(jnp.einsum("BSKh,Khr->BSKr", k0, _f32(self.key_proj)), key)
 
-    def score(
-        self, x: Features, remembered: GateKeys, info_q: TokenInfo, info_k: TokenInfo
-    ) -> tuple[PairBias, PairForm]:
+    def score(self, x: Features, remembered: GateKeys, info_q: TokenInfo, info_k: TokenInfo) -> Score:
         """Operands of the bias, in float32."""
         q0 = x.q0.astype(jnp.float32)
         config, H = self.config, q0.shape[2]
@@ -136,7 +134,7 @@ class RaveGate(Mechanism):
             query_on=query[..., None] & selected,
             key_on=info_k.kind == Kind.VISUAL,
         )
-        return bias, PairForm(config.form, config.limit)
+        return Score(pair=(bias, PairForm(config.form, config.limit)))
 
 
 def _f32(param: nnx.Param) -> jax.Array:

@@ -42,6 +42,24 @@ class Situation(NamedTuple):
     rows: Int[Array, "B N"] | None
 
 
+class LayerOutput(NamedTuple):
+    """What a layer gives: its output, its cache with the new tokens written, and what of attention was asked for."""
+
+    x: Float[Array, "B T D"]
+    cache: LayerCache | None
+    rows: Float[Array, "B N H S"] | None
+    losses: dict[str, Float[Array, ""]]
+
+
+class DecoderOutput(NamedTuple):
+    """What `Decoder` gives: hidden states after the final norm, the asked-for attention rows (None if not asked), and
+    the sums of the mechanisms' losses by name (none if not asked)."""
+
+    hidden: Float[Array, "B T D"]
+    rows: Float[Array, "L B N H S"] | None
+    losses: dict[str, Float[Array, ""]]
+
+
 class Attention(nnx.Module):
     """Projections of one attention layer; what happens between them is `attention.attend`."""
 
@@ -59,14 +77,14 @@ class Attention(nnx.Module):
             self.key_norm = RmsNorm(h, eps=config.rms_norm_eps, dtype=dtype)
         self.qk_norm = config.qk_norm
 
-    def features(self, x: Float[Array, "B T D"], rotation: Rotation) -> Features:
-        """q, k, v of the tokens in x, and q, k before RoPE."""
+    def features(self, x: Float[Array, "B T D"], hidden: Float[Array, "B T D"], rotation: Rotation) -> Features:
+        """q, k, v of the tokens in x, and q, k before RoPE; `hidden` is x before its norm."""
         q0 = shard(self.query(x), "batch", "length", "heads", None)
         k0 = shard(self.key(x), "batch", "length", "kv_heads", None)
         v = shard(self.value(x), "batch", "length", "kv_heads", None)
         if self.qk_norm:
             q0, k0 = self.query_norm(q0), self.key_norm(k0)
-        return Features(rotate(q0, rotation), rotate(k0, rotation), v, q0, k0)
+        return Features(rotate(q0, rotation), rotate(k0, rotation), v, q0, k0, hidden)
 
 
 class DecoderLayer(nnx.Module):
@@ -85,10 +103,10 @@ class DecoderLayer(nnx.Module):
         lora.attach(self, "decoder.", options.lora, dtype, keys[3])
 
     def __call__(
-        self, x: Float[Array, "B T D"], at: Situation, cache: LayerCache | None
-    ) -> tuple[Float[Array, "B T D"], LayerCache | None, Float[Array, "B N H S"] | None]:
-        """The layer's output, its cache with the new tokens written, and the asked-for attention rows."""
-        found = self.attention.features(self.attention_norm(x), at.rotation)
+        self, x: Float[Array, "B T D"], at: Situation, cache: LayerCache | None, losses: bool = False
+    ) -> LayerOutput:
+        """The layer. With `losses`, those of its mechanisms are computed too."""
+        found = self.attention.features(self.attention_norm(x), x, at.rotation)
         keys = attention.remember(self.mechanisms, found)
         if cache is not None:
             assert at.start is not None
@@ -103,11 +121,12 @@ class DecoderLayer(nnx.Module):
             self.mechanisms,
             implementation=self.implementation,
             rows=at.rows,
+            losses=losses,
         )
         out = shard(seen.out, "batch", "length", "heads", None)
         x = shard(x + self.attention.output(out), "batch", "length", None)
         x = shard(x + self.mlp(self.mlp_norm(x)), "batch", "length", None)
-        return x, cache, seen.rows
+        return LayerOutput(x, cache, seen.rows, seen.losses)
 
 
 class Decoder(nnx.Module):
@@ -123,6 +142,7 @@ class Decoder(nnx.Module):
         self.norm = RmsNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=options.params)
         self.head_dim = config.head_dim
         self.attention_dims = config.attention_dims
+        self.hidden_size = config.hidden_size
         self.rope_theta = config.rope_theta
         self.mrope_section = config.mrope_section
         self.remat = options.remat
@@ -133,29 +153,39 @@ class Decoder(nnx.Module):
         info: TokenInfo,
         positions: Int[Array, "3 B T"],
         rows: Int[Array, "B N"] | None = None,
-    ) -> tuple[Float[Array, "B T D"], Float[Array, "L B N H S"] | None]:
+        losses: bool = False,
+    ) -> DecoderOutput:
         """Whole rows at once, causal inside each document.
 
         Args:
             x: embedded tokens.
             info, positions: of the tokens.
             rows: queries, by index, whose attention rows are wanted in every layer.
-
-        Returns:
-            hidden states after the final norm, and the rows (None if not asked).
+            losses: are the mechanisms' losses wanted? They are summed over layers; `loss_weights` belongs to them.
         """
         base = attention.causal_codes(info.segment)
         wanted = []
+        total: dict[str, Array] = {}
         for segment in self.segments:
             at = self._situation(segment, base, info, info, positions, start=None, rows=rows)
 
-            def body(layer: DecoderLayer, x: Array, _: None, at: Situation) -> tuple[Array, Array | None]:
-                x, _cache, seen = layer(x, at, None)
-                return x, seen
+            def body(layer: DecoderLayer, x: Array, _: None, at: Situation) -> tuple[Array, tuple[Any, Any]]:
+                out = layer(x, at, None, losses)
+                return out.x, (out.rows, out.losses)
 
-            x, seen = segment.scan(body, x, None, at, self.remat)
+            x, (seen, found) = segment.scan(body, x, None, at, self.remat)
             wanted.append(seen)
-        return self.norm(x), None if rows is None else jnp.concatenate(wanted)
+            total = _added(total, jax.tree.map(jnp.sum, found))
+        return DecoderOutput(self.norm(x), None if rows is None else jnp.concatenate(wanted), total)
+
+    def loss_weights(self, info: TokenInfo) -> dict[str, Float[Array, ""]]:
+        """What the sums of the mechanisms' losses over these rows are divided by, by name; empty where none has any."""
+        total: dict[str, Array] = {}
+        for segment in self.segments:
+            layers = segment.stop - segment.start
+            for mechanism in segment.layers.mechanisms:
+                total = _added(total, {name: layers * x for name, x in mechanism.loss_weights(info).items()})
+        return total
 
     def cached(
         self, x: Float[Array, "B T D"], info: TokenInfo, positions: Int[Array, "3 B T"], cache: KvCache
@@ -182,9 +212,9 @@ class Decoder(nnx.Module):
             at = self._situation(segment, base, info, held, positions, start=start, rows=None)
 
             def body(layer: DecoderLayer, carry: Any, n: Array, at: Situation) -> tuple[Any, None]:
-                x, written, _rows = layer(carry[0], at, LayerCache(carry[1], n))
-                assert written is not None
-                return (x, written.stored), None
+                out = layer(carry[0], at, LayerCache(carry[1], n))
+                assert out.cache is not None
+                return (out.x, out.cache.stored), None
 
             # The keys ride in the carry: each layer writes its new ones in place, nothing else is copied.
             numbers = jnp.arange(segment.stop - segment.start, dtype=jnp.int32)
@@ -205,7 +235,8 @@ class Decoder(nnx.Module):
 
         def keys(layer: DecoderLayer) -> Keys:
             q, k = jnp.zeros((rows, size, H, h), dtype), jnp.zeros((rows, size, K, h), dtype)
-            return attention.remember(layer.mechanisms, Features(q, k, k, q, k))
+            hidden = jnp.zeros((rows, size, self.hidden_size), dtype)
+            return attention.remember(layer.mechanisms, Features(q, k, k, q, k, hidden))
 
         shapes = tuple(jax.eval_shape(jax.vmap(keys), segment.layers) for segment in self.segments)
         return kv_cache.empty_cache(shapes, kind)
@@ -227,3 +258,8 @@ class Decoder(nnx.Module):
         rotation = text_rotation(placed, self.head_dim, self.rope_theta, self.mrope_section)
         codes = attention.mask_codes(mechanisms, info_q, info_k, base)
         return Situation(rotation, codes, info_q, info_k, start, rows)
+
+
+def _added(total: dict[str, Array], found: dict[str, Array]) -> dict[str, Array]:
+    """Sums by name."""
+    return total | {name: total[name] + x if name in total else x for name, x in found.items()}

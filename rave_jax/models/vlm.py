@@ -76,8 +76,18 @@ class Vlm(nnx.Module):
             [B,T,D]; with `rows` also the float32 attention of those queries over all keys in every layer
             [L,B,N,H,S].
         """
-        out, wanted = self.decoder(self.embedded(batch), batch.info, batch.positions, rows)
-        return out if rows is None else (out, wanted)
+        out = self.decoder(self.embedded(batch), batch.info, batch.positions, rows)
+        return out.hidden if rows is None else (out.hidden, out.rows)
+
+    def hidden_and_losses(self, batch: Batch) -> tuple[Float[Array, "B T D"], dict[str, Float[Array, ""]]]:
+        """Hidden states after the final norm, and what the mechanisms add to the training loss: sums over these rows by
+        name, to be divided by `loss_weights` of all rows that are averaged over."""
+        out = self.decoder(self.embedded(batch), batch.info, batch.positions, losses=True)
+        return out.hidden, out.losses
+
+    def loss_weights(self, info: TokenInfo) -> dict[str, Float[Array, ""]]:
+        """The weights of the mechanisms' losses in rows with these token codes, by name; empty where none has any."""
+        return self.decoder.loss_weights(info)
 
     def embedded(self, batch: Batch) -> Float[Array, "B T D"]:
         """Token embeddings with visual tokens in their places.

@@ -151,7 +151,7 @@ class Loop:
         self, step: int, metrics: StepMetrics, state: TrainState, data: dict[str, Any], describe: Callable[[int], str]
     ) -> None:
         """Wait for a step, then check, show and write its metrics."""
-        values: dict[str, Any] = {name: value.item() for name, value in jax.device_get(metrics)._asdict().items()}
+        values = named_values(metrics)
         bad = values.pop("bad_step")
         done = step + 1
         self._watchdog.beat(f"step {done}")
@@ -177,3 +177,10 @@ class Loop:
             f"step {step + 1}: loss is {values['loss']}, gradient norm is {values['grad_norm']}; "
             f"data: {describe(step)}; the state before this step is in {self._bad_directory / str(step) / PARAMETERS}"
         )
+
+
+def named_values(metrics: StepMetrics) -> dict[str, Any]:
+    """Metrics as plain numbers by the names they are logged under: a mechanism's loss is `loss/NAME`."""
+    found = jax.device_get(metrics)._asdict()
+    found |= {f"loss/{name}": value for name, value in found.pop("losses").items()}
+    return {name: value.item() for name, value in found.items()}

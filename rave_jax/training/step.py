@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
@@ -9,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from rave_jax.batch import Batch, Kind
+from rave_jax.batch import Batch, Kind, TokenInfo
 from rave_jax.parallel.rows import batch_axis
 from rave_jax.training.objective import TokenSums, chunked_cross_entropy
 from rave_jax.training.optimizers import ParameterGroup, Schedule
@@ -20,8 +21,11 @@ from rave_jax.typing import Array, Float, Int
 class Trainable(Protocol):
     """What a step needs of a model."""
 
-    def hidden(self, batch: Batch) -> jax.Array:
-        """[B,T,D] after the final norm."""
+    def hidden_and_losses(self, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """[B,T,D] after the final norm, and sums of further terms of the loss by name."""
+
+    def loss_weights(self, info: TokenInfo) -> dict[str, jax.Array]:
+        """What those sums are divided by, by name, from the token codes of all rows of the batch."""
 
     def head_weight(self) -> jax.Array:
         """[V,D]."""
@@ -32,6 +36,7 @@ class StepMetrics(NamedTuple):
 
     Fields:
         loss: mean negative log-likelihood of a target token, weighted.
+        losses: what mechanisms add to it, by name, weighted: the step descends the sum of all of them.
         accuracy: share of target tokens guessed right, weighted.
         grad_norm: norm of the gradient of all trained parameters, before clipping.
         learning_rate: rate of a group with multiplier 1.
@@ -41,12 +46,27 @@ class StepMetrics(NamedTuple):
     """
 
     loss: Float[Array, ""]
+    losses: dict[str, Float[Array, ""]]
     accuracy: Float[Array, ""]
     grad_norm: Float[Array, ""]
     learning_rate: Float[Array, ""]
     tokens: Int[Array, ""]
     target_tokens: Int[Array, ""]
     bad_step: Int[Array, ""]
+
+
+class BatchSums(NamedTuple):
+    """What micro-batches add up: sums over tokens, and the mechanisms' losses, already over their whole weights."""
+
+    tokens: TokenSums
+    losses: dict[str, Float[Array, ""]]
+
+
+class BatchWeights(NamedTuple):
+    """What a whole batch divides its sums by; 1 where there is nothing to divide."""
+
+    targets: Float[Array, ""]
+    losses: dict[str, Float[Array, ""]]
 
 
 Step = Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
@@ -77,38 +97,41 @@ def make_step(
 ) -> Step:
     """The step as a pure function, not yet compiled.
 
-    The loss is the weighted mean over the target tokens of the whole batch, whatever the accumulation. A step
+    The loss is the weighted mean over the target tokens of the whole batch, whatever the accumulation, and so are the
+    mechanisms' losses, which are added, each over its own weights. A step
     whose loss or gradient is not finite changes nothing but `bad_step`, and neither does any step after it, so
     that the caller, who reads metrics late, still holds the state before the bad update.
     """
     last_step = {name: group.freeze_after for name, group in groups.items() if group.freeze_after is not None}
 
-    def objective(trained: Params, frozen: Params, batch: Batch, total: jax.Array) -> tuple[jax.Array, TokenSums]:
+    def objective(trained: Params, frozen: Params, batch: Batch, weights: BatchWeights) -> tuple[jax.Array, BatchSums]:
         model: Trainable = graph.merge(trained | frozen)
-        sums = chunked_cross_entropy(
-            model.hidden(batch), model.head_weight(), batch.targets, batch.loss_weights, loss_chunk
-        )
-        return sums.loss / total, sums
+        hidden, losses = model.hidden_and_losses(batch)
+        sums = chunked_cross_entropy(hidden, model.head_weight(), batch.targets, batch.loss_weights, loss_chunk)
+        means = {name: x / weights.losses[name] for name, x in losses.items()}
+        return functools.reduce(jnp.add, means.values(), sums.loss / weights.targets), BatchSums(sums, means)
 
-    def gradients(state: TrainState, batch: Batch) -> tuple[TokenSums, Params]:
-        total = jnp.sum(batch.loss_weights, dtype=jnp.float32)
-        total = jnp.where(total > 0, total, 1.0)
+    def gradients(state: TrainState, batch: Batch) -> tuple[BatchSums, Params]:
+        model: Trainable = graph.merge(state.trained | state.frozen)
+        weights = BatchWeights(jnp.sum(batch.loss_weights, dtype=jnp.float32), model.loss_weights(batch.info))
+        weights = jax.tree.map(lambda x: jnp.where(x > 0, x, 1.0), weights)
         of_batch = jax.value_and_grad(objective, has_aux=True)
         if accumulation == 1:
-            (_, sums), grads = of_batch(state.trained, state.frozen, batch, total)
+            (_, sums), grads = of_batch(state.trained, state.frozen, batch, weights)
             return sums, grads
 
-        def body(carry: tuple[TokenSums, Params], micro: Batch) -> tuple[tuple[TokenSums, Params], None]:
-            (_, sums), grads = of_batch(state.trained, state.frozen, micro, total)
+        def body(carry: tuple[BatchSums, Params], micro: Batch) -> tuple[tuple[BatchSums, Params], None]:
+            (_, sums), grads = of_batch(state.trained, state.frozen, micro, weights)
             return jax.tree.map(lambda a, b: a + b.astype(a.dtype), carry, (sums, grads)), None
 
         zero = jnp.zeros((), jnp.float32)
+        nothing = BatchSums(TokenSums(zero, zero, zero), dict.fromkeys(weights.losses, zero))
         empty = {name: jnp.zeros(x.shape, jnp.float32) for name, x in state.trained.items()}
-        (sums, grads), _ = jax.lax.scan(body, (TokenSums(zero, zero, zero), empty), micro_batches(batch, accumulation))
+        (sums, grads), _ = jax.lax.scan(body, (nothing, empty), micro_batches(batch, accumulation))
         return sums, {name: grad.astype(state.trained[name].dtype) for name, grad in grads.items()}
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
-        sums, grads = gradients(state, batch)
+        (sums, losses), grads = gradients(state, batch)
 
         def in_phase(tree: Any) -> Params:
             return {
@@ -122,7 +145,7 @@ def make_step(
         # Momentum and decay would go on moving a group after its phase: its update is zero too.
         moved = optax.apply_updates(state.trained, in_phase(updates))
 
-        finite = jnp.isfinite(sums.loss) & jnp.isfinite(norm)
+        finite = jnp.isfinite(functools.reduce(jnp.add, losses.values(), sums.loss)) & jnp.isfinite(norm)
         bad_step = jnp.where((state.bad_step < 0) & ~finite, state.step, state.bad_step)
         ok = bad_step < 0
 
@@ -139,6 +162,7 @@ def make_step(
         weight = jnp.where(sums.weight > 0, sums.weight, 1.0)
         return after, StepMetrics(
             loss=sums.loss / weight,
+            losses=losses,
             accuracy=sums.correct / weight,
             grad_norm=norm,
             learning_rate=schedule(state.step),

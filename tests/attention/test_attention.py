@@ -28,6 +28,11 @@ def info_of(segment, kind=None) -> TokenInfo:
     )
 
 
+def features(q, k, v) -> at.Features:
+    """Of positions that turn nothing, in a stream that nobody reads."""
+    return at.Features(q, k, v, q, k, jnp.zeros((*q.shape[:2], 1)))
+
+
 def allowed(codes) -> np.ndarray:
     return np.asarray(tile_allow(codes))[:, 0, 0]
 
@@ -83,7 +88,7 @@ def test_layers_are_planned_as_runs_of_equal_mechanisms():
 
 
 def test_two_owners_of_one_thing_are_refused_by_name():
-    with pytest.raises(ConfigError, match="RaveGate and RaveGate both own 'score'"):
+    with pytest.raises(ConfigError, match="RaveGate and RaveGate both own 'pair'"):
         at.build_mechanisms((at.Rave(), at.Rave(rank=4)), DIMS, KEY)
     with pytest.raises(ConfigError, match="'positions'"):
         at.build_mechanisms((at.TextPositions(), at.TextPositions()), DIMS, KEY)
@@ -98,14 +103,14 @@ def test_rows_on_demand_are_the_rows_of_the_map(implementation):
     q, k, v = (jnp.asarray(rng.normal(size=(2, T, n, 8)), jnp.float32) for n in (4, 2, 2))
     gate = at.Rave(start="random").build(DIMS, KEY)
     wanted = jnp.array([[3, 149], [0, 77]])
-    x = at.Features(q, k, v, q, k)
+    x = features(q, k, v)
     codes = at.causal_codes(info.segment)
     given_ = at.attend(x, at.remember([gate], x), codes, info, info, [gate], implementation=implementation, rows=wanted)
     # A value of e_j per key reads the map off the output.
     for b in range(2):
         for head in range(4):
             eye = jnp.broadcast_to(jnp.eye(T)[:, None, :], (T, 2, T))[None]
-            probe = at.Features(q[b : b + 1], k[b : b + 1], eye, q[b : b + 1], k[b : b + 1])
+            probe = features(q[b : b + 1], k[b : b + 1], eye)
             one, its_codes = jax.tree.map(lambda a, b=b: a[b : b + 1], (info, codes))
             keys = at.remember([gate], probe)
             full = at.attend(probe, keys, its_codes, one, one, [gate], implementation="reference")

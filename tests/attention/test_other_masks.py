@@ -196,7 +196,7 @@ def attention_and_gradients(q, k, v, out, codes, info, implementation):
     gate = at.Rave(start="random", rank=4).build(DIMS, KEY)
 
     def run(q, k, v):
-        x = at.Features(q, k, v, q, k)
+        x = at.Features(q, k, v, q, k, jnp.zeros((*q.shape[:2], 1)))
         return at.attend(x, at.remember([gate], x), codes, info, info, [gate], implementation=implementation).out
 
     made, pull = jax.vjp(run, q, k, v)
@@ -251,8 +251,8 @@ def test_mechanisms_say_what_they_own() -> None:
     for config in (at.Rave(), at.SlidingWindow(4), at.TextPositions(), at.Mma(), at.Croc(), at.Cca()):
         mechanism = config.build(DIMS, KEY)
         kind = type(mechanism)
-        for hook in ("positions", "score"):
-            assert (hook in kind.OWNS) == (getattr(kind, hook) is not getattr(at.Mechanism, hook))
+        for hook, thing in (("positions", "positions"), ("score", "pair"), ("factor", "factor")):
+            assert (thing in kind.OWNS) == (getattr(kind, hook) is not getattr(at.Mechanism, hook))
         changed = mechanism.mask(info, info, plain)
         differs = {name for name in plain._fields if not np.array_equal(getattr(plain, name), getattr(changed, name))}
         assert ("order" in kind.OWNS) == ("order" in differs) and ("hi" in kind.OWNS) == ("hi" in differs)

@@ -29,15 +29,15 @@ def info() -> TokenInfo:
 def features(seed: int = 0) -> at.Features:
     rng = np.random.default_rng(seed)
     q, q0, k, v, k0 = (jnp.asarray(rng.normal(size=(B, T, n, 8)), jnp.float32) for n in (4, 4, 2, 2, 2))
-    return at.Features(q, k, v, q0, k0)
+    return at.Features(q, k, v, q0, k0, jnp.zeros((B, T, 1)))
 
 
 def bias_map(config: at.Rave, x: at.Features) -> np.ndarray:
     """The bias as [B,T,H,S]."""
     gate = config.build(DIMS, KEY)
     term = gate.score(x, gate.remember(x), info(), info())
-    assert term is not None
-    return np.asarray(ungroup_heads(tile_bias(*term)))
+    assert term.pair is not None
+    return np.asarray(ungroup_heads(tile_bias(*term.pair)))
 
 
 def by_hand(gate, x: at.Features, config: at.Rave, b: int, i: int, head: int, j: int) -> float:

@@ -1,0 +1,117 @@
+"""AVAR's training losses: answers should look at the picture, and less at the system prompt.
+
+Source: arXiv 2603.03825 and its released code (the AGTO losses, weights 0.15 each, eps 1e-6). For a sample whose answer
+rows are R, visual keys V and system keys SYS, with P the attention of one layer and head:
+
+    L_enh = - mean over layers and heads of  log( 1 / (|R| |V|)   sum over R and V of P )
+    L_sup =   mean over layers and heads of  log( 1 / (|R| |SYS|) sum over R and SYS of P  + eps )
+
+averaged over samples. Sums of P come from the log-sum-exps of the segments V, SYS and the rest, so no map is made.
+
+Our reading: a sample is a document of a packed row, and one with several pictures or answers has all of them in V and
+R; R is every token of role response, the answer's header too, and SYS the text of role system. A document without
+answer or picture has no L_enh, and one without answer or system prompt no L_sup: the means are over those that have.
+Where no answer row sees any of the picture, as under a window, L_enh is 0. P is the attention after all mechanisms of
+the layer, and layers that do not use it do not count. At inference it does nothing and costs nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from rave_jax.attention.base import AttentionDims, Features, Mechanism, Parts
+from rave_jax.attention.plan import Layers
+from rave_jax.batch import Kind, Role, TokenInfo
+from rave_jax.config import require
+from rave_jax.kernels.pair_bias import KeySegments
+from rave_jax.typing import Array, Bool, Float, Int
+
+VISUAL, SYSTEM, COUNT = 1, 2, 3
+"""Numbers of the segments; all other keys are of segment 0."""
+
+
+@dataclass(frozen=True)
+class Avar:
+    """Two terms of the training loss on how much answers attend to the picture and to the system prompt."""
+
+    enhance: float = 0.15
+    """Weight of L_enh, which raises attention to the picture."""
+    suppress: float = 0.15
+    """Weight of L_sup, which lowers attention to the system prompt."""
+    eps: float = 1e-6
+    """Added to the mean attention to the system prompt before its logarithm."""
+    layers: Layers = "all"
+    """Decoder layers whose attention counts, by global number, or all."""
+
+    def __post_init__(self) -> None:
+        for name in ("enhance", "suppress"):
+            require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+        require(self.eps > 0, "eps", self.eps, "a small positive number")
+
+    def build(self, dims: AttentionDims, key: jax.Array) -> AvarLosses:
+        """The mechanism of one layer."""
+        return AvarLosses(self, dims.num_heads)
+
+
+class AvarLosses(Mechanism):
+    """Reads the attention of a layer and changes nothing of it."""
+
+    def __init__(self, config: Avar, num_heads: int):
+        self.config = config
+        self.num_heads = num_heads
+
+    def segments(self, x: Features, remembered: None, info_k: TokenInfo) -> KeySegments:
+        """The picture, the system prompt, the rest."""
+        return KeySegments(_segment_of(info_k), COUNT)
+
+    def losses(self, x: Features, parts: Parts, info_q: TokenInfo, info_k: TokenInfo) -> dict[str, Float[Array, ""]]:
+        """Both losses, summed over documents and heads."""
+        config, answer = self.config, info_q.role == Role.RESPONSE
+        mass = _by_document(jnp.where(answer[..., None, None], parts.mass, 0.0), info_q.segment)
+        picture = _mean_attention(mass[:, :, VISUAL], _pairs(info_q, info_k, VISUAL))
+        prompt = _mean_attention(mass[:, :, SYSTEM], _pairs(info_q, info_k, SYSTEM))
+        seen = picture > 0
+        enhance = -jnp.log(jnp.where(seen, picture, 1.0))
+        suppress = jnp.log(prompt + config.eps)
+        has_prompt = _pairs(info_q, info_k, SYSTEM)[..., None] > 0
+        return {
+            "avar_enhance": config.enhance * jnp.sum(enhance),
+            "avar_suppress": config.suppress * jnp.sum(jnp.where(has_prompt, suppress, 0.0)),
+        }
+
+    def loss_weights(self, info: TokenInfo) -> dict[str, Float[Array, ""]]:
+        """How many documents have each loss, times heads."""
+
+        def count(segment: int) -> Float[Array, ""]:
+            return jnp.sum(_pairs(info, info, segment) > 0, dtype=jnp.float32) * self.num_heads
+
+        return {"avar_enhance": count(VISUAL), "avar_suppress": count(SYSTEM)}
+
+
+def _segment_of(info: TokenInfo) -> Int[Array, "B S"]:
+    prompt = (info.kind == Kind.TEXT) & (info.role == Role.SYSTEM)
+    return jnp.where(info.kind == Kind.VISUAL, VISUAL, jnp.where(prompt, SYSTEM, 0))
+
+
+def _by_document(values: Float[Array, "B T *rest"], segment: Int[Array, "B T"]) -> Float[Array, "B N *rest"]:
+    """Sums over the tokens of each document, by its number; N is as many as a row can hold, and 0 is padding."""
+    most = segment.shape[1] + 1
+    return jax.vmap(lambda x, number: jax.ops.segment_sum(x, number, num_segments=most))(values, segment)
+
+
+def _pairs(info_q: TokenInfo, info_k: TokenInfo, segment: int) -> Float[Array, "B N"]:
+    """Answer rows times keys of the segment, for each document; 0 for padding."""
+
+    def count(which: Bool[Array, "B T"], info: TokenInfo) -> Float[Array, "B N"]:
+        return _by_document((which & (info.segment > 0)).astype(jnp.float32), info.segment)
+
+    return count(info_q.role == Role.RESPONSE, info_q) * count(_segment_of(info_k) == segment, info_k)
+
+
+def _mean_attention(mass: Float[Array, "B N H"], pairs: Float[Array, "B N"]) -> Float[Array, "B N H"]:
+    """1 / pairs of the mass; 0 for documents that have no pairs."""
+    some = pairs > 0
+    return jnp.where(some[..., None], mass, 0.0) / jnp.where(some, pairs, 1.0)[..., None]

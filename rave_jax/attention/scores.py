@@ -1,0 +1,103 @@
+"""What the scores of a layer are made of: the features, every mechanism's terms, and who may see whom."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+
+from rave_jax.attention.base import Channels, Features, Keys, Mechanism
+from rave_jax.batch import TokenInfo
+from rave_jax.kernels.pair_bias import MaskCodes, PairForm, Terms
+from rave_jax.kernels.pair_bias.base import group_heads, tile_allow, tile_scores, ungroup_heads
+from rave_jax.typing import Array, Bool, Float, Int
+
+
+class Scores(NamedTuple):
+    """Operands of the scores of all pairs; q and k are as wide as head_dim and the channels together."""
+
+    q: Float[Array, "B T H h"]
+    k: Float[Array, "B S K h"]
+    codes: MaskCodes
+    terms: Terms
+    form: PairForm
+    scale: float
+
+
+def scores_of(
+    x: Features,
+    keys: Keys,
+    codes: MaskCodes,
+    info_q: TokenInfo,
+    info_k: TokenInfo,
+    mechanisms: Sequence[Mechanism],
+) -> Scores:
+    """The scores with what every mechanism adds to them; at most one gives a pair term (`check_owners`)."""
+    pair, form, key_bias = None, PairForm(), None
+    q, k, scale = x.q, keys.k, x.q.shape[-1] ** -0.5
+    for mechanism, remembered in zip(mechanisms, keys.remembered, strict=True):
+        added = mechanism.score(x, remembered, info_q, info_k)
+        if added is None:
+            continue
+        if added.pair is not None:
+            pair, form = added.pair
+        if added.key_bias is not None:
+            key_bias = added.key_bias if key_bias is None else key_bias + added.key_bias
+        if added.channels is not None:
+            q, k = _widened(q, k, added.channels, scale)
+    return Scores(q, k, codes, Terms(pair, key_bias), form, scale)
+
+
+def _widened(q: Array, k: Array, channels: Channels, scale: float) -> tuple[Array, Array]:
+    """q and k with the channels beside them: what the kernel scales comes out of the scale as it was."""
+    columns = (channels.q / scale).astype(q.dtype)
+    return jnp.concatenate([q, columns], -1), jnp.concatenate([k, channels.k.astype(k.dtype)], -1)
+
+
+def pick(x: Array, index: Int[Array, "B N"]) -> Array:
+    """x [B,S,...] at `index`: [B,N,...]."""
+    return jnp.take_along_axis(x, index.reshape(*index.shape, *[1] * (x.ndim - 2)), axis=1, mode="clip")
+
+
+def of_queries(scores: Scores, rows: Int[Array, "B N"]) -> tuple[Float[Array, "B N H S"], Bool[Array, "B N 1 S"]]:
+    """Scores of chosen queries and all keys, and which of those they may see."""
+    codes = _map_queries(scores.codes, rows)
+    terms = _pair_map(scores.terms, ("u", "row", "query_on"), lambda x: pick(x, rows))
+    q = group_heads(pick(scores.q, rows), scores.k.shape[2])
+    found = tile_scores(q, scores.k, terms, scores.form, scores.scale)
+    return ungroup_heads(found), tile_allow(codes)[:, 0, 0, :, None]
+
+
+def of_keys(scores: Scores, key: Int[Array, "B T"]) -> tuple[Float[Array, "B T H"], Bool[Array, "B T 1"]]:
+    """Scores of every query and one key of its own, and whether it may see that."""
+    B, T, H, _ = scores.q.shape
+
+    def alone(x: Array) -> Array:
+        """Of queries [B,T,...]: every query as a row of its own, [B*T,1,...]."""
+        return x.reshape(B * T, 1, *x.shape[2:])
+
+    def met(x: Array) -> Array:
+        """The same of keys [B,S,...]."""
+        return alone(pick(x, key))
+
+    lo, hi, order, open_q, open_k = scores.codes
+    codes = MaskCodes(alone(lo), alone(hi), met(order), alone(open_q), met(open_k))
+    terms = _pair_map(scores.terms, ("u", "row", "query_on"), alone)
+    terms = _pair_map(terms, ("w", "key", "key_on"), met)
+    if terms.per_key is not None:
+        terms = terms._replace(per_key=met(terms.per_key))
+    k = met(scores.k)
+    found = tile_scores(group_heads(alone(scores.q), k.shape[2]), k, terms, scores.form, scores.scale)
+    return found.reshape(B, T, H), tile_allow(codes).reshape(B, T, 1)
+
+
+def _map_queries(codes: MaskCodes, rows: Array) -> MaskCodes:
+    return codes._replace(lo=pick(codes.lo, rows), hi=pick(codes.hi, rows), open_q=pick(codes.open_q, rows))
+
+
+def _pair_map(terms: Terms, names: tuple[str, ...], change: Any) -> Terms:
+    """The terms with some operands of the pair changed."""
+    if terms.pair is None:
+        return terms
+    return terms._replace(pair=terms.pair._replace(**{name: change(getattr(terms.pair, name)) for name in names}))
