@@ -116,9 +116,11 @@ def with_factor(
     inside = seen[:, :, None]
     if of is not None:
         inside = inside & (pick(of, factor.key)[..., None] == jnp.arange(N))[..., None]
-    # The log-sum-exp of a segment that holds a key is at least its score: what is above is rounding.
-    share = jnp.exp(jnp.minimum(score[:, :, None] - jnp.where(inside, lse, 0.0), 0.0))
-    added = jnp.where(inside, share, 0.0) * jnp.expm1(factor.log)
+    share = jnp.exp(jnp.where(inside, score[:, :, None] - jnp.where(inside, lse, 0.0), -jnp.inf))
+    # What is above 1 is rounding. It is taken off as a constant: the gradients of score and lse have to cancel there,
+    # and a compiler that computes a comparison twice may decide it once for each of them.
+    share = share - jax.lax.stop_gradient(jnp.maximum(share - 1, 0.0))
+    added = share * jnp.expm1(factor.log)
     value = jnp.repeat(pick(values, factor.key), H // values.shape[2], axis=2)[:, :, None].astype(jnp.float32)
     changed = (out.astype(jnp.float32) + added[..., None] * value) / (1 + added)[..., None]
     return changed.astype(out.dtype), lse + jnp.log1p(added)
