@@ -12,7 +12,7 @@ under a sliding window, is left as it is; the factor acts on the scores as all o
 
 The routes are one map, exact in real numbers: a bias of the key; a column more in q and k (log(gamma) is then rounded
 to their number type); the first token as a segment of its own; or a correction of what the kernel gives, from its
-log-sum-exp.
+log-sum-exp. The last takes the first token out of a rounded output, so its rounding grows by up to 1 / gamma.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ class ZeroTuning:
     """Decoder layers that use it, by global number, or all."""
     route: Literal["key_bias", "channel", "merge", "after"] = "key_bias"
     """How it is computed, always the same numbers: key_bias adds to the score in the kernel; channel through one more
-    column of q and k; merge runs the kernel for the first token and the rest apart; after corrects its output."""
+    column of q and k; merge runs the kernel for the first token and the rest apart; after corrects its output, which is
+    cheapest, and too coarse where gamma is far below 1."""
 
     def __post_init__(self) -> None:
         given = self.gamma if isinstance(self.gamma, tuple) else (self.gamma,)

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rave_jax.attention import CacheType, MechanismConfig, Rave, SlidingWindow, TextPositions
+from rave_jax.attention import Avar, CacheType, MechanismConfig, Rave, SlidingWindow, TextPositions, ZeroTuning
 from rave_jax.config import ConfigError
 from rave_jax.data.sample import OverBudget, SampleError
 from rave_jax.inference import Engine, Sampling, SlotConfig
@@ -46,6 +46,17 @@ SETTINGS: dict[str, tuple[MechanismConfig, ...]] = {
     "plain": (),
     "rave": (Rave(rank=4, layers=(0, 2), queries="text", form="tanh"), SlidingWindow(window=20, layers=(1,))),
     "positions": (TextPositions(), SlidingWindow(window=5)),
+    "first token, bias and after": (
+        ZeroTuning(0.2),
+        ZeroTuning((6.0, 0.5), heads=(0, 2), layers=(1, 2), route="after"),
+        Rave(rank=4, layers=(0, 1)),
+    ),
+    "first token, channel and merge": (
+        ZeroTuning(0.2, layers=(0, 1), route="channel"),
+        ZeroTuning(5.0, layers=(1, 2), route="merge"),
+        Avar(),
+        SlidingWindow(window=30, layers=(2,)),
+    ),
 }
 
 

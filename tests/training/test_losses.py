@@ -1,0 +1,130 @@
+"""Losses of mechanisms in the step: one mean over the whole batch, whatever the layout, beside the token loss."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from rave_jax.attention import Avar, MechanismConfig, SlidingWindow, ZeroTuning
+from rave_jax.batch import Batch, Kind, Role
+from rave_jax.models.config import ModelOptions, Remat
+from rave_jax.models.vlm import Vlm
+from rave_jax.parallel.mesh import MeshConfig, make_mesh
+from rave_jax.parallel.rows import global_batch
+from rave_jax.parallel.sharding import use_mesh
+from rave_jax.training.loop import named_values
+from rave_jax.training.objective import chunked_cross_entropy
+from rave_jax.training.optimizers import OptimizerConfig
+from rave_jax.training.step import StepMetrics
+from tests.training.small import CONFIG, TEXT, first_state, random_batch, rows_of, session_of
+
+MECHANISMS: tuple[MechanismConfig, ...] = (
+    Avar(enhance=0.5),
+    ZeroTuning(0.5, route="merge"),
+    ZeroTuning(3.0, heads=(1,), route="after"),
+)
+OPTIONS = ModelOptions(mechanisms=MECHANISMS)
+
+
+def told(rows: int = 8) -> Batch:
+    """Rows of one or two documents, of which some have no answer, no picture or no system prompt."""
+    batch = random_batch(0, rows, patches=0)
+    info = jax.tree.map(np.copy, batch.info)
+    info.role[:, :2], info.role[:, 14:] = Role.SYSTEM, Role.RESPONSE
+    info.role[0, :2], info.role[1, 14:] = Role.QUESTION, Role.QUESTION
+    info.kind[2:4] = Kind.TEXT
+    info.segment[4:, 9:] = 2
+    info.place[4:, 9:] -= 9
+    info.kind[5, 10:13], info.kind[6, 20:] = Kind.VISUAL, Kind.PAD
+    info.segment[6, 20:] = 0
+    return batch._replace(info=info)
+
+
+def one_step(session: Any, options: ModelOptions = OPTIONS) -> tuple[dict[str, np.ndarray], StepMetrics]:
+    state, batch = first_state(session, TEXT, options), told()
+    with use_mesh(session.mesh):
+        rows = global_batch(lambda span: rows_of(batch, span.start, span.stop), session.mesh, 8)
+        state, metrics = session.step(state, rows)
+    return jax.tree.map(np.asarray, state.trained), jax.device_get(metrics)
+
+
+@functools.cache
+def whole() -> tuple[dict[str, np.ndarray], StepMetrics]:
+    return one_step(session_of(OptimizerConfig(decay="none"), config=TEXT, options=OPTIONS))
+
+
+def test_the_step_descends_the_sum_of_all_losses() -> None:
+    session = session_of(OptimizerConfig(decay="none"), config=TEXT, options=OPTIONS)
+    batch = jax.tree.map(jnp.asarray, told())
+
+    @jax.jit
+    def by_hand(trained: Any) -> Any:
+        def loss(trained: Any) -> Any:
+            model = session.graph.merge(trained)
+            hidden, sums = model.hidden_and_losses(batch)
+            weights = model.loss_weights(batch.info)
+            tokens = chunked_cross_entropy(hidden, model.head_weight(), batch.targets, batch.loss_weights, 24)
+            means = {name: sums[name] / weights[name] for name in weights}
+            return tokens.loss / tokens.weight + sum(means.values()), means
+
+        return jax.value_and_grad(loss, has_aux=True)(trained)
+
+    (total, means), gradients = by_hand(first_state(session, TEXT, OPTIONS).trained)
+    metrics = whole()[1]
+    assert set(metrics.losses) == {"avar_enhance", "avar_suppress"} and metrics.bad_step == -1
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), metrics.losses, means)
+    np.testing.assert_allclose(metrics.loss + sum(metrics.losses.values()), total, rtol=1e-5)
+    np.testing.assert_allclose(metrics.grad_norm, optax.tree.norm(gradients), rtol=1e-4)
+
+
+@pytest.mark.parametrize("mesh", [None, MeshConfig(fsdp=2, tensor=2, data=1)], ids=["one device", "mesh"])
+def test_accumulation_and_layouts_change_nothing(mesh: MeshConfig | None) -> None:
+    """Micro-batches have different numbers of documents with each loss, so a mean of means would differ."""
+    optimizer = OptimizerConfig(decay="none", accumulation=4 if mesh is None else 2)
+    place = None if mesh is None else make_mesh(mesh, jax.devices()[:4])
+    _, metrics = one_step(session_of(optimizer, place, config=TEXT, options=OPTIONS))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5), metrics, whole()[1])
+
+
+def test_a_mechanism_without_losses_adds_nothing_to_the_metrics() -> None:
+    options = ModelOptions(mechanisms=(SlidingWindow(9),))
+    metrics = one_step(session_of(OptimizerConfig(), config=TEXT, options=options), options)[1]
+    assert metrics.losses == {}
+
+
+def test_losses_are_logged_by_name() -> None:
+    values = named_values(StepMetrics(*map(np.float32, range(7)))._replace(losses={"avar_enhance": np.float32(0.5)}))
+    assert values["loss/avar_enhance"] == 0.5 and values["loss"] == 0 and "losses" not in values
+
+
+@functools.cache
+def of_two_layers(scan: bool, remat: Remat) -> Any:
+    """Losses, hidden states and the gradient of what goes in, where one of two layers changes its attention."""
+    mechanisms = (Avar(), ZeroTuning(3.0, route="after", layers=(1,)))
+    config = dataclasses.replace(TEXT, text=CONFIG.text)
+    options = ModelOptions(mechanisms=mechanisms, scan_layers=scan, remat=remat)
+    batch = jax.tree.map(jnp.asarray, told())
+
+    @jax.jit
+    def run(model: Vlm) -> Any:
+        def loss(embedded: jax.Array) -> Any:
+            out = model.decoder(embedded, batch.info, batch.positions, losses=True)
+            return sum(out.losses.values()), (out.losses, out.hidden, model.loss_weights(batch.info))
+
+        return jax.value_and_grad(loss, has_aux=True)(model.embedded(batch))
+
+    return run(jax.jit(lambda key: Vlm(config, options, key=key))(jax.random.key(0)))
+
+
+@pytest.mark.parametrize(("scan", "remat"), [(True, "full"), (True, "dots"), (False, "none"), (False, "full")])
+def test_layers_and_what_they_keep_change_no_loss(scan: bool, remat: Remat) -> None:
+    ours, theirs = of_two_layers(scan, remat), of_two_layers(True, "none")
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-5), ours, theirs)
+    assert np.abs(theirs[1]).max() > 1e-3
