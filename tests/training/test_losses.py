@@ -100,7 +100,7 @@ def test_a_mechanism_without_losses_adds_nothing_to_the_metrics() -> None:
 
 
 def test_losses_are_logged_by_name() -> None:
-    values = named_values(StepMetrics(*map(np.float32, range(7)))._replace(losses={"avar_enhance": np.float32(0.5)}))
+    values = named_values(StepMetrics(*map(np.float32, range(8)))._replace(losses={"avar_enhance": np.float32(0.5)}))
     assert values["loss/avar_enhance"] == 0.5 and values["loss"] == 0 and "losses" not in values
 
 
