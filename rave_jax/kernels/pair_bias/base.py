@@ -23,6 +23,8 @@ from rave_jax.typing import Array, Bool, Float, Int
 Implementation = Literal["auto", "reference", "xla"]
 NOWHERE = jnp.iinfo(jnp.int32).min
 """Order of keys that no interval reaches."""
+LOG_GATE_FLOOR = -69.0
+"""A log gate shuts no further than e^-69, so that a kernel may multiply by it and no row loses all its weight."""
 
 
 class MaskCodes(NamedTuple):
@@ -68,10 +70,11 @@ class PairForm:
 
 @jax.custom_jvp
 def log_gate(z: Array) -> Array:
-    """log(2 sigmoid(z)), exactly 0 at 0 and accurate for all z; its slope is sigmoid(-z).
+    """log(2 sigmoid(z)), exactly 0 at 0 and accurate for all z down to LOG_GATE_FLOOR; its slope is sigmoid(-z).
 
     2 sigmoid(-|z|) = e^-|z| / (1 + (e^-|z| - 1) / 2), and the sign of z decides whether e^-|z| stays.
     """
+    z = jnp.maximum(z, LOG_GATE_FLOOR)
     return jnp.minimum(z, 0.0) - jnp.log1p(0.5 * jnp.expm1(-jnp.abs(z)))
 
 

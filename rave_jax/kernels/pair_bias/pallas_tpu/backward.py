@@ -134,12 +134,11 @@ def _scratch(call: Call) -> dict[str, Any]:
         "d_v": pltpu.VMEM((call.S // block_k, call.c, block_k), jnp.float32),
     }
     if call.r is not None:
-        lanes = -(-call.split_channels // LANES) * LANES
         found |= {
-            "U": pltpu.VMEM((G, block_q, lanes), dtype),
-            "U_rows": pltpu.VMEM((G, call.channels, block_q), dtype),
-            "d_U": pltpu.VMEM((G, call.channels, block_q), jnp.float32),
-            "d_W": pltpu.VMEM((call.S // block_k, call.channels, block_k), jnp.float32),
+            "U": pltpu.VMEM((G, block_q, call.channel_lanes), dtype),
+            "U_rows": pltpu.VMEM((G, call.rounded_channels, block_q), dtype),
+            "d_U": pltpu.VMEM((G, call.rounded_channels, block_q), jnp.float32),
+            "d_W": pltpu.VMEM((call.S // block_k, call.rounded_channels, block_k), jnp.float32),
         }
     if call.has_gain:
         found |= {"gain": pltpu.VMEM((G, block_q, LANES), jnp.float32)}
@@ -189,35 +188,50 @@ def _kernel(
             lo, hi, open_q = (tile.wide(scratch["bounds"][n], block_k) for n in range(3))
             scratch["mask"][...] = tile.mask(lo, hi, open_q, inputs.order(), inputs.open_k())
 
+        key_rows = tile.rounded_rows(W_rows, dtype) if gated else None
+        folded = gated and call.folded
+        wide_k = tile.beside(k, W) if folded else k
+
         def visit_head(n: Any, _: None) -> None:
-            x = tile.product(inputs.query_head("q", n, 1), k, (1, 1)) * (call.scale * tile.LOG2E)
+            q = inputs.query_head("q", n, 1)
+            if folded:
+                q = jnp.concatenate([q, scratch["U"][n]], axis=1)
+            x = tile.product(q, wide_k, (1, 1)) * (call.scale * tile.LOG2E)
             if call.key_bias:
                 x = x + inputs.key_bias(n, 1)
-            gate = None
-            if gated:
+            slope = None
+            if gated and not folded:
                 z = tile.product(scratch["U"][n][:, : call.split_channels], W, (1, 0))
                 gain = tile.wide(scratch["gain"][n], block_k) if call.has_gain else None
-                gate = tile.gate(z, call.form, gain)
-                x = x + gate.shift
+                slope = tile.gate_slope(z, call.form, gain, exact=dtype == jnp.float32)
+                x = x if slope.shift is None else x + slope.shift
             if masked:
                 x = x + scratch["mask"][...]
             weights = jnp.exp2(x - tile.wide(scratch["lse"][n], block_k))
+            if slope is not None and slope.factor is not None:
+                weights = weights * slope.factor
             d_weights = tile.product(inputs.query_head("d_out", n, 1), v, (1, 1))
             d_scores = weights * (d_weights - tile.wide(scratch["delta"][n], block_k))
             scratch["d_v"][j] += tile.product(scratch["d_out"][n], weights.astype(dtype), (1, 0))
             d_dots = d_scores.astype(dtype)
-            scratch["d_q"][n] += tile.product(d_dots, k, (1, 0))
             scratch["d_k"][j] += tile.product(scratch["q"][n], d_dots, (1, 0))
             if call.key_bias:
                 scratch["d_key_bias"][j, pl.ds(n, 1)] += jnp.sum(d_scores, axis=0, keepdims=True)
-            if gate is not None:
-                d_z = (d_scores * gate.slope).astype(dtype)
-                scratch["d_U"][n] += tile.product(W_rows.astype(dtype), d_z, (1, 1))
+            d_q = tile.product(d_dots, wide_k, (1, 0))
+            scratch["d_q"][n] += d_q[:, : call.h]
+            if gated:
+                if folded:
+                    d_U = tile.met(d_q[:, call.h :].T, call.channels, split=dtype != jnp.float32)
+                    scratch["d_U"][n, : call.channels] += d_U
+                    d_z = d_dots
+                else:
+                    d_z = (d_scores * slope.of_z).astype(dtype)
+                    scratch["d_U"][n] += tile.product(key_rows, d_z, (1, 1))
                 scratch["d_W"][j] += tile.product(scratch["U_rows"][n], d_z, (1, 0))
-                if gate.of_gain is not None:
-                    scratch["d_gain"][n] += tile.fold_lanes(d_scores * gate.of_gain)
+                if slope is not None and slope.of_gain is not None:
+                    scratch["d_gain"][n] += tile.fold_lanes(d_scores * slope.of_gain)
 
-        jax.lax.fori_loop(0, call.G, visit_head, None)
+        jax.lax.fori_loop(0, call.G, visit_head, None, unroll=True)
 
     when_each(visit.guards(facts_q, facts_k, b, i, j), call.r is not None, visit_keys)
 
@@ -228,7 +242,7 @@ def _kernel(
             outputs["q"][0, 0, :, n] = d_q.reshape(-1, t, call.h)
             for m in range(block_q // t):
                 if "U" in outputs:
-                    outputs["U"][0, 0, m, n] = scratch["d_U"][n][:, m * t : (m + 1) * t]
+                    outputs["U"][0, 0, m, n] = scratch["d_U"][n][: call.channels, m * t : (m + 1) * t]
                 if "gain" in outputs:
                     whole = jnp.sum(scratch["d_gain"][n], axis=1, keepdims=True)
                     row = jnp.broadcast_to(whole, (block_q, LANES)).T[:1]
@@ -240,7 +254,8 @@ def _kernel(
         outputs["v"][0, 0, 0] = scratch["d_v"][j].astype(outputs["v"].dtype)
         for name in ("W", "key_bias"):
             if name in outputs:
-                outputs[name][0, 0, 0] = scratch["d_" + name][j]
+                rows = outputs[name].shape[3]
+                outputs[name][0, 0, 0] = scratch["d_" + name][j][:rows]
 
 
 def _gathered(found: dict[str, Array], packed: Packed, call: Call) -> Packed:
@@ -258,6 +273,8 @@ def _gathered(found: dict[str, Array], packed: Packed, call: Call) -> Packed:
     grads = Packed(found["q"], as_keys(found["k"]), as_keys(found["v"]))
     if call.r is not None:
         assert packed.rows is not None
+        if call.folded:
+            found |= {name: found[name] * call.scale for name in ("U", "W")}
         d_rows = jnp.zeros_like(packed.rows).at[:, :, :, : call.G].set(found["U"][:, :, :, :, call.r])
         d_W = as_parts(found["W"])
         grads = grads._replace(

@@ -21,7 +21,8 @@ from rave_jax.typing import Array, Bool, Int
 BIG = jnp.iinfo(jnp.int32).max
 FACTS = 8
 """Numbers kept of a block. Of queries: lo min, lo max, hi min, hi max, open bits, any switched on, first and last live
-block of keys. Of keys: order min or NOWHERE where not all can be seen, order max, open bits, any switched on, order min."""
+block of keys. Of keys: order min or NOWHERE where not all can be seen, order max, open bits, any switched on, and the
+order min of those that can."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,8 @@ class BlockSizes:
     """(queries, keys) of the backward kernel."""
     backward_keys: int = 32768
     """Keys whose gradients the backward kernel keeps in its memory; longer rows are taken in chunks."""
+    fold_linear: bool = False
+    """Put a linear gate into further channels of <q, k>: pays where the matrix unit is deeper than a head."""
 
     def __post_init__(self) -> None:
         for name in ("forward", "backward"):

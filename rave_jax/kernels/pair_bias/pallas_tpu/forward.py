@@ -46,8 +46,7 @@ def forward(
         "mask": pltpu.VMEM((block_q, block_k), jnp.float32),
     }
     if call.r is not None:
-        lanes = -(-call.split_channels // LANES) * LANES
-        scratch["U"] = pltpu.VMEM((G, block_q, lanes), call.dtype)
+        scratch["U"] = pltpu.VMEM((G, block_q, call.channel_lanes), call.dtype)
     if call.has_gain:
         scratch["gain"] = pltpu.VMEM((G, block_q, LANES), jnp.float32)
     specs = input_specs(call, block_q, block_k, at)
@@ -99,6 +98,8 @@ def _kernel(facts_q, facts_k, *refs, call: Call, visit: Any, names: tuple[str, .
     def visit_keys(masked: bool, gated: bool) -> None:
         k, v = inputs.k(), inputs.v()
         W = tile.channels(inputs.key_channels(), "key", jnp.dtype(call.dtype)) if gated else None
+        if gated and call.folded:
+            k = tile.beside(k, W)
         if masked:
             lo, hi, open_q = (tile.wide(scratch["bounds"][n], block_k) for n in range(3))
             scratch["mask"][...] = tile.mask(lo, hi, open_q, inputs.order(), inputs.open_k())
@@ -106,14 +107,16 @@ def _kernel(facts_q, facts_k, *refs, call: Call, visit: Any, names: tuple[str, .
         def visit_heads(n: Any, _: None) -> None:
             of = pl.ds(n * heads, heads)
             q = inputs.query_head("q", n, heads)
+            if gated and call.folded:
+                q = jnp.concatenate([q, scratch["U"][of].reshape(rows, call.channel_lanes)], axis=1)
             x = tile.product(q, k, (1, 1)) * (call.scale * tile.LOG2E)
             if call.key_bias:
                 x = x + _rows(inputs.key_bias(n, heads), block_q)
-            if gated:
+            if gated and not call.folded:
                 U = scratch["U"][of].reshape(rows, -1)[:, : call.split_channels]
                 z = tile.product(U, W, (1, 0))
                 gain = tile.wide(scratch["gain"][of].reshape(rows, LANES), block_k) if call.has_gain else None
-                x = x + tile.gate(z, call.form, gain).shift
+                x = x + tile.gate_shift(z, call.form, gain)
             if masked:
                 x = (x.reshape(heads, block_q, block_k) + scratch["mask"][...][None]).reshape(rows, block_k)
             top = scratch["top"][of].reshape(rows, LANES)
@@ -127,7 +130,7 @@ def _kernel(facts_q, facts_k, *refs, call: Call, visit: Any, names: tuple[str, .
             scratch["total"][of] = total.reshape(heads, block_q, LANES)
             scratch["sum"][of] = added.reshape(heads, block_q, call.c)
 
-        jax.lax.fori_loop(0, call.G // heads, visit_heads, None)
+        jax.lax.fori_loop(0, call.G // heads, visit_heads, None, unroll=True)
 
     when_each(visit.guards(facts_q, facts_k, b, i, j), call.r is not None, visit_keys)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
@@ -46,7 +46,9 @@ class Call:
     part_k: int
     """Keys in a part (s)."""
     dtype: str
-    interpret: bool
+    folded: bool
+    """A linear gate rides in further channels of <q, k>."""
+    interpret: Any
     """Run by an interpreter, on any device."""
     visit: Callable[[int, int], Visit] = ByFacts
 
@@ -65,6 +67,16 @@ class Call:
     def split_channels(self) -> int:
         """Channels of the gate's product."""
         return self.channels if self.dtype == "float32" else up(3 * self.channels, 16)
+
+    @property
+    def channel_lanes(self) -> int:
+        """The same up to whole lanes."""
+        return up(self.split_channels, LANES)
+
+    @property
+    def rounded_channels(self) -> int:
+        """Channels of the products that make the gate's gradients."""
+        return self.channels if self.dtype == "float32" else up(self.channels, 16)
 
     @property
     def has_gain(self) -> bool:
@@ -147,7 +159,9 @@ def pack(q: Array, k: Array, v: Array, terms: Terms, call: Call) -> Packed:
 def _pack_pair(pair: PairBias, call: Call) -> dict[str, Array]:
     r = call.r
     assert r is not None
-    scaled = query_parts(pair.query_on.astype(jnp.float32), call) * z_scale(call.form)
+    scaled = query_parts(pair.query_on.astype(jnp.float32), call) * z_scale(
+        call.form, call.scale if call.folded else None
+    )
     switches, rows = (pad(x, 3, call.padded_group) for x in (scaled, query_parts(pair.row, call) * scaled))
     u = jnp.swapaxes(query_parts(pair.u, call) * scaled[..., None], 4, 5)
     key_on = pair.key_on.astype(jnp.float32)[..., None]
@@ -193,7 +207,7 @@ def make_call(
     scale: float,
     blocks: BlockSizes,
     *,
-    interpret: bool,
+    interpret: Any,
     visit: Callable[[int, int], Visit] = ByFacts,
 ) -> Call:
     """Sizes of a call: lengths are padded to a common multiple of its blocks."""
@@ -221,10 +235,11 @@ def make_call(
         key_bias=terms.per_key is not None,
         form=form,
         scale=scale,
-        blocks=CutBlocks(*used, backward_keys=blocks.backward_keys),
+        blocks=CutBlocks(*used, backward_keys=blocks.backward_keys, fold_linear=blocks.fold_linear),
         part_q=math.gcd(*sizes_q),
         part_k=math.gcd(*sizes_k),
         dtype=str(q.dtype),
+        folded=blocks.fold_linear and terms.pair is not None and form.kind == "linear",
         interpret=interpret,
         visit=visit,
     )

@@ -1,4 +1,4 @@
-"""What the three kernels share around their bodies: blocks of the inputs, how they are read, compiler parameters, cost."""
+"""What the kernels share around their bodies: blocks of the inputs, how they are read, compiler parameters, cost."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ class Inputs(NamedTuple):
                     U = jnp.concatenate([U, jnp.zeros((lanes - U.shape[0], U.shape[1]), jnp.float32)], axis=0)
                 scratch["U"][n] = U.T.astype(scratch["U"].dtype)
             if "U_rows" in scratch:
-                scratch["U_rows"][n] = rows.astype(scratch["U_rows"].dtype)
+                scratch["U_rows"][n] = tile.rounded_rows(rows, jnp.dtype(call.dtype))
             for name in ("q", "d_out"):
                 if name in scratch:
                     x = self.query_head(name, n, 1).astype(jnp.float32)

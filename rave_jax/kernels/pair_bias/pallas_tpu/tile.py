@@ -17,14 +17,17 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 
-from rave_jax.kernels.pair_bias.base import PairForm
+from rave_jax.kernels.pair_bias.base import LOG_GATE_FLOOR, PairForm
 from rave_jax.typing import Array
 
 LOG2E = math.log2(math.e)
 LANES = 128
 MASKED = -1e30
 """Exponent of a pair that may not see; and of a row before it has seen one."""
+SHUT = LOG_GATE_FLOOR * -LOG2E - 1
+"""The largest z' - 1 of a log gate."""
 UNSEEN = 1e30
 """Log-sum-exp, in log2, of a row that saw nothing: every weight made from it is 0."""
 
@@ -34,8 +37,10 @@ def z_offset(form: PairForm) -> float:
     return -1.0 if form.kind == "log_gate" else 0.0
 
 
-def z_scale(form: PairForm) -> float:
-    """z' / z."""
+def z_scale(form: PairForm, folded_into: float | None) -> float:
+    """z' / z. A linear gate folded into a product that is scaled afterwards is divided by that scale."""
+    if folded_into is not None:
+        return 1 / folded_into
     return {
         "log_gate": -LOG2E,
         "tanh": 1 / form.limit,
@@ -44,35 +49,51 @@ def z_scale(form: PairForm) -> float:
     }[form.kind]
 
 
-class Gate(NamedTuple):
-    """What z' does to a pair."""
+def gate_shift(z: Array, form: PairForm, gain: Array | None) -> Array:
+    """What a tile of z' adds to the exponent.
 
-    shift: Array
-    """What it adds to the exponent."""
-    slope: Array | float
+    log_gate, with z' = -log2(e) z: log2(2 sigmoid(z)) = -log2(1/2 + 2^(z' - 1)). The product gives z' - 1. Powers and
+    logarithms of two are one operation each in a unit of their own, a division is thirteen of the vector unit's.
+    """
+    if form.kind == "log_gate":
+        return -jnp.log2(0.5 + jnp.exp2(jnp.minimum(z, SHUT)))
+    if form.kind == "linear":
+        return z
+    if form.kind == "tanh":
+        return (form.limit * LOG2E) * jnp.tanh(z)
+    assert gain is not None
+    return (LOG2E * gain) * jnp.tanh(z)
+
+
+class Slope(NamedTuple):
+    """A gate once the row's log-sum-exp is known: weight = 2^(x + shift - lse) * factor; None: 0, or 1."""
+
+    shift: Array | None
+    factor: Array | None
+    of_z: Array | float
     """d bias / d z' (of z' itself, not of z' - 1)."""
     of_gain: Array | None
     """d bias / d gain, in a form that has one."""
 
 
-def gate(z: Array, form: PairForm, gain: Array | None) -> Gate:
-    """The gate of a tile of z'; what is not used is not computed.
+def gate_slope(z: Array, form: PairForm, gain: Array | None, exact: bool) -> Slope:
+    """The gate of a tile of z', and its slopes.
 
-    log_gate, with z' = -log2(e) z: log2(2 sigmoid(z)) = -log2(1/2 + 2^(z' - 1)). The product gives z' - 1. Powers and
-    logarithms of two are one operation each in a unit of their own, a division is thirteen of the vector unit's. Where
-    2^z' would overflow, the logarithm is z' - 1 to the last bit. sigmoid(-z) is 1 - 2^(shift - 1).
+    In log_gate one reciprocal gives both: 2 sigmoid(z) = 1 / (1/2 + e) and sigmoid(-z) = e / (1/2 + e), e = 2^(z' - 1).
+    No weight is above one, and SHUT bounds e, so the power does not overflow.
     """
     if form.kind == "log_gate":
-        shift = -jnp.maximum(jnp.log2(0.5 + jnp.exp2(jnp.minimum(z, 126.0))), z)
-        return Gate(shift, (1.0 - jnp.exp2(shift - 1.0)) * (-1 / LOG2E), None)
+        shut = jnp.exp2(jnp.minimum(z, SHUT))
+        factor = pl.reciprocal(0.5 + shut, approx=not exact)
+        return Slope(None, factor, (shut * factor) * (-1 / LOG2E), None)
     if form.kind == "linear":
-        return Gate(z, 1 / LOG2E, None)
+        return Slope(z, None, 1 / LOG2E, None)
     bent = jnp.tanh(z)
     steep = 1.0 - bent * bent
     if form.kind == "tanh":
-        return Gate((form.limit * LOG2E) * bent, form.limit * steep, None)
+        return Slope((form.limit * LOG2E) * bent, None, form.limit * steep, None)
     assert gain is not None
-    return Gate((LOG2E * gain) * bent, gain * steep, bent)
+    return Slope((LOG2E * gain) * bent, None, gain * steep, bent)
 
 
 def channels(rows: Array, side: Literal["query", "key"], dtype: jnp.dtype) -> Array:
@@ -94,6 +115,30 @@ def channels(rows: Array, side: Literal["query", "key"], dtype: jnp.dtype) -> Ar
     if 3 * rows.shape[0] % 16:
         parts.append(jnp.zeros((8, rows.shape[1]), jnp.float32))
     return jnp.concatenate(parts, axis=0).astype(jnp.bfloat16)
+
+
+def rounded_rows(rows: Array, dtype: jnp.dtype) -> Array:
+    """Channels [n, block] in the type of a product, with n filled up to 16: half-width numbers lie in pairs of rows."""
+    if dtype == jnp.float32 or rows.shape[0] % 16 == 0:
+        return rows.astype(dtype)
+    return jnp.concatenate([rows, jnp.zeros((8, rows.shape[1]), jnp.float32)], axis=0).astype(dtype)
+
+
+def met(found: Array, count: int, split: bool) -> Array:
+    """The gradient of U's channels [count, block] from that of what its product has, [n, block].
+
+    The gradient of an operand a + a' comes from both parts of the other: b where a met b, b' where a met b'.
+    """
+    return found[:count] + found[count : 2 * count] if split else found[:count]
+
+
+def beside(k: Array, W: Array) -> Array:
+    """Keys [s, h] with their channels [n, s] beside them, filled up to whole lanes."""
+    missing = -W.shape[0] % LANES
+    rows = W.astype(jnp.float32)
+    if missing:
+        rows = jnp.concatenate([rows, jnp.zeros((missing, W.shape[1]), jnp.float32)], axis=0)
+    return jnp.concatenate([k, rows.T.astype(k.dtype)], axis=1)
 
 
 def mask(lo: Array, hi: Array, open_q: Array, order: Array, open_k: Array) -> Array:
