@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 
 
 def double(place: Any, rows: int) -> tuple[Any, tuple[Any, ...]]:
@@ -30,12 +31,16 @@ def outer(place: Any, length: int) -> tuple[Any, tuple[Any, ...]]:
 
 
 def too_big(place: Any) -> tuple[Any, tuple[Any, ...]]:
-    """A kernel whose one block does not fit."""
+    """A kernel that wants half a gibibyte of a chip's own memory."""
 
-    def body(x: Any, out: Any) -> None:
-        out[...] = x[...] * 2
+    def body(x: Any, out: Any, room: Any) -> None:
+        room[:8, :128] = x[...]
+        out[...] = room[:8, :128] * 2
 
-    return lambda x: pl.pallas_call(body, out_shape=x)(x), (place((16384, 8192), jnp.float32),)
+    def call(x: jax.Array) -> jax.Array:
+        return pl.pallas_call(body, out_shape=x, scratch_shapes=[pltpu.VMEM((131072, 1024), jnp.float32)])(x)
+
+    return call, (place((8, 128), jnp.float32),)
 
 
 def dies(place: Any) -> None:
