@@ -81,6 +81,11 @@ def shard(x: jax.Array, *axes: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, named_sharding(axes, x.shape, mesh))
 
 
+def current_mesh() -> Mesh | AbstractMesh | None:
+    """The mesh of `use_mesh`, or None."""
+    return _current_mesh.get()
+
+
 def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """The whole array on every device."""
     return NamedSharding(mesh, PartitionSpec())

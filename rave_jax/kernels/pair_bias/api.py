@@ -7,7 +7,7 @@ import logging
 
 import jax.numpy as jnp
 
-from rave_jax.kernels.pair_bias import reference, xla
+from rave_jax.kernels.pair_bias import reference, shards, support, xla
 from rave_jax.kernels.pair_bias.base import (
     Implementation,
     KeySegments,
@@ -20,7 +20,7 @@ from rave_jax.kernels.pair_bias.base import (
 from rave_jax.typing import Array, Float
 
 log = logging.getLogger(__name__)
-BACKENDS = {"reference": reference.attention, "xla": xla.attention}
+BACKENDS = {"reference": reference.attention, "xla": xla.attention, "pallas_tpu": shards.pallas_tpu}
 
 
 def attention(
@@ -53,10 +53,10 @@ def attention(
         differentiable in q, k, v and every float operand of the terms.
 
     Raises:
-        ValueError: operands whose shapes do not belong together, or an unknown implementation.
+        ValueError: operands whose shapes do not belong together, or an implementation that is unknown or cannot serve.
     """
     _check(q, k, v, codes, bias, key_bias, segments)
-    run = BACKENDS[choose(implementation)]
+    run = BACKENDS[choose(implementation, q, k, v)]
     terms = Terms(bias, key_bias)
     if segments is None:
         return run(q, k, v, codes, terms, form, scale)
@@ -66,18 +66,35 @@ def attention(
     return out, lse
 
 
-def choose(implementation: Implementation) -> str:
+def choose(implementation: Implementation, q: Array, k: Array, v: Array) -> str:
     """The backend that will serve.
 
     Raises:
-        ValueError: there is no such backend.
+        ValueError: there is no such backend, or it cannot serve these operands here.
     """
     if implementation == "auto":
-        _say_once("attention: xla (blockwise, any device); no fused kernel is registered for pair biases")
-        return "xla"
+        return _automatic(q, k, v)
     if implementation not in BACKENDS:
         raise ValueError(f"attention implementation {implementation!r}, expected auto, {', '.join(BACKENDS)}")
+    against = support.against_pallas_tpu(q, k, v) if implementation == "pallas_tpu" else None
+    if against is not None:
+        raise ValueError(f"attention implementation 'pallas_tpu' cannot serve: {against}; expected auto, or xla")
     return implementation
+
+
+def _automatic(q: Array, k: Array, v: Array) -> str:
+    if support.target().platform != "tpu":
+        _say_once("attention: xla (blockwise, any device); the fused kernels are for TPUs")
+        return "xla"
+    against = support.against_pallas_tpu(q, k, v)
+    if against is not None:
+        _say_once(f"attention: xla; pallas_tpu cannot serve: {against}")
+        return "xla"
+    if q.shape[1] * k.shape[1] <= support.SMALL:
+        _say_once(f"attention: xla for maps of at most {support.SMALL} pairs, one tile each")
+        return "xla"
+    _say_once(f"attention: pallas_tpu, with the blocks of {support.target().device_kind}")
+    return "pallas_tpu"
 
 
 @functools.cache

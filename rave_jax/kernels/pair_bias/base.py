@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from rave_jax.config import require
 from rave_jax.typing import Array, Bool, Float, Int
 
-Implementation = Literal["auto", "reference", "xla"]
+Implementation = Literal["auto", "reference", "xla", "pallas_tpu"]
 NOWHERE = jnp.iinfo(jnp.int32).min
 """Order of keys that no interval reaches."""
 LOG_GATE_FLOOR = -69.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -73,11 +74,15 @@ def _backward(call: Call, saved, cotangents):
     for chunk, part, codes_k, on in _key_chunks(packed, codes, keys_on, call):
         facts = block_facts(codes_k, queries_on, on, *call.blocks.backward)
         grads.append(backward(part, operands.pack_codes(codes_k), facts, d_out, lse, delta, chunk))
-    none = tuple(np.zeros(x.shape, jax.dtypes.float0) for x in (queries_on, keys_on))
-    return _joined(grads), MaskCodes(*(np.zeros(x.shape, jax.dtypes.float0) for x in codes)), *none
+    return _joined(grads), *jax.tree.map(_no_gradient, (codes, queries_on, keys_on))
 
 
 _attention.defvjp(_forward, _backward)
+
+
+def _no_gradient(x: Array) -> Any:
+    return np.zeros(x.shape, jax.dtypes.float0)
+
 
 KEYS_AXIS = {"k": 2, "v": 2, "w": 2, "keys": 2, "key_bias": 2}
 """Operands that are cut with the keys, and where."""
@@ -85,8 +90,6 @@ KEYS_AXIS = {"k": 2, "v": 2, "w": 2, "keys": 2, "key_bias": 2}
 
 def _key_chunks(packed: Packed, codes: MaskCodes, keys_on: Array, call: Call):
     """The operands for as many keys at a time as the backward kernel has room for."""
-    import dataclasses
-
     step = min(call.blocks.backward_keys, call.S)
     for start in range(0, call.S, step):
         size = min(step, call.S - start)
@@ -105,7 +108,7 @@ def _joined(grads: list[Packed]) -> Packed:
     """Gradients of chunks of keys as one: the keys' side by side, the queries' summed."""
     if len(grads) == 1:
         return grads[0]
-    found = {}
+    found: dict[str, Any] = {}
     for name in Packed._fields:
         parts = [getattr(g, name) for g in grads]
         if parts[0] is None:

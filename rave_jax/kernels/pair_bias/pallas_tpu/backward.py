@@ -129,7 +129,7 @@ def _scratch(call: Call) -> dict[str, Any]:
         "mask": pltpu.VMEM((block_q, block_k), jnp.float32),
         "q": pltpu.VMEM((G, call.h, block_q), dtype),
         "d_out": pltpu.VMEM((G, call.c, block_q), dtype),
-        "d_q": pltpu.VMEM((G, block_q, call.h), jnp.float32),
+        "d_q": pltpu.VMEM((G, block_q, call.h + (call.channel_lanes if call.folded else 0)), jnp.float32),
         "d_k": pltpu.VMEM((call.S // block_k, call.h, block_k), jnp.float32),
         "d_v": pltpu.VMEM((call.S // block_k, call.c, block_k), jnp.float32),
     }
@@ -182,13 +182,13 @@ def _kernel(
 
     def visit_keys(masked: bool, gated: bool) -> None:
         k, v = inputs.k(), inputs.v()
-        W_rows = inputs.key_channels() if gated else None
-        W = tile.channels(W_rows, "key", dtype) if gated else None
+        W_rows: Any = inputs.key_channels() if gated else None
+        W: Any = tile.channels(W_rows, "key", dtype) if gated else None
         if masked:
             lo, hi, open_q = (tile.wide(scratch["bounds"][n], block_k) for n in range(3))
             scratch["mask"][...] = tile.mask(lo, hi, open_q, inputs.order(), inputs.open_k())
 
-        key_rows = tile.rounded_rows(W_rows, dtype) if gated else None
+        key_rows: Any = tile.rounded_rows(W_rows, dtype) if gated else None
         folded = gated and call.folded
         wide_k = tile.beside(k, W) if folded else k
 
@@ -199,9 +199,9 @@ def _kernel(
             x = tile.product(q, wide_k, (1, 1)) * (call.scale * tile.LOG2E)
             if call.key_bias:
                 x = x + inputs.key_bias(n, 1)
-            slope = None
+            slope: Any = None
             if gated and not folded:
-                z = tile.product(scratch["U"][n][:, : call.split_channels], W, (1, 0))
+                z = tile.product(scratch["U"][n][:, : call.split_channels], W.astype(dtype), (1, 0))
                 gain = tile.wide(scratch["gain"][n], block_k) if call.has_gain else None
                 slope = tile.gate_slope(z, call.form, gain, exact=dtype == jnp.float32)
                 x = x if slope.shift is None else x + slope.shift
@@ -217,14 +217,11 @@ def _kernel(
             scratch["d_k"][j] += tile.product(scratch["q"][n], d_dots, (1, 0))
             if call.key_bias:
                 scratch["d_key_bias"][j, pl.ds(n, 1)] += jnp.sum(d_scores, axis=0, keepdims=True)
-            d_q = tile.product(d_dots, wide_k, (1, 0))
-            scratch["d_q"][n] += d_q[:, : call.h]
+            width = wide_k.shape[1]
+            scratch["d_q"][n, :, :width] += tile.product(d_dots, wide_k, (1, 0))
             if gated:
-                if folded:
-                    d_U = tile.met(d_q[:, call.h :].T, call.channels, split=dtype != jnp.float32)
-                    scratch["d_U"][n, : call.channels] += d_U
-                    d_z = d_dots
-                else:
+                d_z = d_dots
+                if not folded:
                     d_z = (d_scores * slope.of_z).astype(dtype)
                     scratch["d_U"][n] += tile.product(key_rows, d_z, (1, 1))
                 scratch["d_W"][j] += tile.product(scratch["U_rows"][n], d_z, (1, 0))
@@ -238,8 +235,11 @@ def _kernel(
     @pl.when(last_k)
     def _finish_queries():
         for n in range(call.G):
-            d_q = (scratch["d_q"][n] * call.scale).astype(outputs["q"].dtype)
+            d_q = (scratch["d_q"][n, :, : call.h] * call.scale).astype(outputs["q"].dtype)
             outputs["q"][0, 0, :, n] = d_q.reshape(-1, t, call.h)
+            if call.folded:
+                found = scratch["d_q"][n, :, call.h :].T
+                scratch["d_U"][n, : call.channels] = tile.met(found, call.channels, split=dtype != jnp.float32)
             for m in range(block_q // t):
                 if "U" in outputs:
                     outputs["U"][0, 0, m, n] = scratch["d_U"][n][: call.channels, m * t : (m + 1) * t]

@@ -68,7 +68,11 @@ def block_facts(
     # A key out of reach keeps its block from being full.
     of_k = (jnp.where(seen.all(-1), order_min, NOWHERE), order_max, bits_k, keys_on.any(-1), order_min)
     of_k += (jnp.zeros_like(order_min),) * (FACTS - len(of_k))
-    return tuple(jnp.stack([x.astype(jnp.int32) for x in facts], -1).reshape(-1) for facts in (of_q, of_k))
+    return _flat(of_q), _flat(of_k)
+
+
+def _flat(facts: tuple[Int[Array, "B n"], ...]) -> Int[Array, "facts"]:
+    return jnp.stack([x.astype(jnp.int32) for x in facts], -1).reshape(-1)
 
 
 def _bits(opening: Int[Array, "B n block"]) -> Int[Array, "B n"]:

@@ -97,7 +97,7 @@ def _kernel(facts_q, facts_k, *refs, call: Call, visit: Any, names: tuple[str, .
 
     def visit_keys(masked: bool, gated: bool) -> None:
         k, v = inputs.k(), inputs.v()
-        W = tile.channels(inputs.key_channels(), "key", jnp.dtype(call.dtype)) if gated else None
+        W: Any = tile.channels(inputs.key_channels(), "key", jnp.dtype(call.dtype)) if gated else None
         if gated and call.folded:
             k = tile.beside(k, W)
         if masked:
@@ -112,16 +112,20 @@ def _kernel(facts_q, facts_k, *refs, call: Call, visit: Any, names: tuple[str, .
             x = tile.product(q, k, (1, 1)) * (call.scale * tile.LOG2E)
             if call.key_bias:
                 x = x + _rows(inputs.key_bias(n, heads), block_q)
+            shift = None
             if gated and not call.folded:
                 U = scratch["U"][of].reshape(rows, -1)[:, : call.split_channels]
-                z = tile.product(U, W, (1, 0))
+                z = tile.product(U, W.astype(U.dtype), (1, 0))
                 gain = tile.wide(scratch["gain"][of].reshape(rows, LANES), block_k) if call.has_gain else None
-                x = x + tile.gate_shift(z, call.form, gain)
+                shift = tile.gate_shift(z, call.form, gain)
+                if not tile.bounded(call.form):
+                    x, shift = x + shift, None
             if masked:
                 x = (x.reshape(heads, block_q, block_k) + scratch["mask"][...][None]).reshape(rows, block_k)
             top = scratch["top"][of].reshape(rows, LANES)
             new_top = jnp.maximum(top, jnp.max(x, axis=1, keepdims=True))
-            weights = jnp.exp2(x - tile.wide(new_top, block_k))
+            x = x - tile.wide(new_top, block_k)
+            weights = jnp.exp2(x if shift is None else x + shift)
             shrink = jnp.exp2(top - new_top)
             total = shrink * scratch["total"][of].reshape(rows, LANES) + tile.fold_lanes(weights)
             part = tile.product(weights.astype(v.dtype), v, (1, 0))

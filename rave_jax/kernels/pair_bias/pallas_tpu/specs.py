@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +13,6 @@ from jax.experimental.pallas import tpu as pltpu
 
 from rave_jax.kernels.pair_bias.pallas_tpu import tile
 from rave_jax.kernels.pair_bias.pallas_tpu.operands import SUBLANES, Call, Codes, Packed
-from rave_jax.kernels.pair_bias.pallas_tpu.tile import LANES
 from rave_jax.typing import Array
 
 VMEM_LIMIT = 100 * 2**20
@@ -71,13 +71,11 @@ def input_specs(
     return InputSpecs(tuple(found), tuple(found.values()))
 
 
-class Inputs(NamedTuple):
+@dataclass(frozen=True)
+class Inputs:
     """The input refs of a kernel, by name, and what is read from them."""
 
     refs: dict[str, Any]
-
-    def __getitem__(self, name: str) -> Any:  # ty: ignore[invalid-method-override]
-        return self.refs[name]
 
     def k(self) -> Array:
         """[block_k, h]."""
@@ -132,7 +130,7 @@ class Inputs(NamedTuple):
         for n in range(call.G):
             if "U" in scratch:
                 rows = self.query_channels(n, call)
-                U = tile.channels(rows, "query", jnp.dtype(call.dtype)).astype(jnp.float32)
+                U = tile.channels(rows, "query", jnp.dtype(call.dtype))
                 lanes = scratch["U"].shape[-1]
                 if U.shape[0] < lanes:
                     U = jnp.concatenate([U, jnp.zeros((lanes - U.shape[0], U.shape[1]), jnp.float32)], axis=0)
@@ -200,6 +198,3 @@ def _size(shape: Sequence[Any]) -> int:
     for n in shape:
         size *= int(n)
     return size
-
-
-__all__ = ["LANES", "InputSpecs", "Inputs", "compiler_params", "cost", "input_specs"]

@@ -12,6 +12,7 @@ one product over three times the channels, [a, a, a'] with [b, b', b]. A matrix 
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Literal, NamedTuple
 
@@ -65,6 +66,11 @@ def gate_shift(z: Array, form: PairForm, gain: Array | None) -> Array:
     return (LOG2E * gain) * jnp.tanh(z)
 
 
+def bounded(form: PairForm) -> bool:
+    """Is the shift so small that a row's maximum may leave it out? Then nothing waits for the gate but the weight."""
+    return form.kind == "log_gate" or (form.kind == "tanh" and form.limit <= 40)
+
+
 class Slope(NamedTuple):
     """A gate once the row's log-sum-exp is known: weight = 2^(x + shift - lse) * factor; None: 0, or 1."""
 
@@ -97,12 +103,12 @@ def gate_slope(z: Array, form: PairForm, gain: Array | None, exact: bool) -> Slo
 
 
 def channels(rows: Array, side: Literal["query", "key"], dtype: jnp.dtype) -> Array:
-    """U or W of a block, channels first, in the type its product is taken in.
+    """U or W of a block, channels first: float32 numbers that `dtype` holds exactly.
 
     Args:
         rows: float32 [channels, block], a multiple of 8 channels.
         side: whose.
-        dtype: bfloat16, or float32 for whole products.
+        dtype: of the product.
 
     Returns:
         [n, block]: n = channels, or three times that, rounded up to 16.
@@ -114,7 +120,7 @@ def channels(rows: Array, side: Literal["query", "key"], dtype: jnp.dtype) -> Ar
     parts = [rounded, rounded, rest] if side == "query" else [rounded, rest, rounded]
     if 3 * rows.shape[0] % 16:
         parts.append(jnp.zeros((8, rows.shape[1]), jnp.float32))
-    return jnp.concatenate(parts, axis=0).astype(jnp.bfloat16)
+    return jnp.concatenate(parts, axis=0)
 
 
 def rounded_rows(rows: Array, dtype: jnp.dtype) -> Array:
@@ -135,10 +141,9 @@ def met(found: Array, count: int, split: bool) -> Array:
 def beside(k: Array, W: Array) -> Array:
     """Keys [s, h] with their channels [n, s] beside them, filled up to whole lanes."""
     missing = -W.shape[0] % LANES
-    rows = W.astype(jnp.float32)
     if missing:
-        rows = jnp.concatenate([rows, jnp.zeros((missing, W.shape[1]), jnp.float32)], axis=0)
-    return jnp.concatenate([k, rows.T.astype(k.dtype)], axis=1)
+        W = jnp.concatenate([W, jnp.zeros((missing, W.shape[1]), jnp.float32)], axis=0)
+    return jnp.concatenate([k, W.T.astype(k.dtype)], axis=1)
 
 
 def mask(lo: Array, hi: Array, open_q: Array, order: Array, open_k: Array) -> Array:
@@ -172,4 +177,4 @@ def wide(x: Array, width: int) -> Array:
 
 def fold_lanes(x: Array) -> Array:
     """Sums of lanes that are LANES apart: [n, width] to [n, LANES]."""
-    return sum(x[:, n : n + LANES] for n in range(0, x.shape[1], LANES))
+    return functools.reduce(jnp.add, [x[:, n : n + LANES] for n in range(0, x.shape[1], LANES)])

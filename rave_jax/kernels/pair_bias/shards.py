@@ -1,0 +1,88 @@
+"""The Pallas kernels on a mesh: each device takes its rows and its heads.
+
+The compiler cannot split a kernel by itself, so the split is said: rows as `batch`, query heads as `heads`, kv heads as
+`kv_heads` of the sharding rules. Where the mesh splits query heads finer than there are kv heads, a device takes the
+one kv head that its queries read.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+from jax.sharding import AbstractMesh, Mesh, PartitionSpec
+
+from rave_jax.kernels.pair_bias import pallas_tpu as kernels
+from rave_jax.kernels.pair_bias import support
+from rave_jax.kernels.pair_bias.base import MaskCodes, PairBias, PairForm, Terms
+from rave_jax.kernels.pair_bias.tuning import block_sizes
+from rave_jax.parallel.sharding import RULES, current_mesh
+from rave_jax.typing import Array, Float
+
+
+def pallas_tpu(
+    q: Float[Array, "B T H h"],
+    k: Float[Array, "B S K h"],
+    v: Float[Array, "B S K c"],
+    codes: MaskCodes,
+    terms: Terms,
+    form: PairForm,
+    scale: float,
+) -> tuple[Float[Array, "B T H c"], Float[Array, "B T H"]]:
+    """The Pallas TPU kernels, over the current mesh where there is one; see `api.attention`."""
+    blocks, interpret = block_sizes(support.target().device_kind), support.interpreter()
+
+    def run(q: Array, k: Array, v: Array, codes: MaskCodes, terms: Terms) -> tuple[Array, Array]:
+        return kernels.attention(q, k, v, codes, terms, form, scale, blocks=blocks, interpret=interpret)
+
+    mesh = current_mesh()
+    if mesh is None or mesh.size == 1:
+        return run(q, k, v, codes, terms)
+    B, H, K = q.shape[0], q.shape[2], k.shape[2]
+    rows = _axes(mesh, "batch", B)
+    heads, kv_heads = _axes(mesh, "heads", H), _axes(mesh, "kv_heads", K)
+    ways = 1 if heads is None else math.prod(mesh.shape[name] for name in _names(heads))
+    one_kv_head = heads is not None and kv_heads is None and ways % K == 0
+    if kv_heads is None and not one_kv_head:
+        heads = None  # a device's queries would read parts of several kv heads
+
+    def on_device(q: Array, k: Array, v: Array, codes: MaskCodes, terms: Terms) -> tuple[Array, Array]:
+        if one_kv_head:
+            assert heads is not None
+            own = jax.lax.axis_index(_names(heads)) * K // ways
+
+            def cut(x: Array) -> Array:
+                return jax.lax.dynamic_slice_in_dim(x, own, 1, axis=2)
+
+            k, v = cut(k), cut(v)
+            if terms.pair is not None:
+                terms = terms._replace(pair=terms.pair._replace(w=cut(terms.pair.w), key=cut(terms.pair.key)))
+        return run(q, k, v, codes, terms)
+
+    # Specs stand in the trees of the operands, in the place of arrays.
+    row: Any = PartitionSpec(rows)
+    of_heads: Any = PartitionSpec(rows, None, heads)
+    of_kv: Any = PartitionSpec(rows, None, kv_heads)
+    gain: Any = PartitionSpec(heads)
+    pair = None if terms.pair is None else PairBias(of_heads, of_kv, of_heads, of_kv, gain, of_heads, row)
+    specs = Terms(pair, None if terms.per_key is None else of_heads)
+    split = jax.shard_map(
+        on_device,
+        mesh=mesh,
+        in_specs=(of_heads, of_kv, of_kv, MaskCodes(*(row,) * len(codes)), specs),
+        out_specs=(of_heads, of_heads),
+        check_vma=False,  # kernels do not say how their outputs vary
+    )
+    return split(q, k, v, codes, terms)
+
+
+def _axes(mesh: Mesh | AbstractMesh, name: str, size: int) -> str | tuple[str, ...] | None:
+    """Mesh axes that a logical axis of this size is split over, None where the mesh does not divide it."""
+    rule = RULES[name]
+    ways = 1 if rule is None else math.prod(mesh.shape[n] for n in _names(rule))
+    return rule if ways > 1 and size % ways == 0 else None
+
+
+def _names(axes: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (axes,) if isinstance(axes, str) else axes

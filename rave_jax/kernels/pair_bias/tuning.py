@@ -1,0 +1,28 @@
+"""Which block sizes the Pallas kernels use on which chip.
+
+Found by `benchmarks/tune_kernels.py` from the TPU compiler's static cycles for one kv group of a 7B model (7 query
+heads, head_dim 128, rank 16, bfloat16). **No entry has been verified on hardware.**
+
+A linear gate rides in further channels of <q, k> where the matrix unit is 256 deep and a head fills 128 of it: the
+product then costs what it costs without a gate. On a unit 128 deep it would cost a second pass, as the gate's own
+product does, and the keys would have to be turned for it.
+"""
+
+from __future__ import annotations
+
+from rave_jax.kernels.pair_bias.pallas_tpu.blocks import BlockSizes
+
+BY_DEVICE_KIND = {
+    "TPU v5 lite": BlockSizes((512, 512), (512, 512)),
+    "TPU v5": BlockSizes((512, 512), (512, 512)),
+    "TPU v5p": BlockSizes((512, 512), (512, 512)),
+    "TPU v6 lite": BlockSizes((512, 512), (512, 512), fold_linear=True),
+    "TPU7x": BlockSizes((512, 512), (512, 512), backward_keys=16384, fold_linear=True),
+}
+OTHER = BlockSizes((256, 512), (256, 512), backward_keys=8192)
+"""For chips that nobody has tuned for: small enough for all."""
+
+
+def block_sizes(device_kind: str) -> BlockSizes:
+    """Blocks for a chip, as `jax.Device.device_kind` names it."""
+    return BY_DEVICE_KIND.get(device_kind, OTHER)
