@@ -18,7 +18,7 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
 
 from rave_jax.kernels.pair_bias.base import LOG_GATE_FLOOR, PairForm
 from rave_jax.typing import Array
@@ -90,7 +90,7 @@ def gate_slope(z: Array, form: PairForm, gain: Array | None, exact: bool) -> Slo
     """
     if form.kind == "log_gate":
         shut = jnp.exp2(jnp.minimum(z, SHUT))
-        factor = pl.reciprocal(0.5 + shut, approx=not exact)
+        factor = pltpu.reciprocal(0.5 + shut, approx=not exact)
         return Slope(None, factor, (shut * factor) * (-1 / LOG2E), None)
     if form.kind == "linear":
         return Slope(z, None, 1 / LOG2E, None)
