@@ -1,4 +1,4 @@
-"""`rave-jax`: convert, inspect, logits, generate.
+"""`rave-jax`: convert, inspect, logits, generate, calibrate.
 
 Each subcommand imports what it needs when it runs, so that --help is quick.
 """
@@ -95,6 +95,24 @@ def _parser() -> argparse.ArgumentParser:
     )
     generate.add_argument("--verbose", action="store_true", help="say on stderr how many tokens came and how quickly")
     generate.late = _generation_flags
+
+    calibrate = commands.add_parser("calibrate", help="settings of a mechanism, found by running a model")
+    kinds = calibrate.add_subparsers(dest="mechanism", required=True, metavar="zero-tuning")
+    zero = kinds.add_parser("zero-tuning", help="heads and gamma of ZeroTuning")
+    zero.add_argument("model", type=Path, help="HuggingFace directory, native checkpoint or run directory")
+    zero.add_argument("out", type=Path, help="JSON to write: a list for `mechanisms` of a model's options")
+    zero.add_argument(
+        "--data",
+        type=Path,
+        metavar="FILE",
+        help="JSON Lines with question, answers and image (default: held-out synthetic pictures)",
+    )
+    zero.add_argument("--samples", type=_count, default=200, help="how many, from the first on (default: 200)")
+    zero.add_argument("--rows", type=_count, default=16, help="samples run at once (default: 16)")
+    zero.add_argument(
+        "--dtype", choices=DTYPES, help="number type to compute in (default: that of the model's options)"
+    )
+    zero.late = _calibration_flags
     return parser
 
 
@@ -102,6 +120,18 @@ def _generation_flags(parser: argparse.ArgumentParser) -> None:
     from rave_jax.tools.generate import add_flags
 
     add_flags(parser)
+
+
+def _calibration_flags(parser: argparse.ArgumentParser) -> None:
+    from rave_jax.tools.calibrate import add_flags
+
+    add_flags(parser)
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is no count, expected a number from 1 on")
+    return int(text)
 
 
 def _size(text: str) -> int:
@@ -160,6 +190,10 @@ def _run(arguments: argparse.Namespace) -> int:
             from rave_jax.tools.generate import generate
 
             return generate(arguments)
+        case "calibrate":
+            from rave_jax.tools.calibrate import calibrate
+
+            calibrate(arguments)
     return 0
 
 

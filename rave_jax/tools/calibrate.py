@@ -1,0 +1,119 @@
+"""`rave-jax calibrate zero-tuning`: heads and gamma of ZeroTuning for a model, from a calibration set."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from rave_jax.attention import ZeroTuning
+from rave_jax.attention.calibrate.zero_tuning import Tuned, ZeroTuningSearch, tune
+from rave_jax.checkpoint.store import StoreError, check_writable
+from rave_jax.config import ConfigError, dumps
+from rave_jax.data.processor import Processor
+from rave_jax.data.sample import Example, SampleError
+from rave_jax.data.sources import QaJsonl, SourceConfig, Synthetic
+from rave_jax.evaluation.calibration import CalibrationSet, encoded
+from rave_jax.parallel.mesh import MeshConfig, make_mesh
+from rave_jax.tools import source as sources
+from rave_jax.tools.flags import add_fields, given_fields
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """How the heads and the gamma are looked for."""
+    notes = {
+        "grid": "may be given several times; default: " + ", ".join(f"{gamma:g}" for gamma in ZeroTuningSearch.grid)
+    }
+    add_fields(parser, ZeroTuningSearch, "the search", notes=notes)
+
+
+def calibrate(arguments: argparse.Namespace) -> None:
+    """Run the command: print what was found and write the mechanisms as JSON.
+
+    Raises:
+        ConfigError: the flags, the model or the samples cannot be used, or the file cannot be written.
+    """
+    search = ZeroTuningSearch(**given_fields(arguments, ZeroTuningSearch))
+    out: Path = arguments.out.resolve()
+    if out.exists() and not out.is_file():
+        raise ConfigError(f"cannot write {out}: it is there and no file")
+    if any(isinstance(mechanism, ZeroTuning) for mechanism in sources.options_of(arguments.model).mechanisms):
+        raise ConfigError(f"{arguments.model} has ZeroTuning already, and what is found would act on top of it")
+    data = Synthetic(split="heldout") if arguments.data is None else QaJsonl(str(arguments.data))
+    processor = sources.processor_of(arguments.model)
+    examples = _examples(data, processor, search, arguments.samples)
+    try:
+        check_writable(out.parent, 0)
+    except StoreError as error:
+        raise ConfigError(str(error)) from error
+    changes: dict[str, object] = {}
+    if arguments.dtype is not None:
+        changes = {"param_dtype": arguments.dtype, "compute_dtype": arguments.dtype}
+    model, _, mesh = sources.load(arguments.model, changes=changes)
+    mesh = make_mesh(MeshConfig()) if mesh is None else mesh
+    measure = CalibrationSet(model, processor, examples, search.criterion, mesh, arguments.rows)
+    layers, heads = model.config.text.num_layers, model.config.text.num_heads
+    console = Console(stderr=True)
+    with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
+        # Without labels both types of heads meet the grid; fewer runs where one of them is empty.
+        types = 1 if search.criterion == "accuracy" else 2
+        task = progress.add_task("runs", total=1 + layers * heads + types * (len(set(search.grid)) - 1))
+
+        def counted(gammas: np.ndarray) -> np.ndarray:
+            values = measure(gammas)
+            progress.advance(task)
+            return values
+
+        found = tune(search, counted, layers, heads)
+    show(found, search, len(examples), Console())
+    try:
+        out.write_text(dumps(found.configs), encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot write {out}: {error.strerror or error}") from error
+    print(f"{out}: {len(found.configs)} mechanisms")
+
+
+def _examples(data: SourceConfig, processor: Processor, search: ZeroTuningSearch, samples: int) -> list[Example]:
+    """The first samples of a source that can be used; the others are counted on stderr."""
+    source, examples = data.build(), []
+    refused: Counter[str] = Counter()
+    last = None
+    for index in range(min(samples, len(source))):
+        try:
+            examples.append(encoded(processor, source[index], search.criterion))
+        except SampleError as error:
+            refused[error.reason] += 1
+            last = error
+    if not examples:
+        raise ConfigError(f"no sample of {source.name} can be used" + (f"; the last: {last}" if last else ""))
+    if refused:
+        counts = ", ".join(f"{count} {reason}" for reason, count in refused.items())
+        print(f"rave-jax: left out: {counts}; the last: {last}", file=sys.stderr)
+    return examples
+
+
+def show(found: Tuned, search: ZeroTuningSearch, samples: int, console: Console) -> None:
+    """The table of what was tried, and what single heads do."""
+    profile = found.profile
+    up, total = int(profile.of_type("up").sum()), profile.effect.size
+    console.print(
+        f"{samples:,} samples, {search.criterion} {profile.neutral:.4f} as the model is. Of {total:,} heads {up:,} "
+        f"are up-effective, {total - up:,} down-effective; {profile.dominant} is dominant.",
+        highlight=False,
+        soft_wrap=True,
+    )
+    table = Table(box=SIMPLE_HEAD)
+    for name in ("heads", "tuned", "gamma", search.criterion, ""):
+        table.add_column(name, justify="right" if name not in ("heads", "") else "left")
+    for trial in found.trials:
+        tuned = profile.chosen(trial.kind, search.fraction).sum()
+        mark = "kept" if trial == found.best else ""
+        table.add_row(trial.kind, f"{tuned:,}", f"{trial.gamma:g}", f"{trial.mean:.4f}", mark)
+    console.print(table)
