@@ -157,7 +157,7 @@ def test_the_traced_table_is_the_model_of_its_configs_and_compiles_once() -> Non
     rows = batch(
         [[document([5], CONFIG, rng), document([7], CONFIG, rng)], [document([11], CONFIG, rng)]], CONFIG, 16, 0
     )
-    own = Rave(rank=2, layers=(1,))
+    own = Rave(rank=2, layers=(0, 1))  # a scan of two layers, and one of one
     model = made(CONFIG, ModelOptions(mechanisms=(own,)))
 
     @jax.jit
