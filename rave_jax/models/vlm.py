@@ -13,7 +13,7 @@ from rave_jax.batch import Batch, Kind, TokenInfo
 from rave_jax.models import lora
 from rave_jax.models.config import ModelOptions, VlmConfig
 from rave_jax.models.decoder import Decoder
-from rave_jax.models.layers import Embedding, Linear
+from rave_jax.models.layers import Embedding, Linear, product
 from rave_jax.models.vision.qwen2_5 import Tower
 from rave_jax.parallel.sharding import shard
 from rave_jax.typing import Array, Float, Int
@@ -109,8 +109,7 @@ class Vlm(nnx.Module):
 
     def logits(self, hidden: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
         """Float32 scores of every token."""
-        weight = self.head_weight().astype(hidden.dtype)
-        return jnp.einsum("...D,VD->...V", hidden, weight, preferred_element_type=jnp.float32)
+        return product(hidden, self.head_weight().astype(hidden.dtype), jnp.dtype(jnp.float32))
 
     def empty_cache(self, rows: int, size: int, kind: CacheType = "compute") -> KvCache:
         """A cache for `rows` documents of at most `size` tokens, k and v in the number type `kind`."""
