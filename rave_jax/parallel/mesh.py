@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
-from jax.sharding import AbstractMesh, AxisType, Mesh
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh
 
 from rave_jax.config import ConfigError, require
 
@@ -62,10 +62,16 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     return jax.make_mesh(config.sizes(len(devices)), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
-def abstract_mesh(config: MeshConfig, num_devices: int) -> AbstractMesh:
+def abstract_mesh(config: MeshConfig, num_devices: int, tpu_kind: str | None = None) -> AbstractMesh:
     """The mesh that `config` makes of that many devices, without the devices.
+
+    Args:
+        config: how they are laid out.
+        num_devices: how many.
+        tpu_kind: `device_kind` of the TPUs they would be, which lets kernels be chosen for them.
 
     Raises:
         ConfigError: the sizes do not multiply to the number of devices.
     """
-    return AbstractMesh(config.sizes(num_devices), AXES, axis_types=(AxisType.Auto,) * 3)
+    device = None if tpu_kind is None else AbstractDevice(tpu_kind, num_cores=1, platform="tpu")
+    return AbstractMesh(config.sizes(num_devices), AXES, axis_types=(AxisType.Auto,) * 3, abstract_device=device)

@@ -16,6 +16,7 @@ from rave_jax import config as machinery
 from rave_jax.batch import Batch
 from rave_jax.checkpoint.hf_import import load_config
 from rave_jax.data.collate import BatchShape, empty_batch, round_up
+from rave_jax.kernels.pair_bias.support import SMALL
 from rave_jax.models.config import VlmConfig
 from rave_jax.models.families import presets
 from rave_jax.models.vlm import Vlm
@@ -124,7 +125,7 @@ def test_a_config_lowers_to_a_sharded_tpu_program(path: Path, tmp_path: Path) ->
     """The whole train step, traced at its real shapes on a mesh without devices, as the TPU would get it."""
     config = machinery.load_file(path)
     vlm = model_config(config, tmp_path)
-    mesh = abstract_mesh(config.mesh, num_devices(config))
+    mesh = abstract_mesh(config.mesh, num_devices(config), tpu_kind="TPU v5p")
     with use_mesh(mesh):
         model = jax.eval_shape(lambda key: Vlm(vlm, config.model, key=key), jax.random.key(0))
         session = make_session(
@@ -138,7 +139,10 @@ def test_a_config_lowers_to_a_sharded_tpu_program(path: Path, tmp_path: Path) ->
         lowered = session.step.trace(session.state, batch).lower(lowering_platforms=("tpu",))
     state, metrics = lowered.out_info
     assert state.step.shape == metrics.loss.shape == ()
-    assert f"mhlo.num_partitions = {mesh.size}" in lowered.as_text()
+    text = lowered.as_text()
+    assert f"mhlo.num_partitions = {mesh.size}" in text
+    if config.data.tokens**2 > SMALL:
+        assert "tpu_custom_call" in text, "attention over long rows runs in the fused kernels"
 
 
 def test_a_config_that_does_not_fit_its_mesh_is_refused() -> None:
