@@ -12,6 +12,7 @@ from rave_jax.attention.base import (
     KeyFactor,
     Keys,
     Mechanism,
+    OtherQuery,
     Owned,
     Parts,
     Score,
@@ -20,6 +21,7 @@ from rave_jax.attention.base import (
 from rave_jax.attention.cache import CacheType, KvCache
 from rave_jax.attention.cca import Cca
 from rave_jax.attention.croc import Croc
+from rave_jax.attention.decomposed import Decomposed
 from rave_jax.attention.masks import cached_codes, causal_codes, segment_codes
 from rave_jax.attention.mma import Mma
 from rave_jax.attention.plan import Layers, SegmentPlan, build_mechanisms, plan_segments
@@ -28,7 +30,7 @@ from rave_jax.attention.sliding_window import SlidingWindow
 from rave_jax.attention.text_positions import TextPositions
 from rave_jax.attention.zero_tuning import ZeroTuning
 
-MechanismConfig = Rave | SlidingWindow | TextPositions | Mma | Croc | Cca | ZeroTuning | Avar
+MechanismConfig = Rave | SlidingWindow | TextPositions | Mma | Croc | Cca | ZeroTuning | Avar | Decomposed
 
 __all__ = [
     "AttentionDims",
@@ -38,6 +40,7 @@ __all__ = [
     "Cca",
     "Channels",
     "Croc",
+    "Decomposed",
     "Features",
     "KeyFactor",
     "Keys",
@@ -46,6 +49,7 @@ __all__ = [
     "Mechanism",
     "MechanismConfig",
     "Mma",
+    "OtherQuery",
     "Owned",
     "Parts",
     "Rave",

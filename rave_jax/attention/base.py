@@ -15,7 +15,7 @@ from flax import nnx
 from rave_jax.batch import TokenInfo
 from rave_jax.config import ConfigError
 from rave_jax.kernels.pair_bias import KeySegments, MaskCodes, PairBias, PairForm
-from rave_jax.typing import Array, Float, Int
+from rave_jax.typing import Array, Bool, Float, Int
 
 
 class AttentionDims(NamedTuple):
@@ -56,13 +56,22 @@ class Channels(NamedTuple):
     k: Float[Array, "B S K n"]
 
 
+class OtherQuery(NamedTuple):
+    """Queries that meet some of the keys in place of the layer's own: there <q, k> is theirs, under the same scale.
+    It makes q and k of the kernel twice as wide."""
+
+    q: Float[Array, "B T H h"]
+    keys: Bool[Array, "B S"]
+
+
 class Score(NamedTuple):
-    """What a mechanism adds to the scores before the softmax. Key biases (float32, finite) and channels of several
-    mechanisms add up; the pair term has one owner."""
+    """What a mechanism changes of the scores before the softmax. Key biases (float32, finite) and channels of several
+    mechanisms add up; the pair term and the other query have one owner each."""
 
     pair: tuple[PairBias, PairForm] | None = None
     key_bias: Float[Array, "B S H"] | None = None
     channels: Channels | None = None
+    query: OtherQuery | None = None
 
 
 class KeyFactor(NamedTuple):
@@ -86,10 +95,11 @@ class Parts(NamedTuple):
         return jnp.exp(self.segments - whole[:, :, None])
 
 
-Owned = Literal["positions", "pair", "order", "hi", "opening", "factor"]
-"""What one mechanism of a layer may own: rotary positions; the pair term before the softmax; of the mask codes the
-order of keys, how far up it a query sees, and the opening; the key whose weight is changed after the softmax. Any
-number may close the interval further, add key biases and channels, and weigh segments."""
+Owned = Literal["positions", "query", "pair", "order", "hi", "opening", "factor"]
+"""What one mechanism of a layer may own: rotary positions; the query that some keys meet instead; the pair term before
+the softmax; of the mask codes the order of keys, how far up it a query sees, and the opening; the key whose weight is
+changed after the softmax. Any number may close the interval further, add key biases and channels, and weigh
+segments."""
 
 
 class Mechanism(nnx.Module):
@@ -125,7 +135,7 @@ class Mechanism(nnx.Module):
         return None
 
     def score(self, x: Features, remembered: Any, info_q: TokenInfo, info_k: TokenInfo) -> Score | None:
-        """Additive terms before the softmax. `remembered` is what `remember` gave, for all keys [B,S,K,...]."""
+        """Terms of the score before the softmax. `remembered` is what `remember` gave, for all keys [B,S,K,...]."""
         return None
 
     def factor(self, x: Features, info_q: TokenInfo, info_k: TokenInfo) -> KeyFactor | None:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from rave_jax.attention.base import Channels, Features, Keys, Mechanism
+from rave_jax.attention.base import Channels, Features, Keys, Mechanism, OtherQuery
 from rave_jax.batch import TokenInfo
 from rave_jax.kernels.pair_bias import MaskCodes, PairForm, Terms
 from rave_jax.kernels.pair_bias.base import group_heads, tile_allow, tile_scores, ungroup_heads
@@ -15,7 +15,8 @@ from rave_jax.typing import Array, Bool, Float, Int
 
 
 class Scores(NamedTuple):
-    """Operands of the scores of all pairs; q and k are as wide as head_dim and the channels together."""
+    """Operands of the scores of all pairs; q and k are as wide as head_dim, twice that under another query, and the
+    channels together."""
 
     q: Float[Array, "B T H h"]
     k: Float[Array, "B S K h"]
@@ -33,8 +34,9 @@ def scores_of(
     info_k: TokenInfo,
     mechanisms: Sequence[Mechanism],
 ) -> Scores:
-    """The scores with what every mechanism adds to them; at most one gives a pair term (`check_owners`)."""
-    pair, form, key_bias = None, PairForm(), None
+    """The scores with what every mechanism adds to them; at most one gives a pair term, and one a query
+    (`check_owners`)."""
+    pair, form, key_bias, channels = None, PairForm(), None, []
     q, k, scale = x.q, keys.k, x.q.shape[-1] ** -0.5
     for mechanism, remembered in zip(mechanisms, keys.remembered, strict=True):
         added = mechanism.score(x, remembered, info_q, info_k)
@@ -45,8 +47,19 @@ def scores_of(
         if added.key_bias is not None:
             key_bias = added.key_bias if key_bias is None else key_bias + added.key_bias
         if added.channels is not None:
-            q, k = _widened(q, k, added.channels, scale)
+            channels.append(added.channels)
+        if added.query is not None:
+            q, k = _doubled(q, k, added.query)
+    for columns in channels:
+        q, k = _widened(q, k, columns, scale)
     return Scores(q, k, codes, Terms(pair, key_bias), form, scale)
+
+
+def _doubled(q: Array, k: Array, other: OtherQuery) -> tuple[Array, Array]:
+    """[q; other q] and [k; 0], or [0; k] for the keys that the other meets: one product picks, exactly."""
+    there = other.keys[..., None, None]
+    halves = jnp.where(there, 0, k), jnp.where(there, k, 0)
+    return jnp.concatenate([q, other.q.astype(q.dtype)], -1), jnp.concatenate(halves, -1)
 
 
 def _widened(q: Array, k: Array, channels: Channels, scale: float) -> tuple[Array, Array]:

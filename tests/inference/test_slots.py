@@ -12,7 +12,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rave_jax.attention import Avar, CacheType, MechanismConfig, Rave, SlidingWindow, TextPositions, ZeroTuning
+from rave_jax.attention import (
+    Avar,
+    CacheType,
+    Decomposed,
+    MechanismConfig,
+    Rave,
+    SlidingWindow,
+    TextPositions,
+    ZeroTuning,
+)
 from rave_jax.config import ConfigError
 from rave_jax.data.sample import OverBudget, SampleError
 from rave_jax.inference import Engine, Sampling, SlotConfig
@@ -56,6 +65,12 @@ SETTINGS: dict[str, tuple[MechanismConfig, ...]] = {
         ZeroTuning(5.0, layers=(1, 2), route="merge"),
         Avar(),
         SlidingWindow(window=30, layers=(2,)),
+    ),
+    "decomposed": (
+        Decomposed(layers=(0, 1)),
+        Decomposed("kept", layers=(2,)),
+        Rave(rank=4, layers=(0, 2)),
+        SlidingWindow(window=20, layers=(1,)),
     ),
 }
 
