@@ -28,9 +28,10 @@ from rave_jax.attention.plan import Layers, SegmentPlan, build_mechanisms, plan_
 from rave_jax.attention.rave import Rave
 from rave_jax.attention.sliding_window import SlidingWindow
 from rave_jax.attention.text_positions import TextPositions
+from rave_jax.attention.var import Var
 from rave_jax.attention.zero_tuning import ZeroTuning
 
-MechanismConfig = Rave | SlidingWindow | TextPositions | Mma | Croc | Cca | ZeroTuning | Avar | Decomposed
+MechanismConfig = Rave | SlidingWindow | TextPositions | Mma | Croc | Cca | ZeroTuning | Avar | Var | Decomposed
 
 __all__ = [
     "AttentionDims",
@@ -57,6 +58,7 @@ __all__ = [
     "SegmentPlan",
     "SlidingWindow",
     "TextPositions",
+    "Var",
     "ZeroTuning",
     "attend",
     "build_mechanisms",

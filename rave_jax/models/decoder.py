@@ -178,6 +178,22 @@ class Decoder(nnx.Module):
             total = _added(total, jax.tree.map(jnp.sum, found))
         return DecoderOutput(self.norm(x), None if rows is None else jnp.concatenate(wanted), total)
 
+    def layer_inputs(
+        self, x: Float[Array, "B T D"], info: TokenInfo, positions: Int[Array, "3 B T"]
+    ) -> Float[Array, "L B T D"]:
+        """The hidden states that enter each layer, whole rows at once; arguments as in `__call__`."""
+        base = attention.causal_codes(info.segment)
+        entered = []
+        for segment in self.segments:
+            at = self._situation(segment, base, info, info, positions, start=None, rows=None)
+
+            def body(layer: DecoderLayer, x: Array, _: None, at: Situation) -> tuple[Array, Array]:
+                return layer(x, at, None).x, x
+
+            x, inputs = segment.scan(body, x, None, at, "none")
+            entered.append(inputs)
+        return jnp.concatenate(entered)
+
     def loss_weights(self, info: TokenInfo) -> dict[str, Float[Array, ""]]:
         """What the sums of the mechanisms' losses over these rows are divided by, by name; empty where none has any."""
         total: dict[str, Array] = {}

@@ -20,6 +20,7 @@ from rave_jax.attention import (
     Rave,
     SlidingWindow,
     TextPositions,
+    Var,
     ZeroTuning,
 )
 from rave_jax.config import ConfigError
@@ -66,6 +67,8 @@ SETTINGS: dict[str, tuple[MechanismConfig, ...]] = {
         Avar(),
         SlidingWindow(window=30, layers=(2,)),
     ),
+    # By these dimensions one token in seven or more is a sink, of answers too; long prompts and their answers change.
+    "sinks": (Var(dims=(3, 11, 20), tau=1.8, summ=0.05, rho=0.3, move_fraction=0.9), Rave(rank=4, layers=(1,))),
     "decomposed": (
         Decomposed(layers=(0, 1)),
         Decomposed("kept", layers=(2,)),

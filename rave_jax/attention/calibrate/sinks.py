@@ -1,0 +1,34 @@
+"""The sink dimensions of a base model: where the hidden state of a first token is far larger than everywhere else.
+
+Source: VAR, arXiv 2503.03321, which takes them from earlier findings on massive activations and keeps one fixed set for
+each language model. It gives no procedure; ours: the mean of |x| / RMS over first tokens and middle layers, and of
+that the largest dimensions. Middle layers are all but the first and the last quarter.
+
+A first token sees itself alone, so rows of one token are enough to get its hidden states (`Decoder.layer_inputs`).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from rave_jax.config import require
+from rave_jax.typing import Array, Float
+
+
+def sink_dimensions(hidden: Float[Array, "L *tokens D"], count: int) -> tuple[int, ...]:
+    """The `count` dimensions that stand out most, the strongest first: `Var.dims`.
+
+    Args:
+        hidden: what enters each layer of the model, of first tokens of documents.
+        count: how many are wanted; the known models have one or two.
+
+    Raises:
+        ConfigError: more than there are dimensions, or none.
+    """
+    x = np.asarray(hidden, np.float32)
+    L, D = x.shape[0], x.shape[-1]
+    require(1 <= count <= D, "count", count, f"a number from 1 to {D}")
+    middle = x[L // 4 : L - L // 4].reshape(-1, D)
+    size = np.sqrt(np.mean(middle**2, axis=-1, keepdims=True) + 1e-6)
+    strength = np.mean(np.abs(middle) / size, axis=0)
+    return tuple(int(n) for n in np.argsort(-strength, kind="stable")[:count])
