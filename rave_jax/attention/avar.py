@@ -65,7 +65,7 @@ class AvarLosses(Mechanism):
 
     def segments(self, x: Features, remembered: None, info_k: TokenInfo) -> KeySegments:
         """The picture, the system prompt, the rest."""
-        return KeySegments(_segment_of(info_k), COUNT)
+        return KeySegments(segment_of(info_k), COUNT)
 
     def losses(self, x: Features, parts: Parts, info_q: TokenInfo, info_k: TokenInfo) -> dict[str, Float[Array, ""]]:
         """Both losses, summed over documents and heads."""
@@ -91,7 +91,8 @@ class AvarLosses(Mechanism):
         return {"avar_enhance": count(VISUAL), "avar_suppress": count(SYSTEM)}
 
 
-def _segment_of(info: TokenInfo) -> Int[Array, "B S"]:
+def segment_of(info: TokenInfo) -> Int[Array, "B S"]:
+    """The picture, the system prompt, the rest."""
     prompt = (info.kind == Kind.TEXT) & (info.role == Role.SYSTEM)
     return jnp.where(info.kind == Kind.VISUAL, VISUAL, jnp.where(prompt, SYSTEM, 0))
 
@@ -108,7 +109,7 @@ def _pairs(info_q: TokenInfo, info_k: TokenInfo, segment: int) -> Float[Array, "
     def count(which: Bool[Array, "B T"], info: TokenInfo) -> Float[Array, "B N"]:
         return _by_document((which & (info.segment > 0)).astype(jnp.float32), info.segment)
 
-    return count(info_q.role == Role.RESPONSE, info_q) * count(_segment_of(info_k) == segment, info_k)
+    return count(info_q.role == Role.RESPONSE, info_q) * count(segment_of(info_k) == segment, info_k)
 
 
 def _mean_attention(mass: Float[Array, "B N H"], pairs: Float[Array, "B N"]) -> Float[Array, "B N H"]:

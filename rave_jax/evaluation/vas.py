@@ -1,0 +1,61 @@
+"""Visual attention score (VAS): how much more a question's text attends to the picture than to the system prompt.
+
+Source: arXiv 2603.03825, read in a digest. With V the visual keys and SYS those of the system prompt:
+
+    VAS = mean over layers, heads and rows i of   sum over V of P_ij  /  sum over SYS of P_ij
+
+where rows are the user's text after the image. Both sums come from log-sum-exps of segments, so no map is made.
+
+Our reading: rows are text tokens of role question that see a picture and a system prompt, and the mean is over all such
+rows of a batch; layers without sums of their own do not exist, so all count. P is the attention that the layer applies.
+
+It is read by a mechanism that changes nothing, put into a copy of the model that shares its weights. So it costs three
+runs of the kernel in each layer when it is asked for, and nothing otherwise.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from rave_jax.attention import Features, Mechanism, Parts
+from rave_jax.attention.avar import COUNT, SYSTEM, VISUAL, segment_of
+from rave_jax.batch import Batch, Kind, Role, TokenInfo
+from rave_jax.kernels.pair_bias import KeySegments
+from rave_jax.models.vlm import Vlm
+from rave_jax.typing import Array, Float
+
+
+class VasReading(Mechanism):
+    """Sums and counts of VAS through the hook for losses. It is in no config, so that no training adds them up."""
+
+    def segments(self, x: Features, remembered: None, info_k: TokenInfo) -> KeySegments:
+        """The picture, the system prompt, the rest."""
+        return KeySegments(segment_of(info_k), COUNT)
+
+    def losses(self, x: Features, parts: Parts, info_q: TokenInfo, info_k: TokenInfo) -> dict[str, Float[Array, ""]]:
+        """The ratios, summed over rows and heads, and how many they are."""
+        picture, prompt = parts.segments[:, :, VISUAL], parts.segments[:, :, SYSTEM]
+        asks = (info_q.kind == Kind.TEXT) & (info_q.role == Role.QUESTION)
+        counts = asks[..., None] & (picture > -jnp.inf) & (prompt > -jnp.inf)
+        ratios = jnp.exp(jnp.where(counts, picture - prompt, -jnp.inf))
+        return {"vas": jnp.sum(ratios), "vas_rows": jnp.sum(counts, dtype=jnp.float32)}
+
+
+def with_vas(model: Vlm) -> Vlm:
+    """The model with the reading in every layer; it shares its arrays."""
+    model = jax.tree.map(lambda x: x, model)
+    for segment in model.decoder.segments:
+        segment.layers.mechanisms.append(VasReading())
+    return model
+
+
+def visual_attention_score(reading: Vlm, batch: Batch) -> Float[Array, ""]:
+    """VAS of the rows of a batch; NaN where none has a picture, a system prompt and a question after both.
+
+    Args:
+        reading: what `with_vas` gave.
+        batch: rows of documents.
+    """
+    _, found = reading.hidden_and_losses(batch)
+    return found["vas"] / found["vas_rows"]
