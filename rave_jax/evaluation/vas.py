@@ -7,7 +7,7 @@ Source: arXiv 2603.03825, read in a digest. With V the visual keys and SYS those
 where rows are the user's text after the image. Both sums come from log-sum-exps of segments, so no map is made.
 
 Our reading: rows are text tokens of role question that see a picture and a system prompt, and the mean is over all such
-rows of a batch; layers without sums of their own do not exist, so all count. P is the attention that the layer applies.
+rows of a batch, all layers and all heads. P is the attention that the layer applies, after every mechanism.
 
 It is read by a mechanism that changes nothing, put into a copy of the model that shares its weights. So it costs three
 runs of the kernel in each layer when it is asked for, and nothing otherwise.
