@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -176,21 +177,30 @@ def cost(
     if call.r is not None:
         flops += 2 * pairs * call.split_channels * gate_products
         transcendentals += pairs * (2 if call.form.kind == "log_gate" else int(call.form.kind != "linear"))
-    steps = grid[0] * grid[1] * grid[2] * grid[3]
     copied = 0
     for name, array, spec in zip(specs.names, inputs, specs.blocks, strict=True):
         if spec.block_shape is None:
-            copied += array.size * 4
-            continue
-        inner = name in INNER_OF_QUERIES
-        count = steps if inner else steps // grid[3]
-        copied += count * _size(spec.block_shape) * array.dtype.itemsize
+            copied += array.size * array.dtype.itemsize
+        else:
+            copied += _copies(name, grid) * _size(spec.block_shape) * array.dtype.itemsize
     copied += sum(x.size * x.dtype.itemsize for x in outputs)
     return pl.CostEstimate(flops=flops, transcendentals=transcendentals, bytes_accessed=copied)
 
 
-INNER_OF_QUERIES = ("codes_k", "k", "v", "w", "keys", "key_bias")
-"""Inputs that change with every block of keys."""
+OF_KEYS = ("codes_k", "k", "v", "w", "keys", "key_bias")
+"""Inputs with a block for each block of keys; the others have one for each of queries."""
+OF_ALL_HEADS = ("codes_q", "codes_k")
+"""Inputs that all kv heads share."""
+
+
+def _copies(name: str, grid: tuple[int, ...]) -> int:
+    """How often an input's block is another one than in the step before: with the quickest grid axis that it follows
+    and that has more than one step, and so with every step of those outside."""
+    follows = [0, 3 if name in OF_KEYS else 2]
+    if name not in OF_ALL_HEADS:
+        follows.append(1)
+    quickest = max((axis for axis in follows if grid[axis] > 1), default=-1)
+    return math.prod(grid[: quickest + 1])
 
 
 def _size(shape: Sequence[Any]) -> int:
