@@ -1,9 +1,13 @@
-"""TPU attention kernels without a TPU: the compiler's static cycles, what bounds them, and memory.
+"""Our TPU attention kernels beside the best plain kernel, without a TPU: the compiler's static cycles, bytes, memory.
 
 Rows compare within one chip, and a gap under 3 % is a tie: an estimate is not a time, and knows nothing of contention
-for memory. The plain kernels are jax's splash and flash attention, with the best blocks of a list:
-each kernel of a training step has its own. Every head after the first two adds the same number of cycles (to 2 % where
-tried at seven), so that two and three heads give all; with one head a grid has a loop less, and is cheaper.
+for memory. Kernels are compiled over a causal grid whose guards read a tile's place, because an estimate cannot know
+the facts of data: c0 without a gate, c1 with it in every tile. A batch with visual share f costs (1 - f) c0 + f c1 and
+what the guards' own tests cost: the difference of two grids that visit every tile, by its place and by facts. The
+best plain kernel is the cheapest of jax's splash and flash attention and our own without a gate, each with the best
+blocks of its list. What lies before and after the kernels in a model is in none of them.
+
+The `xla` backend is timed on the device that jax finds, a CPU or a GPU.
 
     python benchmarks/kernels.py [--json FILE] [--chips v5e v6e] [--lengths 4096 8192]
 """
@@ -11,204 +15,156 @@ tried at seven), so that two and three heads give all; with one head a grid has 
 from __future__ import annotations
 
 import argparse
-import dataclasses
-import importlib.metadata
 import itertools
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rave_jax.tools.tpu import Case, Compiled, Stretch, compile_cases
+from estimates import Cost, Kernel, cost, described, ratio, row
+from kernel_bytes import KINDS, bytes_rows, memory_rows
+from kernel_wall import wall_rows
+from pair_bias_programs import Blocks, Gate, Tiles
+from splash_rows import Plain, Splash, flash, flash_parts, splash, splash_rows
+
+from rave_jax.kernels.pair_bias.tuning import block_sizes
 
 GROUPS = {"7B": 7, "3B": 8}
 """Model -> query heads that share a key head."""
-SIZES = (256, 512, 1024, 2048)
-FINALISTS = 2
-"""How many blocks, best at the first length, are tried at the next."""
-MOST_STEPS = 1024
-"""Grids with more take minutes to estimate."""
-LONG = 32768
-Blocks = tuple[int, ...]
+SHARE = 0.6
+"""Of tiles with a gate, in a batch of pictures and questions."""
+TEXT_AIM, LINEAR_AIM = 1.05, 1.05
+AIMS = {"v5e": 1.25, "v6e": 1.15}
+"""Chip -> most that log_gate and tanh may cost, to the best plain kernel."""
+OWN_PLAIN: dict[str, list[Blocks]] = {
+    "forward": [(256, 512), (512, 512), (512, 1024), (1024, 512), (1024, 1024)],
+    "backward": [(256, 512), (512, 512), (512, 1024), (1024, 512)],
+}
+"""Blocks that our own kernels without a gate are tried with, as plain kernels."""
 
-PAIRS = list(itertools.product(SIZES, SIZES))
-TRIPLES = [(q, k, compute) for q, k in PAIRS for compute in SIZES if compute <= k]
+
+class Pass(NamedTuple):
+    """One of our kernels on one chip: its costs by (gate, tiles), and what a step's guards cost."""
+
+    costs: dict[tuple[Gate, Tiles], Cost]
+    plain: Cost
+    """Without a gate, with the best of OWN_PLAIN."""
+    guards: float
+    """Cycles of a grid."""
+
+    def share(self, gate: Gate, heads: int) -> float:
+        """A batch with visual share SHARE, guards and all."""
+        c0, c1 = self.costs["none", "gated"].at(heads), self.costs[gate, "gated"].at(heads)
+        return (1 - SHARE) * c0 + SHARE * c1 + self.guards
+
+    def text(self, heads: int) -> float:
+        """A batch without a picture, in a call that has a gate."""
+        return self.costs["log_gate", "plain"].at(heads) + self.guards
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Kernel:
-    """A kernel of a training step.
+def ours(which: str, gate: Gate, tiles: Tiles, choices: Sequence[Blocks]) -> Kernel:
+    """One of our kernels."""
+    made = f"pair_bias_programs:{which}_program"
+    settings = {"gate": gate, "tiles": tiles}
+    label = f"ours {which}, {gate}, {tiles}"
+    return Kernel(label, made, f"pair_bias_{which}", choices, settings, whole=True, heads_in_grid=False)
+
+
+def our_pass(chip: str, which: str, length: int, linear: Gate) -> Pass:
+    """All that is to know of one of our kernels.
+
+    Raises:
+        RuntimeError: one does not compile.
+    """
+    sizes = block_sizes(KINDS[chip])
+    blocks = sizes.forward if which == "forward" else sizes.backward
+
+    def found(gate: Gate, tiles: Tiles, choices: Sequence[Blocks] = (blocks,)) -> Cost:
+        kernel = ours(which, gate, tiles, choices)
+        best, _ = cost(chip, kernel, length, choices)
+        if best is None:
+            raise RuntimeError(f"{kernel.label} with blocks {choices} does not compile for {chip}")
+        return best
+
+    gates: tuple[Gate, ...] = ("none", "log_gate", "tanh", linear)
+    kinds: list[tuple[Gate, Tiles]] = [*((gate, "gated") for gate in gates), ("log_gate", "plain")]
+    costs = {kind: found(*kind) for kind in kinds}
+    tested, known = (found("log_gate", tiles) for tiles in ("by facts", "all"))
+    return Pass(costs, found("none", "gated", OWN_PLAIN[which]), max(0.0, tested.two - known.two))
+
+
+def our_rows(
+    chip: str, length: int, passes: dict[str, Pass], plains: dict[str, list[Plain]]
+) -> Iterator[dict[str, Any]]:
+    """Cycles, and ratios to the best plain kernel.
 
     Args:
-        label: of its rows.
-        make: of its cases, in plain_kernels.py.
-        op: part of its name in the compiled program.
-        choices: blocks to try.
-        settings: further arguments of `make`.
-        after: part of the name of an XLA op that belongs to it.
+        chip: compiled for.
+        length: T.
+        passes: forward and backward.
+        plains: model -> the plain kernels.
     """
-
-    label: str
-    make: str
-    op: str
-    choices: Sequence[Blocks]
-    settings: dict[str, Any] = dataclasses.field(default_factory=dict)
-    after: str = ""
-
-    def case(self, heads: int, length: int, blocks: Blocks) -> Case:
-        """One program."""
-        arguments = {"heads": heads, "length": length, "blocks": blocks, **self.settings}
-        return Case(f"{self.label} {heads} {length} {blocks}", f"plain_kernels:{self.make}", arguments)
-
-    def cycles(self, result: Compiled) -> int:
-        """Of the kernel and what belongs to it."""
-        return result.kernel_cycles(self.op) + (result.kernel_cycles(self.after) if self.after else 0)
-
-
-FORWARD = Kernel("splash forward", "splash_forward", "splash_mqa_fwd", TRIPLES)
-DQ = Kernel("splash dq", "splash_dq", "splash_mqa_dq", PAIRS)
-DKV = Kernel("splash dk, dv", "splash_dkv", "splash_mqa_dkv", TRIPLES)
-FUSED = Kernel("splash dq, dk, dv", "splash_dkv", "splash_mqa_dkv", TRIPLES, {"fused": True}, "reduce")
-KERNELS = (FORWARD, DQ, DKV, FUSED)
-
-
-class Best(NamedTuple):
-    """The cheapest blocks of a kernel, and what the compiler said of them."""
-
-    cycles: int
-    blocks: Blocks
-    result: Compiled
+    for (which, found), (model, heads) in itertools.product(passes.items(), GROUPS.items()):
+        where = f"{model} group ({heads} heads), T {length}"
+        for (gate, tiles), made in found.costs.items():
+            more = described(made)
+            yield row(f"ours {which}, {gate}, tiles {tiles}, {where}", chip, round(made.at(heads)), "cycles", more)
+        more = {"of_c0": round(found.guards / found.costs["none", "gated"].at(heads), 4)}
+        yield row(f"ours {which}, the guards' tests, {where}", chip, round(found.guards), "cycles", more)
+    forward, backward = passes["forward"], passes["backward"]
+    for model, heads in GROUPS.items():
+        where = f"{model} group ({heads} heads), T {length}"
+        own = forward.plain.at(heads)
+        plain = [*plains[model], Plain("ours without a gate", own, own + backward.plain.at(heads))]
+        least, least_both = min(plain, key=lambda p: p.forward), min(plain, key=lambda p: p.both)
+        gates = [gate for gate, tiles in forward.costs if gate != "none" and tiles == "gated"]
+        for gate in gates:
+            is_linear = gate in ("linear", "folded")
+            aim = (LINEAR_AIM if chip == "v6e" else None) if is_linear else AIMS.get(chip)
+            first, second = forward.share(gate, heads), backward.share(gate, heads)
+            name = f"{gate}, visual share {SHARE}"
+            yield ratio(f"{name}, forward, {where}", chip, first / least.forward, aim, {"against": least.name})
+            both = (first + second) / least_both.both
+            yield ratio(f"{name}, forward and backward, {where}", chip, both, aim, {"against": least_both.name})
+        first, second = forward.text(heads), backward.text(heads)
+        yield ratio(f"text only, forward, {where}", chip, first / least.forward, TEXT_AIM, {"against": least.name})
+        both = (first + second) / least_both.both
+        yield ratio(f"text only, forward and backward, {where}", chip, both, TEXT_AIM, {"against": least_both.name})
 
 
-def steps(heads: int, length: int, blocks: Blocks) -> int:
-    """Of the grid."""
-    return heads * -(-length // blocks[0]) * -(-length // blocks[1])
-
-
-def ranked(chip: str, kernel: Kernel, heads: int, length: int, choices: Sequence[Blocks]) -> list[Best]:
-    """Choices that compile, best first. Some do not fit the chip; some kill the estimate."""
-    cases = {choice: kernel.case(heads, length, choice) for choice in choices}
-    small = [case for choice, case in cases.items() if steps(heads, length, choice) <= MOST_STEPS]
-    results = compile_cases(chip, small, cycles=True, bundles=True)
-    found = [(choice, results[case.name]) for choice, case in cases.items() if case.name in results]
-    good = [Best(kernel.cycles(result), choice, result) for choice, result in found if not result.error]
-    return sorted(good, key=lambda best: best.cycles)
-
-
-def row(name: str, chip: str, value: float, unit: str, **more: Any) -> dict[str, Any]:
-    """A row of results, printed as it comes."""
-    versions = " ".join(f"{package} {importlib.metadata.version(package)}" for package in ("jax", "libtpu"))
-    made = {"name": name, "where": f"{chip} (compiled, not run), {versions}", "value": value, "unit": unit}
-    print(f"{name}, {chip}: {value:,} {unit} {json.dumps(more) if more else ''}", flush=True)
-    return {**made, "aim": "", "holds": True, **more}
-
-
-class Cost(NamedTuple):
-    """Cycles of a kernel as they grow with the heads: each head after the first two adds the same."""
-
-    two: int
-    more: int
-    blocks: Blocks
-    stretch: Stretch
-
-    def at(self, heads: int) -> int:
-        """So many heads, two or more."""
-        return self.two + (heads - 2) * self.more
-
-
-def cost(chip: str, kernel: Kernel, length: int, choices: Sequence[Blocks]) -> tuple[Cost, list[Blocks]]:
-    """The cheapest choice, and the best few in order."""
-    tried = ranked(chip, kernel, 2, length, choices)
-    best = tried[0]
-    third = ranked(chip, kernel, 3, length, [best.blocks])[0]
-    stretch = best.result.kernel_bundles(kernel.op).longest
-    return Cost(best.cycles, third.cycles - best.cycles, best.blocks, stretch), [b.blocks for b in tried[:FINALISTS]]
-
-
-def splash_rows(chip: str, lengths: Sequence[int]) -> Iterator[dict[str, Any]]:
-    """Cycles of splash attention, each kernel and the cheaper way to a whole step."""
-    choices = {kernel: kernel.choices for kernel in KERNELS}
+def chip_rows(chip: str, lengths: Sequence[int]) -> Iterator[dict[str, Any]]:
+    """All rows of a chip."""
+    yield from memory_rows(chip)
+    jaxs, linear = Splash(chip), "folded" if block_sizes(KINDS[chip]).fold_linear else "linear"
     for length in lengths:
-        best: dict[Kernel, Cost] = {}
-        for kernel in KERNELS:
-            best[kernel], choices[kernel] = cost(chip, kernel, length, choices[kernel])
+        yield from bytes_rows(chip, length)
+        passes = {which: our_pass(chip, which, length, linear) for which in OWN_PLAIN}
+        costs = jaxs.costs(length)
+        plains = {model: [splash(costs, heads)] for model, heads in GROUPS.items()}
+        parts = flash_parts(chip, length) if length == lengths[0] else {}
         for model, heads in GROUPS.items():
             where = f"{model} group ({heads} heads), T {length}"
-            for kernel, found in best.items():
-                yield row(f"{kernel.label}, {where}", chip, found.at(heads), "cycles", **described(found))
-            ways = [(FORWARD, DQ, DKV), (FORWARD, FUSED)]
-            total, way = min((sum(best[k].at(heads) for k in way), " + ".join(k.label for k in way)) for way in ways)
-            yield row(f"splash forward and backward, {where}", chip, total, "cycles", kernels=way)
-
-
-def described(found: Cost) -> dict[str, Any]:
-    """Blocks, and what bounds the work of a tile."""
-    used = {slot: round(share, 2) for slot, share in found.stretch.used.items() if share >= 0.005}
-    stretch = {"bundles": found.stretch.bundles, "fullest": found.stretch.fullest, "spills": found.stretch.spills}
-    return {"blocks": found.blocks, **stretch, "used": used}
-
-
-FLASH = {"forward": "flash_attention", "dq": "bwd_dq", "dkv": "bwd_dkv"}
-"""Kernel of flash attention -> part of its name."""
-
-
-def flash_cycles(chip: str, heads: int, length: int, choices: Sequence[dict[str, Blocks]]) -> list[dict[str, int]]:
-    """Cycles of the three kernels in a step with each choice of blocks for them; choices that fail are left out."""
-    settings = {"heads": heads, "length": length}
-    cases = [Case(str(n), "plain_kernels:flash_step", settings | blocks) for n, blocks in enumerate(choices)]
-    good = [result for result in compile_cases(chip, cases, cycles=True).values() if not result.error]
-    return [{part: result.kernel_cycles(op) for part, op in FLASH.items()} for result in good]
-
-
-def flash_rows(chip: str, lengths: Sequence[int]) -> Iterator[dict[str, Any]]:
-    """Cycles of flash attention, whose every head has keys of its own."""
-    found: dict[str, list[tuple[int, Blocks]]] = {part: [] for part in FLASH}
-    for pair in PAIRS:
-        if steps(2, lengths[0], pair) <= MOST_STEPS:
-            for cycles in flash_cycles(chip, 2, lengths[0], [dict.fromkeys(FLASH, pair)]):
-                for part in FLASH:
-                    found[part].append((cycles[part], pair))
-    best = {part: min(tried)[1] for part, tried in found.items()}
-    for length in lengths:
-        if len(both := [c for heads in (2, 3) for c in flash_cycles(chip, heads, length, [best])]) == 2:
-            two, three = both
-            for model, heads in GROUPS.items():
-                where = f"{model} group ({heads} heads), T {length}"
-                parts = {part: two[part] + (heads - 2) * (three[part] - two[part]) for part in FLASH}
-                yield row(f"flash forward, {where}", chip, parts["forward"], "cycles", blocks=best["forward"])
-                name = f"flash forward and backward, {where}"
-                yield row(name, chip, sum(parts.values()), "cycles", blocks=best, parts=parts)
-
-
-def memory_rows(chip: str) -> Iterator[dict[str, Any]]:
-    """Temporaries of a step over a long row, beyond its operands, results and nothing else."""
-    case = Case(
-        "long",
-        "plain_kernels:splash_step",
-        {"heads": 7, "length": LONG, "forward": (1024, 1024, 512), "dq": (1024, 1024), "dkv": (1024, 1024, 1024)},
-    )
-    result = compile_cases(chip, [case])["long"]
-    if result.memory is None:
-        raise RuntimeError(result.error)
-    operands = round((result.memory.arguments + result.memory.outputs) / 2**20, 1)
-    value = round(result.memory.temporaries / 2**20, 1)
-    name = f"splash forward and backward, 7 heads, T {LONG}: temporaries"
-    yield row(name, chip, value, "MiB", operands_and_results=operands)
+            yield from splash_rows(chip, where, costs, heads)
+            plains[model] += [flash(parts, heads)] if parts else []
+            for plain in plains[model]:
+                more = {"forward": round(plain.forward)}
+                yield row(f"{plain.name}, forward and backward, {where}", chip, round(plain.both), "cycles", more)
+        yield from our_rows(chip, length, passes, plains)
 
 
 def main() -> None:
-    """Estimate and print; with --json also write the rows."""
-    parser = argparse.ArgumentParser(description="Static cycles of TPU attention kernels.")
+    """Estimate, time and print; with --json also write the rows."""
+    parser = argparse.ArgumentParser(description="TPU attention kernels, by static cycles.")
     parser.add_argument("--json", type=Path, help="write the rows there")
-    parser.add_argument("--chips", nargs="+", default=["v5e", "v6e"], help="chips to compile for")
+    parser.add_argument("--chips", nargs="*", default=["v5e", "v6e"], help="chips to compile for")
     parser.add_argument("--lengths", nargs="+", type=int, default=[4096, 8192], help="T, queries and keys")
+    parser.add_argument("--rounds", type=int, default=9, help="of the timing on this machine")
     args = parser.parse_args()
     rows: list[dict[str, Any]] = []
-    for chip in args.chips:
-        for made in itertools.chain(memory_rows(chip), splash_rows(chip, args.lengths), flash_rows(chip, args.lengths)):
-            rows.append(made)
-            if args.json:
-                args.json.write_text(json.dumps(rows, indent=2) + "\n")
+    for made in itertools.chain(wall_rows(args.rounds), *(chip_rows(chip, args.lengths) for chip in args.chips)):
+        rows.append(made)
+        if args.json:
+            args.json.write_text(json.dumps(rows, indent=2) + "\n")
 
 
 if __name__ == "__main__":

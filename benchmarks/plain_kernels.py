@@ -82,8 +82,20 @@ def splash_dkv(place: Any, heads: int, length: int, blocks: Blocks, fused: bool 
     return _splash_backward(place, heads, length, blocks[:2], splash_kernel._splash_attention_bwd_dkv, settings)
 
 
-def splash_step(place: Any, heads: int, length: int, forward: Blocks, dq: Blocks, dkv: Blocks) -> Program:
-    """Forward and backward pass as a user has them, tables and all: for its memory, not for its cycles."""
+def splash_step(
+    place: Any, heads: int, length: int, forward: Blocks, dq: Blocks, dkv: Blocks, heads_last: bool = False
+) -> Program:
+    """Forward and backward pass as a user has them, tables and all: for its memory, not for its cycles.
+
+    Args:
+        place: makes an abstract array.
+        heads: of the queries.
+        length: of queries and keys.
+        forward: blocks of queries, of keys, of keys computed at once.
+        dq: blocks of queries, of keys.
+        dkv: as forward.
+        heads_last: queries and output are [length, heads, 128], as a model's products give and take them.
+    """
     sizes = splash_kernel.BlockSizes(
         block_q=forward[0],
         block_kv=forward[1],
@@ -97,7 +109,14 @@ def splash_step(place: Any, heads: int, length: int, forward: Blocks, dq: Blocks
     mask = masks.MultiHeadMask([masks.CausalMask((length, length))] * heads)
     attend = splash_kernel.make_splash_mqa_single_device(mask, block_sizes=sizes)
     q, kv, _ = _operands(place, heads, length)
-    return _step(attend), (q, kv, kv, q)
+    if not heads_last:
+        return _step(attend), (q, kv, kv, q)
+
+    def turned(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return jnp.swapaxes(attend(jnp.swapaxes(q, 0, 1), k, v), 0, 1)
+
+    q = place((length, heads, HEAD_DIM), jnp.bfloat16)
+    return _step(turned), (q, kv, kv, q)
 
 
 def flash_step(place: Any, heads: int, length: int, forward: Blocks, dq: Blocks, dkv: Blocks) -> Program:

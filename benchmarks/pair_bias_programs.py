@@ -1,0 +1,157 @@
+"""Our attention kernels as `compile_cases` takes them: forward and backward apart, over a causal grid known beforehand.
+
+One kv group, heads of 128, bfloat16. Packed operands and blocks' facts are arguments of the program. What runs decides
+from facts of the data which tiles to skip and where the gate is, which an estimate cannot know; so here the same guards
+read the tile's place in the grid. Each kernel is compiled with blocks of its own, and the layout's parts are whole
+blocks: the estimate counts a copy of several pieces as nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from rave_jax.kernels.pair_bias.base import MaskCodes, PairBias, PairForm, Terms
+from rave_jax.kernels.pair_bias.pallas_tpu import operands
+from rave_jax.kernels.pair_bias.pallas_tpu.backward import backward
+from rave_jax.kernels.pair_bias.pallas_tpu.blocks import BlockSizes, ByFacts, block_facts
+from rave_jax.kernels.pair_bias.pallas_tpu.forward import forward
+
+HEAD_DIM = 128
+RANK = 16
+Pass = Literal["forward", "backward"]
+Gate = Literal["none", "log_gate", "tanh", "linear", "folded"]
+"""`folded`: linear, in further channels of <q, k>."""
+Tiles = Literal["gated", "plain", "all", "by facts"]
+"""Tiles on and under the diagonal, with the gate, or without it though it is compiled in; or every tile of the grid,
+not masked and without a gate: said by its place, or by facts. (The compiler's estimate takes every fact as 0, and zeros
+say just that.)"""
+Blocks = tuple[int, ...]
+Program = tuple[Callable[..., Any], tuple[Any, ...]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Guards that read a tile's place: a causal mask without padding."""
+
+    i: Any
+    j: Any
+    blocks: Blocks
+    tiles: Tiles
+
+    def live(self) -> Any:
+        block_q, block_k = self.blocks
+        reached = self.j * block_k < (self.i + 1) * block_q
+        return self.j >= 0 if self.tiles == "all" else reached
+
+    def full(self) -> Any:
+        block_q, block_k = self.blocks
+        return self.j >= 0 if self.tiles == "all" else (self.j + 1) * block_k <= self.i * block_q + 1
+
+    def gated(self) -> Any:
+        return self.j >= 0 if self.tiles == "gated" else self.j < 0
+
+
+@dataclasses.dataclass(frozen=True)
+class ByPlace:
+    """See `blocks.Visit`."""
+
+    num_q: int
+    num_k: int
+    blocks: Blocks
+    tiles: Tiles
+
+    def guards(self, facts_q: Any, facts_k: Any, b: Any, i: Any, j: Any) -> Place:
+        return Place(i, j, self.blocks, self.tiles)
+
+    def key_block(self, facts_q: Any, b: Any, i: Any, j: Any) -> Any:
+        if self.tiles == "all":
+            return jnp.int32(0)
+        block_q, block_k = self.blocks
+        # Not //, which asks for the sign and is more than a scalar unit wants to do here.
+        return jnp.minimum(j, jax.lax.div(i * block_q + block_q - 1, block_k))
+
+
+@dataclasses.dataclass(frozen=True)
+class Operands:
+    """A call, and its operands as abstract arrays."""
+
+    call: operands.Call
+    packed: operands.Packed
+    codes: operands.Codes
+    facts: tuple[Any, Any]
+
+
+def make_operands(
+    place: Any, heads: int, length: int, blocks: Blocks, gate: Gate = "none", tiles: Tiles = "gated"
+) -> Operands:
+    """Queries [1, length, heads, 128] over as many keys of one kv head."""
+    q, kv = place((1, length, heads, HEAD_DIM), jnp.bfloat16), place((1, length, 1, HEAD_DIM), jnp.bfloat16)
+    terms, form = terms_of(place, heads, length, gate)
+    block_q, block_k = blocks
+    blocks = (block_q, block_k)
+    sizes = BlockSizes(blocks, blocks, backward_keys=max(length, block_k), fold_linear=gate == "folded")
+    visit = ByFacts if tiles == "by facts" else functools.partial(ByPlace, blocks=blocks, tiles=tiles)
+    call = operands.make_call(q, kv, kv, terms, form, HEAD_DIM**-0.5, sizes, interpret=False, visit=visit)
+
+    def placed(make: Callable[..., Any], *args: Any) -> Any:
+        return jax.tree.map(lambda x: place(x.shape, x.dtype), jax.eval_shape(make, *args))
+
+    codes = codes_of(place, length)
+    on = place((1, length), jnp.bool_)
+    return Operands(
+        call,
+        placed(lambda *args: operands.pack(*args, call), q, kv, kv, terms),
+        placed(operands.pack_codes, codes),
+        placed(lambda codes, on: block_facts(codes, on, on, block_q, block_k), codes, on),
+    )
+
+
+def terms_of(place: Any, heads: int, length: int, gate: Gate) -> tuple[Terms, PairForm]:
+    """Operands of the gate, and its form."""
+    if gate == "none":
+        return Terms(None, None), PairForm()
+    pair = PairBias(
+        u=place((1, length, heads, RANK), jnp.float32),
+        w=place((1, length, 1, RANK), jnp.float32),
+        row=place((1, length, heads), jnp.float32),
+        key=place((1, length, 1), jnp.float32),
+        gain=place((heads,), jnp.float32),
+        query_on=place((1, length, heads), jnp.bool_),
+        key_on=place((1, length), jnp.bool_),
+    )
+    return Terms(pair, None), PairForm("linear" if gate == "folded" else gate)
+
+
+def codes_of(place: Any, length: int) -> MaskCodes:
+    """Mask codes of one row."""
+    return MaskCodes(*(place((1, length), jnp.int32),) * 5)
+
+
+def forward_program(place: Any, **arguments: Any) -> Program:
+    """The forward kernel; `arguments` of `make_operands`."""
+    made = make_operands(place, **arguments)
+
+    def run(packed: operands.Packed, codes: operands.Codes, facts: Any) -> Any:
+        return forward(packed, codes, facts, made.call)
+
+    return run, (made.packed, made.codes, made.facts)
+
+
+def backward_program(place: Any, **arguments: Any) -> Program:
+    """The backward kernel, and what puts its results in order; `arguments` of `make_operands`."""
+    made = make_operands(place, **arguments)
+    call = made.call
+
+    def run(packed: operands.Packed, codes: operands.Codes, facts: Any, d_out: Any, lse: Any, delta: Any) -> Any:
+        return backward(packed, codes, facts, d_out, lse, delta, call)
+
+    parts = call.T // call.part_q
+    d_out = place((1, 1, parts, call.G, call.part_q, call.c), jnp.bfloat16)
+    row = place((1, 1, parts, call.padded_group, call.part_q), jnp.float32)
+    return run, (made.packed, made.codes, made.facts, d_out, row, row)
