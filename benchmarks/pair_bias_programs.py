@@ -95,7 +95,7 @@ def make_operands(
     terms, form = terms_of(place, heads, length, gate)
     block_q, block_k = blocks
     blocks = (block_q, block_k)
-    sizes = BlockSizes(blocks, blocks, backward_keys=max(length, block_k), fold_linear=gate == "folded")
+    sizes = BlockSizes(blocks, blocks, fold_linear=gate == "folded")
     visit = ByFacts if tiles == "by facts" else functools.partial(ByPlace, blocks=blocks, tiles=tiles)
     call = operands.make_call(q, kv, kv, terms, form, HEAD_DIM**-0.5, sizes, interpret=False, visit=visit)
 

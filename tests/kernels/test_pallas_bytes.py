@@ -70,7 +70,7 @@ def test_declared_bytes_are_those_copied(instead: None, kind: Any, shape: str, r
     parts = call.T // call.part_q
     d_out = jax.ShapeDtypeStruct((B, K, parts, call.G, call.part_q, call.c), jnp.bfloat16)
     row = jax.ShapeDtypeStruct((B, K, parts, call.padded_group, call.part_q), jnp.float32)
-    for run, sizes, more in ((forward, call.blocks.forward, ()), (backward, call.blocks.backward, (d_out, row, row))):
+    for run, sizes, more in ((forward, call.forward, ()), (backward, call.backward, (d_out, row, row))):
         facts = block_facts(codes, *on, *sizes)
         with pytest.raises(Called) as made:
             run(packed, operands.pack_codes(codes), facts, *more, call)

@@ -68,7 +68,7 @@ BUCKETS = {
         Dims(1, 140, 700, 1, 2, 32, 32, 8),
         "log_gate",
         key_bias=True,
-        blocks=BlockSizes((128, 128), (128, 128), backward_keys=256),
+        blocks=BlockSizes((128, 128), (128, 128), key_bytes=300_000),
     ),
 }
 

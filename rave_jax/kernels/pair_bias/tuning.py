@@ -17,9 +17,9 @@ BY_DEVICE_KIND = {
     "TPU v5": BlockSizes((512, 512), (512, 512)),
     "TPU v5p": BlockSizes((512, 512), (512, 512)),
     "TPU v6 lite": BlockSizes((512, 512), (512, 512), fold_linear=True),
-    "TPU7x": BlockSizes((512, 512), (512, 512), backward_keys=16384, fold_linear=True),
+    "TPU7x": BlockSizes((512, 512), (512, 512), key_bytes=20 << 20, fold_linear=True),
 }
-OTHER = BlockSizes((256, 512), (256, 512), backward_keys=8192)
+OTHER = BlockSizes((256, 512), (256, 512), key_bytes=12 << 20)
 """For chips that nobody has tuned for: small enough for all."""
 
 

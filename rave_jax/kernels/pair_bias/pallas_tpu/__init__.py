@@ -60,7 +60,7 @@ def _attention(packed, codes, queries_on, keys_on, call):
 
 
 def _forward(packed, codes, queries_on, keys_on, call):
-    facts = block_facts(codes, queries_on, keys_on, *call.blocks.forward)
+    facts = block_facts(codes, queries_on, keys_on, *call.forward)
     out, lse = forward(packed, operands.pack_codes(codes), facts, call)
     return (out, lse), (packed, codes, queries_on, keys_on, out, lse)
 
@@ -72,7 +72,7 @@ def _backward(call: Call, saved, cotangents):
     delta = operands.pad(delta, 3, call.padded_group) - d_lse * tile.LOG2E
     grads = []
     for chunk, part, codes_k, on in _key_chunks(packed, codes, keys_on, call):
-        facts = block_facts(codes_k, queries_on, on, *call.blocks.backward)
+        facts = block_facts(codes_k, queries_on, on, *call.backward)
         grads.append(backward(part, operands.pack_codes(codes_k), facts, d_out, lse, delta, chunk))
     return _joined(grads), *jax.tree.map(_no_gradient, (codes, queries_on, keys_on))
 
@@ -90,7 +90,7 @@ KEYS_AXIS = {"k": 2, "v": 2, "w": 2, "keys": 2, "key_bias": 2}
 
 def _key_chunks(packed: Packed, codes: MaskCodes, keys_on: Array, call: Call):
     """The operands for as many keys at a time as the backward kernel has room for."""
-    step = min(call.blocks.backward_keys, call.S)
+    step = call.keys_at_once
     for start in range(0, call.S, step):
         size = min(step, call.S - start)
         part = {}

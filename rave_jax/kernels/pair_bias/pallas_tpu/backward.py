@@ -30,7 +30,7 @@ from rave_jax.typing import Array, Float, Int
 
 
 class Output(NamedTuple):
-    """An output: its array, its block, and whether it belongs to the queries or to the keys."""
+    """An output: its array and its block."""
 
     array: jax.ShapeDtypeStruct
     block: pl.BlockSpec
@@ -53,7 +53,7 @@ def backward(
         lse: log-sum-exp of the forward pass, in log2, UNSEEN where a row saw nothing.
         delta: rowsum(d_out * out) - d_lse, d_lse of the natural log-sum-exp.
     """
-    block_q, block_k = call.blocks.backward
+    block_q, block_k = call.backward
     grid = (call.B, call.K, call.T // block_q, call.S // block_k)
     visit = call.visit(grid[2], grid[3])
 
@@ -90,7 +90,7 @@ def backward(
 
 
 def _outputs(call: Call, packed: Packed) -> dict[str, Output]:
-    block_q, block_k = call.blocks.backward
+    block_q, block_k = call.backward
     B, K, G, Gp, t = call.B, call.K, call.G, call.padded_group, call.part_q
     parts, many, blocks_k = call.T // t, block_q // t, call.S // block_k
     last = call.T // block_q - 1
@@ -120,7 +120,7 @@ def _outputs(call: Call, packed: Packed) -> dict[str, Output]:
 
 
 def _scratch(call: Call) -> dict[str, Any]:
-    block_q, block_k = call.blocks.backward
+    block_q, block_k = call.backward
     G, dtype = call.G, call.dtype
     found = {
         "bounds": pltpu.VMEM((3, block_q, LANES), jnp.int32),
@@ -164,7 +164,7 @@ def _kernel(
     scratch = dict(zip(scratch_names, refs[len(output_names) :], strict=True))
     b, kv_head, i, j = (pl.program_id(n) for n in range(4))
     last_q, last_k = i == pl.num_programs(2) - 1, j == pl.num_programs(3) - 1
-    block_q, block_k = call.blocks.backward
+    block_q, block_k = call.backward
     t, dtype = call.part_q, jnp.dtype(call.dtype)
     of_queries = [name for name in ("d_q", "d_U", "d_gain") if name in scratch]
     of_keys = [name for name in ("d_k", "d_v", "d_W", "d_key_bias") if name in scratch]

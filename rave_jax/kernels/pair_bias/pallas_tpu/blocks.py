@@ -33,8 +33,10 @@ class BlockSizes:
     """(queries, keys) of the forward kernel."""
     backward: tuple[int, int] = (512, 512)
     """(queries, keys) of the backward kernel."""
-    backward_keys: int = 32768
-    """Keys whose gradients the backward kernel keeps in its memory; longer rows are taken in chunks."""
+    key_bytes: int = 48 << 20
+    """Memory of the backward kernel for the gradients of keys; rows with more are taken in chunks of keys."""
+    query_bytes: int = 4 << 20
+    """What q and the output of a block may be in all heads of a kv head: a block of queries is halved down to that."""
     fold_linear: bool = False
     """Put a linear gate into further channels of <q, k>: pays where the matrix unit is deeper than a head."""
 
@@ -42,8 +44,8 @@ class BlockSizes:
         for name in ("forward", "backward"):
             sizes = getattr(self, name)
             require(all(n > 0 and n % 128 == 0 for n in sizes), name, sizes, "multiples of 128")
-        fits = self.backward_keys >= self.backward[1] and self.backward_keys % self.backward[1] == 0
-        require(fits, "backward_keys", self.backward_keys, "a multiple of the backward kernel's block of keys")
+        for name in ("key_bytes", "query_bytes"):
+            require(getattr(self, name) > 0, name, getattr(self, name), "a positive number of bytes")
 
 
 def block_facts(

@@ -30,7 +30,7 @@ def forward(
     packed: Packed, codes: Codes, facts: tuple[Int[Array, "n"], Int[Array, "m"]], call: Call
 ) -> tuple[Float[Array, "B K I G t c"], Float[Array, "B K I G t"]]:
     """(output, log-sum-exp in log2 with UNSEEN for rows that saw nothing and G padded to whole sublanes)."""
-    block_q, block_k = call.blocks.forward
+    block_q, block_k = call.forward
     grid = (call.B, call.K, call.T // block_q, call.S // block_k)
     visit = call.visit(grid[2], grid[3])
 
@@ -83,7 +83,7 @@ def _kernel(facts_q, facts_k, *refs, call: Call, visit: Any, names: tuple[str, .
     scratch = dict(zip(scratch_names, refs[len(names) + 2 :], strict=True))
     b, kv_head, i, j = (pl.program_id(n) for n in range(4))
     last = j == pl.num_programs(3) - 1
-    block_q, block_k = call.blocks.forward
+    block_q, block_k = call.forward
     t = call.part_q
     heads = call.G if block_q == t and call.G * block_q <= ROWS_AT_ONCE and block_q % 16 == 0 else 1
     rows = heads * block_q

@@ -39,8 +39,12 @@ class Call:
     key_bias: bool
     form: PairForm
     scale: float
-    blocks: BlockSizes
-    """Already cut to T and S."""
+    forward: tuple[int, int]
+    """(queries, keys) in a block of the forward kernel, cut to T and S."""
+    backward: tuple[int, int]
+    """(queries, keys) in a block of the backward kernel, cut to T and S."""
+    key_bytes: int
+    """See `BlockSizes`."""
     part_q: int
     """Queries in a part (t)."""
     part_k: int
@@ -77,6 +81,14 @@ class Call:
     def rounded_channels(self) -> int:
         """Channels of the products that make the gate's gradients."""
         return self.channels if self.dtype == "float32" else up(self.channels, 16)
+
+    @property
+    def keys_at_once(self) -> int:
+        """Keys whose gradients the backward kernel has room for, in whole blocks."""
+        numbers = self.h + self.c + (0 if self.r is None else self.rounded_channels)
+        numbers += self.padded_group if self.key_bias else 0
+        block = self.backward[1]
+        return min(max(self.key_bytes // (4 * numbers * block), 1) * block, self.S)
 
     @property
     def has_gain(self) -> bool:
@@ -217,9 +229,13 @@ def make_call(
     padded_T = up(T, 16) if few else up(T, LANES)
     padded_S = up(S, LANES)
 
+    wide = (up(h, LANES) + up(v.shape[-1], LANES)) * q.dtype.itemsize * (H // K)
+
     def cut(sizes: tuple[int, int]) -> tuple[int, int]:
         block_q, block_k = sizes
-        return (padded_T if few else min(block_q, padded_T)), min(block_k, padded_S)
+        while block_q > LANES and block_q * wide > blocks.query_bytes:
+            block_q //= 2
+        return (padded_T if few else min(up(block_q, LANES), padded_T)), min(block_k, padded_S)
 
     used = [cut(sizes) for sizes in (blocks.forward, blocks.backward)]
     sizes_q, sizes_k = zip(*used, strict=True)
@@ -227,7 +243,7 @@ def make_call(
         B=B,
         K=K,
         G=H // K,
-        T=up(T, math.lcm(*sizes_q)),
+        T=padded_T if few else up(T, math.lcm(*sizes_q)),
         S=up(S, math.lcm(*sizes_k)),
         h=up(h, LANES),
         c=up(v.shape[-1], LANES),
@@ -235,7 +251,9 @@ def make_call(
         key_bias=terms.per_key is not None,
         form=form,
         scale=scale,
-        blocks=CutBlocks(*used, backward_keys=blocks.backward_keys, fold_linear=blocks.fold_linear),
+        forward=used[0],
+        backward=used[1],
+        key_bytes=blocks.key_bytes,
         part_q=math.gcd(*sizes_q),
         part_k=math.gcd(*sizes_k),
         dtype=str(q.dtype),
@@ -247,11 +265,3 @@ def make_call(
 
 FEW = 64
 """So few queries (decoding) are one block, shorter than the lanes are wide."""
-
-
-@dataclass(frozen=True)
-class CutBlocks(BlockSizes):
-    """Blocks no longer than the call; a short one need not be whole lanes."""
-
-    def __post_init__(self) -> None:
-        pass
