@@ -12,11 +12,11 @@ from rave_jax.tools.tpu import TOPOLOGIES, Case, available, compile_cases
 KINDS = {"v5e": "TPU v5 lite", "v5p": "TPU v5", "v6e": "TPU v6 lite", "tpu7x": "TPU7x"}
 LONG = 2048
 CASES: dict[str, dict[str, Any]] = {
-    "training": {"queries": LONG, "keys": LONG, "group": 7},
+    "training": {"queries": LONG, "keys": LONG, "group": 2},
     "decoding": {"queries": 1, "keys": LONG, "group": 7, "form": "tanh", "rank": 8, "forward_only": True},
     "a gradient through few queries": {"queries": 8, "keys": 200, "group": 1, "form": "linear", "head_dim": 64},
-    "linear": {"queries": 200, "keys": 200, "group": 8, "form": "linear", "rank": 64, "key_bias": True},
-    "gain": {"queries": 200, "keys": 200, "group": 7, "form": "centered_sigmoid", "rank": 24, "head_dim": 80},
+    "linear": {"queries": 200, "keys": 200, "group": 7, "form": "linear", "rank": 64, "key_bias": True},
+    "gain": {"queries": 200, "keys": 200, "group": 2, "form": "centered_sigmoid", "rank": 24, "head_dim": 80},
     "float32": {"queries": 200, "keys": 200, "group": 1, "dtype": "float32", "head_dim": 256, "rank": 32},
     "float32 linear": {"queries": 200, "keys": 8, "group": 1, "dtype": "float32", "form": "linear", "kv_heads": 2},
     "no gate": {"queries": 200, "keys": 200, "group": 8, "form": None, "head_dim": 96, "rows": 2},
