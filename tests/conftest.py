@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from pathlib import Path
 
@@ -35,12 +36,16 @@ DATA = "RAVE_JAX_DATA"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip parity tests by name where no interpreter with torch is given."""
-    if os.environ.get(TORCH_PYTHON):
-        return
+    """Skip by name what needs an interpreter with torch, or the TPU compiler, where there is none."""
+    missing = {}
+    if not os.environ.get(TORCH_PYTHON):
+        missing["parity"] = f"{TORCH_PYTHON} names no interpreter that has torch"
+    if importlib.util.find_spec("libtpu") is None:
+        missing["tpu_compiler"] = "libtpu is not installed (pip install 'jax[tpu]')"
     for item in items:
-        if item.get_closest_marker("parity"):
-            item.add_marker(pytest.mark.skip(reason=f"{TORCH_PYTHON} names no interpreter that has torch"))
+        for marker, reason in missing.items():
+            if item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(scope="session")

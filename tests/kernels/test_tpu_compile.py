@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from rave_jax.kernels.pair_bias.tuning import BY_DEVICE_KIND
-from rave_jax.tools.tpu import TOPOLOGIES, Case, available, compile_cases
+from rave_jax.tools.tpu import TOPOLOGIES, Case, compile_cases
 
 KINDS = {"v5e": "TPU v5 lite", "v5p": "TPU v5", "v6e": "TPU v6 lite", "tpu7x": "TPU7x"}
 LONG = 2048
@@ -29,7 +29,7 @@ def test_every_chip_has_a_name_here() -> None:
     assert set(KINDS) == set(TOPOLOGIES) and set(KINDS.values()) <= set(BY_DEVICE_KIND)
 
 
-@pytest.mark.skipif(not available(), reason="libtpu is not installed (pip install 'jax[tpu]')")
+@pytest.mark.tpu_compiler
 @pytest.mark.parametrize("chip", TOPOLOGIES)
 def test_the_kernels_compile(chip: str) -> None:
     make = "tests.kernels.tpu_programs:step"

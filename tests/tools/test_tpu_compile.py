@@ -7,9 +7,9 @@ import sys
 
 import pytest
 
-from rave_jax.tools.tpu import TOPOLOGIES, Array, Case, Compiled, available, compile_cases
+from rave_jax.tools.tpu import TOPOLOGIES, Array, Case, Compiled, compile_cases
 
-needs_libtpu = pytest.mark.skipif(not available(), reason="libtpu is not installed (pip install 'jax[tpu]')")
+needs_libtpu = pytest.mark.tpu_compiler
 
 
 def case(name: str, function: str, **arguments: int) -> Case:
