@@ -13,7 +13,8 @@ from hypothesis import given, settings
 
 from rave_jax.kernels.pair_bias import KeySegments, PairForm, attention, choose
 from rave_jax.kernels.pair_bias.base import LOG_GATE_FLOOR, log_gate, tile_allow
-from tests.kernels.drawn import FORMS, Dims, random_codes, random_cotangents, random_key_bias, random_operands
+from rave_jax.kernels.pair_bias.support import interpreted
+from tests.kernels.drawn import FORMS, Dims, codes_of, random_codes, random_cotangents, random_key_bias, random_operands
 
 B, H, K, h, c, r = 2, 4, 2, 8, 6, 4  # c: width of values
 NUM_SEGMENTS = 4
@@ -204,6 +205,25 @@ def test_bfloat16_keeps_float32_statistics():
     np.testing.assert_allclose(lse, expected_lse, atol=1e-4)
 
 
+@pytest.mark.parametrize("implementation", ("reference", "xla", "pallas_tpu"))
+def test_an_interval_without_a_lower_end_reaches_no_key_that_is_nowhere(implementation):
+    """Neither one that is so given, nor one out of its segment, nor one that a backend pads with."""
+    rng = np.random.default_rng(6)
+    T, S, seen = 7, 300, 200
+    q, k, v, _ = random_operands(rng, dims(T, S), 0.5)
+    least, largest = np.iinfo(np.int32).min, np.iinfo(np.int32).max
+    order = np.where(np.arange(S) < seen, np.arange(S), least)
+    codes = codes_of(B, np.full(T, least), np.full(T, largest), order, np.full(T, -1), np.full(S, -2))
+    segments = KeySegments(jnp.broadcast_to(jnp.arange(S) % 2, (B, S)).astype(jnp.int32), 2)
+    with interpreted():
+        out, lse = attention(q, k, v, codes, scale=0.3, segments=segments, implementation=implementation)
+    for n in range(2):
+        inside = (np.arange(S) < seen) & (np.arange(S) % 2 == n)
+        dots = 0.3 * np.einsum("BTHh,BSHh->BTHS", q, np.repeat(np.asarray(k)[:, inside], H // K, axis=2))
+        np.testing.assert_allclose(lse[:, :, n], np.log(np.exp(dots).sum(-1)), atol=2e-5)
+    assert np.isfinite(out).all()
+
+
 def test_operands_that_do_not_fit_are_named():
     rng = np.random.default_rng(4)
     q, k, v, bias = random_operands(rng, dims(7, 9), 0.5)
@@ -214,5 +234,17 @@ def test_operands_that_do_not_fit_are_named():
         attention(q, k, v, codes._replace(hi=codes.hi[:, :-1]), scale=1.0)
     with pytest.raises(ValueError, match="3 query heads cannot share 2 kv heads"):
         attention(q[:, :, :3], k, v, codes, scale=1.0)
+    with pytest.raises(ValueError, match=r"k has shape \(2, 0, 2, 8\), expected \[batch, tokens, heads, width\]"):
+        attention(q, k[:, :0], v[:, :0], codes, scale=1.0)
+    with pytest.raises(ValueError, match=r"q has shape \(7, 4, 8\), expected \[batch"):
+        attention(q[0], k, v, codes, scale=1.0)
+    with pytest.raises(ValueError, match=r"bias\.gain is bfloat16, expected float32"):
+        attention(q, k, v, codes, bias._replace(gain=bias.gain.astype(jnp.bfloat16)), scale=1.0)
+    with pytest.raises(ValueError, match=r"bias\.key_on is float32, expected bool"):
+        attention(q, k, v, codes, bias._replace(key_on=bias.key_on.astype(jnp.float32)), scale=1.0)
+    with pytest.raises(ValueError, match="0 key segments, expected at least 1"):
+        attention(q, k, v, codes, scale=1.0, segments=KeySegments(codes.order, 0))
+    with pytest.raises(ValueError, match="an array as its scale"):
+        attention(q, k, v, codes, scale=jnp.float32(1))
     with pytest.raises(ValueError, match="'flash'"):
         choose("flash", q, k, v)

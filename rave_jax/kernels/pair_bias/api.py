@@ -5,10 +5,12 @@ from __future__ import annotations
 import functools
 import logging
 
+import jax
 import jax.numpy as jnp
 
 from rave_jax.kernels.pair_bias import reference, shards, support, xla
 from rave_jax.kernels.pair_bias.base import (
+    NOWHERE,
     Implementation,
     KeySegments,
     MaskCodes,
@@ -43,7 +45,7 @@ def attention(
         codes: who may see whom.
         bias: operands of the additive pair bias, or None.
         form: how the pair bias grows from its operands.
-        scale: multiplies <q, k>; usually head_dim ** -0.5.
+        scale: multiplies <q, k>; usually head_dim ** -0.5. A number: kernels are compiled for it.
         key_bias: one more term of the score for each key and head, float32 and finite, or None.
         segments: a partition of the keys; output and log-sum-exp are then given for each of its N segments apart.
         implementation: a backend by name, or "auto".
@@ -53,9 +55,11 @@ def attention(
         differentiable in q, k, v and every float operand of the terms.
 
     Raises:
-        ValueError: operands whose shapes do not belong together, or an implementation that is unknown or cannot serve.
+        ValueError: operands whose shapes do not belong together or that have another type, or an implementation that is
+            unknown or cannot serve.
     """
-    _check(q, k, v, codes, bias, key_bias, segments)
+    _check(q, k, v, codes, bias, scale, key_bias, segments)
+    codes = codes._replace(lo=jnp.maximum(codes.lo, NOWHERE + 1))
     run = BACKENDS[choose(implementation, q, k, v)]
     terms = Terms(bias, key_bias)
     if segments is None:
@@ -108,6 +112,27 @@ def _check(
     v: Array,
     codes: MaskCodes,
     bias: PairBias | None,
+    scale: float,
+    key_bias: Array | None,
+    segments: KeySegments | None,
+) -> None:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.ndim != 4 or x.size == 0:
+            raise ValueError(f"attention operand {name} has shape {x.shape}, expected [batch, tokens, heads, width]")
+    if isinstance(scale, jax.Array):
+        raise ValueError("attention has an array as its scale, expected a number")
+    if segments is not None and segments.count < 1:
+        raise ValueError(f"attention has {segments.count} key segments, expected at least 1")
+    _check_shapes(q, k, v, codes, bias, key_bias, segments)
+    _check_types(codes, bias, key_bias, segments)
+
+
+def _check_shapes(
+    q: Array,
+    k: Array,
+    v: Array,
+    codes: MaskCodes,
+    bias: PairBias | None,
     key_bias: Array | None,
     segments: KeySegments | None,
 ) -> None:
@@ -132,3 +157,17 @@ def _check(
             raise ValueError(f"attention operand {name} has shape {tuple(given)}, expected {wanted} beside q {q.shape}")
     if H % K:
         raise ValueError(f"{H} query heads cannot share {K} kv heads: {H} is not a multiple of {K}")
+
+
+def _check_types(codes: MaskCodes, bias: PairBias | None, key_bias: Array | None, segments: KeySegments | None) -> None:
+    given = {f"codes.{name}": (x, "int32") for name, x in codes._asdict().items()}
+    if bias is not None:
+        for name, x in bias._asdict().items():
+            given[f"bias.{name}"] = x, "bool" if name.endswith("_on") else "float32"
+    if key_bias is not None:
+        given["key_bias"] = key_bias, "float32"
+    if segments is not None:
+        given["segments.of"] = segments.of, "int32"
+    for name, (x, wanted) in given.items():
+        if x.dtype != wanted:
+            raise ValueError(f"attention operand {name} is {x.dtype}, expected {wanted}")
