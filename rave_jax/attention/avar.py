@@ -17,6 +17,7 @@ the layer, and layers that do not use it do not count. At inference it does noth
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import jax
@@ -48,8 +49,8 @@ class Avar:
 
     def __post_init__(self) -> None:
         for name in ("enhance", "suppress"):
-            require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
-        require(self.eps > 0, "eps", self.eps, "a small positive number")
+            require(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "at least 0")
+        require(0 < self.eps < math.inf, "eps", self.eps, "a small positive number")
 
     def build(self, dims: AttentionDims, key: jax.Array) -> AvarLosses:
         """The mechanism of one layer."""

@@ -15,6 +15,7 @@ The query term moves attention between text and image, the key and pair terms mo
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -54,7 +55,7 @@ class Rave:
 
     def __post_init__(self) -> None:
         require(self.rank >= 1, "rank", self.rank, "at least 1")
-        require(self.limit > 0, "limit", self.limit, "a positive number of logits")
+        require(0 < self.limit < math.inf, "limit", self.limit, "a positive number of logits")
 
     def build(self, dims: AttentionDims, key: jax.Array) -> RaveGate:
         """The gate of one layer.

@@ -46,12 +46,16 @@ class ZeroTuning:
     route: Literal["key_bias", "channel", "merge", "after"] = "key_bias"
     """How it is computed, always the same numbers: key_bias adds to the score in the kernel; channel through one more
     column of q and k; merge runs the kernel for the first token and the rest apart; after corrects its output, which is
-    cheapest, and too coarse where gamma is far below 1."""
+    cheapest, too coarse where gamma is far below 1, and so for gammas from 0.001 to 1000 alone."""
 
     def __post_init__(self) -> None:
         given = self.gamma if isinstance(self.gamma, tuple) else (self.gamma,)
         positive = all(0 < gamma < math.inf for gamma in given)
         require(positive, "gamma", self.gamma, "numbers above 0")
+        near = self.route != "after" or all(1e-3 <= gamma <= 1e3 for gamma in given)
+        require(near, "gamma", self.gamma, "numbers from 0.001 to 1000 by route 'after'")
+        known = self.route in ROUTES
+        require(known, "route", self.route, f"one of {', '.join(ROUTES)}")
         fits = self.heads == "all" or len(given) == len(self.heads) or not isinstance(self.gamma, tuple)
         require(fits, "gamma", self.gamma, f"one number, or one for each of heads {self.heads}")
         once = self.heads == "all" or len(set(self.heads)) == len(self.heads)

@@ -105,6 +105,9 @@ def test_a_table_of_gammas_survives_its_json() -> None:
         ({"gamma": (1.0, float("inf")), "heads": (0, 1)}, "gamma"),
         ({"gamma": (1.0, 2.0), "heads": (1,)}, "gamma"),
         ({"gamma": (1.0, 2.0)}, "gamma"),
+        ({"gamma": 1e-8, "route": "after"}, "gamma"),  # a row that sees its first token alone would be 0 / 0
+        ({"gamma": (2.0, 1e39), "heads": (0, 1), "route": "after"}, "gamma"),
+        ({"gamma": 2.0, "route": "before"}, "route"),
         ({"heads": (4,)}, "heads"),
         ({"heads": (1, 1)}, "heads"),
     ],

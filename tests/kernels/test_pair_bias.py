@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
+from rave_jax.config import ConfigError
 from rave_jax.kernels.pair_bias import KeySegments, PairForm, attention, choose
 from rave_jax.kernels.pair_bias.base import LOG_GATE_FLOOR, log_gate, tile_allow
 from rave_jax.kernels.pair_bias.support import interpreted
@@ -180,6 +181,12 @@ def test_the_mask_is_the_stated_predicate(seed):
     allow = np.asarray(tile_allow(codes))[:, 0, 0]
     for b, i, j in np.ndindex(B, 5, 9):
         assert allow[b, i, j] == (lo[b, i] <= order[b, j] <= hi[b, i] or open_q[b, i] == open_k[b, j])
+
+
+@pytest.mark.parametrize(("bad", "field"), [({"kind": "flat"}, "form"), ({"limit": float("inf")}, "limit")])
+def test_a_form_that_is_none_is_refused(bad, field):
+    with pytest.raises(ConfigError, match=field):
+        PairForm(**bad)
 
 
 def test_log_gate_is_accurate_everywhere_and_exact_at_zero():

@@ -11,8 +11,9 @@ for each segment, as if its keys were all there are.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +22,8 @@ from rave_jax.config import require
 from rave_jax.typing import Array, Bool, Float, Int
 
 Implementation = Literal["auto", "reference", "xla", "pallas_tpu"]
+Form = Literal["log_gate", "tanh", "linear", "centered_sigmoid"]
+FORMS = get_args(Form)
 NOWHERE = jnp.iinfo(jnp.int32).min
 """Order of keys that no interval reaches."""
 LOG_GATE_FLOOR = -69.0
@@ -49,14 +52,15 @@ class KeySegments(NamedTuple):
 class PairForm:
     """How the pair's z becomes a bias; f(0) is exactly 0 in every form, so a zero gate changes no bit."""
 
-    kind: Literal["log_gate", "tanh", "linear", "centered_sigmoid"] = "log_gate"
+    kind: Form = "log_gate"
     """log_gate: log(2 sigmoid(z)), a true multiplicative gate of at most 2; tanh: limit * tanh(z / limit);
     linear: z; centered_sigmoid: gain * (2 sigmoid(z) - 1) with a learned gain per head."""
     limit: float = 4.0
     """Bound of the tanh form, in logits."""
 
     def __post_init__(self) -> None:
-        require(self.limit > 0, "limit", self.limit, "a positive number of logits")
+        require(self.kind in FORMS, "form", self.kind, f"one of {', '.join(FORMS)}")
+        require(0 < self.limit < math.inf, "limit", self.limit, "a positive number of logits")
 
     def __call__(self, z: Array, gain: Array) -> Array:
         """The bias of z, elementwise in float32; `gain` broadcasts and is read by centered_sigmoid alone."""
