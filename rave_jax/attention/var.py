@@ -29,6 +29,7 @@ import jax
 import jax.numpy as jnp
 
 from rave_jax.attention.base import AttentionDims, Features, Mechanism, Parts
+from rave_jax.attention.merge import log_sum_exp
 from rave_jax.attention.plan import Layers
 from rave_jax.batch import Kind, Role, TokenInfo
 from rave_jax.config import require
@@ -95,12 +96,15 @@ class Redistribution(Mechanism):
     def merge(self, x: Features, parts: Parts, info_q: TokenInfo, info_k: TokenInfo) -> Float[Array, "B T N H"]:
         """Logs of both factors where the row and head looks at the picture, else 0."""
         config, mass = self.config, parts.mass
-        seen, sinks = mass[:, :, VISUAL], mass[:, :, TEXT_SINK] + mass[:, :, VISUAL_SINK]
+        seen = mass[:, :, VISUAL]
         picture = seen + mass[:, :, VISUAL_SINK]
         row = (info_q.kind == Kind.TEXT)[..., None] & (parts.segments[:, :, VISUAL_SINK] > -jnp.inf)
         looks = row & (seen > 0) & (picture >= config.summ) & (seen >= config.rho * picture)
         less = math.log1p(-config.move_fraction) if config.move_fraction < 1 else -math.inf
-        more = jnp.log1p(config.move_fraction * sinks / jnp.where(looks, seen, 1.0))
+        # log(1 + move m_S / m_N) from logs: gradients stay finite however small m_N is.
+        sinks = log_sum_exp(jnp.stack([parts.segments[:, :, n] for n in (TEXT_SINK, VISUAL_SINK)], axis=2), (2,))
+        ratio = jnp.where(looks, sinks, 0.0) - jnp.where(looks, parts.segments[:, :, VISUAL], 0.0)
+        more = jax.nn.softplus(math.log(config.move_fraction) + ratio)
         zero, less = jnp.zeros_like(more), jnp.full_like(more, less)
         by_segment = {OTHER: zero, TEXT_SINK: less, VISUAL: more, VISUAL_SINK: less}
         weights = jnp.stack([by_segment[n] for n in range(COUNT)], axis=2)

@@ -73,11 +73,19 @@ def calibrate(arguments: argparse.Namespace) -> None:
 
         found = tune(search, counted, layers, heads)
     show(found, search, len(examples), Console())
-    try:
-        out.write_text(dumps(found.configs), encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"cannot write {out}: {error.strerror or error}") from error
+    _write(out, dumps(found.configs))
     print(f"{out}: {len(found.configs)} mechanisms")
+
+
+def _write(out: Path, text: str) -> None:
+    """The whole file, or what was there before."""
+    part = out.with_name(f".{out.name}.part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(out)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise ConfigError(f"cannot write {out}: {error.strerror or error}") from error
 
 
 def _examples(data: SourceConfig, processor: Processor, search: ZeroTuningSearch, samples: int) -> list[Example]:

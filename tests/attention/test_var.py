@@ -12,8 +12,10 @@ import pytest
 
 from rave_jax import attention as at
 from rave_jax import config as machinery
+from rave_jax.attention.base import Parts
 from rave_jax.attention.calibrate.sinks import sink_dimensions
-from rave_jax.attention.var import sink_score
+from rave_jax.attention.merge import log_sum_exp
+from rave_jax.attention.var import Redistribution, sink_score
 from rave_jax.batch import Kind, Role, TokenInfo
 from rave_jax.config import ConfigError
 from rave_jax.models.config import ModelOptions
@@ -93,6 +95,25 @@ def test_every_setting_is_that_of_the_formula(change: dict[str, float]) -> None:
     np.testing.assert_allclose(rows, wanted, atol=1e-5)
     np.testing.assert_allclose(out, outputs(wanted, x), atol=1e-5)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
+
+
+@pytest.mark.parametrize("move", (0.4, 1.0))
+def test_a_picture_that_is_hardly_seen_has_finite_gradients(move: float) -> None:
+    """Weights of e^-45 and e^-86 beside those of the rest and of the sinks: squares of them are no float32 numbers."""
+    config = dataclasses.replace(VAR, rho=0.0, summ=0.0, move_fraction=move)
+    row = TokenInfo(*(jnp.full((1, 1), Kind.TEXT) for _ in TokenInfo._fields))
+    heads = jnp.array([[0.0, -3.0, -45.0, 0.0], [0.0, -3.0, -86.0, -90.0], [0.0, -3.0, -1.0, 0.0]])
+
+    def of(segments: jax.Array) -> tuple[jax.Array, jax.Array]:
+        parts = Parts(segments, log_sum_exp(segments, (2,)))
+        weights = Redistribution(config).merge(features(), parts, row, row)
+        return log_sum_exp(segments + weights, (2,)).sum(), weights
+
+    segments = heads.T[None, None]
+    (_, weights), gradient = jax.value_and_grad(of, has_aux=True)(segments)
+    assert np.isfinite(gradient).all()
+    moved = 1 + move * np.exp(heads[:, [1, 3]]).sum(-1) / np.exp(heads[:, 2])
+    np.testing.assert_allclose(weights[0, 0, 2], np.log(moved), rtol=1e-5)
 
 
 def test_nothing_moved_changes_no_bit() -> None:

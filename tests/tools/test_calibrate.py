@@ -38,6 +38,7 @@ def test_what_is_found_by_entropy_makes_a_built_model_surer(
     assert "5 samples, entropy" in said and said.count("kept") == 1 and str(out) in said.replace("\n", "")
     found = machinery.loads(tuple[MechanismConfig, ...], out.read_text())
     assert found and all(isinstance(one, ZeroTuning) for one in found)
+    assert list(out.parent.iterdir()) == [out]
 
     processor = sources.processor_of(folder)
     source = Synthetic(split="heldout").build()

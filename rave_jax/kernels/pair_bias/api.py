@@ -46,7 +46,8 @@ def attention(
         bias: operands of the additive pair bias, or None.
         form: how the pair bias grows from its operands.
         scale: multiplies <q, k>; usually head_dim ** -0.5. A number: kernels are compiled for it.
-        key_bias: one more term of the score for each key and head, float32 and finite, or None.
+        key_bias: one more term of the score for each key and head, float32, or None. It is no mask: numbers of many
+            thousands take the digits of the score and of the log-sum-exp, from which the gradients are made.
         segments: a partition of the keys; output and log-sum-exp are then given for each of its N segments apart.
         implementation: a backend by name, or "auto".
 
