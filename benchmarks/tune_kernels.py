@@ -29,7 +29,7 @@ SHARE = 0.6
 FINALISTS = 3
 MOST_HEADS = 8
 MOST_KEYS = 32768
-"""What must fit: `BlockSizes.backward_keys`."""
+"""What must fit: `BlockSizes.key_bytes`."""
 
 
 def kernel(which: str, gate: Gate) -> Kernel:
