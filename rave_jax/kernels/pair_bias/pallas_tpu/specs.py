@@ -179,10 +179,9 @@ def cost(
         transcendentals += pairs * (2 if call.form.kind == "log_gate" else int(call.form.kind != "linear"))
     copied = 0
     for name, array, spec in zip(specs.names, inputs, specs.blocks, strict=True):
-        if spec.block_shape is None:
-            copied += array.size * array.dtype.itemsize
-        else:
-            copied += _copies(name, grid) * _size(spec.block_shape) * array.dtype.itemsize
+        block: Any = spec.block_shape
+        numbers = array.size if block is None else _copies(name, grid) * math.prod(block)
+        copied += numbers * array.dtype.itemsize
     copied += sum(x.size * x.dtype.itemsize for x in outputs)
     return pl.CostEstimate(flops=flops, transcendentals=transcendentals, bytes_accessed=copied)
 
@@ -201,10 +200,3 @@ def _copies(name: str, grid: tuple[int, ...]) -> int:
         follows.append(1)
     quickest = max((axis for axis in follows if grid[axis] > 1), default=-1)
     return math.prod(grid[: quickest + 1])
-
-
-def _size(shape: Sequence[Any]) -> int:
-    size = 1
-    for n in shape:
-        size *= int(n)
-    return size

@@ -54,7 +54,7 @@ def gate_shift(z: Array, form: PairForm, gain: Array | None) -> Array:
     """What a tile of z' adds to the exponent.
 
     log_gate, with z' = -log2(e) z: log2(2 sigmoid(z)) = -log2(1/2 + 2^(z' - 1)). The product gives z' - 1. Powers and
-    logarithms of two are one operation each in a unit of their own, a division is thirteen of the vector unit's.
+    logarithms of two are one operation each in a unit of their own, a division is many of the vector unit's.
     """
     if form.kind == "log_gate":
         return -jnp.log2(0.5 + jnp.exp2(jnp.minimum(z, SHUT)))
