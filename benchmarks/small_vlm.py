@@ -126,7 +126,8 @@ class TorchSide:
         self.threads = len(os.sched_getaffinity(0))
         told = {"config": CONFIG, "seed": SEED, "threads": self.threads, **shape}
         Path(folder, "shape.json").write_text(json.dumps(told))
-        command = [interpreter, str(Path(__file__).with_name(script)), folder]
+        # -P: transformers looks for a package `kernels`, and would find the benchmark of that name in this folder.
+        command = [interpreter, "-P", str(Path(__file__).with_name(script)), folder]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
         self.says = json.loads(self._line())
 
