@@ -44,7 +44,7 @@ def load(path: Path, config: Examination, mesh: Mesh) -> tuple[Vlm, Processor]:
     """The model on the mesh, and its processor."""
     if not is_run(path):
         model = import_hf(path, config.model, mesh, jax.random.key(0))
-        return model, Processor.from_hf(path, config.min_pixels, config.max_pixels)
+        return model, Processor.from_hf(path, config.min_pixels, config.max_pixels, model.options.layout)
     if given := [name for name in ("model", "min_pixels", "max_pixels") if getattr(config, name) is not None]:
         raise ConfigError(f"{', '.join(given)}: not for a run such as {path}, which has its own")
     run = load_run(path, config.mesh, config.step)

@@ -36,13 +36,17 @@ class TokenInfo(NamedTuple):
 
     Fields:
         segment: packed document in the row, counted from 1; 0 is padding.
-        place: the token's place in its document, counted from 0.
+        place: the token's place in its document, counted from 0. Tokens of a picture may lie in another order, region
+            by region; masks go by the place.
         kind: a `Kind`.
         role: a `Role`.
         turn: number of the user turn in the document, counted from 1; 0 before the first.
-        image: image or video in the row, counted from 1; 0 for tokens that are not visual.
-        row, col, frame: place of a visual token in its merged grid, from 0.
-        grid_t, grid_h, grid_w: size of that merged grid; 0 for tokens that are not visual.
+        image: image or video in the row, counted from 1, on its visual and context tokens; 0 elsewhere.
+        row, col, frame: place of a visual token in its merged grid, from 0. Of a context token, `row` is which of its
+            frame's (or image's) it is, and `frame` its frame (or the last).
+        grid_t, grid_h, grid_w: size of that merged grid; 0 where `image` is.
+        region: region of a visual token in the row, counted from 1; 0 for other tokens, and where no mechanism of the
+            model asks for regions.
     """
 
     segment: Int[Array, "B T"]
@@ -57,6 +61,7 @@ class TokenInfo(NamedTuple):
     grid_t: Int[Array, "B T"]
     grid_h: Int[Array, "B T"]
     grid_w: Int[Array, "B T"]
+    region: Int[Array, "B T"]
 
 
 class Batch(NamedTuple):

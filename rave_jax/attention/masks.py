@@ -5,7 +5,9 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from rave_jax.batch import TokenInfo
 from rave_jax.kernels.pair_bias import MaskCodes
+from rave_jax.kernels.pair_bias.base import NOWHERE
 from rave_jax.typing import Array, Int
 
 NO_OPEN_Q, NO_OPEN_K = -1, -2
@@ -23,13 +25,15 @@ def _document_bounds(segment: Int[Array, "B T"]) -> tuple[Int[Array, "B T"], Int
     return index, jax.lax.cummax(jnp.where(first, index, 0), axis=1)
 
 
-def causal_codes(segment: Int[Array, "B T"]) -> MaskCodes:
+def causal_codes(info: TokenInfo) -> MaskCodes:
     """Each token sees the tokens of its own document up to itself; padding (segment 0) sees and is seen by none.
 
-    Documents are contiguous runs of one segment number.
+    Documents are contiguous runs of one segment number; `place` says where in its document a token stands, whatever the
+    order that the document's tokens lie in.
     """
-    index, start = _document_bounds(segment)
-    return codes_from_bounds(jnp.where(segment > 0, start, index + 1), index, index)
+    index, start = _document_bounds(info.segment)
+    order = jnp.where(info.segment > 0, start + info.place, index)
+    return codes_from_bounds(jnp.where(info.segment > 0, start, index + 1), order, order)
 
 
 def segment_codes(segment: Int[Array, "B P"]) -> MaskCodes:
@@ -37,7 +41,13 @@ def segment_codes(segment: Int[Array, "B P"]) -> MaskCodes:
     return codes_from_bounds(jnp.where(segment > 0, segment, 1), segment, segment)
 
 
-def cached_codes(slots: Int[Array, "B T"], size: int) -> MaskCodes:
-    """Queries at cache slots `slots` of rows that hold one document each: they see slots 0 .. their own."""
-    order = jnp.broadcast_to(jnp.arange(size, dtype=jnp.int32), (slots.shape[0], size))
-    return codes_from_bounds(jnp.zeros_like(slots), slots, order)
+def cached_codes(info: TokenInfo, held: TokenInfo) -> MaskCodes:
+    """Queries of rows whose slots hold one document each: they see its tokens up to their own place, and padding
+    (segment 0) sees none.
+
+    Args:
+        info: of the queries [B,T].
+        held: of the slots [B,S]; segment 0 where a slot holds nothing.
+    """
+    lo = jnp.where(info.segment > 0, 0, info.place + 1)
+    return codes_from_bounds(lo, info.place, jnp.where(held.segment > 0, held.place, NOWHERE))

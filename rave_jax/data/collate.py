@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import DTypeLike
 
-from rave_jax.batch import Batch, TokenInfo
+from rave_jax.batch import Batch, Kind, TokenInfo
 from rave_jax.data.sample import Example, OverBudget
 
 
@@ -93,7 +93,7 @@ def collate(rows: Sequence[Sequence[Example]], shape: BatchShape, patch_numbers:
         raise OverBudget(f"{len(rows)} rows for a batch of {shape.rows}")
     batch = empty_batch(shape, patch_numbers)
     for b, documents in enumerate(rows):
-        token = patch = images = frames = windows = 0
+        token = patch = images = frames = windows = regions = 0
         for number, example in enumerate(documents, start=1):
             check_fits(example, shape.tokens - token, shape.patches - patch, f"row {b}, document {number}")
             t = slice(token, token + len(example.tokens))
@@ -106,8 +106,9 @@ def collate(rows: Sequence[Sequence[Example]], shape: BatchShape, patch_numbers:
                 getattr(batch.info, name)[b, t] = code
             batch.info.segment[b, t] = number
             batch.info.image[b, t] = np.where(visual, example.info.image + images, 0)
+            batch.info.region[b, t] = np.where(example.info.region > 0, example.info.region + regions, 0)
             batch.positions[:, b, t] = example.positions
-            batch.visual_index[b, t] = np.where(visual, example.visual_index + patch // merge_patches, 0)
+            batch.visual_index[b, t] = np.where(example.info.kind == Kind.VISUAL, example.visual_index + patch // merge_patches, 0)
             batch.patches[b, p] = example.patches
             batch.patch_place[b, p] = example.patch_place
             batch.patch_segment[b, p] = example.patch_segment + frames
@@ -116,4 +117,5 @@ def collate(rows: Sequence[Sequence[Example]], shape: BatchShape, patch_numbers:
             images += int(example.info.image.max(initial=0))
             frames += int(example.patch_segment.max(initial=0))
             windows += int(example.patch_window.max(initial=0))
+            regions += int(example.info.region.max(initial=0))
     return batch

@@ -19,10 +19,12 @@ from typing import Any, Literal
 from rave_jax.batch import Batch
 from rave_jax.config import require
 from rave_jax.data.collate import BatchShape, check_fits, collate, round_up
+from rave_jax.data.layout import check_regions, region_major
 from rave_jax.data.order import Order
 from rave_jax.data.processor import Processor
 from rave_jax.data.sample import EmptyAnswer, Example, Sample, SampleError, Source, message_text
 from rave_jax.data.sources import SourceConfig, Synthetic
+from rave_jax.layout import VisualLayout
 
 log = logging.getLogger(__name__)
 
@@ -91,9 +93,9 @@ class DataConfig:
         for name, least in (("prefetch", 0), ("workers", 1), ("cache_mb", 0)):
             require(getattr(self, name) >= least, name, getattr(self, name), f"{least} or more")
 
-    def processor(self, directory: str | Path) -> Processor:
-        """The processor of an HF directory, under this config's pixel limits."""
-        return Processor.from_hf(directory, self.min_pixels, self.max_pixels)
+    def processor(self, directory: str | Path, layout: VisualLayout) -> Processor:
+        """The processor of an HF directory, under this config's pixel limits and the layout a model wants."""
+        return Processor.from_hf(directory, self.min_pixels, self.max_pixels, layout)
 
 
 @dataclass(frozen=True)
@@ -251,6 +253,9 @@ class Pipeline:
         example = self.processor.encode(sample.messages, name=name)
         per_row = self.config.documents_per_row
         check_fits(example, self.shape.tokens // per_row, self.shape.patches // per_row, name)
+        if self.processor.layout.regions is not None:
+            check_regions(example, self.processor.layout.max_regions // per_row, name)
+            example = region_major(example)
         self._cache.put(key, example)
         return example
 

@@ -15,9 +15,11 @@ from rave_jax.batch import Kind, Role, TokenInfo
 from rave_jax.config import ConfigError, require
 from rave_jax.data.chat import ChatTemplate, Run, read_template
 from rave_jax.data.images import Patches, PatchGrid, count_tokens, image_patches
+from rave_jax.data.layout import lay_out
 from rave_jax.data.positions import Visual, grid_places, mrope_positions
 from rave_jax.data.sample import Example, Message, SampleError
 from rave_jax.data.video import VideoLimits, video_patches
+from rave_jax.layout import VisualLayout
 from rave_jax.typing import NpArray
 
 BICUBIC = 3
@@ -175,19 +177,30 @@ class Processor:
         tokenizer: a fast tokenizer of transformers.
         settings: what the model wants of its pictures.
         chat_template: the Jinja text of its chat template.
+        layout: how the model wants its pictures laid out (`ModelOptions.layout`).
     """
 
-    def __init__(self, tokenizer: Any, settings: ProcessorSettings, chat_template: str):
+    def __init__(
+        self, tokenizer: Any, settings: ProcessorSettings, chat_template: str, layout: VisualLayout | None = None
+    ):
         self.tokenizer = tokenizer
         self.settings = settings
+        self.layout = layout or VisualLayout()
         try:
             self.chat = ChatTemplate(tokenizer, chat_template)
         except SampleError as error:
             raise ConfigError(str(error)) from error
 
     @classmethod
-    def from_hf(cls, directory: str | Path, min_pixels: int | None = None, max_pixels: int | None = None) -> Processor:
-        """The processor of an HF directory, with other pixel limits for pictures where given.
+    def from_hf(
+        cls,
+        directory: str | Path,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        layout: VisualLayout | None = None,
+    ) -> Processor:
+        """The processor of an HF directory, with other pixel limits for pictures where given, and the layout that the
+        model wants of them.
 
         Raises:
             ConfigError: a file or key is missing.
@@ -212,7 +225,8 @@ class Processor:
             raise ConfigError(f"{directory}: no tokenizer could be read: {error}") from error
         if not getattr(tokenizer, "is_fast", False):
             raise ConfigError(f"{directory}: {type(tokenizer).__name__} is no fast tokenizer")
-        return cls(tokenizer, replace(settings, min_pixels=low, max_pixels=high), read_template(directory, tokenizer))
+        settings = replace(settings, min_pixels=low, max_pixels=high)
+        return cls(tokenizer, settings, read_template(directory, tokenizer), layout)
 
     @property
     def end_id(self) -> int:
@@ -224,9 +238,9 @@ class Processor:
         return self.tokenizer.decode(np.asarray(tokens).tolist(), skip_special_tokens=True)
 
     def count_tokens(self, height: int, width: int) -> int:
-        """Number of visual tokens of a picture of this size (see `images.image_size` for a file's)."""
+        """Number of visual and context tokens of a picture of this size (see `images.image_size` for a file's)."""
         s = self.settings
-        return count_tokens(height, width, s.grid, s.min_pixels, s.max_pixels)
+        return count_tokens(height, width, s.grid, s.min_pixels, s.max_pixels) + self.layout.extra_tokens((1, 0, 0))
 
     def encode(self, messages: Sequence[Message], add_generation_prompt: bool = False, name: str = "") -> Example:
         """One conversation in numbers.
@@ -268,7 +282,7 @@ class Processor:
         ]
         info, visual_index = self._visual_codes(len(tokens), visuals, [patches for patches, _ in cuts])
         info = info._replace(role=spread([int(run.role) for run in runs]), turn=spread(turn))
-        return Example(
+        example = Example(
             tokens=tokens,
             loss_mask=np.repeat(learn, repeats),
             info=info,
@@ -276,6 +290,7 @@ class Processor:
             visual_index=visual_index,
             **_join([patches for patches, _ in cuts], self.settings.patch_numbers),
         )
+        return lay_out(example, self.layout)
 
     def _cut(self, part: Message) -> tuple[Patches, float | None]:
         s = self.settings

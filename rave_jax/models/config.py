@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from rave_jax.attention import AttentionDims, MechanismConfig, SlidingWindow
 from rave_jax.config import require
 from rave_jax.kernels.pair_bias import Implementation
+from rave_jax.layout import ContextTokens, VisualLayout
 
 FloatName = Literal["float32", "bfloat16"]
 Remat = Literal["none", "full", "dots"]
@@ -215,6 +216,8 @@ class ModelOptions:
 
     mechanisms: tuple[MechanismConfig, ...] = ()
     """What changes attention, in order; empty is plain attention."""
+    context: ContextTokens | None = None
+    """Learnable tokens behind each picture or frame, or None."""
     attention: Implementation = "auto"
     """Attention backend: reference is dense (the oracle), xla is blockwise, auto chooses and logs why."""
     remat: Remat = "none"
@@ -229,6 +232,11 @@ class ModelOptions:
     """Number type of activations and matmuls; softmax, norms and rotary angles are float32 always."""
     lora: Lora | None = None
     """Low-rank adapters, or None."""
+
+    @property
+    def layout(self) -> VisualLayout:
+        """How the mechanisms want pictures laid out."""
+        return VisualLayout(context=self.context)
 
     @property
     def params(self) -> jnp.dtype:

@@ -163,11 +163,11 @@ class Decoder(nnx.Module):
             rows: queries, by index, whose attention rows are wanted in every layer.
             losses: are the mechanisms' losses wanted? They are summed over layers; `loss_weights` belongs to them.
         """
-        base = attention.causal_codes(info.segment)
+        base, own = attention.causal_codes(info), _indices(info)
         wanted = []
         total: dict[str, Array] = {}
         for segment in self.segments:
-            at = self._situation(segment, base, info, info, positions, start=None, rows=rows)
+            at = self._situation(segment, base, info, info, positions, own=own, start=None, rows=rows)
 
             def body(layer: DecoderLayer, x: Array, _: None, at: Situation) -> tuple[Array, tuple[Any, Any]]:
                 out = layer(x, at, None, losses)
@@ -182,10 +182,10 @@ class Decoder(nnx.Module):
         self, x: Float[Array, "B T D"], info: TokenInfo, positions: Int[Array, "3 B T"]
     ) -> Float[Array, "L B T D"]:
         """The hidden states that enter each layer, whole rows at once; arguments as in `__call__`."""
-        base = attention.causal_codes(info.segment)
+        base, own = attention.causal_codes(info), _indices(info)
         entered = []
         for segment in self.segments:
-            at = self._situation(segment, base, info, info, positions, start=None, rows=None)
+            at = self._situation(segment, base, info, info, positions, own=own, start=None, rows=None)
 
             def body(layer: DecoderLayer, x: Array, _: None, at: Situation) -> tuple[Array, Array]:
                 return layer(x, at, None).x, x
@@ -222,10 +222,10 @@ class Decoder(nnx.Module):
         # What lies beyond is left from before, and `mask` hooks may not take it for tokens.
         reached = jnp.arange(cache.size, dtype=jnp.int32) < start[:, None] + T
         held = jax.tree.map(lambda code: jnp.where(reached, code, 0), held)
-        base = attention.cached_codes(slots, cache.size)
+        base = attention.cached_codes(info, held)
         segments = []
         for segment, stored in zip(self.segments, cache.segments, strict=True):
-            at = self._situation(segment, base, info, held, positions, start=start, rows=None)
+            at = self._situation(segment, base, info, held, positions, own=slots, start=start, rows=None)
 
             def body(layer: DecoderLayer, carry: Any, n: Array, at: Situation) -> tuple[Any, None]:
                 out = layer(carry[0], at, LayerCache(carry[1], n))
@@ -265,15 +265,21 @@ class Decoder(nnx.Module):
         info_k: TokenInfo,
         positions: Int[Array, "3 B T"],
         *,
+        own: Int[Array, "B T"],
         start: Int[Array, "B"] | None,
         rows: Int[Array, "B N"] | None,
     ) -> Situation:
         # The hooks `positions` and `mask` read no parameters, so the stacked mechanisms may answer for all layers.
         mechanisms = segment.layers.mechanisms
-        placed = attention.positions(mechanisms, info_q, info_k, base.hi, positions)
+        placed = attention.positions(mechanisms, info_q, info_k, own, positions)
         rotation = text_rotation(placed, self.head_dim, self.rope_theta, self.mrope_section)
         codes = attention.mask_codes(mechanisms, info_q, info_k, base)
         return Situation(rotation, codes, info_q, info_k, start, rows)
+
+
+def _indices(info: TokenInfo) -> Int[Array, "B T"]:
+    """Where each token lies in its row."""
+    return jnp.broadcast_to(jnp.arange(info.segment.shape[1], dtype=jnp.int32), info.segment.shape)
 
 
 def _added(total: dict[str, Array], found: dict[str, Array]) -> dict[str, Array]:

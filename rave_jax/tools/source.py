@@ -57,8 +57,9 @@ def processor_of(path: Path) -> Processor:
     """
     if is_run(path):
         run = run_directory(path)
-        return run.read_config().data.processor(run.model)
-    return Processor.from_hf(path)
+        config = run.read_config()
+        return config.data.processor(run.model, config.model.layout)
+    return Processor.from_hf(path, layout=options_of(path).layout)
 
 
 def options_of(path: Path) -> ModelOptions:

@@ -84,7 +84,7 @@ def train(config: TrainConfig) -> None:
         check_writable(directory.checkpoints, kept * local_bytes(session.state) - present)
         if hosts.is_first():
             print_parameters(group_rows(session, config.optimizer))
-        processor = config.data.processor(directory.model)
+        processor = config.data.processor(directory.model, config.model.layout)
         with Store(directory.checkpoints, config.keep) as store:
             state = _train(config, session, directory, store, processor)
     model = session.graph.merge(state.trained | state.frozen)
@@ -196,4 +196,5 @@ def load_run(path: str | Path, mesh: MeshConfig | None = None, step: int | None 
             raise ConfigError(f"{directory.path} holds no checkpoint yet")
         found = store.restore_parameters(step, parameters_target(graph, devices))
     model = graph.merge(found["values"])
-    return LoadedRun(config, model, config.data.processor(directory.model), devices, step)
+    processor = config.data.processor(directory.model, config.model.layout)
+    return LoadedRun(config, model, processor, devices, step)

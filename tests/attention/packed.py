@@ -47,7 +47,7 @@ def features(seed: int = 0, rows: int = B, length: int = T) -> at.Features:
 
 def attend(x: at.Features, info: TokenInfo, mechanisms: Any, **options: Any) -> at.AttentionOutput:
     """Attention over whole rows."""
-    codes = mask_codes(mechanisms, info, info, at.causal_codes(info.segment))
+    codes = mask_codes(mechanisms, info, info, at.causal_codes(info))
     return at.attend(x, at.remember(mechanisms, x), codes, info, info, mechanisms, **options)
 
 
@@ -70,7 +70,7 @@ def dense_map(configs, x: at.Features, info: TokenInfo) -> np.ndarray:
         said = mechanism.score(x, mechanism.remember(x), info, info)
         if said is not None:
             scores = scores + np.float64(ungroup_heads(tile_bias(*said.pair)))
-    allow = np.asarray(tile_allow(mask_codes(mechanisms, info, info, at.causal_codes(info.segment))))[:, 0, 0, :, None]
+    allow = np.asarray(tile_allow(mask_codes(mechanisms, info, info, at.causal_codes(info))))[:, 0, 0, :, None]
     return normalised(np.where(allow, np.exp(scores), 0.0))
 
 

@@ -23,7 +23,10 @@ def info_of(segment, kind=None) -> TokenInfo:
     segment = jnp.asarray(segment, jnp.int32)
     zeros = jnp.zeros_like(segment)
     info = TokenInfo(*[zeros] * len(TokenInfo._fields))
+    first = jnp.pad(segment[:, 1:] != segment[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    index = jnp.arange(segment.shape[1], dtype=jnp.int32)
     return info._replace(
+        place=index - jax.lax.cummax(jnp.where(first, index, 0), axis=1),
         segment=segment, kind=jnp.where(segment > 0, Kind.TEXT, Kind.PAD) if kind is None else jnp.asarray(kind)
     )
 
@@ -47,7 +50,7 @@ rows = st.lists(st.integers(1, 5), min_size=1, max_size=4).map(
 def test_causal_and_window_rules_by_brute_force(batch, window):
     segment = np.stack(batch)
     info = info_of(segment)
-    codes = at.causal_codes(info.segment)
+    codes = at.causal_codes(info)
     narrow = mask_codes([at.SlidingWindow(window).build(DIMS, KEY)], info, info, codes)
     full, near = allowed(codes), allowed(narrow)
     for b, i, j in np.ndindex(len(segment), 20, 20):
@@ -62,9 +65,15 @@ def test_segment_codes_see_their_own_frame_and_nothing_of_padding():
     assert np.array_equal(seen, (segment[0][:, None] == segment[0]) & (segment[0] > 0)[:, None])
 
 
-def test_cached_codes_see_slots_up_to_their_own():
-    seen = allowed(at.cached_codes(jnp.array([[3], [0]]), 6))
-    assert seen[0, 0].tolist() == [True] * 4 + [False] * 2 and seen[1, 0].tolist() == [True] + [False] * 5
+def test_cached_codes_see_places_up_to_their_own_and_no_empty_slot():
+    held = info_of([[1, 1, 1, 1, 0, 0], [1, 0, 1, 1, 0, 0]])._replace(
+        place=jnp.array([[0, 1, 2, 3, 0, 0], [2, 0, 0, 1, 0, 0]])
+    )
+    query = info_of([[1], [1]])._replace(place=jnp.array([[3], [1]]))
+    seen = allowed(at.cached_codes(query, held))
+    assert seen[0, 0].tolist() == [True] * 4 + [False] * 2
+    assert seen[1, 0].tolist() == [False, False, True, True, False, False]
+    assert not allowed(at.cached_codes(info_of([[0], [0]]), held)).any()
 
 
 def test_text_positions_count_every_token():
@@ -104,7 +113,7 @@ def test_rows_on_demand_are_the_rows_of_the_map(implementation):
     gate = at.Rave(start="random").build(DIMS, KEY)
     wanted = jnp.array([[3, 149], [0, 77]])
     x = features(q, k, v)
-    codes = at.causal_codes(info.segment)
+    codes = at.causal_codes(info)
     given_ = at.attend(x, at.remember([gate], x), codes, info, info, [gate], implementation=implementation, rows=wanted)
     # A value of e_j per key reads the map off the output.
     for b in range(2):

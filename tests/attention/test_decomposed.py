@@ -37,7 +37,7 @@ def run(configs: Any, x: at.Features, info: TokenInfo, ct: jax.Array, implementa
     own = jnp.broadcast_to(jnp.arange(x.q.shape[1]), x.q.shape[:2])
     placed = positions(mechanisms, info, info, own, place_of(info))
     rotation = text_rotation(placed, DIMS.head_dim, 100.0, (2, 1, 1))
-    codes = mask_codes(mechanisms, info, info, at.causal_codes(info.segment))
+    codes = mask_codes(mechanisms, info, info, at.causal_codes(info))
 
     def layer(x: at.Features) -> Any:
         x = x._replace(q=rotate(x.q0, rotation), k=rotate(x.k0, rotation))
@@ -177,7 +177,7 @@ class Two(at.Mechanism):
 
 def test_channels_are_added_for_all_keys_in_any_order() -> None:
     x, info = features(), info_of(*ROWS)
-    codes = at.causal_codes(info.segment)
+    codes = at.causal_codes(info)
     unrotated = at.build_mechanisms((PLAIN,), DIMS, KEY)[0]
     every = jnp.broadcast_to(jnp.arange(T), (B, T))
 

@@ -129,7 +129,7 @@ RULES: dict[str, tuple[at.MechanismConfig, Callable[[list[Token], int, int], boo
 
 def allowed(row: list[Token], *configs: at.MechanismConfig) -> np.ndarray:
     info = info_of(row)
-    codes = mask_codes(at.build_mechanisms(configs, DIMS, KEY), info, info, at.causal_codes(info.segment))
+    codes = mask_codes(at.build_mechanisms(configs, DIMS, KEY), info, info, at.causal_codes(info))
     return np.asarray(tile_allow(codes))[0, 0, 0]
 
 
@@ -222,7 +222,7 @@ def test_blocks_give_what_the_whole_map_gives(name: str) -> None:
     assert T * T > 1 << 14, "one block would prove nothing"
     rng = np.random.default_rng(0)
     q, k, v, out = (jnp.asarray(rng.normal(size=(1, T, n, 8)), jnp.float32) for n in (4, 2, 2, 4))
-    codes = mask_codes([RULES[name][0].build(DIMS, KEY)], info, info, at.causal_codes(info.segment))
+    codes = mask_codes([RULES[name][0].build(DIMS, KEY)], info, info, at.causal_codes(info))
     results = [attention_and_gradients(q, k, v, out, codes, info, which) for which in ("reference", "xla")]
     for dense, blocks in zip(*results, strict=True):
         np.testing.assert_allclose(blocks, dense, atol=2e-5)
@@ -247,7 +247,7 @@ def test_what_two_cannot_own_is_refused_by_name(configs: tuple[at.MechanismConfi
 def test_mechanisms_say_what_they_own() -> None:
     """Who overrides a hook that only one can have, or changes codes that only one may, says so."""
     info = info_of(row_of([tokens_of([(Role.QUESTION, [2, (1, 3, 4), 3]), (Role.RESPONSE, [2])])]))
-    plain = at.causal_codes(info.segment)
+    plain = at.causal_codes(info)
     for config in (at.Rave(), at.SlidingWindow(4), at.TextPositions(), at.Mma(), at.Croc(), at.Cca()):
         mechanism = config.build(DIMS, KEY)
         kind = type(mechanism)

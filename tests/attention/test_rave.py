@@ -23,7 +23,10 @@ TERMS = ("pair", "pair+q", "pair+k", "all")
 def info() -> TokenInfo:
     kind = jnp.asarray(KINDS, jnp.int32)
     zeros = jnp.zeros_like(kind)
-    return TokenInfo(*[zeros] * len(TokenInfo._fields))._replace(kind=kind, segment=(kind > 0).astype(jnp.int32))
+    place = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), kind.shape)
+    return TokenInfo(*[zeros] * len(TokenInfo._fields))._replace(
+        kind=kind, segment=(kind > 0).astype(jnp.int32), place=place
+    )
 
 
 def features(seed: int = 0) -> at.Features:
@@ -92,7 +95,7 @@ def test_the_bias_reads_features_before_rope_only():
 
 
 def gate_gradient(gate, x, token_info):
-    codes = at.causal_codes(token_info.segment)
+    codes = at.causal_codes(token_info)
 
     def loss(gate):
         return (at.attend(x, at.remember([gate], x), codes, token_info, token_info, [gate]).out ** 2).sum()
@@ -126,7 +129,7 @@ def test_grouped_heads_equal_expanded_heads():
     )
     wide.key_proj[...], wide.key_term[...] = (jnp.repeat(p[...], 2, 0) for p in (gate.key_proj, gate.key_term))
     every = x._replace(**{n: jnp.repeat(getattr(x, n), 2, 2) for n in ("k", "v", "k0")})
-    codes = at.causal_codes(info().segment)
+    codes = at.causal_codes(info())
     grouped = at.attend(x, at.remember([gate], x), codes, info(), info(), [gate]).out
     expanded = at.attend(every, at.remember([wide], every), codes, info(), info(), [wide]).out
     np.testing.assert_allclose(grouped, expanded, atol=1e-6)

@@ -13,7 +13,7 @@ import pytest
 
 REPO = Path(__file__).resolve().parents[2]
 PACKAGE = REPO / "rave_jax"
-GROUND = {"typing", "config", "batch"}
+GROUND = {"typing", "config", "batch", "layout"}
 MODEL = GROUND | {"parallel", "kernels", "attention", "models"}
 AFTER_MODEL = MODEL | {"checkpoint", "inference", "data"}
 
@@ -23,6 +23,7 @@ PARTS: dict[str, set[str]] = {
     "typing": set(),
     "config": set(),
     "batch": {"typing"},
+    "layout": {"typing", "config"},
     "observe": set(),
     "data": GROUND,
     "parallel": GROUND,
@@ -40,7 +41,7 @@ PARTS: dict[str, set[str]] = {
 # Libraries that only these parts may import. What is not named here and declared in pyproject.toml is free.
 # Paths with a dot name one library module and whatever lies below it.
 ONLY: dict[str, set[str]] = {
-    "jax": {*PARTS} - {"__init__", "config", "batch", "data", "observe"},  # typing: for the type checker alone
+    "jax": {*PARTS} - {"__init__", "config", "batch", "layout", "data", "observe"},  # typing: for the type checker alone
     "flax": {"parallel", "attention", "models", "checkpoint", "inference", "evaluation", "look", "training", "tools"},
     "optax": {"training"},
     "orbax": {"checkpoint", "parallel"},

@@ -1,0 +1,122 @@
+"""How the tokens of a picture are laid out: regions that attention may choose between, and context tokens behind them.
+
+A model's mechanisms say it (`ModelOptions.layout`), `data` carries it out, and both read these configs.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from rave_jax.config import require
+from rave_jax.typing import Int, NpArray
+
+Grid = tuple[int, int, int]
+"""Frames, rows and columns of a merged grid."""
+
+
+@dataclass(frozen=True)
+class FixedRegions:
+    """Regions of one size. Those at the far edges of a grid that it does not divide are smaller."""
+
+    height: int = 6
+    """Rows of a region."""
+    width: int = 6
+    """Columns of a region."""
+    frames: int = 1
+    """Frames of a region."""
+
+    def __post_init__(self) -> None:
+        for name in ("height", "width", "frames"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+
+    @property
+    def tokens(self) -> int:
+        """m: the most tokens in a region."""
+        return self.height * self.width * self.frames
+
+    def shape(self, grid: Grid) -> Grid:
+        """Regions of a grid along its frames, rows and columns."""
+        t, h, w = grid
+        return -(-t // self.frames), -(-h // self.height), -(-w // self.width)
+
+    def coordinates(self, places: tuple[Int[NpArray, "N"], ...], grid: Grid) -> tuple[Int[NpArray, "N"], ...]:
+        """Which region, along frames, rows and columns, each place (frame, row, column) is in."""
+        frame, row, col = places
+        return frame // self.frames, row // self.height, col // self.width
+
+
+@dataclass(frozen=True)
+class AdaptiveRegions:
+    """So many regions in each picture, whatever its size; fewer where a grid has fewer rows or columns."""
+
+    rows: int = 4
+    """Regions along the height of a picture."""
+    cols: int = 4
+    """Regions along its width."""
+    frames: int = 1
+    """Frames of a region."""
+    tokens: int = 144
+    """m: the most tokens in a region; a picture whose regions would have more is over budget."""
+
+    def __post_init__(self) -> None:
+        for name in ("rows", "cols", "frames", "tokens"):
+            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+
+    def shape(self, grid: Grid) -> Grid:
+        """Regions of a grid along its frames, rows and columns."""
+        t, h, w = grid
+        return -(-t // self.frames), min(self.rows, h), min(self.cols, w)
+
+    def coordinates(self, places: tuple[Int[NpArray, "N"], ...], grid: Grid) -> tuple[Int[NpArray, "N"], ...]:
+        """Which region, along frames, rows and columns, each place (frame, row, column) is in. No region is empty, and
+        the sizes along an axis differ by at most one."""
+        frame, row, col = places
+        _, down, across = self.shape(grid)
+        return frame // self.frames, row * down // grid[1], col * across // grid[2]
+
+
+Regions = FixedRegions | AdaptiveRegions
+
+
+@dataclass(frozen=True)
+class ContextTokens:
+    """Learnable tokens behind each picture or frame that see it alone and are seen by all that follows.
+
+    Source: Gaze Attention (arXiv 2605.13080), as its authors describe it; positions and start are ours.
+    """
+
+    count: int = 4
+    """Tokens behind each picture or frame."""
+    per: Literal["frame", "image"] = "frame"
+    """Does each frame of a video get its own, or the whole video? Pictures have one frame."""
+    sees: Literal["own", "own+first"] = "own"
+    """What they see: their own picture or frame, or also the first token of the document."""
+
+    def __post_init__(self) -> None:
+        require(self.count >= 1, "count", self.count, "at least 1")
+
+    def tokens(self, grid: Grid) -> int:
+        """Context tokens of a whole grid."""
+        return self.count * (grid[0] if self.per == "frame" else 1)
+
+
+@dataclass(frozen=True)
+class VisualLayout:
+    """How pictures are laid out for one model; the default is plain."""
+
+    regions: Regions | None = None
+    """Which tokens form a region, or None where no mechanism asks for regions."""
+    max_regions: int = 0
+    """R: the most regions of a row."""
+    context: ContextTokens | None = None
+    """Tokens behind each picture or frame, or None."""
+
+    def count_regions(self, grid: Grid) -> int:
+        """Regions of a grid; 0 without regions."""
+        return 0 if self.regions is None else math.prod(self.regions.shape(grid))
+
+    def extra_tokens(self, grid: Grid) -> int:
+        """Context tokens of a grid; 0 without them."""
+        return 0 if self.context is None else self.context.tokens(grid)
