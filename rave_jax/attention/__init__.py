@@ -3,7 +3,16 @@
 One line per mechanism below makes it known to configs.
 """
 
-from rave_jax.attention.attend import AttentionOutput, attend, mask_codes, positions, remember
+from rave_jax.attention.attend import (
+    AttentionOutput,
+    attend,
+    combine,
+    mask_codes,
+    positions,
+    remember,
+    router_of,
+    summarise,
+)
 from rave_jax.attention.avar import Avar
 from rave_jax.attention.base import (
     AttentionDims,
@@ -22,6 +31,7 @@ from rave_jax.attention.cache import CacheType, KvCache
 from rave_jax.attention.cca import Cca
 from rave_jax.attention.croc import Croc
 from rave_jax.attention.decomposed import Decomposed
+from rave_jax.attention.gaze import Gaze, TopKSchedule
 from rave_jax.attention.masks import cached_codes, causal_codes, segment_codes
 from rave_jax.attention.mma import Mma
 from rave_jax.attention.plan import Layers, SegmentPlan, build_mechanisms, plan_segments
@@ -31,7 +41,7 @@ from rave_jax.attention.text_positions import TextPositions
 from rave_jax.attention.var import Var
 from rave_jax.attention.zero_tuning import ZeroTuning
 
-MechanismConfig = Rave | SlidingWindow | TextPositions | Mma | Croc | Cca | ZeroTuning | Avar | Var | Decomposed
+MechanismConfig = Rave | SlidingWindow | TextPositions | Mma | Croc | Cca | ZeroTuning | Avar | Var | Decomposed | Gaze
 
 __all__ = [
     "AttentionDims",
@@ -43,6 +53,7 @@ __all__ = [
     "Croc",
     "Decomposed",
     "Features",
+    "Gaze",
     "KeyFactor",
     "Keys",
     "KvCache",
@@ -58,6 +69,7 @@ __all__ = [
     "SegmentPlan",
     "SlidingWindow",
     "TextPositions",
+    "TopKSchedule",
     "Var",
     "ZeroTuning",
     "attend",
@@ -65,9 +77,12 @@ __all__ = [
     "cached_codes",
     "causal_codes",
     "check_owners",
+    "combine",
     "mask_codes",
     "plan_segments",
     "positions",
     "remember",
+    "router_of",
     "segment_codes",
+    "summarise",
 ]

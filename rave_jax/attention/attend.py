@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
 from rave_jax.attention.base import Features, KeyFactor, Keys, Mechanism, Parts, overrides
 from rave_jax.attention.merge import log_weights, merged, partition_of, parts_of, with_factor
-from rave_jax.attention.probe import attention_rows
+from rave_jax.attention.probe import attention_rows, chosen_regions
 from rave_jax.attention.scores import scores_of
 from rave_jax.batch import TokenInfo
-from rave_jax.kernels import pair_bias
+from rave_jax.kernels import pair_bias, routed
 from rave_jax.kernels.pair_bias import Implementation, MaskCodes
-from rave_jax.typing import Array, Float, Int
+from rave_jax.kernels.routed import Routing
+from rave_jax.typing import Array, Bool, Float, Int
 
 
 class AttentionOutput(NamedTuple):
-    """What `attend` gives: heads' outputs, the asked-for rows of the attention map (None if not asked), and the sums of
-    the mechanisms' losses by name (none if not asked)."""
+    """What `attend` gives: heads' outputs, of the asked-for queries the rows of the attention map and which regions
+    they chose (None if not asked, or where nothing routes), and the sums of the mechanisms' losses by name (none if not
+    asked)."""
 
     out: Float[Array, "B T H h"]
     rows: Float[Array, "B N H S"] | None
     losses: dict[str, Float[Array, ""]]
+    chosen: Bool[Array, "B N H R"] | None = None
 
 
 def positions(
@@ -51,6 +55,23 @@ def remember(mechanisms: Sequence[Mechanism], x: Features) -> Keys:
     return Keys(x.k, x.v, tuple(mechanism.remember(x) for mechanism in mechanisms))
 
 
+def router_of(mechanisms: Sequence[Mechanism]) -> Mechanism | None:
+    """The one mechanism that routes, or None."""
+    return next((mechanism for mechanism in mechanisms if overrides(mechanism, "route")), None)
+
+
+def summarise(mechanisms: Sequence[Mechanism], x: Features, region: Int[Array, "B T"]) -> Any:
+    """What the layer's router wants of the regions that these tokens are in; None where nothing routes."""
+    router = router_of(mechanisms)
+    return None if router is None else router.summarise(x, region)
+
+
+def combine(mechanisms: Sequence[Mechanism], old: Any, new: Any) -> Any:
+    """What `summarise` gives of the tokens of both."""
+    router = router_of(mechanisms)
+    return None if router is None else router.combine(old, new)
+
+
 def attend(
     x: Features,
     keys: Keys,
@@ -62,6 +83,7 @@ def attend(
     implementation: Implementation = "auto",
     rows: Int[Array, "B N"] | None = None,
     losses: bool = False,
+    progress: Float[Array, ""] | None = None,
 ) -> AttentionOutput:
     """Attention of one layer under its mechanisms.
 
@@ -74,15 +96,18 @@ def attend(
         implementation: kernel backend.
         rows: queries, by index, whose rows of the attention map are wanted. Costs O(N S).
         losses: are the mechanisms' losses wanted? Costs one run of the kernel for each segment they ask for.
+        progress: of the training run, 0 to 1, for what is scheduled; None is its end.
 
     Returns:
-        outputs before the output projection, the rows, and the losses.
+        outputs before the output projection, the rows and the regions they chose, and the losses.
     """
     losses = losses and any(overrides(mechanism, "losses") for mechanism in mechanisms)
     scores = scores_of(x, keys, codes, info_q, info_k, mechanisms)
     partition = partition_of(mechanisms, x, keys.remembered, info_k, losses)
     segments, factor = partition.segments, key_factor(mechanisms, x, info_q, info_k)
-    out, lse = pair_bias.attention(
+    routing = routing_of(mechanisms, x, keys, info_q, info_k, codes, progress)
+    attention = pair_bias.attention if routing is None else functools.partial(routed.attention, routing=routing)
+    out, lse = attention(
         scores.q,
         scores.k,
         keys.v,
@@ -105,8 +130,31 @@ def attend(
         lse = lse if weights is None else lse + weights
         found = named_losses(mechanisms, x, parts_of(lse, partition), info_q, info_k) if losses else {}
         out, lse = (out[:, :, 0], lse[:, :, 0]) if segments is None else merged(out, lse)
-    wanted = None if rows is None else attention_rows(scores, lse, rows, factor, segments, weights)
-    return AttentionOutput(out, wanted, found)
+    if rows is None:
+        return AttentionOutput(out, None, found)
+    return AttentionOutput(
+        out,
+        attention_rows(scores, lse, rows, factor, segments, weights, routing),
+        found,
+        None if routing is None else chosen_regions(scores, rows, routing),
+    )
+
+
+def routing_of(
+    mechanisms: Sequence[Mechanism],
+    x: Features,
+    keys: Keys,
+    info_q: TokenInfo,
+    info_k: TokenInfo,
+    codes: MaskCodes,
+    progress: Float[Array, ""] | None,
+) -> Routing | None:
+    """What the layer's router says; None where nothing routes."""
+    router = router_of(mechanisms)
+    if router is None:
+        return None
+    progress = jnp.ones((), jnp.float32) if progress is None else progress
+    return router.route(x, keys.summary, info_q, info_k, codes, progress)
 
 
 def key_factor(mechanisms: Sequence[Mechanism], x: Features, info_q: TokenInfo, info_k: TokenInfo) -> KeyFactor | None:

@@ -15,6 +15,7 @@ from flax import nnx
 from rave_jax.batch import TokenInfo
 from rave_jax.config import ConfigError
 from rave_jax.kernels.pair_bias import KeySegments, MaskCodes, PairBias, PairForm
+from rave_jax.kernels.routed import Routing
 from rave_jax.typing import Array, Bool, Float, Int
 
 
@@ -41,12 +42,14 @@ class Features(NamedTuple):
 class Keys(NamedTuple):
     """What queries meet: the keys of the tokens given and, with a cache, of those before them.
 
-    `remembered` holds, for each mechanism of the layer in order, what its `remember` hook said of every key.
+    `remembered` holds, for each mechanism of the layer in order, what its `remember` hook said of every key; `summary`,
+    what the one that routes said of every region (`summarise`).
     """
 
     k: Float[Array, "B S K h"]
     v: Float[Array, "B S K h"]
     remembered: tuple[Any, ...]
+    summary: Any = None
 
 
 class Channels(NamedTuple):
@@ -95,11 +98,11 @@ class Parts(NamedTuple):
         return jnp.exp(self.segments - whole[:, :, None])
 
 
-Owned = Literal["positions", "query", "pair", "order", "hi", "opening", "factor"]
+Owned = Literal["positions", "query", "pair", "order", "hi", "opening", "factor", "route"]
 """What one mechanism of a layer may own: rotary positions; the query that some keys meet instead; the pair term before
 the softmax; of the mask codes the order of keys, how far up it a query sees, and the opening; the key whose weight is
-changed after the softmax. Any number may close the interval further, add key biases and channels, and weigh
-segments."""
+changed after the softmax; which regions a query reads. Any number may close the interval further, add key biases and
+channels, and weigh segments."""
 
 
 class Mechanism(nnx.Module):
@@ -136,6 +139,35 @@ class Mechanism(nnx.Module):
 
     def score(self, x: Features, remembered: Any, info_q: TokenInfo, info_k: TokenInfo) -> Score | None:
         """Terms of the score before the softmax. `remembered` is what `remember` gave, for all keys [B,S,K,...]."""
+        return None
+
+    def summarise(self, x: Features, region: Int[Array, "B T"]) -> Any:
+        """What `route` will want to know of the regions that these tokens are in, from these tokens alone: a pytree of
+        arrays [B,R,K,...], float32. A cache keeps it for each region."""
+        return None
+
+    def combine(self, old: Any, new: Any) -> Any:
+        """What `summarise` says of the tokens of both."""
+        return new
+
+    def route(
+        self,
+        x: Features,
+        summary: Any,
+        info_q: TokenInfo,
+        info_k: TokenInfo,
+        codes: MaskCodes,
+        progress: Float[Array, ""],
+    ) -> Routing | None:
+        """Which regions each query may read, beside the keys of no region.
+
+        Args:
+            x: features of the queries.
+            summary: of all regions.
+            info_q, info_k: of queries and keys.
+            codes: mask codes after the `mask` hooks.
+            progress: of the training run, 0 to 1; 1 outside training.
+        """
         return None
 
     def factor(self, x: Features, info_q: TokenInfo, info_k: TokenInfo) -> KeyFactor | None:

@@ -7,7 +7,9 @@ import jax.numpy as jnp
 from rave_jax.attention.base import KeyFactor
 from rave_jax.attention.scores import Scores, of_queries, pick
 from rave_jax.kernels.pair_bias import KeySegments
-from rave_jax.typing import Array, Float, Int
+from rave_jax.kernels.pair_bias.base import group_heads
+from rave_jax.kernels.routed import Choice, Routing, choice_of, of_keys, open_keys
+from rave_jax.typing import Array, Bool, Float, Int
 
 
 def attention_rows(
@@ -17,6 +19,7 @@ def attention_rows(
     factor: KeyFactor | None = None,
     segments: KeySegments | None = None,
     weights: Float[Array, "B T M H"] | None = None,
+    routing: Routing | None = None,
 ) -> Float[Array, "B N H S"]:
     """Attention weights of queries `rows` [B,N] over all keys, float32; a row that may see nothing is zero.
 
@@ -26,8 +29,14 @@ def attention_rows(
         rows: queries, by index.
         factor: the key of each query whose weight was multiplied, or None.
         segments, weights: log factors of M segments, or None.
+        routing: what queries choose their keys by, or None.
     """
     found, allowed = of_queries(scores, rows)
+    if routing is not None:
+        choice, keys = _choice(scores, rows, routing), routing.routes.keys
+        allowed = allowed & _by_head(open_keys(choice, keys), found.shape)
+        if choice.bias is not None:
+            found = found + _by_head(of_keys(choice.bias, keys, fill=0.0), found.shape)
     if factor is not None:
         at_key = pick(factor.key, rows)[..., None] == jnp.arange(found.shape[-1])
         found = found + at_key[:, :, None] * factor.log[:, None]
@@ -36,3 +45,28 @@ def attention_rows(
         found = found + jnp.take_along_axis(jnp.moveaxis(pick(weights, rows), 2, 3), of_key, axis=-1, mode="clip")
     norm = pick(lse, rows)[..., None]
     return jnp.where(allowed, jnp.exp(found - jnp.where(norm == -jnp.inf, 0.0, norm)), 0.0)
+
+
+def chosen_regions(scores: Scores, rows: Int[Array, "B N"], routing: Routing) -> Bool[Array, "B N H R"]:
+    """Which regions queries `rows` chose."""
+    chosen = _choice(scores, rows, routing).chosen
+    H = scores.q.shape[2]
+    return _by_head(chosen, (*rows.shape, H, chosen.shape[-1]))
+
+
+def _choice(scores: Scores, rows: Int[Array, "B N"], routing: Routing) -> Choice:
+    """The choice of some queries alone."""
+    routes, rule = routing
+    routes = routes._replace(query=pick(routes.query, rows), before=pick(routes.before, rows))
+    codes = scores.codes._replace(lo=pick(scores.codes.lo, rows))
+    found = None
+    if rule.by == "mass":
+        found = group_heads(of_queries(scores, rows)[0], scores.k.shape[2])
+    return choice_of(found, codes, routes, rule)
+
+
+def _by_head(x: Array, shape: tuple[int, ...]) -> Array:
+    """x [B,K,G or 1,N,S] as [B,N,H,S]."""
+    B, N, H, S = shape
+    K = x.shape[1]
+    return jnp.moveaxis(jnp.broadcast_to(x, (B, K, H // K, N, S)), 3, 1).reshape(B, N, H, S)

@@ -108,7 +108,9 @@ def collate(rows: Sequence[Sequence[Example]], shape: BatchShape, patch_numbers:
             batch.info.image[b, t] = np.where(visual, example.info.image + images, 0)
             batch.info.region[b, t] = np.where(example.info.region > 0, example.info.region + regions, 0)
             batch.positions[:, b, t] = example.positions
-            batch.visual_index[b, t] = np.where(example.info.kind == Kind.VISUAL, example.visual_index + patch // merge_patches, 0)
+            batch.visual_index[b, t] = np.where(
+                example.info.kind == Kind.VISUAL, example.visual_index + patch // merge_patches, 0
+            )
             batch.patches[b, p] = example.patches
             batch.patch_place[b, p] = example.patch_place
             batch.patch_segment[b, p] = example.patch_segment + frames

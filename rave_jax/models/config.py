@@ -12,7 +12,7 @@ from typing import Literal
 
 import jax.numpy as jnp
 
-from rave_jax.attention import AttentionDims, MechanismConfig, SlidingWindow
+from rave_jax.attention import AttentionDims, Gaze, MechanismConfig, SlidingWindow
 from rave_jax.config import require
 from rave_jax.kernels.pair_bias import Implementation
 from rave_jax.layout import ContextTokens, VisualLayout
@@ -233,10 +233,17 @@ class ModelOptions:
     lora: Lora | None = None
     """Low-rank adapters, or None."""
 
+    def __post_init__(self) -> None:
+        layouts = {(m.regions, m.max_regions) for m in self.mechanisms if isinstance(m, Gaze)}
+        require(len(layouts) <= 1, "mechanisms", layouts, "one layout of regions (regions, max_regions) in all layers")
+
     @property
     def layout(self) -> VisualLayout:
         """How the mechanisms want pictures laid out."""
-        return VisualLayout(context=self.context)
+        gaze = next((m for m in self.mechanisms if isinstance(m, Gaze)), None)
+        if gaze is None:
+            return VisualLayout(context=self.context)
+        return VisualLayout(gaze.regions, gaze.max_regions, self.context)
 
     @property
     def params(self) -> jnp.dtype:

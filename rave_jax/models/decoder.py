@@ -21,7 +21,7 @@ from rave_jax.models.layers import Linear, RmsNorm, SwiGlu
 from rave_jax.models.rope import Rotation, rotate, text_rotation
 from rave_jax.models.stack import Segment
 from rave_jax.parallel.sharding import shard
-from rave_jax.typing import Array, Float, Int
+from rave_jax.typing import Array, Bool, Float, Int
 
 
 class LayerCache(NamedTuple):
@@ -40,6 +40,7 @@ class Situation(NamedTuple):
     info_k: TokenInfo
     start: Int[Array, "B"] | None
     rows: Int[Array, "B N"] | None
+    progress: Float[Array, ""] | None
 
 
 class LayerOutput(NamedTuple):
@@ -49,15 +50,18 @@ class LayerOutput(NamedTuple):
     cache: LayerCache | None
     rows: Float[Array, "B N H S"] | None
     losses: dict[str, Float[Array, ""]]
+    chosen: Bool[Array, "B N H R"] | None
 
 
 class DecoderOutput(NamedTuple):
-    """What `Decoder` gives: hidden states after the final norm, the asked-for attention rows (None if not asked), and
-    the sums of the mechanisms' losses by name (none if not asked)."""
+    """What `Decoder` gives: hidden states after the final norm, the asked-for attention rows (None if not asked), the
+    sums of the mechanisms' losses by name (none if not asked), and what the asked-for queries chose in the layers that
+    route, in order (none if not asked)."""
 
     hidden: Float[Array, "B T D"]
     rows: Float[Array, "L B N H S"] | None
     losses: dict[str, Float[Array, ""]]
+    chosen: Bool[Array, "L B N H R"] | None
 
 
 class Attention(nnx.Module):
@@ -108,6 +112,7 @@ class DecoderLayer(nnx.Module):
         """The layer. With `losses`, those of its mechanisms are computed too."""
         found = self.attention.features(self.attention_norm(x), x, at.rotation)
         keys = attention.remember(self.mechanisms, found)
+        keys = keys._replace(summary=attention.summarise(self.mechanisms, found, at.info_q.region))
         if cache is not None:
             assert at.start is not None
             cache = cache._replace(stored=kv_cache.write(cache.stored, cache.layer, at.start, keys))
@@ -122,11 +127,12 @@ class DecoderLayer(nnx.Module):
             implementation=self.implementation,
             rows=at.rows,
             losses=losses,
+            progress=at.progress,
         )
         out = shard(seen.out, "batch", "length", "heads", None)
         x = shard(x + self.attention.output(out), "batch", "length", None)
         x = shard(x + self.mlp(self.mlp_norm(x)), "batch", "length", None)
-        return LayerOutput(x, cache, seen.rows, seen.losses)
+        return LayerOutput(x, cache, seen.rows, seen.losses, seen.chosen)
 
 
 class Decoder(nnx.Module):
@@ -154,6 +160,7 @@ class Decoder(nnx.Module):
         positions: Int[Array, "3 B T"],
         rows: Int[Array, "B N"] | None = None,
         losses: bool = False,
+        progress: Float[Array, ""] | None = None,
     ) -> DecoderOutput:
         """Whole rows at once, causal inside each document.
 
@@ -162,21 +169,28 @@ class Decoder(nnx.Module):
             info, positions: of the tokens.
             rows: queries, by index, whose attention rows are wanted in every layer.
             losses: are the mechanisms' losses wanted? They are summed over layers; `loss_weights` belongs to them.
+            progress: of the training run, 0 to 1, for what is scheduled; None is its end.
         """
         base, own = attention.causal_codes(info), _indices(info)
-        wanted = []
+        wanted, routes = [], []
         total: dict[str, Array] = {}
         for segment in self.segments:
-            at = self._situation(segment, base, info, info, positions, own=own, start=None, rows=rows)
+            at = self._situation(segment, base, info, info, positions, own=own, rows=rows, progress=progress)
 
-            def body(layer: DecoderLayer, x: Array, _: None, at: Situation) -> tuple[Array, tuple[Any, Any]]:
+            def body(layer: DecoderLayer, x: Array, _: None, at: Situation) -> tuple[Array, tuple[Any, Any, Any]]:
                 out = layer(x, at, None, losses)
-                return out.x, (out.rows, out.losses)
+                return out.x, (out.rows, out.losses, out.chosen)
 
-            x, (seen, found) = segment.scan(body, x, None, at, self.remat)
+            x, (seen, found, chosen) = segment.scan(body, x, None, at, self.remat)
             wanted.append(seen)
+            routes += [] if chosen is None else [chosen]
             total = _added(total, jax.tree.map(jnp.sum, found))
-        return DecoderOutput(self.norm(x), None if rows is None else jnp.concatenate(wanted), total)
+        return DecoderOutput(
+            self.norm(x),
+            None if rows is None else jnp.concatenate(wanted),
+            total,
+            jnp.concatenate(routes) if routes else None,
+        )
 
     def layer_inputs(
         self, x: Float[Array, "B T D"], info: TokenInfo, positions: Int[Array, "3 B T"]
@@ -185,7 +199,7 @@ class Decoder(nnx.Module):
         base, own = attention.causal_codes(info), _indices(info)
         entered = []
         for segment in self.segments:
-            at = self._situation(segment, base, info, info, positions, own=own, start=None, rows=None)
+            at = self._situation(segment, base, info, info, positions, own=own)
 
             def body(layer: DecoderLayer, x: Array, _: None, at: Situation) -> tuple[Array, Array]:
                 return layer(x, at, None).x, x
@@ -225,7 +239,7 @@ class Decoder(nnx.Module):
         base = attention.cached_codes(info, held)
         segments = []
         for segment, stored in zip(self.segments, cache.segments, strict=True):
-            at = self._situation(segment, base, info, held, positions, own=slots, start=start, rows=None)
+            at = self._situation(segment, base, info, held, positions, own=slots, start=start)
 
             def body(layer: DecoderLayer, carry: Any, n: Array, at: Situation) -> tuple[Any, None]:
                 out = layer(carry[0], at, LayerCache(carry[1], n))
@@ -266,15 +280,16 @@ class Decoder(nnx.Module):
         positions: Int[Array, "3 B T"],
         *,
         own: Int[Array, "B T"],
-        start: Int[Array, "B"] | None,
-        rows: Int[Array, "B N"] | None,
+        start: Int[Array, "B"] | None = None,
+        rows: Int[Array, "B N"] | None = None,
+        progress: Float[Array, ""] | None = None,
     ) -> Situation:
         # The hooks `positions` and `mask` read no parameters, so the stacked mechanisms may answer for all layers.
         mechanisms = segment.layers.mechanisms
         placed = attention.positions(mechanisms, info_q, info_k, own, positions)
         rotation = text_rotation(placed, self.head_dim, self.rope_theta, self.mrope_section)
         codes = attention.mask_codes(mechanisms, info_q, info_k, base)
-        return Situation(rotation, codes, info_q, info_k, start, rows)
+        return Situation(rotation, codes, info_q, info_k, start, rows, progress)
 
 
 def _indices(info: TokenInfo) -> Int[Array, "B T"]:

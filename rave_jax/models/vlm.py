@@ -16,7 +16,7 @@ from rave_jax.models.decoder import Decoder
 from rave_jax.models.layers import Embedding, Linear, product
 from rave_jax.models.vision.qwen2_5 import Tower
 from rave_jax.parallel.sharding import shard
-from rave_jax.typing import Array, Float, Int
+from rave_jax.typing import Array, Bool, Float, Int
 
 
 class Vlm(nnx.Module):
@@ -79,10 +79,28 @@ class Vlm(nnx.Module):
         out = self.decoder(self.embedded(batch), batch.info, batch.positions, rows)
         return out.hidden if rows is None else (out.hidden, out.rows)
 
-    def hidden_and_losses(self, batch: Batch) -> tuple[Float[Array, "B T D"], dict[str, Float[Array, ""]]]:
+    def chosen_regions(self, batch: Batch, rows: Int[Array, "B N"]) -> Bool[Array, "L B N H R"]:
+        """Which regions of a row the queries `rows`, by index, chose in each layer that routes.
+
+        Raises:
+            ValueError: no layer routes.
+        """
+        out = self.decoder(self.embedded(batch), batch.info, batch.positions, rows)
+        if out.chosen is None:
+            raise ValueError("no mechanism of the model routes")
+        return out.chosen
+
+    def hidden_and_losses(
+        self, batch: Batch, progress: Float[Array, ""] | None = None
+    ) -> tuple[Float[Array, "B T D"], dict[str, Float[Array, ""]]]:
         """Hidden states after the final norm, and what the mechanisms add to the training loss: sums over these rows by
-        name, to be divided by `loss_weights` of all rows that are averaged over."""
-        out = self.decoder(self.embedded(batch), batch.info, batch.positions, losses=True)
+        name, to be divided by `loss_weights` of all rows that are averaged over.
+
+        Args:
+            batch: rows of packed documents.
+            progress: of the training run, 0 to 1, for what mechanisms schedule; None is its end.
+        """
+        out = self.decoder(self.embedded(batch), batch.info, batch.positions, losses=True, progress=progress)
         return out.hidden, out.losses
 
     def loss_weights(self, info: TokenInfo) -> dict[str, Float[Array, ""]]:

@@ -81,7 +81,8 @@ def make_session(
     schedule = learning_rate_schedule(config, steps)
     shapes = jax.eval_shape(lambda: init_state(_empty(graph), groups, optimizer))
     shardings = state_shardings(shapes, graph.shardings(mesh), mesh)
-    step = make_step(graph, groups, optimizer, schedule, accumulation=config.accumulation, loss_chunk=loss_chunk)
+    sizes = {"steps": steps, "accumulation": config.accumulation, "loss_chunk": loss_chunk}
+    step = make_step(graph, groups, optimizer, schedule, **sizes)
     compiled = compile_step(step, shardings, batch_shardings(mesh, rows), replicated(mesh))
     return Session(mesh, graph, groups, optimizer, schedule, abstract(shapes, shardings), compiled)
 

@@ -21,8 +21,9 @@ from rave_jax.typing import Array, Float, Int
 class Trainable(Protocol):
     """What a step needs of a model."""
 
-    def hidden_and_losses(self, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """[B,T,D] after the final norm, and sums of further terms of the loss by name."""
+    def hidden_and_losses(self, batch: Batch, progress: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """[B,T,D] after the final norm, and sums of further terms of the loss by name; `progress` is that of the run,
+        0 to 1."""
 
     def loss_weights(self, info: TokenInfo) -> dict[str, jax.Array]:
         """What those sums are divided by, by name, from the token codes of all rows of the batch."""
@@ -92,6 +93,7 @@ def make_step(
     optimizer: optax.GradientTransformation,
     schedule: Schedule,
     *,
+    steps: int,
     accumulation: int,
     loss_chunk: int,
 ) -> Step:
@@ -104,9 +106,11 @@ def make_step(
     """
     last_step = {name: group.freeze_after for name, group in groups.items() if group.freeze_after is not None}
 
-    def objective(trained: Params, frozen: Params, batch: Batch, weights: BatchWeights) -> tuple[jax.Array, BatchSums]:
+    def objective(
+        trained: Params, frozen: Params, batch: Batch, weights: BatchWeights, progress: jax.Array
+    ) -> tuple[jax.Array, BatchSums]:
         model: Trainable = graph.merge(trained | frozen)
-        hidden, losses = model.hidden_and_losses(batch)
+        hidden, losses = model.hidden_and_losses(batch, progress)
         sums = chunked_cross_entropy(hidden, model.head_weight(), batch.targets, batch.loss_weights, loss_chunk)
         means = {name: x / weights.losses[name] for name, x in losses.items()}
         return functools.reduce(jnp.add, means.values(), sums.loss / weights.targets), BatchSums(sums, means)
@@ -115,13 +119,15 @@ def make_step(
         model: Trainable = graph.merge(state.trained | state.frozen)
         weights = BatchWeights(jnp.sum(batch.loss_weights, dtype=jnp.float32), model.loss_weights(batch.info))
         weights = jax.tree.map(lambda x: jnp.where(x > 0, x, 1.0), weights)
+        # Of `steps` steps the first has progress 0 and the last nearly 1.
+        progress = state.step.astype(jnp.float32) / steps
         of_batch = jax.value_and_grad(objective, has_aux=True)
         if accumulation == 1:
-            (_, sums), grads = of_batch(state.trained, state.frozen, batch, weights)
+            (_, sums), grads = of_batch(state.trained, state.frozen, batch, weights, progress)
             return sums, grads
 
         def body(carry: tuple[BatchSums, Params], micro: Batch) -> tuple[tuple[BatchSums, Params], None]:
-            (_, sums), grads = of_batch(state.trained, state.frozen, micro, weights)
+            (_, sums), grads = of_batch(state.trained, state.frozen, micro, weights, progress)
             return jax.tree.map(lambda a, b: a + b.astype(a.dtype), carry, (sums, grads)), None
 
         zero = jnp.zeros((), jnp.float32)

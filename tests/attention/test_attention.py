@@ -27,7 +27,8 @@ def info_of(segment, kind=None) -> TokenInfo:
     index = jnp.arange(segment.shape[1], dtype=jnp.int32)
     return info._replace(
         place=index - jax.lax.cummax(jnp.where(first, index, 0), axis=1),
-        segment=segment, kind=jnp.where(segment > 0, Kind.TEXT, Kind.PAD) if kind is None else jnp.asarray(kind)
+        segment=segment,
+        kind=jnp.where(segment > 0, Kind.TEXT, Kind.PAD) if kind is None else jnp.asarray(kind),
     )
 
 

@@ -1,0 +1,164 @@
+"""Gaze Attention as a mechanism: each query reads the regions of earlier pictures that it ranks highest.
+
+Stated by the authors (arXiv 2605.13080): cached keys of visual tokens are laid out in space and time in regions of
+6 x 6 x 1 by default; a region's descriptor is the mean of its keys; a query attends to the TopK regions by <q, d>,
+jointly over all images or frames, and to context tokens; next-token loss only, starting dense with ever fewer regions.
+One choice for each query head and layer is read from their published demo. Ours: the shape of the schedule; that all
+text queries behind a picture are routed, in prompt and answer; that visual queries are not, by default; descriptors of
+keys after RoPE, in float32; the other descriptors.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from rave_jax.attention.base import AttentionDims, Features, Mechanism
+from rave_jax.attention.gaze import descriptors
+from rave_jax.attention.gaze.descriptors import DescriptorName, Summary
+from rave_jax.attention.plan import Layers
+from rave_jax.batch import Kind, TokenInfo
+from rave_jax.config import require
+from rave_jax.kernels.pair_bias import MaskCodes
+from rave_jax.kernels.pair_bias.base import NOWHERE
+from rave_jax.kernels.routed import RouteRule, Routes, Routing
+from rave_jax.layout import FixedRegions, Regions
+from rave_jax.typing import Array, Float, Int
+
+
+@dataclass(frozen=True)
+class TopKSchedule:
+    """How training comes from all regions to `top_k`."""
+
+    shape: Literal["cosine", "linear", "steps", "none"] = "cosine"
+    """How the share of further regions falls from 1 to 0: along half a cosine, a line, or by halves in four equal
+    steps; none starts with `top_k`."""
+    until: float = 0.5
+    """Share of the run's steps after which it is 0."""
+
+    def __post_init__(self) -> None:
+        require(0 < self.until <= 1, "until", self.until, "a share of the run, above 0 and at most 1")
+
+    def dense(self, progress: Float[Array, ""]) -> Float[Array, ""]:
+        """The share at `progress`, 0 to 1 of the run."""
+        x = jnp.clip(progress / self.until, 0.0, 1.0)
+        if self.shape == "none":
+            return jnp.zeros_like(x)
+        if self.shape == "linear":
+            return 1.0 - x
+        if self.shape == "steps":
+            return jnp.where(x < 1, 0.5 ** jnp.floor(4 * x), 0.0)
+        return 0.5 * (1.0 + jnp.cos(math.pi * x))
+
+
+@dataclass(frozen=True)
+class Gaze:
+    """Each query reads the regions of earlier pictures that it ranks highest, and all text (Gaze Attention)."""
+
+    regions: Regions = field(default_factory=FixedRegions)
+    """How visual tokens are grouped."""
+    max_regions: int = 256
+    """Most regions of a row; samples and prompts with more are over budget."""
+    top_k: float = 0.25
+    """Regions a query reads of all pictures before it: a whole number of 1 or more, or below 1 a fraction of them."""
+    schedule: TopKSchedule = field(default_factory=TopKSchedule)
+    """From all regions to `top_k` in training; outside training it has ended."""
+    descriptor: DescriptorName = "mean"
+    """What of a region's keys a query meets: their mean; least and greatest channels (min_max); mean and variance
+    (spread); a learned pooling; for study random noise, or the true attention mass (oracle)."""
+    descriptor_keys: Literal["post_rope", "pre_rope"] = "post_rope"
+    """Keys (and queries) that rank regions: as the cache holds them, or before rotary positions."""
+    share: Literal["head", "group"] = "head"
+    """Who has a choice of its own: each query head, or each kv head with the query heads that read it."""
+    choice: Literal["hard", "soft_bias", "straight_through"] = "hard"
+    """Hard choices have no gradient; soft_bias adds tau * log softmax of the regions' scores to their keys;
+    straight_through does so in the backward pass alone."""
+    tau: float = 1.0
+    """Scale of the soft choices."""
+    visual_queries: Literal["dense", "frame+routed"] = "dense"
+    """What visual tokens see of earlier pictures and frames: all, or their own choice (for long videos)."""
+    layers: Layers = "all"
+    """Decoder layers that use it, by global number, or all."""
+
+    def __post_init__(self) -> None:
+        require(self.max_regions >= 1, "max_regions", self.max_regions, "at least 1")
+        assert self.rule  # checks top_k and tau
+
+    @property
+    def rule(self) -> RouteRule:
+        """The kernels' part of it."""
+        by = "mass" if self.descriptor == "oracle" else "descriptor"
+        return RouteRule(self.top_k, self.share, self.choice, self.tau, by)
+
+    def build(self, dims: AttentionDims, key: jax.Array) -> GazeRouter:
+        """The mechanism of one layer."""
+        return GazeRouter(self, dims)
+
+
+class GazeRouter(Mechanism):
+    """Routes the queries of one layer. Parameters: pooling [K,h] of a learned descriptor, zero (the mean) at the start;
+    a hard choice gives it no gradient."""
+
+    OWNS = ("route",)
+    NEEDS = ("order", "hi")
+
+    def __init__(self, config: Gaze, dims: AttentionDims):
+        self.config = config
+        if config.descriptor == "learned":
+            pooling = jnp.zeros((dims.num_kv_heads, dims.head_dim))
+            self.pooling = nnx.Param(pooling, axes=("kv_heads", "head_dim"))
+
+    def summarise(self, x: Features, region: Int[Array, "B T"]) -> Summary:
+        """Sums or extremes over the keys of each region."""
+        k = x.k if self.config.descriptor_keys == "post_rope" else x.k0
+        logits = None
+        if self.config.descriptor == "learned":
+            pooling = self.pooling[...].astype(jnp.float32)
+            logits = jnp.einsum("BSKh,Kh->BSK", k.astype(jnp.float32), pooling)
+        return descriptors.summarise(self.config.descriptor, k, logits, region, self.config.max_regions)
+
+    def combine(self, old: Summary, new: Summary) -> Summary:
+        """Of the keys of both."""
+        return descriptors.combine(old, new)
+
+    def route(
+        self, x: Features, summary: Summary, info_q: TokenInfo, info_k: TokenInfo, codes: MaskCodes, progress: Array
+    ) -> Routing:
+        """What each query chooses from, and how."""
+        config = self.config
+        q = x.q if config.descriptor_keys == "post_rope" else x.q0
+        B, _, _, h = q.shape
+        first, last = bounds(codes.order, info_k.region, config.max_regions)
+        routes = Routes(
+            query=descriptors.features(config.descriptor, q),
+            descriptor=descriptors.describe(config.descriptor, summary, (B, config.max_regions, x.k.shape[2], h)),
+            first=first,
+            last=last,
+            before=self._before(info_q, codes),
+            keys=info_k.region,
+            dense=config.schedule.dense(progress),
+        )
+        return Routing(routes, config.rule)
+
+    def _before(self, info: TokenInfo, codes: MaskCodes) -> Int[Array, "B T"]:
+        """Text chooses from all that stands before it; visual tokens, if at all, from what stands before their frame;
+        padding and context tokens do not choose."""
+        before = jnp.where(info.kind == Kind.TEXT, codes.hi, NOWHERE)
+        if self.config.visual_queries == "dense":
+            return before
+        frame = codes.hi - (info.row * info.grid_w + info.col)
+        return jnp.where(info.kind == Kind.VISUAL, frame, before)
+
+
+def bounds(order: Int[Array, "B S"], region: Int[Array, "B S"], R: int) -> tuple[Int[Array, "B R"], Int[Array, "B R"]]:
+    """Least and greatest order of the keys of each region; one without keys has last < first."""
+
+    def reduce(how: Any, x: Array) -> Array:
+        return jax.vmap(lambda row, at: how(row, at, num_segments=R + 1))(x, region)[:, 1:]
+
+    return reduce(jax.ops.segment_min, order), reduce(jax.ops.segment_max, order)

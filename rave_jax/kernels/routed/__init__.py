@@ -1,0 +1,7 @@
+"""Attention whose queries choose, region by region, which keys they read."""
+
+from rave_jax.kernels.routed.api import attention
+from rave_jax.kernels.routed.base import Choice, RouteRule, Routes, Routing, of_keys, open_keys
+from rave_jax.kernels.routed.xla import choice_of
+
+__all__ = ["Choice", "RouteRule", "Routes", "Routing", "attention", "choice_of", "of_keys", "open_keys"]

@@ -1,0 +1,86 @@
+"""The public functions, and which backend serves them."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+
+from rave_jax.kernels.pair_bias import Implementation, KeySegments, MaskCodes, PairBias, PairForm
+from rave_jax.kernels.pair_bias.base import NOWHERE, Terms, of_segment
+from rave_jax.kernels.routed import xla
+from rave_jax.kernels.routed.base import Routes, Routing
+from rave_jax.typing import Array, Float
+
+BACKENDS = {"reference": xla.whole, "xla": xla.attention}
+
+
+def attention(
+    q: Float[Array, "B T H h"],
+    k: Float[Array, "B S K h"],
+    v: Float[Array, "B S K c"],
+    codes: MaskCodes,
+    bias: PairBias | None = None,
+    form: PairForm = PairForm(),  # noqa: B008  # frozen
+    *,
+    routing: Routing,
+    scale: float,
+    key_bias: Float[Array, "B S H"] | None = None,
+    segments: KeySegments | None = None,
+    implementation: Implementation = "auto",
+) -> tuple[Float[Array, "B T H c"] | Float[Array, "B T N H c"], Float[Array, "B T H"] | Float[Array, "B T N H"]]:
+    """Attention over the keys that the mask allows and the query's choice of regions leaves open; see `base`.
+
+    Args:
+        q, k, v, codes, bias, form, scale, key_bias, segments: as in `pair_bias.attention`.
+        routing: what the choice is made from, and how.
+        implementation: "auto" and "xla" go through blocks of queries, "reference" takes all at once.
+
+    Returns:
+        output and log-sum-exp, as `pair_bias.attention` gives them. Gradients reach every float operand of the
+        attention, and the routes under a soft choice alone.
+
+    Raises:
+        ValueError: operands whose shapes do not belong together, or an implementation that cannot serve.
+    """
+    routes, rule = routing
+    _check(q, k, codes, routes)
+    run = BACKENDS[_choose(implementation)]
+    codes = codes._replace(lo=jnp.maximum(codes.lo, NOWHERE + 1))
+    terms = Terms(bias, key_bias)
+    if segments is None:
+        return run(q, k, v, codes, terms, form, scale, routes, rule)
+    numbers = range(segments.count)
+    parts = [run(q, k, v, of_segment(codes, segments, n), terms, form, scale, routes, rule) for n in numbers]
+    out, lse = (jnp.stack(part, axis=2) for part in zip(*parts, strict=True))
+    return out, lse
+
+
+def _choose(implementation: Implementation) -> str:
+    if implementation == "auto":
+        return "xla"
+    if implementation not in BACKENDS:
+        raise ValueError(
+            f"attention implementation {implementation!r} cannot serve routed attention; expected auto, "
+            f"{', '.join(BACKENDS)}"
+        )
+    return implementation
+
+
+def _check(q: Array, k: Array, codes: MaskCodes, routes: Routes) -> None:
+    (B, T, H, _), (S, K) = q.shape, k.shape[1:3]
+    R, c = routes.descriptor.shape[1], routes.descriptor.shape[-1]
+    wanted = {
+        "query": (B, T, H, c),
+        "descriptor": (B, R, K, c),
+        "first": (B, R),
+        "last": (B, R),
+        "before": (B, T),
+        "keys": (B, S),
+        "dense": (),
+    }
+    for name, shape in wanted.items():
+        given = tuple(getattr(routes, name).shape)
+        if given != shape:
+            raise ValueError(f"routed attention operand {name} has shape {given}, expected {shape} beside q {q.shape}")
+    for name, shape in {"codes.lo": codes.lo.shape == (B, T), "codes.order": codes.order.shape == (B, S)}.items():
+        if not shape:
+            raise ValueError(f"routed attention operand {name} does not belong to q {q.shape} and k {k.shape}")

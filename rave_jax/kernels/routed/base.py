@@ -1,0 +1,164 @@
+"""What routed attention means: which regions a query may choose from, how it chooses, and what it then sees.
+
+    candidate_ir = lo_i <= first_r  and  last_r < before_i       first, last: least and greatest order of r's keys
+    s_ir         = <x_i, d_r>                                    routing query and descriptor, float32
+    chosen_ir    = candidate, and one of the k_i with the largest s_ir among the n_i candidates (ties: the lower r)
+    k_i          = t_i + ceil(dense (n_i - t_i)),  t_i = min(top_k, n_i) or ceil(top_k n_i)
+    open_ij      = key j has no region, or its region is no candidate of i, or is chosen
+
+Attention is that of `pair_bias` over the keys that the mask codes allow and that are open. A region that is no
+candidate is left to the mask: what lies ahead is shut there, and the own frame of a visual query stays whole. The
+choice has no gradient; a soft choice adds
+
+    soft_bias          tau * log softmax_r(s_i) over the candidates, to every key of r
+    straight_through   the same in the backward pass and nothing in the forward pass
+
+Source: Gaze Attention (arXiv 2605.13080) as its authors describe it: regions, TopK of <q, d>, no router parameters,
+nothing evicted; one choice for each query head, as their published demo shows. Choices for a kv group sum the scores
+of its heads. `dense` is their schedule, 1 at the start (all candidates) and 0 at its end.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from rave_jax.config import require
+from rave_jax.kernels.pair_bias.base import MaskCodes, group_heads
+from rave_jax.typing import Array, Bool, Float, Int
+
+
+@dataclass(frozen=True)
+class RouteRule:
+    """How a query chooses."""
+
+    top_k: float = 0.25
+    """Regions of a query: a whole number of 1 or more, or below 1 a fraction of its candidates, rounded up."""
+    share: Literal["head", "group"] = "head"
+    """Who has a choice of its own: each query head, or each kv head with the query heads that read it."""
+    choice: Literal["hard", "soft_bias", "straight_through"] = "hard"
+    """Whether the scores of the regions get a gradient, and how."""
+    tau: float = 1.0
+    """Scale of the soft choices."""
+    by: Literal["descriptor", "mass"] = "descriptor"
+    """What regions are ranked by: the product with their descriptors, or the attention mass they would get (for
+    study: it needs all scores)."""
+
+    def __post_init__(self) -> None:
+        good = 0 < self.top_k < 1 or (self.top_k >= 1 and math.isfinite(self.top_k) and self.top_k == int(self.top_k))
+        require(good, "top_k", self.top_k, "a whole number of regions, or a fraction between 0 and 1")
+        require(0 < self.tau < math.inf, "tau", self.tau, "a positive number")
+
+    def most(self, regions: int) -> int:
+        """The most regions a query chooses of so many candidates, once the schedule has ended."""
+        return min(int(self.top_k), regions) if self.top_k >= 1 else math.ceil(self.top_k * regions)
+
+
+class Routes(NamedTuple):
+    """What a choice is made from. Region n of `keys` is entry n - 1 of the others; a region without keys has
+    last < first.
+
+    Fields:
+        query: routing queries x, float32.
+        descriptor: of each region and kv head, float32.
+        first, last: least and greatest order of the region's keys.
+        before: a query's candidates end before this order; the least int32 for a query that is not routed.
+        keys: region of each key, counted from 1; 0 has none.
+        dense: where the schedule stands, 1 (all candidates) to 0 (top_k), traced.
+    """
+
+    query: Float[Array, "B T H c"]
+    descriptor: Float[Array, "B R K c"]
+    first: Int[Array, "B R"]
+    last: Int[Array, "B R"]
+    before: Int[Array, "B T"]
+    keys: Int[Array, "B S"]
+    dense: Float[Array, ""]
+
+
+class Routing(NamedTuple):
+    """What queries choose from, and how."""
+
+    routes: Routes
+    rule: RouteRule
+
+
+class Choice(NamedTuple):
+    """Of every query (N = G, or 1 where the group has one choice) and region: is it chosen, could it be, and what is
+    added to the scores of its keys (None: nothing)?"""
+
+    chosen: Bool[Array, "B K N T R"]
+    candidate: Bool[Array, "B 1 1 T R"]
+    bias: Float[Array, "B K N T R"] | None
+
+
+def candidates(codes: MaskCodes, routes: Routes) -> Bool[Array, "B 1 1 T R"]:
+    """Which regions each query may choose from."""
+    first, last = routes.first[:, None], routes.last[:, None]
+    found = (codes.lo[..., None] <= first) & (last < routes.before[..., None]) & (first <= last)
+    return found[:, None, None]
+
+
+def region_scores(routes: Routes) -> Float[Array, "B K G T R"]:
+    """<x, d> of every query and region."""
+    x = group_heads(routes.query, routes.descriptor.shape[2])
+    return jnp.einsum("BKGTc,BRKc->BKGTR", x, routes.descriptor, precision=jax.lax.Precision.HIGHEST)
+
+
+def region_masses(scores: Float[Array, "B K G T S"], routes: Routes) -> Float[Array, "B K G T R"]:
+    """Log of the attention mass of every region, up to what all regions of a query share."""
+    top = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
+    regions = jnp.arange(1, routes.descriptor.shape[1] + 1)
+    of = (routes.keys[:, :, None] == regions).astype(jnp.float32)
+    mass = jnp.einsum("BKGTS,BSR->BKGTR", jnp.exp(scores - top), of)
+    return jnp.log(jnp.maximum(mass, jnp.finfo(jnp.float32).tiny))
+
+
+def budget(candidate: Bool[Array, "B 1 1 T R"], dense: Float[Array, ""], rule: RouteRule) -> Int[Array, "B 1 1 T"]:
+    """How many regions each query chooses."""
+    n = jnp.sum(candidate, axis=-1)
+    if rule.top_k >= 1:
+        target = jnp.minimum(n, int(rule.top_k))
+    else:
+        # Rounded before it is rounded up: 0.1 * 10 must not become 2.
+        target = jnp.ceil(jnp.round(rule.top_k * n, 4)).astype(n.dtype)
+    return target + jnp.ceil(dense * (n - target)).astype(n.dtype)
+
+
+def choose(
+    scores: Float[Array, "B K G T R"], candidate: Bool[Array, "B 1 1 T R"], dense: Float[Array, ""], rule: RouteRule
+) -> Choice:
+    """Each query's choice. It goes by rank: as many as its budget says, whatever the ties."""
+    if rule.share == "group":
+        scores = jnp.sum(scores, axis=2, keepdims=True)
+    scores = jnp.where(candidate, scores, -jnp.inf)
+    count = budget(candidate, dense, rule)[..., None]
+    fixed = jax.lax.stop_gradient(scores)
+    ranked = jnp.sort(fixed, axis=-1, descending=True)
+    least = jnp.take_along_axis(ranked, jnp.broadcast_to(jnp.maximum(count - 1, 0), (*fixed.shape[:-1], 1)), axis=-1)
+    above = fixed > least
+    equal = (fixed == least) & candidate
+    room = count - jnp.sum(above, axis=-1, keepdims=True)
+    chosen = above | (equal & (jnp.cumsum(equal, axis=-1) <= room))
+    if rule.choice == "hard":
+        return Choice(chosen, candidate, None)
+    # A query without candidates has no distribution, and what it would get must have no gradient either.
+    some = jnp.any(candidate, axis=-1, keepdims=True)
+    soft = rule.tau * jax.nn.log_softmax(jnp.where(some, scores, 0.0), axis=-1, where=candidate | ~some)
+    soft = jnp.where(chosen, soft, 0.0)
+    return Choice(chosen, candidate, soft if rule.choice == "soft_bias" else soft - jax.lax.stop_gradient(soft))
+
+
+def of_keys(x: Array, keys: Int[Array, "B S"], fill: float | bool) -> Array:
+    """x [B,K,N,T,R] at the region of every key [B,K,N,T,S]; `fill` for keys of none."""
+    padded = jnp.pad(x, [(0, 0)] * 4 + [(1, 0)], constant_values=fill)
+    return jax.vmap(lambda rows, at: rows[..., at])(padded, keys)
+
+
+def open_keys(choice: Choice, keys: Int[Array, "B S"]) -> Bool[Array, "B K N T S"]:
+    """Which keys the choice leaves open to each query."""
+    return of_keys(choice.chosen | ~choice.candidate, keys, fill=True)

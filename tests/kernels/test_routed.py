@@ -1,0 +1,177 @@
+"""Routed attention against its stated rule, written out query by query in numpy."""
+
+from __future__ import annotations
+
+import functools
+
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+
+from rave_jax.kernels import routed
+from rave_jax.kernels.pair_bias import MaskCodes, PairBias, PairForm
+from rave_jax.kernels.pair_bias import attention as plain
+from rave_jax.kernels.routed import RouteRule, Routes, Routing
+from rave_jax.kernels.routed import xla as blocks
+
+B, T, S, K, G, h, R = 2, 24, 40, 2, 2, 8, 6
+FORM = PairForm("log_gate")
+
+
+def operands(seed: int, dense: float = 0.0):
+    """q, k, v, codes, routes and a pair bias: the queries stand behind the keys' first 16; regions are drawn, some of
+    them empty, some keys of none."""
+    rng = np.random.default_rng(seed)
+    normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
+    q, k, v = normal(B, T, K * G, h), normal(B, S, K, h), normal(B, S, K, h)
+    keys = np.sort(rng.integers(0, R + 1, (B, S)), axis=1) * (rng.random((B, S)) < 0.8)
+    order = np.broadcast_to(np.arange(S), (B, S))
+    hi = np.broadcast_to(np.arange(T) + S - T, (B, T))
+    lo = np.where(rng.random((B, T)) < 0.2, 5, 0)
+    codes = MaskCodes(*(jnp.asarray(x, jnp.int32) for x in (lo, hi, order, np.full((B, T), -1), np.full((B, S), -2))))
+    first, last = np.full((B, R), 10**6), np.full((B, R), -1)
+    for b, s in np.ndindex(B, S):
+        if keys[b, s]:
+            n = keys[b, s] - 1
+            first[b, n], last[b, n] = min(first[b, n], s), max(last[b, n], s)
+    before = np.where(rng.random((B, T)) < 0.2, np.iinfo(np.int32).min, hi)
+    ints = [jnp.asarray(x, jnp.int32) for x in (first, last, before, keys)]
+    routes = Routes(normal(B, T, K * G, h), normal(B, R, K, h), *ints, jnp.float32(dense))
+    bias = PairBias(
+        normal(B, T, K * G, 4),
+        normal(B, S, K, 4),
+        normal(B, T, K * G),
+        normal(B, S, K),
+        jnp.ones(K * G),
+        jnp.ones((B, T, K * G), bool),
+        jnp.asarray(keys > 0),
+    )
+    return q, k, v, codes, routes, bias
+
+
+def allowed(codes: MaskCodes, routes: Routes, rule: RouteRule) -> np.ndarray:
+    """Which keys each query and head sees [B,H,T,S], by the rule's words."""
+    lo, hi, order, _, _ = (np.asarray(x) for x in codes)
+    found = np.zeros((B, K * G, T, S), bool)
+    keys, first, last, before = (np.asarray(x) for x in (routes.keys, routes.first, routes.last, routes.before))
+    scores = np.einsum("BTKGc,BRKc->BKGTR", np.asarray(routes.query).reshape(B, T, K, G, -1), routes.descriptor)
+    if rule.share == "group":
+        scores = np.broadcast_to(scores.sum(2, keepdims=True), scores.shape)
+    scores = scores.reshape(B, K * G, T, R)
+    for b, head, t in np.ndindex(B, K * G, T):
+        able = [n for n in range(R) if lo[b, t] <= first[b, n] <= last[b, n] < before[b, t]]
+        target = min(len(able), rule.top_k) if rule.top_k >= 1 else np.ceil(round(rule.top_k * len(able), 4))
+        count = int(target + np.ceil(float(routes.dense) * (len(able) - target)))
+        best = sorted(able, key=lambda n: (-scores[b, head, t, n], n))[:count]
+        for s in range(S):
+            region = keys[b, s] - 1
+            shut = region in able and region not in best
+            found[b, head, t, s] = lo[b, t] <= order[b, s] <= hi[b, t] and not shut
+    return found
+
+
+def dense_attention(q, k, v, bias, open_):
+    """Softmax over the open keys in float64."""
+    k, v = (np.repeat(np.float64(x), G, axis=2) for x in (k, v))
+    scores = np.einsum("BTHh,BSHh->BHTS", np.float64(q), k) * h**-0.5
+    z = np.einsum("BTHr,BSHr->BHTS", np.float64(bias.u), np.repeat(np.float64(bias.w), G, axis=2))
+    z = z + np.moveaxis(np.float64(bias.row), 2, 1)[..., None]
+    z = z + np.moveaxis(np.repeat(np.float64(bias.key), G, axis=2), 2, 1)[:, :, None]
+    scores = scores + np.where(np.asarray(bias.key_on)[:, None, None], np.log(2 / (1 + np.exp(-z))), 0)
+    weights = np.where(open_, np.exp(scores), 0)
+    total = weights.sum(-1, keepdims=True)
+    return np.einsum("BHTS,BSHh->BTHh", weights / np.where(total > 0, total, 1), v), np.log(total[..., 0])
+
+
+RULES = [
+    RouteRule(2),
+    RouteRule(0.5, share="group"),
+    RouteRule(1, share="head"),
+    RouteRule(0.3),
+]
+
+
+@functools.partial(jax.jit, static_argnames=("rule", "implementation"))
+def run(q, k, v, codes, routes, bias, rule, implementation="xla"):
+    routing = Routing(routes, rule)
+    return routed.attention(q, k, v, codes, bias, FORM, routing=routing, scale=h**-0.5, implementation=implementation)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 10_000), dense=st.sampled_from([0.0, 0.3, 1.0]))
+def test_it_is_the_stated_rule(rule: RouteRule, seed: int, dense: float) -> None:
+    q, k, v, codes, routes, bias = operands(seed, dense)
+    out, lse = run(q, k, v, codes, routes, bias, rule)
+    with np.errstate(divide="ignore"):
+        expected, expected_lse = dense_attention(q, k, v, bias, allowed(codes, routes, rule))
+    np.testing.assert_allclose(out, expected, atol=2e-5)
+    np.testing.assert_allclose(np.moveaxis(lse, 1, 2), expected_lse, atol=2e-5)
+
+
+def test_blocks_of_queries_are_all_queries_at_once(monkeypatch) -> None:
+    """Outputs and the gradients of every float operand, a soft choice's among them."""
+    args = operands(3)
+    rule = RouteRule(2, choice="soft_bias")
+    monkeypatch.setattr(blocks, "MOST_SCORES", B * K * G * S * 8)
+
+    def loss(floats, implementation):
+        q, k, v, query, descriptor, bias = floats
+        routes = args[4]._replace(query=query, descriptor=descriptor)
+        bias = bias._replace(query_on=args[5].query_on, key_on=args[5].key_on)
+        out, lse = run.__wrapped__(q, k, v, args[3], routes, bias, rule, implementation)
+        return jnp.sum(out**2) + jnp.sum(jnp.where(jnp.isfinite(lse), lse, 0.0))
+
+    bias = args[5]._replace(query_on=None, key_on=None)
+    floats = (*args[:3], args[4].query, args[4].descriptor, bias)
+    grad = jax.jit(jax.value_and_grad(loss), static_argnums=1)
+    (a, ga), (b, gb) = grad(floats, "xla"), grad(floats, "reference")
+    np.testing.assert_allclose(a, b, rtol=1e-5)
+    for x, y in zip(jax.tree.leaves(ga), jax.tree.leaves(gb), strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-4)
+    assert float(jnp.abs(ga[4]).max()) > 0
+
+
+def test_all_regions_are_plain_attention_and_a_hard_choice_has_no_gradient() -> None:
+    q, k, v, codes, routes, bias = operands(1)
+    expected = plain(q, k, v, codes, bias, FORM, scale=h**-0.5, implementation="reference")
+    for found in (
+        run(q, k, v, codes, routes, bias, RouteRule(R)),
+        run(q, k, v, codes, routes._replace(dense=jnp.float32(1)), bias, RouteRule(1)),
+        run(q, k, v, codes, routes, bias, RouteRule(R, choice="straight_through")),
+    ):
+        for x, y in zip(found, expected, strict=True):
+            np.testing.assert_allclose(x, y, atol=1e-5)
+
+    def loss(query, rule):
+        return jnp.sum(run(q, k, v, codes, routes._replace(query=query), bias, rule)[0] ** 2)
+
+    assert not jax.grad(loss)(routes.query, RouteRule(2)).any()
+    assert jax.grad(loss)(routes.query, RouteRule(2, choice="straight_through")).any()
+
+
+def test_what_is_not_chosen_touches_nothing() -> None:
+    """Values of shut regions may be anything; ties go to the lower region, never to more than k."""
+    q, k, v, codes, routes, bias = operands(2)
+    routes = routes._replace(descriptor=jnp.zeros_like(routes.descriptor), before=codes.hi)
+    rule = RouteRule(1)
+    open_ = jnp.asarray(allowed(codes, routes, rule))[:, :, -1].any(1)
+    assert not open_.all()
+    out, _ = run(q, k, v, codes, routes, bias, rule)
+    poisoned = jnp.where(open_[:, :, None, None], v, 1e30)
+    found, _ = run(q, k, poisoned, codes, routes, bias, rule)
+    np.testing.assert_array_equal(out[:, -1], found[:, -1])
+
+
+def test_wrong_operands_and_backends_are_one_clear_error() -> None:
+    q, k, v, codes, routes, bias = operands(0)
+    with pytest.raises(ValueError, match=r"descriptor has shape \(2, 5, 2, 8\), expected|first has shape"):
+        run(q, k, v, codes, routes._replace(descriptor=routes.descriptor[:, 1:]), bias, RouteRule(1))
+    with pytest.raises(ValueError, match="'pallas_tpu' cannot serve routed attention"):
+        run(q, k, v, codes, routes, bias, RouteRule(1), implementation="pallas_tpu")
+    for wrong in (0, -1, 1.5, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="top_k"):
+            RouteRule(wrong)
