@@ -36,6 +36,7 @@ from rave_jax.attention.masks import cached_codes, causal_codes, segment_codes
 from rave_jax.attention.mma import Mma
 from rave_jax.attention.plan import Layers, SegmentPlan, build_mechanisms, plan_segments
 from rave_jax.attention.rave import Rave
+from rave_jax.attention.region_cache import ChunkSlots, LayerRegions, attend_regions, chunk_slots, entered, joined
 from rave_jax.attention.sliding_window import SlidingWindow
 from rave_jax.attention.text_positions import TextPositions
 from rave_jax.attention.var import Var
@@ -50,6 +51,7 @@ __all__ = [
     "CacheType",
     "Cca",
     "Channels",
+    "ChunkSlots",
     "Croc",
     "Decomposed",
     "Features",
@@ -57,6 +59,7 @@ __all__ = [
     "KeyFactor",
     "Keys",
     "KvCache",
+    "LayerRegions",
     "Layers",
     "Mechanism",
     "MechanismConfig",
@@ -73,11 +76,15 @@ __all__ = [
     "Var",
     "ZeroTuning",
     "attend",
+    "attend_regions",
     "build_mechanisms",
     "cached_codes",
     "causal_codes",
     "check_owners",
+    "chunk_slots",
     "combine",
+    "entered",
+    "joined",
     "mask_codes",
     "plan_segments",
     "positions",

@@ -113,6 +113,9 @@ class Mechanism(nnx.Module):
     """What no other mechanism of the layer may own."""
     NEEDS: ClassVar[tuple[Owned, ...]] = ()
     """What no other mechanism of the layer may own, though this one leaves it plain."""
+    GATHERS: bool = False
+    """May a decoding step leave out the keys of regions that were not chosen? So where all that is added to the scores
+    is a pair term, or regions are ranked without their keys' scores."""
     LOOKS_AHEAD: ClassVar[bool] = False
     """May a token see later ones? Then a prompt has to be read whole."""
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from rave_jax.attention.base import Keys
 from rave_jax.batch import TokenInfo
 from rave_jax.parallel.sharding import shard
-from rave_jax.typing import Array, Float, Int, Int8
+from rave_jax.typing import Array, Bool, Float, Int, Int8
 
 CacheType = Literal["compute", "bfloat16", "int8"]
 
@@ -37,14 +37,42 @@ class StoredKeys(NamedTuple):
     remembered: tuple[Any, ...]
 
 
+class StoredRegions(NamedTuple):
+    """What is kept of a segment's layers: keys [L,B,K,R*m,...], and of each region what the layer's router summarised
+    [L,B,K,R,...], from which its descriptors come: they are never computed twice."""
+
+    keys: StoredKeys
+    summary: Any
+
+
+class RegionSlots(NamedTuple):
+    """Visual keys region by region, so that a query can read the few regions it chose.
+
+    Slot n * m + i of a row belongs to the i-th token of region n + 1; a region that a grid cuts short leaves its last
+    slots empty. `info` are the token codes of the slots [B,R*m], 0 where one is empty; `count` [B] are each row's
+    tokens in regions.
+    """
+
+    segments: tuple[StoredRegions, ...]
+    info: TokenInfo
+    count: Int[Array, "B"]
+
+
 class KvCache(NamedTuple):
     """Keys of all layers, by segments of the decoder. `info` are the token codes of the slots [B,S]; `index`
-    [B] is each row's next free slot. Slots from there on hold leftovers that no query sees.
+    [B] is each row's next free slot. Slots from there on hold leftovers that no query sees. Where mechanisms ask for
+    regions, the keys of visual tokens lie in `regions` instead.
     """
 
     segments: tuple[StoredKeys, ...]
     info: TokenInfo
     index: Int[Array, "B"]
+    regions: RegionSlots | None = None
+
+    @property
+    def length(self) -> Int[Array, "B"]:
+        """Tokens of each row: the place of the next one in its document."""
+        return self.index if self.regions is None else self.index + self.regions.count
 
     @property
     def size(self) -> int:
@@ -57,12 +85,13 @@ class KvCache(NamedTuple):
         return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self))
 
 
-def empty_cache(segments: tuple[Keys, ...], kind: CacheType) -> KvCache:
+def empty_cache(segments: tuple[Keys, ...], kind: CacheType, regions: tuple[Keys, ...] | None = None) -> KvCache:
     """A cache with nothing in it, on the current mesh.
 
     Args:
         segments: shapes of the keys as the model computes them, [L,B,S,K,...] each.
         kind: number type of k and v: as computed, bfloat16, or int8 with a float32 scale per token and kv head.
+        regions: the same for the slots of regions [L,B,R*m,K,...], their summaries [L,B,R,K,...]; None without regions.
     """
 
     def zeros(x: jax.ShapeDtypeStruct, dtype: jnp.dtype | None = None) -> Array:
@@ -78,9 +107,15 @@ def empty_cache(segments: tuple[Keys, ...], kind: CacheType) -> KvCache:
     def stored(keys: Keys) -> StoredKeys:
         return StoredKeys(kept(keys.k), kept(keys.v), jax.tree.map(zeros, keys.remembered))
 
-    B, S = segments[0].k.shape[1:3]
-    info = TokenInfo(*[jnp.zeros((B, S), jnp.int32)] * len(TokenInfo._fields))
-    return placed(KvCache(tuple(map(stored, segments)), info, jnp.zeros((B,), jnp.int32)))
+    def codes(keys: Keys) -> TokenInfo:
+        return TokenInfo(*[jnp.zeros(keys.k.shape[1:3], jnp.int32)] * len(TokenInfo._fields))
+
+    none = jnp.zeros(segments[0].k.shape[1:2], jnp.int32)
+    far = None
+    if regions is not None:
+        kept_regions = (StoredRegions(stored(keys), jax.tree.map(zeros, keys.summary)) for keys in regions)
+        far = RegionSlots(tuple(kept_regions), codes(regions[0]), none)
+    return placed(KvCache(tuple(map(stored, segments)), codes(segments[0]), none, far))
 
 
 def placed(cache: KvCache) -> KvCache:
@@ -89,11 +124,15 @@ def placed(cache: KvCache) -> KvCache:
     def keys(x: Array) -> Array:
         return shard(x, "layers", "batch", "kv_heads", "length", *[None] * (x.ndim - 4))
 
-    return KvCache(
-        jax.tree.map(keys, cache.segments),
-        jax.tree.map(lambda x: shard(x, "batch", "length"), cache.info),
-        shard(cache.index, "batch"),
-    )
+    def codes(x: Array) -> Array:
+        return shard(x, "batch", "length")
+
+    far = cache.regions
+    if far is not None:
+        segments = jax.tree.map(keys, far.segments)
+        far = RegionSlots(segments, jax.tree.map(codes, far.info), shard(far.count, "batch"))
+    segments = jax.tree.map(keys, cache.segments)
+    return KvCache(segments, jax.tree.map(codes, cache.info), shard(cache.index, "batch"), far)
 
 
 def write(stored: StoredKeys, layer: Array, start: Int[Array, "B"], new: Keys) -> StoredKeys:
@@ -161,13 +200,27 @@ def _write_runs(stored: Array, layer: Array, start: Int[Array, "B"], runs: Array
 
 
 def take(cache: KvCache, rows: Int[Array, "n"] | None, reach: int) -> KvCache:
-    """A cache of its own with the first `reach` slots of `rows` (for numbers beyond them, of the last), or of all."""
+    """A cache of its own with the first `reach` slots of `rows` (for numbers beyond them, of the last), or of all, and
+    all their regions."""
     if rows is None:
         segments = jax.tree.map(lambda x: jax.lax.slice_in_dim(x, 0, reach, axis=3), cache.segments)
-        return KvCache(segments, jax.tree.map(lambda x: x[:, :reach], cache.info), cache.index)
+        return KvCache(segments, jax.tree.map(lambda x: x[:, :reach], cache.info), cache.index, cache.regions)
     segments = jax.tree.map(lambda x: x.at[:, rows, :, :reach].get(mode="clip"), cache.segments)
     info = jax.tree.map(lambda x: x.at[rows, :reach].get(mode="clip"), cache.info)
-    return KvCache(segments, info, cache.index.at[rows].get(mode="clip"))
+    far = cache.regions
+    if far is not None:
+        stored = jax.tree.map(lambda x: x.at[:, rows].get(mode="clip"), far.segments)
+        codes, count = jax.tree.map(lambda x: x.at[rows].get(mode="clip"), (far.info, far.count))
+        far = RegionSlots(stored, codes, count)
+    return KvCache(segments, info, cache.index.at[rows].get(mode="clip"), far)
+
+
+def emptied(cache: KvCache, rows: Bool[Array, "B"]) -> KvCache:
+    """The cache with nothing in some of its rows: what is left in their slots counts as not written."""
+    far = cache.regions
+    if far is not None:
+        far = far._replace(count=jnp.where(rows, 0, far.count))
+    return cache._replace(index=jnp.where(rows, 0, cache.index), regions=far)
 
 
 def put(cache: KvCache, part: KvCache, rows: Int[Array, "n"] | None) -> KvCache:
@@ -179,9 +232,19 @@ def put(cache: KvCache, part: KvCache, rows: Int[Array, "n"] | None) -> KvCache:
         def back(x: Array, y: Array, axis: int) -> Array:
             return jax.lax.dynamic_update_slice_in_dim(x, jax.lax.dynamic_slice_in_dim(y, n, 1, axis), rows[n], axis)
 
-        segments = jax.tree.map(lambda x, y: back(x, y, 1), cache.segments, part.segments)
-        info, index = jax.tree.map(lambda x, y: back(x, y, 0), (cache.info, cache.index), (part.info, part.index))
-        return KvCache(segments, info, index)
+        def of_layers(x: Array, y: Array) -> Array:
+            return back(x, y, 1)
+
+        def of_rows(x: Array, y: Array) -> Array:
+            return back(x, y, 0)
+
+        segments = jax.tree.map(of_layers, cache.segments, part.segments)
+        info, index = jax.tree.map(of_rows, (cache.info, cache.index), (part.info, part.index))
+        far, new = cache.regions, part.regions
+        if far is not None and new is not None:
+            stored = jax.tree.map(of_layers, far.segments, new.segments)
+            far = RegionSlots(stored, *jax.tree.map(of_rows, (far.info, far.count), (new.info, new.count)))
+        return KvCache(segments, info, index, far)
 
     # Row by row, and in place: for a scatter of rows this large the compiler copies the whole cache.
     real = jnp.sum(rows < cache.index.shape[0])

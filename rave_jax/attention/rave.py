@@ -84,6 +84,7 @@ class RaveGate(Mechanism):
     """
 
     OWNS = ("pair",)
+    GATHERS = True
 
     def __init__(self, config: Rave, dims: AttentionDims, key: jax.Array):
         H, K, h = dims

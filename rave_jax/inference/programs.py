@@ -64,12 +64,14 @@ class Pictures(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """The next tokens of N prompts, as in `Batch`, padding (segment 0) on the right."""
+    """The next tokens of N prompts, as in `Batch`, padding (segment 0) on the right, those of pictures in the order of
+    their places. `region_place` is how many tokens of its region stand before each."""
 
     tokens: Int[Array, "N T"]
     info: TokenInfo
     positions: Int[Array, "3 N T"]
     visual_index: Int[Array, "N T"]
+    region_place: Int[Array, "N T"]
 
 
 class Admission(NamedTuple):
@@ -170,13 +172,13 @@ def read(
     begins = admission.begins
     part = kv_cache.take(state.cache, admission.slot, reach)
     # From slot 0 on: what is left there of who had the slot before counts as not written.
-    part = part._replace(index=jnp.where(begins, 0, part.index))
+    part = kv_cache.emptied(part, begins)
 
     x = model.embed(chunk.tokens, model.options.compute)
     if state.pictures.shape[1]:
         x = with_pictures(x, state.pictures, chunk.info, chunk.visual_index)
     x = shard(x, "batch", "length", None)
-    hidden, part = model.decoder.cached(x, chunk.info, chunk.positions, part)
+    hidden, part = model.decoder.cached(x, chunk.info, chunk.positions, part, chunk.region_place)
     cache = kv_cache.put(state.cache, part, admission.slot)
 
     rows = jnp.arange(len(begins))
@@ -266,7 +268,7 @@ def _answer_info(now: SlotState) -> TokenInfo:
     zeros = jnp.zeros_like(now.token)
     codes = TokenInfo(*[zeros] * len(TokenInfo._fields))._replace(
         segment=now.active.astype(jnp.int32),
-        place=now.cache.index,
+        place=now.cache.length,
         kind=jnp.where(now.active, Kind.TEXT, Kind.PAD),
         role=jnp.where(now.active, Role.RESPONSE, Role.NONE),
         turn=now.turn,

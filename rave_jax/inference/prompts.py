@@ -9,6 +9,7 @@ import numpy as np
 
 from rave_jax.batch import Batch, TokenInfo
 from rave_jax.data.collate import BatchShape, collate
+from rave_jax.data.layout import places_in_region
 from rave_jax.data.sample import Example
 from rave_jax.inference.buckets import Buckets
 from rave_jax.inference.programs import NOTHING, Admission, Chunk, Pictures
@@ -36,6 +37,11 @@ class Prompt(NamedTuple):
         """Tokens of the prompt."""
         return len(self.example.tokens)
 
+    @property
+    def slots(self) -> int:
+        """Tokens of the prompt that are not kept by region."""
+        return int(np.sum(self.example.info.region == 0))
+
 
 class PromptGroup:
     """Up to N prompts that are read together.
@@ -59,6 +65,7 @@ class PromptGroup:
         self._merge_patches = merge_patches
         documents = [[prompt.example] for prompt in prompts]
         self._batch: Batch = collate(documents, BatchShape(rows, tokens, patches), patch_numbers, merge_patches)
+        self._region_place: Any = np.stack([places_in_region(np.asarray(row)) for row in self._batch.info.region])
 
     def pictures(self, most: int) -> Iterator[Pictures]:
         """All frames, in as few runs of the tower as `most` patches a row and run allow; a larger frame goes alone."""
@@ -89,7 +96,8 @@ class PromptGroup:
         for start in range(0, batch.tokens.shape[1], T):
             part = slice(start, start + T)
             info = TokenInfo(*(code[:, part] for code in batch.info))
-            chunk = Chunk(batch.tokens[:, part], info, batch.positions[:, :, part], batch.visual_index[:, part])
+            rest = (batch.positions[:, :, part], batch.visual_index[:, part], self._region_place[:, part])
+            chunk = Chunk(batch.tokens[:, part], info, *rest)
             here = (start < lengths) & (lengths <= start + T)
             last: Any = np.where(here, lengths - 1 - start, NOTHING).astype(np.int32)
             begins: Any = np.full(self.rows, start == 0)

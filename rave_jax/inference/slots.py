@@ -16,6 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rave_jax.config import ConfigError
+from rave_jax.data.layout import check_regions
 from rave_jax.data.sample import Example, OverBudget, SampleError
 from rave_jax.inference.buckets import Buckets, SlotConfig
 from rave_jax.inference.programs import NOTHING, empty_state, read, see, write
@@ -61,8 +62,9 @@ class _Job:
     given: int = 0
 
     def length_after(self, steps: int) -> int:
-        """Tokens in its slot after so many more; the newest answer token is never there yet."""
-        return self.prompt.length + min(self.given + steps, self.prompt.limit) - 1
+        """Tokens in its slot after so many more, those kept by region left out; the newest answer token is never there
+        yet."""
+        return self.prompt.slots + min(self.given + steps, self.prompt.limit) - 1
 
 
 class Engine:
@@ -128,8 +130,8 @@ class Engine:
             name: what errors call it.
 
         Raises:
-            OverBudget: the prompt is too long, has too many patches, or leaves no room for an answer; or it is longer
-                than `chunk` and the model has a mechanism that looks ahead.
+            OverBudget: the prompt is too long, has too many patches or regions, or leaves no room for an answer; or it
+                is longer than `chunk` and the model has a mechanism that looks ahead.
             SampleError: too many stop ids, or pictures for a model that takes none.
         """
         called = f"{name}: " if name else ""
@@ -141,6 +143,7 @@ class Engine:
         ):
             if most is not None and given > most:
                 raise OverBudget(f"{called}the prompt has {given} {what}, over the budget of {field_name} {most}")
+        check_regions(example, self._model.options.layout.max_regions, name)
         ahead = self._model.decoder.looks_ahead
         if ahead and len(example.tokens) > self._buckets.chunk:
             raise OverBudget(

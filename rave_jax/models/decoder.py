@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -27,7 +28,7 @@ from rave_jax.typing import Array, Bool, Float, Int
 class LayerCache(NamedTuple):
     """The keys of a whole segment, and which of its layers is meant."""
 
-    stored: kv_cache.StoredKeys
+    stored: kv_cache.StoredKeys | attention.LayerRegions
     layer: Int[Array, ""]
 
 
@@ -38,9 +39,19 @@ class Situation(NamedTuple):
     codes: MaskCodes
     info_q: TokenInfo
     info_k: TokenInfo
-    start: Int[Array, "B"] | None
+    start: Int[Array, "B"] | attention.ChunkSlots | None
     rows: Int[Array, "B N"] | None
     progress: Float[Array, ""] | None
+
+
+class Entered(NamedTuple):
+    """A cache with the codes of the tokens that its layers are about to write: where these begin (or go, with regions),
+    the codes of all slots, and where among these each token is."""
+
+    cache: KvCache
+    start: Int[Array, "B"] | attention.ChunkSlots
+    info: TokenInfo
+    own: Int[Array, "B T"]
 
 
 class LayerOutput(NamedTuple):
@@ -112,11 +123,27 @@ class DecoderLayer(nnx.Module):
         """The layer. With `losses`, those of its mechanisms are computed too."""
         found = self.attention.features(self.attention_norm(x), x, at.rotation)
         keys = attention.remember(self.mechanisms, found)
-        keys = keys._replace(summary=attention.summarise(self.mechanisms, found, at.info_q.region))
-        if cache is not None:
-            assert at.start is not None
-            cache = cache._replace(stored=kv_cache.write(cache.stored, cache.layer, at.start, keys))
-            keys = kv_cache.read(cache.stored, cache.layer, found.q.dtype)
+        if cache is None:
+            keys = keys._replace(summary=attention.summarise(self.mechanisms, found, at.info_q.region))
+        elif isinstance(cache.stored, attention.LayerRegions):
+            assert isinstance(at.start, attention.ChunkSlots)
+            out, stored = attention.attend_regions(
+                found,
+                keys,
+                cache.stored,
+                cache.layer,
+                at.start,
+                at.codes,
+                at.info_q,
+                at.info_k,
+                self.mechanisms,
+                self.implementation,
+            )
+            return LayerOutput(self._after(x, out), cache._replace(stored=stored), None, {}, None)
+        else:
+            assert isinstance(at.start, jax.Array)
+            stored = kv_cache.write(cache.stored, cache.layer, at.start, keys)
+            cache, keys = cache._replace(stored=stored), kv_cache.read(stored, cache.layer, found.q.dtype)
         seen = attention.attend(
             found,
             keys,
@@ -129,10 +156,13 @@ class DecoderLayer(nnx.Module):
             losses=losses,
             progress=at.progress,
         )
-        out = shard(seen.out, "batch", "length", "heads", None)
-        x = shard(x + self.attention.output(out), "batch", "length", None)
-        x = shard(x + self.mlp(self.mlp_norm(x)), "batch", "length", None)
-        return LayerOutput(x, cache, seen.rows, seen.losses, seen.chosen)
+        return LayerOutput(self._after(x, seen.out), cache, seen.rows, seen.losses, seen.chosen)
+
+    def _after(self, x: Float[Array, "B T D"], heads: Float[Array, "B T H h"]) -> Float[Array, "B T D"]:
+        """What the layer makes of x and of what its heads read."""
+        heads = shard(heads, "batch", "length", "heads", None)
+        x = shard(x + self.attention.output(heads), "batch", "length", None)
+        return shard(x + self.mlp(self.mlp_norm(x)), "batch", "length", None)
 
 
 class Decoder(nnx.Module):
@@ -152,6 +182,7 @@ class Decoder(nnx.Module):
         self.rope_theta = config.rope_theta
         self.mrope_section = config.mrope_section
         self.remat = options.remat
+        self.layout = options.layout
 
     def __call__(
         self,
@@ -218,28 +249,37 @@ class Decoder(nnx.Module):
         return total
 
     def cached(
-        self, x: Float[Array, "B T D"], info: TokenInfo, positions: Int[Array, "3 B T"], cache: KvCache
+        self,
+        x: Float[Array, "B T D"],
+        info: TokenInfo,
+        positions: Int[Array, "3 B T"],
+        cache: KvCache,
+        region_place: Int[Array, "B T"] | None = None,
     ) -> tuple[Float[Array, "B T D"], KvCache]:
         """Tokens that follow what the cache holds, one document per row, padding on the right.
 
-        Padding is written too and overwritten by what follows; until then no query sees it. `cache.index` + T may not
-        be beyond the cache's size: such a row is not written. Where `looks_ahead` names mechanisms, the tokens that one
-        may see have to be given with it or before it.
+        Where `looks_ahead` names mechanisms, the tokens that one may see have to be given with it or before it; of
+        pictures they stand in the order of their places.
+
+        Args:
+            x: embedded tokens.
+            info, positions: of the tokens.
+            cache: what came before. Rows of a cache without regions for which `cache.index` + T is beyond its size are
+                not written.
+            region_place: with regions, how many tokens of its region stand before each token; None where no token is
+                visual.
 
         Returns:
             hidden states after the final norm, and the cache with the tokens in it.
         """
-        T = x.shape[1]
-        start = cache.index
-        slots = start[:, None] + jnp.arange(T, dtype=jnp.int32)
-        held = kv_cache.write_info(cache.info, start, info)
-        # What lies beyond is left from before, and `mask` hooks may not take it for tokens.
-        reached = jnp.arange(cache.size, dtype=jnp.int32) < start[:, None] + T
-        held = jax.tree.map(lambda code: jnp.where(reached, code, 0), held)
-        base = attention.cached_codes(info, held)
-        segments = []
-        for segment, stored in zip(self.segments, cache.segments, strict=True):
-            at = self._situation(segment, base, info, held, positions, own=slots, start=start)
+        entered = self._enter(cache, info, region_place)
+        cache, far = entered.cache, entered.cache.regions
+        base = attention.cached_codes(info, entered.info)
+        kept: list[Any] = list(cache.segments)
+        if far is not None:
+            kept = [attention.LayerRegions(*both) for both in zip(cache.segments, far.segments, strict=True)]
+        for n, segment in enumerate(self.segments):
+            at = self._situation(segment, base, info, entered.info, positions, own=entered.own, start=entered.start)
 
             def body(layer: DecoderLayer, carry: Any, n: Array, at: Situation) -> tuple[Any, None]:
                 out = layer(carry[0], at, LayerCache(carry[1], n))
@@ -248,10 +288,42 @@ class Decoder(nnx.Module):
 
             # The keys ride in the carry: each layer writes its new ones in place, nothing else is copied.
             numbers = jnp.arange(segment.stop - segment.start, dtype=jnp.int32)
-            (x, stored), _ = segment.scan(body, (x, stored), numbers, at, "none")
-            segments.append(stored)
+            (x, kept[n]), _ = segment.scan(body, (x, kept[n]), numbers, at, "none")
+        if far is not None:
+            far = far._replace(segments=tuple(both.far for both in kept))
+            kept = [both.near for both in kept]
+        return self.norm(x), kv_cache.placed(cache._replace(segments=tuple(kept), regions=far))
+
+    def _enter(self, cache: KvCache, info: TokenInfo, region_place: Int[Array, "B T"] | None) -> Entered:
+        """The cache with the codes of the tokens in it, before the layers write their keys."""
+        T = info.segment.shape[1]
+        if cache.regions is not None:
+            assert self.layout.regions is not None
+            slots = attention.chunk_slots(cache, info, region_place, self.layout.regions.tokens)
+            nothing = [self._summary_of_nothing(segment) for segment in self.segments]
+            cache = attention.entered(cache, info, slots, nothing)
+            assert cache.regions is not None
+            own = slots.near if slots.far is None else jnp.where(info.region > 0, cache.size + slots.far, slots.near)
+            return Entered(cache, slots, attention.joined(cache.info, cache.regions.info), own)
+        start = cache.index
+        own = start[:, None] + jnp.arange(T, dtype=jnp.int32)
+        # Padding is written too, and overwritten by what follows.
+        held = kv_cache.write_info(cache.info, start, info)
+        # What lies beyond is left from before, and `mask` hooks may not take it for tokens.
+        reached = jnp.arange(cache.size, dtype=jnp.int32) < start[:, None] + T
+        held = jax.tree.map(lambda code: jnp.where(reached, code, 0), held)
         index = start + jnp.sum(info.segment > 0, axis=1, dtype=jnp.int32)
-        return self.norm(x), kv_cache.placed(KvCache(tuple(segments), held, index))
+        return Entered(cache._replace(info=held, index=index), start, held, own)
+
+    def _summary_of_nothing(self, segment: Segment[DecoderLayer]) -> Any:
+        """What the router of each layer says of regions without a token [L,1,R,K,...]."""
+
+        def of_layer(layer: DecoderLayer) -> Any:
+            return attention.summarise(
+                layer.mechanisms, self._zeros(1, 1, jnp.dtype(jnp.float32)), jnp.zeros((1, 1), int)
+            )
+
+        return jax.vmap(of_layer)(segment.layers)
 
     @property
     def looks_ahead(self) -> tuple[str, ...]:
@@ -261,15 +333,25 @@ class Decoder(nnx.Module):
 
     def empty_cache(self, rows: int, size: int, kind: CacheType, dtype: jnp.dtype) -> KvCache:
         """A cache for `rows` documents of at most `size` tokens; `dtype` is the compute type."""
+
+        def keys(layer: DecoderLayer, slots: int) -> Keys:
+            x = self._zeros(rows, slots, dtype)
+            found = attention.remember(layer.mechanisms, x)
+            return found._replace(summary=attention.summarise(layer.mechanisms, x, jnp.zeros((rows, slots), jnp.int32)))
+
+        def shapes(slots: int) -> tuple[Keys, ...]:
+            of = functools.partial(keys, slots=slots)
+            return tuple(jax.eval_shape(jax.vmap(of), segment.layers) for segment in self.segments)
+
+        regions = self.layout.regions
+        far = None if regions is None else shapes(self.layout.max_regions * regions.tokens)
+        return kv_cache.empty_cache(shapes(size), kind, far)
+
+    def _zeros(self, rows: int, tokens: int, dtype: jnp.dtype) -> Features:
+        """Features of nothing, for their shapes."""
         H, K, h = self.attention_dims
-
-        def keys(layer: DecoderLayer) -> Keys:
-            q, k = jnp.zeros((rows, size, H, h), dtype), jnp.zeros((rows, size, K, h), dtype)
-            hidden = jnp.zeros((rows, size, self.hidden_size), dtype)
-            return attention.remember(layer.mechanisms, Features(q, k, k, q, k, hidden))
-
-        shapes = tuple(jax.eval_shape(jax.vmap(keys), segment.layers) for segment in self.segments)
-        return kv_cache.empty_cache(shapes, kind)
+        q, k = jnp.zeros((rows, tokens, H, h), dtype), jnp.zeros((rows, tokens, K, h), dtype)
+        return Features(q, k, k, q, k, jnp.zeros((rows, tokens, self.hidden_size), dtype))
 
     def _situation(
         self,
@@ -280,7 +362,7 @@ class Decoder(nnx.Module):
         positions: Int[Array, "3 B T"],
         *,
         own: Int[Array, "B T"],
-        start: Int[Array, "B"] | None = None,
+        start: Int[Array, "B"] | attention.ChunkSlots | None = None,
         rows: Int[Array, "B N"] | None = None,
         progress: Float[Array, ""] | None = None,
     ) -> Situation:

@@ -8,18 +8,20 @@ import jax
 import numpy as np
 
 from rave_jax.batch import Kind, Role, TokenInfo
+from rave_jax.data.layout import lay_out
 from rave_jax.data.sample import Example
+from rave_jax.layout import VisualLayout
 from rave_jax.models.config import VlmConfig
 from rave_jax.models.vlm import Vlm
 from tests.models.layout import Document, batch
 
 
-def example_of(doc: Document, config: VlmConfig) -> Example:
+def example_of(doc: Document, config: VlmConfig, layout: VisualLayout | None = None) -> Example:
     """The document as the processor would give it."""
     T, P = len(doc.tokens), len(doc.patches)
     row: Any = batch([[doc]], config, T, P)
     info = TokenInfo(*(code[0] for code in row.info))
-    return Example(
+    example = Example(
         tokens=row.tokens[0],
         loss_mask=np.zeros(T, np.float32),
         info=info,
@@ -30,6 +32,7 @@ def example_of(doc: Document, config: VlmConfig) -> Example:
         patch_place=row.patch_place[0],
         patch_window=row.patch_window[0],
     )
+    return lay_out(example, layout or VisualLayout())
 
 
 def with_answer(prompt: Document, answer: list[int]) -> Document:
@@ -57,6 +60,11 @@ def _logits(model: Vlm, whole: Any) -> jax.Array:
 def whole_forward(model: Vlm, prompts: list[Document], answers: list[list[int]], T: int, P: int) -> list[np.ndarray]:
     """Logits [N,V] that a pass over prompt and answer at once gives where each of the N answer tokens was chosen."""
     documents = [with_answer(p, a) for p, a in zip(prompts, answers, strict=True)]
-    found = np.asarray(_logits(model, batch([[d] for d in documents], model.config, T, P)))
+    whole = batch([[d] for d in documents], model.config, T, P)
+    region = np.zeros_like(whole.info.region)
+    for row, doc in enumerate(documents):
+        region[row, : len(doc.tokens)] = example_of(doc, model.config, model.options.layout).info.region
+    whole = whole._replace(info=whole.info._replace(region=region))
+    found = np.asarray(_logits(model, whole))
     starts = [len(p.tokens) - 1 for p in prompts]
     return [row[s : s + len(a)] for row, s, a in zip(found, starts, answers, strict=True)]

@@ -16,6 +16,7 @@ from rave_jax.attention import (
     Avar,
     CacheType,
     Decomposed,
+    Gaze,
     MechanismConfig,
     Rave,
     SlidingWindow,
@@ -28,6 +29,7 @@ from rave_jax.data.sample import OverBudget, SampleError
 from rave_jax.inference import Engine, Sampling, SlotConfig
 from rave_jax.inference.buckets import Buckets
 from rave_jax.inference.slots import compilations
+from rave_jax.layout import AdaptiveRegions, FixedRegions
 from rave_jax.models.config import ModelOptions, TextConfig, VlmConfig
 from rave_jax.models.families.presets import tiny
 from rave_jax.models.vlm import Vlm
@@ -69,6 +71,21 @@ SETTINGS: dict[str, tuple[MechanismConfig, ...]] = {
     ),
     # By these dimensions one token in seven or more is a sink, of answers too; long prompts and their answers change.
     "sinks": (Var(dims=(3, 11, 20), tau=1.8, summ=0.05, rho=0.3, move_fraction=0.9), Rave(rank=4, layers=(1,))),
+    "gaze": (
+        Gaze(FixedRegions(2, 2), max_regions=12, top_k=2, layers=(0, 1)),
+        Rave(rank=4, layers=(0, 2)),
+        SlidingWindow(window=40, layers=(1,)),
+    ),
+    "gaze of groups": (
+        Gaze(AdaptiveRegions(1, 2, frames=2, tokens=8), max_regions=9, top_k=0.5, share="group", descriptor="min_max"),
+        ZeroTuning(0.2, layers=(1,)),
+        Rave(rank=4, form="centered_sigmoid", layers=(0,)),
+    ),
+    "gaze for study": (
+        Gaze(FixedRegions(1, 3), 16, top_k=1, descriptor="spread", layers=(0,)),
+        Gaze(FixedRegions(1, 3), 16, top_k=1, descriptor="oracle", layers=(1,)),
+        Gaze(FixedRegions(1, 3), 16, top_k=1, descriptor="learned", descriptor_keys="pre_rope", layers=(2,)),
+    ),
     "decomposed": (
         Decomposed(layers=(0, 1)),
         Decomposed("kept", layers=(2,)),
@@ -105,8 +122,9 @@ def engine(vlm: Vlm, sizes: SlotConfig = SIZES, stop_ids: Sequence[int] = (), me
 def run(slots: Engine, documents: Sequence[Document], samplings: Sequence[Sampling] | None = None) -> list[list[int]]:
     """The answers, in order; also holds that each request ends once."""
     samplings = samplings or [Sampling(NEW)] * len(documents)
-    asked = zip(documents, samplings, strict=True)
-    numbers = [slots.submit(example_of(doc, slots._model.config), sampling) for doc, sampling in asked]
+    vlm = slots._model
+    examples = [example_of(doc, vlm.config, vlm.options.layout) for doc in documents]
+    numbers = [slots.submit(*asked) for asked in zip(examples, samplings, strict=True)]
     answers: dict[int, list[int]] = {number: [] for number in numbers}
     ended = []
     while slots.waiting or slots.running:

@@ -109,6 +109,7 @@ class GazeRouter(Mechanism):
 
     def __init__(self, config: Gaze, dims: AttentionDims):
         self.config = config
+        self.GATHERS = config.descriptor != "oracle"
         if config.descriptor == "learned":
             pooling = jnp.zeros((dims.num_kv_heads, dims.head_dim))
             self.pooling = nnx.Param(pooling, axes=("kv_heads", "head_dim"))

@@ -1,0 +1,253 @@
+"""Attention against a cache that keeps visual keys region by region (`cache.RegionSlots`).
+
+A chunk of a prompt meets all keys, and its text chooses regions by the mask, as in training. One token that is no
+visual one, as in decoding, reads text and context keys, the descriptors, and the regions that it chose: nothing else.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from rave_jax.attention import cache as kv_cache
+from rave_jax.attention.attend import attend, combine, router_of, routing_of, summarise
+from rave_jax.attention.base import Features, Keys, Mechanism, overrides
+from rave_jax.attention.cache import KvCache, Quantised, RegionSlots, StoredKeys, StoredRegions, quantise
+from rave_jax.attention.merge import merged
+from rave_jax.attention.scores import scores_of
+from rave_jax.batch import TokenInfo
+from rave_jax.kernels import pair_bias
+from rave_jax.kernels.pair_bias import Implementation, MaskCodes
+from rave_jax.kernels.routed import RegionBias, choice_of, gather_attention
+from rave_jax.typing import Array, Bool, Float, Int
+
+log = logging.getLogger(__name__)
+
+
+class ChunkSlots(NamedTuple):
+    """Where the tokens of a chunk go: a slot of the row's other part, or of its regions (None: no token is visual);
+    numbers beyond them go nowhere."""
+
+    near: Int[Array, "B T"]
+    far: Int[Array, "B T"] | None
+
+
+class LayerRegions(NamedTuple):
+    """What a segment's layers keep beside each other: keys of no region, and of regions."""
+
+    near: StoredKeys
+    far: StoredRegions
+
+
+def chunk_slots(cache: KvCache, info: TokenInfo, region_place: Int[Array, "B T"] | None, tokens: int) -> ChunkSlots:
+    """Slots of the tokens of a chunk.
+
+    Args:
+        cache: with regions.
+        info: codes of the tokens.
+        region_place: how many tokens of its region stand before each; None where no token is visual.
+        tokens: m, slots of a region.
+    """
+    assert cache.regions is not None
+    visual = (info.segment > 0) & (info.region > 0)
+    others = (info.segment > 0) & ~visual
+    rank = jnp.cumsum(others, axis=1, dtype=jnp.int32) - 1
+    near = jnp.where(others, cache.index[:, None] + rank, cache.size)
+    if region_place is None:
+        return ChunkSlots(near, None)
+    far = jnp.where(visual, (info.region - 1) * tokens + region_place, cache.regions.info.segment.shape[1])
+    return ChunkSlots(near, far)
+
+
+def entered(cache: KvCache, info: TokenInfo, slots: ChunkSlots, nothing: Sequence[Any]) -> KvCache:
+    """The cache with the codes and numbers of a chunk's tokens, whose keys the layers then write. A row that held no
+    token starts from empty regions, whatever was left there.
+
+    Args:
+        cache: with regions.
+        info: codes of the tokens.
+        slots: where they go.
+        nothing: what the router of each segment's layers summarises of no token [L,1,R,K,...].
+    """
+    far = cache.regions
+    assert far is not None
+    fresh = cache.length == 0
+
+    def written(held: TokenInfo, at: Array, kept: Bool[Array, "B S"]) -> TokenInfo:
+        rows = jnp.arange(at.shape[0])[:, None]
+        cleared = jax.tree.map(lambda code: jnp.where(kept, code, 0), held)
+        return jax.tree.map(lambda old, new: old.at[rows, at].set(new, mode="drop"), cleared, info)
+
+    def emptied(old: Array, none: Array) -> Array:
+        rows = fresh.reshape(-1, *[1] * (old.ndim - 2))
+        return jnp.where(rows, jnp.swapaxes(none, 2, 3).astype(old.dtype), old)
+
+    held = written(cache.info, slots.near, jnp.arange(cache.size) < cache.index[:, None])
+    index = cache.index + jnp.sum(slots.near < cache.size, axis=1, dtype=jnp.int32)
+    if slots.far is not None:
+        size = far.info.segment.shape[1]
+        codes = written(far.info, slots.far, jnp.broadcast_to(~fresh[:, None], (len(fresh), size)))
+        count = far.count + jnp.sum(slots.far < size, axis=1, dtype=jnp.int32)
+        segments = tuple(
+            one._replace(summary=jax.tree.map(emptied, one.summary, none))
+            for one, none in zip(far.segments, nothing, strict=True)
+        )
+        far = RegionSlots(segments, codes, count)
+    return cache._replace(info=held, index=index, regions=far)
+
+
+def joined(near: Any, far: Any) -> Any:
+    """Arrays [B,S,...] of both parts: slots of no region first."""
+    return jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), near, far)
+
+
+def attend_regions(
+    x: Features,
+    keys: Keys,
+    stored: LayerRegions,
+    layer: Int[Array, ""],
+    slots: ChunkSlots,
+    codes: MaskCodes,
+    info_q: TokenInfo,
+    info_k: TokenInfo,
+    mechanisms: Sequence[Mechanism],
+    implementation: Implementation,
+) -> tuple[Float[Array, "B T H h"], LayerRegions]:
+    """Outputs of one layer before the output projection, and what the segment's layers keep, with the new tokens in it.
+
+    Args:
+        x: features of the tokens.
+        keys: the tokens as keys.
+        stored: of the segment's layers.
+        layer: which of them is meant.
+        slots: where the tokens go.
+        codes: mask codes of the tokens and of the slots, those of no region first.
+        info_q, info_k: token codes of the same.
+        mechanisms, implementation: as `attend` takes them.
+    """
+    near, far = _write_at(stored.near, layer, slots.near, keys), stored.far
+    if slots.far is None:
+        stored, summary = LayerRegions(near, far), _summary(far, layer)
+        against = against_gathering(mechanisms, x)
+        if against is None:
+            return _gathered(x, stored, layer, codes, info_q, info_k, mechanisms, implementation), stored
+        _say_once(f"decoding reads all visual keys: {against}")
+    else:
+        summary = combine(mechanisms, _summary(far, layer), summarise(mechanisms, x, info_q.region))
+        kept = jax.tree.map(
+            lambda old, new: jax.lax.dynamic_update_index_in_dim(old, jnp.swapaxes(new, 1, 2), layer, 0),
+            far.summary,
+            summary,
+        )
+        far = StoredRegions(_write_at(far.keys, layer, slots.far, keys), kept)
+        stored = LayerRegions(near, far)
+    dtype = x.q.dtype
+    both = joined(kv_cache.read(near, layer, dtype), kv_cache.read(far.keys, layer, dtype))
+    seen = attend(x, both._replace(summary=summary), codes, info_q, info_k, mechanisms, implementation=implementation)
+    return seen.out, stored
+
+
+def against_gathering(mechanisms: Sequence[Mechanism], x: Features) -> str | None:
+    """Why a decoding step has to read all visual keys, in a sentence; None where it does not."""
+    if x.q.shape[1] != 1:
+        return f"{x.q.shape[1]} tokens are read at once"
+    if router_of(mechanisms) is None:
+        return "nothing routes in the layer"
+    for mechanism in mechanisms:
+        if not mechanism.GATHERS and any(overrides(mechanism, hook) for hook in ("score", "merge", "factor", "route")):
+            return f"{type(mechanism).__name__} needs them"
+    return None
+
+
+@functools.cache
+def _say_once(line: str) -> None:
+    log.info(line)
+
+
+def _gathered(
+    x: Features,
+    stored: LayerRegions,
+    layer: Int[Array, ""],
+    codes: MaskCodes,
+    info_q: TokenInfo,
+    info_k: TokenInfo,
+    mechanisms: Sequence[Mechanism],
+    implementation: Implementation,
+) -> Float[Array, "B 1 H h"]:
+    """One query: keys of no region by one kernel, those of the chosen regions by another, merged by log-sum-exp."""
+    S = stored.near.k[0].shape[3] if isinstance(stored.near.k, Quantised) else stored.near.k.shape[3]
+
+    def part(cut: slice) -> tuple[MaskCodes, TokenInfo]:
+        mine = codes._replace(order=codes.order[:, cut], open_k=codes.open_k[:, cut])
+        return mine, jax.tree.map(lambda code: code[:, cut], info_k)
+
+    (near_codes, near_info), (far_codes, far_info) = part(slice(None, S)), part(slice(S, None))
+    near = kv_cache.read(stored.near, layer, x.q.dtype)
+    scores = scores_of(x, near, near_codes, info_q, near_info, mechanisms)
+    text = pair_bias.attention(
+        scores.q,
+        scores.k,
+        near.v,
+        near_codes,
+        scores.terms.pair,
+        scores.form,
+        scale=scores.scale,
+        implementation=implementation,
+    )
+    far = kv_cache.read(stored.far.keys, layer, x.q.dtype)
+    far = far._replace(summary=_summary(stored.far, layer))
+    routing = routing_of(mechanisms, x, far, info_q, far_info, far_codes, None)
+    assert routing is not None
+    routes, rule = routing
+    choice = choice_of(None, far_codes, routes, rule)
+    scores = scores_of(x, far, far_codes, info_q, far_info, mechanisms)
+    R = routes.descriptor.shape[1]
+
+    def by_region(keys: Array) -> Array:
+        """[B,R*m,K,...] as [B,K,R,m,...], which is how it is stored."""
+        keys = jnp.swapaxes(keys, 1, 2)
+        return keys.reshape(*keys.shape[:2], R, -1, *keys.shape[3:])
+
+    bias, pair = None, scores.terms.pair
+    if pair is not None:
+        of_query = (y[:, 0] for y in (pair.u, pair.row, pair.query_on))
+        u, row, query_on = of_query
+        bias = RegionBias(u, by_region(pair.w), row, by_region(pair.key), pair.gain, query_on)
+    picture = gather_attention(
+        x.q[:, 0],
+        by_region(far.k),
+        by_region(far.v),
+        (far_info.segment > 0).reshape(far_info.segment.shape[0], R, -1),
+        choice.chosen[..., 0, :],
+        rule.most(R),
+        bias,
+        scores.form,
+        scale=scores.scale,
+    )
+    out, lse = (jnp.stack([a, b[:, None]], axis=2) for a, b in zip(text, picture, strict=True))
+    return merged(out, lse)[0]
+
+
+def _summary(far: StoredRegions, layer: Int[Array, ""]) -> Any:
+    """What the layer's router summarised [B,R,K,...]."""
+    return jax.tree.map(
+        lambda x: jnp.swapaxes(jax.lax.dynamic_index_in_dim(x, layer, keepdims=False), 1, 2), far.summary
+    )
+
+
+def _write_at(stored: StoredKeys, layer: Array, slots: Int[Array, "B T"], new: Keys) -> StoredKeys:
+    """`stored` with the keys `new` [B,T,K,...] of one layer in `slots`; those beyond it are dropped."""
+    rows = jnp.arange(slots.shape[0])[:, None]
+
+    def pack(x: Array, like: Array | Quantised) -> Any:
+        return quantise(x) if isinstance(like, Quantised) else x
+
+    def put(old: Array, x: Array) -> Array:
+        return old.at[layer, rows, :, slots].set(x.astype(old.dtype), mode="drop")
+
+    return jax.tree.map(put, stored, StoredKeys(pack(new.k, stored.k), pack(new.v, stored.v), new.remembered))

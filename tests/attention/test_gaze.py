@@ -1,0 +1,253 @@
+"""Gaze: descriptors, schedule, who chooses what, and a whole model that is the dense one where all is chosen."""
+
+from __future__ import annotations
+
+import functools
+
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+
+from rave_jax.attention import Croc, Gaze, Mechanism, MechanismConfig, Rave, TopKSchedule
+from rave_jax.attention.gaze import descriptors
+from rave_jax.batch import Batch
+from rave_jax.config import ConfigError
+from rave_jax.data.layout import lay_out, region_major
+from rave_jax.data.sample import Example
+from rave_jax.layout import AdaptiveRegions, FixedRegions, VisualLayout
+from rave_jax.models.config import ModelOptions
+from rave_jax.models.families import presets
+from rave_jax.models.vlm import Vlm
+from tests.models.layout import Visual, batch, document
+from tests.models.made import model as made
+
+CONFIG = presets.tiny(vocab_size=64, num_layers=2)
+T, P = 64, 160
+LAYOUT = FixedRegions(2, 3)
+# One row of two documents, with two pictures and with a video; one row of text and of a single picture.
+PARTS = (
+    ([2, Visual(1, 6, 8), 3, Visual(1, 4, 4), 5], [1, Visual(2, 4, 6, video=True), 4]),
+    ([6], [2, Visual(1, 6, 8), 9]),
+)
+
+
+def rows(regions=LAYOUT, order: str = "raster") -> Batch:
+    """The rows with regions numbered over each, raster or with the tokens of a region side by side."""
+    rng = np.random.default_rng(0)
+    documents = [[document(parts, CONFIG, rng) for parts in row] for row in PARTS]
+    found = batch(documents, CONFIG, T, P)
+    info = jax.tree.map(np.array, found.info)
+    lists = {name: np.array(getattr(found, name)) for name in ("tokens", "loss_weights", "visual_index")}
+    positions = np.array(found.positions)
+    for b, row in enumerate(documents):
+        start = regions_before = 0
+        for doc in row:
+            span = slice(start, start + len(doc.tokens))
+            images = info.image[b, span]
+            first = images[images > 0].min(initial=99) - 1
+            codes = type(info)(*(code[b, span] for code in info))
+            codes = codes._replace(image=np.where(images > 0, images - first, 0))
+            example = Example(
+                lists["tokens"][b, span],
+                lists["loss_weights"][b, span],
+                codes,
+                positions[:, b, span],
+                lists["visual_index"][b, span],
+                *(np.zeros(0),) * 4,
+            )
+            example = lay_out(example, VisualLayout(regions, 99))
+            region = example.info.region
+            region = np.where(region > 0, region + regions_before, 0)
+            example = example._replace(info=example.info._replace(region=region, image=images))
+            regions_before = max(regions_before, int(region.max()))
+            if order == "region":
+                # Pictures are found by their number in the document.
+                local = example._replace(info=example.info._replace(image=codes.image))
+                moved = region_major(local)
+                image = moved.info.image
+                example = moved._replace(info=moved.info._replace(image=np.where(image > 0, image + first, 0)))
+            for name, code in example.info._asdict().items():
+                getattr(info, name)[b, span] = code
+            info.segment[b, span] = codes.segment
+            for name in ("tokens", "visual_index"):
+                lists[name][b, span] = getattr(example, name)
+            positions[:, b, span] = example.positions
+            start = span.stop
+    return found._replace(
+        info=jax.tree.map(jnp.asarray, info),
+        positions=jnp.asarray(positions),
+        **{name: jnp.asarray(x) for name, x in lists.items()},
+    )
+
+
+@functools.cache
+def a_model(*mechanisms: MechanismConfig) -> Vlm:
+    return made(CONFIG, ModelOptions(mechanisms=mechanisms))
+
+
+@jax.jit
+def hidden(model: Vlm, given: Batch) -> jax.Array:
+    return jnp.where((given.info.segment > 0)[..., None], model.hidden(given), 0.0)
+
+
+def gaze(**options) -> Gaze:
+    return Gaze(**({"regions": LAYOUT, "max_regions": 16, "top_k": 2} | options))
+
+
+def test_all_regions_are_the_dense_model_with_its_gradients() -> None:
+    given = rows()
+
+    @jax.jit
+    def of(model: Vlm) -> tuple[jax.Array, jax.Array]:
+        def loss(embed: jax.Array) -> jax.Array:
+            layers = model.decoder(embed, given.info, given.positions)
+            return jnp.sum(jnp.where((given.info.segment > 0)[..., None], layers.hidden, 0.0) ** 2)
+
+        return jax.value_and_grad(loss)(model.embedded(given))
+
+    dense, gate = a_model(Rave(rank=4)), Rave(rank=4)
+    for config in (gaze(top_k=16), gaze(top_k=16, share="group", descriptor="min_max")):
+        for a, b in zip(of(a_model(gate, config)), of(dense), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * float(jnp.abs(b).max()))
+    fewer = of(a_model(gate, gaze()))[1]
+    assert float(jnp.abs(fewer - of(dense)[1]).max()) > 1e-2
+
+
+@pytest.mark.parametrize("config", [gaze(), gaze(visual_queries="frame+routed", share="group", descriptor="spread")])
+def test_tokens_may_lie_region_by_region(config: Gaze) -> None:
+    """The same rows with the tokens of each region side by side, put back."""
+    raster, by_region = rows(), rows(order="region")
+    assert (np.asarray(by_region.info.place) != np.asarray(raster.info.place)).any()
+    model = a_model(config, Rave(rank=4))
+    a, b = hidden(model, raster), hidden(model, by_region)
+    for row in range(2):
+        of = [np.lexsort((info.place[row], info.segment[row])) for info in (raster.info, by_region.info)]
+        np.testing.assert_allclose(a[row][of[0]], b[row][of[1]], atol=2e-5)
+
+
+def test_a_packed_document_is_the_document_alone() -> None:
+    packed, model = rows(), a_model(gaze(), Rave(rank=4))
+    whole = hidden(model, packed)
+    for row, number in ((0, 1), (0, 2), (1, 2)):
+        mine = np.asarray(packed.info.segment[row]) == number
+        info = jax.tree.map(lambda code, m=mine: jnp.where(m, code, 0), packed.info)
+        alone = hidden(model, packed._replace(info=info))
+        np.testing.assert_allclose(alone[row][mine], whole[row][mine], atol=2e-5)
+
+
+def test_without_pictures_it_is_plain_attention() -> None:
+    given = rows()
+    text = given._replace(info=given.info._replace(region=jnp.zeros_like(given.info.region)))
+    np.testing.assert_array_equal(hidden(a_model(gaze()), text), hidden(a_model(), given))
+
+
+@pytest.mark.parametrize("config", [gaze(), gaze(top_k=0.4, visual_queries="frame+routed"), gaze(descriptor="oracle")])
+def test_what_is_chosen_stands_before_and_is_as_much_as_was_asked(config: Gaze) -> None:
+    given = rows()
+    every = jnp.broadcast_to(jnp.arange(T), (2, T))
+    chosen = np.asarray(jax.jit(Vlm.chosen_regions)(a_model(config), given, every))
+    info = jax.tree.map(np.asarray, given.info)
+    for b, t in np.ndindex(2, T):
+        able = set()
+        for n in range(1, 17):
+            (tokens,) = np.nonzero((info.region[b] == n) & (info.segment[b] == info.segment[b, t]))
+            own = info.place[b, t]
+            if info.image[b, t]:
+                own -= info.row[b, t] * info.grid_w[b, t] + info.col[b, t]
+            if len(tokens) and info.segment[b, t] and (info.place[b][tokens] < own).all():
+                able.add(n - 1)
+        if info.image[b, t] and config.visual_queries == "dense":
+            able = set()
+        count = min(len(able), 2) if config.top_k == 2 else np.ceil(round(0.4 * len(able), 4))
+        found = chosen[:, b, t]
+        assert (found.sum(-1) == count).all()
+        assert not found[..., [n for n in range(16) if n not in able]].any()
+
+
+def test_the_schedule_goes_from_all_to_top_k_without_compiling_again() -> None:
+    given, model = rows(), a_model(gaze(), Rave(rank=4))
+
+    @jax.jit
+    def at(model: Vlm, progress: jax.Array) -> jax.Array:
+        return model.hidden_and_losses(given, progress)[0]
+
+    real = given.info.segment > 0
+    first, last = at(model, jnp.float32(0)), at(model, jnp.float32(0.5))
+    np.testing.assert_allclose(first[real], a_model(Rave(rank=4)).hidden(given)[real], atol=2e-5)
+    np.testing.assert_allclose(last[real], model.hidden(given)[real], atol=2e-5)
+    assert at._cache_size() == 1
+
+
+@pytest.mark.parametrize("shape", ["cosine", "linear", "steps", "none"])
+def test_schedules_fall_from_one_to_nothing(shape) -> None:
+    schedule = TopKSchedule(shape, until=0.4)
+    share = np.array([float(schedule.dense(jnp.float32(x))) for x in np.linspace(0, 1, 21)])
+    assert (np.diff(share) <= 1e-6).all() and (share[8:] < 1e-6).all()
+    assert share[0] == (0 if shape == "none" else 1)
+
+
+NAMES = ("mean", "min_max", "spread", "learned")
+
+
+def described(name, k, logits, region, R):
+    summary = descriptors.summarise(name, k, logits, region, R)
+    return descriptors.describe(name, summary, (*region.shape[:1], R, *k.shape[2:]))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 1000), cut=st.integers(0, 12))
+def test_descriptors_are_their_formulas_whole_or_in_parts(name, seed: int, cut: int) -> None:
+    """Also with keys in another order, and 0 for a region without keys."""
+    rng = np.random.default_rng(seed)
+    R, region = 4, rng.integers(0, 4, (1, 12)).astype(np.int32)
+    k = rng.normal(size=(1, 12, 2, 4)).astype(np.float32)
+    logits = rng.normal(size=(1, 12, 2)).astype(np.float32) if name == "learned" else None
+    found = np.asarray(described(name, jnp.asarray(k), logits, jnp.asarray(region), R))
+    for n, head in np.ndindex(R, 2):
+        (mine,) = np.nonzero(region[0] == n + 1)
+        keys = np.float64(k[0, mine, head])
+        if not len(mine):
+            assert not found[0, n, head].any()
+            continue
+        expected = {
+            "mean": lambda keys=keys: keys.mean(0),
+            "min_max": lambda keys=keys: np.concatenate([keys.max(0), keys.min(0)]),
+            "spread": lambda keys=keys: np.concatenate([keys.mean(0), keys.var(0)]),
+            "learned": lambda keys=keys, mine=mine, head=head: np.average(
+                keys, 0, weights=np.exp(8 * np.tanh(np.float64(logits[0, mine, head]) / 8))
+            ),
+        }[name]()
+        np.testing.assert_allclose(found[0, n, head], expected, atol=2e-5)
+    order = rng.permutation(12)
+    parts = [order[:cut], order[cut:]]
+    pick = lambda x, at: None if x is None else jnp.asarray(x[:, at])  # noqa: E731
+    a, b = (descriptors.summarise(name, pick(k, at), pick(logits, at), pick(region, at), R) for at in parts)
+    combined = descriptors.describe(name, descriptors.combine(a, b), (1, R, 2, 4))
+    np.testing.assert_allclose(combined, found, atol=2e-5)
+
+
+def test_min_max_bounds_the_score_of_every_key() -> None:
+    rng = np.random.default_rng(0)
+    q, k = jnp.asarray(rng.normal(size=(1, 5, 2, 4))), jnp.asarray(rng.normal(size=(1, 6, 2, 4)))
+    d = described("min_max", k, None, jnp.ones((1, 6), jnp.int32), 1)
+    bound = jnp.einsum("BTKc,BRKc->BTK", descriptors.features("min_max", q), d)
+    assert (np.einsum("btkh,bskh->bstk", q, k) <= np.asarray(bound)[:, None] + 1e-5).all()
+
+
+def test_wrong_settings_and_company_are_refused() -> None:
+    for wrong in ({"top_k": 0}, {"top_k": 2.5}, {"max_regions": 0}, {"tau": 0.0}):
+        with pytest.raises(ConfigError, match=next(iter(wrong))):
+            Gaze(**wrong)
+    with pytest.raises(ConfigError, match="until"):
+        TopKSchedule(until=0)
+    with pytest.raises(ConfigError, match="one layout of regions"):
+        ModelOptions(mechanisms=(Gaze(layers=(0,)), Gaze(AdaptiveRegions(), layers=(1,))))
+    with pytest.raises(ConfigError, match="CrocMask owns it"):
+        a_model(gaze(), Croc())
+    with pytest.raises(ConfigError, match="both own 'route'"):
+        a_model(gaze(), gaze(top_k=3))
+    assert issubclass(type(a_model(gaze()).decoder.segments[0].layers.mechanisms[0]), Mechanism)
