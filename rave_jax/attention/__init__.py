@@ -29,6 +29,7 @@ from rave_jax.attention.base import (
 )
 from rave_jax.attention.cache import CacheType, KvCache
 from rave_jax.attention.cca import Cca
+from rave_jax.attention.context import ContextSight
 from rave_jax.attention.croc import Croc
 from rave_jax.attention.decomposed import Decomposed
 from rave_jax.attention.gaze import Gaze, TopKSchedule
@@ -52,6 +53,7 @@ __all__ = [
     "Cca",
     "Channels",
     "ChunkSlots",
+    "ContextSight",
     "Croc",
     "Decomposed",
     "Features",

@@ -7,7 +7,8 @@ ring = min(row, H - 1 - row, col, W - 1 - col):
     position    = t0 + ring          on the image; text after it goes on at t0 + H / 2
 
 Our reading: the same ring where H and W differ, with text going on at t0 + ceil(min(H, W) / 2); each image of several,
-and each frame of a video, is one picture; all three axes of M-RoPE take the position.
+and each frame of a video, is one picture; all three axes of M-RoPE take the position. Context tokens take one position
+each, like text, and are in no ring.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from rave_jax.attention.base import AttentionDims, Mechanism
+from rave_jax.attention.masks import order_in_row
 from rave_jax.attention.plan import Layers
 from rave_jax.batch import Kind, TokenInfo
 from rave_jax.kernels.pair_bias import MaskCodes
@@ -46,11 +48,15 @@ class CcaRings(Mechanism):
         self, info_q: TokenInfo, info_k: TokenInfo, own: Int[Array, "B T"], positions: Int[Array, "3 B T"]
     ) -> Int[Array, "3 B T"]:
         """Text takes one position each, a picture as many as it has rings; three times the same."""
-        visual = info_k.kind == Kind.VISUAL
-        rings = jnp.where(visual, (jnp.minimum(info_k.grid_h, info_k.grid_w) + 1) // 2, 1)
-        before = jnp.cumsum(jnp.where(visual & (_raster(info_k) > 0), 0, rings), axis=1) - rings
-        first = jax.lax.cummax(jnp.where(info_k.place == 0, before, 0), axis=1)
-        found = jnp.take_along_axis(before - first + _ring(info_k), own, axis=1, mode="clip")
+        order = order_in_row(info_k)
+        lying = jnp.argsort(order, axis=1)
+        info = jax.tree.map(lambda code: jnp.take_along_axis(code, lying, axis=1), info_k)  # all in their places
+        visual = info.kind == Kind.VISUAL
+        rings = jnp.where(visual, (jnp.minimum(info.grid_h, info.grid_w) + 1) // 2, 1)
+        before = jnp.cumsum(jnp.where(visual & (_raster(info) > 0), 0, rings), axis=1) - rings
+        first = jax.lax.cummax(jnp.where(info.place == 0, before, 0), axis=1)
+        asked = jnp.take_along_axis(order, own, axis=1, mode="clip")
+        found = jnp.take_along_axis(before - first + _ring(info), asked, axis=1)
         return jnp.broadcast_to(found, positions.shape)
 
     def mask(self, info_q: TokenInfo, info_k: TokenInfo, codes: MaskCodes) -> MaskCodes:
@@ -62,7 +68,7 @@ class CcaRings(Mechanism):
 
 def _raster(info: TokenInfo) -> Int[Array, "B T"]:
     """How many tokens of its picture stand before a visual token; 0 on others."""
-    return info.row * info.grid_w + info.col
+    return jnp.where(info.kind == Kind.VISUAL, info.row * info.grid_w + info.col, 0)
 
 
 def _ring(info: TokenInfo) -> Int[Array, "B T"]:

@@ -8,7 +8,8 @@ code differ:
 
 Our reading: "of one image" for several images and for videos; the first supervised token is the first token of the
 document's first answer, whose header counts as answer, so that training and generation agree. A document without an
-answer is all prefix: do not train on one.
+answer is all prefix: do not train on one. Context tokens are of the image that they stand behind, and of the prefix:
+other tokens see them both ways, and they see what the model lets them see (`attention.context`).
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ import jax
 import jax.numpy as jnp
 
 from rave_jax.attention.base import AttentionDims, Mechanism
+from rave_jax.attention.masks import document_starts
 from rave_jax.attention.plan import Layers
-from rave_jax.batch import Role, TokenInfo
+from rave_jax.batch import Kind, Role, TokenInfo
 from rave_jax.kernels.pair_bias import MaskCodes
 from rave_jax.typing import Array, Int
 
@@ -50,16 +52,17 @@ class CrocMask(Mechanism):
         self.config = config
 
     def mask(self, info_q: TokenInfo, info_k: TokenInfo, codes: MaskCodes) -> MaskCodes:
-        """hi = last token of the query's block, where it stands in one."""
+        """hi = last token of the query's block, where it stands in one and is no context token."""
         block = info_k.image if self.config.rule == "visual" else _prefix(info_k)
         ends = jnp.where(block > 0, _last_of_run(block), 0)
-        return codes._replace(hi=jnp.maximum(codes.hi, jnp.take_along_axis(ends, codes.hi, axis=1, mode="clip")))
+        raised = jnp.maximum(codes.hi, jnp.take_along_axis(ends, codes.hi, axis=1, mode="clip"))
+        return codes._replace(hi=jnp.where(info_q.kind == Kind.CONTEXT, codes.hi, raised))
 
 
 def _prefix(info: TokenInfo) -> Int[Array, "B S"]:
     """The document's number on tokens before its first answer, else 0."""
     index = jnp.arange(info.segment.shape[1], dtype=jnp.int32)
-    answered = jax.lax.cummax(jnp.where(info.role == Role.RESPONSE, index, -1), axis=1) >= index - info.place
+    answered = jax.lax.cummax(jnp.where(info.role == Role.RESPONSE, index, -1), axis=1) >= document_starts(info.segment)
     return jnp.where(answered, 0, info.segment)
 
 

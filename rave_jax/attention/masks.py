@@ -18,11 +18,18 @@ def codes_from_bounds(lo: Int[Array, "B T"], hi: Int[Array, "B T"], order: Int[A
     return MaskCodes(lo, hi, order, jnp.full_like(lo, NO_OPEN_Q), jnp.full_like(order, NO_OPEN_K))
 
 
-def _document_bounds(segment: Int[Array, "B T"]) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:
-    """(index, first index of the token's run of equal segment numbers)."""
-    index = jnp.broadcast_to(jnp.arange(segment.shape[1], dtype=jnp.int32), segment.shape)
+def document_starts(segment: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """First index of each token's run of equal segment numbers."""
+    index = jnp.arange(segment.shape[1], dtype=jnp.int32)
     first = jnp.pad(segment[:, 1:] != segment[:, :-1], ((0, 0), (1, 0)), constant_values=True)
-    return index, jax.lax.cummax(jnp.where(first, index, 0), axis=1)
+    return jax.lax.cummax(jnp.where(first, index, 0), axis=1)
+
+
+def order_in_row(info: TokenInfo) -> Int[Array, "B T"]:
+    """Where each token would lie if every document's tokens lay in their places: a permutation of the row. Padding
+    stays where it lies."""
+    index = jnp.arange(info.segment.shape[1], dtype=jnp.int32)
+    return jnp.where(info.segment > 0, document_starts(info.segment) + info.place, index)
 
 
 def causal_codes(info: TokenInfo) -> MaskCodes:
@@ -31,9 +38,8 @@ def causal_codes(info: TokenInfo) -> MaskCodes:
     Documents are contiguous runs of one segment number; `place` says where in its document a token stands, whatever the
     order that the document's tokens lie in.
     """
-    index, start = _document_bounds(info.segment)
-    order = jnp.where(info.segment > 0, start + info.place, index)
-    return codes_from_bounds(jnp.where(info.segment > 0, start, index + 1), order, order)
+    order = order_in_row(info)
+    return codes_from_bounds(jnp.where(info.segment > 0, document_starts(info.segment), order + 1), order, order)
 
 
 def segment_codes(segment: Int[Array, "B P"]) -> MaskCodes:

@@ -1,7 +1,8 @@
 """What a HuggingFace checkpoint has no slot for, written beside it.
 
 `rave_jax.json` holds the `ModelOptions`; `rave_jax.safetensors` the parameters of mechanisms and adapters, by global
-layer number (`decoder.layers.7.mechanisms.0.key_proj`). transformers ignores both files.
+layer number (`decoder.layers.7.mechanisms.0.key_proj`), and of context tokens (`context.weight`). transformers ignores
+both files.
 """
 
 from __future__ import annotations
@@ -44,18 +45,18 @@ def options_text(options: ModelOptions) -> str:
 
 def needs_sidecar(options: ModelOptions) -> bool:
     """Would reading the HuggingFace files alone give another model?"""
-    return bool(options.mechanisms) or options.lora is not None
+    return bool(options.mechanisms) or options.context is not None or options.lora is not None
 
 
 def check_same(directory: Path, saved: ModelOptions | None, asked: ModelOptions) -> None:
     """Refuse to read parameters into a model that they were not trained in.
 
     Raises:
-        CheckpointError: mechanisms or adapters differ from those written beside the checkpoint.
+        CheckpointError: mechanisms, context tokens or adapters differ from those written beside the checkpoint.
     """
     if saved is None or not needs_sidecar(saved):
         return
-    for field in ("mechanisms", "lora"):
+    for field in ("mechanisms", "context", "lora"):
         there, here = getattr(saved, field), getattr(asked, field)
         if there != here:
             raise CheckpointError(

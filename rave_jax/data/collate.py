@@ -98,19 +98,17 @@ def collate(rows: Sequence[Sequence[Example]], shape: BatchShape, patch_numbers:
             check_fits(example, shape.tokens - token, shape.patches - patch, f"row {b}, document {number}")
             t = slice(token, token + len(example.tokens))
             p = slice(patch, patch + len(example.patches))
-            visual = example.info.image > 0
+            visual = example.info.kind == Kind.VISUAL
             batch.tokens[b, t] = example.tokens
             batch.targets[b, t.start : t.stop - 1] = example.tokens[1:]
             batch.loss_weights[b, t.start : t.stop - 1] = example.loss_mask[1:]
             for name, code in example.info._asdict().items():
                 getattr(batch.info, name)[b, t] = code
             batch.info.segment[b, t] = number
-            batch.info.image[b, t] = np.where(visual, example.info.image + images, 0)
+            batch.info.image[b, t] = np.where(example.info.image > 0, example.info.image + images, 0)
             batch.info.region[b, t] = np.where(example.info.region > 0, example.info.region + regions, 0)
             batch.positions[:, b, t] = example.positions
-            batch.visual_index[b, t] = np.where(
-                example.info.kind == Kind.VISUAL, example.visual_index + patch // merge_patches, 0
-            )
+            batch.visual_index[b, t] = np.where(visual, example.visual_index + patch // merge_patches, 0)
             batch.patches[b, p] = example.patches
             batch.patch_place[b, p] = example.patch_place
             batch.patch_segment[b, p] = example.patch_segment + frames

@@ -84,7 +84,8 @@ def _with_regions(example: Example, layout: VisualLayout) -> Example:
     total = 0
     for span, grid in pictures(info):
         shape = regions.shape(grid)
-        frame, row, col = regions.coordinates((info.frame[span], info.row[span], info.col[span]), grid)
+        places: Any = info.frame[span], info.row[span], info.col[span]
+        frame, row, col = regions.coordinates(places, grid)
         local = (frame * shape[1] + row) * shape[2] + col
         seen = info.kind[span] == Kind.VISUAL
         largest = int(np.bincount(local[seen]).max())
@@ -109,7 +110,7 @@ def _with_context(example: Example, layout: VisualLayout) -> Example:
     index: list[NpArray] = [np.arange(0)]
     moved: Any = np.zeros(length, np.int32)
     end = 0
-    for span, (t, h, w) in pictures(info):
+    for span, (t, _, _) in pictures(info):
         frames = t if context.per == "frame" else 1
         run = np.arange(span.start, span.stop).reshape(frames, -1)
         copies = np.repeat(run[:, -1:], context.count, axis=1)
@@ -125,15 +126,16 @@ def _with_context(example: Example, layout: VisualLayout) -> Example:
     behind = _behind(example)[take] + nth
     positions = (example.positions + moved)[:, take]
     positions[1:] = np.where(added, behind + moved[take], positions[1:])
+    own: dict[str, Any] = {
+        "place": np.arange(len(take)),
+        "kind": np.where(added, Kind.CONTEXT, codes.kind),
+        "row": np.where(added, nth, codes.row),
+        "col": np.where(added, 0, codes.col),
+    }
     return example._replace(
         tokens=example.tokens[take],
         loss_mask=np.where(added, 0, example.loss_mask[take]).astype(example.loss_mask.dtype),
-        info=codes._replace(
-            place=np.arange(len(take), dtype=np.int32),
-            kind=np.where(added, Kind.CONTEXT, codes.kind).astype(np.int32),
-            row=np.where(added, nth, codes.row).astype(np.int32),
-            col=np.where(added, 0, codes.col).astype(np.int32),
-        ),
+        info=codes._replace(**{name: code.astype(np.int32) for name, code in own.items()}),
         positions=positions.astype(np.int32),
         visual_index=np.where(added, 0, example.visual_index[take]).astype(np.int32),
     )

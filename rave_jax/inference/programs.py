@@ -174,7 +174,7 @@ def read(
     # From slot 0 on: what is left there of who had the slot before counts as not written.
     part = kv_cache.emptied(part, begins)
 
-    x = model.embed(chunk.tokens, model.options.compute)
+    x = model.with_context(model.embed(chunk.tokens, model.options.compute), chunk.info)
     if state.pictures.shape[1]:
         x = with_pictures(x, state.pictures, chunk.info, chunk.visual_index)
     x = shard(x, "batch", "length", None)

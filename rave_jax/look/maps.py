@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rave_jax.batch import TokenInfo
+from rave_jax.batch import Kind, TokenInfo
 from rave_jax.typing import Float, NpArray
 
 Box = tuple[float, float, float, float]
@@ -47,10 +47,10 @@ def lay_out(info: TokenInfo, weights: Float[NpArray, "L H S"], image: int = 1) -
     Args:
         info: token codes of one row (arrays [S]).
         weights: attention to each token.
-        image: number of the image in the row. The frames of a video are summed.
+        image: number of the image in the row. The frames of a video are summed; context tokens are in no cell.
     """
     codes = {name: np.asarray(code) for name, code in info._asdict().items()}
-    tokens = np.flatnonzero(codes["image"] == image)
+    tokens = np.flatnonzero((codes["image"] == image) & (codes["kind"] != Kind.CONTEXT))
     if not len(tokens):
         return None
     rows, cols = (int(codes[name][tokens[0]]) for name in ("grid_h", "grid_w"))

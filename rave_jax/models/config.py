@@ -12,7 +12,7 @@ from typing import Literal
 
 import jax.numpy as jnp
 
-from rave_jax.attention import AttentionDims, Gaze, MechanismConfig, SlidingWindow
+from rave_jax.attention import AttentionDims, ContextSight, Gaze, MechanismConfig, SlidingWindow
 from rave_jax.config import require
 from rave_jax.kernels.pair_bias import Implementation
 from rave_jax.layout import ContextTokens, VisualLayout
@@ -244,6 +244,12 @@ class ModelOptions:
         if gaze is None:
             return VisualLayout(context=self.context)
         return VisualLayout(gaze.regions, gaze.max_regions, self.context)
+
+    @property
+    def context_mechanisms(self) -> tuple[ContextSight, ...]:
+        """What context tokens see, as a mechanism; empty without them. It stands last, so that the numbers of
+        `mechanisms` in names of parameters do not change with it."""
+        return () if self.context is None else (ContextSight(self.context),)
 
     @property
     def params(self) -> jnp.dtype:

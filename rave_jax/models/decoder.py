@@ -169,7 +169,7 @@ class Decoder(nnx.Module):
     """All layers and the final norm. Global layer n stands in the segment with start <= n < stop."""
 
     def __init__(self, config: TextConfig, options: ModelOptions, *, key: jax.Array):
-        mechanisms = (*config.window_mechanisms, *options.mechanisms)
+        mechanisms = (*config.window_mechanisms, *options.mechanisms, *options.context_mechanisms)
         keys = jax.random.split(key, config.num_layers)
         self.segments = nnx.List(
             Segment(start, stop, lambda k, chosen=chosen: DecoderLayer(config, chosen, options, k), keys)

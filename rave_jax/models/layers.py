@@ -1,4 +1,4 @@
-"""Leaf modules: linear, embedding, RMSNorm, SwiGLU. Weights keep the [out, in] orientation of HF checkpoints."""
+"""Leaf modules: linear, embeddings, RMSNorm, SwiGLU. Weights keep the [out, in] orientation of HF checkpoints."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from rave_jax.batch import Kind, TokenInfo
 from rave_jax.models.initial import normal
 from rave_jax.parallel.sharding import shard
 from rave_jax.typing import Array, Float, Int
@@ -159,6 +160,22 @@ class Embedding(nnx.Module):
     def __call__(self, tokens: Int[Array, "B T"], dtype: jnp.dtype) -> Float[Array, "B T D"]:
         """Rows of the table."""
         return self.weight[...][tokens].astype(dtype)
+
+
+class ContextEmbedding(nnx.Module):
+    """A table [count, D] of learnable tokens, shared by all pictures and frames."""
+
+    def __init__(self, count: int, width: int, *, dtype: jnp.dtype, key: jax.Array):
+        # A few rows are whole on every device; only their width is split.
+        self.weight = nnx.Param(normal(key, (count, width), 0.02, dtype), axes=(None, "embed"))
+
+    def __call__(self, x: Float[Array, "B T D"], info: TokenInfo) -> Float[Array, "B T D"]:
+        """x with the table's rows in the places of context tokens, in x's number type."""
+        table, context = self.weight[...], info.kind == Kind.CONTEXT
+        # Beyond the table for all others: their gradient is dropped there instead of added up as zeros.
+        number = jnp.where(context, info.row, len(table))
+        rows = jnp.take(table, number, axis=0, mode="fill", fill_value=0)
+        return jnp.where(context[..., None], rows.astype(x.dtype), x)
 
 
 class RmsNorm(nnx.Module):

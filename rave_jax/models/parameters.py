@@ -4,6 +4,7 @@ Paths (axis letters of `rave_jax.typing`; `{s}` numbers the segments of a stack,
 front of the shape given here; biases exist where the family has them):
 
     embed.weight [V,D]
+    context.weight [count,D]                                                    with context tokens
     decoder.segments.{s}.layers.attention.query.weight [H,h,D]   .bias [H,h]
     decoder.segments.{s}.layers.attention.{key,value}.weight [K,h,D]   .bias [K,h]
     decoder.segments.{s}.layers.attention.output.weight [D,H,h]

@@ -10,13 +10,17 @@ from flax import nnx
 
 from rave_jax.attention import CacheType, KvCache
 from rave_jax.batch import Batch, Kind, TokenInfo
+from rave_jax.config import require
 from rave_jax.models import lora
 from rave_jax.models.config import ModelOptions, VlmConfig
 from rave_jax.models.decoder import Decoder
-from rave_jax.models.layers import Embedding, Linear, product
+from rave_jax.models.layers import ContextEmbedding, Embedding, Linear, product
 from rave_jax.models.vision.qwen2_5 import Tower
 from rave_jax.parallel.sharding import shard
 from rave_jax.typing import Array, Bool, Float, Int
+
+CONTEXT_KEY = 4
+"""What the model's key is folded with for the context tokens."""
 
 
 class Vlm(nnx.Module):
@@ -24,12 +28,14 @@ class Vlm(nnx.Module):
 
     Attributes:
         embed: token embedding.
+        context: embedding of context tokens, or None.
         vision: tower and merger, or None.
         decoder: text decoder.
         lm_head: output head, or None when it is the embedding table.
 
     Raises:
-        ConfigError: a mechanism or adapter names something the model does not have, or two mechanisms own one thing.
+        ConfigError: a mechanism or adapter names something the model does not have, two mechanisms own one thing, or
+            there are context tokens without a tower.
     """
 
     def __init__(self, config: VlmConfig, options: ModelOptions, *, key: jax.Array):
@@ -38,6 +44,7 @@ class Vlm(nnx.Module):
         self.config = config
         self.options = options
         self.embed = Embedding(text.vocab_size, text.hidden_size, dtype=dtype, key=keys[0])
+        self.context: ContextEmbedding | None = nnx.data(_context_embedding(config, options, key))
         self.vision: Tower | None = nnx.data(
             None if config.vision is None else Tower(config.vision, options, key=keys[1])
         )
@@ -108,18 +115,22 @@ class Vlm(nnx.Module):
         return self.decoder.loss_weights(info)
 
     def embedded(self, batch: Batch) -> Float[Array, "B T D"]:
-        """Token embeddings with visual tokens in their places.
+        """Token embeddings with visual and context tokens in their places.
 
         Raises:
             ValueError: there are patches but no tower.
         """
-        x = self.embed(batch.tokens, self.options.compute)
+        x = self.with_context(self.embed(batch.tokens, self.options.compute), batch.info)
         if batch.patches.shape[1] > 0:
             if self.vision is None:
                 raise ValueError(f"the batch has patches, but a {self.config.family} text model has no vision tower")
             seen = self.vision(batch.patches, batch.patch_segment, batch.patch_place, batch.patch_window)
             x = with_pictures(x, seen, batch.info, batch.visual_index)
         return shard(x, "batch", "length", None)
+
+    def with_context(self, x: Float[Array, "B T D"], info: TokenInfo) -> Float[Array, "B T D"]:
+        """Embedded tokens with the context tokens in their places, where the model has them."""
+        return x if self.context is None else self.context(x, info)
 
     def head_weight(self) -> Float[Array, "V D"]:
         """The output head's weight: the embedding table when they are tied."""
@@ -143,6 +154,15 @@ class Vlm(nnx.Module):
         """
         x = shard(self.embed(tokens, self.options.compute), "batch", "length", None)
         return self.decoder.cached(x, info, positions, cache)
+
+
+def _context_embedding(config: VlmConfig, options: ModelOptions, key: jax.Array) -> ContextEmbedding | None:
+    if options.context is None:
+        return None
+    require(config.vision is not None, "context", options.context, f"None: a {config.family} text model has no tower")
+    # A key of its own, so that a model with and one without start with equal weights.
+    key = jax.random.fold_in(key, CONTEXT_KEY)
+    return ContextEmbedding(options.context.count, config.text.hidden_size, dtype=options.params, key=key)
 
 
 def with_pictures(

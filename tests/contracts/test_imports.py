@@ -41,8 +41,8 @@ PARTS: dict[str, set[str]] = {
 # Libraries that only these parts may import. What is not named here and declared in pyproject.toml is free.
 # Paths with a dot name one library module and whatever lies below it.
 ONLY: dict[str, set[str]] = {
-    "jax": {*PARTS}
-    - {"__init__", "config", "batch", "layout", "data", "observe"},  # typing: for the type checker alone
+    # typing: for the type checker alone
+    "jax": {*PARTS} - {"__init__", "config", "batch", "layout", "data", "observe"},
     "flax": {"parallel", "attention", "models", "checkpoint", "inference", "evaluation", "look", "training", "tools"},
     "optax": {"training"},
     "orbax": {"checkpoint", "parallel"},
