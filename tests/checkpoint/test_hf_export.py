@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
@@ -17,6 +18,7 @@ from rave_jax.checkpoint import native
 from rave_jax.checkpoint.hf_export import copy_small_files, export_hf, written_whole
 from rave_jax.checkpoint.hf_import import import_hf
 from rave_jax.checkpoint.safetensors_file import CheckpointError
+from rave_jax.layout import ContextTokens
 from rave_jax.models.config import Lora, ModelOptions
 from rave_jax.models.parameters import named_parameters, with_values
 from rave_jax.models.vlm import Vlm
@@ -24,7 +26,9 @@ from rave_jax.parallel.mesh import MeshConfig, make_mesh
 from tests.checkpoint.conftest import Tensors, Write
 
 OPTIONS = ModelOptions(
-    mechanisms=(Rave(rank=2, layers=(0, 2)),), lora=Lora(rank=2, targets=("decoder.mlp.up", "vision.attention.qkv"))
+    mechanisms=(Rave(rank=2, layers=(0, 2)),),
+    context=ContextTokens(3),
+    lora=Lora(rank=2, targets=("decoder.mlp.up", "vision.attention.qkv")),
 )
 
 
@@ -85,7 +89,7 @@ def test_the_sidecar_brings_everything_back(write: Write, tmp_path: Path) -> Non
     out = export_hf(model, tmp_path / "out", source)
     names = set(load_file(out / "rave_jax.safetensors"))
     assert "decoder.layers.2.mechanisms.0.key_proj" in names
-    assert "vision.layers.1.attention.qkv.adapter.up" in names
+    assert "vision.layers.1.attention.qkv.adapter.up" in names and "context.weight" in names
     assert not any(name.startswith("decoder.layers.1.mechanisms") for name in names)
     again = import_hf(out, mesh=make_mesh(MeshConfig(fsdp=4, tensor=2)))
     assert again.options == OPTIONS
@@ -100,6 +104,8 @@ def test_a_sidecar_serves_only_what_it_was_written_for(write: Write, tmp_path: P
     out = export_hf(import_hf(source, OPTIONS), tmp_path / "out", source)
     with pytest.raises(CheckpointError, match="was written with mechanisms"):
         import_hf(out, ModelOptions())
+    with pytest.raises(CheckpointError, match=r"was written with context .*count=3.* None is asked for"):
+        import_hf(out, dataclasses.replace(OPTIONS, context=None))
     (out / "rave_jax.safetensors").write_bytes((out / "rave_jax.safetensors").read_bytes()[:-4])
     with pytest.raises(CheckpointError, match=r"\(rave_jax.safetensors\): truncated"):
         import_hf(out)
@@ -108,6 +114,21 @@ def test_a_sidecar_serves_only_what_it_was_written_for(write: Write, tmp_path: P
         import_hf(out)
     (out / "rave_jax.json").unlink()
     assert import_hf(out, ModelOptions()).options == ModelOptions()
+
+
+def test_context_tokens_alone_make_a_sidecar_and_begin_from_the_seed(write: Write, tmp_path: Path) -> None:
+    source, options = write(), ModelOptions(context=ContextTokens(2))
+    one, other = (import_hf(source, options, key=jax.random.key(seed)) for seed in (0, 1))
+    tables = [np.asarray(named_parameters(model)["context.weight"][...]) for model in (one, other)]
+    assert not np.array_equal(*tables)
+    again = import_hf(export_hf(one, tmp_path / "out", source))
+    assert again.options == options
+    np.testing.assert_array_equal(np.asarray(named_parameters(again)["context.weight"][...]), tables[0])
+    with written_whole(tmp_path / "native", 0) as folder:
+        assert folder is not None
+        copy_small_files(source, folder)
+        native.write_into(folder, one, other_key_style=False)
+    assert_same_models(import_hf(tmp_path / "native"), again)
 
 
 def test_a_native_checkpoint_goes_there_and_back(write: Write, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rave_jax.batch import TokenInfo
+from rave_jax.batch import Kind, TokenInfo
 from rave_jax.look.maps import Look, area, coverage, lay_out, relative_box
 
 FRACTION = st.floats(0, 1)
@@ -40,6 +40,14 @@ def test_frames_of_a_video_add_up() -> None:
     codes = info(image=[1, 1, 1, 1], frame=[0, 0, 1, 1], col=[0, 1, 0, 1], grid_h=[1] * 4, grid_w=[2] * 4)
     grid = lay_out(codes, np.array([[[1.0, 2.0, 4.0, 8.0]]]))
     assert grid is not None and grid[0, 0].tolist() == [[5, 10]]
+
+
+def test_context_tokens_are_in_no_cell() -> None:
+    """They carry the picture's number, and a place behind it that is none of its cells."""
+    kind = [Kind.VISUAL, Kind.VISUAL, Kind.CONTEXT, Kind.CONTEXT]
+    codes = info(kind=kind, image=[1] * 4, row=[0, 0, 0, 1], col=[0, 1, 0, 0], grid_h=[1] * 4, grid_w=[2] * 4)
+    grid = lay_out(codes, np.array([[[1.0, 2.0, 4.0, 8.0]]]))
+    assert grid is not None and grid[0, 0].tolist() == [[1, 2]]
 
 
 def test_share_in_a_box_by_hand() -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from rave_jax.batch import Batch, Kind, Role, TokenInfo
+from rave_jax.layout import ContextTokens
 from rave_jax.models.config import VisionConfig, VlmConfig
 
 
@@ -41,8 +42,11 @@ class Document:
     hf_seconds: list[float] = field(default_factory=list)
 
 
-def document(parts: list[int | Visual], config: VlmConfig, rng: np.random.Generator) -> Document:
-    """A document of text runs (their lengths) and pictures, with random tokens and pixels."""
+def document(
+    parts: list[int | Visual], config: VlmConfig, rng: np.random.Generator, context: ContextTokens | None = None
+) -> Document:
+    """A document of text runs (their lengths) and pictures, with random tokens and pixels, and context tokens behind
+    each frame or picture."""
     doc, position, image = Document(), 0, 0
     for part in parts:
         if isinstance(part, int):
@@ -59,13 +63,23 @@ def document(parts: list[int | Visual], config: VlmConfig, rng: np.random.Genera
         unit_of = _add_patches(doc, part, config.vision, rng)
         grid = {"grid_t": part.t, "grid_h": part.h // m, "grid_w": part.w // m}
         step = config.tokens_per_second * part.seconds if part.video else 1
-        for t, row, col in np.ndindex(part.t, part.h // m, part.w // m):
-            doc.tokens.append(config.video_token_id if part.video else config.image_token_id)
-            where = {"image": image, "frame": t, "row": row, "col": col, **grid}
-            doc.codes.append({"kind": Kind.VISUAL, "role": Role.QUESTION, "turn": 1, **where})
-            doc.positions.append((position + int(t * step), position + row, position + col))
-            doc.units.append(unit_of[t, row, col])
-        position += max(part.h, part.w) // m
+        behind = position + max(part.h, part.w) // m
+        count = 0 if context is None else context.count
+        said = {"role": Role.QUESTION, "turn": 1, "image": image, **grid}
+        for t in range(part.t):
+            time = position + int(t * step)
+            for row, col in np.ndindex(part.h // m, part.w // m):
+                doc.codes.append({"kind": Kind.VISUAL, "frame": t, "row": row, "col": col, **said})
+                doc.positions.append((time, position + row, position + col))
+                doc.units.append(unit_of[t, row, col])
+            if context is not None and (context.per == "frame" or t == part.t - 1):
+                for n in range(count):
+                    doc.codes.append({"kind": Kind.CONTEXT, "frame": t, "row": n, "col": 0, **said})
+                    doc.positions.append((time, behind + n, behind + n))
+                    doc.units.append(0)
+        placeholder = config.video_token_id if part.video else config.image_token_id
+        doc.tokens += [placeholder] * (len(doc.codes) - len(doc.tokens))
+        position = behind + count
     for place, code in enumerate(doc.codes):
         code["place"] = place
     return doc

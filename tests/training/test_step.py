@@ -9,6 +9,7 @@ import optax
 import pytest
 
 from rave_jax.config import ConfigError
+from rave_jax.layout import ContextTokens
 from rave_jax.models.config import Lora, ModelOptions
 from rave_jax.parallel.mesh import MeshConfig, make_mesh
 from rave_jax.parallel.rows import global_batch
@@ -202,6 +203,13 @@ def test_table_says_what_trains():
     assert rows["gate"].optimizer_bytes == 2 * rows["gate"].bytes
     total = sum(x.size for x in jax.tree.leaves(session_of(config).graph.shapes))
     assert sum(row.parameters for row in rows.values()) == total
+
+
+def test_context_tokens_are_in_the_table():
+    config = OptimizerConfig(groups=(ParameterGroup("context", r"^context\.", learning_rate=2.0),))
+    session = session_of(config, options=ModelOptions(context=ContextTokens(3)))
+    rows = {row.group: row for row in group_rows(session, config)}
+    assert rows["context"].parameters == 3 * CONFIG.text.hidden_size and rows["context"].state == "trained"
 
 
 def test_the_head_takes_part_in_the_loss(plain):

@@ -1,0 +1,95 @@
+"""Rows in raster order and region by region are one thing to a model: the same logits, whatever the mechanisms."""
+
+from __future__ import annotations
+
+import functools
+from typing import get_args
+
+import jax
+import numpy as np
+import pytest
+
+from rave_jax import attention as at
+from rave_jax.batch import Batch, Role
+from rave_jax.data.collate import BatchShape, collate
+from rave_jax.data.layout import lay_out, region_major
+from rave_jax.data.sample import Example
+from rave_jax.layout import ContextTokens, FixedRegions, VisualLayout
+from rave_jax.models.config import ModelOptions
+from rave_jax.models.families import presets
+from rave_jax.models.vlm import Vlm
+from tests.inference.prompts import example_of
+from tests.models.layout import Visual, document
+from tests.models.made import model as made
+
+CONFIG = presets.tiny(vocab_size=64, num_layers=2)
+VISION = CONFIG.vision
+assert VISION is not None
+# Regions of two frames, and smaller ones at the edges: frames of a video do not lie one behind the other.
+REGIONS = FixedRegions(2, 2, frames=2)
+SETTINGS: dict[str, tuple[at.MechanismConfig, ...]] = {
+    "plain": (),
+    "rave and window": (at.Rave(rank=4), at.SlidingWindow(7)),
+    "text positions": (at.TextPositions(),),
+    "mma and croc": (at.Mma(), at.Croc()),
+    "prefix": (at.Croc("prefix"),),
+    "cca": (at.Cca(),),
+    "first token": (at.ZeroTuning(3.0), at.ZeroTuning(0.5, route="after"), at.ZeroTuning(2.0, route="merge")),
+    "sinks and losses": (at.Var(dims=(3, 11, 20), tau=1.8, summ=0.05, rho=0.3), at.Avar()),
+    "decomposed": (at.Decomposed(),),
+}
+
+
+def example(parts: list[int | Visual], answer: range, layout: VisualLayout) -> Example:
+    doc = document(parts, CONFIG, np.random.default_rng(len(parts)))
+    for place in answer:
+        doc.codes[place]["role"] = Role.RESPONSE
+    for code in doc.codes[answer.stop :]:
+        code["turn"] += 1
+    return lay_out(example_of(doc, CONFIG), layout)
+
+
+def both(context: ContextTokens | None) -> tuple[Batch, Batch, np.ndarray]:
+    """A packed row in raster order and region by region, and where the first row's tokens lie in the second."""
+    layout = VisualLayout(REGIONS, 64, context)
+    documents = [
+        # An answer comes before its second picture.
+        example([2, Visual(1, 6, 8), 5, Visual(3, 6, 6, video=True), 4], range(15, 17), layout),
+        example([4], range(2, 4), layout),
+        example([Visual(2, 4, 6, video=True), 3, Visual(1, 2, 6), 2], range(13, 15), layout),
+    ]
+    shape = BatchShape(1, 120, 256)
+    rows = [documents, [region_major(one) for one in documents]]
+    raster, major = (collate([row], shape, VISION.patch_width, VISION.merge_unit) for row in rows)
+    starts = np.cumsum([0] + [len(one.tokens) for one in documents])
+    lies = np.concatenate([start + np.argsort(one.info.place) for start, one in zip(starts, rows[1], strict=False)])
+    assert np.any(lies != np.arange(len(lies)))
+    return raster, major, lies
+
+
+@jax.jit
+def outcome(model: Vlm, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
+    hidden, losses = model.hidden_and_losses(batch)
+    return model.logits(hidden), losses
+
+
+@functools.cache
+def a_model(name: str, context: ContextTokens | None) -> Vlm:
+    return made(CONFIG, ModelOptions(SETTINGS[name], context))
+
+
+@pytest.mark.parametrize("context", [None, ContextTokens(2)], ids=["bare", "context"])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_logits_go_by_places_and_not_by_the_order_of_tokens(name: str, context: ContextTokens | None) -> None:
+    vlm = a_model(name, context)
+    raster, major, lies = both(context)
+    plain, moved = outcome(vlm, raster), outcome(vlm, major)
+    np.testing.assert_allclose(np.asarray(moved[0])[0, lies], np.asarray(plain[0])[0, : len(lies)], atol=2e-5)
+    assert plain[1].keys() == moved[1].keys()
+    for key, value in plain[1].items():
+        np.testing.assert_allclose(moved[1][key], value, rtol=1e-4)
+
+
+def test_every_mechanism_is_among_the_settings() -> None:
+    tried = {type(config) for configs in SETTINGS.values() for config in configs}
+    assert tried == set(get_args(at.MechanismConfig))
