@@ -26,7 +26,7 @@ from rave_jax.attention.zero_tuning import first
 from rave_jax.batch import Kind, TokenInfo
 from rave_jax.kernels.pair_bias import MaskCodes
 from rave_jax.layout import ContextTokens
-from rave_jax.typing import Array, Int
+from rave_jax.typing import Array, Bool, Int
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class ContextSight:
 
     def build(self, dims: AttentionDims, key: jax.Array) -> ContextMask:
         """The mechanism of one layer."""
-        return (ContextMask if self.tokens.sees == "own" else ContextMaskAndFirst)(self.tokens)
+        return ContextMask(self.tokens) if self.tokens.sees == "own" else ContextMaskAndFirst(self.tokens)
 
 
 class ContextMask(Mechanism):
@@ -71,15 +71,12 @@ class ContextMaskAndFirst(ContextMask):
 
     def mask(self, info_q: TokenInfo, info_k: TokenInfo, codes: MaskCodes) -> MaskCodes:
         """The opening is the document's number, on context queries and on first tokens."""
-        return (
-            super()
-            .mask(info_q, info_k, codes)
-            ._replace(
-                open_q=jnp.where(_context(info_q), info_q.segment, NO_OPEN_Q),
-                open_k=jnp.where(first(info_k), info_k.segment, NO_OPEN_K),
-            )
+        codes = super().mask(info_q, info_k, codes)
+        return codes._replace(
+            open_q=jnp.where(_context(info_q), info_q.segment, NO_OPEN_Q),
+            open_k=jnp.where(first(info_k), info_k.segment, NO_OPEN_K),
         )
 
 
-def _context(info: TokenInfo) -> Array:
+def _context(info: TokenInfo) -> Bool[Array, "B T"]:
     return info.kind == Kind.CONTEXT
