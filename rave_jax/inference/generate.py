@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from jax.sharding import Mesh
 
+from rave_jax.config import require
 from rave_jax.data.processor import Processor
 from rave_jax.data.sample import Message, SampleError
 from rave_jax.inference.buckets import SlotConfig
@@ -76,13 +77,15 @@ class Generator:
         mesh: the devices, or None for a single one.
 
     Raises:
-        ConfigError: more ids end an answer than `config.max_stop_ids`, or the tokenizer is of a kind whose text cannot
-            be put together token by token.
+        ConfigError: more ids end an answer than `config.max_stop_ids`, the tokenizer is of a kind whose text cannot
+            be put together token by token, or the processor lays pictures out for another model.
     """
 
     def __init__(self, model: Vlm, processor: Processor, config: SlotConfig, mesh: Mesh | None = None):
         settings = processor.settings
         TextStream(processor.tokenizer)  # refuses the tokenizer now rather than every request later
+        wanted = model.options.layout
+        require(processor.layout == wanted, "processor.layout", processor.layout, f"{wanted}, as the model wants it")
         self._streaming = False
         self._processor = processor
         # As many as there are slots, and a group that waits for the next free ones.

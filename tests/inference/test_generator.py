@@ -16,6 +16,7 @@ from rave_jax.config import ConfigError
 from rave_jax.data.processor import Processor
 from rave_jax.data.sample import ImageError, OverBudget, SampleError
 from rave_jax.inference import Completion, Generator, Request, Sampling, SlotConfig
+from rave_jax.layout import ContextTokens, VisualLayout
 from rave_jax.models.config import ModelOptions, TextConfig, VlmConfig
 from rave_jax.models.families.presets import tiny
 from rave_jax.models.parameters import with_values
@@ -295,6 +296,12 @@ def test_a_tokenizer_whose_text_cannot_be_put_together_is_refused(vlm: Vlm, proc
     other = Processor.__new__(Processor)
     other.settings, other.tokenizer = processor.settings, Other()
     with pytest.raises(ConfigError, match="WordPiece, expected ByteLevel"):
+        Generator(vlm, other, SlotConfig())
+
+
+def test_a_processor_that_lays_pictures_out_for_another_model_is_refused(vlm: Vlm, processor: Processor) -> None:
+    other = Processor(processor.tokenizer, processor.settings, TEMPLATE, VisualLayout(context=ContextTokens(3)))
+    with pytest.raises(ConfigError, match=r"processor\.layout is .*count=3.* as the model wants it"):
         Generator(vlm, other, SlotConfig())
 
 
