@@ -112,6 +112,7 @@ def cca_and_context(row: list[Token], i: int, j: int) -> bool:
 BESIDE: dict[str, tuple[tuple[at.MechanismConfig, ...], Rule]] = {
     "alone": ((), causal),
     "rave": ((at.Rave(rank=2),), causal),
+    "gaze": ((at.Gaze(max_regions=4),), causal),
     "text positions": ((at.TextPositions(),), causal),
     "croc visual": ((at.Croc(),), of_one_picture),
     "croc prefix": ((at.Croc("prefix"),), croc_prefix),
