@@ -2,6 +2,18 @@
 
 from rave_jax.kernels.routed.api import attention
 from rave_jax.kernels.routed.base import Choice, RouteRule, Routes, Routing, of_keys, open_keys
+from rave_jax.kernels.routed.gather import RegionBias, gather_attention
 from rave_jax.kernels.routed.xla import choice_of
 
-__all__ = ["Choice", "RouteRule", "Routes", "Routing", "attention", "choice_of", "of_keys", "open_keys"]
+__all__ = [
+    "Choice",
+    "RegionBias",
+    "RouteRule",
+    "Routes",
+    "Routing",
+    "attention",
+    "choice_of",
+    "gather_attention",
+    "of_keys",
+    "open_keys",
+]

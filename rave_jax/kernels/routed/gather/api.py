@@ -1,0 +1,122 @@
+"""The public function, and which backend serves it."""
+
+from __future__ import annotations
+
+import functools
+import logging
+
+import jax.numpy as jnp
+
+from rave_jax.kernels.pair_bias import Implementation, PairForm
+from rave_jax.kernels.routed.gather import reference, xla
+from rave_jax.kernels.routed.gather.base import Operands, RegionBias
+from rave_jax.typing import Array, Bool, Float
+
+log = logging.getLogger(__name__)
+BACKENDS = {"reference": reference.attention, "xla": xla.attention}
+
+
+def gather_attention(
+    q: Float[Array, "B H h"],
+    k: Float[Array, "B K R m h"],
+    v: Float[Array, "B K R m c"],
+    real: Bool[Array, "B R m"],
+    chosen: Bool[Array, "B K N R"],
+    most: int,
+    bias: RegionBias | None,
+    form: PairForm,
+    *,
+    scale: float,
+    implementation: Implementation = "auto",
+) -> tuple[Float[Array, "B H c"], Float[Array, "B H"]]:
+    """Attention of one query a row over the regions that it chose; semantics in `base`.
+
+    Regions that were not chosen are not read (the oracle aside). It is for decoding and has no gradient: its loops
+    over as many regions as were chosen cannot be differentiated backwards, and jax says so.
+
+    Args:
+        q: the new token's query heads; H must be a multiple of K.
+        k, v: keys and values by region, m slots each; values may have a width of their own.
+        real: slots that hold a key. The others must hold finite numbers.
+        chosen: the regions of each query head (N = G, H/K) or of each kv head with all that read it (N = 1).
+        most: no head, or group, chooses more regions than this. A number: shapes come from it.
+        bias: operands of the additive pair bias, or None.
+        form: how the pair bias grows from its operands.
+        scale: multiplies <q, k>. A number: kernels are compiled for it.
+        implementation: a backend by name, or "auto".
+
+    Returns:
+        (output in q's dtype, float32 log-sum-exp): 0 and -inf where nothing is open, NaN in both where more than
+        `most` regions are chosen.
+
+    Raises:
+        ValueError: operands whose shapes do not belong together or that have another type, or an implementation that is
+            unknown or cannot serve.
+    """
+    _check(q, k, v, real, chosen, most, bias)
+    (B, H, h), K = q.shape, k.shape[1]
+    operands = Operands(q.reshape(B, K, H // K, h), k, v, real, chosen, bias)
+    out, lse = BACKENDS[choose(implementation, operands)](operands, most, form, scale)
+    kept = jnp.sum(chosen, axis=-1) <= most
+    out, lse = jnp.where(kept[..., None], out, jnp.nan), jnp.where(kept, lse, jnp.nan)
+    return out.reshape(B, H, -1).astype(q.dtype), lse.reshape(B, H)
+
+
+def choose(implementation: Implementation, operands: Operands) -> str:
+    """The backend that will serve.
+
+    Raises:
+        ValueError: there is no such backend, or it cannot serve these operands here.
+    """
+    if implementation == "auto":
+        _say_once("attention to chosen regions: xla")
+        return "xla"
+    if implementation not in BACKENDS:
+        raise ValueError(
+            f"attention implementation {implementation!r} cannot serve chosen regions; expected auto, "
+            f"{', '.join(BACKENDS)}"
+        )
+    return implementation
+
+
+@functools.cache
+def _say_once(line: str) -> None:
+    log.info(line)
+
+
+def _check(q: Array, k: Array, v: Array, real: Array, chosen: Array, most: int, bias: RegionBias | None) -> None:
+    for name, x, axes in (("q", q, 3), ("k", k, 5), ("v", v, 5), ("chosen", chosen, 4)):
+        if x.ndim != axes or x.size == 0:
+            raise ValueError(f"gather_attention operand {name} has shape {x.shape}, expected {axes} axes, none empty")
+    (B, H, h), (K, R, m) = q.shape, k.shape[1:4]
+    if H % K:
+        raise ValueError(f"{H} query heads cannot share {K} kv heads: {H} is not a multiple of {K}")
+    if not isinstance(most, int) or not 1 <= most <= R:
+        raise ValueError(f"gather_attention has most = {most!r}, expected a number of regions from 1 to {R}")
+    N, G = chosen.shape[2], H // K
+    if N not in (1, G):
+        raise ValueError(f"gather_attention operand chosen has {N} choices for each kv head, expected 1 or {G}")
+    expected: dict[str, tuple[Array, tuple[int, ...]]] = {
+        "k": (k, (B, K, R, m, h)),
+        "v": (v, (B, K, R, m, v.shape[-1])),
+        "real": (real, (B, R, m)),
+        "chosen": (chosen, (B, K, N, R)),
+    }
+    types = {"real": (real, "bool"), "chosen": (chosen, "bool")}
+    if bias is not None:
+        r = bias.u.shape[-1]
+        shapes = ((B, H, r), (B, K, R, m, r), (B, H), (B, K, R, m), (H,), (B, H))
+        given = bias._asdict()
+        expected |= {f"bias.{name}": (x, shape) for (name, x), shape in zip(given.items(), shapes, strict=True)}
+        types |= {f"bias.{name}": (x, "bool" if name == "query_on" else "float32") for name, x in given.items()}
+    for name, (x, shape) in expected.items():
+        if tuple(x.shape) != shape:
+            raise ValueError(
+                f"gather_attention operand {name} has shape {x.shape}, expected {shape} beside q {q.shape}"
+            )
+    for name, (x, dtype) in types.items():
+        if x.dtype != dtype:
+            raise ValueError(f"gather_attention operand {name} is {x.dtype}, expected {dtype}")
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise ValueError(f"gather_attention operand {name} is {x.dtype}, expected floats")

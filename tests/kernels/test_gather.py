@@ -1,0 +1,169 @@
+"""Attention to chosen regions against its stated rule, written out head by head in numpy."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+
+from rave_jax.kernels.pair_bias import PairForm
+from rave_jax.kernels.routed import RegionBias, gather_attention
+
+B, K, G, R, m, h, c, r = 2, 2, 3, 9, 4, 8, 16, 4
+MOST = 3
+BIASES = ["none", "log_gate", "tanh", "linear", "centered_sigmoid"]
+BACKENDS = ["reference", "xla"]
+
+
+def operands(seed: int, apart: bool, kind: str) -> dict[str, Any]:
+    """Everything but the settings. Some heads choose fewer than `most` or nothing, some regions are ragged, some have
+    no key at all; slots without one hold large numbers."""
+    rng = np.random.default_rng(seed)
+
+    def normal(*shape: int) -> np.ndarray:
+        return np.float32(rng.normal(size=shape))
+
+    real = rng.random((B, R, m)) < rng.choice([0.0, 0.5, 1.0], (B, R, 1))
+    chosen = np.zeros((B, K, G if apart else 1, R), bool)
+    for at in np.ndindex(chosen.shape[:-1]):
+        chosen[at][rng.choice(R, rng.integers(0, MOST + 1), replace=False)] = True
+    k, v = normal(B, K, R, m, h), normal(B, K, R, m, c)
+    for x in (k, v):
+        x[np.broadcast_to(~real[:, None], x.shape[:-1])] = 1e15
+    bias = None
+    if kind != "none":
+        parts = normal(B, K * G, r), normal(B, K, R, m, r), normal(B, K * G), normal(B, K, R, m), normal(K * G)
+        bias = RegionBias(*map(jnp.asarray, parts), jnp.asarray(rng.random((B, K * G)) < 0.7))
+    form = PairForm() if kind == "none" else PairForm(kind)
+    return {
+        **{"q": jnp.asarray(normal(B, K * G, h)), "k": jnp.asarray(k), "v": jnp.asarray(v)},
+        **{"real": jnp.asarray(real), "chosen": jnp.asarray(chosen), "most": MOST, "bias": bias, "form": form},
+    }
+
+
+def by_rule(q, k, v, real, chosen, most, bias, form) -> tuple[np.ndarray, np.ndarray]:
+    """Head by head in float64, over a list of the keys that it may see."""
+    out, lse = np.zeros((B, K * G, c)), np.full((B, K * G), -np.inf)
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    real, chosen = np.asarray(real), np.asarray(chosen)
+    for b, head in np.ndindex(B, K * G):
+        group = head // G
+        mine = chosen[b, group, head % G if chosen.shape[2] > 1 else 0]
+        at = [(n, s) for n, s in np.ndindex(R, m) if mine[n] and real[b, n, s]]
+        if not at:
+            continue
+        scores = np.array([q[b, head] @ k[b, group, n, s] * h**-0.5 for n, s in at])
+        if bias is not None and bias.query_on[b, head]:
+            z = np.array([float(bias.u[b, head] @ bias.w[b, group, n, s] + bias.key[b, group, n, s]) for n, s in at])
+            z = z + float(bias.row[b, head])
+            f = {
+                "log_gate": lambda z: np.log(2 / (1 + np.exp(-z))),
+                "tanh": lambda z: form.limit * np.tanh(z / form.limit),
+                "linear": lambda z: z,
+                "centered_sigmoid": lambda z, gain=float(bias.gain[head]): gain * (2 / (1 + np.exp(-z)) - 1),
+            }[form.kind]
+            scores = scores + f(z)
+        weights = np.exp(scores)
+        out[b, head] = weights @ np.array([v[b, group, n, s] for n, s in at]) / weights.sum()
+        lse[b, head] = np.log(weights.sum())
+    return out, lse
+
+
+@functools.partial(jax.jit, static_argnames=("most", "form", "implementation"))
+def run(q, k, v, real, chosen, most, bias, form, implementation="auto"):
+    return gather_attention(q, k, v, real, chosen, most, bias, form, scale=h**-0.5, implementation=implementation)
+
+
+@pytest.mark.parametrize("implementation", BACKENDS)
+@pytest.mark.parametrize("kind", BIASES)
+@pytest.mark.parametrize("apart", [False, True], ids=["per group", "per head"])
+@settings(max_examples=8, deadline=None)
+@given(seed=st.integers(0, 10_000))
+def test_it_is_the_stated_rule(implementation: str, kind: str, apart: bool, seed: int) -> None:
+    given_ = operands(seed, apart, kind)
+    out, lse = run(**given_, implementation=implementation)
+    expected, expected_lse = by_rule(**given_)
+    np.testing.assert_allclose(out, expected, atol=2e-5)
+    np.testing.assert_allclose(lse, expected_lse, atol=2e-5)
+
+
+@pytest.mark.parametrize("implementation", BACKENDS)
+@pytest.mark.parametrize("most", [1, R])
+@pytest.mark.parametrize("apart", [False, True], ids=["per group", "per head"])
+def test_any_promise_that_is_kept_will_do(implementation: str, most: int, apart: bool) -> None:
+    """All regions are attention to all keys; the number that shapes come from is no part of the answer."""
+    given_ = operands(1, apart, "log_gate")
+    chosen = np.zeros(given_["chosen"].shape, bool)
+    chosen[..., 2] = True
+    if most == R:
+        chosen[0] = True
+    given_ |= {"chosen": jnp.asarray(chosen), "most": most}
+    out, lse = run(**given_, implementation=implementation)
+    expected, expected_lse = by_rule(**given_)
+    np.testing.assert_allclose(out, expected, atol=2e-5)
+    np.testing.assert_allclose(lse, expected_lse, atol=2e-5)
+
+
+@pytest.mark.parametrize("implementation", BACKENDS)
+@pytest.mark.parametrize("apart", [False, True], ids=["per group", "per head"])
+def test_a_broken_promise_is_nan_and_only_where_it_is_broken(implementation: str, apart: bool) -> None:
+    given_ = operands(2, apart, "none")
+    chosen = np.asarray(given_["chosen"]).copy()
+    chosen[1, 0, 0] = True
+    out, lse = run(**(given_ | {"chosen": jnp.asarray(chosen)}), implementation=implementation)
+    broken = np.zeros((B, K * G), bool)
+    broken[1, : 1 if apart else G] = True
+    np.testing.assert_array_equal(np.isnan(lse), broken)
+    np.testing.assert_array_equal(np.isnan(out), np.broadcast_to(broken[..., None], out.shape))
+
+
+@pytest.mark.parametrize("apart", [False, True], ids=["per group", "per head"])
+def test_what_is_not_chosen_touches_nothing(apart: bool) -> None:
+    """Not one bit of it: regions that nobody chose may hold NaN."""
+    given_ = operands(3, apart, "log_gate")
+    read = np.asarray(given_["chosen"]).any(2)[..., None, None]
+    # Where a group chose nothing its list still names a region, the first.
+    read[..., 0, :, :] |= ~read.any(2)[:, :, 0:1]
+    poisoned = {name: jnp.where(read, given_[name], jnp.nan) for name in ("k", "v")}
+    for x, y in zip(run(**given_), run(**(given_ | poisoned)), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize("apart", [False, True], ids=["per group", "per head"])
+def test_bfloat16_caches_sum_in_float32(apart: bool) -> None:
+    given_ = operands(4, apart, "log_gate")
+    given_ |= {name: given_[name].astype(jnp.bfloat16) for name in ("q", "k", "v")}
+    out, lse = run(**given_)
+    assert out.dtype == jnp.bfloat16 and lse.dtype == jnp.float32
+    expected, expected_lse = by_rule(**given_)
+    np.testing.assert_allclose(np.float32(out), expected, atol=0.03)
+    np.testing.assert_allclose(lse, expected_lse, atol=1e-4)
+
+
+def test_wrong_operands_and_backends_are_one_clear_error() -> None:
+    given_ = operands(0, True, "tanh")
+
+    def bias(**changed: Any) -> dict[str, Any]:
+        return {"bias": given_["bias"]._replace(**changed)}
+
+    for changed, message in (
+        ({"v": given_["v"][:, :, 1:]}, r"operand v has shape \(2, 2, 8, 4, 16\), expected \(2, 2, 9, 4, 16\)"),
+        ({"real": given_["real"][:, 1:]}, "operand real has shape"),
+        ({"real": given_["real"].astype(jnp.int32)}, "operand real is int32, expected bool"),
+        ({"chosen": given_["chosen"][:, :, :2]}, "2 choices for each kv head, expected 1 or 3"),
+        ({"q": given_["q"][:, :5]}, "5 query heads cannot share 2 kv heads"),
+        ({"q": given_["q"].astype(jnp.int32)}, "operand q is int32, expected floats"),
+        ({"most": 0}, "most = 0, expected a number of regions from 1 to 9"),
+        ({"most": R + 1}, "most = 10"),
+        (bias(u=given_["bias"].u[:, 1:]), "operand bias.u has shape"),
+        (bias(w=given_["bias"].w.astype(jnp.bfloat16)), "operand bias.w is bfloat16, expected float32"),
+        ({"implementation": "pallas_gpu"}, "'pallas_gpu' cannot serve chosen regions; expected auto, reference"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run.__wrapped__(**(given_ | changed))
