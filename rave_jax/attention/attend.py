@@ -60,10 +60,10 @@ def router_of(mechanisms: Sequence[Mechanism]) -> Mechanism | None:
     return next((mechanism for mechanism in mechanisms if overrides(mechanism, "route")), None)
 
 
-def summarise(mechanisms: Sequence[Mechanism], x: Features, region: Int[Array, "B T"]) -> Any:
-    """What the layer's router wants of the regions that these tokens are in; None where nothing routes."""
+def summarise(mechanisms: Sequence[Mechanism], x: Features, region: Int[Array, "B T"], regions: int) -> Any:
+    """What the layer's router wants of the R regions that these tokens are in; None where nothing routes."""
     router = router_of(mechanisms)
-    return None if router is None else router.summarise(x, region)
+    return None if router is None else router.summarise(x, region, regions)
 
 
 def combine(mechanisms: Sequence[Mechanism], old: Any, new: Any) -> Any:
@@ -83,6 +83,7 @@ def attend(
     implementation: Implementation = "auto",
     rows: Int[Array, "B N"] | None = None,
     losses: bool = False,
+    regions: int = 0,
     progress: Float[Array, ""] | None = None,
 ) -> AttentionOutput:
     """Attention of one layer under its mechanisms.
@@ -96,6 +97,7 @@ def attend(
         implementation: kernel backend.
         rows: queries, by index, whose rows of the attention map are wanted. Costs O(N S).
         losses: are the mechanisms' losses wanted? Costs one run of the kernel for each segment they ask for.
+        regions: R, the most regions that keys can be in.
         progress: of the training run, 0 to 1, for what is scheduled; None is its end.
 
     Returns:
@@ -105,7 +107,7 @@ def attend(
     scores = scores_of(x, keys, codes, info_q, info_k, mechanisms)
     partition = partition_of(mechanisms, x, keys.remembered, info_k, losses)
     segments, factor = partition.segments, key_factor(mechanisms, x, info_q, info_k)
-    routing = routing_of(mechanisms, x, keys, info_q, info_k, codes, progress)
+    routing = routing_of(mechanisms, x, keys, info_q, info_k, codes, regions, progress)
     attention = pair_bias.attention if routing is None else functools.partial(routed.attention, routing=routing)
     out, lse = attention(
         scores.q,
@@ -147,6 +149,7 @@ def routing_of(
     info_q: TokenInfo,
     info_k: TokenInfo,
     codes: MaskCodes,
+    regions: int,
     progress: Float[Array, ""] | None,
 ) -> Routing | None:
     """What the layer's router says; None where nothing routes."""
@@ -154,7 +157,7 @@ def routing_of(
     if router is None:
         return None
     progress = jnp.ones((), jnp.float32) if progress is None else progress
-    return router.route(x, keys.summary, info_q, info_k, codes, progress)
+    return router.route(x, keys.summary, info_q, info_k, codes, regions, progress)
 
 
 def key_factor(mechanisms: Sequence[Mechanism], x: Features, info_q: TokenInfo, info_k: TokenInfo) -> KeyFactor | None:

@@ -144,9 +144,9 @@ class Mechanism(nnx.Module):
         """Terms of the score before the softmax. `remembered` is what `remember` gave, for all keys [B,S,K,...]."""
         return None
 
-    def summarise(self, x: Features, region: Int[Array, "B T"]) -> Any:
-        """What `route` will want to know of the regions that these tokens are in, from these tokens alone: a pytree of
-        arrays [B,R,K,...], float32. A cache keeps it for each region."""
+    def summarise(self, x: Features, region: Int[Array, "B T"], regions: int) -> Any:
+        """What `route` will want to know of the R (`regions`) regions that these tokens are in, from these tokens
+        alone: a pytree of arrays [B,R,K,...], float32. A cache keeps it for each region."""
         return None
 
     def combine(self, old: Any, new: Any) -> Any:
@@ -160,6 +160,7 @@ class Mechanism(nnx.Module):
         info_q: TokenInfo,
         info_k: TokenInfo,
         codes: MaskCodes,
+        regions: int,
         progress: Float[Array, ""],
     ) -> Routing | None:
         """Which regions each query may read, beside the keys of no region.
@@ -169,6 +170,7 @@ class Mechanism(nnx.Module):
             summary: of all regions.
             info_q, info_k: of queries and keys.
             codes: mask codes after the `mask` hooks.
+            regions: R, the most there can be.
             progress: of the training run, 0 to 1; 1 outside training.
         """
         return None

@@ -199,9 +199,16 @@ def _write_runs(stored: Array, layer: Array, start: Int[Array, "B"], runs: Array
     )
 
 
-def take(cache: KvCache, rows: Int[Array, "n"] | None, reach: int) -> KvCache:
+class RegionReach(NamedTuple):
+    """The first regions of a row: how many, and how many slots they have."""
+
+    regions: int
+    slots: int
+
+
+def take(cache: KvCache, rows: Int[Array, "n"] | None, reach: int, regions: RegionReach | None = None) -> KvCache:
     """A cache of its own with the first `reach` slots of `rows` (for numbers beyond them, of the last), or of all, and
-    all their regions."""
+    the first of their regions (None, and of all rows: all regions)."""
     if rows is None:
         segments = jax.tree.map(lambda x: jax.lax.slice_in_dim(x, 0, reach, axis=3), cache.segments)
         return KvCache(segments, jax.tree.map(lambda x: x[:, :reach], cache.info), cache.index, cache.regions)
@@ -209,10 +216,19 @@ def take(cache: KvCache, rows: Int[Array, "n"] | None, reach: int) -> KvCache:
     info = jax.tree.map(lambda x: x.at[rows, :reach].get(mode="clip"), cache.info)
     far = cache.regions
     if far is not None:
-        stored = jax.tree.map(lambda x: x.at[:, rows].get(mode="clip"), far.segments)
-        codes, count = jax.tree.map(lambda x: x.at[rows].get(mode="clip"), (far.info, far.count))
-        far = RegionSlots(stored, codes, count)
+        far = _take_regions(far, rows, regions)
     return KvCache(segments, info, cache.index.at[rows].get(mode="clip"), far)
+
+
+def _take_regions(far: RegionSlots, rows: Int[Array, "n"], reach: RegionReach | None) -> RegionSlots:
+    most, slots = (None, None) if reach is None else reach
+
+    def first(stop: int | None, tree: Any) -> Any:
+        return jax.tree.map(lambda x: x.at[:, rows, :, :stop].get(mode="clip"), tree)
+
+    segments = tuple(StoredRegions(first(slots, one.keys), first(most, one.summary)) for one in far.segments)
+    codes = jax.tree.map(lambda x: x.at[rows, :slots].get(mode="clip"), far.info)
+    return RegionSlots(segments, codes, far.count.at[rows].get(mode="clip"))
 
 
 def emptied(cache: KvCache, rows: Bool[Array, "B"]) -> KvCache:

@@ -116,6 +116,7 @@ def attend_regions(
     info_q: TokenInfo,
     info_k: TokenInfo,
     mechanisms: Sequence[Mechanism],
+    regions: int,
     implementation: Implementation,
 ) -> tuple[Float[Array, "B T H h"], LayerRegions]:
     """Outputs of one layer before the output projection, and what the segment's layers keep, with the new tokens in it.
@@ -128,17 +129,17 @@ def attend_regions(
         slots: where the tokens go.
         codes: mask codes of the tokens and of the slots, those of no region first.
         info_q, info_k: token codes of the same.
-        mechanisms, implementation: as `attend` takes them.
+        mechanisms, regions, implementation: as `attend` takes them.
     """
     near, far = _write_at(stored.near, layer, slots.near, keys), stored.far
     if slots.far is None:
         stored, summary = LayerRegions(near, far), _summary(far, layer)
         against = against_gathering(mechanisms, x)
         if against is None:
-            return _gathered(x, stored, layer, codes, info_q, info_k, mechanisms, implementation), stored
+            return _gathered(x, stored, layer, codes, info_q, info_k, mechanisms, regions, implementation), stored
         _say_once(f"decoding reads all visual keys: {against}")
     else:
-        summary = combine(mechanisms, _summary(far, layer), summarise(mechanisms, x, info_q.region))
+        summary = combine(mechanisms, _summary(far, layer), summarise(mechanisms, x, info_q.region, regions))
         kept = jax.tree.map(
             lambda old, new: jax.lax.dynamic_update_index_in_dim(old, jnp.swapaxes(new, 1, 2), layer, 0),
             far.summary,
@@ -148,7 +149,16 @@ def attend_regions(
         stored = LayerRegions(near, far)
     dtype = x.q.dtype
     both = joined(kv_cache.read(near, layer, dtype), kv_cache.read(far.keys, layer, dtype))
-    seen = attend(x, both._replace(summary=summary), codes, info_q, info_k, mechanisms, implementation=implementation)
+    seen = attend(
+        x,
+        both._replace(summary=summary),
+        codes,
+        info_q,
+        info_k,
+        mechanisms,
+        implementation=implementation,
+        regions=regions,
+    )
     return seen.out, stored
 
 
@@ -177,6 +187,7 @@ def _gathered(
     info_q: TokenInfo,
     info_k: TokenInfo,
     mechanisms: Sequence[Mechanism],
+    regions: int,
     implementation: Implementation,
 ) -> Float[Array, "B 1 H h"]:
     """One query: keys of no region by one kernel, those of the chosen regions by another, merged by log-sum-exp."""
@@ -201,17 +212,16 @@ def _gathered(
     )
     far = kv_cache.read(stored.far.keys, layer, x.q.dtype)
     far = far._replace(summary=_summary(stored.far, layer))
-    routing = routing_of(mechanisms, x, far, info_q, far_info, far_codes, None)
+    routing = routing_of(mechanisms, x, far, info_q, far_info, far_codes, regions, None)
     assert routing is not None
     routes, rule = routing
     choice = choice_of(None, far_codes, routes, rule)
     scores = scores_of(x, far, far_codes, info_q, far_info, mechanisms)
-    R = routes.descriptor.shape[1]
 
     def by_region(keys: Array) -> Array:
         """[B,R*m,K,...] as [B,K,R,m,...], which is how it is stored."""
         keys = jnp.swapaxes(keys, 1, 2)
-        return keys.reshape(*keys.shape[:2], R, -1, *keys.shape[3:])
+        return keys.reshape(*keys.shape[:2], regions, -1, *keys.shape[3:])
 
     bias, pair = None, scores.terms.pair
     if pair is not None:
@@ -222,9 +232,9 @@ def _gathered(
         x.q[:, 0],
         by_region(far.k),
         by_region(far.v),
-        (far_info.segment > 0).reshape(far_info.segment.shape[0], R, -1),
+        (far_info.segment > 0).reshape(far_info.segment.shape[0], regions, -1),
         choice.chosen[..., 0, :],
-        rule.most(R),
+        rule.most(regions),
         bias,
         scores.form,
         scale=scores.scale,

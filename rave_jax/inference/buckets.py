@@ -5,8 +5,9 @@ from __future__ import annotations
 import bisect
 from dataclasses import dataclass
 
-from rave_jax.attention import CacheType
+from rave_jax.attention import CacheType, RegionReach
 from rave_jax.config import require
+from rave_jax.layout import VisualLayout
 
 
 @dataclass(frozen=True)
@@ -56,9 +57,10 @@ class Buckets:
         reaches: how many slots of the cache a program reads and writes, ascending. The last holds `max_length`.
         chunk: tokens of a prompt read at once. Up to it there are two reaches to a doubling, beyond it one.
         patches: sizes of the tower's input, ascending; empty without a tower.
+        regions: how many regions a prompt's chunks see, ascending, doubled each time; empty without regions.
     """
 
-    def __init__(self, config: SlotConfig, window_patches: int, merge_patches: int):
+    def __init__(self, config: SlotConfig, window_patches: int, merge_patches: int, layout: VisualLayout):
         """`window_patches` is 0 for a model without a tower; else inputs of the tower are multiples of it."""
         self.chunk = min(config.chunk, config.max_length)
         whole = -(-config.max_length // self.chunk) * self.chunk
@@ -68,6 +70,9 @@ class Buckets:
         if window_patches:
             windows = -(-merge_patches * whole // window_patches)
             self.patches = tuple(n * window_patches for n in _grown(1, windows))
+        self._layout = layout
+        most = layout.max_regions
+        self.regions = () if layout.regions is None else _doubled(min(16, most), most)
 
     @property
     def size(self) -> int:
@@ -81,6 +86,13 @@ class Buckets:
     def tower(self, patches: int) -> int:
         """The least input of the tower that holds so many patches."""
         return self.patches[bisect.bisect_left(self.patches, patches)]
+
+    def region_reach(self, regions: int) -> RegionReach | None:
+        """The least number of regions that holds so many; None without regions."""
+        if self._layout.regions is None:
+            return None
+        most = self.regions[bisect.bisect_left(self.regions, regions)]
+        return RegionReach(most, most * self._layout.regions.tokens)
 
     def chunk_of(self, reach: int) -> int:
         """Tokens per row that a program of this reach reads: prompts within one chunk are read whole."""

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rave_jax.attention import CacheType, KvCache
+from rave_jax.attention import CacheType, KvCache, RegionReach
 from rave_jax.attention import cache as kv_cache
 from rave_jax.batch import Kind, Role, TokenInfo
 from rave_jax.inference.sampling import RowSampling, choose
@@ -154,7 +154,7 @@ def see(model: Vlm, state: SlotState, pictures: Pictures) -> tuple[SlotState]:
 
 
 def read(
-    model: Vlm, state: SlotState, chunk: Chunk, admission: Admission, *, reach: int
+    model: Vlm, state: SlotState, chunk: Chunk, admission: Admission, *, reach: int, regions: RegionReach | None = None
 ) -> tuple[SlotState, Int[Array, "N"]]:
     """Read the next chunk of N prompts. Where a prompt ends, its answer's first token is chosen.
 
@@ -164,13 +164,14 @@ def read(
         chunk: the tokens; the slots they go to have room for T more within `reach`.
         admission: whose tokens they are.
         reach: slots of the cache that the chunk may see.
+        regions: regions of the cache that it may see; None of a cache without.
 
     Returns:
         the state, and the answers' first tokens; -1 where the prompt goes on, or the answer is empty.
     """
     B = state.seen.shape[0]
     begins = admission.begins
-    part = kv_cache.take(state.cache, admission.slot, reach)
+    part = kv_cache.take(state.cache, admission.slot, reach, regions)
     # From slot 0 on: what is left there of who had the slot before counts as not written.
     part = kv_cache.emptied(part, begins)
 

@@ -65,6 +65,9 @@ class PromptGroup:
         self._merge_patches = merge_patches
         documents = [[prompt.example] for prompt in prompts]
         self._batch: Batch = collate(documents, BatchShape(rows, tokens, patches), patch_numbers, merge_patches)
+        regions = max(int(np.max(prompt.example.info.region, initial=0)) for prompt in prompts)
+        self.region_reach = buckets.region_reach(regions)
+        """Regions that the prompts' chunks see; None for a model without."""
         self._region_place: Any = np.stack([places_in_region(np.asarray(row)) for row in self._batch.info.region])
 
     def pictures(self, most: int) -> Iterator[Pictures]:

@@ -46,7 +46,7 @@ class Usage:
     """Slots times decoding steps that were run."""
     used: int = 0
     """Those of them in which an answer grew or ended."""
-    programs: set[tuple[str, int]] = field(default_factory=set)
+    programs: set[tuple[str, Any]] = field(default_factory=set)
     """Name and size of every program that was run; each is compiled once."""
 
     @property
@@ -101,7 +101,9 @@ class Engine:
         if len(self._stop_ids) > config.max_stop_ids:
             raise ConfigError(f"{len(self._stop_ids)} ids end an answer, but max_stop_ids is {config.max_stop_ids}")
         self._layout = {"merge_patches": merge_patches, "patch_numbers": patch_numbers}
-        self._buckets = Buckets(config, window_patches if model.vision is not None else 0, merge_patches)
+        self._buckets = Buckets(
+            config, window_patches if model.vision is not None else 0, merge_patches, model.options.layout
+        )
         self._waiting: deque[_Job] = deque()
         self._slots: list[_Job | None] = [None] * config.slots
         self._requests = 0
@@ -193,8 +195,9 @@ class Engine:
         group = PromptGroup([job.prompt for job in jobs], rows, self._buckets, **self._layout)
         for pictures in group.pictures(self.config.patches):
             self._run("see", pictures.patches.shape[1], _see, pictures)
+        regions = group.region_reach
         given = [
-            self._run("read", reach, _read, chunk, admission, reach=reach)[0]
+            self._run("read", (reach, regions), _read, chunk, admission, reach=reach, regions=regions)[0]
             for reach, chunk, admission in group.chunks(slots, no_slot=self.config.slots)
         ]
         # A prompt gives its answer's first token with its last chunk, and -1 with the others.
@@ -237,7 +240,7 @@ class Engine:
             self._slots[slot] = None
         return Progress(job.request, tokens, reason)
 
-    def _run(self, name: str, size: int, program: Any, *arguments: Any, **sizes: int) -> list[Any]:
+    def _run(self, name: str, size: Any, program: Any, *arguments: Any, **sizes: Any) -> list[Any]:
         """Run a program on the state, which it replaces; returns what else it gives."""
         self.usage.programs.add((name, size))
         if self._mesh is not None:
@@ -250,7 +253,7 @@ class Engine:
 
 
 _see: Any = jax.jit(see, donate_argnums=1)
-_read: Any = jax.jit(read, donate_argnums=1, static_argnames="reach")
+_read: Any = jax.jit(read, donate_argnums=1, static_argnames=("reach", "regions"))
 _write: Any = jax.jit(write, donate_argnums=1, static_argnames=("reach", "width"))
 
 

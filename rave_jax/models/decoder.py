@@ -26,10 +26,11 @@ from rave_jax.typing import Array, Bool, Float, Int
 
 
 class LayerCache(NamedTuple):
-    """The keys of a whole segment, and which of its layers is meant."""
+    """The keys of a whole segment, which of its layers is meant, and how many regions a row has room for."""
 
     stored: kv_cache.StoredKeys | attention.LayerRegions
     layer: Int[Array, ""]
+    regions: int
 
 
 class Situation(NamedTuple):
@@ -115,6 +116,7 @@ class DecoderLayer(nnx.Module):
         self.mlp_norm = RmsNorm(D, eps=config.rms_norm_eps, dtype=dtype)
         self.mechanisms = attention.build_mechanisms(mechanisms, config.attention_dims, keys[2])
         self.implementation = options.attention
+        self.max_regions = options.layout.max_regions
         lora.attach(self, "decoder.", options.lora, dtype, keys[3])
 
     def __call__(
@@ -124,7 +126,9 @@ class DecoderLayer(nnx.Module):
         found = self.attention.features(self.attention_norm(x), x, at.rotation)
         keys = attention.remember(self.mechanisms, found)
         if cache is None:
-            keys = keys._replace(summary=attention.summarise(self.mechanisms, found, at.info_q.region))
+            keys = keys._replace(
+                summary=attention.summarise(self.mechanisms, found, at.info_q.region, self.max_regions)
+            )
         elif isinstance(cache.stored, attention.LayerRegions):
             assert isinstance(at.start, attention.ChunkSlots)
             out, stored = attention.attend_regions(
@@ -137,6 +141,7 @@ class DecoderLayer(nnx.Module):
                 at.info_q,
                 at.info_k,
                 self.mechanisms,
+                cache.regions,
                 self.implementation,
             )
             return LayerOutput(self._after(x, out), cache._replace(stored=stored), None, {}, None)
@@ -154,6 +159,7 @@ class DecoderLayer(nnx.Module):
             implementation=self.implementation,
             rows=at.rows,
             losses=losses,
+            regions=self.max_regions,
             progress=at.progress,
         )
         return LayerOutput(self._after(x, seen.out), cache, seen.rows, seen.losses, seen.chosen)
@@ -276,13 +282,14 @@ class Decoder(nnx.Module):
         cache, far = entered.cache, entered.cache.regions
         base = attention.cached_codes(info, entered.info)
         kept: list[Any] = list(cache.segments)
+        regions = self._regions(cache)
         if far is not None:
             kept = [attention.LayerRegions(*both) for both in zip(cache.segments, far.segments, strict=True)]
         for n, segment in enumerate(self.segments):
             at = self._situation(segment, base, info, entered.info, positions, own=entered.own, start=entered.start)
 
             def body(layer: DecoderLayer, carry: Any, n: Array, at: Situation) -> tuple[Any, None]:
-                out = layer(carry[0], at, LayerCache(carry[1], n))
+                out = layer(carry[0], at, LayerCache(carry[1], n, regions))
                 assert out.cache is not None
                 return (out.x, out.cache.stored), None
 
@@ -300,7 +307,7 @@ class Decoder(nnx.Module):
         if cache.regions is not None:
             assert self.layout.regions is not None
             slots = attention.chunk_slots(cache, info, region_place, self.layout.regions.tokens)
-            nothing = [self._summary_of_nothing(segment) for segment in self.segments]
+            nothing = [self._summary_of_nothing(segment, self._regions(cache)) for segment in self.segments]
             cache = attention.entered(cache, info, slots, nothing)
             assert cache.regions is not None
             own = slots.near if slots.far is None else jnp.where(info.region > 0, cache.size + slots.far, slots.near)
@@ -315,13 +322,18 @@ class Decoder(nnx.Module):
         index = start + jnp.sum(info.segment > 0, axis=1, dtype=jnp.int32)
         return Entered(cache._replace(info=held, index=index), start, held, own)
 
-    def _summary_of_nothing(self, segment: Segment[DecoderLayer]) -> Any:
+    def _regions(self, cache: KvCache) -> int:
+        """R: the regions that a row of the cache has room for."""
+        if cache.regions is None or self.layout.regions is None:
+            return 0
+        return cache.regions.info.segment.shape[1] // self.layout.regions.tokens
+
+    def _summary_of_nothing(self, segment: Segment[DecoderLayer], regions: int) -> Any:
         """What the router of each layer says of regions without a token [L,1,R,K,...]."""
 
         def of_layer(layer: DecoderLayer) -> Any:
-            return attention.summarise(
-                layer.mechanisms, self._zeros(1, 1, jnp.dtype(jnp.float32)), jnp.zeros((1, 1), int)
-            )
+            x = self._zeros(1, 1, jnp.dtype(jnp.float32))
+            return attention.summarise(layer.mechanisms, x, jnp.zeros((1, 1), jnp.int32), regions)
 
         return jax.vmap(of_layer)(segment.layers)
 
@@ -337,7 +349,9 @@ class Decoder(nnx.Module):
         def keys(layer: DecoderLayer, slots: int) -> Keys:
             x = self._zeros(rows, slots, dtype)
             found = attention.remember(layer.mechanisms, x)
-            return found._replace(summary=attention.summarise(layer.mechanisms, x, jnp.zeros((rows, slots), jnp.int32)))
+            region = jnp.zeros((rows, slots), jnp.int32)
+            summary = attention.summarise(layer.mechanisms, x, region, self.layout.max_regions)
+            return found._replace(summary=summary)
 
         def shapes(slots: int) -> tuple[Keys, ...]:
             of = functools.partial(keys, slots=slots)

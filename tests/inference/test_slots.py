@@ -29,7 +29,7 @@ from rave_jax.data.sample import OverBudget, SampleError
 from rave_jax.inference import Engine, Sampling, SlotConfig
 from rave_jax.inference.buckets import Buckets
 from rave_jax.inference.slots import compilations
-from rave_jax.layout import AdaptiveRegions, FixedRegions
+from rave_jax.layout import AdaptiveRegions, FixedRegions, VisualLayout
 from rave_jax.models.config import ModelOptions, TextConfig, VlmConfig
 from rave_jax.models.families.presets import tiny
 from rave_jax.models.vlm import Vlm
@@ -290,7 +290,8 @@ def test_sizes_that_make_no_slots_are_refused(field: str) -> None:
 
 @given(st.integers(2, 5000), st.integers(1, 700), st.integers(1, 200))
 def test_buckets_hold_whatever_fits(max_length: int, chunk: int, smallest: int) -> None:
-    buckets = Buckets(SlotConfig(max_length=max_length, chunk=chunk, smallest=smallest), 64, 4)
+    config = SlotConfig(max_length=max_length, chunk=chunk, smallest=smallest)
+    buckets = Buckets(config, 64, 4, VisualLayout())
     reaches = buckets.reaches
     assert list(reaches) == sorted(set(reaches)) and max_length <= buckets.size < max_length + buckets.chunk
     for length in (1, max_length // 3 + 1, max_length - 1, max_length):

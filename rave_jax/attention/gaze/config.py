@@ -114,30 +114,37 @@ class GazeRouter(Mechanism):
             pooling = jnp.zeros((dims.num_kv_heads, dims.head_dim))
             self.pooling = nnx.Param(pooling, axes=("kv_heads", "head_dim"))
 
-    def summarise(self, x: Features, region: Int[Array, "B T"]) -> Summary:
+    def summarise(self, x: Features, region: Int[Array, "B T"], regions: int) -> Summary:
         """Sums or extremes over the keys of each region."""
         k = x.k if self.config.descriptor_keys == "post_rope" else x.k0
         logits = None
         if self.config.descriptor == "learned":
             pooling = self.pooling[...].astype(jnp.float32)
             logits = jnp.einsum("BSKh,Kh->BSK", k.astype(jnp.float32), pooling)
-        return descriptors.summarise(self.config.descriptor, k, logits, region, self.config.max_regions)
+        return descriptors.summarise(self.config.descriptor, k, logits, region, regions)
 
     def combine(self, old: Summary, new: Summary) -> Summary:
         """Of the keys of both."""
         return descriptors.combine(old, new)
 
     def route(
-        self, x: Features, summary: Summary, info_q: TokenInfo, info_k: TokenInfo, codes: MaskCodes, progress: Array
+        self,
+        x: Features,
+        summary: Summary,
+        info_q: TokenInfo,
+        info_k: TokenInfo,
+        codes: MaskCodes,
+        regions: int,
+        progress: Float[Array, ""],
     ) -> Routing:
         """What each query chooses from, and how."""
         config = self.config
         q = x.q if config.descriptor_keys == "post_rope" else x.q0
         B, _, _, h = q.shape
-        first, last = bounds(codes.order, info_k.region, config.max_regions)
+        first, last = bounds(codes.order, info_k.region, regions)
         routes = Routes(
             query=descriptors.features(config.descriptor, q),
-            descriptor=descriptors.describe(config.descriptor, summary, (B, config.max_regions, x.k.shape[2], h)),
+            descriptor=descriptors.describe(config.descriptor, summary, (B, regions, x.k.shape[2], h)),
             first=first,
             last=last,
             before=self._before(info_q, codes),
