@@ -38,6 +38,54 @@ def require(condition: bool, field: str, given: object, expected: str) -> None:
         raise ConfigError(f"{field} is {given!r}, expected {expected}")
 
 
+def check_fields(config: Any) -> None:
+    """Raise ConfigError unless every field of a dataclass holds a value of its declared type, numbers finite.
+
+    For the start of `__post_init__`, so that what follows compares what can be compared. JSON and the command line are
+    checked on their way in; this is for configs written in Python, where nothing else reads the annotations.
+    """
+    hints = _field_types(type(config))
+    for f in dataclasses.fields(config):
+        given = getattr(config, f.name)
+        require(_fits(hints[f.name], given), f.name, given, _in_words(hints[f.name]))
+
+
+@functools.cache
+def _field_types(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def _fits(kind: Any, value: Any) -> bool:
+    """Is the value one of this type? An integer is a number too, but True is neither."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (Union, types.UnionType):
+        return any(_fits(option, value) for option in args)
+    if origin is Literal:
+        return any(type(value) is type(option) and value == option for option in args)
+    if origin is tuple:
+        if not isinstance(value, tuple):
+            return False
+        kinds = args[:1] * len(value) if args[1:] == (Ellipsis,) else args
+        return len(kinds) == len(value) and all(map(_fits, kinds, value))
+    if kind in (int, float):
+        number = isinstance(value, int if kind is int else (int, float)) and not isinstance(value, bool)
+        return number and (kind is int or abs(value) <= sys.float_info.max)
+    return isinstance(value, kind)
+
+
+def _in_words(kind: Any) -> str:
+    """What a field of this type takes."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (Union, types.UnionType):
+        return " or ".join(map(_in_words, args))
+    if origin is Literal:
+        return ("one of " if len(args) > 1 else "") + ", ".join(map(repr, args))
+    if origin is tuple:
+        items = [_in_words(item) for item in args if item is not Ellipsis]
+        return f"a tuple, each item {items[0]}" if Ellipsis in args else f"a tuple of {', '.join(items)}"
+    return {int: "an integer", float: "a finite number", type(None): "None"}.get(kind, f"a {kind.__name__}")
+
+
 def to_json(value: Any) -> Any:
     """A config as JSON-ready data. Every dataclass carries its class name under `type`."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):

@@ -130,6 +130,29 @@ def test_a_missing_field_is_refused_where_it_has_no_default() -> None:
         config.loads(Needy, "{}")
 
 
+@pytest.mark.parametrize(
+    ("field", "given", "expected"),
+    [
+        ("parts", [], "a tuple, each item a Gate or a Window"),
+        ("parts", (Gate(), 3), "a tuple, each item a Gate or a Window"),
+        ("best", {}, "a Gate or a Window or None"),
+        ("name", 3, "a str or None"),
+        ("rate", float("nan"), "a finite number"),
+        ("rate", 10**400, "a finite number"),
+        ("rate", True, "a finite number"),
+        ("span", (1,), "a tuple of an integer, a finite number"),
+        ("span", (0.5, 1), "a tuple of an integer, a finite number"),
+        ("quiet", 1, "a bool"),
+        ("level", True, "one of 1, 2"),
+    ],
+)
+def test_fields_of_another_type_are_refused_by_name(field: str, given: object, expected: str) -> None:
+    config.check_fields(Experiment(parts=(Gate(), Window()), best=Gate(), name="x", rate=1, level=2))
+    with pytest.raises(ConfigError) as error:
+        config.check_fields(dataclasses.replace(Experiment(), **{field: given}))
+    assert str(error.value) == f"{field} is {given!r}, expected {expected}"
+
+
 def test_help_is_the_literal_under_a_field() -> None:
     @dataclass(frozen=True)
     class Local:

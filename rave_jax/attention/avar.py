@@ -17,7 +17,6 @@ the layer, and layers that do not use it do not count. At inference it does noth
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import jax
@@ -26,7 +25,7 @@ import jax.numpy as jnp
 from rave_jax.attention.base import AttentionDims, Features, Mechanism, Parts
 from rave_jax.attention.plan import Layers
 from rave_jax.batch import Kind, Role, TokenInfo
-from rave_jax.config import require
+from rave_jax.config import check_fields, require
 from rave_jax.kernels.pair_bias import KeySegments
 from rave_jax.typing import Array, Bool, Float, Int
 
@@ -48,9 +47,10 @@ class Avar:
     """Decoder layers whose attention counts, by global number, or all."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for name in ("enhance", "suppress"):
-            require(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "at least 0")
-        require(0 < self.eps < math.inf, "eps", self.eps, "a small positive number")
+            require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+        require(self.eps >= 1e-37, "eps", self.eps, "a small positive number, at least the 1e-37 that float32 holds")
 
     def build(self, dims: AttentionDims, key: jax.Array) -> AvarLosses:
         """The mechanism of one layer."""

@@ -22,6 +22,7 @@ from rave_jax.attention.base import AttentionDims, Mechanism
 from rave_jax.attention.masks import order_in_row
 from rave_jax.attention.plan import Layers
 from rave_jax.batch import Kind, TokenInfo
+from rave_jax.config import check_fields
 from rave_jax.kernels.pair_bias import MaskCodes
 from rave_jax.typing import Array, Int
 
@@ -32,6 +33,9 @@ class Cca:
 
     layers: Layers = "all"
     """Decoder layers that use it, by global number, or all."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     def build(self, dims: AttentionDims, key: jax.Array) -> CcaRings:
         """The mechanism of one layer."""

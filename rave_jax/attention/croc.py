@@ -24,6 +24,7 @@ from rave_jax.attention.base import AttentionDims, Mechanism
 from rave_jax.attention.masks import document_starts
 from rave_jax.attention.plan import Layers
 from rave_jax.batch import Kind, Role, TokenInfo
+from rave_jax.config import check_fields
 from rave_jax.kernels.pair_bias import MaskCodes
 from rave_jax.typing import Array, Int
 
@@ -36,6 +37,9 @@ class Croc:
     """visual: tokens of one picture see each other; prefix: all tokens before the document's first answer do."""
     layers: Layers = "all"
     """Decoder layers that use it, by global number, or all."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     def build(self, dims: AttentionDims, key: jax.Array) -> CrocMask:
         """The mechanism of one layer."""

@@ -27,6 +27,7 @@ import jax.numpy as jnp
 from rave_jax.attention.base import AttentionDims, Features, Mechanism, OtherQuery, Score
 from rave_jax.attention.plan import Layers
 from rave_jax.batch import Kind, TokenInfo
+from rave_jax.config import check_fields
 from rave_jax.kernels.pair_bias import MaskCodes
 from rave_jax.typing import Array, Int
 
@@ -39,6 +40,9 @@ class Decomposed:
     """Rotary positions between text and visual keys: none is the paper's, and kept leaves its mask alone."""
     layers: Layers = "all"
     """Decoder layers that use it, by global number, or all."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     def build(self, dims: AttentionDims, key: jax.Array) -> Diagonal:
         """The mechanism of one layer."""

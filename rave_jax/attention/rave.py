@@ -15,7 +15,6 @@ The query term moves attention between text and image, the key and pair terms mo
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -26,7 +25,7 @@ from flax import nnx
 from rave_jax.attention.base import AttentionDims, Features, Mechanism, Score
 from rave_jax.attention.plan import Layers
 from rave_jax.batch import Kind, TokenInfo
-from rave_jax.config import require
+from rave_jax.config import check_fields, require
 from rave_jax.kernels.pair_bias import PairBias, PairForm
 from rave_jax.typing import Array, Float
 
@@ -54,8 +53,10 @@ class Rave:
     """Zero starts bit-equal to the backbone; random is for controls with a frozen random gate."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         require(self.rank >= 1, "rank", self.rank, "at least 1")
-        require(0 < self.limit < math.inf, "limit", self.limit, "a positive number of logits")
+        require(1e-6 <= self.limit <= 1e6, "limit", self.limit, "a number of logits from 1e-6 to 1e6")
+        require(self.heads == "all" or len(self.heads) > 0, "heads", self.heads, "at least one head")
 
     def build(self, dims: AttentionDims, key: jax.Array) -> RaveGate:
         """The gate of one layer.

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from rave_jax.attention.base import AttentionDims, Mechanism
 from rave_jax.attention.plan import Layers
 from rave_jax.batch import TokenInfo
-from rave_jax.config import require
+from rave_jax.config import check_fields, require
 from rave_jax.kernels.pair_bias import MaskCodes
 
 
@@ -24,7 +24,8 @@ class SlidingWindow:
     """Decoder layers that use the window, by global number, or all."""
 
     def __post_init__(self) -> None:
-        require(self.window >= 1, "window", self.window, "at least 1 token")
+        check_fields(self)
+        require(1 <= self.window < 2**31, "window", self.window, "at least 1 token, and a number that int32 holds")
 
     def build(self, dims: AttentionDims, key: jax.Array) -> Window:
         """The mechanism of one layer."""

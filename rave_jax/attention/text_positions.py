@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from rave_jax.attention.base import AttentionDims, Mechanism
 from rave_jax.attention.plan import Layers
 from rave_jax.batch import TokenInfo
+from rave_jax.config import check_fields
 from rave_jax.typing import Array, Int
 
 
@@ -19,6 +20,9 @@ class TextPositions:
 
     layers: Layers = "all"
     """Decoder layers that use these positions, by global number, or all."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     def build(self, dims: AttentionDims, key: jax.Array) -> Counted:
         """The mechanism of one layer."""

@@ -32,7 +32,7 @@ from rave_jax.attention.base import AttentionDims, Features, Mechanism, Parts
 from rave_jax.attention.merge import log_sum_exp
 from rave_jax.attention.plan import Layers
 from rave_jax.batch import Kind, Role, TokenInfo
-from rave_jax.config import require
+from rave_jax.config import check_fields, require
 from rave_jax.kernels.pair_bias import KeySegments
 from rave_jax.typing import Array, Bool, Float
 
@@ -60,6 +60,7 @@ class Var:
     """Decoder layers that use it, by global number, or all. The source leaves out the first two and the last."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         require(all(n >= 0 for n in self.dims), "dims", self.dims, "numbers of dimensions")
         require(self.tau > 0, "tau", self.tau, "a positive number")
         for name in ("rho", "summ", "move_fraction"):

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from rave_jax.attention.base import AttentionDims, Channels, Features, KeyFactor, Mechanism, Parts, Score
 from rave_jax.attention.plan import Layers
 from rave_jax.batch import TokenInfo
-from rave_jax.config import require
+from rave_jax.config import check_fields, require
 from rave_jax.kernels.pair_bias import KeySegments
 from rave_jax.typing import Array, Bool, Float, Int
 
@@ -49,13 +49,11 @@ class ZeroTuning:
     cheapest, too coarse where gamma is far below 1, and so for gammas from 0.001 to 1000 alone."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         given = self.gamma if isinstance(self.gamma, tuple) else (self.gamma,)
-        positive = all(0 < gamma < math.inf for gamma in given)
-        require(positive, "gamma", self.gamma, "numbers above 0")
+        require(all(gamma > 0 for gamma in given), "gamma", self.gamma, "numbers above 0")
         near = self.route != "after" or all(1e-3 <= gamma <= 1e3 for gamma in given)
         require(near, "gamma", self.gamma, "numbers from 0.001 to 1000 by route 'after'")
-        known = self.route in ROUTES
-        require(known, "route", self.route, f"one of {', '.join(ROUTES)}")
         fits = self.heads == "all" or len(given) == len(self.heads) or not isinstance(self.gamma, tuple)
         require(fits, "gamma", self.gamma, f"one number, or one for each of heads {self.heads}")
         once = self.heads == "all" or len(set(self.heads)) == len(self.heads)

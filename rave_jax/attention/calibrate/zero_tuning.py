@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rave_jax.attention.zero_tuning import ZeroTuning
-from rave_jax.config import ConfigError, require
+from rave_jax.config import ConfigError, check_fields, require
 from rave_jax.typing import Array, Bool, Float, NpArray
 
 Measure = Callable[[Float[NpArray, "L H"]], Any]
@@ -51,9 +51,10 @@ class ZeroTuningSearch:
     """Gammas that are tried on the chosen heads together, 1 among them."""
 
     def __post_init__(self) -> None:
-        require(1 < self.probe < math.inf, "probe", self.probe, "a number above 1")
+        check_fields(self)
+        require(self.probe > 1, "probe", self.probe, "a number above 1")
         require(0 < self.fraction <= 1, "fraction", self.fraction, "a number above 0, at most 1")
-        usable = all(0 < gamma < math.inf for gamma in self.grid) and 1.0 in self.grid
+        usable = all(gamma > 0 for gamma in self.grid) and 1.0 in self.grid
         require(usable, "grid", self.grid, "numbers above 0, 1 (no change) among them")
 
 
