@@ -53,6 +53,9 @@ class Eval:
     """Samples whose attention is measured, spread evenly over the tasks; 0 measures none."""
     pictures: int = 12
     """How many of those also become a picture."""
+    vas: int = 0
+    """Samples whose visual attention score (VAS, `evaluation/vas.py`) is measured, spread evenly over the tasks; 0
+    measures none. It costs a forward pass with three runs of the attention kernel in each layer."""
     layers: tuple[int, ...] = ()
     """Decoder layers averaged in the pictures and in the share inside the evidence box; empty takes all."""
     on_error: Literal["skip", "fail"] = "skip"
@@ -64,7 +67,7 @@ class Eval:
         require(bool(self.name) and "/" not in self.name, "name", self.name, "the name of a folder")
         for name in ("samples", "rows", "tokens", "max_new_tokens"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        for name in ("patches", "looks"):
+        for name in ("patches", "looks", "vas"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         require(0 <= self.pictures <= self.looks, "pictures", self.pictures, f"0 to looks ({self.looks})")
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from rave_jax.evaluation.config import Report
 from rave_jax.evaluation.summary import HEADINGS
+from rave_jax.evaluation.vas import Vas
 from rave_jax.look.curves import save_loss_curve
 from rave_jax.observe.metrics import read_jsonl
 
@@ -91,7 +92,8 @@ def _evaluation(summary: Mapping[str, Any], folder: Path) -> list[str]:
     if summary["broken"]:
         page += ["Left out: " + ", ".join(f"{n:,} {reason}" for reason, n in summary["broken"].items()) + ".", ""]
     page += [f"Every prediction: [predictions.jsonl]({folder}/predictions.jsonl).", ""]
-    page += _gate(summary["gate"]) + _looking(summary["looking"])
+    # Runs from before VAS was measured are in summaries too.
+    page += _gate(summary["gate"]) + _looking(summary["looking"]) + _vas(summary.get("vas"))
     for picture in summary["pictures"]:
         page += [f"![attention of one answer]({folder}/{picture})", ""]
     return page
@@ -137,6 +139,10 @@ def _looking(looking: Mapping[str, Any] | None) -> list[str]:
     page += _table(["task", "answers", "attention in the evidence box", "area of the box", "times even"], rows, left=1)
     page += ["", f"In the box by layer, from the first: {layers}.", ""]
     return page
+
+
+def _vas(vas: Mapping[str, Any] | None) -> list[str]:
+    return [] if vas is None else ["### Visual attention score", "", f"{Vas(**vas).sentence()}.", ""]
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 9) -> list[str]:

@@ -15,6 +15,7 @@ from rave_jax.batch import Batch, Kind, Role, TokenInfo
 from rave_jax.data.collate import BatchShape, collate
 from rave_jax.data.processor import Processor
 from rave_jax.data.sample import Example, Sample, SampleError
+from rave_jax.evaluation.vas import VasSums, vas_sums, with_vas
 from rave_jax.inference import Completion, Generator, Request, Sampling, SlotConfig
 from rave_jax.look.maps import Look, lay_out
 from rave_jax.models.vlm import Vlm
@@ -45,6 +46,10 @@ class Subject(Protocol):
         """Where each answer looked in the first picture; None for a sample without one, or with a video."""
         ...
 
+    def vas(self, samples: Sequence[Sample]) -> VasSums:
+        """What the samples' prompts add to the visual attention score, of `evaluation/vas.py`."""
+        ...
+
 
 class ModelSubject:
     """A model, its processor and its mesh. It answers in slots, and every batch it looks at has one shape.
@@ -69,6 +74,8 @@ class ModelSubject:
         )
         self._generator = Generator(model, processor, slots, mesh)
         self._answer_rows = jax.jit(answer_rows, out_shardings=replicated(mesh))
+        self._reading = with_vas(model)
+        self._vas_sums = jax.jit(vas_sums, out_shardings=replicated(mesh))
 
     def answer(self, samples: Sequence[Sample]) -> list[Answer | SampleError]:
         asked = (Request(sample.prompt, self._sampling, sample.id) for sample in samples)
@@ -84,8 +91,21 @@ class ModelSubject:
             looks += self._look_chunk(samples[start:stop], answers[start:stop])
         return looks
 
+    def vas(self, samples: Sequence[Sample]) -> VasSums:
+        total = ratios = 0.0
+        for start in range(0, len(samples), self._shape.rows):
+            part = samples[start : start + self._shape.rows]
+            prompts = [self._prompt(sample) for sample in part]
+            with use_mesh(self._mesh):
+                found = self._vas_sums(self._reading, self._batch(prompts, self._shape))
+            total, ratios = total + float(found.total), ratios + float(found.ratios)
+        return VasSums(total, ratios)
+
+    def _prompt(self, sample: Sample) -> Example:
+        return self._processor.encode(sample.prompt, add_generation_prompt=True, name=sample.id)
+
     def _look_chunk(self, samples: Sequence[Sample], answers: Sequence[Answer]) -> list[Look | None]:
-        prompts = [self._processor.encode(s.prompt, add_generation_prompt=True, name=s.id) for s in samples]
+        prompts = [self._prompt(sample) for sample in samples]
         examples = [with_answer(p, a.tokens) for p, a in zip(prompts, answers, strict=True)]
         shape = BatchShape(self._shape.rows, self._shape.tokens + self._sampling.max_new_tokens, self._shape.patches)
         # A token is chosen by the query before it: the last of the prompt for the first, and so on.

@@ -31,6 +31,7 @@ from rave_jax.evaluation.looking import Looked, draw, measure, spread, summarise
 from rave_jax.evaluation.metrics import score
 from rave_jax.evaluation.subject import Answer, ModelSubject, Subject
 from rave_jax.evaluation.summary import BY_TEMPLATE, BY_TEXT, FLOORS, GREY, REDEALT, Summary, TaskRow, mean
+from rave_jax.evaluation.vas import Vas
 from rave_jax.models.vlm import Vlm
 from rave_jax.parallel.rows import row_ways
 
@@ -113,6 +114,7 @@ def run(config: Eval, source: Source, subject: Subject, out: Path | None, log: L
     if not records:
         raise ConfigError(f"evaluation {config.name}: no sample could be asked; left out: {dict(broken) or 'none'}")
     looks, pictures = _look(config, source, subject, records, out)
+    vas = _vas(config, source, subject, records)
     total = _row("all", records)
     tasks = tuple(_row(name, [r for r in records if r.task == name]) for name in sorted({r.task for r in records}))
     verdict = None
@@ -121,9 +123,8 @@ def run(config: Eval, source: Source, subject: Subject, out: Path | None, log: L
         by_task = {row.task: row.score for row in tasks}
         verdict = judge(total.score, floors, total.controls[REDEALT], config.gate.margin, by_task, config.gate.aims)
     seconds = round(time.monotonic() - began, 2)
-    summary = Summary(
-        config.name, total, tasks, dict(sorted(broken.items())), summarise(looks), verdict, tuple(pictures), seconds
-    )
+    left_out = dict(sorted(broken.items()))
+    summary = Summary(config.name, total, tasks, left_out, summarise(looks), vas, verdict, tuple(pictures), seconds)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         (out / "predictions.jsonl").write_text("".join(r.line() for r in records), encoding="utf-8")
@@ -270,3 +271,15 @@ def _look(
                 pictures.append(drawn.overlay)
                 record.image = drawn.image or record.image
     return looks, pictures
+
+
+def _vas(config: Eval, source: Source, subject: Subject, records: Sequence[Record]) -> Vas | None:
+    """The visual attention score of chosen samples; None where none is asked for."""
+    if config.vas == 0:
+        return None
+    chosen = [records[i].index for i in spread([r.task for r in records], config.vas)]
+    total = ratios = 0.0
+    for start in range(0, len(chosen), config.rows):
+        found = subject.vas([source[index] for index in chosen[start : start + config.rows]])
+        total, ratios = total + float(found.total), ratios + float(found.ratios)
+    return Vas(len(chosen), round(ratios), total / ratios if ratios else None)

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from rave_jax.evaluation.gate import Verdict
 from rave_jax.evaluation.looking import Looking
+from rave_jax.evaluation.vas import Vas
 
 BY_TEXT, BY_TEMPLATE, GREY, REDEALT = "answers_by_text", "answers_by_template", "grey_pictures", "redealt"
 FLOORS = (BY_TEXT, BY_TEMPLATE, GREY)
@@ -57,6 +58,7 @@ class Summary:
         tasks: by name.
         broken: samples that could not be asked, by reason; they are in no score.
         looking: where the answers looked, or None where nothing was measured.
+        vas: visual attention score, or None where it was not asked for.
         verdict: of the gate, or None without one.
         pictures: files, relative to the evaluation's folder.
     """
@@ -66,6 +68,7 @@ class Summary:
     tasks: tuple[TaskRow, ...]
     broken: Mapping[str, int]
     looking: Looking | None
+    vas: Vas | None
     verdict: Verdict | None
     pictures: tuple[str, ...]
     seconds: float
@@ -89,7 +92,7 @@ def mean(values: Iterable[float]) -> float:
 
 
 def print_summary(summary: Summary, console: Console) -> None:
-    """The table of one evaluation, then what the gate says and where the answers looked."""
+    """The table of one evaluation, then what the gate says, where the answers looked, and VAS."""
     table = Table(title=f"Evaluation: {summary.name}", title_justify="left", box=SIMPLE_HEAD)
     table.add_column("task")
     table.add_column("metric")
@@ -117,3 +120,5 @@ def print_summary(summary: Summary, console: Console) -> None:
             console.print(f"gate {finding}", highlight=False, soft_wrap=True)
     if summary.looking is not None:
         console.print(summary.looking.sentence(), highlight=False, soft_wrap=True)
+    if summary.vas is not None:
+        console.print(summary.vas.sentence(), highlight=False, soft_wrap=True)

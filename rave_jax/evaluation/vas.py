@@ -15,6 +15,9 @@ runs of the kernel in each layer when it is asked for, and nothing otherwise.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
@@ -24,6 +27,38 @@ from rave_jax.batch import Batch, Kind, Role, TokenInfo
 from rave_jax.kernels.pair_bias import KeySegments
 from rave_jax.models.vlm import Vlm
 from rave_jax.typing import Array, Float
+
+
+class VasSums(NamedTuple):
+    """VAS before it is divided, so that those of several batches add up: the ratios' sum over rows, heads and layers,
+    and how many they are."""
+
+    total: Float[Array, ""] | float
+    ratios: Float[Array, ""] | float
+
+
+@dataclass(frozen=True)
+class Vas:
+    """VAS over samples of an evaluation.
+
+    Attributes:
+        samples: how many were read.
+        ratios: how many rows, heads and layers the mean is over.
+        score: the mean; None where there are no ratios.
+    """
+
+    samples: int
+    ratios: int
+    score: float | None
+
+    def sentence(self) -> str:
+        """The finding in words."""
+        if self.score is None:
+            return f"VAS: none of {self.samples:,} samples has a question after both a system prompt and a picture"
+        return (
+            f"VAS {self.score:.3f}: how many times as much questions attend to the picture as to the system prompt "
+            f"({self.samples:,} samples, {self.ratios:,} rows, heads and layers)"
+        )
 
 
 class VasReading(Mechanism):
@@ -50,12 +85,12 @@ def with_vas(model: Vlm) -> Vlm:
     return model
 
 
-def visual_attention_score(reading: Vlm, batch: Batch) -> Float[Array, ""]:
-    """VAS of the rows of a batch; NaN where none has a picture, a system prompt and a question after both.
+def vas_sums(reading: Vlm, batch: Batch) -> VasSums:
+    """What the rows of a batch add to VAS; nothing where none has a picture, a system prompt and a question after both.
 
     Args:
         reading: what `with_vas` gave.
         batch: rows of documents.
     """
     _, found = reading.hidden_and_losses(batch)
-    return found["vas"] / found["vas_rows"]
+    return VasSums(found["vas"], found["vas_rows"])

@@ -12,7 +12,7 @@ import pytest
 from rave_jax.checkpoint.tiny import Tiny, write_tiny
 
 SMALL = ("--evals.0.samples", "6", "--evals.0.rows", "4", "--evals.0.max_new_tokens", "2", "--evals.0.patches", "36")
-FEW = ("--evals.0.looks", "3", "--evals.0.pictures", "2")
+FEW = ("--evals.0.looks", "3", "--evals.0.pictures", "2", "--evals.0.vas", "5")
 
 
 @pytest.fixture(scope="module")
@@ -46,9 +46,12 @@ def test_an_hf_directory_is_examined(
     folder = tmp_path / "evaluation" / "mine"
     assert len((folder / "predictions.jsonl").read_text().splitlines()) == 6
     assert len(list((folder / "pictures").glob("*.png"))) == 2
-    looking = json.loads((folder / "summary.json").read_text())["looking"]
+    summary = json.loads((folder / "summary.json").read_text())
+    looking, vas = summary["looking"], summary["vas"]
     assert looking["samples"] == 3 and 0 < looking["boxes"]["in_box"] < 1
-    assert "pictures/" in (tmp_path / "report.md").read_text()
+    assert vas["samples"] == 5 and vas["ratios"] > 0 and vas["score"] > 0
+    page = (tmp_path / "report.md").read_text()
+    assert "pictures/" in page and f"VAS {vas['score']:.3f}" in page
 
 
 def test_what_cannot_be_done_ends_with_one_line(

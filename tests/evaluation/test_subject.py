@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from rave_jax.attention import Rave
+from rave_jax.batch import Kind, Role
 from rave_jax.data.collate import BatchShape, collate
 from rave_jax.data.processor import Processor
 from rave_jax.data.sample import Sample, SampleError
@@ -124,6 +125,31 @@ def test_a_look_is_the_mean_row_of_the_choosing_queries(subject: ModelSubject, v
     assert looks[0] is not None and looks[0].weights.shape[-2:] == (2, 4)
     np.testing.assert_allclose(looks[0].weights.reshape(*expected.shape[:2], -1), expected[..., visual], atol=1e-6)
     assert 0 < looks[0].on_picture < 1
+
+
+@pytest.mark.parametrize("devices", (1, 2))
+def test_vas_is_that_of_every_prompt_alone_written_out_densely(
+    devices: int, subject: ModelSubject, vlm: Vlm, processor: Processor
+) -> None:
+    """Three prompts in batches of two: one without a picture, and all with the system prompt of the template."""
+    ratios = []
+    for sample in SAMPLES:
+        example = processor.encode(sample.prompt, add_generation_prompt=True)
+        info, length = example.info, len(example.tokens)
+        batch = collate([[example]], BatchShape(1, length, 64), processor.settings.patch_numbers)
+        every = np.arange(length, dtype=np.int32)[None]
+        _, found = jax.jit(lambda m, b, rows=every: m.hidden(b, rows=rows))(vlm, batch)
+        whole = np.float64(found)[:, 0]  # [L,T,H,S]
+        picture = whole[..., info.kind == Kind.VISUAL].sum(-1)
+        prompt = whole[..., (info.kind == Kind.TEXT) & (info.role == Role.SYSTEM)].sum(-1)
+        asks = ((info.kind == Kind.TEXT) & (info.role == Role.QUESTION))[:, None] & (picture > 0) & (prompt > 0)
+        ratios += (picture[asks] / prompt[asks]).tolist()
+    assert len(ratios) > 50
+    asked = subject if devices == 1 else on(devices, vlm, processor)
+    sums = asked.vas(SAMPLES)
+    assert sums.ratios == len(ratios)
+    np.testing.assert_allclose(sums.total, np.sum(ratios), rtol=1e-4)
+    assert asked.vas(SAMPLES[1:2]) == (0, 0), "without a picture there is nothing to read"
 
 
 def test_a_video_is_asked_but_not_looked_at(subject: ModelSubject) -> None:

@@ -21,6 +21,7 @@ from rave_jax.evaluation.gate import TaskAim
 from rave_jax.evaluation.report import write_report
 from rave_jax.evaluation.suites import run
 from rave_jax.evaluation.summary import BY_TEMPLATE, BY_TEXT, GREY, REDEALT, print_summary
+from rave_jax.evaluation.vas import Vas
 from tests.evaluation.toy import Fake, Toy, any_source, read
 
 SAMPLES = 200
@@ -112,6 +113,31 @@ def test_attention_in_the_box() -> None:
     assert looking.by_layer == pytest.approx((0.75, 0.75)) and set(looking.by_task) == {"odd", "even"}
 
 
+def test_vas_is_one_mean_over_the_samples_asked_for(tmp_path: Path) -> None:
+    asked = dataclasses.replace(config(gate=None, looks=0), vas=21)
+    for rows, score, said in ((4, (11 * 1 + 10 * 3) / 21, "VAS 1.952"), (0, None, "VAS: none of 21 samples")):
+        fake, folder = Fake(read, rows=rows), tmp_path / f"rows{rows}"
+        summary = run(asked, Toy(), fake, folder / "evaluation" / "toy")
+        assert fake.read == [f"toy/heldout/{i}" for i in range(21)], "tasks in turn"
+        assert summary.vas == Vas(21, 21 * rows, pytest.approx(score))
+        stored = json.loads((folder / "evaluation" / "toy" / "summary.json").read_text())
+        assert stored["vas"] == {"samples": 21, "ratios": 21 * rows, "score": pytest.approx(score)}
+        assert said in write_report(Report(), folder).read_text()
+        console = Console(record=True, width=140, file=io.StringIO())
+        print_summary(summary, console)
+        assert said in console.export_text()
+
+
+def test_vas_is_measured_where_it_is_asked_for_alone(tmp_path: Path) -> None:
+    fake, file = Fake(read), tmp_path / "evaluation" / "toy" / "summary.json"
+    assert run(config(), Toy(), fake, file.parent).vas is None and fake.read == []
+    page = write_report(Report(), tmp_path).read_text()
+    stored = json.loads(file.read_text())
+    assert stored.pop("vas") is None and "VAS" not in page
+    file.write_text(json.dumps(stored))
+    assert write_report(Report(), tmp_path).read_text() == page, "a summary from before there was VAS"
+
+
 def test_files(tmp_path: Path) -> None:
     folder = tmp_path / "evaluation" / "toy"
     summary = run(config(looks=6, pictures=3), Toy(), Fake(read), folder)
@@ -179,7 +205,9 @@ def test_a_gate_needs_a_source_that_redeals(tmp_path: Path) -> None:
         run(Eval("x", QaJsonl(path="x"), gate=GATE), Plain(), Fake(read), None)
 
 
-@pytest.mark.parametrize("wrong", [{"name": "a/b"}, {"samples": 0}, {"pictures": 9, "looks": 8}, {"patches": -1}])
+@pytest.mark.parametrize(
+    "wrong", [{"name": "a/b"}, {"samples": 0}, {"pictures": 9, "looks": 8}, {"patches": -1}, {"vas": -1}]
+)
 def test_config_errors_name_the_field(wrong: dict) -> None:
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         Eval(**wrong)

@@ -8,7 +8,7 @@ import pytest
 
 from rave_jax.attention import Rave, SlidingWindow, Var
 from rave_jax.batch import Batch, Kind, Role
-from rave_jax.evaluation.vas import visual_attention_score, with_vas
+from rave_jax.evaluation.vas import vas_sums, with_vas
 from rave_jax.models.config import ModelOptions
 from rave_jax.models.families import presets
 from rave_jax.models.vlm import Vlm
@@ -63,8 +63,9 @@ def test_it_is_the_stated_mean(model: Vlm, rows: Batch, whole: tuple[np.ndarray,
         if asks and picture > 0 and prompt > 0:
             ratios.append(picture / prompt)
     assert len(ratios) > 30 and max(ratios) > 2 * min(ratios)
-    found = jax.jit(visual_attention_score)(with_vas(model), rows)
-    np.testing.assert_allclose(found, np.mean(ratios), rtol=1e-4)
+    found = jax.jit(vas_sums)(with_vas(model), rows)
+    assert found.ratios == len(ratios)
+    np.testing.assert_allclose(found.total, np.sum(ratios), rtol=1e-4)
 
 
 def test_reading_changes_nothing_and_needs_something_to_read(
@@ -76,4 +77,4 @@ def test_reading_changes_nothing_and_needs_something_to_read(
     assert all(a is b for a, b in zip(jax.tree.leaves(model), jax.tree.leaves(reading), strict=True))
     np.testing.assert_allclose(jax.jit(lambda m, b: m.hidden(b))(reading, rows), whole[0], atol=1e-5)
     info = rows.info._replace(role=np.where(rows.info.role == Role.SYSTEM, Role.QUESTION, rows.info.role))
-    assert np.isnan(jax.jit(visual_attention_score)(reading, rows._replace(info=info)))
+    assert jax.jit(vas_sums)(reading, rows._replace(info=info)) == (0, 0)

@@ -11,6 +11,7 @@ import numpy as np
 from rave_jax.data.images import read_image
 from rave_jax.data.sample import ImageError, OverBudget, Sample, SampleError
 from rave_jax.evaluation.subject import Answer
+from rave_jax.evaluation.vas import VasSums
 from rave_jax.look.maps import Look
 
 
@@ -63,13 +64,21 @@ def read(sample: Sample) -> str:
 
 
 class Fake:
-    """A subject that answers by a rule, and whose answers look left (3 parts of 4) or nowhere in particular."""
+    """A subject that answers by a rule, and whose answers look left (3 parts of 4) or nowhere in particular.
+
+    Each "odd" question has `rows` rows with a VAS of 3, each "even" one as many with a VAS of 1.
+    """
 
     def __init__(
-        self, rule: Callable[[Sample], str], left: float = 0.5, most_pixels: Callable[[Sample], bool] | None = None
+        self,
+        rule: Callable[[Sample], str],
+        left: float = 0.5,
+        most_pixels: Callable[[Sample], bool] | None = None,
+        rows: int = 4,
     ):
-        self._rule, self._left, self._too_large = rule, left, most_pixels
+        self._rule, self._left, self._too_large, self._rows = rule, left, most_pixels, rows
         self.looked_at: list[str] = []
+        self.read: list[str] = []
 
     def answer(self, samples: Sequence[Sample]) -> list[Answer | SampleError]:
         return [self._answer(sample) for sample in samples]
@@ -85,6 +94,11 @@ class Fake:
         grid = np.zeros((2, 3, 2, 2), np.float32)
         grid[..., 0], grid[..., 1] = 0.2 * self._left, 0.2 * (1 - self._left)
         return [Look(grid) for _ in samples]
+
+    def vas(self, samples: Sequence[Sample]) -> VasSums:
+        self.read += [sample.id for sample in samples]
+        each = [3.0 if sample.task == "odd" else 1.0 for sample in samples]
+        return VasSums(self._rows * sum(each), self._rows * len(each))
 
 
 def any_source(source: Toy) -> Any:
