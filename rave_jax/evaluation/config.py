@@ -55,7 +55,8 @@ class Eval:
     """How many of those also become a picture."""
     vas: int = 0
     """Samples whose visual attention score (VAS, `evaluation/vas.py`) is measured, spread evenly over the tasks; 0
-    measures none. It costs a forward pass with three runs of the attention kernel in each layer."""
+    measures none. It costs a forward pass with three runs of the attention kernel in each layer, and needs a system
+    prompt, which the chat template of `Tiny` does not write."""
     layers: tuple[int, ...] = ()
     """Decoder layers averaged in the pictures and in the share inside the evidence box; empty takes all."""
     on_error: Literal["skip", "fail"] = "skip"

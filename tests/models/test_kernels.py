@@ -1,4 +1,4 @@
-"""The fused kernels under a whole model: logits, gradients and cached steps of the blockwise attention."""
+"""The fused kernels under a whole model: logits, gradients and cached steps of the other backends."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rave_jax.attention import Mma, Rave, ZeroTuning
+from rave_jax.attention import Decomposed, MechanismConfig, Mma, Rave, Var, ZeroTuning
 from rave_jax.batch import Batch
+from rave_jax.kernels.pair_bias import Implementation
 from rave_jax.kernels.pair_bias.support import interpreted
 from rave_jax.models.config import ModelOptions
 from rave_jax.models.families import presets
@@ -18,7 +19,6 @@ from tests.models.layout import Visual, batch, document
 from tests.models.made import model as made
 
 CONFIG = presets.tiny(vocab_size=64, num_layers=1)
-OPTIONS = ModelOptions(mechanisms=(Rave(rank=4), Mma(), ZeroTuning(gamma=1.5)))
 
 
 def a_batch() -> Batch:
@@ -27,12 +27,8 @@ def a_batch() -> Batch:
     return batch([documents, documents[:1]], CONFIG, tokens=30, patches=64)
 
 
-def models() -> tuple[Vlm, Vlm]:
-    """(blockwise, fused) with the same numbers."""
-    return made(CONFIG, OPTIONS), made(CONFIG, dataclasses.replace(OPTIONS, attention="pallas_tpu"))
-
-
-def test_logits_and_gradients_are_those_of_the_blockwise_attention() -> None:
+def everything(mechanisms: tuple[MechanismConfig, ...], attention: Implementation) -> tuple[jax.Array, Vlm]:
+    """Logits of the real tokens, and the gradients of all parameters where the loss is the sum of their squares."""
     given = a_batch()
 
     @jax.jit
@@ -44,12 +40,49 @@ def test_logits_and_gradients_are_those_of_the_blockwise_attention() -> None:
 
         return jax.grad(loss, has_aux=True)(model)[::-1]
 
-    plain, fused = models()
-    expected = of(plain)
     with interpreted():
-        found = of(fused)
+        return of(made(CONFIG, ModelOptions(mechanisms=mechanisms, attention=attention)))
+
+
+def same(found: tuple[jax.Array, Vlm], expected: tuple[jax.Array, Vlm]) -> None:
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * float(jnp.abs(b).max()))
+
+
+def test_logits_and_gradients_are_those_of_the_blockwise_attention() -> None:
+    mechanisms = (Rave(rank=4), Mma(), ZeroTuning(gamma=1.5))
+    same(everything(mechanisms, "pallas_tpu"), everything(mechanisms, "xla"))
+
+
+PARTS: dict[str, MechanismConfig] = {
+    "another query": Decomposed(),
+    "a pair term": Rave(rank=4),
+    "a key bias": ZeroTuning(gamma=(1.5, 0.4), heads=(0, 3)),
+    "a channel": ZeroTuning(gamma=3.0, heads=(1,), route="channel"),
+    "a factor": ZeroTuning(gamma=0.3, heads=(2,), route="after"),
+    "weighed segments": Var(dims=(3,), tau=1.8, summ=0.05),
+}
+
+
+def test_all_that_mechanisms_may_ask_of_a_kernel_is_the_dense_attention() -> None:
+    """q and k that are twice as wide and a column more, every kind of term, four segments and what follows them."""
+    mechanisms = tuple(PARTS.values())
+    same(everything(mechanisms, "pallas_tpu"), everything(mechanisms, "reference"))
+
+
+def test_each_of_them_says_something() -> None:
+    """So that the test above compares what it names."""
+    given = a_batch()
+
+    def logits(names: set[str]) -> jax.Array:
+        chosen = tuple(PARTS[name] for name in PARTS if name in names)
+        model = made(CONFIG, ModelOptions(mechanisms=chosen, attention="reference"))
+        return jax.jit(lambda model: model.logits(model.hidden(given)))(model)[given.info.segment > 0]
+
+    whole = logits(set(PARTS))
+    for name in PARTS:
+        change = jnp.abs(logits(set(PARTS) - {name}) - whole)
+        assert float(change.max()) > 1e-2 * float(jnp.abs(whole).max()), name
 
 
 def test_decoding_against_the_cache_is_that_of_the_blockwise_attention() -> None:
