@@ -7,7 +7,7 @@ Source: arXiv 2603.03825, read in a digest. With V the visual keys and SYS those
 where rows are the user's text after the image. Both sums come from log-sum-exps of segments, so no map is made.
 
 Our reading: rows are text tokens of role question that see a picture and a system prompt, and the mean is over all such
-rows of a batch, all layers and all heads. P is the attention that the layer applies, after every mechanism.
+rows of all samples, all layers and all heads alike. P is the attention that the layer applies, after every mechanism.
 
 It is read by a mechanism that changes nothing, put into a copy of the model that shares its weights. So it costs three
 runs of the kernel in each layer when it is asked for, and nothing otherwise.
@@ -43,7 +43,7 @@ class Vas:
 
     Attributes:
         samples: how many were read.
-        ratios: how many rows, heads and layers the mean is over.
+        ratios: how many the mean is over: one for each row in each head and layer.
         score: the mean; None where there are no ratios.
     """
 
@@ -57,7 +57,7 @@ class Vas:
             return f"VAS: none of {self.samples:,} samples has a question after both a system prompt and a picture"
         return (
             f"VAS {self.score:.3f}: how many times as much questions attend to the picture as to the system prompt "
-            f"({self.samples:,} samples, {self.ratios:,} rows, heads and layers)"
+            f"({self.samples:,} samples, {self.ratios:,} rows in heads and layers)"
         )
 
 
