@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from rave_jax.config import require
+from rave_jax.config import check_fields, require
 from rave_jax.typing import Int, NpArray
 
 Grid = tuple[int, int, int]
@@ -28,6 +28,7 @@ class FixedRegions:
     """Frames of a region."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for name in ("height", "width", "frames"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
 
@@ -61,6 +62,7 @@ class AdaptiveRegions:
     """m: the most tokens in a region; a picture whose regions would have more is over budget."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         for name in ("rows", "cols", "frames", "tokens"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
 
@@ -95,6 +97,7 @@ class ContextTokens:
     """What they see: their own picture or frame, or also the first token of the document."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         require(self.count >= 1, "count", self.count, "at least 1")
 
     def tokens(self, grid: Grid) -> int:

@@ -6,7 +6,7 @@ import dataclasses
 import re
 import typing
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
@@ -14,9 +14,12 @@ import pytest
 
 from rave_jax import attention as at
 from rave_jax.attention.calibrate.zero_tuning import ZeroTuningSearch
+from rave_jax.attention.gaze.config import TopKSchedule
 from rave_jax.config import ConfigError
+from rave_jax.layout import AdaptiveRegions, ContextTokens, FixedRegions
 
-CONFIGS: tuple[Any, ...] = (*typing.get_args(at.MechanismConfig), ZeroTuningSearch)
+WITHIN = (TopKSchedule, FixedRegions, AdaptiveRegions, ContextTokens)
+CONFIGS: tuple[Any, ...] = (*typing.get_args(at.MechanismConfig), ZeroTuningSearch, *WITHIN)
 NAN, INF = float("nan"), float("inf")
 NEVER = (None, True, {0}, b"0", np.zeros(2))
 NO_INTEGERS = ([0], (True,), ("0",), (0.5,), (NAN,), ([0],), "some", 1.5, NAN)
@@ -30,7 +33,7 @@ WRONG: dict[Any, tuple[Any, ...]] = {
     at.Layers: (*NO_INTEGERS, 1, "0", ["all"], ("all",)),
 }
 WORDS = ("some", "", 1, ["all"], ("none",))
-"""For a choice among words."""
+"""For a choice among words, and for configs within configs."""
 
 
 def wrong() -> Iterator[Any]:
@@ -38,8 +41,7 @@ def wrong() -> Iterator[Any]:
     for cls in CONFIGS:
         hints = typing.get_type_hints(cls)
         for f in dataclasses.fields(cls):
-            choice = typing.get_origin(hints[f.name]) is Literal
-            yield pytest.param(cls, f.name, WORDS if choice else WRONG[hints[f.name]], id=f"{cls.__name__}.{f.name}")
+            yield pytest.param(cls, f.name, WRONG.get(hints[f.name], WORDS), id=f"{cls.__name__}.{f.name}")
 
 
 @pytest.mark.parametrize(("cls", "name", "values"), list(wrong()))

@@ -23,7 +23,7 @@ from rave_jax.attention.gaze import descriptors
 from rave_jax.attention.gaze.descriptors import DescriptorName, Summary
 from rave_jax.attention.plan import Layers
 from rave_jax.batch import Kind, TokenInfo
-from rave_jax.config import require
+from rave_jax.config import check_fields, require
 from rave_jax.kernels.pair_bias import MaskCodes
 from rave_jax.kernels.pair_bias.base import NOWHERE
 from rave_jax.kernels.routed import RouteRule, Routes, Routing
@@ -42,6 +42,7 @@ class TopKSchedule:
     """Share of the run's steps after which it is 0."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         require(0 < self.until <= 1, "until", self.until, "a share of the run, above 0 and at most 1")
 
     def dense(self, progress: Float[Array, ""]) -> Float[Array, ""]:
@@ -86,6 +87,7 @@ class Gaze:
     """Decoder layers that use it, by global number, or all."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         require(self.max_regions >= 1, "max_regions", self.max_regions, "at least 1")
         assert self.rule  # checks top_k and tau
 
