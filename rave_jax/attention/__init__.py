@@ -26,6 +26,7 @@ from rave_jax.attention.base import (
     Parts,
     Score,
     check_owners,
+    check_with_regions,
 )
 from rave_jax.attention.cache import CacheType, KvCache, RegionReach
 from rave_jax.attention.cca import Cca
@@ -84,6 +85,7 @@ __all__ = [
     "cached_codes",
     "causal_codes",
     "check_owners",
+    "check_with_regions",
     "chunk_slots",
     "combine",
     "entered",

@@ -213,6 +213,21 @@ def overrides(mechanism: Mechanism, hook: str) -> bool:
     return getattr(type(mechanism), hook) is not getattr(Mechanism, hook)
 
 
+def check_with_regions(mechanisms: Sequence[Mechanism]) -> None:
+    """Refuse, in any layer of a model that keeps keys by region, what looks tokens up by their order: its slots are in
+    another.
+
+    Raises:
+        ConfigError: names the mechanism.
+    """
+    for mechanism in mechanisms:
+        if {"order", "hi"} & set(mechanism.OWNS):
+            raise ConfigError(
+                f"mechanism {type(mechanism).__name__} needs a row's tokens in order, but another of the model asks "
+                "for regions, by which the cache keeps them: keep one of them"
+            )
+
+
 def check_owners(mechanisms: Sequence[Mechanism]) -> None:
     """Refuse two owners of one thing, and an owner of what another needs plain.
 

@@ -189,6 +189,8 @@ class Decoder(nnx.Module):
         self.mrope_section = config.mrope_section
         self.remat = options.remat
         self.layout = options.layout
+        if self.layout.regions is not None:
+            attention.check_with_regions([m for segment in self.segments for m in segment.layers.mechanisms])
 
     def __call__(
         self,

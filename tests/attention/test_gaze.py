@@ -21,6 +21,8 @@ from rave_jax.layout import AdaptiveRegions, FixedRegions, VisualLayout
 from rave_jax.models.config import ModelOptions
 from rave_jax.models.families import presets
 from rave_jax.models.vlm import Vlm
+from rave_jax.parallel.mesh import MeshConfig, make_mesh
+from rave_jax.parallel.sharding import replicated, use_mesh
 from tests.models.layout import Visual, batch, document
 from tests.models.made import model as made
 
@@ -126,6 +128,20 @@ def test_tokens_may_lie_region_by_region(config: Gaze) -> None:
     for row in range(2):
         of = [np.lexsort((info.place[row], info.segment[row])) for info in (raster.info, by_region.info)]
         np.testing.assert_allclose(a[row][of[0]], b[row][of[1]], atol=2e-5)
+
+
+def test_a_mesh_changes_no_logit_and_no_gradient() -> None:
+    given, model = rows(), a_model(gaze(), Rave(rank=4))
+    mesh = make_mesh(MeshConfig(fsdp=2, tensor=2), jax.devices()[:4])
+
+    def loss(model: Vlm) -> jax.Array:
+        return jnp.sum(jnp.where((given.info.segment > 0)[..., None], model.hidden(given), 0.0) ** 2)
+
+    expected = jax.jit(jax.grad(loss))(model)
+    with use_mesh(mesh):
+        found = jax.jit(jax.grad(loss))(jax.device_put(model, replicated(mesh)))
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * float(jnp.abs(b).max()))
 
 
 def test_a_packed_document_is_the_document_alone() -> None:
@@ -248,6 +264,8 @@ def test_wrong_settings_and_company_are_refused() -> None:
         ModelOptions(mechanisms=(Gaze(layers=(0,)), Gaze(AdaptiveRegions(), layers=(1,))))
     with pytest.raises(ConfigError, match="CrocMask owns it"):
         a_model(gaze(), Croc())
+    with pytest.raises(ConfigError, match="CrocMask needs a row's tokens in order"):
+        a_model(gaze(layers=(0,)), Croc(layers=(1,)))
     with pytest.raises(ConfigError, match="both own 'route'"):
         a_model(gaze(), gaze(top_k=3))
     assert issubclass(type(a_model(gaze()).decoder.segments[0].layers.mechanisms[0]), Mechanism)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import logging
+
 import jax.numpy as jnp
 
 from rave_jax.kernels.pair_bias import Implementation, KeySegments, MaskCodes, PairBias, PairForm
@@ -10,6 +13,7 @@ from rave_jax.kernels.routed import xla
 from rave_jax.kernels.routed.base import Routes, Routing
 from rave_jax.typing import Array, Float
 
+log = logging.getLogger(__name__)
 BACKENDS = {"reference": xla.whole, "xla": xla.attention}
 
 
@@ -56,6 +60,7 @@ def attention(
 
 def _choose(implementation: Implementation) -> str:
     if implementation == "auto":
+        _say_once("routed attention: xla (every score, shut keys masked), the one backend that serves it")
         return "xla"
     if implementation not in BACKENDS:
         raise ValueError(
@@ -63,6 +68,11 @@ def _choose(implementation: Implementation) -> str:
             f"{', '.join(BACKENDS)}"
         )
     return implementation
+
+
+@functools.cache
+def _say_once(line: str) -> None:
+    log.info(line)
 
 
 def _check(q: Array, k: Array, codes: MaskCodes, routes: Routes) -> None:
