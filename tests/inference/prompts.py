@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -17,7 +18,7 @@ from tests.models.layout import Document, batch
 
 
 def example_of(doc: Document, config: VlmConfig, layout: VisualLayout | None = None) -> Example:
-    """The document as the processor would give it."""
+    """The document as the processor would give it; its context tokens are in it already."""
     T, P = len(doc.tokens), len(doc.patches)
     row: Any = batch([[doc]], config, T, P)
     info = TokenInfo(*(code[0] for code in row.info))
@@ -32,7 +33,7 @@ def example_of(doc: Document, config: VlmConfig, layout: VisualLayout | None = N
         patch_place=row.patch_place[0],
         patch_window=row.patch_window[0],
     )
-    return lay_out(example, layout or VisualLayout())
+    return lay_out(example, dataclasses.replace(layout or VisualLayout(), context=None))
 
 
 def with_answer(prompt: Document, answer: list[int]) -> Document:

@@ -8,9 +8,9 @@ import functools
 import numpy as np
 import pytest
 
-from rave_jax.attention import Cca, Rave, SlidingWindow, ZeroTuning
+from rave_jax.attention import Cca, Gaze, Rave, SlidingWindow, ZeroTuning
 from rave_jax.inference import Sampling
-from rave_jax.layout import ContextTokens
+from rave_jax.layout import ContextTokens, FixedRegions
 from rave_jax.models.config import ModelOptions
 from rave_jax.models.vlm import Vlm
 from tests.inference.prompts import example_of, whole_forward
@@ -23,6 +23,9 @@ SETTINGS = {
     "frames": ModelOptions((Rave(rank=4), SlidingWindow(20, layers=(1,))), ContextTokens(3)),
     "images, first token too": ModelOptions(
         (ZeroTuning(0.2, layers=(0, 2)),), ContextTokens(5, per="image", sees="own+first")
+    ),
+    "gaze": ModelOptions(
+        (Gaze(FixedRegions(2, 2), 12, top_k=2, visual_queries="frame+routed"), Rave(rank=4)), ContextTokens(2)
     ),
     "rings": ModelOptions((Cca(layers=(0, 1)),), ContextTokens(2)),
 }
