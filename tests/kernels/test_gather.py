@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from typing import Any
 
@@ -13,12 +14,13 @@ import pytest
 from hypothesis import given, settings
 
 from rave_jax.kernels.pair_bias import PairForm
+from rave_jax.kernels.pair_bias.support import interpreted
 from rave_jax.kernels.routed import RegionBias, gather_attention
 
-B, K, G, R, m, h, c, r = 2, 2, 3, 9, 4, 8, 16, 4
+B, K, G, R, m, h, c, r = 2, 2, 3, 9, 8, 128, 256, 4
 MOST = 3
 BIASES = ["none", "log_gate", "tanh", "linear", "centered_sigmoid"]
-BACKENDS = ["reference", "xla"]
+BACKENDS = ["reference", "xla", "pallas_tpu"]
 
 
 def operands(seed: int, apart: bool, kind: str) -> dict[str, Any]:
@@ -77,7 +79,8 @@ def by_rule(q, k, v, real, chosen, most, bias, form) -> tuple[np.ndarray, np.nda
 
 @functools.partial(jax.jit, static_argnames=("most", "form", "implementation"))
 def run(q, k, v, real, chosen, most, bias, form, implementation="auto"):
-    return gather_attention(q, k, v, real, chosen, most, bias, form, scale=h**-0.5, implementation=implementation)
+    with interpreted() if implementation == "pallas_tpu" else contextlib.nullcontext():
+        return gather_attention(q, k, v, real, chosen, most, bias, form, scale=h**-0.5, implementation=implementation)
 
 
 @pytest.mark.parametrize("implementation", BACKENDS)
@@ -123,23 +126,26 @@ def test_a_broken_promise_is_nan_and_only_where_it_is_broken(implementation: str
     np.testing.assert_array_equal(np.isnan(out), np.broadcast_to(broken[..., None], out.shape))
 
 
+@pytest.mark.parametrize("implementation", BACKENDS[1:])
 @pytest.mark.parametrize("apart", [False, True], ids=["per group", "per head"])
-def test_what_is_not_chosen_touches_nothing(apart: bool) -> None:
+def test_what_is_not_chosen_touches_nothing(apart: bool, implementation: str) -> None:
     """Not one bit of it: regions that nobody chose may hold NaN."""
     given_ = operands(3, apart, "log_gate")
     read = np.asarray(given_["chosen"]).any(2)[..., None, None]
     # Where a group chose nothing its list still names a region, the first.
     read[..., 0, :, :] |= ~read.any(2)[:, :, 0:1]
     poisoned = {name: jnp.where(read, given_[name], jnp.nan) for name in ("k", "v")}
-    for x, y in zip(run(**given_), run(**(given_ | poisoned)), strict=True):
+    found = [run(**(given_ | changed), implementation=implementation) for changed in ({}, poisoned)]
+    for x, y in zip(*found, strict=True):
         np.testing.assert_array_equal(x, y)
 
 
+@pytest.mark.parametrize("implementation", BACKENDS[1:])
 @pytest.mark.parametrize("apart", [False, True], ids=["per group", "per head"])
-def test_bfloat16_caches_sum_in_float32(apart: bool) -> None:
+def test_bfloat16_caches_sum_in_float32(apart: bool, implementation: str) -> None:
     given_ = operands(4, apart, "log_gate")
     given_ |= {name: given_[name].astype(jnp.bfloat16) for name in ("q", "k", "v")}
-    out, lse = run(**given_)
+    out, lse = run(**given_, implementation=implementation)
     assert out.dtype == jnp.bfloat16 and lse.dtype == jnp.float32
     expected, expected_lse = by_rule(**given_)
     np.testing.assert_allclose(np.float32(out), expected, atol=0.03)
@@ -153,7 +159,7 @@ def test_wrong_operands_and_backends_are_one_clear_error() -> None:
         return {"bias": given_["bias"]._replace(**changed)}
 
     for changed, message in (
-        ({"v": given_["v"][:, :, 1:]}, r"operand v has shape \(2, 2, 8, 4, 16\), expected \(2, 2, 9, 4, 16\)"),
+        ({"v": given_["v"][:, :, 1:]}, r"operand v has shape \(2, 2, 8, 8, 256\), expected \(2, 2, 9, 8, 256\)"),
         ({"real": given_["real"][:, 1:]}, "operand real has shape"),
         ({"real": given_["real"].astype(jnp.int32)}, "operand real is int32, expected bool"),
         ({"chosen": given_["chosen"][:, :, :2]}, "2 choices for each kv head, expected 1 or 3"),

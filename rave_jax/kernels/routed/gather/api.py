@@ -7,13 +7,13 @@ import logging
 
 import jax.numpy as jnp
 
-from rave_jax.kernels.pair_bias import Implementation, PairForm
-from rave_jax.kernels.routed.gather import reference, xla
+from rave_jax.kernels.pair_bias import Implementation, PairForm, support
+from rave_jax.kernels.routed.gather import pallas_tpu, reference, xla
 from rave_jax.kernels.routed.gather.base import Operands, RegionBias
 from rave_jax.typing import Array, Bool, Float
 
 log = logging.getLogger(__name__)
-BACKENDS = {"reference": reference.attention, "xla": xla.attention}
+BACKENDS = {"reference": reference.attention, "xla": xla.attention, "pallas_tpu": pallas_tpu.attention}
 
 
 def gather_attention(
@@ -56,27 +56,41 @@ def gather_attention(
     _check(q, k, v, real, chosen, most, bias)
     (B, H, h), K = q.shape, k.shape[1]
     operands = Operands(q.reshape(B, K, H // K, h), k, v, real, chosen, bias)
-    out, lse = BACKENDS[choose(implementation, operands)](operands, most, form, scale)
+    out, lse = BACKENDS[choose(implementation, operands, most)](operands, most, form, scale)
     kept = jnp.sum(chosen, axis=-1) <= most
     out, lse = jnp.where(kept[..., None], out, jnp.nan), jnp.where(kept, lse, jnp.nan)
     return out.reshape(B, H, -1).astype(q.dtype), lse.reshape(B, H)
 
 
-def choose(implementation: Implementation, operands: Operands) -> str:
+def choose(implementation: Implementation, operands: Operands, most: int) -> str:
     """The backend that will serve.
 
     Raises:
         ValueError: there is no such backend, or it cannot serve these operands here.
     """
     if implementation == "auto":
-        _say_once("attention to chosen regions: xla")
-        return "xla"
+        return _automatic(operands, most)
     if implementation not in BACKENDS:
         raise ValueError(
             f"attention implementation {implementation!r} cannot serve chosen regions; expected auto, "
             f"{', '.join(BACKENDS)}"
         )
+    against = pallas_tpu.against(operands, most) if implementation == "pallas_tpu" else None
+    if against is not None:
+        raise ValueError(f"attention implementation 'pallas_tpu' cannot serve: {against}; expected auto, or xla")
     return implementation
+
+
+def _automatic(operands: Operands, most: int) -> str:
+    if support.target().platform != "tpu":
+        _say_once("attention to chosen regions: xla; the fused kernel is for TPUs")
+        return "xla"
+    against = pallas_tpu.against(operands, most)
+    if against is not None:
+        _say_once(f"attention to chosen regions: xla; pallas_tpu cannot serve: {against}")
+        return "xla"
+    _say_once("attention to chosen regions: pallas_tpu")
+    return "pallas_tpu"
 
 
 @functools.cache

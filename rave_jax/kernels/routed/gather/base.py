@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from rave_jax.kernels.pair_bias import PairForm
@@ -47,39 +48,50 @@ def union(chosen: Bool[Array, "B K N R"]) -> Bool[Array, "B K R"]:
     return jnp.any(chosen, axis=2)
 
 
-def listed(chosen: Bool[Array, "B K R"], most: int) -> tuple[Int[Array, "B K most"], Int[Array, "B K"]]:
-    """(numbers of the chosen regions, rising; how many). What the list has room for beyond them repeats the last one
-    (0 where there is none), so that nothing else is ever read."""
+def listed(chosen: Bool[Array, "B K R"], length: int) -> tuple[Int[Array, "B K n"], Int[Array, "B K"]]:
+    """(numbers of the chosen regions, rising; how many). What the list of this length has room for beyond them repeats
+    the last one (0 where there is none), so that nothing else is ever read."""
     R = chosen.shape[-1]
-    count = jnp.sum(chosen, axis=-1, dtype=jnp.int32)
-    rank = jnp.where(chosen, jnp.cumsum(chosen, axis=-1) - 1, most)
-    place = jnp.minimum(jnp.arange(most), jnp.maximum(count[..., None] - 1, 0))
-    # The region of rank n, as a sum with one term: exact, and no scatter.
-    at = rank[..., None, :] == place[..., :, None]
-    return jnp.sum(jnp.where(at, jnp.arange(R, dtype=jnp.int32), 0), axis=-1, dtype=jnp.int32), count
+    number = jnp.arange(R, dtype=jnp.int32)
+    last = jnp.max(jnp.where(chosen, number, 0), axis=-1, keepdims=True)
+    index = jnp.sort(jnp.where(chosen, number, R), axis=-1)[..., :length]
+    index = jnp.pad(index, ((0, 0), (0, 0), (0, max(0, length - R))), constant_values=R)
+    return jnp.minimum(index, last), jnp.sum(chosen, axis=-1, dtype=jnp.int32)
 
 
-def tile_scores(
-    q: Float[Array, "B K G h"],
-    k: Float[Array, "B K S h"],
-    bias: RegionBias | None,
-    form: PairForm,
-    scale: float,
-) -> Float[Array, "B K S G"]:
-    """Float32 scores of every query head and key, before the mask; w and key of the bias are of these keys, [B,K,S,r]
-    and [B,K,S]."""
-    scores = scale * jnp.einsum("BKSh,BKGh->BKSG", k, q, preferred_element_type=jnp.float32)
-    if bias is None:
-        return scores
-    B, K, G, _ = q.shape
+def taken(x: Array, index: Int[Array, "B K n"], *, flat: bool = False) -> Array:
+    """The listed regions' slots of x [B,K,R,m,...]: [B,K,n*m,...]. Flat, a region is taken as one run of numbers: so a
+    TPU lays out what has few channels, where a cache that is kept flat is not copied first."""
+    (B, K, n), (R, m), rest = index.shape, x.shape[2:4], x.shape[4:]
+    source = x.reshape(B, K, R, -1) if flat else x
+    regions = jax.vmap(jax.vmap(lambda x, at: x.at[at].get(mode="promise_in_bounds")))(source, index)
+    return regions.reshape(B, K, n * m, *rest)
+
+
+def open_slots(operands: Operands, index: Int[Array, "B K n"], count: Int[Array, "B K"]) -> Bool[Array, "B K nm #G"]:
+    """Which slots of the listed regions each head may see; `count` of the list are meant."""
+    B, K, n = index.shape
+    live = jnp.arange(n) < count[..., None]
+    mine = jax.vmap(lambda rows, at: rows[at])(operands.real, index) & live[..., None]
+    if operands.chosen.shape[2] == 1:
+        return mine.reshape(B, K, -1, 1)
+    heads = jnp.take_along_axis(jnp.swapaxes(operands.chosen, 2, 3), index[..., None], axis=2)
+    return (mine[..., None] & heads[:, :, :, None]).reshape(B, K, -1, heads.shape[-1])
+
+
+def bias_of(bias: RegionBias, index: Int[Array, "B K n"], form: PairForm) -> Float[Array, "B K nm G"]:
+    """The pair bias of the listed regions' slots."""
+    B, K, _ = index.shape
 
     def heads(x: Array) -> Array:
-        return x.reshape(*x.shape[:-1], K, G) if x.ndim == 1 else x.reshape(B, K, G, *x.shape[2:])
+        return x.reshape(B, K, -1, *x.shape[2:])
 
-    z = jnp.einsum("BKSr,BKGr->BKSG", bias.w, heads(bias.u), preferred_element_type=jnp.float32)
-    z = z + heads(bias.row)[:, :, None] + bias.key[..., None]
-    added = form(z, heads(bias.gain)[None, :, None])
-    return scores + jnp.where(heads(bias.query_on)[:, :, None], added, 0.0)
+    z = jnp.einsum(
+        "BKSr,BKGr->BKSG", taken(bias.w, index, flat=True), heads(bias.u), preferred_element_type=jnp.float32
+    )
+    z = z + heads(bias.row)[:, :, None] + taken(bias.key, index)[..., None]
+    found = form(z, bias.gain.reshape(1, K, 1, -1))
+    return jnp.where(heads(bias.query_on)[:, :, None], found, 0.0)
 
 
 def softmax_over(

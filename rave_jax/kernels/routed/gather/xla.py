@@ -12,12 +12,14 @@ import jax.numpy as jnp
 from rave_jax.kernels.pair_bias import PairForm
 from rave_jax.kernels.routed.gather.base import (
     Operands,
+    bias_of,
     combined,
     finished,
     listed,
     nothing,
+    open_slots,
     softmax_over,
-    tile_scores,
+    taken,
     union,
 )
 from rave_jax.typing import Array, Float, Int
@@ -35,7 +37,7 @@ def attention(
     R, m, c = operands.v.shape[2:]
     if N == 1:
         index, count = listed(chosen[:, :, 0], most)
-        return finished(*_over(operands, index, jnp.arange(most) < count[..., None], form, scale))
+        return finished(*_over(operands, index, count, form, scale))
     tile = min(R, max(1, TILE // m))
     tiles = -(-min(R, N * most) // tile)
     index, count = listed(union(chosen), tiles * tile)
@@ -43,34 +45,18 @@ def attention(
 
     def visit(n: Array, sums: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         here = jax.lax.dynamic_slice_in_dim(index, n * tile, tile, axis=2)
-        live = n * tile + jnp.arange(tile) < count[..., None]
-        return combined(sums, _over(operands, here, live, form, scale))
+        return combined(sums, _over(operands, here, count - n * tile, form, scale))
 
     return finished(*jax.lax.fori_loop(0, needed, visit, nothing(B, K, G, c)))
 
 
 def _over(
-    operands: Operands, index: Int[Array, "B K n"], live: Array, form: PairForm, scale: float
+    operands: Operands, index: Int[Array, "B K n"], count: Int[Array, "B K"], form: PairForm, scale: float
 ) -> tuple[Array, Array, Array]:
-    """`softmax_over` of the listed regions, those that are live."""
-    q, k, v, real, chosen, bias = operands
-    B, K, n = index.shape
-    keys = n * k.shape[3]
-
-    def slots(x: Array) -> Array:
-        """Of x [B,K,R,m,...] the listed regions' slots [B,K,n*m,...]."""
-        return _taken(x, index).reshape(B, K, keys, *x.shape[4:])
-
-    mine = jax.vmap(lambda rows, at: rows[at])(real, index) & live[..., None]
-    open_ = mine.reshape(B, K, keys, 1)
-    if chosen.shape[2] > 1:
-        heads = jnp.take_along_axis(jnp.swapaxes(chosen, 2, 3), index[..., None], axis=2)
-        open_ = (mine[..., None] & heads[:, :, :, None]).reshape(B, K, keys, -1)
-    if bias is not None:
-        bias = bias._replace(w=slots(bias.w), key=slots(bias.key))
-    return softmax_over(tile_scores(q, slots(k), bias, form, scale), open_, slots(v))
-
-
-def _taken(x: Float[Array, "B K R *rest"], index: Int[Array, "B K n"]) -> Float[Array, "B K n *rest"]:
-    """Whole regions of each row and kv head."""
-    return jax.vmap(jax.vmap(lambda regions, at: regions.at[at].get(mode="promise_in_bounds")))(x, index)
+    """`softmax_over` of the first `count` of the listed regions."""
+    k, v = taken(operands.k, index), taken(operands.v, index)
+    # The keys stand on the left: the products of few queries the other way round make a copy of the keys first.
+    scores = scale * jnp.einsum("BKSh,BKGh->BKSG", k, operands.q, preferred_element_type=jnp.float32)
+    if operands.bias is not None:
+        scores = scores + bias_of(operands.bias, index, form)
+    return softmax_over(scores, open_slots(operands, index, count), v)

@@ -1,0 +1,204 @@
+"""Chosen regions by a Mosaic kernel for TPUs: the numbers of the regions are read before their blocks are copied.
+
+A grid step takes several regions of one kv head, each a block of its own whose index map looks its number up in the
+prefetched list; so copies are double-buffered, go on from one kv head to the next, and a number that repeats is not
+copied again. All query heads of the kv head are in one step. Where heads choose apart, the list is that of the regions
+that some head of the group chose, and steps behind its end do nothing.
+
+What is added to the scores, mask and pair bias alike, is made before the kernel: with one query that is a number for
+each head and listed key, and its operands are gathered as the regions are.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from rave_jax.kernels.pair_bias import PairForm, support
+from rave_jax.kernels.pair_bias.pallas_tpu.tile import LANES, MASKED, UNSEEN, product
+from rave_jax.kernels.routed.gather.base import Operands, bias_of, listed, open_slots, union
+from rave_jax.parallel.sharding import current_mesh
+from rave_jax.typing import Array, Float, Int
+
+SUBLANES = 8
+"""Slots come in so many: else the compiler keeps the cache in an order of axes that wastes no padding, and copies all
+of it for every call of a kernel."""
+KEYS = 512
+"""About how many keys a grid step takes."""
+MOST_REGIONS = 16
+"""Regions of a grid step, at most: each is an operand with an index of its own."""
+MOST_LISTED = 1 << 16
+"""Numbers that the list may have, all rows and kv heads together: it lies in scalar memory."""
+
+
+def against(operands: Operands, most: int) -> str | None:
+    """Why this kernel cannot serve, or None."""
+    q, k, v = operands.q, operands.k, operands.v
+    found = support.against_pallas_tpu(q, k, v)
+    if found is not None:
+        return found
+    m, widths = k.shape[3], (k.shape[-1], v.shape[-1])
+    if m % SUBLANES or any(width % LANES for width in widths):
+        return (
+            f"regions must have a multiple of {SUBLANES} slots, and keys and values a multiple of {LANES} channels, "
+            f"not {m} and {' and '.join(map(str, widths))}"
+        )
+    mesh = current_mesh()
+    if mesh is not None and mesh.size > 1:
+        return f"it is for one device, and the mesh has {mesh.size}"
+    size = math.prod(q.shape[:2]) * length_of_list(operands, most)
+    if size > MOST_LISTED:
+        return f"its list of regions would have {size} numbers for all rows and kv heads, at most {MOST_LISTED} fit"
+    return None
+
+
+def attention(
+    operands: Operands, most: int, form: PairForm, scale: float
+) -> tuple[Float[Array, "B K G c"], Float[Array, "B K G"]]:
+    """Attention over prefetched regions; see `api.gather_attention`."""
+    index, count = listed(union(operands.chosen), length_of_list(operands, most))
+    return over(operands, index, count, form, scale, interpret=support.interpreter())
+
+
+def over(
+    operands: Operands,
+    index: Int[Array, "B K n"],
+    count: Int[Array, "B K"],
+    form: PairForm,
+    scale: float,
+    *,
+    interpret: Any = False,
+) -> tuple[Float[Array, "B K G c"], Float[Array, "B K G"]]:
+    """Attention over the first `count` of the listed regions.
+
+    Args:
+        operands: of `gather_attention`.
+        index: a multiple of `regions_of_step` numbers of regions.
+        count: how many of them are meant.
+        form, scale: as there.
+        interpret: what `pallas_call` takes.
+    """
+    q, k, v = operands.q, operands.k, operands.v
+    (B, K, G, h), (m, c) = q.shape, v.shape[3:]
+    n = regions_of_step(m)
+    steps = index.shape[2] // n
+    added = _added(operands, index, count, form)
+    added = jnp.moveaxis(added.reshape(B, K, -1, steps, n, m), 2, 4)
+    if not interpret:
+        # A cache that fits would else be brought to the chip whole before the kernel starts.
+        k, v = (pltpu.with_memory_space_constraint(x, pltpu.HBM) for x in (k, v))
+    inputs = (q, added, *[k] * n, *[v] * n)
+    outputs = (
+        jax.ShapeDtypeStruct((B, K, G, c), jnp.float32),
+        jax.ShapeDtypeStruct((B, K, G, LANES), jnp.float32),
+    )
+
+    def of_head(*shape: int) -> pl.BlockSpec:
+        return pl.BlockSpec((None, None, *shape), lambda b, g, i, *_: (b, g, 0, 0))
+
+    in_specs = (
+        of_head(G, h),
+        pl.BlockSpec((None, None, None, *added.shape[3:]), lambda b, g, i, *_: (b, g, i, 0, 0, 0)),
+        *(pl.BlockSpec((None, None, None, m, h), _region(j, n, K, steps)) for j in range(n)),
+        *(pl.BlockSpec((None, None, None, m, c), _region(j, n, K, steps)) for j in range(n)),
+    )
+    pairs = B * K * G * steps * n * m
+    copied = [x.size * x.dtype.itemsize for x in (q, added, *outputs)]
+    copied += [B * K * steps * n * m * width * x.dtype.itemsize for x, width in ((k, h), (v, c))]
+    run = pl.pallas_call(
+        functools.partial(_kernel, n=n, K=K, scale=scale),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=2,
+            grid=(B, K, steps),
+            in_specs=in_specs,
+            out_specs=(of_head(G, c), of_head(G, LANES)),
+            scratch_shapes=(
+                pltpu.VMEM((G, LANES), jnp.float32),
+                pltpu.VMEM((G, LANES), jnp.float32),
+                pltpu.VMEM((G, c), jnp.float32),
+            ),
+        ),
+        out_shape=outputs,
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
+        cost_estimate=pl.CostEstimate(flops=2 * pairs * (h + c), transcendentals=pairs, bytes_accessed=sum(copied)),
+        interpret=interpret,
+        name="gather_attention",
+    )
+    out, lse = run(index.reshape(-1), count.reshape(-1), *inputs)
+    lse = lse[..., 0]
+    return out, jnp.where(lse >= UNSEEN, -jnp.inf, lse)
+
+
+def regions_of_step(m: int) -> int:
+    """Regions of m slots that a grid step takes."""
+    return max(1, min(MOST_REGIONS, KEYS // m))
+
+
+def length_of_list(operands: Operands, most: int) -> int:
+    """Of a kv head's list: all that its heads may choose, in whole steps."""
+    N, R = operands.chosen.shape[2:]
+    n = regions_of_step(operands.k.shape[3])
+    return -(-min(R, N * most) // n) * n
+
+
+def _region(j: int, n: int, K: int, steps: int) -> Callable[..., tuple[Any, ...]]:
+    """Index map of a step's j-th region."""
+
+    def at(b: Any, g: Any, i: Any, index: Any, _count: Any) -> tuple[Any, ...]:
+        return b, g, index[((b * K + g) * steps + i) * n + j], 0, 0
+
+    return at
+
+
+def _added(
+    operands: Operands, index: Int[Array, "B K n"], count: Int[Array, "B K"], form: PairForm
+) -> Float[Array, "B K #G nm"]:
+    """What the scores of the listed keys get: MASKED where one is not open, else its pair bias."""
+    open_ = open_slots(operands, index, count)
+    added = 0.0 if operands.bias is None else bias_of(operands.bias, index, form)
+    return jnp.swapaxes(jnp.where(open_, added, MASKED), 2, 3)
+
+
+def _kernel(_index, count, q, added, *refs, n: int, K: int, scale: float):
+    k, v = refs[:n], refs[n : 2 * n]
+    out_ref, lse_ref, top_ref, total_ref, sum_ref = refs[2 * n :]
+    i = pl.program_id(2)
+
+    @pl.when(i == 0)
+    def _start():
+        top_ref[...] = jnp.full(top_ref.shape, MASKED, jnp.float32)
+        total_ref[...] = jnp.zeros(total_ref.shape, jnp.float32)
+        sum_ref[...] = jnp.zeros(sum_ref.shape, jnp.float32)
+
+    @pl.when(i * n < count[pl.program_id(0) * K + pl.program_id(1)])
+    def _visit():
+        scores = []
+        for j in range(n):
+            extra = added[j]
+            x = product(q[...], k[j][...], (1, 1)) * scale + extra
+            # Not by the sum alone: slots without a key may hold anything finite.
+            scores.append(jnp.where(extra > MASKED / 2, x, MASKED))
+        top = top_ref[...]
+        highest = functools.reduce(jnp.maximum, scores)
+        new_top = jnp.maximum(top, jnp.max(highest, axis=1, keepdims=True))
+        weights = [jnp.exp(x - new_top[:, :1]) for x in scores]
+        shrink = jnp.exp(top - new_top)
+        total_ref[...] = shrink * total_ref[...] + jnp.sum(sum(weights), axis=1, keepdims=True)
+        part = sum(product(x.astype(y.dtype), y[...], (1, 0)) for x, y in zip(weights, v, strict=True))
+        sum_ref[...] = shrink[:, :1] * sum_ref[...] + part
+        top_ref[...] = new_top
+
+    @pl.when(i == pl.num_programs(2) - 1)
+    def _finish():
+        top, total = top_ref[...], total_ref[...]
+        seen = top > MASKED / 2
+        safe = jnp.where(seen, total, 1.0)
+        lse_ref[...] = jnp.where(seen, top + jnp.log(safe), UNSEEN)
+        out_ref[...] = jnp.where(top[:, :1] > MASKED / 2, sum_ref[...] / safe[:, :1], 0.0)

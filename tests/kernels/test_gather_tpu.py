@@ -1,0 +1,126 @@
+"""The TPU kernel for chosen regions: what it reads, what it refuses, and that a wrong number is found."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from rave_jax.kernels.pair_bias import PairForm
+from rave_jax.kernels.pair_bias.support import interpreted
+from rave_jax.kernels.routed.gather import gather_attention, pallas_tpu, reference
+from rave_jax.kernels.routed.gather.base import Operands, listed, union
+from rave_jax.parallel.mesh import MeshConfig, make_mesh
+from rave_jax.parallel.sharding import use_mesh
+from rave_jax.tools.tpu import Operand, copied_bytes
+
+K, G, R, m, h = 2, 3, 192, 8, 128
+MOST = 40
+
+
+def operands(apart: bool, dtype: str = "float32") -> Operands:
+    """One row; every choice is full."""
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.normal(size=(1, K, *shape)), dtype) for shape in ((G, h), (R, m, h), (R, m, h)))
+    chosen = np.zeros((1, K, G if apart else 1, R), bool)
+    for at in np.ndindex(chosen.shape[:-1]):
+        chosen[at][rng.choice(R, MOST, replace=False)] = True
+    return Operands(q, k, v, jnp.ones((1, R, m), bool), jnp.asarray(chosen), None)
+
+
+def lists(given: Operands) -> tuple[Any, Any]:
+    return listed(union(given.chosen), pallas_tpu.length_of_list(given, MOST))
+
+
+@pytest.mark.parametrize("apart", [False, True], ids=["per group", "per head"])
+def test_several_steps_by_the_other_interpreter(apart: bool) -> None:
+    given = operands(apart)
+    index, count = lists(given)
+    assert index.shape[-1] > pallas_tpu.regions_of_step(m)
+    found = pallas_tpu.over(given, index, count, PairForm(), 0.1, interpret=pltpu.InterpretParams())
+    for x, y in zip(found, reference.attention(given, MOST, PairForm(), 0.1), strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-5)
+
+
+@pytest.mark.parametrize("wrong", [R, 10 * R])
+def test_a_number_behind_the_last_region_is_an_error(wrong: int) -> None:
+    given = operands(False)
+    index, count = lists(given)
+    index = index.at[0, 1, 2].set(wrong)
+    with pytest.raises(Exception, match=r"(?i)out.of.bounds|IndexError"):
+        jax.block_until_ready(pallas_tpu.over(given, index, count, PairForm(), 0.1, interpret=pltpu.InterpretParams()))
+
+
+def test_a_list_names_the_chosen_regions_and_nothing_else() -> None:
+    rng = np.random.default_rng(1)
+    chosen = rng.random((3, K, 20)) < np.array([0.0, 0.3, 1.0])[:, None, None]
+    index, count = (np.asarray(x) for x in listed(jnp.asarray(chosen), 24))
+    for at in np.ndindex(3, K):
+        found = np.flatnonzero(chosen[at])
+        assert count[at] == len(found)
+        np.testing.assert_array_equal(index[at][: count[at]], found)
+        np.testing.assert_array_equal(index[at][count[at] :], found[-1] if len(found) else 0)
+
+
+class Called(Exception):
+    """Instead of a Pallas call."""
+
+
+@pytest.mark.parametrize("apart", [False, True], ids=["per group", "per head"])
+def test_it_copies_what_is_chosen_and_no_more(apart: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of keys and values, counted from index maps and concrete lists; where the list is full, all bytes are those
+    declared."""
+
+    def instead(_kernel: Any, *, grid_spec: Any, out_shape: Any, cost_estimate: Any, **_: Any) -> Any:
+        def run(*args: Any) -> Any:
+            both = [*zip(grid_spec.in_specs, args[2:], strict=True), *zip(grid_spec.out_specs, out_shape, strict=True)]
+            found = [Operand.of(str(n), spec, x) for n, (spec, x) in enumerate(both)]
+            copied = copied_bytes(grid_spec.grid, found, args[:2])
+            cache = [n for n, (_, x) in enumerate(both) if x.ndim == 5 and x.shape[2] == R]
+            raise Called(sum(copied[str(n)] for n in cache), sum(copied.values()), cost_estimate.bytes_accessed)
+
+        return run
+
+    given = operands(apart, "bfloat16")
+    monkeypatch.setattr(pl, "pallas_call", instead)
+    n, region = pallas_tpu.regions_of_step(m), 2 * m * h * 2
+    with pytest.raises(Called) as made:
+        pallas_tpu.over(given, *lists(given), PairForm(), 0.1, interpret=True)
+    chosen = int(union(given.chosen).sum())
+    # A list ends with a repeated number, which all blocks of its last step but those before it may have to fetch.
+    assert chosen * region <= made.value.args[0] <= (chosen + K * n) * region
+    full = listed(jnp.ones((1, K, R), bool), R)
+    with pytest.raises(Called) as made:
+        pallas_tpu.over(given, *full, PairForm(), 0.1, interpret=True)
+    assert made.value.args[1] == made.value.args[2]
+
+
+def test_what_it_cannot_do_is_said() -> None:
+    given = operands(False)
+
+    def run(implementation: str, **changed: Any) -> Any:
+        q, k, v, real, chosen, bias = given._replace(**changed)
+        q = q.reshape(1, K * G, -1)
+        how: Any = {"scale": 1.0, "implementation": implementation}
+        return jax.eval_shape(lambda: gather_attention(q, k, v, real, chosen, MOST, bias, PairForm(), **how))
+
+    with pytest.raises(ValueError, match="its kernels run on TPUs, and the devices are cpu"):
+        run("pallas_tpu")
+    short = {"k": given.k[..., :7, :], "v": given.v[..., :7, :], "real": given.real[..., :7]}
+    with interpreted():
+        run("pallas_tpu")
+        with pytest.raises(ValueError, match=r"multiple of 8 slots, .* 128 channels, not 7 and 128 and 128"):
+            run("pallas_tpu", **short)
+        with pytest.raises(ValueError, match="one dtype"):
+            run("pallas_tpu", v=given.v.astype(jnp.bfloat16))
+        with (
+            use_mesh(make_mesh(MeshConfig())),
+            pytest.raises(ValueError, match="it is for one device, and the mesh has"),
+        ):
+            run("pallas_tpu")
+    run("auto", **short)
