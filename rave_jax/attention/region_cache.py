@@ -225,8 +225,7 @@ def _gathered(
 
     bias, pair = None, scores.terms.pair
     if pair is not None:
-        of_query = (y[:, 0] for y in (pair.u, pair.row, pair.query_on))
-        u, row, query_on = of_query
+        u, row, query_on = (y[:, 0] for y in (pair.u, pair.row, pair.query_on))
         bias = RegionBias(u, by_region(pair.w), row, by_region(pair.key), pair.gain, query_on)
     picture = gather_attention(
         x.q[:, 0],
@@ -238,6 +237,7 @@ def _gathered(
         bias,
         scores.form,
         scale=scores.scale,
+        implementation=implementation,
     )
     out, lse = (jnp.stack([a, b[:, None]], axis=2) for a, b in zip(text, picture, strict=True))
     return merged(out, lse)[0]

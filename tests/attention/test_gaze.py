@@ -240,7 +240,10 @@ def test_descriptors_are_their_formulas_whole_or_in_parts(name, seed: int, cut: 
         np.testing.assert_allclose(found[0, n, head], expected, atol=2e-5)
     order = rng.permutation(12)
     parts = [order[:cut], order[cut:]]
-    pick = lambda x, at: None if x is None else jnp.asarray(x[:, at])  # noqa: E731
+
+    def pick(x, at):
+        return None if x is None else jnp.asarray(x[:, at])
+
     a, b = (descriptors.summarise(name, pick(k, at), pick(logits, at), pick(region, at), R) for at in parts)
     combined = descriptors.describe(name, descriptors.combine(a, b), (1, R, 2, 4))
     np.testing.assert_allclose(combined, found, atol=2e-5)

@@ -25,7 +25,10 @@ def operands(seed: int, dense: float = 0.0):
     """q, k, v, codes, routes and a pair bias: the queries stand behind the keys' first 16; regions are drawn, some of
     them empty, some keys of none."""
     rng = np.random.default_rng(seed)
-    normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
+
+    def normal(*shape: int) -> jax.Array:
+        return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
     q, k, v = normal(B, T, K * G, h), normal(B, S, K, h), normal(B, S, K, h)
     keys = np.sort(rng.integers(0, R + 1, (B, S)), axis=1) * (rng.random((B, S)) < 0.8)
     order = np.broadcast_to(np.arange(S), (B, S))

@@ -23,7 +23,7 @@ def attention(
     v: Float[Array, "B S K c"],
     codes: MaskCodes,
     bias: PairBias | None = None,
-    form: PairForm = PairForm(),  # noqa: B008  # frozen
+    form: PairForm | None = None,
     *,
     routing: Routing,
     scale: float,
@@ -49,7 +49,7 @@ def attention(
     _check(q, k, codes, routes)
     run = BACKENDS[_choose(implementation)]
     codes = codes._replace(lo=jnp.maximum(codes.lo, NOWHERE + 1))
-    terms = Terms(bias, key_bias)
+    terms, form = Terms(bias, key_bias), form or PairForm()
     if segments is None:
         return run(q, k, v, codes, terms, form, scale, routes, rule)
     numbers = range(segments.count)
