@@ -16,6 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 from rave_jax.kernels.pair_bias import KeySegments, PairForm, attention, pallas_tpu, reference
 from rave_jax.kernels.pair_bias.base import Terms
 from rave_jax.kernels.pair_bias.pallas_tpu.blocks import FACTS, BlockSizes, ByFacts, block_facts
+from rave_jax.kernels.pair_bias.pallas_tpu.operands import nested
 from rave_jax.kernels.pair_bias.support import interpreted
 from rave_jax.parallel.mesh import MeshConfig, make_mesh
 from rave_jax.parallel.sharding import use_mesh
@@ -48,7 +49,7 @@ BUCKETS = {
     "log_gate": Bucket(Dims(2, 200, 300, 2, 2, 32, 24, 8), "log_gate"),
     "log_gate, half width": Bucket(Dims(1, 256, 384, 1, 3, 64, 64, 16), "log_gate", "bfloat16", key_bias=True),
     "tanh, blocks that differ": Bucket(
-        Dims(1, 130, 300, 2, 2, 80, 80, 12), "tanh", key_bias=True, blocks=BlockSizes((256, 128), (128, 256))
+        Dims(1, 130, 400, 2, 2, 80, 80, 12), "tanh", key_bias=True, blocks=BlockSizes((256, 128), (128, 256))
     ),
     "linear": Bucket(Dims(1, 150, 150, 1, 2, 32, 32, 16), "linear", "bfloat16"),
     "linear, folded": Bucket(
@@ -194,6 +195,27 @@ def test_segments_are_those_of_the_oracle():
     expected = attention(q, k, v, codes, bias, scale=0.3, segments=segments, implementation="reference")
     for a, b in zip(found, expected, strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
+
+
+@given(st.integers(1, 5000), st.integers(1, 8), st.integers(1, 8))
+@settings(max_examples=200)
+def test_blocks_that_differ_pad_no_more_than_the_smaller_one_needs(n, forward, backward):
+    """The same number of the smaller blocks, each smaller by whole lanes if that will do."""
+    sizes = forward * 128, backward * 128
+    padded, cut = nested(n, *sizes)
+    least = min(sizes)
+    assert n <= padded <= -(-n // least) * least
+    assert padded < n + 128 * -(-n // least)
+    for size, block in zip(sizes, cut, strict=True):
+        assert block <= size and block % 128 == 0 and padded % block == 0
+    assert max(cut) % min(cut) == 0
+    assert min(cut) > least // 2 or padded == min(cut)
+
+
+def test_lengths_that_fit_no_block_are_not_padded_to_a_common_multiple():
+    assert nested(640, 1024, 512) == (768, (768, 384))
+    assert nested(4096, 1024, 512) == (4096, (1024, 512))
+    assert nested(200, 512, 512) == (256, (256, 256))
 
 
 @given(st.integers(0, 2**31), st.sampled_from(MASKS))

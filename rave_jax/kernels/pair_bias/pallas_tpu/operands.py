@@ -8,7 +8,6 @@ lies with tokens in the lanes: a column [T, 1] would be padded to 128 lanes.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -210,6 +209,26 @@ def _key_parts(x: Float[Array, "B S K n"], call: Call) -> Float[Array, "B K J s 
     return jnp.moveaxis(x.reshape(call.B, -1, call.part_k, *x.shape[2:]), 3, 1)
 
 
+def nested(n: int, forward: int, backward: int) -> tuple[int, tuple[int, int]]:
+    """A length up to whole blocks, and blocks of both kernels that divide it, none larger than is given.
+
+    The smaller block is cut so that its number stays and least is padded (640 in blocks of 512 are two of 384), the
+    larger one is whole smaller ones: a common multiple of blocks that were cut apart may be several times the length.
+
+    Args:
+        n: tokens.
+        forward, backward: blocks, multiples of LANES.
+    """
+    least = min(forward, backward)
+    count = -(-n // least)
+    block = up(-(-n // count), LANES)
+
+    def several(size: int) -> int:
+        return max(block * m for m in range(1, size // block + 1) if count % m == 0)
+
+    return block * count, (several(forward), several(backward))
+
+
 def make_call(
     q: Array,
     k: Array,
@@ -222,40 +241,40 @@ def make_call(
     interpret: Any,
     visit: Callable[[int, int], Visit] = ByFacts,
 ) -> Call:
-    """Sizes of a call: lengths are padded to a common multiple of its blocks."""
+    """Sizes of a call: its blocks are cut to it, and its lengths padded to whole ones; see `nested`."""
     B, T, H, h = q.shape
     S, K = k.shape[1:3]
     few = T <= FEW
-    padded_T = up(T, 16) if few else up(T, LANES)
-    padded_S = up(S, LANES)
-
     wide = (up(h, LANES) + up(v.shape[-1], LANES)) * q.dtype.itemsize * (H // K)
 
-    def cut(sizes: tuple[int, int]) -> tuple[int, int]:
-        block_q, block_k = sizes
+    def fitting(block_q: int) -> int:
         while block_q > LANES and block_q * wide > blocks.query_bytes:
             block_q //= 2
-        return (padded_T if few else min(up(block_q, LANES), padded_T)), min(block_k, padded_S)
+        return up(block_q, LANES)
 
-    used = [cut(sizes) for sizes in (blocks.forward, blocks.backward)]
-    sizes_q, sizes_k = zip(*used, strict=True)
+    sizes = blocks.forward, blocks.backward
+    padded_T, sizes_q = nested(T, *(fitting(block_q) for block_q, _ in sizes))
+    padded_S, sizes_k = nested(S, *(block_k for _, block_k in sizes))
+    if few:
+        padded_T = up(T, 16)
+        sizes_q = padded_T, padded_T
     return Call(
         B=B,
         K=K,
         G=H // K,
-        T=padded_T if few else up(T, math.lcm(*sizes_q)),
-        S=up(S, math.lcm(*sizes_k)),
+        T=padded_T,
+        S=padded_S,
         h=up(h, LANES),
         c=up(v.shape[-1], LANES),
         r=None if terms.pair is None else up(terms.pair.u.shape[-1], SUBLANES),
         key_bias=terms.per_key is not None,
         form=form,
         scale=scale,
-        forward=used[0],
-        backward=used[1],
+        forward=(sizes_q[0], sizes_k[0]),
+        backward=(sizes_q[1], sizes_k[1]),
         key_bytes=blocks.key_bytes,
-        part_q=math.gcd(*sizes_q),
-        part_k=math.gcd(*sizes_k),
+        part_q=min(sizes_q),
+        part_k=min(sizes_k),
         dtype=str(q.dtype),
         folded=blocks.fold_linear and terms.pair is not None and form.kind == "linear",
         interpret=interpret,
