@@ -126,6 +126,18 @@ def test_rows_that_see_nothing_are_zero_with_finite_gradients(implementation):
     assert np.all(np.asarray(grads[0])[:, ::3] == 0)
 
 
+def test_extreme_gates_lose_no_row():
+    """xla leaves the log gate out of a row's maximum."""
+    rng = np.random.default_rng(7)
+    T = S = 300
+    q, k, v, bias = random_operands(rng, dims(T, S), 1.0)
+    bias = bias._replace(row=jnp.where(jnp.arange(T)[:, None] % 2, -90.0, 200.0) + bias.row)
+    operands = (q * 20, k, v, bias, None, random_codes(rng, B, T, S), random_cotangents(rng, dims(T, S)), "log_gate")
+    found, expected = (outputs_and_gradients(*operands, name) for name in ("xla", "reference"))
+    assert np.isfinite(expected[1]).any() and np.abs(expected[1][np.isfinite(expected[1])]).max() > 60
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), found, expected)
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_a_zero_pair_changes_no_bit(form):
     rng = np.random.default_rng(1)

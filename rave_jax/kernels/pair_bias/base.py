@@ -166,16 +166,3 @@ def of_segment(codes: MaskCodes, segments: KeySegments, number: int) -> MaskCode
     # An opening needs a number that no query has: the largest and one more (of -1, none, that is still no key's).
     shut = jnp.max(codes.open_q, axis=1, keepdims=True) + 1
     return codes._replace(order=jnp.where(inside, codes.order, NOWHERE), open_k=jnp.where(inside, codes.open_k, shut))
-
-
-def take_keys(codes: MaskCodes, terms: Terms, start: jax.Array, size: int) -> tuple[MaskCodes, Terms]:
-    """The same operands for keys start .. start + size - 1."""
-
-    def cut(x: Array) -> Array:
-        return jax.lax.dynamic_slice_in_dim(x, start, size, axis=1)
-
-    codes = codes._replace(order=cut(codes.order), open_k=cut(codes.open_k))
-    pair, per_key = terms
-    if pair is not None:
-        pair = pair._replace(w=cut(pair.w), key=cut(pair.key), key_on=cut(pair.key_on))
-    return codes, Terms(pair, None if per_key is None else cut(per_key))
