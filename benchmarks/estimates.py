@@ -32,7 +32,6 @@ class Kernel:
         choices: blocks to try.
         settings: further arguments of `make`.
         after: part of the name of an XLA op that belongs to it.
-        whole: count every op of the program.
         heads_in_grid: a step of the grid takes one head.
     """
 
@@ -42,7 +41,6 @@ class Kernel:
     choices: Sequence[Blocks]
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
     after: str = ""
-    whole: bool = False
     heads_in_grid: bool = True
 
     def case(self, heads: int, length: int, blocks: Blocks) -> Case:
@@ -56,8 +54,6 @@ class Kernel:
 
     def cycles(self, result: Compiled) -> int:
         """Of the kernel and what belongs to it."""
-        if self.whole:
-            return sum(result.cycles.values())
         return result.kernel_cycles(self.op) + (result.kernel_cycles(self.after) if self.after else 0)
 
 

@@ -2,60 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any, Literal, NamedTuple
-from unittest import mock
+from collections.abc import Iterator
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from estimates import ratio, row
-from jax.experimental import pallas as pl
-from pair_bias_programs import HEAD_DIM, Blocks, Gate, codes_of, make_operands, terms_of
+from pair_bias_programs import (
+    HEAD_DIM,
+    Blocks,
+    Gate,
+    captured_backward,
+    captured_forward,
+    codes_of,
+    make_operands,
+    terms_of,
+)
 
 from rave_jax.kernels.pair_bias import MaskCodes
 from rave_jax.kernels.pair_bias.pallas_tpu import attention
-from rave_jax.kernels.pair_bias.pallas_tpu.backward import backward
 from rave_jax.kernels.pair_bias.pallas_tpu.blocks import block_facts
-from rave_jax.kernels.pair_bias.pallas_tpu.forward import forward
 from rave_jax.kernels.pair_bias.tuning import block_sizes
-from rave_jax.tools.tpu import Case, Operand, compile_cases, copied_bytes
+from rave_jax.tools.tpu import Case, compile_cases, copied_bytes
 
 KINDS = {"v5e": "TPU v5 lite", "v5p": "TPU v5", "v6e": "TPU v6 lite", "tpu7x": "TPU7x"}
-LONG = 32768
+LONG, LONGEST = 32768, 131072
 HEADS = 7
-
-
-class _Recorded(Exception):
-    """A Pallas call that was about to be made."""
-
-
-class Recorded(NamedTuple):
-    """What a Pallas call said of itself."""
-
-    grid: tuple[int, ...]
-    operands: list[Operand]
-    declared: int
-    """Bytes, of its cost estimate."""
-
-
-def recorded(call: Callable[[], Any], scalars: int) -> Recorded:
-    """The one Pallas call that `call` would make, its operands with blocks alone; `scalars` are prefetched."""
-
-    def instead(_kernel: Any, *, grid_spec: Any, out_shape: Any, cost_estimate: Any, **_: Any) -> Any:
-        def run(*args: Any) -> Any:
-            inputs = zip(grid_spec.in_specs, args[scalars:], strict=True)
-            both = [*inputs, *zip(grid_spec.out_specs, out_shape, strict=True)]
-            found = [Operand.of(str(n), spec, x) for n, (spec, x) in enumerate(both) if spec.block_shape is not None]
-            raise _Recorded(Recorded(tuple(grid_spec.grid), found, cost_estimate.bytes_accessed))
-
-        return run
-
-    with mock.patch.object(pl, "pallas_call", instead):
-        try:
-            call()
-        except _Recorded as made:
-            return made.args[0]
-    raise ValueError("no Pallas call was made")
 
 
 def abstract(shape: tuple[int, ...], dtype: Any) -> Any:
@@ -74,14 +46,8 @@ def copied(which: Literal["forward", "backward"], length: int, blocks: Blocks, g
     made = make_operands(abstract, HEADS, length, blocks, gate, "by facts")
     on = jnp.ones((1, length), bool)
     facts = block_facts(causal(length), on, on, blocks[0], blocks[1])
-    call = made.call
-    x = abstract((1, 1, call.T // call.part_q, call.G, call.part_q, call.c), jnp.bfloat16)
-    numbers = abstract((1, 1, call.T // call.part_q, call.padded_group, call.part_q), jnp.float32)
-    if which == "forward":
-        found = recorded(lambda: forward(made.packed, made.codes, facts, call), 2)
-    else:
-        found = recorded(lambda: backward(made.packed, made.codes, facts, x, numbers, numbers, call), 2)
-    return sum(copied_bytes(found.grid, found.operands, facts).values())
+    found = captured_forward(made) if which == "forward" else captured_backward(made)
+    return sum(copied_bytes(found.grid_spec.grid, found.operands, facts).values())
 
 
 def bytes_rows(chip: str, length: int) -> Iterator[dict[str, Any]]:
@@ -93,10 +59,10 @@ def bytes_rows(chip: str, length: int) -> Iterator[dict[str, Any]]:
         yield ratio(f"{which}, {HEADS} heads, T {length}: bytes copied, gated to plain", chip, gated / plain, None, mib)
 
 
-def long_step(place: Any, chip: str, gate: Gate) -> tuple[Any, tuple[Any, ...]]:
+def long_step(place: Any, chip: str, gate: Gate, length: int) -> tuple[Any, tuple[Any, ...]]:
     """Forward and backward pass of the public layout over a long row."""
-    q, kv = place((1, LONG, HEADS, HEAD_DIM), jnp.bfloat16), place((1, LONG, 1, HEAD_DIM), jnp.bfloat16)
-    terms, form = terms_of(place, HEADS, LONG, gate)
+    q, kv = place((1, length, HEADS, HEAD_DIM), jnp.bfloat16), place((1, length, 1, HEAD_DIM), jnp.bfloat16)
+    terms, form = terms_of(place, HEADS, length, gate)
 
     def run(q: Any, k: Any, v: Any, terms: Any, codes: Any, d_out: Any) -> Any:
         def attend(q: Any, k: Any, v: Any, terms: Any) -> Any:
@@ -106,31 +72,37 @@ def long_step(place: Any, chip: str, gate: Gate) -> tuple[Any, tuple[Any, ...]]:
         out, pull = jax.vjp(attend, q, k, v, terms)
         return out, pull(d_out)
 
-    return run, (q, kv, kv, terms, codes_of(place, LONG), q)
+    return run, (q, kv, kv, terms, codes_of(place, length), q)
 
 
 SPLASH = {"forward": (1024, 1024, 512), "dq": (1024, 1024), "dkv": (1024, 1024, 1024)}
 
 
 def memory_rows(chip: str) -> Iterator[dict[str, Any]]:
-    """Temporaries of a step, and whether any array has all pairs."""
+    """Temporaries of a step in HBM, and whether any array has all pairs. The compiler keeps small arrays on the chip;
+    those are in the peak alone, if in anything."""
     splash = {"heads": HEADS, "length": LONG, **SPLASH}
     cases = [Case("splash", "plain_kernels:splash_step", splash)]
     cases.append(Case("splash, public layout", "plain_kernels:splash_step", splash | {"heads_last": True}))
-    gates: tuple[Gate, ...] = ("none", "log_gate")
-    cases += [Case(gate, "kernel_bytes:long_step", {"chip": chip, "gate": gate}) for gate in gates]
+    steps: list[tuple[Gate, int]] = [("none", LONG), ("log_gate", LONG), ("log_gate", LONGEST)]
+    for gate, length in steps:
+        arguments = {"chip": chip, "gate": gate, "length": length}
+        cases.append(Case(f"ours, {gate}, {length}", "kernel_bytes:long_step", arguments))
     found = compile_cases(chip, cases, hlo=True)
     size: dict[str, int] = {}
-    for name, result in found.items():
+    for case in cases:
+        name, result = case.name, found[case.name]
         if result.memory is None:
             raise RuntimeError(f"{name}: {result.error}")
         size[name] = result.memory.temporaries
-        operands = round((result.memory.arguments + result.memory.outputs) / 2**20, 1)
-        label = name if name.startswith("splash") else f"ours, {name}"
-        title = f"{label}: temporaries of forward and backward, {HEADS} heads, T {LONG}"
-        yield row(title, chip, round(size[name] / 2**20, 1), "MiB", {"operands_and_results": operands})
-    best = min(size["splash, public layout"], size["none"])
-    name = f"temporaries with a gate, {HEADS} heads, T {LONG}, to the best plain kernel of the same layout"
-    yield ratio(name, chip, size["log_gate"] / best, 1.1)
-    maps = sum(sum(n >= LONG for n in x.shape) > 1 for x in found["log_gate"].arrays)
+        operands = result.memory.arguments + result.memory.outputs
+        parts = {"operands_and_results": operands, "peak_beyond_them": result.memory.peak - operands}
+        more = {part: round(count / 2**20, 1) for part, count in parts.items()}
+        title = f"{name}: temporaries of forward and backward, {HEADS} heads, T {case.arguments['length']}"
+        yield row(title, chip, round(size[name] / 2**20, 1), "MiB", more)
+    gated, plain = size[f"ours, log_gate, {LONG}"], size[f"ours, none, {LONG}"]
+    name = f"temporaries with a gate, {HEADS} heads, T {LONG}, to splash of the same layout"
+    more = {"to_ours_without": round(gated / plain, 3), "MiB_more_than_ours_without": round((gated - plain) / 2**20, 1)}
+    yield ratio(name, chip, gated / size["splash, public layout"], 1.1, more)
+    maps = sum(sum(n >= LONG for n in x.shape) > 1 for gate, n in steps for x in found[f"ours, {gate}, {n}"].arrays)
     yield row(f"arrays with two axes of T {LONG} or more", chip, maps, "arrays", None, "0", maps == 0)

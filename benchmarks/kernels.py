@@ -9,7 +9,7 @@ blocks of its list. What lies before and after the kernels in a model is in none
 
 The `xla` backend is timed on the device that jax finds, a CPU or a GPU.
 
-    python benchmarks/kernels.py [--json FILE] [--chips v5e v6e] [--lengths 4096 8192]
+    python benchmarks/kernels.py [--json FILE] [--chips v5e v6e] [--memory v5e v6e] [--lengths 4096 8192]
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def ours(which: str, gate: Gate, tiles: Tiles, choices: Sequence[Blocks]) -> Ker
     made = f"pair_bias_programs:{which}_program"
     settings = {"gate": gate, "tiles": tiles}
     label = f"ours {which}, {gate}, {tiles}"
-    return Kernel(label, made, f"pair_bias_{which}", choices, settings, whole=True, heads_in_grid=False)
+    return Kernel(label, made, f"pair_bias_{which}", choices, settings, heads_in_grid=False)
 
 
 def our_pass(chip: str, which: str, length: int, linear: Gate) -> Pass:
@@ -147,8 +147,7 @@ def to_plain(
 
 
 def chip_rows(chip: str, lengths: Sequence[int]) -> Iterator[dict[str, Any]]:
-    """All rows of a chip."""
-    yield from memory_rows(chip)
+    """All rows of a chip that are of cycles and of what a grid copies."""
     jaxs, linear = Splash(chip), "folded" if block_sizes(KINDS[chip]).fold_linear else "linear"
     for length in lengths:
         yield from bytes_rows(chip, length)
@@ -171,11 +170,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="TPU attention kernels, by static cycles.")
     parser.add_argument("--json", type=Path, help="write the rows there")
     parser.add_argument("--chips", nargs="*", default=["v5e", "v6e"], help="chips to compile for")
+    parser.add_argument("--memory", nargs="*", default=list(KINDS), help="chips to ask for the memory of long rows")
     parser.add_argument("--lengths", nargs="+", type=int, default=[4096, 8192], help="T, queries and keys")
     parser.add_argument("--rounds", type=int, default=9, help="of the timing on this machine")
     args = parser.parse_args()
     rows: list[dict[str, Any]] = []
-    for made in itertools.chain(wall_rows(args.rounds), *(chip_rows(chip, args.lengths) for chip in args.chips)):
+    parts = [wall_rows(args.rounds), *map(memory_rows, args.memory)]
+    for made in itertools.chain(*parts, *(chip_rows(chip, args.lengths) for chip in args.chips)):
         rows.append(made)
         if args.json:
             args.json.write_text(json.dumps(rows, indent=2) + "\n")

@@ -2,8 +2,7 @@
 
 One kv group, heads of 128, bfloat16. Packed operands and blocks' facts are arguments of the program. What runs decides
 from facts of the data which tiles to skip and where the gate is, which an estimate cannot know; so here the same guards
-read the tile's place in the grid. Each kernel is compiled with blocks of its own, and the layout's parts are whole
-blocks: the estimate counts a copy of several pieces as nothing.
+read the tile's place in the grid. Each kernel is compiled with blocks of its own.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from pallas_calls import Captured, captured
 
 from rave_jax.kernels.pair_bias.base import MaskCodes, PairBias, PairForm, Terms
 from rave_jax.kernels.pair_bias.pallas_tpu import operands
@@ -71,7 +71,8 @@ class ByPlace:
 
     def key_block(self, facts_q: Any, b: Any, i: Any, j: Any) -> Any:
         if self.tiles == "all":
-            return jnp.int32(0)
+            # Always 0, and found at run time as it is by facts: a constant would spare the step all looking for copies.
+            return jnp.minimum(j, jax.lax.div(i, 1 << 20))
         block_q, block_k = self.blocks
         # Not //, which asks for the sign and is more than a scalar unit wants to do here.
         return jnp.minimum(j, jax.lax.div(i * block_q + block_q - 1, block_k))
@@ -135,23 +136,22 @@ def codes_of(place: Any, length: int) -> MaskCodes:
 
 def forward_program(place: Any, **arguments: Any) -> Program:
     """The forward kernel; `arguments` of `make_operands`."""
-    made = make_operands(place, **arguments)
-
-    def run(packed: operands.Packed, codes: operands.Codes, facts: Any) -> Any:
-        return forward(packed, codes, facts, made.call)
-
-    return run, (made.packed, made.codes, made.facts)
+    return captured_forward(make_operands(place, **arguments)).block_by_block(place)
 
 
 def backward_program(place: Any, **arguments: Any) -> Program:
-    """The backward kernel, and what puts its results in order; `arguments` of `make_operands`."""
-    made = make_operands(place, **arguments)
+    """The backward kernel; `arguments` of `make_operands`."""
+    return captured_backward(make_operands(place, **arguments)).block_by_block(place)
+
+
+def captured_forward(made: Operands) -> Captured:
+    """The call of the forward kernel."""
+    return captured(forward, made.packed, made.codes, made.facts, made.call)
+
+
+def captured_backward(made: Operands) -> Captured:
+    """The call of the backward kernel."""
     call = made.call
-
-    def run(packed: operands.Packed, codes: operands.Codes, facts: Any, d_out: Any, lse: Any, delta: Any) -> Any:
-        return backward(packed, codes, facts, d_out, lse, delta, call)
-
-    parts = call.T // call.part_q
-    d_out = place((1, 1, parts, call.G, call.part_q, call.c), jnp.bfloat16)
-    row = place((1, 1, parts, call.padded_group, call.part_q), jnp.float32)
-    return run, (made.packed, made.codes, made.facts, d_out, row, row)
+    d_out = jax.ShapeDtypeStruct((1, 1, call.G, call.T, call.c), jnp.bfloat16)
+    row = jax.ShapeDtypeStruct((1, 1, call.padded_group, call.T), jnp.float32)
+    return captured(backward, made.packed, made.codes, made.facts, d_out, row, row, call)

@@ -40,7 +40,6 @@ def kernel(which: str, gate: Gate) -> Kernel:
         f"pair_bias_{which}",
         CHOICES[which],
         {"gate": gate},
-        whole=True,
         heads_in_grid=False,
     )
 

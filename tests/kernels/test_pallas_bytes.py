@@ -67,9 +67,8 @@ def test_declared_bytes_are_those_copied(instead: None, kind: Any, shape: str, r
     at = (jnp.zeros((B, call.T), jnp.int32), jnp.zeros((B, call.S), jnp.int32))
     codes = MaskCodes(at[0], at[0], at[1], at[0] - 1, at[1] - 2)  # everyone sees everyone
     on = (jnp.ones(at[0].shape, bool), jnp.ones(at[1].shape, bool))
-    parts = call.T // call.part_q
-    d_out = jax.ShapeDtypeStruct((B, K, parts, call.G, call.part_q, call.c), jnp.bfloat16)
-    row = jax.ShapeDtypeStruct((B, K, parts, call.padded_group, call.part_q), jnp.float32)
+    d_out = jax.ShapeDtypeStruct((B, K, call.G, call.T, call.c), jnp.bfloat16)
+    row = jax.ShapeDtypeStruct((B, K, call.padded_group, call.T), jnp.float32)
     for run, sizes, more in ((forward, call.forward, ()), (backward, call.backward, (d_out, row, row))):
         facts = block_facts(codes, *on, *sizes)
         with pytest.raises(Called) as made:

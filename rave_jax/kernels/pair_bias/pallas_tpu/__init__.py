@@ -45,9 +45,9 @@ def attention(
     queries_on, keys_on = (_switches(x, n, call) for x, n in ((queries_on, call.T), (keys_on, call.S)))
     out, lse = _attention(operands.pack(q, k, v, terms, call), whole, queries_on, keys_on, call)
     T, G = q.shape[1], call.G
-    lse = operands.unpack_queries(lse[:, :, :, :G], T)
+    lse = operands.heads_last(lse[:, :, :G], T)
     lse = jnp.where(lse >= tile.UNSEEN, -jnp.inf, lse * (1 / tile.LOG2E))
-    return operands.unpack_queries(out, T)[..., : v.shape[-1]], lse
+    return operands.heads_last(out, T)[..., : v.shape[-1]], lse
 
 
 def _switches(x: Bool[Array, "B n"], size: int, call: Call) -> Bool[Array, "B size"]:
@@ -69,7 +69,7 @@ def _backward(call: Call, saved, cotangents):
     packed, codes, queries_on, keys_on, out, lse = saved
     d_out, d_lse = cotangents
     delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
-    delta = operands.pad(delta, 3, call.padded_group) - d_lse * tile.LOG2E
+    delta = operands.pad(delta, 2, call.padded_group) - d_lse * tile.LOG2E
     grads = []
     for chunk, part, codes_k, on in _key_chunks(packed, codes, keys_on, call):
         facts = block_facts(codes_k, queries_on, on, *call.backward)
@@ -84,7 +84,7 @@ def _no_gradient(x: Array) -> Any:
     return np.zeros(x.shape, jax.dtypes.float0)
 
 
-KEYS_AXIS = {"k": 2, "v": 2, "w": 2, "keys": 2, "key_bias": 2}
+KEYS_AXIS = {"k": 2, "v": 2, "w": 3, "keys": 3, "key_bias": 3}
 """Operands that are cut with the keys, and where."""
 
 
@@ -97,8 +97,7 @@ def _key_chunks(packed: Packed, codes: MaskCodes, keys_on: Array, call: Call):
         for name, axis in KEYS_AXIS.items():
             x = getattr(packed, name)
             if x is not None:
-                unit = call.S // x.shape[axis]
-                part[name] = jax.lax.slice_in_dim(x, start // unit, (start + size) // unit, axis=axis)
+                part[name] = jax.lax.slice_in_dim(x, start, start + size, axis=axis)
         inside = slice(start, start + size)
         codes_k = codes._replace(order=codes.order[:, inside], open_k=codes.open_k[:, inside])
         yield dataclasses.replace(call, S=size), packed._replace(**part), codes_k, keys_on[:, inside]

@@ -23,7 +23,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from rave_jax.kernels.pair_bias.pallas_tpu import tile
 from rave_jax.kernels.pair_bias.pallas_tpu.blocks import when_each
-from rave_jax.kernels.pair_bias.pallas_tpu.operands import SUBLANES, Call, Codes, Packed
+from rave_jax.kernels.pair_bias.pallas_tpu.operands import SUBLANES, Call, Codes, Packed, pad
 from rave_jax.kernels.pair_bias.pallas_tpu.specs import Inputs, compiler_params, cost, input_specs
 from rave_jax.kernels.pair_bias.pallas_tpu.tile import LANES
 from rave_jax.typing import Array, Float, Int
@@ -40,9 +40,9 @@ def backward(
     packed: Packed,
     codes: Codes,
     facts: tuple[Int[Array, "n"], Int[Array, "m"]],
-    d_out: Float[Array, "B K I G t c"],
-    lse: Float[Array, "B K I G t"],
-    delta: Float[Array, "B K I G t"],
+    d_out: Float[Array, "B K G T c"],
+    lse: Float[Array, "B K G T"],
+    delta: Float[Array, "B K G T"],
     call: Call,
 ) -> Packed:
     """Gradients of the packed operands.
@@ -91,29 +91,36 @@ def backward(
 
 def _outputs(call: Call, packed: Packed) -> dict[str, Output]:
     block_q, block_k = call.backward
-    B, K, G, Gp, t = call.B, call.K, call.G, call.padded_group, call.part_q
-    parts, many, blocks_k = call.T // t, block_q // t, call.S // block_k
+    B, K, G, Gp = call.B, call.K, call.G, call.padded_group
     last = call.T // block_q - 1
 
-    def of_queries(shape: tuple[int, ...], dtype: Any) -> Output:
-        zeros = (0,) * len(shape)
-        block = pl.BlockSpec((1, 1, many, *shape), lambda b, n, i, j, *_: (b, n, i, *zeros))
-        return Output(jax.ShapeDtypeStruct((B, K, parts, *shape), dtype), block)
+    def of_queries(*rows: int) -> Output:
+        zeros = (0,) * len(rows)
+        block = pl.BlockSpec((1, 1, *rows, block_q), lambda b, n, i, j, *_: (b, n, *zeros, i))
+        return Output(jax.ShapeDtypeStruct((B, K, *rows, call.T), jnp.float32), block)
 
     def of_keys(rows: int, dtype: Any) -> Output:
         # Written while the last block of queries is there; until then the block at hand does not change.
-        block = pl.BlockSpec((1, 1, 1, rows, block_k), lambda b, n, i, j, *_: (b, n, jnp.where(i == last, j, 0), 0, 0))
-        return Output(jax.ShapeDtypeStruct((B, K, blocks_k, rows, block_k), dtype), block)
+        block = pl.BlockSpec((1, 1, rows, block_k), lambda b, n, i, j, *_: (b, n, 0, jnp.where(i == last, j, 0)))
+        return Output(jax.ShapeDtypeStruct((B, K, rows, call.S), dtype), block)
+
+    def of_key_vectors(width: int, dtype: Any) -> Output:
+        block = pl.BlockSpec((1, 1, block_k, width), lambda b, n, i, j, *_: (b, n, jnp.where(i == last, j, 0), 0))
+        return Output(jax.ShapeDtypeStruct((B, K, call.S, width), dtype), block)
 
     found = {
-        "q": of_queries((G, t, call.h), packed.q.dtype),
-        "k": of_keys(call.h, packed.k.dtype),
-        "v": of_keys(call.c, packed.v.dtype),
+        "q": Output(
+            jax.ShapeDtypeStruct((B, K, G, call.T, call.h), packed.q.dtype),
+            pl.BlockSpec((1, 1, G, block_q, call.h), lambda b, n, i, j, *_: (b, n, 0, i, 0)),
+        ),
+        "k": of_key_vectors(call.h, packed.k.dtype),
+        "v": of_key_vectors(call.c, packed.v.dtype),
     }
     if call.r is not None:
-        found |= {"U": of_queries((G, call.channels, t), jnp.float32), "W": of_keys(call.channels, jnp.float32)}
+        found |= {"u": of_queries(G, call.r), "rows": of_queries(Gp)}
+        found |= {"w": of_keys(call.r, jnp.float32), "keys": of_keys(SUBLANES, jnp.float32)}
     if call.has_gain:
-        found["gain"] = of_queries((Gp, t), jnp.float32)
+        found["gain"] = of_queries(Gp)
     if call.key_bias:
         found["key_bias"] = of_keys(Gp, jnp.float32)
     return found
@@ -165,7 +172,8 @@ def _kernel(
     b, kv_head, i, j = (pl.program_id(n) for n in range(4))
     last_q, last_k = i == pl.num_programs(2) - 1, j == pl.num_programs(3) - 1
     block_q, block_k = call.backward
-    t, dtype = call.part_q, jnp.dtype(call.dtype)
+    dtype = jnp.dtype(call.dtype)
+    z_scale = call.scale if call.folded else 1.0
     of_queries = [name for name in ("d_q", "d_U", "d_gain") if name in scratch]
     of_keys = [name for name in ("d_k", "d_v", "d_W", "d_key_bias") if name in scratch]
 
@@ -235,54 +243,40 @@ def _kernel(
     @pl.when(last_k)
     def _finish_queries():
         for n in range(call.G):
-            d_q = (scratch["d_q"][n, :, : call.h] * call.scale).astype(outputs["q"].dtype)
-            outputs["q"][0, 0, :, n] = d_q.reshape(-1, t, call.h)
+            outputs["q"][0, 0, n] = (scratch["d_q"][n, :, : call.h] * call.scale).astype(outputs["q"].dtype)
             if call.folded:
                 found = scratch["d_q"][n, :, call.h :].T
                 scratch["d_U"][n, : call.channels] = tile.met(found, call.channels, split=dtype != jnp.float32)
-            for m in range(block_q // t):
-                if "U" in outputs:
-                    outputs["U"][0, 0, m, n] = scratch["d_U"][n][: call.channels, m * t : (m + 1) * t]
-                if "gain" in outputs:
-                    whole = jnp.sum(scratch["d_gain"][n], axis=1, keepdims=True)
-                    row = jnp.broadcast_to(whole, (block_q, LANES)).T[:1]
-                    outputs["gain"][0, 0, m, n : n + 1] = row[:, m * t : (m + 1) * t]
+            if call.r is not None:
+                d_U = scratch["d_U"][n] * z_scale
+                outputs["u"][0, 0, n] = d_U[: call.r] * inputs.switch(n, call)
+                outputs["rows"][0, 0, n : n + 1] = d_U[call.r : call.r + 1]
+            if call.has_gain:
+                whole = jnp.sum(scratch["d_gain"][n], axis=1, keepdims=True)
+                outputs["gain"][0, 0, n : n + 1] = jnp.broadcast_to(whole, (block_q, LANES)).T[:1]
 
     @pl.when(last_q)
     def _finish_keys():
-        outputs["k"][0, 0, 0] = (scratch["d_k"][j] * call.scale).astype(outputs["k"].dtype)
-        outputs["v"][0, 0, 0] = scratch["d_v"][j].astype(outputs["v"].dtype)
-        for name in ("W", "key_bias"):
-            if name in outputs:
-                rows = outputs[name].shape[3]
-                outputs[name][0, 0, 0] = scratch["d_" + name][j][:rows]
+        outputs["k"][0, 0] = (scratch["d_k"][j].T * call.scale).astype(outputs["k"].dtype)
+        outputs["v"][0, 0] = scratch["d_v"][j].T.astype(outputs["v"].dtype)
+        if call.r is not None:
+            d_W = scratch["d_W"][j] * z_scale
+            outputs["w"][0, 0] = d_W[: call.r]
+            outputs["keys"][0, 0] = d_W[call.r : call.channels]
+        if call.key_bias:
+            outputs["key_bias"][0, 0] = scratch["d_key_bias"][j]
 
 
 def _gathered(found: dict[str, Array], packed: Packed, call: Call) -> Packed:
     """The kernel's outputs as gradients of the packed operands; what is padding or a switch has none."""
-
-    def as_keys(x: Float[Array, "B K J n s"]) -> Float[Array, "B K S n"]:
-        return jnp.swapaxes(x, 3, 4).reshape(*x.shape[:2], -1, x.shape[3])
-
-    def as_parts(x: Float[Array, "B K J n s"]) -> Float[Array, "B K J n s"]:
-        """From the backward kernel's blocks to the parts of the layout."""
-        B, K, J, n, s = x.shape
-        x = x.reshape(B, K, J, n, s // call.part_k, call.part_k)
-        return jnp.moveaxis(x, 4, 3).reshape(B, K, -1, n, call.part_k)
-
-    grads = Packed(found["q"], as_keys(found["k"]), as_keys(found["v"]))
+    grads = Packed(*(found[name] for name in ("q", "k", "v")))
     if call.r is not None:
         assert packed.rows is not None
-        if call.folded:
-            found |= {name: found[name] * call.scale for name in ("U", "W")}
-        d_rows = jnp.zeros_like(packed.rows).at[:, :, :, : call.G].set(found["U"][:, :, :, :, call.r])
-        d_W = as_parts(found["W"])
-        grads = grads._replace(
-            u=found["U"][:, :, :, :, : call.r], rows=d_rows, w=d_W[:, :, :, : call.r], keys=d_W[:, :, :, call.r :]
-        )
-        assert d_W.shape[3] == call.r + SUBLANES
+        # Rows of the padding were never written.
+        d_rows = pad(found["rows"][:, :, : call.G], 2, packed.rows.shape[2])
+        grads = grads._replace(u=found["u"], rows=d_rows, w=found["w"], keys=found["keys"])
     if call.has_gain:
-        grads = grads._replace(gain=found["gain"][:, :, :, : call.G].sum((0, 2, 4)))
+        grads = grads._replace(gain=found["gain"][:, :, : call.G].sum((0, 3)))
     if call.key_bias:
-        grads = grads._replace(key_bias=as_parts(found["key_bias"]) * (1 / tile.LOG2E))
+        grads = grads._replace(key_bias=found["key_bias"] * (1 / tile.LOG2E))
     return grads

@@ -28,7 +28,7 @@ ROWS_AT_ONCE = 512
 
 def forward(
     packed: Packed, codes: Codes, facts: tuple[Int[Array, "n"], Int[Array, "m"]], call: Call
-) -> tuple[Float[Array, "B K I G t c"], Float[Array, "B K I G t"]]:
+) -> tuple[Float[Array, "B K G T c"], Float[Array, "B K G T"]]:
     """(output, log-sum-exp in log2 with UNSEEN for rows that saw nothing and G padded to whole sublanes)."""
     block_q, block_k = call.forward
     grid = (call.B, call.K, call.T // block_q, call.S // block_k)
@@ -37,7 +37,7 @@ def forward(
     def at(b, n, i, j, facts_q, facts_k):
         return b, n, i, visit.key_block(facts_q, b, i, j)
 
-    G, Gp, c, t = call.G, call.padded_group, call.c, call.part_q
+    G, Gp, c = call.G, call.padded_group, call.c
     scratch = {
         "top": pltpu.VMEM((G, block_q, LANES), jnp.float32),
         "total": pltpu.VMEM((G, block_q, LANES), jnp.float32),
@@ -52,12 +52,12 @@ def forward(
     specs = input_specs(call, block_q, block_k, at)
     inputs = specs.arrays(packed, codes)
     outputs = (
-        jax.ShapeDtypeStruct((call.B, call.K, call.T // t, G, t, c), packed.q.dtype),
-        jax.ShapeDtypeStruct((call.B, call.K, call.T // t, Gp, t), jnp.float32),
+        jax.ShapeDtypeStruct((call.B, call.K, G, call.T, c), packed.q.dtype),
+        jax.ShapeDtypeStruct((call.B, call.K, Gp, call.T), jnp.float32),
     )
     out_specs = (
-        pl.BlockSpec((1, 1, block_q // t, G, t, c), lambda b, n, i, j, *_: (b, n, i, 0, 0, 0)),
-        pl.BlockSpec((1, 1, block_q // t, Gp, t), lambda b, n, i, j, *_: (b, n, i, 0, 0)),
+        pl.BlockSpec((1, 1, G, block_q, c), lambda b, n, i, j, *_: (b, n, 0, i, 0)),
+        pl.BlockSpec((1, 1, Gp, block_q), lambda b, n, i, j, *_: (b, n, 0, i)),
     )
     run = pl.pallas_call(
         functools.partial(_kernel, call=call, visit=visit, names=specs.names, scratch_names=tuple(scratch)),
@@ -84,8 +84,7 @@ def _kernel(facts_q, facts_k, *refs, call: Call, visit: Any, names: tuple[str, .
     b, kv_head, i, j = (pl.program_id(n) for n in range(4))
     last = j == pl.num_programs(3) - 1
     block_q, block_k = call.forward
-    t = call.part_q
-    heads = call.G if block_q == t and call.G * block_q <= ROWS_AT_ONCE and block_q % 16 == 0 else 1
+    heads = call.G if call.G * block_q <= ROWS_AT_ONCE and block_q % 16 == 0 else 1
     rows = heads * block_q
 
     @pl.when(j == 0)
@@ -146,10 +145,8 @@ def _kernel(facts_q, facts_k, *refs, call: Call, visit: Any, names: tuple[str, .
             seen = (top > MASKED / 2) & (total > 0)
             safe = jnp.where(seen, total, 1.0)
             part = jnp.where(tile.wide(seen.astype(jnp.float32), call.c) > 0, scratch["sum"][n], 0.0)
-            out_ref[0, 0, :, n] = (part / tile.wide(safe, call.c)).astype(out_ref.dtype).reshape(-1, t, call.c)
-            lse = jnp.where(seen, top + jnp.log(safe) * (1 / math.log(2)), UNSEEN).T[:1]
-            for m in range(block_q // t):
-                lse_ref[0, 0, m, n : n + 1, :] = lse[:, m * t : (m + 1) * t]
+            out_ref[0, 0, n] = (part / tile.wide(safe, call.c)).astype(out_ref.dtype)
+            lse_ref[0, 0, n : n + 1] = jnp.where(seen, top + jnp.log(safe) * (1 / math.log(2)), UNSEEN).T[:1]
 
 
 def _rows(x: Array, block_q: int) -> Array:

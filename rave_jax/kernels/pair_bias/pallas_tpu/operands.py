@@ -1,9 +1,9 @@
 """From the public operands to what the kernels read, and the sizes they are compiled for.
 
 Heads come before tokens, so that one head's tokens are a matrix; lengths and widths are padded to whole blocks and
-lanes. Tokens are cut into parts, and all heads of a part lie together (I parts of t queries, J parts of s keys): a
-block is whole parts, and one copy brings it. What belongs to a token and is no vector (codes, row term, log-sum-exp)
-lies with tokens in the lanes: a column [T, 1] would be padded to 128 lanes.
+lanes. XLA lays an array [B, T, H, h] out like that anyway, so that queries, output and their gradients are where they
+are wanted and no copy is made; a block of queries is a piece of each head. What belongs to a token and is a few numbers
+(codes, gate channels, row term, log-sum-exp) lies with tokens in the lanes: a column [T, 1] would be padded to 128.
 """
 
 from __future__ import annotations
@@ -14,7 +14,15 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from rave_jax.kernels.pair_bias.base import NOWHERE, MaskCodes, PairBias, PairForm, Terms
+from rave_jax.kernels.pair_bias.base import (
+    NOWHERE,
+    MaskCodes,
+    PairBias,
+    PairForm,
+    Terms,
+    group_heads,
+    ungroup_heads,
+)
 from rave_jax.kernels.pair_bias.pallas_tpu.blocks import BlockSizes, ByFacts, Visit
 from rave_jax.kernels.pair_bias.pallas_tpu.tile import LANES, LOG2E, z_scale
 from rave_jax.typing import Array, Float, Int
@@ -44,10 +52,6 @@ class Call:
     """(queries, keys) in a block of the backward kernel, cut to T and S."""
     key_bytes: int
     """See `BlockSizes`."""
-    part_q: int
-    """Queries in a part (t)."""
-    part_k: int
-    """Keys in a part (s)."""
     dtype: str
     folded: bool
     """A linear gate rides in further channels of <q, k>."""
@@ -83,11 +87,14 @@ class Call:
 
     @property
     def keys_at_once(self) -> int:
-        """Keys whose gradients the backward kernel has room for, in whole blocks."""
+        """Keys whose gradients the backward kernel has room for, in whole blocks: about equal chunks of a row, since
+        each visits all queries."""
         numbers = self.h + self.c + (0 if self.r is None else self.rounded_channels)
         numbers += self.padded_group if self.key_bias else 0
         block = self.backward[1]
-        return min(max(self.key_bytes // (4 * numbers * block), 1) * block, self.S)
+        most, blocks = max(self.key_bytes // (4 * numbers * block), 1), self.S // block
+        chunks = -(-blocks // most)
+        return -(-blocks // chunks) * block
 
     @property
     def has_gain(self) -> bool:
@@ -98,17 +105,18 @@ class Call:
 class Packed(NamedTuple):
     """The float operands as the kernels read them. None where the call has none."""
 
-    q: Float[Array, "B K I G t h"]
+    q: Float[Array, "B K G T h"]
     k: Float[Array, "B K S h"]
     v: Float[Array, "B K S c"]
-    u: Float[Array, "B K I G r t"] | None = None
-    rows: Float[Array, "B K I 2*G t"] | None = None
-    """Row terms, then switches; each padded to whole sublanes."""
-    w: Float[Array, "B K J r s"] | None = None
-    keys: Float[Array, "B K J 8 s"] | None = None
+    u: Float[Array, "B K G r T"] | None = None
+    """As given: the kernels switch and scale it, or there would be a second one."""
+    rows: Float[Array, "B K 2*G T"] | None = None
+    """Row terms, then switches times the scale of z'; each padded to whole sublanes."""
+    w: Float[Array, "B K r S"] | None = None
+    keys: Float[Array, "B K 8 S"] | None = None
     """Switch, key term and a one, then zeros."""
     gain: Float[Array, "K G"] | None = None
-    key_bias: Float[Array, "B K J G s"] | None = None
+    key_bias: Float[Array, "B K G S"] | None = None
     """In log2; G padded to whole sublanes."""
 
 
@@ -155,58 +163,51 @@ def pack_codes(codes: MaskCodes) -> Codes:
 def pack(q: Array, k: Array, v: Array, terms: Terms, call: Call) -> Packed:
     """The float operands in the kernels' layout. Plain jnp: jax differentiates it, switches and scales included."""
     packed = Packed(
-        q=pad(query_parts(q, call), 5, call.h),
+        q=pad(heads_first(q, call), 4, call.h),
         k=pad(pad(jnp.moveaxis(k, 2, 1), 2, call.S), 3, call.h),
         v=pad(pad(jnp.moveaxis(v, 2, 1), 2, call.S), 3, call.c),
     )
     if terms.pair is not None:
         packed = packed._replace(**_pack_pair(terms.pair, call))
     if terms.per_key is not None:
-        heads = terms.per_key.reshape(call.B, -1, call.K, call.G) * LOG2E
-        packed = packed._replace(key_bias=pad(jnp.swapaxes(_key_parts(heads, call), 3, 4), 3, call.padded_group))
+        heads = _keys_last(terms.per_key * LOG2E, call).reshape(call.B, call.K, call.G, call.S)
+        packed = packed._replace(key_bias=pad(heads, 2, call.padded_group))
     return packed
 
 
 def _pack_pair(pair: PairBias, call: Call) -> dict[str, Array]:
     r = call.r
     assert r is not None
-    scaled = query_parts(pair.query_on.astype(jnp.float32), call) * z_scale(
+    scaled = heads_first(pair.query_on.astype(jnp.float32), call) * z_scale(
         call.form, call.scale if call.folded else None
     )
-    switches, rows = (pad(x, 3, call.padded_group) for x in (scaled, query_parts(pair.row, call) * scaled))
-    u = jnp.swapaxes(query_parts(pair.u, call) * scaled[..., None], 4, 5)
+    switches, rows = (pad(x, 2, call.padded_group) for x in (scaled, heads_first(pair.row, call) * scaled))
     key_on = pair.key_on.astype(jnp.float32)[..., None]
-    w = _key_parts(pair.w * key_on[..., None], call)
     ones = jnp.ones_like(pair.key)
-    keys = jnp.stack([key_on * ones, pair.key * key_on, ones], axis=-1)
+    keys = [_keys_last(x, call) for x in (key_on * ones, pair.key * key_on, ones)]
     packed = {
-        "u": pad(u, 4, r),
-        "rows": jnp.concatenate([rows, switches], axis=3),
-        "w": pad(jnp.swapaxes(w, 3, 4), 3, r),
-        "keys": pad(jnp.swapaxes(_key_parts(keys, call), 3, 4), 3, SUBLANES),
+        "u": pad(jnp.swapaxes(heads_first(pair.u, call), 3, 4), 3, r),
+        "rows": jnp.concatenate([rows, switches], axis=2),
+        "w": pad(_keys_last(pair.w * key_on[..., None], call), 2, r),
+        "keys": pad(jnp.stack(keys, axis=2), 2, SUBLANES),
     }
     if call.has_gain:
         packed["gain"] = pair.gain.reshape(call.K, call.G)
     return packed
 
 
-def query_parts(x: Float[Array, "B T H *rest"], call: Call) -> Float[Array, "B K I G t *rest"]:
-    """Query heads by kv head, tokens in parts."""
-    x = pad(x, 1, call.T)
-    x = x.reshape(call.B, -1, call.part_q, call.K, call.G, *x.shape[3:])
-    return jnp.moveaxis(x, (3, 4), (1, 3))
+def heads_first(x: Float[Array, "B T H *rest"], call: Call) -> Float[Array, "B K G T *rest"]:
+    """Query heads by kv head, before tokens."""
+    return group_heads(pad(x, 1, call.T), call.K)
 
 
-def unpack_queries(x: Float[Array, "B K I G t *rest"], T: int) -> Float[Array, "B T H *rest"]:
-    """The inverse of `query_parts`, without what was padded."""
-    x = jnp.moveaxis(x, (1, 3), (3, 4))
-    B, parts, t, K, G, *rest = x.shape
-    return x.reshape(B, parts * t, K * G, *rest)[:, :T]
+def heads_last(x: Float[Array, "B K G T *rest"], T: int) -> Float[Array, "B T H *rest"]:
+    """The inverse of `heads_first`, without what was padded."""
+    return ungroup_heads(x)[:, :T]
 
 
-def _key_parts(x: Float[Array, "B S K n"], call: Call) -> Float[Array, "B K J s n"]:
-    x = pad(x, 1, call.S)
-    return jnp.moveaxis(x.reshape(call.B, -1, call.part_k, *x.shape[2:]), 3, 1)
+def _keys_last(x: Float[Array, "B S K *rest"], call: Call) -> Float[Array, "B K *rest S"]:
+    return jnp.moveaxis(pad(x, 1, call.S), 1, -1)
 
 
 def nested(n: int, forward: int, backward: int) -> tuple[int, tuple[int, int]]:
@@ -273,8 +274,6 @@ def make_call(
         forward=(sizes_q[0], sizes_k[0]),
         backward=(sizes_q[1], sizes_k[1]),
         key_bytes=blocks.key_bytes,
-        part_q=min(sizes_q),
-        part_k=min(sizes_k),
         dtype=str(q.dtype),
         folded=blocks.fold_linear and terms.pair is not None and form.kind == "linear",
         interpret=interpret,

@@ -37,36 +37,44 @@ def input_specs(
 ) -> InputSpecs:
     """Blocks of the inputs that the call has; `at` gives (row, kv head, block of queries, block of keys) of a step.
 
-    `more` names arrays of the backward pass: d_out [B,K,I,G,t,c], and lse and delta [B,K,I,G,t].
+    `more` names arrays of the backward pass: d_out [B,K,G,T,c], and lse and delta [B,K,G,T].
     """
 
     def of(shape: tuple[int, ...], index: Callable[[Any, Any, Any, Any], tuple[Any, ...]]) -> pl.BlockSpec:
         return pl.BlockSpec(shape, lambda *step: index(*at(*step)))
 
-    G, Gp, t, s = call.G, call.padded_group, call.part_q, call.part_k
-    many_q, many_k = block_q // t, block_k // s
+    G, Gp = call.G, call.padded_group
+
+    def by_query(*rows: int) -> pl.BlockSpec:
+        """Rows of a kv head with its queries in the lanes."""
+        zeros = (0,) * len(rows)
+        return of((1, 1, *rows, block_q), lambda b, n, i, j: (b, n, *zeros, i))
+
+    def by_key(rows: int) -> pl.BlockSpec:
+        return of((1, 1, rows, block_k), lambda b, n, i, j: (b, n, 0, j))
+
     found = {
         "codes_q": of((1, SUBLANES, block_q), lambda b, n, i, j: (b, 0, i)),
         "codes_k": of((1, SUBLANES, block_k), lambda b, n, i, j: (b, 0, j)),
-        "q": of((1, 1, many_q, G, t, call.h), lambda b, n, i, j: (b, n, i, 0, 0, 0)),
+        "q": of((1, 1, G, block_q, call.h), lambda b, n, i, j: (b, n, 0, i, 0)),
         "k": of((1, 1, block_k, call.h), lambda b, n, i, j: (b, n, j, 0)),
         "v": of((1, 1, block_k, call.c), lambda b, n, i, j: (b, n, j, 0)),
     }
     if call.r is not None:
         found |= {
-            "u": of((1, 1, many_q, G, call.r, t), lambda b, n, i, j: (b, n, i, 0, 0, 0)),
-            "rows": of((1, 1, many_q, 2 * Gp, t), lambda b, n, i, j: (b, n, i, 0, 0)),
-            "w": of((1, 1, many_k, call.r, s), lambda b, n, i, j: (b, n, j, 0, 0)),
-            "keys": of((1, 1, many_k, SUBLANES, s), lambda b, n, i, j: (b, n, j, 0, 0)),
+            "u": by_query(G, call.r),
+            "rows": by_query(2 * Gp),
+            "w": by_key(call.r),
+            "keys": by_key(SUBLANES),
         }
     if call.has_gain:
         found["gain"] = pl.BlockSpec(memory_space=pltpu.SMEM)
     if call.key_bias:
-        found["key_bias"] = of((1, 1, many_k, Gp, s), lambda b, n, i, j: (b, n, j, 0, 0))
+        found["key_bias"] = by_key(Gp)
     backward = {
-        "d_out": of((1, 1, many_q, G, t, call.c), lambda b, n, i, j: (b, n, i, 0, 0, 0)),
-        "lse": of((1, 1, many_q, Gp, t), lambda b, n, i, j: (b, n, i, 0, 0)),
-        "delta": of((1, 1, many_q, Gp, t), lambda b, n, i, j: (b, n, i, 0, 0)),
+        "d_out": of((1, 1, G, block_q, call.c), lambda b, n, i, j: (b, n, 0, i, 0)),
+        "lse": by_query(Gp),
+        "delta": by_query(Gp),
     }
     found |= {name: backward[name] for name in more}
     return InputSpecs(tuple(found), tuple(found.values()))
@@ -96,33 +104,35 @@ class Inputs:
 
     def key_bias(self, n: Any, heads: int) -> Array:
         """[heads, block_k] of the n-th lot of heads."""
-        return side_by_side(self.refs["key_bias"][0, 0, :, pl.ds(n * heads, heads)])
+        return self.refs["key_bias"][0, 0, pl.ds(n * heads, heads)]
 
     def query_head(self, name: str, n: Any, heads: int) -> Array:
         """q or d_out of the n-th lot of heads, [heads * block_q, h]."""
-        x = self.refs[name][0, 0, :, pl.ds(n * heads, heads)]
-        parts, _, t, h = x.shape
-        # A lot of several heads is a block of one part, so heads come first either way.
-        return x.reshape(heads * parts * t, h)
+        x = self.refs[name][0, 0, pl.ds(n * heads, heads)]
+        return x.reshape(-1, x.shape[-1])
 
     def query_row(self, name: str, n: Any) -> Array:
         """A number of each query, [1, block_q]."""
-        return side_by_side(self.refs[name][0, 0, :, pl.ds(n, 1)])
+        return self.refs[name][0, 0, pl.ds(n, 1)]
 
     def key_channels(self) -> Array:
         """The keys' side of z', float32 [channels, block_k]."""
-        return jnp.concatenate([side_by_side(self.refs[name][0, 0]) for name in ("w", "keys")], axis=0)
+        return jnp.concatenate([self.refs[name][0, 0] for name in ("w", "keys")], axis=0)
 
     def query_channels(self, n: Any, call: Call) -> Array:
         """The queries' side of z' for one head, float32 [channels, block_q]."""
-        u = side_by_side(self.refs["u"][0, 0, :, n])
-        row, switch = self.query_row("rows", n), self.query_row("rows", call.padded_group + n)
+        row, switch = self.query_row("rows", n), self.switch(n, call)
+        u = self.refs["u"][0, 0, n] * switch
         # Against the keys' [switch, key term, 1]: the row term and a one, both zero where the query is off, and what
         # is added everywhere.
         sublane = jax.lax.broadcasted_iota(jnp.int32, (SUBLANES, row.shape[1]), 0)
         offset = jnp.where(sublane == 2, tile.z_offset(call.form), 0.0)
         last = jnp.where(sublane == 0, row, jnp.where(sublane == 1, switch, offset))
         return jnp.concatenate([u, last], axis=0)
+
+    def switch(self, n: int, call: Call) -> Array:
+        """Of the queries of one head, times the scale of z', [1, block_q]."""
+        return self.query_row("rows", call.padded_group + n)
 
     def keep_queries(self, scratch: dict[str, Any], kv_head: Any, call: Call) -> None:
         """What belongs to the block of queries and is needed as columns, made once for all blocks of keys."""
@@ -147,11 +157,6 @@ class Inputs:
             for name in ("lse", "delta"):
                 if name in scratch:
                     scratch[name][n] = tile.column(self.query_row(name, n))
-
-
-def side_by_side(x: Array) -> Array:
-    """Parts [m, n, t] with their tokens in a row, [n, m * t]."""
-    return jnp.concatenate([x[m] for m in range(x.shape[0])], axis=1)
 
 
 def compiler_params(in_turn: int) -> Any:
