@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -45,7 +46,7 @@ def text_rotation(
     else:
         axis = np.repeat(np.arange(len(sections)) % 3, sections)
         angles = jnp.moveaxis(positions, 0, -1)[..., axis].astype(jnp.float32) * frequencies
-    return Rotation(jnp.cos(angles), jnp.sin(angles))
+    return _rotation(angles)
 
 
 def patch_rotation(place: Int[Array, "B P 2"], head_dim: int, theta: float) -> Rotation:
@@ -53,8 +54,13 @@ def patch_rotation(place: Int[Array, "B P 2"], head_dim: int, theta: float) -> R
     the column, at the same h/4 frequencies."""
     frequencies = jnp.asarray(_frequencies(head_dim // 4, theta))
     angles = place[..., None].astype(jnp.float32) * frequencies
-    angles = angles.reshape(*place.shape[:-1], head_dim // 2)
-    return Rotation(jnp.cos(angles), jnp.sin(angles))
+    return _rotation(angles.reshape(*place.shape[:-1], head_dim // 2))
+
+
+def _rotation(angles: Float[Array, "B T half"]) -> Rotation:
+    # An array of its own: where layers stand apart, the CPU compiler would else compute it again in each of them, and
+    # there for every head.
+    return Rotation(*jax.lax.optimization_barrier((jnp.cos(angles), jnp.sin(angles))))
 
 
 def rotate(x: Float[Array, "B T H h"], rotation: Rotation) -> Float[Array, "B T H h"]:
