@@ -115,8 +115,7 @@ def choose(
         seen: tokens of the row's prompt and answer, for the penalty.
         count: tokens the row has generated so far; at least 0.
     """
-    kept = filtered(logits, rows, seen)
-    best = jnp.argmax(kept, axis=-1).astype(jnp.int32)
+    best = jnp.argmax(_penalised(logits, rows, seen), axis=-1).astype(jnp.int32)
     greedy = rows.temperature == 0
 
     def draw() -> Int[Array, "B"]:
@@ -127,9 +126,10 @@ def choose(
             # hardly ever drawn. mode="high" would mend it for three times the cost.
             return jax.random.categorical(key, row)
 
+        kept = filtered(logits, rows, seen)
         return jax.vmap(one)(jnp.asarray(rows.seed, jnp.uint32), count, kept).astype(jnp.int32)
 
-    # A number for every token of the vocabulary is made only when some row uses them.
+    # Rules are followed, and a number for every token of the vocabulary is made, only when some row uses them.
     drawn = jax.lax.cond(jnp.all(greedy), lambda: best, draw)
     return jnp.where(greedy, best, drawn)
 
@@ -140,11 +140,8 @@ def filtered(logits: Float[Array, "B V"], rows: RowSampling, seen: Bool[Array, "
     The order is that of transformers' generate: repetition penalty, temperature, top-k, top-p, min-p, each over what
     the ones before left. A row of temperature 0 has the penalty alone. Equal logits stay or go together.
     """
-    logits = logits.astype(jnp.float32)
     greedy = rows.temperature == 0
-    penalty = rows.repetition_penalty[:, None]
-    logits = jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
-    logits = logits / jnp.where(greedy, 1, rows.temperature)[:, None]
+    logits = _penalised(logits, rows, seen) / jnp.where(greedy, 1, rows.temperature)[:, None]
     # Each rule keeps what is at least as likely as some token, so a rule is one number per row.
     sorts = ~greedy & ((rows.top_k > 0) | (rows.top_p < 1))
     nothing = jnp.full(logits.shape[:1], -jnp.inf, jnp.float32)
@@ -153,6 +150,13 @@ def filtered(logits: Float[Array, "B V"], rows: RowSampling, seen: Bool[Array, "
     floor = jnp.maximum(floor, jnp.max(logits, axis=-1) + jnp.log(rows.min_p))
     floor = jnp.where(greedy, -jnp.inf, floor)[:, None]
     return jnp.where(logits >= floor, logits, -jnp.inf)
+
+
+def _penalised(logits: Float[Array, "B V"], rows: RowSampling, seen: Bool[Array, "B V"]) -> Float[Array, "B V"]:
+    """Logits after the repetition penalty, float32."""
+    logits = logits.astype(jnp.float32)
+    penalty = rows.repetition_penalty[:, None]
+    return jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
 
 
 def _floor(logits: Float[Array, "B V"], top_k: Int[Array, "B"], top_p: Float[Array, "B"]) -> Float[Array, "B"]:
