@@ -165,9 +165,13 @@ def read(stored: StoredKeys, layer: Array, dtype: jnp.dtype) -> Keys:
 
 def write_info(held: TokenInfo, start: Int[Array, "B"], new: TokenInfo) -> TokenInfo:
     """`write` for the token codes [B,S]."""
+    S, T = held.segment.shape[1], new.segment.shape[1]
+    # Every slot picks its code: for arrays this small one pass is quicker than a scatter and the copies around it.
+    place = jnp.arange(S, dtype=jnp.int32) - start[:, None]
+    written = (place >= 0) & (place < T) & (start[:, None] + T <= S)
 
     def run(old: Array, codes: Array) -> Array:
-        return _write_runs(old[None, :, None], jnp.int32(0), start, codes[:, None])[0, :, 0]
+        return jnp.where(written, jnp.take_along_axis(codes, place, axis=1, mode="clip"), old)
 
     return jax.tree.map(run, held, new)
 
