@@ -10,15 +10,16 @@ import pytest
 from rave_jax.models.layers import FEW_ROWS, product
 
 
+@pytest.mark.parametrize("out", [40, 41])
 @pytest.mark.parametrize("rows", [(1,), (2,), (8, 1), (2, FEW_ROWS // 2), (FEW_ROWS + 1,)])
-def test_products_and_their_gradients(rows: tuple[int, ...]) -> None:
+def test_products_and_their_gradients(rows: tuple[int, ...], out: int) -> None:
     rng = np.random.default_rng(0)
-    x, matrix, weight = (rng.standard_normal(shape, np.float32) for shape in ((*rows, 24), (40, 24), (*rows, 40)))
+    x, matrix, weight = (rng.standard_normal(shape, np.float32) for shape in ((*rows, 24), (out, 24), (*rows, out)))
     y, pull = jax.vjp(jax.jit(lambda x, matrix: product(x, matrix, jnp.dtype(jnp.float32))), x, matrix)
     dx, dmatrix = pull(jnp.asarray(weight))
     np.testing.assert_allclose(y, x @ matrix.T, rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(dx, weight @ matrix, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(dmatrix, weight.reshape(-1, 40).T @ x.reshape(-1, 24), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(dmatrix, weight.reshape(-1, out).T @ x.reshape(-1, 24), rtol=1e-5, atol=1e-5)
 
 
 def test_only_a_cpu_takes_the_weight_on_the_left() -> None:
