@@ -5,8 +5,8 @@ prefetched list; so copies are double-buffered, go on from one kv head to the ne
 copied again. All query heads of the kv head are in one step. Where heads choose apart, the list is that of the regions
 that some head of the group chose, and steps behind its end do nothing.
 
-What is added to the scores, mask and pair bias alike, is made before the kernel: with one query that is a number for
-each head and listed key, and its operands are gathered as the regions are.
+What is added to the scores is made before the kernel and gathered as the regions are: a number for each listed slot (is
+it real?), one for each head and listed region (did it choose?), and with a pair bias one for each head and listed slot.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from rave_jax.kernels.pair_bias import PairForm, support
 from rave_jax.kernels.pair_bias.pallas_tpu.tile import LANES, MASKED, UNSEEN, product
-from rave_jax.kernels.routed.gather.base import Operands, bias_of, listed, open_slots, union
+from rave_jax.kernels.routed.gather.base import Operands, bias_of, listed, union
 from rave_jax.parallel.sharding import current_mesh
 from rave_jax.typing import Array, Float, Int
 
@@ -89,12 +89,11 @@ def over(
     (B, K, G, h), (m, c) = q.shape, v.shape[3:]
     n = regions_of_step(m)
     steps = index.shape[2] // n
-    added = _added(operands, index, count, form)
-    added = jnp.moveaxis(added.reshape(B, K, -1, steps, n, m), 2, 4)
     if not interpret:
         # A cache that fits would else be brought to the chip whole before the kernel starts.
         k, v = (pltpu.with_memory_space_constraint(x, pltpu.HBM) for x in (k, v))
-    inputs = (q, added, *[k] * n, *[v] * n)
+    extras = _extras(operands, index, form, n)
+    inputs = (q, *extras.values(), *[k] * n, *[v] * n)
     outputs = (
         jax.ShapeDtypeStruct((B, K, G, c), jnp.float32),
         jax.ShapeDtypeStruct((B, K, G, LANES), jnp.float32),
@@ -105,15 +104,15 @@ def over(
 
     in_specs = (
         of_head(G, h),
-        pl.BlockSpec((None, None, None, *added.shape[3:]), lambda b, g, i, *_: (b, g, i, 0, 0, 0)),
+        *(pl.BlockSpec((None, None, None, *x.shape[3:]), _step(x.ndim, n, K)) for x in extras.values()),
         *(pl.BlockSpec((None, None, None, m, h), _region(j, n, K, steps)) for j in range(n)),
         *(pl.BlockSpec((None, None, None, m, c), _region(j, n, K, steps)) for j in range(n)),
     )
     pairs = B * K * G * steps * n * m
-    copied = [x.size * x.dtype.itemsize for x in (q, added, *outputs)]
+    copied = [x.size * x.dtype.itemsize for x in (q, *extras.values(), *outputs)]
     copied += [B * K * steps * n * m * width * x.dtype.itemsize for x, width in ((k, h), (v, c))]
     run = pl.pallas_call(
-        functools.partial(_kernel, n=n, K=K, scale=scale),
+        functools.partial(_kernel, names=tuple(extras), n=n, K=K, scale=scale),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=(B, K, steps),
@@ -149,24 +148,44 @@ def length_of_list(operands: Operands, most: int) -> int:
 
 
 def _region(j: int, n: int, K: int, steps: int) -> Callable[..., tuple[Any, ...]]:
-    """Index map of a step's j-th region."""
+    """Index map of a step's j-th region. Behind the list's end it stays at the one before: nothing is copied."""
 
-    def at(b: Any, g: Any, i: Any, index: Any, _count: Any) -> tuple[Any, ...]:
-        return b, g, index[((b * K + g) * steps + i) * n + j], 0, 0
+    def at(b: Any, g: Any, i: Any, index: Any, count: Any) -> tuple[Any, ...]:
+        row = b * K + g
+        i = jnp.minimum(i, jnp.maximum(count[row] - 1, 0) // n)
+        i = jnp.where((i > 0) & (i * n + j >= count[row]), i - 1, i)
+        return b, g, index[(row * steps + i) * n + j], 0, 0
 
     return at
 
 
-def _added(
-    operands: Operands, index: Int[Array, "B K n"], count: Int[Array, "B K"], form: PairForm
-) -> Float[Array, "B K #G nm"]:
-    """What the scores of the listed keys get: MASKED where one is not open, else its pair bias."""
-    open_ = open_slots(operands, index, count)
-    added = 0.0 if operands.bias is None else bias_of(operands.bias, index, form)
-    return jnp.swapaxes(jnp.where(open_, added, MASKED), 2, 3)
+def _step(axes: int, n: int, K: int) -> Callable[..., tuple[Any, ...]]:
+    """Index map of what lies step by step: behind the list's end it stays where it is."""
+
+    def at(b: Any, g: Any, i: Any, _index: Any, count: Any) -> tuple[Any, ...]:
+        last = jnp.maximum(count[b * K + g] - 1, 0) // n
+        return b, g, jnp.minimum(i, last), *[0] * (axes - 3)
+
+    return at
 
 
-def _kernel(_index, count, q, added, *refs, n: int, K: int, scale: float):
+def _extras(operands: Operands, index: Int[Array, "B K n"], form: PairForm, n: int) -> dict[str, Array]:
+    """What the kernel needs beside q, k and v, step by step: float32 masks, 1 where open, and the pair bias."""
+    (B, K, length), m = index.shape, operands.k.shape[3]
+    slots = jax.vmap(lambda rows, at: rows[at])(operands.real, index)
+    found = {"slots": slots.reshape(B, K, length // n, n, m).astype(jnp.float32)}
+    if operands.chosen.shape[2] > 1:
+        heads = jnp.take_along_axis(jnp.swapaxes(operands.chosen, 2, 3), index[..., None], axis=2)
+        heads = heads.reshape(B, K, length // n, n, -1).astype(jnp.float32)
+        found["heads"] = jnp.swapaxes(heads, 3, 4)
+    if operands.bias is not None:
+        bias = bias_of(operands.bias, index, form).reshape(B, K, length // n, n, m, -1)
+        found["bias"] = jnp.swapaxes(bias, 4, 5)
+    return found
+
+
+def _kernel(_index, count, q, *refs, names: tuple[str, ...], n: int, K: int, scale: float):
+    extras, refs = dict(zip(names, refs, strict=False)), refs[len(names) :]
     k, v = refs[:n], refs[n : 2 * n]
     out_ref, lse_ref, top_ref, total_ref, sum_ref = refs[2 * n :]
     i = pl.program_id(2)
@@ -177,14 +196,20 @@ def _kernel(_index, count, q, added, *refs, n: int, K: int, scale: float):
         total_ref[...] = jnp.zeros(total_ref.shape, jnp.float32)
         sum_ref[...] = jnp.zeros(sum_ref.shape, jnp.float32)
 
-    @pl.when(i * n < count[pl.program_id(0) * K + pl.program_id(1)])
+    listed_here = count[pl.program_id(0) * K + pl.program_id(1)] - i * n
+
+    @pl.when(listed_here > 0)
     def _visit():
         scores = []
         for j in range(n):
-            extra = added[j]
-            x = product(q[...], k[j][...], (1, 1)) * scale + extra
-            # Not by the sum alone: slots without a key may hold anything finite.
-            scores.append(jnp.where(extra > MASKED / 2, x, MASKED))
+            x = product(q[...], k[j][...], (1, 1)) * scale
+            if "bias" in extras:
+                x = x + extras["bias"][j]
+            open_ = jnp.where(j < listed_here, extras["slots"][j : j + 1, :], 0.0)
+            if "heads" in extras:
+                open_ = open_ * extras["heads"][:, j : j + 1]
+            # Chosen, not added: slots without a key may hold anything finite.
+            scores.append(jnp.where(open_ > 0, x, MASKED))
         top = top_ref[...]
         highest = functools.reduce(jnp.maximum, scores)
         new_top = jnp.maximum(top, jnp.max(highest, axis=1, keepdims=True))

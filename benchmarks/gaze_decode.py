@@ -1,0 +1,247 @@
+"""Decoding one token over a visual cache of 20,480 tokens: the tenth of its regions that are chosen, against all.
+
+A layer of Qwen2.5-VL 7B (28 query heads, 4 kv heads of 128), one row, numbers of seed 0, on the device that jax finds.
+Ours is everything that a step does: scores of the regions from their descriptors, the choice, the attention. The dense
+side is the fastest of several forms, each in the layout that suits it. A round runs all of them in turn with the
+round's own query, so each finds the processor's caches full of another's numbers; a ratio is the median of the rounds'.
+
+    python benchmarks/gaze_decode.py --json gaze_decode.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from estimates import ratio
+from kernel_bytes import recorded
+
+from rave_jax.kernels import pair_bias
+from rave_jax.kernels.pair_bias import MaskCodes, PairForm
+from rave_jax.kernels.routed import RouteRule, gather_attention
+from rave_jax.kernels.routed.base import choose
+from rave_jax.kernels.routed.gather import pallas_tpu
+from rave_jax.kernels.routed.gather.base import Operands, listed, union
+from rave_jax.tools.tpu import copied_bytes
+
+K, G, HEAD_DIM = 4, 7, 128
+TOKENS, SHARE = 20480, 0.1
+QUERIES = 8
+"""Queries that rounds go through."""
+TIME_AIMS = {"group": 0.2, "head": 1.0}
+BYTES_AIMS = {"group": 0.14, "head": 1.1}
+
+
+class Layout(NamedTuple):
+    """Regions of the cache: how many, slots in each, and which hold a token."""
+
+    name: str
+    regions: int
+    slots: int
+    real: np.ndarray
+
+
+def even(slots: int) -> Layout:
+    """Regions of 36 tokens, all full but the last, in so many slots."""
+    regions = -(-TOKENS // 36)
+    held = np.minimum(36, TOKENS - 36 * np.arange(regions))
+    name = f"{regions} regions of 36" + (f" in {slots} slots" if slots > 36 else "")
+    return Layout(name, regions, slots, np.arange(slots) < held[:, None])
+
+
+def frames() -> Layout:
+    """64 frames of 16 x 20 tokens in regions of 6 x 6, cut off at the frame's edge."""
+    sides = [[min(6, side - 6 * n) for n in range(-(-side // 6))] for side in (16, 20)]
+    held = np.tile(np.outer(*map(np.array, sides)).reshape(-1), 64)
+    return Layout(f"64 frames of 16 x 20 in {len(held)} regions of 6 x 6", len(held), 36, np.arange(36) < held[:, None])
+
+
+class Cache(NamedTuple):
+    """A row's visual cache, and queries."""
+
+    q: Any
+    k: Any
+    v: Any
+    real: Any
+    descriptor: Any
+
+
+def make(layout: Layout, dtype: str) -> Cache:
+    """Random keys, values and queries, so heads choose independently; descriptors are means of keys."""
+    random = np.random.default_rng(0)
+    shape = (1, K, layout.regions, layout.slots, HEAD_DIM)
+    k, v = (random.normal(size=shape).astype(np.float32) * layout.real[..., None] for _ in range(2))
+    mean = k.sum(3) / layout.real.sum(1)[:, None]
+    q = random.normal(size=(QUERIES, 1, K, G, HEAD_DIM)).astype(np.float32)
+    real, descriptor = jnp.asarray(layout.real[None]), jnp.asarray(mean)
+    return Cache(*(jnp.asarray(x, dtype) for x in (q, k, v)), real, descriptor)
+
+
+def chosen_of(q: Any, descriptor: Any, share: str) -> Any:
+    """[B,K,N,R]."""
+    scores = jnp.einsum("BKRh,BKGh->BKRG", descriptor, q.astype(jnp.float32), precision="highest")
+    scores = jnp.swapaxes(scores, 2, 3)[:, :, :, None]
+    candidate = jnp.ones((1, 1, 1, 1, scores.shape[-1]), bool)
+    rule = RouteRule(SHARE, share="group" if share == "group" else "head")
+    return choose(scores, candidate, jnp.float32(0), rule).chosen[:, :, :, 0]
+
+
+def ours(layout: Layout, share: str) -> Callable[..., Any]:
+    """Region scores, choice and attention."""
+    most = math.ceil(SHARE * layout.regions)
+
+    @jax.jit
+    def run(q: Any, k: Any, v: Any, real: Any, descriptor: Any) -> Any:
+        chosen = chosen_of(q, descriptor, share)
+        flat = q.reshape(1, K * G, HEAD_DIM)
+        how: Any = {"scale": HEAD_DIM**-0.5, "implementation": "xla"}
+        return gather_attention(flat, k, v, real, chosen, most, None, PairForm(), **how)
+
+    return run
+
+
+def keys_on_the_left(q: Any, k: Any, v: Any) -> Any:
+    """Of [B,K,S,h]."""
+    scores = jnp.einsum("BKSh,BKGh->BKSG", k, q, preferred_element_type=jnp.float32) * HEAD_DIM**-0.5
+    return jnp.einsum("BKSG,BKSh->BKGh", jax.nn.softmax(scores, axis=2).astype(v.dtype), v)
+
+
+def turned_scores(q: Any, k: Any, v: Any) -> Any:
+    """Of [B,K,S,h], the softmax along the last axis."""
+    scores = jnp.einsum("BKSh,BKGh->BKSG", k, q, preferred_element_type=jnp.float32) * HEAD_DIM**-0.5
+    weights = jax.nn.softmax(jnp.swapaxes(scores, 2, 3), axis=-1)
+    return jnp.einsum("BKGS,BKSh->BKGh", weights.astype(v.dtype), v)
+
+
+def queries_on_the_left(q: Any, k: Any, v: Any) -> Any:
+    """Of [B,K,S,h]."""
+    scores = jnp.einsum("BKGh,BKSh->BKGS", q, k, preferred_element_type=jnp.float32) * HEAD_DIM**-0.5
+    return jnp.einsum("BKGS,BKSh->BKGh", jax.nn.softmax(scores, axis=-1).astype(v.dtype), v)
+
+
+def in_float32(q: Any, k: Any, v: Any) -> Any:
+    """Of [B,K,S,h]."""
+    return keys_on_the_left(*(x.astype(jnp.float32) for x in (q, k, v)))
+
+
+def jax_own(q: Any, k: Any, v: Any) -> Any:
+    """Of [B,S,K,h]."""
+    return jax.nn.dot_product_attention(q.reshape(1, 1, K * G, HEAD_DIM), k, v)
+
+
+def our_dense(q: Any, k: Any, v: Any) -> Any:
+    """Of [B,S,K,h]."""
+    S = k.shape[1]
+    one, all_ = jnp.zeros((1, 1), jnp.int32), jnp.arange(S, dtype=jnp.int32)[None]
+    codes = MaskCodes(one, one + S, all_, one - 1, jnp.full_like(all_, -2))
+    return pair_bias.attention(q.reshape(1, 1, K * G, HEAD_DIM), k, v, codes, scale=HEAD_DIM**-0.5)[0]
+
+
+HEADS_FIRST = (keys_on_the_left, turned_scores, queries_on_the_left, in_float32)
+TOKENS_FIRST = (jax_own, our_dense)
+
+
+def time_rows(rounds: int, dtype: str, share: str) -> Iterator[dict[str, Any]]:
+    """Seconds of a step of ours to those of the fastest dense form."""
+    layout = even(36)
+    cache = make(layout, dtype)
+    dense = [x.reshape(1, K, -1, HEAD_DIM)[:, :, :TOKENS] for x in cache[1:3]]
+    turned = [jnp.swapaxes(x, 1, 2) for x in dense]
+    runs: dict[str, tuple[Callable[..., Any], list[Any]]] = {"ours": (ours(layout, share), list(cache[1:]))}
+    runs |= {x.__name__: (jax.jit(x), dense) for x in HEADS_FIRST}
+    runs |= {x.__name__: (jax.jit(x), turned) for x in TOKENS_FIRST}
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for n in range(rounds + 1):
+        for name, (run, operands) in runs.items():
+            start = time.perf_counter()
+            jax.block_until_ready(run(cache.q[n % QUERIES], *operands))
+            seconds[name].append(time.perf_counter() - start)
+    seconds = {name: found[1:] for name, found in seconds.items()}  # the first compiles
+    medians = {name: statistics.median(found) for name, found in seconds.items()}
+    fastest = min((name for name in medians if name != "ours"), key=medians.__getitem__)
+    ratios = [a / b for a, b in zip(seconds["ours"], seconds[fastest], strict=True)]
+    more: dict[str, Any] = {
+        "fastest_dense": fastest,
+        "milliseconds": {name: round(1e3 * x, 2) for name, x in medians.items()},
+    }
+    more |= {"least": round(min(ratios), 3), "most": round(max(ratios), 3), "rounds": rounds}
+    name = f"time of a step to dense, {SHARE:.0%} of {layout.name}, a choice per {share}, {dtype}"
+    yield ratio(name, jax.devices()[0].device_kind, statistics.median(ratios), TIME_AIMS[share], more)
+
+
+def bytes_rows(layout: Layout, dtype: str, share: str) -> Iterator[dict[str, Any]]:
+    """Bytes of keys, values and descriptors that a step reads, by the lists that the choices give; mean of the queries.
+
+    Per group to all keys and values of the tokens (dense); per head to those of the regions that the group chose. Empty
+    slots are read, and count; they are no part of what is compared with.
+    """
+    cache = make(layout, dtype)
+    slot = 2 * HEAD_DIM * cache.k.dtype.itemsize
+    taken, filled = 0.0, 0.0
+    for q in cache.q:
+        read = np.asarray(union(chosen_of(q, cache.descriptor, share)))[0]
+        taken += read.sum() * layout.slots * slot / QUERIES
+        filled += (read @ layout.real.sum(1)).sum() * slot / QUERIES
+    read_bytes, all_bytes = taken + cache.descriptor.nbytes, K * TOKENS * slot
+    against = all_bytes if share == "group" else filled
+    share_read = filled / all_bytes
+    more = {
+        "of_tokens": round(share_read, 4),
+        "padding": round(taken / filled, 4),
+        "to_dense": round(read_bytes / all_bytes, 3),
+    }
+    what = "dense" if share == "group" else "those of the regions that its group chose"
+    name = f"bytes of a step to {what}, {SHARE:.0%} of {layout.name}, a choice per {share}, {dtype}"
+    yield ratio(name, "any", read_bytes / against, BYTES_AIMS[share], more)
+
+
+def grid_rows(share: str) -> Iterator[dict[str, Any]]:
+    """The same of the TPU kernel, all that its grid copies, by its index maps on concrete lists."""
+    layout = even(40)
+    cache = make(layout, "bfloat16")
+    chosen = chosen_of(cache.q[0], cache.descriptor, share)
+    operands = Operands(cache.q[0], cache.k, cache.v, cache.real, chosen, None)
+    index, count = listed(union(chosen), pallas_tpu.length_of_list(operands, math.ceil(SHARE * layout.regions)))
+    call = recorded(lambda: pallas_tpu.over(operands, index, count, PairForm(), 1.0, interpret=True), 2)
+    copied = copied_bytes(call.grid, call.operands, (index.reshape(-1), count.reshape(-1)))
+    slot = 2 * HEAD_DIM * 2
+    read_bytes = sum(copied.values()) + cache.descriptor.nbytes
+    filled = float((np.asarray(union(chosen))[0] @ layout.real.sum(1)).sum()) * slot
+    against, what = (K * TOKENS * slot, "dense") if share == "group" else (filled, "those of the group's regions")
+    name = f"bytes that the TPU kernel's grid copies, and descriptors, to {what}, {layout.name}, a choice per {share}"
+    more = {"steps": math.prod(call.grid), "to_dense": round(read_bytes / (K * TOKENS * slot), 3)}
+    yield ratio(name, "any", read_bytes / against, BYTES_AIMS[share], more)
+
+
+def rows(rounds: int) -> Iterator[dict[str, Any]]:
+    """All of them."""
+    for share in ("group", "head"):
+        for dtype in ("float32", "bfloat16"):
+            yield from time_rows(rounds, dtype, share)
+            yield from bytes_rows(even(36), dtype, share)
+            yield from bytes_rows(frames(), dtype, share)
+        yield from grid_rows(share)
+
+
+def main() -> None:
+    """Time, count and print; with --json also write the rows."""
+    parser = argparse.ArgumentParser(description="Decoding over chosen regions of a visual cache.")
+    parser.add_argument("--json", type=Path, help="write the rows there")
+    parser.add_argument("--rounds", type=int, default=24, help="of the timing")
+    args = parser.parse_args()
+    found = list(rows(args.rounds))
+    if args.json:
+        args.json.write_text(json.dumps(found, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
