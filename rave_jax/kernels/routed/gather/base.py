@@ -68,42 +68,46 @@ def taken(x: Array, index: Int[Array, "B K n"], *, flat: bool = False) -> Array:
     return regions.reshape(B, K, n * m, *rest)
 
 
-def open_slots(operands: Operands, index: Int[Array, "B K n"], count: Int[Array, "B K"]) -> Bool[Array, "B K nm #G"]:
+def open_slots(operands: Operands, index: Int[Array, "B K n"], count: Int[Array, "B K"]) -> Bool[Array, "B K #G nm"]:
     """Which slots of the listed regions each head may see; `count` of the list are meant."""
     B, K, n = index.shape
     live = jnp.arange(n) < count[..., None]
     mine = jax.vmap(lambda rows, at: rows[at])(operands.real, index) & live[..., None]
     if operands.chosen.shape[2] == 1:
-        return mine.reshape(B, K, -1, 1)
-    heads = jnp.take_along_axis(jnp.swapaxes(operands.chosen, 2, 3), index[..., None], axis=2)
-    return (mine[..., None] & heads[:, :, :, None]).reshape(B, K, -1, heads.shape[-1])
+        return mine.reshape(B, K, 1, -1)
+    heads = jnp.take_along_axis(operands.chosen, index[:, :, None], axis=3)
+    return (mine[:, :, None] & heads[..., None]).reshape(B, K, heads.shape[2], -1)
 
 
-def bias_of(bias: RegionBias, index: Int[Array, "B K n"], form: PairForm) -> Float[Array, "B K nm G"]:
+def bias_of(bias: RegionBias, index: Int[Array, "B K n"], form: PairForm) -> Float[Array, "B K G nm"]:
     """The pair bias of the listed regions' slots."""
     B, K, _ = index.shape
 
     def heads(x: Array) -> Array:
         return x.reshape(B, K, -1, *x.shape[2:])
 
-    z = jnp.einsum(
-        "BKSr,BKGr->BKSG", taken(bias.w, index, flat=True), heads(bias.u), preferred_element_type=jnp.float32
-    )
-    z = z + heads(bias.row)[:, :, None] + taken(bias.key, index)[..., None]
-    found = form(z, bias.gain.reshape(1, K, 1, -1))
-    return jnp.where(heads(bias.query_on)[:, :, None], found, 0.0)
+    z = key_products(taken(bias.w, index, flat=True), heads(bias.u))
+    z = z + heads(bias.row)[..., None] + taken(bias.key, index)[:, :, None]
+    found = form(z, bias.gain.reshape(1, K, -1, 1))
+    return jnp.where(heads(bias.query_on)[..., None], found, 0.0)
+
+
+def key_products(k: Float[Array, "B K S h"], q: Float[Array, "B K G h"]) -> Float[Array, "B K G S"]:
+    """<q, k> of every head and key, float32. The keys stand on the left of the product: on the right of one with few
+    rows a CPU copies them first."""
+    return jnp.swapaxes(jnp.einsum("BKSh,BKGh->BKSG", k, q, preferred_element_type=jnp.float32), 2, 3)
 
 
 def softmax_over(
-    scores: Float[Array, "B K S G"], open_: Bool[Array, "B K S #G"], v: Float[Array, "B K S c"]
+    scores: Float[Array, "B K G S"], open_: Bool[Array, "B K #G S"], v: Float[Array, "B K S c"]
 ) -> tuple[Float[Array, "B K G c"], Float[Array, "B K G"], Float[Array, "B K G"]]:
     """(sum of weights times values, greatest score, sum of weights), float32; weights are exp(score - greatest), and
     -inf is the greatest of nothing."""
     scores = jnp.where(open_, scores, -jnp.inf)
-    top = jnp.max(scores, axis=2)
-    weights = jnp.exp(scores - jnp.where(top == -jnp.inf, 0.0, top)[:, :, None])
-    part = jnp.einsum("BKSG,BKSc->BKGc", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
-    return part, top, jnp.sum(weights, axis=2)
+    top = jnp.max(scores, axis=-1)
+    weights = jnp.exp(scores - jnp.where(top == -jnp.inf, 0.0, top)[..., None])
+    part = jnp.einsum("BKGS,BKSc->BKGc", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    return part, top, jnp.sum(weights, axis=-1)
 
 
 def finished(

@@ -36,6 +36,8 @@ MOST_REGIONS = 16
 """Regions of a grid step, at most: each is an operand with an index of its own."""
 MOST_LISTED = 1 << 16
 """Numbers that the list may have, all rows and kv heads together: it lies in scalar memory."""
+MOST_BYTES = 8 << 20
+"""Of a step's keys and values, both buffers."""
 
 
 def against(operands: Operands, most: int) -> str | None:
@@ -53,6 +55,9 @@ def against(operands: Operands, most: int) -> str | None:
     mesh = current_mesh()
     if mesh is not None and mesh.size > 1:
         return f"it is for one device, and the mesh has {mesh.size}"
+    step = 2 * regions_of_step(m) * m * sum(widths) * k.dtype.itemsize
+    if step > MOST_BYTES:
+        return f"regions of {m} slots take {step} bytes of the chip's own memory, at most {MOST_BYTES} are for them"
     size = math.prod(q.shape[:2]) * length_of_list(operands, most)
     if size > MOST_LISTED:
         return f"its list of regions would have {size} numbers for all rows and kv heads, at most {MOST_LISTED} fit"
@@ -179,8 +184,8 @@ def _extras(operands: Operands, index: Int[Array, "B K n"], form: PairForm, n: i
         heads = heads.reshape(B, K, length // n, n, -1).astype(jnp.float32)
         found["heads"] = jnp.swapaxes(heads, 3, 4)
     if operands.bias is not None:
-        bias = bias_of(operands.bias, index, form).reshape(B, K, length // n, n, m, -1)
-        found["bias"] = jnp.swapaxes(bias, 4, 5)
+        bias = bias_of(operands.bias, index, form).reshape(B, K, -1, length // n, n, m)
+        found["bias"] = jnp.moveaxis(bias, 2, 4)
     return found
 
 

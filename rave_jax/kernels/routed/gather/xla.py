@@ -1,7 +1,7 @@
 """Chosen regions in plain XLA: whole regions are taken out of the cache, and attention is over those.
 
-With one choice for each kv head the regions are taken at once. With a choice for each query head, those that some
-head of the group chose are taken tile by tile, as many tiles as there are regions: a number known at run time only.
+Where query heads choose apart, the regions are those that some head of the group chose, and each head has a mask. They
+are taken tile by tile, as many tiles as there are regions: a number known at run time only.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from rave_jax.kernels.routed.gather.base import (
     bias_of,
     combined,
     finished,
+    key_products,
     listed,
     nothing,
     open_slots,
@@ -24,8 +25,8 @@ from rave_jax.kernels.routed.gather.base import (
 )
 from rave_jax.typing import Array, Float, Int
 
-TILE = 512
-"""About how many keys are taken at a time where heads choose apart."""
+TILE = 1024
+"""About how many keys of a kv head are taken at a time, so that they are still in a processor's cache when read."""
 
 
 def attention(
@@ -35,13 +36,13 @@ def attention(
     chosen = operands.chosen
     (B, K, G, _), N = operands.q.shape, chosen.shape[2]
     R, m, c = operands.v.shape[2:]
-    if N == 1:
-        index, count = listed(chosen[:, :, 0], most)
-        return finished(*_over(operands, index, count, form, scale))
-    tile = min(R, max(1, TILE // m))
-    tiles = -(-min(R, N * most) // tile)
+    most = min(R, N * most)
+    # Tiles of one size: the last is not to be nearly empty.
+    tiles = -(-most * m // TILE)
+    tile = -(-most // tiles)
     index, count = listed(union(chosen), tiles * tile)
-    needed = -(-jnp.max(count) // tile)
+    # One choice for each kv head is as large as promised, or nearly; a union is as large as it happens to be.
+    needed = tiles if N == 1 else -(-jnp.max(count) // tile)
 
     def visit(n: Array, sums: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         here = jax.lax.dynamic_slice_in_dim(index, n * tile, tile, axis=2)
@@ -55,8 +56,7 @@ def _over(
 ) -> tuple[Array, Array, Array]:
     """`softmax_over` of the first `count` of the listed regions."""
     k, v = taken(operands.k, index), taken(operands.v, index)
-    # The keys stand on the left: the products of few queries the other way round make a copy of the keys first.
-    scores = scale * jnp.einsum("BKSh,BKGh->BKSG", k, operands.q, preferred_element_type=jnp.float32)
+    scores = scale * key_products(k, operands.q)
     if operands.bias is not None:
         scores = scores + bias_of(operands.bias, index, form)
     return softmax_over(scores, open_slots(operands, index, count), v)
