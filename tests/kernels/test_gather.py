@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import re
 from typing import Any
 
 import hypothesis.strategies as st
@@ -12,10 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
+from jax.sharding import NamedSharding, PartitionSpec
 
 from rave_jax.kernels.pair_bias import PairForm
 from rave_jax.kernels.pair_bias.support import interpreted
 from rave_jax.kernels.routed import RegionBias, gather_attention
+from rave_jax.parallel.mesh import MeshConfig, make_mesh
+from rave_jax.parallel.sharding import current_mesh, partition_spec, use_mesh
 
 B, K, G, R, m, h, c, r = 2, 2, 3, 9, 8, 128, 256, 4
 MOST = 3
@@ -86,7 +90,7 @@ def run(q, k, v, real, chosen, most, bias, form, implementation="auto"):
 @pytest.mark.parametrize("implementation", BACKENDS)
 @pytest.mark.parametrize("kind", BIASES)
 @pytest.mark.parametrize("apart", [False, True], ids=["per group", "per head"])
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(seed=st.integers(0, 10_000))
 def test_it_is_the_stated_rule(implementation: str, kind: str, apart: bool, seed: int) -> None:
     given_ = operands(seed, apart, kind)
@@ -173,3 +177,30 @@ def test_wrong_operands_and_backends_are_one_clear_error() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             run.__wrapped__(**(given_ | changed))
+
+
+MESHES = {"rows and kv heads": (1, 2, 2), "more devices than kv heads": (1, 1, 4)}
+
+
+@pytest.mark.parametrize("implementation", BACKENDS[1:])
+@pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES)
+@pytest.mark.parametrize("apart", [False, True], ids=["per group", "per head"])
+def test_a_mesh_changes_nothing_and_moves_no_key(implementation: str, mesh: tuple[int, ...], apart: bool) -> None:
+    given_ = operands(6, apart, "tanh")
+    settings_ = {name: given_.pop(name) for name in ("most", "form")}
+    how = {**settings_, "implementation": implementation}
+    alone = run(**given_, **how)
+    with use_mesh(make_mesh(MeshConfig(*mesh), jax.devices()[: mesh[0] * mesh[1] * mesh[2]])):
+        where = current_mesh()
+        spec = partition_spec(("batch", "kv_heads"), (B, K), where)
+        rows = PartitionSpec(spec[0])
+        placed = {
+            name: jax.device_put(given_[name], NamedSharding(where, rows if name == "real" else spec))
+            for name in ("q", "k", "v", "real", "chosen")
+        }
+        split = jax.jit(lambda placed: run.__wrapped__(**placed, bias=given_["bias"], **how))
+        text = split.lower(placed).compile().as_text()
+        found = split(placed)
+    for x, y in zip(found, alone, strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5)
+    assert not re.search(rf"f32\[[0-9,]*{R},{m},({h}|{c})\]\S* (all-gather|all-to-all|collective-permute)", text)

@@ -15,8 +15,6 @@ from rave_jax.kernels.pair_bias import PairForm
 from rave_jax.kernels.pair_bias.support import interpreted
 from rave_jax.kernels.routed.gather import gather_attention, pallas_tpu, reference
 from rave_jax.kernels.routed.gather.base import Operands, listed, union
-from rave_jax.parallel.mesh import MeshConfig, make_mesh
-from rave_jax.parallel.sharding import use_mesh
 from rave_jax.tools.tpu import Operand, copied_bytes
 
 K, G, R, m, h = 2, 3, 192, 8, 128
@@ -117,9 +115,4 @@ def test_what_it_cannot_do_is_said() -> None:
             run("pallas_tpu", **short)
         with pytest.raises(ValueError, match="one dtype"):
             run("pallas_tpu", v=given.v.astype(jnp.bfloat16))
-        with (
-            use_mesh(make_mesh(MeshConfig())),
-            pytest.raises(ValueError, match="it is for one device, and the mesh has"),
-        ):
-            run("pallas_tpu")
     run("auto", **short)

@@ -20,11 +20,12 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import PartitionSpec
 
 from rave_jax.kernels.pair_bias import PairForm, support
 from rave_jax.kernels.pair_bias.pallas_tpu.tile import LANES, MASKED, UNSEEN, product
-from rave_jax.kernels.routed.gather.base import Operands, bias_of, listed, union
-from rave_jax.parallel.sharding import current_mesh
+from rave_jax.kernels.routed.gather.base import Operands, RegionBias, bias_of, listed, union
+from rave_jax.parallel.sharding import current_mesh, partition_spec
 from rave_jax.typing import Array, Float, Int
 
 SUBLANES = 8
@@ -35,7 +36,7 @@ KEYS = 512
 MOST_REGIONS = 16
 """Regions of a grid step, at most: each is an operand with an index of its own."""
 MOST_LISTED = 1 << 16
-"""Numbers that the list may have, all rows and kv heads together: it lies in scalar memory."""
+"""Numbers that the list may have, all rows and kv heads (of all devices) together: it lies in scalar memory."""
 MOST_BYTES = 8 << 20
 """Of a step's keys and values, both buffers."""
 
@@ -52,9 +53,6 @@ def against(operands: Operands, most: int) -> str | None:
             f"regions must have a multiple of {SUBLANES} slots, and keys and values a multiple of {LANES} channels, "
             f"not {m} and {' and '.join(map(str, widths))}"
         )
-    mesh = current_mesh()
-    if mesh is not None and mesh.size > 1:
-        return f"it is for one device, and the mesh has {mesh.size}"
     step = 2 * regions_of_step(m) * m * sum(widths) * k.dtype.itemsize
     if step > MOST_BYTES:
         return f"regions of {m} slots take {step} bytes of the chip's own memory, at most {MOST_BYTES} are for them"
@@ -68,8 +66,29 @@ def attention(
     operands: Operands, most: int, form: PairForm, scale: float
 ) -> tuple[Float[Array, "B K G c"], Float[Array, "B K G"]]:
     """Attention over prefetched regions; see `api.gather_attention`."""
-    index, count = listed(union(operands.chosen), length_of_list(operands, most))
-    return over(operands, index, count, form, scale, interpret=support.interpreter())
+
+    def on_device(operands: Operands) -> tuple[Array, Array]:
+        index, count = listed(union(operands.chosen), length_of_list(operands, most))
+        return over(operands, index, count, form, scale, interpret=support.interpreter())
+
+    mesh = current_mesh()
+    if mesh is None or mesh.size == 1:
+        return on_device(operands)
+    # The compiler cannot split a kernel by itself. Kv heads that the mesh does not divide are everywhere.
+    rows, heads = partition_spec(("batch", "kv_heads"), operands.q.shape[:2], mesh)
+    both: Any = PartitionSpec(rows, heads)
+    of_rows: Any = PartitionSpec(rows)
+    of_heads: Any = PartitionSpec(heads)
+    bias: Any = None if operands.bias is None else RegionBias(both, both, both, both, of_heads, both)
+    specs = Operands(both, both, both, of_rows, both, bias)
+    split = jax.shard_map(
+        on_device,
+        mesh=mesh,
+        in_specs=(specs,),
+        out_specs=(both, both),
+        check_vma=False,  # kernels do not say how their outputs vary
+    )
+    return split(operands)
 
 
 def over(
