@@ -95,18 +95,11 @@ def chosen_of(q: Any, descriptor: Any, share: str) -> Any:
     return choose(scores, candidate, jnp.float32(0), rule).chosen[:, :, :, 0]
 
 
-def ours(layout: Layout, share: str) -> Callable[..., Any]:
-    """Region scores, choice and attention."""
-    most = math.ceil(SHARE * layout.regions)
-
-    @jax.jit
-    def run(q: Any, k: Any, v: Any, real: Any, descriptor: Any) -> Any:
-        chosen = chosen_of(q, descriptor, share)
-        flat = q.reshape(1, K * G, HEAD_DIM)
-        how: Any = {"scale": HEAD_DIM**-0.5, "implementation": "xla"}
-        return gather_attention(flat, k, v, real, chosen, most, None, PairForm(), **how)
-
-    return run
+def attended(q: Any, k: Any, v: Any, real: Any, chosen: Any) -> Any:
+    """The chosen regions' part of a step."""
+    how: Any = {"scale": HEAD_DIM**-0.5, "implementation": "xla"}
+    most = math.ceil(SHARE * k.shape[2])
+    return gather_attention(q.reshape(1, K * G, HEAD_DIM), k, v, real, chosen, most, None, PairForm(), **how)
 
 
 def keys_on_the_left(q: Any, k: Any, v: Any) -> Any:
@@ -151,31 +144,39 @@ TOKENS_FIRST = (jax_own, our_dense)
 
 
 def time_rows(rounds: int, dtype: str, share: str) -> Iterator[dict[str, Any]]:
-    """Seconds of a step of ours to those of the fastest dense form."""
+    """Seconds of a step of ours to those of the fastest dense form; beside them those of the attention alone."""
     layout = even(36)
     cache = make(layout, dtype)
     dense = [x.reshape(1, K, -1, HEAD_DIM)[:, :, :TOKENS] for x in cache[1:3]]
     turned = [jnp.swapaxes(x, 1, 2) for x in dense]
-    runs: dict[str, tuple[Callable[..., Any], list[Any]]] = {"ours": (ours(layout, share), list(cache[1:]))}
-    runs |= {x.__name__: (jax.jit(x), dense) for x in HEADS_FIRST}
-    runs |= {x.__name__: (jax.jit(x), turned) for x in TOKENS_FIRST}
+    forms = {x.__name__: (jax.jit(x), dense) for x in HEADS_FIRST}
+    forms |= {x.__name__: (jax.jit(x), turned) for x in TOKENS_FIRST}
+    given = [chosen_of(q, cache.descriptor, share) for q in cache.q]
+
+    @jax.jit
+    def ours(q: Any, k: Any, v: Any, real: Any, descriptor: Any) -> Any:
+        return attended(q, k, v, real, chosen_of(q, descriptor, share))
+
+    runs: dict[str, tuple[Callable[..., Any], list[Any]]] = {"ours": (ours, list(cache[1:])), **forms}
+    runs["alone"] = (jax.jit(attended), list(cache[1:4]))
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for n in range(rounds + 1):
         for name, (run, operands) in runs.items():
+            more = [given[n % QUERIES]] if name == "alone" else []
             start = time.perf_counter()
-            jax.block_until_ready(run(cache.q[n % QUERIES], *operands))
+            jax.block_until_ready(run(cache.q[n % QUERIES], *operands, *more))
             seconds[name].append(time.perf_counter() - start)
-    seconds = {name: found[1:] for name, found in seconds.items()}  # the first compiles
-    medians = {name: statistics.median(found) for name, found in seconds.items()}
-    fastest = min((name for name in medians if name != "ours"), key=medians.__getitem__)
+    seconds = {name: times[1:] for name, times in seconds.items()}  # the first compiles
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    fastest = min(forms, key=medians.__getitem__)
     ratios = [a / b for a, b in zip(seconds["ours"], seconds[fastest], strict=True)]
-    more: dict[str, Any] = {
+    found: dict[str, Any] = {
         "fastest_dense": fastest,
         "milliseconds": {name: round(1e3 * x, 2) for name, x in medians.items()},
     }
-    more |= {"least": round(min(ratios), 3), "most": round(max(ratios), 3), "rounds": rounds}
+    found |= {"least": round(min(ratios), 3), "most": round(max(ratios), 3), "rounds": rounds}
     name = f"time of a step to dense, {SHARE:.0%} of {layout.name}, a choice per {share}, {dtype}"
-    yield ratio(name, jax.devices()[0].device_kind, statistics.median(ratios), TIME_AIMS[share], more)
+    yield ratio(name, jax.devices()[0].device_kind, statistics.median(ratios), TIME_AIMS[share], found)
 
 
 def bytes_rows(layout: Layout, dtype: str, share: str) -> Iterator[dict[str, Any]]:
