@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from estimates import ratio
-from kernel_bytes import recorded
+from pallas_calls import captured
 
 from rave_jax.kernels import pair_bias
 from rave_jax.kernels.pair_bias import MaskCodes, PairForm
@@ -212,14 +212,14 @@ def grid_rows(share: str) -> Iterator[dict[str, Any]]:
     chosen = chosen_of(cache.q[0], cache.descriptor, share)
     operands = Operands(cache.q[0], cache.k, cache.v, cache.real, chosen, None)
     index, count = listed(union(chosen), pallas_tpu.length_of_list(operands, math.ceil(SHARE * layout.regions)))
-    call = recorded(lambda: pallas_tpu.over(operands, index, count, PairForm(), 1.0, interpret=True), 2)
-    copied = copied_bytes(call.grid, call.operands, (index.reshape(-1), count.reshape(-1)))
+    call = captured(lambda: pallas_tpu.over(operands, index, count, PairForm(), 1.0, interpret=True))
+    copied = copied_bytes(call.grid_spec.grid, call.operands, (index.reshape(-1), count.reshape(-1)))
     slot = 2 * HEAD_DIM * 2
     read_bytes = sum(copied.values()) + cache.descriptor.nbytes
     filled = float((np.asarray(union(chosen))[0] @ layout.real.sum(1)).sum()) * slot
     against, what = (K * TOKENS * slot, "dense") if share == "group" else (filled, "those of the group's regions")
     name = f"bytes that the TPU kernel's grid copies, and descriptors, to {what}, {layout.name}, a choice per {share}"
-    more = {"steps": math.prod(call.grid), "to_dense": round(read_bytes / (K * TOKENS * slot), 3)}
+    more = {"steps": math.prod(call.grid_spec.grid), "to_dense": round(read_bytes / (K * TOKENS * slot), 3)}
     yield ratio(name, "any", read_bytes / against, BYTES_AIMS[share], more)
 
 
