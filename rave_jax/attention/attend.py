@@ -156,7 +156,6 @@ def routing_of(
     router = router_of(mechanisms)
     if router is None:
         return None
-    progress = jnp.ones((), jnp.float32) if progress is None else progress
     return router.route(x, keys.summary, info_q, info_k, codes, regions, progress)
 
 

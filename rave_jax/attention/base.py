@@ -161,7 +161,7 @@ class Mechanism(nnx.Module):
         info_k: TokenInfo,
         codes: MaskCodes,
         regions: int,
-        progress: Float[Array, ""],
+        progress: Float[Array, ""] | None,
     ) -> Routing | None:
         """Which regions each query may read, beside the keys of no region.
 
@@ -171,7 +171,7 @@ class Mechanism(nnx.Module):
             info_q, info_k: of queries and keys.
             codes: mask codes after the `mask` hooks.
             regions: R, the most there can be.
-            progress: of the training run, 0 to 1; 1 outside training.
+            progress: of the training run, 0 to 1; None outside training, where it has ended.
         """
         return None
 

@@ -113,6 +113,9 @@ def test_it_is_the_stated_rule(rule: RouteRule, seed: int, dense: float) -> None
         expected, expected_lse = dense_attention(q, k, v, bias, allowed(codes, routes, rule))
     np.testing.assert_allclose(out, expected, atol=2e-5)
     np.testing.assert_allclose(np.moveaxis(lse, 1, 2), expected_lse, atol=2e-5)
+    if dense == 0:
+        ended, _ = run(q, k, v, codes, routes._replace(dense=None), bias, rule)
+        np.testing.assert_array_equal(ended, out)
 
 
 def test_blocks_of_queries_are_all_queries_at_once(monkeypatch) -> None:

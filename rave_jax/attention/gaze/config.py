@@ -137,7 +137,7 @@ class GazeRouter(Mechanism):
         info_k: TokenInfo,
         codes: MaskCodes,
         regions: int,
-        progress: Float[Array, ""],
+        progress: Float[Array, ""] | None,
     ) -> Routing:
         """What each query chooses from, and how."""
         config = self.config
@@ -151,7 +151,7 @@ class GazeRouter(Mechanism):
             last=last,
             before=self._before(info_q, codes),
             keys=info_k.region,
-            dense=config.schedule.dense(progress),
+            dense=None if progress is None else config.schedule.dense(progress),
         )
         return Routing(routes, config.rule)
 

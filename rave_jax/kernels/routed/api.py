@@ -85,7 +85,6 @@ def _check(q: Array, k: Array, codes: MaskCodes, routes: Routes) -> None:
         "last": (B, R),
         "before": (B, T),
         "keys": (B, S),
-        "dense": (),
     }
     for name, shape in wanted.items():
         given = tuple(getattr(routes, name).shape)

@@ -68,7 +68,8 @@ class Routes(NamedTuple):
         first, last: least and greatest order of the region's keys.
         before: a query's candidates end before this order; the least int32 for a query that is not routed.
         keys: region of each key, counted from 1; 0 has none.
-        dense: where the schedule stands, 1 (all candidates) to 0 (top_k), traced.
+        dense: where the schedule stands, 1 (all candidates) to 0 (top_k), traced; None where it has ended, and ranking
+            may stop at top_k.
     """
 
     query: Float[Array, "B T H c"]
@@ -77,7 +78,7 @@ class Routes(NamedTuple):
     last: Int[Array, "B R"]
     before: Int[Array, "B T"]
     keys: Int[Array, "B S"]
-    dense: Float[Array, ""]
+    dense: Float[Array, ""] | None
 
 
 class Routing(NamedTuple):
@@ -118,7 +119,9 @@ def region_masses(scores: Float[Array, "B K G T S"], routes: Routes) -> Float[Ar
     return jnp.log(jnp.maximum(mass, jnp.finfo(jnp.float32).tiny))
 
 
-def budget(candidate: Bool[Array, "B 1 1 T R"], dense: Float[Array, ""], rule: RouteRule) -> Int[Array, "B 1 1 T"]:
+def budget(
+    candidate: Bool[Array, "B 1 1 T R"], dense: Float[Array, ""] | None, rule: RouteRule
+) -> Int[Array, "B 1 1 T"]:
     """How many regions each query chooses."""
     n = jnp.sum(candidate, axis=-1)
     if rule.top_k >= 1:
@@ -126,11 +129,16 @@ def budget(candidate: Bool[Array, "B 1 1 T R"], dense: Float[Array, ""], rule: R
     else:
         # Rounded before it is rounded up: 0.1 * 10 must not become 2.
         target = jnp.ceil(jnp.round(rule.top_k * n, 4)).astype(n.dtype)
+    if dense is None:
+        return target
     return target + jnp.ceil(dense * (n - target)).astype(n.dtype)
 
 
 def choose(
-    scores: Float[Array, "B K G T R"], candidate: Bool[Array, "B 1 1 T R"], dense: Float[Array, ""], rule: RouteRule
+    scores: Float[Array, "B K G T R"],
+    candidate: Bool[Array, "B 1 1 T R"],
+    dense: Float[Array, ""] | None,
+    rule: RouteRule,
 ) -> Choice:
     """Each query's choice. It goes by rank: as many as its budget says, whatever the ties."""
     if rule.share == "group":
@@ -138,7 +146,10 @@ def choose(
     scores = jnp.where(candidate, scores, -jnp.inf)
     count = budget(candidate, dense, rule)[..., None]
     fixed = jax.lax.stop_gradient(scores)
-    ranked = jnp.sort(fixed, axis=-1, descending=True)
+    if dense is None:
+        ranked, _ = jax.lax.top_k(fixed, rule.most(fixed.shape[-1]))
+    else:
+        ranked = jnp.sort(fixed, axis=-1, descending=True)
     least = jnp.take_along_axis(ranked, jnp.broadcast_to(jnp.maximum(count - 1, 0), (*fixed.shape[:-1], 1)), axis=-1)
     above = fixed > least
     equal = (fixed == least) & candidate

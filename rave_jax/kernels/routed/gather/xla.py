@@ -41,8 +41,8 @@ def attention(
     tiles = -(-most * m // TILE)
     tile = -(-most // tiles)
     index, count = listed(union(chosen), tiles * tile)
-    # One choice for each kv head is as large as promised, or nearly; a union is as large as it happens to be.
-    needed = tiles if N == 1 else -(-jnp.max(count) // tile)
+    # `most` is what a full cache may need; a short prompt chooses few of its regions, and heads often the same ones.
+    needed = -(-jnp.max(count) // tile)
 
     def visit(n: Array, sums: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         here = jax.lax.dynamic_slice_in_dim(index, n * tile, tile, axis=2)
