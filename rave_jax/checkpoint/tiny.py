@@ -92,7 +92,11 @@ class Tiny:
     vision_mlp_size: int = 256
     """Mlp width of the tower."""
     window_size: int = 112
-    """Side of the tower's attention windows in pixels; patches have 14, visual tokens 28."""
+    """Side of the tower's attention windows in pixels."""
+    patch_size: int = 14
+    """Side of a patch in pixels."""
+    merge_size: int = 2
+    """Side, in patches, of the square that becomes one visual token."""
 
     def __post_init__(self) -> None:
         require(0 <= self.seed < 2**32, "seed", self.seed, "0 to 2^32 - 1")
@@ -125,6 +129,8 @@ def tiny_config(sizes: Tiny) -> VlmConfig:
         hidden_size=sizes.vision_hidden_size,
         num_heads=sizes.vision_heads,
         mlp_size=sizes.vision_mlp_size,
+        patch_size=sizes.patch_size,
+        merge_size=sizes.merge_size,
         window_size=sizes.window_size,
         full_attention_blocks=(sizes.vision_layers - 1,),
         out_size=sizes.hidden_size,

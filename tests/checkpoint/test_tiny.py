@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("num_heads", 0), ("num_layers", 0), ("mlp_size", -1), ("window_size", 3), ("seed", -1)],
+    [("num_heads", 0), ("num_layers", 0), ("mlp_size", -1), ("window_size", 3), ("seed", -1), ("patch_size", 0)],
 )
 def test_sizes_that_make_no_model_are_refused_at_once(field: str, value: int) -> None:
     with pytest.raises(ConfigError, match=rf"{field} is {value}"):
@@ -79,3 +80,12 @@ def test_a_seed_is_a_model(folder: Path, tmp_path: Path) -> None:
 def test_sizes_that_make_no_model() -> None:
     with pytest.raises(ConfigError, match="hidden_size is 30"):
         Tiny(hidden_size=30)
+
+
+def test_patches_and_merge_units_of_other_sizes(tmp_path: Path) -> None:
+    sizes = dataclasses.replace(SMALL, patch_size=7, merge_size=2, window_size=28)
+    processor = Processor.from_hf(write_tiny(tmp_path / "model", sizes))
+    image = {"type": "image", "image": np.zeros((112, 112, 3), np.uint8)}
+    example = processor.encode([{"role": "user", "content": [image, {"type": "text", "text": "?"}]}])
+    assert (example.info.grid_h.max(), example.info.grid_w.max(), len(example.patches)) == (8, 8, 256)
+    assert example.patch_window.max() == 16, "a window is 28 pixels, two tokens, along each side"

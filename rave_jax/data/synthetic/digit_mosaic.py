@@ -25,7 +25,7 @@ class DigitMosaic(MosaicTask):
         return "digit_mosaic"
 
     def draw(self, rng: np.random.Generator, split: Split, count: int) -> tuple[Mosaic, tuple[Question, ...]]:
-        scene = mosaic.draw(rng, split, (self.min_grid, self.max_grid), unique_colours=True)
+        scene = mosaic.draw(rng, split, self, unique_colours=True)
         cells = rng.permutation(scene.rows * scene.cols)[:count].tolist()
         return scene, tuple(
             Question(

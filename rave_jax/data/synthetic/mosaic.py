@@ -1,7 +1,7 @@
 """The picture that the mosaic tasks share: handwritten digits on coloured cells.
 
-Cells have one size whatever their number: a mosaic of few cells stands somewhere on the frame that the largest one
-fills, with paper around it.
+Cells have one size whatever their number: a mosaic of few cells stands somewhere on the frame, with paper around it.
+The frame is what the largest one fills, or larger.
 """
 
 from __future__ import annotations
@@ -61,15 +61,16 @@ class Mosaic:
         return dataclasses.replace(self, pictures=tuple(pictures))
 
 
-def draw(rng: np.random.Generator, split: Split, sides: tuple[int, int], unique_colours: bool) -> Mosaic:
+def draw(rng: np.random.Generator, split: Split, task: MosaicTask, unique_colours: bool) -> Mosaic:
     """A mosaic whose layout and digit pictures belong to the split; digits are independent of all else.
 
     Args:
-        sides: least and greatest number of rows and of columns. The greatest is also the side of the frame.
+        task: says how many rows and columns, and the side of the frame.
         unique_colours: no colour twice in a mosaic.
     """
+    side = task.side
     while True:
-        rows, cols = (int(n) for n in rng.integers(sides[0], sides[1] + 1, 2))
+        rows, cols = (int(n) for n in rng.integers(task.min_grid, task.max_grid + 1, 2))
         cells = rows * cols
         if unique_colours:
             colours = rng.permutation(len(palette.RGB))[:cells]
@@ -80,8 +81,8 @@ def draw(rng: np.random.Generator, split: Split, sides: tuple[int, int], unique_
             break
     pictures = tuple(digits.pick(rng, split, label) for label in rng.integers(10, size=cells).tolist())
     shifts = tuple((down, right) for down, right in rng.random((cells, 2)).tolist())
-    corner = int(rng.integers(sides[1] - rows + 1)), int(rng.integers(sides[1] - cols + 1))
-    return Mosaic(rows, cols, sides[1], corner, chosen, pictures, shifts)
+    corner = int(rng.integers(side - rows + 1)), int(rng.integers(side - cols + 1))
+    return Mosaic(rows, cols, side, corner, chosen, pictures, shifts)
 
 
 def paint(scene: Mosaic, image_size: int) -> UInt8[NpArray, "S S 3"]:
@@ -110,14 +111,22 @@ class MosaicTask:
     """Least number of rows and of columns."""
     max_grid: int = 3
     """Greatest number of rows and of columns."""
+    frame: int | None = None
+    """Cells along a side of the picture, of which a mosaic fills some; None: as many as the largest has."""
 
     def __post_init__(self) -> None:
         require(self.weight > 0, "weight", self.weight, "a number above 0")
         require(2 <= self.min_grid <= self.max_grid, "min_grid", self.min_grid, f"2 to max_grid ({self.max_grid})")
+        require(self.side >= self.max_grid, "frame", self.frame, f"max_grid ({self.max_grid}) or more")
+
+    @property
+    def side(self) -> int:
+        """Cells along a side of the picture."""
+        return self.max_grid if self.frame is None else self.frame
 
     @property
     def min_image_size(self) -> int:
-        return 16 * self.max_grid
+        return 16 * self.side
 
     @property
     def max_questions(self) -> int:

@@ -33,7 +33,7 @@ class MosaicList(MosaicTask):
         return 1
 
     def draw(self, rng: np.random.Generator, split: Split, count: int) -> tuple[Mosaic, tuple[Question, ...]]:
-        scene = mosaic.draw(rng, split, (self.min_grid, self.max_grid), unique_colours=True)
+        scene = mosaic.draw(rng, split, self, unique_colours=True)
         order = tuple(rng.permutation(scene.rows * scene.cols).tolist())
         return scene, (Question("Which digits are there?", "mosaic_list.all", "exact_match", target=order),)
 

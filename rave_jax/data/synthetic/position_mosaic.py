@@ -25,7 +25,7 @@ class PositionMosaic(MosaicTask):
         return "position_mosaic"
 
     def draw(self, rng: np.random.Generator, split: Split, count: int) -> tuple[Mosaic, tuple[Question, ...]]:
-        scene = mosaic.draw(rng, split, (self.min_grid, self.max_grid), unique_colours=False)
+        scene = mosaic.draw(rng, split, self, unique_colours=False)
         cells = rng.permutation(scene.rows * scene.cols)[:count].tolist()
         return scene, tuple(
             Question(

@@ -12,6 +12,7 @@ from rave_jax.data.synthetic.base import Question, Split, generator
 
 TASKS = [
     pytest.param(DigitMosaic(), 84, id="digit_mosaic"),
+    pytest.param(DigitMosaic(frame=4), 112, id="digit_mosaic-frame"),
     pytest.param(MosaicList(), 84, id="mosaic_list"),
     pytest.param(PositionMosaic(), 84, id="position_mosaic"),
     pytest.param(PositionMosaic(min_grid=3, max_grid=4), 100, id="position_mosaic-4"),

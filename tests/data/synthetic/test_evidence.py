@@ -142,3 +142,12 @@ def test_receipt_sums_are_right():
         assert scene.total == scene.subtotal + scene.tax
         assert scene.notes >= scene.total
         assert len({line.item for line in scene.lines}) == len({line.cents for line in scene.lines}) == len(scene.lines)
+
+
+def test_the_cells_of_a_wider_frame_stand_anywhere_on_it():
+    corners = set()
+    for scene, (question,), _ in scenes(DigitMosaic(frame=4), "train", 300):
+        left, top, right, bottom = DigitMosaic(frame=4).evidence(scene, question, 112)
+        assert (right - left, bottom - top) == (28, 28) and left % 28 == top % 28 == 0
+        corners.add((left, top))
+    assert len(corners) == 16

@@ -95,6 +95,8 @@ def test_config_round_trip():
         (lambda: DigitMosaic(weight=0), "weight is 0"),
         (lambda: DigitMosaic(max_grid=4), "max_grid is 4"),
         (lambda: DigitMosaic(min_grid=3, max_grid=2), "min_grid is 3"),
+        (lambda: DigitMosaic(frame=2), "frame is 2, expected max_grid"),
+        (lambda: Synthetic((DigitMosaic(frame=6),)), r"image_size \(for digit_mosaic\) is 84, expected at least 96"),
         (lambda: BarChart(max_bars=10), "max_bars is 10"),
         (lambda: BarChart(ask=()), "ask is"),
         (lambda: Counting(max_count=10), "max_count is 10, expected 1 to 9"),
