@@ -57,6 +57,9 @@ class Eval:
     """Samples whose visual attention score (VAS, `evaluation/vas.py`) is measured, spread evenly over the tasks; 0
     measures none. It costs a forward pass with three runs of the attention kernel in each layer, and needs a system
     prompt, which the chat template of `Tiny` does not write."""
+    routes: int = 128
+    """Samples of which is counted what their questions and answers read of the picture and, where attention is routed
+    (Gaze), how many chosen regions overlap the evidence; spread evenly over the tasks; 0 counts none."""
     layers: tuple[int, ...] = ()
     """Decoder layers averaged in the pictures and in the share inside the evidence box; empty takes all."""
     on_error: Literal["skip", "fail"] = "skip"
@@ -68,7 +71,7 @@ class Eval:
         require(bool(self.name) and "/" not in self.name, "name", self.name, "the name of a folder")
         for name in ("samples", "rows", "tokens", "max_new_tokens"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        for name in ("patches", "looks", "vas"):
+        for name in ("patches", "looks", "vas", "routes"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         require(0 <= self.pictures <= self.looks, "pictures", self.pictures, f"0 to looks ({self.looks})")
 

@@ -92,8 +92,9 @@ def _evaluation(summary: Mapping[str, Any], folder: Path) -> list[str]:
     if summary["broken"]:
         page += ["Left out: " + ", ".join(f"{n:,} {reason}" for reason, n in summary["broken"].items()) + ".", ""]
     page += [f"Every prediction: [predictions.jsonl]({folder}/predictions.jsonl).", ""]
-    # Runs from before VAS was measured are in summaries too.
+    # Runs from before VAS and routes were measured are in summaries too.
     page += _gate(summary["gate"]) + _looking(summary["looking"]) + _vas(summary.get("vas"))
+    page += _routing(summary.get("routing"))
     for picture in summary["pictures"]:
         page += [f"![attention of one answer]({folder}/{picture})", ""]
     return page
@@ -143,6 +144,35 @@ def _looking(looking: Mapping[str, Any] | None) -> list[str]:
 
 def _vas(vas: Mapping[str, Any] | None) -> list[str]:
     return [] if vas is None else ["### Visual attention score", "", f"{Vas(**vas).sentence()}.", ""]
+
+
+def _routing(routing: Mapping[str, Any] | None) -> list[str]:
+    if routing is None or routing["reading"] is None:
+        return []
+    r = routing["reading"]
+    costs = [f"{r[name] / 1e6:,.3g}" for name in ("attention", "routing", "context")]
+    rows = [
+        ["this model", *costs, f"{r['bytes'] / 1e3:,.4g}"],
+        ["plain attention", f"{r['dense_attention'] / 1e6:,.3g}", "0", "0", f"{r['dense_bytes'] / 1e3:,.4g}"],
+    ]
+    page = [
+        "### What is read of the pictures",
+        "",
+        f"A text query reads {r['entries']:,.1f} entries of {r['visual']:,.1f} visual tokens in a layer, at most "
+        f"{r['most']:,} ({routing['samples']:,} prompts). In all layers:",
+        "",
+        *_table(["", "attention, MFLOPs", "routing", "context tokens", "kB"], rows, left=1),
+        "",
+    ]
+    if routing["hits"] is None:
+        return page
+    rows = [
+        [task, f"{h['samples']:,}", f"{h['accuracy']:.1%}", f"{h['chance']:.1%}"]
+        for task, h in [*routing["by_task"].items(), ("all", routing["hits"])]
+    ]
+    layers = ", ".join(f"{share:.1%}" for share in routing["by_layer"])
+    page += _table(["task", "answers", "chosen regions on the evidence", "by chance"], rows, left=1)
+    return [*page, "", f"By layer that routes, from the first: {layers}.", ""]
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 9) -> list[str]:

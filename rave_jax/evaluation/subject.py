@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,8 @@ from rave_jax.batch import Batch, Kind, Role, TokenInfo
 from rave_jax.data.collate import BatchShape, collate
 from rave_jax.data.processor import Processor
 from rave_jax.data.sample import Example, Sample, SampleError
+from rave_jax.evaluation.accounting import account
+from rave_jax.evaluation.routing import Route, cells_of
 from rave_jax.evaluation.vas import VasSums, vas_sums, with_vas
 from rave_jax.inference import Completion, Generator, Request, Sampling, SlotConfig
 from rave_jax.look.maps import Look, lay_out
@@ -50,6 +52,21 @@ class Subject(Protocol):
         """What the samples' prompts add to the visual attention score, of `evaluation/vas.py`."""
         ...
 
+    def route(self, samples: Sequence[Sample], answers: Sequence[Answer]) -> list[Route | None]:
+        """What each answer's queries read of the pictures; None for a subject that cannot tell."""
+        ...
+
+
+class _Answered(NamedTuple):
+    """A block of samples with their answers: in numbers, on the mesh, and the queries that chose the answers' tokens
+    with their weights in a mean."""
+
+    prompts: list[Example]
+    examples: list[Example]
+    batch: Batch
+    rows: Int[Array, "B N"]
+    weights: Float[Array, "B N"]
+
 
 class ModelSubject:
     """A model, its processor and its mesh. It answers in slots, and every batch it looks at has one shape.
@@ -76,6 +93,7 @@ class ModelSubject:
         self._answer_rows = jax.jit(answer_rows, out_shardings=replicated(mesh))
         self._reading = with_vas(model)
         self._vas_sums = jax.jit(vas_sums, out_shardings=replicated(mesh))
+        self._answer_routes = jax.jit(answer_routes, out_shardings=replicated(mesh))
 
     def answer(self, samples: Sequence[Sample]) -> list[Answer | SampleError]:
         asked = (Request(sample.prompt, self._sampling, sample.id) for sample in samples)
@@ -104,7 +122,44 @@ class ModelSubject:
     def _prompt(self, sample: Sample) -> Example:
         return self._processor.encode(sample.prompt, add_generation_prompt=True, name=sample.id)
 
+    def route(self, samples: Sequence[Sample], answers: Sequence[Answer]) -> list[Route | None]:
+        routes: list[Route | None] = []
+        for start in range(0, len(samples), self._shape.rows):
+            stop = start + self._shape.rows
+            routes += self._route_chunk(samples[start:stop], answers[start:stop])
+        return routes
+
     def _look_chunk(self, samples: Sequence[Sample], answers: Sequence[Answer]) -> list[Look | None]:
+        block = self._answered(samples, answers)
+        with use_mesh(self._mesh):
+            found = np.asarray(self._answer_rows(self._model, block.batch, block.rows, block.weights))
+        looks: list[Look | None] = []
+        for i, example in enumerate(block.examples):
+            grid = None if self._has_video(example) else lay_out(example.info, found[:, i, :, : len(example.tokens)])
+            looks.append(None if grid is None else Look(grid))
+        return looks
+
+    def _route_chunk(self, samples: Sequence[Sample], answers: Sequence[Answer]) -> list[Route | None]:
+        block = self._answered(samples, answers)
+        found = None
+        if self._model.options.layout.regions is not None:
+            with use_mesh(self._mesh):
+                found = np.asarray(self._answer_routes(self._model, block.batch, block.rows, block.weights))
+        routes: list[Route | None] = []
+        for i, prompt in enumerate(block.prompts):
+            reading = account(prompt.info, self._model.config.text, self._model.options)
+            cells = None if self._has_video(prompt) else cells_of(prompt.info)
+            if found is None or cells is None:
+                routes.append(Route(None, None, reading))
+            else:
+                routes.append(Route(found[:, i, :, : int(prompt.info.region.max())], cells, reading))
+        return routes
+
+    def _has_video(self, example: Example) -> bool:
+        """With a video in it, the first visual of a prompt need not be its first picture."""
+        return bool(np.any(example.tokens == self._processor.settings.video_token_id))
+
+    def _answered(self, samples: Sequence[Sample], answers: Sequence[Answer]) -> _Answered:
         prompts = [self._prompt(sample) for sample in samples]
         examples = [with_answer(p, a.tokens) for p, a in zip(prompts, answers, strict=True)]
         shape = BatchShape(self._shape.rows, self._shape.tokens + self._sampling.max_new_tokens, self._shape.patches)
@@ -118,14 +173,7 @@ class ModelSubject:
         with use_mesh(self._mesh):
             where = batch_shardings(self._mesh, shape.rows).tokens
             queries = jax.device_put((rows, weights), where)
-            found = np.asarray(self._answer_rows(self._model, self._batch(examples, shape), *queries))
-        looks: list[Look | None] = []
-        for i, (prompt, example) in enumerate(zip(prompts, examples, strict=True)):
-            # With a video in it, the first visual of a prompt need not be its first picture.
-            videos = np.any(prompt.tokens == self._processor.settings.video_token_id)
-            grid = None if videos else lay_out(example.info, found[:, i, :, : len(example.tokens)])
-            looks.append(None if grid is None else Look(grid))
-        return looks
+            return _Answered(prompts, examples, self._batch(examples, shape), *queries)
 
     def _batch(self, examples: Sequence[Example], shape: BatchShape) -> Batch:
         settings = self._processor.settings
@@ -172,3 +220,11 @@ def answer_rows(
     """
     _, found = model.hidden(batch, rows=rows)
     return jnp.einsum("LBNHS,BN->LBHS", found.astype(jnp.float32), weights)
+
+
+def answer_routes(
+    model: Vlm, batch: Batch, rows: Int[Array, "B N"], weights: Float[Array, "B N"]
+) -> Float[Array, "L B H R"]:
+    """Share of the queries `rows` that chose each region, in every layer that routes and every head; arguments as in
+    `answer_rows`."""
+    return jnp.einsum("LBNHR,BN->LBHR", model.chosen_regions(batch, rows).astype(jnp.float32), weights)

@@ -29,9 +29,12 @@ from rave_jax.evaluation.controls import FrequentAnswers, Redealing, grey
 from rave_jax.evaluation.gate import judge
 from rave_jax.evaluation.looking import Looked, draw, measure, spread, summarise
 from rave_jax.evaluation.metrics import score
+from rave_jax.evaluation.routing import Hits, Route, hits
+from rave_jax.evaluation.routing import summarise as summarise_routes
 from rave_jax.evaluation.subject import Answer, ModelSubject, Subject
 from rave_jax.evaluation.summary import BY_TEMPLATE, BY_TEXT, FLOORS, GREY, REDEALT, Summary, TaskRow, mean
 from rave_jax.evaluation.vas import Vas
+from rave_jax.look.maps import relative_box
 from rave_jax.models.vlm import Vlm
 from rave_jax.parallel.rows import row_ways
 
@@ -115,6 +118,7 @@ def run(config: Eval, source: Source, subject: Subject, out: Path | None, log: L
         raise ConfigError(f"evaluation {config.name}: no sample could be asked; left out: {dict(broken) or 'none'}")
     looks, pictures = _look(config, source, subject, records, out)
     vas = _vas(config, source, subject, records)
+    routing = summarise_routes(*_route(config, source, subject, records))
     total = _row("all", records)
     tasks = tuple(_row(name, [r for r in records if r.task == name]) for name in sorted({r.task for r in records}))
     verdict = None
@@ -124,7 +128,8 @@ def run(config: Eval, source: Source, subject: Subject, out: Path | None, log: L
         verdict = judge(total.score, floors, total.controls[REDEALT], config.gate.margin, by_task, config.gate.aims)
     seconds = round(time.monotonic() - began, 2)
     left_out = dict(sorted(broken.items()))
-    summary = Summary(config.name, total, tasks, left_out, summarise(looks), vas, verdict, tuple(pictures), seconds)
+    looking = summarise(looks)
+    summary = Summary(config.name, total, tasks, left_out, looking, vas, routing, verdict, tuple(pictures), seconds)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         (out / "predictions.jsonl").write_text("".join(r.line() for r in records), encoding="utf-8")
@@ -283,3 +288,20 @@ def _vas(config: Eval, source: Source, subject: Subject, records: Sequence[Recor
         found = subject.vas([source[index] for index in chosen[start : start + config.rows]])
         total, ratios = total + float(found.total), ratios + float(found.ratios)
     return Vas(len(chosen), round(ratios), total / ratios if ratios else None)
+
+
+def _route(config: Eval, source: Source, subject: Subject, records: Sequence[Record]) -> tuple[list[Route], list[Hits]]:
+    """What chosen samples read of their pictures, and their choices against the evidence where it is known."""
+    chosen = [records[i] for i in spread([r.task for r in records], config.routes)]
+    samples = [source[record.index] for record in chosen]
+    answers = [Answer(record.prediction, record.tokens) for record in chosen]
+    routes: list[Route] = []
+    found: list[Hits | None] = []
+    for sample, route in zip(samples, subject.route(samples, answers), strict=True):
+        if route is None:
+            continue
+        routes.append(route)
+        if sample.evidence is not None and route.chosen is not None:
+            box = relative_box(sample.evidence, *read_image(sample.images[0], sample.id).size)
+            found.append(hits(sample, route, box))
+    return routes, [one for one in found if one is not None]

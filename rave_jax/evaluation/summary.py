@@ -14,6 +14,7 @@ from rich.table import Table
 
 from rave_jax.evaluation.gate import Verdict
 from rave_jax.evaluation.looking import Looking
+from rave_jax.evaluation.routing import RoutingSummary
 from rave_jax.evaluation.vas import Vas
 
 BY_TEXT, BY_TEMPLATE, GREY, REDEALT = "answers_by_text", "answers_by_template", "grey_pictures", "redealt"
@@ -59,6 +60,7 @@ class Summary:
         broken: samples that could not be asked, by reason; they are in no score.
         looking: where the answers looked, or None where nothing was measured.
         vas: visual attention score, or None where it was not asked for.
+        routing: what was read of the pictures and which regions were chosen, or None where nothing was counted.
         verdict: of the gate, or None without one.
         pictures: files, relative to the evaluation's folder.
     """
@@ -69,6 +71,7 @@ class Summary:
     broken: Mapping[str, int]
     looking: Looking | None
     vas: Vas | None
+    routing: RoutingSummary | None
     verdict: Verdict | None
     pictures: tuple[str, ...]
     seconds: float
@@ -122,3 +125,5 @@ def print_summary(summary: Summary, console: Console) -> None:
         console.print(summary.looking.sentence(), highlight=False, soft_wrap=True)
     if summary.vas is not None:
         console.print(summary.vas.sentence(), highlight=False, soft_wrap=True)
+    for sentence in [] if summary.routing is None else summary.routing.sentences():
+        console.print(sentence, highlight=False, soft_wrap=True)

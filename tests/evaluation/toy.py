@@ -10,6 +10,7 @@ import numpy as np
 
 from rave_jax.data.images import read_image
 from rave_jax.data.sample import ImageError, OverBudget, Sample, SampleError
+from rave_jax.evaluation.routing import Route
 from rave_jax.evaluation.subject import Answer
 from rave_jax.evaluation.vas import VasSums
 from rave_jax.look.maps import Look
@@ -99,6 +100,13 @@ class Fake:
         self.read += [sample.id for sample in samples]
         each = [3.0 if sample.task == "odd" else 1.0 for sample in samples]
         return VasSums(self._rows * sum(each), self._rows * len(each))
+
+    def route(self, samples: Sequence[Sample], answers: Sequence[Answer]) -> list[Route | None]:
+        """Two heads of two layers: one chooses the left half of the picture, the other both halves."""
+        assert len(samples) == len(answers)
+        chosen = np.array([[1.0, 0.0], [1.0, 1.0]] * 2, np.float32).reshape(2, 2, 2)
+        cells = np.array([[0, 1], [0, 1]], np.int32)
+        return [Route(chosen, cells, None) for _ in samples]
 
 
 def any_source(source: Toy) -> Any:

@@ -1,0 +1,181 @@
+"""What a text query reads of pictures, and what that costs: entries, FLOPs and bytes of one step of decoding.
+
+An entry is the key and value of a visual or context token. Counted are text queries that stand behind a picture of
+their document, all decoder layers, and nothing but pictures: what they read of text is the same with and without Gaze.
+H, K and h are query heads, kv heads and head_dim, e the entries of one layer, and a multiply-add is 2 FLOPs.
+
+    attention   4 H h e            <q, k> and the weighted sum of v, for the visual entries
+    context     4 H h e            the same for context tokens
+    routing     2 H c R            <x, d> with R descriptors of c numbers; ranking by mass (oracle): 2 H h for each key
+    bytes       2 h b K e          k and v, b bytes each, in plain attention and for context tokens
+                2 h b K m n        routed: for each kv head n regions of m entries, padding of smaller ones read too:
+                                   all that one of its query heads chose (`kernels/routed/gather`), which is n = k
+                                   where they share a choice, and otherwise at most n = min(k H / K, R), as counted here
+                4 c K R            descriptors, float32
+
+Which regions are read depends on the query, so where their sizes differ the mean takes all candidates for equally
+likely, and the maximum takes the largest. Left out: sorting the scores of regions; making descriptors and context
+tokens, once for a picture; and that plain XLA computes every score, chosen or not (`kernels/routed/xla.py`).
+The counting rule is that of the Gaze Attention authors (arXiv 2605.13080): 20 regions of 36 tokens and 4 context tokens
+of each of 8 frames are 752 of 4,608 entries.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rave_jax.attention import Gaze
+from rave_jax.attention.gaze import descriptors
+from rave_jax.batch import Kind, TokenInfo
+from rave_jax.models.config import ModelOptions, TextConfig
+from rave_jax.typing import Bool, Float, Int, NpArray
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Of one text query, a mean over queries; FLOPs and bytes are summed over layers.
+
+    Attributes:
+        visual: visual tokens before it.
+        entries: entries it reads in a layer, mean over layers.
+        most: the most that any query may read in any layer.
+        attention, routing, context: FLOPs.
+        bytes: read from the cache, padding counted.
+        dense_attention, dense_bytes: of plain attention to the same visual tokens, without context tokens.
+    """
+
+    visual: float
+    entries: float
+    most: int
+    attention: float
+    routing: float
+    context: float
+    bytes: float
+    dense_attention: float
+    dense_bytes: float
+
+    @property
+    def share(self) -> float:
+        """Entries that are read, of the visual tokens there are."""
+        return self.entries / self.visual
+
+    def sentence(self) -> str:
+        """The finding in words."""
+        flops = (self.attention, self.routing, self.context, self.dense_attention)
+        attention, routing, context, dense = (f"{x / 1e6:,.3g}" for x in flops)
+        return (
+            f"a text query reads {self.entries:,.1f} entries of {self.visual:,.1f} visual tokens ({self.share:.1%}) "
+            f"in a layer, at most {self.most:,}; in all layers {attention} MFLOPs of attention to them, {routing} of "
+            f"routing and {context} of context tokens (plain attention: {dense}), and {self.bytes / 1e3:,.4g} kB "
+            f"({self.dense_bytes / 1e3:,.4g})"
+        )
+
+
+class _Row:
+    """What one row holds: its text queries behind pictures, and what of pictures stands before each of them."""
+
+    def __init__(self, info: TokenInfo):
+        codes = {name: np.asarray(code) for name, code in info._asdict().items()}
+        self._codes = codes
+        picture = (codes["kind"] == Kind.VISUAL) | (codes["kind"] == Kind.CONTEXT)
+        before = self._before(np.flatnonzero(picture))
+        self.queries = np.flatnonzero((codes["kind"] == Kind.TEXT) & before.any(axis=1))
+        self.visual = self._before(np.flatnonzero(codes["kind"] == Kind.VISUAL))[self.queries].sum(1)
+        self.context = self._before(np.flatnonzero(codes["kind"] == Kind.CONTEXT))[self.queries].sum(1)
+        self.sizes = np.bincount(codes["region"], minlength=1)[1:]
+        """Tokens of each region."""
+        region = codes["region"]
+        lasts = [int(np.flatnonzero(region == n)[np.argmax(codes["place"][region == n])]) for n in self._numbers()]
+        self.candidates: Bool[NpArray, "N R"] = self._before(np.array(lasts, np.int64))[self.queries]
+        """Regions that stand whole before each query."""
+
+    def _numbers(self) -> range:
+        return range(1, len(self.sizes) + 1)
+
+    def _before(self, tokens: Int[NpArray, "n"]) -> Bool[NpArray, "T n"]:
+        """Which of these tokens stand before each token of their document."""
+        segment, place = self._codes["segment"], self._codes["place"]
+        return (segment[:, None] == segment[tokens]) & (place[:, None] > place[tokens])
+
+
+def account(info: TokenInfo, text: TextConfig, options: ModelOptions, number_bytes: int = 2) -> Reading | None:
+    """What the text queries of a row or prompt read of its pictures; None where no text stands behind a picture.
+
+    Args:
+        info: numpy codes of one row, arrays [T], laid out for the options.
+        text: the decoder.
+        options: its mechanisms; Gaze is the one that counts.
+        number_bytes: of a number in the cache, 2 for bfloat16.
+    """
+    row = _Row(info)
+    if not len(row.queries):
+        return None
+    H, K, h = text.attention_dims
+    plain = _Layer(row.visual, row.visual, np.zeros(len(row.queries)), 2 * h * number_bytes * K * row.visual)
+    layers = [plain] * text.num_layers
+    for gaze in (m for m in options.mechanisms if isinstance(m, Gaze)):
+        routed = _routed(row, gaze, text, number_bytes)
+        for n in range(text.num_layers) if gaze.layers == "all" else gaze.layers:
+            layers[n] = routed
+    mean, routing, read = (
+        np.sum([getattr(layer, name) for layer in layers], axis=0) for name in ("mean", "routing", "bytes")
+    )
+    context = 4 * H * h * text.num_layers * row.context
+    return Reading(
+        visual=float(row.visual.mean()),
+        entries=float(np.mean(mean / text.num_layers + row.context)),
+        most=int(max(np.max(layer.most + row.context) for layer in layers)),
+        attention=float(np.mean(4 * H * h * mean)),
+        routing=float(np.mean(routing)),
+        context=float(np.mean(context)),
+        bytes=float(np.mean(read + text.num_layers * 2 * h * number_bytes * K * row.context)),
+        dense_attention=float(np.mean(4 * H * h * text.num_layers * row.visual)),
+        dense_bytes=float(np.mean(text.num_layers * 2 * h * number_bytes * K * row.visual)),
+    )
+
+
+def mean_reading(readings: list[Reading]) -> Reading | None:
+    """Means over rows, and the greatest `most`; None of nothing."""
+    if not readings:
+        return None
+    names = [field.name for field in dataclasses.fields(Reading)]
+    values: dict[str, Any] = {name: float(np.mean([getattr(r, name) for r in readings])) for name in names}
+    return Reading(**values | {"most": max(r.most for r in readings)})
+
+
+class _Layer(NamedTuple):
+    """One layer's part of it for each query: visual entries, the most of them, FLOPs of routing, bytes."""
+
+    mean: Float[NpArray, "N"]
+    most: Int[NpArray, "N"]
+    routing: Float[NpArray, "N"]
+    bytes: Float[NpArray, "N"]
+
+
+def _routed(row: _Row, gaze: Gaze, text: TextConfig, number_bytes: int) -> _Layer:
+    H, K, h = text.attention_dims
+    found = row.candidates.sum(1)
+    # Tokens of regions that are no candidates stay under the plain mask; behind whole pictures there are none.
+    held = row.candidates @ row.sizes
+    count = np.array([gaze.rule.most(int(n)) for n in found])
+    mean = row.visual - held + count * held / np.maximum(found, 1)
+    largest = -np.sort(-(row.candidates * row.sizes), axis=1)
+    taken = np.arange(largest.shape[1]) < count[:, None]
+    most = row.visual - held + (largest * taken).sum(1)
+    width = _descriptor_width(gaze, h)
+    routing = 2 * H * width * found if gaze.rule.by == "descriptor" else 2 * H * h * held
+    union = np.minimum(count * (H // K), found) if gaze.share == "head" else count
+    read = 2 * h * number_bytes * K * (union * gaze.regions.tokens + row.visual - held) + 4 * width * K * found
+    return _Layer(mean, most, routing, read)
+
+
+def _descriptor_width(gaze: Gaze, h: int) -> int:
+    """c: numbers in a descriptor."""
+    q = jax.ShapeDtypeStruct((1, 1, 1, h), jnp.float32)
+    return jax.eval_shape(lambda q: descriptors.features(gaze.descriptor, q), q).shape[-1]

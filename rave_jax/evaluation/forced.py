@@ -1,0 +1,100 @@
+"""Which samples a model would answer exactly, from whole forward passes: nothing is generated.
+
+A sample counts where every token of its answer, its end too, is the most likely one after those before it. That is when
+greedy generation writes exactly these tokens, so the share of such samples is the exact match of greedy answers (but
+for texts that other tokens spell too), for the price of reading each conversation once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from rave_jax.batch import Batch
+from rave_jax.data.collate import BatchShape, collate
+from rave_jax.data.processor import Processor
+from rave_jax.data.sample import EmptyAnswer, Example, Sample
+from rave_jax.evaluation.calibration import asked_at
+from rave_jax.models.vlm import Vlm
+from rave_jax.parallel.rows import batch_shardings, global_batch
+from rave_jax.parallel.sharding import replicated, use_mesh
+from rave_jax.typing import Array, Bool, Int, NpArray
+
+NOTHING = -1
+"""Stands for no token of an answer."""
+
+
+class ForcedAnswers:
+    """Asks a model block by block; every block has one shape and one program.
+
+    Args:
+        model: on the mesh.
+        processor: of the model.
+        mesh: the devices.
+        shape: of a block: samples, tokens of a conversation with its answer, patches.
+        answer_tokens: most tokens of an answer, its end counted.
+    """
+
+    def __init__(self, model: Vlm, processor: Processor, mesh: Mesh, shape: BatchShape, answer_tokens: int):
+        self._model, self._processor, self._mesh = model, processor, mesh
+        self._shape, self._width = shape, answer_tokens
+        self._right: Any = jax.jit(right, out_shardings=replicated(mesh))
+
+    def __call__(self, samples: Sequence[Sample]) -> Bool[NpArray, "samples"]:
+        """Is each sample's last answer what the model would write?
+
+        Raises:
+            SampleError: a sample cannot be used, has no answer, or is over budget.
+        """
+        return self.of_examples([self._encoded(sample) for sample in samples])
+
+    def of_examples(self, examples: Sequence[Example]) -> Bool[NpArray, "samples"]:
+        """The same of samples in numbers; the answer is what the loss mask of the last turn marks."""
+        found = [np.zeros(0, bool)]
+        for start in range(0, len(examples), self._shape.rows):
+            part = examples[start : start + self._shape.rows]
+            found.append(self._block(part)[: len(part)])
+        return np.concatenate(found)
+
+    def _encoded(self, sample: Sample) -> Example:
+        if len(sample.prompt) == len(sample.messages):
+            raise EmptyAnswer(f"{sample.id}: has no answer")
+        return self._processor.encode(sample.messages, name=sample.id)
+
+    def _block(self, examples: Sequence[Example]) -> Bool[NpArray, "B"]:
+        B = self._shape.rows
+        at, answer = np.zeros((B, self._width), np.int32), np.full((B, self._width), NOTHING, np.int32)
+        for row, example in enumerate(examples):
+            queries, tokens = asked_at(example, "accuracy")
+            at[row, : len(queries)], answer[row, : len(tokens)] = queries, tokens
+        with use_mesh(self._mesh):
+            where = jax.device_put((at, answer), batch_shardings(self._mesh, B).tokens)
+            return np.asarray(self._right(self._model, self._batch(examples), *where))
+
+    def _batch(self, examples: Sequence[Example]) -> Batch:
+        settings = self._processor.settings
+
+        def load(span: range) -> Batch:
+            mine = [[example] for example in examples[span.start : span.stop]]
+            return collate(mine, self._shape._replace(rows=len(span)), settings.patch_numbers, settings.merge_patches)
+
+        return global_batch(load, self._mesh, self._shape.rows)
+
+
+def right(model: Vlm, batch: Batch, at: Int[Array, "B N"], answer: Int[Array, "B N"]) -> Bool[Array, "B"]:
+    """Is each row's answer the most likely one, token after token?
+
+    Args:
+        model: the model.
+        batch: conversations with their answers.
+        at: queries that predict the answer's tokens; anything for fillers.
+        answer: the answer's tokens; NOTHING for fillers.
+    """
+    hidden = model.hidden(batch)
+    logits = model.logits(jnp.take_along_axis(hidden, at[..., None], axis=1))
+    return jnp.all((jnp.argmax(logits, axis=-1) == answer) | (answer == NOTHING), axis=1)

@@ -1,0 +1,59 @@
+"""Exact match from whole forward passes is exact match of what greedy generation writes."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from rave_jax.attention import Gaze
+from rave_jax.data.collate import BatchShape, collate
+from rave_jax.data.sample import EmptyAnswer, Example, OverBudget
+from rave_jax.evaluation.forced import ForcedAnswers
+from rave_jax.evaluation.subject import with_answer
+from rave_jax.inference import Completion, Generator, Request, Sampling, SlotConfig
+from rave_jax.layout import FixedRegions
+from rave_jax.models.config import ModelOptions
+from rave_jax.parallel.mesh import MeshConfig, make_mesh
+from tests.evaluation.test_routing import ask, made
+
+SHAPE = BatchShape(rows=4, tokens=128, patches=128)
+GAZE = Gaze(regions=FixedRegions(2, 2), max_regions=8, top_k=1)
+
+
+@pytest.mark.parametrize("mechanisms", [(), (GAZE,)], ids=["plain", "gaze"])
+def test_an_answer_counts_where_every_token_of_it_is_what_generation_writes(mechanisms: tuple[Gaze, ...]) -> None:
+    vlm, processor = made(ModelOptions(mechanisms=mechanisms))
+    sample = ask("Where?", (32, 48))
+    prompt = processor.encode(sample.prompt, add_generation_prompt=True)
+    tokens: list[int] = []
+    for _ in range(3):
+        example = with_answer(prompt, tokens)
+        batch = collate([[example]], SHAPE._replace(rows=1), processor.settings.patch_numbers)
+        tokens.append(int(np.argmax(vlm.logits(vlm.hidden(batch)[0, len(example.tokens) - 1]))))
+    if not mechanisms:
+        generator = Generator(vlm, processor, SlotConfig(slots=1, max_length=128, chunk=128))
+        (end,) = generator.answers([Request(sample.prompt, Sampling(3))])
+        assert isinstance(end, Completion) and end.tokens == tuple(tokens)
+
+    def scored(change: int | None) -> Example:
+        example = with_answer(prompt, [t + (n == change) for n, t in enumerate(tokens)])
+        answer = np.arange(len(example.tokens)) >= len(prompt.tokens)
+        return example._replace(loss_mask=answer.astype(np.float32))
+
+    forced = ForcedAnswers(vlm, processor, make_mesh(MeshConfig(), jax.devices()[:2]), SHAPE, 5)
+    found = forced.of_examples([scored(None), scored(0), scored(2)] * 3)
+    assert found.tolist() == [True, False, False] * 3
+
+
+def test_what_cannot_be_asked_is_refused() -> None:
+    vlm, processor = made(ModelOptions())
+    forced = ForcedAnswers(vlm, processor, make_mesh(MeshConfig(), jax.devices()[:1]), SHAPE, 8)
+    sample = ask("Where?", (16, 16))
+    with pytest.raises(EmptyAnswer, match="has no answer"):
+        forced([dataclasses.replace(sample, messages=sample.prompt)])
+    with pytest.raises(OverBudget):
+        forced([ask("word " * 60, (16, 16))])
+    assert forced([]).shape == (0,)
