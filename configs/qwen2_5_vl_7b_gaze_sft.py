@@ -1,0 +1,30 @@
+"""Fine-tune Qwen2.5-VL-7B-Instruct with Gaze Attention on your own data, on a TPU slice.
+
+As `qwen2_5_vl_7b_rave_sft.py`, with sparse reading of pictures in place of a gate: 4 x 4 regions whatever a picture's
+size, a quarter of them for each query and head, four context tokens. Training starts dense, so the first step computes
+the released model (and four new tokens), and comes down to a quarter in the first half of the run.
+"""
+
+import dataclasses
+
+import qwen2_5_vl_7b_rave_sft
+
+from rave_jax.attention import Gaze
+from rave_jax.layout import AdaptiveRegions, ContextTokens
+from rave_jax.training.config import TrainConfig
+from rave_jax.training.optimizers import ParameterGroup
+
+
+def get_config() -> TrainConfig:
+    """One row is one conversation of at most 4,096 tokens with pictures of at most 1,024 visual tokens."""
+    base = qwen2_5_vl_7b_rave_sft.get_config()
+    # A picture of 1,024 tokens may be long and thin; 1,024 / 16 is 64 for the square one.
+    gaze = Gaze(regions=AdaptiveRegions(tokens=96), max_regions=128, top_k=0.25)
+    tower = next(group for group in base.optimizer.groups if group.name == "tower")
+    context = ParameterGroup(name="context", pattern=r"^context", learning_rate=5.0, weight_decay=0.0)
+    return dataclasses.replace(
+        base,
+        output_dir="runs/qwen2_5_vl_7b_gaze_sft",
+        model=dataclasses.replace(base.model, mechanisms=(gaze,), context=ContextTokens(4)),
+        optimizer=dataclasses.replace(base.optimizer, groups=(tower, context)),
+    )
