@@ -29,6 +29,6 @@ def test_logits_are_those_of_the_backbone(attention: Any) -> None:
     backbone = logits(ModelOptions(attention=attention))
     forms: tuple[Any, ...] = ("log_gate", "tanh", "linear", "centered_sigmoid")
     for form in forms:
-        assert np.array_equal(logits(ModelOptions((Rave(form=form, rank=4),), attention)), backbone), form
-    moved = logits(ModelOptions((Rave(rank=4, start="random"),), attention))
+        assert np.array_equal(logits(ModelOptions((Rave(form=form, rank=4),), attention=attention)), backbone), form
+    moved = logits(ModelOptions((Rave(rank=4, start="random"),), attention=attention))
     assert not np.array_equal(moved, backbone), "the check sees a gate that is not zero"
