@@ -92,7 +92,7 @@ def chosen_of(q: Any, descriptor: Any, share: str) -> Any:
     scores = jnp.swapaxes(scores, 2, 3)[:, :, :, None]
     candidate = jnp.ones((1, 1, 1, 1, scores.shape[-1]), bool)
     rule = RouteRule(SHARE, share="group" if share == "group" else "head")
-    return choose(scores, candidate, jnp.float32(0), rule).chosen[:, :, :, 0]
+    return choose(scores, candidate, None, rule).chosen[:, :, :, 0]
 
 
 def attended(q: Any, k: Any, v: Any, real: Any, chosen: Any) -> Any:
