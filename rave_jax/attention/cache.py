@@ -263,7 +263,10 @@ def put(cache: KvCache, part: KvCache, rows: Int[Array, "n"] | None) -> KvCache:
         far, new = cache.regions, part.regions
         if far is not None and new is not None:
             stored = jax.tree.map(of_layers, far.segments, new.segments)
-            far = RegionSlots(stored, *jax.tree.map(of_rows, (far.info, far.count), (new.info, new.count)))
+            # Nothing of the row lies beyond the regions taken, but codes of who had it before may.
+            size = far.info.segment.shape[1]
+            codes = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, size - x.shape[1]))), new.info)
+            far = RegionSlots(stored, *jax.tree.map(of_rows, (far.info, far.count), (codes, new.count)))
         return KvCache(segments, info, index, far)
 
     # Row by row, and in place: for a scatter of rows this large the compiler copies the whole cache.

@@ -23,6 +23,7 @@ from rave_jax.attention.scores import scores_of
 from rave_jax.batch import TokenInfo
 from rave_jax.kernels import pair_bias
 from rave_jax.kernels.pair_bias import Implementation, MaskCodes
+from rave_jax.kernels.pair_bias.base import tile_allow
 from rave_jax.kernels.routed import RegionBias, choice_of, gather_attention
 from rave_jax.typing import Array, Bool, Float, Int
 
@@ -231,7 +232,8 @@ def _gathered(
         x.q[:, 0],
         by_region(far.k),
         by_region(far.v),
-        (far_info.segment > 0).reshape(far_info.segment.shape[0], regions, -1),
+        # A window may cut a region.
+        tile_allow(far_codes).reshape(far_info.segment.shape[0], regions, -1),
         choice.chosen[..., 0, :],
         rule.most(regions),
         bias,

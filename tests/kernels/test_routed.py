@@ -65,7 +65,7 @@ def allowed(codes: MaskCodes, routes: Routes, rule: RouteRule) -> np.ndarray:
         scores = np.broadcast_to(scores.sum(2, keepdims=True), scores.shape)
     scores = scores.reshape(B, K * G, T, R)
     for b, head, t in np.ndindex(B, K * G, T):
-        able = [n for n in range(R) if lo[b, t] <= first[b, n] <= last[b, n] < before[b, t]]
+        able = [n for n in range(R) if first[b, n] <= last[b, n] and lo[b, t] <= last[b, n] < before[b, t]]
         target = min(len(able), rule.top_k) if rule.top_k >= 1 else np.ceil(round(rule.top_k * len(able), 4))
         count = int(target + np.ceil(float(routes.dense) * (len(able) - target)))
         best = sorted(able, key=lambda n: (-scores[b, head, t, n], n))[:count]

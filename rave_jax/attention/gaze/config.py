@@ -54,7 +54,8 @@ class TopKSchedule:
             return 1.0 - x
         if self.shape == "steps":
             return jnp.where(x < 1, 0.5 ** jnp.floor(4 * x), 0.0)
-        return 0.5 * (1.0 + jnp.cos(math.pi * x))
+        # Exactly 0 at the end: the least share above it is one region more than `top_k`.
+        return jnp.where(x < 1, 0.5 * (1.0 + jnp.cos(math.pi * x)), 0.0)
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ class GazeRouter(Mechanism):
 
     def __init__(self, config: Gaze, dims: AttentionDims):
         self.config = config
-        self.GATHERS = config.descriptor != "oracle"
+        self.GATHERS = config.descriptor != "oracle" and config.choice != "soft_bias"
         if config.descriptor == "learned":
             pooling = jnp.zeros((dims.num_kv_heads, dims.head_dim))
             self.pooling = nnx.Param(pooling, axes=("kv_heads", "head_dim"))
@@ -149,20 +150,24 @@ class GazeRouter(Mechanism):
             descriptor=descriptors.describe(config.descriptor, summary, (B, regions, x.k.shape[2], h)),
             first=first,
             last=last,
-            before=self._before(info_q, codes),
+            before=self._before(info_q, info_k, codes, first),
             keys=info_k.region,
             dense=None if progress is None else config.schedule.dense(progress),
         )
         return Routing(routes, config.rule)
 
-    def _before(self, info: TokenInfo, codes: MaskCodes) -> Int[Array, "B T"]:
-        """Text chooses from all that stands before it; visual tokens, if at all, from what stands before their frame;
-        padding and context tokens do not choose."""
-        before = jnp.where(info.kind == Kind.TEXT, codes.hi, NOWHERE)
+    def _before(
+        self, info_q: TokenInfo, info_k: TokenInfo, codes: MaskCodes, first: Int[Array, "B R"]
+    ) -> Int[Array, "B T"]:
+        """Text chooses from all that stands before it; visual tokens, if at all, from what stands before the frames of
+        their own region; padding and context tokens do not choose."""
+        before = jnp.where(info_q.kind == Kind.TEXT, codes.hi, NOWHERE)
         if self.config.visual_queries == "dense":
             return before
-        frame = codes.hi - (info.row * info.grid_w + info.col)
-        return jnp.where(info.kind == Kind.VISUAL, frame, before)
+        # Where a region begins in its first frame, all of it that stands before a query is known, whatever the chunk.
+        corner, _ = bounds(info_k.row * info_k.grid_w + info_k.col, info_k.region, first.shape[1])
+        frames = jnp.take_along_axis(first - corner, jnp.maximum(info_q.region - 1, 0), axis=1)
+        return jnp.where(info_q.kind == Kind.VISUAL, frames, before)
 
 
 def bounds(order: Int[Array, "B S"], region: Int[Array, "B S"], R: int) -> tuple[Int[Array, "B R"], Int[Array, "B R"]]:

@@ -1,6 +1,6 @@
 """What routed attention means: which regions a query may choose from, how it chooses, and what it then sees.
 
-    candidate_ir = lo_i <= first_r  and  last_r < before_i       first, last: least and greatest order of r's keys
+    candidate_ir = lo_i <= last_r < before_i                     first, last: least and greatest order of r's keys
     s_ir         = <x_i, d_r>                                    routing query and descriptor, float32
     chosen_ir    = candidate, and one of the k_i with the largest s_ir among the n_i candidates (ties: the lower r)
     k_i          = t_i + ceil(dense (n_i - t_i)),  t_i = min(top_k, n_i) or ceil(top_k n_i)
@@ -54,8 +54,11 @@ class RouteRule:
         require(0 < self.tau < math.inf, "tau", self.tau, "a positive number")
 
     def most(self, regions: int) -> int:
-        """The most regions a query chooses of so many candidates, once the schedule has ended."""
-        return min(int(self.top_k), regions) if self.top_k >= 1 else math.ceil(self.top_k * regions)
+        """How many regions a query chooses of so many candidates, once the schedule has ended."""
+        if self.top_k >= 1:
+            return min(int(self.top_k), regions)
+        # Rounded before it is rounded up: 0.07 * 100 must not become 8.
+        return min(max(1, math.ceil(round(self.top_k * regions, 9))), regions)
 
 
 class Routes(NamedTuple):
@@ -100,7 +103,7 @@ class Choice(NamedTuple):
 def candidates(codes: MaskCodes, routes: Routes) -> Bool[Array, "B 1 1 T R"]:
     """Which regions each query may choose from."""
     first, last = routes.first[:, None], routes.last[:, None]
-    found = (codes.lo[..., None] <= first) & (last < routes.before[..., None]) & (first <= last)
+    found = (codes.lo[..., None] <= last) & (last < routes.before[..., None]) & (first <= last)
     return found[:, None, None]
 
 
@@ -124,11 +127,7 @@ def budget(
 ) -> Int[Array, "B 1 1 T"]:
     """How many regions each query chooses."""
     n = jnp.sum(candidate, axis=-1)
-    if rule.top_k >= 1:
-        target = jnp.minimum(n, int(rule.top_k))
-    else:
-        # Rounded before it is rounded up: 0.1 * 10 must not become 2.
-        target = jnp.ceil(jnp.round(rule.top_k * n, 4)).astype(n.dtype)
+    target = jnp.array([rule.most(found) for found in range(candidate.shape[-1] + 1)], n.dtype)[n]
     if dense is None:
         return target
     return target + jnp.ceil(dense * (n - target)).astype(n.dtype)

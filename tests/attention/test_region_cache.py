@@ -1,0 +1,77 @@
+"""A cache by regions against a whole forward pass, hidden state by hidden state: in chunks, then token by token."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rave_jax.attention import Gaze, MechanismConfig, SlidingWindow
+from rave_jax.attention import cache as kv_cache
+from rave_jax.data.layout import places_in_region
+from rave_jax.layout import FixedRegions
+from rave_jax.models.config import ModelOptions
+from rave_jax.models.families import presets
+from rave_jax.models.vlm import Vlm
+from tests.inference.prompts import example_of
+from tests.models.layout import Document, Visual, batch, document
+from tests.models.made import model
+
+CONFIG = presets.tiny(vocab_size=64, num_layers=1)
+PICTURE = [3, Visual(1, 8, 8), 4]
+VIDEO = [3, Visual(2, 6, 4, video=True), 2]
+_cached = jax.jit(lambda model, *given: model.decoder.cached(*given))
+_whole = jax.jit(lambda model, given: (model.embedded(given), model.hidden(given)))
+
+
+@functools.cache
+def a_model(*mechanisms: MechanismConfig) -> Vlm:
+    return model(CONFIG, ModelOptions(mechanisms), seed=1)
+
+
+def read(vlm: Vlm, doc: Document, cuts: list[int], cache=None):
+    """(hidden states in parts, those of the whole, the cache); parts without visual tokens are read as decoding does."""
+    given = batch([[doc]], CONFIG, len(doc.tokens), len(doc.patches))
+    region = example_of(doc, CONFIG, vlm.options.layout).info.region[None]
+    given = jax.tree.map(jnp.asarray, given._replace(info=given.info._replace(region=region)))
+    x, whole = _whole(vlm, given)
+    cache = vlm.empty_cache(1, 128) if cache is None else cache
+    places, parts = jnp.asarray(places_in_region(region[0]))[None], []
+    for start, stop in zip([0, *cuts], [*cuts, len(doc.tokens)], strict=True):
+        cut = slice(start, stop)
+        seen = places[:, cut] if start == 0 or region[:, cut].any() else None
+        info = jax.tree.map(lambda code, cut=cut: code[:, cut], given.info)
+        part, cache = _cached(vlm, x[:, cut], info, given.positions[:, :, cut], cache, seen)
+        parts.append(part)
+    return np.concatenate(parts, axis=1), np.asarray(whole), cache
+
+
+@pytest.mark.parametrize(
+    ("mechanisms", "parts", "cuts"),
+    [
+        ((Gaze(FixedRegions(2, 2), 16, top_k=1),), PICTURE, [9, 20, 21, 22]),
+        ((Gaze(FixedRegions(2, 2), 16, top_k=1, choice="soft_bias"),), PICTURE, [20, 21, 22]),
+        ((Gaze(FixedRegions(2, 2), 16, top_k=1), SlidingWindow(9)), PICTURE, [20, 21, 22]),
+        ((Gaze(FixedRegions(1, 2, frames=2), 16, top_k=1, visual_queries="frame+routed"),), VIDEO, [11]),
+    ],
+    ids=["plain", "soft bias", "a window that cuts regions", "a chunk that ends inside regions of two frames"],
+)
+def test_in_parts_it_is_the_whole(mechanisms, parts, cuts) -> None:
+    doc = document(parts, CONFIG, np.random.default_rng(0))
+    found, whole, _ = read(a_model(*mechanisms), doc, cuts)
+    np.testing.assert_allclose(found, whole, atol=2e-5)
+
+
+def test_a_row_remembers_no_region_of_who_had_it() -> None:
+    """Whose regions were more than those of the next prompt are taken."""
+    vlm, rng = a_model(Gaze(FixedRegions(1, 1), 40, top_k=1)), np.random.default_rng(0)
+    many, few = (document(parts, CONFIG, rng) for parts in ([2, Visual(1, 8, 8), 2], [2, Visual(1, 4, 4), 40]))
+    *_, whole = read(vlm, many, [])
+    row, reach = jnp.zeros(1, jnp.int32), kv_cache.RegionReach(4, 4)
+    part = kv_cache.emptied(kv_cache.take(whole, row, 128, reach), jnp.ones(1, bool))
+    _, _, part = read(vlm, few, [], part)
+    cache = kv_cache.put(whole, part, row)
+    assert np.unique(cache.regions.info.region).tolist() == [0, 1, 2, 3, 4]
