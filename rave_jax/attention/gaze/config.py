@@ -108,7 +108,8 @@ class GazeRouter(Mechanism):
     a hard choice gives it no gradient."""
 
     OWNS = ("route",)
-    NEEDS = ("order", "hi")
+    # A key whose weight is multiplied after the kernel may be one that was not chosen.
+    NEEDS = ("order", "hi", "factor")
 
     def __init__(self, config: Gaze, dims: AttentionDims):
         self.config = config
