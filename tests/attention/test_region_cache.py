@@ -33,7 +33,7 @@ def a_model(*mechanisms: MechanismConfig) -> Vlm:
 
 
 def read(vlm: Vlm, doc: Document, cuts: list[int], cache=None):
-    """(hidden states in parts, those of the whole, the cache); parts without visual tokens are read as decoding does."""
+    """(hidden states in parts, those of the whole, the cache); parts without visual tokens are read as in decoding."""
     given = batch([[doc]], CONFIG, len(doc.tokens), len(doc.patches))
     region = example_of(doc, CONFIG, vlm.options.layout).info.region[None]
     given = jax.tree.map(jnp.asarray, given._replace(info=given.info._replace(region=region)))
