@@ -128,6 +128,9 @@ class Pipeline:
         settings = processor.settings
         self.shape = BatchShape(config.rows, config.tokens, round_up(config.patches, settings.window_patches))
         """Shape of the whole batch, over all hosts."""
+        most, each = processor.layout.max_regions, config.documents_per_row
+        fits = processor.layout.regions is None or each <= most
+        require(fits, "data.documents_per_row", each, f"at most max_regions {most}: each document needs a region")
         per_step = config.rows * config.documents_per_row
         equal = (1.0,) * len(self.sources)
         stages = [(stage.step * per_step, stage.weights or equal) for stage in config.stages]

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from rave_jax.batch import Kind
 from rave_jax.config import ConfigError
 from rave_jax.data.layout import check_regions
 from rave_jax.data.sample import Example, OverBudget, SampleError
@@ -145,7 +146,10 @@ class Engine:
         ):
             if most is not None and given > most:
                 raise OverBudget(f"{called}the prompt has {given} {what}, over the budget of {field_name} {most}")
-        check_regions(example, self._model.options.layout.max_regions, name)
+        layout = self._model.options.layout
+        check_regions(example, layout.max_regions, name)
+        if layout.regions is not None and np.any((example.info.kind == Kind.VISUAL) & (example.info.region == 0)):
+            raise SampleError(f"{called}a picture without regions: the processor needs the model's layout")
         ahead = self._model.decoder.looks_ahead
         if ahead and len(example.tokens) > self._buckets.chunk:
             raise OverBudget(

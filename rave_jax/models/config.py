@@ -236,6 +236,8 @@ class ModelOptions:
     def __post_init__(self) -> None:
         layouts = {(m.regions, m.max_regions) for m in self.mechanisms if isinstance(m, Gaze)}
         require(len(layouts) <= 1, "mechanisms", layouts, "one layout of regions (regions, max_regions) in all layers")
+        served = not layouts or self.attention != "pallas_tpu"
+        require(served, "attention", self.attention, "auto, xla or reference: Gaze has no fused kernel for training")
 
     @property
     def layout(self) -> VisualLayout:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from rave_jax.attention import Croc, Gaze, Mechanism, MechanismConfig, Rave, TopKSchedule, ZeroTuning
+from rave_jax.attention import Croc, Decomposed, Gaze, Mechanism, MechanismConfig, Rave, TopKSchedule, ZeroTuning
 from rave_jax.attention.gaze import descriptors
 from rave_jax.batch import Batch
 from rave_jax.config import ConfigError
@@ -271,6 +271,10 @@ def test_wrong_settings_and_company_are_refused() -> None:
         a_model(gaze(layers=(0,)), Croc(layers=(1,)))
     with pytest.raises(ConfigError, match="needs 'factor' plain, but FirstTokenAfter owns it"):
         a_model(gaze(), ZeroTuning(2.0, route="after"))
+    with pytest.raises(ConfigError, match="needs 'query' plain, but"):
+        a_model(gaze(), Decomposed())
+    with pytest.raises(ConfigError, match="Gaze has no fused kernel for training"):
+        ModelOptions(mechanisms=(gaze(),), attention="pallas_tpu")
     with pytest.raises(ConfigError, match="both own 'route'"):
         a_model(gaze(), gaze(top_k=3))
     assert issubclass(type(a_model(gaze()).decoder.segments[0].layers.mechanisms[0]), Mechanism)

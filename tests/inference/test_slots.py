@@ -241,6 +241,8 @@ def test_more_regions_than_the_budget_are_refused_by_name() -> None:
     example = lay_out(example_of(wide, CONFIG), VisualLayout(FixedRegions(2, 2), 99))
     with pytest.raises(OverBudget, match="wide: 14 regions, over the budget of max_regions 12"):
         slots.submit(example, Sampling(NEW), "wide")
+    with pytest.raises(SampleError, match="plain: a picture without regions: the processor needs the model's layout"):
+        slots.submit(example_of(wide, CONFIG), Sampling(NEW), "plain")
     assert not slots.waiting
 
 

@@ -172,6 +172,23 @@ def test_what_is_not_chosen_touches_nothing() -> None:
     np.testing.assert_array_equal(out[:, -1], found[:, -1])
 
 
+def test_masses_are_those_of_each_region_whatever_else_the_row_holds() -> None:
+    """A key that nobody sees and that would take all the weight changes no choice."""
+    q, k, v, codes, routes, bias = operands(4)
+    rule = RouteRule(1, by="mass")
+    far = codes._replace(order=codes.order.at[:, 0].set(10**6))
+    keys = routes._replace(keys=routes.keys.at[:, 0].set(0))
+    loud = bias._replace(key=bias.key.at[:, 0].set(1e4), key_on=bias.key_on.at[:, 0].set(True))
+    linear = PairForm("linear")
+
+    def of(bias):
+        return routed.attention(
+            q, k, v, far, bias, linear, routing=Routing(keys, rule), scale=h**-0.5, implementation="reference"
+        )[0]
+
+    np.testing.assert_array_equal(of(loud), of(bias._replace(key_on=loud.key_on)))
+
+
 def test_wrong_operands_and_backends_are_one_clear_error() -> None:
     q, k, v, codes, routes, bias = operands(0)
     with pytest.raises(ValueError, match=r"descriptor has shape \(2, 5, 2, 8\), expected|first has shape"):

@@ -67,12 +67,13 @@ class Gaze:
     max_regions: int = 256
     """Most regions of a row; samples and prompts with more are over budget."""
     top_k: float = 0.25
-    """Regions a query reads of all pictures before it: a whole number of 1 or more, or below 1 a fraction of them."""
+    """Regions a query reads of all pictures before it: a whole number (1 is one region), or below 1 a fraction."""
     schedule: TopKSchedule = field(default_factory=TopKSchedule)
     """From all regions to `top_k` in training; outside training it has ended."""
     descriptor: DescriptorName = "mean"
     """What of a region's keys a query meets: their mean; least and greatest channels (min_max); mean and variance
-    (spread); a learned pooling; for study random noise, or the true attention mass (oracle)."""
+    (spread); a learned pooling, which learns under a soft choice alone; for study noise of the region's number
+    (random), or the true attention mass (oracle)."""
     descriptor_keys: Literal["post_rope", "pre_rope"] = "post_rope"
     """Keys (and queries) that rank regions: as the cache holds them, or before rotary positions."""
     share: Literal["head", "group"] = "head"
@@ -90,7 +91,7 @@ class Gaze:
     def __post_init__(self) -> None:
         check_fields(self)
         require(self.max_regions >= 1, "max_regions", self.max_regions, "at least 1")
-        assert self.rule  # checks top_k and tau
+        _ = self.rule  # refuses a wrong top_k or tau
 
     @property
     def rule(self) -> RouteRule:
@@ -108,8 +109,9 @@ class GazeRouter(Mechanism):
     a hard choice gives it no gradient."""
 
     OWNS = ("route",)
-    # A key whose weight is multiplied after the kernel may be one that was not chosen.
-    NEEDS = ("order", "hi", "factor")
+    # A key whose weight is multiplied after the kernel may be one that was not chosen; and regions are ranked by the
+    # query that meets their keys.
+    NEEDS = ("order", "hi", "factor", "query")
 
     def __init__(self, config: Gaze, dims: AttentionDims):
         self.config = config

@@ -114,12 +114,20 @@ def region_scores(routes: Routes) -> Float[Array, "B K G T R"]:
 
 
 def region_masses(scores: Float[Array, "B K G T S"], routes: Routes) -> Float[Array, "B K G T R"]:
-    """Log of the attention mass of every region, up to what all regions of a query share."""
-    top = jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True))
-    regions = jnp.arange(1, routes.descriptor.shape[1] + 1)
-    of = (routes.keys[:, :, None] == regions).astype(jnp.float32)
-    mass = jnp.einsum("BKGTS,BSR->BKGTR", jnp.exp(scores - top), of)
-    return jnp.log(jnp.maximum(mass, jnp.finfo(jnp.float32).tiny))
+    """Log of the attention mass of every region, up to what all regions of a query share; -inf of a region without
+    keys."""
+    R = routes.descriptor.shape[1]
+
+    def greatest(rows: Array, at: Array) -> Array:
+        return jnp.moveaxis(jax.ops.segment_max(jnp.moveaxis(rows, -1, 0), at, R + 1)[1:], 0, -1)
+
+    # Each region has a scale of its own: it may be far below that of keys which nobody here sees.
+    top = jax.lax.stop_gradient(jax.vmap(greatest)(scores, routes.keys))
+    anchor = jnp.where(jnp.isfinite(top), top, 0.0)
+    of = (routes.keys[:, :, None] == jnp.arange(1, R + 1)).astype(jnp.float32)
+    shifted = jnp.where(routes.keys[:, None, None, None] > 0, scores - of_keys(anchor, routes.keys, fill=0.0), -jnp.inf)
+    mass = jnp.einsum("BKGTS,BSR->BKGTR", jnp.exp(shifted), of)
+    return jnp.where(mass > 0, jnp.log(jnp.where(mass > 0, mass, 1.0)) + anchor, -jnp.inf)
 
 
 def budget(
