@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
+import itertools
 import os
 from pathlib import Path
 
@@ -31,6 +33,9 @@ settings.register_profile(
 )
 settings.load_profile("rave_jax")
 
+MAPS, MOST_MAPS = Path("/proc/self/maps"), 20_000
+_tests_run = itertools.count(1)
+
 TORCH_PYTHON = "RAVE_JAX_TORCH_PYTHON"
 DATA = "RAVE_JAX_DATA"
 
@@ -46,6 +51,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for marker, reason in missing.items():
             if item.get_closest_marker(marker):
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """Let go of compiled programs before the system's limit of memory maps (65,530 by default on Linux) ends the process.
+
+    Each holds several, and a worker runs many hundred tests. They come back from the compilation cache.
+    """
+    if next(_tests_run) % 20 == 0 and MAPS.is_file() and MAPS.read_bytes().count(b"\n") > MOST_MAPS:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")
