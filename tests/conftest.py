@@ -54,7 +54,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
-    """Let go of compiled programs before the system's limit of memory maps (65,530 by default on Linux) ends the process.
+    """Let go of compiled programs before the system's limit of memory maps (65,530 as Linux comes) ends the process.
 
     Each holds several, and a worker runs many hundred tests. They come back from the compilation cache.
     """
