@@ -130,6 +130,7 @@ def test_tokens_may_lie_region_by_region(config: Gaze) -> None:
         np.testing.assert_allclose(a[row][of[0]], b[row][of[1]], atol=2e-5)
 
 
+@pytest.mark.slow
 def test_a_mesh_changes_no_logit_and_no_gradient() -> None:
     given, model = rows(), a_model(gaze(), Rave(rank=4))
     mesh = make_mesh(MeshConfig(fsdp=2, tensor=2), jax.devices()[:4])

@@ -95,6 +95,8 @@ SETTINGS: dict[str, tuple[MechanismConfig, ...]] = {
     ),
 }
 
+SLOW = dict.fromkeys(("gaze of groups", "gaze for study"), pytest.mark.slow)
+
 
 @functools.cache
 def a_model(name: str = "rave") -> Vlm:
@@ -137,7 +139,7 @@ def run(slots: Engine, documents: Sequence[Document], samplings: Sequence[Sampli
     return [answers[number] for number in numbers]
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=SLOW.get(name, ())) for name in SETTINGS])
 def test_each_token_is_the_argmax_of_a_whole_forward(name: str) -> None:
     vlm = a_model(name)
     answers = run(engine(vlm), prompts())
@@ -222,6 +224,7 @@ def test_a_mesh_changes_nothing_and_compiles_nothing_twice(expected: list[list[i
     assert compilations() - before == len(slots.usage.programs)
 
 
+@pytest.mark.slow
 def test_regions_on_a_mesh_and_in_few_bytes_say_the_same() -> None:
     """Over rows and kv heads; and with int8 keys, most of what is said."""
     expected = run(engine(a_model("gaze")), prompts())

@@ -7,6 +7,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from rave_jax.attention import Decomposed, MechanismConfig, Mma, Rave, Var, ZeroTuning
 from rave_jax.batch import Batch
@@ -64,6 +65,7 @@ PARTS: dict[str, MechanismConfig] = {
 }
 
 
+@pytest.mark.slow
 def test_all_that_mechanisms_may_ask_of_a_kernel_is_the_dense_attention() -> None:
     """q and k that are twice as wide and a column more, every kind of term, four segments and what follows them."""
     mechanisms = tuple(PARTS.values())
