@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import importlib.util
-import itertools
 import os
 from pathlib import Path
 
@@ -34,7 +33,6 @@ settings.register_profile(
 settings.load_profile("rave_jax")
 
 MAPS, MOST_MAPS = Path("/proc/self/maps"), 20_000
-_tests_run = itertools.count(1)
 
 TORCH_PYTHON = "RAVE_JAX_TORCH_PYTHON"
 DATA = "RAVE_JAX_DATA"
@@ -56,9 +54,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
     """Let go of compiled programs before the system's limit of memory maps (65,530 as Linux comes) ends the process.
 
-    Each holds several, and a worker runs many hundred tests. They come back from the compilation cache.
+    Each holds several, and a worker runs many hundred tests. They come back from the compilation cache; only between
+    files, since tests of one file count what they compile.
     """
-    if next(_tests_run) % 20 == 0 and MAPS.is_file() and MAPS.read_bytes().count(b"\n") > MOST_MAPS:
+    between = nextitem is None or nextitem.path != item.path
+    if between and MAPS.is_file() and MAPS.read_bytes().count(b"\n") > MOST_MAPS:
         jax.clear_caches()
         gc.collect()
 
