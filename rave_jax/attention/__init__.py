@@ -10,7 +10,6 @@ from rave_jax.attention.attend import (
     mask_codes,
     positions,
     remember,
-    router_of,
     summarise,
 )
 from rave_jax.attention.avar import Avar
@@ -94,7 +93,6 @@ __all__ = [
     "plan_segments",
     "positions",
     "remember",
-    "router_of",
     "segment_codes",
     "summarise",
 ]

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from rave_jax.attention.base import Features, KeyFactor, Keys, Mechanism, Parts, overrides
 from rave_jax.attention.merge import log_weights, merged, partition_of, parts_of, with_factor
-from rave_jax.attention.probe import attention_rows, chosen_regions
+from rave_jax.attention.probe import attention_rows, choice_of_rows, chosen_regions
 from rave_jax.attention.scores import scores_of
 from rave_jax.batch import TokenInfo
 from rave_jax.kernels import pair_bias, routed
@@ -134,12 +134,9 @@ def attend(
         out, lse = (out[:, :, 0], lse[:, :, 0]) if segments is None else merged(out, lse)
     if rows is None:
         return AttentionOutput(out, None, found)
-    return AttentionOutput(
-        out,
-        attention_rows(scores, lse, rows, factor, segments, weights, routing),
-        found,
-        None if routing is None else chosen_regions(scores, rows, routing),
-    )
+    asked = None if routing is None else choice_of_rows(scores, rows, routing)
+    wanted = attention_rows(scores, lse, rows, factor, segments, weights, asked)
+    return AttentionOutput(out, wanted, found, None if asked is None else chosen_regions(asked, scores.q.shape[2]))
 
 
 def routing_of(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax.numpy as jnp
 
 from rave_jax.attention.base import KeyFactor
@@ -12,6 +14,13 @@ from rave_jax.kernels.routed import Choice, Routing, choice_of, of_keys, open_ke
 from rave_jax.typing import Array, Bool, Float, Int
 
 
+class RowChoice(NamedTuple):
+    """What some queries chose, and the region of every key [B,S]."""
+
+    choice: Choice
+    keys: Int[Array, "B S"]
+
+
 def attention_rows(
     scores: Scores,
     lse: Float[Array, "B T H"],
@@ -19,7 +28,7 @@ def attention_rows(
     factor: KeyFactor | None = None,
     segments: KeySegments | None = None,
     weights: Float[Array, "B T M H"] | None = None,
-    routing: Routing | None = None,
+    asked: RowChoice | None = None,
 ) -> Float[Array, "B N H S"]:
     """Attention weights of queries `rows` [B,N] over all keys, float32; a row that may see nothing is zero.
 
@@ -29,11 +38,11 @@ def attention_rows(
         rows: queries, by index.
         factor: the key of each query whose weight was multiplied, or None.
         segments, weights: log factors of M segments, or None.
-        routing: what queries choose their keys by, or None.
+        asked: what these queries chose, or None where nothing routes.
     """
     found, allowed = of_queries(scores, rows)
-    if routing is not None:
-        choice, keys = _choice(scores, rows, routing), routing.routes.keys
+    if asked is not None:
+        choice, keys = asked
         allowed = allowed & _by_head(open_keys(choice, keys), found.shape)
         if choice.bias is not None:
             found = found + _by_head(of_keys(choice.bias, keys, fill=0.0), found.shape)
@@ -47,22 +56,21 @@ def attention_rows(
     return jnp.where(allowed, jnp.exp(found - jnp.where(norm == -jnp.inf, 0.0, norm)), 0.0)
 
 
-def chosen_regions(scores: Scores, rows: Int[Array, "B N"], routing: Routing) -> Bool[Array, "B N H R"]:
-    """Which regions queries `rows` chose."""
-    chosen = _choice(scores, rows, routing).chosen
-    H = scores.q.shape[2]
-    return _by_head(chosen, (*rows.shape, H, chosen.shape[-1]))
-
-
-def _choice(scores: Scores, rows: Int[Array, "B N"], routing: Routing) -> Choice:
-    """The choice of some queries alone."""
+def choice_of_rows(scores: Scores, rows: Int[Array, "B N"], routing: Routing) -> RowChoice:
+    """The choice of queries `rows` alone."""
     routes, rule = routing
-    routes = routes._replace(query=pick(routes.query, rows), before=pick(routes.before, rows))
+    mine = routes._replace(query=pick(routes.query, rows), before=pick(routes.before, rows))
     codes = scores.codes._replace(lo=pick(scores.codes.lo, rows))
     found = None
     if rule.by == "mass":
         found = group_heads(of_queries(scores, rows)[0], scores.k.shape[2])
-    return choice_of(found, codes, routes, rule)
+    return RowChoice(choice_of(found, codes, mine, rule), routes.keys)
+
+
+def chosen_regions(asked: RowChoice, num_heads: int) -> Bool[Array, "B N H R"]:
+    """Which regions the queries chose, for each of H heads."""
+    B, _, _, N, R = asked.choice.chosen.shape
+    return _by_head(asked.choice.chosen, (B, N, num_heads, R))
 
 
 def _by_head(x: Array, shape: tuple[int, ...]) -> Array:
