@@ -30,7 +30,7 @@ from rave_jax.kernels.pair_bias import MaskCodes, PairForm
 from rave_jax.kernels.routed import RouteRule, gather_attention
 from rave_jax.kernels.routed.base import choose
 from rave_jax.kernels.routed.gather import pallas_tpu
-from rave_jax.kernels.routed.gather.base import Operands, listed, union
+from rave_jax.kernels.routed.gather.base import Operands, Stack, listed, union
 from rave_jax.tools.tpu import copied_bytes
 
 K, G, HEAD_DIM = 4, 7, 128
@@ -210,10 +210,13 @@ def grid_rows(share: str) -> Iterator[dict[str, Any]]:
     layout = even(40)
     cache = make(layout, "bfloat16")
     chosen = chosen_of(cache.q[0], cache.descriptor, share)
-    operands = Operands(cache.q[0], cache.k, cache.v, cache.real, chosen, None)
+    k, v = (Stack(x[None], None, jnp.int32(0)) for x in (cache.k, cache.v))
+    operands = Operands(cache.q[0], k, v, cache.real, chosen, None)
     index, count = listed(union(chosen), pallas_tpu.length_of_list(operands, math.ceil(SHARE * layout.regions)))
     call = captured(lambda: pallas_tpu.over(operands, index, count, PairForm(), 1.0, interpret=True))
-    copied = copied_bytes(call.grid_spec.grid, call.operands, (index.reshape(-1), count.reshape(-1)))
+    copied = copied_bytes(
+        call.grid_spec.grid, call.operands, (index.reshape(-1), count.reshape(-1), jnp.zeros(2, jnp.int32))
+    )
     slot = 2 * HEAD_DIM * 2
     read_bytes = sum(copied.values()) + cache.descriptor.nbytes
     filled = float((np.asarray(union(chosen))[0] @ layout.real.sum(1)).sum()) * slot

@@ -24,7 +24,7 @@ from rave_jax.batch import TokenInfo
 from rave_jax.kernels import pair_bias
 from rave_jax.kernels.pair_bias import Implementation, MaskCodes
 from rave_jax.kernels.pair_bias.base import tile_allow
-from rave_jax.kernels.routed import RegionBias, choice_of, gather_attention
+from rave_jax.kernels.routed import RegionBias, Stack, choice_of, gather_attention
 from rave_jax.typing import Array, Bool, Float, Int
 
 log = logging.getLogger(__name__)
@@ -224,14 +224,21 @@ def _gathered(
         keys = jnp.swapaxes(keys, 1, 2)
         return keys.reshape(*keys.shape[:2], regions, -1, *keys.shape[3:])
 
+    def stack(kept: Array | Quantised) -> Stack:
+        """What all layers keep [L,B,K,R*m,...], of which this one is meant."""
+        parts = kept if isinstance(kept, Quantised) else (kept, None)
+        values, scale = (None if x is None else x.reshape(*x.shape[:3], regions, -1, *x.shape[4:]) for x in parts)
+        assert values is not None
+        return Stack(values, scale, layer)
+
     bias, pair = None, scores.terms.pair
     if pair is not None:
         u, row, query_on = (y[:, 0] for y in (pair.u, pair.row, pair.query_on))
         bias = RegionBias(u, by_region(pair.w), row, by_region(pair.key), pair.gain, query_on)
     picture = gather_attention(
         x.q[:, 0],
-        by_region(far.k),
-        by_region(far.v),
+        stack(stored.far.keys.k),
+        stack(stored.far.keys.v),
         # A window may cut a region.
         tile_allow(far_codes).reshape(far_info.segment.shape[0], regions, -1),
         choice.chosen[..., 0, :],

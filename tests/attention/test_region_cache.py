@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -75,3 +76,19 @@ def test_a_row_remembers_no_region_of_who_had_it() -> None:
     _, _, part = read(vlm, few, [], part)
     cache = kv_cache.put(whole, part, row)
     assert np.unique(cache.regions.info.region).tolist() == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("kind", ["compute", "int8"])
+@pytest.mark.parametrize("share", ["head", "group"])
+def test_a_step_copies_no_layer_out_of_the_stack_and_expands_none(share, kind) -> None:
+    config = presets.tiny(vocab_size=64, num_layers=3)
+    vlm = model(config, ModelOptions((Gaze(FixedRegions(2, 2), 19, top_k=1, share=share),)), seed=1)
+    cache = vlm.empty_cache(1, 24, kind)
+    info = jax.tree.map(lambda code: jnp.ones((1, 1), jnp.int32), cache.info)._replace(region=jnp.zeros((1, 1), int))
+    x, at = jnp.zeros((1, 1, config.text.hidden_size)), jnp.zeros((3, 1, 1), jnp.int32)
+    text = _cached.lower(vlm, x, info, at, cache).compile().as_text()
+    kept = cache.regions.segments[0].keys.v
+    L, B, K, S, h = (kept if kind == "compute" else kept.values).shape
+    assert L == 3 and S == 19 * 4
+    of_a_layer = rf"f32\[(1,)?({B},{K},({S}|{S // 4},4)|{B},{S},{K}),{h}\]"
+    assert not re.search(of_a_layer, text)

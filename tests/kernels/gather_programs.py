@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from rave_jax.kernels.pair_bias import PairForm
 from rave_jax.kernels.routed.gather import RegionBias, pallas_tpu
-from rave_jax.kernels.routed.gather.base import Operands, listed, union
+from rave_jax.kernels.routed.gather.base import Operands, Stack, listed, union
 
 
 def decode(
@@ -26,6 +26,7 @@ def decode(
     form: str | None = None,
     rows: int = 1,
     kv_heads: int = 2,
+    layers: int = 3,
 ) -> tuple[Any, tuple[Any, ...]]:
     """The kernel and what is made for it; form None has no gate. Gate keys are kept flat, a region in a row."""
     heads, cache, f32 = kv_heads * group, (rows, kv_heads, regions, slots), jnp.float32
@@ -33,10 +34,10 @@ def decode(
     if form is not None:
         floats = [(rows, heads, rank), (*cache[:3], slots * rank), (rows, heads), cache, (heads,)]
         bias = RegionBias(*(place(shape, f32) for shape in floats), place((rows, heads), jnp.bool_))
+    widths = head_dim, value_dim or head_dim
     operands = Operands(
         place((rows, kv_heads, group, head_dim), dtype),
-        place((*cache, head_dim), dtype),
-        place((*cache, value_dim or head_dim), dtype),
+        *(Stack(place((layers, *cache, width), dtype), None, place((), jnp.int32)) for width in widths),
         place((rows, regions, slots), jnp.bool_),
         place((rows, kv_heads, group if apart else 1, regions), jnp.bool_),
         bias,

@@ -17,7 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from rave_jax.kernels.pair_bias import PairForm
 from rave_jax.kernels.pair_bias.support import interpreted
-from rave_jax.kernels.routed import RegionBias, gather_attention
+from rave_jax.kernels.routed import RegionBias, Stack, gather_attention
 from rave_jax.parallel.mesh import MeshConfig, make_mesh
 from rave_jax.parallel.sharding import current_mesh, partition_spec, use_mesh
 
@@ -156,11 +156,53 @@ def test_bfloat16_caches_sum_in_float32(apart: bool, implementation: str) -> Non
     np.testing.assert_allclose(lse, expected_lse, atol=1e-4)
 
 
+@pytest.mark.parametrize("implementation", BACKENDS)
+@pytest.mark.parametrize("apart", [False, True], ids=["per group", "per head"])
+def test_one_layer_of_a_stack_is_read_where_it_lies(implementation: str, apart: bool) -> None:
+    given_ = operands(5, apart, "tanh")
+    given_ |= {"chosen": given_["chosen"] & (jnp.cumsum(given_["chosen"], axis=-1) == 1), "most": 1}
+    how = {name: given_.pop(name) for name in ("most", "form")} | {"implementation": implementation}
+    stacks = {n: jnp.stack([jnp.full_like(given_[n], jnp.nan), given_[n], jnp.zeros_like(given_[n])]) for n in "kv"}
+
+    def of_layer(given_: dict[str, Any], stacks: dict[str, Any], layer: Any) -> Any:
+        return run.__wrapped__(**given_ | {n: Stack(x, None, layer) for n, x in stacks.items()}, **how)
+
+    found = jax.jit(of_layer)(given_, stacks, jnp.int32(1))
+    for x, y in zip(found, run(**given_, **how), strict=True):
+        np.testing.assert_array_equal(x, y)
+    if implementation != "xla":
+        return
+    text = jax.jit(of_layer).lower(given_, stacks, jnp.int32(1)).compile().as_text()
+    slab = rf"f32\[(1,)?{B},{K},({R},{m}|{R * m}),({h}|{c})\]"
+    assert not re.search(slab, text), "a layer is copied out of its stack"
+
+
+@pytest.mark.parametrize("implementation", BACKENDS[:2])
+@pytest.mark.parametrize("apart", [False, True], ids=["per group", "per head"])
+def test_int8_regions_are_expanded_after_they_are_taken(implementation: str, apart: bool) -> None:
+    given_ = operands(7, apart, "none")
+    real = given_["real"][:, None, ..., None]
+    rng = np.random.default_rng(7)
+    whole, stacks = {}, {}
+    for name, width in (("k", h), ("v", c)):
+        values = jnp.asarray(rng.integers(-127, 128, (2, B, K, R, m, width)), jnp.int8)
+        scale = jnp.asarray(np.float32(rng.random((2, B, K, R, m)) / 64))
+        stacks[name] = Stack(values, scale, jnp.int32(1))
+        whole[name] = jnp.where(real, values[1] * scale[1][..., None], 0.0)
+    out, lse = run(**given_ | stacks, implementation=implementation)
+    expected, expected_lse = by_rule(**given_ | whole)
+    np.testing.assert_allclose(out, expected, atol=2e-5)
+    np.testing.assert_allclose(lse, expected_lse, atol=2e-5)
+
+
 def test_wrong_operands_and_backends_are_one_clear_error() -> None:
     given_ = operands(0, True, "tanh")
 
     def bias(**changed: Any) -> dict[str, Any]:
         return {"bias": given_["bias"]._replace(**changed)}
+
+    def stack(scale: Any, dtype: Any) -> dict[str, Any]:
+        return {"k": Stack(given_["k"][None].astype(dtype), scale, jnp.int32(0))}
 
     for changed, message in (
         ({"v": given_["v"][:, :, 1:]}, r"operand v has shape \(2, 2, 8, 8, 256\), expected \(2, 2, 9, 8, 256\)"),
@@ -169,6 +211,11 @@ def test_wrong_operands_and_backends_are_one_clear_error() -> None:
         ({"chosen": given_["chosen"][:, :, :2]}, "2 choices for each kv head, expected 1 or 3"),
         ({"q": given_["q"][:, :5]}, "5 query heads cannot share 2 kv heads"),
         ({"q": given_["q"].astype(jnp.int32)}, "operand q is int32, expected floats"),
+        ({"k": Stack(given_["k"][None].astype(jnp.int8), None, jnp.int32(0))}, "operand k is int8, expected floats"),
+        (
+            {"k": Stack(given_["k"][None], given_["k"][None, ..., 0], jnp.int32(0))},
+            "k.values is float32, expected int8",
+        ),
         ({"most": 0}, "most = 0, expected a number of regions from 1 to 9"),
         ({"most": R + 1}, "most = 10"),
         (bias(u=given_["bias"].u[:, 1:]), "operand bias.u has shape"),

@@ -14,7 +14,7 @@ from jax.experimental.pallas import tpu as pltpu
 from rave_jax.kernels.pair_bias import PairForm
 from rave_jax.kernels.pair_bias.support import interpreted
 from rave_jax.kernels.routed.gather import gather_attention, pallas_tpu, reference
-from rave_jax.kernels.routed.gather.base import Operands, listed, union
+from rave_jax.kernels.routed.gather.base import Operands, Stack, listed, union
 from rave_jax.tools.tpu import Operand, copied_bytes
 
 K, G, R, m, h = 2, 3, 192, 8, 128
@@ -28,6 +28,8 @@ def operands(apart: bool, dtype: str = "float32") -> Operands:
     chosen = np.zeros((1, K, G if apart else 1, R), bool)
     for at in np.ndindex(chosen.shape[:-1]):
         chosen[at][rng.choice(R, MOST, replace=False)] = True
+    # The second of two layers; the first holds what nobody may read.
+    k, v = (Stack(jnp.stack([jnp.full_like(x, jnp.nan), x]), None, jnp.int32(1)) for x in (k, v))
     return Operands(q, k, v, jnp.ones((1, R, m), bool), jnp.asarray(chosen), None)
 
 
@@ -76,10 +78,10 @@ def test_it_copies_what_is_chosen_and_no_more(apart: bool, monkeypatch: pytest.M
 
     def instead(_kernel: Any, *, grid_spec: Any, out_shape: Any, cost_estimate: Any, **_: Any) -> Any:
         def run(*args: Any) -> Any:
-            both = [*zip(grid_spec.in_specs, args[2:], strict=True), *zip(grid_spec.out_specs, out_shape, strict=True)]
+            both = [*zip(grid_spec.in_specs, args[3:], strict=True), *zip(grid_spec.out_specs, out_shape, strict=True)]
             found = [Operand.of(str(n), spec, x) for n, (spec, x) in enumerate(both)]
-            copied = copied_bytes(grid_spec.grid, found, args[:2])
-            cache = [n for n, (_, x) in enumerate(both) if x.ndim == 5 and x.shape[2] == R]
+            copied = copied_bytes(grid_spec.grid, found, args[:3])
+            cache = [n for n, (_, x) in enumerate(both) if x.ndim == 6 and x.shape[3] == R]
             raise Called(sum(copied[str(n)] for n in cache), sum(copied.values()), cost_estimate.bytes_accessed)
 
         return run
@@ -108,11 +110,17 @@ def test_what_it_cannot_do_is_said() -> None:
 
     with pytest.raises(ValueError, match="its kernels run on TPUs, and the devices are cpu"):
         run("pallas_tpu")
-    short = {"k": given.k[..., :7, :], "v": given.v[..., :7, :], "real": given.real[..., :7]}
+
+    def changed(name: str, change: Any) -> dict[str, Any]:
+        stack = getattr(given, name)
+        return {name: stack._replace(values=change(stack.values))}
+
+    short = changed("k", lambda x: x[..., :7, :]) | changed("v", lambda x: x[..., :7, :])
+    short["real"] = given.real[..., :7]
     with interpreted():
         run("pallas_tpu")
         with pytest.raises(ValueError, match=r"multiple of 8 slots, .* 128 channels, not 7 and 128 and 128"):
             run("pallas_tpu", **short)
         with pytest.raises(ValueError, match="one dtype"):
-            run("pallas_tpu", v=given.v.astype(jnp.bfloat16))
+            run("pallas_tpu", **changed("v", lambda x: x.astype(jnp.bfloat16)))
     run("auto", **short)

@@ -2,7 +2,7 @@
 
 from rave_jax.kernels.routed.api import attention
 from rave_jax.kernels.routed.base import Choice, RouteRule, Routes, Routing, of_keys, open_keys
-from rave_jax.kernels.routed.gather import RegionBias, gather_attention
+from rave_jax.kernels.routed.gather import RegionBias, Stack, gather_attention
 from rave_jax.kernels.routed.xla import choice_of
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "RouteRule",
     "Routes",
     "Routing",
+    "Stack",
     "attention",
     "choice_of",
     "gather_attention",

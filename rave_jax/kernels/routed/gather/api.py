@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from rave_jax.kernels.pair_bias import Implementation, PairForm, support
 from rave_jax.kernels.routed.gather import pallas_tpu, reference, xla
-from rave_jax.kernels.routed.gather.base import Operands, RegionBias
+from rave_jax.kernels.routed.gather.base import Operands, RegionBias, Stack
 from rave_jax.typing import Array, Bool, Float
 
 log = logging.getLogger(__name__)
@@ -18,8 +18,8 @@ BACKENDS = {"reference": reference.attention, "xla": xla.attention, "pallas_tpu"
 
 def gather_attention(
     q: Float[Array, "B H h"],
-    k: Float[Array, "B K R m h"],
-    v: Float[Array, "B K R m c"],
+    k: Float[Array, "B K R m h"] | Stack,
+    v: Float[Array, "B K R m c"] | Stack,
     real: Bool[Array, "B R m"],
     chosen: Bool[Array, "B K N R"],
     most: int,
@@ -36,7 +36,8 @@ def gather_attention(
 
     Args:
         q: the new token's query heads; H must be a multiple of K.
-        k, v: keys and values by region, m slots each; values may have a width of their own.
+        k, v: keys and values by region, m slots each; values may have a width of their own. Of a stack of layers, int8
+            perhaps, one is read, in q's dtype, and only its chosen regions.
         real: slots that hold a key. The others must hold finite numbers.
         chosen: the regions of each query head (N = G, H/K) or of each kv head with all that read it (N = 1).
         most: no head, or group, chooses more regions than this. A number: shapes come from it.
@@ -53,6 +54,7 @@ def gather_attention(
         ValueError: operands whose shapes do not belong together or that have another type, or an implementation that is
             unknown or cannot serve.
     """
+    k, v = (x if isinstance(x, Stack) else Stack(x[None], None, jnp.int32(0)) for x in (k, v))
     _check(q, k, v, real, chosen, most, bias)
     (B, H, h), K = q.shape, k.shape[1]
     operands = Operands(q.reshape(B, K, H // K, h), k, v, real, chosen, bias)
@@ -98,9 +100,9 @@ def _say_once(line: str) -> None:
     log.info(line)
 
 
-def _check(q: Array, k: Array, v: Array, real: Array, chosen: Array, most: int, bias: RegionBias | None) -> None:
+def _check(q: Array, k: Stack, v: Stack, real: Array, chosen: Array, most: int, bias: RegionBias | None) -> None:
     for name, x, axes in (("q", q, 3), ("k", k, 5), ("v", v, 5), ("chosen", chosen, 4)):
-        if x.ndim != axes or x.size == 0:
+        if len(x.shape) != axes or 0 in x.shape:
             raise ValueError(f"gather_attention operand {name} has shape {x.shape}, expected {axes} axes, none empty")
     (B, H, h), (K, R, m) = q.shape, k.shape[1:4]
     if H % K:
@@ -110,13 +112,17 @@ def _check(q: Array, k: Array, v: Array, real: Array, chosen: Array, most: int, 
     N, G = chosen.shape[2], H // K
     if N not in (1, G):
         raise ValueError(f"gather_attention operand chosen has {N} choices for each kv head, expected 1 or {G}")
-    expected: dict[str, tuple[Array, tuple[int, ...]]] = {
+    expected: dict[str, tuple[Array | Stack, tuple[int, ...]]] = {
         "k": (k, (B, K, R, m, h)),
         "v": (v, (B, K, R, m, v.shape[-1])),
         "real": (real, (B, R, m)),
         "chosen": (chosen, (B, K, N, R)),
     }
     types = {"real": (real, "bool"), "chosen": (chosen, "bool")}
+    for name, x in (("k.scale", k), ("v.scale", v)):
+        if x.scale is not None:
+            expected[name] = (x.scale, x.values.shape[:-1])
+            types[name.replace("scale", "values")] = (x.values, "int8")
     if bias is not None:
         r = bias.u.shape[-1]
         shapes = ((B, H, r), (B, K, R, m, r), (B, H), (B, K, R, m), (H,), (B, H))
@@ -131,6 +137,7 @@ def _check(q: Array, k: Array, v: Array, real: Array, chosen: Array, most: int, 
     for name, (x, dtype) in types.items():
         if x.dtype != dtype:
             raise ValueError(f"gather_attention operand {name} is {x.dtype}, expected {dtype}")
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if not jnp.issubdtype(x.dtype, jnp.floating):
+    for name, x in (("q", q), ("k", k.values), ("v", v.values)):
+        scaled = name != "q" and f"{name}.scale" in expected
+        if not scaled and not jnp.issubdtype(x.dtype, jnp.floating):
             raise ValueError(f"gather_attention operand {name} is {x.dtype}, expected floats")

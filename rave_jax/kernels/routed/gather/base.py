@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from rave_jax.kernels.pair_bias import PairForm
-from rave_jax.typing import Array, Bool, Float, Int
+from rave_jax.typing import Array, Bool, Float, Int, Int8
 
 
 class RegionBias(NamedTuple):
@@ -32,12 +32,50 @@ class RegionBias(NamedTuple):
     query_on: Bool[Array, "B H"]
 
 
+class Stack(NamedTuple):
+    """Keys or values of several layers, of which one is meant: regions are read where they lie, and what was not chosen
+    is neither copied out of the stack nor expanded.
+
+    Fields:
+        values: floats, or int8.
+        scale: what int8 values are multiplied by; None of floats.
+        layer: 0 to L - 1.
+    """
+
+    values: Float[Array, "L B K R m h"] | Int8[Array, "L B K R m h"]
+    scale: Float[Array, "L B K R m"] | None
+    layer: Int[Array, ""]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """[B,K,R,m,h], of one layer."""
+        return self.values.shape[1:]
+
+    def whole(self) -> Float[Array, "B K R m h"]:
+        """All of the layer, in float32."""
+        values, scale = (None if x is None else x[self.layer].astype(jnp.float32) for x in (self.values, self.scale))
+        assert values is not None
+        return values if scale is None else values * scale[..., None]
+
+    def regions(self, index: Int[Array, "B K n"], dtype: jnp.dtype) -> Float[Array, "B K nm h"]:
+        """The listed regions' slots, end to end, in `dtype`."""
+        (B, K, n), m = index.shape, self.shape[3]
+
+        def slots(x: Array) -> Array:
+            # A layer is an index like a region's: no slice that the compiler would have to see through.
+            of_head = jax.vmap(lambda mine, at: mine.at[self.layer, at].get(mode="promise_in_bounds"), (1, 0))
+            return jax.vmap(of_head, (1, 0))(x, index).astype(dtype).reshape(B, K, n * m, *x.shape[5:])
+
+        values = slots(self.values)
+        return values if self.scale is None else values * slots(self.scale)[..., None]
+
+
 class Operands(NamedTuple):
     """What every backend takes: arrays of `gather_attention` with the query heads beside their kv head."""
 
     q: Float[Array, "B K G h"]
-    k: Float[Array, "B K R m h"]
-    v: Float[Array, "B K R m c"]
+    k: Stack
+    v: Stack
     real: Bool[Array, "B R m"]
     chosen: Bool[Array, "B K N R"]
     bias: RegionBias | None

@@ -24,7 +24,7 @@ from jax.sharding import PartitionSpec
 
 from rave_jax.kernels.pair_bias import PairForm, support
 from rave_jax.kernels.pair_bias.pallas_tpu.tile import LANES, MASKED, UNSEEN, product
-from rave_jax.kernels.routed.gather.base import Operands, RegionBias, bias_of, listed, union
+from rave_jax.kernels.routed.gather.base import Operands, RegionBias, Stack, bias_of, listed, union
 from rave_jax.parallel.sharding import current_mesh, partition_spec
 from rave_jax.typing import Array, Float, Int
 
@@ -44,7 +44,7 @@ MOST_BYTES = 8 << 20
 def against(operands: Operands, most: int) -> str | None:
     """Why this kernel cannot serve, or None."""
     q, k, v = operands.q, operands.k, operands.v
-    found = support.against_pallas_tpu(q, k, v)
+    found = support.against_pallas_tpu(q, k.values, v.values)
     if found is not None:
         return found
     m, widths = k.shape[3], (k.shape[-1], v.shape[-1])
@@ -53,7 +53,7 @@ def against(operands: Operands, most: int) -> str | None:
             f"regions must have a multiple of {SUBLANES} slots, and keys and values a multiple of {LANES} channels, "
             f"not {m} and {' and '.join(map(str, widths))}"
         )
-    step = 2 * regions_of_step(m) * m * sum(widths) * k.dtype.itemsize
+    step = 2 * regions_of_step(m) * m * sum(widths) * k.values.dtype.itemsize
     if step > MOST_BYTES:
         return f"regions of {m} slots take {step} bytes of the chip's own memory, at most {MOST_BYTES} are for them"
     size = math.prod(q.shape[:2]) * length_of_list(operands, most)
@@ -80,7 +80,10 @@ def attention(
     of_rows: Any = PartitionSpec(rows)
     of_heads: Any = PartitionSpec(heads)
     bias: Any = None if operands.bias is None else RegionBias(both, both, both, both, of_heads, both)
-    specs = Operands(both, both, both, of_rows, both, bias)
+    everywhere: Any = PartitionSpec()
+    of_layers: Any = PartitionSpec(None, rows, heads)
+    layers = Stack(of_layers, None, everywhere)
+    specs: Any = Operands(both, layers, layers, of_rows, both, bias)
     split = jax.shard_map(
         on_device,
         mesh=mesh,
@@ -109,8 +112,8 @@ def over(
         form, scale: as there.
         interpret: what `pallas_call` takes.
     """
-    q, k, v = operands.q, operands.k, operands.v
-    (B, K, G, h), (m, c) = q.shape, v.shape[3:]
+    q, k, v = operands.q, operands.k.values, operands.v.values
+    (B, K, G, h), (m, c) = q.shape, v.shape[4:]
     n = regions_of_step(m)
     steps = index.shape[2] // n
     if not interpret:
@@ -129,8 +132,8 @@ def over(
     in_specs = (
         of_head(G, h),
         *(pl.BlockSpec((None, None, None, *x.shape[3:]), _step(x.ndim, n, K)) for x in extras.values()),
-        *(pl.BlockSpec((None, None, None, m, h), _region(j, n, K, steps)) for j in range(n)),
-        *(pl.BlockSpec((None, None, None, m, c), _region(j, n, K, steps)) for j in range(n)),
+        *(pl.BlockSpec((None, None, None, None, m, h), _region(j, n, K, steps, 0)) for j in range(n)),
+        *(pl.BlockSpec((None, None, None, None, m, c), _region(j, n, K, steps, 1)) for j in range(n)),
     )
     pairs = B * K * G * steps * n * m
     copied = [x.size * x.dtype.itemsize for x in (q, *extras.values(), *outputs)]
@@ -138,7 +141,7 @@ def over(
     run = pl.pallas_call(
         functools.partial(_kernel, names=tuple(extras), n=n, K=K, scale=scale),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=2,
+            num_scalar_prefetch=3,
             grid=(B, K, steps),
             in_specs=in_specs,
             out_specs=(of_head(G, c), of_head(G, LANES)),
@@ -154,7 +157,8 @@ def over(
         interpret=interpret,
         name="gather_attention",
     )
-    out, lse = run(index.reshape(-1), count.reshape(-1), *inputs)
+    layers = jnp.stack([operands.k.layer, operands.v.layer])
+    out, lse = run(index.reshape(-1), count.reshape(-1), layers, *inputs)
     lse = lse[..., 0]
     return out, jnp.where(lse >= UNSEEN, -jnp.inf, lse)
 
@@ -171,14 +175,15 @@ def length_of_list(operands: Operands, most: int) -> int:
     return -(-min(R, N * most) // n) * n
 
 
-def _region(j: int, n: int, K: int, steps: int) -> Callable[..., tuple[Any, ...]]:
-    """Index map of a step's j-th region. Behind the list's end it stays at the one before: nothing is copied."""
+def _region(j: int, n: int, K: int, steps: int, operand: int) -> Callable[..., tuple[Any, ...]]:
+    """Index map of a step's j-th region, of keys (operand 0) or values (1). Behind the list's end it stays at the one
+    before: nothing is copied."""
 
-    def at(b: Any, g: Any, i: Any, index: Any, count: Any) -> tuple[Any, ...]:
+    def at(b: Any, g: Any, i: Any, index: Any, count: Any, layers: Any) -> tuple[Any, ...]:
         row = b * K + g
         i = jnp.minimum(i, jnp.maximum(count[row] - 1, 0) // n)
         i = jnp.where((i > 0) & (i * n + j >= count[row]), i - 1, i)
-        return b, g, index[(row * steps + i) * n + j], 0, 0
+        return layers[operand], b, g, index[(row * steps + i) * n + j], 0, 0
 
     return at
 
@@ -186,7 +191,7 @@ def _region(j: int, n: int, K: int, steps: int) -> Callable[..., tuple[Any, ...]
 def _step(axes: int, n: int, K: int) -> Callable[..., tuple[Any, ...]]:
     """Index map of what lies step by step: behind the list's end it stays where it is."""
 
-    def at(b: Any, g: Any, i: Any, _index: Any, count: Any) -> tuple[Any, ...]:
+    def at(b: Any, g: Any, i: Any, _index: Any, count: Any, _layers: Any) -> tuple[Any, ...]:
         last = jnp.maximum(count[b * K + g] - 1, 0) // n
         return b, g, jnp.minimum(i, last), *[0] * (axes - 3)
 
@@ -208,7 +213,7 @@ def _extras(operands: Operands, index: Int[Array, "B K n"], form: PairForm, n: i
     return found
 
 
-def _kernel(_index, count, q, *refs, names: tuple[str, ...], n: int, K: int, scale: float):
+def _kernel(_index, count, _layers, q, *refs, names: tuple[str, ...], n: int, K: int, scale: float):
     extras, refs = dict(zip(names, refs, strict=False)), refs[len(names) :]
     k, v = refs[:n], refs[n : 2 * n]
     out_ref, lse_ref, top_ref, total_ref, sum_ref = refs[2 * n :]
