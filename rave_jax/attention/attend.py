@@ -11,11 +11,11 @@ import jax.numpy as jnp
 from rave_jax.attention.base import Features, KeyFactor, Keys, Mechanism, Parts, overrides
 from rave_jax.attention.merge import log_weights, merged, partition_of, parts_of, with_factor
 from rave_jax.attention.probe import attention_rows, choice_of_rows, chosen_regions
-from rave_jax.attention.scores import scores_of
+from rave_jax.attention.scores import Scores, scores_of
 from rave_jax.batch import TokenInfo
 from rave_jax.kernels import pair_bias, routed
 from rave_jax.kernels.pair_bias import Implementation, MaskCodes
-from rave_jax.kernels.routed import Routing
+from rave_jax.kernels.routed import RankBias, Routing
 from rave_jax.typing import Array, Bool, Float, Int
 
 
@@ -107,7 +107,7 @@ def attend(
     scores = scores_of(x, keys, codes, info_q, info_k, mechanisms)
     partition = partition_of(mechanisms, x, keys.remembered, info_k, losses)
     segments, factor = partition.segments, key_factor(mechanisms, x, info_q, info_k)
-    routing = routing_of(mechanisms, x, keys, info_q, info_k, codes, regions, progress)
+    routing = routing_of(mechanisms, x, keys, info_q, info_k, scores, regions, progress)
     attention = pair_bias.attention if routing is None else functools.partial(routed.attention, routing=routing)
     out, lse = attention(
         scores.q,
@@ -145,15 +145,21 @@ def routing_of(
     keys: Keys,
     info_q: TokenInfo,
     info_k: TokenInfo,
-    codes: MaskCodes,
+    scores: Scores,
     regions: int,
     progress: Float[Array, ""] | None,
 ) -> Routing | None:
-    """What the layer's router says; None where nothing routes."""
+    """What the layer's router says, with the pair bias of the scores where its rule asks for it; None where nothing
+    routes."""
     router = router_of(mechanisms)
     if router is None:
         return None
-    return router.route(x, keys.summary, info_q, info_k, codes, regions, progress)
+    routing = router.route(x, keys.summary, info_q, info_k, scores.codes, regions, progress)
+    if routing is None or not routing.rule.with_bias:
+        return routing
+    assert scores.terms.pair is not None  # `check_owners`
+    bias = RankBias.of(scores.terms.pair, routing.routes.keys, regions)
+    return routing._replace(routes=routing.routes._replace(bias=bias))
 
 
 def key_factor(mechanisms: Sequence[Mechanism], x: Features, info_q: TokenInfo, info_k: TokenInfo) -> KeyFactor | None:

@@ -113,6 +113,8 @@ class Mechanism(nnx.Module):
     """What no other mechanism of the layer may own."""
     NEEDS: ClassVar[tuple[Owned, ...]] = ()
     """What no other mechanism of the layer may own, though this one leaves it plain."""
+    WANTS: tuple[Owned, ...] = ()
+    """What another mechanism of the layer has to own."""
     GATHERS: bool = False
     """May a decoding step leave out the keys of regions that were not chosen? So where all that is added to the scores
     is a pair term, or regions are ranked without their keys' scores."""
@@ -243,4 +245,9 @@ def check_owners(mechanisms: Sequence[Mechanism]) -> None:
         if owners and needing:
             raise ConfigError(
                 f"mechanism {needing[0]} needs {thing!r} plain, but {owners[0]} owns it: keep one of them"
+            )
+        wanting = [name for name, mechanism in zip(names, mechanisms, strict=True) if thing in mechanism.WANTS]
+        if wanting and not owners:
+            raise ConfigError(
+                f"mechanism {wanting[0]} needs a mechanism that owns {thing!r} in each of its layers, and there is none"
             )

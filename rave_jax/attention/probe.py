@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from rave_jax.attention.base import KeyFactor
@@ -59,12 +60,12 @@ def attention_rows(
 def choice_of_rows(scores: Scores, rows: Int[Array, "B N"], routing: Routing) -> RowChoice:
     """The choice of queries `rows` alone."""
     routes, rule = routing
-    mine = routes._replace(query=pick(routes.query, rows), before=pick(routes.before, rows))
+    mine = routes.with_queries(jax.tree.map(lambda x: pick(x, rows), routes.queries()))
     codes = scores.codes._replace(lo=pick(scores.codes.lo, rows))
     found = None
     if rule.by == "mass":
         found = group_heads(of_queries(scores, rows)[0], scores.k.shape[2])
-    return RowChoice(choice_of(found, codes, mine, rule), routes.keys)
+    return RowChoice(choice_of(found, codes, mine, rule, scores.form, scores.scale), routes.keys)
 
 
 def chosen_regions(asked: RowChoice, num_heads: int) -> Bool[Array, "B N H R"]:

@@ -213,11 +213,11 @@ def _gathered(
     )
     far = kv_cache.read(stored.far.keys, layer, x.q.dtype)
     far = far._replace(summary=_summary(stored.far, layer))
-    routing = routing_of(mechanisms, x, far, info_q, far_info, far_codes, regions, None)
+    scores = scores_of(x, far, far_codes, info_q, far_info, mechanisms)
+    routing = routing_of(mechanisms, x, far, info_q, far_info, scores, regions, None)
     assert routing is not None
     routes, rule = routing
-    choice = choice_of(None, far_codes, routes, rule)
-    scores = scores_of(x, far, far_codes, info_q, far_info, mechanisms)
+    choice = choice_of(None, far_codes, routes, rule, scores.form, scores.scale)
 
     def by_region(keys: Array) -> Array:
         """[B,R*m,K,...] as [B,K,R,m,...], which is how it is stored."""

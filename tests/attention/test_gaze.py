@@ -118,7 +118,7 @@ def test_all_regions_are_the_dense_model_with_its_gradients() -> None:
     assert float(jnp.abs(fewer - of(dense)[1]).max()) > 1e-2
 
 
-@pytest.mark.parametrize("config", [gaze(), gaze(visual_queries="frame+routed", share="group", descriptor="spread")])
+@pytest.mark.parametrize("config", [gaze(), gaze(visual_queries="frame+routed", share="group", rank_with_bias=True)])
 def test_tokens_may_lie_region_by_region(config: Gaze) -> None:
     """The same rows with the tokens of each region side by side, put back."""
     raster, by_region = rows(), rows(order="region")
@@ -276,6 +276,10 @@ def test_wrong_settings_and_company_are_refused() -> None:
         a_model(gaze(), Decomposed())
     with pytest.raises(ConfigError, match="Gaze has no fused kernel for training"):
         ModelOptions(mechanisms=(gaze(),), attention="pallas_tpu")
+    with pytest.raises(ConfigError, match="GazeRouter needs a mechanism that owns 'pair' in each of its layers"):
+        a_model(gaze(rank_with_bias=True), Rave(rank=4, layers=(0,)))
+    with pytest.raises(ConfigError, match="rank_with_bias"):
+        gaze(descriptor="oracle", rank_with_bias=True)
     with pytest.raises(ConfigError, match="both own 'route'"):
         a_model(gaze(), gaze(top_k=3))
     assert issubclass(type(a_model(gaze()).decoder.segments[0].layers.mechanisms[0]), Mechanism)

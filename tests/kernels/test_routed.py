@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from rave_jax.kernels import routed
 from rave_jax.kernels.pair_bias import MaskCodes, PairBias, PairForm
 from rave_jax.kernels.pair_bias import attention as plain
-from rave_jax.kernels.routed import RouteRule, Routes, Routing
+from rave_jax.kernels.routed import RankBias, RouteRule, Routes, Routing
 from rave_jax.kernels.routed import xla as blocks
 
 B, T, S, K, G, h, R = 2, 24, 40, 2, 2, 8, 6
@@ -55,12 +55,26 @@ def operands(seed: int, dense: float = 0.0):
     return q, k, v, codes, routes, bias
 
 
-def allowed(codes: MaskCodes, routes: Routes, rule: RouteRule) -> np.ndarray:
+def bias_of_means(bias: PairBias, keys: np.ndarray) -> np.ndarray:
+    """The gate of each query and the mean key of each region [B,K,G,T,R]."""
+    found = np.zeros((B, K, G, T, R))
+    u, w, row, key = (np.float64(x) for x in bias[:4])
+    for b, group, g, t, n in np.ndindex(found.shape):
+        mine, head = keys[b] == n + 1, group * G + g
+        if mine.any():
+            z = u[b, t, head] @ w[b, mine, group].mean(0) + row[b, t, head] + key[b, mine, group].mean()
+            found[b, group, g, t, n] = np.log(2 / (1 + np.exp(-z)))
+    return found
+
+
+def allowed(codes: MaskCodes, routes: Routes, rule: RouteRule, bias: PairBias) -> np.ndarray:
     """Which keys each query and head sees [B,H,T,S], by the rule's words."""
     lo, hi, order, _, _ = (np.asarray(x) for x in codes)
     found = np.zeros((B, K * G, T, S), bool)
     keys, first, last, before = (np.asarray(x) for x in (routes.keys, routes.first, routes.last, routes.before))
     scores = np.einsum("BTKGc,BRKc->BKGTR", np.asarray(routes.query).reshape(B, T, K, G, -1), routes.descriptor)
+    if rule.with_bias:
+        scores = scores + bias_of_means(bias, keys) * h**0.5
     if rule.share == "group":
         scores = np.broadcast_to(scores.sum(2, keepdims=True), scores.shape)
     scores = scores.reshape(B, K * G, T, R)
@@ -94,11 +108,15 @@ RULES = [
     RouteRule(0.5, share="group"),
     RouteRule(1, share="head"),
     RouteRule(0.3),
+    RouteRule(2, with_bias=True),
+    RouteRule(0.5, share="group", with_bias=True),
 ]
 
 
 @functools.partial(jax.jit, static_argnames=("rule", "implementation"))
 def run(q, k, v, codes, routes, bias, rule, implementation="xla"):
+    if rule.with_bias:
+        routes = routes._replace(bias=RankBias.of(bias, routes.keys, R))
     routing = Routing(routes, rule)
     return routed.attention(q, k, v, codes, bias, FORM, routing=routing, scale=h**-0.5, implementation=implementation)
 
@@ -110,7 +128,7 @@ def test_it_is_the_stated_rule(rule: RouteRule, seed: int, dense: float) -> None
     q, k, v, codes, routes, bias = operands(seed, dense)
     out, lse = run(q, k, v, codes, routes, bias, rule)
     with np.errstate(divide="ignore"):
-        expected, expected_lse = dense_attention(q, k, v, bias, allowed(codes, routes, rule))
+        expected, expected_lse = dense_attention(q, k, v, bias, allowed(codes, routes, rule, bias))
     np.testing.assert_allclose(out, expected, atol=2e-5)
     np.testing.assert_allclose(np.moveaxis(lse, 1, 2), expected_lse, atol=2e-5)
     if dense == 0:
@@ -121,7 +139,7 @@ def test_it_is_the_stated_rule(rule: RouteRule, seed: int, dense: float) -> None
 def test_blocks_of_queries_are_all_queries_at_once(monkeypatch) -> None:
     """Outputs and the gradients of every float operand, a soft choice's among them."""
     args = operands(3)
-    rule = RouteRule(2, choice="soft_bias")
+    rule = RouteRule(2, choice="soft_bias", with_bias=True)
     monkeypatch.setattr(blocks, "MOST_SCORES", B * K * G * S * 8)
 
     def loss(floats, implementation):
@@ -164,7 +182,7 @@ def test_what_is_not_chosen_touches_nothing() -> None:
     q, k, v, codes, routes, bias = operands(2)
     routes = routes._replace(descriptor=jnp.zeros_like(routes.descriptor), before=codes.hi)
     rule = RouteRule(1)
-    open_ = jnp.asarray(allowed(codes, routes, rule))[:, :, -1].any(1)
+    open_ = jnp.asarray(allowed(codes, routes, rule, bias))[:, :, -1].any(1)
     assert not open_.all()
     out, _ = run(q, k, v, codes, routes, bias, rule)
     poisoned = jnp.where(open_[:, :, None, None], v, 1e30)

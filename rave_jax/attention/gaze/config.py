@@ -76,6 +76,9 @@ class Gaze:
     (random), or the true attention mass (oracle)."""
     descriptor_keys: Literal["post_rope", "pre_rope"] = "post_rope"
     """Keys (and queries) that rank regions: as the cache holds them, or before rotary positions."""
+    rank_with_bias: bool = False
+    """Are regions ranked with the bias that RAVE gives their mean gate key, beside the descriptor? Needs RAVE in the
+    same layers."""
     share: Literal["head", "group"] = "head"
     """Who has a choice of its own: each query head, or each kv head with the query heads that read it."""
     choice: Literal["hard", "soft_bias", "straight_through"] = "hard"
@@ -91,13 +94,15 @@ class Gaze:
     def __post_init__(self) -> None:
         check_fields(self)
         require(self.max_regions >= 1, "max_regions", self.max_regions, "at least 1")
+        known = not (self.rank_with_bias and self.descriptor == "oracle")
+        require(known, "rank_with_bias", True, "False beside the descriptor oracle, whose masses have the bias already")
         _ = self.rule  # refuses a wrong top_k or tau
 
     @property
     def rule(self) -> RouteRule:
         """The kernels' part of it."""
         by = "mass" if self.descriptor == "oracle" else "descriptor"
-        return RouteRule(self.top_k, self.share, self.choice, self.tau, by)
+        return RouteRule(self.top_k, self.share, self.choice, self.tau, self.rank_with_bias, by)
 
     def build(self, dims: AttentionDims, key: jax.Array) -> GazeRouter:
         """The mechanism of one layer."""
@@ -115,6 +120,7 @@ class GazeRouter(Mechanism):
 
     def __init__(self, config: Gaze, dims: AttentionDims):
         self.config = config
+        self.WANTS = ("pair",) if config.rank_with_bias else ()
         self.GATHERS = config.descriptor != "oracle" and config.choice != "soft_bias"
         if config.descriptor == "learned":
             pooling = jnp.zeros((dims.num_kv_heads, dims.head_dim))

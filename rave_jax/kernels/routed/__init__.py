@@ -1,12 +1,13 @@
 """Attention whose queries choose, region by region, which keys they read."""
 
 from rave_jax.kernels.routed.api import attention
-from rave_jax.kernels.routed.base import Choice, RouteRule, Routes, Routing, of_keys, open_keys
+from rave_jax.kernels.routed.base import Choice, RankBias, RouteRule, Routes, Routing, of_keys, open_keys
 from rave_jax.kernels.routed.gather import RegionBias, Stack, gather_attention
 from rave_jax.kernels.routed.xla import choice_of
 
 __all__ = [
     "Choice",
+    "RankBias",
     "RegionBias",
     "RouteRule",
     "Routes",

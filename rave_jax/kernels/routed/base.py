@@ -1,7 +1,8 @@
 """What routed attention means: which regions a query may choose from, how it chooses, and what it then sees.
 
     candidate_ir = lo_i <= last_r < before_i                     first, last: least and greatest order of r's keys
-    s_ir         = <x_i, d_r>                                    routing query and descriptor, float32
+    s_ir         = <x_i, d_r> + bias_ir / scale                 routing query and descriptor, float32
+    bias_ir      = f(<u_i, w_r> + row_i + key_r)                 the pair bias at r's mean w and key; 0 unless asked
     chosen_ir    = candidate, and one of the k_i with the largest s_ir among the n_i candidates (ties: the lower r)
     k_i          = t_i + ceil(dense (n_i - t_i)),  t_i = min(top_k, n_i) or ceil(top_k n_i)
     open_ij      = key j has no region, or its region is no candidate of i, or is chosen
@@ -22,13 +23,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from rave_jax.config import require
-from rave_jax.kernels.pair_bias.base import MaskCodes, group_heads
+from rave_jax.kernels.pair_bias.base import MaskCodes, PairBias, PairForm, group_heads
 from rave_jax.typing import Array, Bool, Float, Int
 
 
@@ -44,6 +45,8 @@ class RouteRule:
     """Whether the scores of the regions get a gradient, and how."""
     tau: float = 1.0
     """Scale of the soft choices."""
+    with_bias: bool = False
+    """Is the pair bias that a region's keys would get part of what it is ranked by?"""
     by: Literal["descriptor", "mass"] = "descriptor"
     """What regions are ranked by: the product with their descriptors, or the attention mass they would get (for
     study: it needs all scores)."""
@@ -61,6 +64,32 @@ class RouteRule:
         return min(max(1, math.ceil(round(self.top_k * regions, 9))), regions)
 
 
+OF_QUERIES = ("u", "row", "query_on")
+"""What of a `RankBias` belongs to queries."""
+
+
+class RankBias(NamedTuple):
+    """Operands of the pair bias (`pair_bias.PairBias`) of queries and the means of regions, float32."""
+
+    u: Float[Array, "B T H r"]
+    row: Float[Array, "B T H"]
+    query_on: Bool[Array, "B T H"]
+    w: Float[Array, "B R K r"]
+    key: Float[Array, "B R K"]
+    gain: Float[Array, "H"]
+
+    @classmethod
+    def of(cls, pair: PairBias, keys: Int[Array, "B S"], regions: int) -> RankBias:
+        """Of the pair bias of queries and keys, whose regions are `keys`."""
+
+        def sums(x: Array) -> Array:
+            return jax.vmap(lambda row, at: jax.ops.segment_sum(row, at, regions + 1))(x, keys)[:, 1:]
+
+        count = jnp.maximum(sums(jnp.ones(keys.shape)), 1.0)
+        w, key = sums(pair.w) / count[..., None, None], sums(pair.key) / count[..., None]
+        return cls(pair.u, pair.row, pair.query_on, w, key, pair.gain)
+
+
 class Routes(NamedTuple):
     """What a choice is made from. Region n of `keys` is entry n - 1 of the others; a region without keys has
     last < first.
@@ -73,6 +102,7 @@ class Routes(NamedTuple):
         keys: region of each key, counted from 1; 0 has none.
         dense: where the schedule stands, 1 (all candidates) to 0 (top_k), traced; None where it has ended, and ranking
             may stop at top_k.
+        bias: what the rule ranks by beside descriptors; None where it asks for nothing.
     """
 
     query: Float[Array, "B T H c"]
@@ -82,6 +112,17 @@ class Routes(NamedTuple):
     before: Int[Array, "B T"]
     keys: Int[Array, "B S"]
     dense: Float[Array, ""] | None
+    bias: RankBias | None = None
+
+    def queries(self) -> dict[str, Any]:
+        """What belongs to each query, arrays [B,T,...]."""
+        bias = {} if self.bias is None else {name: getattr(self.bias, name) for name in OF_QUERIES}
+        return {"query": self.query, "before": self.before, "bias": bias}
+
+    def with_queries(self, mine: dict[str, Any]) -> Routes:
+        """The same of other queries."""
+        bias = None if self.bias is None else self.bias._replace(**mine["bias"])
+        return self._replace(query=mine["query"], before=mine["before"], bias=bias)
 
 
 class Routing(NamedTuple):
@@ -107,10 +148,21 @@ def candidates(codes: MaskCodes, routes: Routes) -> Bool[Array, "B 1 1 T R"]:
     return found[:, None, None]
 
 
-def region_scores(routes: Routes) -> Float[Array, "B K G T R"]:
-    """<x, d> of every query and region."""
-    x = group_heads(routes.query, routes.descriptor.shape[2])
-    return jnp.einsum("BKGTc,BRKc->BKGTR", x, routes.descriptor, precision=jax.lax.Precision.HIGHEST)
+def region_scores(routes: Routes, form: PairForm, scale: float) -> Float[Array, "B K G T R"]:
+    """What every query ranks every region by. Keys' scores are `scale` <q, k> and a bias of this form: here the bias
+    is in the unit of <x, d>."""
+    bias, K = routes.bias, routes.descriptor.shape[2]
+    found = _products(routes.query, routes.descriptor)
+    if bias is None:
+        return found
+    heads = jnp.moveaxis(bias.key, 1, 2)[:, :, None, None]
+    z = _products(bias.u, bias.w) + group_heads(bias.row[..., None], K) + heads
+    added = form(z, bias.gain.reshape(1, K, -1, 1, 1))
+    return found + jnp.where(group_heads(bias.query_on[..., None], K), added, 0.0) / scale
+
+
+def _products(x: Float[Array, "B T H c"], y: Float[Array, "B R K c"]) -> Float[Array, "B K G T R"]:
+    return jnp.einsum("BKGTc,BRKc->BKGTR", group_heads(x, y.shape[2]), y, precision=jax.lax.Precision.HIGHEST)
 
 
 def region_masses(scores: Float[Array, "B K G T S"], routes: Routes) -> Float[Array, "B K G T R"]:
@@ -152,7 +204,8 @@ def choose(
         scores = jnp.sum(scores, axis=2, keepdims=True)
     scores = jnp.where(candidate, scores, -jnp.inf)
     count = budget(candidate, dense, rule)[..., None]
-    fixed = jax.lax.stop_gradient(scores)
+    # One number for each score: a compiler that makes them twice, for the sort and for the comparison, may round twice.
+    fixed = jax.lax.optimization_barrier(jax.lax.stop_gradient(scores))
     if dense is None:
         ranked, _ = jax.lax.top_k(fixed, rule.most(fixed.shape[-1]))
     else:

@@ -55,13 +55,14 @@ def attention(
         q, codes_q, pair_q, routes_q = mine
         block_codes = codes._replace(**codes_q)
         block_terms = terms if terms.pair is None else terms._replace(pair=terms.pair._replace(**pair_q))
-        return whole(q, k, v, block_codes, block_terms, form, scale, routes._replace(**routes_q), rule)
+        block_routes = routes.with_queries(routes_q)
+        return whole(q, k, v, block_codes, block_terms, form, scale, block_routes, rule)
 
     mine = (
         q,
         {name: getattr(codes, name) for name in ("lo", "hi", "open_q")},
         {} if terms.pair is None else {name: getattr(terms.pair, name) for name in ("u", "row", "query_on")},
-        {name: getattr(routes, name) for name in ("query", "before")},
+        routes.queries(),
     )
     B, T, H, _ = q.shape
     block = max(8, MOST_SCORES // (B * H * k.shape[1]) // 8 * 8)
@@ -92,7 +93,7 @@ def whole(
     K = k.shape[2]
     scores = tile_scores(group_heads(q, K), k, terms, form, scale)
     allow = tile_allow(codes)
-    choice = choice_of(scores, codes, routes, rule)
+    choice = choice_of(scores, codes, routes, rule, form, scale)
     allow = allow & open_keys(choice, routes.keys)
     if choice.bias is not None:
         scores = scores + of_keys(choice.bias, routes.keys, fill=0.0)
@@ -107,11 +108,19 @@ def whole(
     return ungroup_heads(out / safe[..., None]).astype(q.dtype), ungroup_heads(lse)
 
 
-def choice_of(scores: Float[Array, "B K G T S"] | None, codes: MaskCodes, routes: Routes, rule: RouteRule) -> Choice:
-    """Every query's choice; `scores` are of its keys, and are read where regions are ranked by mass."""
+def choice_of(
+    scores: Float[Array, "B K G T S"] | None,
+    codes: MaskCodes,
+    routes: Routes,
+    rule: RouteRule,
+    form: PairForm,
+    scale: float,
+) -> Choice:
+    """Every query's choice; `scores` are of its keys, and are read where regions are ranked by mass. The pair bias has
+    this form, and is added to `scale` <q, k>."""
     if rule.by == "mass":
         assert scores is not None
         ranks = region_masses(scores, routes)
     else:
-        ranks = region_scores(routes)
+        ranks = region_scores(routes, form, scale)
     return choose(ranks, candidates(codes, routes), routes.dense, rule)
