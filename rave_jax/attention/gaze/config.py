@@ -163,7 +163,7 @@ class GazeRouter(Mechanism):
             keys=info_k.region,
             dense=None if progress is None else config.schedule.dense(progress),
         )
-        return Routing(routes, config.rule)
+        return Routing(routes, config.rule, config.regions.tokens)
 
     def _before(
         self, info_q: TokenInfo, info_k: TokenInfo, codes: MaskCodes, first: Int[Array, "B R"]

@@ -7,14 +7,16 @@ import logging
 
 import jax.numpy as jnp
 
-from rave_jax.kernels.pair_bias import Implementation, KeySegments, MaskCodes, PairBias, PairForm
+from rave_jax.kernels.pair_bias import Implementation, KeySegments, MaskCodes, PairBias, PairForm, support
 from rave_jax.kernels.pair_bias.base import NOWHERE, Terms, of_segment
-from rave_jax.kernels.routed import xla
+from rave_jax.kernels.routed import pallas_tpu, xla
 from rave_jax.kernels.routed.base import Routes, Routing
 from rave_jax.typing import Array, Float
 
 log = logging.getLogger(__name__)
 BACKENDS = {"reference": xla.whole, "xla": xla.attention}
+"""Those that serve whatever is asked."""
+NAMES = (*BACKENDS, "pallas_tpu")
 
 
 def attention(
@@ -36,7 +38,9 @@ def attention(
     Args:
         q, k, v, codes, bias, form, scale, key_bias, segments: as in `pair_bias.attention`.
         routing: what the choice is made from, and how.
-        implementation: "auto" and "xla" go through blocks of queries, "reference" takes all at once.
+        implementation: "xla" goes through blocks of queries, "reference" takes all at once, and both make every score;
+            "pallas_tpu" skips what was not chosen, and serves one hard choice for each kv head without further terms.
+            "auto" takes it on a TPU where it can serve.
 
     Returns:
         output and log-sum-exp, as `pair_bias.attention` gives them. Gradients reach every float operand of the
@@ -45,11 +49,15 @@ def attention(
     Raises:
         ValueError: operands whose shapes do not belong together, or an implementation that cannot serve.
     """
-    routes, rule = routing
+    routes, rule, slots = routing
     _check(q, k, codes, routes)
-    run = BACKENDS[_choose(implementation)]
     codes = codes._replace(lo=jnp.maximum(codes.lo, NOWHERE + 1))
     terms, form = Terms(bias, key_bias), form or PairForm()
+    name = _choose(implementation, q, k, v, terms, segments, routing)
+    if name == "pallas_tpu":
+        assert slots is not None
+        return pallas_tpu.attention(q, k, v, codes, scale, routes, rule, slots)
+    run = BACKENDS[name]
     if segments is None:
         return run(q, k, v, codes, terms, form, scale, routes, rule)
     numbers = range(segments.count)
@@ -58,16 +66,33 @@ def attention(
     return out, lse
 
 
-def _choose(implementation: Implementation) -> str:
-    if implementation == "auto":
-        _say_once("routed attention: xla (every score, shut keys masked), the one backend that serves it")
+def _choose(
+    implementation: Implementation,
+    q: Array,
+    k: Array,
+    v: Array,
+    terms: Terms,
+    segments: KeySegments | None,
+    routing: Routing,
+) -> str:
+    if implementation not in ("auto", *NAMES):
+        raise ValueError(f"attention implementation {implementation!r}, expected auto, {', '.join(NAMES)}")
+    if implementation in BACKENDS:
+        return implementation
+    if implementation == "auto" and support.target().platform != "tpu":
+        _say_once("routed attention: xla (every score, shut keys masked); the kernels are for TPUs")
         return "xla"
-    if implementation not in BACKENDS:
+    regions = routing.routes.first.shape[1]
+    found = pallas_tpu.against(q, k, v, terms, segments, routing.rule, regions, routing.slots, pallas_tpu.ItemSizes())
+    if found is None:
+        _say_once("routed attention: pallas_tpu (queries gathered for each tile of regions)")
+        return "pallas_tpu"
+    if implementation == "pallas_tpu":
         raise ValueError(
-            f"attention implementation {implementation!r} cannot serve routed attention; expected auto, "
-            f"{', '.join(BACKENDS)}"
+            f"attention implementation 'pallas_tpu' cannot serve routed attention: {found}; expected auto, or xla"
         )
-    return implementation
+    _say_once(f"routed attention: xla (every score, shut keys masked); pallas_tpu cannot serve: {found}")
+    return "xla"
 
 
 @functools.cache

@@ -126,10 +126,12 @@ class Routes(NamedTuple):
 
 
 class Routing(NamedTuple):
-    """What queries choose from, and how."""
+    """What queries choose from, and how. `slots` is the most keys that a region may have, where that is known: kernels
+    that skip regions get their shapes from it."""
 
     routes: Routes
     rule: RouteRule
+    slots: int | None = None
 
 
 class Choice(NamedTuple):

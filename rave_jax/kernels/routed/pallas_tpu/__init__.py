@@ -1,0 +1,298 @@
+"""Routed attention in Mosaic kernels for TPUs: what queries did not choose is not computed.
+
+Three parts are merged by their log-sum-exps: keys without a region, for all queries, and keys of regions for queries
+that are not routed, both by the kernels of `pair_bias`; and regions for the queries that are routed, by kernels that
+gather queries for each tile of keys. The choice is made in blocks of queries, and has no gradient.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
+
+from rave_jax.kernels.pair_bias import KeySegments, MaskCodes, support
+from rave_jax.kernels.pair_bias import pallas_tpu as dense
+from rave_jax.kernels.pair_bias.base import NOWHERE, PairForm, Terms, group_heads, of_segment, ungroup_heads
+from rave_jax.kernels.pair_bias.pallas_tpu.blocks import BlockSizes
+from rave_jax.kernels.pair_bias.pallas_tpu.operands import pad
+from rave_jax.kernels.pair_bias.pallas_tpu.tile import LANES, LOG2E, UNSEEN
+from rave_jax.kernels.pair_bias.tuning import block_sizes
+from rave_jax.kernels.routed.base import RouteRule, Routes, candidates, choose, region_scores
+from rave_jax.kernels.routed.pallas_tpu import lists
+from rave_jax.kernels.routed.pallas_tpu.backward import backward
+from rave_jax.kernels.routed.pallas_tpu.forward import forward
+from rave_jax.kernels.routed.pallas_tpu.lists import Layout, Placed, Work
+from rave_jax.kernels.routed.pallas_tpu.sizes import against, layout_of, make_call
+from rave_jax.kernels.routed.pallas_tpu.walk import Call, ItemSizes
+from rave_jax.parallel.sharding import current_mesh, partition_spec
+from rave_jax.typing import Array, Bool, Float, Int
+
+__all__ = ["ItemSizes", "against", "attention"]
+
+MOST_SCORES = 1 << 23
+"""Scores of regions that are made at once."""
+BOUND = 100.0
+"""How far in log2 a row's sum may be from its reference."""
+
+
+def attention(
+    q: Float[Array, "B T H h"],
+    k: Float[Array, "B S K h"],
+    v: Float[Array, "B S K h"],
+    codes: MaskCodes,
+    scale: float,
+    routes: Routes,
+    rule: RouteRule,
+    slots: int,
+    sizes: ItemSizes | None = None,
+) -> tuple[Float[Array, "B T H h"], Float[Array, "B T H"]]:
+    """Routed attention, over the current mesh where there is one; see `api.attention` and `against`."""
+    sizes = sizes or ItemSizes()
+    blocks, interpret = block_sizes(support.target().device_kind), support.interpreter()
+    run = functools.partial(
+        on_device, scale=scale, rule=rule, slots=slots, sizes=sizes, blocks=blocks, interpret=interpret
+    )
+    mesh = current_mesh()
+    if mesh is None or mesh.size == 1:
+        return run(q, k, v, codes, routes)
+    # Kv heads that the mesh does not divide are everywhere, with their query heads.
+    rows, heads = partition_spec(("batch", "kv_heads"), (q.shape[0], k.shape[2]), mesh)
+    row: Any = PartitionSpec(rows)
+    of_heads: Any = PartitionSpec(rows, None, heads)
+    ended = routes.dense is None
+    specs = Routes(of_heads, of_heads, row, row, row, row, None if ended else PartitionSpec())
+    split = jax.shard_map(
+        run,
+        mesh=mesh,
+        in_specs=(of_heads, of_heads, of_heads, MaskCodes(*(row,) * len(codes)), specs),
+        out_specs=(of_heads, of_heads),
+        check_vma=False,  # kernels do not say how their outputs vary
+    )
+    return split(q, k, v, codes, routes)
+
+
+def on_device(
+    q: Float[Array, "B T H h"],
+    k: Float[Array, "B S K h"],
+    v: Float[Array, "B S K h"],
+    codes: MaskCodes,
+    routes: Routes,
+    *,
+    scale: float,
+    rule: RouteRule,
+    slots: int,
+    sizes: ItemSizes,
+    blocks: BlockSizes,
+    interpret: Any,
+) -> tuple[Float[Array, "B T H h"], Float[Array, "B T H"]]:
+    """All three parts on one device."""
+    plain = functools.partial(
+        dense.attention, terms=Terms(None, None), form=PairForm(), scale=scale, blocks=blocks, interpret=interpret
+    )
+    parts = [plain(q, k, v, codes) for codes in dense_codes(codes, routes)]
+    layout = layout_of(routes.first.shape[1], slots)
+    call = make_call(q, k, layout, sizes, scale, interpret=interpret)
+    assert call is not None
+    parts.append(of_regions(q, k, v, codes, routes, rule, call))
+    return merged(*zip(*parts, strict=True))
+
+
+def dense_codes(codes: MaskCodes, routes: Routes) -> tuple[MaskCodes, MaskCodes]:
+    """Of keys without a region, for all queries; and of the others, for queries that are not routed."""
+    of = KeySegments((routes.keys > 0).astype(jnp.int32), 2)
+    routed = routes.before > NOWHERE
+    apart = of_segment(codes, of, 1)
+    shut = apart._replace(
+        lo=jnp.where(routed, 1, apart.lo),
+        hi=jnp.where(routed, 0, apart.hi),
+        open_q=jnp.where(routed, NOWHERE, apart.open_q),
+    )
+    return of_segment(codes, of, 0), shut
+
+
+def merged(
+    outs: tuple[Float[Array, "B T H h"], ...], lses: tuple[Float[Array, "B T H"], ...]
+) -> tuple[Float[Array, "B T H h"], Float[Array, "B T H"]]:
+    """Attention over disjoint keys as one. A part that saw nothing has no weight and no gradient."""
+    lse = jnp.stack(lses)
+    seen = lse != -jnp.inf
+    top = jax.lax.stop_gradient(jnp.max(lse, axis=0))
+    top = jnp.where(top != -jnp.inf, top, 0.0)
+    weights = jnp.where(seen, jnp.exp(jnp.where(seen, lse, 0.0) - top), 0.0)
+    total = jnp.sum(weights, axis=0)
+    some = jnp.any(seen, axis=0)
+    safe = jnp.where(some, total, 1.0)
+    out = sum(w[..., None] * x.astype(jnp.float32) for w, x in zip(weights, outs, strict=True)) / safe[..., None]
+    return out.astype(outs[0].dtype), jnp.where(some, jnp.log(safe) + top, -jnp.inf)
+
+
+class Ints(NamedTuple):
+    """What the kernels read beside q, k and v, without gradients."""
+
+    reference: Float[Array, "B K lines lanes"]
+    codes_q: Int[Array, "B blocks codes"]
+    codes_k: Int[Array, "B tiles eight lanes"]
+    work: Work
+    visited: Bool[Array, "B K T"]
+
+
+def of_regions(
+    q: Float[Array, "B T H h"],
+    k: Float[Array, "B S K h"],
+    v: Float[Array, "B S K h"],
+    codes: MaskCodes,
+    routes: Routes,
+    rule: RouteRule,
+    call: Call,
+) -> tuple[Float[Array, "B T H h"], Float[Array, "B T H"]]:
+    """Attention of routed queries to regions; 0 and -inf for the others. NaN in both for a row with a region of more
+    keys than `slots`."""
+    (B, T, H, h), layout = q.shape, call.layout
+    placed = lists.place(routes.keys, layout)
+    tiles = [_tiles(x, placed.source, placed.lane, layout) for x in (k, v)]
+    ints = jax.lax.stop_gradient(_ints(q, k, codes, routes, rule, placed, call))
+    queries = group_heads(pad(pad(q, 1, call.T), 3, LANES), call.K)
+    queries = pad(jnp.moveaxis(queries, 2, 3), 3, call.rows)
+    out, lse = _attention(queries, *tiles, ints, call)
+    out, lse = (ungroup_heads(jnp.moveaxis(x[:, :, :, : call.G], 3, 2))[:, :T] for x in (out, lse))
+    lse = jnp.where(lse >= UNSEEN, -jnp.inf, lse * (1 / LOG2E))
+    bad = placed.overfull[:, None, None]
+    return jnp.where(bad[..., None], jnp.nan, out[..., :h]), jnp.where(bad, jnp.nan, lse)
+
+
+def _ints(q: Array, k: Array, codes: MaskCodes, routes: Routes, rule: RouteRule, placed: Placed, call: Call) -> Ints:
+    layout, blocks = call.layout, call.blocks
+    B, R, S = q.shape[0], layout.regions, k.shape[1]
+    pairs, reference = _choices(q, k, codes, routes, rule, call)
+    codes_q = {
+        "lo": pad(codes.lo, 1, call.T, 1),
+        "hi": pad(codes.hi, 1, call.T),
+        "open_q": pad(codes.open_q, 1, call.T),
+    }
+    whole = lists.whole_pairs(codes._replace(**codes_q), routes)
+    held = placed.held.reshape(B, layout.tiles, layout.lanes)
+    made = lists.work(pairs, whole, held.all(-1), layout, call.queries, call.item, call.rows)
+
+    region, _ = layout.lane_map()
+    bit = np.where(np.arange(layout.tiles)[:, None] < R * layout.full, 0, region % max(layout.sharing, 1))
+    bits = jnp.where(held, 1 << jnp.asarray(bit, jnp.int32), 0)
+    at = jnp.minimum(placed.source, S - 1)
+    order, open_k = (jnp.take_along_axis(x, at, axis=1).reshape(held.shape) for x in (codes.order, codes.open_k))
+    keys = jnp.stack([bits, order, open_k], axis=2).astype(jnp.int32)
+    per_query = jnp.stack([x.reshape(B, blocks, call.queries) for x in codes_q.values()], axis=2)
+    return Ints(
+        reference.reshape(B, call.K, -1, LANES),
+        per_query.reshape(B, blocks, -1).astype(jnp.int32),
+        pad(keys, 2, 8),
+        made,
+        pairs.any(-1),
+    )
+
+
+def _choices(
+    q: Array, k: Array, codes: MaskCodes, routes: Routes, rule: RouteRule, call: Call
+) -> tuple[Bool[Array, "B K T R"], Float[Array, "B K T rows"]]:
+    """Pairs of queries and regions, and the reference of every row: of the regions that it sees, the largest score of
+    their mean keys, in log2."""
+    (B, T, H, _), R = q.shape, call.layout.regions
+    means = _means(k, routes.keys, R)
+    block = max(8, MOST_SCORES // (B * H * R) // 8 * 8)
+    block = min(block, T)
+    mine = (
+        q,
+        {"lo": codes.lo, "hi": codes.hi, "open_q": codes.open_q},
+        {"query": routes.query, "before": routes.before},
+    )
+
+    def of_block(mine: Any) -> tuple[Array, Array]:
+        q, codes_q, routes_q = mine
+        own, given = codes._replace(**codes_q), routes._replace(**routes_q)
+        choice = choose(region_scores(given), candidates(own, given), given.dense, rule)
+        pairs = lists.open_pairs(choice, own, given)
+        scores = jnp.einsum("BKGTh,BKRh->BKGTR", group_heads(q, call.K), means.astype(q.dtype), precision="highest")
+        best = jnp.max(jnp.where(pairs[:, :, None], scores.astype(jnp.float32), -jnp.inf), axis=-1)
+        best = jnp.where(jnp.isfinite(best), best * (call.scale * LOG2E), 0.0)
+        return jnp.moveaxis(pairs, 2, 0), jnp.moveaxis(best, 3, 0)
+
+    fill = -T % block
+    padded = jax.tree.map(lambda x: jnp.pad(x, [(0, 0), (0, fill)] + [(0, 0)] * (x.ndim - 2)), mine)
+    cut = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(B, -1, block, *x.shape[2:]), 1, 0), padded)
+    pairs, best = (x.reshape(-1, *x.shape[2:])[:T] for x in jax.lax.map(of_block, cut))
+    pairs = pad(jnp.moveaxis(pairs, 0, 2), 2, call.T)
+    return pairs, pad(pad(jnp.moveaxis(best, 0, 2), 2, call.T), 3, call.rows)
+
+
+def _means(k: Float[Array, "B S K h"], keys: Int[Array, "B S"], R: int) -> Float[Array, "B K R h"]:
+    """Mean key of every region; 0 of one without keys."""
+
+    def of_row(k: Array, keys: Array) -> Array:
+        total = jax.ops.segment_sum(k.astype(jnp.float32), keys, R + 1)[1:]
+        return total / jnp.maximum(jnp.bincount(keys, length=R + 1)[1:], 1)[:, None, None]
+
+    return jnp.moveaxis(jax.vmap(of_row)(k, keys), 2, 1)
+
+
+def _tiles(
+    x: Float[Array, "B S K h"], source: Int[Array, "B n"], lane: Int[Array, "B S"], layout: Layout
+) -> Float[Array, "B K tiles lanes 128"]:
+    """Keys in their lanes, zeros in empty ones."""
+    found = _moved(x, source, lane)
+    B, _, K, h = found.shape
+    return pad(jnp.moveaxis(found, 2, 1).reshape(B, K, layout.tiles, layout.lanes, h), 4, LANES)
+
+
+@jax.custom_vjp
+def _moved(x: Float[Array, "B S K h"], there: Int[Array, "B n"], back: Int[Array, "B S"]) -> Float[Array, "B n K h"]:
+    """Entry `there` of x at every place, 0 where there is none; `back` says where each entry went, and makes the gradient
+    a gather too."""
+    return jax.vmap(lambda x, at: jnp.take(x, at, axis=0, mode="fill", fill_value=0))(x, there)
+
+
+def _moved_forward(x, there, back):
+    return _moved(x, there, back), (there, back)
+
+
+def _moved_backward(saved, d):
+    there, back = saved
+    return _moved(d, back, there), *(np.zeros(n.shape, jax.dtypes.float0) for n in saved)
+
+
+_moved.defvjp(_moved_forward, _moved_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _attention(q, k, v, ints: Ints, call: Call):
+    return _forward(q, k, v, ints, call)[0]
+
+
+def _forward(q, k, v, ints: Ints, call: Call):
+    given = (q, ints.reference, k, v, ints.codes_q, ints.codes_k, ints.work.lists.reshape(-1), ints.work.info, call)
+    out, lse = forward(*given, online=False)
+    far = jnp.abs(lse - ints.reference).reshape(*q.shape[:4])
+    ok = jnp.all((far < BOUND) | ~ints.visited[..., None]) & jnp.all(jnp.isfinite(out))
+    out, lse = jax.lax.cond(ok, lambda: (out, lse), lambda: forward(*given, online=True))
+    lse = lse.reshape(q.shape[:4])
+    return (out, lse), (q, k, v, ints, out, lse)
+
+
+def _backward(call: Call, saved, cotangents):
+    q, k, v, ints, out, lse = saved
+    d_out, d_lse = cotangents
+    delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1) - d_lse * LOG2E
+    work = ints.work.lists.reshape(-1), ints.work.info
+    grads = backward(q, k, v, d_out, lse, delta, ints.codes_q, ints.codes_k, *work, call)
+    return *grads, jax.tree.map(_no_gradient, ints)
+
+
+_attention.defvjp(_forward, _backward)
+
+
+def _no_gradient(x: Array) -> Any:
+    if jnp.issubdtype(x.dtype, jnp.floating):
+        return jnp.zeros_like(x)
+    return np.zeros(x.shape, jax.dtypes.float0)

@@ -1,0 +1,207 @@
+"""The backward kernel: one pass over the work items gives the gradients of queries and keys alike.
+
+Scores are made with keys in the rows and gathered queries in the lanes. A number of each row of a query (its
+log-sum-exp, its delta) is then a number of a lane, and 16 queries' numbers are one line: each query has its own kept 16
+times side by side, so that a line is put together by choosing lanes. Of the products only that of the queries' gradient
+needs its left side turned.
+
+    dS = P * (dO v^T - rowsum(dO * O) + dlse)        dq = scale dS k     dk = scale dS^T q     dv = P^T dO
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from rave_jax.kernels.pair_bias.pallas_tpu.tile import LANES, LOG2E, UNSEEN, column, product, wide
+from rave_jax.kernels.routed.pallas_tpu.forward import CODES
+from rave_jax.kernels.routed.pallas_tpu.lists import CUT, PLACE_BITS, WHOLE
+from rave_jax.kernels.routed.pallas_tpu.walk import (
+    Call,
+    compiler_params,
+    gathered,
+    in_turn,
+    list_scratch,
+    places,
+    tile_at,
+    walk,
+)
+from rave_jax.typing import Array, Float, Int
+
+
+def backward(
+    q: Float[Array, "B K T rows h"],
+    k: Float[Array, "B K tiles lanes h"],
+    v: Float[Array, "B K tiles lanes h"],
+    d_out: Float[Array, "B K T rows h"],
+    lse: Float[Array, "B K T rows"],
+    delta: Float[Array, "B K T rows"],
+    codes_q: Int[Array, "B blocks codes"],
+    codes_k: Int[Array, "B tiles eight lanes"],
+    lists: Int[Array, "entries"],
+    info: Int[Array, "B K blocks words"],
+    call: Call,
+) -> tuple[Float[Array, "B K T rows h"], Float[Array, "B K tiles lanes h"], Float[Array, "B K tiles lanes h"]]:
+    """Gradients of q, k and v.
+
+    Args:
+        q, k, v, codes_q, codes_k, lists, info, call: as in the forward pass.
+        d_out: gradient of the output.
+        lse: of the forward pass, in log2, UNSEEN where a row saw nothing.
+        delta: rowsum(d_out * out) - d_lse, d_lse of the natural log-sum-exp.
+    """
+    B, K, n, rows, h = call.B, call.K, call.queries, call.rows, LANES
+    tiles, lanes = call.layout.tiles, call.layout.lanes
+    numbers = jnp.stack([jnp.tile(x, LANES // rows) for x in (lse, delta)], axis=3).reshape(B, K, 2 * call.T, LANES)
+    of_queries = pl.BlockSpec((None, None, n, rows, h), lambda b, g, i: (b, g, i, 0, 0))
+    of_keys = pl.BlockSpec((None, None, tiles, lanes, h), lambda b, g, i: (b, g, 0, 0, 0))
+    scratch = {
+        "given": pltpu.VMEM((2 * call.places, LANES), jnp.float32),
+        "numbers": pltpu.VMEM((2 * call.queries + 8, LANES), jnp.float32),
+        "d_q": pltpu.VMEM((call.places, LANES), jnp.float32),
+        "d_k": pltpu.VMEM((tiles, lanes, h), jnp.float32),
+        "d_v": pltpu.VMEM((tiles, lanes, h), jnp.float32),
+        **list_scratch(call),
+    }
+    run = pl.pallas_call(
+        functools.partial(_kernel, call=call, names=tuple(scratch)),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=0,
+            grid=(B, K, call.blocks),
+            in_specs=(
+                pl.BlockSpec((None, None, None, info.shape[-1]), lambda b, g, i: (b, g, i, 0), memory_space=pltpu.SMEM),
+                pl.BlockSpec((None, None, CODES * n), lambda b, g, i: (b, i, 0), memory_space=pltpu.SMEM),
+                pl.BlockSpec(memory_space=pl.ANY),
+                of_queries,
+                of_queries,
+                pl.BlockSpec((None, None, 2 * n, LANES), lambda b, g, i: (b, g, i, 0)),
+                of_keys,
+                of_keys,
+                pl.BlockSpec((None, tiles, 8, lanes), lambda b, g, i: (b, 0, 0, 0)),
+            ),
+            out_specs=(of_queries, of_keys, of_keys),
+            scratch_shapes=tuple(scratch.values()),
+        ),
+        out_shape=tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v)),
+        compiler_params=compiler_params(),
+        interpret=call.interpret,
+        name="routed_backward",
+    )
+    return run(info, codes_q, lists, q, d_out, numbers, k, v, codes_k)
+
+
+def _kernel(info, codes_q, lists, q, d_out, numbers_in, k, v, codes_k, dq, dk, dv, *scratch, call: Call, names):
+    held = dict(zip(names, scratch, strict=True))
+    given, numbers, d_q, d_k, d_v = (held[name] for name in ("given", "numbers", "d_q", "d_k", "d_v"))
+    rows, pair, per_line = call.rows, 2 * call.rows, LANES // call.rows
+    dtype = jnp.dtype(call.dtype)
+    i, last = pl.program_id(2), call.blocks - 1
+    of_lane = jax.lax.broadcasted_iota(jnp.int32, (1, LANES), 1) // rows
+
+    def start(line: Any, _: None) -> None:
+        for j in range(per_line):
+            number = line * per_line + j
+            at = pl.multiple_of(number * pair, pair)
+            given[pl.ds(at, rows)] = q[number].astype(jnp.float32)
+            given[pl.ds(at + rows, rows)] = d_out[number].astype(jnp.float32)
+            d_q[pl.ds(pl.multiple_of(number * rows, rows), rows)] = jnp.zeros((rows, LANES), jnp.float32)
+        at = pl.multiple_of(line * 2 * per_line, 2 * per_line)
+        numbers[pl.ds(at, 2 * per_line)] = numbers_in[pl.ds(at, 2 * per_line)]
+
+    jax.lax.fori_loop(0, call.lines, start, None)
+    given[pl.ds(call.queries * pair, pair)] = jnp.zeros((pair, LANES), jnp.float32)
+    d_q[pl.ds(call.queries * rows, rows)] = jnp.zeros((rows, LANES), jnp.float32)
+    # What fills an item up has seen nothing: its weights are 0.
+    numbers[pl.ds(2 * call.queries, 8)] = jnp.full((8, LANES), UNSEEN, jnp.float32)
+
+    @pl.when(i == 0)
+    def _start_keys() -> None:
+        def one(tile: Any, _: None) -> None:
+            for ref in (d_k, d_v):
+                ref[tile] = jnp.zeros(ref.shape[1:], jnp.float32)
+
+        jax.lax.fori_loop(0, call.layout.tiles, one, None)
+
+    def line_of(values: Sequence[Any]) -> Array:
+        """One value for each query of a line, across its lanes; lines side by side."""
+        lines = []
+        for first in range(0, len(values), per_line):
+            line = values[first]
+            for j in range(1, per_line):
+                line = jnp.where(of_lane == j, values[first + j], line)
+            lines.append(jnp.broadcast_to(line, (*jnp.shape(line)[:-1], LANES)) if jnp.ndim(line) else line)
+        return lines[0] if len(lines) == 1 else jnp.concatenate(lines, axis=1)
+
+    def visit(tile: Any, entries: Sequence[Any], kind: int) -> None:
+        at, two = places(entries, kind), places(entries, kind, tiles=2)
+        sums: list[Any] = [0.0, 0.0]
+
+        def begin(number: int) -> Any:
+            mine = slice(number * call.chunk, (number + 1) * call.chunk)
+            own_q, own_d = (gathered(given, two[mine], rows, offset).astype(dtype) for offset in (0, rows))
+            x = product(k[tile], own_q, (1, 1)) * (call.scale * LOG2E)
+            return at[mine], entries[mine], own_q, own_d, x, product(v[tile], own_d, (1, 1))
+
+        def weigh(begun: Any) -> Any:
+            mine, listed, own_q, own_d, x, d_weights = begun
+            both = line_of([numbers[pl.ds(place >> (rows.bit_length() - 2), 2)] for place in mine])
+            weights = jnp.exp2(x - both[0:1])
+            if kind != WHOLE:
+                weights = jnp.where(_seen(codes_k, codes_q, tile, listed, kind, call, line_of), weights, 0.0)
+            d_scores = weights * (d_weights - both[1:2])
+            return mine, own_q, own_d, weights.astype(dtype), d_scores.astype(dtype)
+
+        def end(weighed: Any) -> None:
+            mine, own_q, own_d, weights, d_scores = weighed
+            sums[0] += product(d_scores, own_q, (1, 0))
+            sums[1] += product(weights, own_d, (1, 0))
+            part = product(d_scores, k[tile], (0, 0))
+            old = [d_q[tile_at(place, rows)] for place in mine]
+            for n, place in enumerate(mine):
+                d_q[tile_at(place, rows)] = old[n] + part[n * rows : (n + 1) * rows]
+
+        in_turn(call.item // call.chunk, begin, weigh, end)
+        d_k[tile] += sums[0]
+        d_v[tile] += sums[1]
+
+    walk(call, info, lists, held["buffer"], held["copied"], visit)
+
+    def finish(line: Any, _: None) -> None:
+        for j in range(per_line):
+            number = line * per_line + j
+            own = d_q[pl.ds(pl.multiple_of(number * rows, rows), rows)]
+            dq[number] = (own * call.scale).astype(dq.dtype)
+
+    jax.lax.fori_loop(0, call.lines, finish, None)
+
+    @pl.when(i == last)
+    def _finish_keys() -> None:
+        def one(tile: Any, _: None) -> None:
+            dk[tile] = (d_k[tile] * call.scale).astype(dk.dtype)
+            dv[tile] = d_v[tile].astype(dv.dtype)
+
+        jax.lax.fori_loop(0, call.layout.tiles, one, None)
+
+
+def _seen(codes_k: Any, codes_q: Any, tile: Any, entries: Sequence[Any], kind: int, call: Call, line_of: Any) -> Array:
+    """Which lanes of a tile, turned into rows, the entries' queries see, [lanes, queries * rows]."""
+    zero = jnp.zeros((1, LANES), jnp.int32)
+    keys = codes_k[tile]
+    bit, order, open_k = (column(keys[n : n + 1]) for n in range(3))
+    bits = line_of([zero + (x >> PLACE_BITS) for x in entries])
+    width = bits.shape[1]
+    open_ = (wide(bit, width) & bits) != 0
+    if kind != CUT:
+        return open_
+    numbers = [
+        jnp.minimum((x & ((1 << PLACE_BITS) - 1)) >> (call.rows.bit_length() - 1), call.queries - 1) for x in entries
+    ]
+    lo, hi, open_q = (line_of([zero + codes_q[n * call.queries + x] for x in numbers]) for n in range(CODES))
+    order, open_k = wide(order, width), wide(open_k, width)
+    return open_ & (((lo <= order) & (order <= hi)) | (open_q == open_k))

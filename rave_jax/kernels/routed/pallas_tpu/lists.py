@@ -1,0 +1,250 @@
+"""Work lists: which queries visit which tile of region keys. Plain XLA, integers alone.
+
+Keys that have a region are laid out in tiles of `lanes` keys. A region fills as many whole tiles as it can; what is left
+over of it shares a tile with what is left over of its neighbours, so that lanes are filled. Where a region's keys lie is
+known from `slots`, the most keys a region may have, so shapes and the map of the lanes are static; a smaller region
+leaves lanes empty.
+
+Queries are taken in super-blocks. For each super-block and tile there is a list of the queries that may see a key of it;
+a kernel takes so many of them at a time, a *work item*. A query's entry carries a bit for each of the tile's regions that
+is open to it. What shares a tile is visited by whoever chose any of it: 1 - (1 - p)^n of the queries for n regions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from rave_jax.config import require
+from rave_jax.kernels.pair_bias.base import MaskCodes
+from rave_jax.kernels.pair_bias.pallas_tpu.operands import up
+from rave_jax.kernels.pair_bias.pallas_tpu.tile import LANES
+from rave_jax.kernels.routed.base import Choice, Routes
+from rave_jax.typing import Array, Bool, Int, NpArray
+
+MOST_SHARING = 15
+"""Regions of a tile, at most: an entry has so many bits beside the query's place."""
+PLACE_BITS = 16
+TILE_BITS, KIND_BITS = 14, 2
+WHOLE, SHARED, CUT = 0, 1, 2
+"""What a tile's visit needs: nothing, since every listed query sees every lane; the bits of regions; these and the mask
+codes."""
+NOBODY = jnp.iinfo(jnp.int32).max
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the keys of regions lie."""
+
+    regions: int
+    slots: int
+    """The most keys of a region."""
+    lanes: int = LANES
+    """Keys of a tile."""
+
+    def __post_init__(self) -> None:
+        require(self.regions >= 1, "regions", self.regions, "at least 1")
+        require(self.slots >= 1, "slots", self.slots, "at least 1")
+        require(self.lanes % LANES == 0 and self.lanes > 0, "lanes", self.lanes, f"a multiple of {LANES}")
+
+    @property
+    def full(self) -> int:
+        """Tiles that a region has for itself."""
+        return self.slots // self.lanes
+
+    @property
+    def rest(self) -> int:
+        """Keys of a region that do not fill a tile."""
+        return self.slots % self.lanes
+
+    @property
+    def sharing(self) -> int:
+        """Regions whose rests share a tile; 0 where nothing is left over."""
+        return min(MOST_SHARING, self.lanes // self.rest) if self.rest else 0
+
+    @property
+    def tiles(self) -> int:
+        """All."""
+        return self.regions * self.full + (-(-self.regions // self.sharing) if self.rest else 0)
+
+    @property
+    def fill(self) -> float:
+        """Share of the lanes that hold a key where every region has `slots` keys."""
+        return self.regions * self.slots / (self.tiles * self.lanes)
+
+    def visits(self, share: float) -> float:
+        """Lanes visited by a query for each key of its regions' row, where it chooses each region with this chance, by
+        itself: `share` where no lane is empty and none is shared."""
+        shared = 0.0 if not self.rest else (1 - (1 - share) ** self.sharing) / self.sharing
+        return (share * self.full + shared) * self.lanes / self.slots
+
+    def lane_map(self) -> tuple[Int[NpArray, "tiles lanes"], Int[NpArray, "tiles lanes"]]:
+        """(region, number of the key in it) of every lane; -1 and 0 where it is empty."""
+        region = np.full((self.tiles, self.lanes), -1)
+        place = np.zeros((self.tiles, self.lanes), int)
+        for r in range(self.regions):
+            own = slice(r * self.full, (r + 1) * self.full)
+            region[own] = r
+            place[own] = np.arange(self.full * self.lanes).reshape(self.full, self.lanes)
+            if self.rest:
+                tile, first = self.regions * self.full + r // self.sharing, r % self.sharing * self.rest
+                region[tile, first : first + self.rest] = r
+                place[tile, first : first + self.rest] = self.full * self.lanes + np.arange(self.rest)
+        return region, place
+
+    def tile_regions(self) -> Int[NpArray, "tiles n"]:
+        """The regions of each tile, by bit; -1 fills up."""
+        count = max(self.sharing, 1)
+        found = np.full((self.tiles, count), -1)
+        for r in range(self.regions):
+            found[r * self.full : (r + 1) * self.full, 0] = r
+            if self.rest:
+                found[self.regions * self.full + r // self.sharing, r % self.sharing] = r
+        return found
+
+
+class Placed(NamedTuple):
+    """Keys of regions in their lanes.
+
+    Fields:
+        source: the key in each lane; S where it is empty.
+        lane: the lane of each key, counted over all tiles; tiles * lanes for a key without one.
+        held: is a key in the lane?
+        overfull: does a region of the row have more than `slots` keys?
+    """
+
+    source: Int[Array, "B tiles*lanes"]
+    lane: Int[Array, "B S"]
+    held: Bool[Array, "B tiles*lanes"]
+    overfull: Bool[Array, "B"]
+
+
+def place(keys: Int[Array, "B S"], layout: Layout) -> Placed:
+    """Where the keys go, in each region by their order in the row.
+
+    Args:
+        keys: region of each key, counted from 1; 0 has none.
+        layout: for as many regions.
+    """
+    S, R = keys.shape[1], layout.regions
+    region, number = (jnp.asarray(x.reshape(-1)) for x in layout.lane_map())
+
+    def of_row(keys: Array) -> Placed:
+        own = jnp.where(keys > 0, keys - 1, R)
+        by_region = jnp.argsort(own, stable=True)
+        count = jnp.bincount(own, length=R + 1)
+        start = jnp.cumsum(count) - count
+        held = (region >= 0) & (number < count[jnp.maximum(region, 0)])
+        at = jnp.clip(start[jnp.maximum(region, 0)] + number, 0, S - 1)
+        source = jnp.where(held, by_region[at], S)
+        lane = jnp.full(S + 1, len(region)).at[source].set(jnp.arange(len(region)))[:S]
+        return Placed(source, lane, held, jnp.any(count[:R] > layout.slots))
+
+    return jax.vmap(of_row)(keys)
+
+
+def open_pairs(choice: Choice, codes: MaskCodes, routes: Routes) -> Bool[Array, "B K T R"]:
+    """Which routed queries may see a key of which regions: all they chose, and of those that they cannot choose the ones
+    that the mask may reach. Never too few; a pair too many is masked key by key."""
+    first, last = routes.first[:, None], routes.last[:, None]
+    reached = (codes.lo[..., None] <= last) & (first <= codes.hi[..., None])
+    bits_q = 1 << (codes.open_q & 31)
+    bits_k = _region_bits(codes.open_k, routes.keys, first.shape[-1])
+    reached |= (bits_q[..., None] & bits_k[:, None]) != 0
+    routed = routes.before > jnp.iinfo(jnp.int32).min
+    open_ = choice.chosen[:, :, 0] | (~choice.candidate[:, :, 0] & reached[:, None])
+    return open_ & routed[:, None, :, None] & (first <= last)[:, None]
+
+
+def whole_pairs(codes: MaskCodes, routes: Routes) -> Bool[Array, "B T R"]:
+    """Where the mask allows every key of a region to a query."""
+    return (codes.lo[..., None] <= routes.first[:, None]) & (routes.last[:, None] <= codes.hi[..., None])
+
+
+def _region_bits(opening: Int[Array, "B S"], keys: Int[Array, "B S"], R: int) -> Int[Array, "B R"]:
+    """One bit of 32 for each opening among a region's keys."""
+
+    def of_row(opening: Array, keys: Array) -> Array:
+        there = jnp.zeros((R + 1, 32), bool).at[keys, opening & 31].set(True)[1:]
+        return jnp.sum(there * (1 << jnp.arange(32)), axis=1, dtype=jnp.int32)
+
+    return jax.vmap(of_row)(opening, keys)
+
+
+class Work(NamedTuple):
+    """The lists of all super-blocks.
+
+    Fields:
+        lists: entries, those of a tile one after the other: the query's place in the super-block times `rows`, and the
+            bits of its open regions above PLACE_BITS where the tile is not WHOLE. Filled up with the place behind the
+            last query.
+        info: of each super-block the number of tiles that somebody visits, then a word for each of them: its number, its
+            kind, how many items it has.
+    """
+
+    lists: Int[Array, "B K blocks tiles length"]
+    info: Int[Array, "B K blocks words"]
+
+
+def work(
+    pairs: Bool[Array, "B K T R"],
+    whole: Bool[Array, "B T R"],
+    full: Bool[Array, "B tiles"],
+    layout: Layout,
+    queries: int,
+    item: int,
+    rows: int,
+) -> Work:
+    """The lists.
+
+    Args:
+        pairs: of `open_pairs`, T a multiple of `queries`.
+        whole: of `whole_pairs`.
+        full: tiles without an empty lane.
+        layout: of the tiles.
+        queries: of a super-block.
+        item: queries of a work item.
+        rows: rows of a query in the kernels' memory.
+    """
+    B, K, T, _ = pairs.shape
+    require(queries * rows < 1 << PLACE_BITS, "queries", queries, "few enough for their places")
+    blocks, of_tile = T // queries, layout.tile_regions()
+    bits = jnp.zeros((B, K, T, layout.tiles), jnp.int32)
+    cut = jnp.zeros((B, K, T, layout.tiles), bool)
+    partial = pairs & ~whole[:, None]
+    for bit in range(of_tile.shape[1]):
+        there = of_tile[:, bit] >= 0
+        at = np.maximum(of_tile[:, bit], 0)
+        bits |= jnp.where(pairs[..., at] & there, 1 << bit, 0)
+        cut |= partial[..., at] & there
+    everything = jnp.asarray(sum((of_tile[:, bit] >= 0) << bit for bit in range(of_tile.shape[1])), jnp.int32)
+    listed = bits > 0
+
+    def by_tile(x: Array) -> Array:
+        return jnp.moveaxis(x.reshape(B, K, blocks, queries, layout.tiles), 4, 3)
+
+    count = jnp.sum(by_tile(listed), axis=-1)
+    shared = jnp.any(by_tile(listed & (bits != everything)), axis=-1) | ~full[:, None, None]
+    kind = jnp.where(jnp.any(by_tile(cut), axis=-1), CUT, jnp.where(shared, SHARED, WHOLE))
+    entry = jnp.arange(queries)[:, None] * rows + jnp.where(
+        jnp.repeat(jnp.moveaxis(kind, 3, -1)[..., None, :], queries, axis=3) == WHOLE,
+        0,
+        bits.reshape(B, K, blocks, queries, layout.tiles) << PLACE_BITS,
+    )
+    entry = jnp.where(listed.reshape(entry.shape), entry, NOBODY)
+    ranked = jnp.sort(jnp.moveaxis(entry, 4, 3), axis=-1)
+    lists = jnp.where(ranked == NOBODY, queries * rows, ranked)
+    lists = jnp.pad(lists, [(0, 0)] * 4 + [(0, up(queries, item) - queries)], constant_values=queries * rows)
+
+    # The tiles that somebody visits come first, in their order.
+    visited = count > 0
+    rank = jnp.sort(jnp.where(visited, jnp.arange(layout.tiles), layout.tiles), axis=-1)
+    at = jnp.minimum(rank, layout.tiles - 1)
+    items = jnp.take_along_axis(-(-count // item), at, axis=-1)
+    words = at | jnp.take_along_axis(kind, at, axis=-1) << TILE_BITS | items << (TILE_BITS + KIND_BITS)
+    info = jnp.concatenate([jnp.sum(visited, axis=-1, keepdims=True), words], axis=-1).astype(jnp.int32)
+    return Work(lists.astype(jnp.int32), jnp.pad(info, [(0, 0)] * 3 + [(0, -info.shape[-1] % LANES)]))

@@ -1,0 +1,102 @@
+"""Which layout and super-block a call gets, and what stands against the kernels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+
+from rave_jax.kernels.pair_bias import KeySegments, support
+from rave_jax.kernels.pair_bias.base import Terms
+from rave_jax.kernels.pair_bias.pallas_tpu.operands import up
+from rave_jax.kernels.pair_bias.pallas_tpu.tile import LANES
+from rave_jax.kernels.routed.base import RouteRule
+from rave_jax.kernels.routed.pallas_tpu.lists import Layout
+from rave_jax.kernels.routed.pallas_tpu.walk import Call, ItemSizes
+from rave_jax.typing import Array
+
+MOST_HEADS = 64
+"""Query heads of a kv head."""
+WIDE = 0.65
+"""Cost of 128 lanes in a tile of 256, to that in one of 128: gathering is shared. From `benchmarks/routed_kernels.py`."""
+SHARE = 0.25
+"""Chance that a query chooses a region, by which layouts are compared: the default of `RouteRule.top_k`."""
+
+
+def layout_of(regions: int, slots: int) -> Layout:
+    """The cheaper of tiles of 128 and of 256 keys, 128 in doubt: their lanes are filled better."""
+    narrow, wide = (Layout(regions, slots, lanes) for lanes in (LANES, 2 * LANES))
+    return wide if WIDE * wide.visits(SHARE) < 0.97 * narrow.visits(SHARE) else narrow
+
+
+def make_call(
+    q: Array, k: Array, layout: Layout, sizes: ItemSizes, scale: float, *, interpret: Any, fixed: Any = None
+) -> Call | None:
+    """Sizes of a call: the largest super-block that fits beside the keys, or None where none does."""
+    (B, T, H, _), K = q.shape, k.shape[2]
+    queries = min(sizes.queries, up(T, sizes.item))
+    while queries >= sizes.item:
+        call = Call(
+            B=B,
+            K=K,
+            G=H // K,
+            T=up(T, queries),
+            layout=layout,
+            queries=queries,
+            item=sizes.item,
+            chunk=sizes.chunk,
+            scale=scale,
+            dtype=str(q.dtype),
+            interpret=interpret,
+            fixed=fixed,
+        )
+        if vmem_bytes(call) <= sizes.vmem_bytes:
+            return call
+        queries = queries // 2 // sizes.item * sizes.item
+    return None
+
+
+def vmem_bytes(call: Call) -> int:
+    """Of the backward kernel, which needs more."""
+    wide = jnp.dtype(call.dtype).itemsize
+    # Of keys: k, v and their gradients, and sums of these in float32. Of queries: q, d_out, dq, all twice, and gathered
+    # from in float32.
+    keys = call.layout.tiles * call.layout.lanes * (LANES * (4 * wide + 8) + 64)
+    queries = call.queries * (call.rows * LANES * (6 * wide + 12) + 6 * LANES * 4)
+    return keys + queries
+
+
+def against(
+    q: Array,
+    k: Array,
+    v: Array,
+    terms: Terms,
+    segments: KeySegments | None,
+    rule: RouteRule,
+    regions: int,
+    slots: int | None,
+    sizes: ItemSizes,
+) -> str | None:
+    """Why the kernels cannot serve, or None."""
+    found = support.against_pallas_tpu(q, k, v)
+    if found is not None:
+        return found
+    G = q.shape[2] // k.shape[2]
+    if rule.share == "head" and G > 1:
+        return (
+            "query heads that choose apart would be gathered row by row, which costs more than it saves; "
+            'share="group" is served'
+        )
+    if rule.choice != "hard" or rule.by != "descriptor":
+        return f"choices must be hard and by descriptors, not {rule.choice} by {rule.by}"
+    if terms or segments is not None:
+        return "a pair bias, a key bias and segments of keys are not served"
+    if max(q.shape[-1], v.shape[-1]) > LANES or q.shape[-1] != v.shape[-1]:
+        return f"keys and values must have one width of at most {LANES}, not {q.shape[-1]} and {v.shape[-1]}"
+    if G > MOST_HEADS:
+        return f"at most {MOST_HEADS} query heads may share a kv head, not {G}"
+    if slots is None:
+        return "how many keys a region may have must be known (Routing.slots)"
+    if make_call(q, k, layout_of(regions, slots), sizes, 1.0, interpret=False) is None:
+        return f"{regions} regions of {slots} keys do not fit into the chip's memory"
+    return None

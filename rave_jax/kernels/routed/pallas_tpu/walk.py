@@ -1,0 +1,193 @@
+"""What both kernels share: the sizes of a call, and the walk over the work items of a super-block.
+
+A grid step is a super-block of queries of one kv head. All that belongs to its queries lies in the chip's memory, one
+tile of 8 rows (the query heads of the group) by 128 lanes for each query and array, so that gathering a query is one
+load at an address from the list. Keys and values of all tiles are there too. The list of a tile is copied into scalar
+memory while the tile before it is worked on.
+
+The compiler does not know that the queries of a list differ, and keeps stores to what was gathered in their order
+behind the loads. So an item is many queries, taken in chunks whose scores are begun before the weights of the chunk
+before them are made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from rave_jax.config import require
+from rave_jax.kernels.pair_bias.pallas_tpu.operands import up
+from rave_jax.kernels.pair_bias.pallas_tpu.tile import LANES
+from rave_jax.kernels.routed.pallas_tpu.lists import CUT, KIND_BITS, PLACE_BITS, SHARED, TILE_BITS, WHOLE, Layout
+from rave_jax.typing import Array
+
+ROWS = 8
+"""Rows of a query are a multiple of this: a tile of the chip's memory."""
+VMEM_LIMIT = 100 << 20
+"""Bytes a kernel may use."""
+
+
+@dataclass(frozen=True)
+class ItemSizes:
+    """How queries are taken."""
+
+    queries: int = 2048
+    """Of a super-block, at most: as many as fit beside the keys are taken."""
+    item: int = 128
+    """Of a work item."""
+    chunk: int = 16
+    """Whose scores are made at once."""
+    vmem_bytes: int = 88 << 20
+    """Of the chip's memory that a kernel may fill."""
+
+    def __post_init__(self) -> None:
+        for name, by in (("queries", self.item), ("item", self.chunk), ("chunk", 16)):
+            size = getattr(self, name)
+            require(size > 0 and size % by == 0, name, size, f"a multiple of {by}")
+
+
+@dataclass(frozen=True)
+class Call:
+    """All that is static of one call."""
+
+    B: int
+    K: int
+    G: int
+    T: int
+    """Padded to whole super-blocks."""
+    layout: Layout
+    queries: int
+    """Of a super-block."""
+    item: int
+    chunk: int
+    scale: float
+    dtype: str
+    interpret: Any
+    fixed: tuple[int, int, int] | None = None
+    """(tiles, items of each, kind of each) instead of what the lists say: for estimates, which cannot know data."""
+
+    @property
+    def rows(self) -> int:
+        """Of a query: its heads, up to a power of two of at least a tile, so that whole queries fill 128 lanes."""
+        return max(ROWS, 1 << (self.G - 1).bit_length())
+
+    @property
+    def blocks(self) -> int:
+        """Super-blocks of a row."""
+        return self.T // self.queries
+
+    @property
+    def length(self) -> int:
+        """Of a list."""
+        return up(self.queries, self.item)
+
+    @property
+    def places(self) -> int:
+        """Rows of an array that holds a tile of `rows` for each query, and one for slots of an item without a query."""
+        return (self.queries + 1) * self.rows
+
+    @property
+    def lines(self) -> int:
+        """Rows of 128 lanes that hold a number for each row of the super-block's queries."""
+        return self.queries * self.rows // LANES
+
+
+def list_scratch(call: Call) -> dict[str, Any]:
+    """What `walk` needs."""
+    return {"buffer": pltpu.SMEM((2 * call.length,), jnp.int32), "copied": pltpu.SemaphoreType.DMA((2,))}
+
+
+def walk(call: Call, info: Any, lists: Any, buffer: Any, copied: Any, visit: Callable[..., None]) -> None:
+    """`visit(tile, entries, kind)` for every work item of the super-block; entries are `call.item` scalars, kind is a
+    Python int.
+
+    Args:
+        call: sizes.
+        info: words of the super-block, in scalar memory; see `lists.Work`.
+        lists: all lists, one after the other, where the compiler put them.
+        buffer, copied: of `list_scratch`.
+        visit: does the work.
+    """
+    b, n, i = (pl.program_id(axis) for axis in range(3))
+    step = (b * call.K + n) * call.blocks + i
+    live = info[0] if call.fixed is None else call.fixed[0]
+    low = (1 << TILE_BITS) - 1
+
+    def copy(t: Any, slot: Any) -> Any:
+        first = (step * call.layout.tiles + (info[1 + t] & low)) * call.length
+        source = lists.at[pl.ds(pl.multiple_of(first, call.length), call.length)]
+        target = buffer.at[pl.ds(pl.multiple_of(slot * call.length, call.length), call.length)]
+        return pltpu.make_async_copy(source, target, copied.at[slot])
+
+    @pl.when(live > 0)
+    def _first() -> None:
+        copy(0, 0).start()
+
+    def visit_tile(t: Any, _: None) -> None:
+        slot = t & 1
+        copy(t, slot).wait()
+
+        @pl.when(t + 1 < live)
+        def _next() -> None:
+            copy(t + 1, 1 - slot).start()
+
+        word = info[1 + t]
+        tile, kind = word & low, (word >> TILE_BITS) & ((1 << KIND_BITS) - 1)
+        items = word >> (TILE_BITS + KIND_BITS) if call.fixed is None else call.fixed[1]
+
+        def visit_items(static: int) -> None:
+            def one(number: Any, _: None) -> None:
+                first = slot * call.length + number * call.item
+                visit(tile, [buffer[first + j] for j in range(call.item)], static)
+
+            jax.lax.fori_loop(0, items, one, None)
+
+        if call.fixed is not None:
+            visit_items(call.fixed[2])
+            return
+        for static in (WHOLE, SHARED, CUT):
+            pl.when(kind == static)(lambda static=static: visit_items(static))
+
+    jax.lax.fori_loop(0, live, visit_tile, None)
+
+
+def places(entries: Sequence[Any], kind: int, tiles: int = 1) -> list[Any]:
+    """First row of each entry's query in an array that has so many tiles of each query."""
+    found = entries if kind == WHOLE else [x & ((1 << PLACE_BITS) - 1) for x in entries]
+    return [pl.multiple_of(x * tiles if tiles > 1 else x, ROWS) for x in found]
+
+
+def tile_at(place: Any, rows: int, offset: int = 0) -> Any:
+    """The rows from `offset` on behind a place."""
+    return pl.ds(pl.multiple_of(place + offset, ROWS) if offset else place, rows)
+
+
+def gathered(ref: Any, at: Sequence[Any], rows: int, offset: int = 0) -> Array:
+    """The rows of each query, one below the other."""
+    return jnp.concatenate([ref[tile_at(place, rows, offset)] for place in at], axis=0)
+
+
+def in_turn(count: int, begin: Callable[[int], Any], weigh: Callable[[Any], Any], end: Callable[[Any], None]) -> None:
+    """Three stages of `count` chunks: a chunk is begun two before it is weighed, and ended one after."""
+    begun = [begin(n) for n in range(min(2, count))]
+    last = None
+    for n in range(count):
+        if n + 2 < count:
+            begun.append(begin(n + 2))
+        weighed = weigh(begun[n])
+        if n:
+            end(last)
+        last = weighed
+    end(last)
+
+
+def compiler_params() -> Any:
+    """Super-blocks of a kv head are taken in their order."""
+    semantics = ("parallel", "parallel", "arbitrary")
+    return pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=VMEM_LIMIT)
