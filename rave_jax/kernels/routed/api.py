@@ -83,7 +83,17 @@ def _choose(
         _say_once("routed attention: xla (every score, shut keys masked); the kernels are for TPUs")
         return "xla"
     regions = routing.routes.first.shape[1]
-    found = pallas_tpu.against(q, k, v, terms, segments, routing.rule, regions, routing.slots, pallas_tpu.ItemSizes())
+    found = pallas_tpu.against(
+        q,
+        k,
+        v,
+        terms,
+        segments,
+        routing.rule,
+        regions,
+        routing.slots,
+        pallas_tpu.item_sizes(support.target().device_kind),
+    )
     if found is None:
         _say_once("routed attention: pallas_tpu (queries gathered for each tile of regions)")
         return "pallas_tpu"

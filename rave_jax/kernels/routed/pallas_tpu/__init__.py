@@ -27,12 +27,12 @@ from rave_jax.kernels.routed.pallas_tpu import lists
 from rave_jax.kernels.routed.pallas_tpu.backward import backward
 from rave_jax.kernels.routed.pallas_tpu.forward import forward
 from rave_jax.kernels.routed.pallas_tpu.lists import Layout, Placed, Work
-from rave_jax.kernels.routed.pallas_tpu.sizes import against, layout_of, make_call
+from rave_jax.kernels.routed.pallas_tpu.sizes import against, item_sizes, layout_of, make_call
 from rave_jax.kernels.routed.pallas_tpu.walk import Call, ItemSizes
 from rave_jax.parallel.sharding import current_mesh, partition_spec
 from rave_jax.typing import Array, Bool, Float, Int
 
-__all__ = ["ItemSizes", "against", "attention"]
+__all__ = ["ItemSizes", "against", "attention", "item_sizes"]
 
 MOST_SCORES = 1 << 23
 """Scores of regions that are made at once."""
@@ -52,8 +52,8 @@ def attention(
     sizes: ItemSizes | None = None,
 ) -> tuple[Float[Array, "B T H h"], Float[Array, "B T H"]]:
     """Routed attention, over the current mesh where there is one; see `api.attention` and `against`."""
-    sizes = sizes or ItemSizes()
-    blocks, interpret = block_sizes(support.target().device_kind), support.interpreter()
+    kind, interpret = support.target().device_kind, support.interpreter()
+    sizes, blocks = sizes or item_sizes(kind), block_sizes(kind)
     run = functools.partial(
         on_device, scale=scale, rule=rule, slots=slots, sizes=sizes, blocks=blocks, interpret=interpret
     )
@@ -135,7 +135,7 @@ class Ints(NamedTuple):
     """What the kernels read beside q, k and v, without gradients."""
 
     reference: Float[Array, "B K lines lanes"]
-    codes_q: Int[Array, "B blocks codes"]
+    codes_q: Int[Array, "B blocks 1 codes"]
     codes_k: Int[Array, "B tiles eight lanes"]
     work: Work
     visited: Bool[Array, "B K T"]
@@ -152,7 +152,7 @@ def of_regions(
 ) -> tuple[Float[Array, "B T H h"], Float[Array, "B T H"]]:
     """Attention of routed queries to regions; 0 and -inf for the others. NaN in both for a row with a region of more
     keys than `slots`."""
-    (B, T, H, h), layout = q.shape, call.layout
+    T, h, layout = q.shape[1], q.shape[3], call.layout
     placed = lists.place(routes.keys, layout)
     tiles = [_tiles(x, placed.source, placed.lane, layout) for x in (k, v)]
     ints = jax.lax.stop_gradient(_ints(q, k, codes, routes, rule, placed, call))
@@ -176,7 +176,7 @@ def _ints(q: Array, k: Array, codes: MaskCodes, routes: Routes, rule: RouteRule,
     }
     whole = lists.whole_pairs(codes._replace(**codes_q), routes)
     held = placed.held.reshape(B, layout.tiles, layout.lanes)
-    made = lists.work(pairs, whole, held.all(-1), layout, call.queries, call.item, call.rows)
+    made = lists.work(pairs, whole, held.all(-1), layout, call.queries, call.item, 2 * call.rows)
 
     region, _ = layout.lane_map()
     bit = np.where(np.arange(layout.tiles)[:, None] < R * layout.full, 0, region % max(layout.sharing, 1))
@@ -187,7 +187,7 @@ def _ints(q: Array, k: Array, codes: MaskCodes, routes: Routes, rule: RouteRule,
     per_query = jnp.stack([x.reshape(B, blocks, call.queries) for x in codes_q.values()], axis=2)
     return Ints(
         reference.reshape(B, call.K, -1, LANES),
-        per_query.reshape(B, blocks, -1).astype(jnp.int32),
+        per_query.reshape(B, blocks, 1, -1).astype(jnp.int32),
         pad(keys, 2, 8),
         made,
         pairs.any(-1),
@@ -230,11 +230,9 @@ def _choices(
 def _means(k: Float[Array, "B S K h"], keys: Int[Array, "B S"], R: int) -> Float[Array, "B K R h"]:
     """Mean key of every region; 0 of one without keys."""
 
-    def of_row(k: Array, keys: Array) -> Array:
-        total = jax.ops.segment_sum(k.astype(jnp.float32), keys, R + 1)[1:]
-        return total / jnp.maximum(jnp.bincount(keys, length=R + 1)[1:], 1)[:, None, None]
-
-    return jnp.moveaxis(jax.vmap(of_row)(k, keys), 2, 1)
+    of_region = keys[..., None] == jnp.arange(1, R + 1)
+    total = jnp.einsum("BSR,BSKh->BKRh", of_region.astype(k.dtype), k, preferred_element_type=jnp.float32)
+    return total / jnp.maximum(jnp.sum(of_region, axis=1), 1)[:, None, :, None]
 
 
 def _tiles(
@@ -248,8 +246,8 @@ def _tiles(
 
 @jax.custom_vjp
 def _moved(x: Float[Array, "B S K h"], there: Int[Array, "B n"], back: Int[Array, "B S"]) -> Float[Array, "B n K h"]:
-    """Entry `there` of x at every place, 0 where there is none; `back` says where each entry went, and makes the gradient
-    a gather too."""
+    """Entry `there` of x at every place, 0 where there is none; `back` says where each entry went, which makes the
+    gradient a gather too."""
     return jax.vmap(lambda x, at: jnp.take(x, at, axis=0, mode="fill", fill_value=0))(x, there)
 
 

@@ -23,11 +23,13 @@ from rave_jax.kernels.pair_bias.pallas_tpu.tile import LANES, LOG2E, UNSEEN, col
 from rave_jax.kernels.routed.pallas_tpu.forward import CODES
 from rave_jax.kernels.routed.pallas_tpu.lists import CUT, PLACE_BITS, WHOLE
 from rave_jax.kernels.routed.pallas_tpu.walk import (
+    ROWS,
     Call,
     compiler_params,
     gathered,
     in_turn,
     list_scratch,
+    number_of,
     places,
     tile_at,
     walk,
@@ -42,10 +44,10 @@ def backward(
     d_out: Float[Array, "B K T rows h"],
     lse: Float[Array, "B K T rows"],
     delta: Float[Array, "B K T rows"],
-    codes_q: Int[Array, "B blocks codes"],
+    codes_q: Int[Array, "B blocks 1 codes"],
     codes_k: Int[Array, "B tiles eight lanes"],
     lists: Int[Array, "entries"],
-    info: Int[Array, "B K blocks words"],
+    info: Int[Array, "B K blocks 1 words"],
     call: Call,
 ) -> tuple[Float[Array, "B K T rows h"], Float[Array, "B K tiles lanes h"], Float[Array, "B K tiles lanes h"]]:
     """Gradients of q, k and v.
@@ -56,11 +58,32 @@ def backward(
         lse: of the forward pass, in log2, UNSEEN where a row saw nothing.
         delta: rowsum(d_out * out) - d_lse, d_lse of the natural log-sum-exp.
     """
+    numbers = jnp.stack([jnp.tile(x, LANES // call.rows) for x in (lse, delta)], axis=3)
+    numbers = numbers.reshape(call.B, call.K, 2 * call.T, LANES)
+    return over_numbers(q, k, v, d_out, numbers, codes_q, codes_k, lists, info, call)
+
+
+def over_numbers(
+    q: Float[Array, "B K T rows h"],
+    k: Float[Array, "B K tiles lanes h"],
+    v: Float[Array, "B K tiles lanes h"],
+    d_out: Float[Array, "B K T rows h"],
+    numbers: Float[Array, "B K 2*T lanes"],
+    codes_q: Int[Array, "B blocks 1 codes"],
+    codes_k: Int[Array, "B tiles eight lanes"],
+    lists: Int[Array, "entries"],
+    info: Int[Array, "B K blocks 1 words"],
+    call: Call,
+) -> tuple[Float[Array, "B K T rows h"], Float[Array, "B K tiles lanes h"], Float[Array, "B K tiles lanes h"]]:
+    """The same with lse and delta of each query in two lines, repeated along the lanes."""
     B, K, n, rows, h = call.B, call.K, call.queries, call.rows, LANES
     tiles, lanes = call.layout.tiles, call.layout.lanes
-    numbers = jnp.stack([jnp.tile(x, LANES // rows) for x in (lse, delta)], axis=3).reshape(B, K, 2 * call.T, LANES)
+    smem = pltpu.SMEM
+    of_words = pl.BlockSpec((None, None, None, 1, info.shape[-1]), lambda b, g, i: (b, g, i, 0, 0), memory_space=smem)
+    of_codes = pl.BlockSpec((None, None, 1, CODES * n), lambda b, g, i: (b, i, 0, 0), memory_space=smem)
     of_queries = pl.BlockSpec((None, None, n, rows, h), lambda b, g, i: (b, g, i, 0, 0))
     of_keys = pl.BlockSpec((None, None, tiles, lanes, h), lambda b, g, i: (b, g, 0, 0, 0))
+    once = pl.BlockSpec(of_keys.block_shape, of_keys.index_map, pipeline_mode=pl.Buffered(1))
     scratch = {
         "given": pltpu.VMEM((2 * call.places, LANES), jnp.float32),
         "numbers": pltpu.VMEM((2 * call.queries + 8, LANES), jnp.float32),
@@ -75,14 +98,14 @@ def backward(
             num_scalar_prefetch=0,
             grid=(B, K, call.blocks),
             in_specs=(
-                pl.BlockSpec((None, None, None, info.shape[-1]), lambda b, g, i: (b, g, i, 0), memory_space=pltpu.SMEM),
-                pl.BlockSpec((None, None, CODES * n), lambda b, g, i: (b, i, 0), memory_space=pltpu.SMEM),
-                pl.BlockSpec(memory_space=pl.ANY),
+                of_words,
+                of_codes,
+                pl.BlockSpec(memory_space=pltpu.HBM),
                 of_queries,
                 of_queries,
                 pl.BlockSpec((None, None, 2 * n, LANES), lambda b, g, i: (b, g, i, 0)),
-                of_keys,
-                of_keys,
+                once,
+                once,
                 pl.BlockSpec((None, tiles, 8, lanes), lambda b, g, i: (b, 0, 0, 0)),
             ),
             out_specs=(of_queries, of_keys, of_keys),
@@ -100,7 +123,7 @@ def _kernel(info, codes_q, lists, q, d_out, numbers_in, k, v, codes_k, dq, dk, d
     held = dict(zip(names, scratch, strict=True))
     given, numbers, d_q, d_k, d_v = (held[name] for name in ("given", "numbers", "d_q", "d_k", "d_v"))
     rows, pair, per_line = call.rows, 2 * call.rows, LANES // call.rows
-    dtype = jnp.dtype(call.dtype)
+    dtype, chunk = jnp.dtype(call.dtype), call.chunks[1]
     i, last = pl.program_id(2), call.blocks - 1
     of_lane = jax.lax.broadcasted_iota(jnp.int32, (1, LANES), 1) // rows
 
@@ -139,11 +162,12 @@ def _kernel(info, codes_q, lists, q, d_out, numbers_in, k, v, codes_k, dq, dk, d
         return lines[0] if len(lines) == 1 else jnp.concatenate(lines, axis=1)
 
     def visit(tile: Any, entries: Sequence[Any], kind: int) -> None:
-        at, two = places(entries, kind), places(entries, kind, tiles=2)
+        two = places(entries, kind)
+        at = [pl.multiple_of(x >> 1, ROWS) for x in two]
         sums: list[Any] = [0.0, 0.0]
 
         def begin(number: int) -> Any:
-            mine = slice(number * call.chunk, (number + 1) * call.chunk)
+            mine = slice(number * chunk, (number + 1) * chunk)
             own_q, own_d = (gathered(given, two[mine], rows, offset).astype(dtype) for offset in (0, rows))
             x = product(k[tile], own_q, (1, 1)) * (call.scale * LOG2E)
             return at[mine], entries[mine], own_q, own_d, x, product(v[tile], own_d, (1, 1))
@@ -166,7 +190,7 @@ def _kernel(info, codes_q, lists, q, d_out, numbers_in, k, v, codes_k, dq, dk, d
             for n, place in enumerate(mine):
                 d_q[tile_at(place, rows)] = old[n] + part[n * rows : (n + 1) * rows]
 
-        in_turn(call.item // call.chunk, begin, weigh, end)
+        in_turn(len(entries) // chunk, begin, weigh, end)
         d_k[tile] += sums[0]
         d_v[tile] += sums[1]
 
@@ -199,9 +223,7 @@ def _seen(codes_k: Any, codes_q: Any, tile: Any, entries: Sequence[Any], kind: i
     open_ = (wide(bit, width) & bits) != 0
     if kind != CUT:
         return open_
-    numbers = [
-        jnp.minimum((x & ((1 << PLACE_BITS) - 1)) >> (call.rows.bit_length() - 1), call.queries - 1) for x in entries
-    ]
-    lo, hi, open_q = (line_of([zero + codes_q[n * call.queries + x] for x in numbers]) for n in range(CODES))
+    numbers = [number_of(x, call) for x in entries]
+    lo, hi, open_q = (line_of([zero + codes_q[0, n * call.queries + x] for x in numbers]) for n in range(CODES))
     order, open_k = wide(order, width), wide(open_k, width)
     return open_ & (((lo <= order) & (order <= hi)) | (open_q == open_k))

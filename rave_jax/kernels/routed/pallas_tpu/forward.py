@@ -27,6 +27,7 @@ from rave_jax.kernels.routed.pallas_tpu.walk import (
     gathered,
     in_turn,
     list_scratch,
+    number_of,
     places,
     tile_at,
     walk,
@@ -42,10 +43,10 @@ def forward(
     reference: Float[Array, "B K lines lanes"],
     k: Float[Array, "B K tiles lanes h"],
     v: Float[Array, "B K tiles lanes h"],
-    codes_q: Int[Array, "B blocks codes"],
+    codes_q: Int[Array, "B blocks 1 codes"],
     codes_k: Int[Array, "B tiles eight lanes"],
     lists: Int[Array, "entries"],
-    info: Int[Array, "B K blocks words"],
+    info: Int[Array, "B K blocks 1 words"],
     call: Call,
     *,
     online: bool,
@@ -64,9 +65,13 @@ def forward(
     """
     B, K, n, rows, h = call.B, call.K, call.queries, call.rows, LANES
     tiles, lanes = call.layout.tiles, call.layout.lanes
+    smem = pltpu.SMEM
+    of_words = pl.BlockSpec((None, None, None, 1, info.shape[-1]), lambda b, g, i: (b, g, i, 0, 0), memory_space=smem)
+    of_codes = pl.BlockSpec((None, None, 1, CODES * n), lambda b, g, i: (b, i, 0, 0), memory_space=smem)
     of_queries = pl.BlockSpec((None, None, n, rows, h), lambda b, g, i: (b, g, i, 0, 0))
     of_lines = pl.BlockSpec((None, None, call.lines, LANES), lambda b, g, i: (b, g, i, 0))
     of_keys = pl.BlockSpec((None, None, tiles, lanes, h), lambda b, g, i: (b, g, 0, 0, 0))
+    once = pl.BlockSpec(of_keys.block_shape, of_keys.index_map, pipeline_mode=pl.Buffered(1))
     scratch = {
         "given": pltpu.VMEM((2 * call.places, LANES), jnp.float32),
         "made": pltpu.VMEM((2 * call.places, LANES), jnp.float32),
@@ -78,13 +83,13 @@ def forward(
             num_scalar_prefetch=0,
             grid=(B, K, call.blocks),
             in_specs=(
-                pl.BlockSpec((None, None, None, info.shape[-1]), lambda b, g, i: (b, g, i, 0), memory_space=pltpu.SMEM),
-                pl.BlockSpec((None, None, CODES * n), lambda b, g, i: (b, i, 0), memory_space=pltpu.SMEM),
-                pl.BlockSpec(memory_space=pl.ANY),
+                of_words,
+                of_codes,
+                pl.BlockSpec(memory_space=pltpu.HBM),
                 of_queries,
                 of_lines,
-                of_keys,
-                of_keys,
+                once,
+                once,
                 pl.BlockSpec((None, tiles, 8, lanes), lambda b, g, i: (b, 0, 0, 0)),
             ),
             out_specs=(of_queries, of_lines),
@@ -106,7 +111,7 @@ def _kernel(info, codes_q, lists, q, reference, k, v, codes_k, out, lse, *scratc
     given, made = held["given"], held["made"]
     rows, per_line = call.rows, LANES // call.rows
     pair = 2 * rows
-    dtype = jnp.dtype(call.dtype)
+    dtype, chunk = jnp.dtype(call.dtype), call.chunks[0]
 
     def line_at(line: Any, j: int) -> Any:
         return pl.multiple_of((line * per_line + j) * pair, pair)
@@ -127,10 +132,10 @@ def _kernel(info, codes_q, lists, q, reference, k, v, codes_k, out, lse, *scratc
         ref[pl.ds(spare, pair)] = jnp.zeros((pair, LANES), jnp.float32)
 
     def visit(tile: Any, entries: Sequence[Any], kind: int) -> None:
-        at = places(entries, kind, tiles=2)
+        at = places(entries, kind)
 
         def begin(number: int) -> Any:
-            mine = slice(number * call.chunk, (number + 1) * call.chunk)
+            mine = slice(number * chunk, (number + 1) * chunk)
             x = product(gathered(given, at[mine], rows).astype(dtype), k[tile], (1, 1)) * (call.scale * LOG2E)
             if kind != WHOLE:
                 seen = [_seen(codes_k, codes_q, tile, x, kind, call) for x in entries[mine]]
@@ -163,9 +168,9 @@ def _kernel(info, codes_q, lists, q, reference, k, v, codes_k, out, lse, *scratc
                 made[tile_at(place, rows)] = before + total[own]
                 made[tile_at(place, rows, rows)] = summed + part[own]
 
-        in_turn(call.item // call.chunk, begin, weigh, end)
+        in_turn(len(entries) // chunk, begin, weigh, end)
 
-    walk(call, info, lists, held["buffer"], held["copied"], visit)
+    walk(call, info, lists, held["buffer"], held["copied"], visit, brisk=not online)
 
     def finish(line: Any, _: None) -> None:
         tops, totals = [], []
@@ -191,8 +196,6 @@ def _seen(codes_k: Any, codes_q: Any, tile: Any, entry: Any, kind: int, call: Ca
     open_ = (keys[0:1] & (entry >> PLACE_BITS)) != 0
     if kind != CUT:
         return open_
-    number = (entry & ((1 << PLACE_BITS) - 1)) >> (call.rows.bit_length() - 1)
-    # What fills an item up has no codes; its bits shut every lane.
-    number = jnp.minimum(number, call.queries - 1)
-    lo, hi, open_q = (codes_q[n * call.queries + number] for n in range(CODES))
+    number = number_of(entry, call)
+    lo, hi, open_q = (codes_q[0, n * call.queries + number] for n in range(CODES))
     return open_ & (((lo <= keys[1:2]) & (keys[1:2] <= hi)) | (open_q == keys[2:3]))

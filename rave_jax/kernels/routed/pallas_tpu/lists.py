@@ -1,13 +1,14 @@
 """Work lists: which queries visit which tile of region keys. Plain XLA, integers alone.
 
-Keys that have a region are laid out in tiles of `lanes` keys. A region fills as many whole tiles as it can; what is left
-over of it shares a tile with what is left over of its neighbours, so that lanes are filled. Where a region's keys lie is
-known from `slots`, the most keys a region may have, so shapes and the map of the lanes are static; a smaller region
-leaves lanes empty.
+Keys that have a region are laid out in tiles of `lanes` keys. A region fills as many whole tiles as it can; what is
+left over of it shares a tile with what is left over of its neighbours, so that lanes are filled. Where a region's keys
+lie is known from `slots`, the most keys a region may have, so shapes and the map of the lanes are static; a smaller
+region leaves lanes empty.
 
-Queries are taken in super-blocks. For each super-block and tile there is a list of the queries that may see a key of it;
-a kernel takes so many of them at a time, a *work item*. A query's entry carries a bit for each of the tile's regions that
-is open to it. What shares a tile is visited by whoever chose any of it: 1 - (1 - p)^n of the queries for n regions.
+Queries are taken in super-blocks. For each super-block and tile there is a list of the queries that may see a key of
+it; a kernel takes so many of them at a time, a *work item*. A query's entry carries a bit for each of the tile's
+regions that is open to it. What shares a tile is visited by whoever chose any of it: 1 - (1 - p)^n of the queries for n
+regions.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -77,8 +77,8 @@ class Layout:
         return self.regions * self.slots / (self.tiles * self.lanes)
 
     def visits(self, share: float) -> float:
-        """Lanes visited by a query for each key of its regions' row, where it chooses each region with this chance, by
-        itself: `share` where no lane is empty and none is shared."""
+        """Lanes that a query visits for each key there is, if it chooses each region with this chance by itself:
+        `share` where no lane is empty and none is shared."""
         shared = 0.0 if not self.rest else (1 - (1 - share) ** self.sharing) / self.sharing
         return (share * self.full + shared) * self.lanes / self.slots
 
@@ -132,24 +132,29 @@ def place(keys: Int[Array, "B S"], layout: Layout) -> Placed:
     """
     S, R = keys.shape[1], layout.regions
     region, number = (jnp.asarray(x.reshape(-1)) for x in layout.lane_map())
+    own = jnp.where(keys > 0, keys - 1, R)
+    by_region = jnp.argsort(own, axis=1, stable=True)
+    count = jnp.sum(own[..., None] == jnp.arange(R + 1), axis=1)
+    start = jnp.cumsum(count, axis=1) - count
 
-    def of_row(keys: Array) -> Placed:
-        own = jnp.where(keys > 0, keys - 1, R)
-        by_region = jnp.argsort(own, stable=True)
-        count = jnp.bincount(own, length=R + 1)
-        start = jnp.cumsum(count) - count
-        held = (region >= 0) & (number < count[jnp.maximum(region, 0)])
-        at = jnp.clip(start[jnp.maximum(region, 0)] + number, 0, S - 1)
-        source = jnp.where(held, by_region[at], S)
-        lane = jnp.full(S + 1, len(region)).at[source].set(jnp.arange(len(region)))[:S]
-        return Placed(source, lane, held, jnp.any(count[:R] > layout.slots))
+    held = (region >= 0) & (number < count[:, jnp.maximum(region, 0)])
+    at = jnp.clip(start[:, jnp.maximum(region, 0)] + number, 0, S - 1)
+    source = jnp.where(held, jnp.take_along_axis(by_region, at, axis=1), S)
 
-    return jax.vmap(of_row)(keys)
+    # The way back without a scatter: the number of a key in its region says its lane.
+    rank = jnp.argsort(by_region, axis=1) - jnp.take_along_axis(start, own, axis=1)
+    alone = layout.full * layout.lanes
+    lane = own * alone + rank
+    if layout.rest:
+        tile, turn = layout.regions * layout.full + own // layout.sharing, own % layout.sharing
+        lane = jnp.where(rank < alone, lane, tile * layout.lanes + turn * layout.rest + rank - alone)
+    kept = (own < R) & (rank < layout.slots)
+    return Placed(source, jnp.where(kept, lane, len(region)), held, jnp.any(count[:, :R] > layout.slots, axis=1))
 
 
 def open_pairs(choice: Choice, codes: MaskCodes, routes: Routes) -> Bool[Array, "B K T R"]:
-    """Which routed queries may see a key of which regions: all they chose, and of those that they cannot choose the ones
-    that the mask may reach. Never too few; a pair too many is masked key by key."""
+    """Which routed queries may see a key of which regions: all they chose, and of those that they cannot choose the
+    ones that the mask may reach. Never too few; a pair too many is masked key by key."""
     first, last = routes.first[:, None], routes.last[:, None]
     reached = (codes.lo[..., None] <= last) & (first <= codes.hi[..., None])
     bits_q = 1 << (codes.open_q & 31)
@@ -168,26 +173,25 @@ def whole_pairs(codes: MaskCodes, routes: Routes) -> Bool[Array, "B T R"]:
 def _region_bits(opening: Int[Array, "B S"], keys: Int[Array, "B S"], R: int) -> Int[Array, "B R"]:
     """One bit of 32 for each opening among a region's keys."""
 
-    def of_row(opening: Array, keys: Array) -> Array:
-        there = jnp.zeros((R + 1, 32), bool).at[keys, opening & 31].set(True)[1:]
-        return jnp.sum(there * (1 << jnp.arange(32)), axis=1, dtype=jnp.int32)
-
-    return jax.vmap(of_row)(opening, keys)
+    of_region = (keys[..., None] == jnp.arange(1, R + 1)).astype(jnp.float32)
+    of_bit = ((opening & 31)[..., None] == jnp.arange(32)).astype(jnp.float32)
+    there = jnp.einsum("BSR,BSb->BRb", of_region, of_bit) > 0
+    return jnp.sum(there * (1 << jnp.arange(32)), axis=-1, dtype=jnp.int32)
 
 
 class Work(NamedTuple):
     """The lists of all super-blocks.
 
     Fields:
-        lists: entries, those of a tile one after the other: the query's place in the super-block times `rows`, and the
-            bits of its open regions above PLACE_BITS where the tile is not WHOLE. Filled up with the place behind the
-            last query.
-        info: of each super-block the number of tiles that somebody visits, then a word for each of them: its number, its
-            kind, how many items it has.
+        lists: entries, those of a tile one after the other: the query's number in the super-block times `rows`, and
+            the bits of its open regions above PLACE_BITS where the tile is not WHOLE. Filled up with the number behind
+            the last query's.
+        info: of each super-block the number of tiles that somebody visits, then a word for each of them: its number,
+            its kind, how many items it has.
     """
 
     lists: Int[Array, "B K blocks tiles length"]
-    info: Int[Array, "B K blocks words"]
+    info: Int[Array, "B K blocks 1 words"]
 
 
 def work(
@@ -208,10 +212,10 @@ def work(
         layout: of the tiles.
         queries: of a super-block.
         item: queries of a work item.
-        rows: rows of a query in the kernels' memory.
+        rows: that an entry's number is multiplied by, so that it is an address.
     """
     B, K, T, _ = pairs.shape
-    require(queries * rows < 1 << PLACE_BITS, "queries", queries, "few enough for their places")
+    require(queries * rows < 1 << PLACE_BITS, "queries", queries, f"fewer than {(1 << PLACE_BITS) // rows}")
     blocks, of_tile = T // queries, layout.tile_regions()
     bits = jnp.zeros((B, K, T, layout.tiles), jnp.int32)
     cut = jnp.zeros((B, K, T, layout.tiles), bool)
@@ -247,4 +251,4 @@ def work(
     items = jnp.take_along_axis(-(-count // item), at, axis=-1)
     words = at | jnp.take_along_axis(kind, at, axis=-1) << TILE_BITS | items << (TILE_BITS + KIND_BITS)
     info = jnp.concatenate([jnp.sum(visited, axis=-1, keepdims=True), words], axis=-1).astype(jnp.int32)
-    return Work(lists.astype(jnp.int32), jnp.pad(info, [(0, 0)] * 3 + [(0, -info.shape[-1] % LANES)]))
+    return Work(lists.astype(jnp.int32), jnp.pad(info, [(0, 0)] * 3 + [(0, -info.shape[-1] % LANES)])[..., None, :])

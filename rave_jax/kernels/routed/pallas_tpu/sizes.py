@@ -11,14 +11,21 @@ from rave_jax.kernels.pair_bias.base import Terms
 from rave_jax.kernels.pair_bias.pallas_tpu.operands import up
 from rave_jax.kernels.pair_bias.pallas_tpu.tile import LANES
 from rave_jax.kernels.routed.base import RouteRule
-from rave_jax.kernels.routed.pallas_tpu.lists import Layout
+from rave_jax.kernels.routed.pallas_tpu.lists import PLACE_BITS, Layout
 from rave_jax.kernels.routed.pallas_tpu.walk import Call, ItemSizes
 from rave_jax.typing import Array
 
+BY_DEVICE_KIND = {
+    "TPU v5 lite": ItemSizes(),
+    "TPU v6 lite": ItemSizes(chunks=(16, 32)),
+}
+"""From `benchmarks/routed_kernels.py`, unverified on hardware."""
+OTHER = ItemSizes(chunks=(16, 32), vmem_bytes=40 << 20)
+"""For the others: v5p and TPU7x have half of the memory on the chip."""
 MOST_HEADS = 64
 """Query heads of a kv head."""
-WIDE = 0.65
-"""Cost of 128 lanes in a tile of 256, to that in one of 128: gathering is shared. From `benchmarks/routed_kernels.py`."""
+WIDE = 0.6
+"""Cost of 128 lanes in a tile of 256 to that in one of 128, which share no gathering (`benchmarks/routed_kernels.py`)."""
 SHARE = 0.25
 """Chance that a query chooses a region, by which layouts are compared: the default of `RouteRule.top_k`."""
 
@@ -27,6 +34,11 @@ def layout_of(regions: int, slots: int) -> Layout:
     """The cheaper of tiles of 128 and of 256 keys, 128 in doubt: their lanes are filled better."""
     narrow, wide = (Layout(regions, slots, lanes) for lanes in (LANES, 2 * LANES))
     return wide if WIDE * wide.visits(SHARE) < 0.97 * narrow.visits(SHARE) else narrow
+
+
+def item_sizes(device_kind: str) -> ItemSizes:
+    """How queries are taken on a chip, as `jax.Device.device_kind` names it."""
+    return BY_DEVICE_KIND.get(device_kind, OTHER)
 
 
 def make_call(
@@ -44,13 +56,13 @@ def make_call(
             layout=layout,
             queries=queries,
             item=sizes.item,
-            chunk=sizes.chunk,
+            chunks=sizes.chunks,
             scale=scale,
             dtype=str(q.dtype),
             interpret=interpret,
             fixed=fixed,
         )
-        if vmem_bytes(call) <= sizes.vmem_bytes:
+        if vmem_bytes(call) <= sizes.vmem_bytes and 2 * call.places <= 1 << PLACE_BITS:
             return call
         queries = queries // 2 // sizes.item * sizes.item
     return None
@@ -59,9 +71,9 @@ def make_call(
 def vmem_bytes(call: Call) -> int:
     """Of the backward kernel, which needs more."""
     wide = jnp.dtype(call.dtype).itemsize
-    # Of keys: k, v and their gradients, and sums of these in float32. Of queries: q, d_out, dq, all twice, and gathered
-    # from in float32.
-    keys = call.layout.tiles * call.layout.lanes * (LANES * (4 * wide + 8) + 64)
+    # Of keys: k, v and their gradients, the latter twice, and sums of these in float32. Of queries: q, d_out, dq, all
+    # twice, and what is gathered from in float32.
+    keys = call.layout.tiles * call.layout.lanes * (LANES * (6 * wide + 8) + 64)
     queries = call.queries * (call.rows * LANES * (6 * wide + 12) + 6 * LANES * 4)
     return keys + queries
 

@@ -29,7 +29,7 @@ from rave_jax.typing import Array
 
 ROWS = 8
 """Rows of a query are a multiple of this: a tile of the chip's memory."""
-VMEM_LIMIT = 100 << 20
+VMEM_LIMIT = 110 << 20
 """Bytes a kernel may use."""
 
 
@@ -41,15 +41,15 @@ class ItemSizes:
     """Of a super-block, at most: as many as fit beside the keys are taken."""
     item: int = 128
     """Of a work item."""
-    chunk: int = 16
-    """Whose scores are made at once."""
-    vmem_bytes: int = 88 << 20
+    chunks: tuple[int, int] = (16, 16)
+    """Whose scores are made at once, in the forward and in the backward kernel."""
+    vmem_bytes: int = 96 << 20
     """Of the chip's memory that a kernel may fill."""
 
     def __post_init__(self) -> None:
-        for name, by in (("queries", self.item), ("item", self.chunk), ("chunk", 16)):
-            size = getattr(self, name)
-            require(size > 0 and size % by == 0, name, size, f"a multiple of {by}")
+        require(self.queries % self.item == 0, "queries", self.queries, f"a multiple of {self.item}")
+        for chunk in self.chunks:
+            require(chunk > 0 and self.item % chunk == 0, "chunks", chunk, f"divisors of {self.item}")
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Call:
     queries: int
     """Of a super-block."""
     item: int
-    chunk: int
+    chunks: tuple[int, int]
     scale: float
     dtype: str
     interpret: Any
@@ -103,9 +103,10 @@ def list_scratch(call: Call) -> dict[str, Any]:
     return {"buffer": pltpu.SMEM((2 * call.length,), jnp.int32), "copied": pltpu.SemaphoreType.DMA((2,))}
 
 
-def walk(call: Call, info: Any, lists: Any, buffer: Any, copied: Any, visit: Callable[..., None]) -> None:
-    """`visit(tile, entries, kind)` for every work item of the super-block; entries are `call.item` scalars, kind is a
-    Python int.
+def walk(
+    call: Call, info: Any, lists: Any, buffer: Any, copied: Any, visit: Callable[..., None], *, brisk: bool = True
+) -> None:
+    """`visit(tile, entries, kind)` for every work item of the super-block; entries are scalars, kind is a Python int.
 
     Args:
         call: sizes.
@@ -113,14 +114,16 @@ def walk(call: Call, info: Any, lists: Any, buffer: Any, copied: Any, visit: Cal
         lists: all lists, one after the other, where the compiler put them.
         buffer, copied: of `list_scratch`.
         visit: does the work.
+        brisk: a whole item at a time. What is rare (visits of kind CUT, a kernel with `online`) goes in smaller parts:
+            programs are a quarter as long then, and take less time to compile.
     """
     b, n, i = (pl.program_id(axis) for axis in range(3))
     step = (b * call.K + n) * call.blocks + i
-    live = info[0] if call.fixed is None else call.fixed[0]
+    live = info[0, 0] if call.fixed is None else call.fixed[0]
     low = (1 << TILE_BITS) - 1
 
     def copy(t: Any, slot: Any) -> Any:
-        first = (step * call.layout.tiles + (info[1 + t] & low)) * call.length
+        first = (step * call.layout.tiles + (info[0, 1 + t] & low)) * call.length
         source = lists.at[pl.ds(pl.multiple_of(first, call.length), call.length)]
         target = buffer.at[pl.ds(pl.multiple_of(slot * call.length, call.length), call.length)]
         return pltpu.make_async_copy(source, target, copied.at[slot])
@@ -137,16 +140,18 @@ def walk(call: Call, info: Any, lists: Any, buffer: Any, copied: Any, visit: Cal
         def _next() -> None:
             copy(t + 1, 1 - slot).start()
 
-        word = info[1 + t]
+        word = info[0, 1 + t]
         tile, kind = word & low, (word >> TILE_BITS) & ((1 << KIND_BITS) - 1)
         items = word >> (TILE_BITS + KIND_BITS) if call.fixed is None else call.fixed[1]
 
         def visit_items(static: int) -> None:
-            def one(number: Any, _: None) -> None:
-                first = slot * call.length + number * call.item
-                visit(tile, [buffer[first + j] for j in range(call.item)], static)
+            part = call.item if brisk and static != CUT else min(call.item, 2 * max(call.chunks))
 
-            jax.lax.fori_loop(0, items, one, None)
+            def one(number: Any, _: None) -> None:
+                first = slot * call.length + number * part
+                visit(tile, [buffer[first + j] for j in range(part)], static)
+
+            jax.lax.fori_loop(0, items * (call.item // part), one, None)
 
         if call.fixed is not None:
             visit_items(call.fixed[2])
@@ -157,10 +162,16 @@ def walk(call: Call, info: Any, lists: Any, buffer: Any, copied: Any, visit: Cal
     jax.lax.fori_loop(0, live, visit_tile, None)
 
 
-def places(entries: Sequence[Any], kind: int, tiles: int = 1) -> list[Any]:
-    """First row of each entry's query in an array that has so many tiles of each query."""
+def places(entries: Sequence[Any], kind: int) -> list[Any]:
+    """First row of each entry's query in an array that has two tiles of each query."""
     found = entries if kind == WHOLE else [x & ((1 << PLACE_BITS) - 1) for x in entries]
-    return [pl.multiple_of(x * tiles if tiles > 1 else x, ROWS) for x in found]
+    return [pl.multiple_of(x, ROWS) for x in found]
+
+
+def number_of(entry: Any, call: Call) -> Any:
+    """The place in the super-block of an entry's query; of what fills an item up, the last one: its bits are shut."""
+    number = jax.lax.shift_right_logical(entry & ((1 << PLACE_BITS) - 1), call.rows.bit_length())
+    return jnp.minimum(number, call.queries - 1)
 
 
 def tile_at(place: Any, rows: int, offset: int = 0) -> Any:

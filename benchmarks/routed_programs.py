@@ -1,0 +1,75 @@
+"""The kernels of routed attention as `compile_cases` takes them, with a number of work items known beforehand.
+
+One kv group, heads of 128, bfloat16, one super-block of queries. What runs reads from the lists how many items a tile
+has, which an estimate cannot know; here every tile has the same number, and what an item costs is the difference of two
+programs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from pallas_calls import Captured, captured
+
+from rave_jax.kernels.pair_bias.pallas_tpu.tile import LANES
+from rave_jax.kernels.routed.pallas_tpu.backward import over_numbers
+from rave_jax.kernels.routed.pallas_tpu.forward import CODES, forward
+from rave_jax.kernels.routed.pallas_tpu.lists import Layout
+from rave_jax.kernels.routed.pallas_tpu.walk import Call
+
+TILES = 2
+
+
+def program(
+    place: Any,
+    *,
+    which: str,
+    lanes: int,
+    queries: int,
+    item: int,
+    chunk: int,
+    items: int,
+    kind: int = 0,
+    heads: int = 8,
+    online: bool = False,
+) -> tuple[Any, tuple[Any, ...]]:
+    """The forward or the backward kernel over `TILES` tiles of so many items each."""
+    layout = Layout(TILES, lanes, lanes)
+    call = Call(
+        B=1,
+        K=1,
+        G=heads,
+        T=queries,
+        layout=layout,
+        queries=queries,
+        item=item,
+        chunks=(chunk, chunk),
+        scale=LANES**-0.5,
+        dtype="bfloat16",
+        interpret=False,
+        fixed=(TILES, items, kind),
+    )
+    half, i32, f32 = jnp.bfloat16, jnp.int32, jnp.float32
+    q = place((1, 1, queries, call.rows, LANES), half)
+    kv = place((1, 1, TILES, lanes, LANES), half)
+    ints = (
+        place((1, 1, 1, CODES * queries), i32),
+        place((1, TILES, 8, lanes), i32),
+        place((TILES * call.length,), i32),
+        place((1, 1, 1, 1, LANES), i32),
+    )
+    if which == "forward":
+        reference = place((1, 1, queries * call.rows // LANES, LANES), f32)
+        made = captured(lambda *args: forward(*args, call, online=online), q, reference, kv, kv, *ints)
+    else:
+        numbers = place((1, 1, 2 * queries, LANES), f32)
+        made = captured(lambda *args: over_numbers(*args, call), q, kv, kv, q, numbers, *ints)
+    return _alone(made, place)
+
+
+def _alone(made: Captured, place: Any) -> tuple[Any, tuple[Any, ...]]:
+    """The call with nothing before it: what XLA makes it may keep on the chip, and then there is no estimate."""
+    run = pl.pallas_call(made.kernel, grid_spec=made.grid_spec, out_shape=made.out_shape, **made.settings)
+    return run, tuple(place(x.shape, x.dtype) for x in made.args)
