@@ -59,7 +59,7 @@ def attention_rows(
 
 def choice_of_rows(scores: Scores, rows: Int[Array, "B N"], routing: Routing) -> RowChoice:
     """The choice of queries `rows` alone."""
-    routes, rule = routing
+    routes, rule, _ = routing
     mine = routes.with_queries(jax.tree.map(lambda x: pick(x, rows), routes.queries()))
     codes = scores.codes._replace(lo=pick(scores.codes.lo, rows))
     found = None

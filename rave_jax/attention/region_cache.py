@@ -216,7 +216,7 @@ def _gathered(
     scores = scores_of(x, far, far_codes, info_q, far_info, mechanisms)
     routing = routing_of(mechanisms, x, far, info_q, far_info, scores, regions, None)
     assert routing is not None
-    routes, rule = routing
+    routes, rule, _ = routing
     choice = choice_of(None, far_codes, routes, rule, scores.form, scores.scale)
 
     def by_region(keys: Array) -> Array:

@@ -234,10 +234,12 @@ class ModelOptions:
     """Low-rank adapters, or None."""
 
     def __post_init__(self) -> None:
-        layouts = {(m.regions, m.max_regions) for m in self.mechanisms if isinstance(m, Gaze)}
+        gaze = [m for m in self.mechanisms if isinstance(m, Gaze)]
+        layouts = {(m.regions, m.max_regions) for m in gaze}
         require(len(layouts) <= 1, "mechanisms", layouts, "one layout of regions (regions, max_regions) in all layers")
-        served = not layouts or self.attention != "pallas_tpu"
-        require(served, "attention", self.attention, "auto, xla or reference: Gaze has no fused kernel for training")
+        served = all(m.share == "group" and m.choice == "hard" and m.descriptor != "oracle" for m in gaze)
+        expected = "auto, xla or reference: the kernels serve Gaze with share group and hard choices by descriptors"
+        require(served or self.attention != "pallas_tpu", "attention", self.attention, expected)
 
     @property
     def layout(self) -> VisualLayout:

@@ -17,6 +17,8 @@ from rave_jax.batch import Batch
 from rave_jax.config import ConfigError
 from rave_jax.data.layout import lay_out, region_major
 from rave_jax.data.sample import Example
+from rave_jax.kernels.pair_bias import Implementation
+from rave_jax.kernels.pair_bias.support import interpreted
 from rave_jax.layout import AdaptiveRegions, FixedRegions, VisualLayout
 from rave_jax.models.config import ModelOptions
 from rave_jax.models.families import presets
@@ -128,6 +130,31 @@ def test_tokens_may_lie_region_by_region(config: Gaze) -> None:
     for row in range(2):
         of = [np.lexsort((info.place[row], info.segment[row])) for info in (raster.info, by_region.info)]
         np.testing.assert_allclose(a[row][of[0]], b[row][of[1]], atol=2e-5)
+
+
+def test_the_fused_kernels_are_the_blockwise_attention() -> None:
+    """Hidden states and gradients, half way through the schedule and at its end, compiled once."""
+    given = rows(order="region")
+    real = (given.info.segment > 0)[..., None]
+
+    def of(attention: Implementation) -> list[tuple[jax.Array, Vlm]]:
+        model = made(CONFIG, ModelOptions((gaze(share="group"),), attention=attention))
+
+        @jax.jit
+        def both(model: Vlm, progress: jax.Array) -> tuple[jax.Array, Vlm]:
+            def loss(model: Vlm) -> tuple[jax.Array, jax.Array]:
+                found = jnp.where(real, model.hidden_and_losses(given, progress)[0], 0.0)
+                return jnp.sum(found**2), found
+
+            return jax.grad(loss, has_aux=True)(model)[::-1]
+
+        return [both(model, jnp.float32(progress)) for progress in (0.25, 0.5)]
+
+    expected = of("xla")
+    with interpreted():
+        found = of("pallas_tpu")
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * float(jnp.abs(b).max()))
 
 
 @pytest.mark.slow
@@ -274,7 +301,7 @@ def test_wrong_settings_and_company_are_refused() -> None:
         a_model(gaze(), ZeroTuning(2.0, route="after"))
     with pytest.raises(ConfigError, match="needs 'query' plain, but"):
         a_model(gaze(), Decomposed())
-    with pytest.raises(ConfigError, match="Gaze has no fused kernel for training"):
+    with pytest.raises(ConfigError, match=r"attention.*serve Gaze with share group and hard choices"):
         ModelOptions(mechanisms=(gaze(),), attention="pallas_tpu")
     with pytest.raises(ConfigError, match="GazeRouter needs a mechanism that owns 'pair' in each of its layers"):
         a_model(gaze(rank_with_bias=True), Rave(rank=4, layers=(0,)))

@@ -64,8 +64,8 @@ def attention(
     rows, heads = partition_spec(("batch", "kv_heads"), (q.shape[0], k.shape[2]), mesh)
     row: Any = PartitionSpec(rows)
     of_heads: Any = PartitionSpec(rows, None, heads)
-    ended = routes.dense is None
-    specs = Routes(of_heads, of_heads, row, row, row, row, None if ended else PartitionSpec())
+    dense: Any = None if routes.dense is None else PartitionSpec()
+    specs = Routes(of_heads, of_heads, row, row, row, row, dense)
     split = jax.shard_map(
         run,
         mesh=mesh,
@@ -212,7 +212,7 @@ def _choices(
     def of_block(mine: Any) -> tuple[Array, Array]:
         q, codes_q, routes_q = mine
         own, given = codes._replace(**codes_q), routes._replace(**routes_q)
-        choice = choose(region_scores(given), candidates(own, given), given.dense, rule)
+        choice = choose(region_scores(given, PairForm(), call.scale), candidates(own, given), given.dense, rule)
         pairs = lists.open_pairs(choice, own, given)
         scores = jnp.einsum("BKGTh,BKRh->BKGTR", group_heads(q, call.K), means.astype(q.dtype), precision="highest")
         best = jnp.max(jnp.where(pairs[:, :, None], scores.astype(jnp.float32), -jnp.inf), axis=-1)
