@@ -132,6 +132,7 @@ def test_tokens_may_lie_region_by_region(config: Gaze) -> None:
         np.testing.assert_allclose(a[row][of[0]], b[row][of[1]], atol=2e-5)
 
 
+@pytest.mark.slow
 def test_the_fused_kernels_are_the_blockwise_attention() -> None:
     """Hidden states and gradients, half way through the schedule and at its end, compiled once."""
     given = rows(order="region")
