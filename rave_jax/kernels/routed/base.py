@@ -212,7 +212,9 @@ def choose(
         ranked, _ = jax.lax.top_k(fixed, rule.most(fixed.shape[-1]))
     else:
         ranked = jnp.sort(fixed, axis=-1, descending=True)
-    least = jnp.take_along_axis(ranked, jnp.broadcast_to(jnp.maximum(count - 1, 0), (*fixed.shape[:-1], 1)), axis=-1)
+    # No gather along the ranks: libtpu 0.0.50.1 dies when it compiles one for v6e.
+    wanted = jnp.arange(ranked.shape[-1]) == jnp.maximum(count - 1, 0)
+    least = jnp.max(jnp.where(wanted, ranked, -jnp.inf), axis=-1, keepdims=True)
     above = fixed > least
     equal = (fixed == least) & candidate
     room = count - jnp.sum(above, axis=-1, keepdims=True)
