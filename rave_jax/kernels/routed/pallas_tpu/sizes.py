@@ -25,8 +25,7 @@ OTHER = ItemSizes(chunks=(16, 32), vmem_bytes=40 << 20)
 MOST_HEADS = 64
 """Query heads of a kv head."""
 WIDE = 0.6
-"""Cost of 128 lanes in a tile of 256 to that in one of 128, for which all gathering is done (by
-`benchmarks/routed_kernels.py`)."""
+"""Cost of 128 lanes in a tile of 256, which share a gathering, to that in one of 128."""
 SHARE = 0.25
 """Chance that a query chooses a region, by which layouts are compared: the default of `RouteRule.top_k`."""
 

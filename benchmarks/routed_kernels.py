@@ -1,0 +1,177 @@
+"""The kernels of routed attention beside the dense ones, without a TPU: work items times static cycles of an item.
+
+Rows are those of text queries over visual keys: a row of T tokens is half a picture, then text, and each text query
+chooses a quarter of the regions, by itself and independently for each. So a list has Binomial(queries, share of visits)
+entries, in items that are filled up; an item's cycles are the difference of two programs that differ in nothing but
+their number. What a super-block costs before its first item is in the figures, what XLA makes around the kernels (the
+choice, the lists, the layouts) is not. The dense kernel visits the same pairs all, not masked, with its tuned blocks.
+tokamax's dynamic splash skips a tile of keys that no query of the tile needs: under independent choices 0.75^queries of
+them. Its tile is counted as jax's splash, from which it comes.
+
+    python benchmarks/routed_kernels.py [--json FILE] [--chips v5e v6e] [--heads 8 7]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from estimates import cost, ratio, row
+from kernel_bytes import KINDS
+from splash_rows import DKV, DQ, FORWARD
+
+from rave_jax.kernels.pair_bias.tuning import block_sizes
+from rave_jax.kernels.routed.pallas_tpu.lists import Layout
+from rave_jax.kernels.routed.pallas_tpu.sizes import item_sizes, layout_of, make_call
+from rave_jax.tools.tpu import Case, compile_cases
+
+LENGTH, VISUAL, SHARE = 32768, 0.5, 0.25
+REGIONS = (128, 144, 256)
+AIM, WHOLE_AIM = 0.5, 1.15
+ROWS = 128
+"""Of a unit: so many rows of queries by as many keys."""
+FEW, MORE = 2, 6
+"""Items of a tile in the two programs."""
+SPLASH_BLOCKS = {FORWARD: (1024, 1024, 512), DQ: (1024, 1024), DKV: (1024, 1024, 512)}
+"""Of T 4096; see BENCHMARKS.md."""
+
+
+class Shape:
+    """A stand-in for an array."""
+
+    dtype = "bfloat16"
+
+    def __init__(self, *shape: int) -> None:
+        self.shape = shape
+
+
+def expected_items(queries: int, share: float, item: int) -> float:
+    """Items of a list of Binomial(queries, share) entries, on the average."""
+    total, chance = 0.0, 0.0
+    for n in range(queries + 1):
+        log = math.lgamma(queries + 1) - math.lgamma(n + 1) - math.lgamma(queries - n + 1)
+        chance = math.exp(log + n * math.log(share) + (queries - n) * math.log1p(-share)) if 0 < share < 1 else 0.0
+        total += chance * -(-n // item)
+    return total
+
+
+def item_cycles(chip: str, which: str, lanes: int, queries: int, kind: int, heads: int) -> tuple[float, float]:
+    """(cycles of an item, cycles of a super-block without its items)."""
+    sizes = item_sizes(KINDS[chip])
+    chunk = sizes.chunks[0 if which == "forward" else 1]
+    given = {"which": which, "lanes": lanes, "queries": queries, "item": sizes.item, "chunk": chunk, "kind": kind}
+    cases = [
+        Case(str(items), "routed_programs:program", {**given, "items": items, "heads": heads}) for items in (FEW, MORE)
+    ]
+    found = compile_cases(chip, cases, cycles=True)
+    few, more = (found[case.name].kernel_cycles(f"routed_{which}") for case in cases)
+    item = (more - few) / (MORE - FEW) / 2
+    return item, few - 2 * FEW * item
+
+
+def routed_pass(chip: str, which: str, layout: Layout, queries: int, heads: int) -> float:
+    """Cycles of all text queries of a kv group."""
+    visual, item = int(LENGTH * VISUAL), item_sizes(KINDS[chip]).item
+    text, regions = LENGTH - visual, visual // layout.slots
+    own, start = item_cycles(chip, which, layout.lanes, queries, 0, heads)
+    cycles = layout.full * regions * expected_items(queries, SHARE, item) * own
+    if layout.rest:
+        shared = item_cycles(chip, which, layout.lanes, queries, 1, heads)[0] if layout.sharing > 1 else own
+        visits = 1 - (1 - SHARE) ** layout.sharing
+        cycles += -(-regions // layout.sharing) * expected_items(queries, visits, item) * shared
+    return text / queries * (cycles + start)
+
+
+def dense_unit(chip: str, which: str, heads: int) -> float:
+    """Cycles of a unit in our dense kernel, no tile masked."""
+    blocks = block_sizes(KINDS[chip])
+    length = 2048
+    given = {"blocks": blocks.forward if which == "forward" else blocks.backward, "gate": "none", "tiles": "all"}
+    cases = [
+        Case(str(n), f"pair_bias_programs:{which}_program", {**given, "heads": n, "length": length}) for n in (2, 3)
+    ]
+    found = compile_cases(chip, cases, cycles=True)
+    two, three = (found[case.name].kernel_cycles(f"pair_bias_{which}") for case in cases)
+    return (two + (heads - 2) * (three - two)) / heads / (length // ROWS) ** 2
+
+
+def splash_unit(chip: str, heads: int) -> float:
+    """Cycles of a unit in the three kernels of splash attention, of the tiles that a causal grid visits."""
+    total = 0.0
+    for kernel, blocks in SPLASH_BLOCKS.items():
+        best, _ = cost(chip, kernel, 4096, [blocks])
+        if best is None:
+            return math.nan
+        tiles = sum(range(1, 4096 // blocks[0] + 1)) * (blocks[0] // ROWS) * (blocks[1] // ROWS)
+        total += best.at(heads) / heads / tiles
+    return total
+
+
+def chip_rows(chip: str, heads: int, splash: bool) -> Iterator[dict[str, Any]]:
+    """All rows of a chip."""
+    visual = int(LENGTH * VISUAL)
+    text = LENGTH - visual
+    units = text * heads / ROWS * visual / ROWS
+    dense = {which: dense_unit(chip, which, heads) for which in ("forward", "backward")}
+    where = f"{heads} heads, T {LENGTH}, half of it visual, K {SHARE:.0%}"
+    for which, found in dense.items():
+        yield row(f"dense {which}, a unit of {ROWS} x {ROWS}, {heads} heads", chip, round(found, 1), "cycles")
+    peer = math.nan
+    if splash:
+        queries = SPLASH_BLOCKS[FORWARD][0]
+        peer = splash_unit(chip, heads) * (1 - (1 - SHARE) ** queries) * units
+        yield row(f"dynamic splash, forward and backward, {where}", chip, round(peer), "cycles")
+    for slots in REGIONS:
+        layout = layout_of(visual // slots, slots)
+        sizes = item_sizes(KINDS[chip])
+        q, k = Shape(1, LENGTH, heads, 128), Shape(1, LENGTH, 1, 128)
+        call = make_call(q, k, layout, sizes, 1.0, interpret=False)  # ty: ignore[invalid-argument-type]
+        assert call is not None
+        entries = {
+            "lanes": layout.lanes,
+            "queries": call.queries,
+            "fill of lanes": round(layout.fill, 3),
+            "fill of items": round(
+                SHARE * call.queries / sizes.item / expected_items(call.queries, SHARE, sizes.item), 3
+            ),
+        }
+        passes = {which: routed_pass(chip, which, layout, call.queries, heads) for which in dense}
+        for which, cycles in passes.items():
+            yield ratio(
+                f"routed {which} to dense, regions of {slots}, {where}", chip, cycles / (dense[which] * units), None
+            )
+        both = sum(passes.values()) / (sum(dense.values()) * units)
+        yield ratio(f"routed to dense, forward and backward, regions of {slots}, {where}", chip, both, AIM, entries)
+        if splash:
+            yield ratio(
+                f"routed to dynamic splash, regions of {slots}, {where}", chip, sum(passes.values()) / peer, 1.0
+            )
+        # Text over visual keys is 2 f (1 - f) of all pairs; the floor takes a quarter of that.
+        mixed = 2 * VISUAL * (1 - VISUAL)
+        floor = 1 - (1 - SHARE) * mixed
+        whole = 1 - mixed + mixed * both
+        name = f"whole attention to its floor of {floor:.3f}, regions of {slots}, {where}"
+        yield ratio(name, chip, whole / floor, WHOLE_AIM, {"to dense": round(whole, 3)})
+
+
+def main() -> None:
+    """Estimate and print; with --json also write the rows."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--chips", nargs="*", default=["v5e", "v6e"])
+    parser.add_argument("--heads", nargs="*", type=int, default=[8, 7])
+    parser.add_argument("--no-splash", action="store_true")
+    args = parser.parse_args()
+    rows = [
+        found for chip in args.chips for heads in args.heads for found in chip_rows(chip, heads, not args.no_splash)
+    ]
+    if args.json:
+        args.json.write_text(json.dumps(rows, indent=1))
+
+
+if __name__ == "__main__":
+    main()
