@@ -1,0 +1,30 @@
+"""The TPU compiler takes the kernels of routed attention, and no map of all pairs is in what they compile to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from rave_jax.tools.tpu import TOPOLOGIES, Case, compile_cases
+from tests.kernels.test_tpu_compile import KINDS
+
+LONG = 2048
+CASES: dict[str, dict[str, Any]] = {
+    "training": {"tokens": LONG, "regions": 8, "slots": 128, "group": 7},
+    "what is left over": {"tokens": 300, "regions": 12, "slots": 36, "group": 2, "head_dim": 64, "dtype": "float32"},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.tpu_compiler
+@pytest.mark.parametrize("chip", TOPOLOGIES)
+def test_the_kernels_compile(chip: str) -> None:
+    """A minute a case: the work of an item is one long program."""
+    make = "tests.kernels.routed_programs:step"
+    cases = [Case(name, make, {"kind": KINDS[chip], **arguments}) for name, arguments in CASES.items()]
+    found = compile_cases(chip, cases, hlo=True)
+    assert {name: result.error for name, result in found.items() if result.error} == {}
+    for name, result in found.items():
+        assert "routed_forward" in result.hlo and "routed_backward" in result.hlo
+        assert {x for x in result.arrays if sum(n >= LONG for n in x.shape) > 1} == set(), name
