@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import functools
 import logging
+from typing import Literal
 
 import jax.numpy as jnp
 
 from rave_jax.kernels.pair_bias import Implementation, PairForm, support
-from rave_jax.kernels.routed.gather import pallas_tpu, reference, xla
+from rave_jax.kernels.routed.gather import pallas_gpu, pallas_tpu, reference, xla
 from rave_jax.kernels.routed.gather.base import Operands, RegionBias, Stack
 from rave_jax.typing import Array, Bool, Float
 
 log = logging.getLogger(__name__)
-BACKENDS = {"reference": reference.attention, "xla": xla.attention, "pallas_tpu": pallas_tpu.attention}
+BACKENDS = {
+    "reference": reference.attention,
+    "xla": xla.attention,
+    "pallas_tpu": pallas_tpu.attention,
+    "pallas_gpu": pallas_gpu.attention,
+}
+AGAINST = {"pallas_tpu": pallas_tpu.against, "pallas_gpu": pallas_gpu.against}
 
 
 def gather_attention(
@@ -27,7 +34,7 @@ def gather_attention(
     form: PairForm,
     *,
     scale: float,
-    implementation: Implementation = "auto",
+    implementation: Implementation | Literal["pallas_gpu"] = "auto",
 ) -> tuple[Float[Array, "B H c"], Float[Array, "B H"]]:
     """Attention of one query a row over the regions that it chose; semantics in `base`.
 
@@ -64,7 +71,7 @@ def gather_attention(
     return out.reshape(B, H, -1).astype(q.dtype), lse.reshape(B, H)
 
 
-def choose(implementation: Implementation, operands: Operands, most: int) -> str:
+def choose(implementation: str, operands: Operands, most: int) -> str:
     """The backend that will serve.
 
     Raises:
@@ -77,22 +84,23 @@ def choose(implementation: Implementation, operands: Operands, most: int) -> str
             f"attention implementation {implementation!r} cannot serve chosen regions; expected auto, "
             f"{', '.join(BACKENDS)}"
         )
-    against = pallas_tpu.against(operands, most) if implementation == "pallas_tpu" else None
+    against = AGAINST[implementation](operands, most) if implementation in AGAINST else None
     if against is not None:
-        raise ValueError(f"attention implementation 'pallas_tpu' cannot serve: {against}; expected auto, or xla")
+        raise ValueError(f"attention implementation {implementation!r} cannot serve: {against}; expected auto, or xla")
     return implementation
 
 
 def _automatic(operands: Operands, most: int) -> str:
-    if support.target().platform != "tpu":
-        _say_once("attention to chosen regions: xla; the fused kernel is for TPUs")
+    kernel = {"tpu": "pallas_tpu", "gpu": "pallas_gpu", "cuda": "pallas_gpu"}.get(support.target().platform)
+    if kernel is None:
+        _say_once("attention to chosen regions: xla; the fused kernels are for TPUs and GPUs")
         return "xla"
-    against = pallas_tpu.against(operands, most)
+    against = AGAINST[kernel](operands, most)
     if against is not None:
-        _say_once(f"attention to chosen regions: xla; pallas_tpu cannot serve: {against}")
+        _say_once(f"attention to chosen regions: xla; {kernel} cannot serve: {against}")
         return "xla"
-    _say_once("attention to chosen regions: pallas_tpu")
-    return "pallas_tpu"
+    _say_once(f"attention to chosen regions: {kernel}")
+    return kernel
 
 
 @functools.cache

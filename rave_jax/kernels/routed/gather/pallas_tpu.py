@@ -20,12 +20,11 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jax.sharding import PartitionSpec
 
 from rave_jax.kernels.pair_bias import PairForm, support
 from rave_jax.kernels.pair_bias.pallas_tpu.tile import LANES, MASKED, UNSEEN, product
-from rave_jax.kernels.routed.gather.base import Operands, RegionBias, Stack, bias_of, listed, union
-from rave_jax.parallel.sharding import current_mesh, partition_spec
+from rave_jax.kernels.routed.gather.base import Operands, bias_of, listed, union
+from rave_jax.kernels.routed.gather.shards import split
 from rave_jax.typing import Array, Float, Int
 
 SUBLANES = 8
@@ -71,27 +70,7 @@ def attention(
         index, count = listed(union(operands.chosen), length_of_list(operands, most))
         return over(operands, index, count, form, scale, interpret=support.interpreter())
 
-    mesh = current_mesh()
-    if mesh is None or mesh.size == 1:
-        return on_device(operands)
-    # The compiler cannot split a kernel by itself. Kv heads that the mesh does not divide are everywhere.
-    rows, heads = partition_spec(("batch", "kv_heads"), operands.q.shape[:2], mesh)
-    both: Any = PartitionSpec(rows, heads)
-    of_rows: Any = PartitionSpec(rows)
-    of_heads: Any = PartitionSpec(heads)
-    bias: Any = None if operands.bias is None else RegionBias(both, both, both, both, of_heads, both)
-    everywhere: Any = PartitionSpec()
-    of_layers: Any = PartitionSpec(None, rows, heads)
-    layers = Stack(of_layers, None, everywhere)
-    specs: Any = Operands(both, layers, layers, of_rows, both, bias)
-    split = jax.shard_map(
-        on_device,
-        mesh=mesh,
-        in_specs=(specs,),
-        out_specs=(both, both),
-        check_vma=False,  # kernels do not say how their outputs vary
-    )
-    return split(operands)
+    return split(on_device, operands)
 
 
 def over(
