@@ -34,8 +34,9 @@ MOST_ROWS = 32
 """Query heads of a kv head."""
 MOST_CHANNELS = 256
 """Of keys, or of values: a tile of them stays in a processor's own memory."""
-TILE_BYTES = 32 << 10
-"""Of a turn's keys and values: a processor of compute capability 8.9 has 99 KB for both buffers and the rest."""
+TILE_BYTES = 40 << 10
+"""Of a turn's keys, values and gate keys: a processor of compute capability 8.9 has 99 KB for these and the rest."""
+TILE_KEYS = 128
 PROGRAMS = 264
 """About how many there are to be: two for each processor of an H100."""
 CAPABILITY = 80
@@ -126,8 +127,10 @@ def over(
 
 def keys_of_turn(operands: Operands) -> int:
     """Keys that a turn of a program's loop takes."""
-    widths = sum(padded(x.shape[-1]) for x in (operands.k, operands.v))
-    return max(ROWS, 1 << (TILE_BYTES // (widths * operands.q.dtype.itemsize)).bit_length() - 1)
+    key = sum(padded(x.shape[-1]) for x in (operands.k, operands.v)) * operands.q.dtype.itemsize
+    if operands.bias is not None:
+        key += padded(operands.bias.u.shape[-1]) * operands.bias.u.dtype.itemsize
+    return max(ROWS, min(TILE_KEYS, 1 << (TILE_BYTES // key).bit_length() - 1))
 
 
 def padded(size: int) -> int:
