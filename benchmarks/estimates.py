@@ -119,12 +119,26 @@ def row(
         aim: in words; "" where there is none.
         holds: does the value meet it?
     """
-    versions = " ".join(f"{package} {importlib.metadata.version(package)}" for package in ("jax", "libtpu"))
+    versions = " ".join(f"{package} {_version(package)}" for package in ("jax", "libtpu"))
     value = round(value, 3) if isinstance(value, float) else value
     verdict = f" (aim {aim}{'' if holds else ': MISSED'})" if aim else ""
     print(f"{name}, {where}: {value:,} {unit}{verdict} {json.dumps(more) if more else ''}", flush=True)
     made = {"name": name, "where": f"{where}, {versions}", "value": value, "unit": unit, "aim": aim, "holds": holds}
     return {**made, **(more or {})}
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
+
+
+def unmeasured(name: str, most: float | None, why: str) -> dict[str, Any]:
+    """A row of a ratio that this machine cannot give."""
+    aim = "" if most is None else f"<= {most}"
+    print(f"{name}: unmeasured, {why}{f' (aim {aim})' if aim else ''}", flush=True)
+    return {"name": name, "where": why, "value": None, "unit": "x", "aim": aim, "holds": None, "unmeasured": why}
 
 
 def ratio(

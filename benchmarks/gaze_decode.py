@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from estimates import ratio
+from gaze_decode_gpu import Forms, Sizes, gpu_rows
 from pallas_calls import captured
 
 from rave_jax.kernels import pair_bias
@@ -128,15 +129,15 @@ def in_float32(q: Any, k: Any, v: Any) -> Any:
 
 def jax_own(q: Any, k: Any, v: Any) -> Any:
     """Of [B,S,K,h]."""
-    return jax.nn.dot_product_attention(q.reshape(1, 1, K * G, HEAD_DIM), k, v)
+    return jax.nn.dot_product_attention(q.reshape(len(q), 1, K * G, HEAD_DIM), k, v)
 
 
 def our_dense(q: Any, k: Any, v: Any) -> Any:
     """Of [B,S,K,h]."""
-    S = k.shape[1]
-    one, all_ = jnp.zeros((1, 1), jnp.int32), jnp.arange(S, dtype=jnp.int32)[None]
+    B, S = k.shape[:2]
+    one, all_ = jnp.zeros((B, 1), jnp.int32), jnp.broadcast_to(jnp.arange(S, dtype=jnp.int32), (B, S))
     codes = MaskCodes(one, one + S, all_, one - 1, jnp.full_like(all_, -2))
-    return pair_bias.attention(q.reshape(1, 1, K * G, HEAD_DIM), k, v, codes, scale=HEAD_DIM**-0.5)[0]
+    return pair_bias.attention(q.reshape(B, 1, K * G, HEAD_DIM), k, v, codes, scale=HEAD_DIM**-0.5)[0]
 
 
 HEADS_FIRST = (keys_on_the_left, turned_scores, queries_on_the_left, in_float32)
@@ -226,6 +227,18 @@ def grid_rows(share: str) -> Iterator[dict[str, Any]]:
     yield ratio(name, "any", read_bytes / against, BYTES_AIMS[share], more)
 
 
+def cudnn(q: Any, k: Any, v: Any) -> Any:
+    """Of [B,S,K,h], on GPUs."""
+    return jax.nn.dot_product_attention(q.reshape(len(q), 1, K * G, HEAD_DIM), k, v, implementation="cudnn")
+
+
+def on_gpus(rounds: int, share: str) -> Iterator[dict[str, Any]]:
+    """The rows of a GPU."""
+    firsts = [{x.__name__: x for x in forms} for forms in (HEADS_FIRST, (*TOKENS_FIRST, cudnn))]
+    forms = Forms(lambda q, descriptor: chosen_of(q, descriptor, share), *firsts)
+    yield from gpu_rows(forms, Sizes(TOKENS, 36, K, G, HEAD_DIM), share, SHARE, rounds)
+
+
 def rows(rounds: int) -> Iterator[dict[str, Any]]:
     """All of them."""
     for share in ("group", "head"):
@@ -234,6 +247,7 @@ def rows(rounds: int) -> Iterator[dict[str, Any]]:
             yield from bytes_rows(even(36), dtype, share)
             yield from bytes_rows(frames(), dtype, share)
         yield from grid_rows(share)
+        yield from on_gpus(rounds, share)
 
 
 def main() -> None:
