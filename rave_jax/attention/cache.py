@@ -16,24 +16,28 @@ import jax.numpy as jnp
 
 from rave_jax.attention.base import Keys
 from rave_jax.batch import TokenInfo
+from rave_jax.kernels.routed import HostRegions, host
 from rave_jax.parallel.sharding import shard
 from rave_jax.typing import Array, Bool, Float, Int, Int8
 
 CacheType = Literal["compute", "bfloat16", "int8"]
+RegionPlace = Literal["device", "host"]
+"""Where keys and values of regions lie."""
 
 
 class Quantised(NamedTuple):
     """Numbers as values * scale, with one scale for the h numbers of a token and kv head (symmetric, to nearest)."""
 
-    values: Int8[Array, "*axes h"]
+    values: Int8[Array, "*axes h"] | HostRegions
     scale: Float[Array, "*axes"]
 
 
 class StoredKeys(NamedTuple):
-    """`Keys` of all layers of a segment as they lie in the cache: every array is [L,B,K,S,...]."""
+    """`Keys` of all layers of a segment as they lie in the cache: every array is [L,B,K,S,...]. Keys and values of
+    regions may lie in host memory."""
 
-    k: Float[Array, "L B K S h"] | Quantised
-    v: Float[Array, "L B K S h"] | Quantised
+    k: Float[Array, "L B K S h"] | Quantised | HostRegions
+    v: Float[Array, "L B K S h"] | Quantised | HostRegions
     remembered: tuple[Any, ...]
 
 
@@ -81,31 +85,55 @@ class KvCache(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all arrays."""
-        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(self))
+        """Bytes of all arrays on devices."""
+        return _nbytes(self) - self.host_nbytes
+
+    @property
+    def host_nbytes(self) -> int:
+        """Bytes of the arrays in host memory."""
+        return _nbytes([x for x in jax.tree.leaves(self, is_leaf=_of_host) if _of_host(x)])
 
 
-def empty_cache(segments: tuple[Keys, ...], kind: CacheType, regions: tuple[Keys, ...] | None = None) -> KvCache:
+def _nbytes(tree: Any) -> int:
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def _of_host(x: Any) -> bool:
+    return isinstance(x, HostRegions)
+
+
+def empty_cache(
+    segments: tuple[Keys, ...],
+    kind: CacheType,
+    regions: tuple[Keys, ...] | None = None,
+    host_tokens: int | None = None,
+) -> KvCache:
     """A cache with nothing in it, on the current mesh.
 
     Args:
         segments: shapes of the keys as the model computes them, [L,B,S,K,...] each.
         kind: number type of k and v: as computed, bfloat16, or int8 with a float32 scale per token and kv head.
         regions: the same for the slots of regions [L,B,R*m,K,...], their summaries [L,B,R,K,...]; None without regions.
+        host_tokens: m, slots of a region, where keys and values of regions lie in host memory; None where they do not.
     """
 
     def zeros(x: jax.ShapeDtypeStruct, dtype: jnp.dtype | None = None) -> Array:
         L, B, S, K, *rest = x.shape
         return jnp.zeros((L, B, K, S, *rest), dtype or x.dtype)
 
-    def kept(x: Any) -> Array | Quantised:
+    def kept(x: Any, tokens: int | None) -> Array | Quantised | HostRegions:
+        dtype = {"compute": x.dtype, "bfloat16": jnp.dtype(jnp.bfloat16), "int8": jnp.dtype(jnp.int8)}[kind]
+        if tokens is None:
+            values = zeros(x, dtype)
+        else:
+            L, B, S, K, h = x.shape
+            values = host.empty((L, B, K, S // tokens, tokens, h), dtype)
         if kind == "int8":
-            scale = jax.ShapeDtypeStruct(x.shape[:-1], jnp.float32)
-            return Quantised(zeros(x, jnp.dtype(jnp.int8)), zeros(scale))
-        return zeros(x, jnp.dtype(jnp.bfloat16) if kind == "bfloat16" else None)
+            return Quantised(values, zeros(jax.ShapeDtypeStruct(x.shape[:-1], jnp.float32)))
+        return values
 
-    def stored(keys: Keys) -> StoredKeys:
-        return StoredKeys(kept(keys.k), kept(keys.v), jax.tree.map(zeros, keys.remembered))
+    def stored(keys: Keys, tokens: int | None = None) -> StoredKeys:
+        return StoredKeys(kept(keys.k, tokens), kept(keys.v, tokens), jax.tree.map(zeros, keys.remembered))
 
     def codes(keys: Keys) -> TokenInfo:
         return TokenInfo(*[jnp.zeros(keys.k.shape[1:3], jnp.int32)] * len(TokenInfo._fields))
@@ -113,7 +141,7 @@ def empty_cache(segments: tuple[Keys, ...], kind: CacheType, regions: tuple[Keys
     none = jnp.zeros(segments[0].k.shape[1:2], jnp.int32)
     far = None
     if regions is not None:
-        kept_regions = (StoredRegions(stored(keys), jax.tree.map(zeros, keys.summary)) for keys in regions)
+        kept_regions = (StoredRegions(stored(keys, host_tokens), jax.tree.map(zeros, keys.summary)) for keys in regions)
         far = RegionSlots(tuple(kept_regions), codes(regions[0]), none)
     return placed(KvCache(tuple(map(stored, segments)), codes(segments[0]), none, far))
 
@@ -141,7 +169,7 @@ def write(stored: StoredKeys, layer: Array, start: Int[Array, "B"], new: Keys) -
     A row whose run does not fit into the slots is left as it was.
     """
 
-    def pack(x: Array, like: Array | Quantised) -> Any:
+    def pack(x: Array, like: Any) -> Any:
         return quantise(x) if isinstance(like, Quantised) else x
 
     def run(old: Array, x: Array) -> Array:
@@ -152,15 +180,31 @@ def write(stored: StoredKeys, layer: Array, start: Int[Array, "B"], new: Keys) -
 
 
 def read(stored: StoredKeys, layer: Array, dtype: jnp.dtype) -> Keys:
-    """The keys of one layer [B,S,K,...], k and v in `dtype`."""
+    """The keys of one layer [B,S,K,...], k and v in `dtype`. What lies in host memory is copied from there whole."""
 
-    def unpack(x: Array | Quantised) -> Array:
+    def unpack(x: Any) -> Array:
         return (
             x.values.astype(dtype) * x.scale[..., None].astype(dtype) if isinstance(x, Quantised) else x.astype(dtype)
         )
 
-    mine = jax.tree.map(lambda x: jnp.swapaxes(jax.lax.dynamic_index_in_dim(x, layer, keepdims=False), 1, 2), stored)
+    mine = jax.tree.map(lambda x: _of_layer(x, layer), stored, is_leaf=_of_host)
     return Keys(unpack(mine.k), unpack(mine.v), mine.remembered)
+
+
+def read_remembered(stored: StoredKeys, layer: Array) -> tuple[Any, ...]:
+    """What mechanisms remember of the keys of one layer [B,S,K,...]."""
+    return jax.tree.map(lambda x: _of_layer(x, layer), stored.remembered)
+
+
+def _of_layer(x: Array | HostRegions, layer: Array) -> Array:
+    if isinstance(x, HostRegions):
+        return jnp.swapaxes(slots_of(x.of_layer(layer), 2), 1, 2)
+    return jnp.swapaxes(jax.lax.dynamic_index_in_dim(x, layer, keepdims=False), 1, 2)
+
+
+def slots_of(x: Array, axis: int) -> Array:
+    """Regions [...,R,m,...] as their slots [...,R*m,...]; R is `axis`."""
+    return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
 
 
 def write_info(held: TokenInfo, start: Int[Array, "B"], new: TokenInfo) -> TokenInfo:
@@ -212,7 +256,7 @@ class RegionReach(NamedTuple):
 
 def take(cache: KvCache, rows: Int[Array, "n"] | None, reach: int, regions: RegionReach | None = None) -> KvCache:
     """A cache of its own with the first `reach` slots of `rows` (for numbers beyond them, of the last), or of all, and
-    the first of their regions (None, and of all rows: all regions)."""
+    the first of their regions (None, and of all rows: all regions). Regions of `rows` lie on the device."""
     if rows is None:
         segments = jax.tree.map(lambda x: jax.lax.slice_in_dim(x, 0, reach, axis=3), cache.segments)
         return KvCache(segments, jax.tree.map(lambda x: x[:, :reach], cache.info), cache.index, cache.regions)
@@ -228,7 +272,12 @@ def _take_regions(far: RegionSlots, rows: Int[Array, "n"], reach: RegionReach | 
     most, slots = (None, None) if reach is None else reach
 
     def first(stop: int | None, tree: Any) -> Any:
-        return jax.tree.map(lambda x: x.at[:, rows, :, :stop].get(mode="clip"), tree)
+        def of_rows(x: Array | HostRegions) -> Array:
+            if isinstance(x, HostRegions):
+                return slots_of(x.of_rows(rows, x.shape[3] if most is None else most), 3)
+            return x.at[:, rows, :, :stop].get(mode="clip")
+
+        return jax.tree.map(of_rows, tree, is_leaf=_of_host)
 
     segments = tuple(StoredRegions(first(slots, one.keys), first(most, one.summary)) for one in far.segments)
     codes = jax.tree.map(lambda x: x.at[rows, :slots].get(mode="clip"), far.info)
@@ -246,13 +295,22 @@ def emptied(cache: KvCache, rows: Bool[Array, "B"]) -> KvCache:
 def put(cache: KvCache, part: KvCache, rows: Int[Array, "n"] | None) -> KvCache:
     """`cache` with the slots that `take` gave written back. Rows numbered beyond it stand last, and are dropped."""
     if rows is None:
-        return placed(jax.tree.map(lambda x, y: jax.lax.dynamic_update_slice(x, y, (0,) * x.ndim), cache, part))
+        # All regions were taken: those of the part are the cache's.
+        near = jax.tree.map(
+            lambda x, y: jax.lax.dynamic_update_slice(x, y, (0,) * x.ndim),
+            cache._replace(regions=None),
+            part._replace(regions=None),
+        )
+        return placed(near._replace(regions=part.regions))
 
     def one_row(n: Array, cache: KvCache) -> KvCache:
         def back(x: Array, y: Array, axis: int) -> Array:
             return jax.lax.dynamic_update_slice_in_dim(x, jax.lax.dynamic_slice_in_dim(y, n, 1, axis), rows[n], axis)
 
-        def of_layers(x: Array, y: Array) -> Array:
+        def of_layers(x: Array | HostRegions, y: Array) -> Array | HostRegions:
+            if isinstance(x, HostRegions):
+                mine = jax.lax.dynamic_index_in_dim(y, n, 1, keepdims=False)
+                return x.with_row(rows[n], mine.reshape(*mine.shape[:2], -1, *x.shape[4:]))
             return back(x, y, 1)
 
         def of_rows(x: Array, y: Array) -> Array:
@@ -262,7 +320,7 @@ def put(cache: KvCache, part: KvCache, rows: Int[Array, "n"] | None) -> KvCache:
         info, index = jax.tree.map(of_rows, (cache.info, cache.index), (part.info, part.index))
         far, new = cache.regions, part.regions
         if far is not None and new is not None:
-            stored = jax.tree.map(of_layers, far.segments, new.segments)
+            stored = jax.tree.map(of_layers, far.segments, new.segments, is_leaf=_of_host)
             # Nothing of the row lies beyond the regions taken, but codes of who had it before may.
             size = far.info.segment.shape[1]
             codes = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, size - x.shape[1]))), new.info)

@@ -24,7 +24,7 @@ from rave_jax.batch import TokenInfo
 from rave_jax.kernels import pair_bias
 from rave_jax.kernels.pair_bias import Implementation, MaskCodes
 from rave_jax.kernels.pair_bias.base import tile_allow
-from rave_jax.kernels.routed import RegionBias, Stack, choice_of, gather_attention
+from rave_jax.kernels.routed import HostRegions, RegionBias, Stack, choice_of, gather_attention
 from rave_jax.typing import Array, Bool, Float, Int
 
 log = logging.getLogger(__name__)
@@ -211,8 +211,9 @@ def _gathered(
         scale=scores.scale,
         implementation=implementation,
     )
-    far = kv_cache.read(stored.far.keys, layer, x.q.dtype)
-    far = far._replace(summary=_summary(stored.far, layer))
+    # Keys and values of regions are read where they lie.
+    nothing = jnp.zeros((*far_info.segment.shape, x.k.shape[2], 0), x.q.dtype)
+    far = Keys(nothing, nothing, kv_cache.read_remembered(stored.far.keys, layer), _summary(stored.far, layer))
     scores = scores_of(x, far, far_codes, info_q, far_info, mechanisms)
     routing = routing_of(mechanisms, x, far, info_q, far_info, scores, regions, None)
     assert routing is not None
@@ -224,12 +225,15 @@ def _gathered(
         keys = jnp.swapaxes(keys, 1, 2)
         return keys.reshape(*keys.shape[:2], regions, -1, *keys.shape[3:])
 
-    def stack(kept: Array | Quantised) -> Stack:
+    def stack(kept: Array | Quantised | HostRegions) -> Stack:
         """What all layers keep [L,B,K,R*m,...], of which this one is meant."""
-        parts = kept if isinstance(kept, Quantised) else (kept, None)
-        values, scale = (None if x is None else x.reshape(*x.shape[:3], regions, -1, *x.shape[4:]) for x in parts)
-        assert values is not None
-        return Stack(values, scale, layer)
+
+        def by_region(x: Array | HostRegions) -> Any:
+            return x if isinstance(x, HostRegions) else x.reshape(*x.shape[:3], regions, -1, *x.shape[4:])
+
+        if isinstance(kept, Quantised):
+            return Stack(by_region(kept.values), by_region(kept.scale), layer)
+        return Stack(by_region(kept), None, layer)
 
     bias, pair = None, scores.terms.pair
     if pair is not None:
@@ -260,13 +264,20 @@ def _summary(far: StoredRegions, layer: Int[Array, ""]) -> Any:
 
 
 def _write_at(stored: StoredKeys, layer: Array, slots: Int[Array, "B T"], new: Keys) -> StoredKeys:
-    """`stored` with the keys `new` [B,T,K,...] of one layer in `slots`; those beyond it are dropped."""
+    """`stored` with the keys `new` [B,T,K,...] of one layer in `slots`; those beyond it are dropped.
+
+    Raises:
+        ValueError: the slots lie in host memory.
+    """
     rows = jnp.arange(slots.shape[0])[:, None]
 
-    def pack(x: Array, like: Array | Quantised) -> Any:
+    def pack(x: Array, like: Any) -> Any:
         return quantise(x) if isinstance(like, Quantised) else x
 
-    def put(old: Array, x: Array) -> Array:
+    def put(old: Array | HostRegions, x: Array) -> Array:
+        if isinstance(old, HostRegions):
+            raise ValueError("visual tokens are read where their rows' regions lie on the device: `take` brings them")
         return old.at[layer, rows, :, slots].set(x.astype(old.dtype), mode="drop")
 
-    return jax.tree.map(put, stored, StoredKeys(pack(new.k, stored.k), pack(new.v, stored.v), new.remembered))
+    packed = StoredKeys(pack(new.k, stored.k), pack(new.v, stored.v), new.remembered)
+    return jax.tree.map(put, stored, packed, is_leaf=lambda x: isinstance(x, HostRegions))

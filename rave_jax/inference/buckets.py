@@ -5,7 +5,7 @@ from __future__ import annotations
 import bisect
 from dataclasses import dataclass
 
-from rave_jax.attention import CacheType, RegionReach
+from rave_jax.attention import CacheType, RegionPlace, RegionReach
 from rave_jax.config import require
 from rave_jax.layout import VisualLayout
 
@@ -37,6 +37,9 @@ class SlotConfig:
     while prompts wait."""
     cache: CacheType = "compute"
     """Number type of cached keys and values: as computed, bfloat16, or int8 with a scale per token and head."""
+    regions_in: RegionPlace = "device"
+    """Where keys and values of regions lie: on the device, or in host memory, from where a step copies those that it
+    chose. Only for a model with regions (Gaze), on one device."""
     max_stop_ids: int = 8
     """Most token ids that may end one answer, the model's own counted."""
 

@@ -77,7 +77,8 @@ class Generator:
         mesh: the devices, or None for a single one.
 
     Raises:
-        ConfigError: more ids end an answer than `config.max_stop_ids`, the tokenizer is of a kind whose text cannot
+        ConfigError: more ids end an answer than `config.max_stop_ids`, regions are to lie in host memory where they
+            cannot, the tokenizer is of a kind whose text cannot
             be put together token by token, or the processor lays pictures out for another model.
     """
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rave_jax.attention import CacheType, KvCache, RegionReach
+from rave_jax.attention import CacheType, KvCache, RegionPlace, RegionReach
 from rave_jax.attention import cache as kv_cache
 from rave_jax.batch import Kind, Role, TokenInfo
 from rave_jax.inference.sampling import RowSampling, choose
@@ -94,7 +94,15 @@ class Admission(NamedTuple):
     sampling: RowSampling
 
 
-def empty_state(model: Vlm, slots: int, size: int, prompts: int, stops: int, cache: CacheType) -> SlotState:
+def empty_state(
+    model: Vlm,
+    slots: int,
+    size: int,
+    prompts: int,
+    stops: int,
+    cache: CacheType,
+    regions_in: RegionPlace = "device",
+) -> SlotState:
     """Slots with nothing in them.
 
     Args:
@@ -103,12 +111,16 @@ def empty_state(model: Vlm, slots: int, size: int, prompts: int, stops: int, cac
         prompts: how many are read together.
         stops: most ids that end one answer.
         cache: number type of the cache.
+        regions_in: memory of its regions' keys and values.
+
+    Raises:
+        ConfigError: as `Vlm.empty_cache`.
     """
     visual = size if model.vision is not None else 0
     zeros = jnp.zeros(slots, jnp.int32)
     ones = jnp.ones(slots, jnp.float32)
     state = SlotState(
-        cache=model.empty_cache(slots, size, cache),
+        cache=model.empty_cache(slots, size, cache, regions_in),
         pictures=jnp.zeros((prompts, visual, model.config.text.hidden_size), model.options.compute),
         seen=jnp.zeros((slots, model.config.text.vocab_size), bool),
         token=zeros,

@@ -13,14 +13,14 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, Sharding
 
 from rave_jax.batch import Kind
 from rave_jax.config import ConfigError
 from rave_jax.data.layout import check_regions
 from rave_jax.data.sample import Example, OverBudget, SampleError
 from rave_jax.inference.buckets import Buckets, SlotConfig
-from rave_jax.inference.programs import NOTHING, empty_state, read, see, write
+from rave_jax.inference.programs import NOTHING, SlotState, empty_state, read, see, write
 from rave_jax.inference.prompts import Prompt, PromptGroup
 from rave_jax.inference.sampling import Sampling
 from rave_jax.models.vlm import Vlm
@@ -81,7 +81,8 @@ class Engine:
         mesh: the devices, or None for a single one.
 
     Raises:
-        ConfigError: there are more stop ids than `max_stop_ids`.
+        ConfigError: there are more stop ids than `max_stop_ids`, or `regions_in` is "host" for a model without regions
+            or on several devices.
     """
 
     def __init__(
@@ -108,11 +109,12 @@ class Engine:
         self._waiting: deque[_Job] = deque()
         self._slots: list[_Job | None] = [None] * config.slots
         self._requests = 0
-        sizes = (config.slots, self._buckets.size, config.prefill_rows, config.max_stop_ids, config.cache)
+        sizes = (config.slots, self._buckets.size, config.prefill_rows, config.max_stop_ids)
+        kinds = (config.cache, config.regions_in)
         with self._placed():
-            state = jax.jit(empty_state, static_argnums=(1, 2, 3, 4, 5))(model, *sizes)
+            state = jax.jit(empty_state, static_argnums=(1, 2, 3, 4, 5, 6))(model, *sizes, *kinds)
         # Bound to its device like what the programs give back: else the first of them would be compiled twice.
-        self._state = state if mesh is not None else jax.device_put(state, jax.tree.leaves(model)[0].sharding)
+        self._state = state if mesh is not None else _bound(state, jax.tree.leaves(model)[0].sharding)
 
     @property
     def waiting(self) -> int:
@@ -259,6 +261,11 @@ class Engine:
 _see: Any = jax.jit(see, donate_argnums=1)
 _read: Any = jax.jit(read, donate_argnums=1, static_argnames=("reach", "regions"))
 _write: Any = jax.jit(write, donate_argnums=1, static_argnames=("reach", "width"))
+
+
+def _bound(state: SlotState, device: Sharding) -> SlotState:
+    """The state bound to the device, each array in the memory where it is."""
+    return jax.tree.map(lambda x: jax.device_put(x, device.with_memory_kind(x.sharding.memory_kind)), state)
 
 
 def compilations() -> int:

@@ -11,17 +11,18 @@ import jax.numpy as jnp
 from flax import nnx
 
 from rave_jax import attention
-from rave_jax.attention import CacheType, Features, Keys, KvCache
+from rave_jax.attention import CacheType, Features, Keys, KvCache, RegionPlace
 from rave_jax.attention import cache as kv_cache
 from rave_jax.attention.plan import LayeredConfig
 from rave_jax.batch import TokenInfo
+from rave_jax.config import require
 from rave_jax.kernels.pair_bias import MaskCodes
 from rave_jax.models import lora
 from rave_jax.models.config import ModelOptions, TextConfig
 from rave_jax.models.layers import Linear, RmsNorm, SwiGlu
 from rave_jax.models.rope import Rotation, rotate, text_rotation
 from rave_jax.models.stack import Segment
-from rave_jax.parallel.sharding import shard
+from rave_jax.parallel.sharding import current_mesh, shard
 from rave_jax.typing import Array, Bool, Float, Int
 
 
@@ -345,8 +346,23 @@ class Decoder(nnx.Module):
         found = [m for segment in self.segments for m in segment.layers.mechanisms if m.LOOKS_AHEAD]
         return tuple(dict.fromkeys(type(mechanism).__name__ for mechanism in found))
 
-    def empty_cache(self, rows: int, size: int, kind: CacheType, dtype: jnp.dtype) -> KvCache:
-        """A cache for `rows` documents of at most `size` tokens; `dtype` is the compute type."""
+    def empty_cache(
+        self, rows: int, size: int, kind: CacheType, dtype: jnp.dtype, regions_in: RegionPlace = "device"
+    ) -> KvCache:
+        """A cache for `rows` documents of at most `size` tokens; `dtype` is the compute type.
+
+        Raises:
+            ConfigError: `regions_in` is "host", and no mechanism keeps regions or the mesh has several devices.
+        """
+        regions, host_tokens = self.layout.regions, None
+        if regions_in == "host":
+            require(regions is not None, "regions_in", regions_in, "device: no mechanism of the model keeps regions")
+            assert regions is not None
+            mesh = current_mesh()
+            # A region is found by its number among all rows and heads, which no device of several has to itself.
+            ways = 1 if mesh is None else mesh.size
+            require(ways == 1, "regions_in", regions_in, f"device on a mesh of {ways} devices")
+            host_tokens = regions.tokens
 
         def keys(layer: DecoderLayer, slots: int) -> Keys:
             x = self._zeros(rows, slots, dtype)
@@ -359,9 +375,8 @@ class Decoder(nnx.Module):
             of = functools.partial(keys, slots=slots)
             return tuple(jax.eval_shape(jax.vmap(of), segment.layers) for segment in self.segments)
 
-        regions = self.layout.regions
         far = None if regions is None else shapes(self.layout.max_regions * regions.tokens)
-        return kv_cache.empty_cache(shapes(size), kind, far)
+        return kv_cache.empty_cache(shapes(size), kind, far, host_tokens)
 
     def _zeros(self, rows: int, tokens: int, dtype: jnp.dtype) -> Features:
         """Features of nothing, for their shapes."""

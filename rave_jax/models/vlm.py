@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from rave_jax.attention import CacheType, KvCache
+from rave_jax.attention import CacheType, KvCache, RegionPlace
 from rave_jax.batch import Batch, Kind, TokenInfo
 from rave_jax.config import require
 from rave_jax.models import lora
@@ -140,9 +140,16 @@ class Vlm(nnx.Module):
         """Float32 scores of every token."""
         return product(hidden, self.head_weight().astype(hidden.dtype), jnp.dtype(jnp.float32))
 
-    def empty_cache(self, rows: int, size: int, kind: CacheType = "compute") -> KvCache:
-        """A cache for `rows` documents of at most `size` tokens, k and v in the number type `kind`."""
-        return self.decoder.empty_cache(rows, size, kind, self.options.compute)
+    def empty_cache(
+        self, rows: int, size: int, kind: CacheType = "compute", regions_in: RegionPlace = "device"
+    ) -> KvCache:
+        """A cache for `rows` documents of at most `size` tokens, k and v in the number type `kind`, those of regions
+        in the memory `regions_in`.
+
+        Raises:
+            ConfigError: no mechanism keeps regions that could lie in host memory, or the mesh has several devices.
+        """
+        return self.decoder.empty_cache(rows, size, kind, self.options.compute, regions_in)
 
     def decode(
         self, tokens: Int[Array, "B T"], info: TokenInfo, positions: Int[Array, "3 B T"], cache: KvCache

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from rave_jax.kernels.pair_bias import PairForm
+from rave_jax.kernels.routed.host import HostRegions
 from rave_jax.typing import Array, Bool, Float, Int, Int8
 
 
@@ -37,12 +38,12 @@ class Stack(NamedTuple):
     is neither copied out of the stack nor expanded.
 
     Fields:
-        values: floats, or int8.
+        values: floats, or int8; in host memory perhaps, from where chosen regions are copied.
         scale: what int8 values are multiplied by; None of floats.
         layer: 0 to L - 1.
     """
 
-    values: Float[Array, "L B K R m h"] | Int8[Array, "L B K R m h"]
+    values: Float[Array, "L B K R m h"] | Int8[Array, "L B K R m h"] | HostRegions
     scale: Float[Array, "L B K R m"] | None
     layer: Int[Array, ""]
 
@@ -53,12 +54,15 @@ class Stack(NamedTuple):
 
     def whole(self) -> Float[Array, "B K R m h"]:
         """All of the layer, in float32."""
-        values, scale = (None if x is None else x[self.layer].astype(jnp.float32) for x in (self.values, self.scale))
-        assert values is not None
-        return values if scale is None else values * scale[..., None]
+        of_host = isinstance(self.values, HostRegions)
+        values = self.values.of_layer(self.layer) if of_host else self.values[self.layer]
+        values = values.astype(jnp.float32)
+        return values if self.scale is None else values * self.scale[self.layer].astype(jnp.float32)[..., None]
 
-    def regions(self, index: Int[Array, "B K n"], dtype: jnp.dtype) -> Float[Array, "B K nm h"]:
-        """The listed regions' slots, end to end, in `dtype`."""
+    def regions(
+        self, index: Int[Array, "B K n"], count: Int[Array, "B K"], dtype: jnp.dtype
+    ) -> Float[Array, "B K nm h"]:
+        """The listed regions' slots, end to end, in `dtype`; any finite numbers behind the first `count` of them."""
         (B, K, n), m = index.shape, self.shape[3]
 
         def slots(x: Array) -> Array:
@@ -66,7 +70,10 @@ class Stack(NamedTuple):
             of_head = jax.vmap(lambda mine, at: mine.at[self.layer, at].get(mode="promise_in_bounds"), (1, 0))
             return jax.vmap(of_head, (1, 0))(x, index).astype(dtype).reshape(B, K, n * m, *x.shape[5:])
 
-        values = slots(self.values)
+        if isinstance(self.values, HostRegions):
+            values = self.values.listed(self.layer, index, count).astype(dtype).reshape(B, K, n * m, -1)
+        else:
+            values = slots(self.values)
         return values if self.scale is None else values * slots(self.scale)[..., None]
 
 

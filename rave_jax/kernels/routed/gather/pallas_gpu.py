@@ -26,6 +26,7 @@ from jax.experimental.pallas import triton
 from rave_jax.kernels.pair_bias import PairForm, support
 from rave_jax.kernels.routed.gather.base import Operands, finished, listed, union
 from rave_jax.kernels.routed.gather.shards import split
+from rave_jax.kernels.routed.host import HostRegions
 from rave_jax.typing import Array, Bool, Float, Int
 
 ROWS = 16
@@ -46,6 +47,8 @@ CAPABILITY = 80
 def against(operands: Operands, most: int) -> str | None:
     """Why this kernel cannot serve, or None."""
     q, k, v = operands.q, operands.k, operands.v
+    if isinstance(k.values, HostRegions) or isinstance(v.values, HostRegions):
+        return "the regions lie in host memory"
     if q.dtype not in ("bfloat16", "float32"):
         return f"q must be bfloat16 or float32, not {q.dtype}"
     for name, x in (("k", k), ("v", v)):

@@ -25,6 +25,7 @@ from rave_jax.kernels.pair_bias import PairForm, support
 from rave_jax.kernels.pair_bias.pallas_tpu.tile import LANES, MASKED, UNSEEN, product
 from rave_jax.kernels.routed.gather.base import Operands, bias_of, listed, union
 from rave_jax.kernels.routed.gather.shards import split
+from rave_jax.kernels.routed.host import HostRegions
 from rave_jax.typing import Array, Float, Int
 
 SUBLANES = 8
@@ -43,6 +44,8 @@ MOST_BYTES = 8 << 20
 def against(operands: Operands, most: int) -> str | None:
     """Why this kernel cannot serve, or None."""
     q, k, v = operands.q, operands.k, operands.v
+    if isinstance(k.values, HostRegions) or isinstance(v.values, HostRegions):
+        return "the regions lie in host memory"
     found = support.against_pallas_tpu(q, k.values, v.values)
     if found is not None:
         return found
@@ -91,7 +94,7 @@ def over(
         form, scale: as there.
         interpret: what `pallas_call` takes.
     """
-    q, k, v = operands.q, operands.k.values, operands.v.values
+    q, (k, v) = operands.q, _on_device(operands)
     (B, K, G, h), (m, c) = q.shape, v.shape[4:]
     n = regions_of_step(m)
     steps = index.shape[2] // n
@@ -140,6 +143,13 @@ def over(
     out, lse = run(index.reshape(-1), count.reshape(-1), layers, *inputs)
     lse = lse[..., 0]
     return out, jnp.where(lse >= UNSEEN, -jnp.inf, lse)
+
+
+def _on_device(operands: Operands) -> tuple[Array, Array]:
+    """Keys and values of a stack that `against` lets pass."""
+    k, v = operands.k.values, operands.v.values
+    assert isinstance(k, jax.Array) and isinstance(v, jax.Array)
+    return k, v
 
 
 def regions_of_step(m: int) -> int:

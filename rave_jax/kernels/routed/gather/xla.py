@@ -54,7 +54,7 @@ def _over(
     operands: Operands, index: Int[Array, "B K n"], count: Int[Array, "B K"], form: PairForm, scale: float
 ) -> tuple[Array, Array, Array]:
     """`softmax_over` of the first `count` of the listed regions."""
-    k, v = (x.regions(index, operands.q.dtype) for x in (operands.k, operands.v))
+    k, v = (x.regions(index, count, operands.q.dtype) for x in (operands.k, operands.v))
     scores = scale * key_products(k, operands.q)
     if operands.bias is not None:
         scores = scores + bias_of(operands.bias, index, form)
