@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 from dataclasses import dataclass
+from typing import get_args
 
 from rave_jax.attention import CacheType, RegionPlace, RegionReach
 from rave_jax.config import require
@@ -50,6 +51,8 @@ class SlotConfig:
         require(self.max_prompt is None or self.max_prompt >= 1, "max_prompt", self.max_prompt, "at least 1, or None")
         given = self.max_patches
         require(given is None or given >= 0, "max_patches", given, "0 (no pictures) or more, or None")
+        places = get_args(RegionPlace)
+        require(self.regions_in in places, "regions_in", self.regions_in, " or ".join(places))
         require(self.prefill_rows <= self.slots, "prefill_rows", self.prefill_rows, f"at most `slots` ({self.slots})")
 
 

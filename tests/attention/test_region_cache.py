@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rave_jax.attention import Gaze, MechanismConfig, SlidingWindow
+from rave_jax.attention import Gaze, MechanismConfig, SlidingWindow, ZeroTuning
 from rave_jax.attention import cache as kv_cache
 from rave_jax.data.layout import places_in_region
 from rave_jax.layout import FixedRegions
@@ -26,6 +26,14 @@ PICTURE = [3, Visual(1, 8, 8), 4]
 VIDEO = [3, Visual(2, 6, 4, video=True), 2]
 _cached = jax.jit(lambda model, *given: model.decoder.cached(*given))
 _whole = jax.jit(lambda model, given: (model.embedded(given), model.hidden(given)))
+
+
+@jax.jit
+def _taken(model, x, info, positions, cache, places):
+    """As a prompt is read: where its row's regions lie on the device."""
+    row = jnp.zeros(1, jnp.int32)
+    hidden, part = model.decoder.cached(x, info, positions, kv_cache.take(cache, row, cache.size), places)
+    return hidden, kv_cache.put(cache, part, row)
 
 
 @functools.cache
@@ -45,7 +53,8 @@ def read(vlm: Vlm, doc: Document, cuts: list[int], cache=None):
         cut = slice(start, stop)
         seen = places[:, cut] if start == 0 or region[:, cut].any() else None
         info = jax.tree.map(lambda code, cut=cut: code[:, cut], given.info)
-        part, cache = _cached(vlm, x[:, cut], info, given.positions[:, :, cut], cache, seen)
+        through = _cached if seen is None or cache.host_nbytes == 0 else _taken
+        part, cache = through(vlm, x[:, cut], info, given.positions[:, :, cut], cache, seen)
         parts.append(part)
     return np.concatenate(parts, axis=1), np.asarray(whole), cache
 
@@ -78,17 +87,38 @@ def test_a_row_remembers_no_region_of_who_had_it() -> None:
     assert np.unique(cache.regions.info.region).tolist() == [0, 1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("kind", ["compute", "int8"])
-@pytest.mark.parametrize("share", ["head", "group"])
-def test_a_step_copies_no_layer_out_of_the_stack_and_expands_none(share, kind) -> None:
+def test_all_keys_are_brought_from_the_host_where_they_are_needed() -> None:
+    """Where two tokens are read at once, and for a mechanism that changes weights."""
+    doc = document(PICTURE, CONFIG, np.random.default_rng(0))
+    vlm = a_model(Gaze(FixedRegions(2, 2), 16, top_k=1), ZeroTuning(0.2))
+    found, whole, cache = read(vlm, doc, [20, 22], vlm.empty_cache(1, 128, regions_in="host"))
+    np.testing.assert_allclose(found, whole, atol=2e-5)
+    kept = cache.regions.segments[0].keys
+    assert kept.k.tiles.sharding.memory_kind == kept.v.tiles.sharding.memory_kind == "pinned_host"
+    assert cache.host_nbytes == kept.k.tiles.nbytes + kept.v.tiles.nbytes
+    assert cache.nbytes + cache.host_nbytes == sum(x.nbytes for x in jax.tree.leaves(cache))
+    x, info = jnp.zeros((1, 1, CONFIG.text.hidden_size)), jax.tree.map(lambda code: code[:, :1], cache.info)
+    with pytest.raises(ValueError, match="visual tokens are read where their rows' regions lie on the device"):
+        _cached.lower(vlm, x, info, jnp.zeros((3, 1, 1), int), cache, jnp.zeros((1, 1), int))
+
+
+STEPS = [(share, "device", kind) for share in ("head", "group") for kind in ("compute", "int8")]
+STEPS += [("head", "host", "compute"), ("group", "host", "int8")]
+
+
+@pytest.mark.parametrize(("share", "place", "kind"), STEPS)
+def test_a_step_copies_no_layer_out_of_the_stack_and_expands_none(share, place, kind) -> None:
     config = presets.tiny(vocab_size=64, num_layers=3)
     vlm = model(config, ModelOptions((Gaze(FixedRegions(2, 2), 19, top_k=1, share=share),)), seed=1)
-    cache = vlm.empty_cache(1, 24, kind)
+    cache = vlm.empty_cache(1, 24, kind, place)
     info = jax.tree.map(lambda code: jnp.ones((1, 1), jnp.int32), cache.info)._replace(region=jnp.zeros((1, 1), int))
     x, at = jnp.zeros((1, 1, config.text.hidden_size)), jnp.zeros((3, 1, 1), jnp.int32)
     text = _cached.lower(vlm, x, info, at, cache).compile().as_text()
     kept = cache.regions.segments[0].keys.v
-    L, B, K, S, h = (kept if kind == "compute" else kept.values).shape
-    assert L == 3 and S == 19 * 4
+    L, B, K, *_, h = (kept if kind == "compute" else kept.values).shape
+    S = 19 * 4
+    assert L == 3 and cache.regions.info.segment.shape == (B, S)
     of_a_layer = rf"f32\[(1,)?({B},{K},({S}|{S // 4},4)|{B},{S},{K}),{h}\]"
     assert not re.search(of_a_layer, text)
+    if place == "host":
+        assert "8,128]" in text and not re.search(rf"\[(1,)?({B},{K},{S // 4}|{B * K * S // 4}),\d+,8,128\]", text)

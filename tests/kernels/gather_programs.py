@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from rave_jax.kernels.pair_bias import PairForm
+from rave_jax.kernels.routed import HostRegions, gather_attention, host
 from rave_jax.kernels.routed.gather import RegionBias, pallas_tpu
 from rave_jax.kernels.routed.gather.base import Operands, Stack, listed, union
 
@@ -52,3 +55,63 @@ def decode(
         return pallas_tpu.over(operands, index, count, how, head_dim**-0.5)
 
     return run, (operands,)
+
+
+def decode_from_host(
+    place: Any,
+    *,
+    regions: int,
+    slots: int,
+    most: int,
+    group: int = 7,
+    head_dim: int = 128,
+    dtype: str = "bfloat16",
+    rows: int = 2,
+    kv_heads: int = 2,
+    layers: int = 3,
+) -> tuple[Any, tuple[Any, ...]]:
+    """A step's attention over regions in host memory, layer after layer as a decoder goes through them."""
+    cache, heads = (rows, kv_heads, regions, slots), kv_heads * group
+    kept = _on_host(place, (layers, *cache, head_dim), dtype)
+    scale = place((layers, *cache), jnp.float32) if dtype == "int8" else None
+    q = place((rows, heads, head_dim), jnp.bfloat16)
+    real, chosen = place((rows, regions, slots), jnp.bool_), place((rows, kv_heads, group, regions), jnp.bool_)
+
+    def run(q: Any, k: HostRegions, v: HostRegions, scale: Any, real: Any, chosen: Any) -> Any:
+        def layer(carry: Any, n: Any) -> Any:
+            q, k, v = carry
+            stacks = Stack(k, scale, n), Stack(v, scale, n)
+            out, _ = gather_attention(
+                q, *stacks, real, chosen, most, None, PairForm(), scale=head_dim**-0.5, implementation="xla"
+            )
+            return (out, k, v), None
+
+        (q, _, _), _ = jax.lax.scan(layer, (q, _marked(k), _marked(v)), jnp.arange(layers))
+        return q
+
+    return run, (q, kept, kept, scale, real, chosen)
+
+
+def read_from_host(
+    place: Any, *, regions: int, slots: int, reach: int, dtype: str = "bfloat16", rows: int = 4, head_dim: int = 128
+) -> tuple[Any, tuple[Any, ...]]:
+    """One row's first regions, as a prompt is read: brought, and put back changed."""
+    kept = _on_host(place, (3, rows, 2, regions, slots, head_dim), dtype)
+
+    def run(kept: HostRegions, row: Any) -> Any:
+        kept = _marked(kept)
+        return kept.with_row(row, kept.of_rows(row[None], reach)[:, 0] + 1)
+
+    return run, (kept, place((), jnp.int32))
+
+
+def _on_host(place: Any, shape: tuple[int, ...], dtype: str) -> HostRegions:
+    kept = jax.eval_shape(lambda: host.empty(shape, jnp.dtype(dtype)))
+    tiles = place(kept.tiles.shape, kept.dtype)
+    tiles = jax.ShapeDtypeStruct(tiles.shape, tiles.dtype, sharding=tiles.sharding.with_memory_kind("pinned_host"))
+    return dataclasses.replace(kept, tiles=tiles)
+
+
+def _marked(kept: HostRegions) -> HostRegions:
+    """Known to be in host memory, as arrays are and shapes of them are not."""
+    return dataclasses.replace(kept, tiles=jax.device_put(kept.tiles, jax.memory.Space.Host))
