@@ -2,8 +2,8 @@
 
 A region's numbers lie end to end in whole tiles of 8 x 128, whatever their type: then the host and a TPU keep them in
 one order, and a region, or a run of them, is one copy between the two. In other shapes the compiler brings the whole
-array to the device to reorder it. A gather that the host computes is no way out: XLA rewrites all of its operands,
-chosen or not, for each call.
+array to the device to reorder it. A gather that the host computes is no way out: by its source, XLA rewrites all of
+its operands, chosen or not, for each call.
 """
 
 from __future__ import annotations
