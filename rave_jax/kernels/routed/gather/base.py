@@ -52,6 +52,12 @@ class Stack(NamedTuple):
         """[B,K,R,m,h], of one layer."""
         return self.values.shape[1:]
 
+    @property
+    def on_device(self) -> Float[Array, "L B K R m h"] | Int8[Array, "L B K R m h"]:
+        """The values of a stack that does not lie in host memory."""
+        assert not isinstance(self.values, HostRegions)
+        return self.values
+
     def whole(self) -> Float[Array, "B K R m h"]:
         """All of the layer, in float32."""
         of_host = isinstance(self.values, HostRegions)

@@ -55,8 +55,8 @@ def against(operands: Operands, most: int) -> str | None:
         if x.scale is None and x.values.dtype != q.dtype:
             return f"{name} must have q's dtype, {q.dtype}, or be int8 with scales, not {x.values.dtype}"
         # Pallas counts up to 2^32 bytes in 32 bits with a sign, which are too few for as many numbers of one byte.
-        if x.values.dtype.itemsize == 1 and 1 << 31 < x.values.size <= 1 << 32:
-            return f"an int8 stack may not have between 2^31 and 2^32 numbers, and {name} has {x.values.size}"
+        if x.values.dtype.itemsize == 1 and 1 << 31 < x.on_device.size <= 1 << 32:
+            return f"an int8 stack may not have between 2^31 and 2^32 numbers, and {name} has {x.on_device.size}"
     if q.shape[2] > MOST_ROWS:
         return f"{q.shape[2]} query heads share a kv head, at most {MOST_ROWS} can"
     if max(k.shape[-1], v.shape[-1]) > MOST_CHANNELS:
@@ -145,7 +145,7 @@ def _inputs(operands: Operands, index: Array, count: Array) -> dict[str, Array]:
     """What the kernel reads, by name, each array whole."""
     q, k, v, real, chosen, bias = operands
     found = {"index": index, "count": count, "layers": jnp.stack([k.layer, v.layer])}
-    found |= {"q": q, "k": k.values, "v": v.values, "real": real}
+    found |= {"q": q, "k": k.on_device, "v": v.on_device, "real": real}
     found |= {f"{name}_scale": x.scale for name, x in (("k", k), ("v", v)) if x.scale is not None}
     if chosen.shape[2] > 1:
         found["chosen"] = chosen

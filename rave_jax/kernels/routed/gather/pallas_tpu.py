@@ -94,7 +94,7 @@ def over(
         form, scale: as there.
         interpret: what `pallas_call` takes.
     """
-    q, (k, v) = operands.q, _on_device(operands)
+    q, k, v = operands.q, operands.k.on_device, operands.v.on_device
     (B, K, G, h), (m, c) = q.shape, v.shape[4:]
     n = regions_of_step(m)
     steps = index.shape[2] // n
@@ -143,13 +143,6 @@ def over(
     out, lse = run(index.reshape(-1), count.reshape(-1), layers, *inputs)
     lse = lse[..., 0]
     return out, jnp.where(lse >= UNSEEN, -jnp.inf, lse)
-
-
-def _on_device(operands: Operands) -> tuple[Array, Array]:
-    """Keys and values of a stack that `against` lets pass."""
-    k, v = operands.k.values, operands.v.values
-    assert isinstance(k, jax.Array) and isinstance(v, jax.Array)
-    return k, v
 
 
 def regions_of_step(m: int) -> int:
