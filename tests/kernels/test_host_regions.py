@@ -64,7 +64,8 @@ def test_attention_is_that_over_regions_on_the_device(kind: str, apart: bool) ->
     expected = run(**given | on_device, implementation="xla")
     for implementation in ("xla", "reference"):
         for x, y in zip(run(**given | on_host, implementation=implementation), expected, strict=True):
-            np.testing.assert_allclose(x, y, atol=0 if implementation == "xla" else 2e-5)
+            # The same numbers in the same order, but how a compiler rounds their sums is its own affair.
+            np.testing.assert_allclose(x, y, atol=2e-5)
     with pytest.raises(
         ValueError, match="'pallas_tpu' cannot serve: the regions lie in host memory; expected auto, or"
     ):
