@@ -26,6 +26,7 @@ from rave_jax.kernels.routed.pallas_tpu.walk import (
     ROWS,
     Call,
     compiler_params,
+    each_line,
     gathered,
     in_turn,
     list_scratch,
@@ -137,7 +138,7 @@ def _kernel(info, codes_q, lists, q, d_out, numbers_in, k, v, codes_k, dq, dk, d
         at = pl.multiple_of(line * 2 * per_line, 2 * per_line)
         numbers[pl.ds(at, 2 * per_line)] = numbers_in[pl.ds(at, 2 * per_line)]
 
-    jax.lax.fori_loop(0, call.lines, start, None)
+    each_line(call, start)
     given[pl.ds(call.queries * pair, pair)] = jnp.zeros((pair, LANES), jnp.float32)
     d_q[pl.ds(call.queries * rows, rows)] = jnp.zeros((rows, LANES), jnp.float32)
     # What fills an item up has seen nothing: its weights are 0.
@@ -202,7 +203,7 @@ def _kernel(info, codes_q, lists, q, d_out, numbers_in, k, v, codes_k, dq, dk, d
             own = d_q[pl.ds(pl.multiple_of(number * rows, rows), rows)]
             dq[number] = (own * call.scale).astype(dq.dtype)
 
-    jax.lax.fori_loop(0, call.lines, finish, None)
+    each_line(call, finish)
 
     @pl.when(i == last)
     def _finish_keys() -> None:

@@ -24,6 +24,7 @@ from rave_jax.kernels.routed.pallas_tpu.lists import CUT, PLACE_BITS, WHOLE
 from rave_jax.kernels.routed.pallas_tpu.walk import (
     Call,
     compiler_params,
+    each_line,
     gathered,
     in_turn,
     list_scratch,
@@ -126,7 +127,7 @@ def _kernel(info, codes_q, lists, q, reference, k, v, codes_k, out, lse, *scratc
             given[pl.ds(at + rows, rows)] = own
             made[pl.ds(at, pair)] = jnp.zeros((pair, LANES), jnp.float32)
 
-    jax.lax.fori_loop(0, call.lines, start, None)
+    each_line(call, start)
     spare = call.queries * pair
     for ref in (given, made):
         ref[pl.ds(spare, pair)] = jnp.zeros((pair, LANES), jnp.float32)
@@ -187,7 +188,7 @@ def _kernel(info, codes_q, lists, q, reference, k, v, codes_k, out, lse, *scratc
         found = jnp.where(total == 0, UNSEEN, top + jnp.log(total) * (1 / math.log(2)))
         lse[pl.ds(line, 1)] = found.T[:1]
 
-    jax.lax.fori_loop(0, call.lines, finish, None)
+    each_line(call, finish)
 
 
 def _seen(codes_k: Any, codes_q: Any, tile: Any, entry: Any, kind: int, call: Call) -> Array:

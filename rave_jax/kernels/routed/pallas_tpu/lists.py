@@ -133,8 +133,10 @@ def place(keys: Int[Array, "B S"], layout: Layout) -> Placed:
     S, R = keys.shape[1], layout.regions
     region, number = (jnp.asarray(x.reshape(-1)) for x in layout.lane_map())
     own = jnp.where(keys > 0, keys - 1, R)
-    by_region = jnp.argsort(own, axis=1, stable=True)
-    count = jnp.sum(own[..., None] == jnp.arange(R + 1), axis=1)
+    # One sort of whole numbers, which stays stable by the key's place.
+    by_region = jnp.sort(own * S + jnp.arange(S), axis=1) % S
+    of_region = own[..., None] == jnp.arange(R + 1)
+    count = jnp.sum(of_region, axis=1)
     start = jnp.cumsum(count, axis=1) - count
 
     held = (region >= 0) & (number < count[:, jnp.maximum(region, 0)])
@@ -142,7 +144,7 @@ def place(keys: Int[Array, "B S"], layout: Layout) -> Placed:
     source = jnp.where(held, jnp.take_along_axis(by_region, at, axis=1), S)
 
     # The way back without a scatter: the number of a key in its region says its lane.
-    rank = jnp.argsort(by_region, axis=1) - jnp.take_along_axis(start, own, axis=1)
+    rank = jnp.sum(jnp.where(of_region, jnp.cumsum(of_region, axis=1) - 1, 0), axis=2)
     alone = layout.full * layout.lanes
     lane = own * alone + rank
     if layout.rest:

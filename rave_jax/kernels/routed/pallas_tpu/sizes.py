@@ -31,9 +31,10 @@ SHARE = 0.25
 
 
 def layout_of(regions: int, slots: int) -> Layout:
-    """The cheaper of tiles of 128 and of 256 keys, 128 in doubt: their lanes are filled better."""
+    """The cheaper of tiles of 128 and of 256 keys; 128 where these fill lanes better: memory bounds the super-block."""
     narrow, wide = (Layout(regions, slots, lanes) for lanes in (LANES, 2 * LANES))
-    return wide if WIDE * wide.visits(SHARE) < 0.97 * narrow.visits(SHARE) else narrow
+    cheaper = WIDE * wide.visits(SHARE) < 0.97 * narrow.visits(SHARE)
+    return wide if cheaper and wide.fill >= 0.9 * narrow.fill else narrow
 
 
 def item_sizes(device_kind: str) -> ItemSizes:
