@@ -16,6 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -133,25 +134,30 @@ def place(keys: Int[Array, "B S"], layout: Layout) -> Placed:
     S, R = keys.shape[1], layout.regions
     region, number = (jnp.asarray(x.reshape(-1)) for x in layout.lane_map())
     own = jnp.where(keys > 0, keys - 1, R)
-    # One sort of whole numbers, which stays stable by the key's place.
-    by_region = jnp.sort(own * S + jnp.arange(S), axis=1) % S
+    # Neither a sort nor a plain cumulative sum: the compiler takes minutes for one of a long row.
     of_region = own[..., None] == jnp.arange(R + 1)
     count = jnp.sum(of_region, axis=1)
-    start = jnp.cumsum(count, axis=1) - count
-
     held = (region >= 0) & (number < count[:, jnp.maximum(region, 0)])
-    at = jnp.clip(start[:, jnp.maximum(region, 0)] + number, 0, S - 1)
-    source = jnp.where(held, jnp.take_along_axis(by_region, at, axis=1), S)
-
-    # The way back without a scatter: the number of a key in its region says its lane.
-    rank = jnp.sum(jnp.where(of_region, jnp.cumsum(of_region, axis=1) - 1, 0), axis=2)
+    rank = jnp.sum(jnp.where(of_region, _running(of_region) - 1, 0), axis=2)
     alone = layout.full * layout.lanes
     lane = own * alone + rank
     if layout.rest:
         tile, turn = layout.regions * layout.full + own // layout.sharing, own % layout.sharing
         lane = jnp.where(rank < alone, lane, tile * layout.lanes + turn * layout.rest + rank - alone)
-    kept = (own < R) & (rank < layout.slots)
-    return Placed(source, jnp.where(kept, lane, len(region)), held, jnp.any(count[:, :R] > layout.slots, axis=1))
+    lane = jnp.where((own < R) & (rank < layout.slots), lane, len(region))
+    # Keys without a lane are many, and all drop out behind the last.
+    put = jax.vmap(lambda at: jnp.full(len(region), S).at[at].set(jnp.arange(S), mode="drop"))
+    return Placed(put(lane), lane, held, jnp.any(count[:, :R] > layout.slots, axis=1))
+
+
+def _running(x: Bool[Array, "B S n"]) -> Int[Array, "B S n"]:
+    """Cumulative counts along S, by a product within blocks of 128."""
+    B, S, n = x.shape
+    blocks = jnp.pad(x, [(0, 0), (0, -S % LANES), (0, 0)]).reshape(B, -1, LANES, n).astype(jnp.float32)
+    up_to = jnp.triu(jnp.ones((LANES, LANES), jnp.float32))
+    within = jnp.einsum("Bbsn,st->Bbtn", blocks, up_to)
+    before = jnp.cumsum(within[:, :, -1], axis=1) - within[:, :, -1]
+    return (within + before[:, :, None]).astype(jnp.int32).reshape(B, -1, n)[:, :S]
 
 
 def open_pairs(choice: Choice, codes: MaskCodes, routes: Routes) -> Bool[Array, "B K T R"]:
