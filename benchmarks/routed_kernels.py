@@ -139,7 +139,11 @@ def chip_rows(chip: str, heads: int, splash: bool) -> Iterator[dict[str, Any]]:
                 SHARE * call.queries / sizes.item / expected_items(call.queries, SHARE, sizes.item), 3
             ),
         }
-        passes = {which: routed_pass(chip, which, layout, call.queries, heads) for which in dense}
+        try:
+            passes = {which: routed_pass(chip, which, layout, call.queries, heads) for which in dense}
+        except ValueError as error:  # the compiler's estimate may die where the compiler does not
+            print(f"no estimate for regions of {slots}, {chip}: {str(error)[:200]}", flush=True)
+            continue
         for which, cycles in passes.items():
             yield ratio(
                 f"routed {which} to dense, regions of {slots}, {where}", chip, cycles / (dense[which] * units), None
