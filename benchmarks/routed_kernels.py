@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 from estimates import cost, ratio, row
 from kernel_bytes import KINDS
 from splash_rows import DKV, DQ, FORWARD
@@ -38,15 +39,6 @@ FEW, MORE = 2, 6
 """Items of a tile in the two programs."""
 SPLASH_BLOCKS = {FORWARD: (1024, 1024, 512), DQ: (1024, 1024), DKV: (1024, 1024, 512)}
 """Of T 4096; see BENCHMARKS.md."""
-
-
-class Shape:
-    """A stand-in for an array."""
-
-    dtype = "bfloat16"
-
-    def __init__(self, *shape: int) -> None:
-        self.shape = shape
 
 
 def expected_items(queries: int, share: float, item: int) -> float:
@@ -128,8 +120,8 @@ def chip_rows(chip: str, heads: int, splash: bool) -> Iterator[dict[str, Any]]:
     for slots in REGIONS:
         layout = layout_of(visual // slots, slots)
         sizes = item_sizes(KINDS[chip])
-        q, k = Shape(1, LENGTH, heads, 128), Shape(1, LENGTH, 1, 128)
-        call = make_call(q, k, layout, sizes, 1.0, interpret=False)  # ty: ignore[invalid-argument-type]
+        q, k = (jnp.empty((1, LENGTH, n, 128), jnp.bfloat16) for n in (heads, 1))
+        call = make_call(q, k, layout, sizes, 1.0, interpret=False)
         assert call is not None
         entries = {
             "lanes": layout.lanes,

@@ -147,7 +147,7 @@ def test_what_is_not_chosen_touches_nothing() -> None:
     given = drawn(3, cut=False, routed=1.0)
     # All queries rank regions alike.
     routes, codes = given.routes._replace(query=jnp.ones_like(given.routes.query)), given.codes
-    choice = xla.choice_of(None, codes, routes, RULE)
+    choice = xla.choice_of(None, codes, routes, RULE, PairForm(), 1.0)
     open_ = (
         np.asarray(routed.open_keys(choice, routes.keys)[:, 0, 0]) & (codes.order[:, None] <= codes.hi[..., None])
     ).any(1)
