@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 import re
 from typing import Any, NamedTuple
 
@@ -24,6 +25,8 @@ from rave_jax.kernels.routed.base import Choice
 from rave_jax.kernels.routed.pallas_tpu import lists
 from rave_jax.kernels.routed.pallas_tpu.forward import forward
 from rave_jax.kernels.routed.pallas_tpu.lists import Layout
+from rave_jax.parallel.mesh import MeshConfig, make_mesh
+from rave_jax.parallel.sharding import use_mesh
 from tests.kernels.drawn import codes_of
 
 B, T, S, K, G, h, R, SLOTS = 1, 24, 72, 1, 20, 16, 6, 20
@@ -140,6 +143,32 @@ def test_without_a_picture_it_is_plain_attention() -> None:
     given = given._replace(routes=routes)
     out, lse, _ = run(given)
     near((out, lse), plain(*given[:4], scale=h**-0.5, implementation="reference"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", [(1, 2, 2), (1, 1, 4)], ids=["rows and kv heads", "more devices than kv heads"])
+def test_a_mesh_changes_nothing(mesh: tuple[int, int, int]) -> None:
+    """Two rows and two kv heads, each of draws of its own."""
+    rows = [[drawn(10 * row + head) for head in range(2)] for row in range(2)]
+    heads = {"q", "k", "v", "query", "descriptor", "ct"}
+
+    def both(name: str, pick: Any) -> Any:
+        parts = [jnp.concatenate([pick(x) for x in row], axis=2) if name in heads else pick(row[0]) for row in rows]
+        return jnp.concatenate(parts, axis=0)
+
+    q, k, v = (both(name, lambda x, name=name: getattr(x, name)) for name in ("q", "k", "v"))
+    codes = MaskCodes(*(both("", lambda x, n=n: x.codes[n]) for n in range(5)))
+    of_routes = {n: both(n, lambda x, n=n: getattr(x.routes, n)) for n in Routes._fields if n not in ("dense", "bias")}
+    routes = Routes(**of_routes, dense=jnp.float32(0.0))
+    ct = tuple(both("ct", lambda x, n=n: x.ct[n]) for n in range(2))
+
+    def gradients(q: Any, k: Any, v: Any) -> Any:
+        return run.__wrapped__(Drawn(q, k, v, codes, routes, ct))
+
+    alone = jax.jit(gradients)(q, k, v)
+    with use_mesh(make_mesh(MeshConfig(*mesh), jax.devices()[: math.prod(mesh)])):
+        split = jax.jit(lambda *x: gradients(*x))(q, k, v)
+    near(split, alone)
 
 
 def test_what_is_not_chosen_touches_nothing() -> None:
