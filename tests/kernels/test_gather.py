@@ -130,6 +130,19 @@ def test_a_broken_promise_is_nan_and_only_where_it_is_broken(implementation: str
     np.testing.assert_array_equal(np.isnan(out), np.broadcast_to(broken[..., None], out.shape))
 
 
+@pytest.mark.parametrize("implementation", BACKENDS)
+def test_a_list_without_room_for_all_heads_is_nan_for_each(implementation: str) -> None:
+    """One head chooses all regions, more than the promises of its kv head's heads together: the others' may be cut."""
+    given_ = operands(2, True, "none")
+    chosen = np.zeros(given_["chosen"].shape, bool)
+    chosen[..., -1], chosen[1, 0, 0] = True, True
+    out, lse = run(**(given_ | {"chosen": jnp.asarray(chosen), "most": 1}), implementation=implementation)
+    broken = np.zeros((B, K * G), bool)
+    broken[1, :G] = True
+    np.testing.assert_array_equal(np.isnan(lse), broken)
+    np.testing.assert_array_equal(np.isnan(out), np.broadcast_to(broken[..., None], out.shape))
+
+
 @pytest.mark.parametrize("implementation", BACKENDS[1:])
 @pytest.mark.parametrize("apart", [False, True], ids=["per group", "per head"])
 def test_what_is_not_chosen_touches_nothing(apart: bool, implementation: str) -> None:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from rave_jax.kernels.pair_bias import Implementation, PairForm, support
 from rave_jax.kernels.routed.gather import pallas_gpu, pallas_tpu, reference, xla
-from rave_jax.kernels.routed.gather.base import Operands, RegionBias, Stack
+from rave_jax.kernels.routed.gather.base import Operands, RegionBias, Stack, union
 from rave_jax.typing import Array, Bool, Float
 
 log = logging.getLogger(__name__)
@@ -55,7 +55,7 @@ def gather_attention(
 
     Returns:
         (output in q's dtype, float32 log-sum-exp): 0 and -inf where nothing is open, NaN in both where more than
-        `most` regions are chosen.
+        `most` regions are chosen, or by all heads of a kv head more than `most` for each.
 
     Raises:
         ValueError: operands whose shapes do not belong together or that have another type, or an implementation that is
@@ -66,7 +66,9 @@ def gather_attention(
     (B, H, h), K = q.shape, k.shape[1]
     operands = Operands(q.reshape(B, K, H // K, h), k, v, real, chosen, bias)
     out, lse = BACKENDS[choose(implementation, operands, most)](operands, most, form, scale)
-    kept = jnp.sum(chosen, axis=-1) <= most
+    # Heads of a kv head share a list, which has no room for more than all of them were to choose.
+    listed = jnp.sum(union(chosen), axis=-1) <= chosen.shape[2] * most
+    kept = (jnp.sum(chosen, axis=-1) <= most) & listed[..., None]
     out, lse = jnp.where(kept[..., None], out, jnp.nan), jnp.where(kept, lse, jnp.nan)
     return out.reshape(B, H, -1).astype(q.dtype), lse.reshape(B, H)
 

@@ -5,8 +5,9 @@
     open_irj  = chosen_ir and real_rj
     out_i     = sum_rj softmax_rj(score_irj over the open) v_rj,   lse_i = log sum_rj exp(score_irj)
 
-Heads with nothing open give out = 0 and lse = -inf. Heads whose choice breaks the promise of `most` give NaN in both:
-the backends read as many regions as were promised, and a quietly wrong answer would be worse.
+Heads with nothing open give out = 0 and lse = -inf. Heads whose choice breaks the promise of `most` give NaN in both,
+and so do all heads of a kv head that together chose more than their promises add up to: the backends read as many
+regions as were promised, and a quietly wrong answer would be worse.
 """
 
 from __future__ import annotations
@@ -100,14 +101,14 @@ def union(chosen: Bool[Array, "B K N R"]) -> Bool[Array, "B K R"]:
 
 
 def listed(chosen: Bool[Array, "B K R"], length: int) -> tuple[Int[Array, "B K n"], Int[Array, "B K"]]:
-    """(numbers of the chosen regions, rising; how many). What the list of this length has room for beyond them repeats
-    the last one (0 where there is none), so that nothing else is ever read."""
+    """(numbers of the chosen regions, rising; how many of them the list holds). What the list of this length has room
+    for beyond them repeats the last one (0 where there is none), so that nothing else is ever read."""
     R = chosen.shape[-1]
     number = jnp.arange(R, dtype=jnp.int32)
     last = jnp.max(jnp.where(chosen, number, 0), axis=-1, keepdims=True)
     index = jnp.sort(jnp.where(chosen, number, R), axis=-1)[..., :length]
     index = jnp.pad(index, ((0, 0), (0, 0), (0, max(0, length - R))), constant_values=R)
-    return jnp.minimum(index, last), jnp.sum(chosen, axis=-1, dtype=jnp.int32)
+    return jnp.minimum(index, last), jnp.minimum(jnp.sum(chosen, axis=-1, dtype=jnp.int32), length)
 
 
 def taken(x: Array, index: Int[Array, "B K n"], *, flat: bool = False) -> Array:
