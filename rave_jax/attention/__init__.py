@@ -24,6 +24,7 @@ from rave_jax.attention.base import (
     Owned,
     Parts,
     Score,
+    check_kernels,
     check_owners,
     check_with_regions,
 )
@@ -84,6 +85,7 @@ __all__ = [
     "build_mechanisms",
     "cached_codes",
     "causal_codes",
+    "check_kernels",
     "check_owners",
     "check_with_regions",
     "chunk_slots",

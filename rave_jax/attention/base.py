@@ -14,7 +14,7 @@ from flax import nnx
 
 from rave_jax.batch import TokenInfo
 from rave_jax.config import ConfigError
-from rave_jax.kernels.pair_bias import KeySegments, MaskCodes, PairBias, PairForm
+from rave_jax.kernels.pair_bias import Implementation, KeySegments, MaskCodes, PairBias, PairForm
 from rave_jax.kernels.routed import Routing
 from rave_jax.typing import Array, Bool, Float, Int
 
@@ -250,4 +250,20 @@ def check_owners(mechanisms: Sequence[Mechanism]) -> None:
         if wanting and not owners:
             raise ConfigError(
                 f"mechanism {wanting[0]} needs a mechanism that owns {thing!r} in each of its layers, and there is none"
+            )
+
+
+def check_kernels(mechanisms: Sequence[Mechanism], implementation: Implementation) -> None:
+    """Refuse, in a layer that routes, what its fused kernels do not serve where these alone are asked for.
+
+    Raises:
+        ConfigError: names the mechanism.
+    """
+    if implementation != "pallas_tpu" or not any(overrides(mechanism, "route") for mechanism in mechanisms):
+        return
+    for mechanism in mechanisms:
+        if overrides(mechanism, "score") or overrides(mechanism, "segments"):
+            raise ConfigError(
+                f"attention 'pallas_tpu' cannot serve mechanism {type(mechanism).__name__} in a layer that chooses "
+                "regions: its kernels add nothing to scores and know no segments of keys; expected auto, or xla"
             )

@@ -116,6 +116,7 @@ class DecoderLayer(nnx.Module):
         self.attention_norm = RmsNorm(D, eps=config.rms_norm_eps, dtype=dtype)
         self.mlp_norm = RmsNorm(D, eps=config.rms_norm_eps, dtype=dtype)
         self.mechanisms = attention.build_mechanisms(mechanisms, config.attention_dims, keys[2])
+        attention.check_kernels(self.mechanisms, options.attention)
         self.implementation = options.attention
         self.max_regions = options.layout.max_regions
         lora.attach(self, "decoder.", options.lora, dtype, keys[3])

@@ -304,6 +304,9 @@ def test_wrong_settings_and_company_are_refused() -> None:
         a_model(gaze(), Decomposed())
     with pytest.raises(ConfigError, match=r"attention.*serve Gaze with share group and hard choices"):
         ModelOptions(mechanisms=(gaze(),), attention="pallas_tpu")
+    with pytest.raises(ConfigError, match="'pallas_tpu' cannot serve mechanism RaveGate in a layer that chooses"):
+        made(CONFIG, ModelOptions((gaze(share="group", layers=(0,)), Rave(rank=4)), attention="pallas_tpu"))
+    made(CONFIG, ModelOptions((gaze(share="group", layers=(0,)), Rave(rank=4, layers=(1,))), attention="pallas_tpu"))
     with pytest.raises(ConfigError, match="GazeRouter needs a mechanism that owns 'pair' in each of its layers"):
         a_model(gaze(rank_with_bias=True), Rave(rank=4, layers=(0,)))
     with pytest.raises(ConfigError, match="rank_with_bias"):
