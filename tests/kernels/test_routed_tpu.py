@@ -230,6 +230,23 @@ def test_a_packed_row_is_its_documents() -> None:
     near((out[:, later], lse[:, later]), (found[0][:, later], found[1][:, later]))
 
 
+def test_nothing_of_float32_as_large_as_the_output_waits_for_the_backward_pass() -> None:
+    """Three parts keep their queries and outputs in the type these have; what merges them keeps nothing wider."""
+    shape = jax.ShapeDtypeStruct
+    q, kv = shape((1, 256, 8, 128), jnp.bfloat16), shape((1, 256, 1, 128), jnp.bfloat16)
+    codes = MaskCodes(*(shape((1, 256), jnp.int32),) * 5)
+    bounds, of_tokens = (shape((1, 2), jnp.int32),) * 2, (shape((1, 256), jnp.int32),) * 2
+    wide = shape((1, 256, 8, 128), jnp.float32), shape((1, 2, 1, 128), jnp.float32)
+    routes = Routes(*wide, *bounds, *of_tokens, shape((), jnp.float32))
+
+    def kept(q: Any, k: Any, v: Any, codes: MaskCodes, routes: Routes) -> Any:
+        with interpreted():
+            return jax.vjp(lambda *x: pallas_tpu.attention(*x, codes, 0.1, routes, RULE, 128), q, k, v)[1]
+
+    large = [x for x in jax.tree.leaves(jax.eval_shape(kept, q, kv, kv, codes, routes)) if x.size >= q.size]
+    assert len(large) <= 9 and all(x.dtype == jnp.bfloat16 for x in large)
+
+
 @settings(max_examples=15, deadline=None)
 @given(seed=st.integers(0, 10_000), slots=st.sampled_from([3, 20, 128, 130, 300]), lanes=st.sampled_from([128, 256]))
 def test_every_pair_is_listed_once(seed: int, slots: int, lanes: int) -> None:

@@ -99,7 +99,8 @@ def on_device(
     call = make_call(q, k, layout, sizes, scale, interpret=interpret)
     assert call is not None
     parts.append(of_regions(q, k, v, codes, routes, rule, call))
-    return merged(*zip(*parts, strict=True))
+    # Kept for the backward pass are the parts, not what merging makes of each in float32.
+    return jax.checkpoint(merged)(*zip(*parts, strict=True))
 
 
 def dense_codes(codes: MaskCodes, routes: Routes) -> tuple[MaskCodes, MaskCodes]:
@@ -161,8 +162,9 @@ def of_regions(
     out, lse = _attention(queries, *tiles, ints, call)
     out, lse = (ungroup_heads(jnp.moveaxis(x[:, :, :, : call.G], 3, 2))[:, :T] for x in (out, lse))
     lse = jnp.where(lse >= UNSEEN, -jnp.inf, lse * (1 / LOG2E))
-    bad = placed.overfull[:, None, None]
-    return jnp.where(bad[..., None], jnp.nan, out[..., :h]), jnp.where(bad, jnp.nan, lse)
+    # Added, not chosen: a choice would keep a mask as large as the output for the backward pass.
+    bad = jnp.where(placed.overfull, jnp.nan, 0.0)[:, None, None]
+    return out[..., :h] + bad[..., None].astype(out.dtype), lse + bad
 
 
 def _ints(q: Array, k: Array, codes: MaskCodes, routes: Routes, rule: RouteRule, placed: Placed, call: Call) -> Ints:
