@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from jax.experimental.pallas import tpu as pltpu
 
+from rave_jax.config import ConfigError
 from rave_jax.kernels import routed
 from rave_jax.kernels.pair_bias import MaskCodes, PairForm
 from rave_jax.kernels.pair_bias import attention as plain
@@ -318,6 +319,13 @@ def test_a_tile_or_query_that_is_not_there_is_an_error() -> None:
         with_info(lambda made: made._replace(info=made.info.at[0, 0, 0, 0, 1].add(9)))
     with pytest.raises(Exception, match=r"(?i)out.of.bounds|IndexError"):
         with_info(lambda made: made._replace(lists=made.lists.at[0, 0, 0, 0, 3].add(4096)))
+
+
+def test_items_are_whole_parts() -> None:
+    """12 queries are no whole number of parts of 8: the last four would be left out."""
+    for chunks in ((2, 4), (5, 4)):
+        with pytest.raises(ConfigError, match="chunks"):
+            pallas_tpu.ItemSizes(queries=12, item=12, chunks=chunks)
 
 
 def test_what_it_cannot_do_is_said() -> None:

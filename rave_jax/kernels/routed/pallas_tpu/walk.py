@@ -50,6 +50,14 @@ class ItemSizes:
         require(self.queries % self.item == 0, "queries", self.queries, f"a multiple of {self.item}")
         for chunk in self.chunks:
             require(chunk > 0 and self.item % chunk == 0, "chunks", chunk, f"divisors of {self.item}")
+        part = short_part(self.item, self.chunks)
+        fits = self.item % part == 0 and all(part % chunk == 0 for chunk in self.chunks)
+        require(fits, "chunks", self.chunks, f"divisors of {part}, and that a divisor of {self.item}")
+
+
+def short_part(item: int, chunks: tuple[int, int]) -> int:
+    """Queries of an item that are taken together where programs are to be short."""
+    return min(item, 2 * max(chunks))
 
 
 @dataclass(frozen=True)
@@ -145,7 +153,7 @@ def walk(
         items = word >> (TILE_BITS + KIND_BITS) if call.fixed is None else call.fixed[1]
 
         def visit_items(static: int) -> None:
-            part = call.item if brisk and static != CUT else min(call.item, 2 * max(call.chunks))
+            part = call.item if brisk and static != CUT else short_part(call.item, call.chunks)
 
             def one(number: Any, _: None) -> None:
                 first = slot * call.length + number * part
