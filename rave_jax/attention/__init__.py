@@ -38,7 +38,15 @@ from rave_jax.attention.masks import cached_codes, causal_codes, segment_codes
 from rave_jax.attention.mma import Mma
 from rave_jax.attention.plan import Layers, SegmentPlan, build_mechanisms, plan_segments
 from rave_jax.attention.rave import Rave
-from rave_jax.attention.region_cache import ChunkSlots, LayerRegions, attend_regions, chunk_slots, entered, joined
+from rave_jax.attention.region_cache import (
+    ChunkSlots,
+    LayerRegions,
+    attend_regions,
+    check_decoding,
+    chunk_slots,
+    entered,
+    joined,
+)
 from rave_jax.attention.sliding_window import SlidingWindow
 from rave_jax.attention.text_positions import TextPositions
 from rave_jax.attention.var import Var
@@ -85,6 +93,7 @@ __all__ = [
     "build_mechanisms",
     "cached_codes",
     "causal_codes",
+    "check_decoding",
     "check_kernels",
     "check_owners",
     "check_with_regions",

@@ -17,17 +17,54 @@ import jax.numpy as jnp
 from rave_jax.attention import cache as kv_cache
 from rave_jax.attention.attend import attend, combine, router_of, routing_of, summarise
 from rave_jax.attention.base import Features, Keys, Mechanism, overrides
-from rave_jax.attention.cache import KvCache, Quantised, RegionSlots, StoredKeys, StoredRegions, quantise
+from rave_jax.attention.cache import (
+    CacheType,
+    KvCache,
+    Quantised,
+    RegionPlace,
+    RegionSlots,
+    StoredKeys,
+    StoredRegions,
+    quantise,
+)
 from rave_jax.attention.merge import merged
 from rave_jax.attention.scores import scores_of
 from rave_jax.batch import TokenInfo
+from rave_jax.config import ConfigError
 from rave_jax.kernels import pair_bias
 from rave_jax.kernels.pair_bias import Implementation, MaskCodes
 from rave_jax.kernels.pair_bias.base import tile_allow
 from rave_jax.kernels.routed import HostRegions, RegionBias, Stack, choice_of, gather_attention
+from rave_jax.kernels.routed.gather import pallas_tpu
 from rave_jax.typing import Array, Bool, Float, Int
 
 log = logging.getLogger(__name__)
+
+
+def check_decoding(
+    implementation: Implementation, tokens: int, head_dim: int, kind: CacheType, dtype: jnp.dtype, place: RegionPlace
+) -> None:
+    """Refuse a cache by regions that the kernel for decoding cannot read where it alone is asked for.
+
+    Args:
+        implementation: of all attention.
+        tokens: m, slots of a region.
+        head_dim: of keys and values.
+        kind, place: of the cache.
+        dtype: compute type.
+
+    Raises:
+        ConfigError: says what stands against it.
+    """
+    if implementation != "pallas_tpu":
+        return
+    against = pallas_tpu.against_layout(tokens, (head_dim, head_dim), dtype)
+    if place == "host":
+        against = "regions_in is 'host'"
+    elif kind != "compute" and jnp.dtype(kind) != dtype:
+        against = f"the cache is {kind}, and the model computes in {dtype}"
+    if against is not None:
+        raise ConfigError(f"attention 'pallas_tpu' cannot decode over regions: {against}; expected auto, or xla")
 
 
 class ChunkSlots(NamedTuple):

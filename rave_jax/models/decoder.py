@@ -191,6 +191,7 @@ class Decoder(nnx.Module):
         self.mrope_section = config.mrope_section
         self.remat = options.remat
         self.layout = options.layout
+        self.implementation = options.attention
         if self.layout.regions is not None:
             attention.check_with_regions([m for segment in self.segments for m in segment.layers.mechanisms])
 
@@ -353,7 +354,8 @@ class Decoder(nnx.Module):
         """A cache for `rows` documents of at most `size` tokens; `dtype` is the compute type.
 
         Raises:
-            ConfigError: `regions_in` is "host", and no mechanism keeps regions or the mesh has several devices.
+            ConfigError: `regions_in` is "host", and no mechanism keeps regions or the mesh has several devices; or the
+                attention is "pallas_tpu", whose kernel for decoding cannot read such regions.
         """
         regions, host_tokens = self.layout.regions, None
         if regions_in == "host":
@@ -364,6 +366,9 @@ class Decoder(nnx.Module):
             ways = 1 if mesh is None else mesh.size
             require(ways == 1, "regions_in", regions_in, f"device on a mesh of {ways} devices")
             host_tokens = regions.tokens
+
+        if regions is not None:
+            attention.check_decoding(self.implementation, regions.tokens, self.head_dim, kind, dtype, regions_in)
 
         def keys(layer: DecoderLayer, slots: int) -> Keys:
             x = self._zeros(rows, slots, dtype)

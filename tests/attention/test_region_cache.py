@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import re
 
@@ -12,6 +13,7 @@ import pytest
 
 from rave_jax.attention import Gaze, MechanismConfig, SlidingWindow, ZeroTuning
 from rave_jax.attention import cache as kv_cache
+from rave_jax.config import ConfigError
 from rave_jax.data.layout import places_in_region
 from rave_jax.layout import FixedRegions
 from rave_jax.models.config import ModelOptions
@@ -104,6 +106,25 @@ def test_all_keys_are_brought_from_the_host_where_they_are_needed() -> None:
 
 STEPS = [(share, "device", kind) for share in ("head", "group") for kind in ("compute", "int8")]
 STEPS += [("head", "host", "compute"), ("group", "host", "int8")]
+
+
+def test_a_cache_that_the_asked_for_kernel_cannot_read_is_refused_at_once() -> None:
+    def empty(regions: FixedRegions, kind="compute", head_dim: int = 128):
+        config = presets.tiny(vocab_size=64, num_layers=1)
+        sections = (head_dim // 4, head_dim // 8, head_dim // 8)
+        text = dataclasses.replace(config.text, head_dim=head_dim, mrope_section=sections)
+        config = dataclasses.replace(config, text=text)
+        options = ModelOptions((Gaze(regions, 16, top_k=1, share="group"),), attention="pallas_tpu")
+        return jax.eval_shape(lambda: Vlm(config, options, key=jax.random.key(0)).empty_cache(1, 24, kind))
+
+    empty(FixedRegions(4, 4))
+    for wrong, message in (
+        ({"regions": FixedRegions(6, 6)}, "multiple of 8 slots.*not 36"),
+        ({"regions": FixedRegions(4, 4), "head_dim": 64}, "multiple of 128 channels, not 16 and 64"),
+        ({"regions": FixedRegions(4, 4), "kind": "int8"}, "the cache is int8, and the model computes in float32"),
+    ):
+        with pytest.raises(ConfigError, match=f"attention 'pallas_tpu' cannot decode over regions: .*{message}"):
+            empty(**wrong)
 
 
 @pytest.mark.parametrize(("share", "place", "kind"), STEPS)

@@ -213,6 +213,9 @@ def test_wrong_operands_and_backends_are_one_clear_error() -> None:
         run(q, k, v, codes, routes._replace(descriptor=routes.descriptor[:, 1:]), bias, RouteRule(1))
     with pytest.raises(ValueError, match="'pallas_tpu' cannot serve routed attention"):
         run(q, k, v, codes, routes, bias, RouteRule(1), implementation="pallas_tpu")
+    ranked = routes._replace(bias=RankBias.of(bias, routes.keys, R))
+    with pytest.raises(ValueError, match="has a bias to rank by beside a rule of with_bias = False"):
+        run(q, k, v, codes, ranked, bias, RouteRule(1))
     for wrong in (0, -1, 1.5, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="top_k"):
             RouteRule(wrong)

@@ -51,6 +51,9 @@ def attention(
     """
     routes, rule, slots = routing
     _check(q, k, codes, routes)
+    if (routes.bias is not None) != rule.with_bias:
+        given = "no bias" if routes.bias is None else "a bias"
+        raise ValueError(f"routed attention has {given} to rank by beside a rule of with_bias = {rule.with_bias}")
     codes = codes._replace(lo=jnp.maximum(codes.lo, NOWHERE + 1))
     terms, form = Terms(bias, key_bias), form or PairForm()
     name = _choose(implementation, q, k, v, terms, segments, routing)

@@ -49,18 +49,25 @@ def against(operands: Operands, most: int) -> str | None:
     found = support.against_pallas_tpu(q, k.values, v.values)
     if found is not None:
         return found
-    m, widths = k.shape[3], (k.shape[-1], v.shape[-1])
+    found = against_layout(k.shape[3], (k.shape[-1], v.shape[-1]), k.values.dtype)
+    if found is not None:
+        return found
+    size = math.prod(q.shape[:2]) * length_of_list(operands, most)
+    if size > MOST_LISTED:
+        return f"its list of regions would have {size} numbers for all rows and kv heads, at most {MOST_LISTED} fit"
+    return None
+
+
+def against_layout(m: int, widths: tuple[int, int], dtype: jnp.dtype) -> str | None:
+    """Why this kernel cannot serve regions of m slots, with keys and values of these widths; or None."""
     if m % SUBLANES or any(width % LANES for width in widths):
         return (
             f"regions must have a multiple of {SUBLANES} slots, and keys and values a multiple of {LANES} channels, "
             f"not {m} and {' and '.join(map(str, widths))}"
         )
-    step = 2 * regions_of_step(m) * m * sum(widths) * k.values.dtype.itemsize
+    step = 2 * regions_of_step(m) * m * sum(widths) * dtype.itemsize
     if step > MOST_BYTES:
         return f"regions of {m} slots take {step} bytes of the chip's own memory, at most {MOST_BYTES} are for them"
-    size = math.prod(q.shape[:2]) * length_of_list(operands, most)
-    if size > MOST_LISTED:
-        return f"its list of regions would have {size} numbers for all rows and kv heads, at most {MOST_LISTED} fit"
     return None
 
 

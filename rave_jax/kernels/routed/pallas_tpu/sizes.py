@@ -102,6 +102,8 @@ def against(
         )
     if rule.choice != "hard" or rule.by != "descriptor":
         return f"choices must be hard and by descriptors, not {rule.choice} by {rule.by}"
+    if rule.with_bias:
+        return "regions are ranked with a pair bias"
     if terms or segments is not None:
         return "a pair bias, a key bias and segments of keys are not served"
     if max(q.shape[-1], v.shape[-1]) > LANES or q.shape[-1] != v.shape[-1]:
