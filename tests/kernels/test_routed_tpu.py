@@ -359,7 +359,8 @@ def test_choices_without_candidates_are_left_to_the_mask() -> None:
     given = drawn(9, cut=False, routed=1.0)
     routes = given.routes._replace(before=jnp.zeros_like(given.routes.before))
     choice = Choice(*(jnp.zeros((B, 1, 1, T, R), bool),) * 2, None)
-    found = lists.open_pairs(choice, given.codes, routes)[:, 0]
+    openings = lists.region_openings(given.codes.open_k, routes.keys, R)
+    found = lists.open_pairs(choice, given.codes, routes, openings)[:, 0]
     seen = (routes.first[:, None] <= given.codes.hi[..., None]) & (routes.first <= routes.last)[:, None]
     np.testing.assert_array_equal(found, seen)
     near(run(given._replace(routes=routes)), run(given._replace(routes=routes), oracle=True))

@@ -202,7 +202,7 @@ def _choices(
     """Pairs of queries and regions, and the reference of every row: of the regions that it sees, the largest score of
     their mean keys, in log2."""
     (B, T, H, _), R = q.shape, call.layout.regions
-    means = _means(k, routes.keys, R)
+    means, openings = _means(k, routes.keys, R), lists.region_openings(codes.open_k, routes.keys, R)
     block = max(8, MOST_SCORES // (B * H * R) // 8 * 8)
     block = min(block, T)
     mine = (
@@ -215,7 +215,7 @@ def _choices(
         q, codes_q, routes_q = mine
         own, given = codes._replace(**codes_q), routes._replace(**routes_q)
         choice = choose(region_scores(given, PairForm(), call.scale), candidates(own, given), given.dense, rule)
-        pairs = lists.open_pairs(choice, own, given)
+        pairs = lists.open_pairs(choice, own, given, openings)
         scores = jnp.einsum("BKGTh,BKRh->BKGTR", group_heads(q, call.K), means.astype(q.dtype), precision="highest")
         best = jnp.max(jnp.where(pairs[:, :, None], scores.astype(jnp.float32), -jnp.inf), axis=-1)
         best = jnp.where(jnp.isfinite(best), best * (call.scale * LOG2E), 0.0)

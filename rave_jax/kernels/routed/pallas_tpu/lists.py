@@ -160,14 +160,14 @@ def _running(x: Bool[Array, "B S n"]) -> Int[Array, "B S n"]:
     return (within + before[:, :, None]).astype(jnp.int32).reshape(B, -1, n)[:, :S]
 
 
-def open_pairs(choice: Choice, codes: MaskCodes, routes: Routes) -> Bool[Array, "B K T R"]:
+def open_pairs(choice: Choice, codes: MaskCodes, routes: Routes, openings: Int[Array, "B R"]) -> Bool[Array, "B K T R"]:
     """Which routed queries may see a key of which regions: all they chose, and of those that they cannot choose the
-    ones that the mask may reach. Never too few; a pair too many is masked key by key."""
+    ones that the mask may reach (`openings` as `region_openings` gives them). Never too few; a pair too many is masked
+    key by key."""
     first, last = routes.first[:, None], routes.last[:, None]
     reached = (codes.lo[..., None] <= last) & (first <= codes.hi[..., None])
     bits_q = 1 << (codes.open_q & 31)
-    bits_k = _region_bits(codes.open_k, routes.keys, first.shape[-1])
-    reached |= (bits_q[..., None] & bits_k[:, None]) != 0
+    reached |= (bits_q[..., None] & openings[:, None]) != 0
     routed = routes.before > jnp.iinfo(jnp.int32).min
     open_ = choice.chosen[:, :, 0] | (~choice.candidate[:, :, 0] & reached[:, None])
     return open_ & routed[:, None, :, None] & (first <= last)[:, None]
@@ -178,7 +178,7 @@ def whole_pairs(codes: MaskCodes, routes: Routes) -> Bool[Array, "B T R"]:
     return (codes.lo[..., None] <= routes.first[:, None]) & (routes.last[:, None] <= codes.hi[..., None])
 
 
-def _region_bits(opening: Int[Array, "B S"], keys: Int[Array, "B S"], R: int) -> Int[Array, "B R"]:
+def region_openings(opening: Int[Array, "B S"], keys: Int[Array, "B S"], R: int) -> Int[Array, "B R"]:
     """One bit of 32 for each opening among a region's keys."""
 
     of_region = (keys[..., None] == jnp.arange(1, R + 1)).astype(jnp.float32)
