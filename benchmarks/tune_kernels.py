@@ -44,8 +44,8 @@ def kernel(which: str, gate: Gate) -> Kernel:
     )
 
 
-def tuned(chip: str, which: str, heads: int, length: int) -> tuple[list[dict[str, Any]], Blocks]:
-    """The ranking of one kernel's blocks, and the first."""
+def tuned(chip: str, which: str, heads: int, length: int) -> tuple[list[dict[str, Any]], Blocks | None]:
+    """The ranking of one kernel's blocks, and the first that fits; None where none does."""
     gated = {
         best.blocks: best.cycles for best in ranked(chip, kernel(which, "log_gate"), heads, length, CHOICES[which])
     }
@@ -62,7 +62,7 @@ def tuned(chip: str, which: str, heads: int, length: int) -> tuple[list[dict[str
     for blocks in CHOICES[which]:
         if blocks not in gated:
             print(f"{which} {blocks}, {chip}: not compiled")
-    winner = next(blocks for blocks in sorted(total, key=total.__getitem__) if fits(chip, which, blocks))
+    winner = next((blocks for blocks in sorted(total, key=total.__getitem__) if fits(chip, which, blocks)), None)
     return rows, winner
 
 
@@ -101,8 +101,13 @@ def main() -> None:
     for chip in args.chips:
         winners = {}
         for which in CHOICES:
-            found, winners[which] = tuned(chip, which, args.heads, args.length)
+            found, winner = tuned(chip, which, args.heads, args.length)
             rows += found
+            if winner is not None:
+                winners[which] = winner
+        if len(winners) < len(CHOICES):
+            print(f"{chip}: no blocks for {' and '.join(sorted(set(CHOICES) - set(winners)))}", flush=True)
+            continue
         found, fold = linear_rows(chip, winners, args.heads, args.length)
         rows += found
         print(f"{chip}: BlockSizes({winners['forward']}, {winners['backward']}, fold_linear={fold})", flush=True)

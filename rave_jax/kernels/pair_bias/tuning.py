@@ -1,8 +1,8 @@
 """Which block sizes the Pallas kernels use on which chip.
 
 From `benchmarks/tune_kernels.py`: the TPU compiler's static cycles for one kv group (head_dim 128, rank 16, bfloat16).
-**No entry has been verified on hardware**, and v5p and TPU7x have the blocks of the chips next to them, which were only
-seen to compile. Where two choices are within 3 % the kernels get equal blocks of queries: the layout's parts are then
+**No entry has been verified on hardware**, and TPU7x has the blocks of the chips next to it, which were only seen to
+compile: the estimator has numbers for few of its kernels. Where two choices are within 3 % the kernels get equal blocks of queries: the layout's parts are then
 whole blocks.
 
 A linear gate rides in further channels of <q, k> where the matrix unit is 256 deep and a head fills 128 of it: the
