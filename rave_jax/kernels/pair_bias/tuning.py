@@ -2,8 +2,8 @@
 
 From `benchmarks/tune_kernels.py`: the TPU compiler's static cycles for one kv group (head_dim 128, rank 16, bfloat16).
 **No entry has been verified on hardware**, and TPU7x has the blocks of the chips next to it, which were only seen to
-compile: the estimator has numbers for few of its kernels. Where two choices are within 3 % the kernels get equal blocks of queries: the layout's parts are then
-whole blocks.
+compile: the estimator has numbers for few of its kernels. Where two choices are within 3 % the kernels get equal blocks
+of queries: the layout's parts are then whole blocks.
 
 A linear gate rides in further channels of <q, k> where the matrix unit is 256 deep and a head fills 128 of it: the
 product then costs what it costs without a gate. On a unit 128 deep it would cost a second pass, as the gate's own
