@@ -145,7 +145,7 @@ def ratio(
     name: str, where: str, value: float, most: float | None, more: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
     """A row of a ratio that should be no more than `most`."""
-    aim, holds = ("", True) if most is None else (f"<= {most}", value <= most)
+    aim, holds = ("", True) if most is None else (f"<= {most}", bool(value <= most))
     return row(name, where, value, "x", more, aim, holds)
 
 
