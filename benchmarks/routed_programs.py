@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from pallas_calls import Captured, captured
 
 from rave_jax.kernels.pair_bias.pallas_tpu.tile import LANES
-from rave_jax.kernels.routed.pallas_tpu.backward import over_numbers
+from rave_jax.kernels.routed.pallas_tpu.backward import backward
 from rave_jax.kernels.routed.pallas_tpu.forward import CODES, forward
 from rave_jax.kernels.routed.pallas_tpu.lists import Layout
 from rave_jax.kernels.routed.pallas_tpu.walk import Call
@@ -65,7 +65,7 @@ def program(
         made = captured(lambda *args: forward(*args, call, online=online), q, reference, kv, kv, *ints)
     else:
         numbers = place((1, 1, 2 * queries, LANES), f32)
-        made = captured(lambda *args: over_numbers(*args, call), q, kv, kv, q, numbers, *ints)
+        made = captured(lambda *args: backward(*args, call), q, kv, kv, q, numbers, *ints)
     return _alone(made, place)
 
 

@@ -24,7 +24,7 @@ from rave_jax.kernels.pair_bias.pallas_tpu.tile import LANES, LOG2E, UNSEEN
 from rave_jax.kernels.pair_bias.tuning import block_sizes
 from rave_jax.kernels.routed.base import RouteRule, Routes, candidates, choose, region_scores
 from rave_jax.kernels.routed.pallas_tpu import lists
-from rave_jax.kernels.routed.pallas_tpu.backward import backward
+from rave_jax.kernels.routed.pallas_tpu.backward import backward, numbers_of
 from rave_jax.kernels.routed.pallas_tpu.forward import forward
 from rave_jax.kernels.routed.pallas_tpu.lists import Layout, Placed, Work
 from rave_jax.kernels.routed.pallas_tpu.sizes import against, item_sizes, layout_of, make_call
@@ -285,7 +285,7 @@ def _backward(call: Call, saved, cotangents):
     d_out, d_lse = cotangents
     delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1) - d_lse * LOG2E
     work = ints.work.lists.reshape(-1), ints.work.info
-    grads = backward(q, k, v, d_out, lse, delta, ints.codes_q, ints.codes_k, *work, call)
+    grads = backward(q, k, v, d_out, numbers_of(lse, delta, call), ints.codes_q, ints.codes_k, *work, call)
     return *grads, jax.tree.map(_no_gradient, ints)
 
 

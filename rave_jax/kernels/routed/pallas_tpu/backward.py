@@ -20,11 +20,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from rave_jax.kernels.pair_bias.pallas_tpu.tile import LANES, LOG2E, UNSEEN, column, product, wide
-from rave_jax.kernels.routed.pallas_tpu.forward import CODES
 from rave_jax.kernels.routed.pallas_tpu.lists import CUT, PLACE_BITS, WHOLE
 from rave_jax.kernels.routed.pallas_tpu.walk import (
+    CODES,
     ROWS,
     Call,
+    block_specs,
     compiler_params,
     each_line,
     gathered,
@@ -38,33 +39,21 @@ from rave_jax.kernels.routed.pallas_tpu.walk import (
 from rave_jax.typing import Array, Float, Int
 
 
-def backward(
-    q: Float[Array, "B K T rows h"],
-    k: Float[Array, "B K tiles lanes h"],
-    v: Float[Array, "B K tiles lanes h"],
-    d_out: Float[Array, "B K T rows h"],
-    lse: Float[Array, "B K T rows"],
-    delta: Float[Array, "B K T rows"],
-    codes_q: Int[Array, "B blocks 1 codes"],
-    codes_k: Int[Array, "B tiles eight lanes"],
-    lists: Int[Array, "entries"],
-    info: Int[Array, "B K blocks 1 words"],
-    call: Call,
-) -> tuple[Float[Array, "B K T rows h"], Float[Array, "B K tiles lanes h"], Float[Array, "B K tiles lanes h"]]:
-    """Gradients of q, k and v.
+def numbers_of(
+    lse: Float[Array, "B K T rows"], delta: Float[Array, "B K T rows"], call: Call
+) -> Float[Array, "B K 2*T lanes"]:
+    """What the kernel reads of each row: two lines for each query, each number repeated along the lanes.
 
     Args:
-        q, k, v, codes_q, codes_k, lists, info, call: as in the forward pass.
-        d_out: gradient of the output.
         lse: of the forward pass, in log2, UNSEEN where a row saw nothing.
         delta: rowsum(d_out * out) - d_lse, d_lse of the natural log-sum-exp.
+        call: sizes.
     """
     numbers = jnp.stack([jnp.tile(x, LANES // call.rows) for x in (lse, delta)], axis=3)
-    numbers = numbers.reshape(call.B, call.K, 2 * call.T, LANES)
-    return over_numbers(q, k, v, d_out, numbers, codes_q, codes_k, lists, info, call)
+    return numbers.reshape(call.B, call.K, 2 * call.T, LANES)
 
 
-def over_numbers(
+def backward(
     q: Float[Array, "B K T rows h"],
     k: Float[Array, "B K tiles lanes h"],
     v: Float[Array, "B K tiles lanes h"],
@@ -76,40 +65,40 @@ def over_numbers(
     info: Int[Array, "B K blocks 1 words"],
     call: Call,
 ) -> tuple[Float[Array, "B K T rows h"], Float[Array, "B K tiles lanes h"], Float[Array, "B K tiles lanes h"]]:
-    """The same with lse and delta of each query in two lines, repeated along the lanes."""
-    B, K, n, rows, h = call.B, call.K, call.queries, call.rows, LANES
-    tiles, lanes = call.layout.tiles, call.layout.lanes
-    smem = pltpu.SMEM
-    of_words = pl.BlockSpec((None, None, None, 1, info.shape[-1]), lambda b, g, i: (b, g, i, 0, 0), memory_space=smem)
-    of_codes = pl.BlockSpec((None, None, 1, CODES * n), lambda b, g, i: (b, i, 0, 0), memory_space=smem)
-    of_queries = pl.BlockSpec((None, None, n, rows, h), lambda b, g, i: (b, g, i, 0, 0))
-    of_keys = pl.BlockSpec((None, None, tiles, lanes, h), lambda b, g, i: (b, g, 0, 0, 0))
-    once = pl.BlockSpec(of_keys.block_shape, of_keys.index_map, pipeline_mode=pl.Buffered(1))
+    """Gradients of q, k and v.
+
+    Args:
+        q, k, v, codes_q, codes_k, lists, info, call: as in the forward pass.
+        d_out: gradient of the output.
+        numbers: of `numbers_of`.
+    """
+    specs = block_specs(call, info.shape[-1])
+    tiles = (call.layout.tiles, call.layout.lanes, LANES)
     scratch = {
         "given": pltpu.VMEM((2 * call.places, LANES), jnp.float32),
         "numbers": pltpu.VMEM((2 * call.queries + 8, LANES), jnp.float32),
         "d_q": pltpu.VMEM((call.places, LANES), jnp.float32),
-        "d_k": pltpu.VMEM((tiles, lanes, h), jnp.float32),
-        "d_v": pltpu.VMEM((tiles, lanes, h), jnp.float32),
+        "d_k": pltpu.VMEM(tiles, jnp.float32),
+        "d_v": pltpu.VMEM(tiles, jnp.float32),
         **list_scratch(call),
     }
     run = pl.pallas_call(
         functools.partial(_kernel, call=call, names=tuple(scratch)),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=0,
-            grid=(B, K, call.blocks),
+            grid=(call.B, call.K, call.blocks),
             in_specs=(
-                of_words,
-                of_codes,
-                pl.BlockSpec(memory_space=pltpu.HBM),
-                of_queries,
-                of_queries,
-                pl.BlockSpec((None, None, 2 * n, LANES), lambda b, g, i: (b, g, i, 0)),
-                once,
-                once,
-                pl.BlockSpec((None, tiles, 8, lanes), lambda b, g, i: (b, 0, 0, 0)),
+                specs.words,
+                specs.codes,
+                specs.lists,
+                specs.queries,
+                specs.queries,
+                pl.BlockSpec((None, None, 2 * call.queries, LANES), lambda b, g, i: (b, g, i, 0)),
+                specs.keys_once,
+                specs.keys_once,
+                specs.codes_k,
             ),
-            out_specs=(of_queries, of_keys, of_keys),
+            out_specs=(specs.queries, specs.keys, specs.keys),
             scratch_shapes=tuple(scratch.values()),
         ),
         out_shape=tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v)),

@@ -22,7 +22,9 @@ from jax.experimental.pallas import tpu as pltpu
 from rave_jax.kernels.pair_bias.pallas_tpu.tile import LANES, LOG2E, MASKED, UNSEEN, column, fold_lanes, product, wide
 from rave_jax.kernels.routed.pallas_tpu.lists import CUT, PLACE_BITS, WHOLE
 from rave_jax.kernels.routed.pallas_tpu.walk import (
+    CODES,
     Call,
+    block_specs,
     compiler_params,
     each_line,
     gathered,
@@ -34,9 +36,6 @@ from rave_jax.kernels.routed.pallas_tpu.walk import (
     walk,
 )
 from rave_jax.typing import Array, Float, Int
-
-CODES = 3
-"""Numbers of a query that a CUT visit reads: lo, hi, open_q."""
 
 
 def forward(
@@ -64,15 +63,8 @@ def forward(
         call: sizes.
         online: keep a running maximum.
     """
-    B, K, n, rows, h = call.B, call.K, call.queries, call.rows, LANES
-    tiles, lanes = call.layout.tiles, call.layout.lanes
-    smem = pltpu.SMEM
-    of_words = pl.BlockSpec((None, None, None, 1, info.shape[-1]), lambda b, g, i: (b, g, i, 0, 0), memory_space=smem)
-    of_codes = pl.BlockSpec((None, None, 1, CODES * n), lambda b, g, i: (b, i, 0, 0), memory_space=smem)
-    of_queries = pl.BlockSpec((None, None, n, rows, h), lambda b, g, i: (b, g, i, 0, 0))
+    B, K, rows, specs = call.B, call.K, call.rows, block_specs(call, info.shape[-1])
     of_lines = pl.BlockSpec((None, None, call.lines, LANES), lambda b, g, i: (b, g, i, 0))
-    of_keys = pl.BlockSpec((None, None, tiles, lanes, h), lambda b, g, i: (b, g, 0, 0, 0))
-    once = pl.BlockSpec(of_keys.block_shape, of_keys.index_map, pipeline_mode=pl.Buffered(1))
     scratch = {
         "given": pltpu.VMEM((2 * call.places, LANES), jnp.float32),
         "made": pltpu.VMEM((2 * call.places, LANES), jnp.float32),
@@ -84,20 +76,20 @@ def forward(
             num_scalar_prefetch=0,
             grid=(B, K, call.blocks),
             in_specs=(
-                of_words,
-                of_codes,
-                pl.BlockSpec(memory_space=pltpu.HBM),
-                of_queries,
+                specs.words,
+                specs.codes,
+                specs.lists,
+                specs.queries,
                 of_lines,
-                once,
-                once,
-                pl.BlockSpec((None, tiles, 8, lanes), lambda b, g, i: (b, 0, 0, 0)),
+                specs.keys_once,
+                specs.keys_once,
+                specs.codes_k,
             ),
-            out_specs=(of_queries, of_lines),
+            out_specs=(specs.queries, of_lines),
             scratch_shapes=tuple(scratch.values()),
         ),
         out_shape=(
-            jax.ShapeDtypeStruct((B, K, call.T, rows, h), q.dtype),
+            jax.ShapeDtypeStruct((B, K, call.T, rows, LANES), q.dtype),
             jax.ShapeDtypeStruct((B, K, call.T * rows // LANES, LANES), jnp.float32),
         ),
         compiler_params=compiler_params(),

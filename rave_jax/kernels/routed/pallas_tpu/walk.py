@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,8 @@ from rave_jax.typing import Array
 
 ROWS = 8
 """Rows of a query are a multiple of this: a tile of the chip's memory."""
+CODES = 3
+"""Numbers of a query that a CUT visit reads: lo, hi, open_q."""
 VMEM_LIMIT = 110 << 20
 """Bytes a kernel may use."""
 
@@ -104,6 +106,33 @@ class Call:
     def lines(self) -> int:
         """Rows of 128 lanes that hold a number for each row of the super-block's queries."""
         return self.queries * self.rows // LANES
+
+
+class BlockSpecs(NamedTuple):
+    """Of the operands that both kernels have; `keys_once` are not copied while others are worked on."""
+
+    words: pl.BlockSpec
+    codes: pl.BlockSpec
+    lists: pl.BlockSpec
+    queries: pl.BlockSpec
+    keys: pl.BlockSpec
+    keys_once: pl.BlockSpec
+    codes_k: pl.BlockSpec
+
+
+def block_specs(call: Call, words: int) -> BlockSpecs:
+    """For a grid of (row, kv head, super-block); `words` are those of a super-block."""
+    n, tiles, lanes, smem = call.queries, call.layout.tiles, call.layout.lanes, pltpu.SMEM
+    keys = pl.BlockSpec((None, None, tiles, lanes, LANES), lambda b, g, i: (b, g, 0, 0, 0))
+    return BlockSpecs(
+        words=pl.BlockSpec((None, None, None, 1, words), lambda b, g, i: (b, g, i, 0, 0), memory_space=smem),
+        codes=pl.BlockSpec((None, None, 1, CODES * n), lambda b, g, i: (b, i, 0, 0), memory_space=smem),
+        lists=pl.BlockSpec(memory_space=pltpu.HBM),
+        queries=pl.BlockSpec((None, None, n, call.rows, LANES), lambda b, g, i: (b, g, i, 0, 0)),
+        keys=keys,
+        keys_once=pl.BlockSpec(keys.block_shape, keys.index_map, pipeline_mode=pl.Buffered(1)),
+        codes_k=pl.BlockSpec((None, tiles, 8, lanes), lambda b, g, i: (b, 0, 0, 0)),
+    )
 
 
 def list_scratch(call: Call) -> dict[str, Any]:
