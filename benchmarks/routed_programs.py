@@ -15,9 +15,9 @@ from pallas_calls import Captured, captured
 
 from rave_jax.kernels.pair_bias.pallas_tpu.tile import LANES
 from rave_jax.kernels.routed.pallas_tpu.backward import backward
-from rave_jax.kernels.routed.pallas_tpu.forward import CODES, forward
+from rave_jax.kernels.routed.pallas_tpu.forward import forward
 from rave_jax.kernels.routed.pallas_tpu.lists import Layout
-from rave_jax.kernels.routed.pallas_tpu.walk import Call
+from rave_jax.kernels.routed.pallas_tpu.walk import CODES, Call
 
 TILES = 2
 
