@@ -3,7 +3,8 @@
 Every seed first trains one dense backbone, the model of `configs/quickstart_gaze.py` without Gaze and without context
 tokens. Each setting then goes on from it for as many steps, over the same samples in the same order, and answers the
 same held-out questions, so that settings differ in nothing but what they say. An answer is right where the model's
-greedy answer is the sample's, end included, from one forward pass over both (`evaluation/forced.py`).
+greedy answer is the sample's, end included, from one forward pass over both (`evaluation/forced.py`). Settings learn at
+ADAPTING of the backbone's rate: what is trained already is to change its reading, not to start again.
 
 A finished pair of setting and seed is a file in OUT/rows and is not run again; what was interrupted goes on where it
 stopped. The table says what is missing, and what its numbers do not decide.
@@ -54,6 +55,7 @@ BASE = "dense"
 SMALL_ROWS = 56, 12
 """Tokens and patches of a row that holds a small picture."""
 SAMPLES, LOOKED_AT, ANSWER_TOKENS = 4096, 128, 4
+ADAPTING = 0.3
 FLOOR, WIDEST = 0.6, 0.015
 """Below FLOOR the base cannot do the task; intervals wider than WIDEST decide nothing."""
 
@@ -66,7 +68,7 @@ def settings(config: TrainConfig) -> dict[str, ModelOptions]:
     def routed(**changes: Any) -> ModelOptions:
         return replace(own, mechanisms=(replace(gaze, **changes),))
 
-    descriptors = {f"{name}_25": routed(descriptor=name) for name in ("min_max", "oracle", "random")}
+    descriptors = {f"{name}_25": routed(descriptor=name) for name in ("min_max", "spread", "oracle", "random")}
     return {
         BASE: replace(own, mechanisms=(), context=None),
         "context_only": replace(own, mechanisms=()),
@@ -74,6 +76,7 @@ def settings(config: TrainConfig) -> dict[str, ModelOptions]:
         "gaze_25": own,
         "gaze_12": routed(top_k=2),
         "gaze_25_no_context": replace(own, context=None),
+        "min_max_25_no_context": replace(routed(descriptor="min_max"), context=None),
         **descriptors,
         "gaze_25_at_once": routed(schedule=TopKSchedule(shape="none")),
     }
@@ -125,6 +128,8 @@ def run_row(name: str, seed: int, config: TrainConfig, steps: int, out: Path) ->
     since_backbone = time.monotonic()
     folder = out / f"{name}-{seed}"
     data = questions(config, seed + 1000)  # others than the backbone saw
+    rate = ADAPTING * config.optimizer.learning_rate
+    optimizer = replace(config.optimizer, learning_rate=rate, warmup=min(config.optimizer.warmup, steps // 10))
     train(
         seeded(
             config,
@@ -134,7 +139,7 @@ def run_row(name: str, seed: int, config: TrainConfig, steps: int, out: Path) ->
             model=options[name],
             data=data,
             steps=steps,
-            optimizer=replace(config.optimizer, warmup=min(config.optimizer.warmup, steps // 10)),
+            optimizer=optimizer,
         )
     )
     trained = time.monotonic()
@@ -151,6 +156,7 @@ def run_row(name: str, seed: int, config: TrainConfig, steps: int, out: Path) ->
         "accuracy": float(right.mean()),
         "samples": len(samples),
         "steps": steps,
+        "learning_rate": rate,
         "backbone_steps": config.steps,
         **read_of(run, samples[:LOOKED_AT], heldout),
         "train_s": round(trained - since_backbone, 1),
@@ -254,7 +260,7 @@ def main() -> int:
     assert isinstance(config, TrainConfig)
     names = list(settings(config))
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--settings", nargs="+", choices=names, default=names)
     parser.add_argument("--steps", type=int, default=100, help="of each setting, behind the backbone's")
     parser.add_argument("--out", type=Path, default=Path("runs/gaze_results"))

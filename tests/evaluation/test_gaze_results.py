@@ -36,10 +36,14 @@ def test_settings_differ_in_what_their_names_say(config: TrainConfig) -> None:
     settings = gaze_results.settings(config)
     routed = {name: next((m for m in o.mechanisms if isinstance(m, Gaze)), None) for name, o in settings.items()}
     assert [name for name, gaze in routed.items() if gaze is None] == ["dense", "context_only"]
-    assert [name for name, o in settings.items() if o.context is None] == ["dense", "gaze_25_no_context"]
+    assert [name for name, o in settings.items() if o.context is None] == [
+        "dense",
+        "gaze_25_no_context",
+        "min_max_25_no_context",
+    ]
     shares = {name: gaze.top_k / 16 for name, gaze in routed.items() if gaze is not None}
     assert {name: share for name, share in shares.items() if share != 0.25} == {"gaze_50": 0.5, "gaze_12": 0.125}
-    assert {gaze.descriptor for gaze in routed.values() if gaze} == {"mean", "min_max", "oracle", "random"}
+    assert {gaze.descriptor for gaze in routed.values() if gaze} == {"mean", "min_max", "spread", "oracle", "random"}
     assert [name for name, gaze in routed.items() if gaze and gaze.schedule.shape == "none"] == ["gaze_25_at_once"]
 
 
