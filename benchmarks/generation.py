@@ -1,12 +1,14 @@
-"""Generation with slots against transformers + torch on one CPU: a 43 M Qwen2.5-VL shape, greedy, float32.
+"""Generation with slots against transformers + torch on one CPU: a 43 M Qwen2.5-VL shape, greedy.
 
 Three loads. `one`: a prompt alone. `eight`: eight prompts of one length with answers of one length. `mixed`: 48
 requests whose prompts, pictures and answers differ, as they come to a server; transformers takes them in batches of
 eight in the order they come, padded on the left, and each batch runs to its longest answer. Tokens that nobody asked
 for do not count. Each round times one call of ours and one of theirs; ratios are medians over rounds, above 1 when we
-are faster. Then 100 mixed requests on fresh slots count compilations and how full the slots were.
+are faster. Both sides hold and compute in the same number type, float32 and then bfloat16. 100 mixed requests on fresh
+slots count compilations and how full the slots were.
 
     RAVE_JAX_TORCH_PYTHON=/path/to/python-with-torch python benchmarks/generation.py [--json FILE] [--rounds 5]
+        [--dtypes float32 bfloat16]
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import functools
 import json
 import tempfile
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 from small_vlm import (
@@ -35,6 +37,7 @@ from small_vlm import (
 
 from rave_jax.inference import Engine, Sampling, SlotConfig
 from rave_jax.inference.slots import compilations
+from rave_jax.models.config import FloatName
 from rave_jax.models.vlm import Vlm
 
 SLOTS = 8
@@ -96,8 +99,14 @@ def answer(slots: Engine, asked: list[Asked]) -> None:
     assert given == sum(one.new_tokens for one in asked)
 
 
-def measure(rounds: int) -> list[dict[str, Any]]:
-    """Rows of the result."""
+def measure(rounds: int, dtype: FloatName, counted: bool) -> list[dict[str, Any]]:
+    """Rows of the result.
+
+    Args:
+        rounds: timed for each load.
+        dtype: of both sides' parameters, and what they compute in.
+        counted: whether compilations and occupancy, the same in every number type, are counted too.
+    """
     all_loads = loads()
     with tempfile.TemporaryDirectory() as folder:
         arrays, steps = {}, {}
@@ -107,8 +116,8 @@ def measure(rounds: int) -> list[dict[str, Any]]:
             for number, batch in enumerate(batches):
                 arrays |= {f"{load}.{number}.{name}": value for name, value in padded(batch).items()}
         np.savez(f"{folder}/inputs.npz", allow_pickle=False, **arrays)
-        torch = TorchSide("generation_torch.py", folder, {"loads": steps})
-        model = our_model(folder)
+        torch = TorchSide("generation_torch.py", folder, {"loads": steps}, dtype)
+        model = our_model(folder, dtype)
         sizes = {
             "one": dataclasses.replace(SIZES, slots=1),
             "eight": dataclasses.replace(SIZES, prefill_rows=SLOTS),
@@ -122,7 +131,7 @@ def measure(rounds: int) -> list[dict[str, Any]]:
             rows.append(compare(torch, load, ours, tokens=tokens, aim=aim, rounds=rounds, uncounted=1))
         where = torch.where
         torch.close()
-    return rows + count(model, where)
+    return rows + (count(model, where) if counted else [])
 
 
 def count(model: Vlm, where: str) -> list[dict[str, Any]]:
@@ -157,10 +166,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="file that the rows are written to")
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds per load, after one that is not counted")
+    parser.add_argument("--dtypes", nargs="+", choices=get_args(FloatName), default=get_args(FloatName))
     options = parser.parse_args()
-    rows = measure(options.rounds)
-    for row in rows:
-        print("  ".join(f"{key}={value}" for key, value in row.items()))
+    rows = []
+    for number, dtype in enumerate(options.dtypes):
+        found = measure(options.rounds, dtype, counted=number == 0)
+        rows += found
+        for row in found:
+            print("  ".join(f"{key}={value}" for key, value in row.items()), flush=True)
     if options.json:
         options.json.write_text(json.dumps(rows, indent=2) + "\n")
 

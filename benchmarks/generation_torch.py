@@ -22,6 +22,7 @@ def main(directory: str) -> None:
     torch.manual_seed(shape["seed"])
     model = Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(**shape["config"])).float().eval()
     model.save_pretrained(directory)
+    model = model.to(getattr(torch, shape["dtype"]))  # what is saved stays float32, so that ours reads it whole
     arrays = np.load(f"{directory}/inputs.npz")
 
     def batch(load: str, number: int) -> dict[str, torch.Tensor]:

@@ -20,7 +20,7 @@ from rave_jax.checkpoint.hf_import import import_hf
 from rave_jax.data.images import PatchGrid, image_patches
 from rave_jax.data.positions import Visual, grid_places, mrope_positions
 from rave_jax.data.sample import Example
-from rave_jax.models.config import ModelOptions
+from rave_jax.models.config import FloatName, ModelOptions
 from rave_jax.models.vlm import Vlm
 
 SEED = 0
@@ -116,15 +116,16 @@ class TorchSide:
     Args:
         script: of this folder.
         folder: where it makes the checkpoint and finds its inputs.
-        shape: what it is told, beside the model's config, seed and threads.
+        shape: what it is told, beside the model's config, seed, number type and threads.
+        dtype: number type of its parameters and of what it computes with.
     """
 
-    def __init__(self, script: str, folder: str, shape: dict[str, Any]):
+    def __init__(self, script: str, folder: str, shape: dict[str, Any], dtype: FloatName = "float32"):
         interpreter = os.environ.get("RAVE_JAX_TORCH_PYTHON")
         if not interpreter:
             raise SystemExit("RAVE_JAX_TORCH_PYTHON is not set: name a Python that has torch and transformers")
-        self.threads = len(os.sched_getaffinity(0))
-        told = {"config": CONFIG, "seed": SEED, "threads": self.threads, **shape}
+        self.threads, self.dtype = len(os.sched_getaffinity(0)), dtype
+        told = {"config": CONFIG, "seed": SEED, "threads": self.threads, "dtype": dtype, **shape}
         Path(folder, "shape.json").write_text(json.dumps(told))
         # -P: transformers looks for a package `kernels`, and would find the benchmark of that name in this folder.
         command = [interpreter, "-P", str(Path(__file__).with_name(script)), folder]
@@ -146,7 +147,9 @@ class TorchSide:
     @property
     def where(self) -> str:
         """Machine and versions, for a row of results."""
-        return f"CPU, {self.threads} threads, float32, jax {jax.__version__}, torch {self.says['torch']}, seed {SEED}"
+        return (
+            f"CPU, {self.threads} threads, {self.dtype}, jax {jax.__version__}, torch {self.says['torch']}, seed {SEED}"
+        )
 
     def _line(self) -> str:
         assert self._process.stdout
@@ -189,6 +192,7 @@ def compare(
     }
 
 
-def our_model(folder: str) -> Vlm:
+def our_model(folder: str, dtype: FloatName = "float32") -> Vlm:
     """The checkpoint in our model, as a user would run it on a CPU: torch keeps its layers apart too."""
-    return import_hf(folder, ModelOptions(scan_layers=False), None, jax.random.key(SEED))
+    options = ModelOptions(scan_layers=False, param_dtype=dtype, compute_dtype=dtype)
+    return import_hf(folder, options, None, jax.random.key(SEED))

@@ -22,6 +22,19 @@ def test_products_and_their_gradients(rows: tuple[int, ...], out: int) -> None:
     np.testing.assert_allclose(dmatrix, weight.reshape(-1, out).T @ x.reshape(-1, 24), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("rows", [(1,), (1, 1), (2,)])
+def test_a_single_row_of_bfloat16_counts_as_two(rows: tuple[int, ...]) -> None:
+    rng = np.random.default_rng(0)
+    x, matrix = (jnp.asarray(rng.standard_normal(shape), jnp.bfloat16) for shape in ((*rows, 24), (40, 24)))
+    y, pull = jax.vjp(jax.jit(lambda x, matrix: product(x, matrix, jnp.dtype(jnp.float32))), x, matrix)
+    dx, dmatrix = pull(jnp.ones_like(y))
+    exact = [np.asarray(one, np.float32) for one in (x, matrix)]
+    np.testing.assert_allclose(y, exact[0] @ exact[1].T, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(dx.astype(np.float32), np.broadcast_to(exact[1].sum(0), x.shape), rtol=1e-2, atol=1e-2)
+    total = np.broadcast_to(exact[0].reshape(-1, 24).sum(0), matrix.shape)
+    np.testing.assert_allclose(dmatrix.astype(np.float32), total, rtol=1e-2, atol=1e-2)
+
+
 def test_only_a_cpu_takes_the_weight_on_the_left() -> None:
     """Other devices' programs hold the one product they had, and no barrier."""
     x, matrix = jnp.ones((8, 24)), jnp.ones((40, 24))
