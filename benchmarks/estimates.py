@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -18,6 +19,8 @@ FINALISTS = 2
 """How many blocks, best at the first length, are tried at the next."""
 MOST_STEPS = 1024
 """Grids with more take minutes to estimate."""
+PATIENCE = 1200.0
+"""Seconds for a case; on a busy machine a large kernel takes minutes."""
 Blocks = tuple[int, ...]
 
 
@@ -79,10 +82,14 @@ class Cost(NamedTuple):
 
 
 def ranked(chip: str, kernel: Kernel, heads: int, length: int, choices: Sequence[Blocks]) -> list[Best]:
-    """Choices that compile, best first. Some do not fit the chip; some kill the compiler or its estimate."""
+    """Choices that compile, best first. Some do not fit the chip, some kill the compiler or its estimate: what those
+    said goes to standard error."""
     cases = {choice: kernel.case(heads, length, choice) for choice in choices}
     small = [case for choice, case in cases.items() if kernel.steps(heads, length, choice) <= MOST_STEPS]
-    results = compile_cases(chip, small, cycles=True, bundles=True)
+    results = compile_cases(chip, small, cycles=True, bundles=True, limit=PATIENCE)
+    for name, result in results.items():
+        if result.error:
+            print(f"{chip}, {name}: {result.error.strip().splitlines()[-1][:300]}", file=sys.stderr, flush=True)
     found = [(choice, results[case.name]) for choice, case in cases.items() if case.name in results]
     good = [Best(kernel.cycles(result), choice, result) for choice, result in found if not result.error]
     return sorted(good, key=lambda best: best.cycles)
