@@ -95,5 +95,8 @@ def test_the_table_pairs_seeds_and_says_what_is_missing_and_what_is_not_decided(
     assert "not decided: one seed" in lines[4] and "50.0%, by chance 6.2%" in lines[4] and "seeds 0, 2" in lines[4]
     results = {r["name"].split(":")[0]: r for r in gaze_results.as_results(table)}
     assert results["gaze_25"]["holds"] is True and results["gaze_12"]["holds"] is None
+    worse = [row("gaze_25", seed, accuracy - 0.012) for seed, accuracy in enumerate((0.80, 0.90, 0.85))]
+    table = gaze_results.compared(rows[:3] + worse, ["dense", "gaze_25"], [0, 1, 2])
+    assert gaze_results.as_results(table)[0]["holds"] is False
     weak = [row("dense", s, 0.5) for s in range(3)] + [row("gaze_25", s, 0.5) for s in range(3)]
     assert "base 50.0% < 60%" in gaze_results.compared(weak, ["dense", "gaze_25"], [0, 1, 2])[1]["undecided"]
