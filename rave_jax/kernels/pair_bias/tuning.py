@@ -18,7 +18,7 @@ BY_DEVICE_KIND = {
     "TPU v5 lite": BlockSizes((512, 512), (512, 512)),
     "TPU v5": BlockSizes((512, 512), (512, 512)),
     "TPU v5p": BlockSizes((512, 512), (512, 512)),
-    "TPU v6 lite": BlockSizes((512, 512), (512, 512), fold_linear=True),
+    "TPU v6 lite": BlockSizes((1024, 1024), (1024, 1024), fold_linear=True),
     "TPU7x": BlockSizes((512, 512), (512, 512), key_bytes=20 << 20, fold_linear=True),
 }
 OTHER = BlockSizes((256, 512), (256, 512), key_bytes=12 << 20)
