@@ -43,3 +43,13 @@ def test_only_a_cpu_takes_the_weight_on_the_left() -> None:
         program = traced.lower(lowering_platforms=(platform,)).as_text()
         assert program.count("optimization_barrier") == barriers
         assert program.count("dot_general") == 1
+
+
+@pytest.mark.parametrize("rows, wide", [(1, 1), (2, 0)])
+def test_only_a_cpu_takes_a_single_row_of_bfloat16_twice(rows: int, wide: int) -> None:
+    x, matrix = jnp.ones((rows, 24), jnp.bfloat16), jnp.ones((40, 24), jnp.bfloat16)
+    traced = jax.jit(lambda x, matrix: product(x, matrix, jnp.dtype(jnp.float32))).trace(x, matrix)
+    for platform, found in (("cpu", wide), ("tpu", 0), ("cuda", 0)):
+        program = traced.lower(lowering_platforms=(platform,)).as_text()
+        assert program.count("dot_general") == 1
+        assert ("-> tensor<2x24xbf16>" in program) == bool(found)
