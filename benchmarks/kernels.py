@@ -177,7 +177,7 @@ def main() -> None:
     parser.add_argument("--chips", nargs="*", default=["v5e", "v6e"], help="chips to compile for")
     parser.add_argument("--memory", nargs="*", default=list(KINDS), help="chips to ask for the memory of long rows")
     parser.add_argument("--lengths", nargs="+", type=int, default=[4096, 8192], help="T, queries and keys")
-    parser.add_argument("--rounds", type=int, default=9, help="of the timing on this machine")
+    parser.add_argument("--rounds", type=int, default=41, help="of the timing on this machine")
     parser.add_argument("--ours", action="store_true", help="count no kernels of jax: less than half the time")
     args = parser.parse_args()
     rows: list[dict[str, Any]] = []

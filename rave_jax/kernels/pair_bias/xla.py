@@ -118,13 +118,12 @@ class Gate(NamedTuple):
 def _gate(
     queries: Float[Array, "B K G T r"], keys: Float[Array, "B s K r"], gain: Array | None, form: PairForm
 ) -> Gate:
-    """The gate of a tile. exp(log_gate(z)) = 1 / (1/2 + e) and its slope is e / (1/2 + e), with e = exp(-z) / 2: no
-    logarithm. LOG_GATE_FLOOR keeps e finite."""
+    """The gate of a tile. exp(log_gate(z)) = 1 / (1/2 + e) with e = exp(-z) / 2: no logarithm, and LOG_GATE_FLOOR keeps
+    e finite. The slope e / (1/2 + e) is made of the factor, exact to 1e-7 absolute, so that e need not be kept."""
     z = _gate_product("BKGTr,BSKr->BKGTS", queries, keys)
     if form.kind == "log_gate":
-        shut = 0.5 * jnp.exp(-jnp.maximum(z, LOG_GATE_FLOOR))
-        factor = 1 / (0.5 + shut)
-        return Gate(None, factor, shut * factor, None)
+        factor = 1 / (0.5 + 0.5 * jnp.exp(-jnp.maximum(z, LOG_GATE_FLOOR)))
+        return Gate(None, factor, 1 - 0.5 * factor, None)
     if form.kind == "linear":
         return Gate(z, None, 1.0, None)
     if form.kind == "tanh":
@@ -205,7 +204,9 @@ def _backward(form: PairForm, scale: float, block: int, saved, cotangents):
         weights = jnp.exp(scores - lse_g)
         if gate is not None and gate.factor is not None:
             weights = weights * gate.factor
-        weights = jnp.where(tile_allow(codes_tile), weights, 0.0)
+        # Three products need the weights. Without the barrier XLA makes them anew for each, of all that they come from:
+        # on a CPU, where every reading of a tile counts, a step with a gate takes longer, one without as long.
+        weights = jax.lax.optimization_barrier(jnp.where(tile_allow(codes_tile), weights, 0.0))
         d_weights = jnp.einsum("BKGTc,BSKc->BKGTS", d_outg, v_tile, preferred_element_type=jnp.float32)
         d_scores = weights * (d_weights + shift)
         d_v = jnp.einsum("BKGTS,BKGTc->BSKc", weights.astype(v.dtype), d_outg, preferred_element_type=jnp.float32)
