@@ -19,6 +19,9 @@ class SlotConfig:
     """Answers that grow at once. A slot whose answer is finished takes the next prompt; nothing is compiled anew."""
     max_length: int = 4096
     """Most tokens of a prompt (visual tokens counted) and its answer together: slots of the cache per row."""
+    max_text: int | None = None
+    """Of them, most that belong to no region: text and context tokens. Only for a model with regions (Gaze), whose
+    visual tokens lie in slots of their own: the cache has so many slots beside those. None: `max_length`."""
     max_prompt: int | None = None
     """Most tokens of a prompt; None: all that leave room for one answer token."""
     max_patches: int | None = None
@@ -48,6 +51,9 @@ class SlotConfig:
         for name in ("slots", "chunk", "smallest", "patches", "prefill_rows", "decode_steps", "max_stop_ids"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         require(self.max_length >= 2, "max_length", self.max_length, "at least 2, a prompt and an answer token")
+        given = self.max_text
+        allowed = f"2 to `max_length` ({self.max_length}), or None"
+        require(given is None or 2 <= given <= self.max_length, "max_text", given, allowed)
         require(self.max_prompt is None or self.max_prompt >= 1, "max_prompt", self.max_prompt, "at least 1, or None")
         given = self.max_patches
         require(given is None or given >= 0, "max_patches", given, "0 (no pictures) or more, or None")
@@ -60,8 +66,11 @@ class Buckets:
     """The few sizes that are compiled.
 
     Attributes:
-        reaches: how many slots of the cache a program reads and writes, ascending. The last holds `max_length`.
-        chunk: tokens of a prompt read at once. Up to it there are two reaches to a doubling, beyond it one.
+        lengths: of prompts, ascending. The last holds `max_length`. Up to a chunk there are two to a doubling, beyond
+            it one.
+        reaches: how many slots of the cache a program reads and writes, ascending: those of the lengths, or with
+            regions, whose slots are apart, of tokens of no region.
+        chunk: tokens of a prompt read at once.
         patches: sizes of the tower's input, ascending; empty without a tower.
         regions: how many regions a prompt's chunks see, ascending, doubled each time; empty without regions.
     """
@@ -69,9 +78,12 @@ class Buckets:
     def __init__(self, config: SlotConfig, window_patches: int, merge_patches: int, layout: VisualLayout):
         """`window_patches` is 0 for a model without a tower; else inputs of the tower are multiples of it."""
         self.chunk = min(config.chunk, config.max_length)
-        whole = -(-config.max_length // self.chunk) * self.chunk
-        small = _grown(min(config.smallest, self.chunk), self.chunk)
-        self.reaches = (*small, *_doubled(self.chunk, whole)[1:])
+        self.lengths = _lengths(config.smallest, self.chunk, config.max_length)
+        self.reaches = self.lengths
+        if config.max_text is not None:
+            require(layout.regions is not None, "max_text", config.max_text, "None: the model keeps no regions")
+            self.reaches = _lengths(config.smallest, self.chunk, config.max_text)
+        whole = self.lengths[-1]
         self.patches: tuple[int, ...] = ()
         if window_patches:
             windows = -(-merge_patches * whole // window_patches)
@@ -82,11 +94,11 @@ class Buckets:
 
     @property
     def size(self) -> int:
-        """Slots per row of the cache."""
+        """Slots per row of the cache, those of regions not counted."""
         return self.reaches[-1]
 
     def reach(self, length: int) -> int:
-        """The least reach that holds so many tokens."""
+        """The least reach that holds so many tokens, with regions: so many of none."""
         return self.reaches[bisect.bisect_left(self.reaches, length)]
 
     def tower(self, patches: int) -> int:
@@ -100,9 +112,14 @@ class Buckets:
         most = self.regions[bisect.bisect_left(self.regions, regions)]
         return RegionReach(most, most * self._layout.regions.tokens)
 
-    def chunk_of(self, reach: int) -> int:
-        """Tokens per row that a program of this reach reads: prompts within one chunk are read whole."""
-        return min(reach, self.chunk)
+    def chunk_of(self, length: int) -> int:
+        """Tokens per row that are read at once of prompts of at most this length: within one chunk, all."""
+        return min(self.lengths[bisect.bisect_left(self.lengths, length)], self.chunk)
+
+
+def _lengths(smallest: int, chunk: int, most: int) -> tuple[int, ...]:
+    chunk = min(chunk, most)
+    return (*_grown(min(smallest, chunk), chunk), *_doubled(chunk, -(-most // chunk) * chunk)[1:])
 
 
 def _doubled(first: int, last: int) -> tuple[int, ...]:

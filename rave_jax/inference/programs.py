@@ -99,6 +99,7 @@ def empty_state(
     slots: int,
     size: int,
     prompts: int,
+    visual: int,
     stops: int,
     cache: CacheType,
     regions_in: RegionPlace = "device",
@@ -109,6 +110,7 @@ def empty_state(
         model: the model; only its shapes are read.
         slots, size: rows of the cache and tokens each holds.
         prompts: how many are read together.
+        visual: most visual tokens of a prompt.
         stops: most ids that end one answer.
         cache: number type of the cache.
         regions_in: memory of its regions' keys and values.
@@ -116,7 +118,6 @@ def empty_state(
     Raises:
         ConfigError: as `Vlm.empty_cache`.
     """
-    visual = size if model.vision is not None else 0
     zeros = jnp.zeros(slots, jnp.int32)
     ones = jnp.ones(slots, jnp.float32)
     state = SlotState(

@@ -58,7 +58,7 @@ class PromptGroup:
     ):
         self.prompts, self.rows, self.buckets = prompts, rows, buckets
         longest = max(prompt.length for prompt in prompts)
-        self.width = buckets.chunk_of(buckets.reach(longest))
+        self.width = buckets.chunk_of(longest)
         """T: tokens of each prompt that are read at once."""
         tokens = -(-longest // self.width) * self.width
         patches = max(len(prompt.example.patches) for prompt in prompts)
@@ -96,6 +96,9 @@ class PromptGroup:
         batch, T = self._batch, self.width
         lengths = self._column([prompt.length for prompt in self.prompts])
         admission = self._admission(self._column(slots, no_slot))
+        # A chunk is written whole into slots that follow each other, or token by token beside regions.
+        real, outside = (np.asarray(code) for code in (batch.info.segment > 0, batch.info.region == 0))
+        beside: Any = np.max(np.cumsum(real & outside, axis=1), axis=0)
         for start in range(0, batch.tokens.shape[1], T):
             part = slice(start, start + T)
             info = TokenInfo(*(code[:, part] for code in batch.info))
@@ -104,7 +107,8 @@ class PromptGroup:
             here = (start < lengths) & (lengths <= start + T)
             last: Any = np.where(here, lengths - 1 - start, NOTHING).astype(np.int32)
             begins: Any = np.full(self.rows, start == 0)
-            yield self.buckets.reach(start + T), chunk, admission._replace(last=last, begins=begins)
+            needed = start + T if self.region_reach is None else int(beside[start + T - 1])
+            yield self.buckets.reach(needed), chunk, admission._replace(last=last, begins=begins)
 
     def _admission(self, slots: NpArray) -> Admission:
         fill = [Sampling()] * (self.rows - len(self.prompts))

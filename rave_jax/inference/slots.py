@@ -81,8 +81,8 @@ class Engine:
         mesh: the devices, or None for a single one.
 
     Raises:
-        ConfigError: there are more stop ids than `max_stop_ids`, or `regions_in` is "host" for a model without regions
-            or on several devices.
+        ConfigError: there are more stop ids than `max_stop_ids`, `max_text` is given or `regions_in` "host" for a model
+            without regions, or the latter on several devices.
     """
 
     def __init__(
@@ -109,10 +109,11 @@ class Engine:
         self._waiting: deque[_Job] = deque()
         self._slots: list[_Job | None] = [None] * config.slots
         self._requests = 0
-        sizes = (config.slots, self._buckets.size, config.prefill_rows, config.max_stop_ids)
+        visual = self._buckets.lengths[-1] if model.vision is not None else 0
+        sizes = (config.slots, self._buckets.size, config.prefill_rows, visual, config.max_stop_ids)
         kinds = (config.cache, config.regions_in)
         with self._placed():
-            state = jax.jit(empty_state, static_argnums=(1, 2, 3, 4, 5, 6))(model, *sizes, *kinds)
+            state = jax.jit(empty_state, static_argnums=(1, 2, 3, 4, 5, 6, 7))(model, *sizes, *kinds)
         # Bound to its device like what the programs give back: else the first of them would be compiled twice.
         self._state = state if mesh is not None else _bound(state, jax.tree.leaves(model)[0].sharding)
 
@@ -141,10 +142,12 @@ class Engine:
         """
         called = f"{name}: " if name else ""
         config = self.config
+        beside = int(np.sum(example.info.region == 0))
         for given, what, most, field_name in (
             (len(example.tokens), "tokens", config.max_prompt, "max_prompt"),
             (len(example.patches), "patches", config.max_patches, "max_patches"),
             (len(example.tokens) + 1, "tokens, an answer token counted", config.max_length, "max_length"),
+            (beside + 1, "tokens of no region, an answer token counted", config.max_text, "max_text"),
         ):
             if most is not None and given > most:
                 raise OverBudget(f"{called}the prompt has {given} {what}, over the budget of {field_name} {most}")
@@ -167,6 +170,7 @@ class Engine:
         self._requests += 1
         # The last token of an answer needs no room: nothing follows that would look at it.
         limit = min(sampling.max_new_tokens, config.max_length - len(example.tokens) + 1)
+        limit = limit if config.max_text is None else min(limit, config.max_text - beside + 1)
         self._waiting.append(_Job(self._requests, Prompt(example, sampling, stops + fill, limit)))
         return self._requests
 
@@ -203,7 +207,7 @@ class Engine:
             self._run("see", pictures.patches.shape[1], _see, pictures)
         regions = group.region_reach
         given = [
-            self._run("read", (reach, regions), _read, chunk, admission, reach=reach, regions=regions)[0]
+            self._run("read", (reach, group.width, regions), _read, chunk, admission, reach=reach, regions=regions)[0]
             for reach, chunk, admission in group.chunks(slots, no_slot=self.config.slots)
         ]
         # A prompt gives its answer's first token with its last chunk, and -1 with the others.

@@ -22,7 +22,7 @@ from rave_jax.tools.flags import add_fields, given_fields
 from rave_jax.tools.jsonl import answer_file
 from rave_jax.tools.request import question
 
-SIZES = ("max_length", "slots", "cache", "chunk", "regions_in")
+SIZES = ("max_length", "max_text", "slots", "cache", "chunk", "regions_in")
 SOME_REFUSED = 1
 """Exit code of a file of requests of which some could not be answered."""
 

@@ -262,7 +262,7 @@ def test_a_mixed_load_compiles_its_buckets_and_keeps_slots_busy() -> None:
     sizes = {name: {n for kind, n in slots.usage.programs if kind == name} for name in ("see", "read", "write")}
     assert (
         sizes["see"] == {16}
-        and sizes["read"] == {(n, None) for n in (16, 32, 64)}
+        and sizes["read"] == {(n, 16, None) for n in (16, 32, 64)}
         and sizes["write"] <= {16, 32, 64, 80}
     )
     assert compilations() - before == len(slots.usage.programs)
@@ -329,9 +329,13 @@ def test_buckets_hold_whatever_fits(max_length: int, chunk: int, smallest: int) 
     buckets = Buckets(config, 64, 4, VisualLayout())
     reaches = buckets.reaches
     assert list(reaches) == sorted(set(reaches)) and max_length <= buckets.size < max_length + buckets.chunk
+    most = max(2, max_length // 3)
+    beside = Buckets(dataclasses.replace(config, max_text=most), 64, 4, VisualLayout(FixedRegions(2, 2), 9))
+    assert beside.lengths == reaches and most <= beside.size < most + beside.chunk
+    assert all(length <= beside.reach(length) for length in (0, 1, most))
     for length in (1, max_length // 3 + 1, max_length - 1, max_length):
         assert length <= buckets.reach(length)
         assert buckets.tower(4 * length) >= 4 * length
         # The chunks of a prompt: each program reaches to the end of its own, padding too.
-        size = buckets.chunk_of(buckets.reach(length))
+        size = buckets.chunk_of(length)
         assert all(buckets.reach(start + size) >= start + size for start in range(0, length, size))

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 from rave_jax.attention import Gaze, Rave
+from rave_jax.batch import Kind
 from rave_jax.config import ConfigError
+from rave_jax.data.sample import OverBudget
 from rave_jax.inference import Engine, Sampling, SlotConfig
 from rave_jax.inference.slots import compilations
 from rave_jax.layout import FixedRegions
@@ -18,7 +20,7 @@ from rave_jax.models.config import ModelOptions
 from rave_jax.models.families.presets import tiny
 from rave_jax.models.vlm import Vlm
 from rave_jax.parallel.mesh import MeshConfig, make_mesh
-from tests.inference.prompts import whole_forward
+from tests.inference.prompts import example_of, whole_forward
 from tests.inference.test_slots import NEW, engine, run
 from tests.models.layout import Document, Visual, document
 from tests.models.made import model
@@ -32,7 +34,16 @@ PARTS: tuple[list[int | Visual], ...] = (
     [1, Visual(1, 4, 8), 9],
 )
 SIZES = SlotConfig(
-    slots=2, max_length=64, chunk=32, smallest=32, patches=64, decode_steps=4, max_stop_ids=2, regions_in="host"
+    slots=2,
+    max_length=64,
+    # The longest has 27 tokens beside its regions.
+    max_text=28,
+    chunk=32,
+    smallest=32,
+    patches=64,
+    decode_steps=4,
+    max_stop_ids=2,
+    regions_in="host",
 )
 
 
@@ -92,9 +103,35 @@ def test_a_mesh_of_one_device_changes_nothing() -> None:
     assert compilations() - before == len(slots.usage.programs)
 
 
+def test_an_answer_ends_where_the_slots_beside_its_regions_do() -> None:
+    slots = engine(a_model(), SIZES)
+    assert slots._state.cache.size == 28, "slots of the cache are for what lies in no region"
+    # 10 tokens beside three pictures of 16: more than the slots hold if pictures were among them.
+    parts = [3, *[Visual(1, 8, 8)] * 3, 1]
+    prompt = document(parts, CONFIG, np.random.default_rng(1))
+    beside = int(np.sum(np.asarray([code["kind"] for code in prompt.codes]) != Kind.VISUAL))
+    assert len(prompt.tokens) == beside + 48
+    (answer,) = run(slots, [prompt], [Sampling(1000)])
+    assert len(answer) == min(28 - beside, 64 - len(prompt.tokens)) + 1
+    (logits,) = whole_forward(a_model(), [prompt], [answer], T=80, P=192)
+    assert answer == logits.argmax(-1).tolist()
+
+
+def test_too_much_text_beside_regions_is_refused_by_name() -> None:
+    example = example_of(document([14, Visual(1, 4, 4), 14], CONFIG, np.random.default_rng(0)), CONFIG, OPTIONS.layout)
+    with pytest.raises(
+        OverBudget, match="29 tokens of no region, an answer token counted, over the budget of max_text"
+    ):
+        engine(a_model(), SIZES).submit(example, Sampling(NEW))
+    with pytest.raises(ConfigError, match="max_text is 28, expected None: the model keeps no regions"):
+        engine(model(CONFIG, ModelOptions((Rave(rank=4),)), seed=3), dataclasses.replace(SIZES, regions_in="device"))
+    with pytest.raises(ConfigError, match=r"max_text is 65, expected 2 to `max_length` \(64\)"):
+        dataclasses.replace(SIZES, max_text=65)
+
+
 def test_where_regions_cannot_lie_on_the_host_it_is_refused() -> None:
     with pytest.raises(ConfigError, match="regions_in is 'host', expected device: no mechanism of the model keeps"):
-        engine(model(CONFIG, ModelOptions((Rave(rank=4),)), seed=3), SIZES)
+        engine(model(CONFIG, ModelOptions((Rave(rank=4),)), seed=3), dataclasses.replace(SIZES, max_text=None))
     mesh = make_mesh(MeshConfig(), jax.devices()[:2])
     with pytest.raises(ConfigError, match="regions_in is 'host', expected device on a mesh of 2 devices"):
         engine(a_model(), SIZES, mesh=mesh)
