@@ -253,7 +253,9 @@ def test_operands_that_do_not_fit_are_named():
         attention(q, k, v, codes._replace(hi=codes.hi[:, :-1]), scale=1.0)
     with pytest.raises(ValueError, match="3 query heads cannot share 2 kv heads"):
         attention(q[:, :, :3], k, v, codes, scale=1.0)
-    with pytest.raises(ValueError, match=r"k has shape \(2, 0, 2, 8\), expected \[batch, tokens, heads, width\]"):
+    with pytest.raises(
+        ValueError, match=r"k has shape \(2, 0, 2, 8\), expected \[batch, tokens, heads, width\], none of them 0"
+    ):
         attention(q, k[:, :0], v[:, :0], codes, scale=1.0)
     with pytest.raises(ValueError, match=r"q has shape \(7, 4, 8\), expected \[batch"):
         attention(q[0], k, v, codes, scale=1.0)
@@ -267,3 +269,43 @@ def test_operands_that_do_not_fit_are_named():
         attention(q, k, v, codes, scale=jnp.float32(1))
     with pytest.raises(ValueError, match="'flash'"):
         choose("flash", q, k, v)
+    with pytest.raises(ValueError, match="nan as its scale, expected a number"):
+        attention(q, k, v, codes, scale=float("nan"))
+    with pytest.raises(ValueError, match=r"bias\.u has shape \(2, 7, 4, 0\), expected \[2, 7, 4, rank\]"):
+        attention(q, k, v, codes, bias._replace(u=bias.u[..., :0], w=bias.w[..., :0]), scale=1.0)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_operands_of_another_type_are_named(implementation):
+    rng = np.random.default_rng(4)
+    q, k, v, bias = random_operands(rng, dims(7, 9), 0.5)
+    run = functools.partial(attention, scale=1.0, implementation=implementation)
+    codes = random_codes(rng, B, 7, 9)
+    with pytest.raises(ValueError, match="q is int32, expected float32, bfloat16"):
+        run(q.astype(jnp.int32), k, v, codes)
+    with pytest.raises(ValueError, match="v is bool, expected float32 as q"):
+        run(q, k, v > 0, codes)
+    with pytest.raises(ValueError, match="k is bfloat16, expected float32 as q"):
+        run(q, k.astype(jnp.bfloat16), v, codes)
+    for name, wrong in (("codes", tuple(codes)), ("bias", tuple(bias)), ("form", "tanh")):
+        with pytest.raises(ValueError, match=f"operand {name} is of type (tuple|str), expected (MaskCodes|Pair)"):
+            run(q, k, v, **{"codes": codes, "bias": bias, name: wrong})
+
+
+def test_a_gate_that_is_wide_open_keeps_its_small_slope():
+    """sigmoid(-z), which 1 - sigmoid(z) is not in float32: gates this open could not close again."""
+    rng = np.random.default_rng(6)
+    q, k, v, bias = random_operands(rng, dims(7, 300), 0.5)
+    codes = codes_of(B, np.full(7, 0), np.full(7, 400), np.arange(300), np.full(7, -1), np.full(300, -2))
+    bias = bias._replace(u=0 * bias.u, key=0 * bias.key, row=20 + bias.row, query_on=bias.query_on | True)
+
+    def pull(implementation):
+        def loss(row):
+            out, _ = attention(q, k, v, codes, bias._replace(row=row), scale=0.3, implementation=implementation)
+            return jnp.sum(out**2)
+
+        return jax.grad(loss)(bias.row)
+
+    found, wanted = np.asarray(pull("xla")), np.asarray(pull("reference"))
+    assert 0 < np.abs(wanted).max() < 1e-7
+    np.testing.assert_allclose(found, wanted, rtol=1e-3, atol=1e-3 * np.abs(wanted).max())

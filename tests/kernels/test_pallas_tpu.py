@@ -132,6 +132,35 @@ def test_they_do_by_the_interpreter_that_watches_memory(name):
     check(name, seed=1, mask="packed", visual=0.6, interpret=pltpu.InterpretParams())
 
 
+@pytest.fixture
+def optimised():
+    """Compiled as users compile, and not as these tests do."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.mark.usefixtures("optimised")
+def test_one_block_of_bfloat16_has_gradients_on_a_cpu_too():
+    """Its products were bfloat16 ones that XLA's CPU code has not."""
+    rng, d = np.random.default_rng(3), Dims(1, 128, 128, 1, 7, 128, 128, 64)
+    q, k, v, _ = random_operands(rng, d, 0.6, "bfloat16")
+    codes, (d_out, _) = drawn_codes(rng, "packed", d.B, d.T, d.S, d.S), random_cotangents(rng, d)
+
+    def gradients(implementation, *operands):
+        def loss(q, k, v):
+            out, _ = attention(q, k, v, codes, scale=0.1, implementation=implementation)
+            return jnp.sum(d_out * out)
+
+        return jax.grad(loss, (0, 1, 2))(*operands)
+
+    with interpreted():
+        found = jax.jit(gradients, static_argnums=0)("pallas_tpu", q, k, v)
+    expected = gradients("reference", *(x.astype(jnp.float32) for x in (q, k, v)))
+    jax.tree.map(functools.partial(assert_near, tolerance=1.5e-2), found, expected)
+
+
 def test_extreme_gates_lose_no_row():
     name = "log_gate"
     bucket, rng = BUCKETS[name], np.random.default_rng(4)
@@ -264,7 +293,7 @@ def test_without_a_tpu_it_is_refused_by_name():
     codes = random_codes(rng, d.B, d.T, d.S)
     with pytest.raises(ValueError, match="'pallas_tpu' cannot serve: its kernels run on TPUs, and the devices are cpu"):
         attention(q, k, v, codes, scale=1.0, implementation="pallas_tpu")
-    with interpreted(), pytest.raises(ValueError, match="one dtype, not float32, float32 and bfloat16"):
+    with interpreted(), pytest.raises(ValueError, match="v is bfloat16, expected float32 as q"):
         attention(q, k, v.astype(jnp.bfloat16), codes, scale=1.0, implementation="pallas_tpu")
     with interpreted(), pytest.raises(ValueError, match="must be bfloat16 or float32, not float16"):
         half = (x.astype(jnp.float16) for x in (q, k, v))

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
+from numbers import Real
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +25,8 @@ from rave_jax.kernels.pair_bias.base import (
 from rave_jax.typing import Array, Float
 
 log = logging.getLogger(__name__)
+TYPES = ("float32", "bfloat16", "float16", "float64")
+"""Of queries, keys and values. `pallas_tpu` takes the first two."""
 BACKENDS = {"reference": reference.attention, "xla": xla.attention, "pallas_tpu": shards.pallas_tpu}
 
 
@@ -41,7 +46,9 @@ def attention(
     """Attention under mask codes with optional score terms; semantics in `base`.
 
     Args:
-        q, k, v: H must be a multiple of K; keys and values are never repeated. Values may have a width of their own.
+        q, k, v: of one number type; H must be a multiple of K; keys and values are never repeated. Values may have a
+            width of their own. Gradients are made from score - log-sum-exp: where all scores of a row are beyond 10^5
+            they lose the digits that such numbers have not (weights of 10^6 sum to 1.002).
         codes: who may see whom.
         bias: operands of the additive pair bias, or None.
         form: how the pair bias grows from its operands.
@@ -59,7 +66,7 @@ def attention(
         ValueError: operands whose shapes do not belong together or that have another type, or an implementation that is
             unknown or cannot serve.
     """
-    _check(q, k, v, codes, bias, scale, key_bias, segments)
+    _check(q, k, v, codes, bias, form, scale, key_bias, segments)
     codes = codes._replace(lo=jnp.maximum(codes.lo, NOWHERE + 1))
     run = BACKENDS[choose(implementation, q, k, v)]
     terms = Terms(bias, key_bias)
@@ -113,16 +120,31 @@ def _check(
     v: Array,
     codes: MaskCodes,
     bias: PairBias | None,
+    form: PairForm,
     scale: float,
     key_bias: Array | None,
     segments: KeySegments | None,
 ) -> None:
+    wanted: tuple[tuple[str, Any, type], ...] = (
+        ("codes", codes, MaskCodes),
+        ("bias", bias, PairBias),
+        ("form", form, PairForm),
+        ("segments", segments, KeySegments),
+    )
+    for name, x, kind in wanted:
+        if not isinstance(x, kind) and not (x is None and name in ("bias", "segments")):
+            raise ValueError(f"attention operand {name} is of type {type(x).__name__}, expected {kind.__name__}")
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim != 4 or x.size == 0:
-            raise ValueError(f"attention operand {name} has shape {x.shape}, expected [batch, tokens, heads, width]")
-    if isinstance(scale, jax.Array):
-        raise ValueError("attention has an array as its scale, expected a number")
-    if segments is not None and segments.count < 1:
+            axes = "[batch, tokens, heads, width], none of them 0"
+            raise ValueError(f"attention operand {name} has shape {x.shape}, expected {axes}")
+        if x.dtype not in TYPES or x.dtype != q.dtype:
+            expected = f"{q.dtype} as q" if q.dtype in TYPES else ", ".join(TYPES)
+            raise ValueError(f"attention operand {name} is {x.dtype}, expected {expected}")
+    if isinstance(scale, jax.Array) or not isinstance(scale, Real) or not math.isfinite(scale):
+        given = "an array" if isinstance(scale, jax.Array) else repr(scale)
+        raise ValueError(f"attention has {given} as its scale, expected a number")
+    if segments is not None and not (isinstance(segments.count, int) and segments.count >= 1):
         raise ValueError(f"attention has {segments.count} key segments, expected at least 1")
     _check_shapes(q, k, v, codes, bias, key_bias, segments)
     _check_types(codes, bias, key_bias, segments)
@@ -146,6 +168,8 @@ def _check_shapes(
     for name in ("order", "open_k"):
         expected[f"codes.{name}"] = (getattr(codes, name).shape, (B, S))
     if bias is not None:
+        if bias.u.ndim != 4 or bias.u.shape[-1] == 0:
+            raise ValueError(f"attention operand bias.u has shape {bias.u.shape}, expected [{B}, {T}, {H}, rank]")
         r = bias.u.shape[-1]
         shapes = ((B, T, H, r), (B, S, K, r), (B, T, H), (B, S, K), (H,), (B, T, H), (B, S))
         expected |= {f"bias.{n}": (x.shape, s) for n, x, s in zip(bias._fields, bias, shapes, strict=True)}

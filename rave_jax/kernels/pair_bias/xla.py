@@ -46,7 +46,7 @@ class Added(NamedTuple):
 
 def block_size(T: int, S: int) -> int:
     """Keys per block: all of them where the whole map is no larger than a tile (windows, decoding), else wide enough to
-    keep the matrix units busy, at most about 2^22 scores per head, and never all of a long S."""
+    keep the matrix units busy, about 2^22 scores per head or 128 keys, and never all of a long S."""
     if S <= 128 or T * S <= 1 << 14:
         return S
     widest = max(128, min(512, (1 << 22) // max(T, 1) // 128 * 128))
@@ -119,11 +119,11 @@ def _gate(
     queries: Float[Array, "B K G T r"], keys: Float[Array, "B s K r"], gain: Array | None, form: PairForm
 ) -> Gate:
     """The gate of a tile. exp(log_gate(z)) = 1 / (1/2 + e) with e = exp(-z) / 2: no logarithm, and LOG_GATE_FLOOR keeps
-    e finite. The slope e / (1/2 + e) is made of the factor, exact to 1e-7 absolute, so that e need not be kept."""
+    e finite. The slope is made of z again: cheaper than to keep e, and exact where the gate is wide open."""
     z = _gate_product("BKGTr,BSKr->BKGTS", queries, keys)
     if form.kind == "log_gate":
         factor = 1 / (0.5 + 0.5 * jnp.exp(-jnp.maximum(z, LOG_GATE_FLOOR)))
-        return Gate(None, factor, 1 - 0.5 * factor, None)
+        return Gate(None, factor, jax.nn.sigmoid(-z), None)
     if form.kind == "linear":
         return Gate(z, None, 1.0, None)
     if form.kind == "tanh":

@@ -173,6 +173,7 @@ def _kernel(
     last_q, last_k = i == pl.num_programs(2) - 1, j == pl.num_programs(3) - 1
     block_q, block_k = call.backward
     dtype = jnp.dtype(call.dtype)
+    product = functools.partial(tile.product, interpreted=bool(call.interpret))
     z_scale = call.scale if call.folded else 1.0
     of_queries = [name for name in ("d_q", "d_U", "d_gain") if name in scratch]
     of_keys = [name for name in ("d_k", "d_v", "d_W", "d_key_bias") if name in scratch]
@@ -204,12 +205,12 @@ def _kernel(
             q = inputs.query_head("q", n, 1)
             if folded:
                 q = jnp.concatenate([q, scratch["U"][n]], axis=1)
-            x = tile.product(q, wide_k, (1, 1)) * (call.scale * tile.LOG2E)
+            x = product(q, wide_k, (1, 1)) * (call.scale * tile.LOG2E)
             if call.key_bias:
                 x = x + inputs.key_bias(n, 1)
             slope: Any = None
             if gated and not folded:
-                z = tile.product(scratch["U"][n][:, : call.split_channels], W.astype(dtype), (1, 0))
+                z = product(scratch["U"][n][:, : call.split_channels], W.astype(dtype), (1, 0))
                 gain = tile.wide(scratch["gain"][n], block_k) if call.has_gain else None
                 slope = tile.gate_slope(z, call.form, gain, exact=dtype == jnp.float32)
                 x = x if slope.shift is None else x + slope.shift
@@ -218,21 +219,21 @@ def _kernel(
             weights = jnp.exp2(x - tile.wide(scratch["lse"][n], block_k))
             if slope is not None and slope.factor is not None:
                 weights = weights * slope.factor
-            d_weights = tile.product(inputs.query_head("d_out", n, 1), v, (1, 1))
+            d_weights = product(inputs.query_head("d_out", n, 1), v, (1, 1))
             d_scores = weights * (d_weights - tile.wide(scratch["delta"][n], block_k))
-            scratch["d_v"][j] += tile.product(scratch["d_out"][n], weights.astype(dtype), (1, 0))
+            scratch["d_v"][j] += product(scratch["d_out"][n], weights.astype(dtype), (1, 0))
             d_dots = d_scores.astype(dtype)
-            scratch["d_k"][j] += tile.product(scratch["q"][n], d_dots, (1, 0))
+            scratch["d_k"][j] += product(scratch["q"][n], d_dots, (1, 0))
             if call.key_bias:
                 scratch["d_key_bias"][j, pl.ds(n, 1)] += jnp.sum(d_scores, axis=0, keepdims=True)
             width = wide_k.shape[1]
-            scratch["d_q"][n, :, :width] += tile.product(d_dots, wide_k, (1, 0))
+            scratch["d_q"][n, :, :width] += product(d_dots, wide_k, (1, 0))
             if gated:
                 d_z = d_dots
                 if not folded:
                     d_z = (d_scores * slope.of_z).astype(dtype)
-                    scratch["d_U"][n] += tile.product(key_rows, d_z, (1, 1))
-                scratch["d_W"][j] += tile.product(scratch["U_rows"][n], d_z, (1, 0))
+                    scratch["d_U"][n] += product(key_rows, d_z, (1, 1))
+                scratch["d_W"][j] += product(scratch["U_rows"][n], d_z, (1, 0))
                 if slope is not None and slope.of_gain is not None:
                     scratch["d_gain"][n] += tile.fold_lanes(d_scores * slope.of_gain)
 

@@ -86,6 +86,7 @@ def _kernel(facts_q, facts_k, *refs, call: Call, visit: Any, names: tuple[str, .
     block_q, block_k = call.forward
     heads = call.G if call.G * block_q <= ROWS_AT_ONCE and block_q % 16 == 0 else 1
     rows = heads * block_q
+    product = functools.partial(tile.product, interpreted=bool(call.interpret))
 
     @pl.when(j == 0)
     def _start():
@@ -108,13 +109,13 @@ def _kernel(facts_q, facts_k, *refs, call: Call, visit: Any, names: tuple[str, .
             q = inputs.query_head("q", n, heads)
             if gated and call.folded:
                 q = jnp.concatenate([q, scratch["U"][of].reshape(rows, call.channel_lanes)], axis=1)
-            x = tile.product(q, k, (1, 1)) * (call.scale * tile.LOG2E)
+            x = product(q, k, (1, 1)) * (call.scale * tile.LOG2E)
             if call.key_bias:
                 x = x + _rows(inputs.key_bias(n, heads), block_q)
             shift = None
             if gated and not call.folded:
                 U = scratch["U"][of].reshape(rows, -1)[:, : call.split_channels]
-                z = tile.product(U, W.astype(U.dtype), (1, 0))
+                z = product(U, W.astype(U.dtype), (1, 0))
                 gain = tile.wide(scratch["gain"][of].reshape(rows, LANES), block_k) if call.has_gain else None
                 shift = tile.gate_shift(z, call.form, gain)
                 if not tile.bounded(call.form):
@@ -127,7 +128,7 @@ def _kernel(facts_q, facts_k, *refs, call: Call, visit: Any, names: tuple[str, .
             weights = jnp.exp2(x if shift is None else x + shift)
             shrink = jnp.exp2(top - new_top)
             total = shrink * scratch["total"][of].reshape(rows, LANES) + tile.fold_lanes(weights)
-            part = tile.product(weights.astype(v.dtype), v, (1, 0))
+            part = product(weights.astype(v.dtype), v, (1, 0))
             added = tile.wide(shrink, call.c) * scratch["sum"][of].reshape(rows, call.c) + part
             scratch["top"][of] = new_top.reshape(heads, block_q, LANES)
             scratch["total"][of] = total.reshape(heads, block_q, LANES)

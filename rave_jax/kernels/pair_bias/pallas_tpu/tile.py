@@ -152,8 +152,11 @@ def mask(lo: Array, hi: Array, open_q: Array, order: Array, open_k: Array) -> Ar
     return jnp.where(allow, 0.0, MASKED)
 
 
-def product(a: Array, b: Array, contract: tuple[int, int]) -> Array:
-    """a b summed in float32; float32 operands are multiplied whole."""
+def product(a: Array, b: Array, contract: tuple[int, int], interpreted: bool = False) -> Array:
+    """a b summed in float32; float32 operands are multiplied whole. An interpreter makes float32 of all, which is the
+    same product: XLA's CPU code has none of bfloat16 for some shapes."""
+    if interpreted:
+        a, b = a.astype(jnp.float32), b.astype(jnp.float32)
     precision = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     return jax.lax.dot_general(
         a, b, (((contract[0],), (contract[1],)), ((), ())), precision=precision, preferred_element_type=jnp.float32
