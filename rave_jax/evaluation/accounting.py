@@ -11,6 +11,7 @@ H, K and h are query heads, kv heads and head_dim, e the entries of one layer, a
                 2 h b K m n        routed: for each kv head n regions of m entries, padding of smaller ones read too:
                                    all that one of its query heads chose (`kernels/routed/gather`), which is n = k
                                    where they share a choice, and otherwise at most n = min(k H / K, R), as counted here
+                                   (ranking by mass and a soft bias read all keys, as plain attention does)
                 4 c K R            descriptors, float32
 
 Which regions are read depends on the query, so where their sizes differ the mean takes all candidates for equally
@@ -23,6 +24,7 @@ of each of 8 frames are 752 of 4,608 entries.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -171,11 +173,13 @@ def _routed(row: _Row, gaze: Gaze, text: TextConfig, number_bytes: int) -> _Laye
     width = _descriptor_width(gaze, h)
     routing = 2 * H * width * found if gaze.rule.by == "descriptor" else 2 * H * h * held
     union = np.minimum(count * (H // K), found) if gaze.share == "head" else count
-    read = 2 * h * number_bytes * K * (union * gaze.regions.tokens + row.visual - held) + 4 * width * K * found
+    keys = union * gaze.regions.tokens + row.visual - held if gaze.gathers else row.visual
+    read = 2 * h * number_bytes * K * keys + 4 * width * K * found
     return _Layer(mean, most, routing, read)
 
 
 def _descriptor_width(gaze: Gaze, h: int) -> int:
     """c: numbers in a descriptor."""
     q = jax.ShapeDtypeStruct((1, 1, 1, h), jnp.float32)
-    return jax.eval_shape(lambda q: descriptors.features(gaze.descriptor, q), q).shape[-1]
+    place = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    return jax.eval_shape(functools.partial(descriptors.features, gaze.descriptor), q, place).shape[-1]

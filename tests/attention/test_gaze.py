@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import hypothesis.strategies as st
 import jax
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 
 from rave_jax.attention import Croc, Decomposed, Gaze, Mechanism, MechanismConfig, Rave, TopKSchedule, ZeroTuning
 from rave_jax.attention.gaze import descriptors
-from rave_jax.batch import Batch
+from rave_jax.batch import Batch, TokenInfo
 from rave_jax.config import ConfigError
 from rave_jax.data.layout import lay_out, region_major
 from rave_jax.data.sample import Example
@@ -173,14 +174,50 @@ def test_a_mesh_changes_no_logit_and_no_gradient() -> None:
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * float(jnp.abs(b).max()))
 
 
-def test_a_packed_document_is_the_document_alone() -> None:
-    packed, model = rows(), a_model(gaze(), Rave(rank=4))
+def at_the_start(packed: Batch, row: int, number: int) -> tuple[Batch, np.ndarray]:
+    """One document of a row alone: the first of the row, regions counted from 1; and where it was."""
+    (mine,) = np.nonzero(np.asarray(packed.info.segment[row]) == number)
+
+    def moved(x: Any, axis: int, fill: int = 0) -> Any:
+        found = np.full_like(np.asarray(x), fill)
+        found[(slice(None),) * (axis - 1) + (row, slice(len(mine)))] = np.take(np.asarray(x), row, axis - 1)[..., mine]
+        return jnp.asarray(found)
+
+    info = TokenInfo(*(moved(code, 1) for code in packed.info))
+    least = min((int(n) for n in info.region[row] if n), default=1) - 1
+    info = info._replace(segment=info.segment // number, region=jnp.maximum(info.region - least, 0))
+    lists = {name: moved(getattr(packed, name), 1) for name in ("tokens", "loss_weights")}
+    index = moved(packed.visual_index, 1, fill=int(packed.visual_index[0, -1]))
+    alone = packed._replace(**lists, info=info, positions=moved(packed.positions, 2), visual_index=index)
+    return alone, mine
+
+
+@pytest.mark.parametrize("descriptor", ["mean", "random"])
+def test_a_packed_document_is_the_document_alone(descriptor) -> None:
+    """Wherever it stands, and whatever numbers its regions have; so is its part of a gradient."""
+    packed, model = rows(), a_model(gaze(top_k=1, descriptor=descriptor), Rave(rank=4))
     whole = hidden(model, packed)
-    for row, number in ((0, 1), (0, 2), (1, 2)):
-        mine = np.asarray(packed.info.segment[row]) == number
-        info = jax.tree.map(lambda code, m=mine: jnp.where(m, code, 0), packed.info)
-        alone = hidden(model, packed._replace(info=info))
-        np.testing.assert_allclose(alone[row][mine], whole[row][mine], atol=2e-5)
+    assert np.abs(np.asarray(whole - hidden(a_model(Rave(rank=4)), packed))).max() > 1e-2, "it chooses"
+    total = gradient(model, packed)
+    parts = []
+    for row, number in ((0, 1), (0, 2), (1, 1), (1, 2)):
+        alone, mine = at_the_start(packed, row, number)
+        found = hidden(model, alone)[row, : len(mine)]
+        np.testing.assert_allclose(found, whole[row][mine], atol=2e-5)
+        parts.append(gradient(model, alone))
+    summed = jax.tree.map(lambda *x: sum(x), *parts)
+    for a, b in zip(jax.tree.leaves(summed), jax.tree.leaves(total), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4 * (1 + float(jnp.abs(b).max())))
+
+
+@jax.jit
+def gradient(model: Vlm, given: Batch) -> Any:
+    """Of a sum over the tokens that have a loss, by every parameter."""
+
+    def loss(model: Vlm) -> jax.Array:
+        return jnp.sum(given.loss_weights[..., None] * jnp.sin(model.hidden(given)))
+
+    return jax.grad(loss)(model)
 
 
 def test_without_pictures_it_is_plain_attention() -> None:
@@ -239,7 +276,7 @@ NAMES = ("mean", "min_max", "spread", "learned")
 
 def described(name, k, logits, region, R):
     summary = descriptors.summarise(name, k, logits, region, R)
-    return descriptors.describe(name, summary, (*region.shape[:1], R, *k.shape[2:]))
+    return descriptors.describe(name, summary, (*region.shape[:1], R, *k.shape[2:]), jnp.zeros((1, R), jnp.int32))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -274,7 +311,7 @@ def test_descriptors_are_their_formulas_whole_or_in_parts(name, seed: int, cut: 
         return None if x is None else jnp.asarray(x[:, at])
 
     a, b = (descriptors.summarise(name, pick(k, at), pick(logits, at), pick(region, at), R) for at in parts)
-    combined = descriptors.describe(name, descriptors.combine(a, b), (1, R, 2, 4))
+    combined = descriptors.describe(name, descriptors.combine(a, b), (1, R, 2, 4), jnp.zeros((1, R), jnp.int32))
     np.testing.assert_allclose(combined, found, atol=2e-5)
 
 
@@ -282,7 +319,7 @@ def test_min_max_bounds_the_score_of_every_key() -> None:
     rng = np.random.default_rng(0)
     q, k = jnp.asarray(rng.normal(size=(1, 5, 2, 4))), jnp.asarray(rng.normal(size=(1, 6, 2, 4)))
     d = described("min_max", k, None, jnp.ones((1, 6), jnp.int32), 1)
-    bound = jnp.einsum("BTKc,BRKc->BTK", descriptors.features("min_max", q), d)
+    bound = jnp.einsum("BTKc,BRKc->BTK", descriptors.features("min_max", q, jnp.zeros((1, 5), jnp.int32)), d)
     assert (np.einsum("btkh,bskh->bstk", q, k) <= np.asarray(bound)[:, None] + 1e-5).all()
 
 

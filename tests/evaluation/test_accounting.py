@@ -100,6 +100,9 @@ def test_ragged_regions_are_counted_by_their_sizes_and_read_with_their_padding()
     shared = dataclasses.replace(gaze, share="group")
     found = reading([(1, 3, 5)], text, ModelOptions(mechanisms=(shared,)))
     assert found.bytes == key_and_value * 2 * 3 * 4 + descriptors
+    for reads_all in (dataclasses.replace(few, choice="soft_bias"), dataclasses.replace(few, descriptor="oracle")):
+        found = reading([(1, 3, 5)], text, ModelOptions(mechanisms=(reads_all,)))
+        assert found.bytes >= found.dense_bytes == key_and_value * 2 * 15, "decoding gathers nothing"
 
 
 def test_queries_between_pictures_choose_among_those_before_them() -> None:

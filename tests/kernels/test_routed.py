@@ -159,6 +159,25 @@ def test_blocks_of_queries_are_all_queries_at_once(monkeypatch) -> None:
     assert float(jnp.abs(ga[4]).max()) > 0
 
 
+def test_no_map_of_all_pairs_is_kept_for_the_backward_pass() -> None:
+    """Not even where all queries are one block."""
+    n = 160
+    q, k, v = (jnp.ones((1, n, heads, h)) for heads in (K * G, K, K))
+    codes = MaskCodes(
+        jnp.zeros((1, n), jnp.int32), *(jnp.arange(n)[None],) * 2, *(jnp.full((1, n), -x) for x in (1, 2))
+    )
+    routes = Routes(q, k[:, :4], jnp.arange(4)[None], jnp.arange(4)[None], codes.hi, codes.order % 5, None)
+
+    def loss(q, k, v):
+        out, _ = routed.attention(
+            q, k, v, codes, routing=Routing(routes, RouteRule(2)), scale=1.0, implementation="xla"
+        )
+        return jnp.sum(out**2)
+
+    kept = jax.tree.leaves(jax.vjp(loss, q, k, v)[1])
+    assert kept and all(sum(side >= n for side in x.shape) <= 1 for x in kept), [x.shape for x in kept]
+
+
 def test_all_regions_are_plain_attention_and_a_hard_choice_has_no_gradient() -> None:
     q, k, v, codes, routes, bias = operands(1)
     expected = plain(q, k, v, codes, bias, FORM, scale=h**-0.5, implementation="reference")

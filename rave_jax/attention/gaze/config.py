@@ -72,8 +72,8 @@ class Gaze:
     """From all regions to `top_k` in training; outside training it has ended."""
     descriptor: DescriptorName = "mean"
     """What of a region's keys a query meets: their mean; least and greatest channels (min_max); mean and variance
-    (spread); a learned pooling, which learns under a soft choice alone; for study noise of the region's number
-    (random), or the true attention mass (oracle)."""
+    (spread); a learned pooling, which learns under a soft choice alone; for study noise, by the places of query and
+    region (random), or the true attention mass (oracle)."""
     descriptor_keys: Literal["post_rope", "pre_rope"] = "post_rope"
     """Keys (and queries) that rank regions: as the cache holds them, or before rotary positions."""
     rank_with_bias: bool = False
@@ -104,6 +104,11 @@ class Gaze:
         by = "mass" if self.descriptor == "oracle" else "descriptor"
         return RouteRule(self.top_k, self.share, self.choice, self.tau, self.rank_with_bias, by)
 
+    @property
+    def gathers(self) -> bool:
+        """Does a decoding step read the chosen regions alone? Masses are of all keys, and a soft bias is of all."""
+        return self.descriptor != "oracle" and self.choice != "soft_bias"
+
     def build(self, dims: AttentionDims, key: jax.Array) -> GazeRouter:
         """The mechanism of one layer."""
         return GazeRouter(self, dims)
@@ -121,7 +126,7 @@ class GazeRouter(Mechanism):
     def __init__(self, config: Gaze, dims: AttentionDims):
         self.config = config
         self.WANTS = ("pair",) if config.rank_with_bias else ()
-        self.GATHERS = config.descriptor != "oracle" and config.choice != "soft_bias"
+        self.GATHERS = config.gathers
         if config.descriptor == "learned":
             pooling = jnp.zeros((dims.num_kv_heads, dims.head_dim))
             self.pooling = nnx.Param(pooling, axes=("kv_heads", "head_dim"))
@@ -154,9 +159,10 @@ class GazeRouter(Mechanism):
         q = x.q if config.descriptor_keys == "post_rope" else x.q0
         B, _, _, h = q.shape
         first, last = bounds(codes.order, info_k.region, regions)
+        place, _ = bounds(info_k.place, info_k.region, regions)
         routes = Routes(
-            query=descriptors.features(config.descriptor, q),
-            descriptor=descriptors.describe(config.descriptor, summary, (B, regions, x.k.shape[2], h)),
+            query=descriptors.features(config.descriptor, q, info_q.place),
+            descriptor=descriptors.describe(config.descriptor, summary, (B, regions, x.k.shape[2], h), place),
             first=first,
             last=last,
             before=self._before(info_q, info_k, codes, first),

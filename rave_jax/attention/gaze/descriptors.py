@@ -7,7 +7,7 @@ that are combined from parts, so that a prompt may be read chunk by chunk and no
     min_max   x = [relu(q), -relu(-q)]             d = [max k, min k]            Quest, arXiv 2406.10774: bounds <q, k>
     spread    x = [q / sqrt(h), q^2 / (2 h)]       d = [mean k, var k]           log mean exp of a diagonal Gaussian
     learned   x = q                                d = sum_j a_j k_j             a = softmax over the region of g(k)
-    random    x = q                                d = noise of the region's number: a control
+    random    x = q, signs by the query's place    d = noise by the region's place: a control
     nothing   no features: for a rule that ranks by attention mass, a control
 
 h is head_dim; `spread` is the second-order term of the log of the region's attention mass, our own.
@@ -15,6 +15,7 @@ h is head_dim; `spread` is the second-order term of the log of the region's atte
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -81,12 +82,21 @@ def combine(old: Summary, new: Summary) -> Summary:
     return jax.tree.map(jnp.add, old, new)
 
 
-def describe(name: DescriptorName, summary: Summary, shape: tuple[int, int, int, int]) -> Float[Array, "B R K c"]:
-    """Descriptors of all regions, 0 where there is none; `shape` is [B,R,K,h]."""
+def describe(
+    name: DescriptorName, summary: Summary, shape: tuple[int, int, int, int], place: Int[Array, "B R"]
+) -> Float[Array, "B R K c"]:
+    """Descriptors of all regions, 0 where there is none.
+
+    Args:
+        name: the descriptor.
+        summary: of the regions' keys.
+        shape: [B,R,K,h].
+        place: of each region's first key in its document.
+    """
     if name == "oracle":
         return jnp.zeros((*shape[:3], 1))
     if name == "random":
-        noise = jax.random.normal(jax.random.key(0), (shape[1], 1, shape[3]))
+        noise = _by_place(place, lambda key: jax.random.normal(key, (1, shape[3])))
         return jnp.broadcast_to(noise, shape)
     if isinstance(summary, Extremes):
         found = jnp.isfinite(summary.least)
@@ -99,8 +109,8 @@ def describe(name: DescriptorName, summary: Summary, shape: tuple[int, int, int,
     return jnp.concatenate([mean, jnp.maximum(summary.second / weight - mean**2, 0.0)], axis=-1)
 
 
-def features(name: DescriptorName, q: Float[Array, "B T H h"]) -> Float[Array, "B T H c"]:
-    """What of a query meets the descriptors."""
+def features(name: DescriptorName, q: Float[Array, "B T H h"], place: Int[Array, "B T"]) -> Float[Array, "B T H c"]:
+    """What of queries, which stand at `place` in their documents, meets the descriptors."""
     q = q.astype(jnp.float32)
     h = q.shape[-1]
     if name == "oracle":
@@ -109,7 +119,16 @@ def features(name: DescriptorName, q: Float[Array, "B T H h"]) -> Float[Array, "
         return jnp.concatenate([jax.nn.relu(q), -jax.nn.relu(-q)], axis=-1)
     if name == "spread":
         return jnp.concatenate([q * h**-0.5, q**2 / (2 * h)], axis=-1)
+    if name == "random":
+        # What queries have in common must not favour a region, nor training find one.
+        return q * _by_place(place, lambda key: jax.random.rademacher(key, q.shape[2:], jnp.float32))
     return q
+
+
+def _by_place(place: Int[Array, "B n"], draw: Callable[[Array], Array]) -> Array:
+    """Numbers [B,n,...] that are the same wherever the document stands."""
+    key = jax.random.key(0)
+    return jax.vmap(jax.vmap(lambda at: draw(jax.random.fold_in(key, at))))(place)
 
 
 def _sum(x: Array, region: Int[Array, "B S"], R: int) -> Array:

@@ -7,6 +7,7 @@ computes every score, chosen or not: what routing saves is saved where regions a
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -32,10 +33,13 @@ from rave_jax.kernels.routed.base import (
     region_masses,
     region_scores,
 )
+from rave_jax.parallel.sharding import current_mesh, named_sharding
 from rave_jax.typing import Array, Float
 
 MOST_SCORES = 1 << 23
-"""Scores of one block of queries, all heads and rows together."""
+"""Scores of one block of queries, all heads and rows of a device together."""
+SMALL = 1 << 14
+"""A map of at most so many pairs is kept for the backward pass; a larger one is made again there."""
 
 
 def attention(
@@ -64,10 +68,10 @@ def attention(
         {} if terms.pair is None else {name: getattr(terms.pair, name) for name in ("u", "row", "query_on")},
         routes.queries(),
     )
-    B, T, H, _ = q.shape
-    block = max(8, MOST_SCORES // (B * H * k.shape[1]) // 8 * 8)
+    (B, T, H, _), S = q.shape, k.shape[1]
+    block = max(8, MOST_SCORES // (_maps(B, H) * S) // 8 * 8)
     if block >= T:
-        return of_block(mine)
+        return of_block(mine) if T * S <= SMALL else jax.checkpoint(of_block)(mine)
     # Rows that are filled up see nothing: their interval is empty and their opening nobody's.
     fill = {"lo": 1, "hi": 0, "open_q": -1}
     padded = jax.tree.map(lambda x: jnp.pad(x, [(0, 0), (0, -T % block)] + [(0, 0)] * (x.ndim - 2)), mine)
@@ -76,6 +80,13 @@ def attention(
     found = jax.lax.map(jax.checkpoint(of_block, prevent_cse=False), blocks)
     out, lse = (jnp.moveaxis(x, 0, 1).reshape(B, -1, *x.shape[3:])[:, :T] for x in found)
     return out, lse
+
+
+def _maps(B: int, H: int) -> int:
+    """Maps of all pairs that one device makes at once: a mesh splits rows and heads."""
+    mesh = current_mesh()
+    shape = (B, H) if mesh is None else named_sharding(("batch", "heads"), (B, H), mesh).shard_shape((B, H))
+    return math.prod(shape)
 
 
 def whole(
