@@ -18,8 +18,8 @@ from rave_jax.training.optimizers import ParameterGroup
 def get_config() -> TrainConfig:
     """One row is one conversation of at most 4,096 tokens with pictures of at most 1,024 visual tokens."""
     base = qwen2_5_vl_7b_rave_sft.get_config()
-    # A picture of 1,024 tokens may be long and thin; 1,024 / 16 is 64 for the square one.
-    gaze = Gaze(regions=AdaptiveRegions(tokens=96), max_regions=128, top_k=0.25)
+    # A picture of 1,024 tokens may be long and thin: 5 x 204 has regions of 102, a square one of 64.
+    gaze = Gaze(regions=AdaptiveRegions(tokens=104), max_regions=128, top_k=0.25)
     tower = next(group for group in base.optimizer.groups if group.name == "tower")
     context = ParameterGroup(name="context", pattern=r"^context", learning_rate=5.0, weight_decay=0.0)
     return dataclasses.replace(

@@ -20,8 +20,9 @@ class SlotConfig:
     max_length: int = 4096
     """Most tokens of a prompt (visual tokens counted) and its answer together: slots of the cache per row."""
     max_text: int | None = None
-    """Of them, most that belong to no region: text and context tokens. Only for a model with regions (Gaze), whose
-    visual tokens lie in slots of their own: the cache has so many slots beside those. None: `max_length`."""
+    """Most tokens of a prompt and its answer that belong to no region: text and context tokens. Only for a model with
+    regions (Gaze), whose visual tokens lie in slots of their own: the cache has so many slots beside those. None: as
+    many as `max_length`."""
     max_prompt: int | None = None
     """Most tokens of a prompt; None: all that leave room for one answer token."""
     max_patches: int | None = None

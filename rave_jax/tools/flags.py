@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import typing
 from collections.abc import Iterable, Mapping
+from types import NoneType, UnionType
 from typing import Any, Literal
 
 from rave_jax.config import field_docs
@@ -18,7 +19,7 @@ def add_fields(
     names: Iterable[str] | None = None,
     notes: Mapping[str, str] | None = None,
 ) -> None:
-    """A flag for each field: a number, a string or one of some; a tuple is a flag that may come several times.
+    """A flag for each field: a number, a string (or None) or one of some; a tuple is a flag that may come several times.
 
     Args:
         parser: gets the flags.
@@ -39,6 +40,9 @@ def add_fields(
             note = "may be given several times"
         elif typing.get_origin(kind) is Literal:
             rest = {"choices": typing.get_args(kind)}
+        elif typing.get_origin(kind) is UnionType:
+            # A flag that is not given leaves None.
+            (rest["type"],) = (part for part in typing.get_args(kind) if part is not NoneType)
         text = f"{docs[name]} ({(notes or {}).get(name, note)})".replace("%", "%%")
         group.add_argument(f"--{name.replace('_', '-')}", dest=name, help=" ".join(text.split()), **rest)
 
