@@ -19,7 +19,7 @@ def add_fields(
     names: Iterable[str] | None = None,
     notes: Mapping[str, str] | None = None,
 ) -> None:
-    """A flag for each field: a number or string, or None, or one of some; a tuple is a flag that may come several times.
+    """A flag for each field: a number, a string (or None), one of some; a tuple is a flag that may come several times.
 
     Args:
         parser: gets the flags.
