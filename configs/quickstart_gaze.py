@@ -23,7 +23,7 @@ QUESTIONS = DigitMosaic(frame=FRAME)
 
 
 def get_config() -> TrainConfig:
-    """About three minutes on two cores."""
+    """About five minutes on two cores."""
     base = quickstart.get_config()
     return dataclasses.replace(
         base,

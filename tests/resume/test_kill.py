@@ -61,7 +61,7 @@ def test_a_killed_run_continues_bit_for_bit(repo, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_killed_again_and_again(repo, tmp_path, seed):
     """Longer, at moments that fall into steps and saves alike."""
     longer = ("--steps", "60")
