@@ -16,6 +16,8 @@ from rave_jax.kernels.pair_bias import MaskCodes, PairBias, PairForm
 from rave_jax.kernels.pair_bias import attention as plain
 from rave_jax.kernels.routed import RankBias, RouteRule, Routes, Routing
 from rave_jax.kernels.routed import xla as blocks
+from rave_jax.parallel.mesh import MeshConfig, make_mesh
+from rave_jax.parallel.sharding import use_mesh
 
 B, T, S, K, G, h, R = 2, 24, 40, 2, 2, 8, 6
 FORM = PairForm("log_gate")
@@ -176,6 +178,13 @@ def test_no_map_of_all_pairs_is_kept_for_the_backward_pass() -> None:
 
     kept = jax.tree.leaves(jax.vjp(loss, q, k, v)[1])
     assert kept and all(sum(side >= n for side in x.shape) <= 1 for x in kept), [x.shape for x in kept]
+
+
+def test_blocks_are_of_what_a_device_has() -> None:
+    assert blocks._maps(4, 6) == 24
+    with use_mesh(make_mesh(MeshConfig(fsdp=2, tensor=2), jax.devices()[:4])):
+        assert blocks._maps(4, 6) == 6
+        assert blocks._maps(3, 6) == 9, "rows that the mesh does not divide are everywhere"
 
 
 def test_all_regions_are_plain_attention_and_a_hard_choice_has_no_gradient() -> None:
