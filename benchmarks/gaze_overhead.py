@@ -13,7 +13,7 @@ import argparse
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import numpy as np
 from estimates import ratio
@@ -28,6 +28,7 @@ from rave_jax.layout import ContextTokens, FixedRegions
 from rave_jax.models.config import ModelOptions, TextConfig
 
 AIM = 0.1
+DESCRIPTORS: tuple[DescriptorName, ...] = ("mean", "min_max")
 CONTEXT = 4
 """Context tokens behind each picture or frame."""
 TEXT = TextConfig(num_layers=28, num_heads=28, num_kv_heads=4, head_dim=128, hidden_size=3584)
@@ -72,7 +73,7 @@ def question(grid: tuple[int, int, int], options: ModelOptions) -> TokenInfo:
 def rows() -> Iterator[dict[str, Any]]:
     """A row for each layout and kind of descriptor."""
     for name, grid, side in LAYOUTS:
-        for descriptor in get_args(DescriptorName)[:2]:
+        for descriptor in DESCRIPTORS:
             gaze = Gaze(FixedRegions(side, side), max_regions=1024, top_k=0.25, descriptor=descriptor)
             options = ModelOptions(mechanisms=(gaze,), context=ContextTokens(CONTEXT))
             found = account(question(grid, options), TEXT, options)

@@ -104,15 +104,15 @@ def test_a_mesh_of_one_device_changes_nothing() -> None:
 
 
 def test_an_answer_ends_where_the_slots_beside_its_regions_do() -> None:
-    slots = engine(a_model(), SIZES)
-    assert slots._state.cache.size == 28, "slots of the cache are for what lies in no region"
+    slots = engine(a_model(), dataclasses.replace(SIZES, max_text=14))
+    assert slots._state.cache.size == 14, "slots of the cache are for what lies in no region"
     # 10 tokens beside three pictures of 16: more than the slots hold if pictures were among them.
     parts = [3, *[Visual(1, 8, 8)] * 3, 1]
     prompt = document(parts, CONFIG, np.random.default_rng(1))
     beside = int(np.sum(np.asarray([code["kind"] for code in prompt.codes]) != Kind.VISUAL))
-    assert len(prompt.tokens) == beside + 48
+    assert len(prompt.tokens) == beside + 48 and 14 - beside < 64 - len(prompt.tokens), "max_text is what ends it"
     (answer,) = run(slots, [prompt], [Sampling(1000)])
-    assert len(answer) == min(28 - beside, 64 - len(prompt.tokens)) + 1
+    assert len(answer) == 14 - beside + 1
     (logits,) = whole_forward(a_model(), [prompt], [answer], T=80, P=192)
     assert answer == logits.argmax(-1).tolist()
 

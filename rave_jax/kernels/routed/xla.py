@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from rave_jax.kernels.pair_bias import support
 from rave_jax.kernels.pair_bias.base import (
     MaskCodes,
     PairForm,
@@ -38,8 +39,6 @@ from rave_jax.typing import Array, Float
 
 MOST_SCORES = 1 << 23
 """Scores of one block of queries, all heads and rows of a device together."""
-SMALL = 1 << 14
-"""A map of at most so many pairs is kept for the backward pass; a larger one is made again there."""
 
 
 def attention(
@@ -71,7 +70,8 @@ def attention(
     (B, T, H, _), S = q.shape, k.shape[1]
     block = max(8, MOST_SCORES // (_maps(B, H) * S) // 8 * 8)
     if block >= T:
-        return of_block(mine) if T * S <= SMALL else jax.checkpoint(of_block)(mine)
+        # A map that is one tile may be kept for the backward pass; a larger one is made again there.
+        return of_block(mine) if T * S <= support.SMALL else jax.checkpoint(of_block)(mine)
     # Rows that are filled up see nothing: their interval is empty and their opening nobody's.
     fill = {"lo": 1, "hi": 0, "open_q": -1}
     padded = jax.tree.map(lambda x: jnp.pad(x, [(0, 0), (0, -T % block)] + [(0, 0)] * (x.ndim - 2)), mine)
