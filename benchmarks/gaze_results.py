@@ -52,8 +52,6 @@ from rave_jax.training.run import LoadedRun, load_run, train
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "quickstart_gaze.py"
 BASE = "dense"
-SMALL_ROWS = 56, 12
-"""Tokens and patches of a row that holds a small picture."""
 SAMPLES, LOOKED_AT, ANSWER_TOKENS = 4096, 128, 4
 ADAPTING = 0.3
 FLOOR, WIDEST = 0.6, 0.015
@@ -95,9 +93,9 @@ def seeded(config: TrainConfig, seed: int, **changes: Any) -> TrainConfig:
 def backbone(config: TrainConfig, seed: int, out: Path, options: ModelOptions) -> Path:
     """The dense backbone of a seed as a HuggingFace directory, trained where it is not there yet."""
     folder = out / f"backbone-{seed}"
-    # What stands on small pictures takes small rows: the same steps in less than half the time.
+    # A run of its own for small pictures: its rate falls before the large ones come.
     large = len(config.data.stages) - 1
-    small = replace(config.data, stages=config.data.stages[:large], tokens=SMALL_ROWS[0], patches=SMALL_ROWS[1])
+    small = replace(config.data, stages=config.data.stages[:large])
     steps = config.data.stages[large].step
     first = exported(
         seeded(config, seed, output_dir=f"{folder}-small", model=options, data=replace(small, seed=seed), steps=steps)

@@ -19,6 +19,7 @@ from rave_jax.training.config import TrainConfig
 from rave_jax.training.init import Tiny
 
 SIZE, FRAME, SMALL = 128, 8, 48
+SMALL_ROWS = {"tokens": 50, "patches": 12}
 QUESTIONS = DigitMosaic(frame=FRAME)
 
 
@@ -50,8 +51,12 @@ def get_config() -> TrainConfig:
                 Synthetic(tasks=(MosaicList(), DigitMosaic()), image_size=SMALL),
                 Synthetic(tasks=(QUESTIONS,), image_size=SIZE),
             ),
-            stages=(Stage(0, (1, 0, 0)), Stage(180, (0, 1, 0)), Stage(400, (0, 0, 1))),
-            tokens=116,
+            stages=(
+                Stage(0, (1, 0, 0), **SMALL_ROWS),
+                Stage(180, (0, 1, 0), **SMALL_ROWS),
+                Stage(400, (0, 0, 1)),
+            ),
+            tokens=108,
             patches=64,
         ),
         optimizer=dataclasses.replace(base.optimizer, groups=()),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections import Counter, OrderedDict, deque
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Hashable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,9 +37,15 @@ class Stage:
     """First step of the stage."""
     weights: tuple[float, ...] = ()
     """Share of each source, in the order of `sources`; empty for equal shares."""
+    tokens: int | None = None
+    """Tokens of a row in this stage; None for those of `data`. Each size of rows is compiled once."""
+    patches: int | None = None
+    """Patches of a row in this stage; None for those of `data`."""
 
     def __post_init__(self) -> None:
         require(self.step >= 0, "step", self.step, "0 or more")
+        require(self.tokens is None or self.tokens >= 1, "tokens", self.tokens, "1 or more, or None")
+        require(self.patches is None or self.patches >= 0, "patches", self.patches, "0 or more, or None")
         good = all(weight >= 0 for weight in self.weights) and (not self.weights or sum(self.weights) > 0)
         require(good, "weights", self.weights, "numbers of 0 or more, not all 0")
 
@@ -51,7 +57,8 @@ class DataConfig:
     sources: tuple[SourceConfig, ...] = (Synthetic(),)
     """Where samples come from."""
     stages: tuple[Stage, ...] = (Stage(),)
-    """Curriculum: which share of the samples each source has from which step on; the first stage starts at 0."""
+    """Curriculum: which share of the samples each source has from which step on, and in rows of which size; the first
+    stage starts at 0."""
     rows: int = 64
     """Rows of a batch over all hosts."""
     tokens: int = 128
@@ -125,9 +132,6 @@ class Pipeline:
         self.sources: tuple[Source, ...] = tuple(source.build() for source in config.sources)
         for source in self.sources:
             require(len(source) > 0, f"data.sources ({source.name})", len(source), "at least one sample")
-        settings = processor.settings
-        self.shape = BatchShape(config.rows, config.tokens, round_up(config.patches, settings.window_patches))
-        """Shape of the whole batch, over all hosts."""
         most, each = processor.layout.max_regions, config.documents_per_row
         fits = processor.layout.regions is None or each <= most
         require(fits, "data.documents_per_row", each, f"at most max_regions {most}: each document needs a region")
@@ -140,6 +144,14 @@ class Pipeline:
         self._lock = threading.Lock()
         self.skipped: Counter[str] = Counter()
         """Samples skipped so far in batches handed out, by reason."""
+
+    def shape(self, step: int) -> BatchShape:
+        """Shape of the whole batch of a step, over all hosts."""
+        config = self.config
+        stage = next(stage for stage in reversed(config.stages) if stage.step <= step)
+        tokens = config.tokens if stage.tokens is None else stage.tokens
+        patches = config.patches if stage.patches is None else stage.patches
+        return BatchShape(config.rows, tokens, round_up(patches, self.processor.settings.window_patches))
 
     def rows(self, step: int, start: int, stop: int) -> Batch:
         """Rows start..stop-1 of the batch of a step, and no others are loaded.
@@ -217,17 +229,18 @@ class Pipeline:
             rows.append([example for _, _, example, _ in found])
             skips += [skip for _, _, _, skipped in found for skip in skipped]
         settings = self.processor.settings
-        shape = self.shape._replace(rows=stop - start)
+        shape = self.shape(step)._replace(rows=stop - start)
         return collate(rows, shape, settings.patch_numbers, settings.merge_patches), skips
 
     def _usable(self, place: int) -> tuple[int, int, Example, list[Skip]]:
         """Source, index and example of a place: its sample, or the first behind it in the order that can be used."""
         number, draw = self._order.draw(place)
+        shape = self.shape(place // (self.config.rows * self.config.documents_per_row))
         skips: list[Skip] = []
         for attempt in range(self.config.max_skips + 1):
             index = self._order.index(number, draw + attempt)
             try:
-                return number, index, self._load(number, index), skips
+                return number, index, self._load(number, index, shape), skips
             except SampleError as error:
                 if self.config.on_error == "fail":
                     raise
@@ -246,8 +259,8 @@ class Pipeline:
             log.warning("skipped (%s) %s", skip.reason, skip.message)
         return skip
 
-    def _load(self, number: int, index: int) -> Example:
-        key = (number, index)
+    def _load(self, number: int, index: int, shape: BatchShape) -> Example:
+        key = (number, index, shape)  # what fits the rows of one stage need not fit another's
         if (cached := self._cache.get(key)) is not None:
             return cached
         sample = self.sources[number][index]
@@ -255,7 +268,7 @@ class Pipeline:
         check_answers(sample, name)
         example = self.processor.encode(sample.messages, name=name)
         per_row = self.config.documents_per_row
-        check_fits(example, self.shape.tokens // per_row, self.shape.patches // per_row, name)
+        check_fits(example, shape.tokens // per_row, shape.patches // per_row, name)
         if self.processor.layout.regions is not None:
             check_regions(example, self.processor.layout.max_regions // per_row, name)
             example = region_major(example)
@@ -283,17 +296,17 @@ class _Cache:
     def __init__(self, limit: int):
         self._limit = limit
         self._used = 0
-        self._items: OrderedDict[tuple[int, int], tuple[Example, int]] = OrderedDict()
+        self._items: OrderedDict[Hashable, tuple[Example, int]] = OrderedDict()
         self._lock = threading.Lock()
 
-    def get(self, key: tuple[int, int]) -> Example | None:
+    def get(self, key: Hashable) -> Example | None:
         with self._lock:
             if key not in self._items:
                 return None
             self._items.move_to_end(key)
             return self._items[key][0]
 
-    def put(self, key: tuple[int, int], example: Example) -> None:
+    def put(self, key: Hashable, example: Example) -> None:
         codes = (len(example.info) + 6) * 4 * len(example.tokens)
         size = example.patches.nbytes + 16 * len(example.patches) + codes
         if size > self._limit:

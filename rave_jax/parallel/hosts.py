@@ -120,11 +120,11 @@ class Watchdog:
         """
         Args:
             timeout: seconds allowed between two beats; 0 switches the watchdog off.
-            first: seconds allowed before the first beat; ten times `timeout` by default.
+            first: seconds allowed before the first beat, and where a step compiles; ten times `timeout` by default.
             poll: seconds between two looks at the clock.
         """
         self._timeout = timeout
-        self._limit = 10 * timeout if first is None else first
+        self._first = self._limit = 10 * timeout if first is None else first
         self._poll = poll
         self._what, self._since = "the start", time.monotonic()
         self._stop = threading.Event()
@@ -132,6 +132,10 @@ class Watchdog:
     def beat(self, what: str) -> None:
         """Something finished; `what` names it in the message."""
         self._what, self._since, self._limit = what, time.monotonic(), self._timeout
+
+    def expect_compilation(self) -> None:
+        """What finishes next is compiled first, and has the time of the first beat."""
+        self._since, self._limit = time.monotonic(), self._first
 
     @contextlib.contextmanager
     def paused(self) -> Generator[None]:

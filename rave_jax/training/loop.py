@@ -115,16 +115,21 @@ class Loop:
         """
         start = int(state.step)
         late: tuple[int, StepMetrics] | None = None
+        compiled: set[tuple[int, ...]] = set()
         with use_mesh(self._session.mesh), StopRequest() as stop, self._feed(source, rows, start) as feed:
             for step in range(start, self._schedule.steps):
                 done, begun = step + 1, time.monotonic()
                 fed = feed.next()
+                sizes = (*fed.batch.tokens.shape, *fed.batch.patches.shape)
+                if compiles := sizes not in compiled:
+                    compiled.add(sizes)
+                    self._watchdog.expect_compilation()
                 state, metrics = self._session.step(state, fed.batch)
                 # Reading the metrics of the step before keeps the devices busy and at most two steps in flight.
                 if late is not None:
                     self._finish(*late, state, fed.data, describe)
                 late = (step, metrics)
-                if step == start:
+                if compiles:
                     jax.block_until_ready(metrics)
                     self._progress.restart_clock(done)
                     self._finish(*late, state, fed.data, describe)

@@ -161,6 +161,20 @@ def test_the_curriculum_goes_by_step(qa_folder: Path, processor: Processor) -> N
     assert names == [{"a"}] * 3 + [{"b"}] * 3
 
 
+def test_a_stage_may_have_rows_of_its_own_size(qa_folder: Path, processor: Processor) -> None:
+    stages = (Stage(tokens=96, patches=48), Stage(4), Stage(8, tokens=1600, patches=1600))
+    cached, plain = (Pipeline(data(qa_folder, stages=stages, cache_mb=mb), processor) for mb in (8, 0))
+    sizes, reasons = [], []
+    for step in range(12):
+        batch = cached.rows(step, 0, 6)
+        assert_same(batch, plain.rows(step, 0, 6))
+        sizes.append((*batch.tokens.shape, batch.patches.shape[1]))
+        reasons.append({skip.reason for skip in plain._make(step, 0, 6)[1]})
+    assert sizes == [(6, 96, 48)] * 4 + [(6, 192, 64)] * 4 + [(6, 1600, 1600)] * 4
+    # The largest picture, cached or not, fits the last rows alone.
+    assert ["over budget" in set.union(*reasons[n : n + 4]) for n in (0, 4, 8)] == [True, True, False]
+
+
 def test_configs(qa_folder: Path, processor: Processor) -> None:
     config = data(qa_folder, stages=(Stage(), Stage(9, (1.0,))))
     assert configs.loads(DataConfig, configs.dumps(config)) == config
@@ -176,6 +190,10 @@ def test_configs(qa_folder: Path, processor: Processor) -> None:
             data(qa_folder, **changes)
     with pytest.raises(ConfigError, match="not all 0"):
         Stage(0, (0.0,))
+    with pytest.raises(ConfigError, match="tokens is 0, expected 1 or more, or None"):
+        Stage(tokens=0)
+    with pytest.raises(ConfigError, match="patches is -1, expected 0 or more, or None"):
+        Stage(patches=-1)
     (qa_folder / "empty.jsonl").write_text("\n")
     with pytest.raises(ConfigError, match="at least one sample"):
         Pipeline(data(qa_folder, sources=(QaJsonl(str(qa_folder / "empty.jsonl")),)), processor)
@@ -184,4 +202,4 @@ def test_configs(qa_folder: Path, processor: Processor) -> None:
 
 
 def test_patch_budgets_are_whole_windows(qa_folder: Path, processor: Processor) -> None:
-    assert Pipeline(data(qa_folder, patches=50), processor).shape == (6, 192, 64)
+    assert Pipeline(data(qa_folder, patches=50), processor).shape(0) == (6, 192, 64)

@@ -38,6 +38,10 @@ def test_a_beating_or_paused_watchdog_stays_quiet():
         with dog.paused():
             time.sleep(0.5)
         time.sleep(0.05)
+    with Watchdog(0.2, first=60, poll=0.02) as dog:
+        dog.beat("step 1")
+        dog.expect_compilation()
+        time.sleep(0.5)
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,9 @@ import pytest
 
 from benchmarks import gaze_results
 from rave_jax.attention import Gaze
-from rave_jax.batch import Kind
 from rave_jax.checkpoint.tiny import Tiny, write_tiny
 from rave_jax.config import load_file
+from rave_jax.data.pipeline import Pipeline
 from rave_jax.data.synthetic import DigitMosaic, Synthetic
 from rave_jax.evaluation.accounting import account
 from rave_jax.evaluation.config import Eval
@@ -70,16 +70,13 @@ def test_a_cell_of_the_pictures_is_a_token_and_a_quarter_of_them_is_read(config:
 def test_the_longest_samples_fit_the_rows(config: TrainConfig, tmp_path: Path) -> None:
     assert isinstance(config.init, Tiny)
     processor = config.data.processor(write_tiny(tmp_path / "model", config.init), config.model.layout)
-    for given in config.data.sources:
-        assert isinstance(given, Synthetic)
-        source = given.build()
-        whole = config.data.tokens, config.data.patches
-        tokens, patches = gaze_results.SMALL_ROWS if given.image_size < 128 else whole
+    pipeline = Pipeline(config.data, processor)
+    for stage in config.data.stages:
+        (source,) = (s.build() for s, weight in zip(config.data.sources, stage.weights, strict=True) if weight)
+        shape = pipeline.shape(stage.step)
         found = [processor.encode(source[i].messages) for i in range(200)]
-        # The small pictures of the benchmark's backbone have no context tokens.
-        assert max((example.info.kind != Kind.CONTEXT).sum() for example in found) <= tokens
-        assert max(len(example.patches) for example in found) <= patches
-        assert max(len(example.tokens) for example in found) <= config.data.tokens
+        assert max(len(example.patches) for example in found) <= shape.patches
+        assert shape.tokens - 4 <= max(len(example.tokens) for example in found) <= shape.tokens
 
 
 def test_the_table_pairs_seeds_and_says_what_is_missing_and_what_is_not_decided() -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import struct
+from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import jax
 import numpy as np
@@ -28,11 +30,20 @@ def session():
     return session_of(OptimizerConfig(learning_rate=1e-2, accumulation=2), steps=STEPS, rows=ROWS)
 
 
-def run(session, folder: Path, state: TrainState, source, *, save_every: int = 2, writers=()) -> TrainState:
+def run(
+    session,
+    folder: Path,
+    state: TrainState,
+    source,
+    *,
+    save_every: int = 2,
+    writers=(),
+    watchdog: Watchdog | None = None,
+) -> TrainState:
     with Store(folder / "checkpoints", keep=2) as store:
         schedule = Schedule(STEPS, log_every=1, save_every=save_every)
         progress = ProgressReport(STEPS, 0, enabled=False)
-        loop = Loop(session, schedule, store, folder / "bad_step", writers, progress, Watchdog(0))
+        loop = Loop(session, schedule, store, folder / "bad_step", writers, progress, watchdog or Watchdog(0))
         return loop.run(state, source, ROWS, lambda step: f"batch {step}")
 
 
@@ -130,3 +141,27 @@ def test_what_the_source_raises_reaches_the_caller(session, tmp_path):
 
     with pytest.raises(OSError, match=r"broken\.jpg"):
         run(session, tmp_path, first_state(session), Failing(ROWS))
+
+
+def test_a_step_that_compiles_has_the_time_of_the_first(session, tmp_path):
+    class Growing(RandomSource):
+        def stream(self, step, start, stop):
+            for number, batch in enumerate(super().stream(step, start, stop)):
+                yield batch._replace(patches=batch.patches[:, : 8 if number in (2, 3) else None])
+
+    class Noting(Watchdog):
+        finished: ClassVar[list[str]] = []
+        expected: ClassVar[list[int]] = []
+
+        def expect_compilation(self):
+            self.expected.append(len(self.finished))
+
+        def beat(self, what):
+            self.finished.append(what)
+
+    batch = next(RandomSource(ROWS).stream(0, 0, ROWS))
+    same = replace(session, step=lambda state, _: session.step(state, batch))  # rows of 8 patches are not compiled here
+    run(same, tmp_path, first_state(session), Growing(ROWS), save_every=100, watchdog=Noting(0))
+    assert Noting.finished == [f"step {n}" for n in range(1, STEPS + 1)]
+    # The step before is read only behind the call that compiles.
+    assert Noting.expected == [0, 1]
