@@ -26,6 +26,9 @@ from tests.models.made import model
 CONFIG = presets.tiny(vocab_size=64, num_layers=1)
 PICTURE = [3, Visual(1, 8, 8), 4]
 VIDEO = [3, Visual(2, 6, 4, video=True), 2]
+FRAMES_64 = [12, Visual(32, 4, 4, video=True), 3]
+"""A temporal patch is two frames; four visual tokens each."""
+CUTS_64 = range(24, 144, 24)
 _cached = jax.jit(lambda model, *given: model.decoder.cached(*given))
 _whole = jax.jit(lambda model, given: (model.embedded(given), model.hidden(given)))
 
@@ -49,7 +52,7 @@ def read(vlm: Vlm, doc: Document, cuts: list[int], cache=None):
     region = example_of(doc, CONFIG, vlm.options.layout).info.region[None]
     given = jax.tree.map(jnp.asarray, given._replace(info=given.info._replace(region=region)))
     x, whole = _whole(vlm, given)
-    cache = vlm.empty_cache(1, 128) if cache is None else cache
+    cache = vlm.empty_cache(1, 160) if cache is None else cache
     places, parts = jnp.asarray(places_in_region(region[0]))[None], []
     for start, stop in zip([0, *cuts], [*cuts, len(doc.tokens)], strict=True):
         cut = slice(start, stop)
@@ -68,13 +71,30 @@ def read(vlm: Vlm, doc: Document, cuts: list[int], cache=None):
         ((Gaze(FixedRegions(2, 2), 16, top_k=1, choice="soft_bias"),), PICTURE, [20, 21, 22]),
         ((Gaze(FixedRegions(2, 2), 16, top_k=1), SlidingWindow(9)), PICTURE, [20, 21, 22]),
         ((Gaze(FixedRegions(1, 2, frames=2), 16, top_k=1, visual_queries="frame+routed"),), VIDEO, [11]),
+        ((Gaze(FixedRegions(2, 2, frames=2), 16, top_k=4, visual_queries="frame+routed"),), FRAMES_64, CUTS_64),
     ],
-    ids=["plain", "soft bias", "a window that cuts regions", "a chunk that ends inside regions of two frames"],
+    ids=[
+        "plain",
+        "soft bias",
+        "a window that cuts regions",
+        "a chunk that ends inside regions of two frames",
+        "64 frames in chunks",
+    ],
 )
 def test_in_parts_it_is_the_whole(mechanisms, parts, cuts) -> None:
     doc = document(parts, CONFIG, np.random.default_rng(0))
     found, whole, _ = read(a_model(*mechanisms), doc, cuts)
     np.testing.assert_allclose(found, whole, atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    "config", [Gaze(FixedRegions(2, 2), 16, top_k=16, share="group"), Gaze(FixedRegions(2, 1), 8, top_k=8)]
+)
+def test_all_regions_are_the_dense_model_in_prefill_and_steps(config: Gaze) -> None:
+    doc = document(PICTURE, CONFIG, np.random.default_rng(0))
+    found, *_ = read(a_model(config), doc, [*range(21, len(doc.tokens))])
+    _, dense, _ = read(a_model(), doc, [])
+    np.testing.assert_allclose(found, dense, atol=2e-5)
 
 
 def test_a_row_remembers_no_region_of_who_had_it() -> None:
@@ -83,7 +103,7 @@ def test_a_row_remembers_no_region_of_who_had_it() -> None:
     many, few = (document(parts, CONFIG, rng) for parts in ([2, Visual(1, 8, 8), 2], [2, Visual(1, 4, 4), 40]))
     *_, whole = read(vlm, many, [])
     row, reach = jnp.zeros(1, jnp.int32), kv_cache.RegionReach(4, 4)
-    part = kv_cache.emptied(kv_cache.take(whole, row, 128, reach), jnp.ones(1, bool))
+    part = kv_cache.emptied(kv_cache.take(whole, row, 160, reach), jnp.ones(1, bool))
     _, _, part = read(vlm, few, [], part)
     cache = kv_cache.put(whole, part, row)
     assert np.unique(cache.regions.info.region).tolist() == [0, 1, 2, 3, 4]
