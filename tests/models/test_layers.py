@@ -10,7 +10,7 @@ import pytest
 from rave_jax.models.layers import FEW_ROWS, product
 
 
-@pytest.mark.parametrize("out", [40, 41])
+@pytest.mark.parametrize("out", [20, 40, 41])
 @pytest.mark.parametrize("rows", [(1,), (2,), (8, 1), (2, FEW_ROWS // 2), (FEW_ROWS + 1,)])
 def test_products_and_their_gradients(rows: tuple[int, ...], out: int) -> None:
     rng = np.random.default_rng(0)
