@@ -27,7 +27,7 @@ if os.environ["JAX_PLATFORMS"] == "cpu":
     jax.config.update("jax_num_cpu_devices", NUM_DEVICES)
 
 # Compiling is most of what tests do, and a third of it goes into quick machine code that runs once. XLA's own passes
-# are as ever; CI compiles the slow tests and those of parity as users' programs are. Subprocesses do so anyway.
+# are as ever; CI compiles the tests of parity as users' programs are. Subprocesses do so anyway.
 jax.config.update("jax_disable_most_optimizations", os.environ.get(OPTIMISED) != "0")
 
 # Compilation makes the first example of a property slow, so time limits per example say nothing. The examples
