@@ -6,8 +6,9 @@ same held-out questions, so that settings differ in nothing but what they say. A
 greedy answer is the sample's, end included, from one forward pass over both (`evaluation/forced.py`). Settings learn at
 ADAPTING of the backbone's rate: what is trained already is to change its reading, not to start again.
 
-A finished pair of setting and seed is a file in OUT/rows and is not run again; what was interrupted goes on where it
-stopped. The table says what is missing, and what its numbers do not decide.
+A finished pair of setting and seed is a file in OUT/rows and is not run again, and one of other steps or rates is
+refused; what was interrupted goes on where it stopped. The table says what is missing, and what its numbers do not
+decide.
 
     python benchmarks/gaze_results.py [--seeds 0 1 2] [--settings dense gaze_25 ...] [--out DIR] [--json FILE] [--table]
 """
@@ -31,7 +32,7 @@ import jax
 from rave_jax.attention import Gaze
 from rave_jax.attention.gaze import TopKSchedule
 from rave_jax.checkpoint.hf_export import export_hf
-from rave_jax.config import load_file
+from rave_jax.config import ConfigError, load_file, require
 from rave_jax.data.collate import BatchShape
 from rave_jax.data.pipeline import DataConfig, Stage
 from rave_jax.data.sample import Sample
@@ -61,21 +62,22 @@ LOST = 0.01
 
 
 def settings(config: TrainConfig) -> dict[str, ModelOptions]:
-    """What is compared, by name; `gaze_25` is the config's own model."""
+    """What is compared, by name: the config's own model with what the name says; descriptors are means where it says
+    nothing."""
     own = config.model
     (gaze,) = (m for m in own.mechanisms if isinstance(m, Gaze))
 
     def routed(**changes: Any) -> ModelOptions:
-        return replace(own, mechanisms=(replace(gaze, **changes),))
+        return replace(own, mechanisms=(replace(gaze, **{"descriptor": "mean", **changes}),))
 
     descriptors = {f"{name}_25": routed(descriptor=name) for name in ("min_max", "spread", "oracle", "random")}
     return {
         BASE: replace(own, mechanisms=(), context=None),
         "context_only": replace(own, mechanisms=()),
         "gaze_50": routed(top_k=8),
-        "gaze_25": own,
+        "gaze_25": routed(),
         "gaze_12": routed(top_k=2),
-        "gaze_25_no_context": replace(own, context=None),
+        "gaze_25_no_context": replace(routed(), context=None),
         "min_max_25_no_context": replace(routed(descriptor="min_max"), context=None),
         **descriptors,
         "gaze_25_at_once": routed(schedule=TopKSchedule(shape="none")),
@@ -114,6 +116,31 @@ def exported(config: TrainConfig) -> Path:
     return folder / "exported"
 
 
+def made_with(config: TrainConfig, steps: int) -> dict[str, Any]:
+    """What rows must have in common to stand in one table."""
+    return {
+        "samples": SAMPLES,
+        "steps": steps,
+        "learning_rate": ADAPTING * config.optimizer.learning_rate,
+        "backbone_steps": config.steps,
+    }
+
+
+def kept_rows(folder: Path, config: TrainConfig, steps: int) -> list[dict[str, Any]]:
+    """The rows of a folder.
+
+    Raises:
+        ConfigError: one was made with other steps, samples or rates.
+    """
+    rows = []
+    for file in sorted(folder.glob("*.json")):
+        row = json.loads(file.read_text())
+        for name, value in made_with(config, steps).items():
+            require(row.get(name) == value, f"{file}: {name}", row.get(name), f"{value}; give another --out")
+        rows.append(row)
+    return rows
+
+
 def questions(config: TrainConfig, seed: int) -> DataConfig:
     """The config's last stage alone, in the order of a seed."""
     last = config.data.stages[-1]
@@ -128,7 +155,8 @@ def run_row(name: str, seed: int, config: TrainConfig, steps: int, out: Path) ->
     since_backbone = time.monotonic()
     folder = out / f"{name}-{seed}"
     data = questions(config, seed + 1000)  # others than the backbone saw
-    rate = ADAPTING * config.optimizer.learning_rate
+    common = made_with(config, steps)
+    rate = common["learning_rate"]
     optimizer = replace(config.optimizer, learning_rate=rate, warmup=min(config.optimizer.warmup, steps // 10))
     train(
         seeded(
@@ -154,10 +182,7 @@ def run_row(name: str, seed: int, config: TrainConfig, steps: int, out: Path) ->
         "setting": name,
         "seed": seed,
         "accuracy": float(right.mean()),
-        "samples": len(samples),
-        "steps": steps,
-        "learning_rate": rate,
-        "backbone_steps": config.steps,
+        **common,
         **read_of(run, samples[:LOOKED_AT], heldout),
         "train_s": round(trained - since_backbone, 1),
         "backbone_s": round(since_backbone - began, 1),
@@ -270,6 +295,10 @@ def main() -> int:
     hosts.start(config.hosts, config.simulated_devices)
     files = given.out / "rows"
     files.mkdir(parents=True, exist_ok=True)
+    try:
+        kept_rows(files, config, given.steps)
+    except ConfigError as error:
+        parser.error(str(error))
     for seed in given.seeds:
         for name in () if given.table else given.settings:
             file = files / f"{name}-{seed}.json"
@@ -282,7 +311,7 @@ def main() -> int:
                 return 143
             file.write_text(json.dumps(row) + "\n")
             print(f"{name}, seed {seed}: {row['accuracy']:.1%}", flush=True)
-    rows = [json.loads(file.read_text()) for file in sorted(files.glob("*.json"))]
+    rows = kept_rows(files, config, given.steps)
     table = compared([r for r in rows if r["seed"] in given.seeds], names, given.seeds)
     print("\n".join(markdown(table)))
     if given.json:

@@ -9,7 +9,7 @@ from rave_jax.training.config import TrainConfig
 
 
 def get_config() -> TrainConfig:
-    """The quickstart of Gaze with the quickstart's mechanism and its parameter group."""
+    """The quickstart of Gaze with the quickstart's mechanism and its parameter group: about four minutes."""
     base, rave = quickstart_gaze.get_config(), quickstart.get_config()
     mechanisms = (*base.model.mechanisms, *rave.model.mechanisms)
     return dataclasses.replace(

@@ -151,10 +151,8 @@ class Engine:
         ):
             if most is not None and given > most:
                 raise OverBudget(f"{called}the prompt has {given} {what}, over the budget of {field_name} {most}")
-        layout = self._model.options.layout
-        check_regions(example, layout.max_regions, name)
-        if layout.regions is not None and np.any((example.info.kind == Kind.VISUAL) & (example.info.region == 0)):
-            raise SampleError(f"{called}a picture without regions: the processor needs the model's layout")
+        check_regions(example, self._model.options.layout.max_regions, name)
+        self._check_layout(example, called)
         ahead = self._model.decoder.looks_ahead
         if ahead and len(example.tokens) > self._buckets.chunk:
             raise OverBudget(
@@ -173,6 +171,15 @@ class Engine:
         limit = limit if config.max_text is None else min(limit, config.max_text - beside + 1)
         self._waiting.append(_Job(self._requests, Prompt(example, sampling, stops + fill, limit)))
         return self._requests
+
+    def _check_layout(self, example: Example, called: str) -> None:
+        """Pictures are laid out as the model wants them."""
+        layout, kind = self._model.options.layout, example.info.kind
+        visual = kind == Kind.VISUAL
+        if layout.regions is not None and np.any(visual & (example.info.region == 0)):
+            raise SampleError(f"{called}a picture without regions: the processor needs the model's layout")
+        if layout.context is not None and np.any(visual) and not np.any(kind == Kind.CONTEXT):
+            raise SampleError(f"{called}a picture without context tokens: the processor needs the model's layout")
 
     def cancel(self, request: int) -> None:
         """End a request, wherever it is; nothing more comes of it."""

@@ -220,10 +220,23 @@ def gradient(model: Vlm, given: Batch) -> Any:
     return jax.grad(loss)(model)
 
 
-def test_without_pictures_it_is_plain_attention() -> None:
+def test_without_pictures_or_regions_it_is_plain_attention() -> None:
     given = rows()
-    text = given._replace(info=given.info._replace(region=jnp.zeros_like(given.info.region)))
-    np.testing.assert_array_equal(hidden(a_model(gaze()), text), hidden(a_model(), given))
+    bare = given._replace(info=given.info._replace(region=jnp.zeros_like(given.info.region)))
+    text = batch([[document([20], CONFIG, np.random.default_rng(0))]] * 2, CONFIG, T, P)
+    for found in (bare, text):
+        np.testing.assert_array_equal(hidden(a_model(gaze()), found), hidden(a_model(), found))
+
+
+@pytest.mark.parametrize(("keys", "same"), [("pre_rope", True), ("post_rope", False)])
+def test_keys_before_rotary_positions_rank_alike_wherever_a_picture_stands(keys, same: bool) -> None:
+    """In the first layer, whose keys know nothing else of positions."""
+    given, model = rows(), a_model(gaze(descriptor_keys=keys))
+    visual = given.info.image > 0
+    far = given._replace(positions=jnp.where(visual & (given.info.col > 0), given.positions + 40, given.positions))
+    every = jnp.broadcast_to(jnp.arange(T), (2, T))
+    first, other = (jax.jit(Vlm.chosen_regions)(model, one, every)[0] for one in (given, far))
+    assert bool((first == other).all()) == same
 
 
 @pytest.mark.parametrize("config", [gaze(), gaze(top_k=0.4, visual_queries="frame+routed"), gaze(descriptor="oracle")])
@@ -263,12 +276,20 @@ def test_the_schedule_goes_from_all_to_top_k_without_compiling_again() -> None:
     assert at._cache_size() == 1
 
 
-@pytest.mark.parametrize("shape", ["cosine", "linear", "steps", "none"])
-def test_schedules_fall_from_one_to_nothing(shape) -> None:
-    schedule = TopKSchedule(shape, until=0.4)
-    share = np.array([float(schedule.dense(jnp.float32(x))) for x in np.linspace(0, 1, 21)])
-    assert (np.diff(share) <= 1e-6).all() and (share[8:] == 0).all()
-    assert share[0] == (0 if shape == "none" else 1)
+@pytest.mark.parametrize(
+    ("shape", "share"),
+    [
+        ("cosine", [1, (2 + 2**0.5) / 4, 0.5, (2 - 2**0.5) / 4]),
+        ("linear", [1, 0.75, 0.5, 0.25]),
+        ("steps", [1, 0.5, 0.25, 0.125]),
+        ("none", [0, 0, 0, 0]),
+    ],
+)
+def test_schedules_fall_from_one_to_nothing(shape, share) -> None:
+    schedule = TopKSchedule(shape, until=0.5)
+    found = [float(schedule.dense(jnp.float32(x))) for x in (0, 0.125, 0.25, 0.375, 0.5, 0.75, 1)]
+    np.testing.assert_allclose(found, [*share, 0, 0, 0], atol=1e-6)
+    assert found[4:] == [0, 0, 0], "exactly: any share of further regions is at least one region more"
 
 
 NAMES = ("mean", "min_max", "spread", "learned")
@@ -323,8 +344,20 @@ def test_min_max_bounds_the_score_of_every_key() -> None:
     assert (np.einsum("btkh,bskh->bstk", q, k) <= np.asarray(bound)[:, None] + 1e-5).all()
 
 
+def test_spread_is_the_log_of_a_region_s_mass_to_second_order() -> None:
+    """Of weights exp(<q, k> / sqrt(h)): by a product over channels, for keys whose channels vary apart."""
+    h, rng = 4, np.random.default_rng(0)
+    one = rng.normal(size=(2, h))
+    k = np.stack([[one[bit, c] for c, bit in enumerate(np.unravel_index(n, (2,) * h))] for n in range(2**h)])
+    q = 0.1 * rng.normal(size=(5, h))
+    d = described("spread", jnp.asarray(k[None, :, None]), None, jnp.ones((1, 2**h), jnp.int32), 1)
+    x = descriptors.features("spread", jnp.asarray(q[None, :, None]), jnp.zeros((1, 5), jnp.int32))
+    found = np.einsum("btkc,brkc->t", x, d)
+    np.testing.assert_allclose(found, np.log(np.exp(q @ k.T / h**0.5).mean(1)), atol=1e-5)
+
+
 def test_wrong_settings_and_company_are_refused() -> None:
-    for wrong in ({"top_k": 0}, {"top_k": 2.5}, {"max_regions": 0}, {"tau": 0.0}):
+    for wrong in ({"top_k": 0}, {"top_k": 2.5}, {"top_k": 1.0}, {"max_regions": 0}, {"tau": 0.0}):
         with pytest.raises(ConfigError, match=next(iter(wrong))):
             Gaze(**wrong)
     with pytest.raises(ConfigError, match="until"):

@@ -109,10 +109,19 @@ def model_config(config: TrainConfig, folder: Path) -> VlmConfig:
     return RELEASED[name]()
 
 
-def abstract_batch(config: TrainConfig, vlm: VlmConfig) -> Batch:
+def row_sizes(config: TrainConfig) -> set[tuple[int, int]]:
+    """Tokens and patches of a row in every stage."""
+    data = config.data
+    return {
+        (data.tokens if s.tokens is None else s.tokens, data.patches if s.patches is None else s.patches)
+        for s in data.stages
+    }
+
+
+def abstract_batch(config: TrainConfig, vlm: VlmConfig, tokens: int, patches: int) -> Batch:
     """Shapes of the global batch; only one row of it is made."""
     width, window = (vlm.vision.patch_width, vlm.vision.window_patches) if vlm.vision else (1, 1)
-    row = empty_batch(BatchShape(1, config.data.tokens, round_up(config.data.patches, window)), width)
+    row = empty_batch(BatchShape(1, tokens, round_up(patches, window)), width)
 
     def widen(axis: int, x: jax.Array) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((*x.shape[:axis], config.data.rows, *x.shape[axis + 1 :]), x.dtype)
@@ -131,18 +140,20 @@ def test_a_config_lowers_to_a_sharded_tpu_program(path: Path, tmp_path: Path) ->
         session = make_session(
             model, config.optimizer, mesh, steps=config.steps, rows=config.data.rows, loss_chunk=config.loss_chunk
         )
-        batch = jax.tree.map(
-            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-            abstract_batch(config, vlm),
-            batch_shardings(mesh, config.data.rows),
-        )
-        lowered = session.step.trace(session.state, batch).lower(lowering_platforms=("tpu",))
-    state, metrics = lowered.out_info
-    assert state.step.shape == metrics.loss.shape == ()
-    text = lowered.as_text()
-    assert f"mhlo.num_partitions = {mesh.size}" in text
-    if config.data.tokens**2 > SMALL:
-        assert "tpu_custom_call" in text, "attention over long rows runs in the fused kernels"
+        shardings = batch_shardings(mesh, config.data.rows)
+        for tokens, patches in row_sizes(config):
+            batch = jax.tree.map(
+                lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+                abstract_batch(config, vlm, tokens, patches),
+                shardings,
+            )
+            lowered = session.step.trace(session.state, batch).lower(lowering_platforms=("tpu",))
+            state, metrics = lowered.out_info
+            assert state.step.shape == metrics.loss.shape == ()
+            text = lowered.as_text()
+            assert f"mhlo.num_partitions = {mesh.size}" in text
+            if tokens**2 > SMALL:
+                assert "tpu_custom_call" in text, "attention over long rows runs in the fused kernels"
 
 
 def test_a_config_that_does_not_fit_its_mesh_is_refused() -> None:

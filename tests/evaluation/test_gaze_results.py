@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from benchmarks import gaze_results
 from rave_jax.attention import Gaze
 from rave_jax.checkpoint.tiny import Tiny, write_tiny
-from rave_jax.config import load_file
+from rave_jax.config import ConfigError, load_file
 from rave_jax.data.pipeline import Pipeline
 from rave_jax.data.synthetic import DigitMosaic, Synthetic
 from rave_jax.evaluation.accounting import account
@@ -77,6 +78,14 @@ def test_the_longest_samples_fit_the_rows(config: TrainConfig, tmp_path: Path) -
         found = [processor.encode(source[i].messages) for i in range(200)]
         assert max(len(example.patches) for example in found) <= shape.patches
         assert shape.tokens - 4 <= max(len(example.tokens) for example in found) <= shape.tokens
+
+
+def test_rows_of_other_steps_are_refused_by_name(config: TrainConfig, tmp_path: Path) -> None:
+    kept = {"setting": "dense", "seed": 0, "accuracy": 0.9, **gaze_results.made_with(config, 100)}
+    (tmp_path / "dense-0.json").write_text(json.dumps(kept))
+    assert gaze_results.kept_rows(tmp_path, config, 100) == [kept]
+    with pytest.raises(ConfigError, match=r"dense-0.json: steps is 100, expected 300; give another --out"):
+        gaze_results.kept_rows(tmp_path, config, 300)
 
 
 def test_the_table_pairs_seeds_and_says_what_is_missing_and_what_is_not_decided() -> None:

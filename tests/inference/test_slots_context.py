@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 
 from rave_jax.attention import Cca, Gaze, Rave, SlidingWindow, ZeroTuning
+from rave_jax.data.sample import SampleError
 from rave_jax.inference import Sampling
 from rave_jax.layout import ContextTokens, FixedRegions
 from rave_jax.models.config import ModelOptions
 from rave_jax.models.vlm import Vlm
 from tests.inference.prompts import example_of, whole_forward
 from tests.inference.test_slots import CONFIG, NEW, PARTS, SIZES, engine, run
-from tests.models.layout import Document, document
+from tests.models.layout import Document, Visual, document
 from tests.models.made import model
 
 SLOTS = dataclasses.replace(SIZES, max_length=96)
@@ -62,3 +63,9 @@ def test_an_answer_starts_behind_the_last_position_of_its_prompt() -> None:
     slots.step()
     assert slots._state.position[0] == max(max(p) for p in asked.positions) + 1
     assert slots._state.cache.index[0] == len(asked.tokens)
+
+
+def test_pictures_without_their_context_tokens_are_refused_by_name() -> None:
+    bare = document([2, Visual(1, 4, 4), 3], CONFIG, np.random.default_rng(0))
+    with pytest.raises(SampleError, match="bare: a picture without context tokens: the processor needs"):
+        engine(a_model("frames"), SLOTS).submit(example_of(bare, CONFIG), Sampling(NEW), "bare")

@@ -69,12 +69,14 @@ def bias_of_means(bias: PairBias, keys: np.ndarray) -> np.ndarray:
     return found
 
 
-def allowed(codes: MaskCodes, routes: Routes, rule: RouteRule, bias: PairBias) -> np.ndarray:
-    """Which keys each query and head sees [B,H,T,S], by the rule's words."""
+def allowed(codes: MaskCodes, routes: Routes, rule: RouteRule, bias: PairBias) -> tuple[np.ndarray, np.ndarray]:
+    """Which keys each query and head sees [B,H,T,S], and tau log softmax of the chosen regions' keys, by the rule's
+    words."""
     lo, hi, order, _, _ = (np.asarray(x) for x in codes)
-    found = np.zeros((B, K * G, T, S), bool)
+    found, soft = np.zeros((B, K * G, T, S), bool), np.zeros((B, K * G, T, S))
     keys, first, last, before = (np.asarray(x) for x in (routes.keys, routes.first, routes.last, routes.before))
-    scores = np.einsum("BTKGc,BRKc->BKGTR", np.asarray(routes.query).reshape(B, T, K, G, -1), routes.descriptor)
+    queries = np.float64(routes.query).reshape(B, T, K, G, -1)
+    scores = np.einsum("BTKGc,BRKc->BKGTR", queries, np.float64(routes.descriptor))
     if rule.with_bias:
         scores = scores + bias_of_means(bias, keys) * h**0.5
     if rule.share == "group":
@@ -84,22 +86,25 @@ def allowed(codes: MaskCodes, routes: Routes, rule: RouteRule, bias: PairBias) -
         able = [n for n in range(R) if first[b, n] <= last[b, n] and lo[b, t] <= last[b, n] < before[b, t]]
         target = min(len(able), rule.top_k) if rule.top_k >= 1 else np.ceil(round(rule.top_k * len(able), 4))
         count = int(target + np.ceil(float(routes.dense) * (len(able) - target)))
-        best = sorted(able, key=lambda n: (-scores[b, head, t, n], n))[:count]
+        mine = scores[b, head, t]
+        best = sorted(able, key=lambda n: (-mine[n], n))[:count]
+        total = np.log(np.exp(mine[able]).sum()) if able else 0.0
         for s in range(S):
             region = keys[b, s] - 1
             shut = region in able and region not in best
             found[b, head, t, s] = lo[b, t] <= order[b, s] <= hi[b, t] and not shut
-    return found
+            soft[b, head, t, s] = rule.tau * (mine[region] - total) if region in best else 0
+    return found, soft
 
 
-def dense_attention(q, k, v, bias, open_):
+def dense_attention(q, k, v, bias, open_, added=0.0):
     """Softmax over the open keys in float64."""
     k, v = (np.repeat(np.float64(x), G, axis=2) for x in (k, v))
     scores = np.einsum("BTHh,BSHh->BHTS", np.float64(q), k) * h**-0.5
     z = np.einsum("BTHr,BSHr->BHTS", np.float64(bias.u), np.repeat(np.float64(bias.w), G, axis=2))
     z = z + np.moveaxis(np.float64(bias.row), 2, 1)[..., None]
     z = z + np.moveaxis(np.repeat(np.float64(bias.key), G, axis=2), 2, 1)[:, :, None]
-    scores = scores + np.where(np.asarray(bias.key_on)[:, None, None], np.log(2 / (1 + np.exp(-z))), 0)
+    scores = scores + np.where(np.asarray(bias.key_on)[:, None, None], np.log(2 / (1 + np.exp(-z))), 0) + added
     weights = np.where(open_, np.exp(scores), 0)
     total = weights.sum(-1, keepdims=True)
     return np.einsum("BHTS,BSHh->BTHh", weights / np.where(total > 0, total, 1), v), np.log(total[..., 0])
@@ -112,6 +117,8 @@ RULES = [
     RouteRule(0.3),
     RouteRule(2, with_bias=True),
     RouteRule(0.5, share="group", with_bias=True),
+    RouteRule(2, choice="soft_bias", tau=0.7),
+    RouteRule(0.5, share="group", choice="soft_bias", with_bias=True),
 ]
 
 
@@ -130,7 +137,8 @@ def test_it_is_the_stated_rule(rule: RouteRule, seed: int, dense: float) -> None
     q, k, v, codes, routes, bias = operands(seed, dense)
     out, lse = run(q, k, v, codes, routes, bias, rule)
     with np.errstate(divide="ignore"):
-        expected, expected_lse = dense_attention(q, k, v, bias, allowed(codes, routes, rule, bias))
+        open_, soft = allowed(codes, routes, rule, bias)
+        expected, expected_lse = dense_attention(q, k, v, bias, open_, soft if rule.choice == "soft_bias" else 0.0)
     np.testing.assert_allclose(out, expected, atol=2e-5)
     np.testing.assert_allclose(np.moveaxis(lse, 1, 2), expected_lse, atol=2e-5)
     if dense == 0:
@@ -205,12 +213,41 @@ def test_all_regions_are_plain_attention_and_a_hard_choice_has_no_gradient() -> 
     assert jax.grad(loss)(routes.query, RouteRule(2, choice="straight_through")).any()
 
 
+@pytest.mark.parametrize("share", ["head", "group"])
+@pytest.mark.parametrize("choice", ["soft_bias", "straight_through"])
+def test_soft_choices_have_the_slope_of_their_formula(choice, share) -> None:
+    """Along a line through queries and descriptors, by differences: what is chosen stays, its log softmax moves."""
+    q, k, v, codes, routes, bias = operands(5)
+    rule, rng = RouteRule(3, share=share, choice=choice, tau=0.7), np.random.default_rng(0)
+    ways = [rng.normal(size=x.shape) for x in (routes.query, routes.descriptor)]
+    weight = rng.normal(size=(B, T, K * G, h))
+
+    def loss(query, descriptor):
+        moved = routes._replace(query=query, descriptor=descriptor)
+        return jnp.sum(run(q, k, v, codes, moved, bias, rule)[0] * weight)
+
+    open_, unmoved = allowed(codes, routes, rule, bias)
+
+    def at(step: float) -> float:
+        # The regions that are chosen are those without the step: a rule that takes all candidates gives every softmax.
+        query, descriptor = (np.float64(x) + step * way for x, way in zip(routes[:2], ways, strict=True))
+        moved = routes._replace(query=query, descriptor=descriptor)
+        soft = np.where(unmoved != 0, allowed(codes, moved, RouteRule(R, share=share, tau=0.7), bias)[1], 0.0)
+        added = soft if choice == "soft_bias" else soft - unmoved
+        return float((dense_attention(q, k, v, bias, open_, added)[0] * weight).sum())
+
+    slopes = jax.grad(loss, argnums=(0, 1))(*routes[:2])
+    found = sum(float((slope * way).sum()) for slope, way in zip(slopes, ways, strict=True))
+    assert found == pytest.approx((at(1e-4) - at(-1e-4)) / 2e-4, rel=1e-3)
+    assert abs(found) > 0.1
+
+
 def test_what_is_not_chosen_touches_nothing() -> None:
     """Values of shut regions may be anything; ties go to the lower region, never to more than k."""
     q, k, v, codes, routes, bias = operands(2)
     routes = routes._replace(descriptor=jnp.zeros_like(routes.descriptor), before=codes.hi)
     rule = RouteRule(1)
-    open_ = jnp.asarray(allowed(codes, routes, rule, bias))[:, :, -1].any(1)
+    open_ = jnp.asarray(allowed(codes, routes, rule, bias)[0])[:, :, -1].any(1)
     assert not open_.all()
     out, _ = run(q, k, v, codes, routes, bias, rule)
     poisoned = jnp.where(open_[:, :, None, None], v, 1e30)

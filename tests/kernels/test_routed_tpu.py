@@ -26,6 +26,7 @@ from rave_jax.kernels.routed.base import Choice
 from rave_jax.kernels.routed.pallas_tpu import lists
 from rave_jax.kernels.routed.pallas_tpu.forward import forward
 from rave_jax.kernels.routed.pallas_tpu.lists import Layout
+from rave_jax.kernels.routed.pallas_tpu.sizes import layout_of
 from rave_jax.parallel.mesh import MeshConfig, make_mesh
 from rave_jax.parallel.sharding import use_mesh
 from tests.kernels.drawn import codes_of
@@ -290,6 +291,9 @@ def test_the_fill_is_what_lanes_hold() -> None:
     ragged = Layout(8, 144)
     assert (ragged.tiles, ragged.sharing, ragged.fill) == (9, 8, 1.0)
     assert Layout(6, 36).fill == 6 * 36 / (2 * 128)
+    small = layout_of(448, 36)
+    assert (small.lanes, small.sharing) == (256, 7)
+    assert small.visits(0.25) == pytest.approx((1 - 0.75**7) * 256 / 7 / 36)
     assert Layout(8, 128).visits(0.25) == 0.25 and abs(Layout(2, 64).visits(0.25) - 0.4375) < 1e-9
 
 

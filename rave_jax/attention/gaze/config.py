@@ -66,8 +66,9 @@ class Gaze:
     """How visual tokens are grouped."""
     max_regions: int = 256
     """Most regions of a row; samples and prompts with more are over budget."""
-    top_k: float = 0.25
-    """Regions a query reads of all pictures before it: a whole number (1 is one region), or below 1 a fraction."""
+    top_k: int | float = 0.25
+    """Regions a query reads of all pictures before it: a whole number (1 is one region), or below 1 a fraction. 1.0 is
+    refused; as many as `max_regions` is all."""
     schedule: TopKSchedule = field(default_factory=TopKSchedule)
     """From all regions to `top_k` in training; outside training it has ended."""
     descriptor: DescriptorName = "mean"

@@ -37,8 +37,9 @@ from rave_jax.typing import Array, Bool, Float, Int
 class RouteRule:
     """How a query chooses."""
 
-    top_k: float = 0.25
-    """Regions of a query: a whole number of 1 or more, or below 1 a fraction of its candidates, rounded up."""
+    top_k: int | float = 0.25
+    """Regions of a query: a whole number of 1 or more, or below 1 a fraction of its candidates, rounded up. 1.0, which
+    may be meant as either, is refused."""
     share: Literal["head", "group"] = "head"
     """Who has a choice of its own: each query head, or each kv head with the query heads that read it."""
     choice: Literal["hard", "soft_bias", "straight_through"] = "hard"
@@ -53,7 +54,9 @@ class RouteRule:
 
     def __post_init__(self) -> None:
         good = 0 < self.top_k < 1 or (self.top_k >= 1 and math.isfinite(self.top_k) and self.top_k == int(self.top_k))
-        require(good, "top_k", self.top_k, "a whole number of regions, or a fraction between 0 and 1")
+        good = good and not (isinstance(self.top_k, float) and self.top_k == 1)
+        what = "a whole number of regions (1 for one; as many as there may be for all), or a fraction between 0 and 1"
+        require(good, "top_k", self.top_k, what)
         require(0 < self.tau < math.inf, "tau", self.tau, "a positive number")
 
     def most(self, regions: int) -> int:
