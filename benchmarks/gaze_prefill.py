@@ -42,9 +42,7 @@ def read_program(place: Any, *, chunk: int) -> tuple[Any, tuple[Any, ...]]:
     gaze = Gaze(REGIONS, max_regions=count, top_k=0.1, share="group")
     options = ModelOptions((gaze,), param_dtype="bfloat16", compute_dtype="bfloat16")
     model = jax.eval_shape(lambda key: Vlm(config, options, key=key), jax.random.key(0))
-    # A chunk that is the whole prompt may be all text as far as shapes know.
-    size = TEXT if chunk <= TEXT else chunk
-    state = jax.eval_shape(lambda model: empty_state(model, 1, size, 1, 0, 1, "compute"), model)
+    state = jax.eval_shape(lambda model: empty_state(model, 1, TEXT, 1, 0, 1, "compute"), model)
 
     def ints(*shape: int) -> Any:
         return jax.ShapeDtypeStruct(shape, jnp.int32)
@@ -56,7 +54,7 @@ def read_program(place: Any, *, chunk: int) -> tuple[Any, tuple[Any, ...]]:
     asked = Admission(row, begins, row, row, row, row, ints(1, 1), sampling)
 
     def run(model: Any, state: Any, tokens: Chunk, asked: Admission) -> Any:
-        return read(model, state, tokens, asked, reach=size, regions=RegionReach(count, VISUAL))
+        return read(model, state, tokens, asked, reach=TEXT, regions=RegionReach(count, VISUAL))
 
     return run, jax.tree.map(lambda x: place(x.shape, x.dtype), (model, state, tokens, asked))
 

@@ -27,6 +27,7 @@ NO_NUMBERS = ([1.0], [], (True,), ("1",), (NAN,), (INF,), (10**400,), ([1.0],), 
 WRONG: dict[Any, tuple[Any, ...]] = {
     int: (*NO_INTEGERS, (1,), "1"),
     float: (*NO_NUMBERS, (1.0,), np.float32(1)),
+    int | float: (*NO_NUMBERS, (1.0,), np.float32(1)),
     tuple[int, ...]: (*NO_INTEGERS, 1),
     tuple[float, ...]: (*NO_NUMBERS, 1.0),
     float | tuple[float, ...]: NO_NUMBERS,

@@ -98,7 +98,7 @@ SETTINGS: dict[str, tuple[MechanismConfig, ...]] = {
     ),
 }
 
-SLOW = dict.fromkeys(("gaze of groups", "gaze for study"), pytest.mark.slow)
+SLOW = dict.fromkeys(("gaze of groups", "gaze for study", "first token, channel and merge"), pytest.mark.slow)
 
 
 @functools.cache

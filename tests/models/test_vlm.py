@@ -168,6 +168,7 @@ def test_attention_rows_are_what_the_heads_read() -> None:
     assert (np.asarray(seen)[:, 0, 2, :, 6:] == 0).all(), "no query sees what comes later"
 
 
+@pytest.mark.slow
 def test_rematerialisation_changes_no_gradient() -> None:
     rows = batch([documents([3, Visual(1, 4, 6), 4])], CONFIG, tokens=14, patches=24)
 
@@ -192,6 +193,7 @@ def test_how_a_stack_is_cut_changes_nothing() -> None:
     np.testing.assert_allclose(logits(whole, rows), logits(parts, rows), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_layers_apart_are_the_layers_of_the_stack() -> None:
     build = jax.jit(lambda options: Vlm(CONFIG, options, key=jax.random.key(3)), static_argnums=0)
     stacked, apart = (build(dataclasses.replace(RAVE, scan_layers=scan)) for scan in (True, False))

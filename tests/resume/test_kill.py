@@ -49,6 +49,7 @@ def curve(folder: Path) -> list[dict]:
     ]
 
 
+@pytest.mark.slow
 def test_a_killed_run_continues_bit_for_bit(repo, tmp_path):
     finish(start(repo, tmp_path / "alone"))
     job = start(repo, tmp_path / "killed")
