@@ -53,8 +53,8 @@ class RouteRule:
     study: it needs all scores)."""
 
     def __post_init__(self) -> None:
-        good = 0 < self.top_k < 1 or (self.top_k >= 1 and math.isfinite(self.top_k) and self.top_k == int(self.top_k))
-        good = good and not (isinstance(self.top_k, float) and self.top_k == 1)
+        whole = 1 <= self.top_k < 2**31 and self.top_k == int(self.top_k)
+        good = 0 < self.top_k < 1 or (whole and not (isinstance(self.top_k, float) and self.top_k == 1))
         what = "a whole number of regions (1 for one; as many as there may be for all), or a fraction between 0 and 1"
         require(good, "top_k", self.top_k, what)
         require(0 < self.tau < math.inf, "tau", self.tau, "a positive number")
