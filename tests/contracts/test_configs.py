@@ -128,7 +128,10 @@ def abstract_batch(config: TrainConfig, vlm: VlmConfig) -> Batch:
     return jax.tree.map(widen, batch_axis(), row)
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: p.stem)
+SLOW = {"qwen2_5_vl_7b_gaze_sft": pytest.mark.slow}
+
+
+@pytest.mark.parametrize("path", [pytest.param(p, id=p.stem, marks=SLOW.get(p.stem, ())) for p in FILES])
 def test_a_config_lowers_to_a_sharded_tpu_program(path: Path, tmp_path: Path) -> None:
     """The whole train step, traced at its real shapes on a mesh without devices, as the TPU would get it."""
     config = machinery.load_file(path)

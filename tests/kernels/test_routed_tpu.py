@@ -122,6 +122,7 @@ def test_gathering_equals_the_mask_form(seed: int, cut: bool, part: float, dense
     near(run(given), run(given, oracle=True))
 
 
+@pytest.mark.slow
 def test_it_does_by_the_interpreter_that_watches_memory() -> None:
     given = drawn(0)
     near(run(given, interpret=pltpu.InterpretParams()), run(given, oracle=True))
