@@ -38,7 +38,7 @@ class HostsConfig:
     """Seconds that one process waits for the others at a barrier."""
     step_timeout: int = 0
     """Seconds after which a process in which no step finishes ends itself with the stacks of its threads (a hung
-    process keeps its heartbeat); 0: never. The first step, which compiles, has ten times as long."""
+    process keeps its heartbeat); 0: never. A step that compiles has ten times as long."""
 
     def __post_init__(self) -> None:
         require(self.processes >= -1, "processes", self.processes, "at least 1, or 0 or -1")

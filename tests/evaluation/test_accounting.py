@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
@@ -15,6 +16,8 @@ from rave_jax.data.sample import Example
 from rave_jax.evaluation.accounting import Reading, account, mean_reading
 from rave_jax.layout import AdaptiveRegions, ContextTokens, FixedRegions, VisualLayout
 from rave_jax.models.config import ModelOptions, TextConfig
+from rave_jax.models.families.presets import qwen2_5_vl_7b
+from rave_jax.models.vlm import Vlm
 
 QWEN3_4B = TextConfig(num_layers=36, num_heads=32, num_kv_heads=8, head_dim=128, hidden_size=2560)
 PER_ENTRY = 589_824
@@ -122,6 +125,22 @@ def test_descriptors_cost_by_their_width_and_the_oracle_all_scores() -> None:
         gaze = Gaze(regions=AdaptiveRegions(2, 2, tokens=9), max_regions=4, top_k=1, descriptor=name)
         costs[name] = reading([(1, 6, 6)], text, ModelOptions(mechanisms=(gaze,))).routing
     assert costs == {"mean": 2 * 2 * 4 * 4, "min_max": 2 * 2 * 8 * 4, "oracle": 2 * 2 * 4 * 36}
+
+
+def test_the_figures_of_the_page_on_empty_slots_come_out() -> None:
+    """docs/gaze.md: bytes that a small picture's adaptive regions read, and what caches of Qwen2.5-VL 7B take."""
+    config = qwen2_5_vl_7b()
+    adaptive = ModelOptions((Gaze(AdaptiveRegions(), 16, top_k=0.25, share="group"),), compute_dtype="bfloat16")
+    found = reading([(1, 16, 16)], config.text, adaptive)
+    assert found.bytes / found.dense_bytes == pytest.approx(2.3, abs=0.05)
+
+    def mebibytes(slots: int, *mechanisms: Gaze) -> int:
+        options = ModelOptions(mechanisms, compute_dtype="bfloat16")
+        vlm = jax.eval_shape(lambda key: Vlm(config, options, key=key), jax.random.key(0))
+        return round(jax.eval_shape(lambda vlm: vlm.empty_cache(1, slots), vlm).nbytes / 2**20)
+
+    assert (mebibytes(4096), mebibytes(4096, Gaze())) == (224, 743)
+    assert mebibytes(1024, Gaze(FixedRegions(8, 8), max_regions=64)) == 284
 
 
 def test_text_alone_reads_nothing() -> None:
