@@ -47,6 +47,7 @@ from rave_jax.attention.region_cache import (
     entered,
     joined,
 )
+from rave_jax.attention.scores import pick
 from rave_jax.attention.sliding_window import SlidingWindow
 from rave_jax.attention.text_positions import TextPositions
 from rave_jax.attention.var import Var
@@ -102,6 +103,7 @@ __all__ = [
     "entered",
     "joined",
     "mask_codes",
+    "pick",
     "plan_segments",
     "positions",
     "remember",

@@ -192,7 +192,8 @@ def read(
     if state.pictures.shape[1]:
         x = with_pictures(x, state.pictures, chunk.info, chunk.visual_index)
     x = shard(x, "batch", "length", None)
-    hidden, part = model.decoder.cached(x, chunk.info, chunk.positions, part, chunk.region_place)
+    last = admission.last[:, None]
+    hidden, part = model.decoder.cached(x, chunk.info, chunk.positions, part, chunk.region_place, last)
     cache = kv_cache.put(state.cache, part, admission.slot)
 
     rows = jnp.arange(len(begins))
@@ -200,7 +201,7 @@ def read(
     seen = jnp.where(begins[:, None], False, jnp.take(state.seen, admission.slot, axis=0, mode="clip"))
     seen = seen.at[rows[:, None], ids].set(True, mode="drop")
     count = jnp.zeros_like(admission.limit)
-    first = choose(model.logits(hidden[rows, admission.last]), admission.sampling, seen, count)
+    first = choose(model.logits(hidden[:, 0]), admission.sampling, seen, count)
     stopped = jnp.any(first[:, None] == admission.stops, axis=1)
     ends = admission.last >= 0
     seen = seen.at[rows, first].max(ends)

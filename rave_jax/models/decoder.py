@@ -44,6 +44,8 @@ class Situation(NamedTuple):
     start: Int[Array, "B"] | attention.ChunkSlots | None
     rows: Int[Array, "B N"] | None
     progress: Float[Array, ""] | None
+    wanted: Int[Array, "B N"] | None = None
+    """Tokens, by index, of which alone the layer's output is wanted; None: of all."""
 
 
 class Entered(NamedTuple):
@@ -146,7 +148,7 @@ class DecoderLayer(nnx.Module):
                 cache.regions,
                 self.implementation,
             )
-            return LayerOutput(self._after(x, out), cache._replace(stored=stored), None, {}, None)
+            return LayerOutput(self._after(x, out, at.wanted), cache._replace(stored=stored), None, {}, None)
         else:
             assert isinstance(at.start, jax.Array)
             stored = kv_cache.write(cache.stored, cache.layer, at.start, keys)
@@ -164,10 +166,14 @@ class DecoderLayer(nnx.Module):
             regions=self.max_regions,
             progress=at.progress,
         )
-        return LayerOutput(self._after(x, seen.out), cache, seen.rows, seen.losses, seen.chosen)
+        return LayerOutput(self._after(x, seen.out, at.wanted), cache, seen.rows, seen.losses, seen.chosen)
 
-    def _after(self, x: Float[Array, "B T D"], heads: Float[Array, "B T H h"]) -> Float[Array, "B T D"]:
-        """What the layer makes of x and of what its heads read."""
+    def _after(
+        self, x: Float[Array, "B T D"], heads: Float[Array, "B T H h"], wanted: Int[Array, "B N"] | None
+    ) -> Float[Array, "B N D"]:
+        """What the layer makes of x and of what its heads read, for the wanted tokens."""
+        if wanted is not None:
+            x, heads = attention.pick(x, wanted), attention.pick(heads, wanted)
         heads = shard(heads, "batch", "length", "heads", None)
         x = shard(x + self.attention.output(heads), "batch", "length", None)
         return shard(x + self.mlp(self.mlp_norm(x)), "batch", "length", None)
@@ -266,7 +272,8 @@ class Decoder(nnx.Module):
         positions: Int[Array, "3 B T"],
         cache: KvCache,
         region_place: Int[Array, "B T"] | None = None,
-    ) -> tuple[Float[Array, "B T D"], KvCache]:
+        wanted: Int[Array, "B N"] | None = None,
+    ) -> tuple[Float[Array, "B N D"], KvCache]:
         """Tokens that follow what the cache holds, one document per row, padding on the right.
 
         Where `looks_ahead` names mechanisms, the tokens that one may see have to be given with it or before it; of
@@ -279,9 +286,11 @@ class Decoder(nnx.Module):
                 not written.
             region_place: with regions, how many tokens of its region stand before each token; None where no token is
                 visual.
+            wanted: tokens, by index, whose hidden states are wanted; None: all. Where the last layer stands apart, what
+                follows its attention is computed for them alone.
 
         Returns:
-            hidden states after the final norm, and the cache with the tokens in it.
+            hidden states of the wanted tokens after the final norm, and the cache with the tokens in it.
         """
         entered = self._enter(cache, info, region_place)
         cache, far = entered.cache, entered.cache.regions
@@ -292,15 +301,22 @@ class Decoder(nnx.Module):
             kept = [attention.LayerRegions(*both) for both in zip(cache.segments, far.segments, strict=True)]
         for n, segment in enumerate(self.segments):
             at = self._situation(segment, base, info, entered.info, positions, own=entered.own, start=entered.start)
+            if segment is self.segments[-1] and segment.stop - segment.start == 1:
+                at, wanted = at._replace(wanted=wanted), None
 
-            def body(layer: DecoderLayer, carry: Any, n: Array, at: Situation) -> tuple[Any, None]:
+            def body(layer: DecoderLayer, carry: Any, n: Array, at: Situation) -> tuple[Any, Array | None]:
                 out = layer(carry[0], at, LayerCache(carry[1], n, regions))
                 assert out.cache is not None
-                return (out.x, out.cache.stored), None
+                if at.wanted is None:
+                    return (out.x, out.cache.stored), None
+                # A carry keeps its shape.
+                return (carry[0], out.cache.stored), out.x
 
             # The keys ride in the carry: each layer writes its new ones in place, nothing else is copied.
             numbers = jnp.arange(segment.stop - segment.start, dtype=jnp.int32)
-            (x, kept[n]), _ = segment.scan(body, (x, kept[n]), numbers, at, "none")
+            (x, kept[n]), last = segment.scan(body, (x, kept[n]), numbers, at, "none")
+            x = x if last is None else last[0]
+        x = x if wanted is None else attention.pick(x, wanted)
         if far is not None:
             far = far._replace(segments=tuple(both.far for both in kept))
             kept = [both.near for both in kept]

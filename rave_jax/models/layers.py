@@ -19,8 +19,6 @@ Axes = tuple[str | None, ...]
 
 FEW_ROWS = 32
 """With more rows the order of a product's sides makes little difference on a CPU."""
-PAIR_ROWS = range(5, 9)
-"""With so many rows a CPU takes those of a tall weight by pairs."""
 
 
 class Adapter(nnx.Module):
@@ -114,9 +112,7 @@ def product(x: Float[Array, "*rows I"], matrix: Float[Array, "O I"], dtype: jnp.
     """Sum over I, in number type `dtype`.
 
     The CPU's code for a float32 product first copies its right side into another order. With few rows, as in decoding,
-    that costs much if the right side is the weight; so there it is x. With five to eight, two rows of a weight that has
-    more rows than columns count as one, [w0 w1; w2 w3] [x 0; 0 x]: half as many rows of twice the length are quicker,
-    though half the work is on zeros.
+    that costs much if the right side is the weight; so there it is x.
 
     In bfloat16 a CPU is quick with the weight on the right, but not for a single row, which is taken twice there.
     """
@@ -125,12 +121,10 @@ def product(x: Float[Array, "*rows I"], matrix: Float[Array, "O I"], dtype: jnp.
         return jnp.einsum("...i,oi->...o", x, matrix, preferred_element_type=dtype)
 
     def weight_left(x: Array, matrix: Array) -> Array:
-        out, rows = len(matrix), x.shape[:-1]
-        joined = 2 if out % 2 == 0 and out > matrix.shape[1] and math.prod(rows) in PAIR_ROWS else 1
-        columns = jnp.kron(jnp.eye(joined, dtype=x.dtype), x.reshape(math.prod(rows), -1).T)
-        y = jnp.matmul(matrix.reshape(out // joined, -1), columns, preferred_element_type=dtype)
+        columns = x.reshape(-1, x.shape[-1]).T
+        y = jnp.matmul(matrix, columns, preferred_element_type=dtype)
         # Without this the compiler turns the transposed product back into one with the sides exchanged.
-        return jax.lax.optimization_barrier(y).reshape(out, -1).T.reshape(*rows, out)
+        return jax.lax.optimization_barrier(y).T.reshape(*x.shape[:-1], -1)
 
     def row_twice(x: Array, matrix: Array) -> Array:
         return weight_right(jnp.broadcast_to(x.reshape(1, -1), (2, x.size)), matrix)[0].reshape(*x.shape[:-1], -1)

@@ -64,6 +64,18 @@ def read(vlm: Vlm, doc: Document, cuts: list[int], cache=None):
     return np.concatenate(parts, axis=1), np.asarray(whole), cache
 
 
+def test_only_the_wanted_tokens_come_out_of_a_chunk() -> None:
+    vlm = a_model(Gaze(FixedRegions(2, 2), 16, top_k=1))
+    doc = document(PICTURE, CONFIG, np.random.default_rng(0))
+    given = batch([[doc]], CONFIG, len(doc.tokens), len(doc.patches))
+    region = example_of(doc, CONFIG, vlm.options.layout).info.region[None]
+    given = jax.tree.map(jnp.asarray, given._replace(info=given.info._replace(region=region)))
+    x, whole = _whole(vlm, given)
+    places, wanted = jnp.asarray(places_in_region(region[0]))[None], jnp.array([[len(doc.tokens) - 1, 9]])
+    found, _ = _cached(vlm, x, given.info, given.positions, vlm.empty_cache(1, 160), places, wanted)
+    np.testing.assert_allclose(found, whole[:, wanted[0]], atol=2e-5)
+
+
 @pytest.mark.parametrize(
     ("mechanisms", "parts", "cuts"),
     [

@@ -93,6 +93,26 @@ def test_prefill_and_decode_equal_the_whole_forward_at_every_step(options: Model
     assert cache.index.tolist() == lengths.tolist()
 
 
+@pytest.mark.parametrize(("layers", "alone"), [((1, 2), False), ((2,), True)], ids=["stacked", "apart"])
+def test_only_the_wanted_tokens_come_out_of_a_chunk(layers: tuple[int, ...], alone: bool) -> None:
+    """And the same cache; where the last layer stands apart, its mlp is computed for them alone."""
+    model = a_model(ModelOptions(mechanisms=(Rave(rank=4, layers=layers),)))
+    prompt = batch([[doc] for doc in documents([3, Visual(1, 4, 6), 8], [12])], CONFIG, tokens=18, patches=24)
+    wanted = np.array([[16, 2], [11, 0]])
+
+    def some(model: Vlm, prompt: Batch, cache: KvCache) -> tuple[jax.Array, KvCache]:
+        x = model.embedded(prompt)
+        return model.decoder.cached(x, prompt.info, prompt.positions, cache, wanted=jnp.asarray(wanted))
+
+    given = (model, prompt, model.empty_cache(2, 23))
+    whole, expected = prefill(*given)
+    traced = jax.jit(some).trace(*given)
+    found, cache = traced.lower().compile()(*given)
+    np.testing.assert_allclose(found, np.take_along_axis(np.asarray(whole), wanted[..., None], axis=1), atol=2e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), cache, expected)
+    assert (f"f32[2,2,{CONFIG.text.mlp_size}]" in str(traced.jaxpr)) == alone
+
+
 @pytest.mark.parametrize(("kind", "tolerance"), [("bfloat16", 0.02), ("int8", 0.02)])
 def test_a_smaller_cache_changes_little(kind: CacheType, tolerance: float) -> None:
     model = a_model(RAVE)
