@@ -1,11 +1,12 @@
-"""Generation with slots against transformers + torch on one CPU: a 43 M Qwen2.5-VL shape, greedy.
+"""Generation with slots against transformers + torch on one CPU, or one GPU: a 43 M Qwen2.5-VL shape, greedy.
 
 Three loads. `one`: a prompt alone. `eight`: eight prompts of one length with answers of one length. `mixed`: 48
 requests whose prompts, pictures and answers differ, as they come to a server; transformers takes them in batches of
 eight in the order they come, padded on the left, and each batch runs to its longest answer. Tokens that nobody asked
 for do not count. Each round times one call of ours and one of theirs; ratios are medians over rounds, above 1 when we
 are faster. Both sides hold and compute in the same number type, float32 and then bfloat16. 100 mixed requests on fresh
-slots count compilations and how full the slots were.
+slots count compilations and how full the slots were. Where jax has a GPU, both sides are on it, transformers with the
+quickest of its attentions; torch there needs CUDA. Without one a row says that this is unmeasured.
 
     RAVE_JAX_TORCH_PYTHON=/path/to/python-with-torch python benchmarks/generation.py [--json FILE] [--rounds 5]
         [--dtypes float32 bfloat16]
@@ -21,6 +22,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
+import jax
 import numpy as np
 from small_vlm import (
     IMAGE,
@@ -116,7 +118,7 @@ def measure(rounds: int, dtype: FloatName, counted: bool) -> list[dict[str, Any]
             for number, batch in enumerate(batches):
                 arrays |= {f"{load}.{number}.{name}": value for name, value in padded(batch).items()}
         np.savez(f"{folder}/inputs.npz", allow_pickle=False, **arrays)
-        torch = TorchSide("generation_torch.py", folder, {"loads": steps}, dtype)
+        torch = TorchSide("generation_torch.py", folder, {"loads": steps}, dtype, gpu=True)
         model = our_model(folder, dtype)
         sizes = {
             "one": dataclasses.replace(SIZES, slots=1),
@@ -174,6 +176,11 @@ def main() -> None:
         rows += found
         for row in found:
             print("  ".join(f"{key}={value}" for key, value in row.items()), flush=True)
+    if jax.default_backend() != "gpu":
+        why = "no GPU here"
+        print(f"the same on a GPU: unmeasured, {why}", flush=True)
+        row = {"name": "the same on a GPU", "where": why, "value": None, "unit": "ratio", "aim": ">= 1.0 or 2.0"}
+        rows.append({**row, "holds": None, "unmeasured": why})
     if options.json:
         options.json.write_text(json.dumps(rows, indent=2) + "\n")
 

@@ -118,14 +118,21 @@ class TorchSide:
         folder: where it makes the checkpoint and finds its inputs.
         shape: what it is told, beside the model's config, seed, number type and threads.
         dtype: number type of its parameters and of what it computes with.
+        gpu: can the script compute on a GPU, where jax does?
     """
 
-    def __init__(self, script: str, folder: str, shape: dict[str, Any], dtype: FloatName = "float32"):
+    def __init__(
+        self, script: str, folder: str, shape: dict[str, Any], dtype: FloatName = "float32", gpu: bool = False
+    ):
+        platform = jax.default_backend()
+        if platform not in ("cpu", "gpu") or (platform == "gpu" and not gpu):
+            raise SystemExit(f"jax computes on a {platform} and {script} on a CPU: set JAX_PLATFORMS=cpu")
         interpreter = os.environ.get("RAVE_JAX_TORCH_PYTHON")
         if not interpreter:
             raise SystemExit("RAVE_JAX_TORCH_PYTHON is not set: name a Python that has torch and transformers")
         self.threads, self.dtype = len(os.sched_getaffinity(0)), dtype
-        told = {"config": CONFIG, "seed": SEED, "threads": self.threads, "dtype": dtype, **shape}
+        device = "cuda" if platform == "gpu" else "cpu"
+        told = {"config": CONFIG, "seed": SEED, "threads": self.threads, "dtype": dtype, "device": device, **shape}
         Path(folder, "shape.json").write_text(json.dumps(told))
         # -P: transformers looks for a package `kernels`, and would find the benchmark of that name in this folder.
         command = [interpreter, "-P", str(Path(__file__).with_name(script)), folder]
@@ -147,9 +154,10 @@ class TorchSide:
     @property
     def where(self) -> str:
         """Machine and versions, for a row of results."""
-        return (
-            f"CPU, {self.threads} threads, {self.dtype}, jax {jax.__version__}, torch {self.says['torch']}, seed {SEED}"
-        )
+        device = jax.devices()[0]
+        on = f"CPU, {self.threads} threads" if device.platform == "cpu" else device.device_kind
+        attention = f", {self.says['attention']}" if "attention" in self.says else ""
+        return f"{on}, {self.dtype}, jax {jax.__version__}, torch {self.says['torch']}{attention}, seed {SEED}"
 
     def _line(self) -> str:
         assert self._process.stdout

@@ -26,7 +26,7 @@ from rave_jax.parallel.sharding import replicated, use_mesh
 from rave_jax.typing import Array, Float, Int, NpArray
 
 CHUNK = 512
-"""Tokens of a prompt that are read at once."""
+"""Tokens of a prompt that are read at once; of a model whose tokens see later ones, all of them."""
 
 
 @dataclass(frozen=True)
@@ -79,14 +79,15 @@ class ModelSubject:
         """`shape` holds the prompt alone; the answer gets `max_new_tokens` more."""
         self._model, self._processor, self._mesh = model, processor, mesh
         self._shape, self._sampling = shape, Sampling(max_new_tokens)
+        chunk = shape.tokens if model.decoder.looks_ahead else CHUNK
         slots = SlotConfig(
             slots=shape.rows,
             max_length=shape.tokens + max_new_tokens,
             max_prompt=shape.tokens,
             max_patches=shape.patches,
             # Short prompts of a benchmark are worth neither more sizes nor waiting for each other.
-            smallest=min(128, CHUNK),
-            chunk=CHUNK,
+            smallest=min(128, chunk),
+            chunk=chunk,
             prefill_rows=max(1, shape.rows // 4),
         )
         self._generator = Generator(model, processor, slots, mesh)

@@ -18,7 +18,8 @@ class SlotConfig:
     slots: int = 8
     """Answers that grow at once. A slot whose answer is finished takes the next prompt; nothing is compiled anew."""
     max_length: int = 4096
-    """Most tokens of a prompt (visual tokens counted) and its answer together: slots of the cache per row."""
+    """Most tokens of a prompt (visual tokens counted) and its answer together, but for the answer's last, which needs
+    no slot: slots of the cache per row. A prompt leaves at least one free."""
     max_text: int | None = None
     """Most tokens of a prompt and its answer that belong to no region: text and context tokens. Only for a model with
     regions (Gaze), whose visual tokens lie in slots of their own: the cache has so many slots beside those. None: as

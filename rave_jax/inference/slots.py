@@ -75,7 +75,7 @@ class Engine:
     All processes of a job must call it alike. Not for use by several threads.
 
     Args:
-        model: the model, on the mesh.
+        model: the model, on the mesh. Its weights are taken as they are now; what is put into it later is not seen.
         config: sizes.
         stop_ids: ids that end every answer.
         window_patches, merge_patches, patch_numbers: of the processor's settings; not read for a text model.

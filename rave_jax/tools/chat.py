@@ -65,7 +65,8 @@ class Chat:
         self._pictures.append(read_image(path))
 
     def ask(self, text: str) -> None:
-        """Answer a question. Where that cannot be done, the conversation stays as it was."""
+        """Answer a question. Where that cannot be done, what was said stays as it was, and the question's pictures go
+        with it: they may be the reason."""
         if not text.strip():
             return
         asked = question(text, tuple(self._pictures))
@@ -74,11 +75,13 @@ class Chat:
             try:
                 text, whole = show(pieces, self._verbose, stopped)
             except ConfigError as error:
-                return _say(str(error))
+                dropped = "; the question's pictures are dropped" if self._pictures else ""
+                self._pictures = []
+                return _say(f"{error}{dropped}")
         self._said += [asked, {"role": "assistant", "content": text}]
         self._pictures = []
         if whole is not None and whole.reason == "full":
-            _say("the answer ends here because the conversation has reached max_length; /clear begins another")
+            _say("the answer ends here: the conversation has reached max_length (or max_text); /clear begins another")
 
 
 def chat(

@@ -6,6 +6,7 @@ Each subcommand imports what it needs when it runs, so that --help is quick.
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -148,6 +149,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     0, 2 for input that cannot be used, said in one message, or 1 where a part of it could not be used.
     """
     arguments = _parser().parse_args(argv)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A character that the terminal cannot show ends no conversation and no file of requests.
+        sys.stdout.reconfigure(errors="backslashreplace")
     # Only tokenizers are used of transformers; its remark that torch is missing would confuse.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from rave_jax.attention import Rave
+from rave_jax.attention import Mma, Rave
 from rave_jax.batch import Kind, Role
 from rave_jax.data.collate import BatchShape, collate
 from rave_jax.data.processor import Processor
@@ -93,6 +93,14 @@ def test_a_prompt_over_budget_is_an_answer_of_its_own(subject: ModelSubject) -> 
     results = subject.answer([long, SAMPLES[0], broken])
     assert [type(result).__name__ for result in results] == ["OverBudget", "Answer", "ImageError"]
     assert isinstance(results[0], SampleError) and "word" in str(results[0]) and "96" in str(results[0])
+
+
+def test_a_long_prompt_is_read_whole_where_tokens_see_later_ones(vlm: Vlm, processor: Processor) -> None:
+    ahead = model(vlm.config, ModelOptions(mechanisms=(Mma(),)), seed=1)
+    subject = ModelSubject(ahead, processor, make_mesh(MeshConfig(), jax.devices()[:1]), BatchShape(1, 640, 64), 1)
+    long = ask("word " * 110, (24, 16))
+    assert 512 < len(processor.encode(long.prompt, add_generation_prompt=True).tokens) < 640
+    assert [type(result).__name__ for result in subject.answer([long])] == ["Answer"]
 
 
 def test_a_prompt_with_its_answer_is_the_conversation(processor: Processor) -> None:

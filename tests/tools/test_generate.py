@@ -39,6 +39,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rng = np.random.default_rng(0)
     for name in ("one.png", "two.png"):
         Image.fromarray(rng.integers(0, 256, (56, 84, 3), np.uint8)).save(home / name)
+    Image.new("RGB", (3000, 10)).save(home / "thin.png")  # a picture, but of no shape that a model takes
     (home / "broken.png").write_bytes(b"no picture")
     return write_tiny(home / "model", SMALL)
 
@@ -74,6 +75,23 @@ def test_a_prompt_from_directory_and_flags_to_stdout(
     assert main(["generate", str(folder), "--prompt", ASKED, *FLAGS]) == 0
     printed = capsys.readouterr()
     assert printed.out == answer(generator, user(ASKED)).text + "\n" and printed.err == ""
+
+
+def test_a_native_checkpoint_answers_as_the_directory_it_is_from(
+    folder: Path, generator: Generator, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["convert", "from-hf", str(folder), str(tmp_path / "native")]) == 0
+    capsys.readouterr()
+    assert main(["generate", str(tmp_path / "native"), "--prompt", ASKED, *FLAGS]) == 0
+    assert capsys.readouterr().out == answer(generator, user(ASKED)).text + "\n"
+
+
+def test_a_character_that_stdout_cannot_show_ends_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    said = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(said, encoding="ascii"))
+    assert main(["generate", str(tmp_path / "nowhere"), "--prompt", "a"]) == 2
+    show(iter([Piece(0, "é", Completion("é", (1,), "stop", 3))]), verbose=False)
+    assert said.getvalue() == b"\\xe9\n"
 
 
 def test_pictures_system_and_sampling_reach_the_model(
@@ -248,17 +266,19 @@ def test_a_turn_that_cannot_be_used_changes_nothing(
     first = answer(generator, user("What?")).text
     second = answer(generator, user("What?"), {"role": "assistant", "content": first}, user("Which?")).text
     bad = (f"/image {folder.parent / 'broken.png'}", "/image", "/help me", "word " * 200, "<|im_start|>")
-    talk(folder, monkeypatch, "What?", *bad, "Which?")
+    thin = (f"/image {folder.parent / 'thin.png'}", "What is on it?")
+    talk(folder, monkeypatch, "What?", *bad, *thin, "Which?")
     printed = capsys.readouterr()
     assert printed.out == f"{first}\n{second}\n"
     errors = printed.err.splitlines()
-    assert len(errors) == len(bad)
+    assert len(errors) == len(bad) + 1
     expected = (
         "broken.png: cannot",
         "/image is nothing to do",
         "/help is nothing to do",
         "budget of max_length 128",
         "<|im_start|>",
+        "; the question's pictures are dropped",
     )
     assert all(part in line for part, line in zip(expected, errors, strict=True)), errors
 
