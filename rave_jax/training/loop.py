@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.experimental import multihost_utils
 
-from rave_jax.checkpoint.store import PARAMETERS, Store
+from rave_jax.checkpoint.store import PARAMETERS, Store, StoreError
 from rave_jax.observe.metrics import MetricsWriter
 from rave_jax.observe.progress import ProgressReport
 from rave_jax.observe.waiting import WaitMeter
@@ -111,7 +111,7 @@ class Loop:
         Raises:
             NonFiniteError: loss or gradient is not finite; the state before that step is in `bad_directory`.
             Interrupted: SIGTERM or SIGINT came; the state is saved.
-            StoreError: a checkpoint could not be written.
+            StoreError: a checkpoint or metrics could not be written.
         """
         start = int(state.step)
         late: tuple[int, StepMetrics] | None = None
@@ -136,6 +136,7 @@ class Loop:
                     late = None
                 elif warning := self._wait.add(fed.waited, time.monotonic() - begun):
                     self._progress.say(warning)
+                self._store.check()
                 asked = stop.reached(step)
                 if asked or done % self._schedule.save_every == 0 or done == self._schedule.steps:
                     if late is not None:
@@ -168,9 +169,17 @@ class Loop:
             now = time.monotonic()
             values["tokens_per_second"] = round(self._tokens / max(now - self._clock, 1e-9), 1)
             self._tokens, self._clock = 0, now
+            self._write(done, values)
+        self._progress.update(done, values, line=logged)
+
+    def _write(self, done: int, values: dict[str, Any]) -> None:
+        try:
             for writer in self._writers:
                 writer.write(done, values)
-        self._progress.update(done, values, line=logged)
+        except OSError as error:
+            where = error.filename or "the run directory"
+            why = error.strerror or error
+            raise StoreError(f"the metrics of step {done} could not be written to {where}: {why}") from error
 
     def _stop_bad(
         self, step: int, values: dict[str, Any], state: TrainState, data: dict[str, Any], describe: Callable[[int], str]
