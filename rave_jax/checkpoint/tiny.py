@@ -23,7 +23,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 
 from rave_jax.checkpoint.hf_export import export_hf
 from rave_jax.checkpoint.target import abstract_model, check_room, parameter_shardings
-from rave_jax.config import require
+from rave_jax.config import check_fields, require
 from rave_jax.models.config import ModelOptions, TextConfig, VisionConfig, VlmConfig
 from rave_jax.models.families import family_named
 from rave_jax.models.vlm import Vlm
@@ -100,6 +100,7 @@ class Tiny:
     """Side, in patches, of the square that becomes one visual token."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         require(0 <= self.seed < 2**32, "seed", self.seed, "0 to 2^32 - 1")
         sizes = [f.name for f in dataclasses.fields(self) if f.name != "seed"]
         for name in sizes:

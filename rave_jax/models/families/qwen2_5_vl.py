@@ -58,7 +58,7 @@ def parse(hf: HfConfig) -> VlmConfig:
         text=_parse_text(text, tied, where),
         vision=_parse_vision(vision),
         **{key: integer(hf, key, MAX_INT32, default=default, least=0) for key, default in ids.items()},
-        eos_token_ids=eos_ids(text, 151645),
+        eos_token_ids=eos_ids(text, 151645, where),
         tokens_per_second=number(vision, "tokens_per_second", 4, 1e-6, 1e6, "config.json: vision_config"),
         family=FAMILY.model_type,
     )
