@@ -28,6 +28,7 @@ from rave_jax.observe.metrics import JsonlWriter, MetricsWriter, TensorBoardWrit
 from rave_jax.observe.progress import ProgressReport
 from rave_jax.observe.tables import print_parameters
 from rave_jax.parallel import hosts
+from rave_jax.parallel.memory import check_memory
 from rave_jax.parallel.mesh import MeshConfig, make_mesh
 from rave_jax.parallel.sharding import use_mesh
 from rave_jax.parallel.stopping import StopRequest
@@ -90,6 +91,7 @@ def _run(config: TrainConfig, watchdog: Watchdog, stop: StopRequest) -> None:
             rows=config.data.rows,
             loss_chunk=config.loss_chunk,
         )
+        check_memory(session.state, "parameters and optimizer state")
         _claim(directory, config)
         kept = min(config.keep, -(-config.steps // config.save_every)) + 1
         present = sum(f.stat().st_size for f in directory.checkpoints.rglob("*") if f.is_file())
