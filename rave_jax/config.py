@@ -139,7 +139,8 @@ def from_json(cls: Any, data: Any, where: str = "config") -> Any:
 
 def _dataclass_from_json(cls: Any, data: Any, where: str) -> Any:
     require(isinstance(data, dict), where, data, f"an object with the fields of {cls.__name__}")
-    data = dict(data)
+    # A class whose fields have had other names reads those too.
+    data = dict(cls.from_older(data) if hasattr(cls, "from_older") else data)
     tag = data.pop(TAG, cls.__name__)
     require(tag == cls.__name__, f"{where}.{TAG}", tag, repr(cls.__name__))
     hints = typing.get_type_hints(cls, include_extras=True)
