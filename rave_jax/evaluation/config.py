@@ -67,7 +67,11 @@ class Eval:
     looks: int = 128
     """Samples whose attention is measured, spread evenly over the tasks; 0 measures none."""
     pictures: int = 12
-    """How many of those also become a picture."""
+    """How many of those also become a picture, with its arrays beside it as .npz."""
+    per_head: bool = False
+    """Draw every head by itself too, in a second picture?"""
+    picture_format: Literal["png", "pdf", "svg"] = "png"
+    """Format of these pictures; pdf and svg keep their letters and lines sharp in print."""
     vas: int = 0
     """Samples whose visual attention score (VAS, `evaluation/vas.py`) is measured, spread evenly over the tasks; 0
     measures none. It costs a forward pass with three runs of the attention kernel in each layer, and needs a system

@@ -103,6 +103,12 @@ def _evaluation(summary: Mapping[str, Any], folder: Path) -> list[str]:
     page += [f"Every prediction: [predictions.jsonl]({folder}/predictions.jsonl).", ""]
     page += _grounding(summary.get("grounding", summary.get("gate")))
     page += _looking(summary["looking"]) + _vas(summary.get("vas")) + _routing(summary.get("routing"))
+    if summary["pictures"]:
+        page += [
+            "Colours are multiples of attention spread evenly over the picture, 1.0 for even, on one scale in all "
+            "pictures; the numbers are in the `.npz` beside each.",
+            "",
+        ]
     for picture in summary["pictures"]:
         page += [f"{'' if picture.endswith('.pdf') else '!'}[attention of one answer]({folder}/{picture})", ""]
     return page

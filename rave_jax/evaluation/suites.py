@@ -1,7 +1,7 @@
 """One evaluation: ask, score, compare with the controls, look, and write it all down.
 
 In the output folder: `predictions.jsonl` (a line per sample), `summary.json`, and `pictures/` (attention over the
-picture) with `images/` (the pictures alone, where the source gives pixels and no file).
+picture, as pictures and as arrays) with `images/` (the pictures alone, where the source gives pixels and no file).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from rave_jax.evaluation.config import Eval
 from rave_jax.evaluation.controls import FrequentAnswers, Redealing, grey
 from rave_jax.evaluation.grounding import judge
 from rave_jax.evaluation.intervals import NO_PICTURE, picture_key, score_interval
-from rave_jax.evaluation.looking import Looked, draw, measure, spread, summarise
+from rave_jax.evaluation.looking import Drawing, Looked, draw, measure, spread, summarise
 from rave_jax.evaluation.metrics import check_metric, score
 from rave_jax.evaluation.routing import Hits, Route, hits
 from rave_jax.evaluation.routing import summarise as summarise_routes
@@ -320,8 +320,10 @@ def _look(
 ) -> tuple[list[Looked], list[str]]:
     """Measure where chosen answers looked, and draw the first `config.pictures` of them."""
     chosen = [records[i] for i in spread([r.task for r in records], config.looks)]
+    how = Drawing(config.layers, config.per_head, config.picture_format)
     looks: list[Looked] = []
     pictures: list[str] = []
+    drawn_so_far = 0
     for start in range(0, len(chosen), config.rows):
         part = chosen[start : start + config.rows]
         samples = [source[record.index] for record in part]
@@ -331,9 +333,10 @@ def _look(
                 continue
             looked = measure(sample, look, read_image(sample.images[0], sample.id), config.layers)
             looks.append(looked)
-            if out is not None and len(pictures) < config.pictures:
-                drawn = draw(out, len(pictures), sample, look, looked, config.layers, record.prediction, record.score)
-                pictures.append(drawn.overlay)
+            if out is not None and drawn_so_far < config.pictures:
+                drawn = draw(out, drawn_so_far, sample, look, looked, how, record.prediction, record.score)
+                drawn_so_far += 1
+                pictures += drawn.maps
                 record.image = drawn.image or record.image
     return looks, pictures
 

@@ -256,10 +256,25 @@ def test_files(tmp_path: Path) -> None:
         and stored["grounding"]["floor"] == floor_by_hand()
         and stored["total"]["score"] == 1.0
     )
+    with np.load((folder / summary.pictures[0]).with_suffix(".npz")) as arrays:
+        assert arrays["weights"].shape == (2, 3, 2, 2) and arrays["weights"].sum((-2, -1)) == pytest.approx(0.4)
+        assert arrays["times_even"] == pytest.approx(np.ones((2, 2))) and arrays["box"].tolist() == [0, 0, 0.5, 1]
+        assert arrays["times_even_by_head"].shape == (3, 2, 2)
     again = tmp_path / "again"
     run(config(looks=6, pictures=3), Toy(), Fake(read), again)
     for name in ("predictions.jsonl", *summary.pictures):
         assert (folder / name).read_bytes() == (again / name).read_bytes()
+
+
+def test_pictures_of_heads_and_for_print(tmp_path: Path) -> None:
+    folder = tmp_path / "evaluation" / "toy"
+    asked = dataclasses.replace(config(looks=2, pictures=2), per_head=True, picture_format="pdf")
+    summary = run(asked, Toy(), Fake(read), folder)
+    stems = ("000_toy_heldout_0", "001_toy_heldout_1")
+    assert summary.pictures == tuple(f"pictures/{stem}{kind}.pdf" for stem in stems for kind in ("", "_heads"))
+    assert {p.name for p in (folder / "pictures").glob("*.npz")} == {f"{stem}.npz" for stem in stems}
+    page = write_report(Report(), tmp_path).read_text()
+    assert "](evaluation/toy/pictures/000_toy_heldout_0_heads.pdf)" in page and "1.0 for even" in page
 
 
 def test_report_page(tmp_path: Path) -> None:
