@@ -87,6 +87,11 @@ def score(metric: str, prediction: str, answers: Sequence[str]) -> float:
     Raises:
         ConfigError: no such metric.
     """
+    check_metric(metric)
+    return METRICS[metric](prediction, answers)
+
+
+def check_metric(metric: str) -> None:
+    """Raise ConfigError unless there is such a metric."""
     if metric not in METRICS:
         raise ConfigError(f"metric is {metric!r}, expected one of {', '.join(map(repr, METRICS))}")
-    return METRICS[metric](prediction, answers)

@@ -1,4 +1,4 @@
-"""`rave-jax`: convert, inspect, logits, generate, calibrate.
+"""`rave-jax`: train, eval, convert, inspect, logits, generate, calibrate.
 
 Each subcommand imports what it needs when it runs, so that --help is quick.
 """
@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from rave_jax.command_line import config_names
 from rave_jax.config import ConfigError
 
 DTYPES = ("float32", "bfloat16")
@@ -39,8 +40,22 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="rave-jax", description="Work on checkpoints and models.")
+    parser = _Parser(prog="rave-jax", description="Train and examine models, work on checkpoints.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    for name, help_text, first in (
+        ("train", "a run from a config, as train.py of a clone", "CONFIG"),
+        ("eval", "examine a run or a model in HuggingFace format, as eval.py of a clone", "RUN_OR_HF_DIR"),
+    ):
+        program = commands.add_parser(name, help=help_text)
+        program.add_argument("words", nargs=argparse.REMAINDER, metavar=f"{first} [--field.name value ...]")
+        if name == "train":
+            program.description = (
+                "CONFIG is a Python file with get_config(), the config.json of a run, or one of: "
+                f"{', '.join(config_names())}. `rave-jax train CONFIG --help` lists the fields."
+            )
+        else:
+            program.description = "`rave-jax eval RUN_OR_HF_DIR --help` lists the fields."
 
     convert = commands.add_parser("convert", help="between HuggingFace format and ours")
     ways = convert.add_subparsers(dest="way", required=True, metavar="from-hf|to-hf")
@@ -185,6 +200,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(arguments: argparse.Namespace) -> int:
     match arguments.command:
+        case "train":
+            from rave_jax.tools.train import main as train
+
+            return train(arguments.words, "rave-jax train")
+        case "eval":
+            from rave_jax.tools.eval import main as evaluate
+
+            return evaluate(arguments.words, "rave-jax eval")
         case "convert":
             from rave_jax.tools.convert import from_hf, to_hf
 

@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from rave_jax.checkpoint.tiny import Tiny, write_tiny
+from rave_jax.tools.eval import main
 
 SMALL = ("--evals.0.samples", "6", "--evals.0.rows", "4", "--evals.0.max_new_tokens", "2", "--evals.0.patches", "36")
 FEW = ("--evals.0.looks", "3", "--evals.0.pictures", "2", "--evals.0.vas", "5")
-
-
-@pytest.fixture(scope="module")
-def main(repo: Path) -> Callable[[list[str]], int]:
-    spec = importlib.util.spec_from_file_location("eval_command", repo / "eval.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
 
 
 @pytest.fixture(scope="module")
@@ -38,9 +28,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny(tmp_path_factory.mktemp("tiny") / "model", sizes)
 
 
-def test_an_hf_directory_is_examined(
-    main: Callable[[list[str]], int], model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_hf_directory_is_examined(model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([str(model_dir), *SMALL, *FEW, "--output_dir", str(tmp_path), "--evals.0.name", "mine"]) == 0
     assert "Evaluation: mine" in capsys.readouterr().out
     folder = tmp_path / "evaluation" / "mine"
@@ -55,12 +43,14 @@ def test_an_hf_directory_is_examined(
 
 
 def test_what_cannot_be_done_ends_with_one_line(
-    main: Callable[[list[str]], int], model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = ("--output_dir", str(tmp_path / "out"))
     (tmp_path / "file").write_text("")
     for argv, code, said in (
-        ([str(tmp_path / "nowhere"), *out], 2, "nowhere"),
+        ([str(tmp_path / "nowhere"), *out], 2, "nowhere is not there, expected the directory of a run or of a model"),
+        ([str(tmp_path), *out], 2, "neither a run nor a model in HuggingFace format: it holds no config.json"),
+        ([str(model_dir), *out, "--step", "3"], 2, "step is 3, but"),
         ([str(model_dir), *SMALL, *out, "--evals.0.layers", "7"], 2, "layers has 7"),
         ([str(model_dir), *SMALL, "--output_dir", str(tmp_path / "file")], 1, "file"),
         ([], 2, "usage"),
@@ -70,9 +60,7 @@ def test_what_cannot_be_done_ends_with_one_line(
         assert said in error and error.count("\n") == 1
 
 
-def test_a_misspelt_field_is_refused_with_a_suggestion(
-    main: Callable[[list[str]], int], model_dir: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_misspelt_field_is_refused_with_a_suggestion(model_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         main([str(model_dir), "--evals.0.sampels", "3"])
     assert exit_.value.code == 2
