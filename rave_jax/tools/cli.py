@@ -201,9 +201,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(arguments: argparse.Namespace) -> int:
     match arguments.command:
         case "train":
+            from rave_jax.parallel.stopping import leave
             from rave_jax.tools.train import main as train
 
-            return train(arguments.words, "rave-jax train")
+            leave(train(arguments.words, "rave-jax train"))
         case "eval":
             from rave_jax.tools.eval import main as evaluate
 

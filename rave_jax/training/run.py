@@ -61,12 +61,12 @@ class LoadedRun(NamedTuple):
     step: int
 
 
-def train(config: TrainConfig, stop: StopRequest) -> None:
+def train(config: TrainConfig, stop: StopRequest | None = None) -> None:
     """Run or continue an experiment. Call `hosts.start` first.
 
     Args:
         config: what to run.
-        stop: whether the job is to end.
+        stop: says whether the job is to end; None: nobody asks.
 
     Raises:
         ConfigError: the config does not fit the machine, the checkpoint, the data or the run directory.
@@ -74,6 +74,7 @@ def train(config: TrainConfig, stop: StopRequest) -> None:
         NonFiniteError: a loss or gradient was not finite.
         Interrupted: the job was asked to end; the state of the last finished step is saved.
     """
+    stop = StopRequest() if stop is None else stop
     with Watchdog(config.hosts.step_timeout, stop) as watchdog:
         _run(config, watchdog, stop)
 
