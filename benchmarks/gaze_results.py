@@ -48,7 +48,7 @@ from rave_jax.models.config import ModelOptions
 from rave_jax.parallel import hosts
 from rave_jax.training.config import TrainConfig
 from rave_jax.training.init import FromHF, Tiny
-from rave_jax.training.loop import Interrupted
+from rave_jax.parallel.stopping import Interrupted, StopRequest
 from rave_jax.training.run import LoadedRun, load_run, train
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "quickstart_gaze.py"
@@ -158,17 +158,18 @@ def run_row(name: str, seed: int, config: TrainConfig, steps: int, out: Path) ->
     common = made_with(config, steps)
     rate = common["learning_rate"]
     optimizer = replace(config.optimizer, learning_rate=rate, warmup=min(config.optimizer.warmup, steps // 10))
-    train(
-        seeded(
-            config,
-            seed,
-            output_dir=str(folder),
-            init=FromHF(str(start)),
-            model=options[name],
-            data=data,
-            steps=steps,
-            optimizer=optimizer,
-        )
+    trained = seeded(
+        config,
+        seed,
+        output_dir=str(folder),
+        init=FromHF(str(start)),
+        model=options[name],
+        data=data,
+        steps=steps,
+        optimizer=optimizer,
+    )
+    with StopRequest(config.hosts.stop_timeout) as stop:
+        train(trained, stop)
     )
     trained = time.monotonic()
     run = load_run(folder)
