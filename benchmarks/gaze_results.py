@@ -46,9 +46,9 @@ from rave_jax.evaluation.subject import Answer, ModelSubject
 from rave_jax.look.maps import relative_box
 from rave_jax.models.config import ModelOptions
 from rave_jax.parallel import hosts
+from rave_jax.parallel.stopping import Interrupted, StopRequest
 from rave_jax.training.config import TrainConfig
 from rave_jax.training.init import FromHF, Tiny
-from rave_jax.parallel.stopping import Interrupted, StopRequest
 from rave_jax.training.run import LoadedRun, load_run, train
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "quickstart_gaze.py"
@@ -158,7 +158,7 @@ def run_row(name: str, seed: int, config: TrainConfig, steps: int, out: Path) ->
     common = made_with(config, steps)
     rate = common["learning_rate"]
     optimizer = replace(config.optimizer, learning_rate=rate, warmup=min(config.optimizer.warmup, steps // 10))
-    trained = seeded(
+    given = seeded(
         config,
         seed,
         output_dir=str(folder),
@@ -169,8 +169,7 @@ def run_row(name: str, seed: int, config: TrainConfig, steps: int, out: Path) ->
         optimizer=optimizer,
     )
     with StopRequest(config.hosts.stop_timeout) as stop:
-        train(trained, stop)
-    )
+        train(given, stop)
     trained = time.monotonic()
     run = load_run(folder)
     heldout = next(step for step in config.final if isinstance(step, Eval))
