@@ -107,11 +107,17 @@ def backbone(config: TrainConfig, seed: int, out: Path, options: ModelOptions) -
     return exported(seeded(config, seed, output_dir=str(folder), model=options, **changes))
 
 
+def finished(config: TrainConfig) -> None:
+    """Run an experiment to its end, or save and raise `Interrupted` when the job is asked to end."""
+    with StopRequest(config.hosts.stop_timeout) as stop:
+        train(config, stop)
+
+
 def exported(config: TrainConfig) -> Path:
     """The result of a run as a HuggingFace directory; the run is made, or continued, where that is not there yet."""
     folder = Path(config.output_dir)
     if not (folder / "exported").is_dir():
-        train(config)
+        finished(config)
         export_hf(load_run(folder).model, folder / "exported", folder / "model")
     return folder / "exported"
 
@@ -168,8 +174,7 @@ def run_row(name: str, seed: int, config: TrainConfig, steps: int, out: Path) ->
         steps=steps,
         optimizer=optimizer,
     )
-    with StopRequest(config.hosts.stop_timeout) as stop:
-        train(given, stop)
+    finished(given)
     trained = time.monotonic()
     run = load_run(folder)
     heldout = next(step for step in config.final if isinstance(step, Eval))
