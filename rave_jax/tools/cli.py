@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from rave_jax.command_line import config_names
-from rave_jax.config import ConfigError
+from rave_jax.config import ConfigError, local_path
 
 DTYPES = ("float32", "bfloat16")
 EXIT_INPUT = 2
@@ -186,6 +186,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Only tokenizers are used of transformers; its remark that torch is missing would confuse.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
+        for name, value in vars(arguments).items():
+            if isinstance(value, Path):
+                local_path(value, name)
         return _run(arguments)
     except ConfigError as error:
         print(f"rave-jax: {error}", file=sys.stderr)

@@ -31,6 +31,7 @@ from rave_jax.parallel import hosts
 from rave_jax.parallel.memory import check_memory
 from rave_jax.parallel.mesh import MeshConfig, make_mesh
 from rave_jax.parallel.sharding import use_mesh
+from rave_jax.parallel.shared_disk import check_shared
 from rave_jax.parallel.stopping import StopRequest
 from rave_jax.parallel.watchdog import Watchdog
 from rave_jax.training.config import TrainConfig
@@ -112,6 +113,7 @@ def _claim(directory: RunDirectory, config: TrainConfig) -> None:
     """Check that the run directory can be used and fill in what must be there."""
     check_writable(directory.path, 0)
     source_of(config.init, directory.model)
+    check_shared(directory.path, "output_dir", config.hosts)
     if hosts.is_first():
         try:
             directory.claim(config)
