@@ -5,13 +5,19 @@ from __future__ import annotations
 from rave_jax.data.sample import SampleError
 
 
-class NotFinite(SampleError):
+class Fault(SampleError):
+    """An answer that was begun and cannot be finished."""
+
+    reason = "no whole answer"
+
+
+class NotFinite(Fault):
     """The model's logits are NaN or infinite, so no token can be chosen from them."""
 
     reason = "logits not finite"
 
 
-class TimedOut(SampleError):
+class TimedOut(Fault):
     """An answer took longer than it may."""
 
     reason = "timed out"
