@@ -9,32 +9,34 @@ from rave_jax.checkpoint.store import StoreError
 from rave_jax.config import ConfigError, load_command_line
 from rave_jax.data.sample import SampleError
 from rave_jax.parallel import hosts
+from rave_jax.parallel.hosts import HostsError
+from rave_jax.parallel.stopping import Interrupted, StopRequest, leave
 from rave_jax.training.config import TrainConfig
-from rave_jax.training.loop import Interrupted, NonFiniteError
+from rave_jax.training.loop import NonFiniteError
 from rave_jax.training.run import train
 
-# What the shell sees: 2 for a config that cannot be used, 1 for a run that failed, 143 for one that was told to end.
-EXIT_CONFIG, EXIT_FAILED, EXIT_INTERRUPTED = 2, 1, 143
+# What the shell sees: 2 for a config that cannot be used, 1 for a run that failed. `Interrupted` has its own: 143 after
+# SIGTERM, 130 after Ctrl-C, 75 after a hang.
+EXIT_CONFIG, EXIT_FAILED = 2, 1
 
 
 def main(argv: list[str]) -> int:
     """Run the command line; returns the exit code."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     config = load_command_line(TrainConfig, argv, "train.py")
-    try:
-        hosts.start(config.hosts, config.simulated_devices)
-        train(config)
-    except ConfigError as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        return EXIT_CONFIG
-    except (StoreError, NonFiniteError, SampleError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        return EXIT_FAILED
-    except Interrupted as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        return EXIT_INTERRUPTED
+    with StopRequest(config.hosts.stop_timeout) as stop:
+        try:
+            hosts.start(config.hosts, config.simulated_devices)
+            train(config, stop)
+        except ConfigError as error:
+            return hosts.fail(error, EXIT_CONFIG, "train.py")
+        except (StoreError, NonFiniteError, SampleError, HostsError) as error:
+            return hosts.fail(error, EXIT_FAILED, "train.py")
+        except Interrupted as error:
+            print(f"train.py: {hosts.place()}{error}", file=sys.stderr)
+            return error.exit_code
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

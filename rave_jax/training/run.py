@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 from collections.abc import Generator
 from pathlib import Path
 from typing import NamedTuple
@@ -29,6 +30,9 @@ from rave_jax.observe.tables import print_parameters
 from rave_jax.parallel import hosts
 from rave_jax.parallel.mesh import MeshConfig, make_mesh
 from rave_jax.parallel.sharding import use_mesh
+from rave_jax.parallel.shared_disk import check_shared
+from rave_jax.parallel.stopping import StopRequest
+from rave_jax.parallel.watchdog import Watchdog
 from rave_jax.training.config import TrainConfig
 from rave_jax.training.directory import RunDirectory, run_directory
 from rave_jax.training.init import model_config, prepare, source_of
@@ -57,15 +61,24 @@ class LoadedRun(NamedTuple):
     step: int
 
 
-def train(config: TrainConfig) -> None:
+def train(config: TrainConfig, stop: StopRequest) -> None:
     """Run or continue an experiment. Call `hosts.start` first.
+
+    Args:
+        config: what to run.
+        stop: whether the job is to end.
 
     Raises:
         ConfigError: the config does not fit the machine, the checkpoint, the data or the run directory.
         StoreError: the run directory cannot be written.
         NonFiniteError: a loss or gradient was not finite.
-        Interrupted: SIGTERM or SIGINT came, and the state is saved.
+        Interrupted: the job was asked to end; the state of the last finished step is saved.
     """
+    with Watchdog(config.hosts.step_timeout, stop) as watchdog:
+        _run(config, watchdog, stop)
+
+
+def _run(config: TrainConfig, watchdog: Watchdog, stop: StopRequest) -> None:
     directory = run_directory(config.output_dir)
     mesh = make_mesh(config.mesh)
     with use_mesh(mesh):
@@ -86,16 +99,18 @@ def train(config: TrainConfig) -> None:
             print_parameters(group_rows(session, config.optimizer))
         processor = config.data.processor(directory.model, config.model.layout)
         with Store(directory.checkpoints, config.keep) as store:
-            state = _train(config, session, directory, store, processor)
+            state = _train(config, session, directory, store, processor, watchdog, stop)
     model = session.graph.merge(state.trained | state.frozen)
     del state  # the optimizer's part of it is not needed any more
-    finish(config, model, processor, mesh, directory)
+    with watchdog.during("what follows the last step", math.inf):
+        finish(config, model, processor, mesh, directory)
 
 
 def _claim(directory: RunDirectory, config: TrainConfig) -> None:
     """Check that the run directory can be used and fill in what must be there."""
     check_writable(directory.path, 0)
     source_of(config.init, directory.model)
+    check_shared(directory.path, "output_dir", config.hosts)
     if hosts.is_first():
         try:
             directory.claim(config)
@@ -106,21 +121,28 @@ def _claim(directory: RunDirectory, config: TrainConfig) -> None:
 
 
 def _train(
-    config: TrainConfig, session: Session, directory: RunDirectory, store: Store, processor: Processor
+    config: TrainConfig,
+    session: Session,
+    directory: RunDirectory,
+    store: Store,
+    processor: Processor,
+    watchdog: Watchdog,
+    stop: StopRequest,
 ) -> TrainState:
-    pipeline = Pipeline(config.data, processor)
-    state = _first_or_saved_state(config, session, directory, store, pipeline)
+    with watchdog.during("the data sources to open", Watchdog.LONG):
+        pipeline = Pipeline(config.data, processor)
+    with watchdog.during("the weights to be read", Watchdog.LONG):
+        state = _first_or_saved_state(config, session, directory, store, pipeline)
     start = int(state.step)
     first = hosts.is_first()
     with (
         _writers(config, directory, start) as writers,
         ProgressReport(config.steps, start, enabled=first) as progress,
-        hosts.Watchdog(config.hosts.step_timeout) as watchdog,
     ):
         if start:
             progress.say(f"continuing after step {start} of {config.steps}")
         schedule = Schedule(config.steps, config.log_every, config.save_every)
-        loop = Loop(session, schedule, store, directory.bad_step, writers, progress, watchdog)
+        loop = Loop(session, schedule, store, directory.bad_step, writers, progress, watchdog, stop)
         return loop.run(state, pipeline, config.data.rows, lambda step: _describe(config, step))
 
 
