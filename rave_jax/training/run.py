@@ -68,6 +68,7 @@ def train(config: TrainConfig) -> None:
     """
     directory = run_directory(config.output_dir)
     mesh = make_mesh(config.mesh)
+    sources = config.data.open_sources()  # early: a path that holds no data leaves nothing behind
     with use_mesh(mesh):
         # Made first: a config that makes no model, or no session of it, leaves nothing behind.
         session = make_session(
@@ -86,7 +87,7 @@ def train(config: TrainConfig) -> None:
             print_parameters(group_rows(session, config.optimizer))
         processor = config.data.processor(directory.model, config.model.layout)
         with Store(directory.checkpoints, config.keep) as store:
-            state = _train(config, session, directory, store, processor)
+            state = _train(config, session, directory, store, Pipeline(config.data, processor, sources))
     model = session.graph.merge(state.trained | state.frozen)
     del state  # the optimizer's part of it is not needed any more
     finish(config, model, processor, mesh, directory)
@@ -106,9 +107,8 @@ def _claim(directory: RunDirectory, config: TrainConfig) -> None:
 
 
 def _train(
-    config: TrainConfig, session: Session, directory: RunDirectory, store: Store, processor: Processor
+    config: TrainConfig, session: Session, directory: RunDirectory, store: Store, pipeline: Pipeline
 ) -> TrainState:
-    pipeline = Pipeline(config.data, processor)
     state = _first_or_saved_state(config, session, directory, store, pipeline)
     start = int(state.step)
     first = hosts.is_first()
@@ -116,6 +116,7 @@ def _train(
         _writers(config, directory, start) as writers,
         ProgressReport(config.steps, start, enabled=first) as progress,
         hosts.Watchdog(config.hosts.step_timeout) as watchdog,
+        contextlib.closing(pipeline.skip_log),
     ):
         if start:
             progress.say(f"continuing after step {start} of {config.steps}")
