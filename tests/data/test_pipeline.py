@@ -172,7 +172,19 @@ def test_skips_are_summed_up(qa_folder: Path, processor: Processor, caplog: pyte
     assert "skipped 10 samples so far" in "".join(lines)
     assert lines[-1].startswith("skipped 35 samples so far: 30 over budget in ")
     assert "(they need up to 1060 tokens and 48 patches; `rave-jax data CONFIG`" in lines[-1]
-    assert "; 5 bad record in" in lines[-1] and "'note'" in lines[-1]
+    assert "; 5 unread key in" in lines[-1] and "'note'" in lines[-1]
+
+
+def test_a_source_of_which_nothing_can_be_read_is_refused_at_once(qa_folder: Path, processor: Processor) -> None:
+    good = (qa_folder / "qa.jsonl").read_text()
+    (qa_folder / "qa.jsonl").write_text('{"text": "Q", "label": "A"}\n' * 9 + good)
+    says = (
+        r"data\.sources\.0 \(.*\): none of its first 8 samples can be read; the first: .*no question: .*'text', 'label'"
+    )
+    with pytest.raises(ConfigError, match=says):
+        Pipeline(data(qa_folder), processor)
+    (qa_folder / "qa.jsonl").write_text('{"text": "Q"}\n' * 7 + good)
+    Pipeline(data(qa_folder), processor).rows(0, 0, 6)
 
 
 def test_too_many_skips_say_what_they_were(qa_folder: Path, processor: Processor) -> None:

@@ -152,7 +152,7 @@ REFUSED: list[tuple[Json, str]] = [
     (talk(image_path="a.png"), "'image_path' of the record is not read: a picture belongs under 'image'"),
     (talk(note="read me"), "'note' of the record is not read.*name it in the source's field `ignored`"),
     (talk(rationale="because"), "'rationale'"),
-    (talk(chosen="x", rejected="y"), "preference pairs"),
+    (talk(chosen="x", rejected="y"), "'chosen' of the record is not read: .*; the key 'rejected' of the record is not"),
     (talk(output="x"), "'conversations' holds the turns, so 'output' is not read"),
     (talk(messages=said(*QA)["messages"]), "'conversations' and 'messages' both hold turns"),
     (talk(system="S") | {"conversations": said(("system", "T"), *QA)["messages"]}, "different system messages"),

@@ -52,7 +52,7 @@ def test_needs_and_budgets(config: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert rows["qa"][:3] == ["1", "1", "0"]
     tokens, patches = int(rows["talk"][-3]), int(rows["talk"][-1])
     assert patches == 24 and tokens > 6
-    assert "talk: 2 bad record, such as" in out and "tool calls are not supported" in out
+    assert "talk: 2 unread key, such as" in out and "tool calls are not supported" in out
     assert "talk: 1 broken image, such as" in out and "gone.png" in out
     assert "--every names them all" in out
     assert "(from step 0 on, 2 samples in each) hold 0.0% of talk, 0.0% of qa" in out
