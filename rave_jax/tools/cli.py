@@ -1,4 +1,4 @@
-"""`rave-jax`: train, eval, convert, inspect, logits, generate, calibrate.
+"""`rave-jax`: train, eval, convert, inspect, logits, generate, calibrate, data.
 
 Each subcommand imports what it needs when it runs, so that --help is quick.
 """
@@ -145,6 +145,12 @@ def _parser() -> argparse.ArgumentParser:
         "--dtype", choices=DTYPES, help="number type to compute in (default: that of the model's options)"
     )
     zero.late = _calibration_flags
+
+    data = commands.add_parser(
+        "data", help="tokens and patches that the data of a config needs, and what cannot be used"
+    )
+    data.add_argument("words", nargs=argparse.REMAINDER, metavar="CONFIG [--field.name value ...]")
+    data.late = _data_flags
     return parser
 
 
@@ -156,6 +162,12 @@ def _generation_flags(parser: argparse.ArgumentParser) -> None:
 
 def _calibration_flags(parser: argparse.ArgumentParser) -> None:
     from rave_jax.tools.calibrate import add_flags
+
+    add_flags(parser)
+
+
+def _data_flags(parser: argparse.ArgumentParser) -> None:
+    from rave_jax.tools.data import add_flags
 
     add_flags(parser)
 
@@ -243,6 +255,10 @@ def _run(arguments: argparse.Namespace) -> int:
             from rave_jax.tools.calibrate import calibrate
 
             calibrate(arguments)
+        case "data":
+            from rave_jax.tools.data import look_at_data
+
+            return look_at_data(arguments)
     return 0
 
 

@@ -85,6 +85,8 @@ def _run(config: TrainConfig, watchdog: Watchdog, stop: StopRequest) -> None:
     check_can_be_read_again(config)
     directory = run_directory(config.output_dir)
     mesh = make_mesh(config.mesh)
+    with watchdog.during("the data sources to open", Watchdog.LONG):
+        sources = config.data.open_sources()
     with use_mesh(mesh), claimed(directory, config) as claim:
         session = make_session(
             abstract_model(model_config(config.init, claim.model), config.model),
@@ -99,9 +101,9 @@ def _run(config: TrainConfig, watchdog: Watchdog, stop: StopRequest) -> None:
         present = sum(f.stat().st_size for s in claim.steps for f in directory.checkpoint(s).rglob("*") if f.is_file())
         check_room(directory.checkpoints, kept * local_bytes(session.state) - present)
         processor = config.data.processor(claim.model, config.model.layout)
-        with watchdog.during("the data sources to open", Watchdog.LONG):
-            pipeline = Pipeline(config.data, processor)
-            if not claim.steps:
+        pipeline = Pipeline(config.data, processor, sources)
+        if not claim.steps:
+            with watchdog.during("the first sample", Watchdog.LONG):
                 pipeline.samples(0, 0)  # budgets that no sample fits are known before anything is written
         if hosts.is_first():
             print_parameters(group_rows(session, config.optimizer))
@@ -152,6 +154,7 @@ def _train(
     with (
         _writers(config, directory, start) as writers,
         ProgressReport(config.steps, start, enabled=first) as progress,
+        contextlib.closing(pipeline.skip_log),
     ):
         if claim.past is not None and config.steps > claim.past.steps:
             progress.say(_extended(config, claim.past.steps, start))
