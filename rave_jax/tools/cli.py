@@ -62,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     from_hf = ways.add_parser("from-hf", help="a HuggingFace directory into a native checkpoint")
     from_hf.add_argument("source", type=Path, help="directory with config.json and safetensors")
     from_hf.add_argument("--dtype", choices=DTYPES, help="number type of the parameters (default: as stored)")
+    from_hf.add_argument("--base", type=Path, help="directory of a PEFT adapter's base model (default: what it names)")
     to_hf = ways.add_parser("to-hf", help="a native checkpoint, or a training run, into a HuggingFace directory")
     to_hf.add_argument("source", type=Path, help="native checkpoint, run directory, or HuggingFace directory")
     to_hf.add_argument("--dtype", choices=DTYPES, help="number type of the weights (default: that of the parameters)")
@@ -72,6 +73,16 @@ def _parser() -> argparse.ArgumentParser:
         default=5 * 10**9,
         metavar="SIZE",
         help="of a weight file, as 5GB (default) or 500MB",
+    )
+    to_hf.add_argument(
+        "--lora",
+        choices=("merge", "peft", "beside"),
+        default="merge",
+        help="merged into the weights (default), as a PEFT adapter directory, or beside unchanged weights, which only "
+        "rave_jax reads together",
+    )
+    to_hf.add_argument(
+        "--base", type=Path, help="the model that a PEFT adapter is of (default: what the run began with)"
     )
     for way in (from_hf, to_hf):
         way.add_argument("destination", type=Path, help="directory that is not there yet")
@@ -225,18 +236,13 @@ def _run(arguments: argparse.Namespace) -> int:
 
             return evaluate(arguments.words, "rave-jax eval")
         case "convert":
-            from rave_jax.tools.convert import from_hf, to_hf
+            from rave_jax.tools.convert import HfForm, from_hf, to_hf
 
             if arguments.way == "from-hf":
-                from_hf(arguments.source, arguments.destination, arguments.dtype)
+                from_hf(arguments.source, arguments.destination, arguments.dtype, arguments.base)
             else:
-                to_hf(
-                    arguments.source,
-                    arguments.destination,
-                    dtype=arguments.dtype,
-                    step=arguments.step,
-                    max_shard_bytes=arguments.max_shard_size,
-                )
+                form = HfForm(arguments.dtype, arguments.max_shard_size, arguments.lora, arguments.base)
+                to_hf(arguments.source, arguments.destination, form, arguments.step)
         case "inspect":
             from rave_jax.tools.inspect import inspect
 
