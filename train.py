@@ -2,7 +2,8 @@
 
 import sys
 
+from rave_jax.parallel.stopping import leave
 from rave_jax.tools.train import main
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

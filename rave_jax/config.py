@@ -15,6 +15,7 @@ import importlib.util
 import inspect
 import itertools
 import json
+import reprlib
 import sys
 import textwrap
 import traceback
@@ -33,7 +34,15 @@ class ConfigError(ValueError):
 def require(condition: bool, field: str, given: object, expected: str) -> None:
     """Raise ConfigError unless `condition` holds; for use in `__post_init__`."""
     if not condition:
-        raise ConfigError(f"{field} is {given!r}, expected {expected}")
+        raise ConfigError(f"{field} is {shown(given)}, expected {expected}")
+
+
+_short = reprlib.Repr(maxlevel=6, maxstring=200, maxother=1000, maxlist=40, maxtuple=40, maxdict=40, maxlong=500)
+
+
+def shown(value: object) -> str:
+    """A value as an error shows it: in a line of readable length, however large or deeply nested it is."""
+    return _short.repr(value)
 
 
 def check_fields(config: Any) -> None:

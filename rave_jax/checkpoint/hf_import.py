@@ -22,7 +22,7 @@ from rave_jax.checkpoint import native
 from rave_jax.checkpoint.hf_files import GENERATION_CONFIG, generation_config, hf_config
 from rave_jax.checkpoint.safetensors_file import DTYPES, CheckpointError, Slice, Stored, read_into
 from rave_jax.checkpoint.sidecar import check_same, needs_sidecar, saved_options
-from rave_jax.checkpoint.target import abstract_model, fresh_parameters, is_stacked, parameter_shardings
+from rave_jax.checkpoint.target import abstract_model, check_room, fresh_parameters, is_stacked, parameter_shardings
 from rave_jax.checkpoint.verify import match, refusal
 from rave_jax.data.processor import image_settings
 from rave_jax.models.config import ModelOptions, VlmConfig
@@ -132,6 +132,7 @@ def import_hf(
         options = dataclasses.replace(options, param_dtype=name)
         model = abstract_model(config, options)
     places = parameter_shardings(model, mesh)
+    check_room(model, places, targets)
     values = fresh_parameters(config, options, key, {path: places[path] for path in found.fresh})
     with ThreadPoolExecutor(READERS) as pool:
         for path, param in named_parameters(model).items():

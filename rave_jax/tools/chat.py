@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import os
 import signal
 import sys
 import threading
 from collections import abc
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from rave_jax.config import ConfigError
@@ -17,6 +17,7 @@ from rave_jax.data.images import read_image
 from rave_jax.data.sample import SampleError
 from rave_jax.inference import Generator, Request, Sampling
 from rave_jax.tools.answer import show
+from rave_jax.tools.folder import PictureFolder
 from rave_jax.tools.request import question
 
 COMMANDS = "/image PATH, /clear or /exit"
@@ -28,12 +29,20 @@ class Chat:
     Args:
         generator: answers.
         sampling: how.
+        folder: where pictures of /image may lie.
         system: messages before every conversation.
         verbose: say on stderr how many tokens came and how quickly.
     """
 
-    def __init__(self, generator: Generator, sampling: Sampling, system: Sequence[dict[str, Any]], verbose: bool):
-        self._generator, self._sampling, self._verbose = generator, sampling, verbose
+    def __init__(
+        self,
+        generator: Generator,
+        sampling: Sampling,
+        folder: PictureFolder,
+        system: Sequence[dict[str, Any]],
+        verbose: bool,
+    ):
+        self._generator, self._sampling, self._folder, self._verbose = generator, sampling, folder, verbose
         self._system = list(system)
         self._said: list[dict[str, Any]] = []
         self._pictures: list[Any] = []
@@ -49,14 +58,15 @@ class Chat:
             self._said, self._pictures = [], []
         elif command == "/image" and rest:
             try:
-                self.attach(Path(rest.strip()).expanduser())
-            except (SampleError, RuntimeError) as error:  # RuntimeError: ~ of somebody who is not there
+                self.attach(self._folder.find(os.path.expanduser(rest.strip())))
+            except (ConfigError, SampleError) as error:
                 _say(str(error))
         else:
-            _say(f"{command} is nothing to do here: {COMMANDS}, or a question")
+            missing = "needs the path of a picture" if command == "/image" else "is no command"
+            _say(f"{command} {missing}: expected {COMMANDS}, or a question")
         return True
 
-    def attach(self, path: Path) -> None:
+    def attach(self, path: str) -> None:
         """Put a picture before the next question. It is read now, and stays the same if the file does not.
 
         Raises:
@@ -87,6 +97,7 @@ class Chat:
 def chat(
     make: Callable[[], Generator],
     sampling: Sampling,
+    folder: PictureFolder,
     system: Sequence[dict[str, Any]] = (),
     images: Sequence[str] = (),
     prompt: str | None = None,
@@ -97,6 +108,7 @@ def chat(
     Args:
         make: gives the generator.
         sampling: how answers are chosen.
+        folder: where pictures of /image may lie.
         system: messages before every conversation.
         images: go before the first question.
         prompt: the first question; None leaves it to stdin.
@@ -105,10 +117,10 @@ def chat(
     Raises:
         ConfigError: the model or one of `images` cannot be used.
     """
-    talk = Chat(make(), sampling, system, verbose)
+    talk = Chat(make(), sampling, folder, system, verbose)
     for path in images:
         try:
-            talk.attach(Path(path))
+            talk.attach(path)
         except SampleError as error:
             raise ConfigError(str(error)) from error
     if prompt is not None:

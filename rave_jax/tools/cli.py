@@ -86,6 +86,12 @@ def _parser() -> argparse.ArgumentParser:
     logits.add_argument("request", type=Path, help="JSON list of messages in HF chat format, images by path")
     logits.add_argument("out", type=Path, help=".npz to write: input_ids [T], logits [T,V]")
     logits.add_argument("--add-generation-prompt", action="store_true", help="end with the header of an answer to come")
+    logits.add_argument(
+        "--image-dir",
+        type=Path,
+        metavar="FOLDER",
+        help="the request may name pictures below it alone (default: the folder of the request)",
+    )
 
     generate = commands.add_parser("generate", help="answers to a prompt, to a file of requests, or in a conversation")
     generate.add_argument("model", type=Path, help="HuggingFace directory, native checkpoint or run directory")
@@ -100,7 +106,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     generate.add_argument("--system", metavar="TEXT", help="system message before everything")
     generate.add_argument(
-        "--requests", type=Path, metavar="FILE", help="JSON Lines with 'messages' in HF chat format, images by path"
+        "--requests",
+        type=Path,
+        metavar="FILE",
+        help="JSON Lines with 'messages' in HF chat format, images by path; - is stdin",
+    )
+    generate.add_argument(
+        "--image-dir",
+        type=Path,
+        metavar="FOLDER",
+        help="requests and /image may name pictures below it alone "
+        "(default: the folder of --requests, or the working directory)",
     )
     generate.add_argument(
         "--out", type=Path, metavar="FILE", help="JSON Lines of answers to --requests (default: stdout)"
@@ -185,9 +201,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(arguments: argparse.Namespace) -> int:
     match arguments.command:
         case "train":
+            from rave_jax.parallel.stopping import leave
             from rave_jax.tools.train import main as train
 
-            return train(arguments.words, "rave-jax train")
+            leave(train(arguments.words, "rave-jax train"))
         case "eval":
             from rave_jax.tools.eval import main as evaluate
 
@@ -212,7 +229,9 @@ def _run(arguments: argparse.Namespace) -> int:
         case "logits":
             from rave_jax.tools.logits import write_logits
 
-            write_logits(arguments.model, arguments.request, arguments.out, arguments.add_generation_prompt)
+            write_logits(
+                arguments.model, arguments.request, arguments.out, arguments.add_generation_prompt, arguments.image_dir
+            )
         case "generate":
             from rave_jax.tools.generate import generate
 

@@ -24,7 +24,9 @@ TOKEN_BUCKET = 64
 """T is padded to a multiple of it, so that requests of similar length share one program."""
 
 
-def write_logits(model: Path, request: Path, out: Path, add_generation_prompt: bool = False) -> None:
+def write_logits(
+    model: Path, request: Path, out: Path, add_generation_prompt: bool = False, image_dir: Path | None = None
+) -> None:
     """Write `input_ids` [T] and float32 `logits` [T,V] of a conversation.
 
     Args:
@@ -32,11 +34,12 @@ def write_logits(model: Path, request: Path, out: Path, add_generation_prompt: b
         request: JSON list of messages in HF chat format; image paths relative to this file, or absolute.
         out: .npz to write.
         add_generation_prompt: end with the header of an answer to come.
+        image_dir: the folder that pictures must lie below; None is that of the request.
 
     Raises:
         ConfigError: the model, the request or a picture cannot be used, or `out` cannot be written.
     """
-    messages = read_request(request)
+    messages = read_request(request, image_dir)
     processor = sources.processor_of(model)
     changes = {"param_dtype": "float32", "compute_dtype": "float32"}
     loaded = sources.load(model, changes=changes)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rave_jax.checkpoint.hf_import import load_config
 from rave_jax.checkpoint.tiny import Tiny, tiny_config, write_tiny
-from rave_jax.config import ConfigError, require
+from rave_jax.config import ConfigError, check_fields, require
 from rave_jax.models.config import VlmConfig
 
 # What a model directory holds beside its weights. A run keeps a copy, so that it can be read on its own.
@@ -24,6 +24,7 @@ class FromHF:
     """Directory with config.json, tokenizer, processor settings and safetensors."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         require(bool(self.path), "init.path", self.path, "a directory in HuggingFace format")
 
 

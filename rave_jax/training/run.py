@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 from collections.abc import Generator
 from pathlib import Path
 from typing import NamedTuple
@@ -27,8 +28,11 @@ from rave_jax.observe.metrics import JsonlWriter, MetricsWriter, TensorBoardWrit
 from rave_jax.observe.progress import ProgressReport
 from rave_jax.observe.tables import print_parameters
 from rave_jax.parallel import hosts
+from rave_jax.parallel.memory import check_memory
 from rave_jax.parallel.mesh import MeshConfig, make_mesh
 from rave_jax.parallel.sharding import use_mesh
+from rave_jax.parallel.stopping import StopRequest
+from rave_jax.parallel.watchdog import Watchdog
 from rave_jax.training.config import TrainConfig
 from rave_jax.training.directory import RunDirectory, run_directory
 from rave_jax.training.init import model_config, prepare, source_of
@@ -57,15 +61,25 @@ class LoadedRun(NamedTuple):
     step: int
 
 
-def train(config: TrainConfig) -> None:
+def train(config: TrainConfig, stop: StopRequest | None = None) -> None:
     """Run or continue an experiment. Call `hosts.start` first.
+
+    Args:
+        config: what to run.
+        stop: says whether the job is to end; None: nobody asks.
 
     Raises:
         ConfigError: the config does not fit the machine, the checkpoint, the data or the run directory.
         StoreError: the run directory cannot be written.
         NonFiniteError: a loss or gradient was not finite.
-        Interrupted: SIGTERM or SIGINT came, and the state is saved.
+        Interrupted: the job was asked to end; the state of the last finished step is saved.
     """
+    stop = StopRequest() if stop is None else stop
+    with Watchdog(config.hosts.step_timeout, stop) as watchdog:
+        _run(config, watchdog, stop)
+
+
+def _run(config: TrainConfig, watchdog: Watchdog, stop: StopRequest) -> None:
     directory = run_directory(config.output_dir)
     mesh = make_mesh(config.mesh)
     with use_mesh(mesh):
@@ -78,6 +92,7 @@ def train(config: TrainConfig) -> None:
             rows=config.data.rows,
             loss_chunk=config.loss_chunk,
         )
+        check_memory(session.state, "parameters and optimizer state")
         _claim(directory, config)
         kept = min(config.keep, -(-config.steps // config.save_every)) + 1
         present = sum(f.stat().st_size for f in directory.checkpoints.rglob("*") if f.is_file())
@@ -86,10 +101,11 @@ def train(config: TrainConfig) -> None:
             print_parameters(group_rows(session, config.optimizer))
         processor = config.data.processor(directory.model, config.model.layout)
         with Store(directory.checkpoints, config.keep) as store:
-            state = _train(config, session, directory, store, processor)
+            state = _train(config, session, directory, store, processor, watchdog, stop)
     model = session.graph.merge(state.trained | state.frozen)
     del state  # the optimizer's part of it is not needed any more
-    finish(config, model, processor, mesh, directory)
+    with watchdog.during("what follows the last step", math.inf):
+        finish(config, model, processor, mesh, directory)
 
 
 def _claim(directory: RunDirectory, config: TrainConfig) -> None:
@@ -106,21 +122,28 @@ def _claim(directory: RunDirectory, config: TrainConfig) -> None:
 
 
 def _train(
-    config: TrainConfig, session: Session, directory: RunDirectory, store: Store, processor: Processor
+    config: TrainConfig,
+    session: Session,
+    directory: RunDirectory,
+    store: Store,
+    processor: Processor,
+    watchdog: Watchdog,
+    stop: StopRequest,
 ) -> TrainState:
-    pipeline = Pipeline(config.data, processor)
-    state = _first_or_saved_state(config, session, directory, store, pipeline)
+    with watchdog.during("the data sources to open", Watchdog.LONG):
+        pipeline = Pipeline(config.data, processor)
+    with watchdog.during("the weights to be read", Watchdog.LONG):
+        state = _first_or_saved_state(config, session, directory, store, pipeline)
     start = int(state.step)
     first = hosts.is_first()
     with (
         _writers(config, directory, start) as writers,
         ProgressReport(config.steps, start, enabled=first) as progress,
-        hosts.Watchdog(config.hosts.step_timeout) as watchdog,
     ):
         if start:
             progress.say(f"continuing after step {start} of {config.steps}")
         schedule = Schedule(config.steps, config.log_every, config.save_every)
-        loop = Loop(session, schedule, store, directory.bad_step, writers, progress, watchdog)
+        loop = Loop(session, schedule, store, directory.bad_step, writers, progress, watchdog, stop)
         return loop.run(state, pipeline, config.data.rows, lambda step: _describe(config, step))
 
 

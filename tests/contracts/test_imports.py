@@ -13,7 +13,7 @@ import pytest
 
 REPO = Path(__file__).resolve().parents[2]
 PACKAGE = REPO / "rave_jax"
-GROUND = {"typing", "config", "batch", "layout"}
+GROUND = {"typing", "config", "files", "batch", "layout"}
 MODEL = GROUND | {"parallel", "kernels", "attention", "models"}
 AFTER_MODEL = MODEL | {"checkpoint", "inference", "data"}
 
@@ -22,6 +22,7 @@ PARTS: dict[str, set[str]] = {
     "__init__": set(),
     "typing": set(),
     "config": set(),
+    "files": set(),
     "command_line": {"config"},
     "batch": {"typing"},
     "layout": {"typing", "config"},
@@ -43,7 +44,7 @@ PARTS: dict[str, set[str]] = {
 # Paths with a dot name one library module and whatever lies below it.
 ONLY: dict[str, set[str]] = {
     # typing: for the type checker alone
-    "jax": {*PARTS} - {"__init__", "config", "command_line", "batch", "layout", "data", "observe"},
+    "jax": {*PARTS} - {"__init__", "config", "command_line", "files", "batch", "layout", "data", "observe"},
     "flax": {"parallel", "attention", "models", "checkpoint", "inference", "evaluation", "look", "training", "tools"},
     "optax": {"training"},
     "orbax": {"checkpoint", "parallel"},

@@ -219,6 +219,7 @@ def test_an_output_is_whole_or_under_another_name(tmp_path: Path, capsys: pytest
 
 def talk(folder: Path, monkeypatch: pytest.MonkeyPatch, *lines: str, more: tuple[str, ...] = ()) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
+    more = ("--image-dir", str(folder.parent), *more)
     assert main(["generate", str(folder), "--interactive", *FLAGS, *more]) == 0
 
 
@@ -274,8 +275,8 @@ def test_a_turn_that_cannot_be_used_changes_nothing(
     assert len(errors) == len(bad) + 1
     expected = (
         "broken.png: cannot",
-        "/image is nothing to do",
-        "/help is nothing to do",
+        "/image needs the path of a picture: expected /image PATH",
+        "/help is no command: expected /image PATH",
         "budget of max_length 128",
         "<|im_start|>",
         "; the question's pictures are dropped",
@@ -324,7 +325,7 @@ def test_interrupting_an_answer_keeps_what_was_said(
         (["--prompt", "a", "--image", "{tmp}/nowhere.png"], "nowhere.png"),
         (["--prompt", "<|image_pad|>"], "placeholder"),
         (["--requests", "{tmp}/nowhere.jsonl"], "nowhere.jsonl: cannot be read: No such file"),
-        (["--requests", "{home}"], "cannot be read: Is a directory"),
+        (["--requests", "{home}"], "it is a directory; only regular files are read"),
         (["--requests", "{home}/broken.png", "--system", "a"], "--system does not go with --requests"),
         (["--requests", "{home}/broken.png", "--out", "{home}/broken.png"], "is the file of the requests"),
     ],

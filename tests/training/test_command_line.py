@@ -9,11 +9,11 @@ import jax
 import numpy as np
 import pytest
 
-import train
 from rave_jax.config import ConfigError
 from rave_jax.models.parameters import named_parameters
 from rave_jax.observe.metrics import read_jsonl
 from rave_jax.parallel.mesh import MeshConfig
+from rave_jax.tools import train
 from rave_jax.training.run import load_run
 
 CONFIG = str(Path(__file__).parents[1] / "resume" / "small_run.py")
