@@ -32,7 +32,7 @@ from rave_jax.evaluation.looking import Drawing, Looked, draw, measure, spread, 
 from rave_jax.evaluation.metrics import check_metric, score
 from rave_jax.evaluation.routing import Hits, Route, hits
 from rave_jax.evaluation.routing import summarise as summarise_routes
-from rave_jax.evaluation.subject import Answer, ModelSubject, Subject
+from rave_jax.evaluation.subject import Answer, ModelSubject, PromptOverBudget, Subject
 from rave_jax.evaluation.summary import (
     BY_TEMPLATE,
     BY_TEXT,
@@ -51,6 +51,8 @@ from rave_jax.models.vlm import Vlm
 from rave_jax.parallel.rows import row_ways
 
 Log = Callable[[str], None]
+LINES = 5
+"""Samples left out for one reason that are named each."""
 
 
 @dataclasses.dataclass
@@ -102,7 +104,7 @@ def evaluate(config: Eval, model: Vlm, processor: Processor, mesh: Mesh, out: Pa
         processor: of the model.
         mesh: the devices.
         out: folder to write to, made when missing.
-        log: takes one line per sample that could not be asked.
+        log: takes a line for each of the first samples that could not be asked.
 
     Raises:
         ConfigError: the grounding check is asked of a source that cannot re-deal evidence, a metric is unknown, a layer
@@ -124,18 +126,26 @@ def run(config: Eval, source: Source, subject: Subject, out: Path | None, log: L
     """`evaluate` for any subject and source; `out` None writes nothing."""
     began = time.monotonic()
     broken: Counter[str] = Counter()
+    needs: list[PromptOverBudget] = []
 
     def leave_out(error: SampleError) -> None:
         if config.on_error == "fail":
             raise error
         broken[error.reason] += 1
-        log(f"left out ({error.reason}): {error}")
+        if isinstance(error, PromptOverBudget):
+            needs.append(error)
+        if broken[error.reason] <= LINES:
+            more = " (more of these are counted only)" if broken[error.reason] == LINES else ""
+            log(f"left out ({error.reason}): {error}{more}")
 
     controls = _Controls(config, source, subject)
     training = _training(config, leave_out)
     records = list(_ask(config, source, subject, controls, leave_out, show=out is not None))
     if not records:
-        raise ConfigError(f"evaluation {config.name}: no sample could be asked; left out: {dict(broken) or 'none'}")
+        left = ", ".join(f"{count:,} {reason}" for reason, count in broken.items()) or "none, the source is empty"
+        raise ConfigError(f"evaluation {config.name}: no sample could be asked; left out: {left}{_budget(needs)}")
+    if needs:
+        log(f"left out: {len(needs):,} prompts over budget{_budget(needs)}")
     if config.floor is not None:
         _add_frequent_answers(records, training)
     looks, pictures = _look(config, source, subject, records, out)
@@ -161,6 +171,13 @@ def run(config: Eval, source: Source, subject: Subject, out: Path | None, log: L
         (out / "predictions.jsonl").write_text("".join(r.line() for r in records), encoding="utf-8")
         (out / "summary.json").write_text(summary.dumps(), encoding="utf-8")
     return summary
+
+
+def _budget(needs: Sequence[PromptOverBudget]) -> str:
+    """What would hold them all."""
+    if not needs:
+        return ""
+    return f"; all fit with tokens {max(n.tokens for n in needs)} and patches {max(n.patches for n in needs)}"
 
 
 def _ask(
@@ -192,7 +209,7 @@ def _ask(
             except SampleError as error:
                 leave_out(error)
                 continue
-            check_metric(sample.metric)
+            check_metric(sample.metric, f"{sample.source}/{sample.id}: ")
             samples.append(sample)
             indices.append(index)
         asked = []

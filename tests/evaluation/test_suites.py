@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,11 +15,13 @@ from PIL import Image
 from rich.console import Console
 
 from rave_jax.config import ConfigError, from_json, to_json
-from rave_jax.data.sample import ImageError, Sample
+from rave_jax.data.collate import BatchShape
+from rave_jax.data.sample import ImageError, Sample, SampleError
 from rave_jax.data.sources import QaJsonl, Synthetic
 from rave_jax.evaluation.config import Eval, Floor, Grounding, Report
 from rave_jax.evaluation.grounding import TaskAim
 from rave_jax.evaluation.report import write_report
+from rave_jax.evaluation.subject import Answer, PromptOverBudget
 from rave_jax.evaluation.suites import run
 from rave_jax.evaluation.summary import BY_TEMPLATE, BY_TEXT, GREY, OF_ALL, REDEALT, print_summary
 from rave_jax.evaluation.vas import Vas
@@ -139,7 +142,7 @@ def test_a_sample_that_cannot_be_scored_is_left_out_and_an_unknown_metric_stops_
     assert summary.broken == {"empty answer": 10} and summary.total.samples == 30
     fake = Fake(read)
     sourced = [dataclasses.replace(Toy()[i], metric="bleu") for i in range(4)]
-    with pytest.raises(ConfigError, match="metric is 'bleu', expected one of 'exact_match'"):
+    with pytest.raises(ConfigError, match="toy/toy/heldout/0: metric is 'bleu', expected one of 'exact_match'"):
         run(own(4), type("List", (list,), {"name": "list"})(sourced), fake, None)
 
 
@@ -189,6 +192,23 @@ def test_what_cannot_be_asked_is_counted_and_named() -> None:
         and any("toy10.png" in line for line in lines)
         and any("toy/heldout/11" in line for line in lines)
     )
+
+
+def test_many_prompts_over_budget_are_a_few_lines_and_the_budget_they_need() -> None:
+    class Small(Fake):
+        """Takes odd samples alone; the others need a token more than the one before."""
+
+        def answer(self, samples: Sequence[Sample]) -> list[Answer | SampleError]:
+            shape = BatchShape(1, 64, 36)
+            over = [PromptOverBudget(s.id, 100 + int(s.id.split("/")[-1]), 40, shape) for s in samples]
+            return [a if s.task == "odd" else o for a, o, s in zip(super().answer(samples), over, samples, strict=True)]
+
+    lines: list[str] = []
+    run(own(100), Toy(), Small(read), None, lines.append)
+    assert len(lines) == 6 and "the prompt has 100 tokens and 40 patches, over the budget of tokens 64" in lines[0]
+    assert lines[-1] == "left out: 50 prompts over budget; all fit with tokens 198 and patches 40"
+    with pytest.raises(ConfigError, match="left out: 1 over budget; all fit with tokens 100 and patches 40"):
+        run(own(1), Toy(), Small(read), None, lines.append)
 
 
 def test_what_cannot_be_asked_stops_when_so_configured() -> None:

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from rave_jax.checkpoint.tiny import Tiny, write_tiny
 from rave_jax.tools.eval import main
@@ -28,13 +29,26 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny(tmp_path_factory.mktemp("tiny") / "model", sizes)
 
 
-def test_an_hf_directory_is_examined(model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([str(model_dir), *SMALL, *FEW, "--output_dir", str(tmp_path), "--evals.0.name", "mine"]) == 0
-    assert "Evaluation: mine" in capsys.readouterr().out
+def test_a_users_own_questions_are_asked_of_an_hf_directory(
+    model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Six questions about three pictures, from flags alone; the score comes with its interval and its floor."""
+    for number in range(3):
+        Image.new("RGB", (84, 84), (80 * number, 40, 20)).save(tmp_path / f"{number}.png")
+    questions = [
+        {"image": f"{n // 2}.png", "question": "Which?", "answers": ["yes"], "evidence": [0, 0, 42, 84]}
+        for n in range(6)
+    ]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(one) + "\n" for one in questions))
+    own = ("--evals.0.data", "qa-jsonl", "--evals.0.data.path", str(tmp_path / "own.jsonl"))
+    assert main([str(model_dir), *SMALL, *FEW, *own, "--output_dir", str(tmp_path), "--evals.0.name", "mine"]) == 0
+    said = capsys.readouterr().out
+    assert "Evaluation: mine" in said and "question-only floor" in said and "interval over 3 pictures" in said
     folder = tmp_path / "evaluation" / "mine"
     assert len((folder / "predictions.jsonl").read_text().splitlines()) == 6
-    assert len(list((folder / "pictures").glob("*.png"))) == 2
+    assert len(list((folder / "pictures").glob("*.png"))) == len(list((folder / "pictures").glob("*.npz"))) == 2
     summary = json.loads((folder / "summary.json").read_text())
+    assert summary["total"]["pictures"] == 3 and summary["floor"]["floor"] == 1.0, "yes is the only answer"
     looking, vas = summary["looking"], summary["vas"]
     assert looking["samples"] == 3 and 0 < looking["boxes"]["in_box"] < 1
     assert vas == {"samples": 5, "ratios": 0, "score": None}, "its chat template writes no system prompt"
