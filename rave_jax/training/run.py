@@ -28,7 +28,7 @@ from rave_jax.observe.metrics import JsonlWriter, MetricsWriter, TensorBoardWrit
 from rave_jax.observe.progress import ProgressReport
 from rave_jax.observe.tables import print_parameters
 from rave_jax.parallel import hosts
-from rave_jax.parallel.mesh import MeshConfig, make_mesh
+from rave_jax.parallel.mesh import MeshConfig, layout_line, make_mesh
 from rave_jax.parallel.sharding import use_mesh
 from rave_jax.parallel.shared_disk import check_shared
 from rave_jax.parallel.stopping import StopRequest
@@ -96,6 +96,7 @@ def _run(config: TrainConfig, watchdog: Watchdog, stop: StopRequest) -> None:
         present = sum(f.stat().st_size for f in directory.checkpoints.rglob("*") if f.is_file())
         check_writable(directory.checkpoints, kept * local_bytes(session.state) - present)
         if hosts.is_first():
+            log.info(layout_line(config.mesh))
             print_parameters(group_rows(session, config.optimizer))
         processor = config.data.processor(directory.model, config.model.layout)
         with Store(directory.checkpoints, config.keep) as store:

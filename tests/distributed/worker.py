@@ -6,6 +6,7 @@ python worker.py PROCESS PROCESSES PORT FOLDER
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import sys
@@ -55,10 +56,15 @@ class Losses:
 
 def digest(mesh, tree) -> str:
     """A hash of the gathered numbers."""
-    whole = jax.jit(lambda t: t, out_shardings=replicated(mesh))(tree)
+    whole = _gatherer(mesh)(tree)
     return hashlib.sha256(
         b"".join(np.asarray(x.addressable_data(0)).tobytes() for x in jax.tree.leaves(whole))
     ).hexdigest()
+
+
+@functools.cache
+def _gatherer(mesh: Mesh):
+    return jax.jit(lambda t: t, out_shardings=replicated(mesh))
 
 
 def run(session: Session, folder: Path, restore: Path | None) -> dict:
@@ -95,6 +101,11 @@ def main(process: int, processes: int, port: str, folder: Path) -> None:
         results[name] = run(session, folder / name, None)
         hosts.barrier("layout", config)
     results["restored"] = run(sessions["tensor"], folder / "restored", folder / "fsdp" / "checkpoints")
+    from tests.distributed.stopping import Case, clear, quickly, run_case
+
+    with quickly():
+        results["stopped"] = run_case(Case("SIGTERM", to=0, hangs=(1,)), sessions["fsdp"], folder / "stopped")
+    clear(config)
     if process == 0:
         began = time.monotonic()
         try:
