@@ -103,3 +103,12 @@ def test_a_signal_to_one_process_ends_both_while_the_other_waits_for_data(result
     assert first["saved"] == second["saved"] == [3]
     assert first["data"] == second["data"] == {"step": 3}
     assert first["digest"] == second["digest"]
+
+
+def test_a_directory_that_not_all_see_is_said_on_every_process(results):
+    for process, result in enumerate(results):
+        together, apart = result["shared"]
+        assert together == "", "nothing is said, and nothing is left behind"
+        assert "output_dir is '" in apart and f"of process {process}'" in apart
+        assert "which process 1 (on " in apart and "and process 0 (on " in apart
+        assert apart.endswith("all processes need one file system that every host has mounted, such as NFS")
