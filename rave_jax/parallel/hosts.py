@@ -232,6 +232,16 @@ def fail(error: BaseException, code: int, prog: str) -> int:
     end(code, "")
 
 
+def of_devices(error: Exception) -> HostsError:
+    """What a computation raised in a job of several processes, as one line. Waits a little: when another process has
+    said why it failed, this one ends with that reason."""
+    time.sleep(LAST_WORDS)
+    return HostsError(
+        f"a computation over the devices of all processes failed ({_first_line(error)}); "
+        "has another process died? its output says why"
+    )
+
+
 def end(code: int, message: str) -> NoReturn:
     """Say why, and end this process at once, whatever its threads wait for. Process 0, whose coordinator the others
     read notes from, stays a little longer."""

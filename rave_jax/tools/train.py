@@ -6,6 +6,8 @@ import logging
 import sys
 from collections.abc import Sequence
 
+import jax
+
 from rave_jax.checkpoint.store import StoreError
 from rave_jax.command_line import load_command_line
 from rave_jax.config import ConfigError
@@ -29,11 +31,18 @@ def main(argv: Sequence[str], prog: str = "train.py") -> int:
     with StopRequest(config.hosts.stop_timeout) as stop:
         try:
             hosts.start(config.hosts, config.simulated_devices)
+            if hosts.is_first():
+                # How devices are laid out and which kernels serve attention, each with its reason.
+                logging.getLogger("rave_jax").setLevel(logging.INFO)
             train(config, stop)
         except ConfigError as error:
             return hosts.fail(error, EXIT_CONFIG, prog)
         except (StoreError, NonFiniteError, SampleError, HostsError) as error:
             return hosts.fail(error, EXIT_FAILED, prog)
+        except jax.errors.JaxRuntimeError as error:
+            if hosts.place().processes == 1:
+                raise
+            return hosts.fail(hosts.of_devices(error), EXIT_FAILED, prog)
         except Interrupted as error:
             print(f"{prog}: {hosts.place()}{error}", file=sys.stderr)
             return error.exit_code
