@@ -19,6 +19,7 @@ from rave_jax.evaluation.report import EVALUATION, write_report
 from rave_jax.evaluation.suites import evaluate
 from rave_jax.evaluation.summary import print_summary
 from rave_jax.models.vlm import Vlm
+from rave_jax.observe.messages import plain_messages
 from rave_jax.parallel import hosts
 from rave_jax.parallel.mesh import make_mesh
 from rave_jax.training.directory import run_directory
@@ -57,6 +58,7 @@ def main(argv: list[str]) -> int:
         print("usage: eval.py RUN_OR_HF_DIR [--field.name value ...]   (eval.py RUN_OR_HF_DIR --help)", file=sys.stderr)
         return 0 if argv and argv[0] in ("-h", "--help") else 2
     path = Path(argv[0])
+    plain_messages()
     try:
         config = override(defaults(path), argv[1:], prog=f"eval.py {path}")
         hosts.start(config.hosts, config.simulated_devices)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 
 from rave_jax.checkpoint.store import StoreError
 from rave_jax.config import ConfigError, load_command_line
 from rave_jax.data.sample import SampleError
+from rave_jax.observe.messages import plain_messages
 from rave_jax.parallel import hosts
 from rave_jax.parallel.hosts import HostsError
 from rave_jax.parallel.stopping import Interrupted, StopRequest, leave
@@ -22,7 +22,7 @@ EXIT_CONFIG, EXIT_FAILED = 2, 1
 
 def main(argv: list[str]) -> int:
     """Run the command line; returns the exit code."""
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    plain_messages()
     config = load_command_line(TrainConfig, argv, "train.py")
     with StopRequest(config.hosts.stop_timeout) as stop:
         try:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import resource
 import shutil
 
 import pytest
 from rich.console import Console
 
+from rave_jax.observe.messages import plain_messages
 from rave_jax.observe.metrics import JsonlWriter, TensorBoardWriter, read_jsonl
 from rave_jax.observe.progress import ProgressReport, duration
 from rave_jax.observe.tables import GroupRow, print_parameters, size
@@ -152,6 +154,17 @@ def test_waiting_for_data_is_said_once_per_window():
     assert quick == [None] * 4
     assert slow[:3] == [None] * 3
     assert slow[3] == "warning: the last 4 steps waited for data 50% of the time; the loader is the bottleneck"
+
+
+def test_warnings_are_their_text_alone(monkeypatch):
+    """Whoever set logging up before."""
+    out = io.StringIO()
+    handler = logging.StreamHandler(out)
+    handler.setFormatter(logging.Formatter(logging.BASIC_FORMAT))
+    monkeypatch.setattr(logging.getLogger(), "handlers", [handler])
+    plain_messages()
+    logging.getLogger("rave_jax.some").warning("warning: look here")
+    assert out.getvalue() == "warning: look here\n"
 
 
 def test_parameter_table_adds_up():
