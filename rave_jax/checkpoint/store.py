@@ -146,6 +146,11 @@ class Store:
         if step in agree.from_first(self.steps):
             return
         what = {PARAMETERS: parameters, OPTIMIZER: optimizer, DATA: data}
+        if not self.directory.parent.is_dir():
+            raise StoreError(
+                f"the checkpoint of step {step} could not be written: {self.directory.parent} is gone, moved or "
+                "deleted while the run was under way"
+            )
         # Looked at first: orbax, whose threads wait for a directory that cannot be made, would hold up the error
         # and the end of the process for minutes.
         check_writable(self.directory, local_bytes((parameters, optimizer)))

@@ -10,9 +10,10 @@ import json
 import logging
 import os
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 Values = Mapping[str, float | int]
 Row = dict[str, float | int]
@@ -54,10 +55,21 @@ class JsonlWriter:
         rewritten = path.with_suffix(".tmp")
         rewritten.write_bytes(b"".join(line + b"\n" for row, line in found.rows if row["step"] <= after_step))
         os.replace(rewritten, path)
+        self._path = path
         self._file = path.open("a", buffering=1)
 
     def write(self, step: int, values: Values) -> None:
-        """One line. A number that is not finite becomes null, which JSON readers take."""
+        """One line. A number that is not finite becomes null, which JSON readers take.
+
+        A file that was deleted meanwhile is begun again, with a warning.
+
+        Raises:
+            OSError: it cannot be written, or its folder is gone.
+        """
+        if not os.fstat(self._file.fileno()).st_nlink:
+            log.warning("warning: %s was deleted; its rows before step %d are lost", self._path, step)
+            self._file.close()
+            self._file = self._path.open("a", buffering=1)
         finite = {k: v if v - v == 0 else None for k, v in values.items()}
         self._file.write(json.dumps({"step": step, **finite}) + "\n")
 
@@ -67,22 +79,46 @@ class JsonlWriter:
 
 
 class TensorBoardWriter:
-    """Scalars in a TensorBoard event file."""
+    """Scalars in a TensorBoard event file, written out at once.
+
+    tensorboardX's SummaryWriter hands events to a thread. When a disk is full that thread dies, and a later write waits
+    for it without end; so the file is written here.
+    """
 
     def __init__(self, directory: Path, after_step: int):
-        from tensorboardX import SummaryWriter  # half a second of import that only this writer needs
+        """A new event file; events of earlier files after `after_step` are void.
 
-        # TensorBoard ignores events of earlier files from this step on.
-        self._writer = SummaryWriter(str(directory), purge_step=after_step + 1 if after_step else None)
+        Raises:
+            OSError: the file cannot be written.
+        """
+        from tensorboardX.event_file_writer import EventsWriter  # half a second of import that only this writer needs
+        from tensorboardX.proto import event_pb2
+        from tensorboardX.summary import scalar
+
+        directory.mkdir(parents=True, exist_ok=True)
+        proto: Any = event_pb2  # its classes are made when it is imported
+        self._event, self._scalar = proto.Event, scalar
+        self._file = EventsWriter(str(directory / "events"))
+        if after_step:
+            # TensorBoard ignores events of earlier files from this step on.
+            start = proto.SessionLog(status=proto.SessionLog.START)
+            self._file.write_event(proto.Event(step=after_step + 1, wall_time=time.time(), session_log=start))
+        self._file.flush()
 
     def write(self, step: int, values: Values) -> None:
-        """One scalar per value."""
+        """One scalar per value.
+
+        Raises:
+            OSError: they cannot be written.
+        """
+        now = time.time()
         for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
+            self._file.write_event(self._event(step=step, wall_time=now, summary=self._scalar(name, value)))
+        self._file.flush()
 
     def close(self) -> None:
-        """Flush and close the event file."""
-        self._writer.close()
+        """Close the event file."""
+        self._file.close()
 
 
 def read_jsonl(path: Path) -> list[Row]:

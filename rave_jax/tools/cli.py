@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 from rave_jax.command_line import config_names
 from rave_jax.config import ConfigError, local_path
+from rave_jax.observe.messages import plain_messages
 
 DTYPES = ("float32", "bfloat16")
 EXIT_INPUT = 2
@@ -203,6 +204,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     0, 2 for input that cannot be used, said in one message, or 1 where a part of it could not be used.
     """
     arguments = _parser().parse_args(argv)
+    plain_messages()
     if isinstance(sys.stdout, io.TextIOWrapper):
         # A character that the terminal cannot show ends no conversation and no file of requests.
         sys.stdout.reconfigure(errors="backslashreplace")

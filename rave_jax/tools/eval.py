@@ -23,6 +23,7 @@ from rave_jax.evaluation.report import EVALUATION, write_report
 from rave_jax.evaluation.suites import evaluate
 from rave_jax.evaluation.summary import print_summary
 from rave_jax.models.vlm import Vlm
+from rave_jax.observe.messages import plain_messages
 from rave_jax.parallel import hosts
 from rave_jax.parallel.mesh import make_mesh
 from rave_jax.training.directory import run_directory
@@ -90,6 +91,7 @@ def main(argv: Sequence[str], prog: str = "eval.py") -> int:
         print(f"usage: {prog} RUN_OR_HF_DIR [--field.name value ...]   ({prog} RUN_OR_HF_DIR --help)", file=sys.stderr)
         return 0 if argv and argv[0] in ("-h", "--help") else 2
     path = Path(argv[0])
+    plain_messages()
     try:
         check_path(path)
         config = override(defaults(path), argv[1:], prog=f"{prog} {path}")

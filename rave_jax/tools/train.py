@@ -12,6 +12,7 @@ from rave_jax.checkpoint.store import StoreError
 from rave_jax.command_line import load_command_line
 from rave_jax.config import ConfigError
 from rave_jax.data.sample import SampleError
+from rave_jax.observe.messages import plain_messages
 from rave_jax.parallel import hosts
 from rave_jax.parallel.hosts import HostsError
 from rave_jax.parallel.stopping import Interrupted, StopRequest
@@ -26,7 +27,7 @@ EXIT_CONFIG, EXIT_FAILED = 2, 1
 
 def main(argv: Sequence[str], prog: str = "train.py") -> int:
     """Run the command line; returns the exit code. End the program with it by `stopping.leave`."""
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
+    plain_messages()
     config = load_command_line(TrainConfig, argv, prog)
     with StopRequest(config.hosts.stop_timeout) as stop:
         try:

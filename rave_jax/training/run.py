@@ -115,7 +115,10 @@ def _run(config: TrainConfig, watchdog: Watchdog, stop: StopRequest) -> None:
         model = session.graph.merge(state.trained | state.frozen)
         del state  # the optimizer's part of it is not needed any more
         with watchdog.during("what follows the last step", math.inf):
-            finish(config, model, processor, mesh, directory)
+            try:
+                finish(config, model, processor, mesh, directory)
+            except OSError as error:
+                raise StoreError(f"training is done and saved, but what follows it failed: {error}") from error
 
 
 def _first_or_saved_state(

@@ -358,3 +358,11 @@ def test_a_directory_that_vanished_is_named_at_once(tmp_path):
         (tmp_path / "checkpoints").write_text("in the way")
         with pytest.raises(StoreError, match=r"cannot write to .*checkpoints"):
             store.save(1, {}, {}, {})
+
+
+def test_a_run_directory_that_vanished_is_not_made_again(tmp_path):
+    with Store(tmp_path / "run" / "checkpoints", 1) as store:
+        shutil.rmtree(tmp_path / "run")
+        with pytest.raises(StoreError, match=r"run is gone, moved or deleted while the run was under way"):
+            store.save(1, {}, {}, {})
+    assert not list(tmp_path.iterdir())

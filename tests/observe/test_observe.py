@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import io
 import json
+import logging
+import resource
+import shutil
 
 import pytest
 from rich.console import Console
 
-from rave_jax.observe.metrics import JsonlWriter, read_jsonl
+from rave_jax.observe.messages import plain_messages
+from rave_jax.observe.metrics import JsonlWriter, TensorBoardWriter, read_jsonl
 from rave_jax.observe.progress import ProgressReport, duration
 from rave_jax.observe.tables import GroupRow, print_parameters, size
 from rave_jax.observe.waiting import WaitMeter
@@ -23,6 +27,35 @@ def test_jsonl_drops_rows_after_the_restored_step(tmp_path):
     assert [row["loss"] for row in read_jsonl(path)] == [3.0, 2.0, 1.5]
     writer.close()
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+@pytest.mark.parametrize("writer", [JsonlWriter, TensorBoardWriter])
+def test_a_disk_that_fills_up_is_an_error_at_once(tmp_path, writer):
+    """Files that may not grow stand for it. A writer with a thread of its own would wait for ever."""
+    opened = writer(tmp_path / "metrics", 0)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+        with pytest.raises(OSError, match="File too large"):
+            for step in range(100):
+                opened.write(step, {"loss": 1.0, "accuracy": 0.5})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    opened.close()
+
+
+def test_a_file_that_was_deleted_is_begun_again_and_a_folder_is_not(tmp_path, caplog):
+    path = tmp_path / "run" / "metrics.jsonl"
+    path.parent.mkdir()
+    writer = JsonlWriter(path, 0)
+    writer.write(1, {"loss": 1.0})
+    path.unlink()
+    writer.write(2, {"loss": 2.0})
+    assert read_jsonl(path) == [{"step": 2, "loss": 2.0}]
+    assert "metrics.jsonl was deleted; its rows before step 2 are lost" in caplog.text
+    shutil.rmtree(path.parent)
+    with pytest.raises(FileNotFoundError):
+        writer.write(3, {"loss": 3.0})
 
 
 FOREIGN = [
@@ -121,6 +154,17 @@ def test_waiting_for_data_is_said_once_per_window():
     assert quick == [None] * 4
     assert slow[:3] == [None] * 3
     assert slow[3] == "warning: the last 4 steps waited for data 50% of the time; the loader is the bottleneck"
+
+
+def test_warnings_are_their_text_alone(monkeypatch):
+    """Whoever set logging up before."""
+    out = io.StringIO()
+    handler = logging.StreamHandler(out)
+    handler.setFormatter(logging.Formatter(logging.BASIC_FORMAT))
+    monkeypatch.setattr(logging.getLogger(), "handlers", [handler])
+    plain_messages()
+    logging.getLogger("rave_jax.some").warning("warning: look here")
+    assert out.getvalue() == "warning: look here\n"
 
 
 def test_parameter_table_adds_up():
