@@ -1,42 +1,9 @@
-"""Train: `python train.py CONFIG.py [--field.name value ...]`, or `RUN/config.json` to repeat or continue a run."""
+"""Train: `python train.py CONFIG [--field.name value ...]`; CONFIG is a Python file, a name, or RUN/config.json."""
 
-from __future__ import annotations
-
-import logging
 import sys
 
-from rave_jax.checkpoint.store import StoreError
-from rave_jax.config import ConfigError, load_command_line
-from rave_jax.data.sample import SampleError
-from rave_jax.parallel import hosts
-from rave_jax.parallel.hosts import HostsError
-from rave_jax.parallel.stopping import Interrupted, StopRequest, leave
-from rave_jax.training.config import TrainConfig
-from rave_jax.training.loop import NonFiniteError
-from rave_jax.training.run import train
-
-# What the shell sees: 2 for a config that cannot be used, 1 for a run that failed. `Interrupted` has its own: 143 after
-# SIGTERM, 130 after Ctrl-C, 75 after a hang.
-EXIT_CONFIG, EXIT_FAILED = 2, 1
-
-
-def main(argv: list[str]) -> int:
-    """Run the command line; returns the exit code."""
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    config = load_command_line(TrainConfig, argv, "train.py")
-    with StopRequest(config.hosts.stop_timeout) as stop:
-        try:
-            hosts.start(config.hosts, config.simulated_devices)
-            train(config, stop)
-        except ConfigError as error:
-            return hosts.fail(error, EXIT_CONFIG, "train.py")
-        except (StoreError, NonFiniteError, SampleError, HostsError) as error:
-            return hosts.fail(error, EXIT_FAILED, "train.py")
-        except Interrupted as error:
-            print(f"train.py: {hosts.place()}{error}", file=sys.stderr)
-            return error.exit_code
-    return 0
-
+from rave_jax.parallel.stopping import leave
+from rave_jax.tools.train import main
 
 if __name__ == "__main__":
     leave(main(sys.argv[1:]))

@@ -12,6 +12,10 @@ from typing import Literal
 from rave_jax.config import check_fields, require
 from rave_jax.typing import Int, NpArray
 
+MAX_SIDE = 1 << 20
+"""Most tokens along a side of a region, or in one: more than any row holds."""
+MAX_CONTEXT = 1 << 14
+"""Most context tokens behind a picture or frame: more than a picture has tokens."""
 Grid = tuple[int, int, int]
 """Frames, rows and columns of a merged grid."""
 
@@ -30,7 +34,7 @@ class FixedRegions:
     def __post_init__(self) -> None:
         check_fields(self)
         for name in ("height", "width", "frames"):
-            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+            require(1 <= getattr(self, name) <= MAX_SIDE, name, getattr(self, name), f"a number from 1 to {MAX_SIDE:,}")
 
     @property
     def tokens(self) -> int:
@@ -64,7 +68,7 @@ class AdaptiveRegions:
     def __post_init__(self) -> None:
         check_fields(self)
         for name in ("rows", "cols", "frames", "tokens"):
-            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+            require(1 <= getattr(self, name) <= MAX_SIDE, name, getattr(self, name), f"a number from 1 to {MAX_SIDE:,}")
 
     def shape(self, grid: Grid) -> Grid:
         """Regions of a grid along its frames, rows and columns."""
@@ -98,7 +102,7 @@ class ContextTokens:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        require(self.count >= 1, "count", self.count, "at least 1")
+        require(1 <= self.count <= MAX_CONTEXT, "count", self.count, f"a number from 1 to {MAX_CONTEXT:,}")
 
     def tokens(self, grid: Grid) -> int:
         """Context tokens of a whole grid."""

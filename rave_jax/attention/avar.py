@@ -49,8 +49,9 @@ class Avar:
     def __post_init__(self) -> None:
         check_fields(self)
         for name in ("enhance", "suppress"):
-            require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
-        require(self.eps >= 1e-37, "eps", self.eps, "a small positive number, at least the 1e-37 that float32 holds")
+            require(0 <= getattr(self, name) <= 1e6, name, getattr(self, name), "a number from 0 to 1e6")
+        # At least what float32 holds.
+        require(1e-37 <= self.eps <= 1, "eps", self.eps, "a small positive number, from 1e-37 to 1")
 
     def build(self, dims: AttentionDims, key: jax.Array) -> AvarLosses:
         """The mechanism of one layer."""

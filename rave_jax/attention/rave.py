@@ -29,6 +29,9 @@ from rave_jax.config import check_fields, require
 from rave_jax.kernels.pair_bias import PairBias, PairForm
 from rave_jax.typing import Array, Float
 
+MAX_RANK = 1 << 13
+"""The widest pair term that is built; no head is as wide."""
+
 
 @dataclass(frozen=True)
 class Rave:
@@ -54,7 +57,7 @@ class Rave:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        require(self.rank >= 1, "rank", self.rank, "at least 1")
+        require(1 <= self.rank <= MAX_RANK, "rank", self.rank, f"a number from 1 to {MAX_RANK:,}")
         require(1e-6 <= self.limit <= 1e6, "limit", self.limit, "a number of logits from 1e-6 to 1e6")
         require(self.heads == "all" or len(self.heads) > 0, "heads", self.heads, "at least one head")
 

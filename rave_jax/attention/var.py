@@ -62,7 +62,7 @@ class Var:
     def __post_init__(self) -> None:
         check_fields(self)
         require(all(n >= 0 for n in self.dims), "dims", self.dims, "numbers of dimensions")
-        require(self.tau > 0, "tau", self.tau, "a positive number")
+        require(0 < self.tau <= 1e30, "tau", self.tau, "a positive number, at most 1e30")
         for name in ("rho", "summ", "move_fraction"):
             require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "a share between 0 and 1")
 

@@ -51,7 +51,7 @@ class ZeroTuning:
     def __post_init__(self) -> None:
         check_fields(self)
         given = self.gamma if isinstance(self.gamma, tuple) else (self.gamma,)
-        require(all(gamma > 0 for gamma in given), "gamma", self.gamma, "numbers above 0")
+        require(all(1e-30 <= g <= 1e30 for g in given), "gamma", self.gamma, "numbers above 0, from 1e-30 to 1e30")
         near = self.route != "after" or all(1e-3 <= gamma <= 1e3 for gamma in given)
         require(near, "gamma", self.gamma, "numbers from 0.001 to 1000 by route 'after'")
         fits = self.heads == "all" or len(given) == len(self.heads) or not isinstance(self.gamma, tuple)

@@ -22,7 +22,7 @@ from rave_jax.checkpoint import native
 from rave_jax.checkpoint.hf_files import GENERATION_CONFIG, generation_config, hf_config
 from rave_jax.checkpoint.safetensors_file import DTYPES, CheckpointError, Slice, Stored, read_into
 from rave_jax.checkpoint.sidecar import check_same, needs_sidecar, saved_options
-from rave_jax.checkpoint.target import abstract_model, fresh_parameters, is_stacked, parameter_shardings
+from rave_jax.checkpoint.target import abstract_model, check_room, fresh_parameters, is_stacked, parameter_shardings
 from rave_jax.checkpoint.verify import match, refusal
 from rave_jax.data.processor import image_settings
 from rave_jax.models.config import ModelOptions, VlmConfig
@@ -100,6 +100,7 @@ def import_hf(
     key: jax.Array | None = None,
     *,
     dtypes: Dtypes = "options",
+    backbone_alone: bool = False,
 ) -> Vlm:
     """The model of a directory, its parameters on the mesh.
 
@@ -109,6 +110,7 @@ def import_hf(
         mesh: where parameters go; None is the first device.
         key: starts the parameters that the checkpoint has no numbers for; None is key 0.
         dtypes: number types of the parameters: those of the options, or each as it is stored.
+        backbone_alone: read the HuggingFace files and nothing that lies beside them.
 
     Raises:
         CheckpointError: lists every key that is missing, unknown, of wrong shape or type, and every file that is
@@ -116,7 +118,7 @@ def import_hf(
     """
     directory = Path(directory)
     config, _ = load_config(directory)
-    saved = saved_options(directory)
+    saved = None if backbone_alone else saved_options(directory)
     if options is None:
         options = saved or ModelOptions()
     check_same(directory, saved, options)
@@ -132,6 +134,7 @@ def import_hf(
         options = dataclasses.replace(options, param_dtype=name)
         model = abstract_model(config, options)
     places = parameter_shardings(model, mesh)
+    check_room(model, places, targets)
     values = fresh_parameters(config, options, key, {path: places[path] for path in found.fresh})
     with ThreadPoolExecutor(READERS) as pool:
         for path, param in named_parameters(model).items():

@@ -24,7 +24,7 @@ from rave_jax.checkpoint import sidecar
 from rave_jax.checkpoint.hf_files import NATIVE, SIDECAR_JSON, read_json
 from rave_jax.checkpoint.naming import extra_parameters, global_names, places
 from rave_jax.checkpoint.safetensors_file import CheckpointError
-from rave_jax.checkpoint.target import abstract_model, fresh_parameters, parameter_shardings
+from rave_jax.checkpoint.target import abstract_model, check_room, fresh_parameters, parameter_shardings
 from rave_jax.models.config import ModelOptions, VlmConfig
 from rave_jax.models.parameters import Place, named_parameters, with_values
 from rave_jax.models.vlm import Vlm
@@ -103,6 +103,7 @@ def restore(
             + "; ".join(f"{p} is {shapes.get(p)}, expected {expected.get(p)}" for p in wrong)
         )
     where = parameter_shardings(stored_model, mesh)
+    check_room(stored_model, where, dtypes)
     target = {p: jax.ShapeDtypeStruct(shape, dtypes[p], sharding=where[p]) for p, shape in shapes.items()}
     try:
         values = ocp.load(str(directory.resolve() / PARAMETERS), target)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import jax
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 
 from rave_jax.models.config import ModelOptions, VlmConfig
 from rave_jax.models.parameters import named_parameters, param_axes
 from rave_jax.models.vlm import Vlm
+from rave_jax.parallel.memory import check_memory
 from rave_jax.parallel.sharding import named_sharding
 
 
@@ -28,6 +32,25 @@ def parameter_shardings(model: Vlm, mesh: Mesh | None) -> dict[str, Sharding]:
     if mesh is None:
         return dict.fromkeys(params, SingleDeviceSharding(jax.local_devices()[0]))
     return {path: named_sharding(param_axes(param), param.shape, mesh) for path, param in params.items()}
+
+
+def check_room(model: Vlm, places: Mapping[str, Sharding], dtypes: Mapping[str, np.dtype] | None = None) -> None:
+    """Refuse a model whose parameters cannot fit into memory, before any is read.
+
+    Args:
+        model: abstract.
+        places: the sharding of each parameter.
+        dtypes: number types, where they are not the model's own.
+
+    Raises:
+        ConfigError: says what is needed and what is there.
+    """
+    params = named_parameters(model)
+    kinds = {path: param.dtype for path, param in params.items()} | dict(dtypes or {})
+    tree = {
+        path: jax.ShapeDtypeStruct(param.shape, kinds[path], sharding=places[path]) for path, param in params.items()
+    }
+    check_memory(tree, "the model's parameters")
 
 
 def fresh_parameters(

@@ -22,7 +22,8 @@ import jax
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from rave_jax.checkpoint.hf_export import export_hf
-from rave_jax.config import require
+from rave_jax.checkpoint.target import abstract_model, check_room, parameter_shardings
+from rave_jax.config import check_fields, require
 from rave_jax.models.config import ModelOptions, TextConfig, VisionConfig, VlmConfig
 from rave_jax.models.families import family_named
 from rave_jax.models.vlm import Vlm
@@ -99,6 +100,7 @@ class Tiny:
     """Side, in patches, of the square that becomes one visual token."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         require(0 <= self.seed < 2**32, "seed", self.seed, "0 to 2^32 - 1")
         sizes = [f.name for f in dataclasses.fields(self) if f.name != "seed"]
         for name in sizes:
@@ -184,12 +186,19 @@ def write_tiny(destination: str | Path, sizes: Tiny = Tiny()) -> Path:
     """
     config = tiny_config(sizes)
     options = ModelOptions(param_dtype="float32")
+    abstract = abstract_model(config, options)
+    check_room(abstract, parameter_shardings(abstract, None))
     model = jax.jit(lambda key: Vlm(config, options, key=key))(jax.random.key(sizes.seed))
     with tempfile.TemporaryDirectory() as folder:
-        byte_tokenizer().save(str(Path(folder) / "tokenizer.json"))
-        for name, data in _settings(config).items():
-            (Path(folder) / name).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+        write_tiny_files(Path(folder), sizes)
         return export_hf(model, destination, folder)
+
+
+def write_tiny_files(folder: Path, sizes: Tiny) -> None:
+    """Write what a model directory holds beside its weights into a folder that is there."""
+    byte_tokenizer().save(str(folder / "tokenizer.json"))
+    for name, data in _settings(tiny_config(sizes)).items():
+        (folder / name).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
 
 
 def _settings(config: VlmConfig) -> dict[str, Any]:

@@ -30,12 +30,14 @@ class Run(NamedTuple):
         role: who speaks.
         learn: (start, stop) of the tokens to learn in `ids`; empty where nothing is an answer.
         visuals: the message's image and video parts in order.
+        weight: of the tokens to learn in the loss.
     """
 
     ids: list[int]
     role: Role
     learn: tuple[int, int]
     visuals: tuple[Message, ...]
+    weight: float = 1.0
 
 
 def read_template(directory: str | Path, tokenizer: Any) -> str:
@@ -180,4 +182,4 @@ class ChatTemplate:
         # there, so that token counts as header.
         start = len(self._header)
         stop = max(index for index, number in enumerate(ids) if number == self.end_id) + 1
-        return Run(ids, role, (start, stop), visuals)
+        return Run(ids, role, (start, stop), visuals, message.get("weight", 1.0))

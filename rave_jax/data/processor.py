@@ -284,7 +284,7 @@ class Processor:
         def spread(values: Any) -> Any:
             return np.repeat(np.repeat(values, lengths).astype(np.int32), repeats)
 
-        learn = np.concatenate([_span(len(run.ids), run.learn) for run in runs])
+        learn = np.concatenate([_span(len(run.ids), run.learn, run.weight) for run in runs])
         tokens = np.repeat(ids, repeats)
         visuals = [
             Visual(int(start), patches.grid, seconds) for start, (patches, seconds) in zip(starts, cuts, strict=True)
@@ -338,9 +338,9 @@ class Processor:
         return TokenInfo(**codes), visual_index
 
 
-def _span(length: int, bounds: tuple[int, int]) -> NpArray:
+def _span(length: int, bounds: tuple[int, int], weight: float) -> NpArray:
     span = np.zeros(length, np.float32)
-    span[slice(*bounds)] = 1
+    span[slice(*bounds)] = weight
     return span
 
 

@@ -13,12 +13,32 @@ from typing import Literal
 import jax.numpy as jnp
 
 from rave_jax.attention import AttentionDims, ContextSight, Gaze, MechanismConfig, SlidingWindow
-from rave_jax.config import require
+from rave_jax.config import check_fields, require
 from rave_jax.kernels.pair_bias import Implementation
 from rave_jax.layout import ContextTokens, VisualLayout
 
 FloatName = Literal["float32", "bfloat16"]
 Remat = Literal["none", "full", "dots"]
+
+# The largest sizes that are built. They are several times those of any released model; what is larger is a slip of the
+# pen, and is refused before it takes memory.
+MAX_LAYERS = 1024
+MAX_WIDTH = 1 << 20
+MAX_HEADS = 1 << 14
+MAX_VOCAB = 1 << 26
+MAX_RANK = 1 << 13
+MAX_SIDE = 1 << 12
+MAX_INT32 = 2**31 - 1
+# Computed in float32, where an inverse of larger bases is 0.
+ROPE_THETA = (1e-30, 1e30)
+MARKERS = ("image", "video", "vision_start", "vision_end")
+
+
+def _within(config: object, limits: dict[str, int], least: int = 1) -> None:
+    """Refuse fields outside least .. limit."""
+    for name, limit in limits.items():
+        given = getattr(config, name)
+        require(least <= given <= limit, name, given, f"a number from {least} to {limit:,}")
 
 
 @dataclass(frozen=True)
@@ -60,18 +80,20 @@ class TextConfig:
     """Positions the model was made for; stated in the checkpoint, not enforced."""
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_size"):
-            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        check_fields(self)
+        widths = dict.fromkeys(("hidden_size", "head_dim", "mlp_size"), MAX_WIDTH)
+        heads = dict.fromkeys(("num_heads", "num_kv_heads"), MAX_HEADS)
+        _within(self, {"vocab_size": MAX_VOCAB, "num_layers": MAX_LAYERS, "max_position": MAX_INT32} | widths | heads)
+        _within(self, {"window_from": MAX_INT32}, least=0)
         divides = self.num_heads % self.num_kv_heads == 0
         require(divides, "num_heads", self.num_heads, f"a multiple of num_kv_heads {self.num_kv_heads}")
         require(self.head_dim % 2 == 0, "head_dim", self.head_dim, "an even number, for rotary halves")
-        covers = not self.mrope_section or sum(self.mrope_section) == self.head_dim // 2
-        require(
-            covers, "mrope_section", self.mrope_section, f"numbers that add up to head_dim / 2 = {self.head_dim // 2}"
-        )
-        require(self.rope_theta > 0, "rope_theta", self.rope_theta, "a positive number")
-        window_ok = self.sliding_window is None or self.sliding_window >= 1
-        require(window_ok, "sliding_window", self.sliding_window, "at least 1, or None")
+        section = self.mrope_section
+        covers = not section or (sum(section) == self.head_dim // 2 and min(section) >= 0)
+        require(covers, "mrope_section", section, f"numbers that add up to head_dim / 2 = {self.head_dim // 2}")
+        _check_norm_and_rope(self)
+        window_ok = self.sliding_window is None or 1 <= self.sliding_window <= MAX_INT32
+        require(window_ok, "sliding_window", self.sliding_window, f"1 to {MAX_INT32:,}, or None")
 
     @property
     def attention_dims(self) -> AttentionDims:
@@ -84,6 +106,14 @@ class TextConfig:
         if self.sliding_window is None or self.window_from >= self.num_layers:
             return ()
         return (SlidingWindow(self.sliding_window, layers=tuple(range(self.window_from, self.num_layers))),)
+
+
+def _check_norm_and_rope(config: TextConfig | VisionConfig) -> None:
+    eps, theta = config.rms_norm_eps, config.rope_theta
+    require(0 <= eps <= 1, "rms_norm_eps", eps, "a number from 0 to 1")
+    require(
+        ROPE_THETA[0] <= theta <= ROPE_THETA[1], "rope_theta", theta, "a number from {:g} to {:g}".format(*ROPE_THETA)
+    )
 
 
 @dataclass(frozen=True)
@@ -122,16 +152,10 @@ class VisionConfig:
     """Standard deviation of each colour channel, divided by after the mean is subtracted."""
 
     def __post_init__(self) -> None:
-        for name in (
-            "depth",
-            "hidden_size",
-            "num_heads",
-            "mlp_size",
-            "patch_size",
-            "temporal_patch_size",
-            "merge_size",
-        ):
-            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        check_fields(self)
+        sides = dict.fromkeys(("patch_size", "merge_size", "temporal_patch_size", "in_channels"), MAX_SIDE)
+        widths = dict.fromkeys(("hidden_size", "mlp_size", "out_size", "window_size"), MAX_WIDTH)
+        _within(self, {"depth": MAX_LAYERS, "num_heads": MAX_HEADS} | widths | sides)
         divides = self.hidden_size % self.num_heads == 0 and self.head_dim % 4 == 0
         require(divides, "hidden_size", self.hidden_size, f"num_heads {self.num_heads} times a multiple of 4")
         unit = self.patch_size * self.merge_size
@@ -141,6 +165,8 @@ class VisionConfig:
         for name in ("pixel_mean", "pixel_std"):
             given = getattr(self, name)
             require(len(given) == self.in_channels, name, given, f"one number for each of {self.in_channels} channels")
+        require(min(self.pixel_std) > 0, "pixel_std", self.pixel_std, "numbers above 0")
+        _check_norm_and_rope(self)
 
     @property
     def head_dim(self) -> int:
@@ -187,6 +213,11 @@ class VlmConfig:
     """Name of the model family (HF `model_type`), which knows the checkpoint's keys."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
+        _within(self, dict.fromkeys((f"{name}_token_id" for name in MARKERS), MAX_INT32), least=-1)
+        ids = self.eos_token_ids
+        require(all(0 <= n <= MAX_INT32 for n in ids), "eos_token_ids", ids, f"token ids, 0 to {MAX_INT32:,}")
+        require(0 < self.tokens_per_second <= 1e6, "tokens_per_second", self.tokens_per_second, "above 0, at most 1e6")
         if self.vision is not None:
             same = self.vision.out_size == self.text.hidden_size
             require(same, "vision.out_size", self.vision.out_size, f"text.hidden_size {self.text.hidden_size}")
@@ -204,7 +235,9 @@ class Lora:
     """Linears that get an adapter, in every layer: `decoder.` or `vision.` and the path inside a layer."""
 
     def __post_init__(self) -> None:
-        require(self.rank >= 1, "lora.rank", self.rank, "at least 1")
+        check_fields(self)
+        require(1 <= self.rank <= MAX_RANK, "lora.rank", self.rank, f"a number from 1 to {MAX_RANK:,}")
+        require(abs(self.alpha) <= 1e6, "lora.alpha", self.alpha, "a number of at most 1e6")
         require(len(self.targets) > 0, "lora.targets", self.targets, "at least one linear")
         once = len(set(self.targets)) == len(self.targets)
         require(once, "lora.targets", self.targets, "each linear once")
@@ -234,6 +267,7 @@ class ModelOptions:
     """Low-rank adapters, or None."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         gaze = [m for m in self.mechanisms if isinstance(m, Gaze)]
         layouts = {(m.regions, m.max_regions) for m in gaze}
         require(len(layouts) <= 1, "mechanisms", layouts, "one layout of regions (regions, max_regions) in all layers")

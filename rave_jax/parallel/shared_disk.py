@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import secrets
 import socket
@@ -20,7 +21,7 @@ def check_shared(directory: Path, field: str, config: HostsConfig) -> None:
     """Check that every process sees what process 0 writes in a directory. Does nothing in a job of one process.
 
     Args:
-        directory: is there on every process; process 0 writes and removes a file in it.
+        directory: is there on process 0, which writes and removes a file in it.
         field: names the directory in messages.
         config: of the job.
 
@@ -43,7 +44,8 @@ def check_shared(directory: Path, field: str, config: HostsConfig) -> None:
         until = time.monotonic() + LATE
         while not (there := token.exists()) and time.monotonic() < until:
             time.sleep(0.2)
-            list(directory.iterdir())  # some file systems look again only when the folder is listed
+            with contextlib.suppress(OSError):  # where nothing is shared, the folder itself may be missing
+                list(directory.iterdir())  # some file systems look again only when the folder is listed
         notes.leave(f"{folder}/seen/{here}", f"{'yes' if there else 'no'} {socket.gethostname()}")
         answers = _notes(f"{folder}/seen", count, config)
     finally:

@@ -1,4 +1,4 @@
-"""`rave-jax`: convert, inspect, logits, generate, calibrate.
+"""`rave-jax`: train, eval, convert, inspect, logits, generate, calibrate, data.
 
 Each subcommand imports what it needs when it runs, so that --help is quick.
 """
@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from rave_jax.command_line import config_names
 from rave_jax.config import ConfigError, local_path
 
 DTYPES = ("float32", "bfloat16")
@@ -39,14 +40,29 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="rave-jax", description="Work on checkpoints and models.")
+    parser = _Parser(prog="rave-jax", description="Train and examine models, work on checkpoints.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    for name, help_text, first in (
+        ("train", "a run from a config, as train.py of a clone", "CONFIG"),
+        ("eval", "examine a run or a model in HuggingFace format, as eval.py of a clone", "RUN_OR_HF_DIR"),
+    ):
+        program = commands.add_parser(name, help=help_text)
+        program.add_argument("words", nargs=argparse.REMAINDER, metavar=f"{first} [--field.name value ...]")
+        if name == "train":
+            program.description = (
+                "CONFIG is a Python file with get_config(), the config.json of a run, or one of: "
+                f"{', '.join(config_names())}. `rave-jax train CONFIG --help` lists the fields."
+            )
+        else:
+            program.description = "`rave-jax eval RUN_OR_HF_DIR --help` lists the fields."
 
     convert = commands.add_parser("convert", help="between HuggingFace format and ours")
     ways = convert.add_subparsers(dest="way", required=True, metavar="from-hf|to-hf")
     from_hf = ways.add_parser("from-hf", help="a HuggingFace directory into a native checkpoint")
     from_hf.add_argument("source", type=Path, help="directory with config.json and safetensors")
     from_hf.add_argument("--dtype", choices=DTYPES, help="number type of the parameters (default: as stored)")
+    from_hf.add_argument("--base", type=Path, help="directory of a PEFT adapter's base model (default: what it names)")
     to_hf = ways.add_parser("to-hf", help="a native checkpoint, or a training run, into a HuggingFace directory")
     to_hf.add_argument("source", type=Path, help="native checkpoint, run directory, or HuggingFace directory")
     to_hf.add_argument("--dtype", choices=DTYPES, help="number type of the weights (default: that of the parameters)")
@@ -57,6 +73,16 @@ def _parser() -> argparse.ArgumentParser:
         default=5 * 10**9,
         metavar="SIZE",
         help="of a weight file, as 5GB (default) or 500MB",
+    )
+    to_hf.add_argument(
+        "--lora",
+        choices=("merge", "peft", "beside"),
+        default="merge",
+        help="merged into the weights (default), as a PEFT adapter directory, or beside unchanged weights, which only "
+        "rave_jax reads together",
+    )
+    to_hf.add_argument(
+        "--base", type=Path, help="the model that a PEFT adapter is of (default: what the run began with)"
     )
     for way in (from_hf, to_hf):
         way.add_argument("destination", type=Path, help="directory that is not there yet")
@@ -130,6 +156,12 @@ def _parser() -> argparse.ArgumentParser:
         "--dtype", choices=DTYPES, help="number type to compute in (default: that of the model's options)"
     )
     zero.late = _calibration_flags
+
+    data = commands.add_parser(
+        "data", help="tokens and patches that the data of a config needs, and what cannot be used"
+    )
+    data.add_argument("words", nargs=argparse.REMAINDER, metavar="CONFIG [--field.name value ...]")
+    data.late = _data_flags
     return parser
 
 
@@ -141,6 +173,12 @@ def _generation_flags(parser: argparse.ArgumentParser) -> None:
 
 def _calibration_flags(parser: argparse.ArgumentParser) -> None:
     from rave_jax.tools.calibrate import add_flags
+
+    add_flags(parser)
+
+
+def _data_flags(parser: argparse.ArgumentParser) -> None:
+    from rave_jax.tools.data import add_flags
 
     add_flags(parser)
 
@@ -188,19 +226,23 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(arguments: argparse.Namespace) -> int:
     match arguments.command:
+        case "train":
+            from rave_jax.parallel.stopping import leave
+            from rave_jax.tools.train import main as train
+
+            leave(train(arguments.words, "rave-jax train"))
+        case "eval":
+            from rave_jax.tools.eval import main as evaluate
+
+            return evaluate(arguments.words, "rave-jax eval")
         case "convert":
-            from rave_jax.tools.convert import from_hf, to_hf
+            from rave_jax.tools.convert import HfForm, from_hf, to_hf
 
             if arguments.way == "from-hf":
-                from_hf(arguments.source, arguments.destination, arguments.dtype)
+                from_hf(arguments.source, arguments.destination, arguments.dtype, arguments.base)
             else:
-                to_hf(
-                    arguments.source,
-                    arguments.destination,
-                    dtype=arguments.dtype,
-                    step=arguments.step,
-                    max_shard_bytes=arguments.max_shard_size,
-                )
+                form = HfForm(arguments.dtype, arguments.max_shard_size, arguments.lora, arguments.base)
+                to_hf(arguments.source, arguments.destination, form, arguments.step)
         case "inspect":
             from rave_jax.tools.inspect import inspect
 
@@ -219,6 +261,10 @@ def _run(arguments: argparse.Namespace) -> int:
             from rave_jax.tools.calibrate import calibrate
 
             calibrate(arguments)
+        case "data":
+            from rave_jax.tools.data import look_at_data
+
+            return look_at_data(arguments)
     return 0
 
 

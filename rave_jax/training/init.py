@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rave_jax.checkpoint.hf_import import load_config
-from rave_jax.checkpoint.tiny import Tiny, tiny_config, write_tiny
-from rave_jax.config import ConfigError, require
+from rave_jax.checkpoint.tiny import Tiny, tiny_config, write_tiny, write_tiny_files
+from rave_jax.config import ConfigError, check_fields, require
 from rave_jax.models.config import VlmConfig
 
 # What a model directory holds beside its weights. A run keeps a copy, so that it can be read on its own.
@@ -24,6 +24,7 @@ class FromHF:
     """Directory with config.json, tokenizer, processor settings and safetensors."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         require(bool(self.path), "init.path", self.path, "a directory in HuggingFace format")
 
 
@@ -44,13 +45,26 @@ def prepare(init: FromHF | Tiny, directory: Path) -> None:
     if isinstance(init, Tiny):
         write_tiny(partial, init)
     else:
-        source = source_of(init, directory)
         partial.mkdir(parents=True)
-        for pattern in SMALL_FILES:
-            for file in source.glob(pattern):
-                if file.is_file() and not file.match(INDEX):
-                    shutil.copyfile(file, partial / file.name)
+        write_small_files(init, partial)
     partial.rename(directory)
+
+
+def write_small_files(init: FromHF | Tiny, folder: Path) -> None:
+    """Write config, tokenizer and processor files of a model, without weights, into a folder that is there.
+
+    Raises:
+        ConfigError: there is no such HuggingFace directory.
+        OSError: they cannot be read or written.
+    """
+    if isinstance(init, Tiny):
+        write_tiny_files(folder, init)
+        return
+    source = source_of(init, folder)
+    for pattern in SMALL_FILES:
+        for file in source.glob(pattern):
+            if file.is_file() and not file.match(INDEX):
+                shutil.copyfile(file, folder / file.name)
 
 
 def model_config(init: FromHF | Tiny, directory: Path) -> VlmConfig:

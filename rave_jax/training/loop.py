@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from rave_jax.checkpoint.store import PARAMETERS, Store
+from rave_jax.checkpoint.store import PARAMETERS, Store, StoreError
 from rave_jax.observe.metrics import MetricsWriter
 from rave_jax.observe.progress import ProgressReport
 from rave_jax.observe.waiting import WaitMeter
@@ -82,7 +82,7 @@ class Loop:
         Raises:
             NonFiniteError: loss or gradient is not finite; the state before that step is in `bad_directory`.
             Interrupted: the job was asked to end; the state of the last finished step is saved.
-            StoreError: a checkpoint could not be written.
+            StoreError: a checkpoint or metrics could not be written.
             HostsError: the processes stopped with different states, which are not saved.
         """
         start = done = int(state.step)
@@ -119,6 +119,7 @@ class Loop:
                     late = None
                 elif warning := self._wait.add(fed.waited, time.monotonic() - begun):
                     self._progress.say(warning)
+                self._store.check()
                 if done % self._schedule.save_every == 0:
                     if late is not None:
                         self._finish(*late, state, fed.data, describe)
@@ -198,9 +199,17 @@ class Loop:
             now = time.monotonic()
             values["tokens_per_second"] = round(self._tokens / max(now - self._clock, 1e-9), 1)
             self._tokens, self._clock = 0, now
+            self._write(done, values)
+        self._progress.update(done, values, line=logged)
+
+    def _write(self, done: int, values: dict[str, Any]) -> None:
+        try:
             for writer in self._writers:
                 writer.write(done, values)
-        self._progress.update(done, values, line=logged)
+        except OSError as error:
+            where = error.filename or "the run directory"
+            why = error.strerror or error
+            raise StoreError(f"the metrics of step {done} could not be written to {where}: {why}") from error
 
     def _stop_bad(
         self, step: int, values: dict[str, Any], state: TrainState, data: dict[str, Any], describe: Callable[[int], str]

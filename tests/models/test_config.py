@@ -1,9 +1,13 @@
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import pytest
 
-from rave_jax.attention import SlidingWindow
+from rave_jax.attention import Gaze, Rave, SlidingWindow
 from rave_jax.config import ConfigError, dumps, loads
+from rave_jax.layout import AdaptiveRegions, ContextTokens, FixedRegions
 from rave_jax.models.config import Lora, ModelOptions, TextConfig, VisionConfig, VlmConfig
 
 
@@ -26,6 +30,58 @@ from rave_jax.models.config import Lora, ModelOptions, TextConfig, VisionConfig,
 def test_an_impossible_shape_is_refused_by_name(make, field: str) -> None:
     with pytest.raises(ConfigError, match=f"^{field} is "):
         make()
+
+
+BEYOND_ANY_MODEL = (-1, 0, 10**9, 10**12, 10**40)
+NO_INTEGERS = ("4", 2.0, True, None, [4], math.nan)
+SIDES = ("patch_size", "temporal_patch_size", "merge_size")
+SIZES = {
+    TextConfig: ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_size"),
+    VisionConfig: ("depth", "hidden_size", "num_heads", "mlp_size", "out_size", "in_channels", "window_size", *SIDES),
+    Lora: ("rank",),
+    Rave: ("rank",),
+    ContextTokens: ("count",),
+    Gaze: ("max_regions",),
+    FixedRegions: ("height", "width", "frames"),
+    AdaptiveRegions: ("rows", "cols", "frames", "tokens"),
+}
+
+
+@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind, names in SIZES.items() for name in names])
+def test_a_size_that_no_model_has_is_refused_before_it_takes_memory(kind: Any, name: str) -> None:
+    for value in (*BEYOND_ANY_MODEL, *NO_INTEGERS):
+        with pytest.raises(ConfigError, match=rf"^(lora\.)?{name} is ") as error:
+            kind(**{name: value})
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "values"),
+    [
+        (TextConfig, "rms_norm_eps", (-1e-6, math.nan, math.inf, "1e-6", None)),
+        (VisionConfig, "rms_norm_eps", (-1e-6, math.nan)),
+        (TextConfig, "rope_theta", (0, -1e4, math.nan, 1e300, 1e-300, "1e6")),
+        (VisionConfig, "rope_theta", (0, math.inf)),
+        (TextConfig, "max_position", (0, 2**31)),
+        (TextConfig, "sliding_window", (0, 2**31, 4.0)),
+        (TextConfig, "window_from", (-1, 2**40)),
+        (TextConfig, "mrope_section", ((-8, 8, 8), (2.0, 3, 3), [2, 3, 3], (8, "0"))),
+        (TextConfig, "tie_embeddings", (None, 1, "yes")),
+        (VisionConfig, "pixel_std", ((0.0, 1.0, 1.0), (math.nan, 1.0, 1.0), (1.0,))),
+        (VlmConfig, "image_token_id", (-2, 2**31, 1.0, None)),
+        (VlmConfig, "eos_token_ids", ((-1,), (2**40,), 5, [5])),
+        (VlmConfig, "tokens_per_second", (0, -1, math.nan, "2")),
+        (Lora, "alpha", (math.nan, 1e300, "16")),
+        (Lora, "targets", (("decoder.mlp.up", 3), "decoder.mlp.up", None)),
+        (ModelOptions, "mechanisms", ("rave", (Rave,), [Rave()], None)),
+        (ModelOptions, "param_dtype", ("float64", None, 32)),
+        (ModelOptions, "lora", (8, {"rank": 8})),
+    ],
+)
+def test_a_number_that_cannot_be_computed_with_is_refused_by_name(kind: Any, name: str, values: tuple) -> None:
+    for value in values:
+        with pytest.raises(ConfigError, match=rf"^(lora\.)?{name} is "):
+            kind(**{name: value})
 
 
 def test_configs_survive_json() -> None:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 from pathlib import Path
 
 import jax
@@ -97,7 +99,10 @@ def test_configs_as_transformers_5_saves_them() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "llava"}, "model_type is 'llava', expected 'qwen2_5_vl' or 'qwen3'"),
+        ({"model_type": "llava"}, "'model_type' is 'llava', supported are qwen2_5_vl and qwen3$"),
+        ({"model_type": "qwen2_vl"}, "'model_type' is 'qwen2_vl', supported are .*; qwen2_5_vl is another model"),
+        ({"model_type": None}, "'model_type' is missing, supported are qwen2_5_vl and qwen3"),
+        ({"model_type": ["qwen3"]}, r"'model_type' is \['qwen3'\], supported"),
         ({"hidden_size": None}, "'hidden_size' is missing"),
         ({"hidden_size": 33}, "'hidden_size' is 33"),
         ({"hidden_act": "gelu"}, "'hidden_act' is 'gelu', expected 'silu'"),
@@ -116,6 +121,56 @@ def test_what_we_do_not_compute_is_refused(change: dict, message: str) -> None:
     hf = family_named("qwen2_5_vl").render(presets.tiny()) | change
     with pytest.raises(ConfigError, match=message):
         family_for(hf).parse(hf)
+
+
+# Numbers as large as one likes: no array has their size.
+NO_SIZES = ("rope_theta", "max_position_embeddings", "max_window_layers")
+NOT_SIZES = ("7", 2.0, True, [4], {}, -1, 10**9 + 1, 10**40, math.nan)
+
+
+@pytest.mark.parametrize(
+    ("name", "section"),
+    [("qwen2_5_vl", None), ("qwen2_5_vl", "vision_config"), ("qwen2_5_vl", "text_config"), ("qwen3", None)],
+)
+def test_a_value_of_the_wrong_kind_is_one_line_that_names_its_key(name: str, section: str | None) -> None:
+    family = family_named(name)
+    config = presets.tiny()
+    hf = family.render(config)
+    if name == "qwen3":
+        hf = FAMILIES["qwen3"].render(dataclasses.replace(config, vision=None))
+    elif section == "text_config":
+        hf = {"model_type": name, "vision_config": hf["vision_config"], "text_config": hf}
+    inner = hf[section] if section else hf
+    where = f"config.json: {section}" if section else "config.json"
+    for key, value in inner.items():
+        if not isinstance(value, (int, float)):
+            continue
+        for wrong in NOT_SIZES if not isinstance(value, bool) else ("yes", 1, [True]):
+            broken = inner | {key: wrong}
+            full = {**hf, section: broken} if section else broken
+            try:
+                family.parse(full)
+            except ConfigError as error:
+                assert str(error).startswith(where) and "\n" not in str(error)
+                assert key in str(error) or "eos" in key
+            else:
+                assert isinstance(value, float) or "token" in key or key in NO_SIZES
+
+
+@pytest.mark.parametrize("top", [None, False, True])
+@pytest.mark.parametrize("nested", [None, False, True])
+def test_the_head_is_tied_where_transformers_ties_it(top: bool | None, nested: bool | None) -> None:
+    from transformers import Qwen2_5_VLConfig
+
+    flat = family_named("qwen2_5_vl").render(presets.tiny())
+    del flat["tie_word_embeddings"]
+    hf = {"model_type": "qwen2_5_vl", "vision_config": flat.pop("vision_config"), "text_config": flat}
+    hf |= {} if top is None else {"tie_word_embeddings": top}
+    flat |= {} if nested is None else {"tie_word_embeddings": nested}
+    assert family_for(hf).parse(hf).text.tie_embeddings == bool(top or nested)
+    stated = {key: dict(v) if isinstance(v, dict) else v for key, v in hf.items()}  # it changes what it is given
+    if not (top is None and nested):  # of this one the releases of transformers differ
+        assert Qwen2_5_VLConfig(**stated).tie_word_embeddings == bool(top or nested)
 
 
 @pytest.mark.parametrize(

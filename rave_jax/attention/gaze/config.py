@@ -58,6 +58,10 @@ class TopKSchedule:
         return jnp.where(x < 1, 0.5 * (1.0 + jnp.cos(math.pi * x)), 0.0)
 
 
+MAX_REGIONS = 1 << 16
+"""Most regions of a row: each query meets every one."""
+
+
 @dataclass(frozen=True)
 class Gaze:
     """Each query reads the regions of earlier pictures that it ranks highest, and all text (Gaze Attention)."""
@@ -94,7 +98,8 @@ class Gaze:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        require(self.max_regions >= 1, "max_regions", self.max_regions, "at least 1")
+        known = 1 <= self.max_regions <= MAX_REGIONS
+        require(known, "max_regions", self.max_regions, f"a number from 1 to {MAX_REGIONS:,}")
         known = not (self.rank_with_bias and self.descriptor == "oracle")
         require(known, "rank_with_bias", True, "False beside the descriptor oracle, whose masses have the bias already")
         _ = self.rule  # refuses a wrong top_k or tau

@@ -57,7 +57,7 @@ class RouteRule:
         good = 0 < self.top_k < 1 or (whole and not (isinstance(self.top_k, float) and self.top_k == 1))
         what = "a whole number of regions (1 for one; as many as there may be for all), or a fraction between 0 and 1"
         require(good, "top_k", self.top_k, what)
-        require(0 < self.tau < math.inf, "tau", self.tau, "a positive number")
+        require(0 < self.tau <= 1e30, "tau", self.tau, "a positive number, at most 1e30")
 
     def most(self, regions: int) -> int:
         """How many regions a query chooses of so many candidates, once the schedule has ended."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 from rave_jax.config import ConfigError
-from rave_jax.models.config import TextConfig, VlmConfig
+from rave_jax.models.config import MAX_INT32, ROPE_THETA, TextConfig, VlmConfig
 
 HfConfig = Mapping[str, Any]
 
@@ -73,6 +74,87 @@ def need(config: HfConfig, key: str, where: str = "config.json") -> Any:
     return config[key]
 
 
+def section(config: HfConfig, key: str, where: str = "config.json") -> HfConfig:
+    """An object inside the HF config; {} where it states none.
+
+    Raises:
+        ConfigError: the value is something else.
+    """
+    value = config.get(key)
+    if value is not None and not isinstance(value, Mapping):
+        raise ConfigError(f"{where}: {key!r} is {_short(value)}, expected an object")
+    return value or {}
+
+
+def integer(
+    config: HfConfig, key: str, most: int, *, default: int | None = None, least: int = 1, where: str = "config.json"
+) -> int:
+    """An integer of the HF config, from `least` to `most`.
+
+    Raises:
+        ConfigError: it is absent without a default, of another kind or out of range.
+    """
+    value = need(config, key, where) if default is None or config.get(key) is not None else default
+    if type(value) is not int or not least <= value <= most:
+        raise ConfigError(f"{where}: {key!r} is {_short(value)}, expected an integer from {least} to {most:,}")
+    return value
+
+
+def integers(config: HfConfig, key: str, default: tuple[int, ...], where: str = "config.json") -> tuple[int, ...]:
+    """A list of integers of the HF config.
+
+    Raises:
+        ConfigError: it is something else.
+    """
+    value = config.get(key)
+    if value is None:
+        return default
+    if not isinstance(value, list) or not all(type(n) is int for n in value):
+        raise ConfigError(f"{where}: {key!r} is {_short(value)}, expected a list of integers")
+    return tuple(value)
+
+
+def number(config: HfConfig, key: str, default: float, low: float, high: float, where: str = "config.json") -> float:
+    """A number of the HF config, from `low` to `high`.
+
+    Raises:
+        ConfigError: it is of another kind or out of range.
+    """
+    value = default if config.get(key) is None else config[key]
+    good = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not good or math.isnan(value) or not low <= value <= high:
+        raise ConfigError(f"{where}: {key!r} is {_short(value)}, expected a number from {low:g} to {high:g}")
+    return float(value)
+
+
+def flag(config: HfConfig, key: str, where: str = "config.json") -> bool:
+    """true or false of the HF config; false where it states none.
+
+    Raises:
+        ConfigError: it is something else.
+    """
+    value = config.get(key)
+    if value is not None and not isinstance(value, bool):
+        raise ConfigError(f"{where}: {key!r} is {_short(value)}, expected true or false")
+    return bool(value)
+
+
+def norm_eps(config: HfConfig, default: float, where: str = "config.json") -> float:
+    """`rms_norm_eps`."""
+    return number(config, "rms_norm_eps", default, 0, 1, where)
+
+
+def rope_theta(config: HfConfig, rope: HfConfig, default: float, where: str = "config.json") -> float:
+    """`rope_theta`, which stands among the rope parameters or beside them."""
+    holder = rope if rope.get("rope_theta") is not None else config
+    return number(holder, "rope_theta", default, ROPE_THETA[0], ROPE_THETA[1], where)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
 def only(config: HfConfig, key: str, allowed: tuple[Any, ...], where: str = "config.json") -> None:
     """Refuse what we do not compute; the first of `allowed` is what an absent key means.
 
@@ -90,7 +172,10 @@ def check_layer_types(config: HfConfig, text: TextConfig, where: str = "config.j
     Raises:
         ConfigError: names the first layer that does.
     """
-    for layer, kind in enumerate(config.get("layer_types") or ()):
+    kinds = config.get("layer_types") or []
+    if not isinstance(kinds, list):
+        raise ConfigError(f"{where}: 'layer_types' is {_short(kinds)}, expected a list with a name for each layer")
+    for layer, kind in enumerate(kinds):
         windowed = text.sliding_window is not None and layer >= text.window_from
         expected = "sliding_attention" if windowed else "full_attention"
         if kind != expected:
@@ -110,8 +195,8 @@ def eos_ids(config: HfConfig, default: int | None = None, where: str = "config.j
     if value is None:
         return ()
     ids = tuple(value) if isinstance(value, (list, tuple)) else (value,)
-    if not all(type(i) is int and i >= 0 for i in ids):
-        raise ConfigError(f"{where}: 'eos_token_id' is {value!r}, expected a token id or a list of them")
+    if not all(type(i) is int and 0 <= i <= MAX_INT32 for i in ids):
+        raise ConfigError(f"{where}: 'eos_token_id' is {_short(value)}, expected a token id or a list of them")
     return ids
 
 

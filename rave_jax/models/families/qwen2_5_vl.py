@@ -9,7 +9,17 @@ from __future__ import annotations
 from typing import Any
 
 from rave_jax.config import ConfigError
-from rave_jax.models.config import TextConfig, VisionConfig, VlmConfig
+from rave_jax.models.config import (
+    MAX_HEADS,
+    MAX_INT32,
+    MAX_LAYERS,
+    MAX_SIDE,
+    MAX_VOCAB,
+    MAX_WIDTH,
+    TextConfig,
+    VisionConfig,
+    VlmConfig,
+)
 from rave_jax.models.families.base import (
     Family,
     HfConfig,
@@ -17,9 +27,17 @@ from rave_jax.models.families.base import (
     check_layer_types,
     decoder_tensors,
     eos_ids,
-    need,
+    flag,
+    integer,
+    integers,
+    norm_eps,
+    number,
     only,
+    rope_theta,
+    section,
 )
+
+MARKER_IDS = {"image": 151655, "video": 151656, "vision_start": 151652, "vision_end": 151653}
 
 
 def parse(hf: HfConfig) -> VlmConfig:
@@ -28,68 +46,75 @@ def parse(hf: HfConfig) -> VlmConfig:
     Raises:
         ConfigError: a key is missing or asks for what this model does not compute.
     """
-    text = hf.get("text_config") or hf
+    nested = section(hf, "text_config")
+    text, where = (nested, "config.json: text_config") if nested else (hf, "config.json")
+    vision = section(hf, "vision_config")
+    if not vision:
+        raise ConfigError("config.json: 'vision_config' is missing")
+    # As in transformers: the head is tied where either of the two places says so.
+    tied = flag(hf, "tie_word_embeddings") or flag(text, "tie_word_embeddings", where)
+    ids = {f"{name}_token_id": default for name, default in MARKER_IDS.items()}
     return VlmConfig(
-        text=_parse_text(text, tied=bool(hf.get("tie_word_embeddings") or text.get("tie_word_embeddings"))),
-        vision=_parse_vision(need(hf, "vision_config")),
-        image_token_id=hf.get("image_token_id", 151655),
-        video_token_id=hf.get("video_token_id", 151656),
-        vision_start_token_id=hf.get("vision_start_token_id", 151652),
-        vision_end_token_id=hf.get("vision_end_token_id", 151653),
-        eos_token_ids=eos_ids(text, 151645),
-        tokens_per_second=float(hf["vision_config"].get("tokens_per_second", 4)),
+        text=_parse_text(text, tied, where),
+        vision=_parse_vision(vision),
+        **{key: integer(hf, key, MAX_INT32, default=default, least=0) for key, default in ids.items()},
+        eos_token_ids=eos_ids(text, 151645, where),
+        tokens_per_second=number(vision, "tokens_per_second", 4, 1e-6, 1e6, "config.json: vision_config"),
         family=FAMILY.model_type,
     )
 
 
-def _parse_text(text: HfConfig, tied: bool) -> TextConfig:
-    only(text, "hidden_act", ("silu",))
-    rope = text.get("rope_scaling") or text.get("rope_parameters") or {}
-    only({"rope_type": rope.get("rope_type", rope.get("type", "default"))}, "rope_type", ("default", "mrope"))
-    D, H = need(text, "hidden_size"), need(text, "num_attention_heads")
+def _parse_text(text: HfConfig, tied: bool, where: str) -> TextConfig:
+    only(text, "hidden_act", ("silu",), where)
+    rope = section(text, "rope_scaling", where) or section(text, "rope_parameters", where)
+    only({"rope_type": rope.get("rope_type", rope.get("type", "default"))}, "rope_type", ("default", "mrope"), where)
+    D = integer(text, "hidden_size", MAX_WIDTH, where=where)
+    H = integer(text, "num_attention_heads", MAX_HEADS, where=where)
     if D % H:
-        raise ConfigError(f"config.json: 'hidden_size' is {D}, expected a multiple of num_attention_heads {H}")
-    windowed = bool(text.get("use_sliding_window"))
+        raise ConfigError(f"{where}: 'hidden_size' is {D}, expected a multiple of num_attention_heads {H}")
+    windowed = flag(text, "use_sliding_window", where)
+    window = integer(text, "sliding_window", MAX_INT32, default=4096, where=where)
+    first = integer(text, "max_window_layers", MAX_INT32, default=80, least=0, where=where)
     config = TextConfig(
-        vocab_size=need(text, "vocab_size"),
+        vocab_size=integer(text, "vocab_size", MAX_VOCAB, where=where),
         hidden_size=D,
-        num_layers=need(text, "num_hidden_layers"),
+        num_layers=integer(text, "num_hidden_layers", MAX_LAYERS, where=where),
         num_heads=H,
-        num_kv_heads=text.get("num_key_value_heads") or H,
+        num_kv_heads=integer(text, "num_key_value_heads", MAX_HEADS, default=H, where=where),
         head_dim=D // H,
-        mlp_size=need(text, "intermediate_size"),
-        rms_norm_eps=text.get("rms_norm_eps", 1e-5),
-        rope_theta=float(rope.get("rope_theta", text.get("rope_theta", 1e6))),
-        mrope_section=tuple(rope.get("mrope_section", (16, 24, 24))),
+        mlp_size=integer(text, "intermediate_size", MAX_WIDTH, where=where),
+        rms_norm_eps=norm_eps(text, 1e-5, where),
+        rope_theta=rope_theta(text, rope, 1e6, where),
+        mrope_section=integers(rope, "mrope_section", (16, 24, 24), where),
         qkv_bias=True,
         qk_norm=False,
         tie_embeddings=tied,
-        sliding_window=text.get("sliding_window", 4096) if windowed else None,
-        window_from=text.get("max_window_layers", 80) if windowed else 0,
-        max_position=text.get("max_position_embeddings", 32768),
+        sliding_window=window if windowed and text.get("sliding_window", 4096) is not None else None,
+        window_from=first if windowed else 0,
+        max_position=integer(text, "max_position_embeddings", MAX_INT32, default=32768, where=where),
     )
-    check_layer_types(text, config)
+    check_layer_types(text, config, where)
     return config
 
 
 def _parse_vision(vision: HfConfig) -> VisionConfig:
     where = "config.json: vision_config"
     only(vision, "hidden_act", ("silu",), where)
-    rope = vision.get("rope_parameters") or {}
+    rope = section(vision, "rope_parameters", where)
     only(rope, "rope_type", ("axial", "default"), where)
     return VisionConfig(
-        depth=need(vision, "depth", where),
-        hidden_size=need(vision, "hidden_size", where),
-        num_heads=need(vision, "num_heads", where),
-        mlp_size=need(vision, "intermediate_size", where),
-        patch_size=vision.get("patch_size", 14),
-        temporal_patch_size=vision.get("temporal_patch_size", 2),
-        merge_size=vision.get("spatial_merge_size", 2),
-        window_size=vision.get("window_size", 112),
-        full_attention_blocks=tuple(vision.get("fullatt_block_indexes", (7, 15, 23, 31))),
-        in_channels=vision.get("in_channels", 3),
-        out_size=need(vision, "out_hidden_size", where),
-        rope_theta=float(rope.get("rope_theta", 1e4)),
+        depth=integer(vision, "depth", MAX_LAYERS, where=where),
+        hidden_size=integer(vision, "hidden_size", MAX_WIDTH, where=where),
+        num_heads=integer(vision, "num_heads", MAX_HEADS, where=where),
+        mlp_size=integer(vision, "intermediate_size", MAX_WIDTH, where=where),
+        patch_size=integer(vision, "patch_size", MAX_SIDE, default=14, where=where),
+        temporal_patch_size=integer(vision, "temporal_patch_size", MAX_SIDE, default=2, where=where),
+        merge_size=integer(vision, "spatial_merge_size", MAX_SIDE, default=2, where=where),
+        window_size=integer(vision, "window_size", MAX_WIDTH, default=112, where=where),
+        full_attention_blocks=integers(vision, "fullatt_block_indexes", (7, 15, 23, 31), where),
+        in_channels=integer(vision, "in_channels", MAX_SIDE, default=3, where=where),
+        out_size=integer(vision, "out_hidden_size", MAX_WIDTH, where=where),
+        rope_theta=rope_theta({}, rope, 1e4, where),
     )
 
 
@@ -135,9 +160,13 @@ def render(config: VlmConfig) -> dict[str, Any]:
             "fullatt_block_indexes": list(vision.full_attention_blocks),
             "in_channels": vision.in_channels,
             "out_hidden_size": vision.out_size,
-            "tokens_per_second": int(config.tokens_per_second),
+            "tokens_per_second": _whole(config.tokens_per_second),
         },
     }
+
+
+def _whole(value: float) -> int | float:
+    return int(value) if value == int(value) else value
 
 
 def tensors(config: VlmConfig) -> tuple[TensorRule, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from rave_jax.models.config import TextConfig, VlmConfig
+from rave_jax.models.config import MAX_HEADS, MAX_INT32, MAX_LAYERS, MAX_VOCAB, MAX_WIDTH, TextConfig, VlmConfig
 from rave_jax.models.families.base import (
     Family,
     HfConfig,
@@ -12,8 +12,12 @@ from rave_jax.models.families.base import (
     check_layer_types,
     decoder_tensors,
     eos_ids,
-    need,
+    flag,
+    integer,
+    norm_eps,
     only,
+    rope_theta,
+    section,
 )
 
 
@@ -25,26 +29,28 @@ def parse(hf: HfConfig) -> VlmConfig:
     """
     only(hf, "hidden_act", ("silu",))
     only(hf, "attention_bias", (False,))
-    rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
+    rope = section(hf, "rope_scaling") or section(hf, "rope_parameters")
     only({"rope_type": rope.get("rope_type", rope.get("type", "default"))}, "rope_type", ("default",))
-    windowed = bool(hf.get("use_sliding_window"))
+    windowed = flag(hf, "use_sliding_window")
+    window = integer(hf, "sliding_window", MAX_INT32, default=4096)
+    first = integer(hf, "max_window_layers", MAX_INT32, default=28, least=0)
     text = TextConfig(
-        vocab_size=need(hf, "vocab_size"),
-        hidden_size=need(hf, "hidden_size"),
-        num_layers=need(hf, "num_hidden_layers"),
-        num_heads=need(hf, "num_attention_heads"),
-        num_kv_heads=need(hf, "num_key_value_heads"),
-        head_dim=hf.get("head_dim", 128),
-        mlp_size=need(hf, "intermediate_size"),
-        rms_norm_eps=hf.get("rms_norm_eps", 1e-6),
-        rope_theta=float(rope.get("rope_theta", hf.get("rope_theta", 1e4))),
+        vocab_size=integer(hf, "vocab_size", MAX_VOCAB),
+        hidden_size=integer(hf, "hidden_size", MAX_WIDTH),
+        num_layers=integer(hf, "num_hidden_layers", MAX_LAYERS),
+        num_heads=integer(hf, "num_attention_heads", MAX_HEADS),
+        num_kv_heads=integer(hf, "num_key_value_heads", MAX_HEADS),
+        head_dim=integer(hf, "head_dim", MAX_WIDTH, default=128),
+        mlp_size=integer(hf, "intermediate_size", MAX_WIDTH),
+        rms_norm_eps=norm_eps(hf, 1e-6),
+        rope_theta=rope_theta(hf, rope, 1e4),
         mrope_section=(),
         qkv_bias=False,
         qk_norm=True,
-        tie_embeddings=bool(hf.get("tie_word_embeddings", False)),
-        sliding_window=hf.get("sliding_window", 4096) if windowed else None,
-        window_from=hf.get("max_window_layers", 28) if windowed else 0,
-        max_position=hf.get("max_position_embeddings", 32768),
+        tie_embeddings=flag(hf, "tie_word_embeddings"),
+        sliding_window=window if windowed and hf.get("sliding_window", 4096) is not None else None,
+        window_from=first if windowed else 0,
+        max_position=integer(hf, "max_position_embeddings", MAX_INT32, default=32768),
     )
     check_layer_types(hf, text)
     return VlmConfig(text=text, vision=None, eos_token_ids=eos_ids(hf), family=FAMILY.model_type)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+
 from rave_jax.config import ConfigError
 from rave_jax.models.families import qwen2_5_vl, qwen3
 from rave_jax.models.families.base import Family, HfConfig
@@ -16,7 +18,7 @@ def family_named(model_type: str) -> Family:
         ConfigError: no such family; names those there are.
     """
     if model_type not in FAMILIES:
-        raise ConfigError(f"model_type is {model_type!r}, expected {' or '.join(map(repr, FAMILIES))}")
+        raise ConfigError(f"family is {model_type!r}, expected {' or '.join(map(repr, FAMILIES))}")
     return FAMILIES[model_type]
 
 
@@ -26,4 +28,11 @@ def family_for(hf_config: HfConfig) -> Family:
     Raises:
         ConfigError: its `model_type` is missing or unknown.
     """
-    return family_named(hf_config.get("model_type", ""))
+    stated = hf_config.get("model_type")
+    if isinstance(stated, str) and stated in FAMILIES:
+        return FAMILIES[stated]
+    found = "missing" if stated is None else repr(stated)
+    near = difflib.get_close_matches(stated, FAMILIES, 1, 0.8) if isinstance(stated, str) else []
+    # Alike in name, not in what they compute: no "did you mean".
+    hint = f"; {near[0]} is another model, with other weights" if near else ""
+    raise ConfigError(f"config.json: 'model_type' is {found}, supported are {' and '.join(FAMILIES)}{hint}")
