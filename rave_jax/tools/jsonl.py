@@ -17,11 +17,12 @@ from typing import Any, NamedTuple
 
 from rave_jax.config import ConfigError, from_json, shown
 from rave_jax.data.sample import SampleError
+from rave_jax.data.sources.files import parse
 from rave_jax.files import NotAFile, open_regular
 from rave_jax.inference import Completion, Generator, Request, Sampling
 from rave_jax.tools.answer import say_speed
 from rave_jax.tools.folder import PictureFolder
-from rave_jax.tools.request import meant, parse, resolved
+from rave_jax.tools.request import meant, resolved
 
 MESSAGES = "messages"
 STDIN = ("-", "/dev/stdin")
@@ -136,11 +137,9 @@ def read_lines(lines: Iterable[bytes], folder: PictureFolder, sampling: Sampling
             continue
         where = f"line {number}"
         try:
-            data = parse(line.decode("utf-8-sig"))
-        except UnicodeDecodeError as error:
-            yield SampleError(f"{where}: not JSON: not UTF-8 text: {error}")
+            data = parse(line)
         except ValueError as error:
-            yield SampleError(f"{where}: {error}")
+            yield SampleError(f"{where}: not JSON: {error}")
         else:
             try:
                 yield _request(data, folder, sampling, where)
