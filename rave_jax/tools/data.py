@@ -16,7 +16,7 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
-from rave_jax.config import load_command_line
+from rave_jax.command_line import load_command_line
 from rave_jax.data.collate import round_up
 from rave_jax.data.pipeline import DataConfig
 from rave_jax.data.processor import Processor
