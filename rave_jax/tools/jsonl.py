@@ -69,6 +69,8 @@ def answer_file(
     stdin = str(path) in STDIN
     folder = PictureFolder.of(Path() if stdin else path.parent, image_dir)
     with contextlib.ExitStack() as stack:
+        if stdin and sys.stdin is None:
+            raise ConfigError(f"{path}: standard input is closed")
         try:
             file = sys.stdin.buffer if stdin else stack.enter_context(open_regular(path))
         except NotAFile as error:
