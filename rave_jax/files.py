@@ -69,10 +69,11 @@ def read_text(path: str | Path) -> str:
 
 
 def check_folder(directory: str | Path, patterns: Iterable[str]) -> None:
-    """See that a library may open the files of a directory that have such names.
+    """See that a library may open the files of a directory that have such names; folders are passed over.
 
     Raises:
         OSError: one cannot be opened, or is no regular file; `filename` is its path.
     """
     for file in sorted({file for pattern in patterns for file in Path(directory).glob(pattern)}):
-        open_regular(file).close()
+        if file.exists() and not file.is_dir():
+            open_regular(file).close()

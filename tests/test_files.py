@@ -16,6 +16,8 @@ def test_regular_files_and_links_to_them_are_read(tmp_path: Path) -> None:
     (tmp_path / "a").write_text("é")
     (tmp_path / "link").symlink_to("a")
     assert read_text(tmp_path / "link") == "é" and open_regular(tmp_path / "a").seekable()
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "nowhere").symlink_to("lost")
     check_folder(tmp_path, ("*",))
 
 

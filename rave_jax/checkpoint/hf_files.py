@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from rave_jax.checkpoint.kinds import is_run_directory, what_is
 from rave_jax.checkpoint.safetensors_file import CheckpointError, Stored, read_header
 from rave_jax.files import read_text
 
@@ -62,10 +63,8 @@ def hf_config(directory: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: no directory, no config.json in it, or that is not an object of JSON.
     """
-    if not directory.is_dir():
-        raise CheckpointError(f"{directory}: no such directory")
     if not (directory / CONFIG).exists():
-        raise CheckpointError(f"{directory}: holds no {CONFIG}, expected a model directory in HuggingFace format")
+        raise CheckpointError(what_is(directory))
     config = read_json(directory / CONFIG)
     if not isinstance(config, dict):
         raise CheckpointError(f"{directory / CONFIG}: expected an object")
@@ -152,6 +151,8 @@ def _no_weights(directory: Path) -> str:
             f"{directory}: the weights are pickles ({', '.join(pickles)}), which can run code when read and are never "
             "loaded: convert them to safetensors first"
         )
+    if is_run_directory(run := directory.resolve().parent):
+        return f"{directory}: holds no weights: it is a part of the training run {run}, which keeps them; give the run"
     return f"{directory}: holds no weights, expected {SINGLE}, or {INDEX} and the files it lists"
 
 

@@ -20,6 +20,7 @@ from jax.sharding import Mesh, Sharding
 
 from rave_jax.checkpoint import native
 from rave_jax.checkpoint.hf_files import GENERATION_CONFIG, generation_config, hf_config
+from rave_jax.checkpoint.kinds import other_config
 from rave_jax.checkpoint.safetensors_file import DTYPES, CheckpointError, Slice, Stored, read_into
 from rave_jax.checkpoint.sidecar import check_same, needs_sidecar, saved_options
 from rave_jax.checkpoint.target import abstract_model, check_room, fresh_parameters, is_stacked, parameter_shardings
@@ -48,6 +49,8 @@ def load_config(directory: str | Path) -> tuple[VlmConfig, Family]:
         ConfigError: no config.json, a model that we do not compute, or other files that do not fit it.
     """
     hf = hf_config(Path(directory))
+    if other := other_config(Path(directory), hf):
+        raise CheckpointError(other)
     try:
         family = family_for(hf)
         config = with_image_settings(family.parse(hf), Path(directory))

@@ -36,7 +36,9 @@ def describe(source: Any, name: str = "") -> str:
     if not isinstance(source, (str, os.PathLike)):
         return f"{type(source).__name__} in memory"
     text = os.fsdecode(source)
-    return f"{text[:60]!r}... of {len(text)} characters" if len(text) > LONGEST_PATH or _is_data(text) else text
+    if len(text) > LONGEST_PATH or _is_data(text):
+        return f"{text[:60]!r}... of {len(text)} characters"
+    return text if text.isprintable() else repr(text)
 
 
 def reason(error: Exception) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import math
 from dataclasses import dataclass
 from typing import get_args
 
@@ -48,10 +49,16 @@ class SlotConfig:
     chose. Only for a model with regions (Gaze), on one device."""
     max_stop_ids: int = 8
     """Most token ids that may end one answer, the model's own counted."""
+    request_timeout: float = 3600.0
+    """Most seconds from the start of reading a prompt to the end of its answer, without the time of compiling. An
+    answer over it ends with an error, and others go on; in a job of several processes, whose clocks differ, it does
+    not. A program on the device that does not come back within half an hour more ends the process. 0 is no limit."""
 
     def __post_init__(self) -> None:
         for name in ("slots", "chunk", "smallest", "patches", "prefill_rows", "decode_steps", "max_stop_ids"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        limit = self.request_timeout
+        require(0 <= limit < math.inf, "request_timeout", limit, "a number of seconds, or 0 for no limit")
         require(self.max_length >= 2, "max_length", self.max_length, "at least 2, a prompt and an answer token")
         given = self.max_text
         allowed = f"2 to `max_length` ({self.max_length}), or None"

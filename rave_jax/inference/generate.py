@@ -17,6 +17,11 @@ from rave_jax.inference.sampling import Sampling
 from rave_jax.inference.slots import Engine, Progress, Reason, Usage
 from rave_jax.inference.text import TextStream
 from rave_jax.models.vlm import Vlm
+from rave_jax.parallel.watchdog import Watchdog
+
+GRACE = 1800.0
+"""Seconds beyond the time of a request after which a program is taken for hung; it may have to be compiled first."""
+HANG_ADVICE = "start the command again, and look at the device if it hangs there once more"
 
 
 @dataclass(frozen=True)
@@ -127,23 +132,31 @@ class Generator:
         refused: deque[Piece] = deque()
         more = True
         try:
-            while more or running:
-                while more and not refused and self._engine.running + self._engine.waiting < self._most:
-                    following = next(source, None)
-                    more = following is not None
-                    if following is not None:
-                        self._submit(*following, running, refused)
-                yield from refused
-                refused.clear()
-                for progress in self._engine.step() if running else ():
-                    piece = self._piece(progress, running[progress.request])
-                    yield piece
-                    if piece.end is not None:
-                        del running[progress.request]
+            with self._watchdog() as watchdog:
+                while more or running:
+                    while more and not refused and self._engine.running + self._engine.waiting < self._most:
+                        following = next(source, None)
+                        more = following is not None
+                        if following is not None:
+                            self._submit(*following, running, refused)
+                    yield from refused
+                    refused.clear()
+                    with watchdog.during("a program of generation", advice=HANG_ADVICE):
+                        step = self._engine.step() if running else []
+                    for progress in step:
+                        piece = self._piece(progress, running[progress.request])
+                        yield piece
+                        if piece.end is not None:
+                            del running[progress.request]
         finally:
             self._streaming = False
             for number in running:
                 self._engine.cancel(number)
+
+    def _watchdog(self) -> Watchdog:
+        """Ends the process where a program on the device does not come back; it cannot be ended in any other way."""
+        limit = self._engine.config.request_timeout
+        return Watchdog(limit and limit + GRACE, setting="request_timeout and half an hour:")
 
     def _submit(self, place: int, request: Request, running: dict[int, _Answer], refused: deque[Piece]) -> None:
         called = request.name or f"request {place}"

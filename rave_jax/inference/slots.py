@@ -6,8 +6,9 @@ The host decides who is where; everything it decides is data to three compiled p
 from __future__ import annotations
 
 import contextlib
+import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from types import FunctionType
 from typing import Any, Literal, NamedTuple
@@ -21,7 +22,7 @@ from rave_jax.config import ConfigError
 from rave_jax.data.layout import check_regions
 from rave_jax.data.sample import Example, OverBudget, SampleError
 from rave_jax.inference.buckets import Buckets, SlotConfig
-from rave_jax.inference.faults import not_finite
+from rave_jax.inference.faults import not_finite, timed_out
 from rave_jax.inference.programs import BROKEN, NOTHING, SlotState, clear, empty_state, read, see, write
 from rave_jax.inference.prompts import Prompt, PromptGroup
 from rave_jax.inference.sampling import Sampling
@@ -64,6 +65,7 @@ class _Job:
     request: int
     prompt: Prompt
     called: str
+    began: float = 0.0
     given: int = 0
 
     def length_after(self, steps: int) -> int:
@@ -114,6 +116,8 @@ class Engine:
         self._waiting: deque[_Job] = deque()
         self._slots: list[_Job | None] = [None] * config.slots
         self._requests = 0
+        self._clock: Callable[[], float] = time.monotonic
+        self._compiling = 0.0
         visual = self._buckets.lengths[-1] if model.vision is not None else 0
         sizes = (config.slots, self._buckets.size, config.prefill_rows, visual, config.max_stop_ids)
         kinds = (config.cache, config.regions_in)
@@ -202,7 +206,22 @@ class Engine:
                 done += self._read()
             if not done and self.running:
                 done = self._write()
-        return done
+            return [*done, *self._overdue()]
+
+    def _seconds(self) -> float:
+        """A clock that stands while programs are compiled."""
+        return self._clock() - self._compiling
+
+    def _overdue(self) -> list[Progress]:
+        """End the answers that take longer than they may."""
+        limit, now = self.config.request_timeout, self._seconds()
+        # Several processes have to agree, and each has a clock of its own.
+        if not limit or jax.process_count() > 1:
+            return []
+        late = [(slot, job) for slot, job in enumerate(self._slots) if job is not None and now - job.began > limit]
+        for slot, _ in late:
+            self._slots[slot] = None
+        return [Progress(job.request, (), None, timed_out(job.called, limit, job.given)) for _, job in late]
 
     def _group_fits(self) -> bool:
         """Is there a slot for each prompt of a full group, or for all that wait?"""
@@ -214,6 +233,8 @@ class Engine:
         free = [slot for slot, job in enumerate(self._slots) if job is None]
         jobs = [self._waiting.popleft() for _ in range(min(rows, self.waiting))]
         slots = free[: len(jobs)]
+        for job in jobs:
+            job.began = self._seconds()
         group = PromptGroup([job.prompt for job in jobs], rows, self._buckets, **self._layout)
         for pictures in group.pictures(self.config.patches):
             self._run("see", pictures.patches.shape[1], _see, pictures)
@@ -270,10 +291,14 @@ class Engine:
 
     def _run(self, name: str, size: Any, program: Any, *arguments: Any, **sizes: Any) -> list[Any]:
         """Run a program on the state, which it replaces; returns what else it gives."""
+        new = (name, size) not in self.usage.programs
         self.usage.programs.add((name, size))
         if self._mesh is not None:
             arguments = _everywhere(arguments, self._mesh)
+        began = self._clock()
         self._state, *rest = program(self._structure, self._leaves, self._state, *arguments, **sizes)
+        if new:
+            self._compiling += self._clock() - began
         return rest
 
     def _placed(self) -> contextlib.AbstractContextManager[None]:

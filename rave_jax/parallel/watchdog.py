@@ -44,13 +44,21 @@ class Watchdog:
     STEP, LONG = 2, 4
     """How many times as long a step may take as its data, and what is longer: compiling, saving, restoring."""
 
-    def __init__(self, timeout: float, stop: StopRequest | None = None, poll: float = 1.0):
+    def __init__(
+        self,
+        timeout: float,
+        stop: StopRequest | None = None,
+        poll: float = 1.0,
+        setting: str = "hosts.step_timeout",
+    ):
         """
         Args:
             timeout: seconds that data may take; 0 switches the watchdog off.
             stop: is told what is waited for; while it stops the job the watchdog rests.
             poll: seconds between two looks at the clock.
+            setting: what the user sets the timeout with, for the message.
         """
+        self._setting = setting
         self._timeout, self._stop, self._poll = timeout, stop, poll
         self._now: Activity | None = None
         self._closed = threading.Event()
@@ -100,7 +108,7 @@ class Watchdog:
             if now is None or waited <= now.limit or (self._stop is not None and self._stop.asked is not None):
                 continue
             message = f"waited {waited:.0f} s for {now.what}, which the watchdog takes for a hang"
-            message += f" (hosts.step_timeout {self._timeout:g}){now.advice and '; ' + now.advice}"
+            message += f" ({self._setting} {self._timeout:g}){now.advice and '; ' + now.advice}"
             if now.save and self._stop is not None:
                 self._stop.ask(message, self.EXIT_CODE)
                 continue

@@ -9,7 +9,8 @@ from typing import NamedTuple
 from rave_jax.checkpoint import native
 from rave_jax.checkpoint.card import LoraForm, Origin, notes
 from rave_jax.checkpoint.hf_export import copy_small_files, export_hf, keeps_other_keys, rounding
-from rave_jax.checkpoint.hf_files import has_weights, is_peft
+from rave_jax.checkpoint.hf_files import has_weights, hf_config, is_peft
+from rave_jax.checkpoint.kinds import other_config
 from rave_jax.checkpoint.peft_export import export_peft
 from rave_jax.checkpoint.peft_import import base_of, import_peft
 from rave_jax.checkpoint.safetensors_file import CheckpointError
@@ -58,8 +59,10 @@ def from_hf(source: Path, destination: Path, dtype: str | None = None, base: Pat
         )
     elif base is not None:
         raise CheckpointError(f"{source}: --base is of PEFT adapters, but no adapter_config.json is here")
-    elif sources.is_run(source) or native.is_native(source):
-        raise CheckpointError(f"{source}: expected a directory in HuggingFace format")
+    elif other := other_config(source, hf_config(source)):
+        raise CheckpointError(other)
+    elif native.is_native(source):
+        raise CheckpointError(f"{source}: is a native checkpoint already, expected a directory in HuggingFace format")
     else:
         model, directory, _ = sources.load(source, changes=changes, as_stored=dtype is None)
     with written_whole(destination, num_bytes(model)) as folder:

@@ -22,6 +22,7 @@ from rave_jax.evaluation.config import Eval, Examination, Report
 from rave_jax.evaluation.report import EVALUATION, write_report
 from rave_jax.evaluation.suites import evaluate
 from rave_jax.evaluation.summary import print_summary
+from rave_jax.files import read_text
 from rave_jax.models.vlm import Vlm
 from rave_jax.observe.messages import plain_messages
 from rave_jax.parallel import hosts
@@ -34,7 +35,7 @@ def is_run(path: Path) -> bool:
     """Whether a directory is a run of ours, one that was only begun too; else it must be in HuggingFace format."""
     directory = run_directory(path)
     try:
-        started = json.loads(directory.config.read_text(encoding="utf-8")).get("type") == "TrainConfig"
+        started = json.loads(read_text(directory.config)).get("type") == "TrainConfig"
     except (OSError, ValueError, AttributeError, RecursionError):
         started = False
     return started or directory.checkpoints.is_dir()

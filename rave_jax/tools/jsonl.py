@@ -17,11 +17,12 @@ from typing import Any, NamedTuple
 
 from rave_jax.config import ConfigError, from_json, shown
 from rave_jax.data.sample import SampleError
+from rave_jax.data.sources.files import parse
 from rave_jax.files import NotAFile, open_regular
 from rave_jax.inference import Completion, Generator, Request, Sampling
 from rave_jax.tools.answer import say_speed
 from rave_jax.tools.folder import PictureFolder
-from rave_jax.tools.request import meant, parse, resolved
+from rave_jax.tools.request import meant, resolved
 
 MESSAGES = "messages"
 STDIN = ("-", "/dev/stdin")
@@ -68,6 +69,8 @@ def answer_file(
     stdin = str(path) in STDIN
     folder = PictureFolder.of(Path() if stdin else path.parent, image_dir)
     with contextlib.ExitStack() as stack:
+        if stdin and sys.stdin is None:
+            raise ConfigError(f"{path}: standard input is closed")
         try:
             file = sys.stdin.buffer if stdin else stack.enter_context(open_regular(path))
         except NotAFile as error:
@@ -136,11 +139,9 @@ def read_lines(lines: Iterable[bytes], folder: PictureFolder, sampling: Sampling
             continue
         where = f"line {number}"
         try:
-            data = parse(line.decode("utf-8-sig"))
-        except UnicodeDecodeError as error:
-            yield SampleError(f"{where}: not JSON: not UTF-8 text: {error}")
+            data = parse(line)
         except ValueError as error:
-            yield SampleError(f"{where}: {error}")
+            yield SampleError(f"{where}: not JSON: {error}")
         else:
             try:
                 yield _request(data, folder, sampling, where)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from rave_jax.config import ConfigError, shown
 from rave_jax.data.opening import is_address
-from rave_jax.files import read_text
+from rave_jax.data.sources.files import parse
+from rave_jax.files import read_bytes
 from rave_jax.tools.folder import PictureFolder
 
 MESSAGE_KEYS = ("role", "content")
@@ -21,29 +21,6 @@ PART_KEYS = {
     "video": ("type", "video", "fps"),
 }
 """Kinds of message parts, and the keys of each."""
-
-
-def parse(text: str) -> Any:
-    """JSON in which no key stands twice in an object: one of the two would be lost.
-
-    Raises:
-        ValueError: says what is wrong.
-    """
-
-    def whole(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            keys = [key for key, _ in pairs]
-            twice = next(key for key in keys if keys.count(key) > 1)
-            raise ValueError(f"the key {shown(twice)} stands twice in an object")
-        return found
-
-    try:
-        return json.loads(text, object_pairs_hook=whole)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON: {error}") from error
-    except RecursionError as error:
-        raise ValueError("its JSON is nested too deeply") from error
 
 
 def read_request(path: Path, image_dir: Path | None = None) -> list[dict[str, Any]]:
@@ -57,15 +34,11 @@ def read_request(path: Path, image_dir: Path | None = None) -> list[dict[str, An
         ConfigError: no regular file, not a list of messages, or a picture that is no file below the folder.
     """
     try:
-        text = read_text(path)
+        data = parse(read_bytes(path))
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not UTF-8 text: {error}") from error
-    try:
-        data = parse(text.removeprefix("\ufeff"))
     except ValueError as error:
-        raise ConfigError(f"{path}: {error}") from error
+        raise ConfigError(f"{path}: not JSON: {error}") from error
     return resolved(data, PictureFolder.of(path.parent, image_dir), f"{path}: messages")
 
 

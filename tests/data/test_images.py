@@ -230,6 +230,7 @@ def test_broken_files_are_one_error_with_their_name(content: bytes, says: str, t
         ("", "^: the path of a picture is empty"),
         ("file://", "the path of a picture is empty"),
         ("a\0b", "null"),
+        ("a\nb.png", r"^'a\\nb\.png': No such file"),
         ("iVBORw0KGgo" * 500, "too long for a path; base64"),
         ("data:image/png;base64,", "holds no bytes"),
         ("data:image/png;base64,A", "base64 of its data URI is broken"),

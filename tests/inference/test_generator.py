@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
+import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -19,12 +22,13 @@ from rave_jax.data.collate import BatchShape, collate
 from rave_jax.data.processor import Processor
 from rave_jax.data.sample import ImageError, OverBudget, SampleError
 from rave_jax.data.video import VideoLimits
-from rave_jax.inference import Completion, Generator, Request, Sampling, SlotConfig
+from rave_jax.inference import Completion, Generator, Request, Sampling, SlotConfig, generate
 from rave_jax.layout import ContextTokens, VisualLayout
 from rave_jax.models.config import ModelOptions, TextConfig, VlmConfig
 from rave_jax.models.families.presets import tiny
 from rave_jax.models.parameters import with_values
 from rave_jax.models.vlm import Vlm
+from rave_jax.parallel.watchdog import Watchdog
 from tests.data.conftest import TEMPLATE, byte_tokenizer, tiny_settings
 from tests.data.pictures import noise
 from tests.models.made import model
@@ -372,3 +376,29 @@ def test_a_stream_that_is_left_leaves_nobody_in_the_slots(
     leave(stream)
     assert idle(three)
     assert whole(three, GOOD) == alone
+
+
+def test_a_program_that_does_not_come_back_ends_the_process(
+    vlm: Vlm, processor: Processor, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The bound is that of a request and a time in which the program may be compiled; a reader may take its time."""
+    ended: list[int] = []
+    monkeypatch.setattr(generate, "GRACE", 0.1)
+    monkeypatch.setattr(generate, "Watchdog", functools.partial(Watchdog, poll=0.02))
+    monkeypatch.setattr(os, "_exit", ended.append)
+    generator = Generator(vlm, processor, dataclasses.replace(THREE, request_timeout=0.2))
+
+    def hangs(*_: object) -> Any:
+        time.sleep(0.6)
+        raise KeyError("awake")
+
+    with pytest.raises(KeyError, match="awake"):
+        generator.answers(map(hangs, "?"))
+    assert not ended
+    monkeypatch.setattr(generator._engine, "step", hangs)
+    with pytest.raises(KeyError, match="awake"):
+        generator.answers([GOOD[0]])
+    assert set(ended) == {Watchdog.EXIT_CODE} and idle(generator)
+    assert (
+        "s for a program of generation, which the watchdog takes for a hang (request_timeout" in capfd.readouterr().err
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Sequence
 
 import jax
@@ -30,7 +31,7 @@ from rave_jax.data.layout import lay_out
 from rave_jax.data.sample import OverBudget, SampleError
 from rave_jax.inference import Engine, Sampling, SlotConfig
 from rave_jax.inference.buckets import Buckets
-from rave_jax.inference.faults import NotFinite
+from rave_jax.inference.faults import NotFinite, TimedOut
 from rave_jax.inference.slots import compilations
 from rave_jax.layout import AdaptiveRegions, FixedRegions, VisualLayout
 from rave_jax.models.config import ModelOptions, TextConfig, VlmConfig
@@ -336,6 +337,38 @@ def test_logits_that_are_not_finite_end_their_own_answer_and_leave_nothing_behin
             assert f"n{n}: " in str(error) and f"token {before + 2} of the answer, at position {position}" in str(error)
         else:
             assert (tokens, error) == (free[n - SIZES.slots], None)
+
+
+def test_an_answer_that_takes_too_long_ends_with_an_error_and_others_go_on(expected: list[list[int]]) -> None:
+    slots = engine(a_model(), dataclasses.replace(SIZES, request_timeout=5.0))
+    seconds = 0.0
+    slots._clock = lambda: seconds
+    asked = [(0, Sampling(39), "slow"), (1, Sampling(NEW), "a"), (3, Sampling(NEW), "b"), (2, Sampling(NEW), "c")]
+    numbers = [slots.submit(example_of(prompts()[n], CONFIG), how, name) for n, how, name in asked]
+    answers: dict[int, list[int]] = {number: [] for number in numbers}
+    errors: dict[int, SampleError] = {}
+    while slots.waiting or slots.running:
+        for request, tokens, _, error in slots.step():
+            answers[request] += tokens
+            errors |= {request: error} if error is not None else {}
+        seconds += 1.5
+    assert errors.keys() == {numbers[0]} and isinstance(errors[numbers[0]], TimedOut)
+    given = len(answers[numbers[0]])
+    assert 4 < given < 39 and "slow: the answer was not finished 5 s after" in str(errors[numbers[0]])
+    assert f"with {given} tokens so far" in str(errors[numbers[0]])
+    assert [answers[number] for number in numbers[1:]] == [expected[1], expected[3], expected[2]]
+    for limit in (-1, float("nan"), float("inf")):
+        with pytest.raises(ConfigError, match="request_timeout"):
+            SlotConfig(request_timeout=limit)
+
+
+def test_compiling_takes_none_of_an_answers_time() -> None:
+    slots = engine(a_model(), SIZES)
+    ticks = itertools.count()
+    slots._clock = lambda: next(ticks)  # a call of a program takes one second
+    slots._run("x", 1, lambda *_: (slots._state,))
+    slots._run("x", 1, lambda *_: (slots._state,))
+    assert slots._compiling == 1
 
 
 def test_a_cancelled_request_leaves_its_slot(expected: list[list[int]]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import shutil
 import signal
@@ -43,6 +44,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         Image.fromarray(rng.integers(0, 256, (56, 84, 3), np.uint8)).save(home / name)
     Image.new("RGB", (3000, 10)).save(home / "thin.png")  # a picture, but of no shape that a model takes
     (home / "broken.png").write_bytes(b"no picture")
+    os.mkfifo(home / "pipe")
     return write_tiny(home / "model", SMALL)
 
 
@@ -200,6 +202,39 @@ def test_a_file_of_requests(
     assert json.loads(capsys.readouterr().out) == answers[0]
 
 
+def test_requests_from_stdin_name_pictures_below_one_folder(
+    folder: Path,
+    generator: Generator,
+    loaded: list[tuple],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    home, inner = folder.parent, tmp_path / "inner"
+    inner.mkdir()
+    (inner / "link.png").symlink_to(home / "one.png")
+    monkeypatch.chdir(inner)
+    shown = ["link.png", str(home / "one.png"), "../../one.png", str(home / "pipe")]
+    lines = [json.dumps({"messages": [user("What?", picture)]}) for picture in shown]
+
+    def run(*more: str) -> list[dict[str, Any]]:
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("\n".join(lines).encode())))
+        assert main(["generate", str(folder), "--requests", "-", *FLAGS, *more]) == 1
+        return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+    said = answer(generator, user("What?", home / "one.png")).text
+    outside = [line["error"] for line in run()]
+    wanted = r"line \d: messages\[0\]\.content\[0\]: the picture .* lies outside of .*inner, .* give --image-dir FOLDER"
+    assert len(outside) == 4 and all(re.match(wanted, line) for line in outside)
+    below = run("--image-dir", str(home))
+    assert [line.get("text") for line in below] == [said, said, None, None]
+    assert "lies outside" in below[2]["error"] and "pipe: it is a named pipe" in below[3]["error"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f"/image {home / 'one.png'}\n/image link.png\nWhat?\n"))
+    assert main(["generate", str(folder), "--interactive", *FLAGS]) == 0
+    printed = capsys.readouterr()
+    assert printed.err.count("lies outside of") == 2 and printed.out == answer(generator, user("What?")).text + "\n"
+
+
 def test_an_output_is_whole_or_under_another_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, part = tmp_path / "out.jsonl", tmp_path / "out.jsonl.part"
     out.write_text("before")
@@ -327,6 +362,12 @@ def test_interrupting_an_answer_keeps_what_was_said(
         (["--prompt", "a", "--image", "{tmp}/nowhere.png"], "nowhere.png"),
         (["--prompt", "<|image_pad|>"], "placeholder"),
         (["--requests", "{tmp}/nowhere.jsonl"], "nowhere.jsonl: cannot be read: No such file"),
+        (["--requests", "{home}/pipe"], "named pipe, such as `<(...)` of a shell makes; only regular files are read"),
+        (["--requests", "{home}/pipe"], "Save the requests, or pipe them to `--requests -`"),
+        (["--requests", "{home}/broken.png", "--image-dir", "{tmp}/nowhere"], "nowhere: no such folder"),
+        (["--prompt", "a", "--image-dir", "{tmp}"], "--image-dir goes with --requests or --interactive"),
+        (["--prompt", "a", "--image", "{home}/pipe"], "pipe: it is a named pipe"),
+        (["--prompt", "a", "--request-timeout", "-1"], "request_timeout is -1.0"),
         (["--requests", "{home}"], "it is a directory; only regular files are read"),
         (["--requests", "{home}/broken.png", "--system", "a"], "--system does not go with --requests"),
         (["--requests", "{home}/broken.png", "--out", "{home}/broken.png"], "is the file of the requests"),

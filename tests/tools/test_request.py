@@ -112,10 +112,10 @@ def test_pictures_lie_below_the_folder_whatever_the_path_looks_like(tmp_path: Pa
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (b"[" * 200_000, "its JSON is nested too deeply"),
-        (b'[{"role": "user", "content": "a", "content": "b"}]', "the key 'content' stands twice"),
+        (b"[" * 200_000, "not JSON: it is nested too deeply"),
+        (b'[{"role": "user", "content": "a", "content": "b"}]', "has the key 'content' twice"),
         (b"", "not JSON"),
-        (b"\xff", "not UTF-8"),
+        (b"\xff", "not JSON: 'utf-8' codec"),
         (b'[{"role": "user", "content": "a"}', "not JSON"),
         (b"9" * 5000, "4300 digits"),
     ],

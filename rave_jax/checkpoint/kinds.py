@@ -1,0 +1,72 @@
+"""What a path is that is no model directory in HuggingFace format, and which command takes it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+RUN_CONFIG = "TrainConfig"
+"""`type` of the config.json of a training run."""
+EXPECTED = "expected a model directory in HuggingFace format"
+MOST_NAMED = 3
+
+
+def what_is(path: Path) -> str:
+    """Why a path without a config.json is no model directory, and what to do."""
+    if not path.is_dir():
+        return _no_directory(path)
+    parent = next((folder for folder in path.resolve().parents if is_run_directory(folder)), None)
+    inner = sorted(file.parent.name for file in path.glob("*/config.json"))
+    if not any(path.iterdir()):
+        found = "is an empty directory"
+    elif (path / "adapter_config.json").exists():
+        found = (
+            "is a PEFT adapter without the model that it adapts; `rave-jax convert from-hf ADAPTER DIR` joins the two"
+        )
+    elif parent is not None:
+        found = f"is a part of the training run {parent}; give the run"
+    elif inner:
+        more = ", ..." if len(inner) > MOST_NAMED else ""
+        found = f"holds no config.json itself, but {', '.join(inner[:MOST_NAMED])}{more} inside does; give one of those"
+    elif any(path.glob("*.gguf")):
+        found = "holds GGUF files, which are not read; give the directory of safetensors that they were made from"
+    elif any(path.glob("*.safetensors")):
+        found = "holds weights but no config.json; copy it from where the weights are from"
+    else:
+        found = "holds no config.json"
+    return f"{path}: {found}; {EXPECTED}, or a training run"
+
+
+def _no_directory(path: Path) -> str:
+    if path.exists():
+        return f"{path}: is a file; expected the directory that holds config.json and the weights"
+    parts = path.parts
+    hub = (
+        ""
+        if path.is_absolute() or len(parts) != 2 or parts[0] in (".", "..") or path.parent.exists()
+        else ("; models are not downloaded: fetch it first (`hf download`), and give the directory")
+    )
+    return f"{path}: no such directory{hub}"
+
+
+def is_run_directory(path: Path) -> bool:
+    """Does a directory look like that of a training run, whatever it has saved so far?"""
+    return (path / "config.json").is_file() and (path / "checkpoints").is_dir()
+
+
+def other_config(path: Path, config: Mapping[str, Any]) -> str:
+    """Why a config.json is no model's, and which command takes the directory; "" for a model's."""
+    if config.get("type") == RUN_CONFIG:
+        return (
+            f"{path}: is the directory of a training run, {EXPECTED}; rave-jax generate, logits, inspect and eval take "
+            f"a run as it is, and `rave-jax convert to-hf {path} DIR` makes a model directory of it"
+        )
+    if not config.get("model_type"):
+        kind = next((f"; it is a {config[key]} of {name}" for key, name in OTHERS.items() if key in config), "")
+        return f"{path / 'config.json'}: the key 'model_type' is missing{kind}; {EXPECTED}"
+    return ""
+
+
+OTHERS = {"_class_name": "diffusers", "peft_type": "PEFT"}
+"""Keys that the config.json of other libraries has."""
