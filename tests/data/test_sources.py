@@ -313,6 +313,16 @@ def test_the_number_of_a_class_is_read_as_its_name(tmp_path: Path) -> None:
     assert [source[index].answers for index in range(3)] == [("dog",), ("cat",), ()]
 
 
+def test_a_row_that_python_cannot_hold_is_one_bad_record(tmp_path: Path) -> None:
+    no_text = pa.Array.from_buffers(
+        pa.string(), 1, [None, pa.py_buffer(b"\0\0\0\0\2\0\0\0"), pa.py_buffer(b"\xff\xfe")]
+    )
+    for column in ("answer", "tools"):
+        path = write(tmp_path / "p.parquet", {**QUESTION, column: no_text})
+        with pytest.raises(SampleError, match=r"p\.parquet:0: 'utf-8' codec"):
+            HfParquet(path).build()[0]
+
+
 def test_rows_that_cannot_be(tmp_path: Path) -> None:
     answers = pa.array([["a"], [None], None])
     path = write(tmp_path / "p.parquet", {"question": ["Q", "Q", None], "answers": answers})

@@ -31,6 +31,9 @@ from rave_jax.data.sources.qa import question
 from rave_jax.data.sources.turns import RECORD_KEYS, record_id, turns_of
 from rave_jax.data.sources.visuals import visual_parts
 
+UNREADABLE = (OSError, pa.ArrowException, ValueError, OverflowError)
+"""What pyarrow raises of damaged files, and of values that Python cannot hold."""
+
 
 @dataclass(frozen=True)
 class HfParquet:
@@ -108,12 +111,15 @@ class ParquetSource:
         columns = [name for name, key in self._names.items() if key not in self._keys]
         if not columns or not self._groups:
             return
-        with pq.ParquetFile(self._paths[0]) as file:
-            first = next(file.iter_batches(16, columns=columns), pa.table({}))
         try:
-            for row in first.to_pylist():
+            with pq.ParquetFile(self._paths[0]) as file:
+                rows = next(file.iter_batches(16, columns=columns), pa.table({})).to_pylist()
+        except UNREADABLE:
+            return  # each row that cannot be read says so when it is asked for
+        try:
+            for row in rows:
                 take({self._names[name]: value for name, value in row.items()}, self._keys, (), "a row")
-        except (SampleError, pa.ArrowException) as error:
+        except SampleError as error:
             raise ConfigError(f"{self._paths[0]}: {error}") from error
 
     def __len__(self) -> int:
@@ -121,8 +127,17 @@ class ParquetSource:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of the files, in the order of their names."""
-        return fingerprint_of_files(self._paths)
+        """Of the files, in the order of their names.
+
+        Raises:
+            ConfigError: one cannot be read any more.
+        """
+        try:
+            return fingerprint_of_files(self._paths)
+        except OSError as error:
+            raise ConfigError(
+                f"{error.filename or self._paths[0]}: cannot be read: {error.strerror or error}"
+            ) from error
 
     def __getitem__(self, index: int) -> Sample:
         if not 0 <= index < self._length:
@@ -137,7 +152,7 @@ class ParquetSource:
             return self._sample(record, index, path.parent, where)
         except SampleError as error:
             raise error.at(where) from error
-        except (OSError, pa.ArrowException, ValueError, OverflowError) as error:
+        except UNREADABLE as error:
             raise SampleError(f"{where}: {error}") from error
 
     def _named(self, column: str, value: Any) -> Any:
