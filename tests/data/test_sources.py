@@ -18,7 +18,8 @@ from rave_jax.config import ConfigError
 from rave_jax.data.processor import Processor
 from rave_jax.data.sample import SampleError
 from rave_jax.data.sources import HfParquet, LlavaJson, QaJsonl, files
-from rave_jax.data.sources.conversation import conversation, turns_of
+from rave_jax.data.sources.conversation import conversation
+from rave_jax.data.sources.turns import turns_of
 from tests.data.pictures import noise
 
 
@@ -302,6 +303,24 @@ def test_parquet_reads_the_shapes_that_json_has(tmp_path: Path) -> None:
     columns = {"question": ["Q"], "label": [3], "id": [7], "system": ["S"]}
     sample = HfParquet(write(tmp_path / "c.parquet", columns)).build()[0]
     assert (sample.answers, sample.id, sample.messages[0]["content"]) == (("3",), "7", "S")
+
+
+def test_the_number_of_a_class_is_read_as_its_name(tmp_path: Path) -> None:
+    features = {"info": {"features": {"label": {"names": ["cat", "dog"], "_type": "ClassLabel"}}}}
+    table = pa.table({"question": ["Q"] * 3, "label": [1, 0, -1]})
+    pq.write_table(table.replace_schema_metadata({"huggingface": json.dumps(features)}), tmp_path / "p.parquet")
+    source = HfParquet(str(tmp_path / "p.parquet")).build()
+    assert [source[index].answers for index in range(3)] == [("dog",), ("cat",), ()]
+
+
+def test_a_row_that_python_cannot_hold_is_one_bad_record(tmp_path: Path) -> None:
+    no_text = pa.Array.from_buffers(
+        pa.string(), 1, [None, pa.py_buffer(b"\0\0\0\0\2\0\0\0"), pa.py_buffer(b"\xff\xfe")]
+    )
+    for column in ("answer", "tools"):
+        path = write(tmp_path / "p.parquet", {**QUESTION, column: no_text})
+        with pytest.raises(SampleError, match=r"p\.parquet:0: 'utf-8' codec"):
+            HfParquet(path).build()[0]
 
 
 def test_rows_that_cannot_be(tmp_path: Path) -> None:

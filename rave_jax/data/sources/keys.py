@@ -32,7 +32,7 @@ METADATA = frozenset(
     flickr_original_url flickr_300k_url avatarUrl views author authors annotator annotator_id user_id worker_id
     model model_name model_id engine generator version revision
     created created_at updated_at date time timestamp timestamps
-    width height size image_width image_height image_size resolution scale duration
+    width height size image_width image_height image_size width_list height_list resolution scale duration
     length num_tokens token_count num_turns
     metadata meta meta_data meta_info info extra extra_info additional_info debug
     human_or_machine image_classes detail ucsf_document_id ucsf_document_page_no

@@ -1,7 +1,7 @@
 """Conversations in a JSON or JSON Lines file, as LLaVA, ShareGPT, OpenAI, LLaMA-Factory and Alpaca write them.
 
 A LLaVA record is `{"id", "image": name or list of names, "conversations": [{"from": "human" | "gpt", "value": text},
-...]}`, with `<image>` in a text where a picture stands. `conversation.py` has the other shapes of turns, `visuals.py`
+...]}`, with `<image>` in a text where a picture stands. `turns.py` has the other shapes of turns, `visuals.py`
 those of pictures and videos, `keys.py` what may stand beside them.
 """
 
@@ -11,9 +11,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rave_jax.data.sample import Sample, SampleError
-from rave_jax.data.sources.conversation import RECORD_KEYS, check_turns, conversation, last_answer, record_id, turns_of
+from rave_jax.data.sources.conversation import conversation, last_answer
 from rave_jax.data.sources.files import open_records
 from rave_jax.data.sources.keys import take
+from rave_jax.data.sources.turns import RECORD_KEYS, check_turns, record_id, turns_of
 from rave_jax.data.sources.visuals import visual_parts
 
 
@@ -57,12 +58,13 @@ class LlavaSource:
         return self._records.fingerprint
 
     def __getitem__(self, index: int) -> Sample:
-        record = self._records[index]
+        record, where = self._records[index], self._records.where(index)
         try:
             check_turns(record)  # before its keys: what is missing says more than what is there
             record = take(record, RECORD_KEYS, self._ignored, "the record")
             turns = turns_of(record, self._ignored)
-            messages = conversation(turns, visual_parts(record, self._folder), self._folder, self._ignored)
+            visuals = visual_parts(record, self._folder, where)
+            messages = conversation(turns, visuals, self._folder, self._ignored)
             sample = Sample(
                 id=record_id(record, index),
                 messages=messages,
@@ -71,5 +73,5 @@ class LlavaSource:
                 task=self.name,
             )
         except SampleError as error:
-            raise error.at(self._records.where(index)) from error
+            raise error.at(where) from error
         return replace(sample, template=sample.question)

@@ -1,6 +1,6 @@
 """Parquet files as HuggingFace data sets store them: images inside, as `{"bytes", "path"}`.
 
-Columns are found by their names unless the config names them: turns in any shape of `conversation.py`, or a question
+Columns are found by their names unless the config names them: turns in any shape of `turns.py`, or a question
 with its answer or answers; images under `images` or `image`, or in the one other column that holds pictures. A row is
 read as a record of those columns alone. Rows are read a row group at a time and the last groups are kept, so files with
 small row groups serve random access best.
@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import bisect
 import glob
-import logging
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -24,27 +22,17 @@ import pyarrow.parquet as pq
 
 from rave_jax.config import ConfigError, require
 from rave_jax.data.sample import METRICS, Sample, SampleError
-from rave_jax.data.sources.conversation import (
-    PAIRS,
-    RECORD_KEYS,
-    SYSTEM,
-    TURNS,
-    conversation,
-    last_answer,
-    record_id,
-    turns_of,
-)
+from rave_jax.data.sources.columns import Named, class_names, columns_of
+from rave_jax.data.sources.conversation import conversation, last_answer
 from rave_jax.data.sources.files import check_regular, fingerprint_of_files, other_kind
-from rave_jax.data.sources.keys import METADATA, is_content, may_be_picture, take
+from rave_jax.data.sources.keys import take
 from rave_jax.data.sources.qa import KEYS as QUESTION_KEYS
 from rave_jax.data.sources.qa import question
-from rave_jax.data.sources.visuals import VIDEO_KEYS, visual_parts
+from rave_jax.data.sources.turns import RECORD_KEYS, record_id, turns_of
+from rave_jax.data.sources.visuals import visual_parts
 
-log = logging.getLogger(__name__)
-
-IMAGES = ("images", "image")
-QUESTIONS = ("question", "query")
-ANSWERS = ("answers", "answer", "label")
+UNREADABLE = (OSError, pa.ArrowException, ValueError, OverflowError)
+"""What pyarrow raises of damaged files, and of values that Python cannot hold."""
 
 
 @dataclass(frozen=True)
@@ -104,9 +92,13 @@ class ParquetSource:
                 self._groups.append((number, group))
                 self._starts.append(self._length)
                 self._length += metadata.row_group(group).num_rows
-        self._names = columns_of(schemas[0], config, str(self._paths[0]))
+        named = Named(
+            config.image_column, config.turns_column, config.question_column, config.answer_column, config.ignored
+        )
+        self._names = columns_of(schemas[0], named, str(self._paths[0]))
         self._is_question = "question" in self._names.values()
         self._keys: tuple[str, ...] = QUESTION_KEYS if self._is_question else RECORD_KEYS
+        self._labels = {name: found for name in self._names if (found := class_names(schemas[0], name))}
         for path, schema in zip(self._paths, schemas, strict=True):
             if missing := [name for name in self._names if name not in schema.names]:
                 raise ConfigError(f"{path}: no column {missing[0]!r}, which {self._paths[0]} has")
@@ -119,12 +111,15 @@ class ParquetSource:
         columns = [name for name, key in self._names.items() if key not in self._keys]
         if not columns or not self._groups:
             return
-        with pq.ParquetFile(self._paths[0]) as file:
-            first = next(file.iter_batches(16, columns=columns), pa.table({}))
         try:
-            for row in first.to_pylist():
+            with pq.ParquetFile(self._paths[0]) as file:
+                rows = next(file.iter_batches(16, columns=columns), pa.table({})).to_pylist()
+        except UNREADABLE:
+            return  # each row that cannot be read says so when it is asked for
+        try:
+            for row in rows:
                 take({self._names[name]: value for name, value in row.items()}, self._keys, (), "a row")
-        except (SampleError, pa.ArrowException) as error:
+        except SampleError as error:
             raise ConfigError(f"{self._paths[0]}: {error}") from error
 
     def __len__(self) -> int:
@@ -132,8 +127,17 @@ class ParquetSource:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Of the files, in the order of their names."""
-        return fingerprint_of_files(self._paths)
+        """Of the files, in the order of their names.
+
+        Raises:
+            ConfigError: one cannot be read any more.
+        """
+        try:
+            return fingerprint_of_files(self._paths)
+        except OSError as error:
+            raise ConfigError(
+                f"{error.filename or self._paths[0]}: cannot be read: {error.strerror or error}"
+            ) from error
 
     def __getitem__(self, index: int) -> Sample:
         if not 0 <= index < self._length:
@@ -144,12 +148,19 @@ class ParquetSource:
         where = f"{path}:{index}"
         try:
             found = self._table(group).slice(row, 1).to_pylist()[0]
-            record = {self._names[name]: value for name, value in found.items()}
+            record = {self._names[name]: self._named(name, value) for name, value in found.items()}
             return self._sample(record, index, path.parent, where)
         except SampleError as error:
             raise error.at(where) from error
-        except (OSError, pa.ArrowException, ValueError, OverflowError) as error:
+        except UNREADABLE as error:
             raise SampleError(f"{where}: {error}") from error
+
+    def _named(self, column: str, value: Any) -> Any:
+        """The name of a class, where the column holds the numbers of classes."""
+        names = self._labels.get(column)
+        if names is None or not isinstance(value, int):
+            return value
+        return names[value] if 0 <= value < len(names) else None  # -1 is a row without a label
 
     def _sample(self, record: dict[str, Any], index: int, folder: Path, where: str) -> Sample:
         ignored = self._config.ignored
@@ -182,93 +193,6 @@ class ParquetSource:
             if len(self._tables) > self._config.cached_groups:
                 self._tables.popitem(last=False)
             return table
-
-
-def columns_of(schema: pa.Schema, config: HfParquet, where: str) -> dict[str, str]:
-    """The columns that are read, and the key of a record that each stands for.
-
-    Raises:
-        ConfigError: no known layout, or a column that would pass unread and could be learned from.
-    """
-    columns = [name for name in schema.names if name not in config.ignored]
-
-    def named(given: str, usual: Sequence[str]) -> str:
-        if given and given not in schema.names:
-            raise ConfigError(f"{where}: no column {given!r}; it has {', '.join(schema.names)}")
-        return given or next((name for name in usual if name in columns), "")
-
-    image = named(config.image_column, IMAGES)
-    turns = named(config.turns_column, ("messages", "conversations", "texts"))
-    ask, answer = named(config.question_column, QUESTIONS), named(config.answer_column, ANSWERS)
-    pair = next((key for key in PAIRS if key in columns and PAIRS[key] in columns), "")
-    names: dict[str, str] = {}
-    if turns:
-        names[turns] = turns if turns in TURNS else TURNS[1]
-    elif ask and answer:
-        names |= {ask: "question", answer: "answers" if _is_list(schema.field(answer).type) else "answer"}
-        other = {"answers": "answer", "answer": "answers"}[names[answer]]
-        if not config.answer_column and other in columns and other != answer:
-            names[other] = other
-    elif pair:
-        names |= {name: name for name in (pair, PAIRS[pair], "input", "history") if name in columns}
-    else:
-        raise ConfigError(
-            f"{where}: columns {schema.names}; expected a conversation ({', '.join(TURNS)}), a question "
-            f"({', '.join(QUESTIONS)}) with an answer ({', '.join(ANSWERS)}), or instruction with output"
-        )
-    names |= {name: name for name in ("id", *SYSTEM, *VIDEO_KEYS) if name in columns and name not in names}
-    if image := image or _one_of_pictures(schema, columns, names, where):
-        names[image] = "image"
-    read = QUESTION_KEYS if "question" in names.values() else RECORD_KEYS
-    return names | _others(schema, [name for name in columns if name not in names], read, where)
-
-
-def _one_of_pictures(schema: pa.Schema, columns: Sequence[str], names: dict[str, str], where: str) -> str:
-    """The one column of pictures under a name of its own; "" where there is none."""
-    found = [name for name in columns if name not in names and holds_bytes(schema.field(name).type)]
-    found = [name for name in found if may_be_picture(name)]
-    if len(found) > 1:
-        raise ConfigError(
-            f"{where}: the columns {', '.join(found)} hold bytes: name one as image_column and the others in `ignored`"
-        )
-    return found[0] if found else ""
-
-
-def _is_list(kind: pa.DataType) -> bool:
-    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
-
-
-def holds_bytes(kind: pa.DataType) -> bool:
-    """Is this a column of encoded files: bytes, a struct with `bytes`, or a list of either?"""
-    if _is_list(kind):
-        return holds_bytes(kind.value_type)
-    if pa.types.is_struct(kind):
-        return any(holds_bytes(field.type) for field in kind if field.name == "bytes")
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind)
-
-
-def _others(schema: pa.Schema, columns: Sequence[str], read: Sequence[str], where: str) -> dict[str, str]:
-    """Columns beside those of the layout that are read all the same, to refuse the rows in which they hold something.
-
-    Raises:
-        ConfigError: one of them holds bytes.
-    """
-    refused, quiet = {}, []
-    for name in columns:
-        kind = schema.field(name).type
-        if pa.types.is_null(kind) or name in METADATA:
-            continue
-        if is_content(name, read):
-            refused[name] = f"column {name}" if name in read else name
-        elif holds_bytes(kind):
-            raise ConfigError(
-                f"{where}: the column {name!r} holds bytes and is not read: name it as image_column, or in `ignored`"
-            )
-        else:
-            quiet.append(name)
-    if quiet:
-        log.warning("%s: columns that are not read: %s (name them in `ignored` to say so)", where, ", ".join(quiet))
-    return refused
 
 
 def _metadata(path: Path) -> pq.FileMetaData:

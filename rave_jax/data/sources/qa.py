@@ -9,9 +9,9 @@ from typing import Any
 
 from rave_jax.config import require
 from rave_jax.data.sample import METRICS, Message, Sample, SampleError
-from rave_jax.data.sources.conversation import SYSTEM, answer_texts, is_number, record_id
 from rave_jax.data.sources.files import open_records
 from rave_jax.data.sources.keys import is_empty, shown, take
+from rave_jax.data.sources.turns import SYSTEM, answer_texts, is_number, record_id
 from rave_jax.data.sources.visuals import IMAGE_KEYS, VIDEO_KEYS, visual_parts
 
 ANSWERS = ("answers", "answer")
@@ -66,11 +66,11 @@ class QaSource:
         return self._records.fingerprint
 
     def __getitem__(self, index: int) -> Sample:
-        record = self._records[index]
+        record, where = self._records[index], self._records.where(index)
         try:
             check_question(record)
             record = take(record, KEYS, self._config.ignored, "the record")
-            messages, answers = question(record, visual_parts(record, self._folder), self._config.suffix)
+            messages, answers = question(record, visual_parts(record, self._folder, where), self._config.suffix)
             return Sample(
                 id=record_id(record, index),
                 messages=messages,
@@ -82,7 +82,7 @@ class QaSource:
                 task=self.name,
             )
         except SampleError as error:
-            raise error.at(self._records.where(index)) from error
+            raise error.at(where) from error
 
 
 def check_question(record: Mapping[str, Any]) -> None:

@@ -1,0 +1,129 @@
+"""Columns of a parquet file: which are read, which key of a record each stands for, and which would pass unread."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import pyarrow as pa
+
+from rave_jax.config import ConfigError
+from rave_jax.data.sources.keys import METADATA, is_content, may_be_picture
+from rave_jax.data.sources.qa import KEYS as QUESTION_KEYS
+from rave_jax.data.sources.turns import PAIRS, RECORD_KEYS, SYSTEM, TURNS
+from rave_jax.data.sources.visuals import VIDEO_KEYS
+
+log = logging.getLogger(__name__)
+
+IMAGES = ("images", "image")
+QUESTIONS = ("question", "query")
+ANSWERS = ("answers", "answer", "label")
+
+
+class Named(NamedTuple):
+    """Columns as a config names them, "" where it names none, and those that may pass unread."""
+
+    image: str = ""
+    turns: str = ""
+    question: str = ""
+    answer: str = ""
+    ignored: tuple[str, ...] = ()
+
+
+def columns_of(schema: pa.Schema, config: Named, where: str) -> dict[str, str]:
+    """The columns that are read, and the key of a record that each stands for.
+
+    Raises:
+        ConfigError: no known layout, or a column that would pass unread and could be learned from.
+    """
+    columns = [name for name in schema.names if name not in config.ignored]
+
+    def named(given: str, usual: Sequence[str]) -> str:
+        if given and given not in schema.names:
+            raise ConfigError(f"{where}: no column {given!r}; it has {', '.join(schema.names)}")
+        return given or next((name for name in usual if name in columns), "")
+
+    image = named(config.image, IMAGES)
+    turns = named(config.turns, ("messages", "conversations", "texts"))
+    ask, answer = named(config.question, QUESTIONS), named(config.answer, ANSWERS)
+    pair = next((key for key in PAIRS if key in columns and PAIRS[key] in columns), "")
+    names: dict[str, str] = {}
+    if turns:
+        names[turns] = turns if turns in TURNS else TURNS[1]
+    elif ask and answer:
+        names |= {ask: "question", answer: "answers" if _is_list(schema.field(answer).type) else "answer"}
+        other = {"answers": "answer", "answer": "answers"}[names[answer]]
+        if not config.answer and other in columns and other != answer:
+            names[other] = other
+    elif pair:
+        names |= {name: name for name in (pair, PAIRS[pair], "input", "history") if name in columns}
+    else:
+        raise ConfigError(
+            f"{where}: columns {schema.names}; expected a conversation ({', '.join(TURNS)}), a question "
+            f"({', '.join(QUESTIONS)}) with an answer ({', '.join(ANSWERS)}), or instruction with output"
+        )
+    names |= {name: name for name in ("id", *SYSTEM, *VIDEO_KEYS) if name in columns and name not in names}
+    if image := image or _one_of_pictures(schema, columns, names, where):
+        names[image] = "image"
+    read = QUESTION_KEYS if "question" in names.values() else RECORD_KEYS
+    return names | _others(schema, [name for name in columns if name not in names], read, where)
+
+
+def _one_of_pictures(schema: pa.Schema, columns: Sequence[str], names: dict[str, str], where: str) -> str:
+    """The one column of pictures under a name of its own; "" where there is none."""
+    found = [name for name in columns if name not in names and holds_bytes(schema.field(name).type)]
+    found = [name for name in found if may_be_picture(name)]
+    if len(found) > 1:
+        raise ConfigError(
+            f"{where}: the columns {', '.join(found)} hold bytes: name one as image_column and the others in `ignored`"
+        )
+    return found[0] if found else ""
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+
+
+def class_names(schema: pa.Schema, column: str) -> tuple[str, ...]:
+    """Names of the classes that a column's numbers stand for, which `datasets` keeps beside the schema; () for none."""
+    try:
+        features = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))["info"]["features"]
+        feature = features[column]
+        return tuple(map(str, feature["names"])) if feature["_type"] == "ClassLabel" else ()
+    except (KeyError, TypeError, ValueError, RecursionError):
+        return ()
+
+
+def holds_bytes(kind: pa.DataType) -> bool:
+    """Is this a column of encoded files: bytes, a struct with `bytes`, or a list of either?"""
+    if _is_list(kind):
+        return holds_bytes(kind.value_type)
+    if pa.types.is_struct(kind):
+        return any(holds_bytes(field.type) for field in kind if field.name == "bytes")
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind)
+
+
+def _others(schema: pa.Schema, columns: Sequence[str], read: Sequence[str], where: str) -> dict[str, str]:
+    """Columns beside those of the layout that are read all the same, to refuse the rows in which they hold something.
+
+    Raises:
+        ConfigError: one of them holds bytes.
+    """
+    refused, quiet = {}, []
+    for name in columns:
+        kind = schema.field(name).type
+        if pa.types.is_null(kind) or name in METADATA:
+            continue
+        if is_content(name, read):
+            refused[name] = f"column {name}" if name in read else name
+        elif holds_bytes(kind):
+            raise ConfigError(
+                f"{where}: the column {name!r} holds bytes and is not read: name it as image_column, or in `ignored`"
+            )
+        else:
+            quiet.append(name)
+    if quiet:
+        log.warning("%s: columns that are not read: %s (name them in `ignored` to say so)", where, ", ".join(quiet))
+    return refused
