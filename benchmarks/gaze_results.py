@@ -46,9 +46,9 @@ from rave_jax.evaluation.subject import Answer, ModelSubject
 from rave_jax.look.maps import relative_box
 from rave_jax.models.config import ModelOptions
 from rave_jax.parallel import hosts
+from rave_jax.parallel.stopping import Interrupted, StopRequest
 from rave_jax.training.config import TrainConfig
 from rave_jax.training.init import FromHF, Tiny
-from rave_jax.training.loop import Interrupted
 from rave_jax.training.run import LoadedRun, load_run, train
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "quickstart_gaze.py"
@@ -107,11 +107,17 @@ def backbone(config: TrainConfig, seed: int, out: Path, options: ModelOptions) -
     return exported(seeded(config, seed, output_dir=str(folder), model=options, **changes))
 
 
+def finished(config: TrainConfig) -> None:
+    """Run an experiment to its end, or save and raise `Interrupted` when the job is asked to end."""
+    with StopRequest(config.hosts.stop_timeout) as stop:
+        train(config, stop)
+
+
 def exported(config: TrainConfig) -> Path:
     """The result of a run as a HuggingFace directory; the run is made, or continued, where that is not there yet."""
     folder = Path(config.output_dir)
     if not (folder / "exported").is_dir():
-        train(config)
+        finished(config)
         export_hf(load_run(folder).model, folder / "exported", folder / "model")
     return folder / "exported"
 
@@ -158,18 +164,17 @@ def run_row(name: str, seed: int, config: TrainConfig, steps: int, out: Path) ->
     common = made_with(config, steps)
     rate = common["learning_rate"]
     optimizer = replace(config.optimizer, learning_rate=rate, warmup=min(config.optimizer.warmup, steps // 10))
-    train(
-        seeded(
-            config,
-            seed,
-            output_dir=str(folder),
-            init=FromHF(str(start)),
-            model=options[name],
-            data=data,
-            steps=steps,
-            optimizer=optimizer,
-        )
+    given = seeded(
+        config,
+        seed,
+        output_dir=str(folder),
+        init=FromHF(str(start)),
+        model=options[name],
+        data=data,
+        steps=steps,
+        optimizer=optimizer,
     )
+    finished(given)
     trained = time.monotonic()
     run = load_run(folder)
     heldout = next(step for step in config.final if isinstance(step, Eval))

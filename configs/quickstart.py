@@ -8,8 +8,8 @@ mixed with bar charts and counting. docs/training.md says how well it ends.
 from rave_jax.attention import Rave
 from rave_jax.data.pipeline import DataConfig, Stage
 from rave_jax.data.synthetic import BarChart, Counting, DigitMosaic, MosaicList, Synthetic
-from rave_jax.evaluation.config import Eval, Gate, Report
-from rave_jax.evaluation.gate import TaskAim
+from rave_jax.evaluation.config import Eval, Floor, Grounding, Report
+from rave_jax.evaluation.grounding import TaskAim
 from rave_jax.models.config import ModelOptions
 from rave_jax.training.config import TrainConfig
 from rave_jax.training.init import Tiny
@@ -58,7 +58,8 @@ def get_config() -> TrainConfig:
                 tokens=48,
                 patches=36,
                 max_new_tokens=4,
-                gate=Gate(train=Synthetic(tasks=MIXTURE), aims=(TaskAim("digit_mosaic", 0.8),)),
+                floor=Floor(train=Synthetic(tasks=MIXTURE)),
+                grounding=Grounding(aims=(TaskAim("digit_mosaic", 0.8),)),
             ),
             Report(title="Quickstart"),
         ),

@@ -6,7 +6,7 @@ Pictures of 224 pixels; colour mosaics first, listed and asked, then positions a
 from rave_jax.attention import Rave
 from rave_jax.data.pipeline import DataConfig, Stage
 from rave_jax.data.synthetic import BarChart, Counting, DigitMosaic, MosaicList, PositionMosaic, Receipt, Synthetic
-from rave_jax.evaluation.config import Eval, Gate, Report
+from rave_jax.evaluation.config import Eval, Floor, Grounding, Report
 from rave_jax.models.config import ModelOptions
 from rave_jax.training.config import TrainConfig
 from rave_jax.training.init import Tiny
@@ -56,7 +56,8 @@ def get_config() -> TrainConfig:
                 samples=4000,
                 tokens=256,
                 patches=256,
-                gate=Gate(train=Synthetic(tasks=EVERYTHING, image_size=SIZE)),
+                floor=Floor(train=Synthetic(tasks=EVERYTHING, image_size=SIZE)),
+                grounding=Grounding(),
             ),
             Report(title="All synthetic tasks"),
         ),

@@ -1,4 +1,4 @@
-"""Configuration machinery: strict JSON in and out, field docs, config files, command-line overrides.
+"""Configuration machinery: strict JSON in and out, field docs, config files.
 
 A config is a tree of frozen dataclasses. Leaves are bool, int, float, str, None, literals and tuples of
 those; a field that may hold one of several dataclasses (a union) carries a `type` tag in JSON. Help text
@@ -15,15 +15,15 @@ import importlib.util
 import inspect
 import itertools
 import json
+import re
+import reprlib
 import sys
 import textwrap
+import traceback
 import types
 import typing
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, Union
-
-import tyro
 
 TAG = "type"
 
@@ -35,7 +35,50 @@ class ConfigError(ValueError):
 def require(condition: bool, field: str, given: object, expected: str) -> None:
     """Raise ConfigError unless `condition` holds; for use in `__post_init__`."""
     if not condition:
-        raise ConfigError(f"{field} is {given!r}, expected {expected}")
+        raise ConfigError(f"{field} is {shown(given)}, expected {expected}")
+
+
+_short = reprlib.Repr(maxlevel=6, maxstring=200, maxother=1000, maxlist=40, maxtuple=40, maxdict=40, maxlong=500)
+
+
+def shown(value: object) -> str:
+    """A value as an error shows it: in a line of readable length, however large or deeply nested it is."""
+    return _short.repr(value)
+
+
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")
+
+
+def local_path(path: str | Path, field: str) -> Path:
+    """The path, of a file or folder that this machine's file system holds.
+
+    Raises:
+        ConfigError: it names a bucket or another place by scheme (`gs://`, `s3://`, ...), which would become a local
+            folder called `gs:`.
+    """
+    found = _SCHEME.match(str(path))
+    # `Path("gs://x")` is `gs:/x` already. A folder that is really called so is one.
+    if found and ("://" in str(path) or not Path(f"{found[1]}:").is_dir()):
+        scheme = found[1]
+        hint = "leave file:// away" if scheme.lower() == "file" else f"copy it, or mount the {scheme}:// bucket"
+        raise ConfigError(f"{field} is {str(path)!r}, expected a path of a file system; {hint}")
+    return Path(path)
+
+
+def check_paths(config: Any, where: str = "") -> None:
+    """Raise ConfigError where a field of a config, or of one inside it, names a place that is not a local path.
+
+    Paths are the texts in fields whose names end in `path` or `dir`.
+    """
+    for f in dataclasses.fields(config):
+        value, field = getattr(config, f.name), f"{where}{f.name}"
+        items = enumerate(value) if isinstance(value, tuple) else [(None, value)]
+        for number, item in items:
+            name = field if number is None else f"{field}.{number}"
+            if dataclasses.is_dataclass(item) and not isinstance(item, type):
+                check_paths(item, f"{name}.")
+            elif isinstance(item, str) and f.name.endswith(("path", "dir")):
+                local_path(item, name)
 
 
 def check_fields(config: Any) -> None:
@@ -141,7 +184,8 @@ def from_json(cls: Any, data: Any, where: str = "config") -> Any:
 
 def _dataclass_from_json(cls: Any, data: Any, where: str) -> Any:
     require(isinstance(data, dict), where, data, f"an object with the fields of {cls.__name__}")
-    data = dict(data)
+    # A class whose fields have had other names reads those too.
+    data = dict(cls.from_older(data) if hasattr(cls, "from_older") else data)
     tag = data.pop(TAG, cls.__name__)
     require(tag == cls.__name__, f"{where}.{TAG}", tag, repr(cls.__name__))
     hints = typing.get_type_hints(cls, include_extras=True)
@@ -213,11 +257,23 @@ def load_file(path: str | Path) -> Any:
     """The config that `get_config()` of a Python file returns.
 
     Raises:
-        ConfigError: no such file, or the file has no `get_config`.
+        ConfigError: no such file, one that Python cannot run, or one without `get_config`.
     """
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"{path}: no such config file")
+    try:
+        return _run_file(path)
+    except ConfigError:
+        raise
+    except Exception as error:
+        # The config's own line is what its author needs, not those of the machinery that runs it.
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+        line = lines[-1] if lines else getattr(error, "lineno", None)
+        raise ConfigError(f"{path}{f':{line}' if line else ''}: {type(error).__name__}: {error}") from error
+
+
+def _run_file(path: Path) -> Any:
     spec = importlib.util.spec_from_file_location(f"rave_jax_config_{path.stem}", path)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
@@ -228,43 +284,5 @@ def load_file(path: str | Path) -> Any:
     finally:
         sys.path.pop(0)
     if not hasattr(module, "get_config"):
-        raise ConfigError(f"{path}: defines no get_config()")
+        raise ConfigError(f"{path}: defines no get_config(), which has to return the config")
     return module.get_config()
-
-
-def override[T](config: T, argv: Sequence[str], prog: str | None = None) -> T:
-    """`config` with command-line overrides such as `--optimizer.learning_rate 1e-4`.
-
-    A misspelt option ends the program with exit code 2 and a suggestion; `--help` lists every field.
-    """
-    return tyro.cli(type(config), default=config, args=list(argv), prog=prog, config=(tyro.conf.AvoidSubcommands,))
-
-
-def load_command_line[T](cls: type[T], argv: Sequence[str], prog: str) -> T:
-    """The config of `PROG CONFIG [--overrides]`.
-
-    CONFIG is a Python file with `get_config()`, or the resolved config of a run, a `.json` file. Exits with code 2
-    and one line when the config cannot be used.
-    """
-    usage = f"usage: {prog} CONFIG.py [--field.name value ...]   (CONFIG.py --help lists the fields)"
-    if argv and argv[0] in ("-h", "--help"):
-        print(usage)
-        raise SystemExit(0)
-    try:
-        if not argv or argv[0].startswith("-"):
-            raise ConfigError(f"the first word has to be a config file\n{usage}")
-        return override(_load(cls, argv[0]), argv[1:], prog=f"{prog} {argv[0]}")
-    except ConfigError as error:
-        print(f"{prog}: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
-
-
-def _load[T](cls: type[T], path: str) -> T:
-    if not path.endswith(".json"):
-        config = load_file(path)
-        require(isinstance(config, cls), f"get_config() of {path}", config, f"one of class {cls.__name__}")
-        return config
-    try:
-        return loads(cls, Path(path).read_text(encoding="utf-8"), where=path)
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: cannot be read ({error})") from error

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from rave_jax.checkpoint.safetensors_file import CheckpointError
+from rave_jax.files import LFS_POINTER
 from rave_jax.models.families import Family
 
-LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 LFS_LARGEST = 1024
 """Bytes of the largest pointer."""
 CHECKED_FOR_LFS = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")

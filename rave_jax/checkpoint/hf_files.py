@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from rave_jax.checkpoint import explain
 from rave_jax.checkpoint.safetensors_file import CheckpointError, Stored, read_header
+from rave_jax.files import read_text
 
 CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
@@ -45,10 +46,10 @@ def read_json(path: Path) -> Any:
     """The JSON of a file.
 
     Raises:
-        CheckpointError: no such file, or not JSON.
+        CheckpointError: no regular file there, or not JSON.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(read_text(path))
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from error
     except (ValueError, RecursionError) as error:
@@ -63,7 +64,7 @@ def hf_config(directory: Path) -> dict[str, Any]:
     """
     if is_peft(directory):
         raise CheckpointError(explain.peft_alone(directory))
-    if not (directory / CONFIG).is_file():
+    if not (directory / CONFIG).exists():
         raise CheckpointError(explain.no_config(directory))
     explain.check_lfs(directory)
     if (directory / ADAPTER_CONFIG).is_file():
@@ -81,7 +82,7 @@ def generation_config(directory: Path) -> dict[str, Any]:
         CheckpointError: the file is there and no object of JSON.
     """
     file = directory / GENERATION_CONFIG
-    config = read_json(file) if file.is_file() else {}
+    config = read_json(file) if file.exists() else {}
     if not isinstance(config, dict):
         raise CheckpointError(f"{file}: expected an object")
     return config
@@ -94,7 +95,7 @@ def index_of(directory: Path) -> dict[str, str] | None:
         CheckpointError: the index is not JSON or has no weight map.
     """
     # The order of transformers: one whole file wins over an index.
-    if (directory / SINGLE).is_file() or not (directory / INDEX).is_file():
+    if (directory / SINGLE).exists() or not (directory / INDEX).exists():
         return None
     data = read_json(directory / INDEX)
     index = data.get("weight_map") if isinstance(data, dict) else None
@@ -109,8 +110,8 @@ def has_weights(directory: Path) -> bool:
     """Is there at least one weight file that a read would use?"""
     index = index_of(directory)
     if index is None:
-        return (directory / SINGLE).is_file()
-    return any((directory / name).is_file() for name in set(index.values()))
+        return (directory / SINGLE).exists()
+    return any((directory / name).exists() for name in set(index.values()))
 
 
 def read_weights(directory: Path) -> Weights:
@@ -121,7 +122,7 @@ def read_weights(directory: Path) -> Weights:
     """
     index = index_of(directory)
     if index is None:
-        if not (directory / SINGLE).is_file():
+        if not (directory / SINGLE).exists():
             raise CheckpointError(explain.no_weights(directory))
         tensors, problems = read_header(directory / SINGLE)
         return Weights(tensors, (SINGLE,), problems)
@@ -129,7 +130,7 @@ def read_weights(directory: Path) -> Weights:
     names = tuple(sorted(set(index.values())))
     for name in names:
         listed = {key for key, file in index.items() if file == name}
-        if Path(name).name != name or not (directory / name).is_file():
+        if Path(name).name != name or not (directory / name).exists():
             problems.append(
                 f"{name}: no such file, but {INDEX} lists {len(listed)} tensors in it ({min(listed)} and so on): "
                 "download the file"

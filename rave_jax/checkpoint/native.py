@@ -35,7 +35,7 @@ FORMAT = 1
 
 def is_native(directory: Path) -> bool:
     """Is this a native checkpoint?"""
-    return (directory / NATIVE).is_file()
+    return (directory / NATIVE).exists()
 
 
 def has_other_key_style(directory: Path) -> bool:

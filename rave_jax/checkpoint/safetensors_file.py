@@ -19,6 +19,7 @@ import ml_dtypes
 import numpy as np
 
 from rave_jax.config import ConfigError
+from rave_jax.files import open_regular
 from rave_jax.typing import NpArray
 
 DTYPES: Mapping[str, np.dtype] = {
@@ -54,8 +55,8 @@ def read_header(path: Path) -> tuple[dict[str, Stored], list[str]]:
     not reported missing as well.
     """
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
+        with open_regular(path) as file:
+            size = os.fstat(file.fileno()).st_size
             start = file.read(8)
             length = int.from_bytes(start, "little")
             if len(start) < 8 or length > min(size - 8, MAX_HEADER):
@@ -116,11 +117,8 @@ def read_into(stored: Stored, shape: Sequence[int], slices: Sequence[Slice]) -> 
     """
     wanted = [_Part(out, [s.indices(n)[:2] for s, n in zip(index, shape, strict=True)]) for out, index in slices]
     try:
-        file = os.open(stored.file, os.O_RDONLY)
-        try:
-            _read(file, stored.offset, DTYPES[stored.dtype], tuple(shape), wanted)
-        finally:
-            os.close(file)
+        with open_regular(stored.file) as file:
+            _read(file.fileno(), stored.offset, DTYPES[stored.dtype], tuple(shape), wanted)
     except (OSError, EOFError) as error:
         raise CheckpointError(f"{stored.key} ({stored.file}): cannot be read: {error}") from error
 

@@ -27,8 +27,8 @@ def saved_options(directory: Path) -> ModelOptions | None:
         CheckpointError: the file is not what we write, or the parameters lie there without it.
     """
     path = directory / SIDECAR_JSON
-    if not path.is_file():
-        if (directory / SIDECAR).is_file():
+    if not path.exists():
+        if (directory / SIDECAR).exists():
             raise CheckpointError(
                 f"{directory}: {SIDECAR} is there without {SIDECAR_JSON}, which says what it belongs to"
             )

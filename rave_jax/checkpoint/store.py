@@ -1,30 +1,53 @@
 """Checkpoints of a run: parameters, optimizer state and data state of one step, saved together by orbax.
 
-    DIR/STEP/parameters   {"step", "trained", "frozen"}: what evaluation reads
-    DIR/STEP/optimizer    optimizer state
-    DIR/STEP/data         JSON: where the data pipeline stands
+    DIR/STEP/parameters           {"step", "trained", "frozen"}: what evaluation reads
+    DIR/STEP/optimizer            optimizer state
+    DIR/STEP/data                 JSON: where the data pipeline stands
+    DIR/STEP/digests.N.sha256     digests of the files that process N wrote
+    DIR/STEP.damaged              a checkpoint that training found damaged and went on without
 
-A save runs beside training; a directory that a killed process left unfinished is not a checkpoint.
+A save and its digests run beside training; a directory that a killed process left unfinished is not a checkpoint.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import logging
 import math
 import os
 import shutil
 import tempfile
+import threading
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from orbax.checkpoint import v1 as ocp
 
-PARAMETERS, OPTIMIZER, DATA = "parameters", "optimizer", "data"
+from rave_jax.checkpoint import digests, saved_step
+from rave_jax.checkpoint.digests import DamageError
+from rave_jax.checkpoint.saved_step import DATA, OPTIMIZER, PARAMETERS, StoreError, first_line
+from rave_jax.parallel import agree
+
+log = logging.getLogger(__name__)
 
 
-class StoreError(RuntimeError):
-    """A checkpoint that cannot be written or read; the message names the directory and why."""
+class Restored(NamedTuple):
+    """What a checkpoint held.
+
+    Fields:
+        step: of the run.
+        parameters: on the shardings that were asked for.
+        optimizer: the same, or None where only parameters were asked for.
+        data: state of the data pipeline, or None.
+    """
+
+    step: int
+    parameters: Any
+    optimizer: Any
+    data: Any
 
 
 def check_writable(directory: Path, needed: int) -> None:
@@ -39,11 +62,24 @@ def check_writable(directory: Path, needed: int) -> None:
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=directory, prefix=".write-test-") as file:
+    except OSError as error:
+        raise StoreError(f"cannot write to {directory}: {error.strerror or error}") from error
+    check_room(directory, needed)
+
+
+def check_room(directory: Path, needed: int) -> None:
+    """The same proof without making the directory: of the nearest folder above it that is there.
+
+    Raises:
+        StoreError: read-only, not a directory, or too little space.
+    """
+    place = next(folder for folder in (directory, *directory.parents) if folder.exists())
+    try:
+        with tempfile.NamedTemporaryFile(dir=place, prefix=".write-test-") as file:
             file.write(b"\0" * 4096)
             file.flush()
             os.fsync(file.fileno())
-        free = shutil.disk_usage(directory).free
+        free = shutil.disk_usage(place).free
     except OSError as error:
         raise StoreError(f"cannot write to {directory}: {error.strerror or error}") from error
     if free < needed:
@@ -62,30 +98,17 @@ class Store:
         Args:
             directory: an absolute path after this; made when missing.
             keep: newest checkpoints that are kept.
-            reader: leave what a run that is under way has not finished alone; do not save.
+            reader: leave what is there as it is; do not save.
 
         Raises:
-            StoreError: the directory cannot be used.
+            StoreError: the directory cannot be written.
         """
         self.directory = Path(directory).resolve()
-        context = ocp.Context()
-        context.checkpointables.registry = ocp.handlers.local_registry().add(
-            ocp.handlers.JsonHandler, checkpointable_name=DATA
-        )
-        policies: Any = {
-            # When to save is the loop's decision.
-            "save_decision_policy": ocp.training.save_decision_policies.FixedIntervalPolicy(1),
-            "preservation_policy": ocp.training.preservation_policies.LatestN(keep),
-        }
-        try:
-            self._checkpointer = ocp.training.Checkpointer(
-                str(self.directory),
-                context=context,
-                **policies,
-                cleanup_tmp_directories=not reader,
-            )
-        except OSError as error:
-            raise StoreError(f"cannot use {self.directory}: {error.strerror or error}") from error
+        self._keep, self._reader = keep, reader
+        self._checkpointer: ocp.training.Checkpointer | None = None
+        self._save: _Save | None = None
+        if not reader:
+            check_writable(self.directory, 0)
 
     def __enter__(self) -> Store:
         return self
@@ -99,14 +122,13 @@ class Store:
 
     @property
     def latest(self) -> int | None:
-        """Newest finished step, or None."""
-        newest = self._checkpointer.latest
-        return None if newest is None else newest.step
+        """Newest finished step, sound or not, or None."""
+        return max(self.steps, default=None)
 
     @property
     def steps(self) -> list[int]:
         """Finished steps, ascending."""
-        return [checkpoint.step for checkpoint in self._checkpointer.checkpoints]
+        return saved_step.steps_in(self.directory)
 
     def save(self, step: int, parameters: Any, optimizer: Any, data: dict[str, Any]) -> None:
         """Copy the arrays to the host and write them in the background.
@@ -120,54 +142,49 @@ class Store:
         Raises:
             StoreError: this save cannot start, or the one before it failed.
         """
-        if step in self.steps:
+        self.wait()
+        if step in agree.from_first(self.steps):
             return
         what = {PARAMETERS: parameters, OPTIMIZER: optimizer, DATA: data}
         # Looked at first: orbax, whose threads wait for a directory that cannot be made, would hold up the error
         # and the end of the process for minutes.
         check_writable(self.directory, local_bytes((parameters, optimizer)))
-        with _explained(self.directory, f"the checkpoint of step {step}"):
-            self._checkpointer.save_checkpointables_async(step, what)
+        with _explained(self.directory, step):
+            response = self._writer().save_checkpointables_async(step, what)
+        assert response is not None, "the policy saves every step that is asked for"
+        self._save = _Save(self.directory, step, response)
 
-    def restore(self, step: int, parameters: Any, optimizer: Any) -> tuple[Any, Any, dict[str, Any]]:
-        """(parameters, optimizer, data) of a step, on the shardings of the abstract targets.
+    def _writer(self) -> ocp.training.Checkpointer:
+        if self._checkpointer is None:
+            policies: Any = {
+                # When to save is the loop's decision.
+                "save_decision_policy": ocp.training.save_decision_policies.FixedIntervalPolicy(1),
+                "preservation_policy": ocp.training.preservation_policies.LatestN(self._keep),
+            }
+            self._checkpointer = ocp.training.Checkpointer(
+                str(self.directory), context=saved_step.context(), **policies, cleanup_tmp_directories=True
+            )
+        return self._checkpointer
+
+    def check(self) -> None:
+        """Has the save that runs in the background failed? Returns at once.
 
         Raises:
-            StoreError: no such step, or it does not fit the targets.
+            StoreError: it has; the message names its step.
         """
-        found = self._load(step, {PARAMETERS: parameters, OPTIMIZER: optimizer, DATA: None})
-        return found[PARAMETERS], found[OPTIMIZER], found[DATA]
-
-    def restore_parameters(self, step: int, parameters: Any) -> Any:
-        """Only the parameters of a step, on the shardings of the abstract target.
-
-        Raises:
-            StoreError: no such step, or it does not fit the target.
-        """
-        return self._load(step, {PARAMETERS: parameters})[PARAMETERS]
-
-    def _load(self, step: int, targets: dict[str, Any]) -> dict[str, Any]:
-        if step not in self.steps:
-            raise StoreError(f"{self.directory} has no checkpoint of step {step}; there are {self.steps or 'none'}")
-        try:
-            stored = self._checkpointer.checkpointables_metadata(step).metadata
-            if any(stored[name] is None for name in targets if name != DATA):
-                raise StoreError(f"{self.directory / str(step)} cannot be restored: its files are damaged")
-            wrong = _differences(stored[PARAMETERS], targets[PARAMETERS])
-            if wrong:
-                raise StoreError(f"{self.directory / str(step)} holds another model: {'; '.join(wrong)}")
-            return self._checkpointer.load_checkpointables(step, targets)
-        except (ValueError, KeyError, TypeError, OSError) as error:
-            raise StoreError(f"{self.directory / str(step)} cannot be restored: {_first_line(error)}") from error
+        if self._save is not None:
+            self._save.check()
 
     def wait(self) -> None:
-        """Until no save is under way.
+        """Until no save is under way and the digests of the last one are written.
 
         Raises:
-            StoreError: one failed.
+            StoreError: it failed.
         """
-        with _explained(self.directory, "a checkpoint"):
-            self._checkpointer.wait()
+        save, self._save = self._save, None
+        if save is not None:
+            save.thread.join()
+            save.check()
 
     def close(self) -> None:
         """Wait, then release what orbax holds.
@@ -175,15 +192,154 @@ class Store:
         Raises:
             StoreError: a save failed.
         """
-        with _explained(self.directory, "a checkpoint"):
-            self._checkpointer.close()
+        try:
+            self.wait()
+        finally:
+            checkpointer, self._checkpointer = self._checkpointer, None
+            if checkpointer is not None:
+                _close(checkpointer)
+
+    def restore(self, step: int, parameters: Any, optimizer: Any) -> tuple[Any, Any, dict[str, Any]]:
+        """(parameters, optimizer, data) of a step, on the shardings of the abstract targets.
+
+        Raises:
+            StoreError: no such step, it is damaged, or it does not fit the targets.
+        """
+        found = self._at(step, {PARAMETERS: parameters, OPTIMIZER: optimizer, DATA: None})
+        return found[PARAMETERS], found[OPTIMIZER], found[DATA]
+
+    def restore_parameters(self, step: int, parameters: Any) -> Any:
+        """Only the parameters of a step, on the shardings of the abstract target; the other files are not looked at.
+
+        Raises:
+            StoreError: no such step, it is damaged, or it does not fit the target.
+        """
+        return self._at(step, {PARAMETERS: parameters})[PARAMETERS]
+
+    def restore_newest(self, parameters: Any, optimizer: Any = None) -> Restored | None:
+        """The newest sound checkpoint, on the shardings of the abstract targets, or None where none was saved.
+
+        Damaged ones that are newer are named in one warning. A store that saves moves them aside, so that their steps
+        can be saved again.
+
+        Args:
+            parameters: target.
+            optimizer: target; None reads the parameters alone.
+
+        Raises:
+            StoreError: all checkpoints are damaged, or the newest sound one does not fit the targets.
+        """
+        targets = {PARAMETERS: parameters} | ({} if optimizer is None else {OPTIMIZER: optimizer, DATA: None})
+        damaged: dict[int, str] = {}
+        for step in reversed(agree.from_first(self.steps)):
+            try:
+                found = self._load(step, targets)
+            except DamageError as error:
+                damaged[step] = str(error)
+                continue
+            if damaged:
+                self._pass_over(damaged, step)
+            return Restored(step, found[PARAMETERS], found.get(OPTIMIZER), found.get(DATA))
+        if damaged:
+            folders = " ".join(str(self.directory / str(step)) for step in damaged)
+            raise StoreError(
+                f"{self.directory} holds no sound checkpoint: {_listed(damaged)}; bring back copies of them, or delete "
+                f"{folders} to begin the run again from its first step"
+            )
+        return None
+
+    def _at(self, step: int, targets: Mapping[str, Any]) -> dict[str, Any]:
+        steps = agree.from_first(self.steps)
+        if step not in steps:
+            raise StoreError(f"{self.directory} has no checkpoint of step {step}; there are {steps or 'none'}")
+        try:
+            return self._load(step, targets)
+        except DamageError as error:
+            others = [other for other in steps if other != step]
+            instead = f"take another step ({', '.join(map(str, others))})" if others else "it is the only one"
+            raise StoreError(f"{self.directory / str(step)} is damaged: {error}; {instead}") from error
+
+    def _load(self, step: int, targets: Mapping[str, Any]) -> dict[str, Any]:
+        folder = self.directory / str(step)
+        verified = saved_step.verify(folder, targets)
+        found = saved_step.load(folder, targets, verified=verified)
+        if not verified and jax.process_index() == 0:
+            log.warning(
+                "warning: %s has no digests, so damage in it would not be noticed: it was saved by an earlier version, "
+                "or its job was killed just after it was saved",
+                folder,
+            )
+        return found
+
+    def _pass_over(self, damaged: Mapping[int, str], taken: int) -> None:
+        """Say which checkpoints are not taken, and move them out of the way of a run that saves their steps again."""
+        if jax.process_index() == 0:
+            moved = {} if self._reader else {step: _set_aside(self.directory / str(step)) for step in damaged}
+            names = " ".join(map(str, moved.values() if moved else (self.directory / str(step) for step in damaged)))
+            what = f"moved to {names}, which can be deleted" if moved else f"delete {names}, or train on"
+            log.warning(
+                "warning: damaged checkpoints in %s: %s; taken is step %d, the newest that is sound; %s",
+                self.directory,
+                _listed(damaged),
+                taken,
+                what,
+            )
+        agree.from_first(None)  # none goes on before they are moved
+
+
+class _Save:
+    """One save under way: a thread waits for orbax and then writes the digests."""
+
+    def __init__(self, directory: Path, step: int, response: Any):
+        self._directory, self._step, self._response = directory, step, response
+        self._error: Exception | None = None
+        self.thread = threading.Thread(target=self._finish, name="checkpoint digests")
+        self.thread.start()
+
+    def _finish(self) -> None:
+        try:
+            self._response.result()
+            digests.write(self._directory / str(self._step), jax.process_index(), jax.process_count())
+        except Exception as error:  # raised by whoever asks next
+            self._error = error
+
+    def check(self) -> None:
+        """Raise StoreError if it failed."""
+        if self._error is not None:
+            with _explained(self._directory, self._step):
+                raise self._error
+
+
+def _close(checkpointer: ocp.training.Checkpointer) -> None:
+    # A failed save is raised once to each thread that waits for it. It has been told of, and would keep the rest open.
+    with contextlib.suppress(Exception):
+        checkpointer.wait()
+    checkpointer.close()
+
+
+def _set_aside(folder: Path) -> Path:
+    """Rename a damaged checkpoint so that its step is free."""
+    aside = folder.with_name(f"{folder.name}.damaged")
+    number = 1
+    while aside.exists():
+        number += 1
+        aside = folder.with_name(f"{folder.name}.damaged.{number}")
+    try:
+        folder.rename(aside)
+    except OSError as error:
+        raise StoreError(f"{folder} is damaged and cannot be moved aside: {error.strerror or error}") from error
+    return aside
+
+
+def _listed(damaged: Mapping[int, str]) -> str:
+    return ", ".join(f"step {step} ({why})" for step, why in damaged.items())
 
 
 class _explained:
     """Turns what orbax raises on a failed write into one clear error."""
 
-    def __init__(self, directory: Path, what: str):
-        self._directory, self._what = directory, what
+    def __init__(self, directory: Path, step: int):
+        self._directory, self._step = directory, step
 
     def __enter__(self) -> None:
         pass
@@ -191,30 +347,15 @@ class _explained:
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         if not isinstance(error, Exception):
             return
+        if not self._directory.is_dir():
+            raise StoreError(
+                f"the checkpoint of step {self._step} could not be written: {self._directory} is gone"
+            ) from error
         full = any(code in str(error) for code in (os.strerror(errno.ENOSPC), "ENOSPC", "RESOURCE_EXHAUSTED"))
-        why = f"no space is left ({_gb(shutil.disk_usage(self._directory).free)} free)" if full else _first_line(error)
-        raise StoreError(f"{self._what} could not be written to {self._directory}: {why}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-
-
-def _differences(stored: Any, wanted: Any) -> list[str]:
-    shapes = [
-        {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape) for path, leaf in leaves}
-        for leaves in (jax.tree_util.tree_flatten_with_path(tree)[0] for tree in (stored, wanted))
-    ]
-    there, here = shapes
-    return [
-        *(f"{name} is missing" for name in here if name not in there),
-        *(f"{name} is not expected" for name in there if name not in here),
-        *(
-            f"{name} is {there[name]}, expected {here[name]}"
-            for name in here
-            if there.get(name, here[name]) != here[name]
-        ),
-    ]
+        why = f"no space is left ({_gb(shutil.disk_usage(self._directory).free)} free)" if full else first_line(error)
+        raise StoreError(
+            f"the checkpoint of step {self._step} could not be written to {self._directory}: {why}"
+        ) from error
 
 
 def local_bytes(tree: Any) -> int:

@@ -16,6 +16,7 @@ import jinja2
 from rave_jax.batch import Role
 from rave_jax.config import ConfigError
 from rave_jax.data.sample import Message, SampleError
+from rave_jax.files import read_text
 
 ROLES = {"system": Role.SYSTEM, "user": Role.QUESTION, "assistant": Role.RESPONSE}
 VISUAL_TYPES = ("image", "video")
@@ -29,12 +30,14 @@ class Run(NamedTuple):
         role: who speaks.
         learn: (start, stop) of the tokens to learn in `ids`; empty where nothing is an answer.
         visuals: the message's image and video parts in order.
+        weight: of the tokens to learn in the loss.
     """
 
     ids: list[int]
     role: Role
     learn: tuple[int, int]
     visuals: tuple[Message, ...]
+    weight: float = 1.0
 
 
 def read_template(directory: str | Path, tokenizer: Any) -> str:
@@ -45,11 +48,11 @@ def read_template(directory: str | Path, tokenizer: Any) -> str:
     """
     directory = Path(directory)
     raw, legacy = directory / "chat_template.jinja", directory / "chat_template.json"
-    if raw.is_file():
-        return raw.read_text(encoding="utf-8")
-    if legacy.is_file():
+    if raw.exists():
+        return read_text(raw)
+    if legacy.exists():
         try:
-            return str(json.loads(legacy.read_text(encoding="utf-8"))["chat_template"])
+            return str(json.loads(read_text(legacy))["chat_template"])
         except (ValueError, TypeError, KeyError) as error:
             raise ConfigError(f"{legacy}: expected an object with the key 'chat_template'") from error
     if isinstance(tokenizer.chat_template, str):
@@ -179,4 +182,4 @@ class ChatTemplate:
         # there, so that token counts as header.
         start = len(self._header)
         stop = max(index for index, number in enumerate(ids) if number == self.end_id) + 1
-        return Run(ids, role, (start, stop), visuals)
+        return Run(ids, role, (start, stop), visuals, message.get("weight", 1.0))

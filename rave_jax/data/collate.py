@@ -49,7 +49,9 @@ def check_fits(example: Example, tokens: int, patches: int, name: str) -> None:
     if len(example.tokens) > tokens or len(example.patches) > patches:
         raise OverBudget(
             f"{name}: {len(example.tokens)} tokens and {len(example.patches)} patches, "
-            f"over the budget of {tokens} tokens and {patches} patches"
+            f"over the budget of {tokens} tokens and {patches} patches",
+            len(example.tokens),
+            len(example.patches),
         )
 
 

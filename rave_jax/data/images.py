@@ -7,21 +7,21 @@ What transformers does and we do alike:
 - A file or its bytes are turned upright by their EXIF orientation (as its `load_image` does for a path in a chat
   message); a PIL image or an array is taken as it is.
 - Transparency is laid over white (as its processor does with a PIL picture; its `load_image` would drop it), every
-  other mode is converted to RGB by Pillow.
+  other mode is converted to RGB by Pillow. Greys of more than 8 bits, which Pillow cuts off, are scaled (`grey.py`).
 """
 
 from __future__ import annotations
 
 import functools
-import io
 import math
-import os
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps
 
+from rave_jax.data import grey
+from rave_jax.data.grey import to_eight_bits
+from rave_jax.data.opening import describe, is_encoded, opened, reason
 from rave_jax.data.sample import ImageError
 from rave_jax.typing import Int, NpArray, UInt8
 
@@ -89,36 +89,6 @@ def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixe
     return rows, cols
 
 
-def describe(source: Any, name: str = "") -> str:
-    """What an error calls a picture: its given name, its path, or its kind."""
-    if name:
-        return name
-    return os.fspath(source) if isinstance(source, (str, os.PathLike)) else f"{type(source).__name__} in memory"
-
-
-def _open(source: Any) -> Image.Image:
-    if isinstance(source, Image.Image):
-        return source
-    if isinstance(source, np.ndarray):
-        if (
-            source.dtype != np.uint8
-            or source.ndim not in (2, 3)
-            or (source.ndim == 3 and source.shape[2] not in (1, 3, 4))
-        ):
-            raise ImageError(f"array of {source.dtype} {source.shape}: expected uint8 [H,W] or [H,W,1|3|4]")
-        return Image.fromarray(source[..., 0] if source.ndim == 3 and source.shape[2] == 1 else source)
-    if isinstance(source, bytes):
-        return Image.open(io.BytesIO(source))
-    if isinstance(source, (str, os.PathLike)):
-        text = os.fspath(source)
-        return Image.open(Path(text.removeprefix("file://")))
-    raise ImageError(f"{type(source).__name__}: expected a path, bytes, a PIL image or a uint8 array")
-
-
-def _is_encoded(source: Any) -> bool:
-    return isinstance(source, (bytes, str, os.PathLike))
-
-
 def image_size(source: Any, name: str = "") -> tuple[int, int]:
     """Upright (height, width) of a picture; of a file, only the header is read.
 
@@ -126,12 +96,12 @@ def image_size(source: Any, name: str = "") -> tuple[int, int]:
         ImageError: not a picture.
     """
     try:
-        image = _open(source)
-        turned = _is_encoded(source) and image.getexif().get(EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
-        width, height = image.size
-        return (width, height) if turned else (height, width)
+        with opened(source) as image:
+            turned = is_encoded(source) and image.getexif().get(EXIF_ORIENTATION, 1) in (5, 6, 7, 8)
+            width, height = image.size
+            return (width, height) if turned else (height, width)
     except Exception as error:
-        raise ImageError(f"{describe(source, name)}: {error}") from error
+        raise ImageError(f"{describe(source, name)}: {reason(error)}") from error
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -146,23 +116,33 @@ def read_image(source: Any, name: str = "") -> Image.Image:
     """A picture, fully decoded, as RGB.
 
     Args:
-        source: path, encoded bytes, PIL image, or uint8 array [H,W] or [H,W,1|3|4].
+        source: path, file: or data: URI, encoded bytes, PIL image, or uint8 array [H,W] or [H,W,1|3|4].
         name: what errors call it.
 
     Raises:
-        ImageError: broken, cut off, animated, or not a picture. Says which file.
+        ImageError: broken, cut off, animated, of several pages, or not a picture. Says which file.
     """
+    called = describe(source, name)
     try:
-        image = _open(source)
-        # A camera's MPO file holds a second picture and no animation; its first is the picture.
-        if getattr(image, "is_animated", False) and image.format != "MPO":
-            raise ImageError("an animation; give its frames as a video")
-        image.load()
-        if _is_encoded(source) and image.getexif().get(EXIF_ORIENTATION, 1) != 1:
-            image = ImageOps.exif_transpose(image)
-        return _to_rgb(image)
+        with opened(source) as image:
+            _check_one(image)
+            image.load()
+            if is_encoded(source) and image.getexif().get(EXIF_ORIENTATION, 1) != 1:
+                image = ImageOps.exif_transpose(image)
+            return _to_rgb(to_eight_bits(image, called) if image.mode in grey.MODES else image)
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, ...
-        raise ImageError(f"{describe(source, name)}: {error}") from error
+        raise ImageError(f"{called}: {reason(error)}") from error
+
+
+def _check_one(image: Image.Image) -> None:
+    """A file of several pictures is refused: which of them is meant?"""
+    # A camera's MPO file holds a second picture and no animation; its first is the picture.
+    if not getattr(image, "is_animated", False) or image.format == "MPO":
+        return
+    count = getattr(image, "n_frames", 2)
+    if image.format == "TIFF":
+        raise ImageError(f"a TIFF of {count} pages; save its pages as separate pictures and give those")
+    raise ImageError(f"an animation of {count} frames ({image.format}); give its frames as a video")
 
 
 def resize(image: Image.Image, height: int, width: int) -> UInt8[NpArray, "H W 3"]:

@@ -18,8 +18,9 @@ def lay_out(example: Example, layout: VisualLayout) -> Example:
     """The example with the context tokens and region numbers that the layout asks for; its tokens stay in order.
 
     A context token stands behind the last token of its frame (or picture) and holds the same placeholder. In rotary
-    positions it keeps that frame's time and stands behind the grid's longer side, and all that follows the picture
-    moves on by as many positions (our choice; the paper says nothing of them).
+    positions it keeps that frame's time; its row and column stand behind the largest position of the whole picture or
+    video, where text would go on, and all that follows moves on by as many positions (our choice; the paper says
+    nothing of them).
 
     Raises:
         OverBudget: the example has more regions, or larger ones, than the layout allows.
@@ -142,9 +143,8 @@ def _with_context(example: Example, layout: VisualLayout) -> Example:
 
 
 def _behind(example: Example) -> Int[NpArray, "T"]:
-    """On tokens of a picture, the first position behind the longer side of its grid; 0 elsewhere."""
+    """On tokens of a picture or video, the first position behind its largest one; 0 elsewhere."""
     found: Any = np.zeros(len(example.tokens), np.int32)
-    for span, (_, h, w) in pictures(example.info):
-        start = example.positions[1, span.start]
-        found[span] = start + max(h, w)
+    for span, _ in pictures(example.info):
+        found[span] = example.positions[:, span].max() + 1
     return found

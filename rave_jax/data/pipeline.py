@@ -7,7 +7,6 @@ next one of its source's order that can, which keeps that property.
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections import Counter, OrderedDict, deque
 from collections.abc import Generator, Hashable, Mapping, Sequence
@@ -17,16 +16,15 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rave_jax.batch import Batch
-from rave_jax.config import require
+from rave_jax.config import ConfigError, require
 from rave_jax.data.collate import BatchShape, check_fits, collate, round_up
 from rave_jax.data.layout import check_regions, region_major
 from rave_jax.data.order import Order
 from rave_jax.data.processor import Processor
 from rave_jax.data.sample import EmptyAnswer, Example, Sample, SampleError, Source, message_text
+from rave_jax.data.skips import Skip, SkipLog, describe, skip_of
 from rave_jax.data.sources import SourceConfig, Synthetic
 from rave_jax.layout import VisualLayout
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -100,19 +98,29 @@ class DataConfig:
         for name, least in (("prefetch", 0), ("workers", 1), ("cache_mb", 0)):
             require(getattr(self, name) >= least, name, getattr(self, name), f"{least} or more")
 
+    def open_sources(self, probe: int = 8) -> tuple[Source, ...]:
+        """The sources, each with at least one sample.
+
+        Args:
+            probe: first samples of a source of which at least one has to be readable; 0 for none.
+
+        Raises:
+            ConfigError: one cannot be opened or is empty, or none of its first samples can be read.
+        """
+        opened = []
+        for number, config in enumerate(self.sources):
+            try:
+                source: Source = config.build()
+            except ConfigError as error:
+                raise ConfigError(f"data.sources.{number}: {error}") from error
+            require(len(source) > 0, f"data.sources.{number} ({source.name})", len(source), "at least one sample")
+            _probe(source, probe, f"data.sources.{number} ({source.name})")
+            opened.append(source)
+        return tuple(opened)
+
     def processor(self, directory: str | Path, layout: VisualLayout) -> Processor:
         """The processor of an HF directory, under this config's pixel limits and the layout a model wants."""
         return Processor.from_hf(directory, self.min_pixels, self.max_pixels, layout)
-
-
-@dataclass(frozen=True)
-class Skip:
-    """A sample that was not used: of which source, which index, why, and the line that was logged."""
-
-    source: str
-    index: int
-    reason: str
-    message: str
 
 
 class Pipeline:
@@ -121,17 +129,16 @@ class Pipeline:
     Args:
         config: what to read.
         processor: the model's processor; `DataConfig.processor` gives it.
+        sources: of `DataConfig.open_sources`, where they are open already.
 
     Raises:
         ConfigError: a source cannot be opened or is empty.
     """
 
-    def __init__(self, config: DataConfig, processor: Processor):
+    def __init__(self, config: DataConfig, processor: Processor, sources: Sequence[Source] | None = None):
         self.config = config
         self.processor = processor
-        self.sources: tuple[Source, ...] = tuple(source.build() for source in config.sources)
-        for source in self.sources:
-            require(len(source) > 0, f"data.sources ({source.name})", len(source), "at least one sample")
+        self.sources: tuple[Source, ...] = config.open_sources() if sources is None else tuple(sources)
         most, each = processor.layout.max_regions, config.documents_per_row
         fits = processor.layout.regions is None or each <= most
         require(fits, "data.documents_per_row", each, f"at most max_regions {most}: each document needs a region")
@@ -140,8 +147,8 @@ class Pipeline:
         stages = [(stage.step * per_step, stage.weights or equal) for stage in config.stages]
         self._order = Order([len(source) for source in self.sources], stages, config.seed)
         self._cache = _Cache(config.cache_mb * 2**20)
-        self._logged: set[tuple[int, int]] = set()
-        self._lock = threading.Lock()
+        self.skip_log = SkipLog()
+        """Says which samples are not used."""
         self.skipped: Counter[str] = Counter()
         """Samples skipped so far in batches handed out, by reason."""
 
@@ -199,19 +206,30 @@ class Pipeline:
         """What the order of samples hangs on, besides the curriculum."""
         c = self.config
         lengths = [len(source) for source in self.sources]
-        return {"seed": c.seed, "rows": c.rows, "documents_per_row": c.documents_per_row, "samples": lengths}
+        facts = {"seed": c.seed, "rows": c.rows, "documents_per_row": c.documents_per_row, "samples": lengths}
+        return {**facts, "fingerprints": [source.fingerprint for source in self.sources]}
 
     def restore(self, state: Mapping[str, Any]) -> int:
         """Take up a saved state; returns the step to go on with.
 
         Raises:
-            ConfigError: the state was saved under another seed, or by a run with another number of rows or samples:
-                its step would not be where it stopped.
+            ConfigError: the state was saved under another seed, or by a run with another number of rows or samples, or
+                with other samples or another order of them: its step would not be where it stopped.
         """
-        for name, value in self._facts().items():
+        facts = self._facts()
+        found = facts.pop("fingerprints")
+        saved = state.get("fingerprints", found)  # states of old runs have none
+        for name, value in facts.items():
             require(
                 state.get(name) == value, f"data.{name}", value, f"{state.get(name)!r} as in the run that was saved"
             )
+        for number, source in enumerate(self.sources):
+            if found[number] != saved[number]:
+                raise ConfigError(
+                    f"data.sources.{number} ({source.name}) holds other records than in the run that was saved, or the "
+                    f"same in another order (fingerprint {found[number]}, expected {saved[number]}): put the data back "
+                    "as it was, or start a new run in another output_dir"
+                )
         self.skipped = Counter(state["skipped"])
         return int(state["step"])
 
@@ -244,20 +262,12 @@ class Pipeline:
             except SampleError as error:
                 if self.config.on_error == "fail":
                     raise
-                skips.append(self._skip(number, index, error))
+                skips.append(skip_of(self.sources[number].name, index, error))
+                self.skip_log.add(skips[-1])
         raise SampleError(
-            f"{self.sources[number].name}: {self.config.max_skips + 1} samples one after another cannot be used; "
-            f"the last: {skips[-1].message}"
+            f"{self.sources[number].name}: {self.config.max_skips + 1} samples one after another cannot be used: "
+            f"{describe(skips)}; the last: {skips[-1].message}"
         )
-
-    def _skip(self, number: int, index: int, error: SampleError) -> Skip:
-        skip = Skip(self.sources[number].name, index, error.reason, str(error))
-        with self._lock:
-            new = (number, index) not in self._logged
-            self._logged.add((number, index))
-        if new:
-            log.warning("skipped (%s) %s", skip.reason, skip.message)
-        return skip
 
     def _load(self, number: int, index: int, shape: BatchShape) -> Example:
         key = (number, index, shape)  # what fits the rows of one stage need not fit another's
@@ -276,13 +286,28 @@ class Pipeline:
         return example
 
 
+def _probe(source: Source, most: int, field: str) -> None:
+    """Raise ConfigError where none of the first samples can be read: then the file is none of this kind."""
+    errors: list[SampleError] = []
+    for index in range(min(most, len(source))):
+        try:
+            source[index]
+            return
+        except SampleError as error:
+            errors.append(error)
+    if errors:
+        raise ConfigError(f"{field}: none of its first {len(errors)} samples can be read; the first: {errors[0]}")
+
+
 def check_answers(sample: Sample, name: str) -> None:
-    """Raise EmptyAnswer, naming the sample, unless it ends with an answer and every answer has a text."""
+    """Raise EmptyAnswer, naming the sample, unless it ends with an answer, no answer is blank and one is learned."""
     if not sample.messages or sample.messages[-1]["role"] != "assistant":
         raise EmptyAnswer(f"{name}: the conversation ends without an answer{_files_of(sample)}")
-    for message in sample.messages:
-        if message["role"] == "assistant" and not message_text(message).strip():
-            raise EmptyAnswer(f"{name}: an answer is empty{_files_of(sample)}")
+    answers = [message for message in sample.messages if message["role"] == "assistant"]
+    if not all(message_text(message).strip() for message in answers):
+        raise EmptyAnswer(f"{name}: an answer is empty{_files_of(sample)}")
+    if not any(message.get("weight", 1) for message in answers):
+        raise EmptyAnswer(f"{name}: every answer has the weight 0{_files_of(sample)}")
 
 
 def _files_of(sample: Sample) -> str:

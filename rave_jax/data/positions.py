@@ -1,9 +1,17 @@
-"""Rotary positions of text, pictures and videos (M-RoPE), as Qwen2.5-VL's `get_rope_index` gives them.
+"""Rotary positions of text, pictures and videos (M-RoPE).
 
 Text counts on in all three axes. A picture starts where the text stopped: its axes are the frame, row and column of
-the merged grid, and the text after it goes on behind its longer side. A video's frames stand
-`tokens_per_second * seconds` apart, cut to whole numbers; transformers 5.23 goes on behind the longer side of its
-grid as well, however many frames it has.
+the merged grid. A video's frames stand `tokens_per_second * seconds` apart, cut to whole numbers.
+
+What follows a picture or video goes on behind its largest position, whichever axis that is on. It is the rule of the
+Qwen2-VL paper (arXiv 2409.12191, section 2.1) and of transformers up to 5.2.0. It is also how generation counts: an
+answer goes on behind the largest position of its prompt, in transformers too. So a token has one position, whether it
+is read in training, in a prompt, or generated.
+
+For a picture the largest position is on its longer side, and prompts of transformers 5.23 have the same positions.
+Behind a video, transformers 5.23 lets the prompt go on behind the longer side of the grid however late the last frame
+is, and the answer behind the largest position. Its prompts differ from ours where the last frame,
+`tokens_per_second * seconds * (frames - 1)`, is beyond that side.
 """
 
 from __future__ import annotations
@@ -56,6 +64,6 @@ def mrope_positions(length: int, visuals: Sequence[Visual], tokens_per_second: f
                 np.int32
             )
         positions[:, start:token] = places + position
-        position += max(grid[1], grid[2])
+        position += int(places.max()) + 1
     positions[:, token:] = np.arange(position, position + length - token, dtype=np.int32)
     return positions

@@ -19,10 +19,13 @@ from rave_jax.data.layout import lay_out
 from rave_jax.data.positions import Visual, grid_places, mrope_positions
 from rave_jax.data.sample import Example, Message, SampleError
 from rave_jax.data.video import VideoLimits, video_patches
+from rave_jax.files import check_folder, read_text
 from rave_jax.layout import VisualLayout
 from rave_jax.typing import NpArray
 
 BICUBIC = 3
+TOKENIZER_FILES = ("*token*", "vocab*", "merges*", "*.jinja", "*.model", "*config.json")
+"""Names of the files that transformers opens for a tokenizer."""
 
 
 @dataclass(frozen=True)
@@ -151,13 +154,15 @@ def image_settings(directory: Path) -> tuple[Path, dict[str, Any]]:
 
 
 def _read_json(path: Path, optional: bool = False) -> dict[str, Any]:
-    if not path.is_file():
+    if not path.exists():
         if optional:
             return {}
         raise ConfigError(f"{path}: no such file; a model directory of a vision-language model needs it")
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        data = json.loads(read_text(path))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: not JSON: {error}") from error
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: expected an object")
@@ -220,6 +225,10 @@ class Processor:
         low = settings.min_pixels if min_pixels is None else min_pixels
         high = settings.max_pixels if max_pixels is None else max_pixels
         try:
+            check_folder(directory, TOKENIZER_FILES)
+        except OSError as error:
+            raise ConfigError(f"{error.filename}: cannot be read: {error.strerror or error}") from error
+        try:
             tokenizer = AutoTokenizer.from_pretrained(str(directory))
         except Exception as error:  # the libraries below raise many kinds for files that are not theirs
             raise ConfigError(f"{directory}: no tokenizer could be read: {error}") from error
@@ -275,7 +284,7 @@ class Processor:
         def spread(values: Any) -> Any:
             return np.repeat(np.repeat(values, lengths).astype(np.int32), repeats)
 
-        learn = np.concatenate([_span(len(run.ids), run.learn) for run in runs])
+        learn = np.concatenate([_span(len(run.ids), run.learn, run.weight) for run in runs])
         tokens = np.repeat(ids, repeats)
         visuals = [
             Visual(int(start), patches.grid, seconds) for start, (patches, seconds) in zip(starts, cuts, strict=True)
@@ -329,9 +338,9 @@ class Processor:
         return TokenInfo(**codes), visual_index
 
 
-def _span(length: int, bounds: tuple[int, int]) -> NpArray:
+def _span(length: int, bounds: tuple[int, int], weight: float) -> NpArray:
     span = np.zeros(length, np.float32)
-    span[slice(*bounds)] = 1
+    span[slice(*bounds)] = weight
     return span
 
 

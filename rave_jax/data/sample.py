@@ -14,14 +14,28 @@ Message = Mapping[str, Any]
 
 A part is `{"type": "text", "text": str}`, `{"type": "image", "image": path | bytes | PIL image | uint8 array}` or
 `{"type": "video", "video": [frames, each as an image], "fps": frames per second}`. An image or video part may carry a
-`name` that errors then say in place of a path.
+`name` that errors then say in place of a path. An answer may carry a `weight`, which its tokens have in the loss: 1
+where there is none, 0 for an answer that is not learned.
 """
+
+METRICS = ("exact_match", "relaxed_accuracy", "anls")
+"""Names that a sample's `metric` may have; `evaluation/metrics.py` computes them."""
 
 
 class SampleError(ValueError):
     """A sample that cannot be used. `reason` is the short name it is counted under; the message names the file."""
 
     reason = "bad record"
+
+    def at(self, where: str) -> SampleError:
+        """The same error, `where` in front of what it says."""
+        return type(self)(f"{where}: {self}")
+
+
+class UnreadKey(SampleError):
+    """A record that holds something under a name that is not read, and that would be dropped."""
+
+    reason = "unread key"
 
 
 class ImageError(SampleError):
@@ -40,6 +54,11 @@ class OverBudget(SampleError):
     """A sample with more tokens or patches than its row holds. Nothing is ever cut to make it fit."""
 
     reason = "over budget"
+
+    def __init__(self, message: str, tokens: int = 0, patches: int = 0):
+        """`tokens` and `patches` are what the sample needs; 0 where that is not known."""
+        super().__init__(message)
+        self.tokens, self.patches = tokens, patches
 
 
 @dataclass(frozen=True)
@@ -94,7 +113,13 @@ def message_text(message: Message) -> str:
 class Source(Protocol):
     """Samples by index: random access, the same sample for the same index whoever asks."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def fingerprint(self) -> str:
+        """Of what the source holds, in its order; empty where its config says it all."""
+        ...
 
     def __len__(self) -> int: ...
 
@@ -106,7 +131,8 @@ class Example(NamedTuple):
 
     Fields:
         tokens: token ids, placeholders of pictures repeated once per merged patch.
-        loss_mask: 1 on tokens of answers (with the end-of-message token, without the header), 0 elsewhere.
+        loss_mask: the answer's weight (1 unless it has one) on tokens of answers (with the end-of-message token,
+            without the header), 0 elsewhere.
         info: token codes of one document (segment 1; images counted from 1).
         positions: rotary positions: temporal, height, width.
         visual_index: which merged patch of the document a visual token is; 0 for text.

@@ -2,32 +2,47 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
-from rave_jax.config import require
+from rave_jax.config import check_paths, require
 from rave_jax.data.sources import SourceConfig, Synthetic
-from rave_jax.evaluation.gate import TaskAim
+from rave_jax.evaluation.grounding import TaskAim
 from rave_jax.models.config import ModelOptions
 from rave_jax.parallel.hosts import HostsConfig
 from rave_jax.parallel.mesh import MeshConfig
 
+MOST_SAMPLES = 10**9
+"""Most samples of an evaluation."""
+
 
 @dataclass(frozen=True)
-class Gate:
-    """Controls that tell looking from guessing; see `evaluation/controls.py`."""
+class Floor:
+    """What answers reach without looking, with which a score is compared; see `evaluation/controls.py`."""
 
-    train: SourceConfig = field(default_factory=lambda: Synthetic(split="train"))
-    """Training samples from which the most frequent answers are counted."""
+    train: SourceConfig | None = None
+    """Training samples from which the most frequent answers are counted. None: the samples of the evaluation, where the
+    answer to a question is counted over the other pictures."""
     train_samples: int = 2000
-    """How many of them, from the first on."""
+    """How many training samples, from the first on."""
+    grey: bool = True
+    """Ask the model about grey pictures too? It takes as long as asking about the pictures."""
+
+    def __post_init__(self) -> None:
+        require(1 <= self.train_samples <= MOST_SAMPLES, "train_samples", self.train_samples, f"1 to {MOST_SAMPLES}")
+
+
+@dataclass(frozen=True)
+class Grounding:
+    """The grounding check: is the score well above the floor, and does it fall when the evidence is dealt anew?"""
+
     margin: float = 0.25
     """How far the score must be above the question-only floor and above the score on re-dealt pictures."""
     aims: tuple[TaskAim, ...] = ()
     """Scores that single tasks must reach."""
 
     def __post_init__(self) -> None:
-        require(self.train_samples >= 1, "train_samples", self.train_samples, "at least 1")
         require(0 <= self.margin <= 1, "margin", self.margin, "a difference of scores between 0 and 1")
 
 
@@ -52,7 +67,11 @@ class Eval:
     looks: int = 128
     """Samples whose attention is measured, spread evenly over the tasks; 0 measures none."""
     pictures: int = 12
-    """How many of those also become a picture."""
+    """How many of those also become a picture, with its arrays beside it as .npz."""
+    per_head: bool = False
+    """Draw every head by itself too, in a second picture?"""
+    picture_format: Literal["png", "pdf", "svg"] = "png"
+    """Format of these pictures; pdf and svg keep their letters and lines sharp in print."""
     vas: int = 0
     """Samples whose visual attention score (VAS, `evaluation/vas.py`) is measured, spread evenly over the tasks; 0
     measures none. It costs a forward pass with three runs of the attention kernel in each layer, and needs a system
@@ -64,8 +83,10 @@ class Eval:
     """Decoder layers averaged in the pictures and in the share inside the evidence box; empty takes all."""
     on_error: Literal["skip", "fail"] = "skip"
     """What to do with a sample that cannot be asked (a broken picture, over budget): log, count and go on, or stop."""
-    gate: Gate | None = None
-    """Controls that tell looking from guessing, or none."""
+    floor: Floor | None = Floor()
+    """What answers reach without looking, or None. Without it a score cannot tell looking from guessing."""
+    grounding: Grounding | None = None
+    """The check that answers come from the evidence, for sources that can deal evidence anew (`Synthetic`), or None."""
 
     def __post_init__(self) -> None:
         require(bool(self.name) and "/" not in self.name, "name", self.name, "the name of a folder")
@@ -74,6 +95,21 @@ class Eval:
         for name in ("patches", "looks", "vas", "routes"):
             require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         require(0 <= self.pictures <= self.looks, "pictures", self.pictures, f"0 to looks ({self.looks})")
+        compared = self.grounding is None or self.floor is not None
+        require(compared, "floor", self.floor, "a Floor: the grounding check compares the score with it")
+
+    @classmethod
+    def from_older(cls, data: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The JSON of an evaluation as it is written, from one whose grounding check is called `gate`."""
+        if "gate" not in data:
+            return data
+        data = dict(data)
+        gate = data.pop("gate")
+        if not isinstance(gate, dict):
+            return data | {"grounding": gate}
+        gate = dict(gate)
+        floor = {name: gate.pop(name) for name in ("train", "train_samples") if name in gate}
+        return {"floor": {"type": "Floor", **floor}, **data, "grounding": {**gate, "type": "Grounding"}}
 
 
 @dataclass(frozen=True)
@@ -115,6 +151,7 @@ class Examination:
     """Processes of the job and their time limits."""
 
     def __post_init__(self) -> None:
+        check_paths(self)
         names = [item.name for item in self.evals]
         require(len(names) > 0, "evals", self.evals, "at least one evaluation")
         require(len(set(names)) == len(names), "evals", names, "evaluations with names of their own")

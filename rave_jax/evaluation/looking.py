@@ -14,7 +14,7 @@ from PIL import Image
 from rave_jax.data.images import read_image
 from rave_jax.data.sample import Sample
 from rave_jax.look.maps import Box, Look, area, relative_box
-from rave_jax.look.overlay import Caption, save_overlay
+from rave_jax.look.overlay import Caption, save_heads, save_overlay
 
 
 @dataclass(frozen=True)
@@ -118,41 +118,65 @@ def spread(tasks: Sequence[str], count: int) -> list[int]:
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """Files of a drawn sample, relative to the folder: the overlay, and the picture itself if it was no file."""
+class Drawing:
+    """How looks are drawn.
 
-    overlay: str
+    Attributes:
+        layers: averaged in the maps; all when empty.
+        per_head: is every head drawn by itself too?
+        suffix: of the files, `png`, `pdf` or `svg`.
+    """
+
+    layers: tuple[int, ...] = ()
+    per_head: bool = False
+    suffix: str = "png"
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Files of a drawn sample, relative to the folder: the maps, and the picture itself if it was no file."""
+
+    maps: tuple[str, ...]
     image: str | None
 
 
 def draw(
-    out: Path,
-    number: int,
-    sample: Sample,
-    look: Look,
-    looked: Looked,
-    layers: tuple[int, ...],
-    prediction: str,
-    score: float,
+    out: Path, number: int, sample: Sample, look: Look, looked: Looked, how: Drawing, prediction: str, score: float
 ) -> Drawn:
-    """Write the overlay of one sample, and its picture where the source gave pixels.
+    """Write the maps of one sample, their numbers beside them (.npz), and its picture where the source gave pixels.
+
+    The arrays: `weights` [L,H,y,x], the attention of the answer to each cell of the picture's grid in every layer and
+    head, summing to the share that went to the picture; `times_even` [y,x] and `times_even_by_head` [H,y,x], the maps
+    that are drawn; `box`, the evidence in fractions of the picture, empty where it is not known.
 
     Args:
         out: the evaluation's folder.
         number: of the picture, the start of its name.
     """
-    name = "".join(c if c.isalnum() or c in "-_." else "_" for c in sample.id)[:80]
+    name = f"{number:03d}_{''.join(c if c.isalnum() or c in '-_.' else '_' for c in sample.id)[:80]}"
     source = sample.images[0]
     image = read_image(source, sample.id)
     note = f"{looked.on_picture:.0%} of the attention is on the picture"
     if looked.box is not None:
         note += f"; {looked.in_box:.0%} of that in the evidence box (area {looked.area:.0%})"
-    drawn = Drawn(f"pictures/{number:03d}_{name}.png", None)
+    maps = [f"pictures/{name}.{how.suffix}"]
     caption = Caption(sample.question, sample.answers[0], prediction, score, note)
-    save_overlay(out / drawn.overlay, image, look.heat(layers), looked.box, caption)
+    times_even, by_head = look.times_even(how.layers), look.times_even_by_head(how.layers)
+    save_overlay(out / maps[0], image, times_even, looked.box, caption)
+    if how.per_head:
+        maps.append(f"pictures/{name}_heads.{how.suffix}")
+        save_heads(out / maps[1], image, by_head, look.on_picture_by_head(how.layers), looked.box)
+    box = np.asarray(() if looked.box is None else looked.box, np.float64)
+    np.savez_compressed(
+        out / "pictures" / f"{name}.npz",
+        weights=look.weights,
+        times_even=times_even,
+        times_even_by_head=by_head,
+        box=box,
+    )
     if isinstance(source, (str, os.PathLike)):
-        return drawn
-    drawn = Drawn(drawn.overlay, f"images/{number:03d}_{name}.png")
+        return Drawn(tuple(maps), None)
+    file = f"images/{name}.png"
     (out / "images").mkdir(parents=True, exist_ok=True)
-    image.save(out / str(drawn.image))
-    return drawn
+    image.save(out / file)
+    return Drawn(tuple(maps), file)

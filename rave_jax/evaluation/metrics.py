@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
@@ -87,6 +88,13 @@ def score(metric: str, prediction: str, answers: Sequence[str]) -> float:
     Raises:
         ConfigError: no such metric.
     """
-    if metric not in METRICS:
-        raise ConfigError(f"metric is {metric!r}, expected one of {', '.join(map(repr, METRICS))}")
+    check_metric(metric)
     return METRICS[metric](prediction, answers)
+
+
+def check_metric(metric: str, where: str = "") -> None:
+    """Raise ConfigError, naming where it stands, unless there is such a metric."""
+    if metric not in METRICS:
+        close = difflib.get_close_matches(str(metric), METRICS, 1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise ConfigError(f"{where}metric is {metric!r}, expected one of {', '.join(map(repr, METRICS))}{hint}")

@@ -12,8 +12,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-# Quantile 0.975 of Student's t with 1, 2, ... degrees of freedom; beyond them the last is used, which is on the safe
-# side. From the usual tables (e.g. NIST/SEMATECH e-Handbook, section 1.3.6.7.2).
+# Quantile 0.975 of Student's t with 1, 2, ... degrees of freedom, from the usual tables (e.g. NIST/SEMATECH e-Handbook,
+# section 1.3.6.7.2).
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
 
 
@@ -36,6 +36,18 @@ class Difference:
         return self.mean + self.half_width
 
 
+def t_975(degrees: int) -> float:
+    """Quantile 0.975 of Student's t: from the table, beyond it by the expansion of Abramowitz and Stegun, 26.7.5.
+
+    Args:
+        degrees: of freedom, at least 1.
+    """
+    if degrees <= len(T_975):
+        return T_975[degrees - 1]
+    z = statistics.NormalDist().inv_cdf(0.975)
+    return z + (z**3 + z) / (4 * degrees) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * degrees**2)
+
+
 def paired_difference(scores: Mapping[int, float], base: Mapping[int, float]) -> Difference | None:
     """`scores` less `base`, over the seeds that both have; None where they share none.
 
@@ -47,8 +59,8 @@ def paired_difference(scores: Mapping[int, float], base: Mapping[int, float]) ->
         return None
     if len(found) == 1:
         return Difference(1, found[0], math.inf)
-    t = T_975[min(len(found) - 1, len(T_975)) - 1]
-    return Difference(len(found), statistics.mean(found), t * statistics.stdev(found) / math.sqrt(len(found)))
+    half = t_975(len(found) - 1) * statistics.stdev(found) / math.sqrt(len(found))
+    return Difference(len(found), statistics.mean(found), half)
 
 
 def undecided(difference: Difference, base: Sequence[float], *, floor: float, widest: float) -> str | None:

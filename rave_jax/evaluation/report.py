@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rave_jax.evaluation.config import Report
-from rave_jax.evaluation.summary import HEADINGS
+from rave_jax.evaluation.summary import HEADINGS, AboveFloor
 from rave_jax.evaluation.vas import Vas
 from rave_jax.look.curves import save_loss_curve
 from rave_jax.observe.metrics import read_jsonl
@@ -80,36 +80,50 @@ def _training(run: Path, smoothing: int) -> list[str]:
 
 
 def _evaluation(summary: Mapping[str, Any], folder: Path) -> list[str]:
-    names = list(summary["total"]["controls"])
-    header = ["task", "metric", "samples", "score", *(HEADINGS[name] for name in names)]
+    total = summary["total"]
+    names = list(total["controls"])
+    # Intervals, floors, VAS and routes are not in the summaries that older versions wrote.
+    intervals = "low" in total
+    header = ["task", "metric", "samples", "score", *["95 %"] * intervals, *(HEADINGS[name] for name in names)]
     rows = []
-    for row in (*summary["tasks"], summary["total"]):
+    for row in (*summary["tasks"], total):
         mark = "**" if row["task"] == "all" else ""
         cells = [row["task"], row["metric"], f"{row['samples']:,}", f"{row['score']:.1%}"]
+        cells += [f"{100 * row['low']:.1f} to {100 * row['high']:.1f}"] if intervals else []
         cells += [f"{row['controls'][name]:.1%}" for name in names]
         rows.append([f"{mark}{cell}{mark}" for cell in cells])
     page = [f"## Evaluation: {summary['name']}", "", *_table(header, rows, left=2), ""]
+    if summary.get("floor"):
+        sentence = AboveFloor(**summary["floor"]).sentence()
+        page += [f"{sentence[0].upper()}{sentence[1:]}.", ""]
+    if intervals:
+        page += [f"The 95 % intervals are over {total['pictures']:,} pictures.", ""]
     if summary["broken"]:
         page += ["Left out: " + ", ".join(f"{n:,} {reason}" for reason, n in summary["broken"].items()) + ".", ""]
     page += [f"Every prediction: [predictions.jsonl]({folder}/predictions.jsonl).", ""]
-    # Runs from before VAS and routes were measured are in summaries too.
-    page += _gate(summary["gate"]) + _looking(summary["looking"]) + _vas(summary.get("vas"))
-    page += _routing(summary.get("routing"))
+    page += _grounding(summary.get("grounding", summary.get("gate")))
+    page += _looking(summary["looking"]) + _vas(summary.get("vas")) + _routing(summary.get("routing"))
+    if summary["pictures"]:
+        page += [
+            "Colours are multiples of attention spread evenly over the picture, 1.0 for even, on one scale in all "
+            "pictures; the numbers are in the `.npz` beside each.",
+            "",
+        ]
     for picture in summary["pictures"]:
-        page += [f"![attention of one answer]({folder}/{picture})", ""]
+        page += [f"{'' if picture.endswith('.pdf') else '!'}[attention of one answer]({folder}/{picture})", ""]
     return page
 
 
-def _gate(gate: Mapping[str, Any] | None) -> list[str]:
-    if gate is None:
+def _grounding(check: Mapping[str, Any] | None) -> list[str]:
+    if check is None:
         return []
-    floors = "; ".join(f"{HEADINGS[name]}: {value:.1%}" for name, value in gate["floors"].items())
+    floors = "; ".join(f"{HEADINGS[name]}: {value:.1%}" for name, value in check["floors"].items())
     return [
-        f"### Does it look? The gate {'holds' if gate['holds'] else 'does not hold'}.",
+        f"### Does it look? The grounding check {'holds' if check['holds'] else 'does not hold'}.",
         "",
-        *(f"- {finding}" for finding in gate["findings"]),
+        *(f"- {finding}" for finding in check["findings"]),
         "",
-        f"The question-only floor, {gate['floor']:.1%}, is the largest of: {floors}.",
+        f"The question-only floor, {check['floor']:.1%}, is the largest of: {floors}.",
         "",
     ]
 

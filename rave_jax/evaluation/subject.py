@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from rave_jax.batch import Batch, Kind, Role, TokenInfo
 from rave_jax.data.collate import BatchShape, collate
 from rave_jax.data.processor import Processor
-from rave_jax.data.sample import Example, Sample, SampleError
+from rave_jax.data.sample import Example, OverBudget, Sample, SampleError
 from rave_jax.evaluation.accounting import account
 from rave_jax.evaluation.routing import Route, cells_of
 from rave_jax.evaluation.vas import VasSums, vas_sums, with_vas
@@ -35,6 +35,17 @@ class Answer:
 
     text: str
     tokens: tuple[int, ...] = ()
+
+
+class PromptOverBudget(OverBudget):
+    """A prompt that the evaluation's rows do not hold, with the tokens and patches that it needs."""
+
+    def __init__(self, name: str, tokens: int, patches: int, most: BatchShape):
+        super().__init__(
+            f"{name}: the prompt has {tokens} tokens and {patches} patches, over the budget of tokens {most.tokens} "
+            f"and patches {most.patches}"
+        )
+        self.tokens, self.patches = tokens, patches
 
 
 class Subject(Protocol):
@@ -99,9 +110,19 @@ class ModelSubject:
     def answer(self, samples: Sequence[Sample]) -> list[Answer | SampleError]:
         asked = (Request(sample.prompt, self._sampling, sample.id) for sample in samples)
         return [
-            Answer(end.text.strip(), end.tokens) if isinstance(end, Completion) else end
-            for end in self._generator.answers(asked)
+            Answer(end.text.strip(), end.tokens) if isinstance(end, Completion) else self._with_needs(sample, end)
+            for sample, end in zip(samples, self._generator.answers(asked), strict=True)
         ]
+
+    def _with_needs(self, sample: Sample, error: SampleError) -> SampleError:
+        """For a prompt over the budget, how large a budget it needs, in words of the evaluation's config."""
+        if not isinstance(error, OverBudget):
+            return error
+        prompt = self._prompt(sample)
+        tokens, patches = len(prompt.tokens), len(prompt.patches)
+        if tokens <= self._shape.tokens and patches <= self._shape.patches:
+            return error
+        return PromptOverBudget(sample.id, tokens, patches, self._shape)
 
     def look(self, samples: Sequence[Sample], answers: Sequence[Answer]) -> list[Look | None]:
         looks: list[Look | None] = []

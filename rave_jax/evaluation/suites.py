@@ -1,7 +1,7 @@
 """One evaluation: ask, score, compare with the controls, look, and write it all down.
 
 In the output folder: `predictions.jsonl` (a line per sample), `summary.json`, and `pictures/` (attention over the
-picture) with `images/` (the pictures alone, where the source gives pixels and no file).
+picture, as pictures and as arrays) with `images/` (the pictures alone, where the source gives pixels and no file).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import dataclasses
 import json
 import os
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -23,22 +23,36 @@ from rave_jax.config import ConfigError
 from rave_jax.data.collate import BatchShape, round_up
 from rave_jax.data.images import read_image
 from rave_jax.data.processor import Processor
-from rave_jax.data.sample import Sample, SampleError, Source
+from rave_jax.data.sample import EmptyAnswer, Sample, SampleError, Source
 from rave_jax.evaluation.config import Eval
 from rave_jax.evaluation.controls import FrequentAnswers, Redealing, grey
-from rave_jax.evaluation.gate import judge
-from rave_jax.evaluation.looking import Looked, draw, measure, spread, summarise
-from rave_jax.evaluation.metrics import score
+from rave_jax.evaluation.grounding import judge
+from rave_jax.evaluation.intervals import NO_PICTURE, picture_key, score_interval
+from rave_jax.evaluation.looking import Drawing, Looked, draw, measure, spread, summarise
+from rave_jax.evaluation.metrics import check_metric, score
 from rave_jax.evaluation.routing import Hits, Route, hits
 from rave_jax.evaluation.routing import summarise as summarise_routes
-from rave_jax.evaluation.subject import Answer, ModelSubject, Subject
-from rave_jax.evaluation.summary import BY_TEMPLATE, BY_TEXT, FLOORS, GREY, REDEALT, Summary, TaskRow, mean
+from rave_jax.evaluation.subject import Answer, ModelSubject, PromptOverBudget, Subject
+from rave_jax.evaluation.summary import (
+    BY_TEMPLATE,
+    BY_TEXT,
+    FLOORS,
+    GREY,
+    OF_ALL,
+    REDEALT,
+    Summary,
+    TaskRow,
+    above_floor,
+    mean,
+)
 from rave_jax.evaluation.vas import Vas
 from rave_jax.look.maps import relative_box
 from rave_jax.models.vlm import Vlm
 from rave_jax.parallel.rows import row_ways
 
 Log = Callable[[str], None]
+LINES = 5
+"""Samples left out for one reason that are named each."""
 
 
 @dataclasses.dataclass
@@ -50,6 +64,7 @@ class Record:
         image: file of the first picture (relative to this folder where it was saved here), the sample's id where
             its pixels were not kept, None without a picture.
         tokens: the prediction's tokens; not written.
+        pictures: the same for samples of the same pictures; not written.
         controls: score of each control on the same sample.
     """
 
@@ -66,11 +81,17 @@ class Record:
     task: str
     template: str
     source: str
+    pictures: str
     controls: dict[str, float]
+
+    @property
+    def has_pictures(self) -> bool:
+        """Is there a picture or a video to look at?"""
+        return not self.pictures.startswith(NO_PICTURE)
 
     def line(self) -> str:
         """The line of the file."""
-        fields = {name: value for name, value in dataclasses.asdict(self).items() if name != "tokens"}
+        fields = {name: value for name, value in dataclasses.asdict(self).items() if name not in ("tokens", "pictures")}
         return json.dumps(fields, ensure_ascii=False) + "\n"
 
 
@@ -83,11 +104,11 @@ def evaluate(config: Eval, model: Vlm, processor: Processor, mesh: Mesh, out: Pa
         processor: of the model.
         mesh: the devices.
         out: folder to write to, made when missing.
-        log: takes one line per sample that could not be asked.
+        log: takes a line for each of the first samples that could not be asked.
 
     Raises:
-        ConfigError: the gate is asked of a source that cannot re-deal evidence, a metric is unknown, a layer does
-            not exist, or not one sample could be asked.
+        ConfigError: the grounding check is asked of a source that cannot re-deal evidence, a metric is unknown, a layer
+            does not exist, or not one sample could be asked.
         SampleError: a sample cannot be asked, and `on_error` is "fail".
     """
     for layer in config.layers:
@@ -105,31 +126,46 @@ def run(config: Eval, source: Source, subject: Subject, out: Path | None, log: L
     """`evaluate` for any subject and source; `out` None writes nothing."""
     began = time.monotonic()
     broken: Counter[str] = Counter()
+    needs: list[PromptOverBudget] = []
 
     def leave_out(error: SampleError) -> None:
         if config.on_error == "fail":
             raise error
         broken[error.reason] += 1
-        log(f"left out ({error.reason}): {error}")
+        if isinstance(error, PromptOverBudget):
+            needs.append(error)
+        if broken[error.reason] <= LINES:
+            more = " (more of these are counted only)" if broken[error.reason] == LINES else ""
+            log(f"left out ({error.reason}): {error}{more}")
 
-    controls = None if config.gate is None else _Controls(config, source, subject, leave_out)
+    controls = _Controls(config, source, subject)
+    training = _training(config, leave_out)
     records = list(_ask(config, source, subject, controls, leave_out, show=out is not None))
     if not records:
-        raise ConfigError(f"evaluation {config.name}: no sample could be asked; left out: {dict(broken) or 'none'}")
+        left = ", ".join(f"{count:,} {reason}" for reason, count in broken.items()) or "none, the source is empty"
+        raise ConfigError(f"evaluation {config.name}: no sample could be asked; left out: {left}{_budget(needs)}")
+    if needs:
+        log(f"left out: {len(needs):,} prompts over budget{_budget(needs)}")
+    if config.floor is not None:
+        _add_frequent_answers(records, training)
     looks, pictures = _look(config, source, subject, records, out)
     vas = _vas(config, source, subject, records)
     routing = summarise_routes(*_route(config, source, subject, records))
     total = _row("all", records)
     tasks = tuple(_row(name, [r for r in records if r.task == name]) for name in sorted({r.task for r in records}))
     verdict = None
-    if config.gate is not None:
-        floors = {name: total.controls[name] for name in FLOORS}
+    if config.grounding is not None:
+        floors = {name: value for name, value in total.controls.items() if name in FLOORS}
         by_task = {row.task: row.score for row in tasks}
-        verdict = judge(total.score, floors, total.controls[REDEALT], config.gate.margin, by_task, config.gate.aims)
+        check = config.grounding
+        verdict = judge(total.score, floors, total.controls[REDEALT], check.margin, by_task, check.aims)
     seconds = round(time.monotonic() - began, 2)
     left_out = dict(sorted(broken.items()))
     looking = summarise(looks)
-    summary = Summary(config.name, total, tasks, left_out, looking, vas, routing, verdict, tuple(pictures), seconds)
+    floor = above_floor([(r.score, r.controls, r.pictures) for r in records])
+    summary = Summary(
+        config.name, total, tasks, left_out, floor, looking, vas, routing, verdict, tuple(pictures), seconds
+    )
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         (out / "predictions.jsonl").write_text("".join(r.line() for r in records), encoding="utf-8")
@@ -137,11 +173,18 @@ def run(config: Eval, source: Source, subject: Subject, out: Path | None, log: L
     return summary
 
 
+def _budget(needs: Sequence[PromptOverBudget]) -> str:
+    """What would hold them all."""
+    if not needs:
+        return ""
+    return f"; all fit with tokens {max(n.tokens for n in needs)} and patches {max(n.patches for n in needs)}"
+
+
 def _ask(
     config: Eval,
     source: Source,
     subject: Subject,
-    controls: _Controls | None,
+    controls: _Controls,
     leave_out: Callable[[SampleError], None],
     show: bool,
 ) -> Iterator[Record]:
@@ -160,59 +203,54 @@ def _ask(
         indices, samples = [], []
         for index in range(start, min(start + together, count)):
             try:
-                samples.append(source[index])
-                indices.append(index)
+                sample = source[index]
+                if not sample.answers:
+                    raise EmptyAnswer(f"{sample.id}: has no accepted answer to score with")
             except SampleError as error:
                 leave_out(error)
+                continue
+            check_metric(sample.metric, f"{sample.source}/{sample.id}: ")
+            samples.append(sample)
+            indices.append(index)
         asked = []
         for index, sample, answer in zip(indices, samples, subject.answer(samples), strict=True):
             if isinstance(answer, SampleError):
                 leave_out(answer)
             else:
                 asked.append((index, sample, answer))
-        scores = [{}] * len(asked) if controls is None else controls.scores([i for i, _, _ in asked])
-        for (index, sample, answer), control in zip(asked, scores, strict=True):
-            yield _record(index, sample, answer, control)
+        records = [_record(*one) for one in asked]
+        controls.add([sample for _, sample, _ in asked], records)
+        yield from records
 
 
 class _Controls:
-    """Scores of the controls on samples of the source, by index."""
+    """Scores of the same model on changed pictures, for records as they come."""
 
-    def __init__(self, config: Eval, source: Source, subject: Subject, leave_out: Callable[[SampleError], None]):
-        assert config.gate is not None
-        if not isinstance(source, Redealing):
-            raise ConfigError(
-                f"{config.name}: gate is set, but data is {type(config.data).__name__}, whose evidence cannot be "
-                "dealt anew; use Synthetic, or gate None"
-            )
-        self._source: Redealing = source
+    def __init__(self, config: Eval, source: Source, subject: Subject):
         self._subject = subject
-        train = config.gate.train.build()
+        self._grey = config.floor is not None and config.floor.grey
+        self._redealing: Redealing | None = None
+        if config.grounding is not None:
+            if not isinstance(source, Redealing):
+                raise ConfigError(
+                    f"{config.name}: grounding is set, but data is {type(config.data).__name__}, whose evidence cannot "
+                    "be dealt anew; use Synthetic, or grounding None"
+                )
+            self._redealing = source
 
-        def training() -> Iterator[Sample]:
-            for index in range(min(config.gate.train_samples if config.gate else 0, len(train))):
-                try:
-                    yield train[index]
-                except SampleError as error:
-                    leave_out(error)
-
-        self._frequent = FrequentAnswers(training())
-
-    def scores(self, indices: Sequence[int]) -> list[dict[str, float]]:
-        """The score of every control on each sample."""
-        samples = [self._source[index] for index in indices]
-        unseen = self._answers([grey(sample) for sample in samples])
-        dealt = self._answers([self._source.redeal(index) for index in indices])
-        scores = []
-        for sample, without, other in zip(samples, unseen, dealt, strict=True):
-            said = {
-                BY_TEXT: self._frequent.by_text(sample),
-                BY_TEMPLATE: self._frequent.by_template(sample),
-                GREY: without,
-                REDEALT: other,
-            }
-            scores.append({name: score(sample.metric, text, sample.answers) for name, text in said.items()})
-        return scores
+    def add(self, samples: Sequence[Sample], records: Sequence[Record]) -> None:
+        """Put the scores of the controls into the records of these samples."""
+        if self._grey:
+            # Without a picture there is nothing to take away: the answer is from the question already.
+            seen = [i for i, record in enumerate(records) if record.has_pictures]
+            texts = dict(zip(seen, self._answers([grey(samples[i]) for i in seen]), strict=True))
+            for i, (sample, record) in enumerate(zip(samples, records, strict=True)):
+                text = texts.get(i, record.prediction)
+                record.controls[GREY] = score(sample.metric, text, sample.answers)
+        if self._redealing is not None:
+            dealt = self._answers([self._redealing.redeal(record.index) for record in records])
+            for sample, record, text in zip(samples, records, dealt, strict=True):
+                record.controls[REDEALT] = score(sample.metric, text, sample.answers)
 
     def _answers(self, samples: Sequence[Sample]) -> list[str]:
         texts = []
@@ -224,7 +262,41 @@ class _Controls:
         return texts
 
 
-def _record(index: int, sample: Sample, answer: Answer, controls: dict[str, float]) -> Record:
+def _training(config: Eval, leave_out: Callable[[SampleError], None]) -> FrequentAnswers | None:
+    """Answers counted over training samples; None where the evaluation's own are counted."""
+    if config.floor is None or config.floor.train is None:
+        return None
+    most, train = config.floor.train_samples, config.floor.train.build()
+
+    def samples() -> Iterator[Sample]:
+        for index in range(min(most, len(train))):
+            try:
+                yield train[index]
+            except SampleError as error:
+                leave_out(error)
+
+    return FrequentAnswers(samples())
+
+
+def _add_frequent_answers(records: Sequence[Record], training: FrequentAnswers | None) -> None:
+    """Put the scores of the most frequent answers into the records, and drop grey pictures where there are none."""
+    frequent = training or FrequentAnswers(records)
+    same: defaultdict[str, list[Record]] = defaultdict(list)
+    for record in records:
+        same[record.pictures].append(record)
+    with_pictures = any(record.has_pictures for record in records)
+    for record in records:
+        without = () if training else same[record.pictures]
+        said = {
+            BY_TEXT: frequent.by_text(record, without),
+            BY_TEMPLATE: frequent.by_template(record, without),
+            OF_ALL: frequent.of_all,
+        }
+        scores = {name: score(record.metric, text, record.answers) for name, text in said.items()}
+        record.controls = scores | {n: x for n, x in record.controls.items() if n != GREY or with_pictures}
+
+
+def _record(index: int, sample: Sample, answer: Answer) -> Record:
     image = sample.images[0] if sample.images else None
     return Record(
         id=sample.id,
@@ -240,18 +312,23 @@ def _record(index: int, sample: Sample, answer: Answer, controls: dict[str, floa
         task=sample.task,
         template=sample.template,
         source=sample.source,
-        controls=controls,
+        pictures=picture_key(sample, index),
+        controls={},
     )
 
 
 def _row(name: str, records: Sequence[Record]) -> TaskRow:
-    names = records[0].controls
+    scores, pictures = [r.score for r in records], [r.pictures for r in records]
+    interval = score_interval(scores, pictures)
     return TaskRow(
         task=name,
         samples=len(records),
+        pictures=len(set(pictures)),
         metric=records[0].metric if len({r.metric for r in records}) == 1 else "mixed",
-        score=mean(r.score for r in records),
-        controls={control: mean(r.controls[control] for r in records) for control in names},
+        score=mean(scores),
+        low=interval.low,
+        high=interval.high,
+        controls={control: mean(r.controls[control] for r in records) for control in records[0].controls},
     )
 
 
@@ -260,8 +337,10 @@ def _look(
 ) -> tuple[list[Looked], list[str]]:
     """Measure where chosen answers looked, and draw the first `config.pictures` of them."""
     chosen = [records[i] for i in spread([r.task for r in records], config.looks)]
+    how = Drawing(config.layers, config.per_head, config.picture_format)
     looks: list[Looked] = []
     pictures: list[str] = []
+    drawn_so_far = 0
     for start in range(0, len(chosen), config.rows):
         part = chosen[start : start + config.rows]
         samples = [source[record.index] for record in part]
@@ -271,9 +350,10 @@ def _look(
                 continue
             looked = measure(sample, look, read_image(sample.images[0], sample.id), config.layers)
             looks.append(looked)
-            if out is not None and len(pictures) < config.pictures:
-                drawn = draw(out, len(pictures), sample, look, looked, config.layers, record.prediction, record.score)
-                pictures.append(drawn.overlay)
+            if out is not None and drawn_so_far < config.pictures:
+                drawn = draw(out, drawn_so_far, sample, look, looked, how, record.prediction, record.score)
+                drawn_so_far += 1
+                pictures += drawn.maps
                 record.image = drawn.image or record.image
     return looks, pictures
 

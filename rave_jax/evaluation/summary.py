@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,26 +12,65 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from rave_jax.evaluation.gate import Verdict
+from rave_jax.evaluation.grounding import Verdict
+from rave_jax.evaluation.intervals import difference_interval
 from rave_jax.evaluation.looking import Looking
 from rave_jax.evaluation.routing import RoutingSummary
 from rave_jax.evaluation.vas import Vas
 
-BY_TEXT, BY_TEMPLATE, GREY, REDEALT = "answers_by_text", "answers_by_template", "grey_pictures", "redealt"
-FLOORS = (BY_TEXT, BY_TEMPLATE, GREY)
+BY_TEXT, BY_TEMPLATE, OF_ALL = "answers_by_text", "answers_by_template", "answers_of_all"
+GREY, REDEALT = "grey_pictures", "redealt"
+FLOORS = (BY_TEXT, BY_TEMPLATE, OF_ALL, GREY)
 HEADINGS = {
     BY_TEXT: "most frequent answer, by question",
     BY_TEMPLATE: "most frequent answer, by template",
+    OF_ALL: "most frequent answer of all",
     GREY: "same model, grey pictures",
     REDEALT: "same model, evidence dealt anew",
 }
 
-_SHORT = {
-    BY_TEXT: "by text",
-    BY_TEMPLATE: "by form",
-    GREY: "grey",
-    REDEALT: "re-dealt",
-}
+
+@dataclass(frozen=True)
+class AboveFloor:
+    """A score against the question-only floor: the largest of the controls that do not look.
+
+    Attributes:
+        name: the control that is largest.
+        floor: its score.
+        above: score less floor.
+        low, high: 95 % interval of `above`, over pictures.
+    """
+
+    name: str
+    floor: float
+    above: float
+    low: float
+    high: float
+
+    def sentence(self) -> str:
+        """The finding in words."""
+        decided = "above it" if self.low > 0 else "below it" if self.high < 0 else "above or below it is not decided"
+        above, low, high = (f"{100 * value:+.1f}" for value in (self.above, self.low, self.high))
+        return (
+            f"question-only floor {self.floor:.1%} ({HEADINGS[self.name]}); "
+            f"score less floor {above} points (95 %: {low} to {high}): {decided}"
+        )
+
+
+def above_floor(found: Sequence[tuple[float, Mapping[str, float], Hashable]]) -> AboveFloor | None:
+    """The comparison of a score with its floor; None without controls.
+
+    Args:
+        found: of each sample its score, the scores of its controls, and which pictures it is about.
+    """
+    names = [name for name in FLOORS if name in found[0][1]]
+    if not names:
+        return None
+    name = max(names, key=lambda name: mean(controls[name] for _, controls, _ in found))
+    differences = [score - controls[name] for score, controls, _ in found]
+    interval = difference_interval(differences, [pictures for _, _, pictures in found])
+    floor = mean(controls[name] for _, controls, _ in found)
+    return AboveFloor(name, floor, mean(differences), interval.low, interval.high)
 
 
 @dataclass(frozen=True)
@@ -39,14 +78,19 @@ class TaskRow:
     """One line of the table: mean scores over the samples of a task.
 
     Attributes:
+        pictures: how many different ones the samples are about; a sample without one counts as one.
         metric: how they are scored; "mixed" for several ways.
-        controls: mean score of each control, empty without a gate.
+        low, high: 95 % interval of the score, over pictures (`evaluation/intervals.py`).
+        controls: mean score of each control.
     """
 
     task: str
     samples: int
+    pictures: int
     metric: str
     score: float
+    low: float
+    high: float
     controls: Mapping[str, float]
 
 
@@ -58,10 +102,11 @@ class Summary:
         total: over all samples that could be asked.
         tasks: by name.
         broken: samples that could not be asked, by reason; they are in no score.
+        floor: the score against the question-only floor, or None without one.
         looking: where the answers looked, or None where nothing was measured.
         vas: visual attention score, or None where it was not asked for.
         routing: what was read of the pictures and which regions were chosen, or None where nothing was counted.
-        verdict: of the gate, or None without one.
+        verdict: of the grounding check, or None without one.
         pictures: files, relative to the evaluation's folder.
     """
 
@@ -69,6 +114,7 @@ class Summary:
     total: TaskRow
     tasks: tuple[TaskRow, ...]
     broken: Mapping[str, int]
+    floor: AboveFloor | None
     looking: Looking | None
     vas: Vas | None
     routing: RoutingSummary | None
@@ -77,10 +123,10 @@ class Summary:
     seconds: float
 
     def to_json(self) -> dict[str, Any]:
-        """JSON-ready data; `gate` has the floor that counts beside the verdict's fields."""
+        """JSON-ready data; `grounding` has the floor that counts beside the verdict's fields."""
         data = dataclasses.asdict(self)
         verdict = data.pop("verdict")
-        data["gate"] = None if self.verdict is None else {**verdict, "floor": self.verdict.floor}
+        data["grounding"] = None if self.verdict is None else {**verdict, "floor": self.verdict.floor}
         return data
 
     def dumps(self) -> str:
@@ -95,32 +141,40 @@ def mean(values: Iterable[float]) -> float:
 
 
 def print_summary(summary: Summary, console: Console) -> None:
-    """The table of one evaluation, then what the gate says, where the answers looked, and VAS."""
+    """The table of one evaluation, then what its controls say, where the answers looked, and VAS."""
     table = Table(title=f"Evaluation: {summary.name}", title_justify="left", box=SIMPLE_HEAD)
     table.add_column("task")
     table.add_column("metric")
     table.add_column("samples", justify="right")
     table.add_column("score", justify="right", style="bold")
-    for control in summary.total.controls:
-        table.add_column(_SHORT[control], justify="right")
+    table.add_column("95 %", justify="right")
+    named = [(summary.floor is not None, "floor"), (REDEALT in summary.total.controls, "re-dealt")]
+    for there, heading in named:
+        if there:
+            table.add_column(heading, justify="right")
     for row in (*summary.tasks, summary.total):
         if row is summary.total:
             table.add_section()
-        controls = [f"{value:.1%}" for value in row.controls.values()]
-        table.add_row(row.task, row.metric.split("_")[0], f"{row.samples:,}", f"{row.score:.1%}", *controls)
+        floor = max((value for name, value in row.controls.items() if name in FLOORS), default=0.0)
+        values = (floor, row.controls.get(REDEALT, 0.0))
+        controls = [f"{value:.1%}" for value, (there, _) in zip(values, named, strict=True) if there]
+        interval = f"{100 * row.low:.1f} to {100 * row.high:.1f}"
+        table.add_row(row.task, row.metric.split("_")[0], f"{row.samples:,}", f"{row.score:.1%}", interval, *controls)
     console.print(table)
-    if summary.total.controls:
-        console.print(
-            "by text, by form: most frequent training answer to the same question or form\n"
-            "grey, re-dealt: the same model on grey pictures, or with the evidence re-dealt",
-            style="dim",
-        )
+    if summary.floor is not None:
+        console.print(summary.floor.sentence(), highlight=False, soft_wrap=True)
+    notes = [f"95 %: interval over {summary.total.pictures:,} pictures"]
+    if summary.floor is not None:
+        notes.append("floor: the most frequent answer, or the same model on grey pictures")
+    if REDEALT in summary.total.controls:
+        notes.append("re-dealt: the same model with the evidence changed")
+    console.print("\n".join(notes), style="dim", highlight=False)
     if summary.broken:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in summary.broken.items())
         console.print(f"left out: {reasons}", highlight=False)
     if summary.verdict is not None:
         for finding in summary.verdict.findings:
-            console.print(f"gate {finding}", highlight=False, soft_wrap=True)
+            console.print(f"grounding check {finding}", highlight=False, soft_wrap=True)
     if summary.looking is not None:
         console.print(summary.looking.sentence(), highlight=False, soft_wrap=True)
     if summary.vas is not None:

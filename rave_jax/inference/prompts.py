@@ -121,7 +121,7 @@ class PromptGroup:
             "slot": slots,
             "begins": None,
             "last": None,
-            # An answer goes on after the largest of the three M-RoPE coordinates in the prompt.
+            # As text does behind whatever it follows (data/positions.py).
             "position": self._column([int(prompt.example.positions.max()) + 1 for prompt in self.prompts]),
             "turn": self._column([int(np.asarray(prompt.example.info.turn)[-1]) for prompt in self.prompts]),
             "limit": self._column([prompt.limit for prompt in self.prompts]),

@@ -30,10 +30,25 @@ class Look:
         """Share of all attention that went to the picture."""
         return float(self.weights.sum((-2, -1)).mean())
 
+    def on_picture_by_head(self, layers: tuple[int, ...] = ()) -> Float[NpArray, "H"]:
+        """The same of each head, averaged over `layers` (all when empty)."""
+        return self.weights[list(layers) if layers else slice(None)].sum((-2, -1)).mean(0)
+
     def heat(self, layers: tuple[int, ...] = ()) -> Float[NpArray, "y x"]:
         """Map averaged over heads and over `layers` (all when empty), scaled to sum to 1 over the picture."""
         heat = self.weights[list(layers) if layers else slice(None)].mean((0, 1))
         return heat / max(float(heat.sum()), 1e-30)
+
+    def times_even(self, layers: tuple[int, ...] = ()) -> Float[NpArray, "y x"]:
+        """`heat` as multiples of attention spread evenly over the picture: 1 everywhere is even, and the mean is 1."""
+        heat = self.heat(layers)
+        return heat * heat.size
+
+    def times_even_by_head(self, layers: tuple[int, ...] = ()) -> Float[NpArray, "H y x"]:
+        """The same for each head by itself, averaged over `layers` (all when empty)."""
+        weights = self.weights[list(layers) if layers else slice(None)].mean(0)
+        sums = weights.sum((-2, -1), keepdims=True)
+        return weights / np.maximum(sums, 1e-30) * weights[0].size
 
     def in_box(self, box: Box, layers: tuple[int, ...] = ()) -> float:
         """Share of the picture's attention inside `box` (in fractions of the picture's width and height)."""

@@ -1,11 +1,17 @@
-"""One picture per sample: the image with its evidence box, beside it the same image under the attention."""
+"""Pictures of attention: a sample's image with its evidence box, beside it the same image under the attention.
+
+Colours are multiples of attention spread evenly over the picture, on one scale for all pictures, heads and runs: a cell
+with its even share is not coloured, red ones have more and blue ones less. Even attention therefore looks even.
+"""
 
 from __future__ import annotations
 
+import math
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
+import matplotlib
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
@@ -19,9 +25,12 @@ from rave_jax.look.maps import Box
 from rave_jax.typing import Float, NpArray
 
 INK, FAINT, RIGHT, WRONG, BOX = "#1b1f24", "#6a737d", "#1a7f37", "#c4320a", "#00b3a4"
-HEAT = "inferno"
-# Up to this many cells a side, cells are shown as the blocks they are; finer grids are smoothed.
-BLOCKS_UP_TO = 8
+COLOURS = "coolwarm"
+SCALE = 8.0
+"""The strongest colours stand for this many times the even share, or one part in as many, and for what is beyond."""
+TICKS = {1 / 8: "1/8", 1 / 4: "1/4", 1 / 2: "1/2", 1: "1.0", 2: "2", 4: "4", 8: "8"}
+PANEL, GAP, BAR = 3.6, 0.2, 0.75
+"""Inches: width of a picture, of the space around it, and of the colour bar with its numbers."""
 
 
 @dataclass(frozen=True)
@@ -35,81 +44,150 @@ class Caption:
     note: str = ""
 
 
-def heat_image(heat: Float[NpArray, "y x"], width: int, height: int) -> Float[NpArray, "height width"]:
-    """A map resized onto a picture, scaled so that its largest value is 1 (all zero stays zero)."""
-    mode = Image.Resampling.NEAREST if max(heat.shape) <= BLOCKS_UP_TO else Image.Resampling.BICUBIC
-    scaled = heat / max(float(heat.max()), 1e-30)
-    resized = Image.fromarray(scaled.astype(np.float32)).resize((width, height), mode)
-    return np.clip(np.asarray(resized), 0.0, 1.0)
+def strength(times_even: Float[NpArray, "y x"]) -> Float[NpArray, "y x"]:
+    """Place of each value on the scale: -1 for 1/SCALE of the even share or less, 0 for even, 1 for SCALE or more."""
+    values = np.log(np.clip(times_even, 1 / SCALE, SCALE)) / math.log(SCALE)
+    return np.clip(values, -1.0, 1.0)
 
 
-def blend(image: Image.Image, heat: Float[NpArray, "y x"]) -> NpArray:
+def on_picture(values: Float[NpArray, "y x"], width: int, height: int) -> Float[NpArray, "height width"]:
+    """A map resized onto a picture. Cells are shown as the blocks they are: nothing is smoothed."""
+    resized = Image.fromarray(values.astype(np.float32)).resize((width, height), Image.Resampling.NEAREST)
+    return np.asarray(resized)
+
+
+def blend(image: Image.Image, times_even: Float[NpArray, "y x"]) -> NpArray:
     """The picture in grey with the map in colour over it, float [height, width, 3] in 0..1.
 
     The strongest cell keeps a third of the picture, so that what stands there can still be read.
     """
-    grey = np.asarray(image.convert("L"), np.float32)[..., None] / 255.0
-    strength = heat_image(heat, image.width, image.height)
-    colour = colormaps[HEAT](0.15 + 0.8 * strength)[..., :3]
-    share = (0.25 + 0.42 * strength)[..., None]
-    return np.clip((1.0 - share) * grey + share * colour, 0.0, 1.0)
+    # Neither black nor white, so that a colour looks alike on all of the picture and on the colour bar.
+    grey = 0.3 + 0.55 * np.asarray(image.convert("L"), np.float32) / 255.0
+    return _coloured(grey, on_picture(strength(times_even), image.width, image.height))
 
 
-def _show(axes: Axes, picture: NpArray, box: Box | None, title: str) -> None:
+def _coloured(grey: Float[NpArray, "y x"], values: Float[NpArray, "y x"]) -> NpArray:
+    colour = colormaps[COLOURS](0.5 + 0.5 * values)[..., :3]
+    # The root makes a difference of a few parts in a hundred visible, and leaves even attention without colour.
+    share = (0.67 * np.sqrt(np.abs(values)))[..., None]
+    return np.clip((1.0 - share) * grey[..., None] + share * colour, 0.0, 1.0)
+
+
+def _show(axes: Axes, picture: NpArray, box: Box | None, title: str, fontsize: int = 9, line: float = 2.5) -> None:
     height, width = picture.shape[:2]
     smooth = "antialiased" if max(width, height) > 256 else "nearest"
     axes.imshow(picture, interpolation=smooth)
     if box is not None:
         corner = (box[0] * width - 0.5, box[1] * height - 0.5)
         size = ((box[2] - box[0]) * width, (box[3] - box[1]) * height)
-        axes.add_patch(Rectangle(corner, *size, fill=False, edgecolor="white", linewidth=4.5))
-        axes.add_patch(Rectangle(corner, *size, fill=False, edgecolor=to_rgb(BOX), linewidth=2.5))
-    axes.set_title(title, fontsize=9, color=FAINT, loc="left")
+        axes.add_patch(Rectangle(corner, *size, fill=False, edgecolor="white", linewidth=1.8 * line))
+        axes.add_patch(Rectangle(corner, *size, fill=False, edgecolor=to_rgb(BOX), linewidth=line))
+    axes.set_title(title, fontsize=fontsize, color=FAINT, loc="left")
     axes.set_xticks([])
     axes.set_yticks([])
     for spine in axes.spines.values():
         spine.set_color("#d0d7de")
 
 
+def _colour_bar(figure: Figure, left: float, bottom: float, width: float, height: float) -> None:
+    """The scale, its colours over middle grey as they are over a picture. Arguments in fractions of the figure."""
+    axes = figure.add_axes((left, bottom, width, height))
+    values = np.linspace(1, -1, 256)[:, None]
+    axes.imshow(_coloured(np.full_like(values, 0.6), values), aspect="auto", extent=(0, 1, -1, 1))
+    axes.set_xticks([])
+    places = [math.log(value) / math.log(SCALE) for value in TICKS]
+    axes.yaxis.tick_right()
+    axes.set_yticks(places, list(TICKS.values()), fontsize=7, color=FAINT)
+    axes.tick_params(length=2, pad=1.5, color=FAINT)
+    axes.set_title("times even", fontsize=7, color=FAINT)
+    for spine in axes.spines.values():
+        spine.set_color("#d0d7de")
+
+
+def _save(figure: Figure, path: Path) -> None:
+    """Write a figure in the format that the file's name ends with."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    undated = {".pdf": {"CreationDate": None}, ".svg": {"Date": None}}.get(path.suffix)
+    # The same picture is the same file, and letters in a PDF stay letters.
+    with matplotlib.rc_context({"svg.hashsalt": "rave_jax", "pdf.fonttype": 42}):
+        figure.savefig(path, metadata=undated)
+
+
 def save_overlay(
-    path: Path, image: Image.Image, heat: Float[NpArray, "y x"], box: Box | None, caption: Caption
+    path: Path, image: Image.Image, times_even: Float[NpArray, "y x"], box: Box | None, caption: Caption
 ) -> None:
-    """Write the picture of one sample as PNG.
+    """Write the picture of one sample.
 
     Args:
-        path: where to.
+        path: where to; its name ends in .png, .pdf or .svg.
         image: the sample's picture.
-        heat: attention on the cells of its grid.
+        times_even: attention on the cells of its grid, 1 for the even share.
         box: evidence, in fractions of the picture, or None.
         caption: the words underneath.
     """
     image = image.convert("RGB")
-    panel_height = min(max(3.6 * image.height / image.width, 1.6), 6.0)
-    question = textwrap.wrap(caption.question, 76)[:4] or [""]
+    panel_height = min(max(PANEL * image.height / image.width, 1.6), 6.0)
+    question = textwrap.wrap(caption.question, 84)[:4] or [""]
     lines = [(line, INK, "bold") for line in question]
     lines += [(_short(f"answer: {caption.answer}"), INK, "normal")]
     colour = RIGHT if caption.score >= 0.5 else WRONG
     lines += [(_short(f"model:   {caption.prediction or '(nothing)'}"), colour, "bold")]
-    lines += [(line, FAINT, "normal") for line in textwrap.wrap(caption.note, 92)]
+    lines += [(line, FAINT, "normal") for line in textwrap.wrap(caption.note, 100)]
     line_height = 0.21
     foot = line_height * (len(lines) + 0.8)
-    height = panel_height + foot + 0.35
-    figure = Figure(figsize=(7.8, height), dpi=110, facecolor="white")
+    width, height = 2 * (PANEL + GAP) + GAP + BAR, panel_height + foot + 0.35
+    figure = Figure(figsize=(width, height), dpi=110, facecolor="white")
     FigureCanvasAgg(figure)
+    most = f"attention of the answer (most: {float(times_even.max()):.3g} times even)"
     for number, (picture, title) in enumerate(
         [
             (np.asarray(image, np.float32) / 255.0, "picture" if box is None else "picture, evidence in the box"),
-            (blend(image, heat), "attention of the answer"),
+            (blend(image, times_even), most),
         ]
     ):
-        axes = figure.add_axes((0.2 / 7.8 + number * 0.5, foot / height, 3.6 / 7.8, panel_height / height))
+        left = GAP + number * (PANEL + GAP)
+        axes = figure.add_axes((left / width, foot / height, PANEL / width, panel_height / height))
         _show(axes, picture, box, title)
+    _colour_bar(figure, (2 * (PANEL + GAP) + GAP) / width, foot / height, 0.16 / width, panel_height / height)
     for number, (line, line_colour, weight) in enumerate(lines):
         y = (foot - 0.12 - line_height * (number + 1)) / height
         # Words come from data: a dollar sign is a dollar sign, not mathematics.
-        figure.text(0.2 / 7.8, y, line, color=line_colour, weight=weight, fontsize=10, parse_math=False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+        figure.text(GAP / width, y, line, color=line_colour, weight=weight, fontsize=10, parse_math=False)
+    _save(figure, path)
+
+
+def save_heads(
+    path: Path,
+    image: Image.Image,
+    times_even: Float[NpArray, "H y x"],
+    on_picture: Float[NpArray, "H"],
+    box: Box | None,
+) -> None:
+    """Write the attention of every head over the picture of one sample, on the scale of `save_overlay`.
+
+    Args:
+        path: where to; its name ends in .png, .pdf or .svg.
+        image: the sample's picture.
+        times_even: of each head, 1 for the even share.
+        on_picture: share of each head's attention that went to the picture.
+        box: evidence, in fractions of the picture, or None.
+    """
+    image = image.convert("RGB")
+    columns = min(len(times_even), 8)
+    rows = -(-len(times_even) // columns)
+    side, tall = 1.5, min(max(1.5 * image.height / image.width, 0.7), 3.0)
+    head, bar = 0.3, max(BAR, 1.0)
+    width, height = columns * (side + 0.1) + GAP + bar, rows * (tall + head) + 0.15
+    figure = Figure(figsize=(width, height), dpi=110, facecolor="white")
+    FigureCanvasAgg(figure)
+    for number, (values, share) in enumerate(zip(times_even, on_picture, strict=True)):
+        row, column = divmod(number, columns)
+        left, bottom = 0.1 + column * (side + 0.1), height - (row + 1) * (tall + head)
+        axes = figure.add_axes((left / width, bottom / height, side / width, tall / height))
+        _show(axes, blend(image, values), box, f"head {number}: {share:.0%} on picture", fontsize=7, line=1.2)
+    bottom, tallest = 0.15 / height, min(height - 0.15 - head, 3.0) / height
+    _colour_bar(figure, (width - bar + 0.1) / width, bottom, 0.14 / width, tallest)
+    _save(figure, path)
 
 
 def _short(line: str) -> str:

@@ -7,12 +7,19 @@ dropped (JSONL) or purged (TensorBoard) when a writer opens.
 from __future__ import annotations
 
 import json
+import logging
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 Values = Mapping[str, float | int]
+Row = dict[str, float | int]
+
+log = logging.getLogger(__name__)
+
+_BEGIN = b'{"step": '
 
 
 class MetricsWriter(Protocol):
@@ -31,12 +38,21 @@ class JsonlWriter:
     def __init__(self, path: Path, after_step: int):
         """Append to `path`, keeping only rows up to `after_step` of what is there.
 
+        Lines that are no rows are moved to `metrics.jsonl.rejected`, and a warning says so.
+
         Raises:
-            OSError: the file cannot be written.
+            OSError: the file cannot be read or written.
         """
-        rows = [row for row in read_jsonl(path) if row["step"] <= after_step] if path.exists() else []
+        found = _read(path) if path.exists() else _Found([], [])
+        if found.foreign:
+            aside = path.with_name(f"{path.name}.rejected")
+            with aside.open("ab") as file:
+                file.writelines(line + b"\n" for _, line in found.foreign)
+                file.flush()
+                os.fsync(file.fileno())
+            log.warning("warning: %s; moved to %s", _in_words(path, found.foreign), aside)
         rewritten = path.with_suffix(".tmp")
-        rewritten.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        rewritten.write_bytes(b"".join(line + b"\n" for row, line in found.rows if row["step"] <= after_step))
         os.replace(rewritten, path)
         self._file = path.open("a", buffering=1)
 
@@ -69,12 +85,58 @@ class TensorBoardWriter:
         self._writer.close()
 
 
-def read_jsonl(path: Path) -> list[dict[str, float | int]]:
-    """The rows of a metrics file. A last line that a killed process left unfinished is dropped."""
-    rows = []
-    for line in path.read_text().splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
+def read_jsonl(path: Path) -> list[Row]:
+    """The rows of a metrics file.
+
+    A last line that a killed process left unfinished is left out, and so, with one warning, are lines that are no rows
+    of metrics.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    found = _read(path)
+    if found.foreign:
+        log.warning("warning: %s; left out", _in_words(path, found.foreign))
+    return [row for row, _ in found.rows]
+
+
+class _Found(NamedTuple):
+    """Lines of a file: rows with their text, and the others with their numbers (from 1)."""
+
+    rows: list[tuple[Row, bytes]]
+    foreign: list[tuple[int, bytes]]
+
+
+def _read(path: Path) -> _Found:
+    found = _Found([], [])
+    lines = path.read_bytes().split(b"\n")
+    if _row(lines[-1]) is None and lines[-1].startswith(_BEGIN[: len(lines[-1])]):
+        lines.pop()  # behind the last newline: nothing, or what a killed process began to write
+    for number, line in enumerate(lines, 1):
+        row = _row(line)
+        if row is not None:
+            found.rows.append((row, line))
+        elif line.strip():
+            found.foreign.append((number, line))
+    return found
+
+
+def _row(line: bytes) -> Row | None:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    good = isinstance(row, dict) and type(row.get("step")) is int and all(map(_is_value, row.values()))
+    return row if good else None
+
+
+def _is_value(value: object) -> bool:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return value is None or (number and abs(value) <= sys.float_info.max)
+
+
+def _in_words(path: Path, foreign: list[tuple[int, bytes]]) -> str:
+    number, line = foreign[0]
+    lines = "1 line is" if len(foreign) == 1 else f"{len(foreign)} lines are"
+    shown = line[:60].decode("utf-8", "backslashreplace")
+    return f"{path}: {lines} no row of metrics, the first is line {number}: {shown!r}"

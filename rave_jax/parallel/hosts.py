@@ -1,22 +1,31 @@
-"""The processes of a job: start, named barriers with time limits, and a watchdog over steps."""
+"""The processes of a job: how they start, wait for each other, and end together when one of them fails."""
 
 from __future__ import annotations
 
 import contextlib
-import faulthandler
 import itertools
 import os
+import socket
 import sys
 import threading
 import time
 from collections.abc import Generator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 from orbax.checkpoint import multihost
 
 from rave_jax.config import ConfigError, require
+from rave_jax.parallel import notes
+
+MOST_PROCESSES, MOST_SIMULATED = 65_536, 1024
+MOST_SECONDS = 1_000_000
+"""Eleven days. jax counts some limits in 32 bits of milliseconds."""
+
+
+class HostsError(RuntimeError):
+    """Processes that did not find or did not wait for each other. The message says what is lacking."""
 
 
 @dataclass(frozen=True)
@@ -36,15 +45,20 @@ class HostsConfig:
     """Seconds after which a process that died ends the others."""
     barrier_timeout: int = 1800
     """Seconds that one process waits for the others at a barrier."""
-    step_timeout: int = 0
-    """Seconds after which a process in which no step finishes ends itself with the stacks of its threads (a hung
-    process keeps its heartbeat); 0: never. A step that compiles has ten times as long."""
+    step_timeout: int = 1800
+    """Seconds that a step may wait for its data; 0: for ever. A step itself may take twice as long, and compiling,
+    saving and restoring four times. After that the watchdog ends the job and says what it waited for: a process that
+    hangs keeps its heartbeat. Where it can, it saves first."""
+    stop_timeout: int = 300
+    """Seconds in which a job that gets SIGTERM or Ctrl-C saves and ends, whatever it waits for."""
 
     def __post_init__(self) -> None:
-        require(self.processes >= -1, "processes", self.processes, "at least 1, or 0 or -1")
-        require(self.step_timeout >= 0, "step_timeout", self.step_timeout, "at least 0 seconds")
-        for name in ("start_timeout", "heartbeat_timeout", "barrier_timeout"):
-            require(getattr(self, name) > 0, name, getattr(self, name), "above 0 seconds")
+        require(-1 <= self.processes <= MOST_PROCESSES, "processes", self.processes, f"-1 to {MOST_PROCESSES}")
+        require(-1 <= self.process < MOST_PROCESSES, "process", self.process, f"-1, or 0 to {MOST_PROCESSES - 1}")
+        for name in ("step_timeout", "stop_timeout", "start_timeout", "heartbeat_timeout", "barrier_timeout"):
+            least = 0 if name == "step_timeout" else 1
+            given = getattr(self, name)
+            require(least <= given <= MOST_SECONDS, name, given, f"{least} to {MOST_SECONDS:,} seconds")
 
 
 def start(config: HostsConfig, simulated_devices: int = 0) -> None:
@@ -55,28 +69,119 @@ def start(config: HostsConfig, simulated_devices: int = 0) -> None:
         simulated_devices: CPU devices of this process; 0 uses the real accelerators.
 
     Raises:
-        ConfigError: the number of the process or the coordinator is missing.
+        ConfigError: the number of the process or the coordinator is missing, or nonsense.
+        HostsError: the coordinator cannot be started here.
     """
+    require(0 <= simulated_devices <= MOST_SIMULATED, "simulated_devices", simulated_devices, f"0 to {MOST_SIMULATED}")
     if simulated_devices:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", simulated_devices)
     if config.processes == 1:
         return
-    limits: dict[str, Any] = {
-        "initialization_timeout": config.start_timeout,
-        "heartbeat_timeout_seconds": config.heartbeat_timeout,
-    }
+    # Its handler takes SIGTERM from ours and hears no Ctrl-C; `stopping.py` does the same work for both.
+    jax.config.update("jax_enable_preemption_service", False)
     if config.processes == -1:
-        jax.distributed.initialize(config.coordinator or None, **limits)
+        try:
+            with _limited(config, config.coordinator or "the coordinator"):
+                jax.distributed.initialize(config.coordinator or None, **_limits(config))
+        except (ValueError, RuntimeError) as error:
+            message = "hosts.processes is -1, and no cluster says what the processes are"
+            raise ConfigError(
+                f"{message} ({_first_line(error)}); give hosts.processes and hosts.coordinator"
+            ) from error
+        _set_place(jax.process_index(), jax.process_count())
+        notes.open_board()
         return
     count = config.processes or _from_environment("hosts.processes", "JAX_NUM_PROCESSES")
+    require(1 <= count <= MOST_PROCESSES, "hosts.processes", count, f"1 to {MOST_PROCESSES}")
     process = config.process if config.process >= 0 else _from_environment("hosts.process", "JAX_PROCESS_ID")
     coordinator = config.coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS", "")
     require(bool(coordinator), "hosts.coordinator", coordinator, "address:port, or JAX_COORDINATOR_ADDRESS to be set")
+    _check_address(coordinator)
     require(0 <= process < count, "hosts.process", process, f"0 to {count - 1}")
     # Read only by CPU backends; the default would connect no two processes.
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.distributed.initialize(coordinator, count, process, **limits)
+    _set_place(process, count)
+    try:
+        with _limited(config, coordinator):
+            jax.distributed.initialize(coordinator, count, process, **_limits(config))
+    except (ValueError, RuntimeError) as error:
+        raise HostsError(f"cannot connect to {coordinator} (hosts.coordinator): {_first_line(error)}") from error
+    notes.open_board()
+
+
+def _limits(config: HostsConfig) -> dict[str, Any]:
+    # jax ends the process with a stack of C++ when its own limit passes; ours comes first and explains.
+    return {
+        "initialization_timeout": config.start_timeout + 60,
+        "heartbeat_timeout_seconds": config.heartbeat_timeout,
+    }
+
+
+@contextlib.contextmanager
+def _limited(config: HostsConfig, coordinator: str) -> Generator[None]:
+    """End the process, and say what is lacking, when the others do not connect in time."""
+    connected = threading.Event()
+
+    def watch() -> None:
+        if not connected.wait(config.start_timeout):
+            print(f"{place()}{_why_alone(config, coordinator)}", file=sys.stderr, flush=True)
+            os._exit(1)
+
+    threading.Thread(target=watch, name="start", daemon=True).start()
+    try:
+        yield
+    finally:
+        connected.set()
+
+
+def _why_alone(config: HostsConfig, coordinator: str) -> str:
+    limit = f"within {config.start_timeout} s (hosts.start_timeout)"
+    host, _, port = coordinator.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=3).close()
+    except (OSError, ValueError) as error:
+        return (
+            f"nothing answers at {coordinator} (hosts.coordinator: {error}) {limit}; "
+            "is process 0 running there, and is the port open between the hosts?"
+        )
+    return (
+        f"not all processes connected to {coordinator} {limit}; "
+        "is each of them running, with the same hosts.coordinator and hosts.processes and a hosts.process of its own?"
+    )
+
+
+def _check_address(coordinator: str) -> None:
+    host, colon, port = coordinator.rpartition(":")
+    good = bool(colon and host and port.isdecimal() and 0 < int(port[:6]) < 65536)
+    require(good, "hosts.coordinator", coordinator, "address:port, with a port of 1 to 65535")
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+class Place(NamedTuple):
+    """Which process of how many this is. As text it opens a message; empty for one process."""
+
+    process: int
+    processes: int
+
+    def __str__(self) -> str:
+        return f"process {self.process} of {self.processes}: " if self.processes > 1 else ""
+
+
+def place() -> Place:
+    """Which process this is. Asks no device, so it can be called by any thread at any time."""
+    return _place
+
+
+def _set_place(process: int, processes: int) -> None:
+    global _place
+    _place = Place(process, processes)
+
+
+_place = Place(0, 1)
 
 
 def _from_environment(field: str, variable: str) -> int:
@@ -95,7 +200,7 @@ def barrier(name: str, config: HostsConfig) -> None:
     """Wait until every process of the job is here.
 
     Raises:
-        RuntimeError: one was not within `barrier_timeout`; the message names the barrier.
+        HostsError: one was not within `barrier_timeout`; the message names the barrier.
     """
     if jax.process_count() == 1:
         return
@@ -105,61 +210,43 @@ def barrier(name: str, config: HostsConfig) -> None:
         multihost.get_barrier_sync_fn()(key=key, timeout_ms=1000 * config.barrier_timeout)
     except Exception as error:
         limit = config.barrier_timeout
-        raise RuntimeError(f"barrier {name!r}: not all {jax.process_count()} processes came in {limit} s") from error
+        raise HostsError(f"barrier {name!r}: not all {jax.process_count()} processes came in {limit} s") from error
 
 
 _barriers = itertools.count()
 
 
-class Watchdog:
-    """Ends the process when nothing calls `beat` for too long. Use as a context manager."""
+def fail(error: BaseException, code: int, prog: str) -> int:
+    """Say why this process fails; in a job of several also to the others, and end it. The exit code for one process.
 
-    EXIT_CODE = 75
+    Whoever fails leaves a note with the reason and stays until the others have read it: they would wait in a
+    collective, or end with a traceback of the network.
+    """
+    print(f"{prog}: {place()}{error}", file=sys.stderr, flush=True)
+    here = place()
+    if here.processes == 1:
+        return code
+    failing.set()
+    notes.leave(f"failed/{here.process}", str(error))
+    notes.gather("failed", here.processes, LAST_WORDS)
+    end(code, "")
 
-    def __init__(self, timeout: float, first: float | None = None, poll: float = 1.0):
-        """
-        Args:
-            timeout: seconds allowed between two beats; 0 switches the watchdog off.
-            first: seconds allowed before the first beat, and where a step compiles; ten times `timeout` by default.
-            poll: seconds between two looks at the clock.
-        """
-        self._timeout = timeout
-        self._first = self._limit = 10 * timeout if first is None else first
-        self._poll = poll
-        self._what, self._since = "the start", time.monotonic()
-        self._stop = threading.Event()
 
-    def beat(self, what: str) -> None:
-        """Something finished; `what` names it in the message."""
-        self._what, self._since, self._limit = what, time.monotonic(), self._timeout
+def end(code: int, message: str) -> NoReturn:
+    """Say why, and end this process at once, whatever its threads wait for. Process 0, whose coordinator the others
+    read notes from, stays a little longer."""
+    failing.set()
+    if message:
+        print(f"{place()}{message}", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    here = place()
+    if here.process == 0 and here.processes > 1:
+        time.sleep(LAST_WORDS)
+    os._exit(code)
 
-    def expect_compilation(self) -> None:
-        """What finishes next is compiled first, and has the time of the first beat."""
-        self._since, self._limit = time.monotonic(), self._first
 
-    @contextlib.contextmanager
-    def paused(self) -> Generator[None]:
-        """For work that is not a step and has its own time limits."""
-        limit, self._limit = self._limit, float("inf")
-        try:
-            yield
-        finally:
-            self._since, self._limit = time.monotonic(), limit
-
-    def __enter__(self) -> Watchdog:
-        if self._timeout:
-            threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-
-    def _watch(self) -> None:
-        while not self._stop.wait(self._poll):
-            waited = time.monotonic() - self._since
-            if waited > self._limit:
-                place = f"process {jax.process_index()} of {jax.process_count()}"
-                print(f"{place}: nothing finished for {waited:.0f} s after {self._what}; ending it", file=sys.stderr)
-                faulthandler.dump_traceback(all_threads=True)
-                sys.stderr.flush()
-                os._exit(self.EXIT_CODE)
+LAST_WORDS = 3.0
+"""Seconds for the others to read what a process that ends has left."""
+failing = threading.Event()
+"""This process is about to end and has said why."""

@@ -6,16 +6,22 @@ mlp width and vocabulary. Axes of size 1 cost nothing.
 
 from __future__ import annotations
 
+import logging
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh
 
 from rave_jax.config import ConfigError, require
 
 AXES = ("data", "fsdp", "tensor")
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -38,7 +44,7 @@ class MeshConfig:
         """(data, fsdp, tensor) for that many devices.
 
         Raises:
-            ConfigError: the sizes do not multiply to the number of devices.
+            ConfigError: the sizes do not multiply to the number of devices; the message names sizes that do.
         """
         sizes = [self.data, self.fsdp, self.tensor]
         fixed = math.prod(s for s in sizes if s != -1)
@@ -47,19 +53,111 @@ class MeshConfig:
         if -1 in sizes or math.prod(sizes) != num_devices:
             raise ConfigError(
                 f"mesh is data {self.data} x fsdp {self.fsdp} x tensor {self.tensor}, but devices are {num_devices}"
+                f"; {self._what_fits(num_devices)}"
             )
         return sizes[0], sizes[1], sizes[2]
+
+    def _what_fits(self, num_devices: int) -> str:
+        """Changes of one size that would do, in words."""
+        if num_devices < 1:
+            return "there is no device"
+        found = []
+        for axis in AXES:
+            others = math.prod(max(getattr(self, other), 1) for other in AXES if other != axis)
+            rest = any(getattr(self, other) == -1 for other in AXES if other != axis)
+            if getattr(self, axis) == -1 or num_devices % others:
+                continue
+            most = num_devices // others
+            sizes = [d for d in range(1, math.isqrt(most) + 1) if most % d == 0]
+            sizes = sorted({*sizes, *(most // d for d in sizes)}) if rest else [most]
+            given = getattr(self, axis)
+            nearest = [size for _, size in sorted((abs(size - given), size) for size in sizes)[:4]]
+            found.append(f"{axis} {' or '.join(map(str, sorted(nearest)))}")
+        return f"what fits: {', or '.join(found)}" if found else "what fits: data 1, fsdp -1, tensor 1"
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh over `devices` (default: all of the job), neighbours on `tensor` first.
 
+    Any sizes that multiply to the number of devices are laid out. How is logged.
+
     Raises:
         ConfigError: the sizes do not multiply to the number of devices.
     """
-    devices = jax.devices() if devices is None else devices
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = config.sizes(len(devices))
+    array, how = lay_out(sizes, devices)
+    shape = " x ".join(f"{axis} {size}" for axis, size in zip(AXES, sizes, strict=True))
+    log.info("mesh: %s over %d devices (%s): %s", shape, len(devices), devices[0].device_kind, how)
     # Auto axes: shardings are propagated by the compiler and pinned by `sharding.shard` where it matters.
-    return jax.make_mesh(config.sizes(len(devices)), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    return Mesh(array, AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def lay_out(sizes: tuple[int, int, int], devices: Sequence[jax.Device]) -> tuple[np.ndarray, str]:
+    """Where each device stands in the mesh.
+
+    Slices of TPUs are joined by a slow network, so they are outermost: `data` is split over them, then what is left of
+    them over `fsdp`, then over `tensor`. Inside a slice jax lays axes along the links between chips; where no axis
+    fits whole links, it may split a link between two axes. What jax cannot lay out at all is taken in the order of
+    device numbers.
+
+    Args:
+        sizes: (data, fsdp, tensor), whose product is the number of devices.
+        devices: all devices.
+
+    Returns:
+        The devices, [data, fsdp, tensor], and how they were laid out, in words.
+    """
+    slices: dict[int, list[jax.Device]] = defaultdict(list)
+    for device in devices:
+        slices[_slice_of(device)].append(device)
+    count = len(slices)
+    if len({len(slice) for slice in slices.values()}) > 1:
+        ordered = [device for index in sorted(slices) for device in slices[index]]
+        return _as_array(ordered, sizes), f"{count} slices of unequal size, in the order of device numbers"
+    outer = ways_over_slices(sizes, count)
+    data, fsdp, tensor = (size // ways for size, ways in zip(sizes, outer, strict=True))
+    parts, hows = zip(*(_lay_out_slice((data, fsdp, tensor), slices[index]) for index in sorted(slices)), strict=True)
+    if count == 1:
+        return parts[0], hows[0]
+    array = np.stack(parts).reshape(*outer, data, fsdp, tensor).transpose(0, 3, 1, 4, 2, 5).reshape(sizes)
+    over = " x ".join(f"{axis} {ways}" for axis, ways in zip(AXES, outer, strict=True) if ways > 1)
+    return array, f"{count} slices over {over}, and inside a slice {hows[0]}"
+
+
+def ways_over_slices(sizes: tuple[int, int, int], slices: int) -> tuple[int, int, int]:
+    """How many parts of each axis lie in different slices: as many as possible of `data`, then `fsdp`, then `tensor`.
+
+    Sizes whose product is a multiple of the number of slices leave no rest.
+    """
+    ways = []
+    for size in sizes:
+        ways.append(math.gcd(size, slices))
+        slices //= ways[-1]
+    return ways[0], ways[1], ways[2]
+
+
+def _slice_of(device: jax.Device) -> int:
+    # CPUs and GPUs may number slices too; their meshes follow the order of devices, which are sorted by process.
+    return (getattr(device, "slice_index", None) or 0) if device.platform == "tpu" else 0
+
+
+def _lay_out_slice(sizes: tuple[int, int, int], devices: Sequence[jax.Device]) -> tuple[np.ndarray, str]:
+    for split in (False, True):
+        try:
+            array = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=split)
+        except (NotImplementedError, ValueError, AssertionError, IndexError):
+            continue
+        if devices[0].platform != "tpu":
+            return array, "in the order of device numbers"
+        return array, "with an axis of links split in two" if split else "along the links between chips"
+    return _as_array(devices, sizes), "in the order of device numbers, which need not follow the links between chips"
+
+
+def _as_array(devices: Sequence[jax.Device], sizes: tuple[int, int, int]) -> np.ndarray:
+    array = np.empty(len(devices), object)
+    array[:] = devices
+    return array.reshape(sizes)
 
 
 def abstract_mesh(config: MeshConfig, num_devices: int, tpu_kind: str | None = None) -> AbstractMesh:

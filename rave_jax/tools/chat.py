@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import os
 import signal
 import sys
 import threading
 from collections import abc
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from rave_jax.config import ConfigError
 from rave_jax.data.images import read_image
 from rave_jax.data.sample import SampleError
-from rave_jax.inference import Generator, Request, Sampling
+from rave_jax.inference import Fault, Generator, Request, Sampling
 from rave_jax.tools.answer import show
+from rave_jax.tools.folder import PictureFolder
 from rave_jax.tools.request import question
 
 COMMANDS = "/image PATH, /clear or /exit"
@@ -28,14 +29,24 @@ class Chat:
     Args:
         generator: answers.
         sampling: how.
+        folder: where pictures of /image may lie.
         system: messages before every conversation.
         verbose: say on stderr how many tokens came and how quickly.
     """
 
-    def __init__(self, generator: Generator, sampling: Sampling, system: Sequence[dict[str, Any]], verbose: bool):
-        self._generator, self._sampling, self._verbose = generator, sampling, verbose
+    def __init__(
+        self,
+        generator: Generator,
+        sampling: Sampling,
+        folder: PictureFolder,
+        system: Sequence[dict[str, Any]],
+        verbose: bool,
+    ):
+        self._generator, self._sampling, self._folder, self._verbose = generator, sampling, folder, verbose
         self._system = list(system)
         self._said: list[dict[str, Any]] = []
+        self.failed = False
+        """Has an answer ended with a fault of the model, and not of what was asked?"""
         self._pictures: list[Any] = []
 
     def take(self, line: str) -> bool:
@@ -49,14 +60,15 @@ class Chat:
             self._said, self._pictures = [], []
         elif command == "/image" and rest:
             try:
-                self.attach(Path(rest.strip()).expanduser())
-            except (SampleError, RuntimeError) as error:  # RuntimeError: ~ of somebody who is not there
+                self.attach(self._folder.find(os.path.expanduser(rest.strip())))
+            except (ConfigError, SampleError) as error:
                 _say(str(error))
         else:
-            _say(f"{command} is nothing to do here: {COMMANDS}, or a question")
+            missing = "needs the path of a picture" if command == "/image" else "is no command"
+            _say(f"{command} {missing}: expected {COMMANDS}, or a question")
         return True
 
-    def attach(self, path: Path) -> None:
+    def attach(self, path: str) -> None:
         """Put a picture before the next question. It is read now, and stays the same if the file does not.
 
         Raises:
@@ -75,6 +87,7 @@ class Chat:
             try:
                 text, whole = show(pieces, self._verbose, stopped)
             except ConfigError as error:
+                self.failed |= isinstance(error.__cause__, Fault)
                 dropped = "; the question's pictures are dropped" if self._pictures else ""
                 self._pictures = []
                 return _say(f"{error}{dropped}")
@@ -87,16 +100,19 @@ class Chat:
 def chat(
     make: Callable[[], Generator],
     sampling: Sampling,
+    folder: PictureFolder,
     system: Sequence[dict[str, Any]] = (),
     images: Sequence[str] = (),
     prompt: str | None = None,
     verbose: bool = False,
-) -> None:
+) -> bool:
     """Talk over stdin and stdout until one of them ends. Remarks go to stderr.
+    Returns whether every answer that the model began came to its end.
 
     Args:
         make: gives the generator.
         sampling: how answers are chosen.
+        folder: where pictures of /image may lie.
         system: messages before every conversation.
         images: go before the first question.
         prompt: the first question; None leaves it to stdin.
@@ -105,17 +121,18 @@ def chat(
     Raises:
         ConfigError: the model or one of `images` cannot be used.
     """
-    talk = Chat(make(), sampling, system, verbose)
+    talk = Chat(make(), sampling, folder, system, verbose)
     for path in images:
         try:
-            talk.attach(Path(path))
+            talk.attach(path)
         except SampleError as error:
             raise ConfigError(str(error)) from error
     if prompt is not None:
         talk.ask(prompt)
     for line in _lines():
         if not talk.take(line):
-            return
+            break
+    return not talk.failed
 
 
 def _lines() -> Iterator[str]:

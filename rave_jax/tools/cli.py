@@ -1,4 +1,4 @@
-"""`rave-jax`: convert, inspect, logits, generate, calibrate.
+"""`rave-jax`: train, eval, convert, inspect, logits, generate, calibrate, data.
 
 Each subcommand imports what it needs when it runs, so that --help is quick.
 """
@@ -13,7 +13,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from rave_jax.config import ConfigError
+from rave_jax.command_line import config_names
+from rave_jax.config import ConfigError, local_path
 
 DTYPES = ("float32", "bfloat16")
 EXIT_INPUT = 2
@@ -39,8 +40,22 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="rave-jax", description="Work on checkpoints and models.")
+    parser = _Parser(prog="rave-jax", description="Train and examine models, work on checkpoints.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    for name, help_text, first in (
+        ("train", "a run from a config, as train.py of a clone", "CONFIG"),
+        ("eval", "examine a run or a model in HuggingFace format, as eval.py of a clone", "RUN_OR_HF_DIR"),
+    ):
+        program = commands.add_parser(name, help=help_text)
+        program.add_argument("words", nargs=argparse.REMAINDER, metavar=f"{first} [--field.name value ...]")
+        if name == "train":
+            program.description = (
+                "CONFIG is a Python file with get_config(), the config.json of a run, or one of: "
+                f"{', '.join(config_names())}. `rave-jax train CONFIG --help` lists the fields."
+            )
+        else:
+            program.description = "`rave-jax eval RUN_OR_HF_DIR --help` lists the fields."
 
     convert = commands.add_parser("convert", help="between HuggingFace format and ours")
     ways = convert.add_subparsers(dest="way", required=True, metavar="from-hf|to-hf")
@@ -82,6 +97,12 @@ def _parser() -> argparse.ArgumentParser:
     logits.add_argument("request", type=Path, help="JSON list of messages in HF chat format, images by path")
     logits.add_argument("out", type=Path, help=".npz to write: input_ids [T], logits [T,V]")
     logits.add_argument("--add-generation-prompt", action="store_true", help="end with the header of an answer to come")
+    logits.add_argument(
+        "--image-dir",
+        type=Path,
+        metavar="FOLDER",
+        help="the request may name pictures below it alone (default: the folder of the request)",
+    )
 
     generate = commands.add_parser("generate", help="answers to a prompt, to a file of requests, or in a conversation")
     generate.add_argument("model", type=Path, help="HuggingFace directory, native checkpoint or run directory")
@@ -96,7 +117,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     generate.add_argument("--system", metavar="TEXT", help="system message before everything")
     generate.add_argument(
-        "--requests", type=Path, metavar="FILE", help="JSON Lines with 'messages' in HF chat format, images by path"
+        "--requests",
+        type=Path,
+        metavar="FILE",
+        help="JSON Lines with 'messages' in HF chat format, images by path; - is stdin",
+    )
+    generate.add_argument(
+        "--image-dir",
+        type=Path,
+        metavar="FOLDER",
+        help="requests and /image may name pictures below it alone "
+        "(default: the folder of --requests, or the working directory)",
     )
     generate.add_argument(
         "--out", type=Path, metavar="FILE", help="JSON Lines of answers to --requests (default: stdout)"
@@ -125,6 +156,12 @@ def _parser() -> argparse.ArgumentParser:
         "--dtype", choices=DTYPES, help="number type to compute in (default: that of the model's options)"
     )
     zero.late = _calibration_flags
+
+    data = commands.add_parser(
+        "data", help="tokens and patches that the data of a config needs, and what cannot be used"
+    )
+    data.add_argument("words", nargs=argparse.REMAINDER, metavar="CONFIG [--field.name value ...]")
+    data.late = _data_flags
     return parser
 
 
@@ -136,6 +173,12 @@ def _generation_flags(parser: argparse.ArgumentParser) -> None:
 
 def _calibration_flags(parser: argparse.ArgumentParser) -> None:
     from rave_jax.tools.calibrate import add_flags
+
+    add_flags(parser)
+
+
+def _data_flags(parser: argparse.ArgumentParser) -> None:
+    from rave_jax.tools.data import add_flags
 
     add_flags(parser)
 
@@ -166,6 +209,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Only tokenizers are used of transformers; its remark that torch is missing would confuse.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
+        for name, value in vars(arguments).items():
+            if isinstance(value, Path):
+                local_path(value, name)
         return _run(arguments)
     except ConfigError as error:
         print(f"rave-jax: {error}", file=sys.stderr)
@@ -180,6 +226,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(arguments: argparse.Namespace) -> int:
     match arguments.command:
+        case "train":
+            from rave_jax.parallel.stopping import leave
+            from rave_jax.tools.train import main as train
+
+            leave(train(arguments.words, "rave-jax train"))
+        case "eval":
+            from rave_jax.tools.eval import main as evaluate
+
+            return evaluate(arguments.words, "rave-jax eval")
         case "convert":
             from rave_jax.tools.convert import HfForm, from_hf, to_hf
 
@@ -195,7 +250,9 @@ def _run(arguments: argparse.Namespace) -> int:
         case "logits":
             from rave_jax.tools.logits import write_logits
 
-            write_logits(arguments.model, arguments.request, arguments.out, arguments.add_generation_prompt)
+            write_logits(
+                arguments.model, arguments.request, arguments.out, arguments.add_generation_prompt, arguments.image_dir
+            )
         case "generate":
             from rave_jax.tools.generate import generate
 
@@ -204,6 +261,10 @@ def _run(arguments: argparse.Namespace) -> int:
             from rave_jax.tools.calibrate import calibrate
 
             calibrate(arguments)
+        case "data":
+            from rave_jax.tools.data import look_at_data
+
+            return look_at_data(arguments)
     return 0
 
 

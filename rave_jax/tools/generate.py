@@ -19,12 +19,13 @@ from rave_jax.tools import source as sources
 from rave_jax.tools.answer import show
 from rave_jax.tools.chat import chat
 from rave_jax.tools.flags import add_fields, given_fields
+from rave_jax.tools.folder import PictureFolder
 from rave_jax.tools.jsonl import answer_file
 from rave_jax.tools.request import question
 
 SIZES = ("max_length", "max_text", "slots", "cache", "chunk", "regions_in")
 SOME_REFUSED = 1
-"""Exit code of a file of requests of which some could not be answered."""
+"""Exit code of a file of requests, or a conversation, of which some could not be answered."""
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -52,13 +53,16 @@ def generate(arguments: argparse.Namespace) -> int:
         return load(arguments.model, processor, slots, arguments.dtype)
 
     if arguments.requests is not None:
-        tally = answer_file(arguments.requests, arguments.out, sampling, generator, arguments.verbose)
+        tally = answer_file(
+            arguments.requests, arguments.out, sampling, generator, arguments.verbose, arguments.image_dir
+        )
         return SOME_REFUSED if tally.refused else 0
     system = [] if arguments.system is None else [{"role": "system", "content": arguments.system}]
     pictures = tuple(map(str, arguments.image))
     if arguments.interactive:
-        chat(generator, sampling, system, pictures, arguments.prompt, arguments.verbose)
-        return 0
+        folder = PictureFolder.of(Path(), arguments.image_dir)
+        whole = chat(generator, sampling, folder, system, pictures, arguments.prompt, arguments.verbose)
+        return 0 if whole else SOME_REFUSED
     request = Request([*system, question(arguments.prompt, pictures)], sampling, "--prompt")
     try:
         # Before the weights are read, which may take minutes.
@@ -85,6 +89,8 @@ def _check(arguments: argparse.Namespace) -> None:
         raise ConfigError("--out goes with --requests; an answer to --prompt goes to stdout")
     elif arguments.prompt is None and not arguments.interactive:
         raise ConfigError("nothing is asked: give --prompt TEXT, --requests FILE or --interactive")
+    elif arguments.image_dir is not None and not arguments.interactive:
+        raise ConfigError("--image-dir goes with --requests or --interactive; --image FILE may lie anywhere")
 
 
 def load(path: Path, processor: Processor, sizes: SlotConfig, dtype: str | None = None) -> Generator:

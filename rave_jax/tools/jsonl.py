@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import errno
 import json
 import os
@@ -16,13 +15,17 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rave_jax.config import ConfigError, from_json
+from rave_jax.config import ConfigError, from_json, shown
 from rave_jax.data.sample import SampleError
+from rave_jax.files import NotAFile, open_regular
 from rave_jax.inference import Completion, Generator, Request, Sampling
 from rave_jax.tools.answer import say_speed
-from rave_jax.tools.request import resolved
+from rave_jax.tools.folder import PictureFolder
+from rave_jax.tools.request import meant, parse, resolved
 
 MESSAGES = "messages"
+STDIN = ("-", "/dev/stdin")
+"""Names of standard input."""
 KINDS: dict[str, Any] = typing.get_type_hints(Sampling)
 """The fields that a request may state."""
 
@@ -38,33 +41,43 @@ class Tally(NamedTuple):
 
 
 def answer_file(
-    path: Path, out: Path | None, sampling: Sampling, make: Callable[[], Generator], verbose: bool = False
+    path: Path,
+    out: Path | None,
+    sampling: Sampling,
+    make: Callable[[], Generator],
+    verbose: bool = False,
+    image_dir: Path | None = None,
 ) -> Tally:
     """Answer every request of a file.
 
     Args:
         path: one object a line: `messages` in HF chat format, image paths relative to this file, and any field of
-            `Sampling`. Blank lines do not count.
+            `Sampling`. Blank lines do not count. `-` is stdin, with paths relative to the working directory.
         out: gets `{"index", "text", "reason", "tokens", "prompt_tokens"}` a line, or `{"index", "error"}`, in the
             order of the requests; None is stdout.
         sampling: for what a request does not state.
         make: gives the generator; called when both files can be used.
         verbose: say on stderr how many tokens came and how quickly.
+        image_dir: the folder that pictures must lie below; None is the one that paths are relative to.
 
     Raises:
         ConfigError: a file or the model cannot be used.
     """
     if out is not None and out.resolve() == path.resolve():
         raise ConfigError(f"--out {out} is the file of the requests")
+    stdin = str(path) in STDIN
+    folder = PictureFolder.of(Path() if stdin else path.parent, image_dir)
     with contextlib.ExitStack() as stack:
         try:
-            file = stack.enter_context(path.open("rb"))
+            file = sys.stdin.buffer if stdin else stack.enter_context(open_regular(path))
+        except NotAFile as error:
+            raise ConfigError(f"{path}: {error.strerror}. Save the requests, or pipe them to `--requests -`") from error
         except OSError as error:
             raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from error
         write = _print if out is None else stack.enter_context(written(out))
         generator = make()
         start = time.perf_counter()
-        tally = answer_all(generator, read_lines(file, path.parent, sampling), write)
+        tally = answer_all(generator, read_lines(file, folder, sampling), write)
         if verbose:
             used = f"of {tally.answered} answers, {generator.usage.occupancy:.0%} of the slots in use"
             say_speed(tally.tokens, time.perf_counter() - start, used)
@@ -110,12 +123,12 @@ def _line(place: int, end: Completion | SampleError) -> dict[str, Any]:
     return {"index": place, "text": end.text, "reason": end.reason, **counts}
 
 
-def read_lines(lines: Iterable[bytes], folder: Path, sampling: Sampling) -> Iterator[Request | SampleError]:
+def read_lines(lines: Iterable[bytes], folder: PictureFolder, sampling: Sampling) -> Iterator[Request | SampleError]:
     """The requests of a file, or what is wrong with a line.
 
     Args:
         lines: of the file; blank ones are passed over.
-        folder: what image paths are relative to.
+        folder: where pictures may lie.
         sampling: for what a line does not state.
     """
     for number, line in enumerate(lines, start=1):
@@ -123,21 +136,25 @@ def read_lines(lines: Iterable[bytes], folder: Path, sampling: Sampling) -> Iter
             continue
         where = f"line {number}"
         try:
-            yield _request(json.loads(line.decode("utf-8-sig")), folder, sampling, where)
-        except ConfigError as error:
-            yield SampleError(str(error))
-        except (ValueError, RecursionError) as error:  # bytes that are no text among them
-            yield SampleError(f"{where}: not JSON: {error}")
+            data = parse(line.decode("utf-8-sig"))
+        except UnicodeDecodeError as error:
+            yield SampleError(f"{where}: not JSON: not UTF-8 text: {error}")
+        except ValueError as error:
+            yield SampleError(f"{where}: {error}")
+        else:
+            try:
+                yield _request(data, folder, sampling, where)
+            except ConfigError as error:
+                yield SampleError(str(error))
 
 
-def _request(data: Any, folder: Path, sampling: Sampling, where: str) -> Request:
+def _request(data: Any, folder: PictureFolder, sampling: Sampling, where: str) -> Request:
     if not isinstance(data, dict):
         raise ConfigError(f"{where}: expected an object with the key {MESSAGES!r}")
     known = (MESSAGES, *KINDS)
     for key in data:
         if key not in known:
-            close = difflib.get_close_matches(key, known, 1)
-            raise ConfigError(f"{where}: unknown key {key!r}" + (f"; did you mean {close[0]!r}?" if close else ""))
+            raise ConfigError(f"{where}: unknown key {shown(key)}{meant(key, known)}")
     try:
         stated = {key: from_json(KINDS[key], value, key) for key, value in data.items() if key in KINDS}
         chosen = dataclasses.replace(sampling, **stated)

@@ -16,6 +16,7 @@ from rave_jax.config import ConfigError
 from rave_jax.data.collate import collate, smallest_shape
 from rave_jax.data.processor import Processor
 from rave_jax.data.sample import SampleError
+from rave_jax.inference import NotFinite
 from rave_jax.models.vlm import Vlm
 from rave_jax.tools import source as sources
 from rave_jax.tools.request import read_request
@@ -24,7 +25,9 @@ TOKEN_BUCKET = 64
 """T is padded to a multiple of it, so that requests of similar length share one program."""
 
 
-def write_logits(model: Path, request: Path, out: Path, add_generation_prompt: bool = False) -> None:
+def write_logits(
+    model: Path, request: Path, out: Path, add_generation_prompt: bool = False, image_dir: Path | None = None
+) -> None:
     """Write `input_ids` [T] and float32 `logits` [T,V] of a conversation.
 
     Args:
@@ -32,11 +35,12 @@ def write_logits(model: Path, request: Path, out: Path, add_generation_prompt: b
         request: JSON list of messages in HF chat format; image paths relative to this file, or absolute.
         out: .npz to write.
         add_generation_prompt: end with the header of an answer to come.
+        image_dir: the folder that pictures must lie below; None is that of the request.
 
     Raises:
         ConfigError: the model, the request or a picture cannot be used, or `out` cannot be written.
     """
-    messages = read_request(request)
+    messages = read_request(request, image_dir)
     processor = sources.processor_of(model)
     changes = {"param_dtype": "float32", "compute_dtype": "float32"}
     loaded = sources.load(model, changes=changes)
@@ -55,6 +59,7 @@ def logits(
 
     Raises:
         SampleError: a message or a picture that cannot be used.
+        NotFinite: a logit is NaN or infinite.
     """
     example = processor.encode(messages, add_generation_prompt)
     settings = processor.settings
@@ -67,8 +72,14 @@ def logits(
 
     with jax.default_matmul_precision("highest"):
         values = run(model, jax.tree.map(jnp.asarray, batch))
-    length = len(example.tokens)
-    return np.asarray(example.tokens), np.asarray(values[0, :length], np.float32)
+    ids, found = np.asarray(example.tokens), np.asarray(values[0, : len(example.tokens)], np.float32)
+    (broken,) = np.nonzero(~np.isfinite(found).all(axis=1))
+    if len(broken):
+        raise NotFinite(
+            f"the logits of {len(broken)} of {len(ids)} positions are NaN or infinite, first at position {broken[0]} "
+            f"(token id {ids[broken[0]]}): look for NaN in the checkpoint's weights"
+        )
+    return ids, found
 
 
 def _write(out: Path, ids: np.ndarray, values: np.ndarray) -> None:

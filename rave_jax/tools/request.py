@@ -1,40 +1,98 @@
-"""Conversations as they are handed to the commands: JSON in HF chat format, pictures by path."""
+"""Conversations as they are handed to the commands: JSON in HF chat format, pictures by path. Nothing passes unread."""
 
 from __future__ import annotations
 
+import difflib
+import json
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from rave_jax.checkpoint.hf_files import read_json
-from rave_jax.config import ConfigError
+from rave_jax.config import ConfigError, shown
+from rave_jax.data.opening import is_address
+from rave_jax.files import read_text
+from rave_jax.tools.folder import PictureFolder
+
+MESSAGE_KEYS = ("role", "content")
+PART_KEYS = {
+    "text": ("type", "text"),
+    "image": ("type", "image", "path", "url"),
+    "image_url": ("type", "image_url"),
+    "video": ("type", "video", "fps"),
+}
+"""Kinds of message parts, and the keys of each."""
 
 
-def read_request(path: Path) -> list[dict[str, Any]]:
-    """The messages of a request file, image paths made absolute.
+def parse(text: str) -> Any:
+    """JSON in which no key stands twice in an object: one of the two would be lost.
 
     Raises:
-        ConfigError: not a list of messages, or a picture that is not a local path.
+        ValueError: says what is wrong.
     """
-    return resolved(read_json(path), path.parent, str(path))
+
+    def whole(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            keys = [key for key, _ in pairs]
+            twice = next(key for key in keys if keys.count(key) > 1)
+            raise ValueError(f"the key {shown(twice)} stands twice in an object")
+        return found
+
+    try:
+        return json.loads(text, object_pairs_hook=whole)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"not JSON: {error}") from error
+    except RecursionError as error:
+        raise ValueError("its JSON is nested too deeply") from error
 
 
-def resolved(data: Any, folder: Path, where: str) -> list[dict[str, Any]]:
+def read_request(path: Path, image_dir: Path | None = None) -> list[dict[str, Any]]:
+    """The messages of a request file, image paths made absolute.
+
+    Args:
+        path: of the file; image paths are relative to it.
+        image_dir: the folder that pictures must lie below; None is that of the file.
+
+    Raises:
+        ConfigError: no regular file, not a list of messages, or a picture that is no file below the folder.
+    """
+    try:
+        text = read_text(path)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 text: {error}") from error
+    try:
+        data = parse(text.removeprefix("\ufeff"))
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    return resolved(data, PictureFolder.of(path.parent, image_dir), f"{path}: messages")
+
+
+def resolved(data: Any, folder: PictureFolder, where: str) -> list[dict[str, Any]]:
     """Messages as they stand in JSON, image paths made absolute.
 
-    A picture is given as `{"type": "image", "image": PATH}` or, as HF also has it, under `path` or `url`; a video as
-    `{"type": "video", "video": [PATH of each frame], "fps": NUMBER}`.
+    A picture is given as `{"type": "image", "image": PATH}` or, as HF also has it, under `path` or `url`, or as
+    `{"type": "image_url", "image_url": {"url": PATH}}`; a video as
+    `{"type": "video", "video": [PATH of each frame], "fps": NUMBER}`. A data: URI may stand in place of a path.
 
     Args:
         data: what was read.
-        folder: what paths are relative to.
-        where: what errors call the request.
+        folder: where pictures may lie.
+        where: what errors call the list.
 
     Raises:
-        ConfigError: not a list of messages, or a picture that is not a local path.
+        ConfigError: not a list of messages; a key or a kind of part that is not read; a picture that is no file below
+            the folder.
     """
     if not isinstance(data, list) or not data or not all(isinstance(m, dict) and "content" in m for m in data):
         raise ConfigError(f"{where}: expected a JSON list of messages, each with 'role' and 'content'")
-    return [message | {"content": _content(message["content"], folder, where)} for message in data]
+    messages = []
+    for number, message in enumerate(data):
+        here = f"{where}[{number}]"
+        _check_keys(message, MESSAGE_KEYS, here, "a message")
+        messages.append({"role": message.get("role"), "content": _content(message["content"], folder, here)})
+    return messages
 
 
 def question(text: str, pictures: tuple[Any, ...]) -> dict[str, Any]:
@@ -45,29 +103,78 @@ def question(text: str, pictures: tuple[Any, ...]) -> dict[str, Any]:
     return {"role": "user", "content": [*parts, {"type": "text", "text": text}]}
 
 
-def _content(content: Any, folder: Path, where: str) -> Any:
-    if not isinstance(content, list):
+def _check_keys(given: Mapping[str, Any], read: Collection[str], where: str, what: str) -> None:
+    """Refuse a key that is not read and holds something."""
+    for key, value in given.items():
+        if key not in read and value not in (None, "", [], {}):
+            raise ConfigError(f"{where}: the key {shown(key)} of {what} is not read{meant(key, read)}")
+
+
+def meant(key: str, known: Collection[str]) -> str:
+    """The end of an error: which name may be meant, or which there are."""
+    close = difflib.get_close_matches(key[:80], known, 1)
+    return f"; did you mean {close[0]!r}?" if close else f"; expected {', '.join(known)}"
+
+
+def _content(content: Any, folder: PictureFolder, where: str) -> Any:
+    if isinstance(content, str):
         return content
-    parts = []
-    for part in content:
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind == "image":
-            given = next((part[key] for key in ("image", "path", "url") if key in part), None)
-            parts.append({"type": "image", "image": _local(given, folder, where)})
-        elif kind == "video":
-            frames = part.get("video")
-            if not isinstance(frames, list):
-                raise ConfigError(f"{where}: video is {frames!r}, expected a list of paths, one per frame")
-            parts.append(part | {"video": [_local(frame, folder, where) for frame in frames]})
-        elif kind == "text" and not isinstance(part.get("text"), str):
-            raise ConfigError(f"{where}: a text part's text is {part.get('text')!r}, expected a string")
-        else:
-            parts.append(part)
-    return parts
+    if not isinstance(content, list):
+        raise ConfigError(f"{where}.content is {shown(content)}, expected a text or a list of parts")
+    return [_part(part, folder, f"{where}.content[{number}]") for number, part in enumerate(content)]
 
 
-def _local(given: Any, folder: Path, where: str) -> str:
-    text = given.removeprefix("file://") if isinstance(given, str) else given
-    if not isinstance(text, str) or "://" in text or text.startswith("data:"):
-        raise ConfigError(f"{where}: a picture is given as {str(given)[:100]!r}, expected the path of a local file")
-    return str(folder.resolve() / text)
+def _part(part: Any, folder: PictureFolder, where: str) -> dict[str, Any]:
+    if not isinstance(part, dict):
+        raise ConfigError(f'{where} is {shown(part)}, expected a part such as {{"type": "text", "text": ...}}')
+    kind = part.get("type")
+    if not isinstance(kind, str) or kind not in PART_KEYS:
+        hint = meant(kind, PART_KEYS) if isinstance(kind, str) else f"; expected {', '.join(PART_KEYS)}"
+        raise ConfigError(f"{where}: a part of type {shown(kind)} is not read{hint}")
+    _check_keys(part, PART_KEYS[kind], where, f"a part of type {kind!r}")
+    if kind == "text":
+        if not isinstance(part.get("text"), str):
+            raise ConfigError(f"{where}: a text part's text is {shown(part.get('text'))}, expected a string")
+        return {"type": "text", "text": part["text"]}
+    if kind == "video":
+        frames = part.get("video")
+        if not isinstance(frames, list):
+            raise ConfigError(f"{where}: video is {shown(frames)}, expected a list of paths, one per frame")
+        paths = [_picture(frame, folder, f"{where}.video[{number}]") for number, frame in enumerate(frames)]
+        return {"type": "video", "video": paths} | ({"fps": part["fps"]} if part.get("fps") is not None else {})
+    return {"type": "image", "image": _picture(_given(part, where), folder, where)}
+
+
+def _given(part: Mapping[str, Any], where: str) -> Any:
+    """What an image part names as its picture."""
+    keys = [key for key in ("image", "path", "url", "image_url") if part.get(key) is not None]
+    if len(keys) != 1:
+        found = f"under {' and '.join(map(repr, keys))}" if keys else "under none of its keys"
+        expected = "'image_url'" if part["type"] == "image_url" else "'image', 'path' or 'url'"
+        raise ConfigError(f"{where}: the part names a picture {found}, expected it under one of {expected}")
+    given = part[keys[0]]
+    if keys == ["image_url"] and isinstance(given, dict):
+        # `detail` asks OpenAI's models for a size; here a picture keeps its own.
+        _check_keys(given, ("url", "detail"), where, "image_url")
+        return given.get("url")
+    return given
+
+
+def _picture(given: Any, folder: PictureFolder, where: str) -> str:
+    """The absolute path of a picture, or its data: URI."""
+    if not isinstance(given, str):
+        raise ConfigError(f"{where}: a picture is {shown(given)}, expected the path of a file or a data: URI")
+    if given[:5].lower() == "data:":
+        return given
+    path = given.removeprefix("file://")
+    if not path.strip():
+        raise ConfigError(f"{where}: the path of a picture is empty")
+    if is_address(path):
+        raise ConfigError(
+            f"{where}: {shown(given)} is an address on the net: pictures are not downloaded; save it below "
+            f"{folder.root} and give its path"
+        )
+    try:
+        return folder.find(path)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from error

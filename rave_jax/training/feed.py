@@ -8,10 +8,16 @@ import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple, Protocol
 
+import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from rave_jax.batch import Batch
 from rave_jax.parallel.rows import global_batch, owned_rows
+from rave_jax.parallel.stopping import StopRequest
+
+POLL, GRACE, LEAVE = 0.1, 10.0, 5.0
+"""Seconds between two looks at the stop request, for late data once the job ends, and for the thread to end."""
 
 
 class RowSource(Protocol):
@@ -33,11 +39,13 @@ class Fed(NamedTuple):
         batch: global arrays.
         data: state of the source before the step after it.
         waited: seconds that the step waited for it.
+        void: a stand-in for data that did not come (`Feed.next`).
     """
 
     batch: Batch
     data: dict[str, Any]
     waited: float
+    void: bool = False
 
 
 class Feed:
@@ -55,6 +63,7 @@ class Feed:
         """
         self._source, self._mesh, self._rows, self._steps = source, mesh, rows, range(start, stop)
         self._queue: queue.Queue[Fed | Exception] = queue.Queue(depth)
+        self._last: Fed | None = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._fill, name="data feed", daemon=True)
 
@@ -64,19 +73,45 @@ class Feed:
 
     def __exit__(self, *_: object) -> None:
         self._stop.set()
-        self._thread.join()
+        # A source that hangs is left behind: the thread ends with the process.
+        self._thread.join(timeout=LEAVE)
 
-    def next(self) -> Fed:
-        """The batch of the next step.
+    def next(self, step: int, stop: StopRequest) -> Fed | None:
+        """The batch of a step.
+
+        When the job is asked to end, a step that no process has begun needs no batch. One that another process has
+        begun does, since its devices wait for ours: if the source gives nothing then either, the step gets the batch
+        before it with a weight of infinity, and every process refuses an update whose loss is not a number.
+
+        Args:
+            step: the next one.
+            stop: asked while the source gives nothing.
+
+        Returns:
+            None when the step is not to be run.
 
         Raises:
             Exception: whatever the source raised.
         """
         asked = time.monotonic()
-        item = self._queue.get()
-        if isinstance(item, Exception):
-            raise item
-        return item._replace(waited=time.monotonic() - asked)
+        grace = min(GRACE, stop.timeout / 4)
+        overdue: float | None = None
+        while True:
+            try:
+                item = self._queue.get(timeout=POLL)
+            except queue.Empty:
+                if not stop.is_wanted(step):
+                    return None
+                if stop.asked is None:
+                    continue
+                overdue = time.monotonic() + grace if overdue is None else overdue
+                if self._last is None or time.monotonic() < overdue:
+                    continue
+                return Fed(_void(self._last.batch), self._source.state(step), time.monotonic() - asked, void=True)
+            if isinstance(item, Exception):
+                raise item
+            self._last = item._replace(waited=time.monotonic() - asked)
+            return self._last
 
     def _fill(self) -> None:
         spans = owned_rows(self._mesh, self._rows)
@@ -99,3 +134,15 @@ class Feed:
             except queue.Full:
                 continue
         return False
+
+
+def _void(batch: Batch) -> Batch:
+    """The batch with weights of infinity. Made without a computation, in which other processes would have to join."""
+    weights = batch.loss_weights
+
+    def fill(place: tuple[slice, ...] | None) -> np.ndarray:
+        parts = place or (slice(None),) * weights.ndim
+        shape = [len(range(*part.indices(size))) for part, size in zip(parts, weights.shape, strict=True)]
+        return np.full(shape, np.inf, weights.dtype)
+
+    return batch._replace(loss_weights=jax.make_array_from_callback(weights.shape, weights.sharding, fill))

@@ -2,34 +2,33 @@
 
 from __future__ import annotations
 
-import signal
-import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-from jax.experimental import multihost_utils
 
-from rave_jax.checkpoint.store import PARAMETERS, Store
+from rave_jax.checkpoint.store import PARAMETERS, Store, StoreError
 from rave_jax.observe.metrics import MetricsWriter
 from rave_jax.observe.progress import ProgressReport
 from rave_jax.observe.waiting import WaitMeter
-from rave_jax.parallel.hosts import Watchdog
+from rave_jax.parallel import hosts, notes
 from rave_jax.parallel.sharding import use_mesh
-from rave_jax.training.feed import Feed, RowSource
+from rave_jax.parallel.stopping import StopRequest
+from rave_jax.parallel.watchdog import Watchdog
+from rave_jax.training.feed import Fed, Feed, RowSource
 from rave_jax.training.session import Session
 from rave_jax.training.state import TrainState, parameters_of
 from rave_jax.training.step import StepMetrics
 
+SLOW_DATA = "is the disk or network under it alive? if the data is only slow, raise hosts.step_timeout"
+SLOW_STEP = "has another process stopped, or a device? if steps are only slow, raise hosts.step_timeout"
+SLOW_SAVE = "does the disk under output_dir still take files? if it is only slow, raise hosts.step_timeout"
+
 
 class NonFiniteError(RuntimeError):
     """A loss or gradient that is not a number. The message names the step, the data and the saved state."""
-
-
-class Interrupted(RuntimeError):
-    """The process was asked to end; the state of the last finished step is saved."""
 
 
 class Schedule(NamedTuple):
@@ -38,37 +37,6 @@ class Schedule(NamedTuple):
     steps: int
     log_every: int
     save_every: int
-
-
-class StopRequest:
-    """Notes SIGTERM and SIGINT, once each; the second time they act as usual. Use as a context manager."""
-
-    SIGNALS = (signal.SIGTERM, signal.SIGINT)
-
-    def __init__(self) -> None:
-        self.signal: str | None = None
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> StopRequest:
-        # Python allows handlers in the main thread only; elsewhere (tests) nothing is noted.
-        if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in self.SIGNALS}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, _frame: object) -> None:
-        self.signal = signal.Signals(number).name
-        signal.signal(number, self._before[number])
-
-    def reached(self, step: int) -> str | None:
-        """The signal's name if the job is to stop after this step; the same answer on every process."""
-        if jax.process_count() == 1:
-            return self.signal
-        # The distributed runtime hears SIGTERM for all processes and agrees on a step.
-        return "SIGTERM" if multihost_utils.reached_preemption_sync_point(step) else None
 
 
 class Loop:
@@ -83,6 +51,7 @@ class Loop:
         writers: Sequence[MetricsWriter],
         progress: ProgressReport,
         watchdog: Watchdog,
+        stop: StopRequest,
     ):
         """
         Args:
@@ -92,12 +61,14 @@ class Loop:
             bad_directory: where the state before a bad step goes.
             writers: where metrics go; empty on all but one process.
             progress: what the terminal shows.
-            watchdog: told of every finished step.
+            watchdog: told what is waited for.
+            stop: whether the job is to end.
         """
         self._session, self._schedule, self._store, self._bad_directory = session, schedule, store, bad_directory
-        self._writers, self._progress, self._watchdog = writers, progress, watchdog
+        self._writers, self._progress, self._watchdog, self._stop = writers, progress, watchdog, stop
         self._wait = WaitMeter()
         self._tokens, self._clock = 0, time.monotonic()
+        self._saved = -1
 
     def run(self, state: TrainState, source: RowSource, rows: int, describe: Callable[[int], str]) -> TrainState:
         """Train to the last step.
@@ -110,44 +81,101 @@ class Loop:
 
         Raises:
             NonFiniteError: loss or gradient is not finite; the state before that step is in `bad_directory`.
-            Interrupted: SIGTERM or SIGINT came; the state is saved.
-            StoreError: a checkpoint could not be written.
+            Interrupted: the job was asked to end; the state of the last finished step is saved.
+            StoreError: a checkpoint or metrics could not be written.
+            HostsError: the processes stopped with different states, which are not saved.
         """
-        start = int(state.step)
+        start = done = int(state.step)
         late: tuple[int, StepMetrics] | None = None
+        fed: Fed | None = None
         compiled: set[tuple[int, ...]] = set()
-        with use_mesh(self._session.mesh), StopRequest() as stop, self._feed(source, rows, start) as feed:
+        with use_mesh(self._session.mesh), self._stop.training(), self._feed(source, rows, start) as feed:
             for step in range(start, self._schedule.steps):
-                done, begun = step + 1, time.monotonic()
-                fed = feed.next()
+                begun = time.monotonic()
+                with self._watchdog.during(f"the data of step {step + 1}: {describe(step)}", 1, SLOW_DATA, save=True):
+                    following = feed.next(step, self._stop)
+                if following is None or not self._stop.may_begin(step):
+                    break
+                fed, done = following, step + 1
+                if fed.void:
+                    notes.leave(f"stop/void/{step}", str(step))
                 sizes = (*fed.batch.tokens.shape, *fed.batch.patches.shape)
                 if compiles := sizes not in compiled:
                     compiled.add(sizes)
-                    self._watchdog.expect_compilation()
-                state, metrics = self._session.step(state, fed.batch)
+                what, times = (
+                    (f"step {done}, which is compiled", Watchdog.LONG) if compiles else (f"step {done}", Watchdog.STEP)
+                )
+                with self._watchdog.during(what, times, SLOW_STEP):
+                    state, metrics = self._session.step(state, fed.batch)
                 # Reading the metrics of the step before keeps the devices busy and at most two steps in flight.
                 if late is not None:
                     self._finish(*late, state, fed.data, describe)
                 late = (step, metrics)
                 if compiles:
-                    jax.block_until_ready(metrics)
+                    with self._watchdog.during(what, times, SLOW_STEP):
+                        jax.block_until_ready(metrics)
                     self._progress.restart_clock(done)
                     self._finish(*late, state, fed.data, describe)
                     late = None
                 elif warning := self._wait.add(fed.waited, time.monotonic() - begun):
                     self._progress.say(warning)
-                asked = stop.reached(step)
-                if asked or done % self._schedule.save_every == 0 or done == self._schedule.steps:
+                self._store.check()
+                if done % self._schedule.save_every == 0:
                     if late is not None:
                         self._finish(*late, state, fed.data, describe)
                         late = None
-                    self._store.save(done, parameters_of(state), state.optimizer, fed.data)
-                if asked:
-                    self._store.wait()
-                    raise Interrupted(f"{asked}: stopped after step {done}, which is saved; the same command continues")
-        with self._watchdog.paused():
-            self._store.wait()
+                    if self._refused() is None:
+                        self._save(done, state, fed.data)
+            if fed is not None:
+                if late is not None:
+                    self._finish(*late, state, fed.data, describe)
+                if self._refused() is not None:
+                    done = self._agreed_step(state)
+                    self._save(done, state, source.state(done))
+                else:
+                    self._save(done, state, fed.data)
+            with self._watchdog.during(f"the checkpoint of step {done}", Watchdog.LONG, SLOW_SAVE):
+                self._store.wait()
+            if self._stop.asked is not None:
+                raise self._stop.interrupted(self._where(done))
         return state
+
+    def _where(self, done: int) -> str:
+        if not done:
+            return "stopped before the first step; the same command starts again"
+        last = done == self._schedule.steps
+        return f"stopped after step {done}{', the last' if last else ''}, which is saved; the same command continues"
+
+    def _save(self, done: int, state: TrainState, data: dict[str, Any]) -> None:
+        if done == self._saved:
+            return
+        self._saved = done
+        with self._watchdog.during(f"the checkpoint of step {done}", Watchdog.LONG, SLOW_SAVE):
+            self._store.save(done, parameters_of(state), state.optimizer, data)
+
+    def _refused(self) -> int | None:
+        """The first step that was refused because a process stood in for data that did not come, or None."""
+        found = notes.read("stop/void").values() if self._stop.asked is not None else ()
+        return min(map(int, found), default=None)
+
+    def _agreed_step(self, state: TrainState) -> int:
+        """The step of the state before the steps that were refused.
+
+        Raises:
+            HostsError: the processes differ: one updated its part of the state where another refused to.
+        """
+        step = int(state.step)
+        here, count = hosts.place()
+        notes.leave(f"stop/state/{here}", str(step))
+        with self._watchdog.during("the other processes to say after which step they stopped", 2):
+            found = notes.gather("stop/state", count, self._stop.timeout)
+        if len(set(found.values())) > 1:
+            states = ", ".join(f"{found[str(process)]} (process {process})" for process in range(count))
+            raise hosts.HostsError(
+                f"{self._stop.asked}: data came too late on one process, and the states that are left are of the steps "
+                f"{states}; they are not saved; the same command continues after the newest checkpoint"
+            )
+        return step
 
     def _feed(self, source: RowSource, rows: int, start: int) -> Feed:
         return Feed(source, self._session.mesh, rows, start, self._schedule.steps)
@@ -156,10 +184,13 @@ class Loop:
         self, step: int, metrics: StepMetrics, state: TrainState, data: dict[str, Any], describe: Callable[[int], str]
     ) -> None:
         """Wait for a step, then check, show and write its metrics."""
-        values = named_values(metrics)
-        bad = values.pop("bad_step")
         done = step + 1
-        self._watchdog.beat(f"step {done}")
+        with self._watchdog.during(f"step {done}", Watchdog.STEP, SLOW_STEP):
+            values = named_values(metrics)
+        bad = values.pop("bad_step")
+        if bad >= 0 and (refused := self._refused()) is not None and bad >= refused:
+            return
+        self._stop.finished()
         if bad >= 0:
             self._stop_bad(bad, values, state, data, describe)
         self._tokens += values["tokens"]
@@ -168,9 +199,17 @@ class Loop:
             now = time.monotonic()
             values["tokens_per_second"] = round(self._tokens / max(now - self._clock, 1e-9), 1)
             self._tokens, self._clock = 0, now
+            self._write(done, values)
+        self._progress.update(done, values, line=logged)
+
+    def _write(self, done: int, values: dict[str, Any]) -> None:
+        try:
             for writer in self._writers:
                 writer.write(done, values)
-        self._progress.update(done, values, line=logged)
+        except OSError as error:
+            where = error.filename or "the run directory"
+            why = error.strerror or error
+            raise StoreError(f"the metrics of step {done} could not be written to {where}: {why}") from error
 
     def _stop_bad(
         self, step: int, values: dict[str, Any], state: TrainState, data: dict[str, Any], describe: Callable[[int], str]

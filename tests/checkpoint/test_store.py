@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import random
+import resource
 import shutil
+import time
 from pathlib import Path
 
 import jax
@@ -10,7 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
+from orbax.checkpoint import v1 as ocp
 
+from rave_jax.checkpoint.digests import DamageError
+from rave_jax.checkpoint.saved_step import DATA as DATA_ITEM
+from rave_jax.checkpoint.saved_step import OPTIMIZER, PARAMETERS, verify
 from rave_jax.checkpoint.store import Store, StoreError, abstract, check_writable
 from rave_jax.parallel.mesh import MeshConfig, make_mesh
 
@@ -100,8 +108,222 @@ def test_a_damaged_checkpoint_is_named(tmp_path):
     tree = save(tmp_path, 1)
     for file in (tmp_path / "1" / "parameters").rglob("d/*"):
         file.write_bytes(file.read_bytes()[:10])
-    with Store(tmp_path, 2) as store, pytest.raises(StoreError, match="1 cannot be restored"):
+    with (
+        Store(tmp_path, 2) as store,
+        pytest.raises(StoreError, match=r"1 is damaged: parameters/d/.* is not"),
+    ):
         store.restore_parameters(1, target(tree, on(MeshConfig())))
+
+
+def only_file(folder: Path, pattern: str) -> Path:
+    (file,) = folder.glob(pattern)
+    return file
+
+
+def truncate(pattern: str, size: int):
+    def damage(step: Path) -> None:
+        file = only_file(step, pattern)
+        file.write_bytes(file.read_bytes()[:size])
+
+    return damage
+
+
+def empty_the_folder(step: Path) -> None:
+    shutil.rmtree(step)
+    step.mkdir()
+
+
+def remove(name: str):
+    def damage(step: Path) -> None:
+        path = step / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    return damage
+
+
+DAMAGES = [
+    (empty_the_folder, "the folder is empty"),
+    (remove("optimizer"), "optimizer is missing"),
+    (remove("parameters"), "parameters is missing"),
+    (remove("data"), "data is missing"),
+    (remove("data/data.json"), "data/data.json is missing"),
+    (remove("_CHECKPOINT_METADATA"), "_CHECKPOINT_METADATA is missing"),
+    (remove("parameters/_METADATA"), "parameters/_METADATA is missing"),
+    (remove("parameters/manifest.ocdbt"), "parameters/manifest.ocdbt is missing"),
+    (truncate("optimizer/d/*", 100), "is not what was saved"),
+    (truncate("parameters/_METADATA", 0), "parameters/_METADATA is empty"),
+    (truncate("data/data.json", 10), "data/data.json is not what was saved"),
+    (truncate("_CHECKPOINT_METADATA", 5), "_CHECKPOINT_METADATA is not what was saved"),
+    (truncate("digests.0.sha256", 0), "digests.0.sha256 is empty"),
+    (truncate("digests.0.sha256", 200), "digests.0.sha256 is not what was saved"),
+]
+
+
+@pytest.fixture(scope="module")
+def two_steps(tmp_path_factory) -> Path:
+    """Checkpoints of steps 1 and 2, for copies."""
+    folder = tmp_path_factory.mktemp("saved")
+    save(folder, 1, 2)
+    return folder
+
+
+CASES = [(damage, why, True) for damage, why in DAMAGES]
+CASES += [(damage, why, False) for damage, why in DAMAGES if "digests" not in why]
+
+
+@pytest.mark.parametrize(
+    ("damage", "why", "digests"), CASES, ids=[f"{why}{'' if digests else ', no digests'}" for _, why, digests in CASES]
+)
+def test_a_damaged_newest_checkpoint_is_passed_over(two_steps, tmp_path, caplog, damage, why, digests):
+    """One warning says what is damaged, what was taken and where the damaged one is; its step can be saved again."""
+    folder = tmp_path / "checkpoints"
+    shutil.copytree(two_steps, folder)
+    damage(folder / "2")
+    if not digests:
+        for file in folder.glob("*/digests.*"):
+            file.unlink()
+    sharding = on(MeshConfig())
+    tree = parameters(sharding)
+    with Store(folder, 2) as store:
+        found = store.restore_newest(target(tree, sharding), target(tree["values"], sharding))
+        assert found is not None
+        assert (found.step, found.data) == (1, DATA)
+        jax.tree.map(np.testing.assert_array_equal, found.parameters, tree)
+    line = next(record.getMessage() for record in caplog.records if "damaged checkpoints" in record.getMessage())
+    assert "taken is step 1, the newest that is sound" in line
+    assert f"moved to {folder / '2.damaged'}, which can be deleted" in line
+    if digests:
+        assert why in line
+    assert {path.name for path in folder.iterdir()} == {"1", "2.damaged"}
+
+
+def test_a_step_moved_aside_is_saved_again(two_steps, tmp_path, caplog):
+    shutil.copytree(two_steps, tmp_path, dirs_exist_ok=True)
+    sharding = on(MeshConfig())
+    tree = parameters(sharding)
+    for _ in range(2):
+        empty_the_folder(tmp_path / "2")
+        with Store(tmp_path, 2) as store:
+            store.restore_newest(target(tree, sharding), target(tree["values"], sharding))
+            store.save(2, tree, tree["values"], DATA)
+    assert {path.name for path in tmp_path.iterdir()} == {"1", "2", "2.damaged", "2.damaged.2"}
+    with Store(tmp_path, 2, reader=True) as store:
+        found = store.restore_newest(target(tree, sharding))
+    assert found is not None
+    assert found.step == 2
+
+
+def test_a_reader_leaves_a_damaged_checkpoint_where_it_is(two_steps, tmp_path, caplog):
+    shutil.copytree(two_steps, tmp_path, dirs_exist_ok=True)
+    remove("parameters")(tmp_path / "2")
+    tree = target(parameters(on(MeshConfig())), on(MeshConfig()))
+    with Store(tmp_path, 2, reader=True) as store:
+        found = store.restore_newest(tree)
+        assert found is not None
+        assert (found.step, found.optimizer, found.data) == (1, None, None)
+        with pytest.raises(StoreError, match=r"2 is damaged: parameters is missing; take another step \(1\)"):
+            store.restore_parameters(2, tree)
+    assert f"delete {tmp_path / '2'}, or train on" in caplog.text
+    assert {path.name for path in tmp_path.iterdir()} == {"1", "2"}
+
+
+def test_no_sound_checkpoint_is_an_error_that_says_what_to_delete(two_steps, tmp_path):
+    shutil.copytree(two_steps, tmp_path, dirs_exist_ok=True)
+    for step in ("1", "2"):
+        empty_the_folder(tmp_path / step)
+    tree = target(parameters(on(MeshConfig())), on(MeshConfig()))
+    expected = rf"no sound checkpoint: step 2 \(the folder is empty\), step 1 .* delete {tmp_path}/2 {tmp_path}/1 to"
+    with Store(tmp_path, 2) as store, pytest.raises(StoreError, match=expected):
+        store.restore_newest(tree)
+    assert {path.name for path in tmp_path.iterdir()} == {"1", "2"}, "nothing is moved when nothing is taken"
+
+
+def test_another_model_is_no_damage(two_steps):
+    sharding = on(MeshConfig())
+    with Store(two_steps, 2) as store, pytest.raises(StoreError, match="2 holds another model"):
+        store.restore_newest(target({"values": {"c": parameters(sharding)["values"]["b"]}}, sharding))
+    assert {path.name for path in two_steps.iterdir()} == {"1", "2"}
+
+
+def test_every_flipped_bit_is_noticed(two_steps, tmp_path):
+    """In whichever file it is, the digests themselves included."""
+    shutil.copytree(two_steps / "2", tmp_path, dirs_exist_ok=True)
+    items = (PARAMETERS, OPTIMIZER, DATA_ITEM)
+    chance = random.Random(0)
+    assert verify(tmp_path, items)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) > 15
+    for file in files:
+        saved = file.read_bytes()
+        for place in chance.sample(range(8 * len(saved)), 8):
+            flipped = bytearray(saved)
+            flipped[place // 8] ^= 1 << place % 8
+            file.write_bytes(flipped)
+            with pytest.raises(DamageError, match=r"is not what was saved|is missing"):
+                verify(tmp_path, items)
+        file.write_bytes(saved)
+    assert verify(tmp_path, items)
+
+
+def test_digests_are_those_of_sha256sum(two_steps):
+    lines = (two_steps / "2" / "digests.0.sha256").read_text().splitlines()
+    assert lines[-1].startswith("# ")
+    for line in lines[:-1]:
+        digest, name = line.split("  ")
+        assert hashlib.sha256((two_steps / "2" / name).read_bytes()).hexdigest() == digest
+
+
+def test_a_checkpoint_from_before_digests_is_read_with_a_warning(two_steps, tmp_path, caplog):
+    shutil.copytree(two_steps, tmp_path, dirs_exist_ok=True)
+    (tmp_path / "2" / "digests.0.sha256").unlink()
+    sharding = on(MeshConfig())
+    tree = parameters(sharding)
+    with Store(tmp_path, 2, reader=True) as store:
+        jax.tree.map(np.testing.assert_array_equal, store.restore_parameters(2, target(tree, sharding)), tree)
+    (line,) = [record.getMessage() for record in caplog.records if record.name.startswith("rave_jax")]
+    assert f"{tmp_path / '2'} has no digests, so damage in it would not be noticed" in line
+
+
+def test_what_may_not_be_read_is_no_damage(two_steps, tmp_path, monkeypatch):
+    """A folder with other permissions is not moved away."""
+    shutil.copytree(two_steps, tmp_path, dirs_exist_ok=True)
+
+    def denied(*_: object) -> None:
+        raise PermissionError(13, "Permission denied", str(tmp_path / "2" / "parameters" / "_METADATA"))
+
+    monkeypatch.setattr("rave_jax.checkpoint.digests._digests", denied)
+    with (
+        Store(tmp_path, 2) as store,
+        pytest.raises(StoreError, match="_METADATA cannot be read: Permission"),
+    ):
+        store.restore_newest({})
+    assert {path.name for path in tmp_path.iterdir()} == {"1", "2"}
+
+
+def test_a_save_that_fails_in_the_background_is_told_of_at_once_by_its_step(tmp_path, caplog):
+    """Files that may not grow stand for a disk that fills up while arrays are written."""
+    sharding = on(MeshConfig())
+    small, noise = parameters(sharding), np.random.default_rng(0).normal(size=(64, 64)).astype(np.float32)
+    large = {"values": {"a": jax.device_put(noise, sharding)}}
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    expected = pytest.raises(StoreError, match=r"checkpoint of step 2 could not be written to .*: File too large")
+    try:
+        with expected, Store(tmp_path, 2) as store:
+            store.save(1, small, small["values"], DATA)
+            store.wait()
+            store.check()
+            resource.setrlimit(resource.RLIMIT_FSIZE, (8192, before[1]))
+            store.save(2, large, small["values"], DATA)
+            for _ in range(500):
+                store.check()
+                time.sleep(0.01)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "Traceback" not in caplog.text
+    with Store(tmp_path, 2) as store:
+        assert store.steps == [1]
+        store.save(3, small, small["values"], DATA)
+    assert {path.name for path in tmp_path.iterdir()} == {"1", "3"}
 
 
 def test_a_place_that_takes_no_files_is_refused(tmp_path):
@@ -124,7 +346,7 @@ def test_a_disk_that_fills_up_is_named(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     with Store(tmp_path, 2) as store:
-        monkeypatch.setattr(type(store._checkpointer), "save_checkpointables_async", full)
+        monkeypatch.setattr(ocp.training.Checkpointer, "save_checkpointables_async", full)
         with pytest.raises(StoreError, match=r"checkpoint of step 1 could not be written to .*: no space is left"):
             store.save(1, {}, {}, {})
 

@@ -13,7 +13,7 @@ import pytest
 
 REPO = Path(__file__).resolve().parents[2]
 PACKAGE = REPO / "rave_jax"
-GROUND = {"typing", "config", "batch", "layout"}
+GROUND = {"typing", "config", "files", "batch", "layout"}
 MODEL = GROUND | {"parallel", "kernels", "attention", "models"}
 AFTER_MODEL = MODEL | {"checkpoint", "inference", "data"}
 
@@ -22,6 +22,8 @@ PARTS: dict[str, set[str]] = {
     "__init__": set(),
     "typing": set(),
     "config": set(),
+    "files": set(),
+    "command_line": {"config"},
     "batch": {"typing"},
     "layout": {"typing", "config"},
     "observe": set(),
@@ -35,14 +37,14 @@ PARTS: dict[str, set[str]] = {
     "look": AFTER_MODEL | {"observe"},
     "evaluation": AFTER_MODEL | {"look", "observe"},
     "training": AFTER_MODEL | {"look", "evaluation", "observe"},
-    "tools": AFTER_MODEL | {"look", "evaluation", "training", "observe"},
+    "tools": AFTER_MODEL | {"command_line", "look", "evaluation", "training", "observe"},
 }
 
 # Libraries that only these parts may import. What is not named here and declared in pyproject.toml is free.
 # Paths with a dot name one library module and whatever lies below it.
 ONLY: dict[str, set[str]] = {
     # typing: for the type checker alone
-    "jax": {*PARTS} - {"__init__", "config", "batch", "layout", "data", "observe"},
+    "jax": {*PARTS} - {"__init__", "config", "command_line", "files", "batch", "layout", "data", "observe"},
     "flax": {"parallel", "attention", "models", "checkpoint", "inference", "evaluation", "look", "training", "tools"},
     "optax": {"training"},
     "orbax": {"checkpoint", "parallel"},
@@ -52,7 +54,7 @@ ONLY: dict[str, set[str]] = {
     "pyarrow": {"data"},
     "PIL": {"data", "look", "evaluation", "tools"},
     "sklearn": {"data"},
-    "tyro": {"config", "tools"},
+    "tyro": {"command_line"},
     "jaxtyping": {"typing"},
     "tensorboardX": {"observe"},
     "matplotlib": {"look"},

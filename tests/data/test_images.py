@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
+import os
+import re
+import socket
 from pathlib import Path
+from urllib.parse import quote_from_bytes
 
 import numpy as np
 import pytest
@@ -27,6 +32,7 @@ from rave_jax.data.images import (
 )
 from rave_jax.data.processor import Processor
 from rave_jax.data.sample import ImageError
+from rave_jax.data.video import VideoLimits, video_patches
 from tests.data.pictures import noise
 
 GRID = PatchGrid(patch=14, temporal=2, merge=2, window=4)
@@ -186,11 +192,21 @@ def gif() -> bytes:
     return file.getvalue()
 
 
+def tiff(pages: int) -> bytes:
+    file = io.BytesIO()
+    first, *rest = (Image.fromarray(noise(8, 8, seed=n)) for n in range(pages))
+    first.save(file, "TIFF", save_all=True, append_images=rest)
+    return file.getvalue()
+
+
 @pytest.mark.parametrize(
     ("content", "says"),
     [
         (jpeg()[: len(jpeg()) // 2], "truncated"),
-        (b"", "cannot identify"),
+        (b"", "empty"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "Git LFS pointer.*git lfs pull"),
+        (b"\n<!DOCTYPE html><html>", "this is a web page"),
+        (tiff(2), "a TIFF of 2 pages; save its pages as separate pictures"),
         (b"not a picture", "cannot identify"),
         (gif(), "animation"),
         (jpeg()[:30], "broken.bin"),
@@ -206,10 +222,56 @@ def test_broken_files_are_one_error_with_their_name(content: bytes, says: str, t
         read_image(content, "train.parquet:7")
 
 
-@pytest.mark.parametrize("source", ["nowhere.png", "https://example.org/a.png", 7, np.zeros((4, 4, 3))])
-def test_what_is_no_picture(source) -> None:
-    with pytest.raises(ImageError):
-        read_image(source)
+@pytest.mark.parametrize(
+    ("source", "says"),
+    [
+        ("nowhere.png", r"^nowhere\.png: No such file"),
+        ("https://example.org/a.png", r"^https://example\.org/a\.png: an address on the net.*not downloaded"),
+        ("", "^: the path of a picture is empty"),
+        ("file://", "the path of a picture is empty"),
+        ("a\0b", "null"),
+        ("iVBORw0KGgo" * 500, "too long for a path; base64"),
+        ("data:image/png;base64,", "holds no bytes"),
+        ("data:image/png;base64,A", "base64 of its data URI is broken"),
+        ("data:image/png", "without a comma"),
+        ("data:text/plain,hello", "cannot identify"),
+        (7, "int in memory: int: expected a path"),
+        (None, "NoneType"),
+        (np.zeros((4, 4, 3)), "array of float64"),
+        (np.zeros((4, 4, 2), np.uint8), "expected uint8"),
+    ],
+)
+def test_what_is_no_picture(source, says: str) -> None:
+    for read in (read_image, image_size):
+        with pytest.raises(ImageError, match=says) as error:
+            read(source)
+        assert "\n" not in str(error.value) and len(str(error.value)) < 300
+
+
+def test_only_regular_files_are_opened(tmp_path: Path) -> None:
+    """A named pipe and a terminal would be waited on for ever."""
+    os.mkfifo(tmp_path / "pipe")
+    with socket.socket(socket.AF_UNIX) as end:
+        end.bind(str(tmp_path / "socket"))
+    (tmp_path / "link").symlink_to(tmp_path / "pipe")
+    kinds = {"pipe": "named pipe", "link": "named pipe", "socket": "socket", ".": "directory", "/dev/zero": "device"}
+    for name, kind in kinds.items():
+        with pytest.raises(ImageError, match=f"{re.escape(name)}: it is a {kind}"):
+            read_image(str(tmp_path / name) if name != "." else ".")
+        with pytest.raises(ImageError, match=f"frame 0: it is a {kind}"):
+            video_patches([str(tmp_path / name)], None, GRID, VideoLimits(), "film")
+
+
+def test_data_uris_and_links_are_the_picture(tmp_path: Path) -> None:
+    content = jpeg()
+    (tmp_path / "a.jpg").write_bytes(content)
+    (tmp_path / "link.jpg").symlink_to("a.jpg")
+    code = base64.b64encode(content).decode()
+    wrapped = "\n".join(code[n : n + 76] for n in range(0, len(code), 76))
+    uris = [f"data:image/jpeg;base64,{code}", f"DATA:;base64,{wrapped}", f"data:image/jpeg,{quote_from_bytes(content)}"]
+    for source in (content, tmp_path / "link.jpg", f"file://{tmp_path}/a.jpg", *uris):
+        np.testing.assert_array_equal(np.asarray(read_image(source)), np.asarray(Image.open(tmp_path / "a.jpg")))
+        assert image_size(source) == (64, 64)
 
 
 def test_too_thin_a_picture_names_its_file(tmp_path: Path) -> None:

@@ -28,6 +28,6 @@ def test_positions_follow_the_rule(layout: list, tokens_per_second: int) -> None
         for frame in range(t):
             for row in range(h):
                 expected += [(position + int(frame * step), position + row, position + col) for col in range(w)]
-        position += max(h, w)
+        position += max(h, w, int((t - 1) * step) + 1)
     ours = mrope_positions(len(expected), visuals, tokens_per_second)
     np.testing.assert_array_equal(ours, np.array(expected, int).reshape(-1, 3).T)

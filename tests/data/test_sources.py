@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -15,9 +17,21 @@ from PIL import Image
 from rave_jax.config import ConfigError
 from rave_jax.data.processor import Processor
 from rave_jax.data.sample import SampleError
-from rave_jax.data.sources import HfParquet, LlavaJson, QaJsonl
-from rave_jax.data.sources.records import conversation
+from rave_jax.data.sources import HfParquet, LlavaJson, QaJsonl, files
+from rave_jax.data.sources.conversation import conversation, turns_of
 from tests.data.pictures import noise
+
+
+def png(seed: int) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(noise(20, 30, seed=seed)).save(file, "PNG")
+    return file.getvalue()
+
+
+def write(path: Path, columns: dict, rows: int = 3) -> str:
+    pq.write_table(pa.table(columns), path, row_group_size=rows)
+    return str(path)
+
 
 LLAVA = [
     {
@@ -126,15 +140,16 @@ def test_threads_read_the_same_lines(folder: Path) -> None:
 )
 def test_turns_that_cannot_be(turns: list, says: str) -> None:
     with pytest.raises(SampleError, match=says):
-        conversation(turns, [{"type": "image", "image": "a.png"}])
+        conversation(turns_of({"messages": turns}), [{"type": "image", "image": "a.png"}], Path())
 
 
 def test_pictures_without_a_placeholder_go_in_front() -> None:
     image = {"type": "image", "image": "a.png"}
-    (message,) = conversation([{"role": "user", "content": "What?"}], [image, image])
+    (message,) = conversation(turns_of({"messages": [{"role": "user", "content": "What?"}]}), [image, image], Path())
     assert message["content"] == [image, image, {"type": "text", "text": "What?"}]
     with pytest.raises(SampleError, match="2 pictures for 1 placeholders"):
-        conversation([{"role": "user", "content": "<image>What?"}], [image, image])
+        turns = turns_of({"messages": [{"role": "user", "content": "<image>What?"}]})
+        conversation(turns, [image, image], Path())
 
 
 def test_missing_files_are_named(tmp_path: Path) -> None:
@@ -169,17 +184,6 @@ def test_real_questions(shared_data: Path) -> None:
     assert source.name == "chartqa_mini"
     assert all(Path(source[i].images[0]).is_file() for i in range(len(source)))
     assert {source[i].metric for i in range(len(source))} == {"relaxed_accuracy"}
-
-
-def png(seed: int) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(noise(20, 30, seed=seed)).save(file, "PNG")
-    return file.getvalue()
-
-
-def write(path: Path, columns: dict, rows: int = 3) -> str:
-    pq.write_table(pa.table(columns), path, row_group_size=rows)
-    return str(path)
 
 
 def test_parquet_with_questions(tmp_path: Path, processor: Processor) -> None:
@@ -237,3 +241,155 @@ def test_columns_that_are_not_there(tmp_path: Path) -> None:
     (tmp_path / "d.parquet").write_bytes(b"nothing")
     with pytest.raises(ConfigError, match=r"d\.parquet"):
         HfParquet(str(tmp_path / "d.parquet")).build()
+
+
+QUESTION = {"question": ["Q"], "answer": ["A"]}
+
+
+@pytest.mark.parametrize(
+    ("columns", "images"),
+    [
+        ({"picture": [{"bytes": png(0), "path": None}]}, [png(0)]),
+        ({"photo": [png(0)]}, [png(0)]),
+        ({"pages": [[{"bytes": png(0), "path": None}, {"bytes": png(1), "path": None}]]}, [png(0), png(1)]),
+        ({"scans": [[png(0), png(1)]]}, [png(0), png(1)]),
+        ({"image": [png(0)], "image_id": [7], "url": ["http://here"]}, [png(0)]),
+    ],
+)
+def test_parquet_finds_its_one_column_of_pictures(columns: dict, images: list[bytes], tmp_path: Path) -> None:
+    path = write(tmp_path / "p.parquet", {**columns, **QUESTION})
+    assert HfParquet(path).build()[0].images == tuple(images)
+
+
+@pytest.mark.parametrize(
+    ("columns", "says"),
+    [
+        ({"left": [png(0)], "right": [png(1)]}, "the columns left, right hold bytes: name one as image_column"),
+        ({"image": [png(0)], "map": [png(1)]}, "the column 'map' holds bytes and is not read"),
+        ({"image": [png(0)], "images": [[png(1)]]}, "another column is read in its place"),
+        ({"audio": [{"bytes": b"x", "path": None}]}, "'audio' of a row is not read: audio is not supported"),
+        ({"image_path": ["a.png"]}, "'image_path' of a row is not read: a picture belongs under 'image'"),
+        ({"sytem": ["S"]}, "'sytem' of a row is not read; did you mean 'system'"),
+        ({"tools": ["[]"]}, "tool calls are not supported"),
+        ({"choices": [["a", "b"]]}, "put it into the question"),
+    ],
+)
+def test_parquet_refuses_columns_that_would_pass_unread(columns: dict, says: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "p.parquet", {**columns, **QUESTION})
+    with pytest.raises(ConfigError, match=rf"p\.parquet: .*{says}"):
+        HfParquet(path).build()
+    source = HfParquet(path, image_column="image" if "image" in columns else "", ignored=(*columns, "x")).build()
+    assert source[0].answers == ("A",)
+
+
+def test_parquet_names_columns_that_are_not_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = write(tmp_path / "p.parquet", {**QUESTION, "note": ["n"], "split": ["s"], "tools": [""], "more": ["m"]})
+    HfParquet(path, ignored=("more",)).build()
+    assert [r.getMessage().partition(": ")[2].partition(" (")[0] for r in caplog.records] == [
+        "columns that are not read: note"
+    ]
+
+
+def test_parquet_reads_the_shapes_that_json_has(tmp_path: Path) -> None:
+    columns = {"instruction": ["Q"], "input": ["I"], "output": ["A"], "system": ["S"], "images": [[png(0)]]}
+    sample = HfParquet(write(tmp_path / "a.parquet", columns)).build()[0]
+    assert [m["role"] for m in sample.messages] == ["system", "user", "assistant"]
+    assert (sample.question, sample.answers, sample.images) == ("Q\nI", ("A",), (png(0),))
+    parts = [{"type": "image", "image": {"bytes": png(1), "path": None}, "text": None}, {"type": "text", "text": "Q"}]
+    turns = [{"role": "user", "content": parts}, {"role": "assistant", "content": [{"type": "text", "text": "A"}]}]
+    sample = HfParquet(write(tmp_path / "b.parquet", {"messages": [turns]})).build()[0]
+    assert (sample.question, sample.answers, sample.images) == ("Q", ("A",), (png(1),))
+    columns = {"question": ["Q"], "label": [3], "id": [7], "system": ["S"]}
+    sample = HfParquet(write(tmp_path / "c.parquet", columns)).build()[0]
+    assert (sample.answers, sample.id, sample.messages[0]["content"]) == (("3",), "7", "S")
+
+
+def test_rows_that_cannot_be(tmp_path: Path) -> None:
+    answers = pa.array([["a"], [None], None])
+    path = write(tmp_path / "p.parquet", {"question": ["Q", "Q", None], "answers": answers})
+    source = HfParquet(path).build()
+    assert source[0].answers == ("a",)
+    for index, says in ((1, "answers.0 is None"), (2, "no question")):
+        with pytest.raises(SampleError, match=rf"p\.parquet:{index}: {says}"):
+            source[index]
+    other = write(tmp_path / "q.parquet", {"question": ["Q"], "text": ["A"]})
+    with pytest.raises(ConfigError, match=r"q\.parquet: no column 'answers', which .*p\.parquet has"):
+        HfParquet(str(tmp_path)).build()
+    assert other
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("d.parquet", None, "expected JSON, and this is a parquet file: HfParquet reads those"),
+        ("d.json", None, "expected JSON, and this is a parquet file"),
+        ("d.jsonl", b"version https://git-lfs.github.com/spec/v1\noid", "a Git LFS pointer"),
+        ("d.json", b"\x1f\x8b\x08rest", "compressed by gzip"),
+        ("d.jsonl", b"\x00\x01\x02", "binary data"),
+        ("d.json", b'{"a": 1}\n{"a": 2}\n', "not JSON: Extra data.*JSON Lines, an object a line, belong in a file"),
+        ("folder", None, "'.*folder': a directory; expected a file of records"),
+        ("pipe", None, "'.*pipe': not a regular file"),
+        ("n" * 300, None, "cannot be used as a path"),
+        ("nul\0", None, "no such file|cannot be used as a path"),
+    ],
+)
+def test_files_of_other_kinds_say_what_they_are(name: str, content: bytes | None, says: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content)
+    elif name == "folder":
+        path.mkdir()
+    elif name == "pipe":
+        os.mkfifo(path)
+    elif name.startswith("d."):
+        write(path, QUESTION)
+    for kind in (LlavaJson, QaJsonl):
+        with pytest.raises(ConfigError, match=says):
+            kind(str(path)).build()
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b'[{"question": "Q"}]', "expected parquet, and this is no parquet file; LlavaJson and QaJsonl read JSON"),
+        (b"version https://git-lfs.github.com/spec/v1\noid", "expected parquet, and this is a Git LFS pointer"),
+        (b"PAR1 cut off", "the parquet file cannot be read"),
+    ],
+)
+def test_what_is_no_parquet_says_so(content: bytes, says: str, tmp_path: Path) -> None:
+    (tmp_path / "p.parquet").write_bytes(content)
+    with pytest.raises(ConfigError, match=rf"p\.parquet: {says}"):
+        HfParquet(str(tmp_path / "p.parquet")).build()
+
+
+def test_a_fingerprint_is_of_the_records_and_their_order(tmp_path: Path) -> None:
+    lines = [json.dumps(record) for record in LLAVA]
+
+    def of(text: str, name: str) -> str:
+        (tmp_path / name).write_text(text)
+        return LlavaJson(str(tmp_path / name)).build().fingerprint
+
+    plain = of("\n".join(lines), "a.jsonl")
+    assert of("\n\n".join(lines) + "\n", "b.jsonl") == plain
+    assert of("\n".join(reversed(lines)), "c.jsonl") != plain
+    assert of(f"[{','.join(lines)}]", "a.json") != of(f"[{','.join(reversed(lines))}]", "b.json")
+    prints = set()
+    for name, ask in (("a", ["Q", "R"]), ("b", ["R", "Q"])):
+        path = write(tmp_path / f"{name}.parquet", {"question": ask, "answer": ["A", "A"]})
+        prints.add(HfParquet(path).build().fingerprint)
+    assert len(prints) == 2
+
+
+def test_a_fingerprint_of_large_files_reads_a_part_of_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "BLOCK", 10)
+    monkeypatch.setattr(files, "MOST_BLOCKS", 8)
+    paths = [tmp_path / "a", tmp_path / "b"]
+    content = np.random.default_rng(0).integers(0, 256, 1000, np.uint8).tobytes()
+    for path in paths:
+        path.write_bytes(content)
+    first = files.fingerprint_of_files(paths)
+    assert files.fingerprint_of_files(paths) == first
+    for changed in (content[::-1], content[500:] + content[:500], content[:-1], content[:-1] + b"?"):
+        paths[1].write_bytes(changed)
+        assert files.fingerprint_of_files(paths) != first
+        assert files.fingerprint_of_files(paths[::-1]) != files.fingerprint_of_files(paths)

@@ -22,6 +22,8 @@ from rave_jax.parallel import hosts
 from rave_jax.parallel.mesh import MeshConfig, make_mesh
 from rave_jax.parallel.rows import owned_rows
 from rave_jax.parallel.sharding import replicated
+from rave_jax.parallel.stopping import StopRequest
+from rave_jax.parallel.watchdog import Watchdog
 from rave_jax.training.loop import Loop, Schedule
 from rave_jax.training.optimizers import OptimizerConfig
 from rave_jax.training.session import Session
@@ -33,9 +35,9 @@ LAYOUTS = {"fsdp": MeshConfig(fsdp=4), "tensor": MeshConfig(fsdp=1, tensor=4)}
 OPTIMIZER = OptimizerConfig(learning_rate=1e-2)
 
 
-def session_on(mesh: Mesh) -> Session:
+def session_on(mesh: Mesh, steps: int = STEPS) -> Session:
     """Text only and one layer: it compiles quickly."""
-    return session_of(OPTIMIZER, mesh, steps=STEPS, rows=ROWS, config=TEXT)
+    return session_of(OPTIMIZER, mesh, steps=steps, rows=ROWS, config=TEXT)
 
 
 class Losses:
@@ -78,7 +80,7 @@ def run(session: Session, folder: Path, restore: Path | None) -> dict:
     losses = Losses()
     with Store(folder / "checkpoints", keep=9) as store, ProgressReport(STEPS, 0, enabled=False) as progress:
         schedule = Schedule(STEPS, log_every=1, save_every=SAVED)
-        loop = Loop(session, schedule, store, folder / "bad", [losses], progress, hosts.Watchdog(0))
+        loop = Loop(session, schedule, store, folder / "bad", [losses], progress, Watchdog(0), StopRequest())
         state = loop.run(state, RandomSource(ROWS, patches=0), ROWS, str)
     rows = [[span.start, span.stop] for span in owned_rows(mesh, ROWS)]
     return {"shapes": shapes, "losses": losses.rows, "rows": rows, "digest": digest(mesh, state.trained)}

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import pytest
 
+from rave_jax import command_line
 from rave_jax import config as machinery
 from rave_jax.tools.cli import _parser
 from rave_jax.training.config import TrainConfig
@@ -52,7 +53,7 @@ def check_train(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
         return
     monkeypatch.chdir(REPO)
     try:
-        machinery.load_command_line(TrainConfig, words, "train.py")
+        command_line.load_command_line(TrainConfig, words, "train.py")
     except SystemExit as stop:
         assert stop.code == 0 and words[-1] == "--help"
 

@@ -14,7 +14,7 @@ from rave_jax.data.collate import BatchShape, collate
 from rave_jax.data.processor import Processor
 from rave_jax.data.sample import Sample, SampleError
 from rave_jax.data.video import VideoLimits
-from rave_jax.evaluation.subject import Answer, ModelSubject, with_answer
+from rave_jax.evaluation.subject import Answer, ModelSubject, PromptOverBudget, with_answer
 from rave_jax.inference import Completion, Generator, Request, Sampling, SlotConfig
 from rave_jax.inference.slots import compilations
 from rave_jax.models.config import ModelOptions
@@ -85,14 +85,17 @@ def test_answers_and_looks_do_not_depend_on_the_mesh(subject: ModelSubject, vlm:
             np.testing.assert_allclose(a.weights, b.weights, atol=1e-5)
 
 
-def test_a_prompt_over_budget_is_an_answer_of_its_own(subject: ModelSubject) -> None:
+def test_a_prompt_over_budget_is_an_answer_of_its_own(subject: ModelSubject, processor: Processor) -> None:
     long = ask("word " * 40, (24, 16))
     broken = dataclasses.replace(
         SAMPLES[0], messages=({"role": "user", "content": [{"type": "image", "image": b"no"}]},)
     )
     results = subject.answer([long, SAMPLES[0], broken])
-    assert [type(result).__name__ for result in results] == ["OverBudget", "Answer", "ImageError"]
-    assert isinstance(results[0], SampleError) and "word" in str(results[0]) and "96" in str(results[0])
+    assert [type(result).__name__ for result in results] == ["PromptOverBudget", "Answer", "ImageError"]
+    assert "word" in str(results[0]) and "over the budget of tokens 96" in str(results[0])
+    needs = processor.encode(long.prompt, add_generation_prompt=True)
+    assert isinstance(results[0], PromptOverBudget)
+    assert (results[0].tokens, results[0].patches) == (len(needs.tokens), len(needs.patches))
 
 
 def test_a_long_prompt_is_read_whole_where_tokens_see_later_ones(vlm: Vlm, processor: Processor) -> None:
@@ -185,4 +188,4 @@ def test_no_patches_are_no_pictures(vlm: Vlm, processor: Processor) -> None:
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
     text, picture = ModelSubject(vlm, processor, mesh, SHAPE._replace(patches=0), NEW).answer([SAMPLES[1], SAMPLES[0]])
     assert isinstance(text, Answer)
-    assert isinstance(picture, SampleError) and "over the budget of max_patches 0" in str(picture)
+    assert isinstance(picture, SampleError) and "over the budget of tokens 96 and patches 0" in str(picture)

@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,24 +14,33 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from rave_jax.config import ConfigError
-from rave_jax.data.sample import ImageError
-from rave_jax.data.sources import QaJsonl
-from rave_jax.evaluation.config import Eval, Gate, Report
-from rave_jax.evaluation.gate import TaskAim
+from rave_jax.config import ConfigError, from_json, to_json
+from rave_jax.data.collate import BatchShape
+from rave_jax.data.sample import ImageError, Sample, SampleError
+from rave_jax.data.sources import QaJsonl, Synthetic
+from rave_jax.evaluation.config import Eval, Floor, Grounding, Report
+from rave_jax.evaluation.grounding import TaskAim
 from rave_jax.evaluation.report import write_report
+from rave_jax.evaluation.subject import Answer, PromptOverBudget
 from rave_jax.evaluation.suites import run
-from rave_jax.evaluation.summary import BY_TEMPLATE, BY_TEXT, GREY, REDEALT, print_summary
+from rave_jax.evaluation.summary import BY_TEMPLATE, BY_TEXT, GREY, OF_ALL, REDEALT, print_summary
 from rave_jax.evaluation.vas import Vas
 from tests.evaluation.toy import Fake, Toy, any_source, read
 
 SAMPLES = 200
-GATE = Gate(train=any_source(Toy(split="train")), train_samples=400, aims=(TaskAim("odd", 0.9),))
+FLOOR = Floor(train=any_source(Toy(split="train")), train_samples=400)
+CHECK = Grounding(aims=(TaskAim("odd", 0.9),))
 
 
-def config(samples: int = SAMPLES, gate: Gate | None = GATE, looks: int = 8, pictures: int = 0) -> Eval:
+def config(
+    samples: int = SAMPLES,
+    grounding: Grounding | None = CHECK,
+    looks: int = 8,
+    pictures: int = 0,
+    floor: Floor | None = FLOOR,
+) -> Eval:
     data = any_source(Toy())
-    return Eval("toy", data, samples=samples, rows=16, looks=looks, pictures=pictures, gate=gate)
+    return Eval("toy", data, samples=samples, rows=16, looks=looks, pictures=pictures, floor=floor, grounding=grounding)
 
 
 def toy_answers(split: str, count: int) -> list[tuple[str, str]]:
@@ -40,12 +50,12 @@ def toy_answers(split: str, count: int) -> list[tuple[str, str]]:
 
 
 def floor_by_hand() -> float:
-    train = toy_answers("train", 200)  # the toy has no more, though the gate asks for 400
+    train = toy_answers("train", 200)  # the toy has no more, though the floor asks for 400
     best = {name: Counter(a for t, a in train if t == name).most_common(1)[0][0] for name in ("odd", "even")}
     return float(np.mean([best[template] == answer for template, answer in toy_answers("heldout", SAMPLES)]))
 
 
-def test_a_reader_passes_the_gate() -> None:
+def test_a_reader_passes_the_grounding_check() -> None:
     summary = run(config(), Toy(), Fake(read), None)
     controls = summary.total.controls
     assert summary.total.score == 1.0
@@ -57,12 +67,105 @@ def test_a_reader_passes_the_gate() -> None:
     assert summary.verdict.floor == floor_by_hand()
 
 
-def test_a_guesser_scores_the_floor_and_fails_the_gate() -> None:
+def test_a_guesser_scores_the_floor_and_fails_the_grounding_check() -> None:
     summary = run(config(), Toy(), Fake(lambda sample: "3" if sample.template == "odd" else "0"), None)
     assert summary.total.score == summary.total.controls[REDEALT] == summary.total.controls[GREY]
     assert summary.total.score <= floor_by_hand() + 0.1
     assert summary.verdict is not None and not summary.verdict.holds
     assert [finding.split(":")[0] for finding in summary.verdict.findings] == ["does not hold"] * 3
+
+
+def own(samples: int = SAMPLES) -> Eval:
+    """An evaluation of a user's data: nothing is said but the samples."""
+    return Eval("own", any_source(Toy()), samples=samples, rows=16, looks=0, pictures=0, routes=0)
+
+
+def test_own_data_has_a_floor_and_an_interval_by_default(tmp_path: Path) -> None:
+    """Toy's pictures are ten brightnesses: the answer to each question is counted over the nine others."""
+    world = [Toy()[i] for i in range(SAMPLES)]
+    shades = [read(sample) for sample in world]
+    wanted = []
+    for sample, shade in zip(world, shades, strict=True):
+        others = [s.answers[0] for s, other in zip(world, shades, strict=True) if other != shade]
+        alike = [
+            s.answers[0] for s, o in zip(world, shades, strict=True) if o != shade and s.question == sample.question
+        ]
+        wanted.append(sample.answers[0] in (alike or others))
+    assert not any(wanted), "no other brightness has this one's answer"
+    most = Counter(sample.answers[0] for sample in world).most_common(1)[0][1] / SAMPLES
+    fives = np.mean([sample.answers[0] == "5" for sample in world])
+    summary = run(own(), Toy(), Fake(read), tmp_path / "evaluation" / "own")
+    total, floor = summary.total, summary.floor
+    assert total.controls == {BY_TEXT: 0.0, BY_TEMPLATE: 0.0, OF_ALL: most, GREY: fives}
+    assert total.pictures == 10 and 0 < total.low < total.score == total.high == 1.0
+    assert floor is not None and (floor.name, floor.floor, floor.above) == (OF_ALL, most, pytest.approx(1 - most))
+    page = write_report(Report(), tmp_path).read_text()
+    console = Console(record=True, width=100, file=io.StringIO())
+    print_summary(summary, console)
+    for text in (page, console.export_text()):
+        assert f"uestion-only floor {most:.1%} (most frequent answer of all); score less floor" in text
+        assert f"{100 * total.low:.1f} to 100.0" in text and "10 pictures" in text
+
+
+def test_a_score_at_the_floor_is_not_above_it() -> None:
+    summary = run(own(), Toy(), Fake(lambda sample: "3"), None)
+    assert summary.floor is not None and summary.floor.above <= 0 and "is not decided" in summary.floor.sentence()
+    none = run(dataclasses.replace(own(), floor=None), Toy(), Fake(read), None)
+    assert none.floor is None and none.total.controls == {}
+
+
+def test_questions_without_pictures_have_no_grey_floor() -> None:
+    """Their answers are from the question already; among others with pictures they keep their own score."""
+
+    class Mixed(Toy):
+        def __getitem__(self, index: int) -> Sample:
+            sample = super().__getitem__(index)
+            if self.broken_every and index % 2:
+                return sample
+            return dataclasses.replace(sample, messages=({"role": "user", "content": "9?"}, sample.messages[-1]))
+
+    blind = run(own(40), Mixed(), Fake(lambda sample: "4"), None)
+    assert GREY not in blind.total.controls and blind.total.pictures == 40
+    half = run(own(40), Mixed(broken_every=99), Fake(lambda s: read(s) if s.images else "4"), None)
+    rows = {row.task: row for row in half.tasks}
+    assert rows["even"].controls[GREY] == rows["even"].score < 1 == rows["odd"].score
+    assert rows["odd"].controls[GREY] < 0.5
+
+
+def test_a_sample_that_cannot_be_scored_is_left_out_and_an_unknown_metric_stops_at_once() -> None:
+    class Unscored(Toy):
+        def __getitem__(self, index: int) -> Sample:
+            sample = super().__getitem__(index)
+            return dataclasses.replace(sample, answers=() if index % 4 == 0 else sample.answers)
+
+    summary = run(own(40), Unscored(), Fake(read), None, lambda line: None)
+    assert summary.broken == {"empty answer": 10} and summary.total.samples == 30
+    fake = Fake(read)
+    sourced = [dataclasses.replace(Toy()[i], metric="bleu") for i in range(4)]
+    with pytest.raises(ConfigError, match="toy/toy/heldout/0: metric is 'bleu', expected one of 'exact_match'"):
+        run(own(4), type("List", (list,), {"name": "list"})(sourced), fake, None)
+
+
+def test_what_older_versions_wrote_is_read(tmp_path: Path) -> None:
+    """Configs and summaries in which the grounding check is called `gate`."""
+    gate = {"type": "Gate", "train": to_json(Synthetic()), "train_samples": 7, "margin": 0.5, "aims": []}
+    older = {"type": "Eval", "name": "old", "gate": gate}
+    wanted = Eval("old", floor=Floor(train=Synthetic(), train_samples=7), grounding=Grounding(margin=0.5))
+    assert from_json(Eval, older) == wanted == from_json(Eval, to_json(wanted))
+    assert from_json(Eval, {"type": "Eval", "gate": None}) == Eval()
+    with pytest.raises(ConfigError, match=r"grounding.margni: Grounding has no such field; did you mean 'margin'"):
+        from_json(Eval, {"gate": {"margni": 1}})
+    folder = tmp_path / "evaluation" / "toy"
+    run(config(), Toy(), Fake(read), folder)
+    stored = json.loads((folder / "summary.json").read_text())
+    stored["gate"] = stored.pop("grounding")
+    del stored["floor"]
+    for row in (*stored["tasks"], stored["total"]):
+        for name in ("low", "high", "pictures"):
+            del row[name]
+    (folder / "summary.json").write_text(json.dumps(stored))
+    page = write_report(Report(), tmp_path).read_text()
+    assert "The grounding check holds" in page and "95 %" not in page
 
 
 def test_the_most_frequent_answer_is_exactly_the_floor() -> None:
@@ -73,7 +176,7 @@ def test_the_most_frequent_answer_is_exactly_the_floor() -> None:
 
 
 def test_tasks_are_scored_apart() -> None:
-    summary = run(config(gate=None), Toy(), Fake(lambda s: read(s) if s.task == "odd" else "?"), None)
+    summary = run(config(grounding=None), Toy(), Fake(lambda s: read(s) if s.task == "odd" else "?"), None)
     assert [(row.task, row.score, row.samples) for row in summary.tasks] == [("even", 0.0, 100), ("odd", 1.0, 100)]
     assert summary.total.score == 0.5 and summary.verdict is None
 
@@ -81,7 +184,7 @@ def test_tasks_are_scored_apart() -> None:
 def test_what_cannot_be_asked_is_counted_and_named() -> None:
     lines: list[str] = []
     large = Fake(read, most_pixels=lambda sample: sample.id.endswith("/11"))
-    summary = run(config(samples=40, gate=None), Toy(broken_every=10), large, None, lines.append)
+    summary = run(config(samples=40, grounding=None), Toy(broken_every=10), large, None, lines.append)
     assert summary.broken == {"broken image": 4, "over budget": 1}
     assert summary.total.samples == 35 and summary.total.score == 1.0
     assert (
@@ -91,8 +194,25 @@ def test_what_cannot_be_asked_is_counted_and_named() -> None:
     )
 
 
+def test_many_prompts_over_budget_are_a_few_lines_and_the_budget_they_need() -> None:
+    class Small(Fake):
+        """Takes odd samples alone; the others need a token more than the one before."""
+
+        def answer(self, samples: Sequence[Sample]) -> list[Answer | SampleError]:
+            shape = BatchShape(1, 64, 36)
+            over = [PromptOverBudget(s.id, 100 + int(s.id.split("/")[-1]), 40, shape) for s in samples]
+            return [a if s.task == "odd" else o for a, o, s in zip(super().answer(samples), over, samples, strict=True)]
+
+    lines: list[str] = []
+    run(own(100), Toy(), Small(read), None, lines.append)
+    assert len(lines) == 6 and "the prompt has 100 tokens and 40 patches, over the budget of tokens 64" in lines[0]
+    assert lines[-1] == "left out: 50 prompts over budget; all fit with tokens 198 and patches 40"
+    with pytest.raises(ConfigError, match="left out: 1 over budget; all fit with tokens 100 and patches 40"):
+        run(own(1), Toy(), Small(read), None, lines.append)
+
+
 def test_what_cannot_be_asked_stops_when_so_configured() -> None:
-    strict = dataclasses.replace(config(gate=None), on_error="fail")
+    strict = dataclasses.replace(config(grounding=None), on_error="fail")
     with pytest.raises(ImageError, match=r"toy0\.png"):
         run(strict, Toy(broken_every=10), Fake(read), None)
 
@@ -114,7 +234,7 @@ def test_attention_in_the_box() -> None:
 
 
 def test_vas_is_one_mean_over_the_samples_asked_for(tmp_path: Path) -> None:
-    asked = dataclasses.replace(config(gate=None, looks=0), vas=21)
+    asked = dataclasses.replace(config(grounding=None, looks=0), vas=21)
     for rows, score, said in ((4, (11 * 1 + 10 * 3) / 21, "VAS 1.952"), (0, None, "VAS: none of 21 samples")):
         fake, folder = Fake(read, rows=rows), tmp_path / f"rows{rows}"
         summary = run(asked, Toy(), fake, folder / "evaluation" / "toy")
@@ -151,11 +271,30 @@ def test_files(tmp_path: Path) -> None:
             assert image.size == (8, 6)
     assert len(summary.pictures) == 3 and all((folder / name).is_file() for name in summary.pictures)
     stored = json.loads((folder / "summary.json").read_text())
-    assert stored["gate"]["holds"] and stored["gate"]["floor"] == floor_by_hand() and stored["total"]["score"] == 1.0
+    assert (
+        stored["grounding"]["holds"]
+        and stored["grounding"]["floor"] == floor_by_hand()
+        and stored["total"]["score"] == 1.0
+    )
+    with np.load((folder / summary.pictures[0]).with_suffix(".npz")) as arrays:
+        assert arrays["weights"].shape == (2, 3, 2, 2) and arrays["weights"].sum((-2, -1)) == pytest.approx(0.4)
+        assert arrays["times_even"] == pytest.approx(np.ones((2, 2))) and arrays["box"].tolist() == [0, 0, 0.5, 1]
+        assert arrays["times_even_by_head"].shape == (3, 2, 2)
     again = tmp_path / "again"
     run(config(looks=6, pictures=3), Toy(), Fake(read), again)
     for name in ("predictions.jsonl", *summary.pictures):
         assert (folder / name).read_bytes() == (again / name).read_bytes()
+
+
+def test_pictures_of_heads_and_for_print(tmp_path: Path) -> None:
+    folder = tmp_path / "evaluation" / "toy"
+    asked = dataclasses.replace(config(looks=2, pictures=2), per_head=True, picture_format="pdf")
+    summary = run(asked, Toy(), Fake(read), folder)
+    stems = ("000_toy_heldout_0", "001_toy_heldout_1")
+    assert summary.pictures == tuple(f"pictures/{stem}{kind}.pdf" for stem in stems for kind in ("", "_heads"))
+    assert {p.name for p in (folder / "pictures").glob("*.npz")} == {f"{stem}.npz" for stem in stems}
+    page = write_report(Report(), tmp_path).read_text()
+    assert "](evaluation/toy/pictures/000_toy_heldout_0_heads.pdf)" in page and "1.0 for even" in page
 
 
 def test_report_page(tmp_path: Path) -> None:
@@ -170,7 +309,7 @@ def test_report_page(tmp_path: Path) -> None:
         "# A run",
         "`Tiny(seed=1)`",
         "loss 2.000 at step 1",
-        "The gate holds",
+        "The grounding check holds",
         "| even | exact_match | 100 | 100.0% |",
     ):
         assert text in page
@@ -187,11 +326,11 @@ def test_table_on_the_terminal() -> None:
     print_summary(run(config(), Toy(broken_every=50), Fake(read), None, lambda line: None), console)
     text = console.export_text()
     assert "left out: 4 broken image" in text
-    for word in ("odd", "even", "all", "100.0%", "gate holds", "of the answers' attention"):
+    for word in ("odd", "even", "all", "100.0%", "grounding check holds", "of the answers' attention"):
         assert word in text
 
 
-def test_a_gate_needs_a_source_that_redeals(tmp_path: Path) -> None:
+def test_the_grounding_check_needs_a_source_that_redeals(tmp_path: Path) -> None:
     class Plain:
         name = "plain"
 
@@ -202,7 +341,7 @@ def test_a_gate_needs_a_source_that_redeals(tmp_path: Path) -> None:
             return Toy()[index]
 
     with pytest.raises(ConfigError, match="QaJsonl"):
-        run(Eval("x", QaJsonl(path="x"), gate=GATE), Plain(), Fake(read), None)
+        run(Eval("x", QaJsonl(path="x"), grounding=CHECK), Plain(), Fake(read), None)
 
 
 @pytest.mark.parametrize(

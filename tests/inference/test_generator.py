@@ -7,14 +7,18 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models
 
 from rave_jax.attention import Rave
 from rave_jax.config import ConfigError
+from rave_jax.data.collate import BatchShape, collate
 from rave_jax.data.processor import Processor
 from rave_jax.data.sample import ImageError, OverBudget, SampleError
+from rave_jax.data.video import VideoLimits
 from rave_jax.inference import Completion, Generator, Request, Sampling, SlotConfig
 from rave_jax.layout import ContextTokens, VisualLayout
 from rave_jax.models.config import ModelOptions, TextConfig, VlmConfig
@@ -111,6 +115,29 @@ def test_a_completion_is_the_text_of_its_tokens(alone: list[Completion], process
         assert answer.reason == ("stop" if len(answer.tokens) < request.sampling.max_new_tokens else "length")
     assert len(set(alone[0].text)) > 8 and alone[0].text.isascii(), "the greedy speaker says letters"
     assert any(not answer.text.isascii() for answer in alone), "a warm one says anything"
+
+
+VIDEOS = {"short": (2, 2.0), "as long as wide": (4, 2.0), "long": (16, 2.0), "long and slow": (16, 0.25)}
+
+
+def test_an_answer_about_a_video_is_what_training_would_learn(vlm: Vlm, processor: Processor) -> None:
+    """Each greedy token is the argmax of one whole pass over the record that training makes of the same answer."""
+    settings = dataclasses.replace(processor.settings, video=VideoLimits(min_pixels=64, max_pixels=1024))
+    films = Processor(processor.tokenizer, settings, TEMPLATE)
+    asked = []
+    for frames, fps in VIDEOS.values():
+        shown = [noise(8, 8 if frames > 8 else 16, seed=n) for n in range(frames)]
+        parts = [{"type": "text", "text": "See"}, {"type": "video", "video": shown, "fps": fps}]
+        asked.append([{"role": "user", "content": [*parts, {"type": "text", "text": "What moves?"}]}])
+    answers = whole(Generator(vlm, films, THREE), [Request(messages, Sampling(NEW)) for messages in asked])
+    logits_of = jax.jit(lambda batch: vlm.logits(vlm.hidden(batch)))
+    for name, messages, answer in zip(VIDEOS, asked, answers, strict=True):
+        record = films.encode([*messages, {"role": "assistant", "content": answer.text}])
+        assert tuple(record.tokens[record.loss_mask > 0][: len(answer.tokens)]) == answer.tokens
+        batch = collate([[record]], BatchShape(1, 160, 64), settings.patch_numbers, settings.merge_patches)
+        start = int(np.argmax(record.loss_mask > 0))
+        found = np.asarray(logits_of(batch))[0, start - 1 : start - 1 + len(answer.tokens)]
+        np.testing.assert_array_equal(np.argmax(found, -1), answer.tokens, err_msg=name)
 
 
 def test_answers_come_in_the_order_of_the_requests_whoever_else_asks(

@@ -66,6 +66,22 @@ def test_share_in_a_box_by_hand() -> None:
     assert look.heat((1,)).tolist() == [[0, 0], [0, 1]]
 
 
+def test_multiples_of_even_attention_by_hand() -> None:
+    """A head that looks at one of four cells puts 4 times the even share there; an even one 1 everywhere."""
+    weights = np.zeros((2, 2, 2, 2), np.float32)
+    weights[:, 0, 1, 0] = 0.1
+    weights[0, 1], weights[1, 1] = 0.15, 0.05
+    look = Look(weights)
+    np.testing.assert_allclose(look.times_even_by_head(), [[[0, 0], [4, 0]], [[1, 1], [1, 1]]], rtol=1e-6)
+    np.testing.assert_allclose(look.on_picture_by_head(), [0.1, 0.4], rtol=1e-6)
+    np.testing.assert_allclose(look.on_picture_by_head((0,)), [0.1, 0.6], rtol=1e-6)
+    # Both heads together: 0.1 on each cell, and 0.1 more on the one, of 0.5 over four cells.
+    np.testing.assert_allclose(look.times_even(), [[0.8, 0.8], [1.6, 0.8]], rtol=1e-6)
+    assert look.times_even((0,)).mean() == pytest.approx(1)
+    dark = Look(np.zeros((1, 1, 2, 2), np.float32))
+    assert dark.times_even().tolist() == dark.times_even_by_head()[0].tolist() == [[0, 0], [0, 0]]
+
+
 def test_no_attention_on_the_picture_is_zero_everywhere() -> None:
     look = Look(np.zeros((1, 1, 2, 2), np.float32))
     assert look.in_box((0, 0, 1, 1)) == 0.0 and look.on_picture == 0.0

@@ -63,7 +63,7 @@ def document(
         unit_of = _add_patches(doc, part, config.vision, rng)
         grid = {"grid_t": part.t, "grid_h": part.h // m, "grid_w": part.w // m}
         step = config.tokens_per_second * part.seconds if part.video else 1
-        behind = position + max(part.h, part.w) // m
+        behind = position + max(part.h // m, part.w // m, int((part.t - 1) * step) + 1)
         count = 0 if context is None else context.count
         said = {"role": Role.QUESTION, "turn": 1, "image": image, **grid}
         for t in range(part.t):

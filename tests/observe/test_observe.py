@@ -25,6 +25,50 @@ def test_jsonl_drops_rows_after_the_restored_step(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
+FOREIGN = [
+    b'{"step": 2, "lo',
+    b"Traceback (most recent call last):",
+    b"[1, 2]",
+    b"null",
+    b'{"loss": 2.0}',
+    b'{"step": "2", "loss": 2.0}',
+    b'{"step": true, "loss": 2.0}',
+    b'{"step": 2, "loss": "low"}',
+    b'{"step": 2, "loss": NaN}',
+    b"\xff\xfe\x00",
+    b"[" * 200_000,
+]
+
+
+@pytest.mark.parametrize("line", FOREIGN, ids=[repr(line[:24]) for line in FOREIGN])
+def test_a_line_that_is_no_row_is_kept_aside_and_costs_no_other(tmp_path, caplog, line):
+    path = tmp_path / "metrics.jsonl"
+    before, behind = b'{"step": 1, "loss": 3.0}\n', b'{"step": 3, "loss": null}\n'
+    path.write_bytes(before + line + b"\n" + behind)
+    assert [row["step"] for row in read_jsonl(path)] == [1, 3]
+    assert "metrics.jsonl: 1 line is no row of metrics, the first is line 2: " in caplog.text
+    for _ in range(2):  # the second time there is nothing to say
+        JsonlWriter(path, after_step=3).close()
+    assert path.read_bytes() == before + behind
+    assert (tmp_path / "metrics.jsonl.rejected").read_bytes() == line + b"\n"
+    assert caplog.text.count("moved to") == 1
+
+
+def test_a_foreign_end_without_a_newline_is_kept_too(tmp_path, caplog):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 3.0}\nnote to myself')
+    JsonlWriter(path, after_step=1).close()
+    assert (tmp_path / "metrics.jsonl.rejected").read_text() == "note to myself\n"
+
+
+def test_a_last_row_without_a_newline_counts(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 3.0}\n{"step": 2, "loss": 2.0}')
+    JsonlWriter(path, after_step=2).close()
+    assert [row["step"] for row in read_jsonl(path)] == [1, 2]
+    assert path.read_bytes().endswith(b"\n")
+
+
 def test_jsonl_stays_json_when_a_number_is_not_finite(tmp_path):
     writer = JsonlWriter(tmp_path / "metrics.jsonl", 0)
     writer.write(1, {"loss": float("nan"), "grad_norm": float("inf"), "tokens": 4})

@@ -1,4 +1,9 @@
-"""Positions, tower windows and frame sampling against transformers itself, on random layouts and conversations."""
+"""Positions, tower windows and frame sampling against transformers itself, on random layouts and conversations.
+
+Positions are theirs in every prompt without a video that lasts longer than it is wide. Behind one that does, theirs go
+on behind the longer side of its grid and ours behind its last frame (`data/positions.py` says why), so whatever follows
+is later by as much as the last frame stands beyond that side.
+"""
 
 from __future__ import annotations
 
@@ -76,6 +81,27 @@ def as_case(example: Example, processor: Processor, messages: list[dict]) -> dic
     return case
 
 
+def visuals_of(example: Example, case: dict) -> list[tuple[int, tuple[int, int, int], float | None]]:
+    """Start, grid and seconds of each picture and video of an encoded conversation."""
+    seconds = iter(case["seconds"])
+    found = []
+    for number in range(1, int(example.info.image.max(initial=0)) + 1):
+        first = int(np.flatnonzero(example.info.image == number)[0])
+        grid = tuple(int(code[first]) for code in (example.info.grid_t, example.info.grid_h, example.info.grid_w))
+        found.append((first, grid, next(seconds) if case["types"][first] == 2 else None))
+    return found
+
+
+def later(length: int, visuals: list[tuple[int, tuple[int, int, int], float | None]], rate: float) -> np.ndarray:
+    """How much later our positions are than theirs, token by token: by what earlier videos last beyond their sides."""
+    more = np.zeros(length, np.int64)
+    for start, (t, h, w), seconds in visuals:
+        step = 1 if seconds is None else np.float32(rate) * np.float32(seconds)
+        last = int(np.float32(t - 1) * step)
+        more[start + t * h * w :] += max(0, last + 1 - max(h, w))
+    return more
+
+
 @pytest.fixture(scope="module")
 def processor() -> Processor:
     tokenizer = byte_tokenizer()
@@ -104,12 +130,18 @@ def test_positions_windows_and_frames(processor: Processor, torch_python: str, t
     theirs = np.load(tmp_path / "out.npz")
     assert len(theirs.files) == 150 + 50 + 60 + 150
 
+    differ = []
     for number, case in enumerate(layouts):
         visuals = [Visual(*visual) for visual in case["visuals"]]
         ours = mrope_positions(len(case["types"]), visuals, case["tokens_per_second"])
-        np.testing.assert_array_equal(ours, theirs[f"positions{number}"], err_msg=str(case["visuals"]))
-    for number, example in enumerate(examples, start=len(layouts)):
-        np.testing.assert_array_equal(example.positions, theirs[f"positions{number}"])
+        more = later(len(case["types"]), case["visuals"], case["tokens_per_second"])
+        np.testing.assert_array_equal(ours - more, theirs[f"positions{number}"], err_msg=str(case["visuals"]))
+        differ.append(bool(more.any()))
+    for number, (example, case) in enumerate(zip(examples, cases["positions"][150:], strict=True), start=len(layouts)):
+        more = later(len(example.tokens), visuals_of(example, case), 2)
+        np.testing.assert_array_equal(example.positions - more, theirs[f"positions{number}"])
+        differ.append(bool(more.any()))
+    assert 20 < sum(differ) < len(differ) - 20, "both kinds of prompts are met"
     for number, [(_, rows, cols)] in enumerate(grids):
         np.testing.assert_array_equal(window_layout(rows // 2, cols // 2, 4), theirs[f"windows{number}"])
     for number, (total, count) in enumerate(sampled):

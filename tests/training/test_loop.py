@@ -16,8 +16,9 @@ import pytest
 from rave_jax.checkpoint.store import Store
 from rave_jax.observe.metrics import JsonlWriter, TensorBoardWriter, read_jsonl
 from rave_jax.observe.progress import ProgressReport
-from rave_jax.parallel.hosts import Watchdog
-from rave_jax.training.loop import Interrupted, Loop, NonFiniteError, Schedule
+from rave_jax.parallel.stopping import EXIT_CODES, Interrupted, StopRequest
+from rave_jax.parallel.watchdog import Watchdog
+from rave_jax.training.loop import Loop, NonFiniteError, Schedule
 from rave_jax.training.optimizers import OptimizerConfig
 from rave_jax.training.state import TrainState, parameters_of, state_of
 from tests.training.small import RandomSource, first_state, session_of
@@ -39,11 +40,12 @@ def run(
     save_every: int = 2,
     writers=(),
     watchdog: Watchdog | None = None,
+    stop: StopRequest | None = None,
 ) -> TrainState:
-    with Store(folder / "checkpoints", keep=2) as store:
+    with Store(folder / "checkpoints", keep=2) as store, stop or StopRequest(poll=0.05) as stop:
         schedule = Schedule(STEPS, log_every=1, save_every=save_every)
         progress = ProgressReport(STEPS, 0, enabled=False)
-        loop = Loop(session, schedule, store, folder / "bad_step", writers, progress, watchdog or Watchdog(0))
+        loop = Loop(session, schedule, store, folder / "bad_step", writers, progress, watchdog or Watchdog(0), stop)
         return loop.run(state, source, ROWS, lambda step: f"batch {step}")
 
 
@@ -125,8 +127,9 @@ def test_a_signal_saves_and_stops(session, tmp_path, name):
             return super().state(step)
 
     before = signal.getsignal(getattr(signal, name))
-    with pytest.raises(Interrupted, match=rf"{name}: stopped after step \d, which is saved"):
+    with pytest.raises(Interrupted, match=rf"{name}: stopped after step \d, which is saved") as stopped:
         run(session, tmp_path, first_state(session), Signalling(ROWS), save_every=100)
+    assert stopped.value.exit_code == EXIT_CODES[name]
     assert signal.getsignal(getattr(signal, name)) == before
     state, data = restored(session, tmp_path / "checkpoints")
     assert 1 <= state.step < STEPS
@@ -150,18 +153,19 @@ def test_a_step_that_compiles_has_the_time_of_the_first(session, tmp_path):
                 yield batch._replace(patches=batch.patches[:, : 8 if number in (2, 3) else None])
 
     class Noting(Watchdog):
-        finished: ClassVar[list[str]] = []
-        expected: ClassVar[list[int]] = []
+        given: ClassVar[list[tuple[str, float]]] = []
 
-        def expect_compilation(self):
-            self.expected.append(len(self.finished))
-
-        def beat(self, what):
-            self.finished.append(what)
+        def during(self, what, times=1, advice="", *, save=False):
+            self.given.append((what, times))
+            return super().during(what, times, advice, save=save)
 
     batch = next(RandomSource(ROWS).stream(0, 0, ROWS))
     same = replace(session, step=lambda state, _: session.step(state, batch))  # rows of 8 patches are not compiled here
     run(same, tmp_path, first_state(session), Growing(ROWS), save_every=100, watchdog=Noting(0))
-    assert Noting.finished == [f"step {n}" for n in range(1, STEPS + 1)]
-    # The step before is read only behind the call that compiles.
-    assert Noting.expected == [0, 1]
+    compiled = {what for what, times in Noting.given if what.endswith("which is compiled") and times == Watchdog.LONG}
+    assert compiled == {"step 1, which is compiled", "step 3, which is compiled"}
+    named = {what for what, _ in Noting.given}
+    assert named >= {f"step {n}" for n in range(1, STEPS + 1)} | {
+        f"the data of step {n}: batch {n - 1}" for n in (1, 6)
+    }
+    assert f"the checkpoint of step {STEPS}" in named

@@ -1,8 +1,8 @@
-"""LLaVA-style conversations: a JSON or JSON Lines file and a folder of images.
+"""Conversations in a JSON or JSON Lines file, as LLaVA, ShareGPT, OpenAI, LLaMA-Factory and Alpaca write them.
 
-A record is `{"id", "image": name or list of names, "conversations": [{"from": "human" | "gpt", "value": text}, ...]}`,
-with `<image>` in a text where a picture stands. `"video"` may be a list of frames or a folder of them, `"fps"` their
-rate, and `<video>` their placeholder.
+A LLaVA record is `{"id", "image": name or list of names, "conversations": [{"from": "human" | "gpt", "value": text},
+...]}`, with `<image>` in a text where a picture stands. `conversation.py` has the other shapes of turns, `visuals.py`
+those of pictures and videos, `keys.py` what may stand beside them.
 """
 
 from __future__ import annotations
@@ -11,12 +11,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rave_jax.data.sample import Sample, SampleError
-from rave_jax.data.sources.records import conversation, last_answer, open_records, visual_parts
+from rave_jax.data.sources.conversation import RECORD_KEYS, check_turns, conversation, last_answer, record_id, turns_of
+from rave_jax.data.sources.files import open_records
+from rave_jax.data.sources.keys import take
+from rave_jax.data.sources.visuals import visual_parts
 
 
 @dataclass(frozen=True)
 class LlavaJson:
-    """Conversations of a LLaVA-style file."""
+    """Conversations of a JSON file."""
 
     path: str = ""
     """The file: a JSON list, or JSON Lines where it ends in .jsonl."""
@@ -24,6 +27,8 @@ class LlavaJson:
     """Folder that image names are relative to; empty for the file's own folder."""
     name: str = ""
     """Name in tables; empty for the file's name."""
+    ignored: tuple[str, ...] = ()
+    """Keys of records, turns and parts that may pass unread."""
 
     def build(self) -> LlavaSource:
         """The source.
@@ -35,30 +40,36 @@ class LlavaJson:
 
 
 class LlavaSource:
-    """Samples of a LLaVA-style file, by record number."""
+    """Samples of a file of conversations, by record number."""
 
     def __init__(self, config: LlavaJson):
         self._records = open_records(config.path)
         self._folder = Path(config.image_dir) if config.image_dir else self._records.path.parent
+        self._ignored = frozenset(config.ignored)
         self.name = config.name or self._records.path.stem
 
     def __len__(self) -> int:
         return len(self._records)
 
+    @property
+    def fingerprint(self) -> str:
+        """Of the records and their order."""
+        return self._records.fingerprint
+
     def __getitem__(self, index: int) -> Sample:
-        where = self._records.where(index)
         record = self._records[index]
         try:
-            messages = conversation(
-                record.get("conversations") or record.get("messages") or (), visual_parts(record, self._folder)
+            check_turns(record)  # before its keys: what is missing says more than what is there
+            record = take(record, RECORD_KEYS, self._ignored, "the record")
+            turns = turns_of(record, self._ignored)
+            messages = conversation(turns, visual_parts(record, self._folder), self._folder, self._ignored)
+            sample = Sample(
+                id=record_id(record, index),
+                messages=messages,
+                answers=last_answer(messages),
+                source=self.name,
+                task=self.name,
             )
         except SampleError as error:
-            raise SampleError(f"{where}: {error}") from error
-        sample = Sample(
-            id=str(record.get("id", index)),
-            messages=messages,
-            answers=last_answer(messages),
-            source=self.name,
-            task=self.name,
-        )
+            raise error.at(self._records.where(index)) from error
         return replace(sample, template=sample.question)

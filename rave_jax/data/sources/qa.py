@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rave_jax.data.sample import Message, Sample, SampleError
-from rave_jax.data.sources.records import open_records, visual_parts
+from rave_jax.config import require
+from rave_jax.data.sample import METRICS, Message, Sample, SampleError
+from rave_jax.data.sources.conversation import SYSTEM, answer_texts, is_number, record_id
+from rave_jax.data.sources.files import open_records
+from rave_jax.data.sources.keys import is_empty, shown, take
+from rave_jax.data.sources.visuals import IMAGE_KEYS, VIDEO_KEYS, visual_parts
+
+ANSWERS = ("answers", "answer")
+KEYS: tuple[str, ...] = ("id", "question", *ANSWERS, "metric", "evidence", *IMAGE_KEYS, *VIDEO_KEYS, *SYSTEM)
+"""Every key of a record that is read."""
 
 
 @dataclass(frozen=True)
@@ -21,9 +30,14 @@ class QaJsonl:
     suffix: str = ""
     """Text put behind every question, such as a request for a short answer."""
     metric: str = "exact_match"
-    """How records without a metric of their own are scored."""
+    """How records without a metric of their own are scored: exact_match, relaxed_accuracy or anls."""
     name: str = ""
     """Name in tables; empty for the name of the file's folder."""
+    ignored: tuple[str, ...] = ()
+    """Keys of records that may pass unread."""
+
+    def __post_init__(self) -> None:
+        require(self.metric in METRICS, "metric", self.metric, f"one of {', '.join(METRICS)}")
 
     def build(self) -> QaSource:
         """The source.
@@ -46,38 +60,87 @@ class QaSource:
     def __len__(self) -> int:
         return len(self._records)
 
+    @property
+    def fingerprint(self) -> str:
+        """Of the records and their order."""
+        return self._records.fingerprint
+
     def __getitem__(self, index: int) -> Sample:
         record = self._records[index]
-        where = self._records.where(index)
-        if not isinstance(record.get("question"), str):
-            raise SampleError(f"{where}: question is {record.get('question')!r}, expected a text")
-        question = record["question"] + self._config.suffix
-        answers = _answers(record, where)
         try:
-            visuals = visual_parts(record, self._folder)
+            check_question(record)
+            record = take(record, KEYS, self._config.ignored, "the record")
+            messages, answers = question(record, visual_parts(record, self._folder), self._config.suffix)
+            return Sample(
+                id=record_id(record, index),
+                messages=messages,
+                answers=answers,
+                metric=_metric(record.get("metric", self._config.metric)),
+                source=self.name,
+                evidence=_box(record.get("evidence")),
+                template=record["question"],
+                task=self.name,
+            )
         except SampleError as error:
-            raise SampleError(f"{where}: {error}") from error
-        content = [*visuals, {"type": "text", "text": question}]
-        messages: tuple[Message, ...] = ({"role": "user", "content": content},)
-        if answers:
-            messages += ({"role": "assistant", "content": answers[0]},)
-        box = record.get("evidence")
-        return Sample(
-            id=str(record.get("id", index)),
-            messages=messages,
-            answers=answers,
-            metric=record.get("metric", self._config.metric),
-            source=self.name,
-            evidence=(float(box[0]), float(box[1]), float(box[2]), float(box[3])) if box else None,
-            template=record["question"],
-            task=self.name,
+            raise error.at(self._records.where(index)) from error
+
+
+def check_question(record: Mapping[str, Any]) -> None:
+    """Raise SampleError, saying what the record holds, unless it has a question."""
+    if record.get("question") is None:
+        raise SampleError(
+            f"no question: the record has the keys {', '.join(map(shown, record)) or 'none'}; expected 'question' and "
+            "'answers' (LlavaJson reads conversations)"
         )
 
 
-def _answers(record: dict[str, Any], where: str) -> tuple[str, ...]:
-    answers = record.get("answers", record.get("answer", ()))
-    if isinstance(answers, str):
-        return (answers,)
-    if not isinstance(answers, (list, tuple)):
-        raise SampleError(f"{where}: answers is {answers!r}, expected a list of texts")
-    return tuple(str(answer) for answer in answers)
+def question(
+    record: Mapping[str, Any], visuals: list[Message], suffix: str = ""
+) -> tuple[tuple[Message, ...], tuple[str, ...]]:
+    """Messages and accepted answers of a question with its pictures, the first answer being the one that is trained.
+
+    Raises:
+        SampleError: no question, or answers that are none.
+    """
+    check_question(record)
+    if not isinstance(record["question"], str):
+        raise SampleError(f"question is {shown(record['question'])}, expected a text")
+    answers = _answers(record)
+    text: Message = {"type": "text", "text": record["question"] + suffix}
+    messages: list[Message] = [{"role": "user", "content": [*visuals, text]}]
+    for key in SYSTEM:
+        if not is_empty(system := record.get(key)):
+            if not isinstance(system, str):
+                raise SampleError(f"{key} is {shown(system)}, expected a text")
+            messages.insert(0, {"role": "system", "content": system})
+    if answers:
+        messages.append({"role": "assistant", "content": answers[0]})
+    return tuple(messages), answers
+
+
+def _answers(record: Mapping[str, Any]) -> tuple[str, ...]:
+    many, one = (answer_texts(record.get(key), key) for key in ANSWERS)
+    if many and not set(one) <= set(many):
+        raise SampleError("'answer' is none of 'answers': keep one of them")
+    return many or one
+
+
+def _metric(name: Any) -> str:
+    if not isinstance(name, str) or name not in METRICS:
+        known = ", ".join(METRICS)
+        raise SampleError(
+            f"metric is {shown(name)}, expected one of {known}; the source's own is used where `ignored` names 'metric'"
+        )
+    return name
+
+
+def _box(value: Any) -> tuple[float, float, float, float] | None:
+    """The box of the answer's evidence, pixels of the first picture."""
+    if is_empty(value):
+        return None
+    if not isinstance(value, list) or len(value) != 4 or not all(map(is_number, value)):
+        raise SampleError(f"evidence is {shown(value)}, expected four numbers x1, y1, x2, y2")
+    left, top, right, bottom = map(float, value)
+    if left > right or top > bottom:
+        raise SampleError(f"evidence is {shown(value)}, expected x1, y1, x2, y2 with x1 <= x2 and y1 <= y2")
+    return left, top, right, bottom

@@ -68,6 +68,7 @@ class SyntheticSource:
     """Random access to the samples of a `Synthetic` config; holds no state."""
 
     name = "synthetic"
+    fingerprint = ""
 
     def __init__(self, config: Synthetic) -> None:
         self.config = config

@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from rave_jax.checkpoint.tiny import Tiny, write_tiny
+from rave_jax.tools.eval import main
 
 SMALL = ("--evals.0.samples", "6", "--evals.0.rows", "4", "--evals.0.max_new_tokens", "2", "--evals.0.patches", "36")
 FEW = ("--evals.0.looks", "3", "--evals.0.pictures", "2", "--evals.0.vas", "5")
-
-
-@pytest.fixture(scope="module")
-def main(repo: Path) -> Callable[[list[str]], int]:
-    spec = importlib.util.spec_from_file_location("eval_command", repo / "eval.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
 
 
 @pytest.fixture(scope="module")
@@ -38,15 +29,26 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny(tmp_path_factory.mktemp("tiny") / "model", sizes)
 
 
-def test_an_hf_directory_is_examined(
-    main: Callable[[list[str]], int], model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_users_own_questions_are_asked_of_an_hf_directory(
+    model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main([str(model_dir), *SMALL, *FEW, "--output_dir", str(tmp_path), "--evals.0.name", "mine"]) == 0
-    assert "Evaluation: mine" in capsys.readouterr().out
+    """Six questions about three pictures, from flags alone; the score comes with its interval and its floor."""
+    for number in range(3):
+        Image.new("RGB", (84, 84), (80 * number, 40, 20)).save(tmp_path / f"{number}.png")
+    questions = [
+        {"image": f"{n // 2}.png", "question": "Which?", "answers": ["yes"], "evidence": [0, 0, 42, 84]}
+        for n in range(6)
+    ]
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(one) + "\n" for one in questions))
+    own = ("--evals.0.data", "qa-jsonl", "--evals.0.data.path", str(tmp_path / "own.jsonl"))
+    assert main([str(model_dir), *SMALL, *FEW, *own, "--output_dir", str(tmp_path), "--evals.0.name", "mine"]) == 0
+    said = capsys.readouterr().out
+    assert "Evaluation: mine" in said and "question-only floor" in said and "interval over 3 pictures" in said
     folder = tmp_path / "evaluation" / "mine"
     assert len((folder / "predictions.jsonl").read_text().splitlines()) == 6
-    assert len(list((folder / "pictures").glob("*.png"))) == 2
+    assert len(list((folder / "pictures").glob("*.png"))) == len(list((folder / "pictures").glob("*.npz"))) == 2
     summary = json.loads((folder / "summary.json").read_text())
+    assert summary["total"]["pictures"] == 3 and summary["floor"]["floor"] == 1.0, "yes is the only answer"
     looking, vas = summary["looking"], summary["vas"]
     assert looking["samples"] == 3 and 0 < looking["boxes"]["in_box"] < 1
     assert vas == {"samples": 5, "ratios": 0, "score": None}, "its chat template writes no system prompt"
@@ -55,12 +57,14 @@ def test_an_hf_directory_is_examined(
 
 
 def test_what_cannot_be_done_ends_with_one_line(
-    main: Callable[[list[str]], int], model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = ("--output_dir", str(tmp_path / "out"))
     (tmp_path / "file").write_text("")
     for argv, code, said in (
-        ([str(tmp_path / "nowhere"), *out], 2, "nowhere"),
+        ([str(tmp_path / "nowhere"), *out], 2, "nowhere is not there, expected the directory of a run or of a model"),
+        ([str(tmp_path), *out], 2, "neither a run nor a model in HuggingFace format: it holds no config.json"),
+        ([str(model_dir), *out, "--step", "3"], 2, "step is 3, but"),
         ([str(model_dir), *SMALL, *out, "--evals.0.layers", "7"], 2, "layers has 7"),
         ([str(model_dir), *SMALL, "--output_dir", str(tmp_path / "file")], 1, "file"),
         ([], 2, "usage"),
@@ -70,9 +74,7 @@ def test_what_cannot_be_done_ends_with_one_line(
         assert said in error and error.count("\n") == 1
 
 
-def test_a_misspelt_field_is_refused_with_a_suggestion(
-    main: Callable[[list[str]], int], model_dir: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_misspelt_field_is_refused_with_a_suggestion(model_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit_:
         main([str(model_dir), "--evals.0.sampels", "3"])
     assert exit_.value.code == 2

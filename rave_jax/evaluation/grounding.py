@@ -1,4 +1,4 @@
-"""The gate: does the model answer from the evidence in the picture? Numbers in, a verdict out."""
+"""The grounding check: does the model answer from the evidence in the picture? Numbers in, a verdict out."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class TaskAim:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the gate says.
+    """What the grounding check says.
 
     Attributes:
         floors: question-only scores by name; the largest counts.

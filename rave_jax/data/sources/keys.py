@@ -1,0 +1,148 @@
+"""Which keys of a record are read, which may pass unread, and which are refused: nothing to learn from is dropped.
+
+A key that holds something and is not read ends in an error by its name, unless it is one of three kinds: a name that is
+metadata in every data set we know (`METADATA`) or describes a picture that is there (`ANNOTATIONS`), a number or truth
+value under a name that speaks of nothing else, or a name that the user gave in the source's `ignored`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import reprlib
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from rave_jax.data.sample import UnreadKey
+
+
+def _words(text: str) -> list[str]:
+    return text.split()
+
+
+METADATA = frozenset(
+    _words("""
+    id ids idx index uid uuid guid hash md5 sha256 key record_id sample_id example_id question_id questionId
+    conversation_id conv_id turn_id image_id img_id imageId docId doc_id page_id video_id clip_id
+    dataset dataset_name data_source source sources origin collection set_name subset split data_split fold partition
+    category categories subcategory topic topics subject domain tag tags keyword keywords skill skills
+    task tasks task_id task_name task_type type kind question_type question_types question_kind answer_type chart
+    field unit grade difficulty level quality rating ratings score scores confidence
+    lang language languages locale license licence flickr_license_id copyright attribution
+    flickr_original_url flickr_300k_url avatarUrl views author authors annotator annotator_id user_id worker_id
+    model model_name model_id engine generator version revision
+    created created_at updated_at date time timestamp timestamps
+    width height size image_width image_height image_size resolution scale duration
+    length num_tokens token_count num_turns
+    metadata meta meta_data meta_info info extra extra_info additional_info debug
+    human_or_machine image_classes detail ucsf_document_id ucsf_document_page_no
+    """)
+)
+"""Names that say where a record is from, not what is to be learned."""
+
+ANNOTATIONS = frozenset(
+    _words("bbox bboxes box boxes segments segmentation polygons instances structured_rep table ocr ocr_tokens")
+)
+"""Names of what is written down about a picture. They pass where the picture itself is there."""
+
+PICTURED = ("image", "images", "video", "videos")
+
+_PICTURE = "a picture belongs under 'image', several under 'images'"
+_ADVICE = {
+    "tools tool tool_calls tool_call tool_call_id function functions function_call": "tool calls are not supported",
+    "audio audios input_audio audio_url sound sounds speech": "audio is not supported",
+    "chosen rejected preferred dispreferred kto_tag preference": "preference pairs are not supported",
+    "choices options choice_list context contexts passage passages hint hints lecture document documents "
+    "instructions": "put it into the question, where it belongs there",
+    "reasoning reasoning_content thinking thought thoughts cot rationale rationales explanation explanations solution "
+    "refusal": "put it into the answer, where it belongs there",
+    "image_path image_paths image_file image_files image_url image_urls image_name img imgs img_path picture pictures "
+    "photo photos figure pixel_values": _PICTURE,
+    "video_path video_paths video_url video_file frames frame clip clips": (
+        "a video belongs under 'video', several under 'videos'"
+    ),
+    "weight weights loss losses loss_weight loss_weights loss_scale loss_mask mask train train_detail trainable": (
+        "give each answer a 'weight' or 'loss' of its own"
+    ),
+}
+CONTENT = {name: advice for names, advice in _ADVICE.items() for name in names.split()}
+"""Names under which data sets keep what is to be learned, and what to do where we do not read them."""
+
+MOST_NAMED = 4
+"""Keys that one error names at most."""
+
+CLOSE = 0.8
+"""From this likeness on, a name is taken for a misspelt one whatever it holds."""
+
+_short = reprlib.Repr(maxlevel=2, maxstring=80, maxother=80, maxlist=4, maxdict=4, maxtuple=4, maxlong=40)
+
+
+def shown(value: object) -> str:
+    """A value as an error shows it: short, however large or deeply nested it is."""
+    return _short.repr(value)
+
+
+def is_empty(value: object) -> bool:
+    """Is there nothing to read: null, or a text, list or object without anything in it?"""
+    return value is None or (isinstance(value, (str, bytes, list, tuple, dict)) and not value)
+
+
+def take(given: Mapping[str, Any], read: Collection[str], ignored: Collection[str], what: str) -> dict[str, Any]:
+    """What `given` holds under the keys that are read; keys that hold null are as good as missing.
+
+    Args:
+        given: a record, a turn or a part.
+        read: the keys that the caller reads.
+        ignored: keys that may pass unread; they win over `read`.
+        what: what errors call it.
+
+    Raises:
+        UnreadKey: other keys hold something that could be learned from; it names them all.
+    """
+    taken, unread = {}, []
+    pictured = any(not is_empty(given.get(key)) for key in PICTURED)
+    for key, value in given.items():
+        if value is None or key in ignored:
+            continue
+        if key in read:
+            taken[key] = value
+        elif not (passes(key, value, read) or (pictured and key in ANNOTATIONS)):
+            unread.append(key)
+    if unread:
+        named = "; ".join(
+            f"the key {shown(key)} of {what} is not read{_hint(key, read)}" for key in unread[:MOST_NAMED]
+        )
+        raise UnreadKey(f"{named}; where nothing is to be learned from it, name it in the source's field `ignored`")
+    return taken
+
+
+def passes(key: str, value: object, read: Collection[str]) -> bool:
+    """May this key pass unread?"""
+    if key in METADATA or is_empty(value):
+        return True
+    return isinstance(value, (bool, int, float)) and not is_content(key, read)
+
+
+def is_content(name: str, read: Collection[str]) -> bool:
+    """Does a name, whatever it holds, speak of something to learn from, or look like a misspelt one that is read?"""
+    return name not in METADATA | ANNOTATIONS and bool(_close(name, (*read, *CONTENT), CLOSE))
+
+
+def may_be_picture(name: str) -> bool:
+    """May a column of this name that holds bytes be one of pictures?"""
+    return CONTENT.get(name, _PICTURE) == _PICTURE
+
+
+def _hint(key: str, read: Collection[str]) -> str:
+    """What to do about a key that is not read."""
+    close = _close(key, tuple(read), 0.6)
+    if key.startswith("column "):
+        return ": another column is read in its place"
+    if key in CONTENT:
+        return f": {CONTENT[key]}"
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+@functools.lru_cache(maxsize=1024)
+def _close(key: str, names: tuple[str, ...], likeness: float) -> list[str]:
+    return difflib.get_close_matches(key[:80], sorted(names), 1, likeness)

@@ -1,0 +1,169 @@
+"""Pictures and videos of a record: under their own keys, in the parts of a message, as paths, bytes or data URIs."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import os
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from rave_jax.data.sample import Message, SampleError
+from rave_jax.data.sources.keys import shown, take
+
+FRAMES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+IMAGE_KEYS = ("image", "images")
+VIDEO_KEYS = ("video", "videos", "fps")
+LONGEST_PATH = 4096
+
+
+def picture(value: Any, folder: Path, name: str = "") -> Message:
+    """An image part of what a record gives as a picture.
+
+    Args:
+        value: path, file:// or data: URI, encoded bytes, or an object with `bytes`, `path` or `url`.
+        folder: what paths are relative to.
+        name: what errors call a picture that has no path.
+
+    Raises:
+        SampleError: none of these.
+    """
+    if isinstance(value, Mapping):
+        value = next((value[key] for key in ("bytes", "path", "url") if value.get(key) is not None), value)
+    if isinstance(value, bytes) and value:
+        return {"type": "image", "image": value, "name": name or "a picture in the record"}
+    if isinstance(value, str) and value.startswith("data:"):
+        return {"type": "image", "image": from_data_uri(value), "name": name or "a picture in a data URI"}
+    return {"type": "image", "image": local_path(value, folder, "a picture")}
+
+
+def local_path(value: Any, folder: Path, what: str) -> str:
+    """The path of a local file.
+
+    Raises:
+        SampleError: an address on the net, an empty text, or no text at all.
+    """
+    if not isinstance(value, str):
+        raise SampleError(f"{what} is {shown(value)}, expected a path or a data URI")
+    text = value.removeprefix("file://")
+    if not text.strip():
+        raise SampleError(f"{what} is {value!r}: expected a path; leave the key out of a record without a picture")
+    if "://" in text[:20]:
+        raise SampleError(f"{what} is {shown(value)}: nothing is downloaded in training; save it and give its path")
+    if len(text) > LONGEST_PATH:
+        raise SampleError(
+            f"{what} is a text of {len(text)} characters, which is no path; base64 is given as "
+            "data:image/png;base64,..."
+        )
+    return str(folder / text)
+
+
+def from_data_uri(uri: str) -> bytes:
+    """The bytes in a data URI (RFC 2397) of a picture.
+
+    Raises:
+        SampleError: it holds no base64.
+    """
+    header, comma, data = uri.partition(",")
+    if not comma or not header.endswith(";base64"):
+        raise SampleError(f"a picture is {shown(uri)}: expected a data URI such as data:image/png;base64,...")
+    try:
+        found = base64.b64decode("".join(data.split()), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise SampleError(f"the base64 of a picture's data URI is broken: {error}") from error
+    if not found:
+        raise SampleError("a picture's data URI holds no bytes")
+    return found
+
+
+def video(value: Any, fps: Any, folder: Path) -> Message:
+    """A video part: a list of frames, or a folder whose pictures are its frames in the order of their names.
+
+    Raises:
+        SampleError: neither, or no such folder.
+    """
+    if isinstance(value, str):
+        if value.startswith("data:"):
+            raise SampleError(f"a video is {shown(value)}: a data URI may be a frame, not a whole video")
+        path = Path(local_path(value, folder, "a video"))
+        name = str(path)
+        try:
+            if not path.is_dir():
+                raise SampleError(f"{path}: a video is a list of frames or a folder of them")
+            frames: list[Any] = sorted(str(file) for file in path.iterdir() if file.suffix.lower() in FRAMES)
+        except (OSError, ValueError) as error:
+            if isinstance(error, SampleError):
+                raise
+            raise SampleError(f"{shown(str(path))}: the frames of a video cannot be listed: {error}") from error
+        if not frames:
+            raise SampleError(f"{path}: the folder of a video holds no picture ({', '.join(FRAMES)})")
+    elif isinstance(value, list) and value:
+        frames = [picture(frame, folder)["image"] for frame in value]
+        paths = [frame for frame in frames if isinstance(frame, str)]
+        name = os.path.commonpath(paths) if len(paths) == len(frames) and _alike(paths) else "a video"
+    else:
+        raise SampleError(f"a video is {shown(value)}, expected a folder of frames or a list of them")
+    part = {"type": "video", "video": frames, "name": name}
+    return part if fps is None else {**part, "fps": fps}
+
+
+def _alike(paths: list[str]) -> bool:
+    return len({os.path.isabs(path) for path in paths}) == 1
+
+
+def own_visual(kind: str, part: Mapping[str, Any], folder: Path, ignored: Collection[str]) -> Message | None:
+    """The picture or video that a message's part names itself; None where it is one of the record's own.
+
+    Raises:
+        SampleError: what it names is none, or it has a key that is not read.
+    """
+    if kind == "video":
+        given = take(part, ("type", "video", "fps"), ignored, "a video part")
+        return video(given["video"], given.get("fps"), folder) if "video" in given else None
+    given = take(part, ("type", "image", "path", "url", "image_url"), ignored, f"an {kind} part")
+    found = [key for key in ("image", "path", "url", "image_url") if key in given]
+    if len(found) > 1:
+        raise SampleError(f"an image part names a picture under {' and '.join(map(repr, found))}; keep one of them")
+    if not found:
+        if kind == "image_url":
+            raise SampleError("an image_url part without the key 'image_url'")
+        return None
+    value = given[found[0]]
+    if isinstance(value, Mapping) and found[0] == "image_url":
+        value = take(value, ("url",), ignored, "an image_url").get("url", value)
+    return picture(value, folder)
+
+
+def visual_parts(record: Mapping[str, Any], folder: Path, where: str = "") -> list[Message]:
+    """The picture parts of a record: its `image` or `images`, then its `video` or `videos` with `fps` where given.
+
+    A picture is what `picture` takes. `video` is one video, a list of frames or a folder of them; `videos` is a list of
+    videos, `fps` then one number or one for each.
+
+    Raises:
+        SampleError: values that are none of these.
+    """
+    images = [record[key] for key in IMAGE_KEYS if record.get(key) not in (None, [])]
+    if len(images) > 1 and images[0] != images[1] and [images[0]] != images[1]:
+        raise SampleError("'image' and 'images' hold different pictures: keep one of them")
+    values = [] if not images else images[0] if isinstance(images[0], list) else [images[0]]
+    if isinstance(images[0] if images else "", (bool, int, float)):
+        raise SampleError(f"pictures are {shown(images[0])}, expected a path or a list of paths")
+    parts = [picture(value, folder, f"{where} image {number}".strip()) for number, value in enumerate(values)]
+    return [*parts, *_videos(record, folder)]
+
+
+def _videos(record: Mapping[str, Any], folder: Path) -> list[Message]:
+    one, many, fps = (record.get(key) for key in VIDEO_KEYS)
+    if one not in (None, []) and many not in (None, []):
+        raise SampleError("'video' and 'videos' both hold videos: keep one of them")
+    if many is not None and not isinstance(many, list):
+        raise SampleError(f"videos is {shown(many)}, expected a list of videos")
+    videos = [one] if one not in (None, []) else many or []
+    if fps is not None and not videos:
+        raise SampleError("'fps' is given and no video")
+    rates = fps if isinstance(fps, list) else [fps] * len(videos)
+    if len(rates) != len(videos):
+        raise SampleError(f"fps has {len(rates)} numbers for {len(videos)} videos")
+    return [video(value, rate, folder) for value, rate in zip(videos, rates, strict=True)]

@@ -1,0 +1,109 @@
+"""`eval.py` and `rave-jax eval`: examine a run or a model in HuggingFace format."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+from jax.sharding import Mesh
+from rich.console import Console
+
+from rave_jax.checkpoint.hf_files import NATIVE
+from rave_jax.checkpoint.hf_import import import_hf
+from rave_jax.checkpoint.store import StoreError, check_writable
+from rave_jax.command_line import override
+from rave_jax.config import ConfigError
+from rave_jax.data.processor import Processor
+from rave_jax.data.sample import SampleError
+from rave_jax.evaluation.config import Eval, Examination, Report
+from rave_jax.evaluation.report import EVALUATION, write_report
+from rave_jax.evaluation.suites import evaluate
+from rave_jax.evaluation.summary import print_summary
+from rave_jax.models.vlm import Vlm
+from rave_jax.parallel import hosts
+from rave_jax.parallel.mesh import make_mesh
+from rave_jax.training.directory import run_directory
+from rave_jax.training.run import load_run
+
+
+def is_run(path: Path) -> bool:
+    """Whether a directory is a run of ours, one that was only begun too; else it must be in HuggingFace format."""
+    directory = run_directory(path)
+    try:
+        started = json.loads(directory.config.read_text(encoding="utf-8")).get("type") == "TrainConfig"
+    except (OSError, ValueError, AttributeError, RecursionError):
+        started = False
+    return started or directory.checkpoints.is_dir()
+
+
+def defaults(path: Path) -> Examination:
+    """What is done unless the command line says otherwise: for a run, what its config says."""
+    if not is_run(path):
+        return Examination()
+    config = run_directory(path).read_config()
+    evals = tuple(item for item in config.final if isinstance(item, Eval))
+    reports = [item for item in config.final if isinstance(item, Report)]
+    return Examination(evals or (Eval(),), (reports or [Report()])[0], simulated_devices=config.simulated_devices)
+
+
+def load(path: Path, config: Examination, mesh: Mesh) -> tuple[Vlm, Processor]:
+    """The model on the mesh, and its processor."""
+    if not is_run(path):
+        if config.step is not None:
+            raise ConfigError(
+                f"step is {config.step}, but {path} is no run: a model in HuggingFace format has no steps"
+            )
+        model = import_hf(path, config.model, mesh, jax.random.key(0))
+        return model, Processor.from_hf(path, config.min_pixels, config.max_pixels, model.options.layout)
+    if given := [name for name in ("model", "min_pixels", "max_pixels") if getattr(config, name) is not None]:
+        raise ConfigError(f"{', '.join(given)}: not for a run such as {path}, which has its own")
+    run = load_run(path, config.mesh, config.step)
+    return run.model, run.processor
+
+
+def check_path(path: Path) -> None:
+    """Say what a directory is that is neither a run nor a model.
+
+    Raises:
+        ConfigError: it is not there, or neither of both.
+    """
+    if is_run(path):
+        return
+    if not path.is_dir():
+        found = "a file" if path.exists() else "not there"
+        raise ConfigError(f"{path} is {found}, expected the directory of a run or of a model in HuggingFace format")
+    if not (path / "config.json").is_file():
+        reason = "it holds no config.json"
+        if (path / NATIVE).is_file():
+            reason = f"it is a native checkpoint; `rave-jax convert to-hf {path} DIR` makes a directory to examine"
+        elif parent := next((parent for parent in path.resolve().parents if is_run(parent)), None):
+            reason = f"it is a part of the run {parent}; give that"
+        raise ConfigError(f"{path} is neither a run nor a model in HuggingFace format: {reason}")
+
+
+def main(argv: Sequence[str], prog: str = "eval.py") -> int:
+    """Run the command line; returns the exit code."""
+    if not argv or argv[0].startswith("-"):
+        print(f"usage: {prog} RUN_OR_HF_DIR [--field.name value ...]   ({prog} RUN_OR_HF_DIR --help)", file=sys.stderr)
+        return 0 if argv and argv[0] in ("-h", "--help") else 2
+    path = Path(argv[0])
+    try:
+        check_path(path)
+        config = override(defaults(path), argv[1:], prog=f"{prog} {path}")
+        hosts.start(config.hosts, config.simulated_devices)
+        mesh = make_mesh(config.mesh)
+        out = Path(config.output_dir or (path if is_run(path) else f"runs/eval-{path.resolve().name}"))
+        check_writable(out, 0)
+        model, processor = load(path, config, mesh)
+        console = Console(quiet=not hosts.is_first())
+        for item in config.evals:
+            print_summary(evaluate(item, model, processor, mesh, out / EVALUATION / item.name), console)
+        if hosts.is_first():
+            console.print(f"report: {write_report(config.report, out)}", soft_wrap=True)
+    except (ConfigError, StoreError, SampleError, OSError) as error:
+        print(f"{prog}: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 1
+    return 0
