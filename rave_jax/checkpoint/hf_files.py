@@ -6,7 +6,8 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rave_jax.checkpoint.kinds import is_run_directory, what_is
+from rave_jax.checkpoint import explain
+from rave_jax.checkpoint.kinds import what_is
 from rave_jax.checkpoint.safetensors_file import CheckpointError, Stored, read_header
 from rave_jax.files import read_text
 
@@ -21,7 +22,6 @@ ADAPTER_CONFIG, ADAPTER = "adapter_config.json", "adapter_model.safetensors"
 STATED_KEY = "rave_jax"
 """Key of config.json that says what transformers does not compute of a model."""
 CARRIED = ("*.json", "*.txt", "*.jinja", "*.model", "*.tiktoken", "*.md", "LICENSE*", "NOTICE*")
-PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 class Weights(NamedTuple):
@@ -63,8 +63,13 @@ def hf_config(directory: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: no directory, no config.json in it, or that is not an object of JSON.
     """
+    if is_peft(directory):
+        raise CheckpointError(explain.peft_alone(directory))
     if not (directory / CONFIG).exists():
         raise CheckpointError(what_is(directory))
+    explain.check_lfs(directory)
+    if (directory / ADAPTER_CONFIG).is_file():
+        raise CheckpointError(explain.peft_beside(directory))
     config = read_json(directory / CONFIG)
     if not isinstance(config, dict):
         raise CheckpointError(f"{directory / CONFIG}: expected an object")
@@ -97,6 +102,8 @@ def index_of(directory: Path) -> dict[str, str] | None:
     index = data.get("weight_map") if isinstance(data, dict) else None
     if not isinstance(index, dict) or not all(isinstance(v, str) for v in index.values()):
         raise CheckpointError(f"{directory / INDEX}: expected an object 'weight_map' of key to file name")
+    if not index:
+        raise CheckpointError(f"{directory / INDEX}: its 'weight_map' lists no tensors")
     return index
 
 
@@ -117,7 +124,7 @@ def read_weights(directory: Path) -> Weights:
     index = index_of(directory)
     if index is None:
         if not (directory / SINGLE).exists():
-            raise CheckpointError(_no_weights(directory))
+            raise CheckpointError(explain.no_weights(directory))
         tensors, problems = read_header(directory / SINGLE)
         return Weights(tensors, (SINGLE,), problems)
     tensors, problems = {}, []
@@ -126,7 +133,8 @@ def read_weights(directory: Path) -> Weights:
         listed = {key for key, file in index.items() if file == name}
         if Path(name).name != name or not (directory / name).exists():
             problems.append(
-                f"{name}: no such file; {INDEX} lists {len(listed)} tensors in it: {', '.join(sorted(listed))}"
+                f"{name}: no such file, but {INDEX} lists {len(listed)} tensors in it ({min(listed)} and so on): "
+                "download the file"
             )
             continue
         found, wrong = read_header(directory / name)
@@ -142,18 +150,6 @@ def read_weights(directory: Path) -> Weights:
             for key in sorted(set(found) - listed)
         ]
     return Weights(tensors, names, problems)
-
-
-def _no_weights(directory: Path) -> str:
-    pickles = sorted({file.name for pattern in PICKLES for file in directory.glob(pattern)})
-    if pickles:
-        return (
-            f"{directory}: the weights are pickles ({', '.join(pickles)}), which can run code when read and are never "
-            "loaded: convert them to safetensors first"
-        )
-    if is_run_directory(run := directory.resolve().parent):
-        return f"{directory}: holds no weights: it is a part of the training run {run}, which keeps them; give the run"
-    return f"{directory}: holds no weights, expected {SINGLE}, or {INDEX} and the files it lists"
 
 
 def carried_files(directory: Path) -> list[Path]:

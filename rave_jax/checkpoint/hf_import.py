@@ -19,6 +19,7 @@ import numpy as np
 from jax.sharding import Mesh, Sharding
 
 from rave_jax.checkpoint import native
+from rave_jax.checkpoint.explain import check_quantization
 from rave_jax.checkpoint.hf_files import GENERATION_CONFIG, generation_config, hf_config
 from rave_jax.checkpoint.kinds import other_config
 from rave_jax.checkpoint.safetensors_file import DTYPES, CheckpointError, Slice, Stored, read_into
@@ -28,7 +29,7 @@ from rave_jax.checkpoint.verify import match, refusal
 from rave_jax.data.processor import image_settings
 from rave_jax.models.config import ModelOptions, VlmConfig
 from rave_jax.models.families import Family, family_for
-from rave_jax.models.families.base import eos_ids
+from rave_jax.models.families.base import eos_ids, section
 from rave_jax.models.parameters import named_parameters, with_values
 from rave_jax.models.vlm import Vlm
 from rave_jax.typing import NpArray
@@ -52,6 +53,8 @@ def load_config(directory: str | Path) -> tuple[VlmConfig, Family]:
     if other := other_config(Path(directory), hf):
         raise CheckpointError(other)
     try:
+        check_quantization(hf)
+        check_quantization(section(hf, "text_config"), "config.json: text_config")
         family = family_for(hf)
         config = with_image_settings(family.parse(hf), Path(directory))
         return with_generation_settings(config, Path(directory)), family

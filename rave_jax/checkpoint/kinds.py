@@ -20,10 +20,6 @@ def what_is(path: Path) -> str:
     inner = sorted(file.parent.name for file in path.glob("*/config.json"))
     if not any(path.iterdir()):
         found = "is an empty directory"
-    elif (path / "adapter_config.json").exists():
-        found = (
-            "is a PEFT adapter without the model that it adapts; `rave-jax convert from-hf ADAPTER DIR` joins the two"
-        )
     elif parent is not None:
         found = f"is a part of the training run {parent}; give the run"
     elif inner:

@@ -1,6 +1,7 @@
 """Native checkpoint: parameters as orbax writes them, with config, tokenizer and processor files beside.
 
-    DIR/parameters/     {path: array}, in the cut of the stack that the mechanisms of DIR/rave_jax.json make
+    DIR/parameters/     {path: array}, in the cut of the stack that the mechanisms of DIR/rave_jax.json make; digests
+                        of its files, which are checked before they are read
     DIR/native.json     format, and the HuggingFace style of keys it came from
     DIR/rave_jax.json   the ModelOptions, if mechanisms or adapters were written
     DIR/config.json     and its like: carried along from the HuggingFace directory
@@ -20,7 +21,7 @@ import numpy as np
 from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 
-from rave_jax.checkpoint import sidecar
+from rave_jax.checkpoint import digests, sidecar
 from rave_jax.checkpoint.hf_files import NATIVE, SIDECAR_JSON, read_json
 from rave_jax.checkpoint.naming import extra_parameters, global_names, places
 from rave_jax.checkpoint.safetensors_file import CheckpointError
@@ -30,6 +31,8 @@ from rave_jax.models.parameters import Place, named_parameters, with_values
 from rave_jax.models.vlm import Vlm
 
 PARAMETERS = "parameters"
+DIGESTS = "digests"
+"""Key of native.json: were digests written? Checkpoints of older versions have none."""
 FORMAT = 1
 
 
@@ -54,10 +57,30 @@ def write_into(folder: Path, model: Vlm, other_key_style: bool) -> None:
     """Fill a folder with a native checkpoint, but for the files that are carried along. For one process."""
     values = {path: param[...] for path, param in named_parameters(model).items()}
     ocp.save(str(folder.resolve() / PARAMETERS), values)
-    text = json.dumps({"format": FORMAT, "other_key_style": other_key_style}, indent=2) + "\n"
+    digests.write(folder / PARAMETERS)
+    text = json.dumps({"format": FORMAT, "other_key_style": other_key_style, DIGESTS: True}, indent=2) + "\n"
     (folder / NATIVE).write_text(text)
     if sidecar.needs_sidecar(model.options):
         (folder / SIDECAR_JSON).write_text(sidecar.options_text(model.options))
+
+
+def check_whole(directory: Path) -> None:
+    """Refuse parameters that are not as they were written, each file by its digest.
+
+    Raises:
+        CheckpointError: names the file that is damaged or missing.
+    """
+    folder = directory / PARAMETERS
+    try:
+        known = digests.read(folder)
+        stated = read_json(directory / NATIVE)
+        if isinstance(stated, dict) and stated.get(DIGESTS) and not known.complete:
+            raise digests.DamageError("the file with digests is missing")
+        digests.check(folder, known, known.files)
+    except digests.DamageError as error:
+        raise CheckpointError(f"{folder}: {error}: convert the model again, or copy the checkpoint again") from error
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot be read: {error.strerror or error}") from error
 
 
 def stored_dtypes(directory: Path) -> dict[str, np.dtype]:
@@ -92,6 +115,7 @@ def restore(
     Raises:
         CheckpointError: the checkpoint cannot be read or holds another model.
     """
+    check_whole(directory)
     stored_model = abstract_model(config, sidecar.saved_options(directory) or ModelOptions())
     dtypes = stored_dtypes(directory)
     shapes = {path: tuple(leaf.shape) for path, leaf in _metadata(directory).items()}

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from rave_jax.checkpoint import explain
 from rave_jax.checkpoint.hf_files import SIDECAR, Weights, read_weights
 from rave_jax.checkpoint.naming import extra_parameters, global_names, places, rules_of
 from rave_jax.checkpoint.safetensors_file import DTYPES, CheckpointError, Slice, Stored, read_header, read_into
@@ -16,6 +17,9 @@ from rave_jax.models.parameters import locate, named_parameters
 from rave_jax.models.vlm import Vlm
 from rave_jax.typing import NpArray
 
+LISTED = 100
+"""Problems that one error lists; more of them say nothing new."""
+FILES = 4
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
@@ -49,19 +53,20 @@ def match(directory: Path, model: Vlm, with_sidecar: bool) -> Match:
     found = _by_canonical_key(weights, model, problems)
     sources: dict[str, dict[int, Stored]] = {}
     broken = _files_without_keys(weights)
+    missing: list[str] = []
+    head = found.pop(HEAD, None) if model.config.text.tie_embeddings else None
+    if head is not None and EMBEDDING not in found:
+        # As in transformers: of two tied tensors either may be the one that is stored.
+        found[EMBEDDING], head = head, None
     for rule in rules_of(model):
         path, index = locate(model, rule)
         stored = found.pop(rule.hf_key, None)
         if stored is None:
-            if not broken:
-                problems.append(f"{rule.hf_key}: missing (not in {' or '.join(weights.files)})")
+            missing.append(rule.hf_key)
             continue
         problems += _misfits(stored, rule.shape)
         sources.setdefault(path, {})[index or 0] = stored
-    head = found.pop(HEAD, None) if model.config.text.tie_embeddings else None
-    problems += [
-        f"{stored.key} ({stored.file.name}): no parameter of the model belongs to it" for stored in found.values()
-    ]
+    problems += _strangers(missing, found, weights, model, broken)
     extras = extra_parameters(model)
     if with_sidecar:
         problems += match_sidecar(directory / SIDECAR, model, extras, sources)
@@ -74,11 +79,31 @@ def match(directory: Path, model: Vlm, with_sidecar: bool) -> Match:
     return Match(ordered, [] if with_sidecar else extras, style)
 
 
+def _strangers(missing: list[str], unknown: dict[str, Stored], weights: Weights, model: Vlm, broken: bool) -> list[str]:
+    """What is said of keys that are missing, and of those that have no place."""
+    lines = []
+    prefix = explain.prefix_of(missing, unknown, family_named(model.config.family)) if missing and unknown else None
+    if prefix is not None:
+        lines.append(prefix[1])
+        unknown = {key: stored for key, stored in unknown.items() if prefix[0] and not key.startswith(prefix[0])}
+        missing = []
+    quantized = explain.quantized_line(unknown)
+    if quantized is not None:
+        lines.append(quantized)
+        unknown = {key: stored for key, stored in unknown.items() if not explain.QUANTIZED.fullmatch(key)}
+    files = " or ".join(weights.files) if len(weights.files) <= FILES else f"{len(weights.files)} files"
+    why = {HEAD: f"; config.json does not tie it to {EMBEDDING} (tie_word_embeddings)"}
+    lines += [f"{key}: missing (not in {files}){why.get(key, '')}" for key in missing if not broken]
+    lines += [f"{s.key} ({s.file.name}): no parameter of the model belongs to it" for s in unknown.values()]
+    return lines
+
+
 def refusal(directory: Path, problems: list[str]) -> str:
-    """One message that lists everything."""
+    """One message that lists everything, up to a bound."""
     if len(problems) == 1:
         return f"{directory} does not fit: {problems[0]}"
-    return "\n  ".join([f"{directory} does not fit, {len(problems)} problems:", *problems])
+    more = [f"and {len(problems) - LISTED} more"] if len(problems) > LISTED else []
+    return "\n  ".join([f"{directory} does not fit, {len(problems)} problems:", *problems[:LISTED], *more])
 
 
 def _by_canonical_key(weights: Weights, model: Vlm, problems: list[str]) -> dict[str, Stored]:
@@ -146,7 +171,10 @@ def _differing_head(head: Stored, embedding: Stored) -> list[str]:
         spans = [slice(n, min(n + rows, head.shape[0])) for n in range(0, head.shape[0], rows)]
         if all(np.array_equal(_rows(head, span), _rows(embedding, span)) for span in spans):
             return []
-    return [f"{where}: the config ties the head to {embedding.key}, but the two differ"]
+    return [
+        f"{where}: config.json ties the head to {embedding.key} (tie_word_embeddings, at the top or in text_config), "
+        "but the two differ: set it to false in both places if the head is one of its own"
+    ]
 
 
 def _rows(stored: Stored, span: slice) -> NpArray:

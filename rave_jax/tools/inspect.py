@@ -16,12 +16,14 @@ from rich.table import Table
 
 from rave_jax import config as configs
 from rave_jax.checkpoint import native
-from rave_jax.checkpoint.hf_files import has_weights, hf_config, read_weights
+from rave_jax.checkpoint.explain import OTHER_FORMATS, no_weights
+from rave_jax.checkpoint.hf_files import CONFIG, has_weights, hf_config, read_weights
 from rave_jax.checkpoint.hf_import import load_config
-from rave_jax.checkpoint.safetensors_file import DTYPES
+from rave_jax.checkpoint.safetensors_file import DTYPES, CheckpointError
 from rave_jax.checkpoint.sidecar import needs_sidecar, saved_options
 from rave_jax.checkpoint.target import abstract_model
 from rave_jax.checkpoint.verify import match
+from rave_jax.models.families.base import section
 from rave_jax.models.parameters import named_parameters
 from rave_jax.models.vlm import Vlm
 from rave_jax.tools import source as sources
@@ -98,8 +100,12 @@ def _dtypes(path: Path, model: Vlm) -> tuple[dict[str, np.dtype], str]:
         stored = {p: DTYPES[tensors[0].dtype] for p, tensors in found.sources.items()}
         files = read_weights(path).files
         return made | stored, f"{sum(map(len, found.sources.values()))} tensors in {len(files)} files fit the config"
+    if any(path.glob("*.safetensors")) or any(file for pattern in OTHER_FORMATS for file in path.glob(pattern)):
+        raise CheckpointError(no_weights(path))
     hf = hf_config(path)
-    name = next(
-        (c[k] for c in (hf, hf.get("text_config") or {}) for k in ("dtype", "torch_dtype") if c.get(k)), "float32"
-    )
-    return dict.fromkeys(params, np.dtype(NAMED.get(name, np.float32))), f"none here; bytes as the config says, {name}"
+    places = (hf, section(hf, "text_config"))
+    stated = next((c[key] for c in places for key in ("dtype", "torch_dtype") if c.get(key)), "float32")
+    name = str(stated).removeprefix("torch.")
+    if name not in NAMED:
+        raise CheckpointError(f"{path / CONFIG}: dtype is {stated!r}, expected {', '.join(NAMED)}")
+    return dict.fromkeys(params, np.dtype(NAMED[name])), f"none here; bytes as the config says, {name}"

@@ -186,6 +186,35 @@ def test_a_native_checkpoint_goes_there_and_back(write: Write, tmp_path: Path) -
     assert_same_models(gated, import_hf(source, OPTIONS, mesh))
 
 
+def test_a_damaged_native_checkpoint_is_one_line_that_names_the_file(write: Write, tmp_path: Path) -> None:
+    source, folder = write(), tmp_path / "native"
+    model = import_hf(source)
+    with written_whole(folder, 0) as made:
+        assert made is not None
+        copy_small_files(source, made, model.options)
+        native.write_into(made, model, other_key_style=False)
+    files = [f for f in (folder / "parameters").rglob("*") if f.is_file()]
+    largest = max(files, key=lambda f: f.stat().st_size)
+    whole = largest.read_bytes()
+    flipped = bytearray(whole)
+    flipped[len(whole) // 2] ^= 1
+    for damaged in (bytes(flipped), whole[:-7], b"", None):
+        largest.unlink()
+        if damaged is not None:
+            largest.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=f"{largest.name} .*convert the model again") as error:
+            import_hf(folder)
+        assert "\n" not in str(error.value)
+    largest.write_bytes(whole)
+    for file in files:
+        content = file.read_bytes()
+        file.unlink()
+        with pytest.raises(CheckpointError, match="missing"):
+            import_hf(folder)
+        file.write_bytes(content)
+    assert_same_models(import_hf(folder), model)
+
+
 def test_without_a_source_the_config_is_ours(write: Write, tmp_path: Path) -> None:
     source = write()
     (source / "generation_config.json").write_text('{"eos_token_id": [5, 3]}')

@@ -2,6 +2,8 @@
 
     python export_torch.py OUT.json DIR...
 
+A directory with adapter_config.json is a PEFT adapter: PEFT loads it on the base that it names.
+
 For each directory: the keys that transformers misses or does not expect, whether every loaded number equals the
 stored one, and, where DIR/request.json lies, the logits of that conversation in DIR.npz, by transformers' own image
 processing, chat template and positions.
@@ -9,6 +11,7 @@ processing, chat template and positions.
 
 import json
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -30,9 +33,24 @@ def load(folder: Path) -> tuple[torch.nn.Module, dict]:
     return model, problems | {"same": same, "count": len(stored)}
 
 
-def logits(model: torch.nn.Module, folder: Path) -> dict[str, np.ndarray]:
+def load_adapter(folder: Path) -> tuple[torch.nn.Module, dict]:
+    from peft import PeftModel
+
+    base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(base, dtype="auto", attn_implementation="eager")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="(?i).*(missing|unexpected).*key")  # how PEFT tells of them
+        adapted = PeftModel.from_pretrained(model, folder)
+    stored = load_file(folder / "adapter_model.safetensors")
+    held = {key.replace(".default.weight", ".weight"): v for key, v in adapted.state_dict().items() if ".lora_" in key}
+    same = held.keys() == stored.keys() and all(torch.equal(held[key], v) for key, v in stored.items())
+    problems = {key: [] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")}
+    return adapted.eval(), problems | {"same": same, "count": len(stored), "base": base}
+
+
+def logits(model: torch.nn.Module, folder: Path, files: Path) -> dict[str, np.ndarray]:
     messages = json.loads((folder / "request.json").read_text())
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(files)
     text = tokenizer.apply_chat_template(messages, tokenize=False)
     parts = [part for m in messages if isinstance(m["content"], list) for part in m["content"]]
     images = [str(folder / part["image"]) for part in parts if part["type"] == "image"]
@@ -40,7 +58,7 @@ def logits(model: torch.nn.Module, folder: Path) -> dict[str, np.ndarray]:
     if images:
         from PIL import Image
 
-        processor = Qwen2VLImageProcessorPil.from_pretrained(folder)
+        processor = Qwen2VLImageProcessorPil.from_pretrained(files)
         inputs = dict(processor([Image.open(path) for path in images], return_tensors="pt"))
         for grid in inputs["image_grid_thw"]:
             count = int(grid.prod()) // processor.merge_size**2
@@ -56,7 +74,9 @@ def logits(model: torch.nn.Module, folder: Path) -> dict[str, np.ndarray]:
 if __name__ == "__main__":
     results = {}
     for folder in map(Path, sys.argv[2:]):
-        model, results[folder.name] = load(folder)
+        adapter = (folder / "adapter_config.json").is_file()
+        model, results[folder.name] = load_adapter(folder) if adapter else load(folder)
         if (folder / "request.json").is_file():
-            np.savez(folder.with_suffix(".npz"), **logits(model, folder))
+            files = Path(results[folder.name].get("base", folder))
+            np.savez(folder.with_suffix(".npz"), **logits(model, folder, files))
     Path(sys.argv[1]).write_text(json.dumps(results))
