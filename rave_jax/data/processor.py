@@ -13,7 +13,7 @@ import numpy as np
 
 from rave_jax.batch import Kind, Role, TokenInfo
 from rave_jax.config import ConfigError, require
-from rave_jax.data.chat import ChatTemplate, Run, read_template
+from rave_jax.data.chat import ChatTemplate, Run, SpecialTokens, read_template
 from rave_jax.data.images import Patches, PatchGrid, count_tokens, image_patches
 from rave_jax.data.layout import lay_out
 from rave_jax.data.positions import Visual, grid_places, mrope_positions
@@ -178,18 +178,24 @@ class Processor:
         settings: what the model wants of its pictures.
         chat_template: the Jinja text of its chat template.
         layout: how the model wants its pictures laid out (`ModelOptions.layout`).
+        special_tokens_in_text: what special tokens are that a message spells out: "text" like any other, or "tokens".
+
+    Raises:
+        ConfigError: the chat template cannot be used.
     """
 
     def __init__(
-        self, tokenizer: Any, settings: ProcessorSettings, chat_template: str, layout: VisualLayout | None = None
+        self,
+        tokenizer: Any,
+        settings: ProcessorSettings,
+        chat_template: str,
+        layout: VisualLayout | None = None,
+        special_tokens_in_text: SpecialTokens = "text",
     ):
         self.tokenizer = tokenizer
         self.settings = settings
         self.layout = layout or VisualLayout()
-        try:
-            self.chat = ChatTemplate(tokenizer, chat_template)
-        except SampleError as error:
-            raise ConfigError(str(error)) from error
+        self.chat = ChatTemplate(tokenizer, chat_template, special_tokens_in_text)
 
     @classmethod
     def from_hf(
@@ -198,6 +204,7 @@ class Processor:
         min_pixels: int | None = None,
         max_pixels: int | None = None,
         layout: VisualLayout | None = None,
+        special_tokens_in_text: SpecialTokens = "text",
     ) -> Processor:
         """The processor of an HF directory, with other pixel limits for pictures where given, and the layout that the
         model wants of them.
@@ -226,7 +233,11 @@ class Processor:
         if not getattr(tokenizer, "is_fast", False):
             raise ConfigError(f"{directory}: {type(tokenizer).__name__} is no fast tokenizer")
         settings = replace(settings, min_pixels=low, max_pixels=high)
-        return cls(tokenizer, settings, read_template(directory, tokenizer), layout)
+        template = read_template(directory, tokenizer)
+        try:
+            return cls(tokenizer, settings, template, layout, special_tokens_in_text)
+        except ConfigError as error:
+            raise ConfigError(f"{directory}: {error}") from error
 
     @property
     def end_id(self) -> int:
@@ -307,7 +318,7 @@ class Processor:
         if [kind for _, kind in found] != wanted:
             raise SampleError(
                 f"the rendered text holds the placeholders {[kind for _, kind in found]} for the pictures {wanted}; "
-                "is a placeholder written out in a message's text?"
+                "does a message spell out a placeholder, with special_tokens_in_text set to 'tokens'?"
             )
         return np.array([index for index, _ in found], np.int64)
 

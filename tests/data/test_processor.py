@@ -17,6 +17,7 @@ from rave_jax.config import ConfigError
 from rave_jax.data.collate import BatchShape, collate
 from rave_jax.data.processor import Processor, ProcessorSettings
 from rave_jax.data.sample import ImageError, SampleError
+from tests.data.conftest import TEMPLATE
 from tests.data.pictures import noise
 
 
@@ -114,10 +115,14 @@ def test_text_alone(processor: Processor) -> None:
     np.testing.assert_array_equal(example.positions, np.tile(np.arange(len(example.tokens)), (3, 1)))
 
 
-def test_a_written_placeholder_is_an_error(processor: Processor) -> None:
+def test_a_written_placeholder_is_text(processor: Processor) -> None:
     messages = [{"role": "user", "content": [image(8, 8), text("what is <|image_pad|>?")]}]
-    with pytest.raises(SampleError, match=r"s1: the rendered text holds .* placeholder written out"):
-        processor.encode(messages, name="s1")
+    example = processor.encode(messages, name="s1")
+    assert np.sum(example.tokens == processor.settings.image_token_id) == np.sum(example.info.kind == Kind.VISUAL) == 1
+    assert "what is <|image_pad|>?" in processor.decode(example.tokens)
+    tokens = Processor(processor.tokenizer, processor.settings, TEMPLATE, special_tokens_in_text="tokens")
+    with pytest.raises(SampleError, match=r"s1: the rendered text holds .* spell out a placeholder"):
+        tokens.encode(messages, name="s1")
 
 
 def test_errors_name_sample_and_file(processor: Processor, tmp_path: Path) -> None:
