@@ -26,12 +26,12 @@ def trial() -> int:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(Extension):
-        tags = {"generation"}  # noqa: RUF012  # jinja2 reads a set of the class
-
-        def parse(self, parser):
+        def parse(self, parser: Any) -> nodes.Node:
             line = next(parser.stream).lineno
             body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
             return nodes.Scope(body).set_lineno(line)
+
+    Generation.tags = {"generation"}
 
     def raise_exception(message: str) -> None:
         raise TemplateError(message)

@@ -71,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     logits.add_argument("request", type=Path, help="JSON list of messages in HF chat format, images by path")
     logits.add_argument("out", type=Path, help=".npz to write: input_ids [T], logits [T,V]")
     logits.add_argument("--add-generation-prompt", action="store_true", help="end with the header of an answer to come")
+    _add_special_tokens(logits)
 
     generate = commands.add_parser("generate", help="answers to a prompt, to a file of requests, or in a conversation")
     generate.add_argument("model", type=Path, help="HuggingFace directory, native checkpoint or run directory")
@@ -94,6 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument(
         "--dtype", choices=DTYPES, help="number type to compute in (default: that of the model's options)"
     )
+    _add_special_tokens(generate)
     generate.add_argument("--verbose", action="store_true", help="say on stderr how many tokens came and how quickly")
     generate.late = _generation_flags
 
@@ -115,6 +117,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     zero.late = _calibration_flags
     return parser
+
+
+def _add_special_tokens(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--special-tokens-in-text",
+        choices=("text", "tokens"),
+        help="what <|im_end|> and the like are in a message: text, or the tokens (default: as in training, else text)",
+    )
 
 
 def _generation_flags(parser: argparse.ArgumentParser) -> None:
@@ -189,7 +199,13 @@ def _run(arguments: argparse.Namespace) -> int:
         case "logits":
             from rave_jax.tools.logits import write_logits
 
-            write_logits(arguments.model, arguments.request, arguments.out, arguments.add_generation_prompt)
+            write_logits(
+                arguments.model,
+                arguments.request,
+                arguments.out,
+                arguments.add_generation_prompt,
+                arguments.special_tokens_in_text,
+            )
         case "generate":
             from rave_jax.tools.generate import generate
 

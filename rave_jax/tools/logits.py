@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rave_jax.config import ConfigError
+from rave_jax.data.chat import SpecialTokens
 from rave_jax.data.collate import collate, smallest_shape
 from rave_jax.data.processor import Processor
 from rave_jax.data.sample import SampleError
@@ -24,7 +25,13 @@ TOKEN_BUCKET = 64
 """T is padded to a multiple of it, so that requests of similar length share one program."""
 
 
-def write_logits(model: Path, request: Path, out: Path, add_generation_prompt: bool = False) -> None:
+def write_logits(
+    model: Path,
+    request: Path,
+    out: Path,
+    add_generation_prompt: bool = False,
+    special_tokens_in_text: SpecialTokens | None = None,
+) -> None:
     """Write `input_ids` [T] and float32 `logits` [T,V] of a conversation.
 
     Args:
@@ -32,12 +39,13 @@ def write_logits(model: Path, request: Path, out: Path, add_generation_prompt: b
         request: JSON list of messages in HF chat format; image paths relative to this file, or absolute.
         out: .npz to write.
         add_generation_prompt: end with the header of an answer to come.
+        special_tokens_in_text: as in `sources.processor_of`.
 
     Raises:
         ConfigError: the model, the request or a picture cannot be used, or `out` cannot be written.
     """
     messages = read_request(request)
-    processor = sources.processor_of(model)
+    processor = sources.processor_of(model, special_tokens_in_text)
     changes = {"param_dtype": "float32", "compute_dtype": "float32"}
     loaded = sources.load(model, changes=changes)
     try:

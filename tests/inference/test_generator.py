@@ -326,6 +326,13 @@ def test_a_tokenizer_whose_text_cannot_be_put_together_is_refused(vlm: Vlm, proc
         Generator(vlm, other, SlotConfig())
 
 
+def test_a_tokenizer_with_ids_that_the_embedding_has_no_rows_for_is_refused(vlm: Vlm, processor: Processor) -> None:
+    text = dataclasses.replace(vlm.config.text, vocab_size=262)
+    small = model(dataclasses.replace(vlm.config, text=text, image_token_id=261, video_token_id=260))
+    with pytest.raises(ConfigError, match=r"embedding of 262 rows .* the token '<\|video_pad\|>' the id 262"):
+        Generator(small, processor, SlotConfig())
+
+
 def test_a_processor_that_lays_pictures_out_for_another_model_is_refused(vlm: Vlm, processor: Processor) -> None:
     other = Processor(processor.tokenizer, processor.settings, TEMPLATE, VisualLayout(context=ContextTokens(3)))
     with pytest.raises(ConfigError, match=r"processor\.layout is .*count=3.* as the model wants it"):
