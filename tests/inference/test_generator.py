@@ -240,7 +240,7 @@ BAD: tuple[tuple[Request, type[SampleError], str], ...] = (
     (ask("word " * 40, name="long"), OverBudget, "^long: .*160"),
     (ask("What?", Sampling(stop_ids=(1, 2, 3, 4)), name="ends"), SampleError, "^ends: 5 ids end it"),
     (Request([{"role": "nobody", "content": "?"}], name="role"), SampleError, "^role: .*nobody"),
-    (Request([{"role": "user", "content": "<|image_pad|>"}]), SampleError, "^request 4: .*placeholder"),
+    (Request([{"role": "user", "content": "\ud800"}]), SampleError, "^request 4: .*no Unicode"),
 )
 
 
