@@ -217,9 +217,7 @@ def _learned(
 
 
 def _hidden(number: int, role: str) -> str:
-    return (
-        f"the chat template hides where message {number} ({role}) begins and ends; it was rendered from its own rules"
-    )
+    return f"the chat template does not show where message {number} ({role}) begins and ends"
 
 
 def common_start(one: str, other: str) -> str:
