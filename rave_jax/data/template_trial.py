@@ -7,6 +7,7 @@ a generation prompt. It exits with 0 whatever the template says, and otherwise o
 
 from __future__ import annotations
 
+import contextlib
 import json
 import resource
 import sys
@@ -43,7 +44,7 @@ def trial() -> int:
     environment.filters["tojson"] = lambda x, **options: json.dumps(x, ensure_ascii=False)
     given: dict[str, Any] = {"raise_exception": raise_exception, "strftime_now": lambda form: "1 January 2026"}
     environment.globals.update(given)
-    if hasattr(resource, "RLIMIT_AS"):
+    with contextlib.suppress(AttributeError, OSError, ValueError):  # systems without such a limit
         resource.setrlimit(resource.RLIMIT_AS, (request["memory"], request["memory"]))
     try:
         template = environment.from_string(request["template"])

@@ -131,13 +131,16 @@ def find_turns(turns: Turns, roles: Sequence[str], scanned: Scanned, marked: Mar
     Raises:
         SampleError: the template renders it in a way that hides where a message ends.
     """
-    text = scanned.text
-    if asks:
-        if not text.endswith(turns.asking):
-            raise SampleError("the chat template writes another generation prompt here than behind a single question")
-        text = text[: len(text) - len(turns.asking)]
     starts = [scanned.first(found) for found in marked.opens]
     stops = [scanned.last(found) for found in marked.closes]
+    text = scanned.text
+    if asks and text.endswith(turns.asking):
+        text = text[: len(text) - len(turns.asking)]
+    elif asks:  # the template writes another one here than behind a single question
+        last = stops[-1]
+        if last is None:
+            raise SampleError(_hidden(len(roles) - 1, roles[-1]))
+        text = text[: last + _end_of_footer(text[last:], turns.footers.get(roles[-1], ""), ())]
     preamble = len(turns.preamble) if roles[0] != "system" and text.startswith(turns.preamble) else 0
     bounds = [preamble]
     for number, role in enumerate(roles[:-1]):

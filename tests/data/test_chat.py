@@ -163,6 +163,12 @@ def test_a_system_message_is_the_system_s_wherever_it_is_put(tokenizer: PreTrain
         ChatTemplate(tokenizer, STYLES["gemma"].template).runs(talk)
 
 
+def test_a_generation_prompt_may_depend_on_the_conversation(tokenizer: PreTrainedTokenizerFast) -> None:
+    style = STYLES["phi"].template.replace("<|assistant|>\n{% else", "<|assistant|>{{ messages | length }}{% else")
+    asked = ChatTemplate(tokenizer, style).runs(ANY_TALK[:3], add_generation_prompt=True)
+    assert [tokenizer.decode(run.ids) for run in asked[-2:]] == ["<|user|>\na<|end|>\n", "<|assistant|>3"]
+
+
 @pytest.mark.parametrize("around", [("", ""), ("", " "), ("\n", ""), (" ", "\n\n")])
 def test_pictures_may_stand_anywhere_in_a_message(around: tuple[str, str], processor: Processor) -> None:
     picture = {"type": "image", "image": "x"}

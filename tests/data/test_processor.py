@@ -15,9 +15,11 @@ from PIL import Image
 from rave_jax.batch import Kind, Role, TokenInfo
 from rave_jax.config import ConfigError
 from rave_jax.data.collate import BatchShape, collate
+from rave_jax.data.pipeline import DataConfig
 from rave_jax.data.processor import Processor, ProcessorSettings
 from rave_jax.data.sample import ImageError, SampleError
 from rave_jax.data.vocabulary import check_directory
+from rave_jax.layout import VisualLayout
 from tests.data.conftest import TEMPLATE
 from tests.data.pictures import noise
 
@@ -124,6 +126,14 @@ def test_a_written_placeholder_is_text(processor: Processor) -> None:
     tokens = Processor(processor.tokenizer, processor.settings, TEMPLATE, special_tokens_in_text="tokens")
     with pytest.raises(SampleError, match=r"s1: the rendered text holds .* spell out a placeholder"):
         tokens.encode(messages, name="s1")
+
+
+def test_a_config_says_what_written_tokens_are(qwen_dir: Path) -> None:
+    meant = DataConfig(special_tokens_in_text="tokens").processor(qwen_dir, VisualLayout())
+    plain = DataConfig().processor(qwen_dir, VisualLayout())
+    messages = [{"role": "user", "content": "<|box_start|>"}]
+    box = meant.tokenizer.convert_tokens_to_ids("<|box_start|>")
+    assert [int(np.sum(p.encode(messages).tokens == box)) for p in (meant, plain)] == [1, 0]
 
 
 def test_errors_name_sample_and_file(processor: Processor, tmp_path: Path) -> None:
