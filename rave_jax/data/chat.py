@@ -1,25 +1,35 @@
 """The chat template: a conversation as runs of tokens, each known to belong to one message.
 
-The template is rendered and tokenized once, as transformers does it. In ChatML every message starts with one special
-token that stands nowhere else, so the tokens are split there, and no character offsets are needed to know who speaks.
+The tokens are those of the whole text as transformers renders it. Who speaks is known from private marks, which are
+rendered along with the texts and taken out again (`marks.py`), and from what the template is seen to write around
+messages (`turns.py`), whatever its format.
+
+Special tokens are written by the template alone. Where a message spells one, it is text (`literal.py`).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-import jinja2
+import numpy as np
 
 from rave_jax.batch import Role
 from rave_jax.config import ConfigError
+from rave_jax.data.literal import Encoded, LiteralTokenizer
+from rave_jax.data.marks import Marked, Scanned, View, mark, scan, texts_of
 from rave_jax.data.sample import Message, SampleError
+from rave_jax.data.template import Rendered, Template
+from rave_jax.data.turns import Probe, find_turns, learn_turns
 from rave_jax.files import read_text
+from rave_jax.typing import NpArray
 
 ROLES = {"system": Role.SYSTEM, "user": Role.QUESTION, "assistant": Role.RESPONSE}
 VISUAL_TYPES = ("image", "video")
+SpecialTokens = Literal["text", "tokens"]
+"""What special tokens are that a message spells out: text like any other, or the tokens."""
 
 
 class Run(NamedTuple):
@@ -55,8 +65,14 @@ def read_template(directory: str | Path, tokenizer: Any) -> str:
             return str(json.loads(read_text(legacy))["chat_template"])
         except (ValueError, TypeError, KeyError) as error:
             raise ConfigError(f"{legacy}: expected an object with the key 'chat_template'") from error
-    if isinstance(tokenizer.chat_template, str):
-        return tokenizer.chat_template
+    own = tokenizer.chat_template
+    if isinstance(own, dict):
+        if "default" not in own:
+            names = ", ".join(map(repr, own))
+            raise ConfigError(f"{directory}: tokenizer_config.json has the chat templates {names}: expected 'default'")
+        own = own["default"]
+    if isinstance(own, str):
+        return own
     raise ConfigError(
         f"{directory}: no chat template in chat_template.jinja, chat_template.json or tokenizer_config.json"
     )
@@ -99,87 +115,176 @@ class ChatTemplate:
     Args:
         tokenizer: a fast tokenizer of transformers.
         template: the Jinja text.
+        special_tokens_in_text: what special tokens are that a message spells out.
 
     Raises:
-        ConfigError: the template is not of the ChatML kind: each message must start with a special token of its own,
-            and an answer must start as a generation prompt does and end with a special token.
+        ConfigError: the template asks for too much time or memory, or does not show where an answer begins and ends.
     """
 
-    def __init__(self, tokenizer: Any, template: str):
+    def __init__(self, tokenizer: Any, template: str, special_tokens_in_text: SpecialTokens = "text"):
         self._tokenizer = tokenizer
         self._template = template
-        self._backend = tokenizer.backend_tokenizer
-        added = self._backend.get_added_tokens_decoder()
-        special = frozenset(number for number, token in added.items() if token.special)
-        talk = [{"role": role, "content": "a"} for role in ("user", "assistant", "user")]
-        once, asked = self.render(talk[:1]), self.render(talk[:1], add_generation_prompt=True)
-        if not asked.startswith(once) or len(asked) == len(once):
-            raise ConfigError("the chat template adds no header for an answer when a generation prompt is asked")
-        self._header = self.tokenize(asked[len(once) :])
-        self._start = self._header[0]
-        answer = self.tokenize(self.render(talk[:2]))[len(self.tokenize(once)) :]
-        ends = [number for number in answer if number in special]
-        if self._start not in special or len(ends) < 2 or answer[: len(self._header)] != self._header:
-            raise ConfigError("the chat template puts no special token before and after an answer")
-        preamble, *counts = (self.tokenize(self.render(talk[:n])).count(self._start) - n for n in (1, 2, 3))
-        if preamble not in (0, 1) or set(counts) != {preamble}:
-            raise ConfigError("the chat template does not start each message with one special token")
-        self._has_preamble = preamble == 1
-        self.end_id = ends[-1]
+        self._literal = special_tokens_in_text == "text"
+        self._words = LiteralTokenizer(tokenizer)
+        self._jinja = Template(tokenizer, template)
+        self._header = ""
+        try:
+            self._forms: dict[str, tuple[bool, bool]] = {}
+            for role in ("user", "assistant", "system"):
+                self._forms[role] = self._form(role)
+            self._turns = learn_turns(self._probe, self._words.ids.__contains__)
+            self._marks_answers = bool(self._jinja.render(self._talk(["user", "assistant"])).answers)
+        except SampleError as error:
+            raise ConfigError(str(error)) from error
+        self._header = "".join(self._words.spelled.get(character, character) for character in self._turns.adds)
+        self.end_id = self._words.ids[self._turns.end]
         """The token that ends a message: what generation stops at."""
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
-        """The text of a conversation as the tokenizer's `apply_chat_template` gives it."""
-        try:
-            return self._tokenizer.apply_chat_template(
-                list(messages),
-                chat_template=self._template,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-            )
-        except jinja2.TemplateError as error:
-            raise SampleError(f"the chat template cannot render the conversation: {error}") from error
+        """The text of a conversation as the tokenizer's `apply_chat_template` gives it.
 
-    def tokenize(self, text: str) -> list[int]:
-        """Token ids of a text; special tokens written out in it count as such."""
-        try:
-            return self._backend.encode(text, add_special_tokens=False).ids
-        except TypeError as error:
-            raise SampleError(f"a text is no Unicode: {text[:40]!r}") from error
+        Where a template ignores that a generation prompt is asked for, the header of its answers is put behind.
+        """
+        return self._rendered(messages, add_generation_prompt).text
 
     def runs(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> list[Run]:
         """The conversation as runs, in order; their tokens end to end are those of the whole text.
 
         Raises:
-            SampleError: an unknown role or part, an answer without a question, or a text that holds the token that
-                starts messages.
+            SampleError: an unknown role or part, an answer without a question, or a conversation that the template
+                refuses or renders in a way that hides where its messages end.
         """
         if not messages:
             raise SampleError("a conversation without messages")
-        views = [template_view(message) for message in messages]
-        if views[0]["role"] == "assistant":
+        views = [self._in_form(template_view(message)) for message in messages]
+        roles = [view["role"] for view in views]
+        if roles[0] == "assistant":
             raise SampleError("the conversation starts with an answer")
-        ids = self.tokenize(self.render(views, add_generation_prompt))
-        starts = [index for index, number in enumerate(ids) if number == self._start]
-        pieces = [ids[start:stop] for start, stop in zip(starts, [*starts[1:], len(ids)], strict=True)]
-        before = int(self._has_preamble and views[0]["role"] != "system")
-        if len(pieces) != before + len(messages) + add_generation_prompt or starts[0] != 0:
-            token = self._tokenizer.convert_ids_to_tokens(self._start)
-            raise SampleError(f"{len(messages)} messages render to {len(pieces)}: does a text hold the token {token}?")
-        runs = [Run(piece, Role.SYSTEM, (0, 0), ()) for piece in pieces[:before]]
-        runs += [self._run(message, piece) for message, piece in zip(messages, pieces[before:], strict=False)]
+        scanned, marked, answers = self._scan(views, add_generation_prompt)
+        spans = find_turns(self._turns, roles, scanned, marked, add_generation_prompt)
+        learn = _marked_alone(spans.learn, answers) if self._marks_answers else spans.learn
+        encoded, places = self._encode(scanned, views)
+
+        def tokens(bounds: Sequence[int]) -> list[int]:
+            """The first token that begins at each of these places or behind it."""
+            return np.searchsorted(encoded.starts, places(bounds)).tolist()
+
+        cuts = tokens(spans.bounds)
+        cuts[0] = cuts[0] if spans.preamble else 0
+        runs = [Run(encoded.ids[: cuts[0]], Role.SYSTEM, (0, 0), ())] if spans.preamble else []
+        for number, message in enumerate(messages):
+            begin, end = cuts[number : number + 2]
+            # Where an answer starts with line breaks, its first token may also hold the header's: generation never
+            # starts there, so that token counts as header.
+            start, stop = (min(max(n, begin), end) - begin for n in tokens(learn[number]))
+            runs.append(_run(message, encoded.ids[begin:end], (start, stop) if start < stop else (0, 0)))
         if add_generation_prompt:
-            runs.append(Run(pieces[-1], Role.RESPONSE, (0, 0), ()))
+            runs.append(Run(encoded.ids[cuts[-1] :], Role.RESPONSE, (0, 0), ()))
         return runs
 
-    def _run(self, message: Message, ids: list[int]) -> Run:
-        role, content = ROLES[message["role"]], message["content"]
-        parts = () if isinstance(content, str) else content
-        visuals = tuple(part for part in parts if part["type"] in VISUAL_TYPES)
-        if role is not Role.RESPONSE:
-            return Run(ids, role, (0, 0), visuals)
-        # Where an answer starts with line breaks, its first token also holds the header's: generation never starts
-        # there, so that token counts as header.
-        start = len(self._header)
-        stop = max(index for index, number in enumerate(ids) if number == self.end_id) + 1
-        return Run(ids, role, (start, stop), visuals, message.get("weight", 1.0))
+    def _rendered(self, views: Sequence[View], asks: bool) -> Rendered:
+        rendered = self._jinja.render(views, asks)
+        return rendered._replace(text=rendered.text + self._header) if asks else rendered
+
+    def _scan(self, views: Sequence[View], asks: bool) -> tuple[Scanned, Marked, list[tuple[int, int]]]:
+        """The conversation as rendered, the marks in it, and what the template says are answers.
+
+        Marks must not change what the template writes. Where they do, texts are looked for as they are.
+        """
+        plain = self._rendered(views, asks).text
+        for around in (True, False):
+            marked = mark(views, self._words, self._literal, around)
+            rendered = self._rendered(marked.views, asks)
+            scanned = scan(rendered.text, marked, self._words)
+            if scanned.written == plain:
+                answers = [(int(scanned.origin[a]), int(scanned.origin[b])) for a, b in rendered.answers]
+                return (scanned, marked, answers) if around else (*_searched(views, marked, scanned), answers)
+        raise SampleError("the chat template writes another text where a special token is spelled out in a message")
+
+    def _encode(self, scanned: Scanned, views: Sequence[View]) -> tuple[Encoded, Callable[[Sequence[int]], NpArray]]:
+        """The tokens, and places of `scanned.text` as places of the text that they were made from."""
+        if not (self._literal and scanned.typed):
+            return self._words.encode(scanned.written), scanned.in_written
+        taken = {character for view in views for text in texts_of(view) for character in text} & set(self._words.ids)
+        if taken:
+            names = ", ".join(f"U+{ord(character):X}" for character in sorted(taken))
+            raise SampleError(f"a text spells special tokens and also holds {names}, which stand for them here")
+        return self._words.encode_literal(scanned.text), np.asarray
+
+    def _in_form(self, view: View) -> View:
+        """The message in a form that the template takes: its text, or a list of parts."""
+        content = view["content"]
+        takes_text, takes_parts = self._forms[view["role"]]
+        if isinstance(content, str):
+            return view if takes_text else {**view, "content": [{"type": "text", "text": content}]}
+        if takes_parts:
+            return view
+        if any(part["type"] in VISUAL_TYPES for part in content):
+            raise SampleError(f"the chat template takes no pictures in a {view['role']} message")
+        return {**view, "content": "".join(texts_of(view))}
+
+    def _form(self, role: str) -> tuple[bool, bool]:
+        """Does the template take a text in a message of this role, and does it take a list of parts?"""
+        roles = {"user": ["user"], "assistant": ["user", "assistant"], "system": ["system", "user"]}[role]
+        taken, faults = [], []
+        for form in ((True, False), (False, True)):
+            self._forms[role] = form
+            try:
+                self._probe(roles, False)
+                taken.append(True)
+            except SampleError as error:
+                taken.append(False)
+                faults.append(error)
+        if role != "system" and not any(taken):
+            raise faults[0]
+        # A template may refuse system messages: it then says so for the conversation that has one.
+        return (taken[0], taken[1]) if any(taken) else (True, True)
+
+    def _talk(self, roles: Sequence[str]) -> list[View]:
+        return [self._in_form({"role": role, "content": "a"}) for role in roles]
+
+    def _probe(self, roles: Sequence[str], asks: bool) -> Probe:
+        """A short conversation, every text of it found."""
+        views = self._talk(roles)
+        marked = mark(views, self._words, literal=False)
+        scanned = scan(self._jinja.render(marked.views, asks).text, marked, self._words)
+        contents = []
+        for number, role in enumerate(roles):
+            places = [scanned.at.get(found[number][0], []) for found in (marked.opens, marked.closes)]
+            if [len(found) for found in places] != [1, 1]:
+                times = "leaves out" if not all(places) else "repeats"
+                raise SampleError(f"the chat template {times} the text of a message (message {number}, {role})")
+            contents.append((places[0][0], places[1][0]))
+        return Probe(scanned.text, contents)
+
+
+def _run(message: Message, ids: list[int], learn: tuple[int, int]) -> Run:
+    content = message["content"]
+    parts = () if isinstance(content, str) else content
+    visuals = tuple(part for part in parts if part["type"] in VISUAL_TYPES)
+    return Run(ids, ROLES[message["role"]], learn, visuals, message.get("weight", 1.0))
+
+
+def _marked_alone(learn: Sequence[tuple[int, int]], answers: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """What is learned where the template marks answers with `{% generation %}`: from the mark on, and nothing of an
+    answer without one."""
+    found = []
+    for start, stop in learn:
+        inside = [begin for begin, end in answers if begin < stop and end > start]
+        found.append((max(start, min(inside)), stop) if inside else (0, 0))
+    return found
+
+
+def _searched(views: Sequence[View], marked: Marked, scanned: Scanned) -> tuple[Scanned, Marked]:
+    """As if the texts had been marked, those that stand in the rendered text in their order."""
+    at: dict[str, list[int]] = {}
+    cursor = 0
+    for number, view in enumerate(views):
+        for text in filter(None, map(str.strip, texts_of(view))):
+            place = scanned.text.find(text, cursor)
+            if place >= 0:
+                cursor = place + len(text)
+                at.setdefault(f"open {number}", []).append(place)
+                at.setdefault(f"close {number}", []).append(cursor)
+    opens, closes = ([[f"{name} {n}"] for n in range(len(views))] for name in ("open", "close"))
+    return scanned._replace(at=at), marked._replace(opens=opens, closes=closes)

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from rave_jax.batch import Batch
 from rave_jax.config import ConfigError, require
+from rave_jax.data.chat import SpecialTokens
 from rave_jax.data.collate import BatchShape, check_fits, collate, round_up
 from rave_jax.data.layout import check_regions, region_major
 from rave_jax.data.order import Order
@@ -71,6 +72,8 @@ class DataConfig:
     """Least pixels of a resized picture; None for the model's own limit."""
     max_pixels: int | None = None
     """Most pixels of a resized picture; None for the model's own limit."""
+    special_tokens_in_text: SpecialTokens = "text"
+    """What special tokens such as <|im_end|> are that a sample spells out: "text" like any other, or the "tokens"."""
     on_error: Literal["skip", "fail"] = "skip"
     """What to do with a broken picture, an empty answer, a sample over budget: log, count and skip, or stop."""
     max_skips: int = 100
@@ -120,7 +123,7 @@ class DataConfig:
 
     def processor(self, directory: str | Path, layout: VisualLayout) -> Processor:
         """The processor of an HF directory, under this config's pixel limits and the layout a model wants."""
-        return Processor.from_hf(directory, self.min_pixels, self.max_pixels, layout)
+        return Processor.from_hf(directory, self.min_pixels, self.max_pixels, layout, self.special_tokens_in_text)
 
 
 class Pipeline:

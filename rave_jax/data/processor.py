@@ -13,12 +13,13 @@ import numpy as np
 
 from rave_jax.batch import Kind, Role, TokenInfo
 from rave_jax.config import ConfigError, require
-from rave_jax.data.chat import ChatTemplate, Run, read_template
+from rave_jax.data.chat import ChatTemplate, Run, SpecialTokens, read_template
 from rave_jax.data.images import Patches, PatchGrid, count_tokens, image_patches
 from rave_jax.data.layout import lay_out
 from rave_jax.data.positions import Visual, grid_places, mrope_positions
 from rave_jax.data.sample import Example, Message, SampleError
 from rave_jax.data.video import VideoLimits, video_patches
+from rave_jax.data.vocabulary import check_directory
 from rave_jax.files import check_folder, read_text
 from rave_jax.layout import VisualLayout
 from rave_jax.typing import NpArray
@@ -95,14 +96,19 @@ class ProcessorSettings:
         vision = config.get("vision_config")
         if vision is None:
             return cls(has_vision=False, image_token_id=-1, video_token_id=-1)
-        nested = _read_json(directory / "processor_config.json", optional=True)
+        nested = directory / "processor_config.json"
         image_file, image = image_settings(directory)
         if not image:
             raise ConfigError(f"{image_file}: no such file; a model directory of a vision-language model needs it")
-        video = (
-            nested.get("video_processor")
-            or _read_json(directory / "video_preprocessor_config.json", optional=True)
-            or image
+        video_file = directory / "video_preprocessor_config.json"
+        video_file, video = next(
+            (file, found)
+            for file, found in (
+                (nested, _read_json(nested, optional=True).get("video_processor")),
+                (video_file, _read_json(video_file, optional=True)),
+                (image_file, image),
+            )
+            if found
         )
         for key, wanted in (
             ("do_resize", True),
@@ -121,8 +127,8 @@ class ProcessorSettings:
                 raise ConfigError(f"{directory / 'config.json'}: the key {key!r} is missing")
         default = cls()
         shared = ("patch_size", "temporal_patch_size", "merge_size")
-        low, high = _pixel_limits(image, default.min_pixels, default.max_pixels)
-        video_low, video_high = _pixel_limits(video, VideoLimits.min_pixels, VideoLimits.max_pixels)
+        low, high = _pixel_limits(image_file, image, default.min_pixels, default.max_pixels)
+        video_low, video_high = _pixel_limits(video_file, video, VideoLimits.min_pixels, VideoLimits.max_pixels)
         sampled = {key: video[key] for key in ("min_frames", "max_frames") if video.get(key) is not None}
         return cls(
             **{key: image.get(key, getattr(default, key)) for key in shared},
@@ -169,10 +175,29 @@ def _read_json(path: Path, optional: bool = False) -> dict[str, Any]:
     return data
 
 
-def _pixel_limits(config: dict[str, Any], low: int, high: int) -> tuple[int, int]:
-    size = config.get("size") or {}
-    least, most = config.get("min_pixels"), config.get("max_pixels")
-    return least or size.get("shortest_edge") or low, most or size.get("longest_edge") or high
+def _pixel_limits(file: Path, config: dict[str, Any], low: int, high: int) -> tuple[int, int]:
+    """Least and most pixels of a resized picture: `min_pixels` and `max_pixels`, or else the entries of `size`.
+
+    Entries of `size` may also have these names, as older versions of transformers wrote them. Where `size` is stated,
+    it has to give what the other two do not, as in transformers.
+    """
+    size = config.get("size")
+    size = {"shortest_edge": low, "longest_edge": high} if size is None else size
+    given = size if isinstance(size, dict) else {}
+    limits = []
+    for key, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
+        value = next((v for v in (config.get(key), given.get(edge), given.get(key)) if v is not None), None)
+        if value is None:
+            raise ConfigError(
+                f"{file}: size is {size!r}, expected {{'shortest_edge': least pixels, 'longest_edge': most pixels}} or "
+                f"the keys min_pixels and max_pixels: pictures keep their shape, and {key} is not stated"
+            )
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ConfigError(f"{file}: {key} is {value!r}, expected a number of pixels, 1 or more")
+        limits.append(value)
+    if limits[0] > limits[1]:
+        raise ConfigError(f"{file}: min_pixels is {limits[0]}, above max_pixels {limits[1]}")
+    return limits[0], limits[1]
 
 
 class Processor:
@@ -183,18 +208,24 @@ class Processor:
         settings: what the model wants of its pictures.
         chat_template: the Jinja text of its chat template.
         layout: how the model wants its pictures laid out (`ModelOptions.layout`).
+        special_tokens_in_text: what special tokens are that a message spells out: "text" like any other, or "tokens".
+
+    Raises:
+        ConfigError: the chat template cannot be used.
     """
 
     def __init__(
-        self, tokenizer: Any, settings: ProcessorSettings, chat_template: str, layout: VisualLayout | None = None
+        self,
+        tokenizer: Any,
+        settings: ProcessorSettings,
+        chat_template: str,
+        layout: VisualLayout | None = None,
+        special_tokens_in_text: SpecialTokens = "text",
     ):
         self.tokenizer = tokenizer
         self.settings = settings
         self.layout = layout or VisualLayout()
-        try:
-            self.chat = ChatTemplate(tokenizer, chat_template)
-        except SampleError as error:
-            raise ConfigError(str(error)) from error
+        self.chat = ChatTemplate(tokenizer, chat_template, special_tokens_in_text)
 
     @classmethod
     def from_hf(
@@ -203,6 +234,7 @@ class Processor:
         min_pixels: int | None = None,
         max_pixels: int | None = None,
         layout: VisualLayout | None = None,
+        special_tokens_in_text: SpecialTokens = "text",
     ) -> Processor:
         """The processor of an HF directory, with other pixel limits for pictures where given, and the layout that the
         model wants of them.
@@ -234,8 +266,13 @@ class Processor:
             raise ConfigError(f"{directory}: no tokenizer could be read: {error}") from error
         if not getattr(tokenizer, "is_fast", False):
             raise ConfigError(f"{directory}: {type(tokenizer).__name__} is no fast tokenizer")
+        check_directory(Path(directory), _read_json(Path(directory) / "config.json"), tokenizer)
         settings = replace(settings, min_pixels=low, max_pixels=high)
-        return cls(tokenizer, settings, read_template(directory, tokenizer), layout)
+        template = read_template(directory, tokenizer)
+        try:
+            return cls(tokenizer, settings, template, layout, special_tokens_in_text)
+        except ConfigError as error:
+            raise ConfigError(f"{directory}: {error}") from error
 
     @property
     def end_id(self) -> int:
@@ -316,7 +353,7 @@ class Processor:
         if [kind for _, kind in found] != wanted:
             raise SampleError(
                 f"the rendered text holds the placeholders {[kind for _, kind in found]} for the pictures {wanted}; "
-                "is a placeholder written out in a message's text?"
+                "does a message spell out a placeholder, with special_tokens_in_text set to 'tokens'?"
             )
         return np.array([index for index, _ in found], np.int64)
 

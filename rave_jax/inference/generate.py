@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from rave_jax.config import require
 from rave_jax.data.processor import Processor
 from rave_jax.data.sample import Message, SampleError
+from rave_jax.data.vocabulary import check_vocabulary
 from rave_jax.inference.buckets import SlotConfig
 from rave_jax.inference.sampling import Sampling
 from rave_jax.inference.slots import Engine, Progress, Reason, Usage
@@ -84,13 +85,15 @@ class Generator:
     Raises:
         ConfigError: more ids end an answer than `config.max_stop_ids`, regions are to lie in host memory where they
             cannot, the tokenizer is of a kind whose text cannot
-            be put together token by token, or the processor lays pictures out for another model.
+            be put together token by token or has more ids than the model's embedding has rows, or the processor lays
+            pictures out for another model.
     """
 
     def __init__(self, model: Vlm, processor: Processor, config: SlotConfig, mesh: Mesh | None = None):
         settings = processor.settings
         TextStream(processor.tokenizer)  # refuses the tokenizer now rather than every request later
         wanted = model.options.layout
+        check_vocabulary(processor.tokenizer, model.config.text.vocab_size)
         require(processor.layout == wanted, "processor.layout", processor.layout, f"{wanted}, as the model wants it")
         self._streaming = False
         self._processor = processor

@@ -147,7 +147,7 @@ class Engine:
         Raises:
             OverBudget: the prompt is too long, has too many patches or regions, or leaves no room for an answer; or it
                 is longer than `chunk` and the model has a mechanism that looks ahead.
-            SampleError: too many stop ids, or pictures for a model that takes none.
+            SampleError: too many stop ids, token ids beyond the embedding, or pictures for a model that takes none.
         """
         called = f"{name}: " if name else ""
         config = self.config
@@ -162,6 +162,10 @@ class Engine:
                 raise OverBudget(f"{called}the prompt has {given} {what}, over the budget of {field_name} {most}")
         check_regions(example, self._model.options.layout.max_regions, name)
         self._check_layout(example, called)
+        rows = self._model.config.text.vocab_size
+        beyond = example.tokens[(example.tokens < 0) | (example.tokens >= rows)]
+        if len(beyond):
+            raise SampleError(f"{called}the prompt holds the token id {beyond[0]}: the embedding has {rows} rows")
         ahead = self._model.decoder.looks_ahead
         if ahead and len(example.tokens) > self._buckets.chunk:
             raise OverBudget(

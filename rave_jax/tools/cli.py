@@ -104,6 +104,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FOLDER",
         help="the request may name pictures below it alone (default: the folder of the request)",
     )
+    _add_special_tokens(logits)
 
     generate = commands.add_parser("generate", help="answers to a prompt, to a file of requests, or in a conversation")
     generate.add_argument("model", type=Path, help="HuggingFace directory, native checkpoint or run directory")
@@ -137,6 +138,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument(
         "--dtype", choices=DTYPES, help="number type to compute in (default: that of the model's options)"
     )
+    _add_special_tokens(generate)
     generate.add_argument("--verbose", action="store_true", help="say on stderr how many tokens came and how quickly")
     generate.late = _generation_flags
 
@@ -164,6 +166,14 @@ def _parser() -> argparse.ArgumentParser:
     data.add_argument("words", nargs=argparse.REMAINDER, metavar="CONFIG [--field.name value ...]")
     data.late = _data_flags
     return parser
+
+
+def _add_special_tokens(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--special-tokens-in-text",
+        choices=("text", "tokens"),
+        help="what <|im_end|> and the like are in a message: text, or the tokens (default: as in training, else text)",
+    )
 
 
 def _generation_flags(parser: argparse.ArgumentParser) -> None:
@@ -253,7 +263,12 @@ def _run(arguments: argparse.Namespace) -> int:
             from rave_jax.tools.logits import write_logits
 
             write_logits(
-                arguments.model, arguments.request, arguments.out, arguments.add_generation_prompt, arguments.image_dir
+                arguments.model,
+                arguments.request,
+                arguments.out,
+                arguments.add_generation_prompt,
+                arguments.image_dir,
+                arguments.special_tokens_in_text,
             )
         case "generate":
             from rave_jax.tools.generate import generate

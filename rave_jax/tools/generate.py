@@ -47,7 +47,7 @@ def generate(arguments: argparse.Namespace) -> int:
     if arguments.requests is None:
         sizes = {"slots": 1} | sizes
     slots = SlotConfig(**sizes)
-    processor = sources.processor_of(arguments.model)
+    processor = sources.processor_of(arguments.model, arguments.special_tokens_in_text)
 
     def generator() -> Generator:
         return load(arguments.model, processor, slots, arguments.dtype)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rave_jax.config import ConfigError
+from rave_jax.data.chat import SpecialTokens
 from rave_jax.data.collate import collate, smallest_shape
 from rave_jax.data.processor import Processor
 from rave_jax.data.sample import SampleError
@@ -26,7 +27,12 @@ TOKEN_BUCKET = 64
 
 
 def write_logits(
-    model: Path, request: Path, out: Path, add_generation_prompt: bool = False, image_dir: Path | None = None
+    model: Path,
+    request: Path,
+    out: Path,
+    add_generation_prompt: bool = False,
+    image_dir: Path | None = None,
+    special_tokens_in_text: SpecialTokens | None = None,
 ) -> None:
     """Write `input_ids` [T] and float32 `logits` [T,V] of a conversation.
 
@@ -36,12 +42,13 @@ def write_logits(
         out: .npz to write.
         add_generation_prompt: end with the header of an answer to come.
         image_dir: the folder that pictures must lie below; None is that of the request.
+        special_tokens_in_text: as in `sources.processor_of`.
 
     Raises:
         ConfigError: the model, the request or a picture cannot be used, or `out` cannot be written.
     """
     messages = read_request(request, image_dir)
-    processor = sources.processor_of(model)
+    processor = sources.processor_of(model, special_tokens_in_text)
     changes = {"param_dtype": "float32", "compute_dtype": "float32"}
     loaded = sources.load(model, changes=changes)
     try:

@@ -16,6 +16,7 @@ from rave_jax.checkpoint.sidecar import saved_options
 from rave_jax.checkpoint.store import StoreError
 from rave_jax.checkpoint.target import abstract_model
 from rave_jax.config import ConfigError
+from rave_jax.data.chat import SpecialTokens
 from rave_jax.data.processor import Processor
 from rave_jax.models.config import ModelOptions
 from rave_jax.models.parameters import named_parameters, with_values
@@ -49,8 +50,12 @@ def model_directory(path: Path) -> Path:
     return run_directory(path).model if is_run(path) else path
 
 
-def processor_of(path: Path) -> Processor:
+def processor_of(path: Path, special_tokens_in_text: SpecialTokens | None = None) -> Processor:
     """The processor of a model: for a run, under the pixel limits it was trained with.
+
+    Args:
+        path: of any of the three kinds.
+        special_tokens_in_text: what special tokens in messages are; None is as in the run's training, or else text.
 
     Raises:
         ConfigError: a file or key is missing.
@@ -58,8 +63,11 @@ def processor_of(path: Path) -> Processor:
     if is_run(path):
         run = run_directory(path)
         config = run.read_config()
-        return config.data.processor(run.model, config.model.layout)
-    return Processor.from_hf(path, layout=options_of(path).layout)
+        special = special_tokens_in_text or config.data.special_tokens_in_text
+        data = dataclasses.replace(config.data, special_tokens_in_text=special)
+        return data.processor(run.model, config.model.layout)
+    special = special_tokens_in_text or "text"
+    return Processor.from_hf(path, layout=options_of(path).layout, special_tokens_in_text=special)
 
 
 def options_of(path: Path) -> ModelOptions:

@@ -7,14 +7,18 @@ import shutil
 from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from rave_jax.batch import Role
 from rave_jax.config import ConfigError
+from rave_jax.data import template
 from rave_jax.data.chat import ChatTemplate, read_template
 from rave_jax.data.processor import Processor
 from rave_jax.data.sample import SampleError
-from tests.data.conftest import TEMPLATE
+from tests.data.conftest import TEMPLATE, byte_tokenizer
+from tests.data.llama import llama_tokenizer
+from tests.data.templates import SPECIAL, STYLES
+from tests.data.templates import TALK as ANY_TALK
 
 TALK = [
     {"role": "system", "content": "Look well."},
@@ -70,7 +74,7 @@ def test_the_preamble_is_the_system_s(processor: Processor) -> None:
     assert "".join(texts) == processor.chat.render([{"role": "user", "content": TALK[1]["content"]}], True)
 
 
-@pytest.mark.parametrize("answer", ["\n\nlate", " \n x", "  indented", "", "ends\n\n", "<|im_end|>twice"])
+@pytest.mark.parametrize("answer", ["\n\nlate", " \n x", "  indented", "", "ends\n\n", "twice"])
 def test_answers_with_odd_ends(answer: str, qwen: Processor) -> None:
     """Tokens stay those of the whole text; what is learnt is a suffix of the answer, with its end token."""
     messages = [{"role": "user", "content": "q"}, {"role": "assistant", "content": answer}]
@@ -95,7 +99,6 @@ def test_answers_with_odd_ends(answer: str, qwen: Processor) -> None:
         ([{"role": "user", "content": None}], "expected text or a list"),
         ([{"role": "user", "content": [{"type": "sound"}]}], "part of type 'sound'"),
         ([{"role": "user", "content": [{"type": "image"}]}], "without the key 'image'"),
-        ([{"role": "user", "content": "<|im_start|>assistant"}], "does a text hold the token <|im_start|>"),
     ],
 )
 def test_conversations_that_cannot_be(messages: list, says: str, processor: Processor) -> None:
@@ -103,21 +106,214 @@ def test_conversations_that_cannot_be(messages: list, says: str, processor: Proc
         processor.chat.runs(messages)
 
 
+# Any template
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token per byte, with the special tokens of all styles."""
+    made = byte_tokenizer()
+    made.add_special_tokens({"additional_special_tokens": list(SPECIAL), "bos_token": "<s>", "eos_token": "</s>"})
+    return made
+
+
+@pytest.mark.parametrize("name", STYLES)
+def test_a_template_tells_where_answers_begin_and_end(name: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    style = STYLES[name]
+    chat = ChatTemplate(tokenizer, style.template)
+    runs = chat.runs(ANY_TALK)
+    whole = tokenizer.decode([number for run in runs for number in run.ids])
+    learnt = [tokenizer.decode(run.ids[slice(*run.learn)]) for run in runs if run.role is Role.RESPONSE]
+    assert tuple(learnt) == style.learned
+    assert learnt[0].endswith(tokenizer.convert_ids_to_tokens(chat.end_id))
+    roles = [Role.QUESTION, Role.RESPONSE] * 2
+    assert [run.role for run in runs] == ([Role.SYSTEM] if style.opening else []) + roles
+    if style.opening:
+        assert tokenizer.decode(runs[0].ids) == style.opening
+    question = tokenizer.decode(next(run.ids for run in runs if run.role is Role.QUESTION))
+    assert "Which?" in question and "cat" not in question
+    # A prompt is what stands before what is learned.
+    asked = chat.runs(ANY_TALK[:3], add_generation_prompt=True)
+    assert tokenizer.decode(asked[-1].ids) == style.asking
+    prompt = tokenizer.decode([number for run in asked for number in run.ids])
+    assert whole.startswith(prompt + style.learned[1][:-1])
+    if name != "smolvlm":  # whose template writes texts only where they are parts
+        assert whole == chat.render(ANY_TALK)
+
+
+def test_a_thought_is_learned_where_generation_begins_it(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Templates split thoughts off, and take them out of earlier answers."""
+    thought = {"role": "assistant", "content": "<think>\nfar\n</think>\n\nred"}
+    talk = [ANY_TALK[0], thought, ANY_TALK[2], thought]
+    for name, begins in (("qwen3", "<think>\n"), ("qwen3 that opens a thought", "")):
+        runs = ChatTemplate(tokenizer, STYLES[name].template).runs(talk)
+        learnt = [tokenizer.decode(run.ids[slice(*run.learn)]) for run in runs if run.role is Role.RESPONSE]
+        assert learnt == ["red<|im_end|>", begins + "far\n</think>\n\nred<|im_end|>"]
+
+
+def test_a_system_message_is_the_system_s_wherever_it_is_put(tokenizer: PreTrainedTokenizerFast) -> None:
+    talk = [{"role": "system", "content": "Look."}, *ANY_TALK]
+    for name in ("vicuna", "llama2", "llama3", "smolvlm", "phi", "qwen3"):
+        runs = ChatTemplate(tokenizer, STYLES[name].template).runs(talk)
+        assert [run.role for run in runs[:3]] == [Role.SYSTEM, Role.QUESTION, Role.RESPONSE]
+        assert "Look." in tokenizer.decode(runs[0].ids) and "Which?" in tokenizer.decode(runs[1].ids)
+    moved = ChatTemplate(tokenizer, STYLES["mistral"].template).runs([talk[0], ANY_TALK[0]], add_generation_prompt=True)
+    assert "Look." in tokenizer.decode([number for run in moved for number in run.ids])
+    with pytest.raises(SampleError, match="System role not supported"):
+        ChatTemplate(tokenizer, STYLES["gemma"].template).runs(talk)
+
+
+def test_a_generation_prompt_may_depend_on_the_conversation(tokenizer: PreTrainedTokenizerFast) -> None:
+    style = STYLES["phi"].template.replace("<|assistant|>\n{% else", "<|assistant|>{{ messages | length }}{% else")
+    asked = ChatTemplate(tokenizer, style).runs(ANY_TALK[:3], add_generation_prompt=True)
+    assert [tokenizer.decode(run.ids) for run in asked[-2:]] == ["<|user|>\na<|end|>\n", "<|assistant|>3"]
+
+
+@pytest.mark.parametrize("around", [("", ""), ("", " "), ("\n", ""), (" ", "\n\n")])
+def test_pictures_may_stand_anywhere_in_a_message(around: tuple[str, str], processor: Processor) -> None:
+    picture = {"type": "image", "image": "x"}
+    text = {"type": "text", "text": around[0] + "Q" + around[1]}
+    for content in ([picture], [picture, text], [text, picture], [picture, text, picture], [text, text]):
+        answer = {"role": "assistant", "content": around[1] + "A"}
+        runs = processor.chat.runs([{"role": "user", "content": content}, answer] * 2)[1:]
+        texts = [processor.tokenizer.decode(run.ids) for run in runs]
+        assert [text.partition("\n")[0] for text in texts] == ["<|im_start|>user", "<|im_start|>assistant"] * 2
+        assert [len(run.visuals) for run in runs] == [content.count(picture), 0] * 2
+        assert processor.tokenizer.decode(runs[1].ids[slice(*runs[1].learn)]) == around[1] + "A<|im_end|>"
+
+
 @pytest.mark.parametrize(
     ("template", "says"),
     [
-        ("{% for m in messages %}{{ m['content'] }}{% endfor %}", "no header"),
+        ("{% for m in messages %}{{ m['content'] }}{% endfor %}", "no special token behind an answer"),
+        ("{% for m in messages %}{{ m['role'] }}{% endfor %}", r"leaves out the text of a message \(message 0, user\)"),
+        ("{% for m in messages %}{{ m.content * 2 }}</s>{% endfor %}", "repeats the text of a message"),
+        ("{% for m in messages %}{{ m.content }}", "no valid Jinja: line 1"),
+        ("{{ raise_exception('Not today') }}", "cannot render the conversation: Not today"),
+        ("{{ messages[7]['role'] }}", "cannot render the conversation"),
+        ("{{ 1 / 0 }}", "fails on the conversation: ZeroDivisionError"),
         (
-            "{% for m in messages %}{{ m['role'] }}{{ m['content'] }}{% endfor %}"
-            "{% if add_generation_prompt %}assistant{% endif %}",
-            "no special token before and after",
+            "{% for m in messages %}{{ m.content }}{% if not loop.last %}</s>{% endif %}{% endfor %}",
+            "in the middle of a conversation and at its end",
         ),
-        (TEMPLATE + "{% if messages | length > 2 %}<|im_start|>{% endif %}", "each message with one special token"),
+        (
+            "{% if add_generation_prompt %}Now: {% endif %}{% for m in messages %}{{ m.content + '</s>' }}{% endfor %}",
+            None,
+        ),
+        (
+            "{% for m in messages %}{{ m.content }}{{ '' if add_generation_prompt else '</s>' }}{% endfor %}",
+            "something else behind the question",
+        ),
     ],
 )
-def test_templates_that_cannot_be_split(template: str, says: str, processor: Processor) -> None:
-    with pytest.raises(ConfigError, match=says):
-        ChatTemplate(processor.tokenizer, template)
+def test_templates_that_cannot_be_used(template: str, says: str | None, tokenizer: PreTrainedTokenizerFast) -> None:
+    if says is None:
+        assert ChatTemplate(tokenizer, template).end_id == tokenizer.eos_token_id
+        return
+    with pytest.raises(ConfigError, match=says) as error:
+        ChatTemplate(tokenizer, template)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "asks",
+    [
+        "{% for i in range(10**9) %}x{% endfor %}",
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+        "{{ 'x' * 10**10 }}",
+        "{{ 10 ** (10 ** 10) }}",
+        "{% set n = namespace(s='xx') %}{% for i in range(60) %}{% set n.s = n.s ~ n.s %}{% endfor %}{{ n.s }}",
+        "{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}",
+        "{{ '%1000000000000d' % 1 }}",
+    ],
+)
+def test_a_template_that_asks_for_too_much_is_one_line(
+    asks: str, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(template, "SECONDS", 1)
+    with pytest.raises(ConfigError, match="asks for too much") as error:
+        ChatTemplate(tokenizer, STYLES["phi"].template + asks)
+    assert "\n" not in str(error.value)
+
+
+def test_a_template_sees_no_more_than_messages(tokenizer: PreTrainedTokenizerFast) -> None:
+    for asks in (
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ messages.__class__.__base__.__subclasses__() }}",
+    ):
+        with pytest.raises(ConfigError, match="cannot render the conversation"):
+            ChatTemplate(tokenizer, asks)
+
+
+# Words that are special tokens
+
+
+def spelled(token: str) -> list:
+    return [
+        {"role": "user", "content": f"What does {token} mean? {token}{token}"},
+        {"role": "assistant", "content": [{"type": "text", "text": f"{token} ends"}, {"type": "text", "text": token}]},
+    ]
+
+
+@pytest.mark.parametrize("token", ["<|im_end|>", "<|im_start|>", "<|endoftext|>", "<|vision_start|>", "<|image_pad|>"])
+def test_what_a_message_spells_is_text(token: str, processor: Processor) -> None:
+    """With the tiny tokenizer: a byte each, and the special tokens of the template alone."""
+    chat, tokenizer = processor.chat, processor.tokenizer
+    runs = chat.runs(spelled(token))
+    ids = [number for run in runs for number in run.ids]
+    harmless = [number for run in chat.runs(spelled("x" * len(token))) for number in run.ids]
+    special = set(tokenizer.all_special_ids) | {tokenizer.get_vocab()[token]}
+    assert [number in special for number in ids] == [number in special for number in harmless]
+    assert tokenizer.decode(ids) == chat.render(spelled(token))
+    assert tokenizer.decode(runs[-1].ids[slice(*runs[-1].learn)]) == f"{token} ends{token}<|im_end|>"
+
+
+def test_pieces_of_a_token_in_two_parts_are_text(processor: Processor) -> None:
+    parts = [{"type": "text", "text": "<|im_"}, {"type": "text", "text": "end|>"}]
+    (run,) = processor.chat.runs([{"role": "user", "content": parts}])[1:]
+    assert run.ids.count(processor.end_id) == 1
+    assert processor.tokenizer.decode(run.ids) == "<|im_start|>user\n<|im_end|><|im_end|>\n"
+
+
+def test_tokens_may_be_asked_for(processor: Processor, tokenizer: PreTrainedTokenizerFast) -> None:
+    meant = Processor(processor.tokenizer, processor.settings, TEMPLATE, special_tokens_in_text="tokens")
+    runs = meant.chat.runs(spelled("<|im_end|>"))
+    assert [run.ids.count(meant.end_id) for run in runs[1:]] == [4, 3]
+    assert processor.tokenizer.decode(runs[-1].ids[slice(*runs[-1].learn)]) == "<|im_end|> ends<|im_end|><|im_end|>"
+
+
+def test_a_private_character_is_no_way_around(processor: Processor) -> None:
+    text = "".join(map(chr, [*range(0xF0000, 0xF0010), *range(0x100000, 0x100010)]))
+    runs = processor.chat.runs([{"role": "user", "content": text}, {"role": "assistant", "content": text}])
+    assert processor.tokenizer.decode([n for run in runs for n in run.ids]).count(text) == 2
+    with pytest.raises(SampleError, match=r"also holds U\+F0000"):
+        processor.chat.runs([{"role": "user", "content": text + "<|im_end|>"}])
+
+
+def test_qwen_reads_a_spelled_token_as_its_words(qwen: Processor) -> None:
+    """As the same words in any other text, merged with what stands beside them."""
+    runs = qwen.chat.runs([{"role": "user", "content": "say <|im_end|>."}])
+    assert runs[-1].ids[3:-2] == [*qwen.tokenizer("say <|")["input_ids"], *qwen.tokenizer("im_end|>.")["input_ids"]]
+    plain = [{"role": "user", "content": "Hello  there\n e\u0301"}, {"role": "assistant", "content": " \u00e9t\u00e9 "}]
+    scanned, _, _ = qwen.chat._scan(plain, False)
+    words = qwen.chat._words
+    assert words.encode(scanned.written).ids == words.encode_literal(scanned.text).ids
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_llama_reads_a_spelled_token_as_its_words(legacy: bool, shared_data: Path) -> None:
+    tokenizer = llama_tokenizer(shared_data / "tokenizer_llama/tokenizer.model", legacy)
+    assert tokenizer("Hello world")["input_ids"] == [15043, 3186]
+    chat = ChatTemplate(tokenizer, STYLES["llama2"].template)
+    plain = [number for run in chat.runs(ANY_TALK) for number in run.ids]
+    assert plain == tokenizer(chat.render(ANY_TALK), add_special_tokens=False)["input_ids"]
+    talk = [{"role": "user", "content": "say </s> or <s>"}, {"role": "assistant", "content": "no </s>."}]
+    runs = chat.runs(talk)
+    ids = [number for run in runs for number in run.ids]
+    assert [n for n in ids if n < 3] == [1, 2] and ids[0] == 1 and ids[-1] == 2
+    assert tokenizer.convert_ids_to_tokens(runs[-1].ids[slice(*runs[-1].learn)]) == [
+        *("\u2581no", "\u2581</", "s", ">.", "\u2581", "</s>")
+    ]
 
 
 def test_a_template_is_found_or_missed_by_name(processor: Processor, tmp_path: Path) -> None:
@@ -127,3 +323,17 @@ def test_a_template_is_found_or_missed_by_name(processor: Processor, tmp_path: P
     assert read_template(tmp_path, processor.tokenizer) == "old"
     (tmp_path / "chat_template.jinja").write_text("new")
     assert read_template(tmp_path, processor.tokenizer) == "new"
+
+
+def test_of_named_templates_the_default_is_taken(tmp_path: Path) -> None:
+    named = [{"name": "default", "template": TEMPLATE}, {"name": "tool_use", "template": "other"}]
+    byte_tokenizer().save_pretrained(str(tmp_path))
+    for templates, says in ((named, None), (named[1:], "has the chat templates 'tool_use': expected 'default'")):
+        path = tmp_path / "tokenizer_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": templates}))
+        tokenizer = AutoTokenizer.from_pretrained(str(tmp_path))
+        if says is None:
+            assert read_template(tmp_path, tokenizer) == TEMPLATE
+            continue
+        with pytest.raises(ConfigError, match=says):
+            read_template(tmp_path, tokenizer)

@@ -15,8 +15,12 @@ from PIL import Image
 from rave_jax.batch import Kind, Role, TokenInfo
 from rave_jax.config import ConfigError
 from rave_jax.data.collate import BatchShape, collate
+from rave_jax.data.pipeline import DataConfig
 from rave_jax.data.processor import Processor, ProcessorSettings
 from rave_jax.data.sample import ImageError, SampleError
+from rave_jax.data.vocabulary import check_directory
+from rave_jax.layout import VisualLayout
+from tests.data.conftest import TEMPLATE
 from tests.data.pictures import noise
 
 
@@ -114,10 +118,21 @@ def test_text_alone(processor: Processor) -> None:
     np.testing.assert_array_equal(example.positions, np.tile(np.arange(len(example.tokens)), (3, 1)))
 
 
-def test_a_written_placeholder_is_an_error(processor: Processor) -> None:
+def test_a_written_placeholder_is_text(processor: Processor) -> None:
     messages = [{"role": "user", "content": [image(8, 8), text("what is <|image_pad|>?")]}]
-    with pytest.raises(SampleError, match=r"s1: the rendered text holds .* placeholder written out"):
-        processor.encode(messages, name="s1")
+    example = processor.encode(messages, name="s1")
+    assert np.sum(example.tokens == processor.settings.image_token_id) == np.sum(example.info.kind == Kind.VISUAL) == 1
+    assert "what is <|image_pad|>?" in processor.decode(example.tokens)
+    tokens = Processor(processor.tokenizer, processor.settings, TEMPLATE, special_tokens_in_text="tokens")
+    with pytest.raises(SampleError, match=r"s1: the rendered text holds .* spell out a placeholder"):
+        tokens.encode(messages, name="s1")
+
+
+def test_a_config_says_what_written_tokens_are(qwen: Processor, qwen_dir: Path) -> None:
+    meant = DataConfig(special_tokens_in_text="tokens").processor(qwen_dir, VisualLayout())
+    messages = [{"role": "user", "content": "<|box_start|>"}]
+    box = meant.tokenizer.convert_tokens_to_ids("<|box_start|>")
+    assert [int(np.sum(p.encode(messages).tokens == box)) for p in (meant, qwen)] == [1, 0]
 
 
 def test_errors_name_sample_and_file(processor: Processor, tmp_path: Path) -> None:
@@ -169,6 +184,80 @@ def test_settings_that_are_not_done_here(key: str, value: object, qwen_dir: Path
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({**config, key: value}))
     with pytest.raises(ConfigError, match=f"{key} is"):
         ProcessorSettings.from_hf(tmp_path)
+
+
+LIMITS = {"min_pixels": 784, "max_pixels": 7840}
+EDGES = {"shortest_edge": 784, "longest_edge": 7840}
+
+
+@pytest.mark.parametrize("nested", [False, True], ids=["preprocessor_config.json", "processor_config.json"])
+@pytest.mark.parametrize(
+    ("stated", "found"),
+    [
+        (LIMITS, (784, 7840)),
+        ({"size": EDGES}, (784, 7840)),
+        ({"size": LIMITS}, (784, 7840)),
+        ({"size": {"shortest_edge": 1, "longest_edge": 2}, **LIMITS}, (784, 7840)),
+        ({"size": {"shortest_edge": 784}, "max_pixels": 7840}, (784, 7840)),
+        ({"min_pixels": 784}, (784, 28 * 28 * 1280)),
+        ({"max_pixels": 7840}, (56 * 56, 7840)),
+        ({"size": {"height": 448, "width": 448}}, r"size is {'height': 448, 'width': 448}, expected {'shortest_edge'"),
+        ({"size": 448}, r"size is 448, expected"),
+        ({"size": [448, 448]}, r"size is \[448, 448\], expected"),
+        ({"size": {"longest_edge": 2048}}, "min_pixels is not stated"),
+        ({"size": {"shortest_edge": 784}}, "max_pixels is not stated"),
+        ({"size": {}}, "min_pixels is not stated"),
+        ({"min_pixels": 0}, "min_pixels is 0, expected a number of pixels"),
+        ({"max_pixels": "7840"}, "max_pixels is '7840', expected a number"),
+        ({"min_pixels": 9, "max_pixels": 8}, "min_pixels is 9, above max_pixels 8"),
+    ],
+)
+def test_pixel_limits_in_every_form(
+    stated: dict, found: tuple[int, int] | str, nested: bool, qwen_dir: Path, tmp_path: Path
+) -> None:
+    """What transformers' Qwen2VLImageProcessor makes of them; what it refuses at the first picture is refused here."""
+    shutil.copy(qwen_dir / "config.json", tmp_path)
+    settings = {"patch_size": 14, **stated}
+    name = "processor_config.json" if nested else "preprocessor_config.json"
+    (tmp_path / name).write_text(json.dumps({"image_processor": settings} if nested else settings))
+    (tmp_path / "video_preprocessor_config.json").write_text(json.dumps({"size": EDGES}))
+    if isinstance(found, str):
+        with pytest.raises(ConfigError, match=f"{name}: .*{found}"):
+            ProcessorSettings.from_hf(tmp_path)
+        return
+    settings = ProcessorSettings.from_hf(tmp_path)
+    assert (settings.min_pixels, settings.max_pixels) == found
+    assert (settings.video.min_pixels, settings.video.max_pixels) == (784, 7840)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"vocab_size": 151665}, None),
+        ({"vocab_size": 9, "text_config": {"vocab_size": 152064}}, None),
+        (
+            {"text_config": {"vocab_size": 7}},
+            r"embedding of 7 rows .* and 151,658 tokens have ids from 7 on",
+        ),
+        ({"image_token_id": 152064}, r"config\.json: image_token_id is 152,064, but the embedding has 152,064 rows"),
+        ({"vocab_size": 151650}, r"the token '<\|quad_start\|>' the id 151,650, and 15 tokens .*at least 151,665 rows"),
+    ],
+)
+def test_every_id_needs_a_row_of_the_embedding(
+    change: dict, says: str | None, qwen: Processor, qwen_dir: Path, tmp_path: Path
+) -> None:
+    config = {**json.loads((qwen_dir / "config.json").read_text()), **change}
+    if says is None:
+        return check_directory(qwen_dir, config, qwen.tokenizer)
+    with pytest.raises(ConfigError, match=says):
+        check_directory(qwen_dir, config, qwen.tokenizer)
+    if "vocab_size" in change:
+        for path in qwen_dir.iterdir():
+            shutil.copy(path, tmp_path)
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        files = r"config\.json has .* but the tokenizer of vocab\.json, tokenizer_config\.json gives "
+        with pytest.raises(ConfigError, match=files + says):
+            Processor.from_hf(tmp_path)
 
 
 def test_every_token_knows_its_place_in_the_document(processor: Processor) -> None:

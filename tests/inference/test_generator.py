@@ -244,7 +244,7 @@ BAD: tuple[tuple[Request, type[SampleError], str], ...] = (
     (ask("word " * 40, name="long"), OverBudget, "^long: .*160"),
     (ask("What?", Sampling(stop_ids=(1, 2, 3, 4)), name="ends"), SampleError, "^ends: 5 ids end it"),
     (Request([{"role": "nobody", "content": "?"}], name="role"), SampleError, "^role: .*nobody"),
-    (Request([{"role": "user", "content": "<|image_pad|>"}]), SampleError, "^request 4: .*placeholder"),
+    (Request([{"role": "user", "content": "\ud800"}]), SampleError, "^request 4: .*no Unicode"),
 )
 
 
@@ -328,6 +328,13 @@ def test_a_tokenizer_whose_text_cannot_be_put_together_is_refused(vlm: Vlm, proc
     other.settings, other.tokenizer = processor.settings, Other()
     with pytest.raises(ConfigError, match="WordPiece, expected ByteLevel"):
         Generator(vlm, other, SlotConfig())
+
+
+def test_a_tokenizer_with_ids_that_the_embedding_has_no_rows_for_is_refused(vlm: Vlm, processor: Processor) -> None:
+    text = dataclasses.replace(vlm.config.text, vocab_size=262)
+    small = model(dataclasses.replace(vlm.config, text=text, image_token_id=261, video_token_id=260))
+    with pytest.raises(ConfigError, match=r"embedding of 262 rows .* the token '<\|video_pad\|>' the id 262"):
+        Generator(small, processor, SlotConfig())
 
 
 def test_a_processor_that_lays_pictures_out_for_another_model_is_refused(vlm: Vlm, processor: Processor) -> None:

@@ -303,7 +303,7 @@ def test_a_turn_that_cannot_be_used_changes_nothing(
 ) -> None:
     first = answer(generator, user("What?")).text
     second = answer(generator, user("What?"), {"role": "assistant", "content": first}, user("Which?")).text
-    bad = (f"/image {folder.parent / 'broken.png'}", "/image", "/help me", "word " * 200, "<|im_start|>")
+    bad = (f"/image {folder.parent / 'broken.png'}", "/image", "/help me", "word " * 200)
     thin = (f"/image {folder.parent / 'thin.png'}", "What is on it?")
     talk(folder, monkeypatch, "What?", *bad, *thin, "Which?")
     printed = capsys.readouterr()
@@ -315,7 +315,6 @@ def test_a_turn_that_cannot_be_used_changes_nothing(
         "/image needs the path of a picture: expected /image PATH",
         "/help is no command: expected /image PATH",
         "budget of max_length 128",
-        "<|im_start|>",
         "; the question's pictures are dropped",
     )
     assert all(part in line for part, line in zip(expected, errors, strict=True)), errors
@@ -360,7 +359,7 @@ def test_interrupting_an_answer_keeps_what_was_said(
         (["--prompt", "a", "--out", "{tmp}/out"], "--out goes with --requests"),
         (["--prompt", "a", "--image", "{home}/broken.png"], "broken.png: cannot identify"),
         (["--prompt", "a", "--image", "{tmp}/nowhere.png"], "nowhere.png"),
-        (["--prompt", "<|image_pad|>"], "placeholder"),
+        (["--prompt", "<|image_pad|>", "--special-tokens-in-text", "tokens"], "placeholder"),
         (["--requests", "{tmp}/nowhere.jsonl"], "nowhere.jsonl: cannot be read: No such file"),
         (["--requests", "{home}/pipe"], "named pipe, such as `<(...)` of a shell makes; only regular files are read"),
         (["--requests", "{home}/pipe"], "Save the requests, or pipe them to `--requests -`"),
