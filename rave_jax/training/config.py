@@ -6,8 +6,8 @@ import dataclasses
 from dataclasses import dataclass, field
 
 from rave_jax.checkpoint.tiny import Tiny
-from rave_jax.config import ConfigError, require
-from rave_jax.data.pipeline import DataConfig
+from rave_jax.config import ConfigError, check_ranges, require
+from rave_jax.data.pipeline import MOST_TOKENS, DataConfig
 from rave_jax.evaluation.config import Eval, Report
 from rave_jax.models.config import ModelOptions
 from rave_jax.parallel.hosts import HostsConfig
@@ -60,8 +60,9 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         require(bool(self.output_dir), "output_dir", self.output_dir, "a directory")
-        for name in ("steps", "loss_chunk", "log_every", "save_every", "keep"):
-            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        # Steps are counted in int32, on the devices too.
+        counts = dict.fromkeys(("steps", "log_every", "save_every", "keep"), (1, 2**31 - 1))
+        check_ranges(self, **counts, loss_chunk=(1, MOST_TOKENS))
         require(self.simulated_devices >= 0, "simulated_devices", self.simulated_devices, "at least 0")
         require(0 <= self.seed < 2**32, "seed", self.seed, "0 to 2^32 - 1")
         warmup = self.optimizer.warmup
