@@ -81,6 +81,18 @@ def check_paths(config: Any, where: str = "") -> None:
                 local_path(item, name)
 
 
+def check_ranges(config: Any, **ranges: tuple[float, float]) -> None:
+    """Raise ConfigError unless each named field of a dataclass is None or within its (least, most), ends included.
+
+    For sizes and counts: what is far beyond any machine is refused by its field before memory is asked for it.
+    """
+    for name, (least, most) in ranges.items():
+        given = getattr(config, name)
+        # A bool is a number to Python, and never a size.
+        number = isinstance(given, (int, float)) and not isinstance(given, bool)
+        require(given is None or (number and least <= given <= most), name, given, f"a number from {least} to {most}")
+
+
 def check_fields(config: Any) -> None:
     """Raise ConfigError unless every field of a dataclass holds a value of its declared type, numbers finite.
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rave_jax.batch import Batch
-from rave_jax.config import ConfigError, require
+from rave_jax.config import ConfigError, check_ranges, require
 from rave_jax.data.chat import SpecialTokens
 from rave_jax.data.collate import BatchShape, check_fits, collate, round_up
 from rave_jax.data.layout import check_regions, region_major
@@ -26,6 +26,11 @@ from rave_jax.data.sample import EmptyAnswer, Example, Sample, SampleError, Sour
 from rave_jax.data.skips import Skip, SkipLog, describe, skip_of
 from rave_jax.data.sources import SourceConfig, Synthetic
 from rave_jax.layout import VisualLayout
+
+MOST_ROWS, MOST_TOKENS, MOST_PATCHES, MOST_PIXELS = 2**20, 2**22, 2**24, 2**28
+"""Far above what is trained anywhere: more is a slip of the keyboard, and would end in want of memory."""
+MOST_IN_BATCH = 2**30
+"""Tokens, or patches, of a batch over all hosts."""
 
 
 @dataclass(frozen=True)
@@ -42,9 +47,7 @@ class Stage:
     """Patches of a row in this stage; None for those of `data`."""
 
     def __post_init__(self) -> None:
-        require(self.step >= 0, "step", self.step, "0 or more")
-        require(self.tokens is None or self.tokens >= 1, "tokens", self.tokens, "1 or more, or None")
-        require(self.patches is None or self.patches >= 0, "patches", self.patches, "0 or more, or None")
+        check_ranges(self, step=(0, 2**31 - 1), tokens=(1, MOST_TOKENS), patches=(0, MOST_PATCHES))
         good = all(weight >= 0 for weight in self.weights) and (not self.weights or sum(self.weights) > 0)
         require(good, "weights", self.weights, "numbers of 0 or more, not all 0")
 
@@ -96,10 +99,14 @@ class DataConfig:
             require(
                 fits, f"stages.{number}.weights", stage.weights, f"one weight for each of {len(self.sources)} sources"
             )
-        for name, least in (("rows", 1), ("tokens", 1), ("patches", 0), ("documents_per_row", 1), ("max_skips", 0)):
-            require(getattr(self, name) >= least, name, getattr(self, name), f"{least} or more")
-        for name, least in (("prefetch", 0), ("workers", 1), ("cache_mb", 0)):
-            require(getattr(self, name) >= least, name, getattr(self, name), f"{least} or more")
+        check_ranges(self, rows=(1, MOST_ROWS), tokens=(1, MOST_TOKENS), patches=(0, MOST_PATCHES))
+        check_ranges(self, documents_per_row=(1, self.tokens), max_skips=(0, 10**6))
+        check_ranges(self, min_pixels=(1, MOST_PIXELS), max_pixels=(1, MOST_PIXELS))
+        check_ranges(self, prefetch=(0, 1024), workers=(1, 1024), cache_mb=(0, 10**7))
+        for name in ("tokens", "patches"):
+            most = max(getattr(part, name) or 0 for part in (self, *self.stages))
+            in_batch = f"{name} of a whole batch: rows {self.rows} times {name} {most}"
+            require(self.rows * most <= MOST_IN_BATCH, in_batch, self.rows * most, f"at most {MOST_IN_BATCH}")
 
     def open_sources(self, probe: int = 8) -> tuple[Source, ...]:
         """The sources, each with at least one sample.
@@ -279,8 +286,8 @@ class Pipeline:
         sample = self.sources[number][index]
         name = f"{self.sources[number].name}/{sample.id}"
         check_answers(sample, name)
-        example = self.processor.encode(sample.messages, name=name)
         per_row = self.config.documents_per_row
+        example = self.processor.encode(sample.messages, name=name, most_tokens=shape.tokens // per_row)
         check_fits(example, shape.tokens // per_row, shape.patches // per_row, name)
         if self.processor.layout.regions is not None:
             check_regions(example, self.processor.layout.max_regions // per_row, name)

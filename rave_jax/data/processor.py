@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ from rave_jax.data.chat import ChatTemplate, Run, SpecialTokens, read_template
 from rave_jax.data.images import Patches, PatchGrid, count_tokens, image_patches
 from rave_jax.data.layout import lay_out
 from rave_jax.data.positions import Visual, grid_places, mrope_positions
-from rave_jax.data.sample import Example, Message, SampleError
+from rave_jax.data.sample import Example, Message, OverBudget, SampleError
 from rave_jax.data.video import VideoLimits, video_patches
 from rave_jax.data.vocabulary import check_directory
 from rave_jax.files import check_folder, read_text
@@ -25,6 +26,10 @@ from rave_jax.layout import VisualLayout
 from rave_jax.typing import NpArray
 
 BICUBIC = 3
+MOST_BYTES = 2**22
+"""Of a conversation's text: about a million tokens, more than models read."""
+SHRINKING = 4
+"""Characters that a tokenizer's normaliser may make one of, as NFC does with a letter and its accents."""
 TOKENIZER_FILES = ("*token*", "vocab*", "merges*", "*.jinja", "*.model", "*config.json")
 """Names of the files that transformers opens for a tokenizer."""
 
@@ -288,21 +293,51 @@ class Processor:
         s = self.settings
         return count_tokens(height, width, s.grid, s.min_pixels, s.max_pixels) + self.layout.extra_tokens((1, 0, 0))
 
-    def encode(self, messages: Sequence[Message], add_generation_prompt: bool = False, name: str = "") -> Example:
+    def encode(
+        self,
+        messages: Sequence[Message],
+        add_generation_prompt: bool = False,
+        name: str = "",
+        most_tokens: int | None = None,
+    ) -> Example:
         """One conversation in numbers.
 
         Args:
             messages: the conversation.
             add_generation_prompt: end with the header of an answer to come.
             name: what errors call the sample.
+            most_tokens: what the caller has room for. A text that is too long for it whatever its tokens is refused
+                before they are made, which takes seconds and gigabytes for a few megabytes of text; one that may fit is
+                encoded, and its tokens are for the caller to count.
 
         Raises:
             SampleError: a message, a picture or a placeholder that cannot be used. Says which sample and file.
+            OverBudget: a text that is too long for `most_tokens`, or longer than any model reads.
         """
         try:
+            self._check_length(messages, most_tokens)
             return self._encode(messages, add_generation_prompt)
         except SampleError as error:
             raise (type(error)(f"{name}: {error}") if name else error) from error
+
+    def _check_length(self, messages: Sequence[Message], most_tokens: int | None) -> None:
+        texts = [text for message in messages for text in _texts(message)]
+        length = sum(map(len, texts))
+        size = length if 4 * length <= MOST_BYTES else sum(len(text.encode(errors="surrogatepass")) for text in texts)
+        if size > MOST_BYTES:
+            raise OverBudget(f"the text has {size} bytes, expected at most {MOST_BYTES}")
+        # No token is made of less than one character, so a short text needs no look at the vocabulary.
+        if most_tokens is not None and length > most_tokens:
+            most = most_tokens * self._longest_token * SHRINKING
+            if length > most:
+                raise OverBudget(
+                    f"the text has {length} characters; the budget of tokens {most_tokens} holds at most {most}"
+                )
+
+    @functools.cached_property
+    def _longest_token(self) -> int:
+        """Characters of the longest token of the vocabulary. Where tokens are written in bytes, these are no fewer."""
+        return max(map(len, self.tokenizer.get_vocab()))
 
     def _encode(self, messages: Sequence[Message], add_generation_prompt: bool) -> Example:
         runs = self.chat.runs(messages, add_generation_prompt)
@@ -373,6 +408,13 @@ class Processor:
             visual_index[span] = patches.order + units
             units += len(patches.order)
         return TokenInfo(**codes), visual_index
+
+
+def _texts(message: Message) -> list[str]:
+    content = message["content"]
+    if isinstance(content, str):
+        return [content]
+    return [part["text"] for part in content if isinstance(part.get("text"), str)]
 
 
 def _span(length: int, bounds: tuple[int, int], weight: float) -> NpArray:

@@ -6,15 +6,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from rave_jax.config import check_paths, require
+from rave_jax.config import check_paths, check_ranges, require
+from rave_jax.data.pipeline import MOST_PATCHES, MOST_PIXELS, MOST_TOKENS
 from rave_jax.data.sources import SourceConfig, Synthetic
 from rave_jax.evaluation.grounding import TaskAim
 from rave_jax.models.config import ModelOptions
 from rave_jax.parallel.hosts import HostsConfig
 from rave_jax.parallel.mesh import MeshConfig
 
-MOST_SAMPLES = 10**9
-"""Most samples of an evaluation."""
+MOST_SAMPLES, MOST_AT_ONCE = 10**9, 2**16
+"""Samples of an evaluation, and those asked at once: far above what is in use."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Floor:
     """Ask the model about grey pictures too? It takes as long as asking about the pictures."""
 
     def __post_init__(self) -> None:
-        require(1 <= self.train_samples <= MOST_SAMPLES, "train_samples", self.train_samples, f"1 to {MOST_SAMPLES}")
+        check_ranges(self, train_samples=(1, MOST_SAMPLES))
 
 
 @dataclass(frozen=True)
@@ -90,10 +91,9 @@ class Eval:
 
     def __post_init__(self) -> None:
         require(bool(self.name) and "/" not in self.name, "name", self.name, "the name of a folder")
-        for name in ("samples", "rows", "tokens", "max_new_tokens"):
-            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        for name in ("patches", "looks", "vas", "routes"):
-            require(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        check_ranges(self, samples=(1, MOST_SAMPLES), rows=(1, MOST_AT_ONCE), max_new_tokens=(1, MOST_TOKENS))
+        check_ranges(self, tokens=(1, MOST_TOKENS), patches=(0, MOST_PATCHES))
+        check_ranges(self, **dict.fromkeys(("looks", "vas", "routes"), (0, MOST_SAMPLES)))
         require(0 <= self.pictures <= self.looks, "pictures", self.pictures, f"0 to looks ({self.looks})")
         compared = self.grounding is None or self.floor is not None
         require(compared, "floor", self.floor, "a Floor: the grounding check compares the score with it")
@@ -122,7 +122,7 @@ class Report:
     """Steps over which the drawn loss curve is averaged; 1 draws every step."""
 
     def __post_init__(self) -> None:
-        require(self.smoothing >= 1, "smoothing", self.smoothing, "at least 1")
+        check_ranges(self, smoothing=(1, 2**31 - 1))
 
 
 @dataclass(frozen=True)
@@ -155,4 +155,5 @@ class Examination:
         names = [item.name for item in self.evals]
         require(len(names) > 0, "evals", self.evals, "at least one evaluation")
         require(len(set(names)) == len(names), "evals", names, "evaluations with names of their own")
+        check_ranges(self, step=(0, 2**31 - 1), min_pixels=(1, MOST_PIXELS), max_pixels=(1, MOST_PIXELS))
         require(self.simulated_devices >= 0, "simulated_devices", self.simulated_devices, "at least 0")

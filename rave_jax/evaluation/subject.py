@@ -118,7 +118,10 @@ class ModelSubject:
         """For a prompt over the budget, how large a budget it needs, in words of the evaluation's config."""
         if not isinstance(error, OverBudget):
             return error
-        prompt = self._prompt(sample)
+        try:
+            prompt = self._prompt(sample)
+        except SampleError:  # a text so long that its tokens are not counted
+            return error
         tokens, patches = len(prompt.tokens), len(prompt.patches)
         if tokens <= self._shape.tokens and patches <= self._shape.patches:
             return error
@@ -142,7 +145,8 @@ class ModelSubject:
         return VasSums(total, ratios)
 
     def _prompt(self, sample: Sample) -> Example:
-        return self._processor.encode(sample.prompt, add_generation_prompt=True, name=sample.id)
+        most = 64 * self._shape.tokens
+        return self._processor.encode(sample.prompt, add_generation_prompt=True, name=sample.id, most_tokens=most)
 
     def route(self, samples: Sequence[Sample], answers: Sequence[Answer]) -> list[Route | None]:
         routes: list[Route | None] = []

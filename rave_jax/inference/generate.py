@@ -164,7 +164,9 @@ class Generator:
     def _submit(self, place: int, request: Request, running: dict[int, _Answer], refused: deque[Piece]) -> None:
         called = request.name or f"request {place}"
         try:
-            example = self._processor.encode(request.messages, add_generation_prompt=True, name=called)
+            example = self._processor.encode(
+                request.messages, add_generation_prompt=True, name=called, most_tokens=self._engine.config.max_length
+            )
             stream = TextStream(self._processor.tokenizer, request.sampling.stop)
             number = self._engine.submit(example, request.sampling, called)
         except SampleError as error:

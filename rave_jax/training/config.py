@@ -9,8 +9,8 @@ from typing import Any, get_args
 from rave_jax import config as configs
 from rave_jax.attention import MechanismConfig
 from rave_jax.checkpoint.tiny import Tiny
-from rave_jax.config import ConfigError, check_paths, require
-from rave_jax.data.pipeline import DataConfig
+from rave_jax.config import ConfigError, check_paths, check_ranges, require
+from rave_jax.data.pipeline import MOST_TOKENS, DataConfig
 from rave_jax.evaluation.config import Eval, Report
 from rave_jax.models.config import ModelOptions
 from rave_jax.parallel.hosts import HostsConfig
@@ -87,8 +87,9 @@ class TrainConfig:
     def __post_init__(self) -> None:
         require(bool(self.output_dir), "output_dir", self.output_dir, "a directory")
         check_paths(self)
-        for name in ("steps", "loss_chunk", "log_every", "save_every", "keep"):
-            require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        # Steps are counted in int32, on the devices too.
+        counts = dict.fromkeys(("steps", "log_every", "save_every", "keep"), (1, 2**31 - 1))
+        check_ranges(self, **counts, loss_chunk=(1, MOST_TOKENS))
         require(self.simulated_devices >= 0, "simulated_devices", self.simulated_devices, "at least 0")
         require(0 <= self.seed < 2**32, "seed", self.seed, "0 to 2^32 - 1")
         warmup = self.optimizer.warmup

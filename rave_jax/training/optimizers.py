@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from rave_jax.config import ConfigError, require
+from rave_jax.config import ConfigError, check_ranges, require
 
 Schedule = Callable[[jax.Array | int], jax.Array]
 
@@ -40,6 +40,7 @@ class ParameterGroup:
 
     def __post_init__(self) -> None:
         require(bool(self.name), "name", self.name, "a name")
+        check_ranges(self, weight_decay=(0, 1e6), freeze_after=(0, 2**31 - 1), learning_rate=(0, 1e9))
         require(self.learning_rate > 0 or self.frozen, "learning_rate", self.learning_rate, "above 0, or frozen")
         require(not (self.frozen and self.freeze_after), "freeze_after", self.freeze_after, "null in a frozen group")
         try:
@@ -87,8 +88,9 @@ class OptimizerConfig:
         require(0 <= self.final_learning_rate <= 1, "final_learning_rate", self.final_learning_rate, "from 0 to 1")
         require(0 <= self.beta1 < 1, "beta1", self.beta1, "from 0 to below 1")
         require(0 <= self.beta2 < 1, "beta2", self.beta2, "from 0 to below 1")
+        require(0 < self.epsilon <= 1, "epsilon", self.epsilon, "above 0, at most 1")
         require(self.clip_norm is None or self.clip_norm > 0, "clip_norm", self.clip_norm, "above 0, or null")
-        require(self.accumulation >= 1, "accumulation", self.accumulation, "at least 1 micro-batch")
+        check_ranges(self, accumulation=(1, 2**20))
         names = [group.name for group in self.groups]
         require(
             len(set(names)) == len(names) and REST.name not in names, "groups", names, "different names, not 'rest'"

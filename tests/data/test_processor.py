@@ -17,10 +17,10 @@ from rave_jax.config import ConfigError
 from rave_jax.data.collate import BatchShape, collate
 from rave_jax.data.pipeline import DataConfig
 from rave_jax.data.processor import Processor, ProcessorSettings
-from rave_jax.data.sample import ImageError, SampleError
+from rave_jax.data.sample import ImageError, OverBudget, SampleError
 from rave_jax.data.vocabulary import check_directory
 from rave_jax.layout import VisualLayout
-from tests.data.conftest import TEMPLATE
+from tests.data.conftest import TEMPLATE, byte_tokenizer, tiny_settings
 from tests.data.pictures import noise
 
 
@@ -267,3 +267,24 @@ def test_every_token_knows_its_place_in_the_document(processor: Processor) -> No
     np.testing.assert_array_equal(example.info.place, np.arange(length))
     packed = collate([[example, example]], BatchShape(1, 2 * length, 256), processor.settings.patch_numbers)
     np.testing.assert_array_equal(packed.info.place[0, length:], np.arange(length))
+
+
+@pytest.mark.parametrize("character", ["a", "é", "語", "\U0001f600"])
+def test_megabytes_of_text_are_refused_before_they_become_tokens(character: str, monkeypatch) -> None:
+    """In any script, whatever room the caller has; and a text that is too long for its budget however it is cut."""
+    tokenizer = byte_tokenizer()
+    processor = Processor(tokenizer, tiny_settings(tokenizer), TEMPLATE)
+    asked = [{"role": "user", "content": [{"type": "text", "text": "short"}, {"type": "text", "text": character * 4}]}]
+    fits = processor.encode(asked, most_tokens=1)
+    assert len(fits.tokens) > 1, "what may fit is for the caller to count"
+
+    def untouched(*arguments):
+        raise AssertionError("the text became tokens")
+
+    monkeypatch.setattr(processor.chat, "runs", untouched)
+    huge = [{"role": "user", "content": character * (6_000_000 // len(character.encode()))}]
+    with pytest.raises(OverBudget, match=r"q: the text has (6000000|5999999|5999998) bytes, expected at most 4194304"):
+        processor.encode(huge, name="q")
+    longest = max(map(len, tokenizer.get_vocab()))
+    with pytest.raises(OverBudget, match=f"the budget of tokens 10 holds at most {40 * longest}"):
+        processor.encode([{"role": "user", "content": character * (40 * longest + 1)}], most_tokens=10)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rave_jax.config import require
+from rave_jax.config import check_ranges, require
 from rave_jax.data.sample import Sample
 from rave_jax.data.synthetic.bar_chart import BarChart
 from rave_jax.data.synthetic.base import Split, generator, make_sample
@@ -38,8 +38,8 @@ class Synthetic:
 
     def __post_init__(self) -> None:
         require(len(self.tasks) > 0, "tasks", self.tasks, "at least one task")
-        require(self.seed >= 0, "seed", self.seed, "0 or more")
-        require(self.length > 0, "length", self.length, "1 or more")
+        # An epoch's order is shuffled as a whole; a picture is drawn as a whole.
+        check_ranges(self, seed=(0, 2**63 - 1), length=(1, 10**8), image_size=(1, 8192))
         most = self._room
         expected = f"1 to {most}, which every picture of the mixture has room for"
         require(1 <= self.questions <= most, "questions_per_image", self.questions, expected)
