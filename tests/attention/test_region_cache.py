@@ -23,7 +23,7 @@ from tests.inference.prompts import example_of
 from tests.models.layout import Document, Visual, batch, document
 from tests.models.made import model
 
-CONFIG = presets.tiny(vocab_size=64, num_layers=1)
+CONFIG = presets.tiny(vocab_size=64, num_layers=1, vision_depth=1, full_attention_blocks=())
 PICTURE = [3, Visual(1, 8, 8), 4]
 VIDEO = [3, Visual(2, 6, 4, video=True), 2]
 FRAMES_64 = [12, Visual(32, 4, 4, video=True), 3]
@@ -136,8 +136,11 @@ def test_all_keys_are_brought_from_the_host_where_they_are_needed() -> None:
         _cached.lower(vlm, x, info, jnp.zeros((3, 1, 1), int), cache, jnp.zeros((1, 1), int))
 
 
-STEPS = [(share, "device", kind) for share in ("head", "group") for kind in ("compute", "int8")]
-STEPS += [("head", "host", "compute"), ("group", "host", "int8")]
+STEPS = [("head", "device", "compute"), ("group", "device", "int8"), ("head", "host", "compute")]
+STEPS += [
+    pytest.param(*each, marks=pytest.mark.slow) for each in (("head", "device", "int8"), ("group", "device", "compute"))
+]
+STEPS += [("group", "host", "int8")]
 
 
 def test_a_cache_that_the_asked_for_kernel_cannot_read_is_refused_at_once() -> None:
