@@ -275,8 +275,8 @@ def test_the_schedule_goes_from_all_to_top_k_without_compiling_again() -> None:
 
     real = given.info.segment > 0
     first, last = at(model, jnp.float32(0)), at(model, jnp.float32(0.5))
-    np.testing.assert_allclose(first[real], a_model(Rave(rank=4)).hidden(given)[real], atol=2e-5)
-    np.testing.assert_allclose(last[real], model.hidden(given)[real], atol=2e-5)
+    np.testing.assert_allclose(first[real], hidden(a_model(Rave(rank=4)), given)[real], atol=2e-5)
+    np.testing.assert_allclose(last[real], hidden(model, given)[real], atol=2e-5)
     assert at._cache_size() == 1
 
 

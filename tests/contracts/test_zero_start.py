@@ -25,7 +25,7 @@ def logits(options: ModelOptions) -> np.ndarray:
     return np.asarray(jax.jit(lambda m, b: m.logits(m.hidden(b)))(model, rows))
 
 
-@pytest.mark.parametrize("attention", ("reference", "xla"))
+@pytest.mark.parametrize("attention", (pytest.param("reference", marks=pytest.mark.slow), "xla"))
 def test_logits_are_those_of_the_backbone(attention: Any) -> None:
     backbone = logits(ModelOptions(attention=attention))
     forms: tuple[Any, ...] = ("log_gate", "tanh", "linear", "centered_sigmoid")

@@ -75,6 +75,7 @@ def test_answers_are_what_generation_gives(subject: ModelSubject, vlm: Vlm, proc
         assert answer == Answer(made.text.strip(), made.tokens)
 
 
+@pytest.mark.slow
 def test_answers_and_looks_do_not_depend_on_the_mesh(subject: ModelSubject, vlm: Vlm, processor: Processor) -> None:
     one, two = subject, on(2, vlm, processor)
     answers = [a for a in one.answer(SAMPLES) if isinstance(a, Answer)]

@@ -43,7 +43,7 @@ def prompts(name: str) -> list[Document]:
     return [document(parts, CONFIG, rng, SETTINGS[name].context) for parts in PARTS]
 
 
-SLOW = dict.fromkeys(("frames", "images, first token too", "rings"), pytest.mark.slow)
+SLOW = dict.fromkeys(("images, first token too", "gaze", "rings"), pytest.mark.slow)
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=SLOW.get(name, ())) for name in SETTINGS])

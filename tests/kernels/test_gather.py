@@ -37,6 +37,11 @@ def slow_where(of: Callable[..., bool], *axes: Iterable[Any]) -> list[Any]:
 APART = {"per group": False, "per head": True}
 
 
+def in_groups(implementation: str, *which: Any) -> bool:
+    """Heads that choose together are the simpler case of a kernel."""
+    return implementation.startswith("pallas") and not APART[which[-1]]
+
+
 def second(implementation: str, kind: str, apart: str) -> bool:
     """The TPU kernel is handed its bias, whatever made it; the GPU's makes it, for heads apart and together alike."""
     further = kind in ("tanh", "linear", "centered_sigmoid")
@@ -116,7 +121,7 @@ def test_it_is_the_stated_rule(implementation: str, kind: str, apart: str, seed:
 
 @pytest.mark.parametrize(
     ("implementation", "most", "apart"),
-    slow_where(lambda how, _, apart: how.startswith("pallas") and not APART[apart], BACKENDS, [1, R], APART),
+    slow_where(in_groups, BACKENDS, [1, R], APART),
 )
 def test_any_promise_that_is_kept_will_do(implementation: str, most: int, apart: str) -> None:
     """All regions are attention to all keys; the number that shapes come from is no part of the answer."""
@@ -172,10 +177,9 @@ def test_what_is_not_chosen_touches_nothing(apart: bool, implementation: str) ->
         np.testing.assert_array_equal(x, y)
 
 
-@pytest.mark.parametrize("implementation", BACKENDS[1:])
-@pytest.mark.parametrize("apart", [False, True], ids=["per group", "per head"])
-def test_bfloat16_caches_sum_in_float32(apart: bool, implementation: str) -> None:
-    given_ = operands(4, apart, "log_gate")
+@pytest.mark.parametrize(("implementation", "apart"), slow_where(in_groups, BACKENDS[1:], APART))
+def test_bfloat16_caches_sum_in_float32(implementation: str, apart: str) -> None:
+    given_ = operands(4, APART[apart], "log_gate")
     given_ |= {name: given_[name].astype(jnp.bfloat16) for name in ("q", "k", "v")}
     out, lse = run(**given_, implementation=implementation)
     assert out.dtype == jnp.bfloat16 and lse.dtype == jnp.float32
@@ -184,10 +188,9 @@ def test_bfloat16_caches_sum_in_float32(apart: bool, implementation: str) -> Non
     np.testing.assert_allclose(lse, expected_lse, atol=1e-4)
 
 
-@pytest.mark.parametrize("implementation", BACKENDS)
-@pytest.mark.parametrize("apart", [False, True], ids=["per group", "per head"])
-def test_one_layer_of_a_stack_is_read_where_it_lies(implementation: str, apart: bool) -> None:
-    given_ = operands(5, apart, "log_gate")
+@pytest.mark.parametrize(("implementation", "apart"), slow_where(in_groups, BACKENDS, APART))
+def test_one_layer_of_a_stack_is_read_where_it_lies(implementation: str, apart: str) -> None:
+    given_ = operands(5, APART[apart], "log_gate")
     if implementation == "xla":
         # Fewer regions than there are, so that what is gathered has not the shape of a layer.
         given_ |= {"chosen": given_["chosen"] & (jnp.cumsum(given_["chosen"], axis=-1) == 1), "most": 1}
@@ -261,7 +264,7 @@ MESHES = {"rows and kv heads": (1, 2, 2), "more devices than kv heads": (1, 1, 4
 
 @pytest.mark.parametrize(
     ("implementation", "mesh", "apart"),
-    slow_where(lambda how, _, apart: how.startswith("pallas") and not APART[apart], BACKENDS[1:], MESHES, APART),
+    slow_where(in_groups, BACKENDS[1:], MESHES, APART),
 )
 def test_a_mesh_changes_nothing_and_moves_no_key(implementation: str, mesh: str, apart: str) -> None:
     given_ = operands(6, APART[apart], "log_gate")

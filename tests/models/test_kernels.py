@@ -88,6 +88,7 @@ def test_each_of_them_says_something() -> None:
         assert float(change.max()) > 1e-2 * float(jnp.abs(whole).max()), name
 
 
+@pytest.mark.slow
 def test_decoding_against_the_cache_is_that_of_the_blockwise_attention() -> None:
     """A prompt of 24 tokens, then four at once, then one."""
     options = ModelOptions(mechanisms=(Rave(rank=4), ZeroTuning(gamma=1.5)))

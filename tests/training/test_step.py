@@ -251,6 +251,7 @@ def test_the_head_takes_part_in_the_loss(plain):
     assert OPTIONS.mechanisms
 
 
+@pytest.mark.slow
 def test_half_precision_trains_adapters_beside_whole_numbers():
     """Weights and activations in bfloat16, only the adapters trained; their moments stay float32 as asked."""
     options = ModelOptions(param_dtype="bfloat16", compute_dtype="bfloat16", lora=Lora(rank=2))
