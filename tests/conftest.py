@@ -37,8 +37,8 @@ settings.register_profile(
 )
 settings.load_profile("rave_jax")
 
-# Traces are many small objects that live as long as their program: to walk through all of them time and again is a
-# tenth of what tests cost. What nobody refers to goes at once as ever, and what refers to itself a little later.
+# Traces are many small objects that live as long as their program. To walk through all of them time and again is a
+# tenth of what tests cost.
 gc.collect()
 gc.freeze()
 gc.set_threshold(100_000, 50, 100)
@@ -50,7 +50,7 @@ DATA = "RAVE_JAX_DATA"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip by name what needs an interpreter with torch, or the TPU compiler, where there is none."""
+    """Skip by name what needs an interpreter with torch, or the TPU compiler, where there is none; longest first."""
     missing = {}
     if not os.environ.get(TORCH_PYTHON):
         missing["parity"] = f"{TORCH_PYTHON} names no interpreter that has torch"
@@ -60,6 +60,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for marker, reason in missing.items():
             if item.get_closest_marker(marker):
                 item.add_marker(pytest.mark.skip(reason=reason))
+    # Of two workers, neither waits for a long test that the other began last.
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
 
 
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:

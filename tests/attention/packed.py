@@ -55,9 +55,13 @@ def attend(x: at.Features, info: TokenInfo, mechanisms: Any, **options: Any) -> 
 def everything(configs, x: at.Features, info: TokenInfo, ct, implementation="xla"):
     """Output, the whole map as rows on demand, and the gradients of all features where the output's is `ct`."""
     mechanisms = at.build_mechanisms(configs, DIMS, KEY)
-    out, pull = jax.vjp(lambda x: attend(x, info, mechanisms, implementation=implementation).out, x)
     every = jnp.broadcast_to(jnp.arange(x.q.shape[1]), x.q.shape[:2])
-    rows = attend(x, info, mechanisms, implementation=implementation, rows=every).rows
+
+    def both(x: at.Features) -> tuple[jax.Array, Any]:
+        found = attend(x, info, mechanisms, implementation=implementation, rows=every)
+        return found.out, found.rows
+
+    out, pull, rows = jax.vjp(both, x, has_aux=True)
     return out, rows, pull(ct)[0]
 
 

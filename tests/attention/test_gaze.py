@@ -29,7 +29,7 @@ from rave_jax.parallel.sharding import replicated, use_mesh
 from tests.models.layout import Visual, batch, document
 from tests.models.made import model as made
 
-CONFIG = presets.tiny(vocab_size=64, num_layers=2)
+CONFIG = presets.tiny(vocab_size=64, num_layers=2, vision_depth=1, full_attention_blocks=())
 T, P = 64, 160
 LAYOUT = FixedRegions(2, 3)
 # One row of two documents, with two pictures and with a video; one row of text and of a single picture.
@@ -102,7 +102,11 @@ def gaze(**options) -> Gaze:
     return Gaze(**({"regions": LAYOUT, "max_regions": 16, "top_k": 2} | options))
 
 
-def test_all_regions_are_the_dense_model_with_its_gradients() -> None:
+@pytest.mark.parametrize(
+    "config",
+    [gaze(top_k=16), pytest.param(gaze(top_k=16, share="group", descriptor="min_max"), marks=pytest.mark.slow)],
+)
+def test_all_regions_are_the_dense_model_with_its_gradients(config: Gaze) -> None:
     given = rows()
 
     @jax.jit
@@ -114,9 +118,8 @@ def test_all_regions_are_the_dense_model_with_its_gradients() -> None:
         return jax.value_and_grad(loss)(model.embedded(given))
 
     dense, gate = a_model(Rave(rank=4)), Rave(rank=4)
-    for config in (gaze(top_k=16), gaze(top_k=16, share="group", descriptor="min_max")):
-        for a, b in zip(of(a_model(gate, config)), of(dense), strict=True):
-            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * float(jnp.abs(b).max()))
+    for a, b in zip(of(a_model(gate, config)), of(dense), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * float(jnp.abs(b).max()))
     fewer = of(a_model(gate, gaze()))[1]
     assert float(jnp.abs(fewer - of(dense)[1]).max()) > 1e-2
 
@@ -192,32 +195,33 @@ def at_the_start(packed: Batch, row: int, number: int) -> tuple[Batch, np.ndarra
     return alone, mine
 
 
-@pytest.mark.parametrize("descriptor", ["mean", "random"])
+@pytest.mark.parametrize("descriptor", ["mean", pytest.param("random", marks=pytest.mark.slow)])
 def test_a_packed_document_is_the_document_alone(descriptor) -> None:
     """Wherever it stands, and whatever numbers its regions have; so is its part of a gradient."""
     packed, model = rows(), a_model(gaze(top_k=1, descriptor=descriptor), Rave(rank=4))
-    whole = hidden(model, packed)
+    total, whole = gradient(model, packed)
     assert np.abs(np.asarray(whole - hidden(a_model(Rave(rank=4)), packed))).max() > 1e-2, "it chooses"
-    total = gradient(model, packed)
     parts = []
     for row, number in ((0, 1), (0, 2), (1, 1), (1, 2)):
         alone, mine = at_the_start(packed, row, number)
-        found = hidden(model, alone)[row, : len(mine)]
-        np.testing.assert_allclose(found, whole[row][mine], atol=2e-5)
-        parts.append(gradient(model, alone))
+        part, found = gradient(model, alone)
+        np.testing.assert_allclose(found[row, : len(mine)], whole[row][mine], atol=2e-5)
+        parts.append(part)
     summed = jax.tree.map(lambda *x: sum(x), *parts)
     for a, b in zip(jax.tree.leaves(summed), jax.tree.leaves(total), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-4 * (1 + float(jnp.abs(b).max())))
 
 
 @jax.jit
-def gradient(model: Vlm, given: Batch) -> Any:
-    """Of a sum over the tokens that have a loss, by every parameter."""
+def gradient(model: Vlm, given: Batch) -> tuple[Any, jax.Array]:
+    """Of a sum over the tokens that have a loss, by every parameter; and the hidden states."""
 
-    def loss(model: Vlm) -> jax.Array:
-        return jnp.sum(given.loss_weights[..., None] * jnp.sin(model.hidden(given)))
+    def loss(model: Vlm) -> tuple[jax.Array, jax.Array]:
+        found = model.hidden(given)
+        real = jnp.where((given.info.segment > 0)[..., None], found, 0.0)
+        return jnp.sum(given.loss_weights[..., None] * jnp.sin(found)), real
 
-    return jax.grad(loss)(model)
+    return jax.grad(loss, has_aux=True)(model)
 
 
 def test_without_pictures_or_regions_it_is_plain_attention() -> None:
@@ -271,8 +275,8 @@ def test_the_schedule_goes_from_all_to_top_k_without_compiling_again() -> None:
 
     real = given.info.segment > 0
     first, last = at(model, jnp.float32(0)), at(model, jnp.float32(0.5))
-    np.testing.assert_allclose(first[real], a_model(Rave(rank=4)).hidden(given)[real], atol=2e-5)
-    np.testing.assert_allclose(last[real], model.hidden(given)[real], atol=2e-5)
+    np.testing.assert_allclose(first[real], hidden(a_model(Rave(rank=4)), given)[real], atol=2e-5)
+    np.testing.assert_allclose(last[real], hidden(model, given)[real], atol=2e-5)
     assert at._cache_size() == 1
 
 
@@ -295,6 +299,7 @@ def test_schedules_fall_from_one_to_nothing(shape, share) -> None:
 NAMES = ("mean", "min_max", "spread", "learned")
 
 
+@functools.partial(jax.jit, static_argnames=("name", "R"))
 def described(name, k, logits, region, R):
     summary = descriptors.summarise(name, k, logits, region, R)
     return descriptors.describe(name, summary, (*region.shape[:1], R, *k.shape[2:]), jnp.zeros((1, R), jnp.int32))
@@ -326,14 +331,16 @@ def test_descriptors_are_their_formulas_whole_or_in_parts(name, seed: int, cut: 
         }[name]()
         np.testing.assert_allclose(found[0, n, head], expected, atol=2e-5)
     order = rng.permutation(12)
-    parts = [order[:cut], order[cut:]]
+    moved = [None if x is None else x[:, order] for x in (k, logits, region)]
+    np.testing.assert_allclose(in_parts(name, *moved, cut, R), found, atol=2e-5)
 
-    def pick(x, at):
-        return None if x is None else jnp.asarray(x[:, at])
 
-    a, b = (descriptors.summarise(name, pick(k, at), pick(logits, at), pick(region, at), R) for at in parts)
-    combined = descriptors.describe(name, descriptors.combine(a, b), (1, R, 2, 4), jnp.zeros((1, R), jnp.int32))
-    np.testing.assert_allclose(combined, found, atol=2e-5)
+@functools.partial(jax.jit, static_argnames=("name", "R"))
+def in_parts(name, k, logits, region, cut, R):
+    """The first `cut` keys, and apart from them the others: keys of no region say nothing."""
+    first = jnp.arange(region.shape[1]) < cut
+    a, b = (descriptors.summarise(name, k, logits, jnp.where(mine, region, 0), R) for mine in (first, ~first))
+    return descriptors.describe(name, descriptors.combine(a, b), (1, R, 2, 4), jnp.zeros((1, R), jnp.int32))
 
 
 def test_min_max_bounds_the_score_of_every_key() -> None:

@@ -23,7 +23,7 @@ from tests.inference.prompts import example_of
 from tests.models.layout import Document, Visual, batch, document
 from tests.models.made import model
 
-CONFIG = presets.tiny(vocab_size=64, num_layers=1)
+CONFIG = presets.tiny(vocab_size=64, num_layers=1, vision_depth=1, full_attention_blocks=())
 PICTURE = [3, Visual(1, 8, 8), 4]
 VIDEO = [3, Visual(2, 6, 4, video=True), 2]
 FRAMES_64 = [12, Visual(32, 4, 4, video=True), 3]
@@ -80,8 +80,12 @@ def test_only_the_wanted_tokens_come_out_of_a_chunk() -> None:
     ("mechanisms", "parts", "cuts"),
     [
         ((Gaze(FixedRegions(2, 2), 16, top_k=1),), PICTURE, [9, 20, 21, 22]),
-        ((Gaze(FixedRegions(2, 2), 16, top_k=1, choice="soft_bias"),), PICTURE, [20, 21, 22]),
-        ((Gaze(FixedRegions(2, 2), 16, top_k=1), SlidingWindow(9)), PICTURE, [20, 21, 22]),
+        pytest.param(
+            (Gaze(FixedRegions(2, 2), 16, top_k=1, choice="soft_bias"),), PICTURE, [20, 21, 22], marks=pytest.mark.slow
+        ),
+        pytest.param(
+            (Gaze(FixedRegions(2, 2), 16, top_k=1), SlidingWindow(9)), PICTURE, [20, 21, 22], marks=pytest.mark.slow
+        ),
         ((Gaze(FixedRegions(1, 2, frames=2), 16, top_k=1, visual_queries="frame+routed"),), VIDEO, [11]),
         ((Gaze(FixedRegions(2, 2, frames=2), 16, top_k=4, visual_queries="frame+routed"),), FRAMES_64, CUTS_64),
     ],
@@ -100,7 +104,11 @@ def test_in_parts_it_is_the_whole(mechanisms, parts, cuts) -> None:
 
 
 @pytest.mark.parametrize(
-    "config", [Gaze(FixedRegions(2, 2), 16, top_k=16, share="group"), Gaze(FixedRegions(2, 1), 8, top_k=8)]
+    "config",
+    [
+        Gaze(FixedRegions(2, 2), 16, top_k=16, share="group"),
+        pytest.param(Gaze(FixedRegions(2, 1), 8, top_k=8), marks=pytest.mark.slow),
+    ],
 )
 def test_all_regions_are_the_dense_model_in_prefill_and_steps(config: Gaze) -> None:
     doc = document(PICTURE, CONFIG, np.random.default_rng(0))
@@ -121,6 +129,7 @@ def test_a_row_remembers_no_region_of_who_had_it() -> None:
     assert np.unique(cache.regions.info.region).tolist() == [0, 1, 2, 3, 4]
 
 
+@pytest.mark.slow
 def test_all_keys_are_brought_from_the_host_where_they_are_needed() -> None:
     """Where two tokens are read at once, and for a mechanism that changes weights."""
     doc = document(PICTURE, CONFIG, np.random.default_rng(0))
@@ -136,8 +145,11 @@ def test_all_keys_are_brought_from_the_host_where_they_are_needed() -> None:
         _cached.lower(vlm, x, info, jnp.zeros((3, 1, 1), int), cache, jnp.zeros((1, 1), int))
 
 
-STEPS = [(share, "device", kind) for share in ("head", "group") for kind in ("compute", "int8")]
-STEPS += [("head", "host", "compute"), ("group", "host", "int8")]
+STEPS = [("head", "device", "compute"), ("group", "device", "int8"), ("head", "host", "compute")]
+STEPS += [
+    pytest.param(*each, marks=pytest.mark.slow) for each in (("head", "device", "int8"), ("group", "device", "compute"))
+]
+STEPS += [("group", "host", "int8")]
 
 
 def test_a_cache_that_the_asked_for_kernel_cannot_read_is_refused_at_once() -> None:

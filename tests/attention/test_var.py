@@ -84,7 +84,14 @@ def test_it_is_the_stated_formula_on_the_map(beside: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"move_fraction": 1.0}, {"rho": 0.9}, {"summ": 0.6}, {"rho": 0.0, "summ": 0.0}], ids=str
+    "change",
+    [
+        {"move_fraction": 1.0},
+        {"rho": 0.9},
+        pytest.param({"summ": 0.6}, marks=pytest.mark.slow),
+        {"rho": 0.0, "summ": 0.0},
+    ],
+    ids=str,
 )
 def test_every_setting_is_that_of_the_formula(change: dict[str, float]) -> None:
     x, info, config = with_sinks(features()), info_of(*ROWS), dataclasses.replace(VAR, **change)

@@ -36,8 +36,15 @@ def stated(plain: np.ndarray, info: Any) -> np.ndarray:
     return changed
 
 
-@pytest.mark.parametrize("route", ROUTES)
-@pytest.mark.parametrize("beside", BESIDE)
+@pytest.mark.parametrize(
+    ("route", "beside"),
+    [
+        # Beside others, routes that a softmax has in common with the first are slow tests.
+        pytest.param(route, beside, marks=[pytest.mark.slow] * (beside != "alone" and route in ("channel", "merge")))
+        for route in ROUTES
+        for beside in BESIDE
+    ],
+)
 def test_every_route_is_the_stated_formula_with_the_gradients_of_the_first(beside: str, route: Any) -> None:
     x, info, others = features(), info_of(*ROWS), BESIDE[beside]
     ct = features(1).q

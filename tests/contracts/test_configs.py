@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import tempfile
 import typing
 from collections.abc import Iterator
 from functools import cache
@@ -15,6 +16,7 @@ import pytest
 from rave_jax import config as machinery
 from rave_jax.batch import Batch
 from rave_jax.checkpoint.hf_import import load_config
+from rave_jax.checkpoint.tiny import Tiny
 from rave_jax.data.collate import BatchShape, empty_batch, round_up
 from rave_jax.kernels.pair_bias.support import SMALL
 from rave_jax.models.config import VlmConfig
@@ -99,12 +101,14 @@ def num_devices(config: TrainConfig) -> int:
     return given if -1 not in sizes else max(config.simulated_devices or DEVICES, given)
 
 
-def model_config(config: TrainConfig, folder: Path) -> VlmConfig:
-    """The shapes of the checkpoint that the config starts from."""
-    if not isinstance(config.init, FromHF):
-        prepare(config.init, folder / "model")
-        return load_config(folder / "model")[0]
-    name = Path(config.init.path).name
+@cache
+def model_config(init: FromHF | Tiny) -> VlmConfig:
+    """The shapes of the checkpoint that a config starts from. It is written once for all that start from it."""
+    if not isinstance(init, FromHF):
+        with tempfile.TemporaryDirectory() as folder:
+            prepare(init, Path(folder) / "model")
+            return load_config(Path(folder) / "model")[0]
+    name = Path(init.path).name
     assert name in RELEASED, f"{name}: tell this test its shapes (RELEASED), or name a checkpoint whose shapes it knows"
     return RELEASED[name]()
 
@@ -132,10 +136,10 @@ SLOW = {"qwen2_5_vl_7b_gaze_sft": pytest.mark.slow}
 
 
 @pytest.mark.parametrize("path", [pytest.param(p, id=p.stem, marks=SLOW.get(p.stem, ())) for p in FILES])
-def test_a_config_lowers_to_a_sharded_tpu_program(path: Path, tmp_path: Path) -> None:
+def test_a_config_lowers_to_a_sharded_tpu_program(path: Path) -> None:
     """The whole train step, traced at its real shapes on a mesh without devices, as the TPU would get it."""
     config = machinery.load_file(path)
-    vlm = model_config(config, tmp_path)
+    vlm = model_config(config.init)
     mesh = abstract_mesh(config.mesh, num_devices(config), tpu_kind="TPU v5p")
     with use_mesh(mesh):
         model = jax.eval_shape(lambda key: Vlm(vlm, config.model, key=key), jax.random.key(0))

@@ -17,6 +17,7 @@ from tests.distributed.worker import LAYOUTS, ROWS, STEPS, session_on
 from tests.training.small import LENGTH, TEXT, first_state, run_steps
 
 PROCESSES = 2
+OPTIMISED = "JAX_DISABLE_MOST_OPTIMIZATIONS"
 
 
 def run_job(repo, module: str, folder) -> None:
@@ -24,7 +25,9 @@ def run_job(repo, module: str, folder) -> None:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(repo)}
+    # Compiled as the tests here are: the numbers of both are compared.
+    quick = str(int(jax.config.read("jax_disable_most_optimizations")))
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(repo), OPTIMISED: quick}
     jobs = [
         subprocess.Popen(
             [sys.executable, "-m", module, str(n), str(PROCESSES), str(port), str(folder)],

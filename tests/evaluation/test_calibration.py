@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from rave_jax.config import ConfigError
-from rave_jax.data.collate import collate, smallest_shape
+from rave_jax.data.collate import BatchShape, collate, smallest_shape
 from rave_jax.data.processor import Processor
 from rave_jax.data.sample import EmptyAnswer, Example, Sample
 from rave_jax.evaluation.calibration import CalibrationSet, asked_at, compilations, encoded
@@ -84,10 +84,13 @@ def test_entropy_is_of_the_first_token_and_needs_no_labels(vlm: Vlm, processor: 
     examples = [encoded(processor, one, "entropy") for one in unlabelled]
     settings = processor.settings
     wanted = []
+    # The largest shape for all: one program.
+    shapes = [smallest_shape([[example]], 64, settings.window_patches) for example in examples]
+    shape = BatchShape(*np.max(shapes, axis=0).tolist())
+    run = jax.jit(lambda m, b: m.logits(m.hidden(b)))
     for example in examples:
-        shape = smallest_shape([[example]], 64, settings.window_patches)
         batch = collate([[example]], shape, settings.patch_numbers, settings.merge_patches)
-        logits = jax.jit(lambda m, b: m.logits(m.hidden(b)))(vlm, batch)[0, len(example.tokens) - 1]
+        logits = run(vlm, batch)[0, len(example.tokens) - 1]
         log_probs = np.asarray(jax.nn.log_softmax(logits), np.float64)
         wanted.append(-(np.exp(log_probs) * log_probs).sum())
     found = measuring(vlm, processor, examples, "entropy")

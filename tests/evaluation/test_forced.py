@@ -23,9 +23,12 @@ from tests.evaluation.test_routing import ask, made
 
 SHAPE = BatchShape(rows=4, tokens=128, patches=128)
 GAZE = Gaze(regions=FixedRegions(2, 2), max_regions=8, top_k=1)
+logits = jax.jit(lambda model, batch: model.logits(model.hidden(batch)))
 
 
-@pytest.mark.parametrize("mechanisms", [(), (GAZE,)], ids=["plain", "gaze"])
+@pytest.mark.parametrize(
+    "mechanisms", [pytest.param((), id="plain"), pytest.param((GAZE,), id="gaze", marks=pytest.mark.slow)]
+)
 def test_an_answer_counts_where_every_token_of_it_is_what_generation_writes(mechanisms: tuple[Gaze, ...]) -> None:
     vlm, processor = made(ModelOptions(mechanisms=mechanisms))
     sample = ask("Where?", (32, 48))
@@ -34,7 +37,7 @@ def test_an_answer_counts_where_every_token_of_it_is_what_generation_writes(mech
     for _ in range(3):
         example = with_answer(prompt, tokens)
         batch = collate([[example]], SHAPE._replace(rows=1), processor.settings.patch_numbers)
-        tokens.append(int(np.argmax(vlm.logits(vlm.hidden(batch)[0, len(example.tokens) - 1]))))
+        tokens.append(int(np.argmax(logits(vlm, batch)[0, len(example.tokens) - 1])))
     if not mechanisms:
         generator = Generator(vlm, processor, SlotConfig(slots=1, max_length=128, chunk=128))
         (end,) = generator.answers([Request(sample.prompt, Sampling(3))])

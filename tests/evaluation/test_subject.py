@@ -39,7 +39,7 @@ def processor() -> Processor:
 @pytest.fixture(scope="module")
 def vlm(processor: Processor) -> Vlm:
     ids = {"image_token_id": processor.settings.image_token_id, "video_token_id": processor.settings.video_token_id}
-    config = dataclasses.replace(tiny(vocab_size=270, tie_embeddings=False), **ids)
+    config = dataclasses.replace(tiny(vocab_size=270, num_layers=2, tie_embeddings=False), **ids)
     return model(config, ModelOptions(mechanisms=(Rave(rank=2),)), seed=1)
 
 
@@ -75,6 +75,7 @@ def test_answers_are_what_generation_gives(subject: ModelSubject, vlm: Vlm, proc
         assert answer == Answer(made.text.strip(), made.tokens)
 
 
+@pytest.mark.slow
 def test_answers_and_looks_do_not_depend_on_the_mesh(subject: ModelSubject, vlm: Vlm, processor: Processor) -> None:
     one, two = subject, on(2, vlm, processor)
     answers = [a for a in one.answer(SAMPLES) if isinstance(a, Answer)]
@@ -138,24 +139,30 @@ def test_a_look_is_the_mean_row_of_the_choosing_queries(subject: ModelSubject, v
     assert 0 < looks[0].on_picture < 1
 
 
-@pytest.mark.parametrize("devices", (1, 2))
-def test_vas_is_that_of_every_prompt_alone_written_out_densely(
-    devices: int, subject: ModelSubject, vlm: Vlm, processor: Processor
-) -> None:
-    """Three prompts in batches of two: one without a picture, and all with the system prompt of the template."""
-    ratios = []
+@pytest.fixture(scope="module")
+def ratios(vlm: Vlm, processor: Processor) -> list[float]:
+    """Of every prompt alone, from the whole map."""
+    ratios: list[float] = []
+    every = np.arange(SHAPE.tokens, dtype=np.int32)[None]
+    run = jax.jit(lambda m, b: m.hidden(b, rows=every)[1])
     for sample in SAMPLES:
         example = processor.encode(sample.prompt, add_generation_prompt=True)
         info, length = example.info, len(example.tokens)
-        batch = collate([[example]], BatchShape(1, length, 64), processor.settings.patch_numbers)
-        every = np.arange(length, dtype=np.int32)[None]
-        _, found = jax.jit(lambda m, b, rows=every: m.hidden(b, rows=rows))(vlm, batch)
-        whole = np.float64(found)[:, 0]  # [L,T,H,S]
+        batch = collate([[example]], SHAPE._replace(rows=1), processor.settings.patch_numbers)
+        whole = np.float64(run(vlm, batch))[:, 0, :length, :, :length]  # [L,T,H,S]
         picture = whole[..., info.kind == Kind.VISUAL].sum(-1)
         prompt = whole[..., (info.kind == Kind.TEXT) & (info.role == Role.SYSTEM)].sum(-1)
         asks = ((info.kind == Kind.TEXT) & (info.role == Role.QUESTION))[:, None] & (picture > 0) & (prompt > 0)
         ratios += (picture[asks] / prompt[asks]).tolist()
     assert len(ratios) > 50
+    return ratios
+
+
+@pytest.mark.parametrize("devices", (1, pytest.param(2, marks=pytest.mark.slow)))
+def test_vas_is_that_of_every_prompt_alone_written_out_densely(
+    devices: int, subject: ModelSubject, vlm: Vlm, processor: Processor, ratios: list[float]
+) -> None:
+    """Three prompts in batches of two: one without a picture, and all with the system prompt of the template."""
     asked = subject if devices == 1 else on(devices, vlm, processor)
     sums = asked.vas(SAMPLES)
     assert sums.ratios == len(ratios)

@@ -53,7 +53,7 @@ def asked() -> list[Document]:
     return documents
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", ["mma and croc", pytest.param("cca", marks=pytest.mark.slow)])
 def test_each_token_is_the_argmax_of_a_whole_forward(name: str) -> None:
     vlm = a_model(name)
     answers = run(engine(vlm, WHOLE), asked())

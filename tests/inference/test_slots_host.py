@@ -103,6 +103,7 @@ def test_a_mesh_of_one_device_changes_nothing() -> None:
     assert compilations() - before == len(slots.usage.programs)
 
 
+@pytest.mark.slow
 def test_an_answer_ends_where_the_slots_beside_its_regions_do() -> None:
     slots = engine(a_model(), dataclasses.replace(SIZES, max_text=14))
     assert slots._state.cache.size == 14, "slots of the cache are for what lies in no region"

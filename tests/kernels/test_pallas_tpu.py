@@ -117,7 +117,11 @@ def assert_near(found, expected, tolerance: float) -> None:
     assert error <= tolerance * (np.linalg.norm(expected[there]) + np.sqrt(there.sum()))
 
 
-@pytest.mark.parametrize("name", BUCKETS)
+FURTHER = dict.fromkeys(("linear", "linear, folded, half width", "eight queries, half width"), pytest.mark.slow)
+"""Each has its form, its width and its shape in common with others; a bucket takes 5 s to compile."""
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=FURTHER.get(name, ())) for name in BUCKETS])
 def test_kernels_equal_the_dense_oracle_with_every_gradient(name):
     @given(st.integers(0, 2**31), st.sampled_from(MASKS), st.sampled_from((0.0, 0.6, 1.0)))
     @settings(max_examples=8)
@@ -127,7 +131,15 @@ def test_kernels_equal_the_dense_oracle_with_every_gradient(name):
     holds()
 
 
-@pytest.mark.parametrize("name", ("log_gate, half width", "one query", "tanh, blocks that differ", "linear, folded"))
+@pytest.mark.parametrize(
+    "name",
+    (
+        "one query",
+        pytest.param("tanh, blocks that differ", marks=pytest.mark.slow),
+        pytest.param("log_gate, half width", marks=pytest.mark.slow),
+        pytest.param("linear, folded", marks=pytest.mark.slow),
+    ),
+)
 def test_they_do_by_the_interpreter_that_watches_memory(name):
     check(name, seed=1, mask="packed", visual=0.6, interpret=pltpu.InterpretParams())
 
@@ -141,6 +153,7 @@ def optimised():
     jax.config.update("jax_disable_most_optimizations", before)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("optimised")
 def test_one_block_of_bfloat16_has_gradients_on_a_cpu_too():
     """Its products were bfloat16 ones that XLA's CPU code has not."""
@@ -181,26 +194,26 @@ def test_a_zero_pair_changes_no_bit(form):
     q, k, v, bias = random_operands(rng, d, 0.6)
     zero = bias._replace(w=bias.w * 0, row=bias.row * 0, key=bias.key * 0)
     codes = random_codes(rng, d.B, d.T, d.S)
+    for a, b in zip(forward(q, k, v, codes, None, FORMS[0]), forward(q, k, v, codes, zero, form), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@functools.partial(jax.jit, static_argnames="form")
+def forward(q, k, v, codes, bias, form):
     with interpreted():
-        run = jax.jit(functools.partial(attention, form=PairForm(form), scale=0.3, implementation="pallas_tpu"))
-        for a, b in zip(run(q, k, v, codes, None), run(q, k, v, codes, zero), strict=True):
-            np.testing.assert_array_equal(a, b)
+        return attention(q, k, v, codes, bias, PairForm(form), scale=0.3, implementation="pallas_tpu")
 
 
-@pytest.mark.parametrize(
-    ("implementation", "mesh"),
-    [("pallas_tpu", (1, 2, 2)), ("pallas_tpu", (2, 1, 4)), ("pallas_tpu", (1, 8, 1)), ("xla", (2, 2, 2))],
-    ids=str,
-)
-def test_a_mesh_changes_nothing(implementation, mesh):
-    """Rows and heads over devices: also where the mesh splits query heads finer than there are kv heads (4 and 2)."""
+@functools.cache
+def split_operands():
+    """Operands of 8 rows, and what makes outputs and gradients of them."""
     d = Dims(8, 130, 200, 2, 2, 32, 32, 8)
     rng = np.random.default_rng(2)
     q, k, v, bias = random_operands(rng, d, 0.6)
     key_bias, codes = random_key_bias(rng, d), random_codes(rng, d.B, d.T, d.S)
     ct = random_cotangents(rng, d)
 
-    def gradients(q, k, v, floats, key_bias):
+    def gradients(implementation, q, k, v, floats, key_bias):
         def of(q, k, v, floats, key_bias):
             return attention(
                 q, k, v, codes, bias._replace(**floats), scale=0.3, key_bias=key_bias, implementation=implementation
@@ -209,11 +222,32 @@ def test_a_mesh_changes_nothing(implementation, mesh):
         (out, lse), pull = jax.vjp(of, q, k, v, floats, key_bias)
         return out, lse, pull((ct[0], jnp.where(jnp.isfinite(lse), ct[1], 0.0)))
 
-    operands = (q, k, v, {n: getattr(bias, n) for n in FLOATS}, key_bias)
+    return gradients, (q, k, v, {n: getattr(bias, n) for n in FLOATS}, key_bias)
+
+
+@functools.cache
+def on_one_device(implementation):
+    gradients, operands = split_operands()
     with interpreted():
-        alone = jax.jit(gradients)(*operands)
-        with use_mesh(make_mesh(MeshConfig(*mesh), jax.devices()[: mesh[0] * mesh[1] * mesh[2]])):
-            split = jax.jit(lambda *x: gradients(*x))(*operands)
+        return jax.jit(gradients, static_argnums=0)(implementation, *operands)
+
+
+@pytest.mark.parametrize(
+    ("implementation", "mesh"),
+    [
+        ("pallas_tpu", (1, 2, 2)),
+        ("pallas_tpu", (2, 1, 4)),
+        pytest.param("pallas_tpu", (1, 8, 1), marks=pytest.mark.slow),
+        ("xla", (2, 2, 2)),
+    ],
+    ids=str,
+)
+def test_a_mesh_changes_nothing(implementation, mesh):
+    """Rows and heads over devices: also where the mesh splits query heads finer than there are kv heads (4 and 2)."""
+    gradients, operands = split_operands()
+    with interpreted(), use_mesh(make_mesh(MeshConfig(*mesh), jax.devices()[: mesh[0] * mesh[1] * mesh[2]])):
+        split = jax.jit(functools.partial(gradients, implementation))(*operands)
+    alone = on_one_device(implementation)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), split, alone)
 
 

@@ -24,7 +24,7 @@ from rave_jax.parallel.sharding import partition_spec
 from tests.models.layout import Document, Visual, batch, document
 from tests.models.made import model as made
 
-CONFIG = presets.tiny(vocab_size=64, num_layers=2)
+CONFIG = presets.tiny(vocab_size=64, num_layers=2, vision_depth=1, full_attention_blocks=(0,))
 CONTEXT = ContextTokens(3)
 OPTIONS = ModelOptions(mechanisms=(Rave(rank=4),), context=CONTEXT)
 SHAPE = {"tokens": 64, "patches": 96}
@@ -57,16 +57,19 @@ def logits(model: Vlm, rows: Batch) -> jax.Array:
     return model.logits(model.hidden(rows))
 
 
+embedded = jax.jit(Vlm.embedded)
+
+
 def test_the_table_stands_where_context_tokens_are() -> None:
     vlm, rows = a_model(), batch([documents()], CONFIG, **SHAPE)
     assert vlm.context is not None
-    x, table = np.asarray(vlm.embedded(rows))[0], np.asarray(vlm.context.weight[...])
+    x, table = np.asarray(embedded(vlm, rows))[0], np.asarray(vlm.context.weight[...])
     kind, number = np.asarray(rows.info.kind)[0], np.asarray(rows.info.row)[0]
     here = kind == Kind.CONTEXT
     assert here.sum() == 4 * CONTEXT.count
     np.testing.assert_array_equal(x[here], table[number[here]])
     plain = without_context(vlm)
-    np.testing.assert_array_equal(x[~here], np.asarray(plain.embedded(rows))[0][~here])
+    np.testing.assert_array_equal(x[~here], np.asarray(embedded(plain, rows))[0][~here])
 
 
 def test_without_context_tokens_there_is_no_table_and_no_mask() -> None:

@@ -19,7 +19,7 @@ from rave_jax.models.vlm import Vlm
 from tests.models.layout import Visual, batch, document
 from tests.models.made import model as made
 
-CONFIG = presets.tiny(vocab_size=64, num_layers=1)
+CONFIG = presets.tiny(vocab_size=64, num_layers=1, vision_depth=1, full_attention_blocks=())
 
 
 def a_batch() -> Batch:
@@ -72,6 +72,7 @@ def test_all_that_mechanisms_may_ask_of_a_kernel_is_the_dense_attention() -> Non
     same(everything(mechanisms, "pallas_tpu"), everything(mechanisms, "reference"))
 
 
+@pytest.mark.slow
 def test_each_of_them_says_something() -> None:
     """So that the test above compares what it names."""
     given = a_batch()
@@ -87,6 +88,7 @@ def test_each_of_them_says_something() -> None:
         assert float(change.max()) > 1e-2 * float(jnp.abs(whole).max()), name
 
 
+@pytest.mark.slow
 def test_decoding_against_the_cache_is_that_of_the_blockwise_attention() -> None:
     """A prompt of 24 tokens, then four at once, then one."""
     options = ModelOptions(mechanisms=(Rave(rank=4), ZeroTuning(gamma=1.5)))

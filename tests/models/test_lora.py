@@ -12,7 +12,7 @@ from rave_jax.models.parameters import named_parameters, with_values
 from rave_jax.models.vlm import Vlm
 from tests.models.layout import Visual, batch, document
 
-CONFIG = presets.tiny(vocab_size=64, num_layers=2)
+CONFIG = presets.tiny(vocab_size=64, num_layers=2, vision_depth=1, full_attention_blocks=(0,))
 TARGETS = ("decoder.attention.query", "decoder.attention.key", "decoder.attention.output", "vision.attention.qkv")
 BATCH = batch([[document([3, Visual(1, 4, 6), 5], CONFIG, np.random.default_rng(0))]], CONFIG, tokens=16, patches=24)
 

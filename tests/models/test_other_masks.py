@@ -16,7 +16,7 @@ from rave_jax.models.vlm import Vlm
 from tests.models.layout import Document, Visual, batch, document
 from tests.models.made import model as made
 
-CONFIG = presets.tiny(vocab_size=64, num_layers=2)
+CONFIG = presets.tiny(vocab_size=64, num_layers=2, vision_depth=1, full_attention_blocks=(0,))
 SETTINGS: dict[str, tuple[MechanismConfig, ...]] = {
     "mma": (Mma(),),
     "croc visual": (Croc(),),

@@ -22,7 +22,7 @@ from tests.inference.prompts import example_of
 from tests.models.layout import Visual, document
 from tests.models.made import model as made
 
-CONFIG = presets.tiny(vocab_size=64, num_layers=2)
+CONFIG = presets.tiny(vocab_size=64, num_layers=2, vision_depth=1, full_attention_blocks=())
 VISION = CONFIG.vision
 assert VISION is not None
 # Regions of two frames, and smaller ones at the edges: frames of a video do not lie one behind the other.
@@ -79,8 +79,20 @@ def a_model(name: str, context: ContextTokens | None) -> Vlm:
     return made(CONFIG, ModelOptions(SETTINGS[name], context))
 
 
-@pytest.mark.parametrize("context", [None, ContextTokens(2)], ids=["bare", "context"])
-@pytest.mark.parametrize("name", SETTINGS)
+BESIDE = ("plain", "mma and croc", "cca", "gaze")
+"""Whose order of tokens, or what sees what in a picture, context tokens could change; the rest is slow."""
+
+
+@pytest.mark.parametrize(
+    ("name", "context"),
+    [
+        *(pytest.param(name, None, id=name) for name in SETTINGS),
+        *(
+            pytest.param(name, ContextTokens(2), id=f"{name}, context", marks=[pytest.mark.slow] * (name not in BESIDE))
+            for name in SETTINGS
+        ),
+    ],
+)
 def test_logits_go_by_places_and_not_by_the_order_of_tokens(name: str, context: ContextTokens | None) -> None:
     vlm = a_model(name, context)
     raster, major, lies = both(context)

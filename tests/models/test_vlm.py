@@ -16,7 +16,7 @@ from rave_jax.models.parameters import count, named_parameters, param_axes, shar
 from rave_jax.models.vlm import Vlm
 from rave_jax.parallel.mesh import MeshConfig, make_mesh
 from rave_jax.parallel.sharding import use_mesh
-from tests.models.layout import Visual, batch, document
+from tests.models.layout import Document, Visual, batch, document
 from tests.models.made import model as made
 
 CONFIG = presets.tiny(vocab_size=64, num_layers=3)
@@ -28,9 +28,18 @@ def a_model(options: ModelOptions = ModelOptions()) -> Vlm:  # noqa: B008  # fro
     return made(CONFIG, options)
 
 
+BOTH = pytest.mark.parametrize(
+    "options", [pytest.param(ModelOptions(), id="plain", marks=pytest.mark.slow), pytest.param(RAVE, id="rave")]
+)
+"""The gated model has a layer without a gate as well."""
+
+
 @jax.jit
 def logits(model: Vlm, batch: Batch) -> jax.Array:
     return model.logits(model.hidden(batch))
+
+
+embedded, hidden_states = jax.jit(Vlm.embedded), jax.jit(Vlm.hidden)
 
 
 def documents(*parts: list[int | Visual]):
@@ -38,11 +47,11 @@ def documents(*parts: list[int | Visual]):
     return [document(p, CONFIG, rng) for p in parts]
 
 
-@pytest.mark.parametrize("options", [ModelOptions(), RAVE], ids=["plain", "rave"])
+@BOTH
 def test_packed_documents_equal_each_alone(options: ModelOptions) -> None:
     model = a_model(options)
     docs = documents([3, Visual(1, 4, 6), 4], [5], [Visual(1, 2, 4), 1, Visual(2, 4, 4, video=True), 3])
-    shape = {"tokens": 44, "patches": 68}
+    shape = PACKED
     packed = logits(model, batch([docs, docs[::-1]], CONFIG, **shape))
     for order, row in ((docs, 0), (docs[::-1], 1)):
         start = 0
@@ -53,12 +62,25 @@ def test_packed_documents_equal_each_alone(options: ModelOptions) -> None:
             start += n
 
 
+PACKED = {"tokens": 44, "patches": 68}
+
+
+@jax.jit
+def loss_and_gradients(model: Vlm, rows: Batch) -> tuple[jax.Array, Vlm]:
+    def loss(model: Vlm) -> jax.Array:
+        # The square makes every token's share its own; padding has none.
+        real = (rows.info.kind != Kind.PAD)[..., None]
+        return jnp.sum(jnp.square(model.logits(model.hidden(rows))), where=real)
+
+    return jax.value_and_grad(loss)(model)
+
+
 @jax.jit
 def prefill(model: Vlm, prompt: Batch, cache: KvCache) -> tuple[jax.Array, KvCache]:
     return model.decoder.cached(model.embedded(prompt), prompt.info, prompt.positions, cache)
 
 
-@pytest.mark.parametrize("options", [ModelOptions(), RAVE], ids=["plain", "rave"])
+@BOTH
 def test_prefill_and_decode_equal_the_whole_forward_at_every_step(options: ModelOptions) -> None:
     model = a_model(options)
     rows = [[doc] for doc in documents([3, Visual(1, 4, 6), 8], [12])]
@@ -144,15 +166,10 @@ def test_text_needs_no_patches() -> None:
         text.hidden(spare)
 
 
-@pytest.mark.parametrize("options", [ModelOptions(), RAVE], ids=["plain", "rave"])
+@BOTH
 def test_empty_rows_and_padding_make_no_nan(options: ModelOptions) -> None:
-    rows = batch([documents([2, Visual(1, 4, 4), 2]), []], CONFIG, tokens=12, patches=24)
-
-    @jax.jit
-    def loss(model: Vlm) -> jax.Array:
-        return jnp.sum(jnp.square(model.logits(model.hidden(rows))) * rows.loss_weights[..., None])
-
-    value, grads = jax.value_and_grad(loss)(a_model(options))
+    rows = batch([documents([2, Visual(1, 4, 4), 2]), []], CONFIG, **PACKED)
+    value, grads = loss_and_gradients(a_model(options), rows)
     assert np.isfinite(value)
     for name, grad in named_parameters(grads).items():
         assert np.isfinite(grad[...]).all(), name
@@ -178,8 +195,8 @@ def test_fifty_odd_sizes_compile_once() -> None:
 def test_attention_rows_are_what_the_heads_read() -> None:
     rows = batch([documents([3, Visual(1, 4, 6), 4]), documents([6])], CONFIG, tokens=14, patches=24)
     wanted = jnp.array([[12, 0, 5], [5, 2, 13]])
-    hidden, seen = jax.jit(Vlm.hidden)(a_model(RAVE), rows, wanted)
-    np.testing.assert_allclose(hidden, a_model(RAVE).hidden(rows), atol=2e-5)
+    hidden, seen = hidden_states(a_model(RAVE), rows, wanted)
+    np.testing.assert_allclose(hidden, hidden_states(a_model(RAVE), rows), atol=2e-5)
     assert seen.shape == (3, 2, 3, CONFIG.text.num_heads, 14)
     total = np.asarray(seen.sum(-1))
     np.testing.assert_allclose(total[:, 0], 1, atol=1e-5)
@@ -241,23 +258,14 @@ def test_layers_apart_are_the_layers_of_the_stack() -> None:
     np.testing.assert_allclose(sizes(ours), sizes(theirs), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("options", [ModelOptions(), RAVE], ids=["plain", "rave"])
+@BOTH
 def test_packed_gradients_are_the_sum_of_each_document_alone(options: ModelOptions) -> None:
     docs = documents([3, Visual(1, 4, 6), 4], [5], [Visual(1, 2, 4), 1, Visual(2, 4, 4, video=True), 3])
-    shape = {"tokens": 44, "patches": 68}
 
-    @jax.jit
-    def grads(model: Vlm, rows: Batch) -> Vlm:
-        def loss(model: Vlm) -> jax.Array:
-            # The square makes every token's share its own; padding has none.
-            real = (rows.info.kind != Kind.PAD)[..., None]
-            return jnp.sum(jnp.square(model.logits(model.hidden(rows))), where=real)
+    def grads(documents: list[Document]) -> dict:
+        return named_parameters(loss_and_gradients(a_model(options), batch([documents, []], CONFIG, **PACKED))[1])
 
-        return jax.grad(loss)(model)
-
-    model = a_model(options)
-    packed = named_parameters(grads(model, batch([docs, []], CONFIG, **shape)))
-    alone = [named_parameters(grads(model, batch([[doc], []], CONFIG, **shape))) for doc in docs]
+    packed, alone = grads(docs), [grads([doc]) for doc in docs]
     for name, param in packed.items():
         total = sum(np.asarray(each[name][...]) for each in alone)
         scale = max(1.0, float(np.abs(total).max()))
@@ -267,7 +275,7 @@ def test_packed_gradients_are_the_sum_of_each_document_alone(options: ModelOptio
 def test_half_precision_keeps_its_types() -> None:
     model = made(CONFIG, ModelOptions(param_dtype="bfloat16", compute_dtype="bfloat16"))
     rows = batch([documents([3, Visual(1, 4, 6), 4])], CONFIG, tokens=14, patches=24)
-    hidden = model.hidden(rows)
+    hidden = hidden_states(model, rows)
     assert hidden.dtype == jnp.bfloat16
     assert model.logits(hidden).dtype == jnp.float32
     wide = {path: param[...].astype(jnp.float32) for path, param in named_parameters(model).items()}
@@ -279,7 +287,7 @@ def test_visual_tokens_come_from_their_own_picture() -> None:
     docs = documents([1, Visual(1, 4, 4), 1, Visual(1, 2, 4), 1])
     rows = batch([docs], CONFIG, tokens=12, patches=24)
     second = rows._replace(patches=np.where(rows.patch_segment[..., None] == 2, 255 - rows.patches, rows.patches))
-    changed = np.abs(np.asarray(a_model().embedded(rows) - a_model().embedded(second))[0]).max(-1) > 0
+    changed = np.abs(np.asarray(embedded(a_model(), rows) - embedded(a_model(), second))[0]).max(-1) > 0
     assert changed.tolist() == (rows.info.image[0] == 2).tolist()
     assert (rows.info.kind[0] == Kind.VISUAL).sum() == 6
 

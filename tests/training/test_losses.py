@@ -134,7 +134,10 @@ def of_two_layers(scan: bool, remat: Remat) -> Any:
     return run(jax.tree.unflatten(jax.tree.structure(model), first_values(config, same)))
 
 
-@pytest.mark.parametrize(("scan", "remat"), [(True, "full"), (True, "dots"), (False, "none"), (False, "full")])
+@pytest.mark.parametrize(
+    ("scan", "remat"),
+    [(True, "full"), pytest.param(True, "dots", marks=pytest.mark.slow), (False, "none"), (False, "full")],
+)
 def test_layers_and_what_they_keep_change_no_loss(scan: bool, remat: Remat) -> None:
     ours, theirs = of_two_layers(scan, remat), of_two_layers(True, "none")
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-5), ours, theirs)

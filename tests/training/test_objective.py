@@ -12,12 +12,15 @@ from rave_jax.training.objective import chunked_cross_entropy
 V, D = 17, 6
 
 
+loss_of = jax.jit(chunked_cross_entropy, static_argnums=4)
+
+
 def arrays(seed: int, B: int, T: int, dtype=jnp.float32):
-    keys = jax.random.split(jax.random.key(seed), 4)
-    hidden = 3 * jax.random.normal(keys[0], (B, T, D), dtype)
-    head = jax.random.normal(keys[1], (V, D), jnp.float32)
-    targets = jax.random.randint(keys[2], (B, T), 0, V)
-    weights = jax.random.uniform(keys[3], (B, T)) * (jnp.arange(T) % 3 > 0)
+    rng = np.random.default_rng(seed)
+    hidden = jnp.asarray(3 * rng.standard_normal((B, T, D)), dtype)
+    head = jnp.asarray(rng.standard_normal((V, D)), jnp.float32)
+    targets = jnp.asarray(rng.integers(0, V, (B, T)), jnp.int32)
+    weights = jnp.asarray(rng.random((B, T)) * (np.arange(T) % 3 > 0), jnp.float32)
     return hidden, head, targets, weights
 
 
@@ -30,21 +33,23 @@ def dense(hidden, head, targets, weights):
 @pytest.mark.parametrize(("T", "chunk"), [(1, 4), (8, 1), (8, 4), (8, 8), (11, 4), (11, 20)])
 def test_equals_dense(T, chunk):
     given_arrays = arrays(T, 2, T)
-    np.testing.assert_allclose(chunked_cross_entropy(*given_arrays, chunk), dense(*given_arrays), rtol=1e-5, atol=1e-5)
+    found = loss_of(*given_arrays, chunk)
+    np.testing.assert_allclose(found, jax.jit(dense)(*given_arrays), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("chunk", [4, 5, 12])
 def test_gradients_equal_dense(chunk):
     given_arrays = arrays(1, 3, 12)
-    ours = jax.grad(lambda *a: chunked_cross_entropy(*a, chunk).loss, argnums=(0, 1))(*given_arrays)
-    theirs = jax.grad(lambda *a: dense(*a)[0], argnums=(0, 1))(*given_arrays)
+    ours = jax.jit(jax.grad(lambda *a: chunked_cross_entropy(*a, chunk).loss, argnums=(0, 1)))(*given_arrays)
+    theirs = jax.jit(jax.grad(lambda *a: dense(*a)[0], argnums=(0, 1)))(*given_arrays)
     for a, b in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
 def test_huge_logits_stay_finite():
     hidden, head, targets, weights = arrays(2, 2, 8)
-    sums, grad = jax.value_and_grad(lambda h: chunked_cross_entropy(h, head, targets, weights, 4).loss)(1e4 * hidden)
+    of = jax.jit(jax.value_and_grad(lambda h: chunked_cross_entropy(h, head, targets, weights, 4).loss))
+    sums, grad = of(1e4 * hidden)
     assert np.isfinite(sums)
     assert np.isfinite(grad).all()
 
@@ -74,4 +79,4 @@ def test_no_array_of_all_logits(dtype):
 @pytest.mark.parametrize("wrong", [V, -1])
 def test_an_id_that_the_vocabulary_does_not_have_is_no_loss(wrong):
     hidden, head, targets, weights = arrays(0, 2, 8)
-    assert np.isnan(chunked_cross_entropy(hidden, head, targets.at[1, 3].set(wrong), weights + 1, 4).loss)
+    assert np.isnan(loss_of(hidden, head, targets.at[1, 3].set(wrong), weights + 1, 4).loss)
