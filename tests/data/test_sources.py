@@ -346,10 +346,14 @@ def test_rows_that_cannot_be(tmp_path: Path) -> None:
         ("d.json", b"\x1f\x8b\x08rest", "compressed by gzip"),
         ("d.jsonl", b"\x00\x01\x02", "binary data"),
         ("d.json", b'{"a": 1}\n{"a": 2}\n', "not JSON: Extra data.*JSON Lines, an object a line, belong in a file"),
-        ("folder", None, "'.*folder': a directory; expected a file of records"),
-        ("pipe", None, "'.*pipe': not a regular file"),
+        (
+            "folder",
+            None,
+            "'.*folder' cannot be read: it is a directory; only regular files are read; expected a file of records",
+        ),
+        ("pipe", None, "'.*pipe' cannot be read: it is a named pipe"),
         ("n" * 300, None, "cannot be used as a path"),
-        ("nul\0", None, "no such file|cannot be used as a path"),
+        ("nul\0", None, "cannot be read: embedded null"),
     ],
 )
 def test_files_of_other_kinds_say_what_they_are(name: str, content: bytes | None, says: str, tmp_path: Path) -> None:

@@ -75,5 +75,5 @@ def test_every_sample_that_cannot_be_used(config: Path, capsys: pytest.CaptureFi
 def test_a_source_that_cannot_be_opened_is_one_line(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["data", str(config), "--data.sources.0.path", str(config.parent)]) == 2
     line = capsys.readouterr().err
-    assert line.startswith("rave-jax: data.sources.0: ") and "a directory; expected a file of records" in line
+    assert line.startswith("rave-jax: data.sources.0: ") and "it is a directory; only regular files are read" in line
     assert line.count("\n") == 1

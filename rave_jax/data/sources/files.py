@@ -13,13 +13,13 @@ from typing import Any, BinaryIO
 from rave_jax.config import ConfigError
 from rave_jax.data.sample import SampleError
 from rave_jax.data.sources.keys import shown
+from rave_jax.files import open_regular
 
 BLOCK, MOST_BLOCKS = 2**20, 256
 """A fingerprint reads every byte of up to 256 blocks of 1 MB, and of more so many blocks spread evenly."""
 
 MAGIC = {
     b"PAR1": "a parquet file: HfParquet reads those",
-    b"version https://git-lfs": "a Git LFS pointer, not the file itself: `git lfs pull` fetches that",
     b"ARROW1": "an Arrow file; save it as parquet, which HfParquet reads",
     b"\xff\xff\xff\xff": "an Arrow stream; save it as parquet, which HfParquet reads",
     b"\x1f\x8b": "compressed by gzip; unpack it first",
@@ -38,28 +38,17 @@ def digest(data: bytes = b"") -> Any:
     return hashlib.blake2b(data, digest_size=16)
 
 
-def check_regular(path: Path) -> None:
-    """Raise ConfigError unless there is a regular file at `path`: a pipe or a device could be read for ever."""
-    try:
-        if path.is_file():
-            return
-        found = "no such file" if not path.exists() else "a directory" if path.is_dir() else "not a regular file"
-    except (OSError, ValueError) as error:
-        found = f"cannot be used as a path: {getattr(error, 'strerror', None) or error}"
-    raise ConfigError(f"{str(path)!r}: {found}; expected a file of records")
-
-
 def open_file(path: Path) -> BinaryIO:
     """A regular file, open for reading.
 
     Raises:
         ConfigError: it is none, or it cannot be read.
     """
-    check_regular(path)
     try:
-        return path.open("rb")
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from error
+        return open_regular(path)
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise ConfigError(f"{str(path)!r} cannot be read: {why}; expected a file of records") from error
 
 
 def other_kind(start: bytes) -> str:

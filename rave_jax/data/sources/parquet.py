@@ -24,7 +24,7 @@ from rave_jax.config import ConfigError, require
 from rave_jax.data.sample import METRICS, Sample, SampleError
 from rave_jax.data.sources.columns import Named, class_names, columns_of
 from rave_jax.data.sources.conversation import conversation, last_answer
-from rave_jax.data.sources.files import check_regular, fingerprint_of_files, other_kind
+from rave_jax.data.sources.files import fingerprint_of_files, open_file, other_kind
 from rave_jax.data.sources.keys import take
 from rave_jax.data.sources.qa import KEYS as QUESTION_KEYS
 from rave_jax.data.sources.qa import question
@@ -197,7 +197,7 @@ class ParquetSource:
 
 def _metadata(path: Path) -> pq.FileMetaData:
     try:
-        check_regular(path)
+        open_file(path).close()
         with path.open("rb") as file:
             start = file.read(64)
         if not start.startswith(b"PAR1"):

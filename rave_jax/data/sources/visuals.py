@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
 import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from rave_jax.data.opening import from_data_uri
 from rave_jax.data.sample import Message, SampleError
 from rave_jax.data.sources.keys import shown, take
 
@@ -57,24 +56,6 @@ def local_path(value: Any, folder: Path, what: str) -> str:
             "data:image/png;base64,..."
         )
     return str(folder / text)
-
-
-def from_data_uri(uri: str) -> bytes:
-    """The bytes in a data URI (RFC 2397) of a picture.
-
-    Raises:
-        SampleError: it holds no base64.
-    """
-    header, comma, data = uri.partition(",")
-    if not comma or not header.endswith(";base64"):
-        raise SampleError(f"a picture is {shown(uri)}: expected a data URI such as data:image/png;base64,...")
-    try:
-        found = base64.b64decode("".join(data.split()), validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise SampleError(f"the base64 of a picture's data URI is broken: {error}") from error
-    if not found:
-        raise SampleError("a picture's data URI holds no bytes")
-    return found
 
 
 def video(value: Any, fps: Any, folder: Path) -> Message:
