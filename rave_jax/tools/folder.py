@@ -45,7 +45,8 @@ class PictureFolder:
             raise ConfigError(f"no file can have the path {path[:200]!r}: {error}") from error
         if not found.is_relative_to(self.root):
             raise ConfigError(
-                f"the picture {path[:200]!r} lies outside of {self.root}, the folder that requests may name pictures "
-                "in: move it there, or give --image-dir FOLDER with a folder that it lies in"
+                f"the picture {path[:200]!r} lies outside of {self.root}, "
+                "the folder that requests may name pictures in: move it there, or give --image-dir FOLDER with a "
+                "folder that it lies in"
             )
         return str(found)
