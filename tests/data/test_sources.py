@@ -375,7 +375,7 @@ def test_files_of_other_kinds_say_what_they_are(name: str, content: bytes | None
     ("content", "says"),
     [
         (b'[{"question": "Q"}]', "expected parquet, and this is no parquet file; LlavaJson and QaJsonl read JSON"),
-        (b"version https://git-lfs.github.com/spec/v1\noid", "expected parquet, and this is a Git LFS pointer"),
+        (b"version https://git-lfs.github.com/spec/v1\noid", "a Git LFS pointer and not the file itself"),
         (b"PAR1 cut off", "the parquet file cannot be read"),
     ],
 )
