@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import sys
+
+import jax
 
 from rave_jax.checkpoint.store import StoreError
 from rave_jax.config import ConfigError, load_command_line
@@ -27,11 +30,18 @@ def main(argv: list[str]) -> int:
     with StopRequest(config.hosts.stop_timeout) as stop:
         try:
             hosts.start(config.hosts, config.simulated_devices)
+            if hosts.is_first():
+                # How devices are laid out and which kernels serve attention, each with its reason.
+                logging.getLogger("rave_jax").setLevel(logging.INFO)
             train(config, stop)
         except ConfigError as error:
             return hosts.fail(error, EXIT_CONFIG, "train.py")
         except (StoreError, NonFiniteError, SampleError, HostsError) as error:
             return hosts.fail(error, EXIT_FAILED, "train.py")
+        except jax.errors.JaxRuntimeError as error:
+            if hosts.place().processes == 1:
+                raise
+            return hosts.fail(hosts.of_devices(error), EXIT_FAILED, "train.py")
         except Interrupted as error:
             print(f"train.py: {hosts.place()}{error}", file=sys.stderr)
             return error.exit_code

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from rave_jax.config import require
+from rave_jax.config import check_paths, require
 from rave_jax.data.sources import SourceConfig, Synthetic
 from rave_jax.evaluation.gate import TaskAim
 from rave_jax.models.config import ModelOptions
@@ -115,6 +115,7 @@ class Examination:
     """Processes of the job and their time limits."""
 
     def __post_init__(self) -> None:
+        check_paths(self)
         names = [item.name for item in self.evals]
         require(len(names) > 0, "evals", self.evals, "at least one evaluation")
         require(len(set(names)) == len(names), "evals", names, "evaluations with names of their own")

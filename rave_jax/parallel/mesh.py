@@ -6,7 +6,6 @@ mlp width and vocabulary. Axes of size 1 cost nothing.
 
 from __future__ import annotations
 
-import logging
 import math
 from collections import defaultdict
 from collections.abc import Sequence
@@ -20,8 +19,6 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, Mesh
 from rave_jax.config import ConfigError, require
 
 AXES = ("data", "fsdp", "tensor")
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -79,18 +76,24 @@ class MeshConfig:
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh over `devices` (default: all of the job), neighbours on `tensor` first.
 
-    Any sizes that multiply to the number of devices are laid out. How is logged.
+    Any sizes that multiply to the number of devices are laid out; `layout_line` says how.
 
     Raises:
         ConfigError: the sizes do not multiply to the number of devices.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = config.sizes(len(devices))
-    array, how = lay_out(sizes, devices)
-    shape = " x ".join(f"{axis} {size}" for axis, size in zip(AXES, sizes, strict=True))
-    log.info("mesh: %s over %d devices (%s): %s", shape, len(devices), devices[0].device_kind, how)
+    array, _ = lay_out(sizes, devices)
     # Auto axes: shardings are propagated by the compiler and pinned by `sharding.shard` where it matters.
     return Mesh(array, AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def layout_line(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> str:
+    """How `make_mesh` lays the devices out, in one line."""
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = config.sizes(len(devices))
+    shape = " x ".join(f"{axis} {size}" for axis, size in zip(AXES, sizes, strict=True))
+    return f"mesh: {shape} over {len(devices)} devices ({devices[0].device_kind}), {lay_out(sizes, devices)[1]}"
 
 
 def lay_out(sizes: tuple[int, int, int], devices: Sequence[jax.Device]) -> tuple[np.ndarray, str]:

@@ -11,7 +11,6 @@ has not stopped in time.
 
 from __future__ import annotations
 
-import _thread
 import os
 import select
 import signal
@@ -71,6 +70,7 @@ class StopRequest:
     def __enter__(self) -> StopRequest:
         # Python allows handlers in the main thread only.
         if threading.current_thread() is threading.main_thread():
+            self._main = threading.get_ident()
             self._pipe = os.pipe()
             os.set_blocking(self._pipe[1], False)
             self._wakeup = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
@@ -207,13 +207,15 @@ class StopRequest:
                 f"{self.asked}: {self.doing()} did not end within {self.timeout:.0f} s (hosts.stop_timeout){lacking}; "
                 "ended without saving; the same command continues after the newest checkpoint",
             )
-        if self._last is None or self._leaving or (self._in_loop and self._last != NOTHING):
+        to_save = self._in_loop and (self._last != NOTHING or self._finished)
+        if self._last is None or self._leaving or to_save:
             return
         # Nothing is left to save: before the first step has finished, or after the last one is saved.
         if not self._told:
             self._told = self._raise = True
             self._own += 1
-            _thread.interrupt_main(self.SIGNALS[0])
+            # A signal and not `_thread.interrupt_main`, which wakes no call that sleeps or reads.
+            signal.pthread_kill(self._main, self.SIGNALS[0])
         elif waited > self.GRACE:
             hosts.end(
                 self.exit_code,

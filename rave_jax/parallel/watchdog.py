@@ -58,7 +58,7 @@ class Watchdog:
     def doing(self) -> str:
         """What the main thread waits for, in words."""
         now = self._now
-        return now.what if now else "the work between two steps"
+        return now.what if now else "the step under way"
 
     @contextlib.contextmanager
     def during(self, what: str, times: float = 1, advice: str = "", *, save: bool = False) -> Generator[None]:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from rave_jax.config import ConfigError
+from rave_jax.config import ConfigError, local_path
 from rave_jax.observe.messages import plain_messages
 
 DTYPES = ("float32", "bfloat16")
@@ -157,6 +157,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Only tokenizers are used of transformers; its remark that torch is missing would confuse.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
+        for name, value in vars(arguments).items():
+            if isinstance(value, Path):
+                local_path(value, name)
         return _run(arguments)
     except ConfigError as error:
         print(f"rave-jax: {error}", file=sys.stderr)

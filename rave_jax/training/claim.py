@@ -17,6 +17,7 @@ from rave_jax import config as configs
 from rave_jax.checkpoint.saved_step import StoreError, steps_in
 from rave_jax.config import ConfigError
 from rave_jax.parallel import agree, hosts
+from rave_jax.parallel.shared_disk import check_shared
 from rave_jax.training.config import TrainConfig, extension
 from rave_jax.training.directory import RunDirectory
 from rave_jax.training.init import prepare, write_small_files
@@ -28,9 +29,13 @@ class Claim:
 
     def __init__(self, directory: RunDirectory, config: TrainConfig, held: contextlib.ExitStack):
         self._directory, self._config, self._held = directory, config, held
+        self._locked = False
         self._made: list[Path] = []
         self._there: set[str] = set()
         self._text: str | None = None
+        place = next(path for path in (directory.path, *directory.path.parents) if path.is_dir())
+        with _written(directory):
+            check_shared(place, "output_dir" if place == directory.path else "the folder of output_dir", config.hosts)
         found = agree.on_first(self._look, ConfigError, StoreError)
         self.past = None if found["past"] is None else configs.from_json(TrainConfig, found["past"])
         """Config of the run that is continued, or None."""
@@ -57,6 +62,7 @@ class Claim:
     def _lock(self) -> None:
         with _written(self._directory):
             self._held.enter_context(only_job(self._directory.path))
+        self._locked = True
 
     def _small_files(self) -> Path:
         folder = Path(self._held.enter_context(tempfile.TemporaryDirectory(prefix="rave_jax-")))
@@ -82,15 +88,19 @@ class Claim:
             StoreError: it cannot be written.
         """
         self.after_step = after_step
+        path = self._directory.path
+        with _written(self._directory):
+            if not path.is_dir():
+                self._made = [folder for folder in (path, *path.parents) if not folder.exists()]
+                path.mkdir(parents=True, exist_ok=True)
+            check_shared(path, "output_dir", self._config.hosts)
         agree.on_first(self._write, ConfigError, StoreError)
         hosts.barrier("run directory", self._config.hosts)
 
     def _write(self) -> None:
         directory = self._directory
         with _written(directory):
-            if not directory.path.is_dir():
-                self._made = [path for path in (directory.path, *directory.path.parents) if not path.exists()]
-                directory.path.mkdir(parents=True)
+            if not self._locked:
                 self._lock()
                 if directory.config.exists():
                     raise ConfigError(f"another job began in {directory.path} meanwhile; choose another output_dir")

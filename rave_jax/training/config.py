@@ -9,7 +9,7 @@ from typing import Any, get_args
 from rave_jax import config as configs
 from rave_jax.attention import MechanismConfig
 from rave_jax.checkpoint.tiny import Tiny
-from rave_jax.config import ConfigError, require
+from rave_jax.config import ConfigError, check_paths, require
 from rave_jax.data.pipeline import DataConfig
 from rave_jax.evaluation.config import Eval, Report
 from rave_jax.models.config import ModelOptions
@@ -86,6 +86,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         require(bool(self.output_dir), "output_dir", self.output_dir, "a directory")
+        check_paths(self)
         for name in ("steps", "loss_chunk", "log_every", "save_every", "keep"):
             require(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         require(self.simulated_devices >= 0, "simulated_devices", self.simulated_devices, "at least 0")

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from rave_jax import config as configs
 from rave_jax.checkpoint.saved_step import steps_in
-from rave_jax.config import ConfigError
+from rave_jax.config import ConfigError, local_path
 from rave_jax.training.config import TrainConfig, check_same_run, differences
 
 
@@ -112,5 +112,9 @@ class RunDirectory:
 
 
 def run_directory(path: str | Path) -> RunDirectory:
-    """The run directory at a path, which need not exist yet."""
-    return RunDirectory(Path(path).expanduser().resolve())
+    """The run directory at a path, which need not exist yet.
+
+    Raises:
+        ConfigError: the path is not one of a file system.
+    """
+    return RunDirectory(local_path(path, "the run directory").expanduser().resolve())

@@ -1,47 +1,12 @@
-"""Start of a job from config and environment, and the watchdog. The jobs themselves: test_processes.py."""
+"""Start of a job from config and environment. The jobs themselves: test_processes.py, test_stopping.py."""
 
 from __future__ import annotations
-
-import subprocess
-import sys
-import time
 
 import pytest
 
 from rave_jax.config import ConfigError
 from rave_jax.parallel import hosts
-from rave_jax.parallel.hosts import HostsConfig, Watchdog
-
-HANG = """
-import time
-from rave_jax.parallel.hosts import Watchdog
-with Watchdog(0.3, first=60, poll=0.05) as dog:
-    dog.beat("step 7")
-    time.sleep(60)
-"""
-
-
-def test_a_hung_step_ends_the_process_and_shows_where(repo):
-    began = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", HANG], cwd=repo, capture_output=True, text=True, timeout=120)
-    assert done.returncode == Watchdog.EXIT_CODE
-    assert "process 0 of 1: nothing finished for 0 s after step 7; ending it" in done.stderr
-    assert 'File "<string>", line 6' in done.stderr
-    assert time.monotonic() - began < 55
-
-
-def test_a_beating_or_paused_watchdog_stays_quiet():
-    with Watchdog(0.2, first=0.2, poll=0.02) as dog:
-        for step in range(10):
-            time.sleep(0.05)
-            dog.beat(f"step {step}")
-        with dog.paused():
-            time.sleep(0.5)
-        time.sleep(0.05)
-    with Watchdog(0.2, first=60, poll=0.02) as dog:
-        dog.beat("step 1")
-        dog.expect_compilation()
-        time.sleep(0.5)
+from rave_jax.parallel.hosts import MOST_SECONDS, HostsConfig
 
 
 @pytest.mark.parametrize(
@@ -51,6 +16,10 @@ def test_a_beating_or_paused_watchdog_stays_quiet():
         (HostsConfig("localhost:1", processes=2), r"hosts\.process is not given and JAX_PROCESS_ID is ''"),
         (HostsConfig("localhost:1", processes=0, process=0), r"hosts\.processes is not given and JAX_NUM_PROCESSES"),
         (HostsConfig("localhost:1", processes=2, process=2), r"hosts\.process is 2, expected 0 to 1"),
+        (HostsConfig("localhost", processes=2, process=0), r"hosts\.coordinator is 'localhost', expected address:port"),
+        (HostsConfig("a:b", processes=2, process=0), r"hosts\.coordinator is 'a:b', expected address:port"),
+        (HostsConfig("a:99999", processes=2, process=0), r"with a port of 1 to 65535"),
+        (HostsConfig(processes=-1), r"hosts\.processes is -1, and no cluster says what the processes are"),
     ],
 )
 def test_what_is_missing_is_named(monkeypatch, config, message):
@@ -58,6 +27,28 @@ def test_what_is_missing_is_named(monkeypatch, config, message):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(ConfigError, match=message):
         hosts.start(config)
+
+
+@pytest.mark.parametrize("devices", [-1, 100_000])
+def test_more_simulated_devices_than_a_machine_makes_are_refused(devices):
+    with pytest.raises(ConfigError, match=f"simulated_devices is {devices}, expected 0 to 1024"):
+        hosts.start(HostsConfig(), devices)
+
+
+@pytest.mark.parametrize("seconds", [-1, 10**12])
+@pytest.mark.parametrize(
+    "field", ["start_timeout", "heartbeat_timeout", "barrier_timeout", "step_timeout", "stop_timeout"]
+)
+def test_limits_are_seconds_that_jax_can_count(field, seconds):
+    with pytest.raises(ConfigError, match=rf"{field} is {seconds}, expected [01] to {MOST_SECONDS:,} seconds"):
+        HostsConfig(**{field: seconds})
+
+
+@pytest.mark.parametrize("field", ["processes", "process"])
+@pytest.mark.parametrize("number", [-2, 10**9])
+def test_numbers_of_processes_are_bounded(field, number):
+    with pytest.raises(ConfigError, match=f"{field} is {number}, expected -1.* to 6553"):
+        HostsConfig(**{field: number})
 
 
 def test_one_process_needs_no_barrier():

@@ -19,18 +19,15 @@ from tests.training.small import LENGTH, TEXT, first_state, run_steps
 PROCESSES = 2
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory, repo):
-    """What each process saw."""
-    folder = tmp_path_factory.mktemp("job")
+def run_job(repo, module: str, folder) -> None:
+    """Run a job of two processes to its end; each has the arguments PROCESS PROCESSES PORT FOLDER."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(repo)}
-    command = [sys.executable, "-m", "tests.distributed.worker"]
     jobs = [
         subprocess.Popen(
-            [*command, str(n), str(PROCESSES), str(port), str(folder)],
+            [sys.executable, "-m", module, str(n), str(PROCESSES), str(port), str(folder)],
             cwd=repo,
             env=environment,
             stdout=subprocess.PIPE,
@@ -46,6 +43,13 @@ def results(tmp_path_factory, repo):
             job.kill()
     for job, output in zip(jobs, outputs, strict=True):
         assert job.returncode == 0, output[-3000:]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory, repo):
+    """What each process saw."""
+    folder = tmp_path_factory.mktemp("job")
+    run_job(repo, "tests.distributed.worker", folder)
     return [json.loads((folder / f"{n}.json").read_text()) for n in range(PROCESSES)]
 
 
@@ -88,3 +92,23 @@ def test_a_barrier_gives_up_and_says_which(results):
     message, seconds = results[0]["barrier"]
     assert message == "barrier 'lonely': not all 2 processes came in 1 s"
     assert seconds < 30
+
+
+def test_a_signal_to_one_process_ends_both_while_the_other_waits_for_data(results):
+    """Process 0 gets it and has begun a step for which the data of process 1 never comes. More in test_stopping.py."""
+    first, second = (result["stopped"] for result in results)
+    assert first["message"] == "SIGTERM: stopped after step 3, which is saved; the same command continues"
+    assert second["message"] == "SIGTERM at process 0: stopped after step 3, which is saved; the same command continues"
+    assert first["code"] == second["code"] == 143
+    assert first["saved"] == second["saved"] == [3]
+    assert first["data"] == second["data"] == {"step": 3}
+    assert first["digest"] == second["digest"]
+
+
+def test_a_directory_that_not_all_see_is_said_on_every_process(results):
+    for process, result in enumerate(results):
+        together, apart = result["shared"]
+        assert together == "", "nothing is said, and nothing is left behind"
+        assert "output_dir is '" in apart and f"of process {process}'" in apart
+        assert "which process 1 (on " in apart and "and process 0 (on " in apart
+        assert apart.endswith("all processes need one file system that every host has mounted, such as NFS")

@@ -6,6 +6,7 @@ python worker.py PROCESS PROCESSES PORT FOLDER
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import sys
@@ -17,8 +18,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rave_jax.checkpoint.store import Store
+from rave_jax.config import ConfigError
 from rave_jax.observe.progress import ProgressReport
-from rave_jax.parallel import hosts
+from rave_jax.parallel import hosts, shared_disk
 from rave_jax.parallel.mesh import MeshConfig, make_mesh
 from rave_jax.parallel.rows import owned_rows
 from rave_jax.parallel.sharding import replicated
@@ -55,10 +57,15 @@ class Losses:
 
 def digest(mesh, tree) -> str:
     """A hash of the gathered numbers."""
-    whole = jax.jit(lambda t: t, out_shardings=replicated(mesh))(tree)
+    whole = _gatherer(mesh)(tree)
     return hashlib.sha256(
         b"".join(np.asarray(x.addressable_data(0)).tobytes() for x in jax.tree.leaves(whole))
     ).hexdigest()
+
+
+@functools.cache
+def _gatherer(mesh: Mesh):
+    return jax.jit(lambda t: t, out_shardings=replicated(mesh))
 
 
 def run(session: Session, folder: Path, restore: Path | None) -> dict:
@@ -86,6 +93,17 @@ def run(session: Session, folder: Path, restore: Path | None) -> dict:
     return {"shapes": shapes, "losses": losses.rows, "rows": rows, "digest": digest(mesh, state.trained)}
 
 
+def shared(directory: Path, config: hosts.HostsConfig) -> str:
+    """What the check of a directory says."""
+    directory.mkdir(exist_ok=True)
+    shared_disk.LATE = 0.5
+    try:
+        shared_disk.check_shared(directory, "output_dir", config)
+    except ConfigError as error:
+        return str(error)
+    return "; ".join(path.name for path in directory.iterdir() if path.name.startswith(".seen"))
+
+
 def main(process: int, processes: int, port: str, folder: Path) -> None:
     config = hosts.HostsConfig(f"localhost:{port}", processes, process, start_timeout=60, heartbeat_timeout=30)
     hosts.start(config, simulated_devices=2)
@@ -95,6 +113,13 @@ def main(process: int, processes: int, port: str, folder: Path) -> None:
         results[name] = run(session, folder / name, None)
         hosts.barrier("layout", config)
     results["restored"] = run(sessions["tensor"], folder / "restored", folder / "fsdp" / "checkpoints")
+    results["shared"] = [shared(folder, config), shared(folder / f"of process {process}", config)]
+
+    from tests.distributed.stopping import Case, clear, quickly, run_case
+
+    with quickly():
+        results["stopped"] = run_case(Case("SIGTERM", to=0, hangs=(1,)), sessions["fsdp"], folder / "stopped")
+    clear(config)
     if process == 0:
         began = time.monotonic()
         try:

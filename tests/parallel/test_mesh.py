@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import logging
 import math
 import os
 import subprocess
@@ -18,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rave_jax.config import ConfigError
-from rave_jax.parallel.mesh import AXES, MeshConfig, abstract_mesh, lay_out, make_mesh, ways_over_slices
+from rave_jax.parallel.mesh import AXES, MeshConfig, abstract_mesh, lay_out, layout_line, make_mesh, ways_over_slices
 
 
 @given(st.tuples(*[st.integers(1, 6)] * 3), st.sampled_from([None, *AXES]))
@@ -140,10 +139,14 @@ def test_slices_of_unequal_size_are_joined_in_order() -> None:
     assert how == "2 slices of unequal size, in the order of device numbers"
 
 
-def test_the_layout_is_logged(caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO, "rave_jax"):
-        make_mesh(MeshConfig(fsdp=-1, tensor=2))
-    assert "mesh: data 1 x fsdp 4 x tensor 2 over 8 devices (cpu): in the order of device numbers" in caplog.text
+def test_the_layout_is_one_line() -> None:
+    assert layout_line(MeshConfig(fsdp=-1, tensor=2)) == (
+        "mesh: data 1 x fsdp 4 x tensor 2 over 8 devices (cpu), in the order of device numbers"
+    )
+    assert layout_line(MeshConfig(tensor=4), torus(8, 8, slices=2)) == (
+        "mesh: data 1 x fsdp 32 x tensor 4 over 128 devices (TPU v6 lite), 2 slices over fsdp 2, "
+        "and inside a slice with an axis of links split in two"
+    )
 
 
 @pytest.mark.tpu_compiler

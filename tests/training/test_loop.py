@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import struct
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
@@ -18,6 +19,7 @@ from rave_jax.observe.metrics import JsonlWriter, TensorBoardWriter, read_jsonl
 from rave_jax.observe.progress import ProgressReport
 from rave_jax.parallel.stopping import EXIT_CODES, Interrupted, StopRequest
 from rave_jax.parallel.watchdog import Watchdog
+from rave_jax.training import feed
 from rave_jax.training.loop import Loop, NonFiniteError, Schedule
 from rave_jax.training.optimizers import OptimizerConfig
 from rave_jax.training.state import TrainState, parameters_of, state_of
@@ -134,6 +136,26 @@ def test_a_signal_saves_and_stops(session, tmp_path, name):
     state, data = restored(session, tmp_path / "checkpoints")
     assert 1 <= state.step < STEPS
     assert data == {"step": state.step}
+
+
+def test_a_signal_while_data_is_waited_for_saves_the_last_finished_step(session, tmp_path, monkeypatch):
+    monkeypatch.setattr(feed, "LEAVE", 0.1)
+    release = threading.Event()
+
+    class Hanging(RandomSource):
+        def stream(self, step, start, stop):
+            for number, batch in enumerate(super().stream(step, start, stop)):
+                if number == 2:
+                    threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
+                    release.wait()
+                yield batch
+
+    with pytest.raises(Interrupted, match="SIGTERM: stopped after step 2, which is saved"):
+        run(session, tmp_path, first_state(session), Hanging(ROWS), save_every=100)
+    release.set()
+    state, data = restored(session, tmp_path / "checkpoints")
+    assert state.step == 2
+    assert data == {"step": 2}
 
 
 def test_what_the_source_raises_reaches_the_caller(session, tmp_path):

@@ -85,28 +85,28 @@ def choose(implementation: Implementation, q: Array, k: Array, v: Array) -> str:
         ValueError: there is no such backend, or it cannot serve these operands here.
     """
     if implementation == "auto":
-        return _automatic(q, k, v)
-    if implementation not in BACKENDS:
+        name, why = _automatic(q, k, v)
+    elif implementation not in BACKENDS:
         raise ValueError(f"attention implementation {implementation!r}, expected auto, {', '.join(BACKENDS)}")
-    against = support.against_pallas_tpu(q, k, v) if implementation == "pallas_tpu" else None
-    if against is not None:
-        raise ValueError(f"attention implementation 'pallas_tpu' cannot serve: {against}; expected auto, or xla")
-    return implementation
+    else:
+        against = support.against_pallas_tpu(q, k, v) if implementation == "pallas_tpu" else None
+        if against is not None:
+            raise ValueError(f"attention implementation 'pallas_tpu' cannot serve: {against}; expected auto, or xla")
+        name, why = implementation, "as the config asks"
+    _say_once(f"attention, {q.shape[1]} x {k.shape[1]} tokens, heads of {q.shape[-1]}: {name} ({why})")
+    return name
 
 
-def _automatic(q: Array, k: Array, v: Array) -> str:
+def _automatic(q: Array, k: Array, v: Array) -> tuple[str, str]:
+    """The backend, and why that one."""
     if support.target().platform != "tpu":
-        _say_once("attention: xla (blockwise, any device); the fused kernels are for TPUs")
-        return "xla"
+        return "xla", "blockwise, any device; the fused kernels are for TPUs"
     against = support.against_pallas_tpu(q, k, v)
     if against is not None:
-        _say_once(f"attention: xla; pallas_tpu cannot serve: {against}")
-        return "xla"
+        return "xla", f"pallas_tpu cannot serve: {against}"
     if q.shape[1] * k.shape[1] <= support.SMALL:
-        _say_once(f"attention: xla for maps of at most {support.SMALL} pairs, one tile each")
-        return "xla"
-    _say_once(f"attention: pallas_tpu, with the blocks of {support.target().device_kind}")
-    return "pallas_tpu"
+        return "xla", f"maps of at most {support.SMALL} pairs are one tile each"
+    return "pallas_tpu", f"with the blocks of {support.target().device_kind}"
 
 
 @functools.cache

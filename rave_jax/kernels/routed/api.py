@@ -81,6 +81,7 @@ def _choose(
     if implementation not in ("auto", *NAMES):
         raise ValueError(f"attention implementation {implementation!r}, expected auto, {', '.join(NAMES)}")
     if implementation in BACKENDS:
+        _say_once(f"routed attention: {implementation} (as the config asks)")
         return implementation
     if implementation == "auto" and support.target().platform != "tpu":
         _say_once("routed attention: xla (every score, shut keys masked); the kernels are for TPUs")
