@@ -26,6 +26,7 @@ from rave_jax.files import read_text
 from rave_jax.models.vlm import Vlm
 from rave_jax.observe.messages import plain_messages
 from rave_jax.parallel import hosts
+from rave_jax.parallel.hosts import HostsError
 from rave_jax.parallel.mesh import make_mesh
 from rave_jax.training.directory import run_directory
 from rave_jax.training.run import load_run
@@ -106,7 +107,7 @@ def main(argv: Sequence[str], prog: str = "eval.py") -> int:
             print_summary(evaluate(item, model, processor, mesh, out / EVALUATION / item.name), console)
         if hosts.is_first():
             console.print(f"report: {write_report(config.report, out)}", soft_wrap=True)
-    except (ConfigError, StoreError, SampleError, OSError) as error:
+    except (ConfigError, StoreError, SampleError, HostsError, OSError) as error:
         print(f"{prog}: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
     return 0

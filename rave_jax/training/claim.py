@@ -29,15 +29,16 @@ class Claim:
 
     def __init__(self, directory: RunDirectory, config: TrainConfig, held: contextlib.ExitStack):
         self._directory, self._config, self._held = directory, config, held
+        self._locked = False
         self._made: list[Path] = []
         self._there: set[str] = set()
         self._text: str | None = None
-        self._shared = False
+        place = next(path for path in (directory.path, *directory.path.parents) if path.is_dir())
+        with _written(directory):
+            check_shared(place, "output_dir" if place == directory.path else "the folder of output_dir", config.hosts)
         found = agree.on_first(self._look, ConfigError, StoreError)
         self.past = None if found["past"] is None else configs.from_json(TrainConfig, found["past"])
         """Config of the run that is continued, or None."""
-        if found["there"]:
-            self._check_shared()
         self.steps: list[int] = found["steps"]
         """Checkpoints that it has, ascending; the newest need not be sound."""
         self.after_step = 0
@@ -53,21 +54,15 @@ class Claim:
         past = directory.past(self._config)
         self._begun_anew = past is None and directory.config.exists()
         return {
-            "there": directory.path.is_dir(),
             "past": None if past is None else configs.to_json(past),
             "steps": [] if self._begun_anew else steps_in(directory.checkpoints),
             "model": (directory.model / "config.json").is_file() and not self._begun_anew,
         }
 
-    def _check_shared(self) -> None:
-        if not self._shared:
-            with _written(self._directory):
-                check_shared(self._directory.path, "output_dir", self._config.hosts)
-            self._shared = True
-
     def _lock(self) -> None:
         with _written(self._directory):
             self._held.enter_context(only_job(self._directory.path))
+        self._locked = True
 
     def _small_files(self) -> Path:
         folder = Path(self._held.enter_context(tempfile.TemporaryDirectory(prefix="rave_jax-")))
@@ -93,16 +88,19 @@ class Claim:
             StoreError: it cannot be written.
         """
         self.after_step = after_step
+        path = self._directory.path
+        with _written(self._directory):
+            if not path.is_dir():
+                self._made = [folder for folder in (path, *path.parents) if not folder.exists()]
+                path.mkdir(parents=True, exist_ok=True)
+            check_shared(path, "output_dir", self._config.hosts)
         agree.on_first(self._write, ConfigError, StoreError)
-        self._check_shared()
         hosts.barrier("run directory", self._config.hosts)
 
     def _write(self) -> None:
         directory = self._directory
         with _written(directory):
-            if not directory.path.is_dir():
-                self._made = [path for path in (directory.path, *directory.path.parents) if not path.exists()]
-                directory.path.mkdir(parents=True)
+            if not self._locked:
                 self._lock()
                 if directory.config.exists():
                     raise ConfigError(f"another job began in {directory.path} meanwhile; choose another output_dir")
