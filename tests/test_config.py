@@ -260,3 +260,44 @@ def test_config_files_share_helpers_of_their_folder(tmp_path: Path) -> None:
     write(tmp_path, "VALUE = 5\n", "neighbour_of_experiments.py")
     path = write(tmp_path, "from neighbour_of_experiments import VALUE\ndef get_config():\n    return VALUE\n")
     assert config.load_file(path) == 5
+
+
+@pytest.mark.parametrize(
+    ("path", "hint"),
+    [
+        ("gs://bucket/runs", "copy it, or mount the gs:// bucket"),
+        ("s3://bucket/x.json", "copy it, or mount the s3:// bucket"),
+        (Path("gs://bucket/runs"), "copy it, or mount the gs:// bucket"),
+        ("file:///tmp/x", "leave file:// away"),
+        ("abfs+ssl://x/y", "copy it, or mount the abfs+ssl:// bucket"),
+    ],
+)
+def test_a_path_of_another_place_is_refused(path, hint):
+    with pytest.raises(ConfigError) as refused:
+        config.local_path(path, "output_dir")
+    assert str(refused.value) == f"output_dir is {str(path)!r}, expected a path of a file system; {hint}"
+
+
+def test_a_local_path_is_itself(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "odd:").mkdir()
+    for path in ("runs/a", "/tmp/x", "~/x", "a:b", "C:/x" if Path("C:").is_dir() else "x", "odd:/file", "*.parquet"):
+        assert config.local_path(path, "path") == Path(path)
+
+
+def test_paths_inside_a_config_are_found_by_the_names_of_their_fields():
+    @dataclass(frozen=True)
+    class Source:
+        path: str = "x"
+        name: str = "gs://is a name"
+
+    @dataclass(frozen=True)
+    class Run:
+        sources: tuple[Source, ...] = ()
+        image_dir: str = ""
+
+    config.check_paths(Run((Source(),)))
+    with pytest.raises(ConfigError, match=r"sources\.1\.path is 's3://b/c'"):
+        config.check_paths(Run((Source(), Source("s3://b/c"))))
+    with pytest.raises(ConfigError, match="image_dir is 'http://b/c'"):
+        config.check_paths(Run(image_dir="http://b/c"))

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import jax
 import pytest
+from jax.experimental import topologies
+from jax.sharding import AbstractMesh, Mesh
 
 from rave_jax import config as machinery
 from rave_jax.batch import Batch
@@ -22,7 +24,7 @@ from rave_jax.kernels.pair_bias.support import SMALL
 from rave_jax.models.config import VlmConfig
 from rave_jax.models.families import presets
 from rave_jax.models.vlm import Vlm
-from rave_jax.parallel.mesh import MeshConfig, abstract_mesh
+from rave_jax.parallel.mesh import MeshConfig, abstract_mesh, make_mesh
 from rave_jax.parallel.rows import batch_axis, batch_shardings
 from rave_jax.parallel.sharding import use_mesh
 from rave_jax.training.config import TrainConfig
@@ -139,8 +141,16 @@ SLOW = {"qwen2_5_vl_7b_gaze_sft": pytest.mark.slow}
 def test_a_config_lowers_to_a_sharded_tpu_program(path: Path) -> None:
     """The whole train step, traced at its real shapes on a mesh without devices, as the TPU would get it."""
     config = machinery.load_file(path)
-    vlm = model_config(config.init)
     mesh = abstract_mesh(config.mesh, num_devices(config), tpu_kind="TPU v5p")
+    text = lowered_on(config, mesh)
+    assert f"mhlo.num_partitions = {mesh.size}" in text
+    if largest_row(config)[0] ** 2 > SMALL:
+        assert "tpu_custom_call" in text, "attention over long rows runs in the fused kernels"
+
+
+def lowered_on(config: TrainConfig, mesh: Mesh | AbstractMesh) -> str:
+    """The train step as the TPU would get it, as text."""
+    vlm = model_config(config.init)
     with use_mesh(mesh):
         model = jax.eval_shape(lambda key: Vlm(vlm, config.model, key=key), jax.random.key(0))
         session = make_session(
@@ -154,10 +164,24 @@ def test_a_config_lowers_to_a_sharded_tpu_program(path: Path) -> None:
         lowered = session.step.trace(session.state, batch).lower(lowering_platforms=("tpu",))
     state, metrics = lowered.out_info
     assert state.step.shape == metrics.loss.shape == ()
-    text = lowered.as_text()
-    assert f"mhlo.num_partitions = {mesh.size}" in text
-    if largest_row(config)[0] ** 2 > SMALL:
-        assert "tpu_custom_call" in text, "attention over long rows runs in the fused kernels"
+    return lowered.as_text()
+
+
+@pytest.mark.tpu_compiler
+@pytest.mark.parametrize(("topology", "slices"), [("v6e:8x8", 1), ("v5p:4x4x4", 2)])
+def test_the_released_config_lowers_on_real_chips(topology: str, slices: int, monkeypatch) -> None:
+    """On the devices that libtpu describes, one slice and two. tests/parallel lays out meshes of every chip."""
+    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")
+    # These devices compute nothing, and constants of the trace must not be put on them.
+    monkeypatch.setattr(jax, "set_mesh", lambda mesh: jax.sharding.use_abstract_mesh(mesh.abstract_mesh))
+    several = {"num_slices": slices} if slices > 1 else {}
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology, **several).devices
+    config = machinery.load_file(REPO / "configs" / "qwen2_5_vl_7b_rave_sft.py")
+    rows = dataclasses.replace(config.data, rows=len(devices) * config.optimizer.accumulation)
+    mesh = make_mesh(config.mesh, devices)
+    text = lowered_on(dataclasses.replace(config, data=rows), mesh)
+    assert f"mhlo.num_partitions = {len(devices)}" in text
+    assert "tpu_custom_call" in text
 
 
 def test_a_config_that_does_not_fit_its_mesh_is_refused() -> None:

@@ -21,9 +21,8 @@ def job(repo, folder, *each: tuple[str, ...]) -> list[tuple[int, str]]:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    shared = ("--output_dir", str(folder / "run"), "--simulated_devices", "2", "--hosts.processes", "2")
-    command = [sys.executable, "train.py", "tests/resume/small_run.py", *shared]
-    command += ["--hosts.coordinator", f"localhost:{port}"]
+    command = [sys.executable, "train.py", "tests/resume/small_run.py", "--output_dir", str(folder / "run")]
+    command += ["--simulated_devices", "2", "--hosts.processes", "2", "--hosts.coordinator", f"localhost:{port}"]
     running = [
         subprocess.Popen(
             [*command, "--hosts.process", str(number), *words],

@@ -151,6 +151,8 @@ def test_a_misspelt_key_of_a_config_file_exits_2_with_a_suggestion(run, tmp_path
     ("overrides", "code", "message"),
     [
         (["--output_dir", "/proc/rave_jax/run"], train.EXIT_FAILED, "cannot write to /proc/rave_jax/run"),
+        (["--simulated_devices", "100000"], train.EXIT_CONFIG, "simulated_devices is 100000, expected 0 to 1024"),
+        (["--hosts.processes", "-1"], train.EXIT_CONFIG, "hosts.processes is -1, and no cluster says what the"),
         (["--mesh.tensor", "3"], train.EXIT_CONFIG, "mesh is data 1 x fsdp -1 x tensor 3, but"),
         (["--model.mechanisms.0.layers", "99"], train.EXIT_CONFIG, "Rave.layers names [99], expected numbers from 0"),
         (["--data.rows", "12"], train.EXIT_CONFIG, "data rows is 12, expected a multiple of 8"),
