@@ -194,7 +194,10 @@ class ChatTemplate:
         plain = self._rendered(views, asks).text
         for around in (True, False):
             marked = mark(views, self._words, self._literal, around)
-            rendered = self._rendered(marked.views, asks)
+            try:
+                rendered = self._rendered(marked.views, asks)
+            except SampleError:
+                continue  # it refuses what the marks make of a text
             scanned = scan(rendered.text, marked, self._words)
             if scanned.written == plain:
                 answers = [(int(scanned.origin[a]), int(scanned.origin[b])) for a, b in rendered.answers]

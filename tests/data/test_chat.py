@@ -163,6 +163,21 @@ def test_a_system_message_is_the_system_s_wherever_it_is_put(tokenizer: PreTrain
         ChatTemplate(tokenizer, STYLES["gemma"].template).runs(talk)
 
 
+@pytest.mark.parametrize("looks", ["<s>", "{{ raise_exception('no exclamation') if not m.content.startswith('!') }}"])
+def test_a_template_may_look_into_texts(looks: str, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Where marks would change what it writes, texts are found without them."""
+    loop = "{% for m in messages %}"
+    style = STYLES["phi"].template.replace(
+        loop, loop + "{% if m.content.startswith('!') or messages | length > 4 %}" + looks + "{% endif %}"
+    )
+    talk = [*ANY_TALK, {"role": "user", "content": "!a <|end|>"}, {"role": "assistant", "content": "!<|end|>"}]
+    talk = talk if looks == "<s>" else [{**m, "content": f"!{m['content']}"} for m in talk]
+    runs = ChatTemplate(tokenizer, style).runs(talk)
+    assert [run.role for run in runs] == [Role.QUESTION, Role.RESPONSE] * 3
+    learnt = [tokenizer.decode(run.ids[slice(*run.learn)]) for run in runs if run.role is Role.RESPONSE]
+    assert learnt == [f"{message['content']}<|end|>" for message in talk[1::2]]
+
+
 def test_a_generation_prompt_may_depend_on_the_conversation(tokenizer: PreTrainedTokenizerFast) -> None:
     style = STYLES["phi"].template.replace("<|assistant|>\n{% else", "<|assistant|>{{ messages | length }}{% else")
     asked = ChatTemplate(tokenizer, style).runs(ANY_TALK[:3], add_generation_prompt=True)
@@ -231,6 +246,7 @@ def test_a_template_that_asks_for_too_much_is_one_line(
     asks: str, tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(template, "SECONDS", 1)
+    monkeypatch.setattr(template, "MEMORY", 1 << 28)
     with pytest.raises(ConfigError, match="asks for too much") as error:
         ChatTemplate(tokenizer, STYLES["phi"].template + asks)
     assert "\n" not in str(error.value)
