@@ -15,6 +15,7 @@ import importlib.util
 import inspect
 import itertools
 import json
+import re
 import reprlib
 import sys
 import textwrap
@@ -55,6 +56,41 @@ def check_ranges(config: Any, **ranges: tuple[float, float]) -> None:
         # A bool is a number to Python, and never a size.
         number = isinstance(given, (int, float)) and not isinstance(given, bool)
         require(given is None or (number and least <= given <= most), name, given, f"a number from {least} to {most}")
+
+
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")
+
+
+def local_path(path: str | Path, field: str) -> Path:
+    """The path, of a file or folder that this machine's file system holds.
+
+    Raises:
+        ConfigError: it names a bucket or another place by scheme (`gs://`, `s3://`, ...), which would become a local
+            folder called `gs:`.
+    """
+    found = _SCHEME.match(str(path))
+    # `Path("gs://x")` is `gs:/x` already. A folder that is really called so is one.
+    if found and ("://" in str(path) or not Path(f"{found[1]}:").is_dir()):
+        scheme = found[1]
+        hint = "leave file:// away" if scheme.lower() == "file" else f"copy it, or mount the {scheme}:// bucket"
+        raise ConfigError(f"{field} is {str(path)!r}, expected a path of a file system; {hint}")
+    return Path(path)
+
+
+def check_paths(config: Any, where: str = "") -> None:
+    """Raise ConfigError where a field of a config, or of one inside it, names a place that is not a local path.
+
+    Paths are the texts in fields whose names end in `path` or `dir`.
+    """
+    for f in dataclasses.fields(config):
+        value, field = getattr(config, f.name), f"{where}{f.name}"
+        items = enumerate(value) if isinstance(value, tuple) else [(None, value)]
+        for number, item in items:
+            name = field if number is None else f"{field}.{number}"
+            if dataclasses.is_dataclass(item) and not isinstance(item, type):
+                check_paths(item, f"{name}.")
+            elif isinstance(item, str) and f.name.endswith(("path", "dir")):
+                local_path(item, name)
 
 
 def check_fields(config: Any) -> None:

@@ -37,6 +37,12 @@ settings.register_profile(
 )
 settings.load_profile("rave_jax")
 
+# Traces are many small objects that live as long as their program: to walk through all of them time and again is a
+# tenth of what tests cost. What nobody refers to goes at once as ever, and what refers to itself a little later.
+gc.collect()
+gc.freeze()
+gc.set_threshold(100_000, 50, 100)
+
 MAPS, MOST_MAPS = Path("/proc/self/maps"), 20_000
 
 TORCH_PYTHON = "RAVE_JAX_TORCH_PYTHON"

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import json
 import os
 import shutil
-import tempfile
-from collections.abc import Generator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import ml_dtypes
@@ -18,6 +17,7 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from rave_jax.checkpoint import native, sidecar
+from rave_jax.checkpoint.card import Origin, model_card, notes, with_stated, write_card
 from rave_jax.checkpoint.hf_files import (
     CONFIG,
     INDEX,
@@ -27,10 +27,14 @@ from rave_jax.checkpoint.hf_files import (
     carried_files,
     has_weights,
     index_of,
+    read_json,
     read_weights,
 )
+from rave_jax.checkpoint.merging import adapter_of, is_adapter, merged
 from rave_jax.checkpoint.naming import extra_parameters, global_names, rules_of
-from rave_jax.checkpoint.safetensors_file import CheckpointError, Planned, write_header, write_tensor
+from rave_jax.checkpoint.safetensors_file import Planned, write_header, write_tensor
+from rave_jax.checkpoint.written_whole import written_whole
+from rave_jax.models.config import ModelOptions
 from rave_jax.models.families import family_named
 from rave_jax.models.parameters import Place, locate, named_parameters
 from rave_jax.models.vlm import Vlm
@@ -42,10 +46,11 @@ DTYPE_NAMES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.b
 
 
 class Item(NamedTuple):
-    """A tensor to be written and where its numbers are."""
+    """A tensor to be written and where its numbers are; with an adapter, (down, up), it is merged into them."""
 
     planned: Planned
     place: Place
+    adapter: tuple[str, str] | None = None
 
 
 def export_hf(
@@ -55,6 +60,8 @@ def export_hf(
     *,
     dtype: str | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    lora: Literal["merge", "beside"] = "merge",
+    origin: Origin | None = None,
 ) -> Path:
     """Write a model as a HuggingFace directory. Every process of a job calls it; the first one writes.
 
@@ -65,6 +72,8 @@ def export_hf(
             byte for byte, and its style of keys is kept. None writes a config made from ours, and no tokenizer.
         dtype: number type of what is written, "float32" or "bfloat16"; None writes each parameter as it is.
         max_shard_bytes: a file takes no more, unless one tensor alone does.
+        lora: adapters are merged into the weights, or written beside weights that they leave as they are.
+        origin: what is known of the model's making, for its card.
 
     Returns:
         the destination.
@@ -77,23 +86,30 @@ def export_hf(
     family = family_named(model.config.family)
     rename = family.other_key if keeps_other_keys(model, source) else lambda key: key
     params = named_parameters(model)
+    merges = lora == "merge"
 
     def item(key: str, shape: tuple[int, ...], place: Place) -> Item:
         stored = np.dtype(params[place.path].dtype)
-        return Item(Planned(key, stored if target is None or place.path in extras else target, shape), place)
+        planned = Planned(key, stored if target is None else target, shape)
+        return Item(planned, place, adapter_of(place.path, params) if merges else None)
 
-    extras = extra_parameters(model)
+    extras = [path for path in extra_parameters(model) if not (merges and is_adapter(path))]
     backbone = [item(rename(rule.hf_key), rule.shape, locate(model, rule)) for rule in rules_of(model)]
-    beside = [
-        item(name, _layer_shape(params[p].shape, n), Place(p, n)) for p in extras for name, n in _layers(model, p)
-    ]
+    beside = beside_items(model, extras)
     files = _divide(backbone, max_shard_bytes) | ({SIDECAR: beside} if beside else {})
     total = sum(i.planned.nbytes for items in files.values() for i in items)
     with written_whole(Path(destination), total) as folder:
         for name, items in files.items():
-            _write_file(None if folder is None else folder / name, items, params)
+            write_tensors(None if folder is None else folder / name, items, model)
         if folder is not None:
-            _write_small_files(folder, model, source, {name: items for name, items in files.items() if name != SIDECAR})
+            _write_index(folder, {name: items for name, items in files.items() if name != SIDECAR})
+            options = dataclasses.replace(model.options, lora=None) if merges else model.options
+            _write_config(folder, model, source, options)
+            sentences = notes(options, model.options.lora, lora, rounding(model, dtype))
+            if sentences or origin is not None:
+                vision, name = model.config.vision is not None, Path(destination).name
+                card = model_card(name, options, sentences, origin or Origin(), vision=vision)
+                write_card(folder, source, card)
     return Path(destination)
 
 
@@ -106,6 +122,17 @@ def keeps_other_keys(model: Vlm, source: Path | None) -> bool:
     family = family_named(model.config.family)
     stored = index_of(source) or read_weights(source).tensors
     return any(family.canonical_key(key) != key for key in stored)
+
+
+def beside_items(model: Vlm, paths: list[str]) -> list[Item]:
+    """Parameters beyond the backbone as the side-car holds them: by layer, under names that no cut of the stack
+    changes."""
+    params = named_parameters(model)
+    return [
+        Item(Planned(name, np.dtype(params[p].dtype), _layer_shape(params[p].shape, n)), Place(p, n))
+        for p in paths
+        for name, n in _layers(model, p)
+    ]
 
 
 def _layers(model: Vlm, path: str) -> list[tuple[str, int | None]]:
@@ -133,15 +160,32 @@ def _divide(items: list[Item], limit: int) -> dict[str, list[Item]]:
     return {f"model-{n:05d}-of-{count:05d}.safetensors": group for n, group in enumerate(groups, start=1)}
 
 
-def _write_file(path: Path | None, items: list[Item], params: dict) -> None:
+def rounding(model: Vlm, dtype: str | None) -> str | None:
+    """The number type below float32 that merged weights are rounded to, or None."""
+    name = dtype or str(np.dtype(model.embed.weight.dtype))
+    return None if name == "float32" else name
+
+
+def write_tensors(path: Path | None, items: list[Item], model: Vlm) -> None:
+    """A safetensors file. Every process calls it; those without a path only help to gather.
+
+    Args:
+        path: of the file, None in processes that do not write.
+        items: its tensors.
+        model: with their numbers.
+    """
+    params = named_parameters(model)
     # Wide types first: then every tensor starts at a multiple of its number's size.
     items = sorted(items, key=lambda i: -i.planned.dtype.itemsize)
     with contextlib.ExitStack() as stack:
         file = None if path is None else stack.enter_context(path.open("wb"))
         if file is not None:
             write_header(file, [i.planned for i in items])
-        for planned, place in items:
+        for planned, place, adapter in items:
             value = gather(params[place.path][...], place.index)
+            if adapter is not None and model.options.lora is not None:
+                down, up = (gather(params[p][...], place.index) for p in adapter)
+                value = merged(value, down, up, model.options.lora)
             if file is not None:
                 write_tensor(file, value.reshape(planned.shape).astype(planned.dtype, copy=False))
         if file is not None:
@@ -149,26 +193,35 @@ def _write_file(path: Path | None, items: list[Item], params: dict) -> None:
             os.fsync(file.fileno())
 
 
-def _write_small_files(folder: Path, model: Vlm, source: Path | None, files: dict[str, list[Item]]) -> None:
+def _write_index(folder: Path, files: dict[str, list[Item]]) -> None:
     if len(files) > 1:
         total = sum(i.planned.nbytes for items in files.values() for i in items)
         where = {i.planned.key: name for name, items in files.items() for i in items}
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _write_config(folder: Path, model: Vlm, source: Path | None, options: ModelOptions) -> None:
+    """config.json and its like, and the side-car's options."""
     if source is None:
         config = family_named(model.config.family).render(model.config)
         config["dtype"] = str(np.dtype(model.embed.weight.dtype))
-        (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+        (folder / CONFIG).write_text(json.dumps(with_stated(config, options), indent=2) + "\n", encoding="utf-8")
     else:
-        copy_small_files(source, folder)
-    if sidecar.needs_sidecar(model.options):
-        (folder / SIDECAR_JSON).write_text(sidecar.options_text(model.options))
+        copy_small_files(source, folder, options)
+    if sidecar.needs_sidecar(options):
+        (folder / SIDECAR_JSON).write_text(sidecar.options_text(options))
 
 
-def copy_small_files(source: Path, folder: Path) -> None:
-    """Config, tokenizer, processor and licence files, byte for byte."""
+def copy_small_files(source: Path, folder: Path, options: ModelOptions) -> None:
+    """Config, tokenizer, processor and licence files, byte for byte; but config.json says of what these options add to
+    the backbone, and of nothing else."""
     for file in carried_files(source):
         shutil.copyfile(file, folder / file.name)
+    config = read_json(source / CONFIG)
+    says = with_stated(config, options)
+    if says != config:
+        (folder / CONFIG).write_text(json.dumps(says, indent=2) + "\n", encoding="utf-8")
 
 
 @functools.partial(jax.jit, static_argnames="where")
@@ -190,44 +243,3 @@ def gather(x: jax.Array, index: int | None) -> NpArray:
     elif where is not None and not x.is_fully_addressable:
         x = _whole(x, where)
     return np.asarray(x if x.is_fully_addressable else x.addressable_data(0))
-
-
-@contextlib.contextmanager
-def written_whole(destination: Path, nbytes: int) -> Generator[Path | None]:
-    """A new folder beside the destination, moved there in one step at the end; nothing is left after an error.
-
-    Args:
-        destination: not there yet, or an empty directory.
-        nbytes: how much will be written.
-
-    Yields:
-        the folder, or None in processes other than the first.
-
-    Raises:
-        CheckpointError: not free, read-only, full.
-    """
-    if jax.process_index() > 0:
-        yield None
-        return
-    destination = Path(os.path.abspath(destination))
-    folder = None
-    try:
-        if destination.is_dir() and any(destination.iterdir()):
-            raise CheckpointError(f"{destination}: is there already and not empty; nothing was written")
-        if destination.exists() and not destination.is_dir():
-            raise CheckpointError(f"{destination}: is there already and no directory; nothing was written")
-        destination.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(destination.parent).free
-        if free < nbytes:
-            raise CheckpointError(f"{destination}: {nbytes:,} bytes are needed, but {free:,} are free")
-        folder = Path(tempfile.mkdtemp(dir=destination.parent, prefix=f".{destination.name}.unfinished-"))
-        yield folder
-        folder.chmod(0o755)  # mkdtemp makes folders that only their owner reads
-        folder.rename(destination)
-    except OSError as error:
-        raise CheckpointError(
-            f"cannot write {destination}: {error.strerror or error}; nothing is left there"
-        ) from error
-    finally:
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)

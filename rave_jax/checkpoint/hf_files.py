@@ -16,6 +16,9 @@ INDEX = "model.safetensors.index.json"
 SIDECAR = "rave_jax.safetensors"
 SIDECAR_JSON = "rave_jax.json"
 NATIVE = "native.json"
+ADAPTER_CONFIG, ADAPTER = "adapter_config.json", "adapter_model.safetensors"
+STATED_KEY = "rave_jax"
+"""Key of config.json that says what transformers does not compute of a model."""
 CARRIED = ("*.json", "*.txt", "*.jinja", "*.model", "*.tiktoken", "*.md", "LICENSE*", "NOTICE*")
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
@@ -32,6 +35,11 @@ class Weights(NamedTuple):
     tensors: dict[str, Stored]
     files: tuple[str, ...]
     problems: list[str]
+
+
+def is_peft(directory: Path) -> bool:
+    """Is this the directory of a PEFT adapter, and of no whole model?"""
+    return (directory / ADAPTER_CONFIG).is_file() and not (directory / CONFIG).is_file()
 
 
 def read_json(path: Path) -> Any:

@@ -100,6 +100,7 @@ def import_hf(
     key: jax.Array | None = None,
     *,
     dtypes: Dtypes = "options",
+    backbone_alone: bool = False,
 ) -> Vlm:
     """The model of a directory, its parameters on the mesh.
 
@@ -109,6 +110,7 @@ def import_hf(
         mesh: where parameters go; None is the first device.
         key: starts the parameters that the checkpoint has no numbers for; None is key 0.
         dtypes: number types of the parameters: those of the options, or each as it is stored.
+        backbone_alone: read the HuggingFace files and nothing that lies beside them.
 
     Raises:
         CheckpointError: lists every key that is missing, unknown, of wrong shape or type, and every file that is
@@ -116,7 +118,7 @@ def import_hf(
     """
     directory = Path(directory)
     config, _ = load_config(directory)
-    saved = saved_options(directory)
+    saved = None if backbone_alone else saved_options(directory)
     if options is None:
         options = saved or ModelOptions()
     check_same(directory, saved, options)

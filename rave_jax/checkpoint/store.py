@@ -62,11 +62,24 @@ def check_writable(directory: Path, needed: int) -> None:
     """
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=directory, prefix=".write-test-") as file:
+    except OSError as error:
+        raise StoreError(f"cannot write to {directory}: {error.strerror or error}") from error
+    check_room(directory, needed)
+
+
+def check_room(directory: Path, needed: int) -> None:
+    """The same proof without making the directory: of the nearest folder above it that is there.
+
+    Raises:
+        StoreError: read-only, not a directory, or too little space.
+    """
+    place = next(folder for folder in (directory, *directory.parents) if folder.exists())
+    try:
+        with tempfile.NamedTemporaryFile(dir=place, prefix=".write-test-") as file:
             file.write(b"\0" * 4096)
             file.flush()
             os.fsync(file.fileno())
-        free = shutil.disk_usage(directory).free
+        free = shutil.disk_usage(place).free
     except OSError as error:
         raise StoreError(f"cannot write to {directory}: {error.strerror or error}") from error
     if free < needed:

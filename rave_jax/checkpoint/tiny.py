@@ -190,10 +190,15 @@ def write_tiny(destination: str | Path, sizes: Tiny = Tiny()) -> Path:
     check_room(abstract, parameter_shardings(abstract, None))
     model = jax.jit(lambda key: Vlm(config, options, key=key))(jax.random.key(sizes.seed))
     with tempfile.TemporaryDirectory() as folder:
-        byte_tokenizer().save(str(Path(folder) / "tokenizer.json"))
-        for name, data in _settings(config).items():
-            (Path(folder) / name).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
+        write_tiny_files(Path(folder), sizes)
         return export_hf(model, destination, folder)
+
+
+def write_tiny_files(folder: Path, sizes: Tiny) -> None:
+    """Write what a model directory holds beside its weights into a folder that is there."""
+    byte_tokenizer().save(str(folder / "tokenizer.json"))
+    for name, data in _settings(tiny_config(sizes)).items():
+        (folder / name).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
 
 
 def _settings(config: VlmConfig) -> dict[str, Any]:

@@ -64,7 +64,7 @@ def match(directory: Path, model: Vlm, with_sidecar: bool) -> Match:
     ]
     extras = extra_parameters(model)
     if with_sidecar:
-        problems += _match_sidecar(directory / SIDECAR, model, extras, sources)
+        problems += match_sidecar(directory / SIDECAR, model, extras, sources)
     if not problems and head is not None:
         problems += _differing_head(head, sources["embed.weight"][0])
     if problems:
@@ -109,7 +109,18 @@ def _misfits(stored: Stored, shape: tuple[int, ...]) -> list[str]:
     return problems
 
 
-def _match_sidecar(path: Path, model: Vlm, extras: list[str], sources: dict[str, dict[int, Stored]]) -> list[str]:
+def match_sidecar(path: Path, model: Vlm, extras: list[str], sources: dict[str, dict[int, Stored]]) -> list[str]:
+    """Find parameters beyond the backbone in the side-car.
+
+    Args:
+        path: of the side-car.
+        model: abstract.
+        extras: paths of the parameters.
+        sources: gets where they are, by path and layer.
+
+    Returns:
+        what does not fit.
+    """
     if not extras and not path.is_file():
         return []
     found, problems = read_header(path)

@@ -105,11 +105,14 @@ class DataConfig:
             in_batch = f"{name} of a whole batch: rows {self.rows} times {name} {most}"
             require(self.rows * most <= MOST_IN_BATCH, in_batch, self.rows * most, f"at most {MOST_IN_BATCH}")
 
-    def open_sources(self) -> tuple[Source, ...]:
+    def open_sources(self, probe: int = 8) -> tuple[Source, ...]:
         """The sources, each with at least one sample.
 
+        Args:
+            probe: first samples of a source of which at least one has to be readable; 0 for none.
+
         Raises:
-            ConfigError: one cannot be opened or is empty.
+            ConfigError: one cannot be opened or is empty, or none of its first samples can be read.
         """
         opened = []
         for number, config in enumerate(self.sources):
@@ -118,6 +121,7 @@ class DataConfig:
             except ConfigError as error:
                 raise ConfigError(f"data.sources.{number}: {error}") from error
             require(len(source) > 0, f"data.sources.{number} ({source.name})", len(source), "at least one sample")
+            _probe(source, probe, f"data.sources.{number} ({source.name})")
             opened.append(source)
         return tuple(opened)
 
@@ -287,6 +291,19 @@ class Pipeline:
             example = region_major(example)
         self._cache.put(key, example)
         return example
+
+
+def _probe(source: Source, most: int, field: str) -> None:
+    """Raise ConfigError where none of the first samples can be read: then the file is none of this kind."""
+    errors: list[SampleError] = []
+    for index in range(min(most, len(source))):
+        try:
+            source[index]
+            return
+        except SampleError as error:
+            errors.append(error)
+    if errors:
+        raise ConfigError(f"{field}: none of its first {len(errors)} samples can be read; the first: {errors[0]}")
 
 
 def check_answers(sample: Sample, name: str) -> None:

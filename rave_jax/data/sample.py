@@ -27,6 +27,16 @@ class SampleError(ValueError):
 
     reason = "bad record"
 
+    def at(self, where: str) -> SampleError:
+        """The same error, `where` in front of what it says."""
+        return type(self)(f"{where}: {self}")
+
+
+class UnreadKey(SampleError):
+    """A record that holds something under a name that is not read, and that would be dropped."""
+
+    reason = "unread key"
+
 
 class ImageError(SampleError):
     """A picture that cannot be read: broken, cut off, animated, too thin, or not a picture."""

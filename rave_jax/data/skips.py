@@ -76,6 +76,11 @@ class SkipLog:
         if summary:
             log.warning("%s", summary)
 
+    def close(self) -> None:
+        """Say the summary of a run that is over, where there is more to say than was said of each."""
+        if len(self._seen) > len(self._groups):
+            log.warning("%s", self.summary())
+
     def summary(self) -> str:
         """One line: how many samples were skipped for which reason, with an example of each; "" where none was."""
         if not self._groups:
@@ -89,10 +94,12 @@ class SkipLog:
 
 def describe(skips: Sequence[Skip]) -> str:
     """Skips in a few words: counts by reason, and what those over budget need."""
-    counts = Counter(skip.reason for skip in skips)
-    over = [skip for skip in skips if skip.tokens]
-    most = _Group(len(over), over[0], max(s.tokens for s in over), max(s.patches for s in over)) if over else None
-    return ", ".join(f"{n} {reason}" for reason, n in counts.most_common()) + (_need(most) if most else "")
+    parts = []
+    for reason, count in Counter(skip.reason for skip in skips).most_common():
+        found = [skip for skip in skips if skip.reason == reason]
+        most = _Group(count, found[0], max(s.tokens for s in found), max(s.patches for s in found))
+        parts.append(f"{count} {reason}{_need(most)}")
+    return ", ".join(parts)
 
 
 def shortened(text: str, most: int = 200) -> str:
@@ -103,6 +110,5 @@ def shortened(text: str, most: int = 200) -> str:
 def _need(group: _Group) -> str:
     if not group.tokens:
         return ""
-    return (
-        f" (up to {group.tokens} tokens and {group.patches} patches; `rave-jax data CONFIG` says what the data needs)"
-    )
+    most = f"up to {group.tokens} tokens and {group.patches} patches"
+    return f" (they need {most}; `rave-jax data CONFIG` says what all of the data needs)"

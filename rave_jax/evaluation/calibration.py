@@ -129,12 +129,20 @@ class CalibrationSet:
         """What is measured of every sample in order, float32.
 
         Raises:
-            ConfigError: the table is not of the model's layers and heads.
+            ConfigError: the table is not of the model's layers and heads, or the model's logits for a sample are NaN or
+                infinite.
         """
         table = np.asarray(gammas, np.float32)
         with use_mesh(self._mesh):
             found = [_measured(self._model, table, block, criterion=self._criterion) for block in self._blocks]
-        return np.concatenate([np.asarray(part) for part in found])[: self._count]
+        values = np.concatenate([np.asarray(part) for part in found])[: self._count]
+        (broken,) = np.nonzero(~np.isfinite(values))
+        if len(broken):
+            raise ConfigError(
+                f"the model's logits for {len(broken)} of {self._count} samples of the calibration set are NaN or "
+                f"infinite, first for sample {broken[0]}, counted from 0"
+            )
+        return values
 
     def _batch(self, examples: Sequence[Example], shape: BatchShape) -> Batch:
         settings = self._processor.settings
@@ -154,7 +162,9 @@ def measured(model: Vlm, gammas: Float[Array, "L H"], asked: Asked, criterion: C
     if criterion == "entropy":
         return shard(entropy(jax.nn.log_softmax(logits[:, 0])), None)
     right = jnp.argmax(logits, axis=-1) == asked.answer
-    return shard(jnp.all(right | (asked.answer == NOTHING), axis=1).astype(jnp.float32), None)
+    # NaN, which a search refuses: an argmax over numbers that are not finite would count as a wrong answer.
+    sound = jnp.all(jnp.all(jnp.isfinite(logits), axis=-1) | (asked.answer == NOTHING), axis=1)
+    return shard(jnp.where(sound, jnp.all(right | (asked.answer == NOTHING), axis=1), jnp.nan), None)
 
 
 _measured: Any = jax.jit(measured, static_argnames="criterion")

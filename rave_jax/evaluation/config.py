@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from rave_jax.config import check_ranges, require
+from rave_jax.config import check_paths, check_ranges, require
 from rave_jax.data.pipeline import MOST_PATCHES, MOST_PIXELS, MOST_TOKENS
 from rave_jax.data.sources import SourceConfig, Synthetic
 from rave_jax.evaluation.grounding import TaskAim
@@ -151,6 +151,7 @@ class Examination:
     """Processes of the job and their time limits."""
 
     def __post_init__(self) -> None:
+        check_paths(self)
         names = [item.name for item in self.evals]
         require(len(names) > 0, "evals", self.evals, "at least one evaluation")
         require(len(set(names)) == len(names), "evals", names, "evaluations with names of their own")

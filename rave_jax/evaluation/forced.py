@@ -20,6 +20,7 @@ from rave_jax.data.collate import BatchShape, collate
 from rave_jax.data.processor import Processor
 from rave_jax.data.sample import EmptyAnswer, Example, Sample
 from rave_jax.evaluation.calibration import asked_at
+from rave_jax.inference import NotFinite
 from rave_jax.models.vlm import Vlm
 from rave_jax.parallel.rows import batch_shardings, global_batch
 from rave_jax.parallel.sharding import replicated, use_mesh
@@ -50,15 +51,22 @@ class ForcedAnswers:
 
         Raises:
             SampleError: a sample cannot be used, has no answer, or is over budget.
+            NotFinite: the model's logits for an answer are NaN or infinite.
         """
-        return self.of_examples([self._encoded(sample) for sample in samples])
+        return self.of_examples([self._encoded(sample) for sample in samples], [sample.id for sample in samples])
 
-    def of_examples(self, examples: Sequence[Example]) -> Bool[NpArray, "samples"]:
-        """The same of samples in numbers; the answer is what the loss mask of the last turn marks."""
+    def of_examples(self, examples: Sequence[Example], names: Sequence[str] = ()) -> Bool[NpArray, "samples"]:
+        """The same of samples in numbers, by the names that errors call them; the answer is what the loss mask of the
+        last turn marks."""
         found = [np.zeros(0, bool)]
         for start in range(0, len(examples), self._shape.rows):
             part = examples[start : start + self._shape.rows]
-            found.append(self._block(part)[: len(part)])
+            same, broken = self._block(part)
+            for row, position in enumerate(broken[: len(part)].tolist()):
+                if position != NOTHING:
+                    name = names[start + row] if names else f"sample {start + row}"
+                    raise NotFinite(f"{name}: the model's logits at position {position} are NaN or infinite")
+            found.append(same[: len(part)])
         return np.concatenate(found)
 
     def _encoded(self, sample: Sample) -> Example:
@@ -66,7 +74,7 @@ class ForcedAnswers:
             raise EmptyAnswer(f"{sample.id}: has no answer")
         return self._processor.encode(sample.messages, name=sample.id)
 
-    def _block(self, examples: Sequence[Example]) -> Bool[NpArray, "B"]:
+    def _block(self, examples: Sequence[Example]) -> tuple[Bool[NpArray, "B"], Int[NpArray, "B"]]:
         B = self._shape.rows
         at, answer = np.zeros((B, self._width), np.int32), np.full((B, self._width), NOTHING, np.int32)
         for row, example in enumerate(examples):
@@ -74,7 +82,8 @@ class ForcedAnswers:
             at[row, : len(queries)], answer[row, : len(tokens)] = queries, tokens
         with use_mesh(self._mesh):
             where = jax.device_put((at, answer), batch_shardings(self._mesh, B).tokens)
-            return np.asarray(self._right(self._model, self._batch(examples), *where))
+            same, broken = self._right(self._model, self._batch(examples), *where)
+            return np.asarray(same), np.asarray(broken)
 
     def _batch(self, examples: Sequence[Example]) -> Batch:
         settings = self._processor.settings
@@ -86,7 +95,9 @@ class ForcedAnswers:
         return global_batch(load, self._mesh, self._shape.rows)
 
 
-def right(model: Vlm, batch: Batch, at: Int[Array, "B N"], answer: Int[Array, "B N"]) -> Bool[Array, "B"]:
+def right(
+    model: Vlm, batch: Batch, at: Int[Array, "B N"], answer: Int[Array, "B N"]
+) -> tuple[Bool[Array, "B"], Int[Array, "B"]]:
     """Is each row's answer the most likely one, token after token?
 
     Args:
@@ -94,7 +105,13 @@ def right(model: Vlm, batch: Batch, at: Int[Array, "B N"], answer: Int[Array, "B
         batch: conversations with their answers.
         at: queries that predict the answer's tokens; anything for fillers.
         answer: the answer's tokens; NOTHING for fillers.
+
+    Returns:
+        the answer to it, and the first query of the row whose logits are NaN or infinite, -1 where none are.
     """
     hidden = model.hidden(batch)
     logits = model.logits(jnp.take_along_axis(hidden, at[..., None], axis=1))
-    return jnp.all((jnp.argmax(logits, axis=-1) == answer) | (answer == NOTHING), axis=1)
+    same = jnp.all((jnp.argmax(logits, axis=-1) == answer) | (answer == NOTHING), axis=1)
+    broken = ~jnp.all(jnp.isfinite(logits), axis=-1) & (answer != NOTHING)
+    first = jnp.take_along_axis(at, jnp.argmax(broken, axis=1)[:, None], axis=1)[:, 0]
+    return same, jnp.where(jnp.any(broken, axis=1), first, NOTHING)

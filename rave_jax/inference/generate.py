@@ -14,7 +14,7 @@ from rave_jax.data.processor import Processor
 from rave_jax.data.sample import Message, SampleError
 from rave_jax.inference.buckets import SlotConfig
 from rave_jax.inference.sampling import Sampling
-from rave_jax.inference.slots import Engine, Reason, Usage
+from rave_jax.inference.slots import Engine, Progress, Reason, Usage
 from rave_jax.inference.text import TextStream
 from rave_jax.models.vlm import Vlm
 
@@ -136,10 +136,9 @@ class Generator:
                 yield from refused
                 refused.clear()
                 for progress in self._engine.step() if running else ():
-                    answer = running[progress.request]
-                    yield self._piece(progress.request, answer, progress.tokens, progress.reason)
-                    ended = progress.reason is not None or answer.stream.stopped
-                    if ended:
+                    piece = self._piece(progress, running[progress.request])
+                    yield piece
+                    if piece.end is not None:
                         del running[progress.request]
         finally:
             self._streaming = False
@@ -159,18 +158,20 @@ class Generator:
         else:
             running[number] = _Answer(place, len(example.tokens), stream, [])
 
-    def _piece(self, number: int, answer: _Answer, tokens: Sequence[int], reason: Reason | None) -> Piece:
-        parts = []
-        for token in tokens:
+    def _piece(self, progress: Progress, answer: _Answer) -> Piece:
+        parts, reason = [], progress.reason
+        for token in progress.tokens:
             answer.tokens.append(token)
             parts.append(answer.stream.push(token))
             if answer.stream.stopped:
                 break
+        if progress.error is not None and not answer.stream.stopped:
+            return Piece(answer.request, "", progress.error)
         if reason is not None and not answer.stream.stopped:
             parts.append(answer.stream.finish())
         if answer.stream.stopped:
             if reason is None:
-                self._engine.cancel(number)
+                self._engine.cancel(progress.request)
             reason = "stop"
         end = None
         if reason is not None:

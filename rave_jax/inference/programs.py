@@ -21,6 +21,8 @@ from rave_jax.typing import Array, Bool, Float, Int, UInt8
 
 NOTHING = -1
 """Stands where no token was given out."""
+BROKEN = -2
+"""Stands where no token could be chosen: a logit was NaN or infinite."""
 
 
 class SlotState(NamedTuple):
@@ -180,7 +182,8 @@ def read(
         regions: regions of the cache that it may see; None of a cache without.
 
     Returns:
-        the state, and the answers' first tokens; -1 where the prompt goes on, or the answer is empty.
+        the state, and the answers' first tokens; -1 where the prompt goes on, or the answer is empty; -2 where a logit
+        is not finite.
     """
     B = state.seen.shape[0]
     begins = admission.begins
@@ -201,8 +204,9 @@ def read(
     seen = jnp.where(begins[:, None], False, jnp.take(state.seen, admission.slot, axis=0, mode="clip"))
     seen = seen.at[rows[:, None], ids].set(True, mode="drop")
     count = jnp.zeros_like(admission.limit)
-    first = choose(model.logits(hidden[:, 0]), admission.sampling, seen, count)
-    stopped = jnp.any(first[:, None] == admission.stops, axis=1)
+    logits = model.logits(hidden[:, 0])
+    first, sound = choose(logits, admission.sampling, seen, count), finite(logits)
+    stopped = jnp.any(first[:, None] == admission.stops, axis=1) | ~sound
     ends = admission.last >= 0
     seen = seen.at[rows, first].max(ends)
 
@@ -221,7 +225,7 @@ def read(
         stops=enter(state.stops, admission.stops),
         sampling=jax.tree.map(enter, state.sampling, admission.sampling),
     )
-    return settled(state), shard(jnp.where(ends & ~stopped, first, NOTHING), None)
+    return settled(state), shard(jnp.where(ends & ~stopped, first, jnp.where(ends & ~sound, BROKEN, NOTHING)), None)
 
 
 def write(
@@ -246,7 +250,8 @@ def write(
         width: W, columns of the result.
 
     Returns:
-        the state, the tokens in order with -1 where none came, and how many steps were run.
+        the state, the tokens in order with -1 where none came and -2 where a logit was not finite, which ends the
+        answer, and how many steps were run.
     """
     begun, whole = state.active & alive, state.cache
     state = state._replace(active=begun, cache=kv_cache.take(whole, None, reach))
@@ -261,8 +266,10 @@ def write(
         info = _answer_info(now)
         positions = jnp.broadcast_to(now.position[None, :, None], (3, len(begun), 1))
         hidden, cache = model.decode(now.token[:, None], info, positions, now.cache)
-        chosen = choose(model.logits(hidden[:, 0]), now.sampling, now.seen, now.count)
-        given = now.active & ~jnp.any(chosen[:, None] == now.stops, axis=1)
+        logits = model.logits(hidden[:, 0])
+        chosen, sound = choose(logits, now.sampling, now.seen, now.count), finite(logits)
+        given = now.active & sound & ~jnp.any(chosen[:, None] == now.stops, axis=1)
+        column = jnp.where(given, chosen, jnp.where(now.active & ~sound, BROKEN, NOTHING))
         count = now.count + given
         now = now._replace(
             cache=cache,
@@ -272,10 +279,23 @@ def write(
             count=count,
             active=given & (count < now.limit),
         )
-        return step + 1, out.at[:, step].set(jnp.where(given, chosen, NOTHING)), now
+        return step + 1, out.at[:, step].set(column), now
 
     ran, out, state = jax.lax.while_loop(unfinished, advance, (jnp.int32(0), out, state))
     return settled(state._replace(cache=kv_cache.put(whole, state.cache, None))), shard(out, None, None), ran
+
+
+def clear(model: Vlm, state: SlotState, slot: Int[Array, "1"]) -> tuple[SlotState]:
+    """Zeros in everything that is kept for a slot. Leftovers of an answer that was not finite would reach the next one
+    through attention: 0 times NaN is NaN."""
+    part = kv_cache.take(state.cache, slot, state.cache.size)
+    cache = kv_cache.put(state.cache, jax.tree.map(jnp.zeros_like, part), slot)
+    return (settled(state._replace(cache=cache, pictures=jnp.zeros_like(state.pictures))),)
+
+
+def finite(logits: Float[Array, "B V"]) -> Bool[Array, "B"]:
+    """Rows in which every logit, as the model gives it, is a finite number."""
+    return jnp.all(jnp.isfinite(logits), axis=-1)
 
 
 def _answer_info(now: SlotState) -> TokenInfo:

@@ -21,7 +21,8 @@ from rave_jax.config import ConfigError
 from rave_jax.data.layout import check_regions
 from rave_jax.data.sample import Example, OverBudget, SampleError
 from rave_jax.inference.buckets import Buckets, SlotConfig
-from rave_jax.inference.programs import NOTHING, SlotState, empty_state, read, see, write
+from rave_jax.inference.faults import not_finite
+from rave_jax.inference.programs import BROKEN, NOTHING, SlotState, clear, empty_state, read, see, write
 from rave_jax.inference.prompts import Prompt, PromptGroup
 from rave_jax.inference.sampling import Sampling
 from rave_jax.models.vlm import Vlm
@@ -33,11 +34,12 @@ Reason = Literal["stop", "length", "full"]
 
 
 class Progress(NamedTuple):
-    """What one step gave one request: new tokens, and why it ended if it did."""
+    """What one step gave one request: new tokens, and why it ended if it did: a reason, or what went wrong."""
 
     request: int
     tokens: tuple[int, ...]
     reason: Reason | None
+    error: SampleError | None = None
 
 
 @dataclass
@@ -61,6 +63,7 @@ class Usage:
 class _Job:
     request: int
     prompt: Prompt
+    called: str
     given: int = 0
 
     def length_after(self, steps: int) -> int:
@@ -171,7 +174,7 @@ class Engine:
         # The last token of an answer needs no room: nothing follows that would look at it.
         limit = min(sampling.max_new_tokens, config.max_length - len(example.tokens) + 1)
         limit = limit if config.max_text is None else min(limit, config.max_text - beside + 1)
-        self._waiting.append(_Job(self._requests, Prompt(example, sampling, stops + fill, limit)))
+        self._waiting.append(_Job(self._requests, Prompt(example, sampling, stops + fill, limit), called))
         return self._requests
 
     def _check_layout(self, example: Example, called: str) -> None:
@@ -219,8 +222,10 @@ class Engine:
             self._run("read", (reach, group.width, regions), _read, chunk, admission, reach=reach, regions=regions)[0]
             for reach, chunk, admission in group.chunks(slots, no_slot=self.config.slots)
         ]
-        # A prompt gives its answer's first token with its last chunk, and -1 with the others.
-        first = np.max(np.stack(given), axis=0)
+        # A prompt gives its answer's first token with its last chunk, and nothing with the others.
+        first = np.full(rows, NOTHING)
+        for tokens in map(np.asarray, given):
+            first = np.where(tokens == NOTHING, first, tokens)
         done = []
         for slot, job, token in zip(slots, jobs, first.tolist(), strict=False):
             self._slots[slot] = job
@@ -248,8 +253,12 @@ class Engine:
 
     def _take(self, slot: int, job: _Job, column: list[int]) -> Progress:
         """Count what a slot gave; where no token came before the limit, a stop token had come."""
-        tokens = tuple(token for token in column if token != NOTHING)
+        tokens = tuple(token for token in column if token not in (NOTHING, BROKEN))
         job.given += len(tokens)
+        if BROKEN in column:
+            self._slots[slot] = None
+            self._run("clear", None, _clear, np.array([slot], np.int32))
+            return Progress(job.request, tokens, None, not_finite(job.called, job.prompt.length, job.given))
         reason: Reason | None = None
         if job.given == job.prompt.limit:
             reason = "length" if job.given == job.prompt.sampling.max_new_tokens else "full"
@@ -285,6 +294,7 @@ def _compiled(program: FunctionType, *sizes: str) -> Any:
 _see = _compiled(see)
 _read = _compiled(read, "reach", "regions")
 _write = _compiled(write, "reach", "width")
+_clear = _compiled(clear)
 
 
 def _bound(state: SlotState, device: Sharding) -> SlotState:
@@ -294,7 +304,7 @@ def _bound(state: SlotState, device: Sharding) -> SlotState:
 
 def compilations() -> int:
     """Programs of slots that this process holds compiled, of all models and sizes."""
-    return sum(program._cache_size() for program in (_see, _read, _write))
+    return sum(program._cache_size() for program in (_see, _read, _write, _clear))
 
 
 def _everywhere(arguments: Any, mesh: Mesh) -> Any:

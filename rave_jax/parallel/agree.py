@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -27,3 +28,25 @@ def _gathered(text: str) -> list[str]:
     padded[: data.size] = data
     rows = np.asarray(multihost_utils.process_allgather(padded)).reshape(len(sizes), -1)
     return [row[:size].tobytes().decode() for row, size in zip(rows, sizes, strict=True)]
+
+
+def on_first[T](work: Callable[[], T], *errors: type[Exception]) -> T:
+    """What the first process gets from its work, or the error that it raises there, on every process.
+
+    Args:
+        work: called on the first process alone; returns what JSON can say.
+        errors: what it may raise; each takes one message.
+    """
+    answer: dict[str, Any] = {}
+    if jax.process_index() == 0:
+        try:
+            answer = {"value": work()}
+        except errors as error:
+            if jax.process_count() == 1:
+                raise
+            kind = next(number for number, kind in enumerate(errors) if isinstance(error, kind))
+            answer = {"kind": kind, "message": str(error)}
+    answer = from_first(answer)
+    if "kind" in answer:
+        raise errors[answer["kind"]](answer["message"])
+    return answer["value"]

@@ -90,6 +90,7 @@ def start(config: HostsConfig, simulated_devices: int = 0) -> None:
                 f"{message} ({_first_line(error)}); give hosts.processes and hosts.coordinator"
             ) from error
         _set_place(jax.process_index(), jax.process_count())
+        notes.open_board()
         return
     count = config.processes or _from_environment("hosts.processes", "JAX_NUM_PROCESSES")
     require(1 <= count <= MOST_PROCESSES, "hosts.processes", count, f"1 to {MOST_PROCESSES}")
@@ -106,6 +107,7 @@ def start(config: HostsConfig, simulated_devices: int = 0) -> None:
             jax.distributed.initialize(coordinator, count, process, **_limits(config))
     except (ValueError, RuntimeError) as error:
         raise HostsError(f"cannot connect to {coordinator} (hosts.coordinator): {_first_line(error)}") from error
+    notes.open_board()
 
 
 def _limits(config: HostsConfig) -> dict[str, Any]:
@@ -222,13 +224,11 @@ def fail(error: BaseException, code: int, prog: str) -> int:
     """
     print(f"{prog}: {place()}{error}", file=sys.stderr, flush=True)
     here = place()
-    if here.processes == 1 or not multihost.is_jax_distributed_client_initialized():
+    if here.processes == 1:
         return code
     failing.set()
     notes.leave(f"failed/{here.process}", str(error))
-    until = time.monotonic() + LAST_WORDS
-    while time.monotonic() < until and len(notes.read("failed")) < here.processes:
-        time.sleep(0.1)
+    notes.gather("failed", here.processes, LAST_WORDS)
     end(code, "")
 
 

@@ -28,13 +28,15 @@ def show(pieces: Iterator[Piece], verbose: bool, stopped: Callable[[], bool] = l
         stopped: asked after each piece: is this enough?
 
     Raises:
-        ConfigError: there is no answer. Nothing was printed.
+        ConfigError: there is no whole answer. What came of it before is on a line of its own.
     """
     start = time.perf_counter()
     texts: list[str] = []
     end = None
     for _, text, end in pieces:
         if isinstance(end, SampleError):
+            if any(texts):
+                print(flush=True)
             raise ConfigError(str(end)) from end
         texts.append(text)
         print(text, end="", flush=True)

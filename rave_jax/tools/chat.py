@@ -15,7 +15,7 @@ from typing import Any
 from rave_jax.config import ConfigError
 from rave_jax.data.images import read_image
 from rave_jax.data.sample import SampleError
-from rave_jax.inference import Generator, Request, Sampling
+from rave_jax.inference import Fault, Generator, Request, Sampling
 from rave_jax.tools.answer import show
 from rave_jax.tools.folder import PictureFolder
 from rave_jax.tools.request import question
@@ -45,6 +45,8 @@ class Chat:
         self._generator, self._sampling, self._folder, self._verbose = generator, sampling, folder, verbose
         self._system = list(system)
         self._said: list[dict[str, Any]] = []
+        self.failed = False
+        """Has an answer ended with a fault of the model, and not of what was asked?"""
         self._pictures: list[Any] = []
 
     def take(self, line: str) -> bool:
@@ -85,6 +87,7 @@ class Chat:
             try:
                 text, whole = show(pieces, self._verbose, stopped)
             except ConfigError as error:
+                self.failed |= isinstance(error.__cause__, Fault)
                 dropped = "; the question's pictures are dropped" if self._pictures else ""
                 self._pictures = []
                 return _say(f"{error}{dropped}")
@@ -102,8 +105,9 @@ def chat(
     images: Sequence[str] = (),
     prompt: str | None = None,
     verbose: bool = False,
-) -> None:
+) -> bool:
     """Talk over stdin and stdout until one of them ends. Remarks go to stderr.
+    Returns whether every answer that the model began came to its end.
 
     Args:
         make: gives the generator.
@@ -127,7 +131,8 @@ def chat(
         talk.ask(prompt)
     for line in _lines():
         if not talk.take(line):
-            return
+            break
+    return not talk.failed
 
 
 def _lines() -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""`rave-jax`: train, eval, convert, inspect, logits, generate, calibrate.
+"""`rave-jax`: train, eval, convert, inspect, logits, generate, calibrate, data.
 
 Each subcommand imports what it needs when it runs, so that --help is quick.
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from rave_jax.command_line import config_names
-from rave_jax.config import ConfigError
+from rave_jax.config import ConfigError, local_path
 
 DTYPES = ("float32", "bfloat16")
 EXIT_INPUT = 2
@@ -62,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     from_hf = ways.add_parser("from-hf", help="a HuggingFace directory into a native checkpoint")
     from_hf.add_argument("source", type=Path, help="directory with config.json and safetensors")
     from_hf.add_argument("--dtype", choices=DTYPES, help="number type of the parameters (default: as stored)")
+    from_hf.add_argument("--base", type=Path, help="directory of a PEFT adapter's base model (default: what it names)")
     to_hf = ways.add_parser("to-hf", help="a native checkpoint, or a training run, into a HuggingFace directory")
     to_hf.add_argument("source", type=Path, help="native checkpoint, run directory, or HuggingFace directory")
     to_hf.add_argument("--dtype", choices=DTYPES, help="number type of the weights (default: that of the parameters)")
@@ -72,6 +73,16 @@ def _parser() -> argparse.ArgumentParser:
         default=5 * 10**9,
         metavar="SIZE",
         help="of a weight file, as 5GB (default) or 500MB",
+    )
+    to_hf.add_argument(
+        "--lora",
+        choices=("merge", "peft", "beside"),
+        default="merge",
+        help="merged into the weights (default), as a PEFT adapter directory, or beside unchanged weights, which only "
+        "rave_jax reads together",
+    )
+    to_hf.add_argument(
+        "--base", type=Path, help="the model that a PEFT adapter is of (default: what the run began with)"
     )
     for way in (from_hf, to_hf):
         way.add_argument("destination", type=Path, help="directory that is not there yet")
@@ -145,6 +156,12 @@ def _parser() -> argparse.ArgumentParser:
         "--dtype", choices=DTYPES, help="number type to compute in (default: that of the model's options)"
     )
     zero.late = _calibration_flags
+
+    data = commands.add_parser(
+        "data", help="tokens and patches that the data of a config needs, and what cannot be used"
+    )
+    data.add_argument("words", nargs=argparse.REMAINDER, metavar="CONFIG [--field.name value ...]")
+    data.late = _data_flags
     return parser
 
 
@@ -156,6 +173,12 @@ def _generation_flags(parser: argparse.ArgumentParser) -> None:
 
 def _calibration_flags(parser: argparse.ArgumentParser) -> None:
     from rave_jax.tools.calibrate import add_flags
+
+    add_flags(parser)
+
+
+def _data_flags(parser: argparse.ArgumentParser) -> None:
+    from rave_jax.tools.data import add_flags
 
     add_flags(parser)
 
@@ -186,6 +209,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Only tokenizers are used of transformers; its remark that torch is missing would confuse.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
+        for name, value in vars(arguments).items():
+            if isinstance(value, Path):
+                local_path(value, name)
         return _run(arguments)
     except ConfigError as error:
         print(f"rave-jax: {error}", file=sys.stderr)
@@ -210,18 +236,13 @@ def _run(arguments: argparse.Namespace) -> int:
 
             return evaluate(arguments.words, "rave-jax eval")
         case "convert":
-            from rave_jax.tools.convert import from_hf, to_hf
+            from rave_jax.tools.convert import HfForm, from_hf, to_hf
 
             if arguments.way == "from-hf":
-                from_hf(arguments.source, arguments.destination, arguments.dtype)
+                from_hf(arguments.source, arguments.destination, arguments.dtype, arguments.base)
             else:
-                to_hf(
-                    arguments.source,
-                    arguments.destination,
-                    dtype=arguments.dtype,
-                    step=arguments.step,
-                    max_shard_bytes=arguments.max_shard_size,
-                )
+                form = HfForm(arguments.dtype, arguments.max_shard_size, arguments.lora, arguments.base)
+                to_hf(arguments.source, arguments.destination, form, arguments.step)
         case "inspect":
             from rave_jax.tools.inspect import inspect
 
@@ -240,6 +261,10 @@ def _run(arguments: argparse.Namespace) -> int:
             from rave_jax.tools.calibrate import calibrate
 
             calibrate(arguments)
+        case "data":
+            from rave_jax.tools.data import look_at_data
+
+            return look_at_data(arguments)
     return 0
 
 

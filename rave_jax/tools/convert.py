@@ -1,52 +1,132 @@
-"""`rave-jax convert`: a HuggingFace directory to a native checkpoint and back."""
+"""`rave-jax convert`: a HuggingFace directory or a PEFT adapter to a native checkpoint, and back."""
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
+from typing import NamedTuple
 
 from rave_jax.checkpoint import native
-from rave_jax.checkpoint.hf_export import copy_small_files, export_hf, keeps_other_keys, written_whole
+from rave_jax.checkpoint.card import LoraForm, Origin, notes
+from rave_jax.checkpoint.hf_export import copy_small_files, export_hf, keeps_other_keys, rounding
+from rave_jax.checkpoint.hf_files import has_weights, is_peft
+from rave_jax.checkpoint.peft_export import export_peft
+from rave_jax.checkpoint.peft_import import base_of, import_peft
 from rave_jax.checkpoint.safetensors_file import CheckpointError
+from rave_jax.checkpoint.store import StoreError
+from rave_jax.checkpoint.written_whole import written_whole
 from rave_jax.models.parameters import num_bytes
+from rave_jax.models.vlm import Vlm
 from rave_jax.tools import source as sources
+from rave_jax.training.init import FromHF
+from rave_jax.training.run import load_run
 
 
-def from_hf(source: Path, destination: Path, dtype: str | None = None) -> None:
-    """Write a native checkpoint of a HuggingFace directory.
+class HfForm(NamedTuple):
+    """How a model is written in HuggingFace format.
+
+    Fields:
+        dtype: number type of the weights; None writes the parameters as they are.
+        max_shard_bytes: a weight file takes no more.
+        lora: what becomes of LoRA.
+        base: HuggingFace directory that an adapter belongs to; None is the one that training began with.
+    """
+
+    dtype: str | None = None
+    max_shard_bytes: int = 5 * 10**9
+    lora: LoraForm = "merge"
+    base: Path | None = None
+
+
+def from_hf(source: Path, destination: Path, dtype: str | None = None, base: Path | None = None) -> None:
+    """Write a native checkpoint of a HuggingFace directory, or of a PEFT adapter directory and its base.
 
     Args:
-        source: directory with config.json and safetensors.
+        source: directory with config.json and safetensors, or with adapter_config.json and adapter_model.safetensors.
         destination: not there yet.
         dtype: number type of the parameters; None keeps those stored.
+        base: of an adapter; None follows what it says.
 
     Raises:
         ConfigError: the source does not fit a model we know, or the destination cannot be written.
     """
-    if sources.is_run(source) or native.is_native(source):
-        raise CheckpointError(f"{source}: expected a directory in HuggingFace format")
     changes = {} if dtype is None else {"param_dtype": dtype}
-    model, directory, _ = sources.load(source, changes=changes, as_stored=dtype is None)
+    if is_peft(source):
+        directory = base_of(source, base)
+        model = import_peft(
+            source, directory, sources.all_devices(), changes=changes, dtypes="stored" if dtype is None else "options"
+        )
+    elif base is not None:
+        raise CheckpointError(f"{source}: --base is of PEFT adapters, but no adapter_config.json is here")
+    elif sources.is_run(source) or native.is_native(source):
+        raise CheckpointError(f"{source}: expected a directory in HuggingFace format")
+    else:
+        model, directory, _ = sources.load(source, changes=changes, as_stored=dtype is None)
     with written_whole(destination, num_bytes(model)) as folder:
         if folder is not None:
-            copy_small_files(directory, folder)
+            copy_small_files(directory, folder, model.options)
             native.write_into(folder, model, keeps_other_keys(model, directory))
     print(f"{destination}: native checkpoint, {num_bytes(model):,} bytes of parameters")
 
 
-def to_hf(source: Path, destination: Path, *, dtype: str | None, step: int | None, max_shard_bytes: int) -> None:
-    """Write a HuggingFace directory of a native checkpoint or of a run.
+def to_hf(source: Path, destination: Path, form: HfForm, step: int | None = None) -> None:
+    """Write a HuggingFace directory (or a PEFT adapter) of a native checkpoint or of a run, and say what it lacks.
 
     Args:
         source: native checkpoint, run directory, or HuggingFace directory.
         destination: not there yet.
-        dtype: number type of the weights; None writes the parameters as they are.
+        form: how it is written.
         step: of a run; None is the newest.
-        max_shard_bytes: a weight file takes no more.
 
     Raises:
         ConfigError: the source cannot be read, or the destination cannot be written.
     """
-    model, directory, _ = sources.load(source, step, as_stored=True)
-    export_hf(model, destination, directory, dtype=dtype, max_shard_bytes=max_shard_bytes)
-    files = len(list(destination.glob("*.safetensors")))
-    print(f"{destination}: HuggingFace format, {files} weight file{'s' if files > 1 else ''}")
+    model, directory, origin = _load(source, step)
+    if form.lora == "peft":
+        base = form.base or _base(source, directory, origin)
+        export_peft(model, destination, base, dtype=form.dtype, origin=origin)
+        print(f"{destination}: PEFT adapter of {base}")
+    else:
+        if form.base is not None:
+            raise CheckpointError("--base goes with --lora peft: other forms hold the whole model")
+        export_hf(
+            model,
+            destination,
+            directory,
+            dtype=form.dtype,
+            max_shard_bytes=form.max_shard_bytes,
+            lora=form.lora,
+            origin=origin,
+        )
+        files = len(list(destination.glob("*.safetensors")))
+        print(f"{destination}: HuggingFace format, {files} weight file{'s' if files > 1 else ''}")
+    beside = model.options if form.lora == "beside" else dataclasses.replace(model.options, lora=None)
+    for sentence in notes(beside, model.options.lora, form.lora, rounding(model, form.dtype)):
+        print(sentence)
+
+
+def _load(source: Path, step: int | None) -> tuple[Vlm, Path, Origin | None]:
+    """The model, the directory with its config and tokenizer, and what made it, if a run did."""
+    if not sources.is_run(source):
+        return *sources.load(source, step, as_stored=True)[:2], None
+    try:
+        run = load_run(source, step=step)
+    except StoreError as error:
+        raise CheckpointError(str(error)) from error
+    base = run.config.init.path if isinstance(run.config.init, FromHF) else ""
+    return run.model, sources.model_directory(source), Origin(base, f"Trained by rave_jax for {run.step} steps")
+
+
+def _base(source: Path, directory: Path, origin: Origin | None) -> Path:
+    """The directory of the weights that an adapter of this model belongs to.
+
+    Raises:
+        CheckpointError: it is not known.
+    """
+    if origin is not None and origin.base:
+        return Path(origin.base).expanduser()
+    if not native.is_native(source) and has_weights(directory):  # of a run that started by itself, or as it lies here
+        return directory
+    raise CheckpointError(
+        f"{source}: does not say what its adapter belongs to: give the base model's directory (--base)"
+    )

@@ -25,7 +25,7 @@ from rave_jax.tools.request import question
 
 SIZES = ("max_length", "max_text", "slots", "cache", "chunk", "regions_in")
 SOME_REFUSED = 1
-"""Exit code of a file of requests of which some could not be answered."""
+"""Exit code of a file of requests, or a conversation, of which some could not be answered."""
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -61,8 +61,8 @@ def generate(arguments: argparse.Namespace) -> int:
     pictures = tuple(map(str, arguments.image))
     if arguments.interactive:
         folder = PictureFolder.of(Path(), arguments.image_dir)
-        chat(generator, sampling, folder, system, pictures, arguments.prompt, arguments.verbose)
-        return 0
+        whole = chat(generator, sampling, folder, system, pictures, arguments.prompt, arguments.verbose)
+        return 0 if whole else SOME_REFUSED
     request = Request([*system, question(arguments.prompt, pictures)], sampling, "--prompt")
     try:
         # Before the weights are read, which may take minutes.

@@ -16,6 +16,7 @@ from rave_jax.config import ConfigError
 from rave_jax.data.collate import collate, smallest_shape
 from rave_jax.data.processor import Processor
 from rave_jax.data.sample import SampleError
+from rave_jax.inference import NotFinite
 from rave_jax.models.vlm import Vlm
 from rave_jax.tools import source as sources
 from rave_jax.tools.request import read_request
@@ -58,6 +59,7 @@ def logits(
 
     Raises:
         SampleError: a message or a picture that cannot be used.
+        NotFinite: a logit is NaN or infinite.
     """
     example = processor.encode(messages, add_generation_prompt)
     settings = processor.settings
@@ -70,8 +72,14 @@ def logits(
 
     with jax.default_matmul_precision("highest"):
         values = run(model, jax.tree.map(jnp.asarray, batch))
-    length = len(example.tokens)
-    return np.asarray(example.tokens), np.asarray(values[0, :length], np.float32)
+    ids, found = np.asarray(example.tokens), np.asarray(values[0, : len(example.tokens)], np.float32)
+    (broken,) = np.nonzero(~np.isfinite(found).all(axis=1))
+    if len(broken):
+        raise NotFinite(
+            f"the logits of {len(broken)} of {len(ids)} positions are NaN or infinite, first at position {broken[0]} "
+            f"(token id {ids[broken[0]]}): look for NaN in the checkpoint's weights"
+        )
+    return ids, found
 
 
 def _write(out: Path, ids: np.ndarray, values: np.ndarray) -> None:

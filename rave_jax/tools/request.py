@@ -66,7 +66,7 @@ def read_request(path: Path, image_dir: Path | None = None) -> list[dict[str, An
         data = parse(text.removeprefix("\ufeff"))
     except ValueError as error:
         raise ConfigError(f"{path}: {error}") from error
-    return resolved(data, PictureFolder.of(path.parent, image_dir), str(path))
+    return resolved(data, PictureFolder.of(path.parent, image_dir), f"{path}: messages")
 
 
 def resolved(data: Any, folder: PictureFolder, where: str) -> list[dict[str, Any]]:
@@ -79,7 +79,7 @@ def resolved(data: Any, folder: PictureFolder, where: str) -> list[dict[str, Any
     Args:
         data: what was read.
         folder: where pictures may lie.
-        where: what errors call the request.
+        where: what errors call the list.
 
     Raises:
         ConfigError: not a list of messages; a key or a kind of part that is not read; a picture that is no file below
@@ -89,7 +89,7 @@ def resolved(data: Any, folder: PictureFolder, where: str) -> list[dict[str, Any
         raise ConfigError(f"{where}: expected a JSON list of messages, each with 'role' and 'content'")
     messages = []
     for number, message in enumerate(data):
-        here = f"{where}: messages[{number}]"
+        here = f"{where}[{number}]"
         _check_keys(message, MESSAGE_KEYS, here, "a message")
         messages.append({"role": message.get("role"), "content": _content(message["content"], folder, here)})
     return messages

@@ -95,9 +95,14 @@ def load(
         return Source(_changed(run.model, changes or {}), model_directory(path), run.mesh)
     if step is not None:
         raise ConfigError(f"{path}: step {step} is asked for, but this is no run directory")
-    mesh = make_mesh(MeshConfig()) if jax.device_count() > 1 else None
+    mesh = all_devices()
     options = dataclasses.replace(options_of(path), **(changes or {}))
     return Source(import_hf(path, options, mesh, dtypes="stored" if as_stored else "options"), path, mesh)
+
+
+def all_devices() -> Mesh | None:
+    """A mesh of all devices, None where there is one."""
+    return make_mesh(MeshConfig()) if jax.device_count() > 1 else None
 
 
 def _changed(model: Vlm, changes: Mapping[str, Any]) -> Vlm:

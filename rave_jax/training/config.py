@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
+from typing import Any, get_args
 
+from rave_jax import config as configs
+from rave_jax.attention import MechanismConfig
 from rave_jax.checkpoint.tiny import Tiny
-from rave_jax.config import ConfigError, check_ranges, require
+from rave_jax.config import ConfigError, check_paths, check_ranges, require
 from rave_jax.data.pipeline import MOST_TOKENS, DataConfig
 from rave_jax.evaluation.config import Eval, Report
 from rave_jax.models.config import ModelOptions
@@ -17,8 +20,29 @@ from rave_jax.training.optimizers import OptimizerConfig
 
 # Fields that may differ when a run is continued: they change no number of it, or only where it is computed.
 OPERATIONAL = frozenset(
-    {"mesh", "simulated_devices", "hosts", "log_every", "save_every", "keep", "tensorboard", "final", "output_dir"}
+    {
+        "mesh",
+        "simulated_devices",
+        "hosts",
+        "log_every",
+        "save_every",
+        "keep",
+        "tensorboard",
+        "final",
+        "output_dir",
+        "extended",
+    }
 )
+
+
+@dataclass(frozen=True)
+class Extension:
+    """A run that was continued with more steps."""
+
+    after_step: int = 0
+    """Steps that were done by then."""
+    steps: int = 0
+    """`steps` until then, which the learning rate followed."""
 
 
 @dataclass(frozen=True)
@@ -57,9 +81,12 @@ class TrainConfig:
     """Write TensorBoard events beside metrics.jsonl?"""
     final: tuple[Eval | Report, ...] = ()
     """What is done after the last step, in order."""
+    extended: tuple[Extension, ...] = ()
+    """How often the run got more steps; train.py writes it, and what is given here is not looked at."""
 
     def __post_init__(self) -> None:
         require(bool(self.output_dir), "output_dir", self.output_dir, "a directory")
+        check_paths(self)
         # Steps are counted in int32, on the devices too.
         counts = dict.fromkeys(("steps", "log_every", "save_every", "keep"), (1, 2**31 - 1))
         check_ranges(self, **counts, loss_chunk=(1, MOST_TOKENS))
@@ -70,15 +97,70 @@ class TrainConfig:
 
 
 def check_same_run(old: TrainConfig, new: TrainConfig, directory: str) -> None:
-    """Refuse to continue a run with a config that would give other numbers.
+    """Refuse to continue a run with a config that would give other numbers. More steps extend it.
 
     Raises:
         ConfigError: names the fields that differ.
     """
-    different = [
-        f"{f.name} is {getattr(new, f.name)!r}, was {getattr(old, f.name)!r}"
-        for f in dataclasses.fields(TrainConfig)
-        if f.name not in OPERATIONAL and getattr(old, f.name) != getattr(new, f.name)
-    ]
+    different = differences(old, new)
     if different:
         raise ConfigError(f"{directory} holds another run ({'; '.join(different)}); choose another output_dir")
+    if new.steps < old.steps:
+        raise ConfigError(
+            f"{directory} holds a run of {old.steps} steps, and steps is {new.steps}: a run can be continued with as "
+            "many steps or with more, not with fewer; choose another output_dir for a shorter one"
+        )
+
+
+def differences(old: TrainConfig, new: TrainConfig) -> list[str]:
+    """The fields that would make another run of it, each as `FIELD is NEW, was OLD`."""
+    before, after = configs.to_json(old), configs.to_json(new)
+    names = [f.name for f in dataclasses.fields(TrainConfig) if f.name not in OPERATIONAL | {"steps"}]
+    return [line for name in names for line in _differences(name, before[name], after[name])]
+
+
+def _differences(where: str, old: Any, new: Any) -> list[str]:
+    if old == new:
+        return []
+    if isinstance(old, dict) and isinstance(new, dict) and old.get(configs.TAG) == new.get(configs.TAG):
+        return [line for key in old for line in _differences(f"{where}.{key}", old[key], new[key])]
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        pairs = enumerate(zip(old, new, strict=True))
+        return [line for number, pair in pairs for line in _differences(f"{where}.{number}", *pair)]
+    return [f"{where} is {_short(new)}, was {_short(old)}"]
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, dict) and configs.TAG in value:
+        fields = ", ".join(f"{key}={_short(item)}" for key, item in value.items() if key != configs.TAG)
+        return f"{value[configs.TAG]}({fields})"
+    return f"[{', '.join(map(_short, value))}]" if isinstance(value, list) else repr(value)
+
+
+def extension(old: TrainConfig, new: TrainConfig, after_step: int) -> TrainConfig:
+    """The config to write where `new` continues the run of `old` after this step: it remembers every extension."""
+    added = (Extension(after_step, old.steps),) if new.steps > old.steps else ()
+    return dataclasses.replace(new, extended=old.extended + added)
+
+
+def check_can_be_read_again(config: TrainConfig) -> None:
+    """Refuse a config that config.json could not hold: nothing could read the run again.
+
+    Raises:
+        ConfigError: names the field.
+    """
+    known = get_args(MechanismConfig)
+    for number, mechanism in enumerate(config.model.mechanisms):
+        if type(mechanism) not in known:
+            raise ConfigError(
+                f"model.mechanisms.{number} is of class {type(mechanism).__name__}, which config.json cannot name, so "
+                "that nothing could read the run again: add it to MechanismConfig in rave_jax/attention/__init__.py; "
+                f"there are {', '.join(sorted(kind.__name__ for kind in known))}"
+            )
+    try:
+        text = configs.dumps(config)
+        same = configs.dumps(configs.loads(TrainConfig, text, "config.json")) == text
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ConfigError(f"the config cannot be written to config.json and read back: {error}") from error
+    if not same:
+        raise ConfigError("the config read back from config.json is another one: its fields hold values of other types")

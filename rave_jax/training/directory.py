@@ -1,8 +1,9 @@
 """Layout of a run directory.
 
 config.json        the resolved config; `train.py RUN/config.json` repeats or continues the run
+.lock              held by the job that trains here (lock.py)
 model/             HF config, tokenizer and processor files (and the weights of a `Tiny` start)
-metrics.jsonl      one row per logged step
+metrics.jsonl      one row per logged step; lines that are no rows are moved to metrics.jsonl.rejected
 tensorboard/       the same as events
 checkpoints/STEP/  parameters, optimizer, data state (checkpoint/store.py)
 bad_step/STEP/     the state before a step that was not finite, if there was one
@@ -17,8 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rave_jax import config as configs
-from rave_jax.config import ConfigError
-from rave_jax.training.config import TrainConfig, check_same_run
+from rave_jax.checkpoint.saved_step import steps_in
+from rave_jax.config import ConfigError, local_path
+from rave_jax.training.config import TrainConfig, check_same_run, differences
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,10 @@ class RunDirectory:
         """Directory of the checkpoint store."""
         return self.path / "checkpoints"
 
+    def checkpoint(self, step: int) -> Path:
+        """The checkpoint of a step."""
+        return self.checkpoints / str(step)
+
     @property
     def bad_step(self) -> Path:
         """Store with the state before a step that was not finite."""
@@ -72,20 +78,43 @@ class RunDirectory:
             raise ConfigError(f"{self.path} is not a run directory: it holds no config.json")
         return configs.loads(TrainConfig, self.config.read_text(), str(self.config))
 
-    def claim(self, config: TrainConfig) -> None:
-        """Make this the directory of `config`, or check that it already is.
+    @property
+    def started(self) -> bool:
+        """Has a run got to its first step here?"""
+        rows = self.metrics.is_file() and self.metrics.stat().st_size > 0
+        return rows or bool(steps_in(self.checkpoints))
+
+    def past(self, config: TrainConfig) -> TrainConfig | None:
+        """The config of the run here that `config` continues; None where there is none.
+
+        A start with another config that did not get to its first step is no run.
 
         Raises:
             ConfigError: another run lives here.
-            OSError: the config cannot be written.
         """
-        if self.config.exists():
-            check_same_run(self.read_config(), config, str(self.path))
+        if not self.config.exists():
+            return None
+        old = self.read_config()
+        if not self.started and (differences(old, config) or old.steps != config.steps):
+            return None
+        check_same_run(old, config, str(self.path))
+        return old
+
+    def write_config(self, text: str) -> None:
+        """Put the text of a config in place, in one step.
+
+        Raises:
+            OSError: it cannot be written.
+        """
         written = self.config.with_suffix(".tmp")
-        written.write_text(configs.dumps(config))
+        written.write_text(text)
         os.replace(written, self.config)
 
 
 def run_directory(path: str | Path) -> RunDirectory:
-    """The run directory at a path, which need not exist yet."""
-    return RunDirectory(Path(path).expanduser().resolve())
+    """The run directory at a path, which need not exist yet.
+
+    Raises:
+        ConfigError: the path is not one of a file system.
+    """
+    return RunDirectory(local_path(path, "the run directory").expanduser().resolve())

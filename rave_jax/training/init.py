@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rave_jax.checkpoint.hf_import import load_config
-from rave_jax.checkpoint.tiny import Tiny, tiny_config, write_tiny
+from rave_jax.checkpoint.tiny import Tiny, tiny_config, write_tiny, write_tiny_files
 from rave_jax.config import ConfigError, check_fields, require
 from rave_jax.models.config import VlmConfig
 
@@ -45,13 +45,26 @@ def prepare(init: FromHF | Tiny, directory: Path) -> None:
     if isinstance(init, Tiny):
         write_tiny(partial, init)
     else:
-        source = source_of(init, directory)
         partial.mkdir(parents=True)
-        for pattern in SMALL_FILES:
-            for file in source.glob(pattern):
-                if file.is_file() and not file.match(INDEX):
-                    shutil.copyfile(file, partial / file.name)
+        write_small_files(init, partial)
     partial.rename(directory)
+
+
+def write_small_files(init: FromHF | Tiny, folder: Path) -> None:
+    """Write config, tokenizer and processor files of a model, without weights, into a folder that is there.
+
+    Raises:
+        ConfigError: there is no such HuggingFace directory.
+        OSError: they cannot be read or written.
+    """
+    if isinstance(init, Tiny):
+        write_tiny_files(folder, init)
+        return
+    source = source_of(init, folder)
+    for pattern in SMALL_FILES:
+        for file in source.glob(pattern):
+            if file.is_file() and not file.match(INDEX):
+                shutil.copyfile(file, folder / file.name)
 
 
 def model_config(init: FromHF | Tiny, directory: Path) -> VlmConfig:

@@ -168,8 +168,7 @@ class Loop:
         here, count = hosts.place()
         notes.leave(f"stop/state/{here}", str(step))
         with self._watchdog.during("the other processes to say after which step they stopped", 2):
-            while len(found := notes.read("stop/state")) < count:
-                time.sleep(0.1)
+            found = notes.gather("stop/state", count, self._stop.timeout)
         if len(set(found.values())) > 1:
             states = ", ".join(f"{found[str(process)]} (process {process})" for process in range(count))
             raise hosts.HostsError(

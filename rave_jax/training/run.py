@@ -14,8 +14,9 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from rave_jax.checkpoint.hf_import import import_hf
-from rave_jax.checkpoint.store import Store, StoreError, check_writable, local_bytes
+from rave_jax.checkpoint.store import Store, StoreError, check_room, local_bytes
 from rave_jax.checkpoint.target import abstract_model
+from rave_jax.checkpoint.tiny import Tiny
 from rave_jax.config import ConfigError
 from rave_jax.data.pipeline import Pipeline
 from rave_jax.data.processor import Processor
@@ -33,9 +34,10 @@ from rave_jax.parallel.mesh import MeshConfig, make_mesh
 from rave_jax.parallel.sharding import use_mesh
 from rave_jax.parallel.stopping import StopRequest
 from rave_jax.parallel.watchdog import Watchdog
-from rave_jax.training.config import TrainConfig
+from rave_jax.training.claim import Claim, claimed
+from rave_jax.training.config import TrainConfig, check_can_be_read_again
 from rave_jax.training.directory import RunDirectory, run_directory
-from rave_jax.training.init import model_config, prepare, source_of
+from rave_jax.training.init import model_config, source_of
 from rave_jax.training.loop import Loop, Schedule
 from rave_jax.training.session import Session, group_rows, make_session
 from rave_jax.training.state import ModelGraph, TrainState, parameters_of, parameters_target, state_of
@@ -80,12 +82,14 @@ def train(config: TrainConfig, stop: StopRequest | None = None) -> None:
 
 
 def _run(config: TrainConfig, watchdog: Watchdog, stop: StopRequest) -> None:
+    check_can_be_read_again(config)
     directory = run_directory(config.output_dir)
     mesh = make_mesh(config.mesh)
-    with use_mesh(mesh):
-        # Made first: a config that makes no model, or no session of it, leaves nothing behind.
+    with watchdog.during("the data sources to open", Watchdog.LONG):
+        sources = config.data.open_sources()
+    with use_mesh(mesh), claimed(directory, config) as claim:
         session = make_session(
-            abstract_model(model_config(config.init, directory.model), config.model),
+            abstract_model(model_config(config.init, claim.model), config.model),
             config.optimizer,
             mesh,
             steps=config.steps,
@@ -93,80 +97,96 @@ def _run(config: TrainConfig, watchdog: Watchdog, stop: StopRequest) -> None:
             loss_chunk=config.loss_chunk,
         )
         check_memory(session.state, "parameters and optimizer state")
-        _claim(directory, config)
         kept = min(config.keep, -(-config.steps // config.save_every)) + 1
-        present = sum(f.stat().st_size for f in directory.checkpoints.rglob("*") if f.is_file())
-        check_writable(directory.checkpoints, kept * local_bytes(session.state) - present)
+        present = sum(f.stat().st_size for s in claim.steps for f in directory.checkpoint(s).rglob("*") if f.is_file())
+        check_room(directory.checkpoints, kept * local_bytes(session.state) - present)
+        processor = config.data.processor(claim.model, config.model.layout)
+        pipeline = Pipeline(config.data, processor, sources)
+        if not claim.steps:
+            with watchdog.during("the first sample", Watchdog.LONG):
+                pipeline.samples(0, 0)  # budgets that no sample fits are known before anything is written
         if hosts.is_first():
             print_parameters(group_rows(session, config.optimizer))
-        processor = config.data.processor(directory.model, config.model.layout)
+        with watchdog.during("the weights to be read", Watchdog.LONG):
+            state = _first_or_saved_state(config, session, directory, claim, pipeline)
         with Store(directory.checkpoints, config.keep) as store:
-            state = _train(config, session, directory, store, processor, watchdog, stop)
-    model = session.graph.merge(state.trained | state.frozen)
-    del state  # the optimizer's part of it is not needed any more
-    with watchdog.during("what follows the last step", math.inf):
-        finish(config, model, processor, mesh, directory)
+            state = _train(config, session, directory, claim, store, state, pipeline, watchdog, stop)
+        model = session.graph.merge(state.trained | state.frozen)
+        del state  # the optimizer's part of it is not needed any more
+        with watchdog.during("what follows the last step", math.inf):
+            finish(config, model, processor, mesh, directory)
 
 
-def _claim(directory: RunDirectory, config: TrainConfig) -> None:
-    """Check that the run directory can be used and fill in what must be there."""
-    check_writable(directory.path, 0)
-    source_of(config.init, directory.model)
-    if hosts.is_first():
-        try:
-            directory.claim(config)
-            prepare(config.init, directory.model)
-        except OSError as error:
-            raise StoreError(f"cannot write to {directory.path}: {error.strerror or error}") from error
-    hosts.barrier("run directory", config.hosts)
+def _first_or_saved_state(
+    config: TrainConfig, session: Session, directory: RunDirectory, claim: Claim, pipeline: Pipeline
+) -> TrainState:
+    """The state to go on from. The run directory is written as soon as nothing but training can fail."""
+    if claim.steps:
+        with Store(directory.checkpoints, config.keep) as store:
+            found = store.restore_newest(parameters_of(session.state), session.state.optimizer)
+        if found is not None:
+            pipeline.restore(found.data)
+            claim.write(found.step)
+            return state_of(found.parameters, found.optimizer, session.state)
+    written = isinstance(config.init, Tiny)
+    if written:
+        claim.write(0)  # with the weights
+    source = source_of(config.init, directory.model)
+    model = import_hf(source, config.model, session.mesh, jax.random.key(config.seed))
+    if not written:
+        claim.write(0)
+    return session.first_state(session.graph.split(model))
 
 
 def _train(
     config: TrainConfig,
     session: Session,
     directory: RunDirectory,
+    claim: Claim,
     store: Store,
-    processor: Processor,
+    state: TrainState,
+    pipeline: Pipeline,
     watchdog: Watchdog,
     stop: StopRequest,
 ) -> TrainState:
-    with watchdog.during("the data sources to open", Watchdog.LONG):
-        pipeline = Pipeline(config.data, processor)
-    with watchdog.during("the weights to be read", Watchdog.LONG):
-        state = _first_or_saved_state(config, session, directory, store, pipeline)
-    start = int(state.step)
+    start = claim.after_step
     first = hosts.is_first()
     with (
         _writers(config, directory, start) as writers,
         ProgressReport(config.steps, start, enabled=first) as progress,
+        contextlib.closing(pipeline.skip_log),
     ):
-        if start:
+        if claim.past is not None and config.steps > claim.past.steps:
+            progress.say(_extended(config, claim.past.steps, start))
+        elif start:
             progress.say(f"continuing after step {start} of {config.steps}")
         schedule = Schedule(config.steps, config.log_every, config.save_every)
         loop = Loop(session, schedule, store, directory.bad_step, writers, progress, watchdog, stop)
         return loop.run(state, pipeline, config.data.rows, lambda step: _describe(config, step))
 
 
-def _first_or_saved_state(
-    config: TrainConfig, session: Session, directory: RunDirectory, store: Store, pipeline: Pipeline
-) -> TrainState:
-    latest = store.latest
-    if latest is not None:
-        parameters, optimizer, data = store.restore(latest, parameters_of(session.state), session.state.optimizer)
-        pipeline.restore(data)
-        return state_of(parameters, optimizer, session.state)
-    source = source_of(config.init, directory.model)
-    model = import_hf(source, config.model, session.mesh, jax.random.key(config.seed))
-    return session.first_state(session.graph.split(model))
+def _extended(config: TrainConfig, before: int, start: int) -> str:
+    said = f"continuing after step {start}, with {config.steps} steps where there were {before}"
+    if config.optimizer.decay == "none":
+        return said
+    return (
+        f"{said}: the learning rate goes on by the {config.optimizer.decay} decay of {config.steps} steps, so the "
+        f"numbers are not those of a run that had {config.steps} from its start (config.json keeps both)"
+    )
 
 
 @contextlib.contextmanager
 def _writers(config: TrainConfig, directory: RunDirectory, after_step: int) -> Generator[list[MetricsWriter]]:
     writers: list[MetricsWriter] = []
     if hosts.is_first():
-        writers.append(JsonlWriter(directory.metrics, after_step))
-        if config.tensorboard:
-            writers.append(TensorBoardWriter(directory.tensorboard, after_step))
+        try:
+            writers.append(JsonlWriter(directory.metrics, after_step))
+            if config.tensorboard:
+                writers.append(TensorBoardWriter(directory.tensorboard, after_step))
+        except OSError as error:
+            raise StoreError(
+                f"cannot write to {error.filename or directory.path}: {error.strerror or error}"
+            ) from error
     try:
         yield writers
     finally:
@@ -201,7 +221,7 @@ def load_run(path: str | Path, mesh: MeshConfig | None = None, step: int | None 
     Args:
         path: the run directory.
         mesh: how to lay out this job's devices; default, all of them over fsdp. It need not be the run's.
-        step: which checkpoint; default, the newest.
+        step: which checkpoint; default, the newest that is sound.
 
     Raises:
         ConfigError: not a run directory, or a run without a checkpoint.
@@ -214,10 +234,13 @@ def load_run(path: str | Path, mesh: MeshConfig | None = None, step: int | None 
         raise ConfigError(f"{directory.path} holds no checkpoint yet")
     graph = ModelGraph(abstract_model(model_config(config.init, directory.model), config.model))
     with Store(directory.checkpoints, config.keep, reader=True) as store:
-        step = store.latest if step is None else step
-        if step is None:
+        target = parameters_target(graph, devices)
+        if step is not None:
+            parameters = store.restore_parameters(step, target)
+        elif (found := store.restore_newest(target)) is not None:
+            step, parameters = found.step, found.parameters
+        else:
             raise ConfigError(f"{directory.path} holds no checkpoint yet")
-        found = store.restore_parameters(step, parameters_target(graph, devices))
-    model = graph.merge(found["values"])
+    model = graph.merge(parameters["values"])
     processor = config.data.processor(directory.model, config.model.layout)
     return LoadedRun(config, model, processor, devices, step)

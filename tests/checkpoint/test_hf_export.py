@@ -15,9 +15,11 @@ from safetensors.numpy import load_file
 
 from rave_jax.attention import Rave
 from rave_jax.checkpoint import native
-from rave_jax.checkpoint.hf_export import copy_small_files, export_hf, written_whole
+from rave_jax.checkpoint.card import Origin
+from rave_jax.checkpoint.hf_export import copy_small_files, export_hf
 from rave_jax.checkpoint.hf_import import import_hf
 from rave_jax.checkpoint.safetensors_file import CheckpointError
+from rave_jax.checkpoint.written_whole import written_whole
 from rave_jax.layout import ContextTokens
 from rave_jax.models.config import Lora, ModelOptions
 from rave_jax.models.parameters import named_parameters, with_values
@@ -86,7 +88,7 @@ def test_a_cast_there_and_back_loses_nothing(write: Write, tmp_path: Path) -> No
 def test_the_sidecar_brings_everything_back(write: Write, tmp_path: Path) -> None:
     source = write()
     model = shaken(import_hf(source, OPTIONS))
-    out = export_hf(model, tmp_path / "out", source)
+    out = export_hf(model, tmp_path / "out", source, lora="beside")
     names = set(load_file(out / "rave_jax.safetensors"))
     assert "decoder.layers.2.mechanisms.0.key_proj" in names
     assert "vision.layers.1.attention.qkv.adapter.up" in names and "context.weight" in names
@@ -94,14 +96,14 @@ def test_the_sidecar_brings_everything_back(write: Write, tmp_path: Path) -> Non
     again = import_hf(out, mesh=make_mesh(MeshConfig(fsdp=4, tensor=2)))
     assert again.options == OPTIONS
     assert_same_models(again, model)
-    second = export_hf(again, tmp_path / "second", out)
-    for name in ("model.safetensors", "rave_jax.safetensors", "rave_jax.json"):
+    second = export_hf(again, tmp_path / "second", out, lora="beside")
+    for name in ("model.safetensors", "rave_jax.safetensors", "rave_jax.json", "config.json"):
         assert (second / name).read_bytes() == (out / name).read_bytes()
 
 
 def test_a_sidecar_serves_only_what_it_was_written_for(write: Write, tmp_path: Path) -> None:
     source = write()
-    out = export_hf(import_hf(source, OPTIONS), tmp_path / "out", source)
+    out = export_hf(import_hf(source, OPTIONS), tmp_path / "out", source, lora="beside")
     with pytest.raises(CheckpointError, match="was written with mechanisms"):
         import_hf(out, ModelOptions())
     with pytest.raises(CheckpointError, match=r"was written with context .*count=3.* None is asked for"):
@@ -113,7 +115,43 @@ def test_a_sidecar_serves_only_what_it_was_written_for(write: Write, tmp_path: P
     with pytest.raises(CheckpointError, match=r"rave_jax\.safetensors: cannot be read"):
         import_hf(out)
     (out / "rave_jax.json").unlink()
+    with pytest.raises(CheckpointError, match=r"'rave_jax' says that the model has more .* rave_jax\.json is missing"):
+        import_hf(out)
+    config = json.loads((out / "config.json").read_text())
+    assert config["rave_jax"]["context"]["count"] == 3
+    del config["rave_jax"]
+    (out / "config.json").write_text(json.dumps(config))
     assert import_hf(out, ModelOptions()).options == ModelOptions()
+
+
+def test_the_config_names_the_sidecar_that_belongs_to_it(write: Write, tmp_path: Path) -> None:
+    source = write()
+    out = export_hf(import_hf(source, ModelOptions(context=ContextTokens(3))), tmp_path / "out", source)
+    other = export_hf(import_hf(source, ModelOptions(context=ContextTokens(2))), tmp_path / "other", source)
+    for name in ("rave_jax.json", "rave_jax.safetensors"):
+        (out / name).write_bytes((other / name).read_bytes())
+    with pytest.raises(CheckpointError, match=r"'rave_jax' says context .*'count': 3.*the files are of two models"):
+        import_hf(out)
+    # What was written before the key was: the side-car alone decides.
+    (out / "config.json").write_bytes((source / "config.json").read_bytes())
+    assert import_hf(out).options.context == ContextTokens(2)
+
+
+def test_what_transformers_leaves_out_is_said_in_the_card(write: Write, tmp_path: Path) -> None:
+    source = write()
+    (source / "README.md").write_text("---\nlicense: other\n---\n# Base\n")
+    out = export_hf(import_hf(source, OPTIONS), tmp_path / "out", source, origin=Origin("a: b", "Trained for 7 steps"))
+    front, _, text = (out / "README.md").read_text().removeprefix("---\n").partition("---\n")
+    rows = dict(line.split(": ", 1) for line in front.splitlines())
+    assert json.loads(rows["base_model"]) == "a: b" and json.loads(rows["library_name"]) == "rave_jax"
+    assert "Trained for 7 steps" in text and "Rave in layer 0, 2; 3 context tokens" in text and "is merged" in text
+    assert "license: other" in (out / "BASE_README.md").read_text()
+    second = export_hf(import_hf(out), tmp_path / "second", out)
+    assert "license: other" in (second / "BASE_README.md").read_text()
+    # A plain model has nothing to say, and keeps its own card byte for byte.
+    plain = export_hf(import_hf(source), tmp_path / "plain", source)
+    assert (plain / "README.md").read_bytes() == (source / "README.md").read_bytes()
+    assert "rave_jax" not in json.loads((plain / "config.json").read_text())
 
 
 def test_context_tokens_alone_make_a_sidecar_and_begin_from_the_seed(write: Write, tmp_path: Path) -> None:
@@ -126,7 +164,7 @@ def test_context_tokens_alone_make_a_sidecar_and_begin_from_the_seed(write: Writ
     np.testing.assert_array_equal(np.asarray(named_parameters(again)["context.weight"][...]), tables[0])
     with written_whole(tmp_path / "native", 0) as folder:
         assert folder is not None
-        copy_small_files(source, folder)
+        copy_small_files(source, folder, one.options)
         native.write_into(folder, one, other_key_style=False)
     assert_same_models(import_hf(tmp_path / "native"), again)
 
@@ -137,7 +175,7 @@ def test_a_native_checkpoint_goes_there_and_back(write: Write, tmp_path: Path) -
     model = import_hf(source, dtypes="stored")
     with written_whole(tmp_path / "native", 0) as folder:
         assert folder is not None
-        copy_small_files(source, folder)
+        copy_small_files(source, folder, model.options)
         native.write_into(folder, model, other_key_style=True)
     again = import_hf(tmp_path / "native", mesh=mesh, dtypes="stored")
     assert_same_models(again, model)

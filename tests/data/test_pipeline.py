@@ -141,6 +141,59 @@ def test_state_is_json_and_restores(qa_folder: Path, processor: Processor) -> No
         Pipeline(data(qa_folder), processor).restore(state)
 
 
+def test_other_records_or_another_order_are_other_data(qa_folder: Path, processor: Processor) -> None:
+    state = json.loads(json.dumps(Pipeline(data(qa_folder), processor).state(4)))
+    lines = (qa_folder / "qa.jsonl").read_text().splitlines()
+    old = {name: value for name, value in state.items() if name != "fingerprints"}
+    for changed in (lines[::-1], [lines[0].replace("Which?", "What?"), *lines[1:]]):
+        (qa_folder / "qa.jsonl").write_text("\n".join(changed))
+        pipeline = Pipeline(data(qa_folder), processor)
+        with pytest.raises(ConfigError, match=r"data\.sources\.0 \(.*\) holds other records .* or the same in another"):
+            pipeline.restore(state)
+        assert pipeline.restore(old) == 4  # a state that was saved without fingerprints
+    (qa_folder / "qa.jsonl").write_text("\n".join(lines))
+    assert Pipeline(data(qa_folder), processor).restore(state) == 4
+
+
+def test_skips_are_summed_up(qa_folder: Path, processor: Processor, caplog: pytest.LogCaptureFixture) -> None:
+    """One line when a kind of skip first comes up, then a summary at the 10th, the 100th ... and at the end."""
+    records = [json.loads(line) for line in (qa_folder / "qa.jsonl").read_text().splitlines()]
+    good, long = records[0], {**records[0], "answers": ["long " * 200]}
+    many = [good, *({**long, "id": n} for n in range(30)), *({**good, "note": "x"} for _ in range(5))]
+    (qa_folder / "qa.jsonl").write_text("\n".join(map(json.dumps, many)))
+    pipeline = Pipeline(data(qa_folder), processor)
+    with caplog.at_level(logging.WARNING, "rave_jax"):
+        for step in range(10):
+            pipeline.rows(step, 0, 6)
+        pipeline.skip_log.close()
+    lines = [record.getMessage() for record in caplog.records]
+    assert len(lines) == 4
+    assert [line.split(" ")[0] for line in lines] == ["skipped"] * 4
+    assert "skipped 10 samples so far" in "".join(lines)
+    assert lines[-1].startswith("skipped 35 samples so far: 30 over budget in ")
+    assert "(they need up to 1060 tokens and 48 patches; `rave-jax data CONFIG`" in lines[-1]
+    assert "; 5 unread key in" in lines[-1] and "'note'" in lines[-1]
+
+
+def test_a_source_of_which_nothing_can_be_read_is_refused_at_once(qa_folder: Path, processor: Processor) -> None:
+    good = (qa_folder / "qa.jsonl").read_text()
+    (qa_folder / "qa.jsonl").write_text('{"text": "Q", "label": "A"}\n' * 9 + good)
+    says = (
+        r"data\.sources\.0 \(.*\): none of its first 8 samples can be read; the first: .*no question: .*'text', 'label'"
+    )
+    with pytest.raises(ConfigError, match=says):
+        Pipeline(data(qa_folder), processor)
+    (qa_folder / "qa.jsonl").write_text('{"text": "Q"}\n' * 7 + good)
+    Pipeline(data(qa_folder), processor).rows(0, 0, 6)
+
+
+def test_too_many_skips_say_what_they_were(qa_folder: Path, processor: Processor) -> None:
+    pipeline = Pipeline(data(qa_folder, tokens=30, max_skips=8), processor)
+    says = r"9 samples one after another cannot be used: \d over budget \(they need up to 1060 tokens and 48 patches"
+    with pytest.raises(SampleError, match=says):
+        pipeline.rows(0, 0, 1)
+
+
 def test_the_cache_changes_nothing_but_time(qa_folder: Path, processor: Processor) -> None:
     cached, plain = Pipeline(data(qa_folder), processor), Pipeline(data(qa_folder, cache_mb=0), processor)
     for step in range(6):

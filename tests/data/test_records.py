@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from rave_jax.config import ConfigError
@@ -16,6 +16,7 @@ from rave_jax.data.pipeline import DataConfig, Pipeline, check_answers
 from rave_jax.data.processor import Processor
 from rave_jax.data.sample import METRICS, EmptyAnswer, Sample, SampleError
 from rave_jax.data.sources import LlavaJson, QaJsonl
+from rave_jax.data.sources.keys import ANNOTATIONS, CONTENT, METADATA
 from rave_jax.evaluation import metrics
 from tests.data.test_sources import png
 
@@ -152,7 +153,7 @@ REFUSED: list[tuple[Json, str]] = [
     (talk(image_path="a.png"), "'image_path' of the record is not read: a picture belongs under 'image'"),
     (talk(note="read me"), "'note' of the record is not read.*name it in the source's field `ignored`"),
     (talk(rationale="because"), "'rationale'"),
-    (talk(chosen="x", rejected="y"), "preference pairs"),
+    (talk(chosen="x", rejected="y"), "'chosen' of the record is not read: .*; the key 'rejected' of the record is not"),
     (talk(output="x"), "'conversations' holds the turns, so 'output' is not read"),
     (talk(messages=said(*QA)["messages"]), "'conversations' and 'messages' both hold turns"),
     (talk(system="S") | {"conversations": said(("system", "T"), *QA)["messages"]}, "different system messages"),
@@ -389,6 +390,31 @@ def test_any_value_anywhere_is_read_or_refused(
             assert len(str(error)) < 2000
 
     check()
+
+
+@pytest.mark.parametrize(("kind", "whole"), [(LlavaJson, FULL), (QaJsonl, FULL_QUESTION)], ids=["llava", "qa"])
+def test_a_text_is_in_the_sample_or_refused(kind: type, whole: Json, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Wherever a text is put under whatever name, it does not vanish; names of metadata alone let it pass."""
+    folder = tmp_path_factory.mktemp("unread")
+    objects = [path for path in places(whole) if isinstance(at(whole, path), dict)]
+
+    @given(st.sampled_from(objects), KEYS | st.sampled_from(sorted(CONTENT)) | st.text(min_size=1, max_size=9))
+    def check(path: tuple[Any, ...], key: str) -> None:
+        assume(key not in METADATA | ANNOTATIONS)
+        try:
+            sample = one(folder, with_value(whole, path, {**at(whole, path), key: "Unseen"}), kind)
+        except SampleError:
+            return
+        assert "Unseen" in repr(sample)
+
+    check()
+
+
+def at(value: Any, path: tuple[Any, ...]) -> Any:
+    """What stands at a place of a record."""
+    for key in path:
+        value = value[key]
+    return value
 
 
 def test_one_bad_record_ends_no_run(qa_folder: Path, processor: Processor) -> None:

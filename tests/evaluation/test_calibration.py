@@ -16,6 +16,7 @@ from rave_jax.evaluation.calibration import CalibrationSet, asked_at, compilatio
 from rave_jax.evaluation.subject import with_answer
 from rave_jax.inference import Completion, Generator, Request, Sampling, SlotConfig
 from rave_jax.models.families.presets import tiny
+from rave_jax.models.parameters import with_values
 from rave_jax.models.vlm import Vlm
 from rave_jax.parallel.mesh import MeshConfig, make_mesh
 from tests.data.conftest import TEMPLATE, byte_tokenizer, tiny_settings
@@ -73,6 +74,9 @@ def test_right_is_what_greedy_generation_writes(vlm: Vlm, processor: Processor) 
     assert compilations() == before + 1
     assert any(other[0::2].sum() < 3 for other in others), "a thousandfold first token changed no answer"
     assert measuring(vlm, processor, examples, "accuracy", devices=4)(PLAIN).tolist() == [1, 0] * 3
+    broken = with_values(vlm, {"decoder.norm.weight": vlm.decoder.norm.weight[...] * np.nan})
+    with pytest.raises(ConfigError, match=r"for 6 of 6 samples .* are NaN or infinite, first for sample 0"):
+        measuring(broken, processor, examples, "accuracy")(PLAIN)
 
 
 def test_entropy_is_of_the_first_token_and_needs_no_labels(vlm: Vlm, processor: Processor) -> None:

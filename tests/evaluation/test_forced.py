@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -13,9 +14,10 @@ from rave_jax.data.collate import BatchShape, collate
 from rave_jax.data.sample import EmptyAnswer, Example, OverBudget
 from rave_jax.evaluation.forced import ForcedAnswers
 from rave_jax.evaluation.subject import with_answer
-from rave_jax.inference import Completion, Generator, Request, Sampling, SlotConfig
+from rave_jax.inference import Completion, Generator, NotFinite, Request, Sampling, SlotConfig
 from rave_jax.layout import FixedRegions
 from rave_jax.models.config import ModelOptions
+from rave_jax.models.parameters import with_values
 from rave_jax.parallel.mesh import MeshConfig, make_mesh
 from tests.evaluation.test_routing import ask, made
 
@@ -46,6 +48,15 @@ def test_an_answer_counts_where_every_token_of_it_is_what_generation_writes(mech
     forced = ForcedAnswers(vlm, processor, make_mesh(MeshConfig(), jax.devices()[:2]), SHAPE, 5)
     found = forced.of_examples([scored(None), scored(0), scored(2)] * 3)
     assert found.tolist() == [True, False, False] * 3
+
+    if not mechanisms:
+        # Embeddings are tied: this token's logit is NaN from the first that is judged on.
+        weight = vlm.embed.weight[...]
+        broken = with_values(vlm, {"embed.weight": weight.at[tokens[0]].set(jnp.nan)})
+        forced = ForcedAnswers(broken, processor, make_mesh(MeshConfig(), jax.devices()[:2]), SHAPE, 5)
+        message = f"^one: the model's logits at position {len(prompt.tokens) - 1} are NaN or infinite"
+        with pytest.raises(NotFinite, match=message):
+            forced.of_examples([scored(0), scored(None)], ["one", "two"])
 
 
 def test_what_cannot_be_asked_is_refused() -> None:

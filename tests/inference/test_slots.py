@@ -7,6 +7,7 @@ import functools
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
@@ -29,10 +30,12 @@ from rave_jax.data.layout import lay_out
 from rave_jax.data.sample import OverBudget, SampleError
 from rave_jax.inference import Engine, Sampling, SlotConfig
 from rave_jax.inference.buckets import Buckets
+from rave_jax.inference.faults import NotFinite
 from rave_jax.inference.slots import compilations
 from rave_jax.layout import AdaptiveRegions, FixedRegions, VisualLayout
 from rave_jax.models.config import ModelOptions, TextConfig, VlmConfig
 from rave_jax.models.families.presets import tiny
+from rave_jax.models.parameters import with_values
 from rave_jax.models.vlm import Vlm
 from rave_jax.parallel.mesh import MeshConfig, make_mesh
 from rave_jax.parallel.sharding import named_sharding
@@ -288,6 +291,51 @@ def test_what_does_not_fit_is_refused_and_nothing_is_lost(expected: list[list[in
     with pytest.raises(SampleError, match="the model takes none"):
         engine(model(text)).submit(example_of(prompts()[0], CONFIG), Sampling())
     assert run(slots, prompts()[:1]) == expected[:1]
+
+
+def finish(slots: Engine) -> dict[int, tuple[list[int], SampleError | None]]:
+    """Tokens of every request that was submitted, and what went wrong with it."""
+    ends: dict[int, tuple[list[int], SampleError | None]] = {}
+    while slots.waiting or slots.running:
+        for request, tokens, _, error in slots.step():
+            before, failed = ends.get(request, ([], None))
+            assert failed is None, "nothing follows an error"
+            ends[request] = ([*before, *tokens], error)
+    return ends
+
+
+@pytest.mark.parametrize("name", ["rave", pytest.param("gaze", marks=pytest.mark.slow)])
+def test_logits_that_are_not_finite_end_their_own_answer_and_leave_nothing_behind(name: str) -> None:
+    """A token whose embedding is NaN: one answer says it, one prompt holds it."""
+    free = run(engine(a_model(name)), prompts())
+    read = {int(token) for prompt in prompts() for token in prompt.tokens}
+    said = [token for answer in free for token in answer]
+    bad, place, before = next(
+        (token, place, n)
+        for place, answer in enumerate(free)
+        for n, token in enumerate(answer[:-1])
+        if said.count(token) == 1 and token not in read and n > 0
+    )
+    vlm = a_model(name)
+    weight = vlm.embed.weight[...]
+    broken = with_values(vlm, {"embed.weight": weight.at[bad].set(jnp.nan)})
+    slots = engine(broken)
+    # The longest prompts, one for each slot, before others take the slots.
+    poisoned = dataclasses.replace(prompts()[3], tokens=[bad, *prompts()[3].tokens[1:]])
+    asked = [*[poisoned] * SIZES.slots, *prompts()]
+    examples = [example_of(prompt, CONFIG, vlm.options.layout) for prompt in asked]
+    numbers = [slots.submit(example, Sampling(NEW), f"n{i}") for i, example in enumerate(examples)]
+    ends = finish(slots)
+    for n, number in enumerate(numbers):
+        tokens, error = ends[number]
+        if n < SIZES.slots:
+            assert tokens == [] and f"n{n}: " in str(error) and "token 1 of the answer" in str(error)
+        elif n == SIZES.slots + place:
+            position = len(asked[n].tokens) + before + 1
+            assert tokens == free[place][: before + 1] and isinstance(error, NotFinite)
+            assert f"n{n}: " in str(error) and f"token {before + 2} of the answer, at position {position}" in str(error)
+        else:
+            assert (tokens, error) == (free[n - SIZES.slots], None)
 
 
 def test_a_cancelled_request_leaves_its_slot(expected: list[list[int]]) -> None:

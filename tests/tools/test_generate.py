@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -14,11 +15,12 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import load_file, save_file
 
 from rave_jax.checkpoint.tiny import write_tiny
 from rave_jax.config import ConfigError
 from rave_jax.data.sample import SampleError
-from rave_jax.inference import Completion, Generator, Piece, Request, Sampling, SlotConfig
+from rave_jax.inference import Completion, Generator, NotFinite, Piece, Request, Sampling, SlotConfig
 from rave_jax.tools import generate as command
 from rave_jax.tools import source as sources
 from rave_jax.tools.answer import show
@@ -357,3 +359,37 @@ def test_what_shows_only_with_a_model_is_one_line_too(
     assert main(["generate", str(tmp_path / "nowhere"), "--prompt", "a"]) == 2
     err = capsys.readouterr().err
     assert "no such directory" in err and err.count("\n") == 1
+
+
+def test_weights_that_are_nan_give_an_error_and_no_text(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By prompt, file, conversation, logits and what evaluations ask."""
+    broken = shutil.copytree(folder, tmp_path / "broken")
+    tensors = load_file(broken / "model.safetensors")
+    tensors["model.norm.weight"] = np.full_like(tensors["model.norm.weight"], np.nan)
+    save_file(tensors, broken / "model.safetensors", {"format": "pt"})
+    loaded = command.load(broken, sources.processor_of(broken), SIZES)
+    monkeypatch.setattr(command, "load", lambda *_: loaded)
+    said = r"the model's logits for token 1 of the answer, at position \d+ of the conversation, are NaN or infinite"
+    assert main(["generate", str(broken), "--prompt", ASKED, *FLAGS]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and re.match(f"rave-jax: --prompt: {said}", printed.err) and printed.err.count("\n") == 1
+    requests = tmp_path / "requests.jsonl"
+    requests.write_text(f"{json.dumps(LINES[0])}\n{json.dumps({'messages': [user('What?')]})}\n")
+    assert main(["generate", str(broken), "--requests", str(requests), *FLAGS]) == 1
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line.keys() for line in lines] == [{"index", "error"}] * 2
+    assert all(re.match(f"line {n}: {said}", line["error"]) for n, line in enumerate(lines, 1))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("What?\nWhich?\n"))
+    assert main(["generate", str(broken), "--interactive", *FLAGS]) == 1
+    printed = capsys.readouterr()
+    assert printed.out == "" and len(re.findall(f"the conversation: {said}", printed.err)) == 2
+    request = tmp_path / "request.json"
+    request.write_text(json.dumps([user("What?")]))
+    assert main(["logits", str(broken), str(request), str(tmp_path / "out.npz")]) == 2
+    err = capsys.readouterr().err
+    assert re.search(r"request\.json: the logits of (\d+) of \1 positions are NaN .* first at position 0 ", err), err
+    assert not (tmp_path / "out.npz").exists()
+    ends = loaded.answers([Request([user("What?")], SAMPLING, "sample 3")])
+    assert isinstance(ends[0], NotFinite) and ends[0].reason == "logits not finite"

@@ -46,7 +46,7 @@ def test_pictures_in_every_form_become_one_form() -> None:
     video = {"type": "video", "video": ["a.png", "a.png"], "fps": 2}
     text = {"type": "text", "text": "What?"}
     message = {"role": "user", "content": [*parts, uri, video, text], "tool_calls": None, "name": ""}
-    (found,) = resolved([message], HERE, "x")
+    (found,) = resolved([message], HERE, "x: messages")
     file = "/pictures/mine/a.png"
     image = {"type": "image", "image": file}
     data = {"type": "image", "image": "data:image/png;base64,AAAA"}
@@ -56,7 +56,7 @@ def test_pictures_in_every_form_become_one_form() -> None:
 @pytest.mark.parametrize(
     ("messages", "says"),
     [
-        ([], "x: expected a JSON list of messages"),
+        ([], "x: messages: expected a JSON list of messages"),
         ([{"role": "user"}], "expected a JSON list of messages, each with 'role' and 'content'"),
         ([{"role": "user", "content": "a", "images": ["a.png"]}], "messages[0]: the key 'images' of a message is not"),
         ([{"role": "user", "content": "a", "contents": "b"}], "did you mean 'content'?"),
@@ -81,7 +81,7 @@ def test_pictures_in_every_form_become_one_form() -> None:
 )
 def test_what_is_not_read_is_refused_by_its_place(messages: list, says: str) -> None:
     with pytest.raises(ConfigError) as error:
-        resolved(messages, HERE, "x")
+        resolved(messages, HERE, "x: messages")
     assert says in str(error.value) and "\n" not in str(error.value)
 
 
@@ -167,7 +167,10 @@ def anything(rng: random.Random, depth: int = 3) -> Any:
     if kind == 3:
         return {"type": rng.choice([*PART_KEYS])} | {rng.choice(NAMES): anything(rng, 1) for _ in range(2)}
     if kind == 4:
-        return {"role": rng.choice(["user", "assistant", 3]), "content": anything(rng, depth - 1)}
+        return {"role": rng.choice(["user", "assistant", 3]), "content": [anything(rng, depth - 1)]}
+    if kind == 5 and rng.random() < 0.5:
+        part = rng.choice([*PART_KEYS])
+        return [{"type": part, part: anything(rng, 1)}]
     if kind == 5 and rng.random() < 0.2:
         return json.loads("[" * 500 + "]" * 500)
     return rng.choice(SCALARS)
@@ -176,7 +179,7 @@ def anything(rng: random.Random, depth: int = 3) -> Any:
 @given(st.integers(0, 2**32))
 def test_whatever_a_line_holds_it_is_a_request_or_one_line_of_error(processor: Processor, seed: int) -> None:
     rng = random.Random(seed)
-    data: Any = {"messages": [anything(rng, 3) for _ in range(rng.randrange(3))]}
+    data: Any = {"messages": [{"role": "user", "content": anything(rng)}] + [anything(rng)] * rng.randrange(2)}
     data |= {rng.choice(FIELDS): anything(rng) for _ in range(2 * (rng.random() < 0.4))}
     [found] = read_lines([json.dumps(rng.choice([data] * 9 + [anything(rng)])).encode()], HERE, Sampling())
     if isinstance(found, Request):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -121,12 +122,23 @@ def session_of(
     return make_session(abstract_model(config, options), optimizer, mesh, steps=steps, rows=rows, loss_chunk=10)
 
 
+@functools.cache
+def first_values(config: VlmConfig = CONFIG, options: ModelOptions = OPTIONS) -> tuple[np.ndarray, ...]:
+    """The numbers of a new model from a seed, made once for every session of it: an initialiser is long to compile."""
+    make = jax.jit(lambda key: jax.tree.leaves(Vlm(config, options, key=key)))
+    return tuple(np.asarray(x) for x in make(jax.random.key(0)))
+
+
 def first_state(session: Session, config: VlmConfig = CONFIG, options: ModelOptions = OPTIONS) -> TrainState:
     """State before the first step, from a seed."""
     with use_mesh(session.mesh):
         shardings = session.graph.shardings(session.mesh)
-        make = jax.jit(lambda key: session.graph.split(Vlm(config, options, key=key)), out_shardings=shardings)
-        return session.first_state(make(jax.random.key(0)))
+        values = dict(zip(session.graph.names, first_values(config, options), strict=True))
+        placed = {
+            name: jax.make_array_from_callback(x.shape, shardings[name], lambda at, x=x: np.array(x[at]))
+            for name, x in values.items()
+        }
+        return session.first_state(placed)
 
 
 def run_steps(

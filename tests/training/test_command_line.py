@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import jax
@@ -14,6 +16,7 @@ from rave_jax.models.parameters import named_parameters
 from rave_jax.observe.metrics import read_jsonl
 from rave_jax.parallel.mesh import MeshConfig
 from rave_jax.tools import train
+from rave_jax.training.lock import only_job
 from rave_jax.training.run import load_run
 
 CONFIG = str(Path(__file__).parents[1] / "resume" / "small_run.py")
@@ -72,8 +75,59 @@ def test_a_run_is_read_back_on_another_mesh(run):
 
 
 def test_another_run_is_not_overwritten(run, capsys):
-    assert train.main([CONFIG, "--output_dir", str(run), "--steps", "4"]) == train.EXIT_CONFIG
-    assert "holds another run (steps is 4, was 3); choose another output_dir" in capsys.readouterr().err
+    assert train.main([CONFIG, "--output_dir", str(run), "--data.rows", "16", "--steps", "3"]) == train.EXIT_CONFIG
+    assert "holds another run (data.rows is 16, was 8); choose another output_dir" in capsys.readouterr().err
+    assert train.main([CONFIG, "--output_dir", str(run), "--steps", "2"]) == train.EXIT_CONFIG
+    assert "holds a run of 3 steps, and steps is 2: a run can be continued with as" in capsys.readouterr().err
+
+
+def test_a_finished_run_is_extended_from_its_newest_sound_checkpoint(run, tmp_path, capsys, caplog):
+    """Nothing is lost: not the damaged checkpoint, not a foreign line of the metrics, not the old `steps`."""
+    folder = tmp_path / "run"
+    shutil.copytree(run, folder)
+    (folder / "checkpoints" / "3" / "data" / "data.json").write_text("")
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write("note to myself\n")
+    assert train.main([CONFIG, "--output_dir", str(folder), "--steps", "5"]) == 0
+    said = capsys.readouterr().err
+    assert "continuing after step 2, with 5 steps where there were 3: the learning rate goes on by the cosine" in said
+    assert "step 3 (data/data.json is empty); taken is step 2" in caplog.text
+    assert [row["step"] for row in curve(folder)] == [1, 2, 3, 4, 5]
+    assert curve(folder)[:2] == curve(run)[:2]
+    assert (folder / "metrics.jsonl.rejected").read_text() == "note to myself\n"
+    assert {path.name for path in (folder / "checkpoints").iterdir()} == {"3.damaged", "4", "5"}
+    config = json.loads((folder / "config.json").read_text())
+    assert config["steps"] == 5
+    assert config["extended"] == [{"type": "Extension", "after_step": 2, "steps": 3}]
+
+
+def test_a_second_job_on_the_directory_is_refused(run, capsys):
+    before = (run / "metrics.jsonl").read_bytes()
+    with only_job(run):
+        assert train.main([CONFIG, "--output_dir", str(run), "--steps", "3"]) == train.EXIT_CONFIG
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"{run} is in use by another job (process {os.getpid()} on " in line
+        assert load_run(run).step == 3, "what only reads needs no lock"
+    assert (run / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_mechanism_that_config_json_cannot_name_is_refused_before_anything_is_written(tmp_path, capsys):
+    (tmp_path / "mine.py").write_text(
+        "import dataclasses\n"
+        "from rave_jax.attention import Rave\n"
+        "from tests.resume import small_run\n"
+        "class Mine(Rave): pass\n"
+        "def get_config():\n"
+        "    config = small_run.get_config()\n"
+        "    model = dataclasses.replace(config.model, mechanisms=(Mine(rank=2),))\n"
+        "    return dataclasses.replace(config, model=model)\n"
+    )
+    command = [str(tmp_path / "mine.py"), "--output_dir", str(tmp_path / "run")]
+    assert train.main(command) == train.EXIT_CONFIG
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "model.mechanisms.0 is of class Mine, which config.json cannot name" in line
+    assert "there are Avar, Cca," in line
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_misspelt_option_exits_2_with_a_suggestion(capsys):
@@ -100,6 +154,7 @@ def test_a_misspelt_key_of_a_config_file_exits_2_with_a_suggestion(run, tmp_path
         (["--mesh.tensor", "3"], train.EXIT_CONFIG, "mesh is data 1 x fsdp -1 x tensor 3, but"),
         (["--model.mechanisms.0.layers", "99"], train.EXIT_CONFIG, "Rave.layers names [99], expected numbers from 0"),
         (["--data.rows", "12"], train.EXIT_CONFIG, "data rows is 12, expected a multiple of 8"),
+        (["--data.tokens", "4"], train.EXIT_FAILED, "101 samples one after another cannot be used"),
         (["--optimizer.groups.1.pattern", "mecanisms"], train.EXIT_CONFIG, "it matches no parameter"),
     ],
 )

@@ -23,7 +23,16 @@ from rave_jax.training.loop import named_values
 from rave_jax.training.objective import chunked_cross_entropy
 from rave_jax.training.optimizers import OptimizerConfig
 from rave_jax.training.step import StepMetrics
-from tests.training.small import CONFIG, TEXT, first_state, random_batch, rows_of, session_of
+from tests.training.small import (
+    CONFIG,
+    TEXT,
+    abstract_model,
+    first_state,
+    first_values,
+    random_batch,
+    rows_of,
+    session_of,
+)
 
 MECHANISMS: tuple[MechanismConfig, ...] = (
     Avar(enhance=0.5),
@@ -109,7 +118,8 @@ def of_two_layers(scan: bool, remat: Remat) -> Any:
     """Losses, hidden states and the gradient of what goes in, where one of two layers changes its attention."""
     mechanisms = (Avar(), ZeroTuning(3.0, route="after", layers=(1,)))
     config = dataclasses.replace(TEXT, text=CONFIG.text)
-    options = ModelOptions(mechanisms=mechanisms, scan_layers=scan, remat=remat)
+    same = ModelOptions(mechanisms=mechanisms, scan_layers=scan)
+    options = dataclasses.replace(same, remat=remat)
     batch = jax.tree.map(jnp.asarray, told())
 
     @jax.jit
@@ -120,7 +130,8 @@ def of_two_layers(scan: bool, remat: Remat) -> Any:
 
         return jax.value_and_grad(loss, has_aux=True)(model.embedded(batch))
 
-    return run(jax.jit(lambda key: Vlm(config, options, key=key))(jax.random.key(0)))
+    model = abstract_model(config, options)
+    return run(jax.tree.unflatten(jax.tree.structure(model), first_values(config, same)))
 
 
 @pytest.mark.parametrize(("scan", "remat"), [(True, "full"), (True, "dots"), (False, "none"), (False, "full")])

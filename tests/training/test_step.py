@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,7 +22,9 @@ from rave_jax.training.session import group_rows
 from tests.training.small import CONFIG, OPTIONS, first_state, random_batch, rows_of, run_steps, session_of
 
 TOWER = ParameterGroup("tower", r"^vision\.", frozen=True)
+GATE = ParameterGroup("gate", "mechanisms", freeze_after=2)
 PLAIN = OptimizerConfig(learning_rate=1e-2, decay="none", clip_norm=None)
+CLIPPED = OptimizerConfig(learning_rate=1e-2, decay="none", weight_decay=0.1, clip_norm=0.5)
 
 
 def host(tree):
@@ -37,11 +41,21 @@ def one_device(plain):
     return run_steps(plain, first_state(plain), range(3))[1]
 
 
-def test_accumulation_equals_the_whole_batch():
+@pytest.fixture(scope="module")
+def clipped():
+    return session_of(CLIPPED)
+
+
+@pytest.fixture(scope="module")
+def in_parts():
+    """The tower frozen, and the gate after two steps."""
+    return session_of(OptimizerConfig(learning_rate=1e-2, weight_decay=0.1, groups=(TOWER, GATE)))
+
+
+def test_accumulation_equals_the_whole_batch(clipped):
     """Micro-batches have different numbers of target tokens, so a mean of means would differ."""
     results = []
-    for accumulation in (1, 4):
-        session = session_of(OptimizerConfig(learning_rate=1e-2, accumulation=accumulation))
+    for session in (clipped, session_of(dataclasses.replace(CLIPPED, accumulation=4))):
         state, metrics = run_steps(session, first_state(session), range(2))
         results.append((host(state.trained), metrics))
     (one, one_metrics), (four, four_metrics) = results
@@ -51,9 +65,9 @@ def test_accumulation_equals_the_whole_batch():
         np.testing.assert_allclose(one[name], four[name], atol=2e-4, err_msg=name)
 
 
-def test_equals_the_step_written_out_by_hand():
+def test_equals_the_step_written_out_by_hand(clipped):
     """Dense loss, plain optax AdamW on the whole model: no groups, no chunks, no shardings."""
-    session = session_of(OptimizerConfig(learning_rate=1e-2, decay="none", weight_decay=0.1, clip_norm=0.5))
+    session = clipped
     state = first_state(session)
     params = host(state.trained)
     batch = random_batch(0, 8)
@@ -64,11 +78,16 @@ def test_equals_the_step_written_out_by_hand():
         chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), batch.targets[..., None], -1)[..., 0]
         return -(chosen * batch.loss_weights).sum() / batch.loss_weights.sum()
 
-    value, grads = jax.value_and_grad(loss)(params)
     matrices = {name: session.graph.logical_ndims[name] >= 2 for name in params}
     optimizer = optax.chain(optax.clip_by_global_norm(0.5), optax.adamw(1e-2, weight_decay=0.1, mask=matrices))
-    updates, _ = optimizer.update(grads, optimizer.init(params), params)
-    wanted = optax.apply_updates(params, updates)
+
+    @jax.jit
+    def by_hand(params):
+        value, grads = jax.value_and_grad(loss)(params)
+        updates, _ = optimizer.update(grads, optimizer.init(params), params)
+        return value, grads, optax.apply_updates(params, updates)
+
+    value, grads, wanted = by_hand(params)
     state, (metrics,) = run_steps(session, state, range(1))
     np.testing.assert_allclose(metrics.loss, value, rtol=1e-5)
     np.testing.assert_allclose(metrics.grad_norm, optax.tree.norm(grads), rtol=1e-4)
@@ -77,9 +96,8 @@ def test_equals_the_step_written_out_by_hand():
         assert close.mean() > 0.99, name  # the rest: gradients at the edge of rounding, see above
 
 
-def test_frozen_parameters_stay_and_cost_nothing():
-    config = OptimizerConfig(learning_rate=1e-2, weight_decay=0.1, groups=(TOWER,))
-    session = session_of(config)
+def test_frozen_parameters_stay_and_cost_nothing(in_parts):
+    session = in_parts
     state = first_state(session)
     before = host(state.frozen)
     trained = host(state.trained)
@@ -124,9 +142,8 @@ def test_groups_have_their_own_rates():
         np.testing.assert_allclose(distance, 1e-3 * multiplier, rtol=1e-2, err_msg=name)
 
 
-def test_a_phase_ends_without_a_new_program():
-    gate = ParameterGroup("gate", "mechanisms", freeze_after=2)
-    session = session_of(OptimizerConfig(learning_rate=1e-2, weight_decay=0.1, groups=(gate,)))
+def test_a_phase_ends_without_a_new_program(in_parts):
+    session = in_parts
     state, _ = run_steps(session, first_state(session), range(2))
     gates = {name: np.asarray(x) for name, x in state.trained.items() if "mechanisms" in name}
     others = host({name: x for name, x in state.trained.items() if name not in gates})
@@ -224,7 +241,7 @@ def test_the_head_takes_part_in_the_loss(plain):
             model.hidden(batch), model.head_weight(), batch.targets, batch.loss_weights, 10
         ).loss
 
-    grads = jax.grad(loss)(state.trained)["embed.weight"]
+    grads = jax.jit(jax.grad(loss))(state.trained)["embed.weight"]
     assert (np.abs(grads).max(axis=1) > 0).all()
     assert CONFIG.text.tie_embeddings
     assert OPTIONS.mechanisms

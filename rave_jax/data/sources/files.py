@@ -132,7 +132,10 @@ class JsonLines:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         # pread keeps no position, so threads may read at once.
-        line = os.pread(self._file.fileno(), self._lengths[index], self._starts[index])
+        try:
+            line = os.pread(self._file.fileno(), self._lengths[index], self._starts[index])
+        except OSError as error:
+            raise SampleError(f"{self.where(index)}: cannot be read: {error.strerror or error}") from error
         try:
             record = parse(line)
         except ValueError as error:

@@ -13,7 +13,7 @@ import reprlib
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from rave_jax.data.sample import SampleError
+from rave_jax.data.sample import UnreadKey
 
 
 def _words(text: str) -> list[str]:
@@ -68,6 +68,9 @@ _ADVICE = {
 CONTENT = {name: advice for names, advice in _ADVICE.items() for name in names.split()}
 """Names under which data sets keep what is to be learned, and what to do where we do not read them."""
 
+MOST_NAMED = 4
+"""Keys that one error names at most."""
+
 CLOSE = 0.8
 """From this likeness on, a name is taken for a misspelt one whatever it holds."""
 
@@ -94,9 +97,9 @@ def take(given: Mapping[str, Any], read: Collection[str], ignored: Collection[st
         what: what errors call it.
 
     Raises:
-        SampleError: another key holds something that could be learned from.
+        UnreadKey: other keys hold something that could be learned from; it names them all.
     """
-    taken = {}
+    taken, unread = {}, []
     pictured = any(not is_empty(given.get(key)) for key in PICTURED)
     for key, value in given.items():
         if value is None or key in ignored:
@@ -104,7 +107,12 @@ def take(given: Mapping[str, Any], read: Collection[str], ignored: Collection[st
         if key in read:
             taken[key] = value
         elif not (passes(key, value, read) or (pictured and key in ANNOTATIONS)):
-            raise SampleError(f"the key {shown(key)} of {what} is not read{advice(key, read)}")
+            unread.append(key)
+    if unread:
+        named = "; ".join(
+            f"the key {shown(key)} of {what} is not read{_hint(key, read)}" for key in unread[:MOST_NAMED]
+        )
+        raise UnreadKey(f"{named}; where nothing is to be learned from it, name it in the source's field `ignored`")
     return taken
 
 
@@ -125,18 +133,14 @@ def may_be_picture(name: str) -> bool:
     return CONTENT.get(name, _PICTURE) == _PICTURE
 
 
-def advice(key: str, read: Collection[str]) -> str:
+def _hint(key: str, read: Collection[str]) -> str:
     """What to do about a key that is not read."""
     close = _close(key, tuple(read), 0.6)
     if key.startswith("column "):
-        hint = ": another column is read in its place"
-    elif key in CONTENT:
-        hint = f": {CONTENT[key]}"
-    elif close:
-        hint = f"; did you mean {close[0]!r}?"
-    else:
-        hint = f"; what is read is {', '.join(sorted(read))}"
-    return f"{hint}; if nothing is to be learned from it, name it in the source's field `ignored`"
+        return ": another column is read in its place"
+    if key in CONTENT:
+        return f": {CONTENT[key]}"
+    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 @functools.lru_cache(maxsize=1024)

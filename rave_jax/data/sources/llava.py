@@ -71,5 +71,5 @@ class LlavaSource:
                 task=self.name,
             )
         except SampleError as error:
-            raise SampleError(f"{self._records.where(index)}: {error}") from error
+            raise error.at(self._records.where(index)) from error
         return replace(sample, template=sample.question)

@@ -146,7 +146,9 @@ class ParquetSource:
             found = self._table(group).slice(row, 1).to_pylist()[0]
             record = {self._names[name]: value for name, value in found.items()}
             return self._sample(record, index, path.parent, where)
-        except (OSError, pa.ArrowException, ValueError, OverflowError) as error:  # SampleError among them
+        except SampleError as error:
+            raise error.at(where) from error
+        except (OSError, pa.ArrowException, ValueError, OverflowError) as error:
             raise SampleError(f"{where}: {error}") from error
 
     def _sample(self, record: dict[str, Any], index: int, folder: Path, where: str) -> Sample:

@@ -82,7 +82,7 @@ class QaSource:
                 task=self.name,
             )
         except SampleError as error:
-            raise SampleError(f"{self._records.where(index)}: {error}") from error
+            raise error.at(self._records.where(index)) from error
 
 
 def check_question(record: Mapping[str, Any]) -> None:

@@ -84,6 +84,8 @@ def video(value: Any, fps: Any, folder: Path) -> Message:
         SampleError: neither, or no such folder.
     """
     if isinstance(value, str):
+        if value.startswith("data:"):
+            raise SampleError(f"a video is {shown(value)}: a data URI may be a frame, not a whole video")
         path = Path(local_path(value, folder, "a video"))
         name = str(path)
         try:

@@ -1,0 +1,114 @@
+"""What samples need: tokens and patches, counted from their texts and the headers of pictures; no pixel is read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from rave_jax.data.images import image_size, smart_resize
+from rave_jax.data.pipeline import check_answers
+from rave_jax.data.processor import Processor
+from rave_jax.data.sample import ImageError, Message, SampleError, Source
+from rave_jax.data.skips import Skip, skip_of
+from rave_jax.data.video import UNKNOWN_FPS, frame_size, sample_frames
+from rave_jax.layout import Grid
+from rave_jax.typing import Int, NpArray
+
+
+class Need(NamedTuple):
+    """Tokens and patches of a conversation, or budgets of a row."""
+
+    tokens: int
+    patches: int
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What samples of one source need.
+
+    Attributes:
+        name: of the source.
+        length: samples of the source.
+        tokens, patches: of each sample that was read.
+        skips: those that cannot be used whatever the budgets are. Broken pixels are not among them: only headers are
+            read.
+    """
+
+    name: str
+    length: int
+    tokens: Int[NpArray, "N"]
+    patches: Int[NpArray, "N"]
+    skips: tuple[Skip, ...]
+
+    def percentile(self, percent: float) -> Need:
+        """The tokens that so many percent of the samples get by with, and the patches."""
+        if not len(self.tokens):
+            return Need(0, 0)
+        tokens, patches = (np.percentile(n, percent, method="inverted_cdf") for n in (self.tokens, self.patches))
+        return Need(int(tokens), int(patches))
+
+    def share(self, budget: Need) -> float:
+        """Share of the samples that fit a budget, 0 to 1; 1 where there are none."""
+        fits = (self.tokens <= budget.tokens) & (self.patches <= budget.patches)
+        return float(fits.mean()) if len(fits) else 1.0
+
+
+def survey(source: Source, processor: Processor, samples: int = 1000) -> Survey:
+    """Measure at most so many samples of a source, spread evenly over it."""
+    length = len(source)
+    indices = np.unique(np.linspace(0, length - 1, min(samples, length)).astype(np.int64))
+    needs: list[Need] = []
+    skips: list[Skip] = []
+    for index in map(int, indices):
+        try:
+            sample = source[index]
+            check_answers(sample, f"{source.name}/{sample.id}")
+            needs.append(measure(processor, sample.messages))
+        except SampleError as error:
+            skips.append(skip_of(source.name, index, error))
+    tokens, patches = np.array(needs, np.int64).reshape(-1, 2).T
+    return Survey(source.name, length, tokens, patches, tuple(skips))
+
+
+def measure(processor: Processor, messages: Sequence[Message]) -> Need:
+    """Tokens and patches that `processor.encode` makes of a conversation.
+
+    Raises:
+        SampleError: a message or the header of a picture that cannot be used.
+    """
+    runs = processor.chat.runs(messages)
+    parts = [part for run in runs for part in run.visuals]
+    if parts and not processor.settings.has_vision:
+        raise SampleError("the conversation has pictures and the model takes none")
+    tokens = sum(len(run.ids) for run in runs) - len(parts)  # a placeholder stands once for each
+    patches = 0
+    for t, rows, cols in (merged_grid(processor, part) for part in parts):
+        tokens += t * rows * cols + processor.layout.extra_tokens((t, rows, cols))
+        patches += t * rows * cols * processor.settings.merge_patches
+    return Need(tokens, patches)
+
+
+def merged_grid(processor: Processor, part: Message) -> Grid:
+    """Frames, rows and columns of the visual tokens of a picture or video, from the header of its first frame.
+
+    Raises:
+        ImageError: no picture, or a video without frames.
+    """
+    settings, name = processor.settings, part.get("name", "")
+    grid = settings.grid
+    if part["type"] == "image":
+        size = image_size(part["image"], name)
+        height, width = smart_resize(*size, grid.factor, settings.min_pixels, settings.max_pixels)
+        return 1, height // grid.factor, width // grid.factor
+    frames, fps, limits = part["video"], part.get("fps"), settings.video
+    if not len(frames) or (limits.fps is not None and not fps):
+        raise ImageError(f"{name or 'video'}: a video needs frames, and its 'fps' where frames are sampled")
+    if fps is not None and not (isinstance(fps, (int, float)) and 1e-3 <= fps <= 1e3):
+        raise ImageError(f"{name or 'video'}: fps is {fps!r:.40}, expected a number from 0.001 to 1000")
+    kept = sample_frames(len(frames), fps or UNKNOWN_FPS, limits, grid.temporal)
+    size = image_size(frames[kept[0]], f"{name} frame {kept[0]}" if name else "")
+    height, width = frame_size(*size, len(kept), grid, limits)
+    return -(-len(kept) // grid.temporal), height // grid.factor, width // grid.factor

@@ -1,0 +1,79 @@
+"""`rave-jax data`: what the data of a config needs, and which of it cannot be used."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from rave_jax import config as configs
+from rave_jax.checkpoint import tiny
+from rave_jax.data.pipeline import DataConfig, Stage
+from rave_jax.data.sources import LlavaJson, QaJsonl
+from rave_jax.tools.cli import main
+from rave_jax.training.config import TrainConfig
+from rave_jax.training.init import FromHF
+from tests.data.pictures import noise
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    """A run of a model without weights on one file of conversations and one of questions."""
+    model = tmp_path / "model"
+    model.mkdir()
+    tiny.byte_tokenizer().save(str(model / "tokenizer.json"))
+    for name, data in tiny._settings(tiny.tiny_config(tiny.Tiny())).items():
+        (model / name).write_text(json.dumps(data))
+    Image.fromarray(noise(56, 84)).save(tmp_path / "a.png")
+    talk = {"image": "a.png", "conversations": [{"from": "human", "value": "<image>Q"}, {"from": "gpt", "value": "A"}]}
+    talks = [talk, talk, {**talk, "tools": ["f"]}, {**talk, "tools": ["g"]}, {**talk, "image": "gone.png"}]
+    (tmp_path / "talk.json").write_text(json.dumps(talks))
+    (tmp_path / "qa.jsonl").write_text(json.dumps({"question": "Q" * 100, "answers": ["A"]}))
+    data = DataConfig(
+        (LlavaJson(str(tmp_path / "talk.json")), QaJsonl(str(tmp_path / "qa.jsonl"), name="qa")),
+        (Stage(), Stage(5, (1.0, 0.0), tokens=300, patches=300)),
+        rows=8,
+        tokens=20,
+        patches=24,
+        documents_per_row=2,
+    )
+    path = tmp_path / "config.json"
+    path.write_text(configs.dumps(TrainConfig(str(tmp_path / "run"), FromHF(str(model)), data=data)))
+    return path
+
+
+def test_needs_and_budgets(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data", str(config), "--data.seed", "3"]) == 1
+    out, err = capsys.readouterr()
+    rows = {line.split()[0]: line.split()[1:] for line in out.splitlines() if "/" in line and ":" not in line}
+    assert rows["talk"][:3] == ["5", "2", "3"]
+    assert rows["qa"][:3] == ["1", "1", "0"]
+    tokens, patches = int(rows["talk"][-3]), int(rows["talk"][-1])
+    assert patches == 24 and tokens > 6
+    assert "talk: 2 unread key, such as" in out and "tool calls are not supported" in out
+    assert "talk: 1 broken image, such as" in out and "gone.png" in out
+    assert "--every names them all" in out
+    assert "(from step 0 on, 2 samples in each) hold 0.0% of talk, 0.0% of qa" in out
+    assert "rows of 300 tokens and" in out and "(from step 5 on, 2 samples in each) hold 100.0% of talk\n" in out
+    assert f"to hold all that was measured of each source: --data.tokens {2 * int(rows['qa'][-3])} " in out
+    assert err == ""
+    assert not (config.parent / "run").exists()
+
+
+def test_every_sample_that_cannot_be_used(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data", "--samples", "5", str(config), "--every"]) == 1
+    out = capsys.readouterr().out
+    assert [line.split(" ")[0] for line in out.splitlines() if line.startswith("talk[")] == [
+        "talk[2]",
+        "talk[3]",
+        "talk[4]",
+    ]
+
+
+def test_a_source_that_cannot_be_opened_is_one_line(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["data", str(config), "--data.sources.0.path", str(config.parent)]) == 2
+    line = capsys.readouterr().err
+    assert line.startswith("rave-jax: data.sources.0: ") and "a directory; expected a file of records" in line
+    assert line.count("\n") == 1
