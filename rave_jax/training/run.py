@@ -37,6 +37,7 @@ from rave_jax.parallel.watchdog import Watchdog
 from rave_jax.training.claim import Claim, claimed
 from rave_jax.training.config import TrainConfig, check_can_be_read_again
 from rave_jax.training.directory import RunDirectory, run_directory
+from rave_jax.training.footprint import least_activations
 from rave_jax.training.init import model_config, source_of
 from rave_jax.training.loop import Loop, Schedule
 from rave_jax.training.session import Session, group_rows, make_session
@@ -88,8 +89,9 @@ def _run(config: TrainConfig, watchdog: Watchdog, stop: StopRequest) -> None:
     with watchdog.during("the data sources to open", Watchdog.LONG):
         sources = config.data.open_sources()
     with use_mesh(mesh), claimed(directory, config) as claim:
+        vlm = model_config(config.init, claim.model)
         session = make_session(
-            abstract_model(model_config(config.init, claim.model), config.model),
+            abstract_model(vlm, config.model),
             config.optimizer,
             mesh,
             steps=config.steps,
@@ -97,6 +99,7 @@ def _run(config: TrainConfig, watchdog: Watchdog, stop: StopRequest) -> None:
             loss_chunk=config.loss_chunk,
         )
         check_memory(session.state, "parameters and optimizer state")
+        check_memory(least_activations(config, vlm, mesh), "the rows of a batch (data.rows, tokens, patches)")
         kept = min(config.keep, -(-config.steps // config.save_every)) + 1
         present = sum(f.stat().st_size for s in claim.steps for f in directory.checkpoint(s).rglob("*") if f.is_file())
         check_room(directory.checkpoints, kept * local_bytes(session.state) - present)

@@ -19,7 +19,9 @@ from rave_jax import config as machinery
 from rave_jax.batch import Batch
 from rave_jax.checkpoint.hf_import import load_config
 from rave_jax.checkpoint.tiny import Tiny
+from rave_jax.command_line import _defaults, _options
 from rave_jax.data.collate import BatchShape, empty_batch, round_up
+from rave_jax.evaluation.config import Examination
 from rave_jax.kernels.pair_bias.support import SMALL
 from rave_jax.models.config import VlmConfig
 from rave_jax.models.families import presets
@@ -50,6 +52,10 @@ def config_classes(kind: typing.Any) -> Iterator[type]:
 
 
 CLASSES = sorted(set(config_classes(TrainConfig)) | set(config_classes(VlmConfig)), key=lambda c: c.__qualname__)
+
+CLASSES_OF_COMMANDS = sorted(
+    set(config_classes(TrainConfig)) | set(config_classes(Examination)), key=lambda c: c.__qualname__
+)
 
 
 @cache
@@ -188,3 +194,39 @@ def test_a_config_that_does_not_fit_its_mesh_is_refused() -> None:
     config = TrainConfig(mesh=MeshConfig(data=3))
     with pytest.raises(machinery.ConfigError, match="mesh is data 3"):
         abstract_mesh(config.mesh, 8)
+
+
+CHECKED_ELSEWHERE = {
+    "seed": "any number serves",
+    "data": "the mesh is held against the devices",
+    "fsdp": "the mesh is held against the devices",
+    "tensor": "the mesh is held against the devices",
+    "simulated_devices": "hosts.start refuses it before a device is made",
+    "warmup": "a run has more steps than its warm-up",
+    "frame": "a mosaic's frame is held against the size of the picture",
+    "cached_groups": "only groups that are read are kept",
+}
+
+
+def numbers_of(cls: type) -> Iterator[tuple[str, type]]:
+    """Its numeric fields."""
+    for name, hint in typing.get_type_hints(cls).items():
+        for kind in (int, float):
+            if kind in _options(hint):
+                yield name, kind
+
+
+# An `Extension` is written by train.py and looked at by nobody; `Tiny` is checked as the model that it makes.
+SIZED = [cls for cls in CLASSES_OF_COMMANDS if cls.__name__ != "Extension"]
+
+
+@pytest.mark.parametrize("cls", SIZED, ids=lambda c: c.__name__)
+def test_a_number_that_no_machine_has_is_refused_by_its_field(cls: type) -> None:
+    """Before anything is made of it: 10^15 of something, and numbers that are none."""
+    values = {f.name: getattr(_defaults(cls), f.name) for f in dataclasses.fields(cls)}
+    values |= {name: "x" for name in ("name", "path") if values.get(name) == ""}
+    for name, kind in numbers_of(cls):
+        if name in CHECKED_ELSEWHERE and kind is int:
+            continue
+        with pytest.raises(machinery.ConfigError, match="" if cls is Tiny else name.rsplit("_", 1)[-1]):
+            cls(**values | {name: 10**15 if kind is int else float("nan")})

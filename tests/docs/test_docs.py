@@ -16,6 +16,8 @@ import pytest
 
 from rave_jax import command_line
 from rave_jax import config as machinery
+from rave_jax.command_line import override
+from rave_jax.evaluation.config import Eval, Examination, Grounding
 from rave_jax.tools.cli import _parser
 from rave_jax.training.config import TrainConfig
 
@@ -72,8 +74,11 @@ def test_a_command_is_run_by_ci_or_would_be_understood(
             assert shlex.join(words) in CI
         case ["python", "train.py", *words]:
             check_train(words, monkeypatch)
-        case ["python", "eval.py", path]:
-            assert path in runs_of_configs()
+        case ["python", "eval.py", path, *words] | ["rave-jax", "eval", path, *words]:
+            assert path in runs_of_configs() or path.startswith("checkpoints/")
+            override(Examination(evals=(Eval(grounding=Grounding()),)), words)
+        case ["rave-jax", "train", *words]:
+            check_train(words, monkeypatch)
         case ["python", "-m", "pip", "install", "-c", "constraints.txt", "-e", target]:
             extras = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]["optional-dependencies"]
             assert target.removeprefix(".[").removesuffix("]") in extras
