@@ -246,9 +246,11 @@ def answers_to_tokens(folder: Path, case: Case, theirs: Any) -> list[Answer]:
         prompt = request(ask, case, folder, number)["tokens"]
         answers[engine.submit(example(prompt), sampling)] = Answer(prompt, [], "length")
     while engine.waiting or engine.running:
-        for place, tokens, reason in engine.step():
-            answers[place].tokens.extend(tokens)
-            answers[place] = answers[place]._replace(reason=reason or "length")
+        for progress in engine.step():
+            assert progress.error is None, progress.error
+            answer = answers[progress.request]
+            answer.tokens.extend(progress.tokens)
+            answers[progress.request] = answer._replace(reason=progress.reason or "length")
     return list(answers.values())
 
 
