@@ -13,6 +13,8 @@ import glob
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass, replace
+from datetime import date
+from decimal import Decimal
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -156,7 +158,9 @@ class ParquetSource:
             raise SampleError(f"{where}: {error}") from error
 
     def _named(self, column: str, value: Any) -> Any:
-        """The name of a class, where the column holds the numbers of classes."""
+        """A value as JSON would have it: the name of a class, where the column holds the numbers of classes."""
+        if isinstance(value, (Decimal, date)):
+            return str(value)
         names = self._labels.get(column)
         if names is None or not isinstance(value, int):
             return value

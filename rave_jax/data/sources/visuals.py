@@ -9,11 +9,13 @@ from typing import Any
 
 from rave_jax.data.opening import from_data_uri
 from rave_jax.data.sample import Message, SampleError
-from rave_jax.data.sources.keys import shown, take
+from rave_jax.data.sources.keys import is_empty, shown, take
 
 FRAMES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 IMAGE_KEYS = ("image", "images")
 VIDEO_KEYS = ("video", "videos", "fps")
+FORMS = ("bytes", "path", "url")
+"""What an object may give a picture as; the first of them that holds something counts."""
 LONGEST_PATH = 4096
 
 
@@ -29,7 +31,7 @@ def picture(value: Any, folder: Path, name: str = "") -> Message:
         SampleError: none of these.
     """
     if isinstance(value, Mapping):
-        value = next((value[key] for key in ("bytes", "path", "url") if value.get(key) is not None), value)
+        value = next((value[key] for key in FORMS if not is_empty(value.get(key))), value)
     if isinstance(value, bytes) and value:
         return {"type": "image", "image": value, "name": name or "a picture in the record"}
     if isinstance(value, str) and value.startswith("data:"):
@@ -125,7 +127,7 @@ def visual_parts(record: Mapping[str, Any], folder: Path, where: str = "") -> li
     Raises:
         SampleError: values that are none of these.
     """
-    images = [record[key] for key in IMAGE_KEYS if record.get(key) not in (None, [])]
+    images = [record[key] for key in IMAGE_KEYS if not _is_none(record.get(key))]
     if len(images) > 1 and images[0] != images[1] and [images[0]] != images[1]:
         raise SampleError("'image' and 'images' hold different pictures: keep one of them")
     values = [] if not images else images[0] if isinstance(images[0], list) else [images[0]]
@@ -133,6 +135,13 @@ def visual_parts(record: Mapping[str, Any], folder: Path, where: str = "") -> li
         raise SampleError(f"pictures are {shown(images[0])}, expected a path or a list of paths")
     parts = [picture(value, folder, f"{where} image {number}".strip()) for number, value in enumerate(values)]
     return [*parts, *_videos(record, folder)]
+
+
+def _is_none(value: Any) -> bool:
+    """Is it no picture at all? A table has an object without bytes and path where a row has none."""
+    if isinstance(value, Mapping):
+        return all(key in FORMS and is_empty(held) for key, held in value.items())
+    return value is None or value == []
 
 
 def _videos(record: Mapping[str, Any], folder: Path) -> list[Message]:
