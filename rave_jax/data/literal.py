@@ -57,9 +57,9 @@ class LiteralTokenizer:
         """The private character of a special token."""
         return self._private[token]
 
-    def matches(self, text: str) -> Iterator[re.Match[str]]:
-        """Where special tokens are spelled out in a text, in order."""
-        return self._pattern.finditer(text)
+    def matches(self, text: str, start: int, stop: int) -> Iterator[re.Match[str]]:
+        """Where special tokens are spelled out between two places of a text, in order."""
+        return self._pattern.finditer(text, start, stop)
 
     def found(self, text: str) -> list[str]:
         """The special tokens that are spelled out in a text, in order."""
@@ -116,6 +116,11 @@ class LiteralTokenizer:
         vocab = model.get("vocab")
         if isinstance(vocab, dict):
             model["vocab"] = {self._private.get(piece, piece): number for piece, number in vocab.items()}
+            if merges := model.get("merges"):
+                # A special token may also be what pieces of text merge into; its spelling stays in pieces.
+                pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
+                kept = [n for n, (a, b) in enumerate(pairs) if self._private.keys().isdisjoint((a, b, a + b))]
+                model["merges"] = [merges[n] for n in kept]
         elif isinstance(vocab, list):
             model["vocab"] = [[self._private.get(piece, piece), score] for piece, score in vocab]
         if model.get("unk_token") in self._private:
