@@ -7,8 +7,9 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rave_jax.config import shown
 from rave_jax.data.sample import Message, SampleError, message_text
-from rave_jax.data.sources.keys import shown, take
+from rave_jax.data.sources.keys import take
 from rave_jax.data.sources.turns import Turn
 from rave_jax.data.sources.visuals import own_visual
 

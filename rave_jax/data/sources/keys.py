@@ -10,10 +10,10 @@ from __future__ import annotations
 import difflib
 import functools
 import re
-import reprlib
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from rave_jax.config import shown
 from rave_jax.data.sample import UnreadKey
 
 
@@ -90,13 +90,6 @@ MOST_NAMED = 4
 
 CLOSE = 0.8
 """From this likeness on, a name is taken for a misspelt one whatever it holds."""
-
-_short = reprlib.Repr(maxlevel=2, maxstring=80, maxother=80, maxlist=4, maxdict=4, maxtuple=4, maxlong=40)
-
-
-def shown(value: object) -> str:
-    """A value as an error shows it: short, however large or deeply nested it is."""
-    return _short.repr(value)
 
 
 def is_empty(value: object) -> bool:

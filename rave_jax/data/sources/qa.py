@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rave_jax.config import require
+from rave_jax.config import require, shown
 from rave_jax.data.sample import METRICS, Message, Sample, SampleError
 from rave_jax.data.sources.conversation import PLACEHOLDER, conversation
 from rave_jax.data.sources.files import open_records
-from rave_jax.data.sources.keys import is_empty, shown, take
+from rave_jax.data.sources.keys import is_empty, take
 from rave_jax.data.sources.turns import SYSTEM, Turn, answer_texts, is_number, record_id
 from rave_jax.data.sources.visuals import IMAGE_KEYS, VIDEO_KEYS, visual_parts
 

@@ -16,8 +16,9 @@ import math
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
+from rave_jax.config import shown
 from rave_jax.data.sample import SampleError
-from rave_jax.data.sources.keys import is_empty, shown, take
+from rave_jax.data.sources.keys import is_empty, take
 from rave_jax.data.sources.visuals import IMAGE_KEYS, VIDEO_KEYS
 
 SPEAKERS = {
