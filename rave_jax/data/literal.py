@@ -24,6 +24,9 @@ FIRST = 0xF0000
 """The first of the private characters (Unicode plane 15) that stand for special tokens."""
 
 
+HALF_PAIR = re.compile("[\ud800-\udfff]")
+
+
 class Encoded(NamedTuple):
     """Tokens and where each begins in the text, counted in characters."""
 
@@ -92,7 +95,9 @@ class LiteralTokenizer:
         try:
             encoding = backend.encode(text, add_special_tokens=False)
         except TypeError as error:
-            raise SampleError(f"a text is no Unicode: {text[:40]!r}") from error
+            half = HALF_PAIR.search(text)
+            place = half.start() if half else 0
+            raise SampleError(f"a text is no Unicode: {text[max(0, place - 20) : place + 20]!r}") from error
         bounds = np.asarray(encoding.offsets, np.int64).reshape(-1, 2)
         starts = bounds[:, 0]
         if self._cuts_spaces and len(starts):

@@ -292,6 +292,19 @@ def test_parquet_refuses_columns_that_would_pass_unread(columns: dict, says: str
     assert source[0].answers == ("A",)
 
 
+def test_files_of_one_source_have_the_same_columns_to_read(tmp_path: Path) -> None:
+    write(tmp_path / "a.parquet", {**QUESTION, "id": ["x"], "system": ["S"], "tools": [""]})
+    write(tmp_path / "b.parquet", {**QUESTION, "note": ["n"]})
+    source = HfParquet(str(tmp_path)).build()
+    assert [len(source[index].messages) for index in range(2)] == [3, 2]
+    write(tmp_path / "c.parquet", {**QUESTION, "image": [png(0)]})
+    with pytest.raises(ConfigError, match=r"c\.parquet: the column 'image' is not in .*a\.parquet"):
+        HfParquet(str(tmp_path)).build()
+    pq.write_table(pa.table([pa.array(["A"])] * 3, names=["question", "answer", "question"]), tmp_path / "d.parquet")
+    with pytest.raises(ConfigError, match=r"d\.parquet: 2 columns have the name 'question'"):
+        HfParquet(str(tmp_path / "d.parquet")).build()
+
+
 def test_a_column_that_is_named_stands_for_its_kind(tmp_path: Path) -> None:
     columns = {"answers": [["yes", "no"]], "best": ["yes"], "image": [png(0)], "crop": [png(1)], "question": ["Q"]}
     path = write(tmp_path / "p.parquet", columns)

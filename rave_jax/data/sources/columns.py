@@ -79,7 +79,10 @@ def columns_of(schema: pa.Schema, config: Named, where: str) -> dict[str, str]:
     # Who names a column says that the others of its kind are not meant.
     kinds = ((config.image, IMAGES), (config.turns, TURNS), (config.question, QUESTIONS), (config.answer, ANSWERS))
     meant = {name for given, usual in kinds if given for name in usual}
-    return names | _others(schema, [name for name in columns if name not in names], read, meant, where)
+    names |= _others(schema, [name for name in columns if name not in names], read, meant, where)
+    if twice := [name for name in names if schema.names.count(name) > 1]:
+        raise ConfigError(f"{where}: {schema.names.count(twice[0])} columns have the name {twice[0]!r}: rename them")
+    return names
 
 
 def _one_of_pictures(schema: pa.Schema, columns: Sequence[str], names: dict[str, str], where: str) -> str:
