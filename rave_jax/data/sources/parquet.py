@@ -111,7 +111,7 @@ class ParquetSource:
         self._refuse_unread()
 
     def _check_alike(self, path: Path, schema: pa.Schema, named: Named) -> None:
-        """Refuse a file without a column that the first has, or with one that would be read and that the first lacks."""
+        """Refuse a file without a column that the first has, or with one to read that the first lacks."""
         missing = [name for name, key in self._names.items() if key in NEEDED and name not in schema.names]
         if missing:
             raise ConfigError(f"{path}: no column {missing[0]!r}, which {self._paths[0]} has")
