@@ -38,7 +38,13 @@ def require(condition: bool, field: str, given: object, expected: str) -> None:
         raise ConfigError(f"{field} is {shown(given)}, expected {expected}")
 
 
-_short = reprlib.Repr(maxlevel=6, maxstring=200, maxother=1000, maxlist=40, maxtuple=40, maxdict=40, maxlong=500)
+class _Short(reprlib.Repr):
+    def repr_bytes(self, value: bytes, level: int) -> str:
+        return repr(value) if len(value) <= MOST_BYTES else f"{value[:MOST_BYTES]!r}... of {len(value)} bytes"
+
+
+MOST_BYTES = 40
+_short = _Short(maxlevel=6, maxstring=200, maxother=1000, maxlist=40, maxtuple=40, maxdict=40, maxlong=500)
 
 
 def shown(value: object) -> str:

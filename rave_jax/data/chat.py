@@ -9,6 +9,7 @@ Special tokens are written by the template alone. Where a message spells one, it
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -165,18 +166,17 @@ class ChatTemplate:
         learn = _marked_alone(spans.learn, answers) if self._marks_answers else spans.learn
         encoded, places = self._encode(scanned, views)
 
-        def tokens(bounds: Sequence[int]) -> list[int]:
-            """The first token that begins at each of these places or behind it."""
-            return np.searchsorted(encoded.starts, places(bounds)).tolist()
-
-        cuts = tokens(spans.bounds)
+        # The first token that begins at each place or behind it.
+        bounds = [*spans.bounds, *itertools.chain(*learn)]
+        firsts = np.searchsorted(encoded.starts, places(bounds)).tolist()
+        cuts, spoken = firsts[: len(spans.bounds)], firsts[len(spans.bounds) :]
         cuts[0] = cuts[0] if spans.preamble else 0
         runs = [Run(encoded.ids[: cuts[0]], Role.SYSTEM, (0, 0), ())] if spans.preamble else []
         for number, message in enumerate(messages):
             begin, end = cuts[number : number + 2]
             # Where an answer starts with line breaks, its first token may also hold the header's: generation never
             # starts there, so that token counts as header.
-            start, stop = (min(max(n, begin), end) - begin for n in tokens(learn[number]))
+            start, stop = (min(max(n, begin), end) - begin for n in spoken[2 * number : 2 * number + 2])
             runs.append(_run(message, encoded.ids[begin:end], (start, stop) if start < stop else (0, 0)))
         if add_generation_prompt:
             runs.append(Run(encoded.ids[cuts[-1] :], Role.RESPONSE, (0, 0), ()))
@@ -200,7 +200,7 @@ class ChatTemplate:
                 continue  # it refuses what the marks make of a text
             scanned = scan(rendered.text, marked, self._words)
             if scanned.written == plain:
-                answers = [(int(scanned.origin[a]), int(scanned.origin[b])) for a, b in rendered.answers]
+                answers = [(scanned.in_text(start), scanned.in_text(stop)) for start, stop in rendered.answers]
                 return (scanned, marked, answers) if around else (*_searched(views, marked, scanned), answers)
         raise SampleError("the chat template writes another text where a special token is spelled out in a message")
 

@@ -24,6 +24,9 @@ FIRST = 0xF0000
 """The first of the private characters (Unicode plane 15) that stand for special tokens."""
 
 
+HALF_PAIR = re.compile("[\ud800-\udfff]")
+
+
 class Encoded(NamedTuple):
     """Tokens and where each begins in the text, counted in characters."""
 
@@ -57,9 +60,9 @@ class LiteralTokenizer:
         """The private character of a special token."""
         return self._private[token]
 
-    def matches(self, text: str) -> Iterator[re.Match[str]]:
-        """Where special tokens are spelled out in a text, in order."""
-        return self._pattern.finditer(text)
+    def matches(self, text: str, start: int, stop: int) -> Iterator[re.Match[str]]:
+        """Where special tokens are spelled out between two places of a text, in order."""
+        return self._pattern.finditer(text, start, stop)
 
     def found(self, text: str) -> list[str]:
         """The special tokens that are spelled out in a text, in order."""
@@ -92,7 +95,9 @@ class LiteralTokenizer:
         try:
             encoding = backend.encode(text, add_special_tokens=False)
         except TypeError as error:
-            raise SampleError(f"a text is no Unicode: {text[:40]!r}") from error
+            half = HALF_PAIR.search(text)
+            place = half.start() if half else 0
+            raise SampleError(f"a text is no Unicode: {text[max(0, place - 20) : place + 20]!r}") from error
         bounds = np.asarray(encoding.offsets, np.int64).reshape(-1, 2)
         starts = bounds[:, 0]
         if self._cuts_spaces and len(starts):
@@ -116,6 +121,11 @@ class LiteralTokenizer:
         vocab = model.get("vocab")
         if isinstance(vocab, dict):
             model["vocab"] = {self._private.get(piece, piece): number for piece, number in vocab.items()}
+            if merges := model.get("merges"):
+                # A special token may also be what pieces of text merge into; its spelling stays in pieces.
+                pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
+                kept = [n for n, (a, b) in enumerate(pairs) if self._private.keys().isdisjoint((a, b, a + b))]
+                model["merges"] = [merges[n] for n in kept]
         elif isinstance(vocab, list):
             model["vocab"] = [[self._private.get(piece, piece), score] for piece, score in vocab]
         if model.get("unk_token") in self._private:

@@ -6,6 +6,8 @@ a text, so that trimming finds the spaces that it would find without them.
 
 from __future__ import annotations
 
+import bisect
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -17,6 +19,7 @@ from rave_jax.typing import Int, NpArray
 
 FIRST, LAST = 0x100000, 0x10FFFD
 """Private characters (Unicode plane 16) that marks are taken from."""
+PRIVATE = re.compile(f"[{chr(FIRST)}-{chr(LAST)}]")
 View = Mapping[str, Any]
 """A message as a template sees it."""
 
@@ -47,7 +50,7 @@ class Scanned(NamedTuple):
         written: special tokens are spelled, whoever wrote them: the text as the template renders it without marks.
         at: where each mark stood in `text`.
         shift: (positions in `text` behind a special token, how much longer `written` is up to there).
-        origin: position in `text` of each character of what was rendered.
+        origin: (position in what was rendered, position in `text`, characters of `text`) of each piece of it.
         typed: are there special tokens that the template did not write?
     """
 
@@ -55,7 +58,7 @@ class Scanned(NamedTuple):
     written: str
     at: dict[str, list[int]]
     shift: tuple[Int[NpArray, "N"], Int[NpArray, "N"]]
-    origin: Int[NpArray, "M"]
+    origin: list[tuple[int, int, int]]
     typed: bool
 
     def first(self, marks: Iterable[str]) -> int | None:
@@ -67,6 +70,11 @@ class Scanned(NamedTuple):
         """Where the last of these marks stands."""
         found = [place for mark in marks for place in self.at.get(mark, ())]
         return max(found, default=None)
+
+    def in_text(self, place: int) -> int:
+        """A position of what was rendered as one of `text`."""
+        rendered, start, length = self.origin[max(bisect.bisect_right(self.origin, (place, len(self.text))) - 1, 0)]
+        return start + min(place - rendered, length)
 
     def in_written(self, places: Sequence[int]) -> Int[NpArray, "N"]:
         """Positions of `text` as positions of `written`."""
@@ -133,55 +141,49 @@ def scan(rendered: str, marked: Marked, tokenizer: LiteralTokenizer) -> Scanned:
     own = marks | set(marked.typed)
     text: list[str] = []
     written: list[str] = []
-    origin: list[NpArray] = []
+    origin: list[tuple[int, int, int]] = [(0, 0, 0)]
     at: dict[str, list[int]] = {}
     behind: list[int] = []
     longer: list[int] = []
     length = extra = meant = 0
 
-    def plain(piece: str) -> None:
-        nonlocal length, extra, meant
-        cursor = 0
-        for match in tokenizer.matches(piece):
-            add(piece[cursor : match.start()])
-            origin.append(np.full(match.end() - match.start(), length))
-            text.append(tokenizer.private(match[0]))
-            written.append(match[0])
-            length += 1
-            extra += len(match[0]) - 1
+    def plain(start: int, stop: int) -> None:
+        nonlocal extra, meant
+        cursor = start
+        for match in tokenizer.matches(rendered, start, stop):
+            add(cursor, rendered[cursor : match.start()])
+            token = match[0]
+            add(match.start(), tokenizer.private(token), token)
+            extra += len(token) - 1
             meant += 1
             behind.append(length)
             longer.append(extra)
             cursor = match.end()
-        add(piece[cursor:])
+        add(cursor, rendered[cursor:stop])
 
-    def add(piece: str) -> None:
+    def add(place: int, piece: str, spelled: str = "") -> None:
         nonlocal length
         if piece:
             text.append(piece)
-            written.append(piece)
-            origin.append(np.arange(length, length + len(piece)))
+            written.append(spelled or piece)
+            origin.append((place, length, len(piece)))
             length += len(piece)
 
     cursor = 0
-    for place in (place for place, character in enumerate(rendered) if character in own) if own else ():
-        plain(rendered[cursor:place])
+    for place in (match.start() for match in PRIVATE.finditer(rendered) if match[0] in own):
+        plain(cursor, place)
         character = rendered[place]
-        origin.append(np.array([length]))
         if character in marks:
             at.setdefault(character, []).append(length)
+            origin.append((place, length, 0))
         else:
-            spelling = marked.typed[character]
-            text.append(spelling)
-            written.append(spelling)
-            length += len(spelling)
+            add(place, marked.typed[character])
         cursor = place + 1
-    plain(rendered[cursor:])
+    plain(cursor, len(rendered))
     whole = "".join(written)
     typed = bool(marked.typed) or len(tokenizer.found(whole)) != meant
     shift = (np.array(behind, np.int64), np.array(longer, np.int64))
-    places = np.concatenate([*origin, np.array([length])]).astype(np.int64)
-    return Scanned("".join(text), whole, at, shift, places, typed)
+    return Scanned("".join(text), whole, at, shift, origin, typed)
 
 
 def _free(texts: Sequence[str]) -> Any:

@@ -36,7 +36,7 @@ def describe(source: Any, name: str = "") -> str:
     if not isinstance(source, (str, os.PathLike)):
         return f"{type(source).__name__} in memory"
     text = os.fsdecode(source)
-    if len(text) > LONGEST_PATH or _is_data(text):
+    if len(text) > LONGEST_PATH or is_data(text):
         return f"{text[:60]!r}... of {len(text)} characters"
     return text if text.isprintable() else repr(text)
 
@@ -81,7 +81,7 @@ def _bytes_of(source: Any) -> BinaryIO:
     if isinstance(source, bytes):
         return io.BytesIO(source)
     text = os.fsdecode(source)
-    if _is_data(text):
+    if is_data(text):
         return io.BytesIO(from_data_uri(text))
     path = text.removeprefix("file://")
     if not path.strip():
@@ -99,7 +99,8 @@ def is_address(text: str) -> bool:
     return bool(found) and scheme.isalnum()
 
 
-def _is_data(text: str) -> bool:
+def is_data(text: str) -> bool:
+    """Is it a data: URI?"""
     return text[:5].lower() == "data:"
 
 

@@ -284,7 +284,7 @@ class Pipeline:
         if (cached := self._cache.get(key)) is not None:
             return cached
         sample = self.sources[number][index]
-        name = f"{self.sources[number].name}/{sample.id}"
+        name = sample.called
         check_answers(sample, name)
         per_row = self.config.documents_per_row
         example = self.processor.encode(sample.messages, name=name, most_tokens=shape.tokens // per_row)

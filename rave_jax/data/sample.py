@@ -83,6 +83,11 @@ class Sample:
     """The task the sample belongs to, for tables."""
 
     @property
+    def called(self) -> str:
+        """What errors call it: its source and its name there."""
+        return f"{self.source}/{self.id}" if self.source else self.id
+
+    @property
     def prompt(self) -> tuple[Message, ...]:
         """The conversation up to its last question: what generation starts from."""
         return self.messages[:-1] if self.messages and self.messages[-1]["role"] == "assistant" else self.messages

@@ -11,9 +11,9 @@ import numpy as np
 from rave_jax.data.images import image_size, smart_resize
 from rave_jax.data.pipeline import check_answers
 from rave_jax.data.processor import Processor
-from rave_jax.data.sample import ImageError, Message, SampleError, Source
+from rave_jax.data.sample import Message, SampleError, Source
 from rave_jax.data.skips import Skip, skip_of
-from rave_jax.data.video import UNKNOWN_FPS, frame_size, sample_frames
+from rave_jax.data.video import frame_size, kept_frames
 from rave_jax.layout import Grid
 from rave_jax.typing import Int, NpArray
 
@@ -65,7 +65,7 @@ def survey(source: Source, processor: Processor, samples: int = 1000) -> Survey:
     for index in map(int, indices):
         try:
             sample = source[index]
-            check_answers(sample, f"{source.name}/{sample.id}")
+            check_answers(sample, sample.called)
             needs.append(measure(processor, sample.messages))
         except SampleError as error:
             skips.append(skip_of(source.name, index, error))
@@ -103,12 +103,8 @@ def merged_grid(processor: Processor, part: Message) -> Grid:
         size = image_size(part["image"], name)
         height, width = smart_resize(*size, grid.factor, settings.min_pixels, settings.max_pixels)
         return 1, height // grid.factor, width // grid.factor
-    frames, fps, limits = part["video"], part.get("fps"), settings.video
-    if not len(frames) or (limits.fps is not None and not fps):
-        raise ImageError(f"{name or 'video'}: a video needs frames, and its 'fps' where frames are sampled")
-    if fps is not None and not (isinstance(fps, (int, float)) and 1e-3 <= fps <= 1e3):
-        raise ImageError(f"{name or 'video'}: fps is {fps!r:.40}, expected a number from 0.001 to 1000")
-    kept = sample_frames(len(frames), fps or UNKNOWN_FPS, limits, grid.temporal)
+    frames = part["video"]
+    kept, _ = kept_frames(frames, part.get("fps"), grid, settings.video, name)
     size = image_size(frames[kept[0]], f"{name} frame {kept[0]}" if name else "")
-    height, width = frame_size(*size, len(kept), grid, limits)
+    height, width = frame_size(*size, len(kept), grid, settings.video)
     return -(-len(kept) // grid.temporal), height // grid.factor, width // grid.factor

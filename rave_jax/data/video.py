@@ -76,6 +76,34 @@ def frame_size(height: int, width: int, frames: int, grid: PatchGrid, limits: Vi
     return smart_resize(height, width, grid.factor, limits.min_pixels, most)
 
 
+def kept_frames(
+    frames: Sequence[Any], fps: float | None, grid: PatchGrid, limits: VideoLimits, name: str = ""
+) -> tuple[Int[NpArray, "N"], float]:
+    """Indices of the frames that are used of a video, and how many frames it has in a second.
+
+    Args:
+        frames, fps, name: as in `video_patches`.
+        grid, limits: of the model.
+
+    Raises:
+        ImageError: no frames, too few of them, or an fps that is none or that is needed and missing.
+    """
+    name = name or "video"
+    if isinstance(frames, (str, bytes)) or not hasattr(frames, "__len__"):
+        raise ImageError(f"{name}: a video is {type(frames).__name__}: expected a list of frames")
+    if not len(frames):
+        raise ImageError(f"{name}: no frames")
+    if limits.fps is not None and not fps:
+        raise ImageError(f"{name}: sampling {limits.fps} frames per second needs the part's own 'fps'")
+    if fps is not None and not (isinstance(fps, int | float) and not isinstance(fps, bool) and 1e-3 <= fps <= 1e3):
+        raise ImageError(f"{name}: fps is {fps!r:.40}, expected a number from 0.001 to 1000")
+    rate = fps or UNKNOWN_FPS
+    try:
+        return sample_frames(len(frames), rate, limits, grid.temporal), rate
+    except ImageError as error:
+        raise ImageError(f"{name}: {error}") from error
+
+
 def video_patches(
     frames: Sequence[Any], fps: float | None, grid: PatchGrid, limits: VideoLimits, name: str = ""
 ) -> tuple[Patches, float]:
@@ -92,19 +120,7 @@ def video_patches(
     Raises:
         ImageError: no frames, a broken one, or frames of several sizes.
     """
-    if isinstance(frames, (str, bytes)) or not hasattr(frames, "__len__"):
-        raise ImageError(f"{name or 'video'}: a video is {type(frames).__name__}: expected a list of frames")
-    if not len(frames):
-        raise ImageError(f"{name or 'video'}: no frames")
-    if limits.fps is not None and not fps:
-        raise ImageError(f"{name or 'video'}: sampling {limits.fps} frames per second needs the part's own 'fps'")
-    if fps is not None and not (isinstance(fps, int | float) and not isinstance(fps, bool) and 1e-3 <= fps <= 1e3):
-        raise ImageError(f"{name or 'video'}: fps is {fps!r:.40}, expected a number from 0.001 to 1000")
-    rate = fps or UNKNOWN_FPS
-    try:
-        keep = sample_frames(len(frames), rate, limits, grid.temporal)
-    except ImageError as error:
-        raise ImageError(f"{name or 'video'}: {error}") from error
+    keep, rate = kept_frames(frames, fps, grid, limits, name)
     images = [read_image(frames[i], f"{name} frame {i}" if name else "") for i in keep]
     if len({image.size for image in images}) > 1:
         raise ImageError(f"{name or 'video'}: frames of several sizes {sorted({image.size for image in images})}")

@@ -62,10 +62,10 @@ def encoded(processor: Processor, sample: Sample, criterion: Criterion) -> Examp
         SampleError: it cannot be used, or accuracy is asked of a sample without an answer.
     """
     if criterion == "entropy":
-        return processor.encode(sample.prompt, add_generation_prompt=True, name=sample.id)
+        return processor.encode(sample.prompt, add_generation_prompt=True, name=sample.called)
     if len(sample.prompt) == len(sample.messages):
-        raise EmptyAnswer(f"{sample.id}: has no answer, which accuracy needs; entropy does not")
-    return processor.encode(sample.messages, name=sample.id)
+        raise EmptyAnswer(f"{sample.called}: has no answer, which accuracy needs; entropy does not")
+    return processor.encode(sample.messages, name=sample.called)
 
 
 def asked_at(example: Example, criterion: Criterion) -> tuple[Int[NpArray, "N"], Int[NpArray, "N"]]:

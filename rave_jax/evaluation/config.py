@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from rave_jax.config import check_paths, check_ranges, require
+from rave_jax.data.chat import SpecialTokens
 from rave_jax.data.pipeline import MOST_PATCHES, MOST_PIXELS, MOST_TOKENS
 from rave_jax.data.sources import SourceConfig, Synthetic
 from rave_jax.evaluation.grounding import TaskAim
@@ -143,6 +144,9 @@ class Examination:
     """Least pixels of a resized picture, for an HF directory; None for the model's own limit. A run has its own."""
     max_pixels: int | None = None
     """Most pixels of a resized picture, for an HF directory; None for the model's own limit. A run has its own."""
+    special_tokens_in_text: SpecialTokens | None = None
+    """What special tokens such as <|im_end|> are that a sample spells out: "text" like any other, or the "tokens".
+    None: as in the run's training; for an HF directory text."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
     """How the devices are laid out; need not be as in training."""
     simulated_devices: int = 0

@@ -53,7 +53,7 @@ class ForcedAnswers:
             SampleError: a sample cannot be used, has no answer, or is over budget.
             NotFinite: the model's logits for an answer are NaN or infinite.
         """
-        return self.of_examples([self._encoded(sample) for sample in samples], [sample.id for sample in samples])
+        return self.of_examples([self._encoded(sample) for sample in samples], [sample.called for sample in samples])
 
     def of_examples(self, examples: Sequence[Example], names: Sequence[str] = ()) -> Bool[NpArray, "samples"]:
         """The same of samples in numbers, by the names that errors call them; the answer is what the loss mask of the
@@ -71,8 +71,8 @@ class ForcedAnswers:
 
     def _encoded(self, sample: Sample) -> Example:
         if len(sample.prompt) == len(sample.messages):
-            raise EmptyAnswer(f"{sample.id}: has no answer")
-        return self._processor.encode(sample.messages, name=sample.id)
+            raise EmptyAnswer(f"{sample.called}: has no answer")
+        return self._processor.encode(sample.messages, name=sample.called)
 
     def _block(self, examples: Sequence[Example]) -> tuple[Bool[NpArray, "B"], Int[NpArray, "B"]]:
         B = self._shape.rows

@@ -155,7 +155,7 @@ def draw(
     """
     name = f"{number:03d}_{''.join(c if c.isalnum() or c in '-_.' else '_' for c in sample.id)[:80]}"
     source = sample.images[0]
-    image = read_image(source, sample.id)
+    image = read_image(source, sample.called)
     note = f"{looked.on_picture:.0%} of the attention is on the picture"
     if looked.box is not None:
         note += f"; {looked.in_box:.0%} of that in the evidence box (area {looked.area:.0%})"

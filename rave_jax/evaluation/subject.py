@@ -108,7 +108,7 @@ class ModelSubject:
         self._answer_routes = jax.jit(answer_routes, out_shardings=replicated(mesh))
 
     def answer(self, samples: Sequence[Sample]) -> list[Answer | SampleError]:
-        asked = (Request(sample.prompt, self._sampling, sample.id) for sample in samples)
+        asked = (Request(sample.prompt, self._sampling, sample.called) for sample in samples)
         return [
             Answer(end.text.strip(), end.tokens) if isinstance(end, Completion) else self._with_needs(sample, end)
             for sample, end in zip(samples, self._generator.answers(asked), strict=True)
@@ -125,7 +125,7 @@ class ModelSubject:
         tokens, patches = len(prompt.tokens), len(prompt.patches)
         if tokens <= self._shape.tokens and patches <= self._shape.patches:
             return error
-        return PromptOverBudget(sample.id, tokens, patches, self._shape)
+        return PromptOverBudget(sample.called, tokens, patches, self._shape)
 
     def look(self, samples: Sequence[Sample], answers: Sequence[Answer]) -> list[Look | None]:
         looks: list[Look | None] = []
@@ -146,7 +146,7 @@ class ModelSubject:
 
     def _prompt(self, sample: Sample) -> Example:
         most = 64 * self._shape.tokens
-        return self._processor.encode(sample.prompt, add_generation_prompt=True, name=sample.id, most_tokens=most)
+        return self._processor.encode(sample.prompt, add_generation_prompt=True, name=sample.called, most_tokens=most)
 
     def route(self, samples: Sequence[Sample], answers: Sequence[Answer]) -> list[Route | None]:
         routes: list[Route | None] = []

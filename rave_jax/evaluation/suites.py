@@ -205,11 +205,11 @@ def _ask(
             try:
                 sample = source[index]
                 if not sample.answers:
-                    raise EmptyAnswer(f"{sample.id}: has no accepted answer to score with")
+                    raise EmptyAnswer(f"{sample.called}: has no accepted answer to score with")
             except SampleError as error:
                 leave_out(error)
                 continue
-            check_metric(sample.metric, f"{sample.source}/{sample.id}: ")
+            check_metric(sample.metric, f"{sample.called}: ")
             samples.append(sample)
             indices.append(index)
         asked = []
@@ -348,7 +348,7 @@ def _look(
         for record, sample, look in zip(part, samples, subject.look(samples, answers), strict=True):
             if look is None:
                 continue
-            looked = measure(sample, look, read_image(sample.images[0], sample.id), config.layers)
+            looked = measure(sample, look, read_image(sample.images[0], sample.called), config.layers)
             looks.append(looked)
             if out is not None and drawn_so_far < config.pictures:
                 drawn = draw(out, drawn_so_far, sample, look, looked, how, record.prediction, record.score)
@@ -382,6 +382,6 @@ def _route(config: Eval, source: Source, subject: Subject, records: Sequence[Rec
             continue
         routes.append(route)
         if sample.evidence is not None and route.chosen is not None:
-            box = relative_box(sample.evidence, *read_image(sample.images[0], sample.id).size)
+            box = relative_box(sample.evidence, *read_image(sample.images[0], sample.called).size)
             found.append(hits(sample, route, box))
     return routes, [one for one in found if one is not None]

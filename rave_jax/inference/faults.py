@@ -34,7 +34,7 @@ def not_finite(called: str, prompt: int, given: int) -> NotFinite:
     return NotFinite(
         f"{called}the model's logits for token {given + 1} of the answer, at position {prompt + given} of the "
         "conversation, are NaN or infinite, so no token can be chosen: look for NaN in the checkpoint's weights, or "
-        "compute in a wider number type (--dtype float32)"
+        "compute in a wider number type (float32)"
     )
 
 

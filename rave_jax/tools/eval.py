@@ -28,6 +28,7 @@ from rave_jax.observe.messages import plain_messages
 from rave_jax.parallel import hosts
 from rave_jax.parallel.hosts import HostsError
 from rave_jax.parallel.mesh import make_mesh
+from rave_jax.tools.source import processor_of
 from rave_jax.training.directory import run_directory
 from rave_jax.training.run import load_run
 
@@ -60,11 +61,13 @@ def load(path: Path, config: Examination, mesh: Mesh) -> tuple[Vlm, Processor]:
                 f"step is {config.step}, but {path} is no run: a model in HuggingFace format has no steps"
             )
         model = import_hf(path, config.model, mesh, jax.random.key(0))
-        return model, Processor.from_hf(path, config.min_pixels, config.max_pixels, model.options.layout)
+        special, layout = config.special_tokens_in_text or "text", model.options.layout
+        return model, Processor.from_hf(path, config.min_pixels, config.max_pixels, layout, special)
     if given := [name for name in ("model", "min_pixels", "max_pixels") if getattr(config, name) is not None]:
         raise ConfigError(f"{', '.join(given)}: not for a run such as {path}, which has its own")
     run = load_run(path, config.mesh, config.step)
-    return run.model, run.processor
+    special = config.special_tokens_in_text
+    return run.model, run.processor if special is None else processor_of(path, special)
 
 
 def check_path(path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rave_jax.config import ConfigError, shown
-from rave_jax.data.opening import is_address
+from rave_jax.data.opening import is_address, is_data
 from rave_jax.data.sources.files import parse
 from rave_jax.files import read_bytes
 from rave_jax.tools.folder import PictureFolder
@@ -137,7 +137,7 @@ def _picture(given: Any, folder: PictureFolder, where: str) -> str:
     """The absolute path of a picture, or its data: URI."""
     if not isinstance(given, str):
         raise ConfigError(f"{where}: a picture is {shown(given)}, expected the path of a file or a data: URI")
-    if given[:5].lower() == "data:":
+    if is_data(given):
         return given
     path = given.removeprefix("file://")
     if not path.strip():

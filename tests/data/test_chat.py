@@ -7,12 +7,14 @@ import shutil
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from rave_jax.batch import Role
 from rave_jax.config import ConfigError
 from rave_jax.data import template
 from rave_jax.data.chat import ChatTemplate, read_template
+from rave_jax.data.literal import LiteralTokenizer
 from rave_jax.data.processor import Processor
 from rave_jax.data.sample import SampleError
 from tests.data.conftest import TEMPLATE, byte_tokenizer
@@ -330,6 +332,15 @@ def test_llama_reads_a_spelled_token_as_its_words(legacy: bool, shared_data: Pat
     assert tokenizer.convert_ids_to_tokens(runs[-1].ids[slice(*runs[-1].learn)]) == [
         *("\u2581no", "\u2581</", "s", ">.", "\u2581", "</s>")
     ]
+
+
+def test_a_special_token_may_be_what_text_merges_into() -> None:
+    merges = [("<", "s"), ("<s", ">")]
+    backend = Tokenizer(models.BPE({"<": 0, "s": 1, ">": 2, "<s": 3, "<s>": 4}, merges))
+    backend.add_special_tokens(["<s>"])
+    words = LiteralTokenizer(PreTrainedTokenizerFast(tokenizer_object=backend))
+    assert words.encode("<s><s").ids == [4, 3]
+    assert words.encode_literal(words.private("<s>") + "<s><s").ids == [4, 3, 2, 3]
 
 
 def test_a_template_is_found_or_missed_by_name(processor: Processor, tmp_path: Path) -> None:

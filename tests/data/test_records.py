@@ -126,6 +126,22 @@ SHAPES: dict[str, tuple[Json, list[tuple[str, str]]]] = {
         said(("user", [{"type": "video", "video": ["1.png", "2.png"], "fps": 2.0}]), ("assistant", "A")),
         [("user", "{1.png 2.png 2.0}"), ("assistant", "A")],
     ),
+    "turns by columns": ({"conversations": {"from": ["human", "gpt"], "value": ["Q", "A"]}}, QA),
+    "turns of two shapes in one table": (
+        {"messages": [turn | {"from": None, "value": None, "user": None} for turn in said(*QA)["messages"]]},
+        QA,
+    ),
+    "an object that is no picture": (talk(image={"bytes": None, "path": None}), QA),
+    "a picture whose bytes are elsewhere": (
+        talk(image={"bytes": "", "path": "a.png"}),
+        [("user", "[a.png]Q"), ("assistant", "A")],
+    ),
+    "no tools, written as JSON": (talk(tools="[]"), QA),
+    "an empty text as history": ({"query": "Q", "response": "A", "history": ""}, QA),
+    "counts and names of a picture": (
+        talk(image="a.png", image_h=3, n_images=1, prompt_id="x", url="https://here/a.png", file_name="a.png"),
+        [("user", "[a.png]Q"), ("assistant", "A")],
+    ),
     "metadata": (talk(id=7, model="m", metadata={"a": [1]}, source="coco", num_tokens=3, verified=True, note=""), QA),
 }
 
@@ -198,6 +214,10 @@ REFUSED: list[tuple[Json, str]] = [
     (talk(videos="clip.mp4"), "videos is 'clip.mp4', expected a list"),
     (talk(video=[7]), "a picture is 7"),
     (talk(fps=2), "'fps' is given and no video"),
+    (said(("user", "<image>Q"), ("assistant", "A"), video=["a.png"]), "without its image; a video goes where <video>"),
+    (said(("user", "See <img>a/b.jpg</img>")), "a text names a picture as '<img>a/b.jpg</img>': write <image> there"),
+    (said(("user", [{"image": "a.png", "max_pixels": 9}])), "'max_pixels' of an image part is not read: data.min_pix"),
+    (talk(url="https://here/a.png"), "'url' of the record is not read"),
     (talk(videos=[["a.png"]], fps=[1, 2]), "fps has 2 numbers for 1 videos"),
     (talk(id=[1]), "id is \\[1\\]"),
 ]
@@ -253,6 +273,7 @@ def test_an_answer_may_have_a_weight(turn: Json, weight: float, tmp_path: Path, 
         ({"weight": 10**400}, "weight is 1000"),
         ({"loss": 0.5}, "loss is 0.5, expected true or false"),
         ({"loss": False, "weight": 0}, "a turn has 'weight' and 'loss'"),
+        ({"training": False}, "'training' of a turn by 'assistant' is not read"),
         ({"loss_scale": 0.5}, "'loss_scale' of a turn by 'assistant' is not read"),
     ],
 )
@@ -307,6 +328,13 @@ def test_questions_with_a_system_message_and_numbers(tmp_path: Path) -> None:
     sample = one(tmp_path, {"question": "Q", "answers": [4, 0.5, "A"], "system": "S", "answer": 4}, QaJsonl)
     assert sample.answers == ("4", "0.5", "A")
     assert spelt(sample) == [("system", "S"), ("user", "Q"), ("assistant", "4")]
+
+
+def test_pictures_go_where_a_question_has_them(tmp_path: Path) -> None:
+    record = {"question": "<image>\nis it <image>?", "answer": "A", "images": ["a.png", "b.png"], "answer_id": 3}
+    assert spelt(one(tmp_path, record, QaJsonl)) == [("user", "[a.png]is it[b.png]?"), ("assistant", "A")]
+    plain = {"question": "What is <image> in HTML?", "answer": "A"}
+    assert spelt(one(tmp_path, plain, QaJsonl)) == [("user", "What is <image> in HTML?"), ("assistant", "A")]
 
 
 def test_metrics_are_those_that_are_computed() -> None:

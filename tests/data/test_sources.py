@@ -6,6 +6,8 @@ import io
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
+from datetime import date
+from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
@@ -254,6 +256,9 @@ QUESTION = {"question": ["Q"], "answer": ["A"]}
         ({"photo": [png(0)]}, [png(0)]),
         ({"pages": [[{"bytes": png(0), "path": None}, {"bytes": png(1), "path": None}]]}, [png(0), png(1)]),
         ({"scans": [[png(0), png(1)]]}, [png(0), png(1)]),
+        ({"photo": pa.array([png(0)]).dictionary_encode()}, [png(0)]),
+        ({"photo": pa.array([png(0)], pa.binary_view())}, [png(0)]),
+        ({"photo": [png(0)], "md5": [b"0123456789abcdef"], "file_hash": [b"0123"]}, [png(0)]),
         ({"image": [png(0)], "image_id": [7], "url": ["http://here"]}, [png(0)]),
     ],
 )
@@ -267,11 +272,15 @@ def test_parquet_finds_its_one_column_of_pictures(columns: dict, images: list[by
     [
         ({"left": [png(0)], "right": [png(1)]}, "the columns left, right hold bytes: name one as image_column"),
         ({"image": [png(0)], "map": [png(1)]}, "the column 'map' holds bytes and is not read"),
-        ({"image": [png(0)], "images": [[png(1)]]}, "another column is read in its place"),
+        (
+            {"image": [png(0)], "images": [[png(1)]]},
+            "the column image is not read: another column is read in its place",
+        ),
+        ({"image": [png(0)], "media": [{"left": {"bytes": png(0)}}]}, "the column 'media' holds bytes"),
         ({"audio": [{"bytes": b"x", "path": None}]}, "'audio' of a row is not read: audio is not supported"),
         ({"image_path": ["a.png"]}, "'image_path' of a row is not read: a picture belongs under 'image'"),
         ({"sytem": ["S"]}, "'sytem' of a row is not read; did you mean 'system'"),
-        ({"tools": ["[]"]}, "tool calls are not supported"),
+        ({"tools": ['[{"name": "f"}]']}, "tool calls are not supported"),
         ({"choices": [["a", "b"]]}, "put it into the question"),
     ],
 )
@@ -281,6 +290,33 @@ def test_parquet_refuses_columns_that_would_pass_unread(columns: dict, says: str
         HfParquet(path).build()
     source = HfParquet(path, image_column="image" if "image" in columns else "", ignored=(*columns, "x")).build()
     assert source[0].answers == ("A",)
+
+
+def test_files_of_one_source_have_the_same_columns_to_read(tmp_path: Path) -> None:
+    write(tmp_path / "a.parquet", {**QUESTION, "id": ["x"], "system": ["S"], "tools": [""]})
+    write(tmp_path / "b.parquet", {**QUESTION, "note": ["n"]})
+    source = HfParquet(str(tmp_path)).build()
+    assert [len(source[index].messages) for index in range(2)] == [3, 2]
+    write(tmp_path / "c.parquet", {**QUESTION, "image": [png(0)]})
+    with pytest.raises(ConfigError, match=r"c\.parquet: the column 'image' is not in .*a\.parquet"):
+        HfParquet(str(tmp_path)).build()
+    pq.write_table(pa.table([pa.array(["A"])] * 3, names=["question", "answer", "question"]), tmp_path / "d.parquet")
+    with pytest.raises(ConfigError, match=r"d\.parquet: 2 columns have the name 'question'"):
+        HfParquet(str(tmp_path / "d.parquet")).build()
+
+
+def test_a_column_that_is_named_stands_for_its_kind(tmp_path: Path) -> None:
+    columns = {"answers": [["yes", "no"]], "best": ["yes"], "image": [png(0)], "crop": [png(1)], "question": ["Q"]}
+    path = write(tmp_path / "p.parquet", columns)
+    sample = HfParquet(path, answer_column="best", image_column="crop").build()[0]
+    assert (sample.answers, sample.images) == (("yes",), (png(1),))
+
+
+@pytest.mark.parametrize(("answer", "text"), [(Decimal("1.50"), "1.50"), (date(2020, 1, 2), "2020-01-02")])
+def test_answers_that_only_tables_have(answer: object, text: str, tmp_path: Path) -> None:
+    assert HfParquet(write(tmp_path / "p.parquet", {"question": ["Q"], "answer": [answer]})).build()[0].answers == (
+        text,
+    )
 
 
 def test_parquet_names_columns_that_are_not_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -381,7 +417,7 @@ def test_files_of_other_kinds_say_what_they_are(name: str, content: bytes | None
 )
 def test_what_is_no_parquet_says_so(content: bytes, says: str, tmp_path: Path) -> None:
     (tmp_path / "p.parquet").write_bytes(content)
-    with pytest.raises(ConfigError, match=rf"p\.parquet: {says}"):
+    with pytest.raises(ConfigError, match=rf"p\.parquet.*: {says}"):
         HfParquet(str(tmp_path / "p.parquet")).build()
 
 

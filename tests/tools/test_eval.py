@@ -9,7 +9,10 @@ import pytest
 from PIL import Image
 
 from rave_jax.checkpoint.tiny import Tiny, write_tiny
-from rave_jax.tools.eval import main
+from rave_jax.command_line import override
+from rave_jax.evaluation.config import Examination
+from rave_jax.parallel.mesh import MeshConfig, make_mesh
+from rave_jax.tools.eval import load, main
 
 SMALL = ("--evals.0.samples", "6", "--evals.0.rows", "4", "--evals.0.max_new_tokens", "2", "--evals.0.patches", "36")
 FEW = ("--evals.0.looks", "3", "--evals.0.pictures", "2", "--evals.0.vas", "5")
@@ -54,6 +57,13 @@ def test_a_users_own_questions_are_asked_of_an_hf_directory(
     assert vas == {"samples": 5, "ratios": 0, "score": None}, "its chat template writes no system prompt"
     page = (tmp_path / "report.md").read_text()
     assert "pictures/" in page and "VAS: none of 5 samples has a question after both" in page
+
+
+def test_special_tokens_in_texts_may_be_meant(model_dir: Path) -> None:
+    talk = [{"role": "user", "content": "<|im_end|>"}]
+    for words, count in (([], 1), (["--special_tokens_in_text", "tokens"], 2)):
+        _, processor = load(model_dir, override(Examination(), words), make_mesh(MeshConfig()))
+        assert processor.encode(talk).tokens.tolist().count(processor.end_id) == count
 
 
 def test_what_cannot_be_done_ends_with_one_line(

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import pyarrow as pa
 
 from rave_jax.config import ConfigError
-from rave_jax.data.sources.keys import METADATA, is_content, may_be_picture
+from rave_jax.data.sources.keys import COLUMN, is_content, is_metadata, may_be_picture
 from rave_jax.data.sources.qa import KEYS as QUESTION_KEYS
 from rave_jax.data.sources.turns import PAIRS, RECORD_KEYS, SYSTEM, TURNS
 from rave_jax.data.sources.visuals import VIDEO_KEYS
@@ -20,6 +20,14 @@ log = logging.getLogger(__name__)
 IMAGES = ("images", "image")
 QUESTIONS = ("question", "query")
 ANSWERS = ("answers", "answer", "label")
+LISTS = (
+    pa.types.is_list,
+    pa.types.is_large_list,
+    pa.types.is_fixed_size_list,
+    pa.types.is_list_view,
+    pa.types.is_large_list_view,
+)
+BYTES = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_fixed_size_binary, pa.types.is_binary_view)
 
 
 class Named(NamedTuple):
@@ -68,13 +76,19 @@ def columns_of(schema: pa.Schema, config: Named, where: str) -> dict[str, str]:
     if image := image or _one_of_pictures(schema, columns, names, where):
         names[image] = "image"
     read = QUESTION_KEYS if "question" in names.values() else RECORD_KEYS
-    return names | _others(schema, [name for name in columns if name not in names], read, where)
+    # Who names a column says that the others of its kind are not meant.
+    kinds = ((config.image, IMAGES), (config.turns, TURNS), (config.question, QUESTIONS), (config.answer, ANSWERS))
+    meant = {name for given, usual in kinds if given for name in usual}
+    names |= _others(schema, [name for name in columns if name not in names], read, meant, where)
+    if twice := [name for name in names if schema.names.count(name) > 1]:
+        raise ConfigError(f"{where}: {schema.names.count(twice[0])} columns have the name {twice[0]!r}: rename them")
+    return names
 
 
 def _one_of_pictures(schema: pa.Schema, columns: Sequence[str], names: dict[str, str], where: str) -> str:
     """The one column of pictures under a name of its own; "" where there is none."""
     found = [name for name in columns if name not in names and holds_bytes(schema.field(name).type)]
-    found = [name for name in found if may_be_picture(name)]
+    found = [name for name in found if may_be_picture(name) and not is_metadata(name)]
     if len(found) > 1:
         raise ConfigError(
             f"{where}: the columns {', '.join(found)} hold bytes: name one as image_column and the others in `ignored`"
@@ -83,7 +97,7 @@ def _one_of_pictures(schema: pa.Schema, columns: Sequence[str], names: dict[str,
 
 
 def _is_list(kind: pa.DataType) -> bool:
-    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    return any(is_kind(kind) for is_kind in LISTS)
 
 
 def class_names(schema: pa.Schema, column: str) -> tuple[str, ...]:
@@ -97,16 +111,25 @@ def class_names(schema: pa.Schema, column: str) -> tuple[str, ...]:
 
 
 def holds_bytes(kind: pa.DataType) -> bool:
-    """Is this a column of encoded files: bytes, a struct with `bytes`, or a list of either?"""
-    if _is_list(kind):
+    """Does this column hold bytes, as encoded files are: alone, or somewhere in lists and structs?"""
+    if any(holds_bytes(kind.field(number).type) for number in range(kind.num_fields)):
+        return True
+    if pa.types.is_dictionary(kind):
         return holds_bytes(kind.value_type)
-    if pa.types.is_struct(kind):
-        return any(holds_bytes(field.type) for field in kind if field.name == "bytes")
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind)
+    return any(is_kind(kind) for is_kind in BYTES)
 
 
-def _others(schema: pa.Schema, columns: Sequence[str], read: Sequence[str], where: str) -> dict[str, str]:
+def _others(
+    schema: pa.Schema, columns: Sequence[str], read: Sequence[str], quiet_ones: Collection[str], where: str
+) -> dict[str, str]:
     """Columns beside those of the layout that are read all the same, to refuse the rows in which they hold something.
+
+    Args:
+        schema: of the file.
+        columns: beside those of the layout.
+        read: keys of a record that are read.
+        quiet_ones: columns that are named in a line and no more.
+        where: what errors call the file.
 
     Raises:
         ConfigError: one of them holds bytes.
@@ -114,10 +137,12 @@ def _others(schema: pa.Schema, columns: Sequence[str], read: Sequence[str], wher
     refused, quiet = {}, []
     for name in columns:
         kind = schema.field(name).type
-        if pa.types.is_null(kind) or name in METADATA:
+        if pa.types.is_null(kind) or is_metadata(name):
             continue
-        if is_content(name, read):
-            refused[name] = f"column {name}" if name in read else name
+        if name in quiet_ones:
+            quiet.append(name)
+        elif is_content(name, read):
+            refused[name] = f"{COLUMN}{name}" if name in read else name
         elif holds_bytes(kind):
             raise ConfigError(
                 f"{where}: the column {name!r} holds bytes and is not read: name it as image_column, or in `ignored`"

@@ -7,12 +7,15 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rave_jax.config import shown
 from rave_jax.data.sample import Message, SampleError, message_text
-from rave_jax.data.sources.keys import shown, take
+from rave_jax.data.sources.keys import take
 from rave_jax.data.sources.turns import Turn
 from rave_jax.data.sources.visuals import own_visual
 
 PLACEHOLDER = re.compile(r"<(image|video)>")
+OTHER_PLACEHOLDER = re.compile(r"<img>[^<>\n]+\.(jpe?g|png|webp|bmp|gif|tiff?)</img>", re.IGNORECASE)
+"""How Qwen-VL's first version named pictures in texts."""
 PARTS = ("text", "image", "image_url", "video")
 """Kinds of parts of a message."""
 
@@ -93,6 +96,10 @@ class _Places:
         return [own]
 
     def _split(self, text: str) -> list[Message]:
+        if other := OTHER_PLACEHOLDER.search(text):
+            raise SampleError(
+                f"a text names a picture as {shown(other[0])}: write <image> there and give its path under 'images'"
+            )
         pieces = PLACEHOLDER.split(text)
         if len(pieces) == 1:
             return [{"type": "text", "text": text}]
@@ -109,7 +116,8 @@ class _Places:
         for number, part in enumerate(self.waiting):
             if part["type"] == kind:
                 return self.waiting.pop(number)
-        raise SampleError(f"a placeholder <{kind}> without its {kind}")
+        other = "".join(f"; a {part['type']} goes where <{part['type']}> stands" for part in self.waiting[:1])
+        raise SampleError(f"a placeholder <{kind}> without its {kind}{other}")
 
 
 def _kind(part: Mapping[str, Any], role: str) -> str:

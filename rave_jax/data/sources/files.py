@@ -10,9 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from rave_jax.config import ConfigError
+from rave_jax.config import ConfigError, shown
 from rave_jax.data.sample import SampleError
-from rave_jax.data.sources.keys import shown
 from rave_jax.files import open_regular
 
 BLOCK, MOST_BLOCKS = 2**20, 256

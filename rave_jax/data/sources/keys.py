@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import difflib
 import functools
-import reprlib
+import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from rave_jax.config import shown
 from rave_jax.data.sample import UnreadKey
 
 
@@ -40,10 +41,23 @@ METADATA = frozenset(
 )
 """Names that say where a record is from, not what is to be learned."""
 
+COUNTED = re.compile(
+    r"(n|nb|num)_.+|.+_(id|idx|index|no|num|nr|count|len|length|size|h|w|height|width|hash|md5|sha1|sha256)"
+)
+"""Names of counts, sizes and marks of anything: metadata where they hold one number or one text."""
+
 ANNOTATIONS = frozenset(
-    _words("bbox bboxes box boxes segments segmentation polygons instances structured_rep table ocr ocr_tokens")
+    _words(
+        "bbox bboxes box boxes segments segmentation polygons instances structured_rep table ocr ocr_tokens "
+        "url urls link file_name filename filepath"
+    )
 )
 """Names of what is written down about a picture. They pass where the picture itself is there."""
+
+COLUMN = "column "
+"""Stands before the name of a column that has the name of a key and is not read as that."""
+NOTHING = ("[]", "{}", "null")
+"""JSON in a text that holds nothing, as tables of one kind of column have it."""
 
 PICTURED = ("image", "images", "video", "videos")
 
@@ -61,9 +75,12 @@ _ADVICE = {
     "video_path video_paths video_url video_file frames frame clip clips": (
         "a video belongs under 'video', several under 'videos'"
     ),
-    "weight weights loss losses loss_weight loss_weights loss_scale loss_mask mask train train_detail trainable": (
-        "give each answer a 'weight' or 'loss' of its own"
+    "weight weights loss losses loss_weight loss_weights loss_scale loss_mask mask masked train train_detail "
+    "train_on_turn trainable training": "give each answer a 'weight' or 'loss' of its own",
+    "min_pixels max_pixels total_pixels resized_height resized_width": (
+        "data.min_pixels and data.max_pixels bound the sizes of all pictures"
     ),
+    "nframes min_frames max_frames video_start video_end": "give the frames that are meant, with their 'fps'",
 }
 CONTENT = {name: advice for names, advice in _ADVICE.items() for name in names.split()}
 """Names under which data sets keep what is to be learned, and what to do where we do not read them."""
@@ -73,13 +90,6 @@ MOST_NAMED = 4
 
 CLOSE = 0.8
 """From this likeness on, a name is taken for a misspelt one whatever it holds."""
-
-_short = reprlib.Repr(maxlevel=2, maxstring=80, maxother=80, maxlist=4, maxdict=4, maxtuple=4, maxlong=40)
-
-
-def shown(value: object) -> str:
-    """A value as an error shows it: short, however large or deeply nested it is."""
-    return _short.repr(value)
 
 
 def is_empty(value: object) -> bool:
@@ -109,18 +119,29 @@ def take(given: Mapping[str, Any], read: Collection[str], ignored: Collection[st
         elif not (passes(key, value, read) or (pictured and key in ANNOTATIONS)):
             unread.append(key)
     if unread:
-        named = "; ".join(
-            f"the key {shown(key)} of {what} is not read{_hint(key, read)}" for key in unread[:MOST_NAMED]
-        )
+        named = "; ".join(f"{_called(key, what)} is not read{_hint(key, read)}" for key in unread[:MOST_NAMED])
         raise UnreadKey(f"{named}; where nothing is to be learned from it, name it in the source's field `ignored`")
     return taken
 
 
 def passes(key: str, value: object, read: Collection[str]) -> bool:
     """May this key pass unread?"""
-    if key in METADATA or is_empty(value):
+    if key in METADATA or is_empty(value) or value in NOTHING:
         return True
-    return isinstance(value, (bool, int, float)) and not is_content(key, read)
+    number = isinstance(value, (bool, int, float))
+    if (number or isinstance(value, str)) and is_counted(key):
+        return True
+    return number and not is_content(key, read)
+
+
+def is_metadata(name: str) -> bool:
+    """Does a name say where a record is from, or count, measure or mark something, whatever it holds?"""
+    return name in METADATA or is_counted(name)
+
+
+def is_counted(name: str) -> bool:
+    """Is it the name of a count, a size or a mark, and of nothing that could be learned from?"""
+    return name not in CONTENT and COUNTED.fullmatch(name[:80]) is not None
 
 
 def is_content(name: str, read: Collection[str]) -> bool:
@@ -133,10 +154,14 @@ def may_be_picture(name: str) -> bool:
     return CONTENT.get(name, _PICTURE) == _PICTURE
 
 
+def _called(key: str, what: str) -> str:
+    return f"the {key}" if key.startswith(COLUMN) else f"the key {shown(key)} of {what}"
+
+
 def _hint(key: str, read: Collection[str]) -> str:
     """What to do about a key that is not read."""
-    close = _close(key, tuple(read), 0.6)
-    if key.startswith("column "):
+    close = _close(key, tuple(read), 0.7)
+    if key.startswith(COLUMN):
         return ": another column is read in its place"
     if key in CONTENT:
         return f": {CONTENT[key]}"

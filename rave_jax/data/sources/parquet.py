@@ -13,6 +13,8 @@ import glob
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass, replace
+from datetime import date
+from decimal import Decimal
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,11 +28,13 @@ from rave_jax.data.sources.columns import Named, class_names, columns_of
 from rave_jax.data.sources.conversation import conversation, last_answer
 from rave_jax.data.sources.files import fingerprint_of_files, open_file, other_kind
 from rave_jax.data.sources.keys import take
+from rave_jax.data.sources.qa import ANSWERS, question
 from rave_jax.data.sources.qa import KEYS as QUESTION_KEYS
-from rave_jax.data.sources.qa import question
-from rave_jax.data.sources.turns import RECORD_KEYS, record_id, turns_of
-from rave_jax.data.sources.visuals import visual_parts
+from rave_jax.data.sources.turns import PAIRS, RECORD_KEYS, TURNS, record_id, turns_of
+from rave_jax.data.sources.visuals import IMAGE_KEYS, visual_parts
 
+NEEDED = frozenset(("question", *ANSWERS, *TURNS, *PAIRS, *PAIRS.values(), *IMAGE_KEYS))
+"""Keys whose columns every file has that the first file has."""
 UNREADABLE = (OSError, pa.ArrowException, ValueError, OverflowError)
 """What pyarrow raises of damaged files, and of values that Python cannot hold."""
 
@@ -99,12 +103,23 @@ class ParquetSource:
         self._is_question = "question" in self._names.values()
         self._keys: tuple[str, ...] = QUESTION_KEYS if self._is_question else RECORD_KEYS
         self._labels = {name: found for name in self._names if (found := class_names(schemas[0], name))}
-        for path, schema in zip(self._paths, schemas, strict=True):
-            if missing := [name for name in self._names if name not in schema.names]:
-                raise ConfigError(f"{path}: no column {missing[0]!r}, which {self._paths[0]} has")
+        for path, schema in zip(self._paths[1:], schemas[1:], strict=True):
+            if set(schema.names) != set(schemas[0].names):
+                self._check_alike(path, schema, named)
         self._tables: OrderedDict[int, pa.Table] = OrderedDict()
         self._lock = threading.Lock()
         self._refuse_unread()
+
+    def _check_alike(self, path: Path, schema: pa.Schema, named: Named) -> None:
+        """Refuse a file without a column that the first has, or with one to read that the first lacks."""
+        missing = [name for name, key in self._names.items() if key in NEEDED and name not in schema.names]
+        if missing:
+            raise ConfigError(f"{path}: no column {missing[0]!r}, which {self._paths[0]} has")
+        if more := [name for name in columns_of(schema, named, str(path)) if name not in self._names]:
+            raise ConfigError(
+                f"{path}: the column {more[0]!r} is not in {self._paths[0]}, which says what is read: make each kind "
+                "of file a source of its own, or name the column in `ignored`"
+            )
 
     def _refuse_unread(self) -> None:
         """Say at once, and not row by row, that the first rows hold something that is not read."""
@@ -156,7 +171,9 @@ class ParquetSource:
             raise SampleError(f"{where}: {error}") from error
 
     def _named(self, column: str, value: Any) -> Any:
-        """The name of a class, where the column holds the numbers of classes."""
+        """A value as JSON would have it: the name of a class, where the column holds the numbers of classes."""
+        if isinstance(value, (Decimal, date)):
+            return str(value)
         names = self._labels.get(column)
         if names is None or not isinstance(value, int):
             return value

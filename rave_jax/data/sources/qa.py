@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rave_jax.config import require
+from rave_jax.config import require, shown
 from rave_jax.data.sample import METRICS, Message, Sample, SampleError
+from rave_jax.data.sources.conversation import PLACEHOLDER, conversation
 from rave_jax.data.sources.files import open_records
-from rave_jax.data.sources.keys import is_empty, shown, take
-from rave_jax.data.sources.turns import SYSTEM, answer_texts, is_number, record_id
+from rave_jax.data.sources.keys import is_empty, take
+from rave_jax.data.sources.turns import SYSTEM, Turn, answer_texts, is_number, record_id
 from rave_jax.data.sources.visuals import IMAGE_KEYS, VIDEO_KEYS, visual_parts
 
 ANSWERS = ("answers", "answer")
@@ -99,15 +100,20 @@ def question(
 ) -> tuple[tuple[Message, ...], tuple[str, ...]]:
     """Messages and accepted answers of a question with its pictures, the first answer being the one that is trained.
 
+    Pictures go where the question has `<image>` or `<video>`, and else in front of it.
+
     Raises:
-        SampleError: no question, or answers that are none.
+        SampleError: no question, other placeholders than it has pictures, or answers that are none.
     """
     check_question(record)
     if not isinstance(record["question"], str):
         raise SampleError(f"question is {shown(record['question'])}, expected a text")
     answers = _answers(record)
-    text: Message = {"type": "text", "text": record["question"] + suffix}
-    messages: list[Message] = [{"role": "user", "content": [*visuals, text]}]
+    asked = record["question"] + suffix
+    if visuals and PLACEHOLDER.search(asked):
+        messages = list(conversation([Turn("user", asked)], visuals, Path()))
+    else:
+        messages = [{"role": "user", "content": [*visuals, {"type": "text", "text": asked}]}]
     for key in SYSTEM:
         if not is_empty(system := record.get(key)):
             if not isinstance(system, str):

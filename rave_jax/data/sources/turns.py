@@ -16,8 +16,9 @@ import math
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
+from rave_jax.config import shown
 from rave_jax.data.sample import SampleError
-from rave_jax.data.sources.keys import is_empty, shown, take
+from rave_jax.data.sources.keys import is_empty, take
 from rave_jax.data.sources.visuals import IMAGE_KEYS, VIDEO_KEYS
 
 SPEAKERS = {
@@ -81,15 +82,24 @@ def turns_of(record: Mapping[str, Any], ignored: Collection[str] = ()) -> list[T
         unread = [key for key in (*PAIRS.values(), "input", "history") if not is_empty(record.get(key))]
         if unread:
             raise SampleError(f"{found[0]!r} holds the turns, so {unread[0]!r} is not read: name it in `ignored`")
-        given = record[found[0]]
+        given = _rows(record[found[0]])
         if not isinstance(given, (list, tuple)) or not given:
             raise SampleError(f"no turns found: {found[0]!r} is {shown(given)}, expected a list of turns")
         turns = [made for turn in given for made in _turns(turn, ignored)]
     return _with_system(record, turns)
 
 
+def _rows(turns: Any) -> Any:
+    """Turns of a table that `datasets` keeps by columns, `{"from": [...], "value": [...]}`; others as they are."""
+    if not isinstance(turns, Mapping) or not all(isinstance(column, list) for column in turns.values()):
+        return turns
+    if len({len(column) for column in turns.values()}) != 1:
+        return turns
+    return [dict(zip(turns, row, strict=True)) for row in zip(*turns.values(), strict=True)]
+
+
 def _turns(turn: Any, ignored: Collection[str]) -> list[Turn]:
-    if isinstance(turn, Mapping) and "user" in turn and "role" not in turn:
+    if isinstance(turn, Mapping) and turn.get("user") is not None and turn.get("role") is None:
         pair = take(turn, ("user", "assistant"), ignored, "a turn")
         if len(pair) < 2:
             raise SampleError(f"a turn has {', '.join(map(repr, pair))} alone, expected 'user' and 'assistant'")
@@ -100,7 +110,7 @@ def _turns(turn: Any, ignored: Collection[str]) -> list[Turn]:
 def _turn(turn: Any, ignored: Collection[str]) -> Turn:
     if not isinstance(turn, Mapping):
         raise SampleError(f"a turn is {type(turn).__name__}, expected an object")
-    who_key, content_key = ("from", "value") if "from" in turn else ("role", "content")
+    who_key, content_key = ("from", "value") if turn.get("from") is not None else ("role", "content")
     who = turn.get(who_key)
     if not isinstance(who, str) or who not in SPEAKERS:
         raise SampleError(f"a turn by {shown(who)}: expected one of {', '.join(SPEAKERS)}{_of_role(who)}")
@@ -152,7 +162,7 @@ def _instruction(record: Mapping[str, Any], key: str) -> list[Turn]:
     for name, text in zip((key, "input", answer), texts, strict=True):
         if not isinstance(text, str):
             raise SampleError(f"{name} is {shown(text)}, expected a text")
-    history = record.get("history", [])
+    history = [] if is_empty(record.get("history")) else record["history"]
     pairs = isinstance(history, list) and all(
         isinstance(pair, list) and len(pair) == 2 and all(isinstance(text, str) for text in pair) for pair in history
     )

@@ -7,14 +7,16 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from rave_jax.data.opening import from_data_uri
+from rave_jax.config import shown
+from rave_jax.data.opening import LONGEST_PATH, from_data_uri, is_address, is_data
 from rave_jax.data.sample import Message, SampleError
-from rave_jax.data.sources.keys import shown, take
+from rave_jax.data.sources.keys import is_empty, take
 
 FRAMES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 IMAGE_KEYS = ("image", "images")
 VIDEO_KEYS = ("video", "videos", "fps")
-LONGEST_PATH = 4096
+FORMS = ("bytes", "path", "url")
+"""What an object may give a picture as; the first of them that holds something counts."""
 
 
 def picture(value: Any, folder: Path, name: str = "") -> Message:
@@ -29,10 +31,10 @@ def picture(value: Any, folder: Path, name: str = "") -> Message:
         SampleError: none of these.
     """
     if isinstance(value, Mapping):
-        value = next((value[key] for key in ("bytes", "path", "url") if value.get(key) is not None), value)
+        value = next((value[key] for key in FORMS if not is_empty(value.get(key))), value)
     if isinstance(value, bytes) and value:
         return {"type": "image", "image": value, "name": name or "a picture in the record"}
-    if isinstance(value, str) and value.startswith("data:"):
+    if isinstance(value, str) and is_data(value):
         return {"type": "image", "image": from_data_uri(value), "name": name or "a picture in a data URI"}
     return {"type": "image", "image": local_path(value, folder, "a picture")}
 
@@ -48,7 +50,7 @@ def local_path(value: Any, folder: Path, what: str) -> str:
     text = value.removeprefix("file://")
     if not text.strip():
         raise SampleError(f"{what} is {value!r}: expected a path; leave the key out of a record without a picture")
-    if "://" in text[:20]:
+    if is_address(text):
         raise SampleError(f"{what} is {shown(value)}: nothing is downloaded in training; save it and give its path")
     if len(text) > LONGEST_PATH:
         raise SampleError(
@@ -65,7 +67,7 @@ def video(value: Any, fps: Any, folder: Path) -> Message:
         SampleError: neither, or no such folder.
     """
     if isinstance(value, str):
-        if value.startswith("data:"):
+        if is_data(value):
             raise SampleError(f"a video is {shown(value)}: a data URI may be a frame, not a whole video")
         path = Path(local_path(value, folder, "a video"))
         name = str(path)
@@ -125,7 +127,7 @@ def visual_parts(record: Mapping[str, Any], folder: Path, where: str = "") -> li
     Raises:
         SampleError: values that are none of these.
     """
-    images = [record[key] for key in IMAGE_KEYS if record.get(key) not in (None, [])]
+    images = [record[key] for key in IMAGE_KEYS if not _is_none(record.get(key))]
     if len(images) > 1 and images[0] != images[1] and [images[0]] != images[1]:
         raise SampleError("'image' and 'images' hold different pictures: keep one of them")
     values = [] if not images else images[0] if isinstance(images[0], list) else [images[0]]
@@ -133,6 +135,13 @@ def visual_parts(record: Mapping[str, Any], folder: Path, where: str = "") -> li
         raise SampleError(f"pictures are {shown(images[0])}, expected a path or a list of paths")
     parts = [picture(value, folder, f"{where} image {number}".strip()) for number, value in enumerate(values)]
     return [*parts, *_videos(record, folder)]
+
+
+def _is_none(value: Any) -> bool:
+    """Is it no picture at all? A table has an object without bytes and path where a row has none."""
+    if isinstance(value, Mapping):
+        return all(key in FORMS and is_empty(held) for key, held in value.items())
+    return value is None or value == []
 
 
 def _videos(record: Mapping[str, Any], folder: Path) -> list[Message]:
