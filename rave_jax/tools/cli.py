@@ -244,9 +244,10 @@ def _run(arguments: argparse.Namespace) -> int:
 
             leave(train(arguments.words, "rave-jax train"))
         case "eval":
+            from rave_jax.parallel.stopping import leave
             from rave_jax.tools.eval import main as evaluate
 
-            return evaluate(arguments.words, "rave-jax eval")
+            leave(evaluate(arguments.words, "rave-jax eval"))
         case "convert":
             from rave_jax.tools.convert import HfForm, from_hf, to_hf
 
