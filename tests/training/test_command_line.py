@@ -164,7 +164,7 @@ def test_a_misspelt_key_of_a_config_file_exits_2_with_a_suggestion(run, tmp_path
         (
             ["--final", "Report", "Eval", "--final.1.data", "QaJsonl", "--final.1.data.path", "/no.jsonl"],
             EXIT_CONFIG,
-            "final.1: /no.jsonl",
+            "final.1: '/no.jsonl' cannot be read",
         ),
         (["--data.rows", "12"], EXIT_CONFIG, "data rows is 12, expected a multiple of 8"),
         (["--data.tokens", "4"], EXIT_FAILED, "101 samples one after another cannot be used"),
