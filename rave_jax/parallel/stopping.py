@@ -19,7 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 from rave_jax.parallel import hosts, notes
 
@@ -229,7 +229,7 @@ class StopRequest:
         print(f"{hosts.place()}{text}", file=sys.stderr, flush=True)
 
 
-def leave(code: int, seconds: float = 10.0) -> None:
+def leave(code: int, seconds: float = 10.0) -> NoReturn:
     """End the program with this code, in time: threads that wait for a dead disk would hold up the interpreter."""
 
     def end() -> None:

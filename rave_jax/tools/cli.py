@@ -239,10 +239,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(arguments: argparse.Namespace) -> int:
     match arguments.command:
         case "train":
-            from rave_jax.parallel.stopping import leave
             from rave_jax.tools.train import main as train
 
-            leave(train(arguments.words, "rave-jax train"))
+            return train(arguments.words, "rave-jax train")
         case "eval":
             from rave_jax.parallel.stopping import leave
             from rave_jax.tools.eval import main as evaluate
@@ -286,5 +285,15 @@ def _run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def program() -> NoReturn:
+    """Run the command line of this process, and end it with the exit code."""
+    code = main()
+    if sys.argv[1:2] == ["train"]:
+        from rave_jax.parallel.stopping import leave
+
+        leave(code)
+    sys.exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    program()

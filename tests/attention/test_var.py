@@ -117,7 +117,7 @@ def test_a_picture_that_is_hardly_seen_has_finite_gradients(move: float) -> None
         return log_sum_exp(segments + weights, (2,)).sum(), weights
 
     segments = heads.T[None, None]
-    (_, weights), gradient = jax.value_and_grad(of, has_aux=True)(segments)
+    (_, weights), gradient = jax.jit(jax.value_and_grad(of, has_aux=True))(segments)
     assert np.isfinite(gradient).all()
     moved = 1 + move * np.exp(heads[:, [1, 3]]).sum(-1) / np.exp(heads[:, 2])
     np.testing.assert_allclose(weights[0, 0, 2], np.log(moved), rtol=1e-5)

@@ -89,7 +89,8 @@ def test_segments_are_what_their_keys_alone_give_and_merge_to_the_whole(implemen
         alone, alone_lse = by_hand(q, k, v, codes, bias, key_bias, inside)
         np.testing.assert_allclose(out[:, :, n], alone, atol=2e-5)
         np.testing.assert_allclose(lse[:, :, n], alone_lse, atol=2e-5)
-    whole, _ = attention(q, k, v, codes, bias, scale=h**-0.5, key_bias=key_bias, implementation=implementation)
+    run = jax.jit(functools.partial(attention, scale=h**-0.5, implementation=implementation))
+    whole, _ = run(q, k, v, codes, bias, key_bias=key_bias)
     weights = jax.nn.softmax(lse, axis=2, where=jnp.isfinite(lse).any(2, keepdims=True))
     np.testing.assert_allclose((weights[..., None] * out).sum(2), whole, atol=2e-5)
     expected = outputs_and_gradients(q, k, v, bias, key_bias, *rest, "reference", of)[2]
@@ -227,10 +228,8 @@ def test_bfloat16_keeps_float32_statistics():
     q, k, v, bias = random_operands(rng, dims(300, 300), 0.6)
     codes = random_codes(rng, B, 300, 300)
     half = tuple(x.astype(jnp.bfloat16) for x in (q, k, v))
-    out, lse = attention(*half, codes, bias, scale=0.3, implementation="xla")
-    expected, expected_lse = attention(
-        *(x.astype(jnp.float32) for x in half), codes, bias, scale=0.3, implementation="reference"
-    )
+    out, lse = forward(*half, codes, bias, "log_gate", "xla")
+    expected, expected_lse = forward(*(x.astype(jnp.float32) for x in half), codes, bias, "log_gate", "reference")
     assert out.dtype == jnp.bfloat16 and lse.dtype == jnp.float32
     np.testing.assert_allclose(out.astype(jnp.float32), expected, atol=2e-2)
     np.testing.assert_allclose(lse, expected_lse, atol=1e-4)
@@ -247,7 +246,8 @@ def test_an_interval_without_a_lower_end_reaches_no_key_that_is_nowhere(implemen
     codes = codes_of(B, np.full(T, least), np.full(T, largest), order, np.full(T, -1), np.full(S, -2))
     segments = KeySegments(jnp.broadcast_to(jnp.arange(S) % 2, (B, S)).astype(jnp.int32), 2)
     with interpreted():
-        out, lse = attention(q, k, v, codes, scale=0.3, segments=segments, implementation=implementation)
+        run = jax.jit(lambda *x: attention(*x, scale=0.3, segments=segments, implementation=implementation))
+        out, lse = run(q, k, v, codes)
     for n in range(2):
         inside = (np.arange(S) < seen) & (np.arange(S) % 2 == n)
         dots = 0.3 * np.einsum("BTHh,BSHh->BTHS", q, np.repeat(np.asarray(k)[:, inside], H // K, axis=2))
@@ -316,7 +316,7 @@ def test_a_gate_that_is_wide_open_keeps_its_small_slope():
             out, _ = attention(q, k, v, codes, bias._replace(row=row), scale=0.3, implementation=implementation)
             return jnp.sum(out**2)
 
-        return jax.grad(loss)(bias.row)
+        return jax.jit(jax.grad(loss))(bias.row)
 
     found, wanted = np.asarray(pull("xla")), np.asarray(pull("reference"))
     assert 0 < np.abs(wanted).max() < 1e-7

@@ -47,7 +47,7 @@ def everything(mechanisms: tuple[MechanismConfig, ...], attention: Implementatio
 
 def same(found: tuple[jax.Array, Vlm], expected: tuple[jax.Array, Vlm]) -> None:
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * float(jnp.abs(b).max()))
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * np.abs(b).max())
 
 
 def test_logits_and_gradients_are_those_of_the_blockwise_attention() -> None:
