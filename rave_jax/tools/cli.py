@@ -243,10 +243,9 @@ def _run(arguments: argparse.Namespace) -> int:
 
             return train(arguments.words, "rave-jax train")
         case "eval":
-            from rave_jax.parallel.stopping import leave
             from rave_jax.tools.eval import main as evaluate
 
-            leave(evaluate(arguments.words, "rave-jax eval"))
+            return evaluate(arguments.words, "rave-jax eval")
         case "convert":
             from rave_jax.tools.convert import HfForm, from_hf, to_hf
 
@@ -288,7 +287,7 @@ def _run(arguments: argparse.Namespace) -> int:
 def program() -> NoReturn:
     """Run the command line of this process, and end it with the exit code."""
     code = main()
-    if sys.argv[1:2] == ["train"]:
+    if sys.argv[1:2] in (["train"], ["eval"]):
         from rave_jax.parallel.stopping import leave
 
         leave(code)
