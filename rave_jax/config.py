@@ -253,8 +253,10 @@ def loads[T](cls: type[T], text: str, where: str = "config") -> T:
     """
     try:
         data = json.loads(text)
-    except json.JSONDecodeError as error:
+    except ValueError as error:
         raise ConfigError(f"{where} is not JSON: {error}") from error
+    except RecursionError as error:
+        raise ConfigError(f"{where} is not JSON that can be read: its brackets are nested too deeply") from error
     return from_json(cls, data, where)
 
 

@@ -108,11 +108,11 @@ def check_quantization(config: Any, where: str = "config.json") -> None:
 
 def no_weights(directory: Path) -> str:
     """What lies in a directory that has neither model.safetensors nor an index."""
-    shards = sorted(f.name for f in directory.glob("*.safetensors") if SHARD.fullmatch(f.name))
+    found = [match for file in directory.glob("*.safetensors") if (match := SHARD.fullmatch(file.name))]
+    shards = sorted(match[0] for match in found)
     index = "model.safetensors.index.json"
     if shards:
-        of = {int(SHARD.fullmatch(name)[2]) for name in shards}  # ty: ignore[not-subscriptable]
-        count = f"{len(shards)} of {max(of)} shards"
+        count = f"{len(shards)} of {max(int(match[2]) for match in found)} shards"
         return (
             f"{directory}: holds {count} ({_some(shards)}) and no {index}, which says what is where: download that too"
         )

@@ -22,6 +22,8 @@ PARAMETERS, OPTIMIZER, DATA = "parameters", "optimizer", "data"
 
 _METADATA = "_CHECKPOINT_METADATA"
 _LONGEST = 200
+_STEP = re.compile(r"0|[1-9][0-9]{0,17}")
+"""How a step is written as the name of a folder; others, such as 0010, are none of ours."""
 _OS_ERROR = re.compile(r"os_error_code='(\d+)'")
 
 
@@ -50,7 +52,7 @@ def steps_in(directory: Path) -> list[int]:
     """Steps of the finished checkpoints in a directory, ascending; an unfinished one has another name."""
     if not directory.is_dir():
         return []
-    return sorted(int(path.name) for path in directory.iterdir() if path.name.isdecimal() and path.is_dir())
+    return sorted(int(path.name) for path in directory.iterdir() if _STEP.fullmatch(path.name) and path.is_dir())
 
 
 def verify(folder: Path, items: Collection[str]) -> bool:
@@ -102,9 +104,11 @@ def _check_json(path: Path, name: str) -> None:
     if not path.is_file():
         raise DamageError(f"{name} is missing")
     try:
-        json.loads(path.read_bytes())
-    except ValueError as error:
+        found = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
         raise DamageError(f"{name} is {'not JSON' if path.stat().st_size else 'empty'}") from error
+    if not isinstance(found, dict):
+        raise DamageError(f"{name} is not what was saved: it is no JSON object")
 
 
 def load(folder: Path, targets: Mapping[str, Any], *, verified: bool) -> dict[str, Any]:

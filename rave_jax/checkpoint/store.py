@@ -236,11 +236,19 @@ class Store:
         """
         targets = {PARAMETERS: parameters} | ({} if optimizer is None else {OPTIMIZER: optimizer, DATA: None})
         damaged: dict[int, str] = {}
-        for step in reversed(agree.from_first(self.steps)):
+        while ahead := agree.from_first([step for step in self.steps if step not in damaged]):
+            step = ahead[-1]
             try:
                 found = self._load(step, targets)
+            except StoreError:
+                # One process may be alone with it, so the others are not asked.
+                if (self.directory / str(step)).is_dir():
+                    raise
+                continue
             except DamageError as error:
-                damaged[step] = str(error)
+                # A run that trains meanwhile removes old checkpoints, and has newer ones then.
+                if agree.from_first((self.directory / str(step)).is_dir()):
+                    damaged[step] = str(error)
                 continue
             if damaged:
                 self._pass_over(damaged, step)
@@ -271,7 +279,7 @@ class Store:
         if not verified and jax.process_index() == 0:
             log.warning(
                 "warning: %s has no digests, so damage in it would not be noticed: it was saved by an earlier version, "
-                "or its job was killed just after it was saved",
+                "its job was killed just after it was saved, or has only just saved it",
                 folder,
             )
         return found

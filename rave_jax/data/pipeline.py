@@ -230,6 +230,11 @@ class Pipeline:
         found = facts.pop("fingerprints")
         saved = state.get("fingerprints", found)  # states of old runs have none
         for name, value in facts.items():
+            if name not in state:
+                raise ConfigError(
+                    f"the data state of the checkpoint says nothing of {name}: it is damaged; delete the checkpoint, "
+                    "so that the one before it is taken"
+                )
             require(
                 state.get(name) == value, f"data.{name}", value, f"{state.get(name)!r} as in the run that was saved"
             )
@@ -240,7 +245,7 @@ class Pipeline:
                     f"same in another order (fingerprint {found[number]}, expected {saved[number]}): put the data back "
                     "as it was, or start a new run in another output_dir"
                 )
-        self.skipped = Counter(state["skipped"])
+        self.skipped = Counter(state.get("skipped", {}))
         return int(state["step"])
 
     def _count(self, skips: Sequence[Skip]) -> None:

@@ -111,15 +111,33 @@ def evaluate(config: Eval, model: Vlm, processor: Processor, mesh: Mesh, out: Pa
             does not exist, or not one sample could be asked.
         SampleError: a sample cannot be asked, and `on_error` is "fail".
     """
-    for layer in config.layers:
-        if not 0 <= layer < model.config.text.num_layers:
-            raise ConfigError(f"layers has {layer}, but the model's layers are 0 to {model.config.text.num_layers - 1}")
+    source = open_checked(config, model.config.text.num_layers)
     patches = round_up(config.patches, processor.settings.window_patches) if model.vision is not None else 0
     rows = round_up(config.rows, row_ways(mesh))
     shape = BatchShape(rows, config.tokens, patches)
     subject = ModelSubject(model, processor, mesh, shape, config.max_new_tokens)
     first = jax.process_index() == 0
-    return run(config, config.data.build(), subject, out if first else None, log if first else lambda line: None)
+    return run(config, source, subject, out if first else None, log if first else lambda line: None)
+
+
+def open_checked(config: Eval, num_layers: int) -> Source:
+    """The samples of an evaluation that can be made, as far as that is known without the model's weights.
+
+    Args:
+        config: the evaluation.
+        num_layers: decoder layers of the model.
+
+    Raises:
+        ConfigError: data cannot be opened, evidence cannot be dealt anew, or a layer does not exist.
+    """
+    for layer in config.layers:
+        if not 0 <= layer < num_layers:
+            raise ConfigError(f"layers has {layer}, but the model's layers are 0 to {num_layers - 1}")
+    source = config.data.build()
+    _redealing(config, source)
+    if config.floor is not None and config.floor.train is not None:
+        config.floor.train.build()
+    return source
 
 
 def run(config: Eval, source: Source, subject: Subject, out: Path | None, log: Log = print) -> Summary:
@@ -223,20 +241,25 @@ def _ask(
         yield from records
 
 
+def _redealing(config: Eval, source: Source) -> Redealing | None:
+    """The source, where the grounding check is to deal its evidence anew."""
+    if config.grounding is None:
+        return None
+    if not isinstance(source, Redealing):
+        raise ConfigError(
+            f"{config.name}: grounding is set, but data is {type(config.data).__name__}, whose evidence cannot "
+            "be dealt anew; use Synthetic, or grounding None"
+        )
+    return source
+
+
 class _Controls:
     """Scores of the same model on changed pictures, for records as they come."""
 
     def __init__(self, config: Eval, source: Source, subject: Subject):
         self._subject = subject
         self._grey = config.floor is not None and config.floor.grey
-        self._redealing: Redealing | None = None
-        if config.grounding is not None:
-            if not isinstance(source, Redealing):
-                raise ConfigError(
-                    f"{config.name}: grounding is set, but data is {type(config.data).__name__}, whose evidence cannot "
-                    "be dealt anew; use Synthetic, or grounding None"
-                )
-            self._redealing = source
+        self._redealing = _redealing(config, source)
 
     def add(self, samples: Sequence[Sample], records: Sequence[Record]) -> None:
         """Put the scores of the controls into the records of these samples."""

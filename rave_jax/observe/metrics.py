@@ -6,6 +6,7 @@ dropped (JSONL) or purged (TensorBoard) when a writer opens.
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -144,6 +145,8 @@ class _Found(NamedTuple):
 
 
 def _read(path: Path) -> _Found:
+    if path.exists() and not path.is_file():  # a pipe would be waited on for ever
+        raise OSError(errno.EINVAL, "it is no regular file", str(path))
     found = _Found([], [])
     lines = path.read_bytes().split(b"\n")
     if _row(lines[-1]) is None and lines[-1].startswith(_BEGIN[: len(lines[-1])]):

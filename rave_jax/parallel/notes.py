@@ -20,13 +20,14 @@ def open_board() -> None:
     _open.set()
 
 
-def _is_open() -> bool:
+def is_open() -> bool:
+    """Can this process leave and read notes?"""
     return _open.is_set() and multihost.is_jax_distributed_client_initialized()
 
 
 def leave(key: str, text: str) -> None:
     """Leave a note under a key; a note that is there is replaced. In a job of one process nobody would read it."""
-    if not _is_open():
+    if not is_open():
         return
     try:
         multihost.get_jax_distributed_client().key_value_set(ROOT + key, text, allow_overwrite=True)
@@ -37,7 +38,7 @@ def leave(key: str, text: str) -> None:
 
 def read(folder: str = "") -> dict[str, str]:
     """The notes whose keys start with `folder/` (all notes by default), without that folder; none for one process."""
-    if not _is_open():
+    if not is_open():
         return {}
     prefix = ROOT + (f"{folder}/" if folder else "")
     try:

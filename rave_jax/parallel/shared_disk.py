@@ -46,11 +46,17 @@ def check_shared(directory: Path, field: str, config: HostsConfig) -> None:
             time.sleep(0.2)
             with contextlib.suppress(OSError):  # where nothing is shared, the folder itself may be missing
                 list(directory.iterdir())  # some file systems look again only when the folder is listed
-        notes.leave(f"{folder}/seen/{here}", f"{'yes' if there else 'no'} {socket.gethostname()}")
-        answers = _notes(f"{folder}/seen", count, config)
+        answer = f"{'yes' if there else 'no'} {socket.gethostname()}"
+        if here > 0:
+            notes.leave(f"{folder}/seen/{here}", answer)
+        else:
+            _notes(f"{folder}/seen", count - 1, config)
     finally:
         if here == 0:
             token.unlink(missing_ok=True)
+    if here == 0:
+        notes.leave(f"{folder}/seen/0", answer)  # the last answer: none goes on before the file is gone
+    answers = _notes(f"{folder}/seen", count, config)
     blind = [
         f"process {process} (on {text.split(' ', 1)[1]})"
         for process, text in sorted(answers.items())

@@ -82,12 +82,12 @@ class StopRequest:
     def __exit__(self, *_: object) -> None:
         if not self._before:
             return
+        self._closed.set()
+        os.write(self._pipe[1], b"\0")
+        self._thread.join()  # before handlers are put back: a signal that it sends would end the process without a word
         for number, handler in self._before.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._wakeup)
-        self._closed.set()
-        os.write(self._pipe[1], b"\0")
-        self._thread.join()
         for end in self._pipe:
             os.close(end)
 
@@ -139,7 +139,7 @@ class StopRequest:
 
     def _handle(self, _number: int, _frame: object) -> None:
         # The thread has heard the signal through the pipe. It calls this once more when the main thread is to leave.
-        if self._raise and not self._in_loop:
+        if self._raise and not self._in_loop and not self._closed.is_set():
             self._raise = False
             raise Interrupted(f"{self.asked}: stopped; the same command starts or continues the run", self.exit_code)
 
@@ -174,8 +174,8 @@ class StopRequest:
                 return
             self.asked, self.exit_code, self._since = why, exit_code, time.monotonic()
             begun = self._begun if self._finished else NOTHING
-            if hosts.place().processes == 1:
-                self._last = begun
+            if hosts.place().processes == 1 or not notes.is_open():
+                self._last = begun  # there is nobody to agree with, or not yet
             self._change.notify_all()
         notes.leave(f"stop/begun/{hosts.place().process}", str(begun))
         self._say(f"{why}: stopping; this takes at most {self.timeout:.0f} s (waits for {self.doing()})")
@@ -213,8 +213,10 @@ class StopRequest:
         # Nothing is left to save: before the first step has finished, or after the last one is saved.
         if not self._told:
             self._told = self._raise = True
+        if self._raise and waited <= self.GRACE:
             self._own += 1
-            # A signal and not `_thread.interrupt_main`, which wakes no call that sleeps or reads.
+            # A signal and not `_thread.interrupt_main`, which wakes no call that sleeps or reads. Again and again: one
+            # that comes just before such a call begins is heard only when the call ends.
             signal.pthread_kill(self._main, self.SIGNALS[0])
         elif waited > self.GRACE:
             hosts.end(

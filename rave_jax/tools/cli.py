@@ -287,7 +287,7 @@ def _run(arguments: argparse.Namespace) -> int:
 def program() -> NoReturn:
     """Run the command line of this process, and end it with the exit code."""
     code = main()
-    if sys.argv[1:2] == ["train"]:
+    if sys.argv[1:2] in (["train"], ["eval"]):
         from rave_jax.parallel.stopping import leave
 
         leave(code)

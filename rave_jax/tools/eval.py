@@ -13,11 +13,10 @@ from rich.console import Console
 
 from rave_jax.checkpoint.hf_files import NATIVE
 from rave_jax.checkpoint.hf_import import import_hf
-from rave_jax.checkpoint.store import StoreError, check_writable
+from rave_jax.checkpoint.store import check_writable
 from rave_jax.command_line import override
 from rave_jax.config import ConfigError
 from rave_jax.data.processor import Processor
-from rave_jax.data.sample import SampleError
 from rave_jax.evaluation.config import Eval, Examination, Report
 from rave_jax.evaluation.report import EVALUATION, write_report
 from rave_jax.evaluation.suites import evaluate
@@ -26,8 +25,8 @@ from rave_jax.files import read_text
 from rave_jax.models.vlm import Vlm
 from rave_jax.observe.messages import plain_messages
 from rave_jax.parallel import hosts
-from rave_jax.parallel.hosts import HostsError
 from rave_jax.parallel.mesh import make_mesh
+from rave_jax.tools.job import EXIT_CONFIG, run_job
 from rave_jax.tools.source import processor_of
 from rave_jax.training.directory import run_directory
 from rave_jax.training.run import load_run
@@ -91,7 +90,7 @@ def check_path(path: Path) -> None:
 
 
 def main(argv: Sequence[str], prog: str = "eval.py") -> int:
-    """Run the command line; returns the exit code."""
+    """Run the command line; returns the exit code. End the program with it by `stopping.leave`."""
     if not argv or argv[0].startswith("-"):
         print(f"usage: {prog} RUN_OR_HF_DIR [--field.name value ...]   ({prog} RUN_OR_HF_DIR --help)", file=sys.stderr)
         return 0 if argv and argv[0] in ("-h", "--help") else 2
@@ -100,17 +99,26 @@ def main(argv: Sequence[str], prog: str = "eval.py") -> int:
     try:
         check_path(path)
         config = override(defaults(path), argv[1:], prog=f"{prog} {path}")
-        hosts.start(config.hosts, config.simulated_devices)
-        mesh = make_mesh(config.mesh)
-        out = Path(config.output_dir or (path if is_run(path) else f"runs/eval-{path.resolve().name}"))
-        check_writable(out, 0)
-        model, processor = load(path, config, mesh)
-        console = Console(quiet=not hosts.is_first())
-        for item in config.evals:
-            print_summary(evaluate(item, model, processor, mesh, out / EVALUATION / item.name), console)
-        if hosts.is_first():
-            console.print(f"report: {write_report(config.report, out)}", soft_wrap=True)
-    except (ConfigError, StoreError, SampleError, HostsError, OSError) as error:
+    except ConfigError as error:
         print(f"{prog}: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ConfigError) else 1
-    return 0
+        return EXIT_CONFIG
+    return run_job(prog, config.hosts, config.simulated_devices, lambda _: examine(path, config))
+
+
+def examine(path: Path, config: Examination) -> None:
+    """Load the model, do the evaluations and write the page about them. Call `hosts.start` first.
+
+    Raises:
+        ConfigError: the config does not fit the machine, the model or the data.
+        StoreError: a checkpoint cannot be read, or the output folder cannot be written.
+        SampleError: a sample cannot be asked, and the evaluation is to stop then.
+    """
+    mesh = make_mesh(config.mesh)
+    out = Path(config.output_dir or (path if is_run(path) else f"runs/eval-{path.resolve().name}"))
+    check_writable(out, 0)
+    model, processor = load(path, config, mesh)
+    console = Console(quiet=not hosts.is_first())
+    for item in config.evals:
+        print_summary(evaluate(item, model, processor, mesh, out / EVALUATION / item.name), console)
+    if hosts.is_first():
+        console.print(f"report: {write_report(config.report, out)}", soft_wrap=True)

@@ -103,6 +103,7 @@ class Claim:
             if not self._locked:
                 self._lock()
                 if directory.config.exists():
+                    self._locked = False  # what is here is that job's, and stays
                     raise ConfigError(f"another job began in {directory.path} meanwhile; choose another output_dir")
             if self._begun_anew:
                 self._there -= set(OWN)
@@ -113,7 +114,7 @@ class Claim:
 
     def take_back(self) -> None:
         """After an error: leave no trace of a start that got nowhere."""
-        if not hosts.is_first():
+        if not self._locked:  # nothing was written, and what lies here can be another job's
             return
         directory = self._directory
         with contextlib.suppress(OSError):
@@ -159,7 +160,7 @@ def _written(directory: RunDirectory) -> Generator[None]:
     try:
         yield
     except OSError as error:
-        raise StoreError(f"cannot write to {directory.path}: {error.strerror or error}") from error
+        raise StoreError(f"cannot write to {error.filename or directory.path}: {error.strerror or error}") from error
 
 
 def _remove(folder: Path, names: list[str] | tuple[str, ...]) -> None:

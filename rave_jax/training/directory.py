@@ -20,6 +20,7 @@ from pathlib import Path
 from rave_jax import config as configs
 from rave_jax.checkpoint.saved_step import steps_in
 from rave_jax.config import ConfigError, local_path
+from rave_jax.files import read_text
 from rave_jax.training.config import TrainConfig, check_same_run, differences
 
 
@@ -74,9 +75,15 @@ class RunDirectory:
         Raises:
             ConfigError: not a run directory, or its config is not one of ours.
         """
-        if not self.config.is_file():
+        if not self.config.exists():
             raise ConfigError(f"{self.path} is not a run directory: it holds no config.json")
-        return configs.loads(TrainConfig, self.config.read_text(), str(self.config))
+        try:
+            text = read_text(self.config)
+        except OSError as error:
+            raise ConfigError(f"{self.config} cannot be read: {error.strerror or error}") from error
+        except ValueError as error:
+            raise ConfigError(f"{self.config} is not UTF-8 text: {error}") from error
+        return configs.loads(TrainConfig, text, str(self.config))
 
     @property
     def started(self) -> bool:

@@ -62,7 +62,7 @@ class Feed:
             depth: batches that may wait.
         """
         self._source, self._mesh, self._rows, self._steps = source, mesh, rows, range(start, stop)
-        self._queue: queue.Queue[Fed | Exception] = queue.Queue(depth)
+        self._queue: queue.Queue[Fed | BaseException] = queue.Queue(depth)
         self._last: Fed | None = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._fill, name="data feed", daemon=True)
@@ -91,7 +91,7 @@ class Feed:
             None when the step is not to be run.
 
         Raises:
-            Exception: whatever the source raised.
+            BaseException: whatever the source raised.
         """
         asked = time.monotonic()
         grace = min(GRACE, stop.timeout / 4)
@@ -108,7 +108,7 @@ class Feed:
                 if self._last is None or time.monotonic() < overdue:
                     continue
                 return Fed(_void(self._last.batch), self._source.state(step), time.monotonic() - asked, void=True)
-            if isinstance(item, Exception):
+            if isinstance(item, BaseException):
                 raise item
             self._last = item._replace(waited=time.monotonic() - asked)
             return self._last
@@ -117,16 +117,16 @@ class Feed:
         spans = owned_rows(self._mesh, self._rows)
         streams = {span: self._source.stream(self._steps.start, span.start, span.stop) for span in spans}
         for step in self._steps:
-            item: Fed | Exception
+            item: Fed | BaseException
             try:
                 batch = global_batch(lambda span: next(streams[span]), self._mesh, self._rows)
                 item = Fed(batch, self._source.state(step + 1), 0.0)
-            except Exception as error:
+            except BaseException as error:  # libraries in Rust panic with one that is no Exception
                 item = error
-            if not self._offer(item) or isinstance(item, Exception):
+            if not self._offer(item) or isinstance(item, BaseException):
                 return
 
-    def _offer(self, item: Fed | Exception) -> bool:
+    def _offer(self, item: Fed | BaseException) -> bool:
         while not self._stop.is_set():
             try:
                 self._queue.put(item, timeout=0.1)

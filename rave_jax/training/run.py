@@ -22,7 +22,7 @@ from rave_jax.data.pipeline import Pipeline
 from rave_jax.data.processor import Processor
 from rave_jax.evaluation.config import Eval, Report
 from rave_jax.evaluation.report import write_report
-from rave_jax.evaluation.suites import evaluate
+from rave_jax.evaluation.suites import evaluate, open_checked
 from rave_jax.evaluation.summary import print_summary
 from rave_jax.models.vlm import Vlm
 from rave_jax.observe.metrics import JsonlWriter, MetricsWriter, TensorBoardWriter
@@ -90,6 +90,8 @@ def _run(config: TrainConfig, watchdog: Watchdog, stop: StopRequest) -> None:
         sources = config.data.open_sources()
     with use_mesh(mesh), claimed(directory, config) as claim:
         vlm = model_config(config.init, claim.model)
+        with watchdog.during("the data of evaluations to open", Watchdog.LONG):
+            _check_final(config, vlm.text.num_layers)
         session = make_session(
             abstract_model(vlm, config.model),
             config.optimizer,
@@ -122,6 +124,16 @@ def _run(config: TrainConfig, watchdog: Watchdog, stop: StopRequest) -> None:
                 finish(config, model, processor, mesh, directory)
             except OSError as error:
                 raise StoreError(f"training is done and saved, but what follows it failed: {error}") from error
+
+
+def _check_final(config: TrainConfig, num_layers: int) -> None:
+    """What follows the last step is known to be possible before the first."""
+    for number, stage in enumerate(config.final):
+        if isinstance(stage, Eval):
+            try:
+                open_checked(stage, num_layers)
+            except ConfigError as error:
+                raise ConfigError(f"final.{number}: {error}") from error
 
 
 def _first_or_saved_state(

@@ -16,6 +16,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint import v1 as ocp
 
+from rave_jax.checkpoint import saved_step
 from rave_jax.checkpoint.digests import DamageError
 from rave_jax.checkpoint.saved_step import DATA as DATA_ITEM
 from rave_jax.checkpoint.saved_step import OPTIMIZER, PARAMETERS, verify
@@ -225,6 +226,30 @@ def test_a_reader_leaves_a_damaged_checkpoint_where_it_is(two_steps, tmp_path, c
             store.restore_parameters(2, tree)
     assert f"delete {tmp_path / '2'}, or train on" in caplog.text
     assert {path.name for path in tmp_path.iterdir()} == {"1", "2"}
+
+
+def test_a_reader_follows_a_run_that_goes_on_and_removes_what_is_read(two_steps, tmp_path, monkeypatch, caplog):
+    shutil.copytree(two_steps / "1", tmp_path / "1")
+    tree = target(parameters(on(MeshConfig())), on(MeshConfig()))
+    verify = saved_step.verify
+
+    def meanwhile(folder, items):
+        if folder.name == "1":
+            shutil.copytree(two_steps / "2", tmp_path / "2")
+            shutil.rmtree(tmp_path / "1")
+        return verify(folder, items)
+
+    monkeypatch.setattr(saved_step, "verify", meanwhile)
+    with Store(tmp_path, 1, reader=True) as store:
+        found = store.restore_newest(tree)
+    assert found is not None and found.step == 2
+    assert "damaged" not in caplog.text
+
+
+def test_only_names_that_are_written_for_steps_are_steps(two_steps, tmp_path):
+    for name in ("1", "0002", "٣", "4.damaged"):
+        (tmp_path / name).mkdir()
+    assert Store(tmp_path, 1, reader=True).steps == [1]
 
 
 def test_no_sound_checkpoint_is_an_error_that_says_what_to_delete(two_steps, tmp_path):

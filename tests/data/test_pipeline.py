@@ -133,6 +133,8 @@ def test_state_is_json_and_restores(qa_folder: Path, processor: Processor) -> No
     step = second.restore(state)
     assert_same(second.rows(step, 0, 6), first.rows(4, 0, 6))
     assert second.skipped == first.skipped
+    with pytest.raises(ConfigError, match="the checkpoint says nothing of rows: it is damaged; delete"):
+        second.restore({name: value for name, value in state.items() if name != "rows"})
     with pytest.raises(ConfigError, match=r"data\.seed is 1"):
         Pipeline(data(qa_folder, seed=1), processor).restore(state)
     with (qa_folder / "qa.jsonl").open("a") as file:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
 import resource
 import shutil
 
@@ -85,6 +86,12 @@ def test_a_line_that_is_no_row_is_kept_aside_and_costs_no_other(tmp_path, caplog
     assert path.read_bytes() == before + behind
     assert (tmp_path / "metrics.jsonl.rejected").read_bytes() == line + b"\n"
     assert caplog.text.count("moved to") == 1
+
+
+def test_a_pipe_in_place_of_the_metrics_is_not_waited_on(tmp_path):
+    os.mkfifo(tmp_path / "metrics.jsonl")
+    with pytest.raises(OSError, match="no regular file"):
+        JsonlWriter(tmp_path / "metrics.jsonl", 0)
 
 
 def test_a_foreign_end_without_a_newline_is_kept_too(tmp_path, caplog):

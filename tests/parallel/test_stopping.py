@@ -38,6 +38,31 @@ def test_where_nothing_is_left_to_save_a_signal_interrupts_at_once(name, capfd):
     assert f"{name}: stopping; this takes at most 300 s (waits for the weights to be read)" in capfd.readouterr().err
 
 
+def test_the_signal_that_wakes_the_main_thread_may_come_late(monkeypatch):
+    """The signal of the user can have interrupted the main thread already, which then leaves."""
+    send = signal.pthread_kill
+
+    def later(thread, number):
+        time.sleep(0.3)
+        send(thread, number)
+
+    monkeypatch.setattr(signal, "pthread_kill", later)
+    with StopRequest(poll=0.02) as stop, pytest.raises(Interrupted):
+        tell("SIGTERM")
+        while not stop._raise:
+            time.sleep(0.001)
+        stop._handle(signal.SIGTERM, None)
+
+
+def test_a_signal_before_the_processes_are_connected_asks_no_other(monkeypatch):
+    monkeypatch.setattr(hosts, "_place", hosts.Place(0, 2))
+    began = time.monotonic()
+    with StopRequest(poll=0.02) as stop, pytest.raises(Interrupted, match="SIGTERM: stopped"):
+        tell("SIGTERM")
+        time.sleep(30)
+    assert stop.asked == "SIGTERM" and time.monotonic() - began < 10
+
+
 def test_the_loop_is_not_interrupted_and_begins_no_other_step(ends):
     with StopRequest(poll=0.02) as stop, stop.training():
         assert stop.may_begin(0)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -86,6 +89,39 @@ def test_a_start_that_was_killed_claims_nothing(directory, config):
     begin(directory, other)
     assert directory.read_config() == other
     assert json.loads((directory.model / "config.json").read_text()) == {}
+
+
+def test_a_job_that_comes_too_late_leaves_the_files_of_the_other(directory, config):
+    """Both looked before there was a directory; the second is refused, whether the first still runs or not."""
+    with contextlib.ExitStack() as running:
+        with pytest.raises(ConfigError, match="is in use by another job"), claimed(directory, config) as late:
+            running.enter_context(claimed(directory, config)).write(0)
+            late.write(0)
+        assert names(directory.path) == {".lock", "config.json", "model"}
+    shutil.rmtree(directory.path)
+    with pytest.raises(ConfigError, match="another job began in"), claimed(directory, config) as late:
+        begin(directory, config)
+        late.write(0)
+    assert names(directory.path) == {"config.json", "model"}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\xff{", "config.json is not UTF-8 text"),
+        (b"[" * 100_000, "its brackets are nested too deeply"),
+        (None, "config.json cannot be read: it is a named pipe"),
+    ],
+    ids=["no UTF-8", "brackets", "pipe"],
+)
+def test_a_damaged_config_is_one_line(directory, config, content, message):
+    directory.path.mkdir(parents=True)
+    if content is None:
+        os.mkfifo(directory.config)
+    else:
+        directory.config.write_bytes(content)
+    with pytest.raises(ConfigError, match=message), claimed(directory, config):
+        pass
 
 
 def test_a_finished_run_is_extended_and_remembers(directory, config):

@@ -16,6 +16,7 @@ from rave_jax.models.parameters import named_parameters
 from rave_jax.observe.metrics import read_jsonl
 from rave_jax.parallel.mesh import MeshConfig
 from rave_jax.tools import train
+from rave_jax.tools.job import EXIT_CONFIG, EXIT_FAILED
 from rave_jax.training.lock import only_job
 from rave_jax.training.run import load_run
 
@@ -75,9 +76,9 @@ def test_a_run_is_read_back_on_another_mesh(run):
 
 
 def test_another_run_is_not_overwritten(run, capsys):
-    assert train.main([CONFIG, "--output_dir", str(run), "--data.rows", "16", "--steps", "3"]) == train.EXIT_CONFIG
+    assert train.main([CONFIG, "--output_dir", str(run), "--data.rows", "16", "--steps", "3"]) == EXIT_CONFIG
     assert "holds another run (data.rows is 16, was 8); choose another output_dir" in capsys.readouterr().err
-    assert train.main([CONFIG, "--output_dir", str(run), "--steps", "2"]) == train.EXIT_CONFIG
+    assert train.main([CONFIG, "--output_dir", str(run), "--steps", "2"]) == EXIT_CONFIG
     assert "holds a run of 3 steps, and steps is 2: a run can be continued with as" in capsys.readouterr().err
 
 
@@ -104,7 +105,7 @@ def test_a_finished_run_is_extended_from_its_newest_sound_checkpoint(run, tmp_pa
 def test_a_second_job_on_the_directory_is_refused(run, capsys):
     before = (run / "metrics.jsonl").read_bytes()
     with only_job(run):
-        assert train.main([CONFIG, "--output_dir", str(run), "--steps", "3"]) == train.EXIT_CONFIG
+        assert train.main([CONFIG, "--output_dir", str(run), "--steps", "3"]) == EXIT_CONFIG
         (line,) = capsys.readouterr().err.splitlines()
         assert f"{run} is in use by another job (process {os.getpid()} on " in line
         assert load_run(run).step == 3, "what only reads needs no lock"
@@ -123,7 +124,7 @@ def test_a_mechanism_that_config_json_cannot_name_is_refused_before_anything_is_
         "    return dataclasses.replace(config, model=model)\n"
     )
     command = [str(tmp_path / "mine.py"), "--output_dir", str(tmp_path / "run")]
-    assert train.main(command) == train.EXIT_CONFIG
+    assert train.main(command) == EXIT_CONFIG
     (line,) = capsys.readouterr().err.splitlines()
     assert "model.mechanisms.0 is of class Mine, which config.json cannot name" in line
     assert "there are Avar, Cca," in line
@@ -150,14 +151,24 @@ def test_a_misspelt_key_of_a_config_file_exits_2_with_a_suggestion(run, tmp_path
 @pytest.mark.parametrize(
     ("overrides", "code", "message"),
     [
-        (["--output_dir", "/proc/rave_jax/run"], train.EXIT_FAILED, "cannot write to /proc/rave_jax/run"),
-        (["--simulated_devices", "100000"], train.EXIT_CONFIG, "simulated_devices is 100000, expected 0 to 1024"),
-        (["--hosts.processes", "-1"], train.EXIT_CONFIG, "hosts.processes is -1, and no cluster says what the"),
-        (["--mesh.tensor", "3"], train.EXIT_CONFIG, "mesh is data 1 x fsdp -1 x tensor 3, but"),
-        (["--model.mechanisms.0.layers", "99"], train.EXIT_CONFIG, "Rave.layers names [99], expected numbers from 0"),
-        (["--data.rows", "12"], train.EXIT_CONFIG, "data rows is 12, expected a multiple of 8"),
-        (["--data.tokens", "4"], train.EXIT_FAILED, "101 samples one after another cannot be used"),
-        (["--optimizer.groups.1.pattern", "mecanisms"], train.EXIT_CONFIG, "it matches no parameter"),
+        (["--output_dir", "/proc/rave_jax/run"], EXIT_FAILED, "cannot write to /proc/rave_jax/run"),
+        (["--simulated_devices", "100000"], EXIT_CONFIG, "simulated_devices is 100000, expected 0 to 1024"),
+        (["--hosts.processes", "-1"], EXIT_CONFIG, "hosts.processes is -1, and no cluster says what the"),
+        (["--mesh.tensor", "3"], EXIT_CONFIG, "mesh is data 1 x fsdp -1 x tensor 3, but"),
+        (["--model.mechanisms.0.layers", "99"], EXIT_CONFIG, "Rave.layers names [99], expected numbers from 0"),
+        (
+            ["--final", "Eval", "--final.0.layers", "9"],
+            EXIT_CONFIG,
+            "final.0: layers has 9, but the model's layers are 0",
+        ),
+        (
+            ["--final", "Report", "Eval", "--final.1.data", "QaJsonl", "--final.1.data.path", "/no.jsonl"],
+            EXIT_CONFIG,
+            "final.1: '/no.jsonl' cannot be read",
+        ),
+        (["--data.rows", "12"], EXIT_CONFIG, "data rows is 12, expected a multiple of 8"),
+        (["--data.tokens", "4"], EXIT_FAILED, "101 samples one after another cannot be used"),
+        (["--optimizer.groups.1.pattern", "mecanisms"], EXIT_CONFIG, "it matches no parameter"),
     ],
 )
 def test_what_cannot_be_used_is_one_line(tmp_path, capsys, overrides, code, message):

@@ -158,13 +158,18 @@ def test_a_signal_while_data_is_waited_for_saves_the_last_finished_step(session,
     assert data == {"step": 2}
 
 
-def test_what_the_source_raises_reaches_the_caller(session, tmp_path):
+class Panic(BaseException):
+    """What a panic in a library written in Rust becomes in Python: no Exception."""
+
+
+@pytest.mark.parametrize("kind", [OSError, Panic])
+def test_what_the_source_raises_reaches_the_caller(session, tmp_path, kind):
     class Failing(RandomSource):
         def stream(self, step, start, stop):
             yield next(super().stream(step, start, stop))
-            raise OSError("broken.jpg cannot be read")
+            raise kind("broken.jpg cannot be read")
 
-    with pytest.raises(OSError, match=r"broken\.jpg"):
+    with pytest.raises(kind, match=r"broken\.jpg"):
         run(session, tmp_path, first_state(session), Failing(ROWS))
 
 

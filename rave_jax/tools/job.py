@@ -1,0 +1,40 @@
+"""A job that runs to its end, is asked to end, or fails: each with its exit code and one message."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+import jax
+
+from rave_jax.checkpoint.store import StoreError
+from rave_jax.config import ConfigError
+from rave_jax.data.sample import SampleError
+from rave_jax.parallel import hosts
+from rave_jax.parallel.hosts import HostsConfig, HostsError
+from rave_jax.parallel.stopping import Interrupted, StopRequest
+from rave_jax.training.loop import NonFiniteError
+
+# What the shell sees: 2 for a config that cannot be used, 1 for a run that failed. `Interrupted` has its own: 143 after
+# SIGTERM, 130 after Ctrl-C, 75 after a hang.
+EXIT_CONFIG, EXIT_FAILED = 2, 1
+
+
+def run_job(prog: str, config: HostsConfig, simulated_devices: int, work: Callable[[StopRequest], None]) -> int:
+    """Connect the processes and do the work; returns the exit code. End the program with it by `stopping.leave`."""
+    with StopRequest(config.stop_timeout) as stop:
+        try:
+            hosts.start(config, simulated_devices)
+            work(stop)
+        except ConfigError as error:
+            return hosts.fail(error, EXIT_CONFIG, prog)
+        except (StoreError, NonFiniteError, SampleError, HostsError, OSError) as error:
+            return hosts.fail(error, EXIT_FAILED, prog)
+        except jax.errors.JaxRuntimeError as error:
+            if hosts.place().processes == 1:
+                raise
+            return hosts.fail(hosts.of_devices(error), EXIT_FAILED, prog)
+        except Interrupted as error:
+            print(f"{prog}: {hosts.place()}{error}", file=sys.stderr)
+            return error.exit_code
+    return 0
