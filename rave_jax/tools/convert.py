@@ -62,7 +62,7 @@ def from_hf(source: Path, destination: Path, dtype: str | None = None, base: Pat
         if left := beyond_backbone(saved_options(directory) or ModelOptions()):
             print(f"{directory}: {'; '.join(left)} is left out: what belongs to the adapter lies beside the adapter")
     elif base is not None:
-        raise CheckpointError(f"{source}: --base is of PEFT adapters, but no adapter_config.json is here")
+        raise CheckpointError(f"{source}: --base goes with a PEFT adapter, but no adapter_config.json is here")
     elif other := other_config(source, hf_config(source)):
         raise CheckpointError(other)
     elif native.is_native(source):

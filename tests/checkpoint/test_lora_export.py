@@ -96,7 +96,7 @@ def test_an_adapter_directory_comes_back_on_its_base(
     for base, changes in ((beside, {}), (source, {"scan_layers": False})):
         assert_same_numbers(import_peft(out, base, make_mesh(MeshConfig()), changes=changes), model)
     from_hf(out, tmp_path / "native", base=beside)
-    assert f"{beside}: Rave in layer 0, 2; 3 context tokens" in (said := capsys.readouterr().out)
+    assert f"{beside}: Rave in layers 0, 2; 3 context tokens" in (said := capsys.readouterr().out)
     assert "is left out" in said
     text = (out / "README.md").read_text()
     assert 'library_name: "peft"' in text and "without Rave" in text
