@@ -38,7 +38,8 @@ def beyond_backbone(options: ModelOptions) -> list[str]:
     found = []
     for mechanism in options.mechanisms:
         numbers = mechanism.layers
-        where = "all layers" if numbers == "all" else f"layer {', '.join(map(str, numbers))}"
+        listed = ", ".join(map(str, numbers))
+        where = "all layers" if numbers == "all" else f"layer{'s' if len(numbers) > 1 else ''} {listed}"
         found.append(f"{type(mechanism).__name__} in {where}")
     if options.context is not None:
         found.append(f"{options.context.count} context tokens behind each picture")

@@ -108,14 +108,13 @@ def check_quantization(config: Any, where: str = "config.json") -> None:
 
 def no_weights(directory: Path) -> str:
     """What lies in a directory that has neither model.safetensors nor an index."""
-    found = [match for file in directory.glob("*.safetensors") if (match := SHARD.fullmatch(file.name))]
-    shards = sorted(match[0] for match in found)
+    named = sorted(f.name for f in directory.glob("*.safetensors"))
+    shards = [found for name in named if (found := SHARD.fullmatch(name))]
     index = "model.safetensors.index.json"
     if shards:
-        count = f"{len(shards)} of {max(int(match[2]) for match in found)} shards"
-        return (
-            f"{directory}: holds {count} ({_some(shards)}) and no {index}, which says what is where: download that too"
-        )
+        count = f"{len(shards)} of {max(int(shard[2]) for shard in shards)} shards"
+        names = _some([shard[0] for shard in shards])
+        return f"{directory}: holds {count} ({names}) and no {index}, which says what is where: download that too"
     for pattern, kind in OTHER_FORMATS.items():
         files = sorted(f.name for f in directory.glob(pattern))
         if files and kind == "pickles":

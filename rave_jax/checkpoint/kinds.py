@@ -41,7 +41,7 @@ def _no_directory(path: Path) -> str:
     hub = (
         ""
         if path.is_absolute() or len(parts) != 2 or parts[0] in (".", "..") or path.parent.exists()
-        else ("; models are not downloaded: fetch it first (`hf download`), and give the directory")
+        else (f"; models are not downloaded: fetch it first (`hf download {path}`), and give the directory")
     )
     return f"{path}: no such directory{hub}"
 

@@ -47,6 +47,9 @@ def written_whole(destination: Path, nbytes: int) -> Generator[Path | None]:
             raise CheckpointError(f"{destination}: is there already and not empty; nothing was written")
         if destination.exists() and not destination.is_dir():
             raise CheckpointError(f"{destination}: is there already and no directory; nothing was written")
+        blocking = next(p for p in destination.parents if p.exists())
+        if not blocking.is_dir():
+            raise CheckpointError(f"{destination}: {blocking} is no directory; nothing was written")
         destination.parent.mkdir(parents=True, exist_ok=True)
         sweep(destination.parent)
         free = shutil.disk_usage(destination.parent).free

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from rave_jax.config import require
 
@@ -52,6 +53,7 @@ def judge(
     margin: float,
     task_scores: Mapping[str, float],
     aims: tuple[TaskAim, ...] = (),
+    words: Mapping[str, str] = MappingProxyType({}),
 ) -> Verdict:
     """Compare a score with its controls; all are mean scores over the same samples.
 
@@ -62,9 +64,10 @@ def judge(
         margin: how far the score must be above the floor and above `redealt`.
         task_scores: score of the model per task.
         aims: what single tasks must reach; a task that was not asked does not hold.
+        words: what findings call a floor; its name where this has none.
     """
     name, floor = max(floors.items(), key=lambda item: item[1])
-    controls = ((floor, f"without looking ({name})"), (redealt, "with the evidence dealt anew"))
+    controls = ((floor, f"without looking ({words.get(name, name)})"), (redealt, "with the evidence dealt anew"))
     oks = [score - control >= margin - 1e-9 for control, _ in controls]
     findings = [
         f"{_word(ok)}: score {score:.1%} against {control:.1%} {what}: "

@@ -38,6 +38,7 @@ from rave_jax.evaluation.summary import (
     BY_TEXT,
     FLOORS,
     GREY,
+    HEADINGS,
     OF_ALL,
     REDEALT,
     Summary,
@@ -176,7 +177,7 @@ def run(config: Eval, source: Source, subject: Subject, out: Path | None, log: L
         floors = {name: value for name, value in total.controls.items() if name in FLOORS}
         by_task = {row.task: row.score for row in tasks}
         check = config.grounding
-        verdict = judge(total.score, floors, total.controls[REDEALT], check.margin, by_task, check.aims)
+        verdict = judge(total.score, floors, total.controls[REDEALT], check.margin, by_task, check.aims, HEADINGS)
     seconds = round(time.monotonic() - began, 2)
     left_out = dict(sorted(broken.items()))
     looking = summarise(looks)

@@ -7,15 +7,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 from rave_jax.checkpoint import native
-from rave_jax.checkpoint.card import LoraForm, Origin, notes
+from rave_jax.checkpoint.card import LoraForm, Origin, beyond_backbone, notes
 from rave_jax.checkpoint.hf_export import copy_small_files, export_hf, keeps_other_keys, rounding
 from rave_jax.checkpoint.hf_files import has_weights, hf_config, is_peft
 from rave_jax.checkpoint.kinds import other_config
 from rave_jax.checkpoint.peft_export import export_peft
 from rave_jax.checkpoint.peft_import import base_of, import_peft
 from rave_jax.checkpoint.safetensors_file import CheckpointError
+from rave_jax.checkpoint.sidecar import saved_options
 from rave_jax.checkpoint.store import StoreError
 from rave_jax.checkpoint.written_whole import written_whole
+from rave_jax.models.config import ModelOptions
 from rave_jax.models.parameters import num_bytes
 from rave_jax.models.vlm import Vlm
 from rave_jax.tools import source as sources
@@ -57,8 +59,10 @@ def from_hf(source: Path, destination: Path, dtype: str | None = None, base: Pat
         model = import_peft(
             source, directory, sources.all_devices(), changes=changes, dtypes="stored" if dtype is None else "options"
         )
+        if left := beyond_backbone(saved_options(directory) or ModelOptions()):
+            print(f"{directory}: {'; '.join(left)} is left out: what belongs to the adapter lies beside the adapter")
     elif base is not None:
-        raise CheckpointError(f"{source}: --base is of PEFT adapters, but no adapter_config.json is here")
+        raise CheckpointError(f"{source}: --base goes with a PEFT adapter, but no adapter_config.json is here")
     elif other := other_config(source, hf_config(source)):
         raise CheckpointError(other)
     elif native.is_native(source):

@@ -156,9 +156,9 @@ def test_weights_in_another_form_or_place(write: Write, name: str, kind: str) ->
 
 def test_a_path_beside_the_model(write: Write, tmp_path: Path) -> None:
     folder = write(name="snapshots")
-    assert f"but {folder.name} inside does; give one of those" in error_of(folder.parent)
-    assert "expected the directory that holds config.json and the weights" in error_of(folder / "model.safetensors")
-    assert "fetch it first (`hf download`)" in error_of(Path("Qwen/Qwen2.5-VL-3B-Instruct"))
+    assert f"{folder.name} inside does; give one of those" in error_of(folder.parent)
+    assert "is a file; expected the directory that holds config.json" in error_of(folder / "model.safetensors")
+    assert "hf download Qwen/Qwen2.5-VL-3B-Instruct" in error_of(Path("Qwen/Qwen2.5-VL-3B-Instruct"))
     assert "hf download" not in error_of(tmp_path / "nowhere")
     (folder / "config.json").write_text('{"type": "TrainConfig"}')
     assert "is the directory of a training run" in error_of(folder) and "convert to-hf" in error_of(folder)

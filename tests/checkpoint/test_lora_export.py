@@ -23,6 +23,7 @@ from rave_jax.models.config import Lora, ModelOptions
 from rave_jax.models.parameters import named_parameters, with_values
 from rave_jax.models.vlm import Vlm
 from rave_jax.parallel.mesh import MeshConfig, make_mesh
+from rave_jax.tools.convert import from_hf
 from tests.checkpoint.conftest import Write
 
 LORA = Lora(rank=2, alpha=3.0, targets=("vision.attention.qkv", "decoder.attention.output", "decoder.mlp.up"))
@@ -81,7 +82,9 @@ def test_lora_is_merged_and_reads_again_as_a_plain_model(source: Path, model: Vl
         assert half[key].tobytes() == value.astype(half[key].dtype).tobytes(), key
 
 
-def test_an_adapter_directory_comes_back_on_its_base(source: Path, model: Vlm, tmp_path: Path) -> None:
+def test_an_adapter_directory_comes_back_on_its_base(
+    source: Path, model: Vlm, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = export_peft(model, tmp_path / "adapter", source)
     assert not (out / "config.json").exists()
     assert base_of(out, None) == source
@@ -92,6 +95,9 @@ def test_an_adapter_directory_comes_back_on_its_base(source: Path, model: Vlm, t
     beside = export_hf(model, tmp_path / "beside", source, lora="beside")
     for base, changes in ((beside, {}), (source, {"scan_layers": False})):
         assert_same_numbers(import_peft(out, base, make_mesh(MeshConfig()), changes=changes), model)
+    from_hf(out, tmp_path / "native", base=beside)
+    assert f"{beside}: Rave in layers 0, 2; 3 context tokens" in (said := capsys.readouterr().out)
+    assert "is left out" in said
     text = (out / "README.md").read_text()
     assert 'library_name: "peft"' in text and "without Rave" in text
 

@@ -61,3 +61,6 @@ def test_an_error_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="cannot write"), written_whole(tmp_path / "out", 1):
         raise OSError(5, "Input/output error")
     assert list(tmp_path.iterdir()) == []
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match="file is no directory"), written_whole(tmp_path / "file" / "a" / "b", 1):
+        pass

@@ -73,6 +73,7 @@ def test_a_guesser_scores_the_floor_and_fails_the_grounding_check() -> None:
     assert summary.total.score <= floor_by_hand() + 0.1
     assert summary.verdict is not None and not summary.verdict.holds
     assert [finding.split(":")[0] for finding in summary.verdict.findings] == ["does not hold"] * 3
+    assert "without looking (most frequent answer" in summary.verdict.findings[0]
 
 
 def own(samples: int = SAMPLES) -> Eval:
