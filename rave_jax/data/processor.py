@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -410,11 +410,12 @@ class Processor:
         return TokenInfo(**codes), visual_index
 
 
-def _texts(message: Message) -> list[str]:
-    content = message["content"]
-    if isinstance(content, str):
-        return [content]
-    return [part["text"] for part in content if isinstance(part.get("text"), str)]
+def _texts(message: Any) -> list[str]:
+    """The texts of a message. It may be of any kind: what is wrong with it is said where it is read."""
+    content = message.get("content") if isinstance(message, Mapping) else None
+    parts = [{"text": content}] if isinstance(content, str) else content if isinstance(content, Sequence) else ()
+    texts = [part.get("text") for part in parts if isinstance(part, Mapping)]
+    return [text for text in texts if isinstance(text, str)]
 
 
 def _span(length: int, bounds: tuple[int, int], weight: float) -> NpArray:

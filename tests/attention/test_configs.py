@@ -65,12 +65,12 @@ def test_a_value_of_another_type_is_one_error_that_names_the_field(cls: Any, nam
         (at.Var, {"dims": "12"}, "a tuple, each item an integer"),
         (at.Croc, {"rule": "suffix"}, "one of 'visual', 'prefix'"),
         (at.Rave, {"rank": True}, "an integer"),
-        (at.Rave, {"rank": -1}, "at least 1"),
+        (at.Rave, {"rank": -1}, "a number from 1 to 8,192"),
         (at.Rave, {"heads": ()}, "at least one head"),
         (at.Rave, {"limit": 1e300}, "a number of logits from 1e-6 to 1e6"),
         (at.SlidingWindow, {"window": -4}, "at least 1 token"),
         (at.SlidingWindow, {"window": 2**31}, "a number that int32 holds"),
-        (at.Avar, {"eps": 1e-50}, "at least the 1e-37 that float32 holds"),
+        (at.Avar, {"eps": 1e-50}, "a small positive number, from 1e-37 to 1"),
     ],
 )
 def test_the_error_says_what_was_expected(cls: Any, bad: dict[str, Any], expected: str) -> None:
