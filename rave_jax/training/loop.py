@@ -109,26 +109,26 @@ class Loop:
                     state, metrics = self._session.step(state, fed.batch)
                 # Reading the metrics of the step before keeps the devices busy and at most two steps in flight.
                 if late is not None:
-                    self._finish(*late, state, fed.data, describe)
+                    self._finish(*late, state, source, describe)
                 late = (step, metrics)
                 if compiles:
                     with self._watchdog.during(what, times, SLOW_STEP):
                         jax.block_until_ready(metrics)
                     self._progress.restart_clock(done)
-                    self._finish(*late, state, fed.data, describe)
+                    self._finish(*late, state, source, describe)
                     late = None
                 elif warning := self._wait.add(fed.waited, time.monotonic() - begun):
                     self._progress.say(warning)
                 self._store.check()
                 if done % self._schedule.save_every == 0:
                     if late is not None:
-                        self._finish(*late, state, fed.data, describe)
+                        self._finish(*late, state, source, describe)
                         late = None
                     if self._refused() is None:
                         self._save(done, state, fed.data)
             if fed is not None:
                 if late is not None:
-                    self._finish(*late, state, fed.data, describe)
+                    self._finish(*late, state, source, describe)
                 if self._refused() is not None:
                     done = self._agreed_step(state)
                     self._save(done, state, source.state(done))
@@ -181,7 +181,7 @@ class Loop:
         return Feed(source, self._session.mesh, rows, start, self._schedule.steps)
 
     def _finish(
-        self, step: int, metrics: StepMetrics, state: TrainState, data: dict[str, Any], describe: Callable[[int], str]
+        self, step: int, metrics: StepMetrics, state: TrainState, source: RowSource, describe: Callable[[int], str]
     ) -> None:
         """Wait for a step, then check, show and write its metrics."""
         done = step + 1
@@ -192,7 +192,7 @@ class Loop:
             return
         self._stop.finished()
         if bad >= 0:
-            self._stop_bad(bad, values, state, data, describe)
+            self._stop_bad(bad, values, state, source, describe)
         self._tokens += values["tokens"]
         logged = done == 1 or done % self._schedule.log_every == 0 or done == self._schedule.steps
         if logged:
@@ -212,11 +212,11 @@ class Loop:
             raise StoreError(f"the metrics of step {done} could not be written to {where}: {why}") from error
 
     def _stop_bad(
-        self, step: int, values: dict[str, Any], state: TrainState, data: dict[str, Any], describe: Callable[[int], str]
+        self, step: int, values: dict[str, Any], state: TrainState, source: RowSource, describe: Callable[[int], str]
     ) -> None:
         # The step refused its own update and every later one, so `state` is the one before it.
         with self._watchdog.paused(), Store(self._bad_directory, keep=1) as store:
-            store.save(step, parameters_of(state), state.optimizer, data)
+            store.save(step, parameters_of(state), state.optimizer, source.state(step))
         raise NonFiniteError(
             f"step {step + 1}: loss is {values['loss']}, gradient norm is {values['grad_norm']}; "
             f"data: {describe(step)}; the state before this step is in {self._bad_directory / str(step) / PARAMETERS}"

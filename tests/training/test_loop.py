@@ -114,9 +114,9 @@ def test_metrics_read_back_and_a_resumed_run_reads_as_one(session, tmp_path):
 def test_a_loss_that_is_no_number_stops_with_the_state_before_it(session, tmp_path):
     with pytest.raises(NonFiniteError, match=r"step 4: loss is (nan|inf).*data: batch 3; the state before.*bad_step/3"):
         run(session, tmp_path, first_state(session), RandomSource(ROWS, poison=3), save_every=3)
-    saved, _ = restored(session, tmp_path / "bad_step")
+    saved, data = restored(session, tmp_path / "bad_step")
     before, _ = restored(session, tmp_path / "checkpoints")
-    assert saved.step == before.step == 3
+    assert saved.step == before.step == data["step"] == 3
     jax.tree.map(np.testing.assert_array_equal, saved, before)
 
 
