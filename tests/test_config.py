@@ -268,7 +268,7 @@ def test_config_files_share_helpers_of_their_folder(tmp_path: Path) -> None:
         ("gs://bucket/runs", "copy it, or mount the gs:// bucket"),
         ("s3://bucket/x.json", "copy it, or mount the s3:// bucket"),
         (Path("gs://bucket/runs"), "copy it, or mount the gs:// bucket"),
-        ("file:///tmp/x", "leave file:// away"),
+        ("file:///data/x", "leave file:// away"),
         ("abfs+ssl://x/y", "copy it, or mount the abfs+ssl:// bucket"),
     ],
 )
@@ -281,7 +281,7 @@ def test_a_path_of_another_place_is_refused(path, hint):
 def test_a_local_path_is_itself(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "odd:").mkdir()
-    for path in ("runs/a", "/tmp/x", "~/x", "a:b", "C:/x" if Path("C:").is_dir() else "x", "odd:/file", "*.parquet"):
+    for path in ("runs/a", "/data/x", "~/x", "a:b", "C:/x" if Path("C:").is_dir() else "x", "odd:/file", "*.parquet"):
         assert config.local_path(path, "path") == Path(path)
 
 
