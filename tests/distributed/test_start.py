@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-import train
+from rave_jax.tools.job import EXIT_CONFIG, EXIT_FAILED
 
 # Each is a job of whole programs.
 pytestmark = pytest.mark.slow
@@ -48,9 +48,9 @@ def test_the_others_say_which_process_failed_and_why(repo, tmp_path, failing):
     each[failing] = ("--mesh.tensor", "3")
     ends = job(repo, tmp_path, *each)
     why = "mesh is data 1 x fsdp -1 x tensor 3, but devices are 4; what fits: tensor 1 or 2 or 4"
-    assert ends[failing] == (train.EXIT_CONFIG, f"train.py: process {failing} of 2: {why}\n")
+    assert ends[failing] == (EXIT_CONFIG, f"train.py: process {failing} of 2: {why}\n")
     code, errors = ends[1 - failing]
-    assert code == train.EXIT_FAILED
+    assert code == EXIT_FAILED
     assert f"process {1 - failing} of 2: process {failing} ended with an error: {why}\n" in errors
     assert "Traceback" not in errors and "stack trace" not in errors
     assert time.monotonic() - began < 60
@@ -59,7 +59,7 @@ def test_the_others_say_which_process_failed_and_why(repo, tmp_path, failing):
 
 def test_a_process_that_never_comes_is_missed_in_time(repo, tmp_path):
     [(code, errors)] = job(repo, tmp_path, ("--hosts.start_timeout", "2"))
-    assert code == train.EXIT_FAILED
+    assert code == EXIT_FAILED
     (line,) = errors.splitlines()
     assert line.startswith("process 0 of 2: not all processes connected to localhost:")
     assert "within 2 s (hosts.start_timeout); is each of them running" in line
