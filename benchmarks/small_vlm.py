@@ -72,7 +72,7 @@ def prompt(rng: np.random.Generator, tokens: int, sides: Sequence[int]) -> Promp
     images = [rng.integers(0, 256, (side, side, 3), np.uint8) for side in sides]
     ids = rng.integers(0, 7999, tokens).astype(np.int32)
     codes: dict[str, Any] = {name: np.zeros(tokens, np.int32) for name in TokenInfo._fields}
-    codes["segment"][:], codes["kind"][:], codes["place"][:] = 1, int(Kind.TEXT), np.arange(tokens)
+    codes["document"][:], codes["kind"][:], codes["place"][:] = 1, int(Kind.TEXT), np.arange(tokens)
     index, visuals, cuts, at, units = np.zeros(tokens, np.int32), [], [], 16, 0
     for number, image in enumerate(images, 1):
         cut = image_patches(image, grid, 56 * 56, image.shape[0] ** 2)
@@ -102,7 +102,7 @@ def prompt(rng: np.random.Generator, tokens: int, sides: Sequence[int]) -> Promp
         positions=mrope_positions(tokens, visuals, 2.0),
         visual_index=index,
         patches=joined("pixels"),
-        patch_segment=joined("segment", "on"),
+        patch_frame=joined("frame", "on"),
         patch_place=joined("place"),
         patch_window=joined("window", "on"),
     )

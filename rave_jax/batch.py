@@ -35,7 +35,7 @@ class TokenInfo(NamedTuple):
     """What mechanisms may know of each token. Every field is int32 [B,T].
 
     Fields:
-        segment: packed document in the row, counted from 1; 0 is padding.
+        document: packed document in the row, counted from 1; 0 is padding.
         place: the token's place in its document, counted from 0. Tokens of a picture may lie in another order, region
             by region; masks go by the place.
         kind: a `Kind`.
@@ -49,7 +49,7 @@ class TokenInfo(NamedTuple):
             model asks for regions.
     """
 
-    segment: Int[Array, "B T"]
+    document: Int[Array, "B T"]
     place: Int[Array, "B T"]
     kind: Int[Array, "B T"]
     role: Int[Array, "B T"]
@@ -77,7 +77,7 @@ class Batch(NamedTuple):
             patches of merge unit n stand at n*m2 .. n*m2 + m2 - 1, m2 = spatial_merge_size ** 2); 0 else.
         patches: pixel values 0..255 (uint8) of each patch, flattened as (channel, temporal, row, col);
             merge units stay together, and inside a frame they stand window by window.
-        patch_segment: frame of the row that a patch belongs to, counted from 1; 0 is padding. Full
+        patch_frame: frame of the row that a patch belongs to, counted from 1; 0 is padding. Full
             attention blocks of the tower see one frame.
         patch_place: (row, col) of the patch in its frame's patch grid, from 0.
         patch_window: attention window of the patch, counted from 1 over the row; 0 is padding.
@@ -91,6 +91,6 @@ class Batch(NamedTuple):
     positions: Int[Array, "3 B T"]
     visual_index: Int[Array, "B T"]
     patches: UInt8[Array, "B P C"]
-    patch_segment: Int[Array, "B P"]
+    patch_frame: Int[Array, "B P"]
     patch_place: Int[Array, "B P 2"]
     patch_window: Int[Array, "B P"]

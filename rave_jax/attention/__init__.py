@@ -34,9 +34,9 @@ from rave_jax.attention.context import ContextSight
 from rave_jax.attention.croc import Croc
 from rave_jax.attention.decomposed import Decomposed
 from rave_jax.attention.gaze import Gaze, TopKSchedule
-from rave_jax.attention.masks import cached_codes, causal_codes, segment_codes
+from rave_jax.attention.masks import block_diagonal_codes, cached_codes, causal_codes
 from rave_jax.attention.mma import Mma
-from rave_jax.attention.plan import Layers, SegmentPlan, build_mechanisms, plan_segments
+from rave_jax.attention.plan import LayerRunPlan, Layers, build_mechanisms, plan_layer_runs
 from rave_jax.attention.rave import Rave
 from rave_jax.attention.region_cache import (
     ChunkSlots,
@@ -72,6 +72,7 @@ __all__ = [
     "Keys",
     "KvCache",
     "LayerRegions",
+    "LayerRunPlan",
     "Layers",
     "Mechanism",
     "MechanismConfig",
@@ -83,7 +84,6 @@ __all__ = [
     "RegionPlace",
     "RegionReach",
     "Score",
-    "SegmentPlan",
     "SlidingWindow",
     "TextPositions",
     "TopKSchedule",
@@ -91,6 +91,7 @@ __all__ = [
     "ZeroTuning",
     "attend",
     "attend_regions",
+    "block_diagonal_codes",
     "build_mechanisms",
     "cached_codes",
     "causal_codes",
@@ -104,9 +105,8 @@ __all__ = [
     "joined",
     "mask_codes",
     "pick",
-    "plan_segments",
+    "plan_layer_runs",
     "positions",
     "remember",
-    "segment_codes",
     "summarise",
 ]

@@ -96,7 +96,7 @@ def attend(
         mechanisms: of this layer; what has one owner is claimed once (`check_owners`).
         implementation: kernel backend.
         rows: queries, by index, whose rows of the attention map are wanted. Costs O(N S).
-        losses: are the mechanisms' losses wanted? Costs one run of the kernel for each segment they ask for.
+        losses: are the mechanisms' losses wanted? Costs one run of the kernel for each key group they ask for.
         regions: R, the most regions that keys can be in.
         progress: of the training run, 0 to 1, for what is scheduled; None is its end.
 
@@ -106,7 +106,7 @@ def attend(
     losses = losses and any(overrides(mechanism, "losses") for mechanism in mechanisms)
     scores = scores_of(x, keys, codes, info_q, info_k, mechanisms)
     partition = partition_of(mechanisms, x, keys.remembered, info_k, losses)
-    segments, factor = partition.segments, key_factor(mechanisms, x, info_q, info_k)
+    groups, factor = partition.key_groups, key_factor(mechanisms, x, info_q, info_k)
     routing = routing_of(mechanisms, x, keys, info_q, info_k, scores, regions, progress)
     attention = pair_bias.attention if routing is None else functools.partial(routed.attention, routing=routing)
     out, lse = attention(
@@ -118,24 +118,24 @@ def attend(
         scores.form,
         scale=scores.scale,
         key_bias=scores.terms.per_key,
-        segments=segments,
+        key_groups=groups,
         implementation=implementation,
     )
     weights, found = None, {}
-    if segments is not None or factor is not None or losses:
-        if segments is None:
+    if groups is not None or factor is not None or losses:
+        if groups is None:
             out, lse = out[:, :, None], lse[:, :, None]
         if factor is not None:
-            out, lse = with_factor(out, lse, keys.v, scores, factor, None if segments is None else segments.of)
-        if segments is not None:
+            out, lse = with_factor(out, lse, keys.v, scores, factor, None if groups is None else groups.of)
+        if groups is not None:
             weights = log_weights(mechanisms, x, parts_of(lse, partition), partition, info_q, info_k)
         lse = lse if weights is None else lse + weights
         found = named_losses(mechanisms, x, parts_of(lse, partition), info_q, info_k) if losses else {}
-        out, lse = (out[:, :, 0], lse[:, :, 0]) if segments is None else merged(out, lse)
+        out, lse = (out[:, :, 0], lse[:, :, 0]) if groups is None else merged(out, lse)
     if rows is None:
         return AttentionOutput(out, None, found)
     asked = None if routing is None else choice_of_rows(scores, rows, routing)
-    wanted = attention_rows(scores, lse, rows, factor, segments, weights, asked)
+    wanted = attention_rows(scores, lse, rows, factor, groups, weights, asked)
     return AttentionOutput(out, wanted, found, None if asked is None else chosen_regions(asked, scores.q.shape[2]))
 
 

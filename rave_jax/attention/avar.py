@@ -6,7 +6,7 @@ rows are R, visual keys V and system keys SYS, with P the attention of one layer
     L_enh = - mean over layers and heads of  log( 1 / (|R| |V|)   sum over R and V of P )
     L_sup =   mean over layers and heads of  log( 1 / (|R| |SYS|) sum over R and SYS of P  + eps )
 
-averaged over samples. Sums of P come from the log-sum-exps of the segments V, SYS and the rest, so no map is made.
+averaged over samples. Sums of P come from the log-sum-exps of the key groups V, SYS and the rest, so no map is made.
 
 Our reading: a sample is a document of a packed row, and one with several pictures or answers has all of them in V and
 R; R is every token of role response, the answer's header too, and SYS the text of role system. A document without
@@ -26,11 +26,11 @@ from rave_jax.attention.base import AttentionDims, Features, Mechanism, Parts
 from rave_jax.attention.plan import Layers
 from rave_jax.batch import Kind, Role, TokenInfo
 from rave_jax.config import check_fields, require
-from rave_jax.kernels.pair_bias import KeySegments
+from rave_jax.kernels.pair_bias import KeyGroups
 from rave_jax.typing import Array, Bool, Float, Int
 
 VISUAL, SYSTEM, COUNT = 1, 2, 3
-"""Numbers of the segments; all other keys are of segment 0."""
+"""Numbers of the key groups; all other keys are in group 0."""
 
 
 @dataclass(frozen=True)
@@ -65,14 +65,14 @@ class AvarLosses(Mechanism):
         self.config = config
         self.num_heads = num_heads
 
-    def segments(self, x: Features, remembered: None, info_k: TokenInfo) -> KeySegments:
+    def key_groups(self, x: Features, remembered: None, info_k: TokenInfo) -> KeyGroups:
         """The picture, the system prompt, the rest."""
-        return KeySegments(segment_of(info_k), COUNT)
+        return KeyGroups(key_group_of(info_k), COUNT)
 
     def losses(self, x: Features, parts: Parts, info_q: TokenInfo, info_k: TokenInfo) -> dict[str, Float[Array, ""]]:
         """Both losses, summed over documents and heads."""
         config, answer = self.config, info_q.role == Role.RESPONSE
-        mass = _by_document(jnp.where(answer[..., None, None], parts.mass, 0.0), info_q.segment)
+        mass = _by_document(jnp.where(answer[..., None, None], parts.mass, 0.0), info_q.document)
         picture = _mean_attention(mass[:, :, VISUAL], _pairs(info_q, info_k, VISUAL))
         prompt = _mean_attention(mass[:, :, SYSTEM], _pairs(info_q, info_k, SYSTEM))
         seen = picture > 0
@@ -87,31 +87,31 @@ class AvarLosses(Mechanism):
     def loss_weights(self, info: TokenInfo) -> dict[str, Float[Array, ""]]:
         """How many documents have each loss, times heads."""
 
-        def count(segment: int) -> Float[Array, ""]:
-            return jnp.sum(_pairs(info, info, segment) > 0, dtype=jnp.float32) * self.num_heads
+        def count(group: int) -> Float[Array, ""]:
+            return jnp.sum(_pairs(info, info, group) > 0, dtype=jnp.float32) * self.num_heads
 
         return {"avar_enhance": count(VISUAL), "avar_suppress": count(SYSTEM)}
 
 
-def segment_of(info: TokenInfo) -> Int[Array, "B S"]:
+def key_group_of(info: TokenInfo) -> Int[Array, "B S"]:
     """The picture, the system prompt, the rest."""
     prompt = (info.kind == Kind.TEXT) & (info.role == Role.SYSTEM)
     return jnp.where(info.kind == Kind.VISUAL, VISUAL, jnp.where(prompt, SYSTEM, 0))
 
 
-def _by_document(values: Float[Array, "B T *rest"], segment: Int[Array, "B T"]) -> Float[Array, "B N *rest"]:
+def _by_document(values: Float[Array, "B T *rest"], document: Int[Array, "B T"]) -> Float[Array, "B N *rest"]:
     """Sums over the tokens of each document, by its number; N is as many as a row can hold, and 0 is padding."""
-    most = segment.shape[1] + 1
-    return jax.vmap(lambda x, number: jax.ops.segment_sum(x, number, num_segments=most))(values, segment)
+    most = document.shape[1] + 1
+    return jax.vmap(lambda x, number: jax.ops.segment_sum(x, number, num_segments=most))(values, document)
 
 
-def _pairs(info_q: TokenInfo, info_k: TokenInfo, segment: int) -> Float[Array, "B N"]:
-    """Answer rows times keys of the segment, for each document; 0 for padding."""
+def _pairs(info_q: TokenInfo, info_k: TokenInfo, group: int) -> Float[Array, "B N"]:
+    """Answer rows times keys of the key group, for each document; 0 for padding."""
 
     def count(which: Bool[Array, "B T"], info: TokenInfo) -> Float[Array, "B N"]:
-        return _by_document((which & (info.segment > 0)).astype(jnp.float32), info.segment)
+        return _by_document((which & (info.document > 0)).astype(jnp.float32), info.document)
 
-    return count(info_q.role == Role.RESPONSE, info_q) * count(segment_of(info_k) == segment, info_k)
+    return count(info_q.role == Role.RESPONSE, info_q) * count(key_group_of(info_k) == group, info_k)
 
 
 def _mean_attention(mass: Float[Array, "B N H"], pairs: Float[Array, "B N"]) -> Float[Array, "B N H"]:

@@ -14,7 +14,7 @@ from flax import nnx
 
 from rave_jax.batch import TokenInfo
 from rave_jax.config import ConfigError
-from rave_jax.kernels.pair_bias import Implementation, KeySegments, MaskCodes, PairBias, PairForm
+from rave_jax.kernels.pair_bias import Implementation, KeyGroups, MaskCodes, PairBias, PairForm
 from rave_jax.kernels.routed import Routing
 from rave_jax.typing import Array, Bool, Float, Int
 
@@ -85,28 +85,28 @@ class KeyFactor(NamedTuple):
 
 
 class Parts(NamedTuple):
-    """Log-sum-exps of a query's scores over the keys of each segment and over all it sees, float32; -inf over none."""
+    """Log-sum-exps of a query's scores over each key group and over all it sees, float32; -inf over none."""
 
-    segments: Float[Array, "B T N H"]
+    groups: Float[Array, "B T N H"]
     whole: Float[Array, "B T H"]
 
     @property
     def mass(self) -> Float[Array, "B T N H"]:
-        """The attention that each segment gets, exp(segments - whole); 0 where nothing is seen. Gradients are finite
+        """The attention that each key group gets, exp(groups - whole); 0 where nothing is seen. Gradients are finite
         everywhere."""
         whole = jnp.where(self.whole == -jnp.inf, 0.0, self.whole)
-        return jnp.exp(self.segments - whole[:, :, None])
+        return jnp.exp(self.groups - whole[:, :, None])
 
 
 Owned = Literal["positions", "query", "pair", "order", "hi", "opening", "factor", "route"]
 """What one mechanism of a layer may own: rotary positions; the query that some keys meet instead; the pair term before
 the softmax; of the mask codes the order of keys, how far up it a query sees, and the opening; the key whose weight is
 changed after the softmax; which regions a query reads. Any number may close the interval further, add key biases and
-channels, and weigh segments."""
+channels, and weigh key groups."""
 
 
 class Mechanism(nnx.Module):
-    """One way to change attention. `positions` and `mask` may not read parameters: they run once per segment
+    """One way to change attention. `positions` and `mask` may not read parameters: they run once per layer run
     of layers, outside the scan over layers."""
 
     OWNS: ClassVar[tuple[Owned, ...]] = ()
@@ -182,16 +182,16 @@ class Mechanism(nnx.Module):
         kernel, from the log-sum-exp, and costs one score for each query and head."""
         return None
 
-    def segments(self, x: Features, remembered: Any, info_k: TokenInfo) -> KeySegments | None:
-        """A partition of the keys whose log-sum-exps `merge` or `losses` will read. Every key has to be of one segment.
+    def key_groups(self, x: Features, remembered: Any, info_k: TokenInfo) -> KeyGroups | None:
+        """A partition of the keys whose log-sum-exps `merge` or `losses` will read. Every key has to be in one group.
 
-        The kernel runs once for each segment. It is asked of who overrides `merge`, and in training of who overrides
+        The kernel runs once for each key group. It is asked of who overrides `merge`, and in training of who overrides
         `losses`; partitions of several mechanisms are refined to the common one.
         """
         return None
 
     def merge(self, x: Features, parts: Parts, info_q: TokenInfo, info_k: TokenInfo) -> Float[Array, "B T N H"] | None:
-        """Logs of what the weights of each of its own segments are multiplied by, before all are normalised again.
+        """Logs of what the weights of each of its own key groups are multiplied by, before all are normalised again.
 
         `parts` is of the scores with all terms, before any `merge`. Factors of several mechanisms multiply.
         """
@@ -262,8 +262,8 @@ def check_kernels(mechanisms: Sequence[Mechanism], implementation: Implementatio
     if implementation != "pallas_tpu" or not any(overrides(mechanism, "route") for mechanism in mechanisms):
         return
     for mechanism in mechanisms:
-        if overrides(mechanism, "score") or overrides(mechanism, "segments"):
+        if overrides(mechanism, "score") or overrides(mechanism, "key_groups"):
             raise ConfigError(
                 f"attention 'pallas_tpu' cannot serve mechanism {type(mechanism).__name__} in a layer that chooses "
-                "regions: its kernels add nothing to scores and know no segments of keys; expected auto, or xla"
+                "regions: its kernels add nothing to scores and know no key groups; expected auto, or xla"
             )

@@ -33,7 +33,7 @@ class Quantised(NamedTuple):
 
 
 class StoredKeys(NamedTuple):
-    """`Keys` of all layers of a segment as they lie in the cache: every array is [L,B,K,S,...]. Keys and values of
+    """`Keys` of all layers of a run as they lie in the cache: every array is [L,B,K,S,...]. Keys and values of
     regions may lie in host memory."""
 
     k: Float[Array, "L B K S h"] | Quantised | HostRegions
@@ -42,7 +42,7 @@ class StoredKeys(NamedTuple):
 
 
 class StoredRegions(NamedTuple):
-    """What is kept of a segment's layers: keys [L,B,K,R*m,...], and of each region what the layer's router summarised
+    """What is kept of a run's layers: keys [L,B,K,R*m,...], and of each region what the layer's router summarised
     [L,B,K,R,...], from which its descriptors come: they are never computed twice."""
 
     keys: StoredKeys
@@ -57,18 +57,18 @@ class RegionSlots(NamedTuple):
     tokens in regions.
     """
 
-    segments: tuple[StoredRegions, ...]
+    layer_runs: tuple[StoredRegions, ...]
     info: TokenInfo
     count: Int[Array, "B"]
 
 
 class KvCache(NamedTuple):
-    """Keys of all layers, by segments of the decoder. `info` are the token codes of the slots [B,S]; `index`
+    """Keys of all layers, by layer runs of the decoder. `info` are the token codes of the slots [B,S]; `index`
     [B] is each row's next free slot. Slots from there on hold leftovers that no query sees. Where mechanisms ask for
     regions, the keys of visual tokens lie in `regions` instead.
     """
 
-    segments: tuple[StoredKeys, ...]
+    layer_runs: tuple[StoredKeys, ...]
     info: TokenInfo
     index: Int[Array, "B"]
     regions: RegionSlots | None = None
@@ -81,7 +81,7 @@ class KvCache(NamedTuple):
     @property
     def size(self) -> int:
         """Slots per row."""
-        return self.info.segment.shape[1]
+        return self.info.document.shape[1]
 
     @property
     def nbytes(self) -> int:
@@ -103,7 +103,7 @@ def _of_host(x: Any) -> bool:
 
 
 def empty_cache(
-    segments: tuple[Keys, ...],
+    layer_runs: tuple[Keys, ...],
     kind: CacheType,
     regions: tuple[Keys, ...] | None = None,
     host_tokens: int | None = None,
@@ -111,7 +111,7 @@ def empty_cache(
     """A cache with nothing in it, on the current mesh.
 
     Args:
-        segments: shapes of the keys as the model computes them, [L,B,S,K,...] each.
+        layer_runs: shapes of the keys as the model computes them, [L,B,S,K,...] each.
         kind: number type of k and v: as computed, bfloat16, or int8 with a float32 scale per token and kv head.
         regions: the same for the slots of regions [L,B,R*m,K,...], their summaries [L,B,R,K,...]; None without regions.
         host_tokens: m, slots of a region, where keys and values of regions lie in host memory; None where they do not.
@@ -138,12 +138,12 @@ def empty_cache(
     def codes(keys: Keys) -> TokenInfo:
         return TokenInfo(*[jnp.zeros(keys.k.shape[1:3], jnp.int32)] * len(TokenInfo._fields))
 
-    none = jnp.zeros(segments[0].k.shape[1:2], jnp.int32)
+    none = jnp.zeros(layer_runs[0].k.shape[1:2], jnp.int32)
     far = None
     if regions is not None:
         kept_regions = (StoredRegions(stored(keys, host_tokens), jax.tree.map(zeros, keys.summary)) for keys in regions)
         far = RegionSlots(tuple(kept_regions), codes(regions[0]), none)
-    return placed(KvCache(tuple(map(stored, segments)), codes(segments[0]), none, far))
+    return placed(KvCache(tuple(map(stored, layer_runs)), codes(layer_runs[0]), none, far))
 
 
 def placed(cache: KvCache) -> KvCache:
@@ -157,10 +157,10 @@ def placed(cache: KvCache) -> KvCache:
 
     far = cache.regions
     if far is not None:
-        segments = jax.tree.map(keys, far.segments)
-        far = RegionSlots(segments, jax.tree.map(codes, far.info), shard(far.count, "batch"))
-    segments = jax.tree.map(keys, cache.segments)
-    return KvCache(segments, jax.tree.map(codes, cache.info), shard(cache.index, "batch"), far)
+        layer_runs = jax.tree.map(keys, far.layer_runs)
+        far = RegionSlots(layer_runs, jax.tree.map(codes, far.info), shard(far.count, "batch"))
+    layer_runs = jax.tree.map(keys, cache.layer_runs)
+    return KvCache(layer_runs, jax.tree.map(codes, cache.info), shard(cache.index, "batch"), far)
 
 
 def write(stored: StoredKeys, layer: Array, start: Int[Array, "B"], new: Keys) -> StoredKeys:
@@ -209,7 +209,7 @@ def slots_of(x: Array, axis: int) -> Array:
 
 def write_info(held: TokenInfo, start: Int[Array, "B"], new: TokenInfo) -> TokenInfo:
     """`write` for the token codes [B,S]."""
-    S, T = held.segment.shape[1], new.segment.shape[1]
+    S, T = held.document.shape[1], new.document.shape[1]
     # Every slot picks its code: for arrays this small one pass is quicker than a scatter and the copies around it.
     place = jnp.arange(S, dtype=jnp.int32) - start[:, None]
     written = (place >= 0) & (place < T) & (start[:, None] + T <= S)
@@ -258,14 +258,14 @@ def take(cache: KvCache, rows: Int[Array, "n"] | None, reach: int, regions: Regi
     """A cache of its own with the first `reach` slots of `rows` (for numbers beyond them, of the last), or of all, and
     the first of their regions (None, and of all rows: all regions). Regions of `rows` lie on the device."""
     if rows is None:
-        segments = jax.tree.map(lambda x: jax.lax.slice_in_dim(x, 0, reach, axis=3), cache.segments)
-        return KvCache(segments, jax.tree.map(lambda x: x[:, :reach], cache.info), cache.index, cache.regions)
-    segments = jax.tree.map(lambda x: x.at[:, rows, :, :reach].get(mode="clip"), cache.segments)
+        layer_runs = jax.tree.map(lambda x: jax.lax.slice_in_dim(x, 0, reach, axis=3), cache.layer_runs)
+        return KvCache(layer_runs, jax.tree.map(lambda x: x[:, :reach], cache.info), cache.index, cache.regions)
+    layer_runs = jax.tree.map(lambda x: x.at[:, rows, :, :reach].get(mode="clip"), cache.layer_runs)
     info = jax.tree.map(lambda x: x.at[rows, :reach].get(mode="clip"), cache.info)
     far = cache.regions
     if far is not None:
         far = _take_regions(far, rows, regions)
-    return KvCache(segments, info, cache.index.at[rows].get(mode="clip"), far)
+    return KvCache(layer_runs, info, cache.index.at[rows].get(mode="clip"), far)
 
 
 def _take_regions(far: RegionSlots, rows: Int[Array, "n"], reach: RegionReach | None) -> RegionSlots:
@@ -279,9 +279,9 @@ def _take_regions(far: RegionSlots, rows: Int[Array, "n"], reach: RegionReach | 
 
         return jax.tree.map(of_rows, tree, is_leaf=_of_host)
 
-    segments = tuple(StoredRegions(first(slots, one.keys), first(most, one.summary)) for one in far.segments)
+    layer_runs = tuple(StoredRegions(first(slots, one.keys), first(most, one.summary)) for one in far.layer_runs)
     codes = jax.tree.map(lambda x: x.at[rows, :slots].get(mode="clip"), far.info)
-    return RegionSlots(segments, codes, far.count.at[rows].get(mode="clip"))
+    return RegionSlots(layer_runs, codes, far.count.at[rows].get(mode="clip"))
 
 
 def emptied(cache: KvCache, rows: Bool[Array, "B"]) -> KvCache:
@@ -316,16 +316,16 @@ def put(cache: KvCache, part: KvCache, rows: Int[Array, "n"] | None) -> KvCache:
         def of_rows(x: Array, y: Array) -> Array:
             return back(x, y, 0)
 
-        segments = jax.tree.map(of_layers, cache.segments, part.segments)
+        layer_runs = jax.tree.map(of_layers, cache.layer_runs, part.layer_runs)
         info, index = jax.tree.map(of_rows, (cache.info, cache.index), (part.info, part.index))
         far, new = cache.regions, part.regions
         if far is not None and new is not None:
-            stored = jax.tree.map(of_layers, far.segments, new.segments, is_leaf=_of_host)
+            stored = jax.tree.map(of_layers, far.layer_runs, new.layer_runs, is_leaf=_of_host)
             # Nothing of the row lies beyond the regions taken, but codes of who had it before may.
-            size = far.info.segment.shape[1]
+            size = far.info.document.shape[1]
             codes = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, size - x.shape[1]))), new.info)
             far = RegionSlots(stored, *jax.tree.map(of_rows, (far.info, far.count), (codes, new.count)))
-        return KvCache(segments, info, index, far)
+        return KvCache(layer_runs, info, index, far)
 
     # Row by row, and in place: for a scatter of rows this large the compiler copies the whole cache.
     real = jnp.sum(rows < cache.index.shape[0])

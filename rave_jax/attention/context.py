@@ -73,8 +73,8 @@ class ContextMaskAndFirst(ContextMask):
         """The opening is the document's number, on context queries and on first tokens."""
         codes = super().mask(info_q, info_k, codes)
         return codes._replace(
-            open_q=jnp.where(_context(info_q), info_q.segment, NO_OPEN_Q),
-            open_k=jnp.where(first(info_k), info_k.segment, NO_OPEN_K),
+            open_q=jnp.where(_context(info_q), info_q.document, NO_OPEN_Q),
+            open_k=jnp.where(first(info_k), info_k.document, NO_OPEN_K),
         )
 
 

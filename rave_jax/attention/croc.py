@@ -65,9 +65,11 @@ class CrocMask(Mechanism):
 
 def _prefix(info: TokenInfo) -> Int[Array, "B S"]:
     """The document's number on tokens before its first answer, else 0."""
-    index = jnp.arange(info.segment.shape[1], dtype=jnp.int32)
-    answered = jax.lax.cummax(jnp.where(info.role == Role.RESPONSE, index, -1), axis=1) >= document_starts(info.segment)
-    return jnp.where(answered, 0, info.segment)
+    index = jnp.arange(info.document.shape[1], dtype=jnp.int32)
+    answered = jax.lax.cummax(jnp.where(info.role == Role.RESPONSE, index, -1), axis=1) >= document_starts(
+        info.document
+    )
+    return jnp.where(answered, 0, info.document)
 
 
 def _last_of_run(block: Int[Array, "B S"]) -> Int[Array, "B S"]:

@@ -1,11 +1,11 @@
 """After the kernel: weights that are changed within a row, from log-sum-exps, without the map.
 
-With out_n and L_n of the keys of segment n alone, attention whose weights are multiplied by exp(b_n) within each
-segment and normalised again is
+With out_n and L_n of the keys of group n alone, attention whose weights are multiplied by exp(b_n) within each
+group and normalised again is
 
     out = sum_n w_n out_n / sum_n w_n,    w_n = exp(L_n + b_n)
 
-and multiplying the weight of one key j by g, with a = exp(s_j - L_n) its share of its segment, is
+and multiplying the weight of one key j by g, with a = exp(s_j - L_n) its share of its group, is
 
     out_n' = (out_n + (g - 1) a v_j) / (1 + (g - 1) a),    L_n' = L_n + log(1 + (g - 1) a)
 
@@ -25,24 +25,24 @@ import jax.numpy as jnp
 from rave_jax.attention.base import Features, KeyFactor, Mechanism, Parts, overrides
 from rave_jax.attention.scores import Scores, of_keys, pick
 from rave_jax.batch import TokenInfo
-from rave_jax.kernels.pair_bias import KeySegments
+from rave_jax.kernels.pair_bias import KeyGroups
 from rave_jax.typing import Array, Float, Int
 
 
 class Partition(NamedTuple):
-    """The common refinement of all partitions that mechanisms asked for. With counts a, b, c its segment is numbered
+    """The common refinement of all partitions that mechanisms asked for. With counts a, b, c its key group is numbered
     (n_a * b + n_b) * c + n_c; who asked for nothing counts 1."""
 
-    segments: KeySegments | None
+    key_groups: KeyGroups | None
     counts: tuple[int, ...]
 
 
 def partition_of(
     mechanisms: Sequence[Mechanism], x: Features, remembered: tuple[Any, ...], info_k: TokenInfo, losses: bool
 ) -> Partition:
-    """What is asked of the keys; segments are None where nobody asks."""
+    """What is asked of the keys; `key_groups` are None where nobody asks."""
     found = [
-        m.segments(x, kept, info_k) if overrides(m, "merge") or (losses and overrides(m, "losses")) else None
+        m.key_groups(x, kept, info_k) if overrides(m, "merge") or (losses and overrides(m, "losses")) else None
         for m, kept in zip(mechanisms, remembered, strict=True)
     ]
     counts = tuple(1 if one is None else one.count for one in found)
@@ -50,11 +50,11 @@ def partition_of(
     if not asked:
         return Partition(None, counts)
     of = functools.reduce(lambda number, one: number * one.count + one.of, asked[1:], asked[0].of)
-    return Partition(KeySegments(of, math.prod(counts)), counts)
+    return Partition(KeyGroups(of, math.prod(counts)), counts)
 
 
 def parts_of(lse: Float[Array, "B T N H"], partition: Partition) -> tuple[Parts, ...]:
-    """Each mechanism's own parts, from log-sum-exps of the refined segments."""
+    """Each mechanism's own parts, from log-sum-exps of the refined key groups."""
     B, T, _, H = lse.shape
     split = lse.reshape(B, T, *partition.counts, H)
     axes = range(2, split.ndim - 1)
@@ -70,7 +70,7 @@ def log_weights(
     info_q: TokenInfo,
     info_k: TokenInfo,
 ) -> Float[Array, "B T N H"] | None:
-    """Logs of what the refined segments' weights are multiplied by: the sum of what each `merge` says."""
+    """Logs of what the refined key groups' weights are multiplied by: the sum of what each `merge` says."""
     total = None
     for n, (mechanism, own) in enumerate(zip(mechanisms, parts, strict=True)):
         said = mechanism.merge(x, own, info_q, info_k)
@@ -88,7 +88,8 @@ def log_weights(
 def merged(
     out: Float[Array, "B T N H c"], lse: Float[Array, "B T N H"]
 ) -> tuple[Float[Array, "B T H c"], Float[Array, "B T H"]]:
-    """One output of those of N segments, in their type, and its log-sum-exp. Rows that see nothing stay 0 and -inf."""
+    """One output from those of N key groups, in their type, and its log-sum-exp. Rows that see nothing
+    stay 0 and -inf."""
     whole = log_sum_exp(lse, (2,))
     share = Parts(lse, whole).mass
     return jnp.sum(share[..., None] * out.astype(jnp.float32), axis=2).astype(out.dtype), whole
@@ -102,14 +103,14 @@ def with_factor(
     factor: KeyFactor,
     of: Int[Array, "B S"] | None,
 ) -> tuple[Float[Array, "B T N H c"], Float[Array, "B T N H"]]:
-    """Outputs and log-sum-exps of the segments after one key of each query has its weight multiplied.
+    """Outputs and log-sum-exps of the key groups after one key of each query has its weight multiplied.
 
     Args:
-        out, lse: of each segment alone.
+        out, lse: of each key group alone.
         values: of all keys.
         scores: from which out and lse were made.
         factor: the keys, and the logs of what to multiply by.
-        of: each key's segment, or None where there is one only.
+        of: each key's key group, or None where there is one only.
     """
     N, H = out.shape[2:4]
     score, seen = of_keys(scores, factor.key)

@@ -54,7 +54,7 @@ class MmaMask(Mechanism):
 
         def turn(info: TokenInfo) -> Int[Array, "B N"]:
             """A number of its own for each turn of each document."""
-            return info.segment * turns + info.turn
+            return info.document * turns + info.turn
 
         question = (info_k.kind == Kind.TEXT) & (info_k.role == Role.QUESTION)
         return codes._replace(

@@ -1,4 +1,4 @@
-"""Which layers share one set of mechanisms: the stack as segments, each one scan."""
+"""Which layers share one set of mechanisms: the stack as layer runs, each one scan."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class LayeredConfig(Protocol):
         ...
 
 
-class SegmentPlan(NamedTuple):
+class LayerRunPlan(NamedTuple):
     """Layers start .. stop - 1 (global numbers) use exactly these mechanisms."""
 
     start: int
@@ -35,7 +35,7 @@ class SegmentPlan(NamedTuple):
     mechanisms: tuple[LayeredConfig, ...]
 
 
-def plan_segments(configs: Sequence[LayeredConfig], num_layers: int, join: bool = True) -> tuple[SegmentPlan, ...]:
+def plan_layer_runs(configs: Sequence[LayeredConfig], num_layers: int, join: bool = True) -> tuple[LayerRunPlan, ...]:
     """Runs of consecutive layers with equal mechanisms, in order, covering every layer.
 
     Args:
@@ -53,12 +53,12 @@ def plan_segments(configs: Sequence[LayeredConfig], num_layers: int, join: bool 
                 f"{type(config).__name__}.layers names {missing}, expected numbers from 0 to {num_layers - 1}"
             )
     used = [tuple(c for c in configs if c.layers == "all" or n in c.layers) for n in range(num_layers)]
-    plans: list[SegmentPlan] = []
+    plans: list[LayerRunPlan] = []
     for n, mechanisms in enumerate(used):
         if join and plans and plans[-1].mechanisms == mechanisms:
             plans[-1] = plans[-1]._replace(stop=n + 1)
         else:
-            plans.append(SegmentPlan(n, n + 1, mechanisms))
+            plans.append(LayerRunPlan(n, n + 1, mechanisms))
     return tuple(plans)
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from rave_jax.attention.base import KeyFactor
 from rave_jax.attention.scores import Scores, of_queries, pick
-from rave_jax.kernels.pair_bias import KeySegments
+from rave_jax.kernels.pair_bias import KeyGroups
 from rave_jax.kernels.pair_bias.base import group_heads
 from rave_jax.kernels.routed import Choice, Routing, choice_of, of_keys, open_keys
 from rave_jax.typing import Array, Bool, Float, Int
@@ -27,7 +27,7 @@ def attention_rows(
     lse: Float[Array, "B T H"],
     rows: Int[Array, "B N"],
     factor: KeyFactor | None = None,
-    segments: KeySegments | None = None,
+    groups: KeyGroups | None = None,
     weights: Float[Array, "B T M H"] | None = None,
     asked: RowChoice | None = None,
 ) -> Float[Array, "B N H S"]:
@@ -38,7 +38,7 @@ def attention_rows(
         lse: of the weights that are asked for, after whatever changed them.
         rows: queries, by index.
         factor: the key of each query whose weight was multiplied, or None.
-        segments, weights: log factors of M segments, or None.
+        groups, weights: log factors of M key groups, or None.
         asked: what these queries chose, or None where nothing routes.
     """
     found, allowed = of_queries(scores, rows)
@@ -50,8 +50,8 @@ def attention_rows(
     if factor is not None:
         at_key = pick(factor.key, rows)[..., None] == jnp.arange(found.shape[-1])
         found = found + at_key[:, :, None] * factor.log[:, None]
-    if weights is not None and segments is not None:
-        of_key = jnp.broadcast_to(segments.of[:, None, None], found.shape)
+    if weights is not None and groups is not None:
+        of_key = jnp.broadcast_to(groups.of[:, None, None], found.shape)
         found = found + jnp.take_along_axis(jnp.moveaxis(pick(weights, rows), 2, 3), of_key, axis=-1, mode="clip")
     norm = pick(lse, rows)[..., None]
     return jnp.where(allowed, jnp.exp(found - jnp.where(norm == -jnp.inf, 0.0, norm)), 0.0)

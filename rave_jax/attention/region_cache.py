@@ -76,7 +76,7 @@ class ChunkSlots(NamedTuple):
 
 
 class LayerRegions(NamedTuple):
-    """What a segment's layers keep beside each other: keys of no region, and of regions."""
+    """What the layers of a run keep beside each other: keys of no region, and of regions."""
 
     near: StoredKeys
     far: StoredRegions
@@ -92,13 +92,13 @@ def chunk_slots(cache: KvCache, info: TokenInfo, region_place: Int[Array, "B T"]
         tokens: m, slots of a region.
     """
     assert cache.regions is not None
-    visual = (info.segment > 0) & (info.region > 0)
-    others = (info.segment > 0) & ~visual
+    visual = (info.document > 0) & (info.region > 0)
+    others = (info.document > 0) & ~visual
     rank = jnp.cumsum(others, axis=1, dtype=jnp.int32) - 1
     near = jnp.where(others, cache.index[:, None] + rank, cache.size)
     if region_place is None:
         return ChunkSlots(near, None)
-    far = jnp.where(visual, (info.region - 1) * tokens + region_place, cache.regions.info.segment.shape[1])
+    far = jnp.where(visual, (info.region - 1) * tokens + region_place, cache.regions.info.document.shape[1])
     return ChunkSlots(near, far)
 
 
@@ -110,7 +110,7 @@ def entered(cache: KvCache, info: TokenInfo, slots: ChunkSlots, nothing: Sequenc
         cache: with regions.
         info: codes of the tokens.
         slots: where they go.
-        nothing: what the router of each segment's layers summarises of no token [L,1,R,K,...].
+        nothing: what the router of each run's layers summarises of no token [L,1,R,K,...].
     """
     far = cache.regions
     assert far is not None
@@ -128,14 +128,14 @@ def entered(cache: KvCache, info: TokenInfo, slots: ChunkSlots, nothing: Sequenc
     held = written(cache.info, slots.near, jnp.arange(cache.size) < cache.index[:, None])
     index = cache.index + jnp.sum(slots.near < cache.size, axis=1, dtype=jnp.int32)
     if slots.far is not None:
-        size = far.info.segment.shape[1]
+        size = far.info.document.shape[1]
         codes = written(far.info, slots.far, jnp.broadcast_to(~fresh[:, None], (len(fresh), size)))
         count = far.count + jnp.sum(slots.far < size, axis=1, dtype=jnp.int32)
-        segments = tuple(
+        layer_runs = tuple(
             one._replace(summary=jax.tree.map(emptied, one.summary, none))
-            for one, none in zip(far.segments, nothing, strict=True)
+            for one, none in zip(far.layer_runs, nothing, strict=True)
         )
-        far = RegionSlots(segments, codes, count)
+        far = RegionSlots(layer_runs, codes, count)
     return cache._replace(info=held, index=index, regions=far)
 
 
@@ -157,12 +157,12 @@ def attend_regions(
     regions: int,
     implementation: Implementation,
 ) -> tuple[Float[Array, "B T H h"], LayerRegions]:
-    """Outputs of one layer before the output projection, and what the segment's layers keep, with the new tokens in it.
+    """Outputs of one layer before the output projection, and what the run's layers keep, with the new tokens in it.
 
     Args:
         x: features of the tokens.
         keys: the tokens as keys.
-        stored: of the segment's layers.
+        stored: of the run's layers.
         layer: which of them is meant.
         slots: where the tokens go.
         codes: mask codes of the tokens and of the slots, those of no region first.
@@ -249,7 +249,7 @@ def _gathered(
         implementation=implementation,
     )
     # Keys and values of regions are read where they lie.
-    nothing = jnp.zeros((*far_info.segment.shape, x.k.shape[2], 0), x.q.dtype)
+    nothing = jnp.zeros((*far_info.document.shape, x.k.shape[2], 0), x.q.dtype)
     far = Keys(nothing, nothing, kv_cache.read_remembered(stored.far.keys, layer), _summary(stored.far, layer))
     scores = scores_of(x, far, far_codes, info_q, far_info, mechanisms)
     routing = routing_of(mechanisms, x, far, info_q, far_info, scores, regions, None)
@@ -281,7 +281,7 @@ def _gathered(
         stack(stored.far.keys.k),
         stack(stored.far.keys.v),
         # A window may cut a region.
-        tile_allow(far_codes).reshape(far_info.segment.shape[0], regions, -1),
+        tile_allow(far_codes).reshape(far_info.document.shape[0], regions, -1),
         choice.chosen[..., 0, :],
         rule.most(regions),
         bias,

@@ -8,7 +8,7 @@ dimensions of the base model and P the attention of one row and head:
     where m_V >= summ and m_N / m_V >= rho:
         P'_j = (1 - move) P_j  on sinks      P'_j = (1 + move m_S / m_N) P_j  on visual tokens that are none
 
-so that rows still add up to 1. The factors are constant within four segments of the keys, so no map is made. It needs
+so that rows still add up to 1. The factors are constant within four key groups, so no map is made. It needs
 no training.
 
 Certain: phi, tau and the test, from the code. Not certain: what the paper's p = 0.6 is. A survey of it says the share
@@ -33,11 +33,11 @@ from rave_jax.attention.merge import log_sum_exp
 from rave_jax.attention.plan import Layers
 from rave_jax.batch import Kind, Role, TokenInfo
 from rave_jax.config import check_fields, require
-from rave_jax.kernels.pair_bias import KeySegments
+from rave_jax.kernels.pair_bias import KeyGroups
 from rave_jax.typing import Array, Bool, Float
 
 OTHER, TEXT_SINK, VISUAL, VISUAL_SINK, COUNT = 0, 1, 2, 3, 4
-"""Numbers of the segments; VISUAL are the visual tokens that are no sinks."""
+"""Numbers of the key groups; VISUAL are the visual tokens that are no sinks."""
 
 
 @dataclass(frozen=True)
@@ -87,28 +87,28 @@ class Redistribution(Mechanism):
         sink = sink_score(x.hidden, self.config.dims) > self.config.tau
         return jnp.broadcast_to(sink[..., None], x.k.shape[:3])
 
-    def segments(self, x: Features, remembered: Bool[Array, "B S K"], info_k: TokenInfo) -> KeySegments:
+    def key_groups(self, x: Features, remembered: Bool[Array, "B S K"], info_k: TokenInfo) -> KeyGroups:
         """Sinks of the prompt among text and among visual tokens, other visual tokens, the rest."""
         sink = remembered[..., 0] & (info_k.role != Role.RESPONSE)
         visual = info_k.kind == Kind.VISUAL
         of = jnp.where(visual, jnp.where(sink, VISUAL_SINK, VISUAL), jnp.where(sink, TEXT_SINK, OTHER))
-        return KeySegments(of, COUNT)
+        return KeyGroups(of, COUNT)
 
     def merge(self, x: Features, parts: Parts, info_q: TokenInfo, info_k: TokenInfo) -> Float[Array, "B T N H"]:
         """Logs of both factors where the row and head looks at the picture, else 0."""
         config, mass = self.config, parts.mass
         seen = mass[:, :, VISUAL]
         picture = seen + mass[:, :, VISUAL_SINK]
-        row = (info_q.kind == Kind.TEXT)[..., None] & (parts.segments[:, :, VISUAL_SINK] > -jnp.inf)
+        row = (info_q.kind == Kind.TEXT)[..., None] & (parts.groups[:, :, VISUAL_SINK] > -jnp.inf)
         looks = row & (seen > 0) & (picture >= config.summ) & (seen >= config.rho * picture)
         less = math.log1p(-config.move_fraction) if config.move_fraction < 1 else -math.inf
         # log(1 + move m_S / m_N) from logs: gradients stay finite however small m_N is.
-        sinks = log_sum_exp(jnp.stack([parts.segments[:, :, n] for n in (TEXT_SINK, VISUAL_SINK)], axis=2), (2,))
-        ratio = jnp.where(looks, sinks, 0.0) - jnp.where(looks, parts.segments[:, :, VISUAL], 0.0)
+        sinks = log_sum_exp(jnp.stack([parts.groups[:, :, n] for n in (TEXT_SINK, VISUAL_SINK)], axis=2), (2,))
+        ratio = jnp.where(looks, sinks, 0.0) - jnp.where(looks, parts.groups[:, :, VISUAL], 0.0)
         more = jax.nn.softplus(math.log(config.move_fraction) + ratio)
         zero, less = jnp.zeros_like(more), jnp.full_like(more, less)
-        by_segment = {OTHER: zero, TEXT_SINK: less, VISUAL: more, VISUAL_SINK: less}
-        weights = jnp.stack([by_segment[n] for n in range(COUNT)], axis=2)
+        by_group = {OTHER: zero, TEXT_SINK: less, VISUAL: more, VISUAL_SINK: less}
+        weights = jnp.stack([by_group[n] for n in range(COUNT)], axis=2)
         return jnp.where(looks[:, :, None], weights, 0.0)
 
 

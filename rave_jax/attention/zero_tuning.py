@@ -11,7 +11,7 @@ Our reading: in a packed row each document has a first token of its own; a query
 under a sliding window, is left as it is; the factor acts on the scores as all other mechanisms leave them.
 
 The routes are one map, exact in real numbers: a bias of the key; a column more in q and k (log(gamma) is then rounded
-to their number type); the first token as a segment of its own; or a correction of what the kernel gives, from its
+to their number type); the first token as a key group of its own; or a correction of what the kernel gives, from its
 log-sum-exp. The last takes the first token out of a rounded output, so its rounding grows by up to 1 / gamma.
 """
 
@@ -28,7 +28,7 @@ from rave_jax.attention.base import AttentionDims, Channels, Features, KeyFactor
 from rave_jax.attention.plan import Layers
 from rave_jax.batch import TokenInfo
 from rave_jax.config import check_fields, require
-from rave_jax.kernels.pair_bias import KeySegments
+from rave_jax.kernels.pair_bias import KeyGroups
 from rave_jax.typing import Array, Bool, Float, Int
 
 
@@ -107,16 +107,16 @@ class FirstTokenChannel(FirstToken):
 
 
 class FirstTokenMerge(FirstToken):
-    """The first token as a segment of its own, whose weight is multiplied."""
+    """The first token as a key group of its own, whose weight is multiplied."""
 
-    def segments(self, x: Features, remembered: None, info_k: TokenInfo) -> KeySegments:
-        """First tokens are segment 1."""
-        return KeySegments(first(info_k).astype(jnp.int32), 2)
+    def key_groups(self, x: Features, remembered: None, info_k: TokenInfo) -> KeyGroups:
+        """First tokens are group 1."""
+        return KeyGroups(first(info_k).astype(jnp.int32), 2)
 
     def merge(self, x: Features, parts: Parts, info_q: TokenInfo, info_k: TokenInfo) -> Float[Array, "B T N H"]:
         """log(gamma) for first tokens."""
         weights = jnp.stack([jnp.zeros_like(self.log), self.log])
-        return jnp.broadcast_to(weights, parts.segments.shape)
+        return jnp.broadcast_to(weights, parts.groups.shape)
 
 
 class FirstTokenAfter(FirstToken):
@@ -126,7 +126,7 @@ class FirstTokenAfter(FirstToken):
 
     def factor(self, x: Features, info_q: TokenInfo, info_k: TokenInfo) -> KeyFactor:
         """The first token of each query's document."""
-        return KeyFactor(first_of(info_q.segment, info_k), self.log)
+        return KeyFactor(first_of(info_q.document, info_k), self.log)
 
 
 ROUTES: dict[str, type[FirstToken]] = {
@@ -139,12 +139,12 @@ ROUTES: dict[str, type[FirstToken]] = {
 
 def first(info: TokenInfo) -> Bool[Array, "B S"]:
     """Which tokens are the first of their document; an empty slot of a cache is none."""
-    return (info.place == 0) & (info.segment > 0)
+    return (info.place == 0) & (info.document > 0)
 
 
-def first_of(segment: Int[Array, "B T"], info_k: TokenInfo) -> Int[Array, "B T"]:
+def first_of(document: Int[Array, "B T"], info_k: TokenInfo) -> Int[Array, "B T"]:
     """Where among the keys the first token of each query's document stands; 0 for padding."""
     S = info_k.place.shape[1]
     index = jnp.where(first(info_k), jnp.arange(S, dtype=jnp.int32), 0)
-    starts = jax.vmap(lambda at, number: jax.ops.segment_max(at, number, num_segments=S + 1))(index, info_k.segment)
-    return jnp.take_along_axis(starts, segment, axis=1, mode="clip")
+    starts = jax.vmap(lambda at, number: jax.ops.segment_max(at, number, num_segments=S + 1))(index, info_k.document)
+    return jnp.take_along_axis(starts, document, axis=1, mode="clip")

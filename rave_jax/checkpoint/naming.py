@@ -1,6 +1,6 @@
 """Names that do not change with how a stack is cut: layers by their global number.
 
-Where a model cuts its stack into segments depends on its mechanisms. What is written beside a checkpoint, or read
+Where a model cuts its stack into layer runs depends on its mechanisms. What is written beside a checkpoint, or read
 into a model that is cut elsewhere, therefore goes by `decoder.layers.7.mechanisms.0.key_proj`.
 """
 
@@ -12,7 +12,7 @@ from rave_jax.models.families import TensorRule, family_named
 from rave_jax.models.parameters import Place, locate, named_parameters
 from rave_jax.models.vlm import Vlm
 
-STACKED = re.compile(r"(decoder|vision)\.segments\.(\d+)\.layers\.(.+)")
+STACKED = re.compile(r"(decoder|vision)\.layer_runs\.(\d+)\.layers\.(.+)")
 
 
 def global_names(model: Vlm, path: str) -> list[str]:
@@ -23,8 +23,8 @@ def global_names(model: Vlm, path: str) -> list[str]:
     stack, number, inner = match.groups()
     layers = model.decoder if stack == "decoder" else model.vision
     assert layers is not None, "its parameters are there"
-    segment = layers.segments[int(number)]
-    return [f"{stack}.layers.{n}.{inner}" for n in range(segment.start, segment.stop)]
+    run = layers.layer_runs[int(number)]
+    return [f"{stack}.layers.{n}.{inner}" for n in range(run.start, run.stop)]
 
 
 def places(model: Vlm) -> dict[str, Place]:

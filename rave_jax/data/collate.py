@@ -70,7 +70,7 @@ def empty_batch(shape: BatchShape, patch_numbers: int) -> Batch:
         positions=zeros(3, b, t),
         visual_index=zeros(b, t),
         patches=zeros(b, p, patch_numbers, dtype=np.uint8),
-        patch_segment=zeros(b, p),
+        patch_frame=zeros(b, p),
         patch_place=zeros(b, p, 2),
         patch_window=zeros(b, p),
     )
@@ -106,18 +106,18 @@ def collate(rows: Sequence[Sequence[Example]], shape: BatchShape, patch_numbers:
             batch.loss_weights[b, t.start : t.stop - 1] = example.loss_mask[1:]
             for name, code in example.info._asdict().items():
                 getattr(batch.info, name)[b, t] = code
-            batch.info.segment[b, t] = number
+            batch.info.document[b, t] = number
             batch.info.image[b, t] = np.where(example.info.image > 0, example.info.image + images, 0)
             batch.info.region[b, t] = np.where(example.info.region > 0, example.info.region + regions, 0)
             batch.positions[:, b, t] = example.positions
             batch.visual_index[b, t] = np.where(visual, example.visual_index + patch // merge_patches, 0)
             batch.patches[b, p] = example.patches
             batch.patch_place[b, p] = example.patch_place
-            batch.patch_segment[b, p] = example.patch_segment + frames
+            batch.patch_frame[b, p] = example.patch_frame + frames
             batch.patch_window[b, p] = example.patch_window + windows
             token, patch = t.stop, p.stop
             images += int(example.info.image.max(initial=0))
-            frames += int(example.patch_segment.max(initial=0))
+            frames += int(example.patch_frame.max(initial=0))
             windows += int(example.patch_window.max(initial=0))
             regions += int(example.info.region.max(initial=0))
     return batch

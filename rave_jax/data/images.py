@@ -53,13 +53,13 @@ class Patches(NamedTuple):
 
     Fields:
         pixels: uint8 patches in `Batch` layout, frame after frame.
-        segment, place, window: of each patch, frames and windows counted from 1.
+        frame, place, window: of each patch, frames and windows counted from 1.
         order: merge unit, counted from 0 over the whole, of each unit of the merged grid read frame, row, column.
         grid: size of the merged grid (t, h, w).
     """
 
     pixels: UInt8[NpArray, "P C"]
-    segment: Int[NpArray, "P"]
+    frame: Int[NpArray, "P"]
     place: Int[NpArray, "P 2"]
     window: Int[NpArray, "P"]
     order: Int[NpArray, "N"]
@@ -171,11 +171,11 @@ def window_layout(rows: int, cols: int, window: int) -> tuple[Int[NpArray, "N"],
 
 @functools.lru_cache(maxsize=1024)
 def _layout(t: int, rows: int, cols: int, grid: PatchGrid) -> tuple[NpArray, NpArray, NpArray, NpArray, NpArray]:
-    """Unit order in a frame, and segment, place, window, merged order of a whole picture or video."""
+    """Unit order in a frame, and frame, place, window, merged order of a whole picture or video."""
     unit_order, unit_window = window_layout(rows, cols, grid.window)
     units, m2 = rows * cols, grid.merge**2
     frame = np.arange(t, dtype=np.int32)
-    segment = np.repeat(frame + 1, units * m2)
+    frame = np.repeat(frame + 1, units * m2)
     windows = int(unit_window[-1]) + 1
     window = np.repeat((frame[:, None] * windows + unit_window + 1).reshape(-1), m2)
     inside = np.moveaxis(np.indices((grid.merge, grid.merge), dtype=np.int32), 0, -1).reshape(1, m2, 2)
@@ -184,9 +184,9 @@ def _layout(t: int, rows: int, cols: int, grid: PatchGrid) -> tuple[NpArray, NpA
     rank = np.empty(units, np.int32)
     rank[unit_order] = np.arange(units, dtype=np.int32)
     order = (frame[:, None] * units + rank).reshape(-1).astype(np.int32)
-    for array in (segment, place, window, order):
+    for array in (frame, place, window, order):
         array.setflags(write=False)
-    return unit_order, segment, place, window, order
+    return unit_order, frame, place, window, order
 
 
 def cut(frames: list[UInt8[NpArray, "H W 3"]], grid: PatchGrid) -> Patches:
@@ -199,7 +199,7 @@ def cut(frames: list[UInt8[NpArray, "H W 3"]], grid: PatchGrid) -> Patches:
     height, width, _ = frames[0].shape
     p, m = grid.patch, grid.merge
     rows, cols, t = height // (p * m), width // (p * m), len(frames) // grid.temporal
-    unit_order, segment, place, window, order = _layout(t, rows, cols, grid)
+    unit_order, frame, place, window, order = _layout(t, rows, cols, grid)
     pixels = np.empty((t, rows * cols, m * m, 3, grid.temporal, p, p), np.uint8)
     previous = None
     for number, frame in enumerate(frames):
@@ -210,7 +210,7 @@ def cut(frames: list[UInt8[NpArray, "H W 3"]], grid: PatchGrid) -> Patches:
             previous = blocks.reshape(rows * cols, m * m, 3, p, p)[unit_order]
         pixels[number // grid.temporal, :, :, :, number % grid.temporal] = previous
     numbers = 3 * grid.temporal * p * p
-    return Patches(pixels.reshape(-1, numbers), segment, place, window, order, (t, rows, cols))
+    return Patches(pixels.reshape(-1, numbers), frame, place, window, order, (t, rows, cols))
 
 
 def image_patches(source: Any, grid: PatchGrid, min_pixels: int, max_pixels: int, name: str = "") -> Patches:

@@ -394,7 +394,7 @@ class Processor:
 
     def _visual_codes(self, length: int, visuals: list[Visual], cuts: list[Patches]) -> tuple[TokenInfo, NpArray]:
         codes: dict[str, Any] = {name: np.zeros(length, np.int32) for name in TokenInfo._fields}
-        codes["segment"][:] = 1
+        codes["document"][:] = 1
         codes["kind"][:] = Kind.TEXT
         codes["place"][:] = np.arange(length)
         visual_index = np.zeros(length, np.int32)
@@ -430,7 +430,7 @@ def _join(cuts: list[Patches], numbers: int) -> dict[str, NpArray]:
         none = np.zeros(0, np.int32)
         return {
             "patches": np.zeros((0, numbers), np.uint8),
-            "patch_segment": none,
+            "patch_frame": none,
             "patch_place": np.zeros((0, 2), np.int32),
             "patch_window": none,
         }
@@ -438,15 +438,15 @@ def _join(cuts: list[Patches], numbers: int) -> dict[str, NpArray]:
         only = cuts[0]
         return {
             "patches": only.pixels,
-            "patch_segment": only.segment,
+            "patch_frame": only.frame,
             "patch_place": only.place,
             "patch_window": only.window,
         }
-    frames = np.cumsum([0] + [int(patches.segment[-1]) for patches in cuts[:-1]])
+    frames = np.cumsum([0] + [int(patches.frame[-1]) for patches in cuts[:-1]])
     windows = np.cumsum([0] + [int(patches.window[-1]) for patches in cuts[:-1]])
     return {
         "patches": np.concatenate([patches.pixels for patches in cuts]),
-        "patch_segment": np.concatenate([p.segment + n for p, n in zip(cuts, frames, strict=True)]).astype(np.int32),
+        "patch_frame": np.concatenate([p.frame + n for p, n in zip(cuts, frames, strict=True)]).astype(np.int32),
         "patch_place": np.concatenate([patches.place for patches in cuts]),
         "patch_window": np.concatenate([p.window + n for p, n in zip(cuts, windows, strict=True)]).astype(np.int32),
     }

@@ -138,11 +138,11 @@ class Example(NamedTuple):
         tokens: token ids, placeholders of pictures repeated once per merged patch.
         loss_mask: the answer's weight (1 unless it has one) on tokens of answers (with the end-of-message token,
             without the header), 0 elsewhere.
-        info: token codes of one document (segment 1; images counted from 1).
+        info: token codes of one document (document 1; images counted from 1).
         positions: rotary positions: temporal, height, width.
         visual_index: which merged patch of the document a visual token is; 0 for text.
         patches: pixel values 0..255, in the layout `Batch` describes.
-        patch_segment, patch_place, patch_window: frame, place and window of each patch; frames and windows are
+        patch_frame, patch_place, patch_window: frame, place and window of each patch; frames and windows are
             counted from 1.
     """
 
@@ -152,6 +152,6 @@ class Example(NamedTuple):
     positions: Int[NpArray, "3 T"]
     visual_index: Int[NpArray, "T"]
     patches: UInt8[NpArray, "P C"]
-    patch_segment: Int[NpArray, "P"]
+    patch_frame: Int[NpArray, "P"]
     patch_place: Int[NpArray, "P 2"]
     patch_window: Int[NpArray, "P"]

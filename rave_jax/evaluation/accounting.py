@@ -102,8 +102,8 @@ class _Row:
 
     def _before(self, tokens: Int[NpArray, "n"]) -> Bool[NpArray, "T n"]:
         """Which of these tokens stand before each token of their document."""
-        segment, place = self._codes["segment"], self._codes["place"]
-        return (segment[:, None] == segment[tokens]) & (place[:, None] > place[tokens])
+        document, place = self._codes["document"], self._codes["place"]
+        return (document[:, None] == document[tokens]) & (place[:, None] > place[tokens])
 
 
 def account(info: TokenInfo, text: TextConfig, options: ModelOptions, number_bytes: int = 2) -> Reading | None:

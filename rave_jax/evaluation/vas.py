@@ -4,7 +4,7 @@ Source: arXiv 2603.03825, read in a digest. With V the visual keys and SYS those
 
     VAS = mean over layers, heads and rows i of   sum over V of P_ij  /  sum over SYS of P_ij
 
-where rows are the user's text after the image. Both sums come from log-sum-exps of segments, so no map is made.
+where rows are the user's text after the image. Both sums come from log-sum-exps of key groups, so no map is made.
 
 Our reading: rows are text tokens of role question that see a picture and a system prompt, and the mean is over all such
 rows of all samples, all layers and all heads alike. P is the attention that the layer applies, after every mechanism.
@@ -22,9 +22,9 @@ import jax
 import jax.numpy as jnp
 
 from rave_jax.attention import Features, Mechanism, Parts
-from rave_jax.attention.avar import COUNT, SYSTEM, VISUAL, segment_of
+from rave_jax.attention.avar import COUNT, SYSTEM, VISUAL, key_group_of
 from rave_jax.batch import Batch, Kind, Role, TokenInfo
-from rave_jax.kernels.pair_bias import KeySegments
+from rave_jax.kernels.pair_bias import KeyGroups
 from rave_jax.models.vlm import Vlm
 from rave_jax.typing import Array, Float
 
@@ -64,13 +64,13 @@ class Vas:
 class VasReading(Mechanism):
     """Sums and counts of VAS through the hook for losses. It is in no config, so that no training adds them up."""
 
-    def segments(self, x: Features, remembered: None, info_k: TokenInfo) -> KeySegments:
+    def key_groups(self, x: Features, remembered: None, info_k: TokenInfo) -> KeyGroups:
         """The picture, the system prompt, the rest."""
-        return KeySegments(segment_of(info_k), COUNT)
+        return KeyGroups(key_group_of(info_k), COUNT)
 
     def losses(self, x: Features, parts: Parts, info_q: TokenInfo, info_k: TokenInfo) -> dict[str, Float[Array, ""]]:
         """The ratios, summed over rows and heads, and how many they are."""
-        picture, prompt = parts.segments[:, :, VISUAL], parts.segments[:, :, SYSTEM]
+        picture, prompt = parts.groups[:, :, VISUAL], parts.groups[:, :, SYSTEM]
         asks = (info_q.kind == Kind.TEXT) & (info_q.role == Role.QUESTION)
         counts = asks[..., None] & (picture > -jnp.inf) & (prompt > -jnp.inf)
         ratios = jnp.exp(jnp.where(counts, picture - prompt, -jnp.inf))
@@ -80,8 +80,8 @@ class VasReading(Mechanism):
 def with_vas(model: Vlm) -> Vlm:
     """The model with the reading in every layer; it shares its arrays."""
     model = jax.tree.map(lambda x: x, model)
-    for segment in model.decoder.segments:
-        segment.layers.mechanisms.append(VasReading())
+    for run in model.decoder.layer_runs:
+        run.layers.mechanisms.append(VasReading())
     return model
 
 

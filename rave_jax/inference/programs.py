@@ -59,14 +59,14 @@ class Pictures(NamedTuple):
     """Some whole frames of N prompts, as in `Batch`. `offset` is the first visual token they become, in each row."""
 
     patches: UInt8[Array, "N P C"]
-    segment: Int[Array, "N P"]
+    frame: Int[Array, "N P"]
     place: Int[Array, "N P 2"]
     window: Int[Array, "N P"]
     offset: Int[Array, "N"]
 
 
 class Chunk(NamedTuple):
-    """The next tokens of N prompts, as in `Batch`, padding (segment 0) on the right, those of pictures in the order of
+    """The next tokens of N prompts, as in `Batch`, padding (document 0) on the right, those of pictures in the order of
     their places. `region_place` is how many tokens of its region stand before each."""
 
     tokens: Int[Array, "N T"]
@@ -159,9 +159,9 @@ def settled(state: SlotState) -> SlotState:
 def see(model: Vlm, state: SlotState, pictures: Pictures) -> tuple[SlotState]:
     """Put frames through the tower and keep their visual tokens for the chunks that hold them."""
     assert model.vision is not None
-    tokens = model.vision(pictures.patches, pictures.segment, pictures.place, pictures.window)
+    tokens = model.vision(pictures.patches, pictures.frame, pictures.place, pictures.window)
     N, U, _ = tokens.shape
-    real = pictures.segment[:, :: pictures.segment.shape[1] // U] > 0
+    real = pictures.frame[:, :: pictures.frame.shape[1] // U] > 0
     size = state.pictures.shape[1]
     where = jnp.where(real, pictures.offset[:, None] + jnp.arange(U, dtype=jnp.int32), size)
     kept = state.pictures.at[jnp.arange(N)[:, None], where].set(tokens.astype(state.pictures.dtype), mode="drop")
@@ -200,7 +200,7 @@ def read(
     cache = kv_cache.put(state.cache, part, admission.slot)
 
     rows = jnp.arange(len(begins))
-    ids = jnp.where(chunk.info.segment > 0, chunk.tokens, state.seen.shape[1])
+    ids = jnp.where(chunk.info.document > 0, chunk.tokens, state.seen.shape[1])
     seen = jnp.where(begins[:, None], False, jnp.take(state.seen, admission.slot, axis=0, mode="clip"))
     seen = seen.at[rows[:, None], ids].set(True, mode="drop")
     count = jnp.zeros_like(admission.limit)
@@ -302,7 +302,7 @@ def _answer_info(now: SlotState) -> TokenInfo:
     """Codes [B,1] of the tokens to read next: text of the response. Finished and empty slots are padding."""
     zeros = jnp.zeros_like(now.token)
     codes = TokenInfo(*[zeros] * len(TokenInfo._fields))._replace(
-        segment=now.active.astype(jnp.int32),
+        document=now.active.astype(jnp.int32),
         place=now.cache.length,
         kind=jnp.where(now.active, Kind.TEXT, Kind.PAD),
         role=jnp.where(now.active, Role.RESPONSE, Role.NONE),

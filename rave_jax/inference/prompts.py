@@ -72,8 +72,8 @@ class PromptGroup:
 
     def pictures(self, most: int) -> Iterator[Pictures]:
         """All frames, in as few runs of the tower as `most` patches a row and run allow; a larger frame goes alone."""
-        groups = [_frame_groups(prompt.example.patch_segment, most) for prompt in self.prompts]
-        names = ("patches", "patch_segment", "patch_place", "patch_window")
+        groups = [_frame_groups(prompt.example.patch_frame, most) for prompt in self.prompts]
+        names = ("patches", "patch_frame", "patch_place", "patch_window")
         whole = [np.asarray(getattr(self._batch, name)) for name in names]
         for turn in range(max(map(len, groups))):
             spans = [mine[turn] if turn < len(mine) else range(0) for mine in groups]
@@ -97,7 +97,7 @@ class PromptGroup:
         lengths = self._column([prompt.length for prompt in self.prompts])
         admission = self._admission(self._column(slots, no_slot))
         # A chunk is written whole into slots that follow each other, or token by token beside regions.
-        real, outside = (np.asarray(code) for code in (batch.info.segment > 0, batch.info.region == 0))
+        real, outside = (np.asarray(code) for code in (batch.info.document > 0, batch.info.region == 0))
         beside: Any = np.max(np.cumsum(real & outside, axis=1), axis=0)
         for start in range(0, batch.tokens.shape[1], T):
             part = slice(start, start + T)
@@ -133,9 +133,9 @@ class PromptGroup:
         return np.array([*values, *[fill] * (self.rows - len(values))], np.int32)
 
 
-def _frame_groups(segment: Any, most: int) -> list[range]:
+def _frame_groups(frame: Any, most: int) -> list[range]:
     """Spans of whole frames with at most `most` patches together; a larger frame stands alone."""
-    ends = [*(np.flatnonzero(np.diff(segment)) + 1).tolist(), len(segment)] if len(segment) else []
+    ends = [*(np.flatnonzero(np.diff(frame)) + 1).tolist(), len(frame)] if len(frame) else []
     groups: list[range] = []
     start = 0
     for end in ends:

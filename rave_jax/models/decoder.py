@@ -1,4 +1,4 @@
-"""The text decoder: pre-norm layers of attention and SwiGLU, in segments of layers with equal mechanisms."""
+"""The text decoder: pre-norm layers of attention and SwiGLU, in runs of layers with equal mechanisms."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from rave_jax.models import lora
 from rave_jax.models.config import ModelOptions, TextConfig
 from rave_jax.models.layers import Linear, RmsNorm, SwiGlu
 from rave_jax.models.rope import Rotation, rotate, text_rotation
-from rave_jax.models.stack import Segment
+from rave_jax.models.stack import LayerRun
 from rave_jax.parallel.sharding import current_mesh, shard
 from rave_jax.typing import Array, Bool, Float, Int
 
 
 class LayerCache(NamedTuple):
-    """The keys of a whole segment, which of its layers is meant, and how many regions a row has room for."""
+    """The keys of a whole layer run, which of its layers is meant, and how many regions a row has room for."""
 
     stored: kv_cache.StoredKeys | attention.LayerRegions
     layer: Int[Array, ""]
@@ -35,7 +35,7 @@ class LayerCache(NamedTuple):
 
 
 class Situation(NamedTuple):
-    """What all layers of a segment share: where queries and keys stand and who may see whom."""
+    """What all layers of a run share: where queries and keys stand and who may see whom."""
 
     rotation: Rotation
     codes: MaskCodes
@@ -180,14 +180,14 @@ class DecoderLayer(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """All layers and the final norm. Global layer n stands in the segment with start <= n < stop."""
+    """All layers and the final norm. Global layer n stands in the layer run with start <= n < stop."""
 
     def __init__(self, config: TextConfig, options: ModelOptions, *, key: jax.Array):
         mechanisms = (*config.window_mechanisms, *options.mechanisms, *options.context_mechanisms)
         keys = jax.random.split(key, config.num_layers)
-        self.segments = nnx.List(
-            Segment(start, stop, lambda k, chosen=chosen: DecoderLayer(config, chosen, options, k), keys)
-            for start, stop, chosen in attention.plan_segments(mechanisms, config.num_layers, options.scan_layers)
+        self.layer_runs = nnx.List(
+            LayerRun(start, stop, lambda k, chosen=chosen: DecoderLayer(config, chosen, options, k), keys)
+            for start, stop, chosen in attention.plan_layer_runs(mechanisms, config.num_layers, options.scan_layers)
         )
         self.norm = RmsNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=options.params)
         self.head_dim = config.head_dim
@@ -199,7 +199,7 @@ class Decoder(nnx.Module):
         self.layout = options.layout
         self.implementation = options.attention
         if self.layout.regions is not None:
-            attention.check_with_regions([m for segment in self.segments for m in segment.layers.mechanisms])
+            attention.check_with_regions([m for run in self.layer_runs for m in run.layers.mechanisms])
 
     def __call__(
         self,
@@ -222,14 +222,14 @@ class Decoder(nnx.Module):
         base, own = attention.causal_codes(info), _indices(info)
         wanted, routes = [], []
         total: dict[str, Array] = {}
-        for segment in self.segments:
-            at = self._situation(segment, base, info, info, positions, own=own, rows=rows, progress=progress)
+        for run in self.layer_runs:
+            at = self._situation(run, base, info, info, positions, own=own, rows=rows, progress=progress)
 
             def body(layer: DecoderLayer, x: Array, _: None, at: Situation) -> tuple[Array, tuple[Any, Any, Any]]:
                 out = layer(x, at, None, losses)
                 return out.x, (out.rows, out.losses, out.chosen)
 
-            x, (seen, found, chosen) = segment.scan(body, x, None, at, self.remat)
+            x, (seen, found, chosen) = run.scan(body, x, None, at, self.remat)
             wanted.append(seen)
             routes += [] if chosen is None else [chosen]
             total = _added(total, jax.tree.map(jnp.sum, found))
@@ -246,22 +246,22 @@ class Decoder(nnx.Module):
         """The hidden states that enter each layer, whole rows at once; arguments as in `__call__`."""
         base, own = attention.causal_codes(info), _indices(info)
         entered = []
-        for segment in self.segments:
-            at = self._situation(segment, base, info, info, positions, own=own)
+        for run in self.layer_runs:
+            at = self._situation(run, base, info, info, positions, own=own)
 
             def body(layer: DecoderLayer, x: Array, _: None, at: Situation) -> tuple[Array, Array]:
                 return layer(x, at, None).x, x
 
-            x, inputs = segment.scan(body, x, None, at, "none")
+            x, inputs = run.scan(body, x, None, at, "none")
             entered.append(inputs)
         return jnp.concatenate(entered)
 
     def loss_weights(self, info: TokenInfo) -> dict[str, Float[Array, ""]]:
         """What the sums of the mechanisms' losses over these rows are divided by, by name; empty where none has any."""
         total: dict[str, Array] = {}
-        for segment in self.segments:
-            layers = segment.stop - segment.start
-            for mechanism in segment.layers.mechanisms:
+        for run in self.layer_runs:
+            layers = run.stop - run.start
+            for mechanism in run.layers.mechanisms:
                 total = _added(total, {name: layers * x for name, x in mechanism.loss_weights(info).items()})
         return total
 
@@ -295,13 +295,13 @@ class Decoder(nnx.Module):
         entered = self._enter(cache, info, region_place)
         cache, far = entered.cache, entered.cache.regions
         base = attention.cached_codes(info, entered.info)
-        kept: list[Any] = list(cache.segments)
+        kept: list[Any] = list(cache.layer_runs)
         regions = self._regions(cache)
         if far is not None:
-            kept = [attention.LayerRegions(*both) for both in zip(cache.segments, far.segments, strict=True)]
-        for n, segment in enumerate(self.segments):
-            at = self._situation(segment, base, info, entered.info, positions, own=entered.own, start=entered.start)
-            if segment is self.segments[-1] and segment.stop - segment.start == 1:
+            kept = [attention.LayerRegions(*both) for both in zip(cache.layer_runs, far.layer_runs, strict=True)]
+        for n, run in enumerate(self.layer_runs):
+            at = self._situation(run, base, info, entered.info, positions, own=entered.own, start=entered.start)
+            if run is self.layer_runs[-1] and run.stop - run.start == 1:
                 at, wanted = at._replace(wanted=wanted), None
 
             def body(layer: DecoderLayer, carry: Any, n: Array, at: Situation) -> tuple[Any, Array | None]:
@@ -313,22 +313,22 @@ class Decoder(nnx.Module):
                 return (carry[0], out.cache.stored), out.x
 
             # The keys ride in the carry: each layer writes its new ones in place, nothing else is copied.
-            numbers = jnp.arange(segment.stop - segment.start, dtype=jnp.int32)
-            (x, kept[n]), last = segment.scan(body, (x, kept[n]), numbers, at, "none")
+            numbers = jnp.arange(run.stop - run.start, dtype=jnp.int32)
+            (x, kept[n]), last = run.scan(body, (x, kept[n]), numbers, at, "none")
             x = x if last is None else last[0]
         x = x if wanted is None else attention.pick(x, wanted)
         if far is not None:
-            far = far._replace(segments=tuple(both.far for both in kept))
+            far = far._replace(layer_runs=tuple(both.far for both in kept))
             kept = [both.near for both in kept]
-        return self.norm(x), kv_cache.placed(cache._replace(segments=tuple(kept), regions=far))
+        return self.norm(x), kv_cache.placed(cache._replace(layer_runs=tuple(kept), regions=far))
 
     def _enter(self, cache: KvCache, info: TokenInfo, region_place: Int[Array, "B T"] | None) -> Entered:
         """The cache with the codes of the tokens in it, before the layers write their keys."""
-        T = info.segment.shape[1]
+        T = info.document.shape[1]
         if cache.regions is not None:
             assert self.layout.regions is not None
             slots = attention.chunk_slots(cache, info, region_place, self.layout.regions.tokens)
-            nothing = [self._summary_of_nothing(segment, self._regions(cache)) for segment in self.segments]
+            nothing = [self._summary_of_nothing(run, self._regions(cache)) for run in self.layer_runs]
             cache = attention.entered(cache, info, slots, nothing)
             assert cache.regions is not None
             own = slots.near if slots.far is None else jnp.where(info.region > 0, cache.size + slots.far, slots.near)
@@ -340,28 +340,28 @@ class Decoder(nnx.Module):
         # What lies beyond is left from before, and `mask` hooks may not take it for tokens.
         reached = jnp.arange(cache.size, dtype=jnp.int32) < start[:, None] + T
         held = jax.tree.map(lambda code: jnp.where(reached, code, 0), held)
-        index = start + jnp.sum(info.segment > 0, axis=1, dtype=jnp.int32)
+        index = start + jnp.sum(info.document > 0, axis=1, dtype=jnp.int32)
         return Entered(cache._replace(info=held, index=index), start, held, own)
 
     def _regions(self, cache: KvCache) -> int:
         """R: the regions that a row of the cache has room for."""
         if cache.regions is None or self.layout.regions is None:
             return 0
-        return cache.regions.info.segment.shape[1] // self.layout.regions.tokens
+        return cache.regions.info.document.shape[1] // self.layout.regions.tokens
 
-    def _summary_of_nothing(self, segment: Segment[DecoderLayer], regions: int) -> Any:
+    def _summary_of_nothing(self, run: LayerRun[DecoderLayer], regions: int) -> Any:
         """What the router of each layer says of regions without a token [L,1,R,K,...]."""
 
         def of_layer(layer: DecoderLayer) -> Any:
             x = self._zeros(1, 1, jnp.dtype(jnp.float32))
             return attention.summarise(layer.mechanisms, x, jnp.zeros((1, 1), jnp.int32), regions)
 
-        return jax.vmap(of_layer)(segment.layers)
+        return jax.vmap(of_layer)(run.layers)
 
     @property
     def looks_ahead(self) -> tuple[str, ...]:
         """Names of the mechanisms that let a token see later ones."""
-        found = [m for segment in self.segments for m in segment.layers.mechanisms if m.LOOKS_AHEAD]
+        found = [m for run in self.layer_runs for m in run.layers.mechanisms if m.LOOKS_AHEAD]
         return tuple(dict.fromkeys(type(mechanism).__name__ for mechanism in found))
 
     def empty_cache(
@@ -395,7 +395,7 @@ class Decoder(nnx.Module):
 
         def shapes(slots: int) -> tuple[Keys, ...]:
             of = functools.partial(keys, slots=slots)
-            return tuple(jax.eval_shape(jax.vmap(of), segment.layers) for segment in self.segments)
+            return tuple(jax.eval_shape(jax.vmap(of), run.layers) for run in self.layer_runs)
 
         far = None if regions is None else shapes(self.layout.max_regions * regions.tokens)
         return kv_cache.empty_cache(shapes(size), kind, far, host_tokens)
@@ -408,7 +408,7 @@ class Decoder(nnx.Module):
 
     def _situation(
         self,
-        segment: Segment[DecoderLayer],
+        run: LayerRun[DecoderLayer],
         base: MaskCodes,
         info_q: TokenInfo,
         info_k: TokenInfo,
@@ -420,7 +420,7 @@ class Decoder(nnx.Module):
         progress: Float[Array, ""] | None = None,
     ) -> Situation:
         # The hooks `positions` and `mask` read no parameters, so the stacked mechanisms may answer for all layers.
-        mechanisms = segment.layers.mechanisms
+        mechanisms = run.layers.mechanisms
         placed = attention.positions(mechanisms, info_q, info_k, own, positions)
         rotation = text_rotation(placed, self.head_dim, self.rope_theta, self.mrope_section)
         codes = attention.mask_codes(mechanisms, info_q, info_k, base)
@@ -429,7 +429,7 @@ class Decoder(nnx.Module):
 
 def _indices(info: TokenInfo) -> Int[Array, "B T"]:
     """Where each token lies in its row."""
-    return jnp.broadcast_to(jnp.arange(info.segment.shape[1], dtype=jnp.int32), info.segment.shape)
+    return jnp.broadcast_to(jnp.arange(info.document.shape[1], dtype=jnp.int32), info.document.shape)
 
 
 def _added(total: dict[str, Array], found: dict[str, Array]) -> dict[str, Array]:

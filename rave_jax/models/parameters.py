@@ -1,24 +1,24 @@
 """Parameters by name: paths, logical axes, shardings, sizes, and where a layer's tensor stands in its stack.
 
-Paths (axis letters of `rave_jax.typing`; `{s}` numbers the segments of a stack, whose parameters have a layer axis in
+Paths (axis letters of `rave_jax.typing`; `{s}` numbers the layer runs of a stack, whose parameters have a layer axis in
 front of the shape given here; biases exist where the family has them):
 
     embed.weight [V,D]
     context.weight [count,D]                                                    with context tokens
-    decoder.segments.{s}.layers.attention.query.weight [H,h,D]   .bias [H,h]
-    decoder.segments.{s}.layers.attention.{key,value}.weight [K,h,D]   .bias [K,h]
-    decoder.segments.{s}.layers.attention.output.weight [D,H,h]
-    decoder.segments.{s}.layers.attention.{query_norm,key_norm}.weight [h]      with q/k norm
-    decoder.segments.{s}.layers.mlp.{gate,up}.weight [F,D]   mlp.down.weight [D,F]
-    decoder.segments.{s}.layers.{attention_norm,mlp_norm}.weight [D]
-    decoder.segments.{s}.layers.mechanisms.{i}.<parameter of the mechanism>
+    decoder.layer_runs.{s}.layers.attention.query.weight [H,h,D]   .bias [H,h]
+    decoder.layer_runs.{s}.layers.attention.{key,value}.weight [K,h,D]   .bias [K,h]
+    decoder.layer_runs.{s}.layers.attention.output.weight [D,H,h]
+    decoder.layer_runs.{s}.layers.attention.{query_norm,key_norm}.weight [h]      with q/k norm
+    decoder.layer_runs.{s}.layers.mlp.{gate,up}.weight [F,D]   mlp.down.weight [D,F]
+    decoder.layer_runs.{s}.layers.{attention_norm,mlp_norm}.weight [D]
+    decoder.layer_runs.{s}.layers.mechanisms.{i}.<parameter of the mechanism>
     decoder.norm.weight [D]
     lm_head.weight [V,D]                                                        unless tied
     vision.patch.weight [D,C]
-    vision.segments.{s}.layers.attention.qkv.weight [3,H,h,D]   .bias [3,H,h]
-    vision.segments.{s}.layers.attention.output.weight [D,H,h]   .bias [D]
-    vision.segments.{s}.layers.mlp.{gate,up}.{weight [F,D], bias [F]}   mlp.down.{weight [D,F], bias [D]}
-    vision.segments.{s}.layers.{attention_norm,mlp_norm}.weight [D]
+    vision.layer_runs.{s}.layers.attention.qkv.weight [3,H,h,D]   .bias [3,H,h]
+    vision.layer_runs.{s}.layers.attention.output.weight [D,H,h]   .bias [D]
+    vision.layer_runs.{s}.layers.mlp.{gate,up}.{weight [F,D], bias [F]}   mlp.down.{weight [D,F], bias [D]}
+    vision.layer_runs.{s}.layers.{attention_norm,mlp_norm}.weight [D]
     vision.merger.norm.weight [D]   vision.merger.{first,second}.{weight,bias}
     <any linear of a layer>.adapter.{down [r,*in], up [*out,r]}                 with LoRA
 """
@@ -120,7 +120,7 @@ def locate(model: Vlm, rule: TensorRule) -> Place:
         return Place(rule.path, None)
     stack = model.decoder if rule.stack == "decoder" else model.vision
     assert stack is not None and rule.layer is not None
-    for number, segment in enumerate(stack.segments):
-        if segment.start <= rule.layer < segment.stop:
-            return Place(f"{rule.stack}.segments.{number}.layers.{rule.path}", rule.layer - segment.start)
+    for number, run in enumerate(stack.layer_runs):
+        if run.start <= rule.layer < run.stop:
+            return Place(f"{rule.stack}.layer_runs.{number}.layers.{rule.path}", rule.layer - run.start)
     raise KeyError(f"{rule.hf_key}: the model's {rule.stack} has no layer {rule.layer}")

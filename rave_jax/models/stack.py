@@ -11,7 +11,7 @@ from flax import nnx
 from rave_jax.models.config import Remat
 
 
-class Segment[Layer: nnx.Module](nnx.Module):
+class LayerRun[Layer: nnx.Module](nnx.Module):
     """Layers start .. stop - 1 (global numbers): every parameter has a layer axis in front.
 
     Args:

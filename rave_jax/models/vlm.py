@@ -61,7 +61,7 @@ class Vlm(nnx.Module):
             path
             for prefix, stack in stacks.items()
             if stack is not None
-            for path in lora.linears(stack.segments[0].layers, prefix)
+            for path in lora.linears(stack.layer_runs[0].layers, prefix)
         ]
 
     @overload
@@ -124,7 +124,7 @@ class Vlm(nnx.Module):
         if batch.patches.shape[1] > 0:
             if self.vision is None:
                 raise ValueError(f"the batch has patches, but a {self.config.family} text model has no vision tower")
-            seen = self.vision(batch.patches, batch.patch_segment, batch.patch_place, batch.patch_window)
+            seen = self.vision(batch.patches, batch.patch_frame, batch.patch_place, batch.patch_window)
             x = with_pictures(x, seen, batch.info, batch.visual_index)
         return shard(x, "batch", "length", None)
 
@@ -154,7 +154,7 @@ class Vlm(nnx.Module):
     def decode(
         self, tokens: Int[Array, "B T"], info: TokenInfo, positions: Int[Array, "3 B T"], cache: KvCache
     ) -> tuple[Float[Array, "B T D"], KvCache]:
-        """Text tokens that follow what the cache holds. A token with segment 0 leaves its row's cache as it was.
+        """Text tokens that follow what the cache holds. A token with document 0 leaves its row's cache as it was.
 
         Returns:
             hidden states after the final norm, and the cache.

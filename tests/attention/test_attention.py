@@ -1,4 +1,4 @@
-"""Masks, segments of layers, hooks and their owners, rows of the map."""
+"""Masks, layer runs, hooks and their owners, rows of the map."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ DIMS = at.AttentionDims(4, 2, 8)
 KEY = jax.random.key(0)
 
 
-def info_of(segment, kind=None) -> TokenInfo:
-    segment = jnp.asarray(segment, jnp.int32)
-    zeros = jnp.zeros_like(segment)
+def info_of(document, kind=None) -> TokenInfo:
+    document = jnp.asarray(document, jnp.int32)
+    zeros = jnp.zeros_like(document)
     info = TokenInfo(*[zeros] * len(TokenInfo._fields))
-    first = jnp.pad(segment[:, 1:] != segment[:, :-1], ((0, 0), (1, 0)), constant_values=True)
-    index = jnp.arange(segment.shape[1], dtype=jnp.int32)
+    first = jnp.pad(document[:, 1:] != document[:, :-1], ((0, 0), (1, 0)), constant_values=True)
+    index = jnp.arange(document.shape[1], dtype=jnp.int32)
     return info._replace(
         place=index - jax.lax.cummax(jnp.where(first, index, 0), axis=1),
-        segment=segment,
-        kind=jnp.where(segment > 0, Kind.TEXT, Kind.PAD) if kind is None else jnp.asarray(kind),
+        document=document,
+        kind=jnp.where(document > 0, Kind.TEXT, Kind.PAD) if kind is None else jnp.asarray(kind),
     )
 
 
@@ -51,21 +51,21 @@ rows = st.lists(st.integers(1, 5), min_size=1, max_size=4).map(
 @given(st.lists(rows, min_size=1, max_size=3), st.integers(1, 6))
 @settings(max_examples=40, deadline=None)
 def test_causal_and_window_rules_by_brute_force(batch, window):
-    segment = np.stack(batch)
-    info = info_of(segment)
+    document = np.stack(batch)
+    info = info_of(document)
     codes = at.causal_codes(info)
     narrow = mask_codes([at.SlidingWindow(window).build(DIMS, KEY)], info, info, codes)
     full, near = allowed(codes), allowed(narrow)
-    for b, i, j in np.ndindex(len(segment), 20, 20):
-        rule = segment[b, i] > 0 and segment[b, i] == segment[b, j] and j <= i
+    for b, i, j in np.ndindex(len(document), 20, 20):
+        rule = document[b, i] > 0 and document[b, i] == document[b, j] and j <= i
         assert full[b, i, j] == rule
         assert near[b, i, j] == (rule and i - j < window)
 
 
-def test_segment_codes_see_their_own_frame_and_nothing_of_padding():
-    segment = np.array([[1, 1, 2, 2, 2, 0, 0]])
-    seen = allowed(at.segment_codes(jnp.asarray(segment)))[0]
-    assert np.array_equal(seen, (segment[0][:, None] == segment[0]) & (segment[0] > 0)[:, None])
+def test_block_diagonal_codes_see_their_own_frame_and_nothing_of_padding():
+    document = np.array([[1, 1, 2, 2, 2, 0, 0]])
+    seen = allowed(at.block_diagonal_codes(jnp.asarray(document)))[0]
+    assert np.array_equal(seen, (document[0][:, None] == document[0]) & (document[0] > 0)[:, None])
 
 
 def test_cached_codes_see_places_up_to_their_own_and_no_empty_slot():
@@ -88,15 +88,15 @@ def test_text_positions_count_every_token():
 
 def test_layers_are_planned_as_runs_of_equal_mechanisms():
     some, window = at.Rave(layers=(1, 2)), at.SlidingWindow(8)
-    plan = at.plan_segments((some, window), 5)
+    plan = at.plan_layer_runs((some, window), 5)
     assert [(p.start, p.stop, p.mechanisms) for p in plan] == [
         (0, 1, (window,)),
         (1, 3, (some, window)),
         (3, 5, (window,)),
     ]
-    assert [(p.start, p.stop) for p in at.plan_segments((), 5)] == [(0, 5)]
+    assert [(p.start, p.stop) for p in at.plan_layer_runs((), 5)] == [(0, 5)]
     with pytest.raises(ConfigError, match=r"Rave.layers names \[9\]"):
-        at.plan_segments((at.Rave(layers=(0, 9)),), 5)
+        at.plan_layer_runs((at.Rave(layers=(0, 9)),), 5)
 
 
 def test_two_owners_of_one_thing_are_refused_by_name():

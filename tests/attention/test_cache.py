@@ -32,7 +32,7 @@ def keys(T: int, seed: int = 0) -> at.Keys:
 
 def filled(kind: kv.CacheType = "compute") -> kv.KvCache:
     cache = kv.empty_cache(shapes(), kind)
-    (stored,) = cache.segments
+    (stored,) = cache.layer_runs
     for layer in range(L):
         stored = kv.write(stored, jnp.int32(layer), jnp.zeros(B, jnp.int32), keys(S, seed=layer))
     info = TokenInfo(*(jnp.asarray(np.random.default_rng(9).integers(0, 9, (B, S)), jnp.int32) for _ in cache.info))
@@ -41,7 +41,7 @@ def filled(kind: kv.CacheType = "compute") -> kv.KvCache:
 
 @given(st.integers(1, S), st.lists(st.integers(0, S + 2), min_size=B, max_size=B), st.integers(0, L - 1))
 def test_a_run_is_written_to_its_slots_of_its_layer_or_not_at_all(T: int, starts: list[int], layer: int) -> None:
-    before, new = filled().segments[0], keys(T, seed=7)
+    before, new = filled().layer_runs[0], keys(T, seed=7)
     after = kv.write(before, jnp.int32(layer), jnp.array(starts, jnp.int32), new)
     for n in range(L):
         was, now = (kv.read(stored, jnp.int32(n), jnp.dtype(jnp.float32)) for stored in (before, after))
@@ -58,14 +58,14 @@ def test_a_run_is_written_to_its_slots_of_its_layer_or_not_at_all(T: int, starts
 def test_what_is_taken_goes_back_where_it_was(rows: list[int], reach: int) -> None:
     cache = filled()
     part = kv.take(cache, jnp.array([*rows, B], jnp.int32), reach)
-    assert part.size == reach and part.segments[0].k.shape == (L, len(rows) + 1, K, reach, h)
+    assert part.size == reach and part.layer_runs[0].k.shape == (L, len(rows) + 1, K, reach, h)
     np.testing.assert_array_equal(part.info.kind[: len(rows)], cache.info.kind[np.array(rows), :reach])
     same = kv.put(cache, part, jnp.array([*rows, B], jnp.int32))
     jax.tree.map(np.testing.assert_array_equal, same, cache)
     marked = kv.put(cache, jax.tree.map(lambda x: x * 0 - 1, part), jnp.array([*rows, B], jnp.int32))
     others = [row for row in range(B) if row not in rows]
     np.testing.assert_array_equal(marked.index, [-1 if row in rows else cache.index[row] for row in range(B)])
-    now, was = marked.segments[0].remembered[0].w, cache.segments[0].remembered[0].w
+    now, was = marked.layer_runs[0].remembered[0].w, cache.layer_runs[0].remembered[0].w
     assert np.all(np.asarray(now)[:, rows, :, :reach] == -1)
     np.testing.assert_array_equal(now[:, :, :, reach:], was[:, :, :, reach:])
     np.testing.assert_array_equal(now[:, np.array(others, int)], was[:, np.array(others, int)])
@@ -88,7 +88,7 @@ def test_int8_is_off_by_half_a_step_at_most(seed: int, size: float) -> None:
 @pytest.mark.parametrize(("kind", "bytes_per_number"), [("compute", 4), ("bfloat16", 2), ("int8", 1 + 4 / h)])
 def test_number_types_hold_what_they_say(kind: kv.CacheType, bytes_per_number: float) -> None:
     cache = filled(kind)
-    (stored,) = cache.segments
+    (stored,) = cache.layer_runs
     gate = sum(x.nbytes for x in jax.tree.leaves(stored.remembered))
     assert gate == L * B * S * K * (r + 1) * 4, "what a mechanism remembers keeps its own type"
     codes = sum(x.nbytes for x in (*cache.info, cache.index))

@@ -86,7 +86,7 @@ def test_numbers_that_the_model_does_not_have_are_errors_when_it_is_built(cls: A
         with pytest.raises(
             ConfigError, match=rf"{cls.__name__}.layers names \[{layers[-1]}\], expected numbers from 0"
         ):
-            at.plan_segments((cls(layers=layers),), 2)
+            at.plan_layer_runs((cls(layers=layers),), 2)
     if "heads" in (f.name for f in dataclasses.fields(cls)):
         with pytest.raises(ConfigError, match=r"heads is \(0, -1\), expected numbers from 0 to 3"):
             cls(heads=(0, -1)).build(at.AttentionDims(4, 2, 8), jax.random.key(0))

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 
 from rave_jax import attention as at
 from rave_jax.attention.attend import mask_codes, positions
-from rave_jax.attention.avar import segment_of
+from rave_jax.attention.avar import key_group_of
 from rave_jax.batch import Kind, Role, TokenInfo
 from rave_jax.config import ConfigError
 from rave_jax.kernels.pair_bias.base import tile_allow
@@ -211,7 +211,7 @@ def test_rings_leave_one_position_to_each_context_token(row: list[Token], tokens
 @given(row=rows, tokens=tokens_of_context, cut=st.sampled_from((1, 14, 30, 46, SIZE - 1)))  # few shapes of chunks
 def test_a_cache_gives_the_same_rule(row: list[Token], tokens: ContextTokens, cut: int) -> None:
     """The first document in two chunks, with empty slots behind."""
-    info = info_of([token if token.get("segment") == 1 else {} for token in with_context(row, tokens)])
+    info = info_of([token if token.get("document") == 1 else {} for token in with_context(row, tokens)])
     mechanisms = sights(tokens)
     whole = allowed(mechanisms, info)
     for chunk in (slice(0, cut), slice(cut, SIZE)):
@@ -233,7 +233,7 @@ ONE: list[Token] = [
     *({"kind": Kind.TEXT, "role": Role.RESPONSE} for _ in range(2)),
 ]
 DOCUMENT = [
-    {"role": Role.QUESTION, "turn": 1, **token, "segment": 1, "place": place} for place, token in enumerate(ONE)
+    {"role": Role.QUESTION, "turn": 1, **token, "document": 1, "place": place} for place, token in enumerate(ONE)
 ]
 CONTEXT = slice(6, 8)
 
@@ -258,10 +258,10 @@ def test_the_gate_is_on_visual_keys_and_on_no_context_key() -> None:
 def test_context_tokens_are_neither_the_picture_nor_the_prompt() -> None:
     """AVAR's losses and VAS count them with the rest, VAR with the text, whose sinks a row may lose."""
     info, x = document(), features(rows=1, length=len(DOCUMENT))
-    assert segment_of(info)[0].tolist() == [2, 2, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0]
+    assert key_group_of(info)[0].tolist() == [2, 2, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0]
     var = at.Var(dims=(0,)).build(DIMS, KEY)
     for sink, number in ((True, 1), (False, 0)):
-        found = var.segments(x, jnp.full((1, len(DOCUMENT), DIMS.num_kv_heads), sink), info)
+        found = var.key_groups(x, jnp.full((1, len(DOCUMENT), DIMS.num_kv_heads), sink), info)
         assert found is not None and found.of[0, CONTEXT].tolist() == [number] * 2
 
 

@@ -61,13 +61,13 @@ def by_hand(x: at.Features, info: TokenInfo, gate: bool = False, window: int = T
         bias = np.float64(ungroup_heads(tile_bias(*said.pair)))
     out = np.zeros_like(q)
     for b, i, h in np.ndindex(B, T, DIMS.num_heads):
-        if info.segment[b, i] == 0:
+        if info.document[b, i] == 0:
             continue
         g = h // 2
         if info.kind[b, i] == Kind.VISUAL:
             out[b, i, h] = v[b, i, g]
             continue
-        met = [j for j in range(max(0, i - window + 1), i + 1) if info.segment[b, j] == info.segment[b, i]]
+        met = [j for j in range(max(0, i - window + 1), i + 1) if info.document[b, j] == info.document[b, i]]
         sums, parts = [], []
         for keys, query, key in (
             ([j for j in met if info.kind[b, j] == Kind.VISUAL], q0, k0),

@@ -76,7 +76,7 @@ def rows(regions=LAYOUT, order: str = "raster") -> Batch:
                 example = moved._replace(info=moved.info._replace(image=np.where(image > 0, image + first, 0)))
             for name, code in example.info._asdict().items():
                 getattr(info, name)[b, span] = code
-            info.segment[b, span] = codes.segment
+            info.document[b, span] = codes.document
             for name in ("tokens", "visual_index"):
                 lists[name][b, span] = getattr(example, name)
             positions[:, b, span] = example.positions
@@ -95,7 +95,7 @@ def a_model(*mechanisms: MechanismConfig) -> Vlm:
 
 @jax.jit
 def hidden(model: Vlm, given: Batch) -> jax.Array:
-    return jnp.where((given.info.segment > 0)[..., None], model.hidden(given), 0.0)
+    return jnp.where((given.info.document > 0)[..., None], model.hidden(given), 0.0)
 
 
 def gaze(**options) -> Gaze:
@@ -113,7 +113,7 @@ def test_all_regions_are_the_dense_model_with_its_gradients(config: Gaze) -> Non
     def of(model: Vlm) -> tuple[jax.Array, jax.Array]:
         def loss(embed: jax.Array) -> jax.Array:
             layers = model.decoder(embed, given.info, given.positions)
-            return jnp.sum(jnp.where((given.info.segment > 0)[..., None], layers.hidden, 0.0) ** 2)
+            return jnp.sum(jnp.where((given.info.document > 0)[..., None], layers.hidden, 0.0) ** 2)
 
         return jax.value_and_grad(loss)(model.embedded(given))
 
@@ -132,7 +132,7 @@ def test_tokens_may_lie_region_by_region(config: Gaze) -> None:
     model = a_model(config, Rave(rank=4))
     a, b = hidden(model, raster), hidden(model, by_region)
     for row in range(2):
-        of = [np.lexsort((info.place[row], info.segment[row])) for info in (raster.info, by_region.info)]
+        of = [np.lexsort((info.place[row], info.document[row])) for info in (raster.info, by_region.info)]
         np.testing.assert_allclose(a[row][of[0]], b[row][of[1]], atol=2e-5)
 
 
@@ -140,7 +140,7 @@ def test_tokens_may_lie_region_by_region(config: Gaze) -> None:
 def test_the_fused_kernels_are_the_blockwise_attention() -> None:
     """Hidden states and gradients, half way through the schedule and at its end, compiled once."""
     given = rows(order="region")
-    real = (given.info.segment > 0)[..., None]
+    real = (given.info.document > 0)[..., None]
 
     def of(attention: Implementation) -> list[tuple[jax.Array, Vlm]]:
         model = made(CONFIG, ModelOptions((gaze(share="group"),), attention=attention))
@@ -168,7 +168,7 @@ def test_a_mesh_changes_no_logit_and_no_gradient() -> None:
     mesh = make_mesh(MeshConfig(fsdp=2, tensor=2), jax.devices()[:4])
 
     def loss(model: Vlm) -> jax.Array:
-        return jnp.sum(jnp.where((given.info.segment > 0)[..., None], model.hidden(given), 0.0) ** 2)
+        return jnp.sum(jnp.where((given.info.document > 0)[..., None], model.hidden(given), 0.0) ** 2)
 
     expected = jax.jit(jax.grad(loss))(model)
     with use_mesh(mesh):
@@ -179,7 +179,7 @@ def test_a_mesh_changes_no_logit_and_no_gradient() -> None:
 
 def at_the_start(packed: Batch, row: int, number: int) -> tuple[Batch, np.ndarray]:
     """One document of a row alone: the first of the row, regions counted from 1; and where it was."""
-    (mine,) = np.nonzero(np.asarray(packed.info.segment[row]) == number)
+    (mine,) = np.nonzero(np.asarray(packed.info.document[row]) == number)
 
     def moved(x: Any, axis: int, fill: int = 0) -> Any:
         found = np.full_like(np.asarray(x), fill)
@@ -188,7 +188,7 @@ def at_the_start(packed: Batch, row: int, number: int) -> tuple[Batch, np.ndarra
 
     info = TokenInfo(*(moved(code, 1) for code in packed.info))
     least = min((int(n) for n in info.region[row] if n), default=1) - 1
-    info = info._replace(segment=info.segment // number, region=jnp.maximum(info.region - least, 0))
+    info = info._replace(document=info.document // number, region=jnp.maximum(info.region - least, 0))
     lists = {name: moved(getattr(packed, name), 1) for name in ("tokens", "loss_weights")}
     index = moved(packed.visual_index, 1, fill=int(packed.visual_index[0, -1]))
     alone = packed._replace(**lists, info=info, positions=moved(packed.positions, 2), visual_index=index)
@@ -218,7 +218,7 @@ def _gradient(model: Vlm, given: Batch) -> tuple[Any, jax.Array]:
 
     def loss(model: Vlm) -> tuple[jax.Array, jax.Array]:
         found = model.hidden(given)
-        real = jnp.where((given.info.segment > 0)[..., None], found, 0.0)
+        real = jnp.where((given.info.document > 0)[..., None], found, 0.0)
         return jnp.sum(given.loss_weights[..., None] * jnp.sin(found)), real
 
     return jax.grad(loss, has_aux=True)(model)
@@ -257,11 +257,11 @@ def test_what_is_chosen_stands_before_and_is_as_much_as_was_asked(config: Gaze) 
     for b, t in np.ndindex(2, T):
         able = set()
         for n in range(1, 17):
-            (tokens,) = np.nonzero((info.region[b] == n) & (info.segment[b] == info.segment[b, t]))
+            (tokens,) = np.nonzero((info.region[b] == n) & (info.document[b] == info.document[b, t]))
             own = info.place[b, t]
             if info.image[b, t]:
                 own -= info.row[b, t] * info.grid_w[b, t] + info.col[b, t]
-            if len(tokens) and info.segment[b, t] and (info.place[b][tokens] < own).all():
+            if len(tokens) and info.document[b, t] and (info.place[b][tokens] < own).all():
                 able.add(n - 1)
         if info.image[b, t] and config.visual_queries == "dense":
             able = set()
@@ -278,7 +278,7 @@ def test_the_schedule_goes_from_all_to_top_k_without_compiling_again() -> None:
     def at(model: Vlm, progress: jax.Array) -> jax.Array:
         return model.hidden_and_losses(given, progress)[0]
 
-    real = np.asarray(given.info.segment > 0)
+    real = np.asarray(given.info.document > 0)
     for progress, same in ((0.0, a_model(Rave(rank=4))), (0.5, model)):
         found, expected = np.asarray(at(model, jnp.float32(progress))), np.asarray(hidden(same, given))
         np.testing.assert_allclose(found[real], expected[real], atol=2e-5)
@@ -395,4 +395,4 @@ def test_wrong_settings_and_company_are_refused() -> None:
         gaze(descriptor="oracle", rank_with_bias=True)
     with pytest.raises(ConfigError, match="both own 'route'"):
         a_model(gaze(), gaze(top_k=3))
-    assert issubclass(type(a_model(gaze()).decoder.segments[0].layers.mechanisms[0]), Mechanism)
+    assert issubclass(type(a_model(gaze()).decoder.layer_runs[0].layers.mechanisms[0]), Mechanism)

@@ -1,4 +1,4 @@
-"""Weights changed within segments of the keys: against the map, for several mechanisms, and where nothing is seen."""
+"""Weights changed within key groups: against the map, for several mechanisms, and where nothing is seen."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ import pytest
 from rave_jax import attention as at
 from rave_jax.attention.merge import log_sum_exp
 from rave_jax.batch import TokenInfo
-from rave_jax.kernels.pair_bias import KeySegments
+from rave_jax.kernels.pair_bias import KeyGroups
 from tests.attention.packed import DIMS, KEY, ROWS, B, T, attend, dense_map, features, info_of, normalised, outputs
 
 H = DIMS.num_heads
 
 
 class Striped(at.Mechanism):
-    """Key j is of segment j % count, of which one more than that exists; each gets a log weight of its own, and
+    """Key j is in group j % count, of which one more than that exists; each gets a log weight of its own, and
     `by_mass` times what it has already."""
 
     def __init__(self, count: int, scale: float, by_mass: float = 0.0):
         self.count, self.scale, self.by_mass = count, scale, by_mass
 
-    def segments(self, x: at.Features, remembered: None, info_k: TokenInfo) -> KeySegments:
+    def key_groups(self, x: at.Features, remembered: None, info_k: TokenInfo) -> KeyGroups:
         index = jnp.arange(info_k.place.shape[1]) % self.count
-        return KeySegments(jnp.broadcast_to(index, info_k.place.shape), self.count + 1)
+        return KeyGroups(jnp.broadcast_to(index, info_k.place.shape), self.count + 1)
 
     def weights(self) -> np.ndarray:
         return self.scale * np.random.default_rng(self.count).normal(size=(T, self.count + 1, H))
 
     def merge(self, x: at.Features, parts: at.Parts, info_q: TokenInfo, info_k: TokenInfo) -> jax.Array:
         own = jnp.asarray(self.weights(), jnp.float32)
-        return jnp.broadcast_to(own, parts.segments.shape) + self.by_mass * parts.mass
+        return jnp.broadcast_to(own, parts.groups.shape) + self.by_mass * parts.mass
 
     def by_hand(self, plain: np.ndarray) -> np.ndarray:
         """The same as logs for every pair [B,T,H,S], from the map before any merge."""
@@ -68,7 +68,7 @@ CASES: dict[str, list[Any]] = {
 
 @pytest.mark.parametrize("implementation", ("reference", "xla"))
 @pytest.mark.parametrize("name", CASES)
-def test_weights_of_segments_are_those_of_the_map(name: str, implementation: Any) -> None:
+def test_weights_of_key_groups_are_those_of_the_map(name: str, implementation: Any) -> None:
     x, info, mechanisms = features(), info_of(*ROWS), CASES[name]
     plain = dense_map((), x, info)
     logs = sum(m.by_hand(plain) for m in mechanisms if isinstance(m, Striped))
@@ -82,11 +82,11 @@ def test_weights_of_segments_are_those_of_the_map(name: str, implementation: Any
     out, rows = run(x)
     np.testing.assert_allclose(out, outputs(wanted, x), atol=1e-5)
     np.testing.assert_allclose(rows, wanted, atol=1e-5)
-    assert np.all(np.asarray(out)[np.asarray(info.segment) == 0] == 0)
+    assert np.all(np.asarray(out)[np.asarray(info.document) == 0] == 0)
 
 
 def test_gradients_are_those_of_the_map() -> None:
-    """Also through what a merge reads, and with a segment that nobody sees and rows that see nothing."""
+    """Also through what a merge reads, and with a key group that nobody sees and rows that see nothing."""
     x, info, ct = features(), info_of(*ROWS), features(1).q
     (one,) = CASES["one"]
     reading = Striped(2, 1.0, by_mass=2.0)
@@ -94,8 +94,8 @@ def test_gradients_are_those_of_the_map() -> None:
     def dense(x: at.Features) -> jax.Array:
         k, v = (jnp.repeat(a, 2, axis=2) for a in (x.k, x.v))
         index = jnp.arange(T)
-        allow = (index <= index[:, None]) & (info.segment[..., None] == info.segment[:, None])
-        allow = (allow & (info.segment > 0)[..., None])[:, :, None]
+        allow = (index <= index[:, None]) & (info.document[..., None] == info.document[:, None])
+        allow = (allow & (info.document > 0)[..., None])[:, :, None]
         scores = jnp.where(allow, jnp.einsum("BTHh,BSHh->BTHS", x.q, k) * DIMS.head_dim**-0.5, -1e30)
         plain = jnp.where(allow, jax.nn.softmax(scores), 0.0)
         logs = np.zeros((B, T, H, T))

@@ -52,7 +52,7 @@ def row_of(documents: list[list[Token]]) -> list[Token]:
     for number, document in enumerate(documents, start=1):
         if len(row) + len(document) <= SIZE:
             row += [
-                {**token, "segment": number} | ({"image": token["image"] + images} if "image" in token else {})
+                {**token, "document": number} | ({"image": token["image"] + images} if "image" in token else {})
                 for token in document
             ]
             images += max((token.get("image", 0) for token in document), default=0)
@@ -95,7 +95,7 @@ def croc_visual(row: list[Token], i: int, j: int) -> bool:
 
 def croc_prefix(row: list[Token], i: int, j: int) -> bool:
     """Every token of the document sees those before its first answer."""
-    before = (row[n] for n in range(j + 1) if row[n]["segment"] == row[j]["segment"])
+    before = (row[n] for n in range(j + 1) if row[n]["document"] == row[j]["document"])
     return j <= i or all(token["role"] != Role.RESPONSE for token in before)
 
 
@@ -137,8 +137,8 @@ def expected(row: list[Token], rule: Callable[[int, int], bool]) -> np.ndarray:
     """The map of a rule that is asked for pairs of one document only."""
     result = np.zeros((SIZE, SIZE), bool)
     for i, j in np.ndindex(SIZE, SIZE):
-        segment = row[i].get("segment", 0)
-        result[i, j] = segment > 0 and segment == row[j].get("segment", 0) and rule(i, j)
+        document = row[i].get("document", 0)
+        result[i, j] = document > 0 and document == row[j].get("document", 0) and rule(i, j)
     return result
 
 
@@ -213,9 +213,9 @@ def test_blocks_give_what_the_whole_map_gives(name: str) -> None:
         (Role.RESPONSE, [5]),
     ]
     tokens = tokens_of(one)
-    row = [{**token, "segment": number} for number in (1, 2) for token in tokens] + [{}] * 9
+    row = [{**token, "document": number} for number in (1, 2) for token in tokens] + [{}] * 9
     for token in row:
-        if visual(token) and token["segment"] == 2:
+        if visual(token) and token["document"] == 2:
             token["image"] += 3
     info = info_of(row)
     T = len(row)

@@ -136,7 +136,7 @@ def test_all_keys_are_brought_from_the_host_where_they_are_needed() -> None:
     vlm = a_model(Gaze(FixedRegions(2, 2), 16, top_k=1), ZeroTuning(0.2))
     found, whole, cache = read(vlm, doc, [20, 22], vlm.empty_cache(1, 128, regions_in="host"))
     np.testing.assert_allclose(found, whole, atol=2e-5)
-    kept = cache.regions.segments[0].keys
+    kept = cache.regions.layer_runs[0].keys
     assert kept.k.tiles.sharding.memory_kind == kept.v.tiles.sharding.memory_kind == "pinned_host"
     assert cache.host_nbytes == kept.k.tiles.nbytes + kept.v.tiles.nbytes
     assert cache.nbytes + cache.host_nbytes == sum(x.nbytes for x in jax.tree.leaves(cache))
@@ -179,10 +179,10 @@ def test_a_step_copies_no_layer_out_of_the_stack_and_expands_none(share, place, 
     info = jax.tree.map(lambda code: jnp.ones((1, 1), jnp.int32), cache.info)._replace(region=jnp.zeros((1, 1), int))
     x, at = jnp.zeros((1, 1, config.text.hidden_size)), jnp.zeros((3, 1, 1), jnp.int32)
     text = _cached.lower(vlm, x, info, at, cache).compile().as_text()
-    kept = cache.regions.segments[0].keys.v
+    kept = cache.regions.layer_runs[0].keys.v
     L, B, K, *_, h = (kept if kind == "compute" else kept.values).shape
     S = 19 * 4
-    assert L == 3 and cache.regions.info.segment.shape == (B, S)
+    assert L == 3 and cache.regions.info.document.shape == (B, S)
     of_a_layer = rf"f32\[(1,)?({B},{K},({S}|{S // 4},4)|{B},{S},{K}),{h}\]"
     assert not re.search(of_a_layer, text)
     if place == "host":

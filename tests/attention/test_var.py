@@ -111,13 +111,13 @@ def test_a_picture_that_is_hardly_seen_has_finite_gradients(move: float) -> None
     row = TokenInfo(*(jnp.full((1, 1), Kind.TEXT) for _ in TokenInfo._fields))
     heads = jnp.array([[0.0, -3.0, -45.0, 0.0], [0.0, -3.0, -86.0, -90.0], [0.0, -3.0, -1.0, 0.0]])
 
-    def of(segments: jax.Array) -> tuple[jax.Array, jax.Array]:
-        parts = Parts(segments, log_sum_exp(segments, (2,)))
+    def of(groups: jax.Array) -> tuple[jax.Array, jax.Array]:
+        parts = Parts(groups, log_sum_exp(groups, (2,)))
         weights = Redistribution(config).merge(features(), parts, row, row)
-        return log_sum_exp(segments + weights, (2,)).sum(), weights
+        return log_sum_exp(groups + weights, (2,)).sum(), weights
 
-    segments = heads.T[None, None]
-    (_, weights), gradient = jax.jit(jax.value_and_grad(of, has_aux=True))(segments)
+    groups = heads.T[None, None]
+    (_, weights), gradient = jax.jit(jax.value_and_grad(of, has_aux=True))(groups)
     assert np.isfinite(gradient).all()
     moved = 1 + move * np.exp(heads[:, [1, 3]]).sum(-1) / np.exp(heads[:, 2])
     np.testing.assert_allclose(weights[0, 0, 2], np.log(moved), rtol=1e-5)
@@ -182,7 +182,7 @@ def test_sink_dimensions_of_a_model_are_found_from_its_first_tokens() -> None:
     plain = model(config, ModelOptions(scan_layers=False))
     values: dict[str, Any] = {path: param[...] for path, param in named_parameters(plain).items()}
     for layer, dim, size in ((0, 9, 60.0), (0, 4, 30.0), (3, 2, 200.0)):
-        path = f"decoder.segments.{layer}.layers.mlp.down.weight"
+        path = f"decoder.layer_runs.{layer}.layers.mlp.down.weight"
         values[path] = values[path].at[0, dim].multiply(size)
     vlm = with_values(plain, values)
     docs = [document([1], config, np.random.default_rng(seed)) for seed in range(6)]

@@ -91,13 +91,13 @@ def test_factors_of_several_multiply_except_of_two_that_own_the_key() -> None:
 
 def test_the_first_token_of_a_document_is_found_among_the_keys() -> None:
     info = info_of(*ROWS)
-    assert first_of(info.segment, info).tolist() == [
+    assert first_of(info.document, info).tolist() == [
         [0] * 8 + [8] * 3 + [11] * 3 + [0] * 2,
         [0] * 7 + [7] * 7 + [0] * 2,
     ]
     # A cache: slots that hold nothing are all zeros, and are no first tokens.
     held = jax.tree.map(lambda code: code[1:, :5].at[:, 4:].set(0), info)
-    assert first_of(info.segment[1:, 3:4], held).tolist() == [[0]]
+    assert first_of(info.document[1:, 3:4], held).tolist() == [[0]]
 
 
 def test_a_table_of_gammas_survives_its_json() -> None:

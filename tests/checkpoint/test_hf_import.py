@@ -52,14 +52,14 @@ def test_a_mesh_gets_the_same_numbers_in_its_own_shards(write: Write) -> None:
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     model = import_hf(folder, mesh=mesh)
     check_numbers(model, {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()})
-    query = named_parameters(model)["decoder.segments.0.layers.attention.query.weight"][...]
+    query = named_parameters(model)["decoder.layer_runs.0.layers.attention.query.weight"][...]
     assert query.sharding.shard_shape(query.shape) == (3, 2, 8, 16)  # heads by tensor, width by fsdp
 
 
 def test_layers_go_by_global_number_however_the_stack_is_cut(write: Write) -> None:
     folder = write()
     model = import_hf(folder, ModelOptions(mechanisms=(Rave(rank=2, layers=(1,)),)), key=jax.random.key(5))
-    assert [(s.start, s.stop) for s in model.decoder.segments] == [(0, 1), (1, 2), (2, 3)]
+    assert [(s.start, s.stop) for s in model.decoder.layer_runs] == [(0, 1), (1, 2), (2, 3)]
     check_numbers(model, load_file(folder / "model.safetensors"))
     start = jax.jit(lambda key: Vlm(model.config, model.options, key=key))
     fresh = named_parameters(start(jax.random.key(5)))

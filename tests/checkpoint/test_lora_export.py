@@ -70,7 +70,7 @@ def test_lora_is_merged_and_reads_again_as_a_plain_model(source: Path, model: Vl
     }
     assert len(changed) == 3 * 2 + 2
     for n in range(3):
-        down, up = (params[f"decoder.segments.{n}.layers.mlp.up.adapter.{p}"][0] for p in ("down", "up"))
+        down, up = (params[f"decoder.layer_runs.{n}.layers.mlp.up.adapter.{p}"][0] for p in ("down", "up"))
         expected = before[UP.format(n) + ".weight"] + 1.5 * np.asarray(up) @ np.asarray(down)
         np.testing.assert_allclose(after[UP.format(n) + ".weight"], expected, rtol=1e-5, atol=1e-5)
     again = import_hf(out)

@@ -34,7 +34,7 @@ def test_sizes_that_make_no_model_are_refused_at_once(field: str, value: int) ->
 
 def test_the_config_comes_back(folder: Path) -> None:
     assert load_config(folder)[0] == tiny_config(SMALL)
-    weights = np.asarray(import_hf(folder).decoder.segments[0].layers.mlp.up.weight[...])
+    weights = np.asarray(import_hf(folder).decoder.layer_runs[0].layers.mlp.up.weight[...])
     assert 0.8 < weights.std() * 32**0.5 < 1.2
 
 

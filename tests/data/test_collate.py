@@ -28,16 +28,16 @@ def encode(processor: Processor, document: tuple) -> Example:
 
 def unpack(batch: Any, row: int, number: int, merge: int) -> Example:
     """Document `number` of a row, with everything counted from its own start again."""
-    t = batch.info.segment[row] == number
+    t = batch.info.document[row] == number
     image = batch.info.image[row][t]
     images = image[image > 0]
     first_unit = batch.visual_index[row][t][image > 0].min(initial=np.iinfo(np.int32).max)
     count = int((image > 0).sum()) * merge
     patches = slice(first_unit * merge, first_unit * merge + count) if count else slice(0, 0)
-    segment, window = batch.patch_segment[row][patches], batch.patch_window[row][patches]
+    frame, window = batch.patch_frame[row][patches], batch.patch_window[row][patches]
     info = type(batch.info)(*(code[row][t] for code in batch.info))
     own = info._replace(
-        segment=np.ones_like(info.segment), image=np.where(image > 0, image - images.min(initial=99) + 1, 0)
+        document=np.ones_like(info.document), image=np.where(image > 0, image - images.min(initial=99) + 1, 0)
     )
     return Example(
         tokens=batch.tokens[row][t],
@@ -46,7 +46,7 @@ def unpack(batch: Any, row: int, number: int, merge: int) -> Example:
         positions=batch.positions[:, row][:, t],
         visual_index=np.where(image > 0, batch.visual_index[row][t] - first_unit, 0),
         patches=batch.patches[row][patches],
-        patch_segment=segment - segment.min(initial=10**6) + 1,
+        patch_frame=frame - frame.min(initial=10**6) + 1,
         patch_place=batch.patch_place[row][patches],
         patch_window=window - window.min(initial=10**6) + 1,
     )
@@ -69,11 +69,11 @@ def test_documents_come_out_as_they_went_in(processor: Processor, plan: list, mo
         patches = sum(len(example.patches) for example in row)
         for code in (*batch.info, batch.tokens, batch.targets, batch.loss_weights):
             assert not code[b, length:].any()
-        for array in (batch.patches, batch.patch_segment, batch.patch_window, batch.patch_place):
+        for array in (batch.patches, batch.patch_frame, batch.patch_window, batch.patch_place):
             assert not array[b, patches:].any()
         assert (np.diff(batch.patch_window[b, :patches]) >= 0).all()
-        assert (np.diff(batch.patch_segment[b, :patches]) >= 0).all()
-        frames = batch.patch_segment[b, :patches]
+        assert (np.diff(batch.patch_frame[b, :patches]) >= 0).all()
+        frames = batch.patch_frame[b, :patches]
         assert set(frames) == set(range(1, frames.max(initial=0) + 1))
 
 
@@ -84,9 +84,9 @@ def test_targets_are_the_next_token_of_the_document(processor: Processor, plan: 
     batch = collate(rows, smallest_shape(rows, 16, 16), s.patch_numbers, s.merge_patches)
     weights = 0
     for b in range(len(rows)):
-        segment = batch.info.segment[b]
+        document = batch.info.document[b]
         for t in np.flatnonzero(batch.loss_weights[b]):
-            assert segment[t] == segment[t + 1] > 0
+            assert document[t] == document[t + 1] > 0
             assert batch.targets[b, t] == batch.tokens[b, t + 1]
             weights += 1
     assert weights == sum(int(example.loss_mask.sum()) for row in rows for example in row)

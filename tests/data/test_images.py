@@ -139,7 +139,7 @@ def test_place_and_order_agree_with_pixels(rows: int, cols: int) -> None:
     units = patches.place.reshape(-1, 4, 2)[:, 0] // 2
     np.testing.assert_array_equal(units[patches.order], np.moveaxis(np.indices((rows, cols)), 0, -1).reshape(-1, 2))
     assert (np.diff(patches.window) >= 0).all()
-    assert set(patches.segment) == {1}
+    assert set(patches.frame) == {1}
 
 
 @given(st.integers(1, 3000), st.integers(1, 3000))

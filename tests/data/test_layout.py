@@ -49,7 +49,7 @@ def example(some: list[int | Visual], context: ContextTokens | None = None) -> E
     made = example_of(document(some, CONFIG, np.random.default_rng(0), context), CONFIG)
     text = made.info.kind == Kind.TEXT
     learned = np.where(text & (np.cumsum(text) % 2 == 0), 1, 0).astype(np.float32)
-    return made._replace(loss_mask=learned, info=made.info._replace(segment=np.ones_like(made.tokens)))
+    return made._replace(loss_mask=learned, info=made.info._replace(document=np.ones_like(made.tokens)))
 
 
 def grids_of(some: list[int | Visual]) -> list[Grid]:

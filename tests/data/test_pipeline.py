@@ -55,7 +55,7 @@ def test_rows_do_not_depend_on_who_loads_them(processor: Processor, step: int, c
     )
     small = Processor(processor.tokenizer, _limited(processor, config), processor.chat._template)
     whole = Pipeline(config, small).rows(step, 0, 6)
-    assert whole.info.segment.max() == documents
+    assert whole.info.document.max() == documents
     other = Pipeline(config, small)
     bounds = [0, *sorted(set(cuts)), 6]
     parts = [other.rows(step, a, b) for a, b in itertools.pairwise(bounds)]

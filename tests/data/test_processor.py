@@ -68,11 +68,11 @@ def test_a_visual_token_is_its_patches(processor: Processor, sizes: list[tuple[i
             assert item.dtype == expected, name
     merge = processor.settings.merge_size
     place = example.patch_place.reshape(-1, merge**2, 2)
-    segment = example.patch_segment.reshape(-1, merge**2)
+    frame = example.patch_frame.reshape(-1, merge**2)
     for token in np.flatnonzero(info.kind == Kind.VISUAL):
         unit = example.visual_index[token]
         assert (place[unit] // merge == [info.row[token], info.col[token]]).all()
-        assert (segment[unit] == info.image[token]).all()
+        assert (frame[unit] == info.image[token]).all()
         assert info.grid_t[token] == 1
         assert info.row[token] < info.grid_h[token]
         assert info.col[token] < info.grid_w[token]
@@ -80,7 +80,7 @@ def test_a_visual_token_is_its_patches(processor: Processor, sizes: list[tuple[i
     assert set(np.unique(example.patch_window)) == set(range(1, example.patch_window.max(initial=0) + 1))
     for window in np.unique(example.patch_window):
         mine = example.patch_window == window
-        assert len(set(example.patch_segment[mine])) == 1
+        assert len(set(example.patch_frame[mine])) == 1
         assert len(set(map(tuple, example.patch_place[mine] * 1 // 4))) == 1  # 2 merge units of 2 patches each way
     assert example.loss_mask.sum() == 0
 
@@ -99,10 +99,10 @@ def test_a_video(processor: Processor) -> None:
     assert (example.tokens[video] == low.video_token_id).all()
     assert video.sum() == 3 * 3 * 2
     np.testing.assert_array_equal(info.frame[video], np.repeat([0, 1, 2], 6))
-    np.testing.assert_array_equal(np.unique(example.patch_segment), [1, 2, 3, 4])
+    np.testing.assert_array_equal(np.unique(example.patch_frame), [1, 2, 3, 4])
     start = example.positions[0][video][0]
     np.testing.assert_array_equal(example.positions[0][video] - start, np.repeat([0, 4, 8], 6))
-    group = example.patches[example.patch_segment == 3].reshape(-1, 3, 2, 16)
+    group = example.patches[example.patch_frame == 3].reshape(-1, 3, 2, 16)
     np.testing.assert_array_equal(group[:, :, 0], group[:, :, 1])  # the fifth frame stands twice
 
 

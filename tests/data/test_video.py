@@ -73,7 +73,7 @@ def test_frames_have_the_pixels_of_pictures() -> None:
         np.testing.assert_array_equal(
             pixels[group, :, :, slot], singles[frame].pixels.reshape(units, 3, 2, 196)[:, :, 0]
         )
-    np.testing.assert_array_equal(video.segment, np.repeat([1, 2], units))
+    np.testing.assert_array_equal(video.frame, np.repeat([1, 2], units))
     np.testing.assert_array_equal(video.place, np.tile(singles[0].place, (2, 1)))
     windows = singles[0].window.max()
     np.testing.assert_array_equal(video.window, np.concatenate([singles[0].window, singles[0].window + windows]))

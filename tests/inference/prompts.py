@@ -29,7 +29,7 @@ def example_of(doc: Document, config: VlmConfig, layout: VisualLayout | None = N
         positions=row.positions[:, 0],
         visual_index=row.visual_index[0],
         patches=row.patches[0],
-        patch_segment=row.patch_segment[0],
+        patch_frame=row.patch_frame[0],
         patch_place=row.patch_place[0],
         patch_window=row.patch_window[0],
     )
@@ -47,7 +47,7 @@ def with_answer(prompt: Document, answer: list[int]) -> Document:
         positions=prompt.positions + [(after + i,) * 3 for i in range(len(answer))],
         units=prompt.units + [0] * len(answer),
         patches=prompt.patches,
-        segment=prompt.segment,
+        frame=prompt.frame,
         place=prompt.place,
         window=prompt.window,
     )

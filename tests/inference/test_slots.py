@@ -185,7 +185,7 @@ def test_a_batch_says_what_each_row_says_alone(expected: list[list[int]]) -> Non
 @pytest.mark.parametrize("kind", ["bfloat16", "int8"])
 def test_a_smaller_cache_says_nearly_the_same(kind: CacheType, expected: list[list[int]]) -> None:
     slots = engine(a_model(), dataclasses.replace(FEW, cache=kind))
-    assert {x.dtype.name for x in jax.tree.leaves(slots._state.cache.segments[1].k)} >= {kind}
+    assert {x.dtype.name for x in jax.tree.leaves(slots._state.cache.layer_runs[1].k)} >= {kind}
     answers = run(slots, prompts()[:2])
     assert [answer[0] for answer in answers] == [answer[0] for answer in expected[:2]]
 
@@ -195,12 +195,12 @@ def test_layers_apart_say_the_same(expected: list[list[int]]) -> None:
     options = dataclasses.replace(stacked.options, scan_layers=False)
     apart = jax.eval_shape(lambda: Vlm(SHORT, options, key=jax.random.key(0)))
     layers = [
-        jax.tree.map(lambda x, n=n: x[n : n + 1], segment.layers)
-        for segment in stacked.decoder.segments
-        for n in range(segment.stop - segment.start)
+        jax.tree.map(lambda x, n=n: x[n : n + 1], run.layers)
+        for run in stacked.decoder.layer_runs
+        for n in range(run.stop - run.start)
     ]
-    for segment, one in zip(apart.decoder.segments, layers, strict=True):
-        segment.layers = one
+    for run, one in zip(apart.decoder.layer_runs, layers, strict=True):
+        run.layers = one
     apart.decoder.norm, apart.embed, apart.lm_head = stacked.decoder.norm, stacked.embed, stacked.lm_head
     apart.vision = stacked.vision
     assert run(engine(apart, FEW), prompts()[:2]) == expected[:2]
@@ -237,7 +237,7 @@ def test_a_mesh_changes_nothing_and_compiles_nothing_twice(expected: list[list[i
     mesh = make_mesh(MeshConfig(fsdp=2, tensor=2), jax.devices()[:4])
     before = compilations()
     slots = engine(a_model(), dataclasses.replace(FEW, slots=4), mesh=mesh)
-    stored = slots._state.cache.segments[0].k
+    stored = slots._state.cache.layer_runs[0].k
     wanted = named_sharding(("layers", "batch", "kv_heads", "length", None), stored.shape, mesh)
     assert stored.sharding.is_equivalent_to(wanted, stored.ndim) and not wanted.is_fully_replicated
     assert run(slots, prompts()) == expected
@@ -252,7 +252,7 @@ def test_regions_on_a_mesh_and_in_few_bytes_say_the_same() -> None:
     mesh = make_mesh(MeshConfig(fsdp=2, tensor=2), jax.devices()[:4])
     slots = engine(a_model("gaze"), dataclasses.replace(SIZES, slots=4), mesh=mesh)
     far = slots._state.cache.regions
-    assert far is not None and not far.segments[0].keys.k.sharding.is_fully_replicated
+    assert far is not None and not far.layer_runs[0].keys.k.sharding.is_fully_replicated
     assert run(slots, prompts()) == expected
     few = run(engine(a_model("gaze"), dataclasses.replace(SIZES, cache="int8")), prompts())
     said = [a == b for mine, theirs in zip(few, expected, strict=True) for a, b in zip(mine, theirs, strict=True)]

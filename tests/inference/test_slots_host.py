@@ -60,7 +60,7 @@ def prompts() -> list[Document]:
 def check_memory(slots: Engine) -> None:
     """Keys and values of regions are on the host, and nothing else is."""
     cache = slots._state.cache
-    kept = [part for one in cache.regions.segments for part in (one.keys.k, one.keys.v)]
+    kept = [part for one in cache.regions.layer_runs for part in (one.keys.k, one.keys.v)]
     kept = [getattr(part, "values", part).tiles for part in kept]
     assert {x.sharding.memory_kind for x in kept} == {"pinned_host"}
     found = [x for x in jax.tree.leaves(slots._state) if x.sharding.memory_kind != "device"]

@@ -13,13 +13,13 @@ import pytest
 from hypothesis import given, settings
 
 from rave_jax.config import ConfigError
-from rave_jax.kernels.pair_bias import KeySegments, PairForm, attention, choose
+from rave_jax.kernels.pair_bias import KeyGroups, PairForm, attention, choose
 from rave_jax.kernels.pair_bias.base import LOG_GATE_FLOOR, log_gate, tile_allow
 from rave_jax.kernels.pair_bias.support import interpreted
 from tests.kernels.drawn import FORMS, Dims, codes_of, random_codes, random_cotangents, random_key_bias, random_operands
 
 B, H, K, h, c, r = 2, 4, 2, 8, 6, 4  # c: width of values
-NUM_SEGMENTS = 4
+NUM_GROUPS = 4
 SHAPES = ((1, 1), (7, 300), (300, 300))
 
 
@@ -28,12 +28,12 @@ def dims(T: int, S: int) -> Dims:
 
 
 @functools.partial(jax.jit, static_argnames=("form", "implementation"))
-def outputs_and_gradients(q, k, v, bias, key_bias, codes, ct, form, implementation, segments=None):
+def outputs_and_gradients(q, k, v, bias, key_bias, codes, ct, form, implementation, groups=None):
     """Output, log-sum-exp and the gradient of every float operand for one random pair of cotangents."""
 
     def run(q, k, v, floats, key_bias):
         full = None if bias is None else bias._replace(**floats)
-        of = None if segments is None else KeySegments(segments, NUM_SEGMENTS)
+        of = None if groups is None else KeyGroups(groups, NUM_GROUPS)
         return attention(
             q,
             k,
@@ -43,7 +43,7 @@ def outputs_and_gradients(q, k, v, bias, key_bias, codes, ct, form, implementati
             PairForm(form),
             scale=h**-0.5,
             key_bias=key_bias,
-            segments=of,
+            key_groups=of,
             implementation=implementation,
         )
 
@@ -75,16 +75,16 @@ def test_xla_equals_reference_with_every_gradient(shape, form, per_key):
 
 
 @pytest.mark.parametrize("implementation", ("reference", "xla"))
-def test_segments_are_what_their_keys_alone_give_and_merge_to_the_whole(implementation):
+def test_key_groups_are_what_their_keys_alone_give_and_merge_to_the_whole(implementation):
     rng = np.random.default_rng(5)
     T, S = 7, 300
     q, k, v, bias = random_operands(rng, dims(T, S), 0.5)
     key_bias, codes = random_key_bias(rng, dims(T, S)), random_codes(rng, B, T, S)
-    of = jnp.asarray(rng.integers(0, NUM_SEGMENTS - 1, (B, S)), jnp.int32)  # the last one stays empty
-    rest = (codes, random_cotangents(rng, dims(T, S), NUM_SEGMENTS), "log_gate")
+    of = jnp.asarray(rng.integers(0, NUM_GROUPS - 1, (B, S)), jnp.int32)  # the last one stays empty
+    rest = (codes, random_cotangents(rng, dims(T, S), NUM_GROUPS), "log_gate")
     out, lse, grads = outputs_and_gradients(q, k, v, bias, key_bias, *rest, implementation, of)
     assert np.all(np.asarray(out)[:, :, -1] == 0) and np.all(np.isneginf(np.asarray(lse)[:, :, -1]))
-    for n in range(NUM_SEGMENTS):
+    for n in range(NUM_GROUPS):
         inside = np.asarray(of) == n
         alone, alone_lse = by_hand(q, k, v, codes, bias, key_bias, inside)
         np.testing.assert_allclose(out[:, :, n], alone, atol=2e-5)
@@ -237,16 +237,16 @@ def test_bfloat16_keeps_float32_statistics():
 
 @pytest.mark.parametrize("implementation", ("reference", "xla", "pallas_tpu"))
 def test_an_interval_without_a_lower_end_reaches_no_key_that_is_nowhere(implementation):
-    """Neither one that is so given, nor one out of its segment, nor one that a backend pads with."""
+    """Neither one that is so given, nor one out of its key group, nor one that a backend pads with."""
     rng = np.random.default_rng(6)
     T, S, seen = 7, 300, 200
     q, k, v, _ = random_operands(rng, dims(T, S), 0.5)
     least, largest = np.iinfo(np.int32).min, np.iinfo(np.int32).max
     order = np.where(np.arange(S) < seen, np.arange(S), least)
     codes = codes_of(B, np.full(T, least), np.full(T, largest), order, np.full(T, -1), np.full(S, -2))
-    segments = KeySegments(jnp.broadcast_to(jnp.arange(S) % 2, (B, S)).astype(jnp.int32), 2)
+    key_groups = KeyGroups(jnp.broadcast_to(jnp.arange(S) % 2, (B, S)).astype(jnp.int32), 2)
     with interpreted():
-        run = jax.jit(lambda *x: attention(*x, scale=0.3, segments=segments, implementation=implementation))
+        run = jax.jit(lambda *x: attention(*x, scale=0.3, key_groups=key_groups, implementation=implementation))
         out, lse = run(q, k, v, codes)
     for n in range(2):
         inside = (np.arange(S) < seen) & (np.arange(S) % 2 == n)
@@ -275,8 +275,8 @@ def test_operands_that_do_not_fit_are_named():
         attention(q, k, v, codes, bias._replace(gain=bias.gain.astype(jnp.bfloat16)), scale=1.0)
     with pytest.raises(ValueError, match=r"bias\.key_on is float32, expected bool"):
         attention(q, k, v, codes, bias._replace(key_on=bias.key_on.astype(jnp.float32)), scale=1.0)
-    with pytest.raises(ValueError, match="0 key segments, expected at least 1"):
-        attention(q, k, v, codes, scale=1.0, segments=KeySegments(codes.order, 0))
+    with pytest.raises(ValueError, match="0 key groups, expected at least 1"):
+        attention(q, k, v, codes, scale=1.0, key_groups=KeyGroups(codes.order, 0))
     with pytest.raises(ValueError, match="an array as its scale"):
         attention(q, k, v, codes, scale=jnp.float32(1))
     with pytest.raises(ValueError, match="'flash'"):

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from jax.experimental.pallas import tpu as pltpu
 
-from rave_jax.kernels.pair_bias import KeySegments, PairForm, attention, pallas_tpu, reference
+from rave_jax.kernels.pair_bias import KeyGroups, PairForm, attention, pallas_tpu, reference
 from rave_jax.kernels.pair_bias.base import Terms
 from rave_jax.kernels.pair_bias.pallas_tpu.blocks import FACTS, BlockSizes, ByFacts, block_facts
 from rave_jax.kernels.pair_bias.pallas_tpu.operands import nested
@@ -251,18 +251,18 @@ def test_a_mesh_changes_nothing(implementation, mesh):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), split, alone)
 
 
-def test_segments_are_those_of_the_oracle_with_their_gradients():
+def test_key_groups_are_those_of_the_oracle_with_their_gradients():
     d = Dims(1, 130, 200, 1, 2, 32, 32, 8)
     rng = np.random.default_rng(3)
     q, k, v, bias = random_operands(rng, d, 0.6)
     codes = random_codes(rng, d.B, d.T, d.S)
-    segments = KeySegments(jnp.asarray(rng.integers(0, 2, (d.B, d.S)), jnp.int32), 3)
-    ct = random_cotangents(rng, d, segments.count)
+    key_groups = KeyGroups(jnp.asarray(rng.integers(0, 2, (d.B, d.S)), jnp.int32), 3)
+    ct = random_cotangents(rng, d, key_groups.count)
 
     def everything(implementation, q, k, v, floats):
         def of(q, k, v, floats):
             pair = bias._replace(**floats)
-            return attention(q, k, v, codes, pair, scale=0.3, segments=segments, implementation=implementation)
+            return attention(q, k, v, codes, pair, scale=0.3, key_groups=key_groups, implementation=implementation)
 
         (out, lse), pull = jax.vjp(of, q, k, v, floats)
         return out, lse, pull((ct[0], jnp.where(jnp.isfinite(lse), ct[1], 0.0)))

@@ -34,7 +34,7 @@ class Document:
     positions: list[tuple[int, int, int]] = field(default_factory=list)
     units: list[int] = field(default_factory=list)
     patches: list[np.ndarray] = field(default_factory=list)
-    segment: list[int] = field(default_factory=list)
+    frame: list[int] = field(default_factory=list)
     place: list[tuple[int, int]] = field(default_factory=list)
     window: list[int] = field(default_factory=list)
     hf_pixels: dict[str, list[np.ndarray]] = field(default_factory=lambda: {"image": [], "video": []})
@@ -102,7 +102,7 @@ def _add_patches(doc: Document, visual: Visual, vision: VisionConfig, rng: np.ra
         doc.hf_seconds.append(visual.seconds)
     unit_of = {}
     for t in range(visual.t):
-        frame = max(doc.segment, default=0) + 1
+        frame = max(doc.frame, default=0) + 1
         for top in range(0, visual.h, side):
             for left in range(0, visual.w, side):
                 window = max(doc.window, default=0) + 1
@@ -112,7 +112,7 @@ def _add_patches(doc: Document, visual: Visual, vision: VisionConfig, rng: np.ra
                         for i, j in np.ndindex(m, m):
                             doc.patches.append(pixels[t, row + i, col + j])
                             doc.place.append((row + i, col + j))
-                            doc.segment.append(frame)
+                            doc.frame.append(frame)
                             doc.window.append(window)
     return unit_of
 
@@ -133,13 +133,13 @@ def _row(documents: list[Document], config: VlmConfig, T: int, P: int) -> dict[s
     row = {name: np.zeros(T, np.int32) for name in (*TokenInfo._fields, "tokens", "targets", "visual_index")}
     row |= {"loss_weights": np.zeros(T, np.float32), "positions": np.zeros((3, T), np.int32)}
     row |= {"patches": np.zeros((P, C), np.uint8), "patch_place": np.zeros((P, 2), np.int32)}
-    row |= {name: np.zeros(P, np.int32) for name in ("patch_segment", "patch_window")}
-    token = patch = segment = window = images = 0
+    row |= {name: np.zeros(P, np.int32) for name in ("patch_frame", "patch_window")}
+    token = patch = frame = window = images = 0
     for number, doc in enumerate(documents, 1):
         n, p = len(doc.tokens), len(doc.patches)
         assert token + n <= T and patch + p <= P, "the test's own shape is too small"
         here, there = slice(token, token + n), slice(patch, patch + p)
-        row["tokens"][here], row["positions"][:, here], row["segment"][here] = (
+        row["tokens"][here], row["positions"][:, here], row["document"][here] = (
             doc.tokens,
             np.array(doc.positions).T,
             number,
@@ -153,9 +153,9 @@ def _row(documents: list[Document], config: VlmConfig, T: int, P: int) -> dict[s
                 row["visual_index"][token + i] = doc.units[i] + patch // unit
         if p:
             row["patches"][there], row["patch_place"][there] = np.stack(doc.patches), doc.place
-            row["patch_segment"][there] = np.array(doc.segment) + segment
+            row["patch_frame"][there] = np.array(doc.frame) + frame
             row["patch_window"][there] = np.array(doc.window) + window
-            segment, window = segment + max(doc.segment), window + max(doc.window)
+            frame, window = frame + max(doc.frame), window + max(doc.window)
         images += max((code.get("image", 0) for code in doc.codes), default=0)
         token, patch = token + n, patch + p
     return row

@@ -104,7 +104,7 @@ def test_the_table_learns_and_nobody_predicts_its_tokens() -> None:
 
     # Only the last token is learned, far behind the pictures: it reads them through the context tokens too.
     weights = np.zeros_like(rows.loss_weights)
-    last = int(np.asarray(rows.info.segment)[0].nonzero()[0][-1]) - 1
+    last = int(np.asarray(rows.info.document)[0].nonzero()[0][-1]) - 1
     weights[0, last] = 1
     found = named_parameters(gradients(a_model(), rows._replace(loss_weights=weights)))["context.weight"][...]
     assert found.shape == (CONTEXT.count, CONFIG.text.hidden_size)

@@ -51,11 +51,11 @@ def test_the_7b_takes_the_published_bytes_and_keys(shared_data: Path) -> None:
 def test_keys_find_their_layer_when_mechanisms_cut_the_stack() -> None:
     config = presets.tiny(num_layers=5)
     model = abstract(config, ModelOptions(mechanisms=(SlidingWindow(4, layers=(1, 2, 4)),)))
-    assert [(s.start, s.stop) for s in model.decoder.segments] == [(0, 1), (1, 3), (3, 4), (4, 5)]
+    assert [(s.start, s.stop) for s in model.decoder.layer_runs] == [(0, 1), (1, 3), (3, 4), (4, 5)]
     rules = family_named(config.family).tensors(config)
     assert_one_to_one(model, rules)
     third = next(rule for rule in rules if rule.hf_key == "model.layers.2.mlp.up_proj.weight")
-    assert locate(model, third) == ("decoder.segments.1.layers.mlp.up.weight", 1)
+    assert locate(model, third) == ("decoder.layer_runs.1.layers.mlp.up.weight", 1)
 
 
 def assert_one_to_one(model: Vlm, rules) -> None:
@@ -187,6 +187,6 @@ def test_a_token_of_the_7b_takes_the_cache_that_the_page_says(
 ) -> None:
     options = ModelOptions(mechanisms=mechanisms, param_dtype=dtype, compute_dtype=dtype)
     made = jax.eval_shape(lambda: Vlm(presets.qwen2_5_vl_7b(), options, key=jax.random.key(0)).empty_cache(1, 1, kind))
-    assert sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(made.segments)) == expected
+    assert sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(made.layer_runs)) == expected
     page = (repo / "docs" / "generation.md").read_text()
     assert all(f"{number:,}" in page for number in ({expected} if not mechanisms else {7_616}))

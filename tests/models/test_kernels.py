@@ -36,7 +36,7 @@ def everything(mechanisms: tuple[MechanismConfig, ...], attention: Implementatio
     def of(model: Vlm) -> tuple[jax.Array, Vlm]:
         def loss(model: Vlm) -> tuple[jax.Array, jax.Array]:
             logits = model.logits(model.hidden(given))
-            real = (given.info.segment > 0)[..., None]
+            real = (given.info.document > 0)[..., None]
             return jnp.sum(jnp.where(real, logits, 0.0) ** 2), jnp.where(real, logits, 0.0)
 
         return jax.grad(loss, has_aux=True)(model)[::-1]
@@ -61,13 +61,13 @@ PARTS: dict[str, MechanismConfig] = {
     "a key bias": ZeroTuning(gamma=(1.5, 0.4), heads=(0, 3)),
     "a channel": ZeroTuning(gamma=3.0, heads=(1,), route="channel"),
     "a factor": ZeroTuning(gamma=0.3, heads=(2,), route="after"),
-    "weighed segments": Var(dims=(3,), tau=1.8, summ=0.05),
+    "weighed key groups": Var(dims=(3,), tau=1.8, summ=0.05),
 }
 
 
 @pytest.mark.slow
 def test_all_that_mechanisms_may_ask_of_a_kernel_is_the_dense_attention() -> None:
-    """q and k that are twice as wide and a column more, every kind of term, four segments and what follows them."""
+    """q and k that are twice as wide and a column more, every kind of term, four key groups and what follows them."""
     mechanisms = tuple(PARTS.values())
     same(everything(mechanisms, "pallas_tpu"), everything(mechanisms, "reference"))
 
@@ -80,7 +80,7 @@ def test_each_of_them_says_something() -> None:
     def logits(names: set[str]) -> jax.Array:
         chosen = tuple(PARTS[name] for name in PARTS if name in names)
         model = made(CONFIG, ModelOptions(mechanisms=chosen, attention="reference"))
-        return jax.jit(lambda model: model.logits(model.hidden(given)))(model)[given.info.segment > 0]
+        return jax.jit(lambda model: model.logits(model.hidden(given)))(model)[given.info.document > 0]
 
     whole = logits(set(PARTS))
     for name in PARTS:

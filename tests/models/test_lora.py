@@ -42,7 +42,7 @@ def test_adapters_start_as_nothing_and_learn() -> None:
 
 def test_an_adapter_equals_the_merged_weight() -> None:
     model = build(ModelOptions(lora=Lora(rank=2, alpha=3.0, targets=("decoder.attention.query",))))
-    path = "decoder.segments.0.layers.attention.query."
+    path = "decoder.layer_runs.0.layers.attention.query."
     params = named_parameters(model)
     up = jax.random.normal(jax.random.key(1), params[path + "adapter.up"].shape)
     adapted = with_values(model, {path + "adapter.up": up})

@@ -88,7 +88,7 @@ def test_prefill_and_decode_equal_the_whole_forward_at_every_step(options: Model
     T = 18
     whole = batch(rows, CONFIG, tokens=T, patches=24)
     expected = np.asarray(logits(model, whole))
-    lengths = (np.asarray(whole.info.segment) > 0).sum(1)
+    lengths = (np.asarray(whole.info.document) > 0).sum(1)
 
     within = np.arange(T) < prompts[:, None]
     prompt = whole._replace(
@@ -141,15 +141,15 @@ def test_a_smaller_cache_changes_little(kind: CacheType, tolerance: float) -> No
     whole = batch([[doc] for doc in documents([3, Visual(1, 4, 6), 8], [12])], CONFIG, tokens=18, patches=24)
     expected = np.asarray(logits(model, whole))
     hidden, _ = prefill(model, whole, model.empty_cache(2, 18, kind))
-    real = np.asarray(whole.info.segment) > 0
+    real = np.asarray(whole.info.document) > 0
     difference = np.abs(np.asarray(model.logits(hidden)) - expected)[real]
     assert 0 < difference.max() < tolerance * np.abs(expected[real]).max()
 
 
 def test_a_cache_keeps_what_mechanisms_remember_and_no_more() -> None:
-    (plain,) = a_model().empty_cache(1, 5).segments
+    (plain,) = a_model().empty_cache(1, 5).layer_runs
     assert plain.remembered == ()
-    before, rave, *after = a_model(RAVE).empty_cache(1, 5).segments
+    before, rave, *after = a_model(RAVE).empty_cache(1, 5).layer_runs
     assert [keys.remembered for keys in (before, *after)] == [()] * (1 + len(after))
     gate_keys = jax.tree.leaves(rave.remembered)
     assert [x.shape for x in gate_keys] == [(2, 1, CONFIG.text.num_kv_heads, 5, 4), (2, 1, CONFIG.text.num_kv_heads, 5)]
@@ -221,11 +221,11 @@ def test_rematerialisation_changes_no_gradient() -> None:
 
 
 def test_how_a_stack_is_cut_changes_nothing() -> None:
-    # A window wider than the row does nothing but make segments.
+    # A window wider than the row does nothing but make layer runs.
     cut = ModelOptions(mechanisms=(SlidingWindow(100, layers=(1,)),))
     build = jax.jit(lambda options: Vlm(CONFIG, options, key=jax.random.key(3)), static_argnums=0)
     whole, parts = build(ModelOptions()), build(cut)
-    assert [len(whole.decoder.segments), len(parts.decoder.segments)] == [1, 3]
+    assert [len(whole.decoder.layer_runs), len(parts.decoder.layer_runs)] == [1, 3]
     rows = batch([documents([3, Visual(1, 4, 6), 4])], CONFIG, tokens=14, patches=24)
     np.testing.assert_allclose(logits(whole, rows), logits(parts, rows), atol=1e-5)
 
@@ -235,7 +235,7 @@ def test_layers_apart_are_the_layers_of_the_stack() -> None:
     build = jax.jit(lambda options: Vlm(CONFIG, options, key=jax.random.key(3)), static_argnums=0)
     stacked, apart = (build(dataclasses.replace(RAVE, scan_layers=scan)) for scan in (True, False))
     for stack, depth in ((apart.decoder, CONFIG.text.num_layers), (apart.vision, CONFIG.vision.depth)):
-        assert [(s.start, s.stop) for s in stack.segments] == [(n, n + 1) for n in range(depth)]
+        assert [(s.start, s.stop) for s in stack.layer_runs] == [(n, n + 1) for n in range(depth)]
     rows = batch([documents([3, Visual(1, 4, 6), 4])], CONFIG, tokens=14, patches=24)
 
     @jax.jit
@@ -247,9 +247,9 @@ def test_layers_apart_are_the_layers_of_the_stack() -> None:
         layers = [
             jnp.linalg.norm(leaf[n].reshape(-1))
             for stack in (grads.decoder, grads.vision)
-            for segment in stack.segments
-            for n in range(segment.stop - segment.start)
-            for leaf in jax.tree.leaves(segment.layers)
+            for run in stack.layer_runs
+            for n in range(run.stop - run.start)
+            for leaf in jax.tree.leaves(run.layers)
         ]
         return [*layers, jnp.linalg.norm(grads.embed.weight[...])]
 
@@ -286,7 +286,7 @@ def test_half_precision_keeps_its_types() -> None:
 def test_visual_tokens_come_from_their_own_picture() -> None:
     docs = documents([1, Visual(1, 4, 4), 1, Visual(1, 2, 4), 1])
     rows = batch([docs], CONFIG, tokens=12, patches=24)
-    second = rows._replace(patches=np.where(rows.patch_segment[..., None] == 2, 255 - rows.patches, rows.patches))
+    second = rows._replace(patches=np.where(rows.patch_frame[..., None] == 2, 255 - rows.patches, rows.patches))
     changed = np.abs(np.asarray(embedded(a_model(), rows) - embedded(a_model(), second))[0]).max(-1) > 0
     assert changed.tolist() == (rows.info.image[0] == 2).tolist()
     assert (rows.info.kind[0] == Kind.VISUAL).sum() == 6
@@ -303,7 +303,7 @@ def test_a_mesh_gives_the_same_numbers(layout: dict[str, int]) -> None:
     with use_mesh(mesh):
         placed = jax.device_put(model, shardings(model, mesh))
         ours = jax.jit(lambda m, b: m.logits(m.hidden(b)))(placed, rows)
-    query = named_parameters(placed)["decoder.segments.0.layers.attention.query.weight"]
+    query = named_parameters(placed)["decoder.layer_runs.0.layers.attention.query.weight"]
     assert param_axes(query) == ("layers", "heads", "head_dim", "embed")
     local = query[...].addressable_shards[0].data.size
     assert local * layout["fsdp"] * layout["tensor"] == query.size

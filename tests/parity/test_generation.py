@@ -258,7 +258,7 @@ def example(tokens: Sequence[int]) -> Example:
     """A prompt of text, from one token on; a chat template would make it longer."""
     T = len(tokens)
     codes: dict[str, Any] = {name: np.zeros(T, np.int32) for name in TokenInfo._fields}
-    codes |= {name: np.full(T, v, np.int32) for name, v in (("segment", 1), ("kind", Kind.TEXT), ("turn", 1))}
+    codes |= {name: np.full(T, v, np.int32) for name, v in (("document", 1), ("kind", Kind.TEXT), ("turn", 1))}
     codes |= {"role": np.full(T, Role.QUESTION, np.int32), "place": np.arange(T, dtype=np.int32)}
     none = np.zeros(0, np.int32)
     return Example(
@@ -268,7 +268,7 @@ def example(tokens: Sequence[int]) -> Example:
         positions=np.broadcast_to(np.arange(T, dtype=np.int32), (3, T)),
         visual_index=np.zeros(T, np.int32),
         patches=np.zeros((0, 0), np.uint8),
-        patch_segment=none,
+        patch_frame=none,
         patch_place=np.zeros((0, 2), np.int32),
         patch_window=none,
     )

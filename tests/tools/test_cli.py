@@ -64,7 +64,7 @@ def test_inspect_counts_every_byte(folder: Path, capsys: pytest.CaptureFixture[s
     out = capsys.readouterr().out
     size = sum(value.nbytes for value in load_file(folder / "model.safetensors").values())
     assert f"{size:,} bytes" in out
-    assert "decoder.segments.0.layers.attention.query.weight" in out and "2 x 4 x 8 x 32" in out
+    assert "decoder.layer_runs.0.layers.attention.query.weight" in out and "2 x 4 x 8 x 32" in out
 
 
 def test_inspect_of_a_bare_config(shared_data: Path, capsys: pytest.CaptureFixture[str]) -> None:

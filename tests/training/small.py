@@ -60,7 +60,7 @@ def random_batch(seed: int, rows: int, patches: int = PATCHES) -> Batch:
     visual = np.zeros((rows, LENGTH), bool)
     visual[:, 2:6] = True
     info = TokenInfo(*[zero] * len(TokenInfo._fields))._replace(
-        segment=zero + 1,
+        document=zero + 1,
         place=np.broadcast_to(np.arange(LENGTH, dtype=np.int32), (rows, LENGTH)),
         kind=np.where(visual, Kind.VISUAL, Kind.TEXT).astype(np.int32),
         role=np.full_like(zero, Role.QUESTION),
@@ -81,7 +81,7 @@ def random_batch(seed: int, rows: int, patches: int = PATCHES) -> Batch:
         positions=np.broadcast_to(np.arange(LENGTH, dtype=np.int32), (3, rows, LENGTH)),
         visual_index=index,
         patches=rng.integers(0, 256, (rows, patches, CONFIG.vision.patch_width)).astype(np.uint8),
-        patch_segment=np.ones((rows, patches), np.int32),
+        patch_frame=np.ones((rows, patches), np.int32),
         patch_place=np.broadcast_to(place, (rows, patches, 2)),
         patch_window=np.ones((rows, patches), np.int32),
     )

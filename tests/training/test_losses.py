@@ -49,10 +49,10 @@ def told(rows: int = 8) -> Batch:
     info.role[:, :2], info.role[:, 14:] = Role.SYSTEM, Role.RESPONSE
     info.role[0, :2], info.role[1, 14:] = Role.QUESTION, Role.QUESTION
     info.kind[2:4] = Kind.TEXT
-    info.segment[4:, 9:] = 2
+    info.document[4:, 9:] = 2
     info.place[4:, 9:] -= 9
     info.kind[5, 10:13], info.kind[6, 20:] = Kind.VISUAL, Kind.PAD
-    info.segment[6, 20:] = 0
+    info.document[6, 20:] = 0
     return batch._replace(info=info)
 
 

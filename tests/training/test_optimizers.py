@@ -35,7 +35,7 @@ def test_warmup_longer_than_the_run_is_refused():
         learning_rate_schedule(OptimizerConfig(warmup=10), 10)
 
 
-NAMES = ("embed.weight", "vision.patch.weight", "decoder.segments.0.layers.mechanisms.0.constant")
+NAMES = ("embed.weight", "vision.patch.weight", "decoder.layer_runs.0.layers.mechanisms.0.constant")
 
 
 def test_first_matching_group_owns_a_parameter():

@@ -39,7 +39,7 @@ class Stack(Protocol):
     """What is needed of a decoder."""
 
     @property
-    def segments(self) -> Iterable[Run]:
+    def layer_runs(self) -> Iterable[Run]:
         """All layers, in order."""
         ...
 
@@ -72,7 +72,7 @@ def with_gammas[S: Stack](decoder: S, gammas: Float[Array, "L H"]) -> S:
         ConfigError: the table is not of this decoder's layers and heads.
     """
     copy = jax.tree.map(lambda leaf: leaf, decoder)
-    runs = list(copy.segments)
+    runs = list(copy.layer_runs)
     wanted = (runs[-1].stop, copy.attention_dims.num_heads)
     if gammas.shape != wanted:
         raise ConfigError(f"gammas is a table of shape {gammas.shape}, expected (layers, heads) of {wanted}")

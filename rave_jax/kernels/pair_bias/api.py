@@ -15,12 +15,12 @@ from rave_jax.kernels.pair_bias import reference, shards, support, xla
 from rave_jax.kernels.pair_bias.base import (
     NOWHERE,
     Implementation,
-    KeySegments,
+    KeyGroups,
     MaskCodes,
     PairBias,
     PairForm,
     Terms,
-    of_segment,
+    of_key_group,
 )
 from rave_jax.typing import Array, Float
 
@@ -40,7 +40,7 @@ def attention(
     *,
     scale: float,
     key_bias: Float[Array, "B S H"] | None = None,
-    segments: KeySegments | None = None,
+    key_groups: KeyGroups | None = None,
     implementation: Implementation = "auto",
 ) -> tuple[Float[Array, "B T H c"] | Float[Array, "B T N H c"], Float[Array, "B T H"] | Float[Array, "B T N H"]]:
     """Attention under mask codes with optional score terms; semantics in `base`.
@@ -55,7 +55,7 @@ def attention(
         scale: multiplies <q, k>; usually head_dim ** -0.5. A number: kernels are compiled for it.
         key_bias: one more term of the score for each key and head, float32, or None. It is no mask: numbers of many
             thousands take the digits of the score and of the log-sum-exp, from which the gradients are made.
-        segments: a partition of the keys; output and log-sum-exp are then given for each of its N segments apart.
+        key_groups: a partition of the keys; output and log-sum-exp are then given for each of its N key groups apart.
         implementation: a backend by name, or "auto".
 
     Returns:
@@ -66,14 +66,14 @@ def attention(
         ValueError: operands whose shapes do not belong together or that have another type, or an implementation that is
             unknown or cannot serve.
     """
-    _check(q, k, v, codes, bias, form, scale, key_bias, segments)
+    _check(q, k, v, codes, bias, form, scale, key_bias, key_groups)
     codes = codes._replace(lo=jnp.maximum(codes.lo, NOWHERE + 1))
     run = BACKENDS[choose(implementation, q, k, v)]
     terms = Terms(bias, key_bias)
-    if segments is None:
+    if key_groups is None:
         return run(q, k, v, codes, terms, form, scale)
-    # Blocks without a key of the segment are out of reach, and kernels skip those.
-    parts = [run(q, k, v, of_segment(codes, segments, n), terms, form, scale) for n in range(segments.count)]
+    # Blocks without a key of the group are out of reach, and kernels skip those.
+    parts = [run(q, k, v, of_key_group(codes, key_groups, n), terms, form, scale) for n in range(key_groups.count)]
     out, lse = (jnp.stack(part, axis=2) for part in zip(*parts, strict=True))
     return out, lse
 
@@ -123,16 +123,16 @@ def _check(
     form: PairForm,
     scale: float,
     key_bias: Array | None,
-    segments: KeySegments | None,
+    key_groups: KeyGroups | None,
 ) -> None:
     wanted: tuple[tuple[str, Any, type], ...] = (
         ("codes", codes, MaskCodes),
         ("bias", bias, PairBias),
         ("form", form, PairForm),
-        ("segments", segments, KeySegments),
+        ("key_groups", key_groups, KeyGroups),
     )
     for name, x, kind in wanted:
-        if not isinstance(x, kind) and not (x is None and name in ("bias", "segments")):
+        if not isinstance(x, kind) and not (x is None and name in ("bias", "key_groups")):
             raise ValueError(f"attention operand {name} is of type {type(x).__name__}, expected {kind.__name__}")
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim != 4 or x.size == 0:
@@ -144,10 +144,10 @@ def _check(
     if isinstance(scale, jax.Array) or not isinstance(scale, Real) or not math.isfinite(scale):
         given = "an array" if isinstance(scale, jax.Array) else repr(scale)
         raise ValueError(f"attention has {given} as its scale, expected a number")
-    if segments is not None and not (isinstance(segments.count, int) and segments.count >= 1):
-        raise ValueError(f"attention has {segments.count} key segments, expected at least 1")
-    _check_shapes(q, k, v, codes, bias, key_bias, segments)
-    _check_types(codes, bias, key_bias, segments)
+    if key_groups is not None and not (isinstance(key_groups.count, int) and key_groups.count >= 1):
+        raise ValueError(f"attention has {key_groups.count} key groups, expected at least 1")
+    _check_shapes(q, k, v, codes, bias, key_bias, key_groups)
+    _check_types(codes, bias, key_bias, key_groups)
 
 
 def _check_shapes(
@@ -157,7 +157,7 @@ def _check_shapes(
     codes: MaskCodes,
     bias: PairBias | None,
     key_bias: Array | None,
-    segments: KeySegments | None,
+    key_groups: KeyGroups | None,
 ) -> None:
     B, T, H, h = q.shape
     S, K = k.shape[1:3]
@@ -175,8 +175,8 @@ def _check_shapes(
         expected |= {f"bias.{n}": (x.shape, s) for n, x, s in zip(bias._fields, bias, shapes, strict=True)}
     if key_bias is not None:
         expected["key_bias"] = (key_bias.shape, (B, S, H))
-    if segments is not None:
-        expected["segments.of"] = (segments.of.shape, (B, S))
+    if key_groups is not None:
+        expected["key_groups.of"] = (key_groups.of.shape, (B, S))
     for name, (given, wanted) in expected.items():
         if tuple(given) != wanted:
             raise ValueError(f"attention operand {name} has shape {tuple(given)}, expected {wanted} beside q {q.shape}")
@@ -184,15 +184,15 @@ def _check_shapes(
         raise ValueError(f"{H} query heads cannot share {K} kv heads: {H} is not a multiple of {K}")
 
 
-def _check_types(codes: MaskCodes, bias: PairBias | None, key_bias: Array | None, segments: KeySegments | None) -> None:
+def _check_types(codes: MaskCodes, bias: PairBias | None, key_bias: Array | None, key_groups: KeyGroups | None) -> None:
     given = {f"codes.{name}": (x, "int32") for name, x in codes._asdict().items()}
     if bias is not None:
         for name, x in bias._asdict().items():
             given[f"bias.{name}"] = x, "bool" if name.endswith("_on") else "float32"
     if key_bias is not None:
         given["key_bias"] = key_bias, "float32"
-    if segments is not None:
-        given["segments.of"] = segments.of, "int32"
+    if key_groups is not None:
+        given["key_groups.of"] = key_groups.of, "int32"
     for name, (x, wanted) in given.items():
         if x.dtype != wanted:
             raise ValueError(f"attention operand {name} is {x.dtype}, expected {wanted}")

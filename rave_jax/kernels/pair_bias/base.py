@@ -5,8 +5,8 @@
     allow_ij = (lo_i <= order_j <= hi_i) or (open_q_i == open_k_j)
     out_i    = sum_j softmax_j(score_ij over allowed j) v_j,   lse_i = log sum_j exp(score_ij)
 
-Rows with no allowed key give out = 0 and lse = -inf, with finite gradients. With key segments, out and lse exist once
-for each segment, as if its keys were all there are.
+Rows with no allowed key give out = 0 and lse = -inf, with finite gradients. With key groups, out and lse exist once
+for each key group, as if its keys were all there are.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class MaskCodes(NamedTuple):
     open_k: Int[Array, "B S"]
 
 
-class KeySegments(NamedTuple):
-    """A partition of the keys: key j is of segment `of[j]`, one of 0 .. count - 1; any other number is of none."""
+class KeyGroups(NamedTuple):
+    """A partition of the keys: key j is in group `of[j]`, one of 0 .. count - 1; any other number is in none."""
 
     of: Int[Array, "B S"]
     count: int
@@ -160,9 +160,9 @@ def tile_allow(codes: MaskCodes) -> Bool[Array, "B 1 1 T S"]:
     return (inside | (codes.open_q[..., None] == open_k))[:, None, None]
 
 
-def of_segment(codes: MaskCodes, segments: KeySegments, number: int) -> MaskCodes:
-    """The same codes with the keys of all other segments out of reach."""
-    inside = segments.of == number
+def of_key_group(codes: MaskCodes, key_groups: KeyGroups, number: int) -> MaskCodes:
+    """The same codes with the keys of all other key groups out of reach."""
+    inside = key_groups.of == number
     # An opening needs a number that no query has: the largest and one more (of -1, none, that is still no key's).
     shut = jnp.max(codes.open_q, axis=1, keepdims=True) + 1
     return codes._replace(order=jnp.where(inside, codes.order, NOWHERE), open_k=jnp.where(inside, codes.open_k, shut))

@@ -7,8 +7,8 @@ import logging
 
 import jax.numpy as jnp
 
-from rave_jax.kernels.pair_bias import Implementation, KeySegments, MaskCodes, PairBias, PairForm, support
-from rave_jax.kernels.pair_bias.base import NOWHERE, Terms, of_segment
+from rave_jax.kernels.pair_bias import Implementation, KeyGroups, MaskCodes, PairBias, PairForm, support
+from rave_jax.kernels.pair_bias.base import NOWHERE, Terms, of_key_group
 from rave_jax.kernels.routed import pallas_tpu, xla
 from rave_jax.kernels.routed.base import Routes, Routing
 from rave_jax.typing import Array, Float
@@ -30,13 +30,13 @@ def attention(
     routing: Routing,
     scale: float,
     key_bias: Float[Array, "B S H"] | None = None,
-    segments: KeySegments | None = None,
+    key_groups: KeyGroups | None = None,
     implementation: Implementation = "auto",
 ) -> tuple[Float[Array, "B T H c"] | Float[Array, "B T N H c"], Float[Array, "B T H"] | Float[Array, "B T N H"]]:
     """Attention over the keys that the mask allows and the query's choice of regions leaves open; see `base`.
 
     Args:
-        q, k, v, codes, bias, form, scale, key_bias, segments: as in `pair_bias.attention`.
+        q, k, v, codes, bias, form, scale, key_bias, key_groups: as in `pair_bias.attention`.
         routing: what the choice is made from, and how.
         implementation: "xla" goes through blocks of queries, "reference" takes all at once, and both make every score;
             "pallas_tpu" skips what was not chosen, and serves one hard choice for each kv head without further terms.
@@ -56,15 +56,15 @@ def attention(
         raise ValueError(f"routed attention has {given} to rank by beside a rule of with_bias = {rule.with_bias}")
     codes = codes._replace(lo=jnp.maximum(codes.lo, NOWHERE + 1))
     terms, form = Terms(bias, key_bias), form or PairForm()
-    name = _choose(implementation, q, k, v, terms, segments, routing)
+    name = _choose(implementation, q, k, v, terms, key_groups, routing)
     if name == "pallas_tpu":
         assert slots is not None
         return pallas_tpu.attention(q, k, v, codes, scale, routes, rule, slots)
     run = BACKENDS[name]
-    if segments is None:
+    if key_groups is None:
         return run(q, k, v, codes, terms, form, scale, routes, rule)
-    numbers = range(segments.count)
-    parts = [run(q, k, v, of_segment(codes, segments, n), terms, form, scale, routes, rule) for n in numbers]
+    numbers = range(key_groups.count)
+    parts = [run(q, k, v, of_key_group(codes, key_groups, n), terms, form, scale, routes, rule) for n in numbers]
     out, lse = (jnp.stack(part, axis=2) for part in zip(*parts, strict=True))
     return out, lse
 
@@ -75,7 +75,7 @@ def _choose(
     k: Array,
     v: Array,
     terms: Terms,
-    segments: KeySegments | None,
+    key_groups: KeyGroups | None,
     routing: Routing,
 ) -> str:
     if implementation not in ("auto", *NAMES):
@@ -92,7 +92,7 @@ def _choose(
         k,
         v,
         terms,
-        segments,
+        key_groups,
         routing.rule,
         regions,
         routing.slots,

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from rave_jax.attention import segment_codes
+from rave_jax.attention import block_diagonal_codes
 from rave_jax.kernels import pair_bias
 from rave_jax.kernels.pair_bias import Implementation, MaskCodes
 from rave_jax.models import lora
@@ -21,7 +21,7 @@ from rave_jax.models.config import ModelOptions, VisionConfig
 from rave_jax.models.connector import Merger
 from rave_jax.models.layers import Linear, RmsNorm, SwiGlu
 from rave_jax.models.rope import Rotation, patch_rotation, rotate
-from rave_jax.models.stack import Segment
+from rave_jax.models.stack import LayerRun
 from rave_jax.models.vision.windows import chunk_size, padded_size, window_attention, window_codes
 from rave_jax.parallel.sharding import shard
 from rave_jax.typing import Array, Float, Int, UInt8
@@ -88,8 +88,8 @@ class Tower(nnx.Module):
         self.patch = Linear(*width, ("embed", "patch"), bias=False, dtype=dtype, key=patch_key)
         keys = jax.random.split(blocks_key, config.depth)
         runs = block_runs(config.depth, config.full_attention_blocks, options.scan_layers)
-        self.segments = nnx.List(
-            Segment(start, stop, lambda k: VisionBlock(config, options, k), keys) for start, stop, _ in runs
+        self.layer_runs = nnx.List(
+            LayerRun(start, stop, lambda k: VisionBlock(config, options, k), keys) for start, stop, _ in runs
         )
         eps, unit = config.rms_norm_eps, config.merge_unit
         self.merger = Merger(config.hidden_size, config.out_size, unit, eps=eps, dtype=dtype, key=merger_key)
@@ -101,7 +101,7 @@ class Tower(nnx.Module):
     def __call__(
         self,
         patches: UInt8[Array, "B P C"],
-        segment: Int[Array, "B P"],
+        frame: Int[Array, "B P"],
         place: Int[Array, "B P 2"],
         window: Int[Array, "B P"],
     ) -> Float[Array, "B M O"]:
@@ -109,7 +109,7 @@ class Tower(nnx.Module):
 
         Args:
             patches: pixel values 0..255, flattened as (channel, temporal, row, col).
-            segment: frame of each patch, from 1; 0 is padding.
+            frame: frame of each patch, from 1; 0 is padding.
             place: (row, col) of each patch in its frame's grid.
             window: window of each patch, from 1, contiguous and ascending; 0 is padding.
 
@@ -121,14 +121,14 @@ class Tower(nnx.Module):
             expected = f"a multiple of {config.merge_unit} patches of {config.patch_width}"
             raise ValueError(f"patches are {P} of {C} numbers, expected {expected}")
         extra = padded_size(P, config.window_patches) - P
-        patches, segment, place, window = (
-            jnp.pad(a, [(0, 0), (0, extra)] + [(0, 0)] * (a.ndim - 2)) for a in (patches, segment, place, window)
+        patches, frame, place, window = (
+            jnp.pad(a, [(0, 0), (0, extra)] + [(0, 0)] * (a.ndim - 2)) for a in (patches, frame, place, window)
         )
         chunk = chunk_size(P, config.window_patches)
-        local, whole = window_codes(window, chunk), segment_codes(segment)
+        local, whole = window_codes(window, chunk), block_diagonal_codes(frame)
         rotation = patch_rotation(place, config.head_dim, config.rope_theta)
         x = shard(self.patch(self.normalised(patches)), "batch", "length", None)
-        for run, full in zip(self.segments, self.full, strict=True):
+        for run, full in zip(self.layer_runs, self.full, strict=True):
             codes, width = (whole, None) if full else (local, chunk)
 
             def body(block: VisionBlock, x: Array, _: None, at: tuple[Rotation, MaskCodes], width: int | None = width):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
-from rave_jax.attention import segment_codes
+from rave_jax.attention import block_diagonal_codes
 from rave_jax.kernels import pair_bias
 from rave_jax.kernels.pair_bias import Implementation, MaskCodes
 from rave_jax.typing import Array, Float, Int
@@ -28,7 +28,7 @@ def padded_size(P: int, W: int) -> int:
 def window_codes(window: Int[Array, "B P"], chunk: int) -> MaskCodes:
     """Mask codes [B P/chunk, chunk] of queries and [B P/chunk, 3 chunk] (or chunk) of keys."""
     keys = _with_neighbours(window, chunk)
-    codes = segment_codes(window.reshape(-1, chunk))
+    codes = block_diagonal_codes(window.reshape(-1, chunk))
     return codes._replace(order=keys, open_k=jnp.full_like(keys, codes.open_k[0, 0]))
 
 

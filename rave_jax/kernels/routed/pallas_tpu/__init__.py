@@ -15,9 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from rave_jax.kernels.pair_bias import KeySegments, MaskCodes, support
+from rave_jax.kernels.pair_bias import KeyGroups, MaskCodes, support
 from rave_jax.kernels.pair_bias import pallas_tpu as dense
-from rave_jax.kernels.pair_bias.base import NOWHERE, PairForm, Terms, group_heads, of_segment, ungroup_heads
+from rave_jax.kernels.pair_bias.base import NOWHERE, PairForm, Terms, group_heads, of_key_group, ungroup_heads
 from rave_jax.kernels.pair_bias.pallas_tpu.blocks import BlockSizes
 from rave_jax.kernels.pair_bias.pallas_tpu.operands import pad
 from rave_jax.kernels.pair_bias.pallas_tpu.tile import LANES, LOG2E, UNSEEN
@@ -105,15 +105,15 @@ def on_device(
 
 def dense_codes(codes: MaskCodes, routes: Routes) -> tuple[MaskCodes, MaskCodes]:
     """Of keys without a region, for all queries; and of the others, for queries that are not routed."""
-    of = KeySegments((routes.keys > 0).astype(jnp.int32), 2)
+    of = KeyGroups((routes.keys > 0).astype(jnp.int32), 2)
     routed = routes.before > NOWHERE
-    apart = of_segment(codes, of, 1)
+    apart = of_key_group(codes, of, 1)
     shut = apart._replace(
         lo=jnp.where(routed, 1, apart.lo),
         hi=jnp.where(routed, 0, apart.hi),
         open_q=jnp.where(routed, NOWHERE, apart.open_q),
     )
-    return of_segment(codes, of, 0), shut
+    return of_key_group(codes, of, 0), shut
 
 
 def merged(

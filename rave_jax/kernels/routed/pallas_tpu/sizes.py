@@ -6,7 +6,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from rave_jax.kernels.pair_bias import KeySegments, support
+from rave_jax.kernels.pair_bias import KeyGroups, support
 from rave_jax.kernels.pair_bias.base import Terms
 from rave_jax.kernels.pair_bias.pallas_tpu.operands import up
 from rave_jax.kernels.pair_bias.pallas_tpu.tile import LANES
@@ -84,7 +84,7 @@ def against(
     k: Array,
     v: Array,
     terms: Terms,
-    segments: KeySegments | None,
+    key_groups: KeyGroups | None,
     rule: RouteRule,
     regions: int,
     slots: int | None,
@@ -104,8 +104,8 @@ def against(
         return f"choices must be hard and by descriptors, not {rule.choice} by {rule.by}"
     if rule.with_bias:
         return "regions are ranked with a pair bias"
-    if terms or segments is not None:
-        return "a pair bias, a key bias and segments of keys are not served"
+    if terms or key_groups is not None:
+        return "a pair bias, a key bias and key groups are not served"
     if max(q.shape[-1], v.shape[-1]) > LANES or q.shape[-1] != v.shape[-1]:
         return f"keys and values must have one width of at most {LANES}, not {q.shape[-1]} and {v.shape[-1]}"
     if G > MOST_HEADS:
