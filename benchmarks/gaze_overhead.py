@@ -62,7 +62,7 @@ def question(grid: tuple[int, int, int], options: ModelOptions) -> TokenInfo:
     visual |= {"grid_t": frames, "grid_h": height, "grid_w": width}
     for name, values in visual.items():
         codes[name][:n] = values
-    codes["kind"][n], codes["document"][:], codes["place"][:] = Kind.TEXT, 1, np.arange(n + 1)
+    codes["kind"][n], codes["document"][:], codes["offset"][:] = Kind.TEXT, 1, np.arange(n + 1)
     zero, none = np.zeros(n + 1, np.int32), np.zeros((0, 2), np.int32)
     positions = np.tile(np.arange(n + 1, dtype=np.int32), (3, 1))
     info, weights = TokenInfo(**codes), zero.astype(np.float32)

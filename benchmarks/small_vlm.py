@@ -18,7 +18,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from rave_jax.batch import Kind, TokenInfo
 from rave_jax.checkpoint.hf_import import import_hf
 from rave_jax.data.images import PatchGrid, image_patches
-from rave_jax.data.positions import Visual, grid_places, mrope_positions
+from rave_jax.data.positions import Visual, grid_coordinates, mrope_positions
 from rave_jax.data.sample import Example
 from rave_jax.models.config import FloatName, ModelOptions
 from rave_jax.models.vlm import Vlm
@@ -72,7 +72,7 @@ def prompt(rng: np.random.Generator, tokens: int, sides: Sequence[int]) -> Promp
     images = [rng.integers(0, 256, (side, side, 3), np.uint8) for side in sides]
     ids = rng.integers(0, 7999, tokens).astype(np.int32)
     codes: dict[str, Any] = {name: np.zeros(tokens, np.int32) for name in TokenInfo._fields}
-    codes["document"][:], codes["kind"][:], codes["place"][:] = 1, int(Kind.TEXT), np.arange(tokens)
+    codes["document"][:], codes["kind"][:], codes["offset"][:] = 1, int(Kind.TEXT), np.arange(tokens)
     index, visuals, cuts, at, units = np.zeros(tokens, np.int32), [], [], 16, 0
     for number, image in enumerate(images, 1):
         cut = image_patches(image, grid, 56 * 56, image.shape[0] ** 2)
@@ -80,7 +80,7 @@ def prompt(rng: np.random.Generator, tokens: int, sides: Sequence[int]) -> Promp
         span = slice(at + 1, at + 1 + count)
         ids[at], ids[span], ids[span.stop] = START, IMAGE, END
         index[span], codes["kind"][span], codes["image"][span] = cut.order + units, int(Kind.VISUAL), number
-        for name, place in zip(("frame", "row", "col"), grid_places(cut.grid), strict=True):
+        for name, place in zip(("frame", "row", "col"), grid_coordinates(cut.grid), strict=True):
             codes[name][span] = place
         visuals.append(Visual(span.start, cut.grid))
         cuts.append(cut)

@@ -36,8 +36,8 @@ class TokenInfo(NamedTuple):
 
     Fields:
         document: packed document in the row, counted from 1; 0 is padding.
-        place: the token's place in its document, counted from 0. Tokens of a picture may lie in another order, region
-            by region; masks go by the place.
+        offset: how many tokens of its document stand before the token. Tokens of a picture may lie in another order,
+            region by region; masks go by the offset.
         kind: a `Kind`.
         role: a `Role`.
         turn: number of the user turn in the document, counted from 1; 0 before the first.
@@ -50,7 +50,7 @@ class TokenInfo(NamedTuple):
     """
 
     document: Int[Array, "B T"]
-    place: Int[Array, "B T"]
+    offset: Int[Array, "B T"]
     kind: Int[Array, "B T"]
     role: Int[Array, "B T"]
     turn: Int[Array, "B T"]

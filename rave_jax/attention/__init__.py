@@ -28,7 +28,7 @@ from rave_jax.attention.base import (
     check_owners,
     check_with_regions,
 )
-from rave_jax.attention.cache import CacheType, KvCache, RegionPlace, RegionReach
+from rave_jax.attention.cache import CacheType, KvCache, RegionMemory, RegionReach
 from rave_jax.attention.cca import Cca
 from rave_jax.attention.context import ContextSight
 from rave_jax.attention.croc import Croc
@@ -81,7 +81,7 @@ __all__ = [
     "Owned",
     "Parts",
     "Rave",
-    "RegionPlace",
+    "RegionMemory",
     "RegionReach",
     "Score",
     "SlidingWindow",

@@ -21,7 +21,7 @@ from rave_jax.parallel.sharding import shard
 from rave_jax.typing import Array, Bool, Float, Int, Int8
 
 CacheType = Literal["compute", "bfloat16", "int8"]
-RegionPlace = Literal["device", "host"]
+RegionMemory = Literal["device", "host"]
 """Where keys and values of regions lie."""
 
 

@@ -58,7 +58,7 @@ class CcaRings(Mechanism):
         visual = info.kind == Kind.VISUAL
         rings = jnp.where(visual, (jnp.minimum(info.grid_h, info.grid_w) + 1) // 2, 1)
         before = jnp.cumsum(jnp.where(visual & (_raster(info) > 0), 0, rings), axis=1) - rings
-        first = jax.lax.cummax(jnp.where(info.place == 0, before, 0), axis=1)
+        first = jax.lax.cummax(jnp.where(info.offset == 0, before, 0), axis=1)
         asked = jnp.take_along_axis(order, own, axis=1, mode="clip")
         found = jnp.take_along_axis(before - first + _ring(info), asked, axis=1)
         return jnp.broadcast_to(found, positions.shape)

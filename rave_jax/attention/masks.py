@@ -29,7 +29,7 @@ def order_in_row(info: TokenInfo) -> Int[Array, "B T"]:
     """Where each token would lie if every document's tokens lay in their places: a permutation of the row. Padding
     stays where it lies."""
     index = jnp.arange(info.document.shape[1], dtype=jnp.int32)
-    return jnp.where(info.document > 0, document_starts(info.document) + info.place, index)
+    return jnp.where(info.document > 0, document_starts(info.document) + info.offset, index)
 
 
 def causal_codes(info: TokenInfo) -> MaskCodes:
@@ -57,5 +57,5 @@ def cached_codes(info: TokenInfo, held: TokenInfo) -> MaskCodes:
         info: of the queries [B,T].
         held: of the slots [B,S]; document 0 where a slot holds nothing.
     """
-    lo = jnp.where(info.document > 0, 0, info.place + 1)
-    return codes_from_bounds(lo, info.place, jnp.where(held.document > 0, held.place, NOWHERE))
+    lo = jnp.where(info.document > 0, 0, info.offset + 1)
+    return codes_from_bounds(lo, info.offset, jnp.where(held.document > 0, held.offset, NOWHERE))

@@ -21,7 +21,7 @@ from rave_jax.attention.cache import (
     CacheType,
     KvCache,
     Quantised,
-    RegionPlace,
+    RegionMemory,
     RegionSlots,
     StoredKeys,
     StoredRegions,
@@ -42,7 +42,7 @@ log = logging.getLogger(__name__)
 
 
 def check_decoding(
-    implementation: Implementation, tokens: int, head_dim: int, kind: CacheType, dtype: jnp.dtype, place: RegionPlace
+    implementation: Implementation, tokens: int, head_dim: int, kind: CacheType, dtype: jnp.dtype, place: RegionMemory
 ) -> None:
     """Refuse a cache by regions that the kernel for decoding cannot read where it alone is asked for.
 
@@ -82,13 +82,13 @@ class LayerRegions(NamedTuple):
     far: StoredRegions
 
 
-def chunk_slots(cache: KvCache, info: TokenInfo, region_place: Int[Array, "B T"] | None, tokens: int) -> ChunkSlots:
+def chunk_slots(cache: KvCache, info: TokenInfo, region_offset: Int[Array, "B T"] | None, tokens: int) -> ChunkSlots:
     """Slots of the tokens of a chunk.
 
     Args:
         cache: with regions.
         info: codes of the tokens.
-        region_place: how many tokens of its region stand before each; None where no token is visual.
+        region_offset: how many tokens of its region stand before each; None where no token is visual.
         tokens: m, slots of a region.
     """
     assert cache.regions is not None
@@ -96,9 +96,9 @@ def chunk_slots(cache: KvCache, info: TokenInfo, region_place: Int[Array, "B T"]
     others = (info.document > 0) & ~visual
     rank = jnp.cumsum(others, axis=1, dtype=jnp.int32) - 1
     near = jnp.where(others, cache.index[:, None] + rank, cache.size)
-    if region_place is None:
+    if region_offset is None:
         return ChunkSlots(near, None)
-    far = jnp.where(visual, (info.region - 1) * tokens + region_place, cache.regions.info.document.shape[1])
+    far = jnp.where(visual, (info.region - 1) * tokens + region_offset, cache.regions.info.document.shape[1])
     return ChunkSlots(near, far)
 
 

@@ -38,4 +38,4 @@ class Counted(Mechanism):
         self, info_q: TokenInfo, info_k: TokenInfo, own: Int[Array, "B T"], positions: Int[Array, "3 B T"]
     ) -> Int[Array, "3 B T"]:
         """The place of each token, three times."""
-        return jnp.broadcast_to(info_q.place, positions.shape)
+        return jnp.broadcast_to(info_q.offset, positions.shape)

@@ -102,7 +102,7 @@ class FirstTokenChannel(FirstToken):
         """log(gamma) in every query, 1 in first tokens."""
         B, T, H, _ = x.q.shape
         q = jnp.broadcast_to(self.log[:, None], (B, T, H, 1))
-        k = jnp.broadcast_to(first(info_k)[..., None, None], (*info_k.place.shape, x.k.shape[2], 1))
+        k = jnp.broadcast_to(first(info_k)[..., None, None], (*info_k.offset.shape, x.k.shape[2], 1))
         return Score(channels=Channels(q, k.astype(jnp.float32)))
 
 
@@ -139,12 +139,12 @@ ROUTES: dict[str, type[FirstToken]] = {
 
 def first(info: TokenInfo) -> Bool[Array, "B S"]:
     """Which tokens are the first of their document; an empty slot of a cache is none."""
-    return (info.place == 0) & (info.document > 0)
+    return (info.offset == 0) & (info.document > 0)
 
 
 def first_of(document: Int[Array, "B T"], info_k: TokenInfo) -> Int[Array, "B T"]:
     """Where among the keys the first token of each query's document stands; 0 for padding."""
-    S = info_k.place.shape[1]
+    S = info_k.offset.shape[1]
     index = jnp.where(first(info_k), jnp.arange(S, dtype=jnp.int32), 0)
     starts = jax.vmap(lambda at, number: jax.ops.segment_max(at, number, num_segments=S + 1))(index, info_k.document)
     return jnp.take_along_axis(starts, document, axis=1, mode="clip")

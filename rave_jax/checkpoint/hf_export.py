@@ -36,7 +36,7 @@ from rave_jax.checkpoint.safetensors_file import Planned, write_header, write_te
 from rave_jax.checkpoint.written_whole import written_whole
 from rave_jax.models.config import ModelOptions
 from rave_jax.models.families import family_named
-from rave_jax.models.parameters import Place, locate, named_parameters
+from rave_jax.models.parameters import Location, locate, named_parameters
 from rave_jax.models.vlm import Vlm
 from rave_jax.parallel.sharding import replicated
 from rave_jax.typing import NpArray
@@ -49,7 +49,7 @@ class Item(NamedTuple):
     """A tensor to be written and where its numbers are; with an adapter, (down, up), it is merged into them."""
 
     planned: Planned
-    place: Place
+    location: Location
     adapter: tuple[str, str] | None = None
 
 
@@ -88,10 +88,10 @@ def export_hf(
     params = named_parameters(model)
     merges = lora == "merge"
 
-    def item(key: str, shape: tuple[int, ...], place: Place) -> Item:
-        stored = np.dtype(params[place.path].dtype)
+    def item(key: str, shape: tuple[int, ...], location: Location) -> Item:
+        stored = np.dtype(params[location.path].dtype)
         planned = Planned(key, stored if target is None else target, shape)
-        return Item(planned, place, adapter_of(place.path, params) if merges else None)
+        return Item(planned, location, adapter_of(location.path, params) if merges else None)
 
     extras = [path for path in extra_parameters(model) if not (merges and is_adapter(path))]
     backbone = [item(rename(rule.hf_key), rule.shape, locate(model, rule)) for rule in rules_of(model)]
@@ -129,7 +129,7 @@ def beside_items(model: Vlm, paths: list[str]) -> list[Item]:
     changes."""
     params = named_parameters(model)
     return [
-        Item(Planned(name, np.dtype(params[p].dtype), _layer_shape(params[p].shape, n)), Place(p, n))
+        Item(Planned(name, np.dtype(params[p].dtype), _layer_shape(params[p].shape, n)), Location(p, n))
         for p in paths
         for name, n in _layers(model, p)
     ]
@@ -181,10 +181,10 @@ def write_tensors(path: Path | None, items: list[Item], model: Vlm) -> None:
         file = None if path is None else stack.enter_context(path.open("wb"))
         if file is not None:
             write_header(file, [i.planned for i in items])
-        for planned, place, adapter in items:
-            value = gather(params[place.path][...], place.index)
+        for planned, location, adapter in items:
+            value = gather(params[location.path][...], location.index)
             if adapter is not None and model.options.lora is not None:
-                down, up = (gather(params[p][...], place.index) for p in adapter)
+                down, up = (gather(params[p][...], location.index) for p in adapter)
                 value = merged(value, down, up, model.options.lora)
             if file is not None:
                 write_tensor(file, value.reshape(planned.shape).astype(planned.dtype, copy=False))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 
 from rave_jax.models.families import TensorRule, family_named
-from rave_jax.models.parameters import Place, locate, named_parameters
+from rave_jax.models.parameters import Location, locate, named_parameters
 from rave_jax.models.vlm import Vlm
 
 STACKED = re.compile(r"(decoder|vision)\.layer_runs\.(\d+)\.layers\.(.+)")
@@ -27,13 +27,13 @@ def global_names(model: Vlm, path: str) -> list[str]:
     return [f"{stack}.layers.{n}.{inner}" for n in range(run.start, run.stop)]
 
 
-def places(model: Vlm) -> dict[str, Place]:
+def locations(model: Vlm) -> dict[str, Location]:
     """Where each global name stands in this model."""
-    found: dict[str, Place] = {}
+    found: dict[str, Location] = {}
     for path in named_parameters(model):
         names = global_names(model, path)
         stacked = STACKED.fullmatch(path) is not None
-        found |= {name: Place(path, n if stacked else None) for n, name in enumerate(names)}
+        found |= {name: Location(path, n if stacked else None) for n, name in enumerate(names)}
     return found
 
 

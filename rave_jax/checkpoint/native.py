@@ -23,11 +23,11 @@ from orbax.checkpoint import v1 as ocp
 
 from rave_jax.checkpoint import digests, sidecar
 from rave_jax.checkpoint.hf_files import NATIVE, SIDECAR_JSON, read_json
-from rave_jax.checkpoint.naming import extra_parameters, global_names, places
+from rave_jax.checkpoint.naming import extra_parameters, global_names, locations
 from rave_jax.checkpoint.safetensors_file import CheckpointError
 from rave_jax.checkpoint.target import abstract_model, check_room, fresh_parameters, parameter_shardings
 from rave_jax.models.config import ModelOptions, VlmConfig
-from rave_jax.models.parameters import Place, named_parameters, with_values
+from rave_jax.models.parameters import Location, named_parameters, with_values
 from rave_jax.models.vlm import Vlm
 
 PARAMETERS = "parameters"
@@ -148,7 +148,7 @@ def _recut(
     as_stored: bool,
 ) -> dict[str, jax.Array]:
     """The stored parameters in the cut and number types of `model`; what is not stored begins fresh."""
-    known = places(stored)
+    known = locations(stored)
     where = parameter_shardings(model, mesh)
     fresh = {p: where[p] for p in extra_parameters(model) if global_names(model, p)[0] not in known}
     result = fresh_parameters(config, options, key, fresh)
@@ -167,7 +167,7 @@ def _recut(
     return result
 
 
-def _runs(sources: list[Place]) -> list[tuple[str, tuple[int, int]]]:
+def _runs(sources: list[Location]) -> list[tuple[str, tuple[int, int]]]:
     """Consecutive layers of one stored parameter as (path, (start, stop))."""
     runs: list[tuple[str, tuple[int, int]]] = []
     for path, index in sources:

@@ -26,7 +26,7 @@ from rave_jax.checkpoint.target import abstract_model
 from rave_jax.checkpoint.verify import match
 from rave_jax.checkpoint.written_whole import written_whole
 from rave_jax.models.families import family_named
-from rave_jax.models.parameters import Place, locate, named_parameters
+from rave_jax.models.parameters import Location, locate, named_parameters
 from rave_jax.models.vlm import Vlm
 
 NAMED = 3
@@ -59,8 +59,8 @@ def export_peft(
     params, family = named_parameters(model), family_named(model.config.family)
     adapted, adapters = [], []
     for rule in rules_of(model):
-        place = locate(model, rule)
-        paths = adapter_of(place.path, params)
+        location = locate(model, rule)
+        paths = adapter_of(location.path, params)
         if paths is None:
             continue
         adapted.append(rule)
@@ -68,7 +68,7 @@ def export_peft(
         for path, name, shape in zip(paths, "AB", ((lora.rank, into), (out, lora.rank)), strict=True):
             kind = np.dtype(params[path].dtype) if dtype is None else DTYPE_NAMES[dtype]
             key = f"{PREFIX}{module_names(family, rule)[0]}.lora_{name}.weight"
-            adapters.append(Item(Planned(key, kind, shape), Place(path, place.index)))
+            adapters.append(Item(Planned(key, kind, shape), Location(path, location.index)))
     rest = [path for path in extra_parameters(model) if not is_adapter(path)]
     files = {ADAPTER: adapters} | ({SIDECAR: beside_items(model, rest)} if rest else {})
     with written_whole(destination, sum(i.planned.nbytes for items in files.values() for i in items)) as folder:
@@ -104,8 +104,8 @@ def check_base(model: Vlm, base: Path) -> None:
     params = named_parameters(model)
     differing = []
     for rule in rules_of(model):
-        place, there = locate(model, rule), locate(plain, rule)
-        ours = gather(params[place.path][...], place.index)
+        location, there = locate(model, rule), locate(plain, rule)
+        ours = gather(params[location.path][...], location.index)
         theirs = numbers(sources[there.path][there.index or 0]).astype(ours.dtype).reshape(ours.shape)
         if not np.array_equal(ours, theirs):
             differing.append(rule.hf_key)

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from rave_jax.checkpoint.hf_files import ADAPTER, ADAPTER_CONFIG, SIDECAR
 from rave_jax.checkpoint.hf_import import Dtypes, import_hf, load_config
-from rave_jax.checkpoint.naming import places
+from rave_jax.checkpoint.naming import locations
 from rave_jax.checkpoint.native import is_native
 from rave_jax.checkpoint.peft_config import MERGE_ADVICE, AdapterConfig, module_names
 from rave_jax.checkpoint.safetensors_file import DTYPES, CheckpointError, Slice, Stored, read_header, read_into
@@ -121,7 +121,7 @@ class PeftAdapter:
         Raises:
             CheckpointError: the side-car does not fit.
         """
-        params, known = named_parameters(model), places(model)
+        params, known = named_parameters(model), locations(model)
         values: dict[str, NpArray] = {}
 
         def layer_of(name: str, dtype: np.dtype) -> NpArray:

@@ -10,7 +10,7 @@ import numpy as np
 
 from rave_jax.checkpoint import explain
 from rave_jax.checkpoint.hf_files import SIDECAR, Weights, read_weights
-from rave_jax.checkpoint.naming import extra_parameters, global_names, places, rules_of
+from rave_jax.checkpoint.naming import extra_parameters, global_names, locations, rules_of
 from rave_jax.checkpoint.safetensors_file import DTYPES, CheckpointError, Slice, Stored, read_header, read_into
 from rave_jax.models.families import family_named
 from rave_jax.models.parameters import locate, named_parameters
@@ -149,17 +149,17 @@ def match_sidecar(path: Path, model: Vlm, extras: list[str], sources: dict[str, 
     if not extras and not path.is_file():
         return []
     found, problems = read_header(path)
-    known = places(model)
+    known = locations(model)
     shapes: Mapping[str, tuple[int, ...]] = {p: param.shape for p, param in named_parameters(model).items()}
     for name in [name for extra in extras for name in global_names(model, extra)]:
-        place = known[name]
+        location = known[name]
         stored = found.pop(name, None)
         if stored is None:
             problems.append(f"{name}: missing (not in {path.name})")
             continue
-        shape = shapes[place.path]
-        problems += _misfits(stored, shape if place.index is None else shape[1:])
-        sources.setdefault(place.path, {})[place.index or 0] = stored
+        shape = shapes[location.path]
+        problems += _misfits(stored, shape if location.index is None else shape[1:])
+        sources.setdefault(location.path, {})[location.index or 0] = stored
     return problems + [f"{key} ({path.name}): no parameter of the model belongs to it" for key in found]
 
 

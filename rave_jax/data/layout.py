@@ -67,7 +67,7 @@ def pictures(info: TokenInfo) -> Iterator[tuple[slice, Grid]]:
         yield slice(int(first), int(tokens[-1]) + 1), (grid[0], grid[1], grid[2])
 
 
-def places_in_region(region: Int[NpArray, "T"]) -> Int[NpArray, "T"]:
+def offsets_in_region(region: Int[NpArray, "T"]) -> Int[NpArray, "T"]:
     """How many tokens of its region stand before each token; 0 where there is no region."""
     order = np.argsort(region, kind="stable")
     numbers = region[order]
@@ -128,7 +128,7 @@ def _with_context(example: Example, layout: VisualLayout) -> Example:
     positions = (example.positions + moved)[:, take]
     positions[1:] = np.where(added, behind + moved[take], positions[1:])
     own: dict[str, Any] = {
-        "place": np.arange(len(take)),
+        "offset": np.arange(len(take)),
         "kind": np.where(added, Kind.CONTEXT, codes.kind),
         "row": np.where(added, nth, codes.row),
         "col": np.where(added, 0, codes.col),

@@ -38,7 +38,7 @@ class Visual(NamedTuple):
     seconds: float | None = None
 
 
-def grid_places(grid: tuple[int, int, int]) -> Int[NpArray, "3 N"]:
+def grid_coordinates(grid: tuple[int, int, int]) -> Int[NpArray, "3 N"]:
     """Frame, row and column of each token of a merged grid, in the order the tokens stand."""
     return np.indices(grid, dtype=np.int32).reshape(3, -1)
 
@@ -57,7 +57,7 @@ def mrope_positions(length: int, visuals: Sequence[Visual], tokens_per_second: f
         positions[:, token:start] = np.arange(position, position + start - token, dtype=np.int32)
         position += start - token
         token = start + grid[0] * grid[1] * grid[2]
-        places = grid_places(grid)
+        places = grid_coordinates(grid)
         if seconds is not None:
             # The original multiplies in float32 and cuts, so 3 * 0.3333333 must be cut alike.
             places[0] = (places[0].astype(np.float32) * (np.float32(tokens_per_second) * np.float32(seconds))).astype(

@@ -17,7 +17,7 @@ from rave_jax.config import ConfigError, require
 from rave_jax.data.chat import ChatTemplate, Run, SpecialTokens, read_template
 from rave_jax.data.images import Patches, PatchGrid, count_tokens, image_patches
 from rave_jax.data.layout import lay_out
-from rave_jax.data.positions import Visual, grid_places, mrope_positions
+from rave_jax.data.positions import Visual, grid_coordinates, mrope_positions
 from rave_jax.data.sample import Example, Message, OverBudget, SampleError
 from rave_jax.data.video import VideoLimits, video_patches
 from rave_jax.data.vocabulary import check_directory
@@ -396,12 +396,12 @@ class Processor:
         codes: dict[str, Any] = {name: np.zeros(length, np.int32) for name in TokenInfo._fields}
         codes["document"][:] = 1
         codes["kind"][:] = Kind.TEXT
-        codes["place"][:] = np.arange(length)
+        codes["offset"][:] = np.arange(length)
         visual_index = np.zeros(length, np.int32)
         units = 0
         for number, (visual, patches) in enumerate(zip(visuals, cuts, strict=True), start=1):
             span = slice(visual.start, visual.start + len(patches.order))
-            values = (Kind.VISUAL, number, *grid_places(patches.grid), *patches.grid)
+            values = (Kind.VISUAL, number, *grid_coordinates(patches.grid), *patches.grid)
             names = ("kind", "image", "frame", "row", "col", "grid_t", "grid_h", "grid_w")
             for code, value in zip(names, values, strict=True):
                 codes[code][span] = value

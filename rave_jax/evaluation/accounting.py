@@ -93,7 +93,7 @@ class _Row:
         self.sizes = np.bincount(codes["region"], minlength=1)[1:]
         """Tokens of each region."""
         region = codes["region"]
-        lasts = [int(np.flatnonzero(region == n)[np.argmax(codes["place"][region == n])]) for n in self._numbers()]
+        lasts = [int(np.flatnonzero(region == n)[np.argmax(codes["offset"][region == n])]) for n in self._numbers()]
         self.candidates: Bool[NpArray, "N R"] = self._before(np.array(lasts, np.int64))[self.queries]
         """Regions that stand whole before each query."""
 
@@ -102,7 +102,7 @@ class _Row:
 
     def _before(self, tokens: Int[NpArray, "n"]) -> Bool[NpArray, "T n"]:
         """Which of these tokens stand before each token of their document."""
-        document, place = self._codes["document"], self._codes["place"]
+        document, place = self._codes["document"], self._codes["offset"]
         return (document[:, None] == document[tokens]) & (place[:, None] > place[tokens])
 
 

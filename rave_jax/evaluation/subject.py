@@ -221,7 +221,7 @@ def with_answer(prompt: Example, tokens: Sequence[int]) -> Example:
         return np.concatenate([x, np.broadcast_to(np.asarray(value, x.dtype), (*x.shape[:-1], count))], axis=-1)
 
     codes = {name: extend(np.asarray(code), 0) for name, code in prompt.info._asdict().items()}
-    ends = {"document": 1, "place": start + after, "kind": Kind.TEXT, "role": Role.RESPONSE}
+    ends = {"document": 1, "offset": start + after, "kind": Kind.TEXT, "role": Role.RESPONSE}
     for name, value in {**ends, "turn": codes["turn"][start - 1]}.items():
         codes[name][start:] = value
     return prompt._replace(

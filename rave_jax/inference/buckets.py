@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import get_args
 
-from rave_jax.attention import CacheType, RegionPlace, RegionReach
+from rave_jax.attention import CacheType, RegionMemory, RegionReach
 from rave_jax.config import require
 from rave_jax.layout import VisualLayout
 
@@ -44,7 +44,7 @@ class SlotConfig:
     while prompts wait."""
     cache: CacheType = "compute"
     """Number type of cached keys and values: as computed, bfloat16, or int8 with a scale per token and head."""
-    regions_in: RegionPlace = "device"
+    regions_in: RegionMemory = "device"
     """Where keys and values of regions lie: on the device, or in host memory, from where a step copies those that it
     chose. Only for a model with regions (Gaze), on one device."""
     max_stop_ids: int = 8
@@ -66,7 +66,7 @@ class SlotConfig:
         require(self.max_prompt is None or self.max_prompt >= 1, "max_prompt", self.max_prompt, "at least 1, or None")
         given = self.max_patches
         require(given is None or given >= 0, "max_patches", given, "0 (no pictures) or more, or None")
-        places = get_args(RegionPlace)
+        places = get_args(RegionMemory)
         require(self.regions_in in places, "regions_in", self.regions_in, " or ".join(places))
         require(self.prefill_rows <= self.slots, "prefill_rows", self.prefill_rows, f"at most `slots` ({self.slots})")
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rave_jax.attention import CacheType, KvCache, RegionPlace, RegionReach
+from rave_jax.attention import CacheType, KvCache, RegionMemory, RegionReach
 from rave_jax.attention import cache as kv_cache
 from rave_jax.batch import Kind, Role, TokenInfo
 from rave_jax.inference.sampling import RowSampling, choose
@@ -67,13 +67,13 @@ class Pictures(NamedTuple):
 
 class Chunk(NamedTuple):
     """The next tokens of N prompts, as in `Batch`, padding (document 0) on the right, those of pictures in the order of
-    their places. `region_place` is how many tokens of its region stand before each."""
+    their places. `region_offset` is how many tokens of its region stand before each."""
 
     tokens: Int[Array, "N T"]
     info: TokenInfo
     positions: Int[Array, "3 N T"]
     visual_index: Int[Array, "N T"]
-    region_place: Int[Array, "N T"]
+    region_offset: Int[Array, "N T"]
 
 
 class Admission(NamedTuple):
@@ -104,7 +104,7 @@ def empty_state(
     visual: int,
     stops: int,
     cache: CacheType,
-    regions_in: RegionPlace = "device",
+    regions_in: RegionMemory = "device",
 ) -> SlotState:
     """Slots with nothing in them.
 
@@ -196,7 +196,7 @@ def read(
         x = with_pictures(x, state.pictures, chunk.info, chunk.visual_index)
     x = shard(x, "batch", "length", None)
     last = admission.last[:, None]
-    hidden, part = model.decoder.cached(x, chunk.info, chunk.positions, part, chunk.region_place, last)
+    hidden, part = model.decoder.cached(x, chunk.info, chunk.positions, part, chunk.region_offset, last)
     cache = kv_cache.put(state.cache, part, admission.slot)
 
     rows = jnp.arange(len(begins))
@@ -303,7 +303,7 @@ def _answer_info(now: SlotState) -> TokenInfo:
     zeros = jnp.zeros_like(now.token)
     codes = TokenInfo(*[zeros] * len(TokenInfo._fields))._replace(
         document=now.active.astype(jnp.int32),
-        place=now.cache.length,
+        offset=now.cache.length,
         kind=jnp.where(now.active, Kind.TEXT, Kind.PAD),
         role=jnp.where(now.active, Role.RESPONSE, Role.NONE),
         turn=now.turn,

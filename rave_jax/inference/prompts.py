@@ -9,7 +9,7 @@ import numpy as np
 
 from rave_jax.batch import Batch, TokenInfo
 from rave_jax.data.collate import BatchShape, collate
-from rave_jax.data.layout import places_in_region
+from rave_jax.data.layout import offsets_in_region
 from rave_jax.data.sample import Example
 from rave_jax.inference.buckets import Buckets
 from rave_jax.inference.programs import NOTHING, Admission, Chunk, Pictures
@@ -68,7 +68,7 @@ class PromptGroup:
         regions = max(int(np.max(prompt.example.info.region, initial=0)) for prompt in prompts)
         self.region_reach = buckets.region_reach(regions)
         """Regions that the prompts' chunks see; None for a model without."""
-        self._region_place: Any = np.stack([places_in_region(np.asarray(row)) for row in self._batch.info.region])
+        self._region_place: Any = np.stack([offsets_in_region(np.asarray(row)) for row in self._batch.info.region])
 
     def pictures(self, most: int) -> Iterator[Pictures]:
         """All frames, in as few runs of the tower as `most` patches a row and run allow; a larger frame goes alone."""

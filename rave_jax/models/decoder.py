@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from rave_jax import attention
-from rave_jax.attention import CacheType, Features, Keys, KvCache, RegionPlace
+from rave_jax.attention import CacheType, Features, Keys, KvCache, RegionMemory
 from rave_jax.attention import cache as kv_cache
 from rave_jax.attention.plan import LayeredConfig
 from rave_jax.batch import TokenInfo
@@ -271,7 +271,7 @@ class Decoder(nnx.Module):
         info: TokenInfo,
         positions: Int[Array, "3 B T"],
         cache: KvCache,
-        region_place: Int[Array, "B T"] | None = None,
+        region_offset: Int[Array, "B T"] | None = None,
         wanted: Int[Array, "B N"] | None = None,
     ) -> tuple[Float[Array, "B N D"], KvCache]:
         """Tokens that follow what the cache holds, one document per row, padding on the right.
@@ -284,7 +284,7 @@ class Decoder(nnx.Module):
             info, positions: of the tokens.
             cache: what came before. Rows of a cache without regions for which `cache.index` + T is beyond its size are
                 not written.
-            region_place: with regions, how many tokens of its region stand before each token; None where no token is
+            region_offset: with regions, how many tokens of its region stand before each token; None where no token is
                 visual.
             wanted: tokens, by index, whose hidden states are wanted; None: all. Where the last layer stands apart, what
                 follows its attention is computed for them alone.
@@ -292,7 +292,7 @@ class Decoder(nnx.Module):
         Returns:
             hidden states of the wanted tokens after the final norm, and the cache with the tokens in it.
         """
-        entered = self._enter(cache, info, region_place)
+        entered = self._enter(cache, info, region_offset)
         cache, far = entered.cache, entered.cache.regions
         base = attention.cached_codes(info, entered.info)
         kept: list[Any] = list(cache.layer_runs)
@@ -322,12 +322,12 @@ class Decoder(nnx.Module):
             kept = [both.near for both in kept]
         return self.norm(x), kv_cache.placed(cache._replace(layer_runs=tuple(kept), regions=far))
 
-    def _enter(self, cache: KvCache, info: TokenInfo, region_place: Int[Array, "B T"] | None) -> Entered:
+    def _enter(self, cache: KvCache, info: TokenInfo, region_offset: Int[Array, "B T"] | None) -> Entered:
         """The cache with the codes of the tokens in it, before the layers write their keys."""
         T = info.document.shape[1]
         if cache.regions is not None:
             assert self.layout.regions is not None
-            slots = attention.chunk_slots(cache, info, region_place, self.layout.regions.tokens)
+            slots = attention.chunk_slots(cache, info, region_offset, self.layout.regions.tokens)
             nothing = [self._summary_of_nothing(run, self._regions(cache)) for run in self.layer_runs]
             cache = attention.entered(cache, info, slots, nothing)
             assert cache.regions is not None
@@ -365,7 +365,7 @@ class Decoder(nnx.Module):
         return tuple(dict.fromkeys(type(mechanism).__name__ for mechanism in found))
 
     def empty_cache(
-        self, rows: int, size: int, kind: CacheType, dtype: jnp.dtype, regions_in: RegionPlace = "device"
+        self, rows: int, size: int, kind: CacheType, dtype: jnp.dtype, regions_in: RegionMemory = "device"
     ) -> KvCache:
         """A cache for `rows` documents of at most `size` tokens; `dtype` is the compute type.
 

@@ -38,7 +38,7 @@ from rave_jax.models.vlm import Vlm
 from rave_jax.parallel.sharding import Axes, named_sharding
 
 
-class Place(NamedTuple):
+class Location(NamedTuple):
     """Where a checkpoint's tensor stands: a parameter, and for a stacked one the layer's index in it."""
 
     path: str
@@ -110,17 +110,17 @@ def num_bytes(module: nnx.Module) -> int:
     return sum(math.prod(p.shape) * p.dtype.itemsize for p in named_parameters(module).values())
 
 
-def locate(model: Vlm, rule: TensorRule) -> Place:
+def locate(model: Vlm, rule: TensorRule) -> Location:
     """The parameter that holds this tensor of a checkpoint.
 
     Raises:
         KeyError: the model has no such layer.
     """
     if rule.stack is None:
-        return Place(rule.path, None)
+        return Location(rule.path, None)
     stack = model.decoder if rule.stack == "decoder" else model.vision
     assert stack is not None and rule.layer is not None
     for number, run in enumerate(stack.layer_runs):
         if run.start <= rule.layer < run.stop:
-            return Place(f"{rule.stack}.layer_runs.{number}.layers.{rule.path}", rule.layer - run.start)
+            return Location(f"{rule.stack}.layer_runs.{number}.layers.{rule.path}", rule.layer - run.start)
     raise KeyError(f"{rule.hf_key}: the model's {rule.stack} has no layer {rule.layer}")

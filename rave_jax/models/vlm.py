@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from rave_jax.attention import CacheType, KvCache, RegionPlace
+from rave_jax.attention import CacheType, KvCache, RegionMemory
 from rave_jax.batch import Batch, Kind, TokenInfo
 from rave_jax.config import require
 from rave_jax.models import lora
@@ -141,7 +141,7 @@ class Vlm(nnx.Module):
         return product(hidden, self.head_weight().astype(hidden.dtype), jnp.dtype(jnp.float32))
 
     def empty_cache(
-        self, rows: int, size: int, kind: CacheType = "compute", regions_in: RegionPlace = "device"
+        self, rows: int, size: int, kind: CacheType = "compute", regions_in: RegionMemory = "device"
     ) -> KvCache:
         """A cache for `rows` documents of at most `size` tokens, k and v in the number type `kind`, those of regions
         in the memory `regions_in`.

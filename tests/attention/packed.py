@@ -32,7 +32,7 @@ def info_of(*rows: tuple[str, ...], length: int = T) -> TokenInfo:
         at_ = 0
         for number, document in enumerate(documents, 1):
             for place, letter in enumerate(document):
-                told = {"document": number, "place": place, "kind": KINDS[letter], "role": ROLES[letter]}
+                told = {"document": number, "offset": place, "kind": KINDS[letter], "role": ROLES[letter]}
                 for name, value in told.items():
                     codes[name][b, at_ + place] = value
             at_ += len(document)

@@ -28,7 +28,7 @@ def info_of(document, kind=None) -> TokenInfo:
     first = jnp.pad(document[:, 1:] != document[:, :-1], ((0, 0), (1, 0)), constant_values=True)
     index = jnp.arange(document.shape[1], dtype=jnp.int32)
     return info._replace(
-        place=index - jax.lax.cummax(jnp.where(first, index, 0), axis=1),
+        offset=index - jax.lax.cummax(jnp.where(first, index, 0), axis=1),
         document=document,
         kind=jnp.where(document > 0, Kind.TEXT, Kind.PAD) if kind is None else jnp.asarray(kind),
     )
@@ -70,9 +70,9 @@ def test_block_diagonal_codes_see_their_own_frame_and_nothing_of_padding():
 
 def test_cached_codes_see_places_up_to_their_own_and_no_empty_slot():
     held = info_of([[1, 1, 1, 1, 0, 0], [1, 0, 1, 1, 0, 0]])._replace(
-        place=jnp.array([[0, 1, 2, 3, 0, 0], [2, 0, 0, 1, 0, 0]])
+        offset=jnp.array([[0, 1, 2, 3, 0, 0], [2, 0, 0, 1, 0, 0]])
     )
-    query = info_of([[1], [1]])._replace(place=jnp.array([[3], [1]]))
+    query = info_of([[1], [1]])._replace(offset=jnp.array([[3], [1]]))
     seen = allowed(at.cached_codes(query, held))
     assert seen[0, 0].tolist() == [True] * 4 + [False] * 2
     assert seen[1, 0].tolist() == [False, False, True, True, False, False]
@@ -80,7 +80,7 @@ def test_cached_codes_see_places_up_to_their_own_and_no_empty_slot():
 
 
 def test_text_positions_count_every_token():
-    info = info_of([[1, 1, 2, 2]])._replace(place=jnp.array([[0, 1, 0, 1]], jnp.int32))
+    info = info_of([[1, 1, 2, 2]])._replace(offset=jnp.array([[0, 1, 0, 1]], jnp.int32))
     own = jnp.array([[0, 1, 2, 3]])
     given_ = positions([at.TextPositions().build(DIMS, KEY)], info, info, own, jnp.full((3, 1, 4), 7))
     assert given_.tolist() == [[[0, 1, 0, 1]]] * 3

@@ -51,7 +51,7 @@ def with_context(row: list[Token], tokens: ContextTokens) -> list[Token]:
     for token in row:
         if not token:
             break
-        if token["place"] == 0:
+        if token["offset"] == 0:
             documents.append([])
         documents[-1].append(token)
         last = visual(token) and (token["row"], token["col"]) == (token["grid_h"] - 1, token["grid_w"] - 1)
@@ -62,7 +62,7 @@ def with_context(row: list[Token], tokens: ContextTokens) -> list[Token]:
     for document in documents:
         first = min((token["image"] for token in document if "image" in token), default=1)
         own = [token | ({"image": token["image"] - first + 1} if "image" in token else {}) for token in document]
-        numbered.append([{**token, "place": place} for place, token in enumerate(own)])
+        numbered.append([{**token, "offset": place} for place, token in enumerate(own)])
     return row_of(numbered)
 
 
@@ -76,7 +76,7 @@ def sight(tokens: ContextTokens) -> Rule:
     def sees(row: list[Token], i: int, j: int) -> bool:
         a, b = row[i], row[j]
         same = b.get("image") == a["image"] and (tokens.per == "image" or b["frame"] == a["frame"])
-        return (same and b["place"] <= a["place"]) or (tokens.sees == "own+first" and b["place"] == 0)
+        return (same and b["offset"] <= a["offset"]) or (tokens.sees == "own+first" and b["offset"] == 0)
 
     return sees
 
@@ -88,7 +88,7 @@ def beside(tokens: ContextTokens, rule: Rule) -> Rule:
 
 
 def causal(row: list[Token], i: int, j: int) -> bool:
-    return row[j]["place"] <= row[i]["place"]
+    return row[j]["offset"] <= row[i]["offset"]
 
 
 def of_one_picture(row: list[Token], i: int, j: int) -> bool:
@@ -157,8 +157,8 @@ def test_a_window_closes_them_further_and_not_the_first_token(
     whole = beside(tokens, of_one_picture)
 
     def rule(i: int, j: int) -> bool:
-        opened = tokens.sees == "own+first" and context(row[i]) and row[j]["place"] == 0
-        return opened or (whole(row, i, j) and row[i]["place"] - row[j]["place"] < window)
+        opened = tokens.sees == "own+first" and context(row[i]) and row[j]["offset"] == 0
+        return opened or (whole(row, i, j) and row[i]["offset"] - row[j]["offset"] < window)
 
     wanted = expected(row, rule)
     np.testing.assert_array_equal(allowed(mechanisms, info_of(row)), wanted)
@@ -200,7 +200,7 @@ def test_rings_leave_one_position_to_each_context_token(row: list[Token], tokens
     for i, token in enumerate(row):
         if not token:
             break
-        position = 0 if token["place"] == 0 else position
+        position = 0 if token["offset"] == 0 else position
         assert found[i] == position + (ring(token) if visual(token) else 0)
         if not visual(token):
             position += 1
@@ -233,7 +233,7 @@ ONE: list[Token] = [
     *({"kind": Kind.TEXT, "role": Role.RESPONSE} for _ in range(2)),
 ]
 DOCUMENT = [
-    {"role": Role.QUESTION, "turn": 1, **token, "document": 1, "place": place} for place, token in enumerate(ONE)
+    {"role": Role.QUESTION, "turn": 1, **token, "document": 1, "offset": place} for place, token in enumerate(ONE)
 ]
 CONTEXT = slice(6, 8)
 
@@ -298,7 +298,9 @@ def test_what_also_needs_the_opening_is_refused_by_name(config: at.MechanismConf
 
 
 def test_the_rule_of_croc_is_the_old_one_where_there_are_no_context_tokens() -> None:
-    row = row_of([[{**token, "place": place} for place, token in enumerate(DOCUMENT) if token["kind"] != Kind.CONTEXT]])
-    row = [{**token, "place": place} if token else token for place, token in enumerate(row)]
+    row = row_of(
+        [[{**token, "offset": place} for place, token in enumerate(DOCUMENT) if token["kind"] != Kind.CONTEXT]]
+    )
+    row = [{**token, "offset": place} if token else token for place, token in enumerate(row)]
     for i, j in np.ndindex(len(DOCUMENT) - 2, len(DOCUMENT) - 2):
         assert of_one_picture(row, i, j) == croc_visual(row, i, j)

@@ -27,7 +27,7 @@ KEPT = at.Decomposed(rope="kept")
 
 def place_of(info: TokenInfo) -> jax.Array:
     """Rotary positions that differ between the axes."""
-    return info.place + 3 * jnp.arange(3)[:, None, None] * (info.place % 3)
+    return info.offset + 3 * jnp.arange(3)[:, None, None] * (info.offset % 3)
 
 
 @functools.partial(jax.jit, static_argnames=("configs", "implementation"))

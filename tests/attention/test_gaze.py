@@ -128,11 +128,11 @@ def test_all_regions_are_the_dense_model_with_its_gradients(config: Gaze) -> Non
 def test_tokens_may_lie_region_by_region(config: Gaze) -> None:
     """The same rows with the tokens of each region side by side, put back."""
     raster, by_region = rows(), rows(order="region")
-    assert (np.asarray(by_region.info.place) != np.asarray(raster.info.place)).any()
+    assert (np.asarray(by_region.info.offset) != np.asarray(raster.info.offset)).any()
     model = a_model(config, Rave(rank=4))
     a, b = hidden(model, raster), hidden(model, by_region)
     for row in range(2):
-        of = [np.lexsort((info.place[row], info.document[row])) for info in (raster.info, by_region.info)]
+        of = [np.lexsort((info.offset[row], info.document[row])) for info in (raster.info, by_region.info)]
         np.testing.assert_allclose(a[row][of[0]], b[row][of[1]], atol=2e-5)
 
 
@@ -258,10 +258,10 @@ def test_what_is_chosen_stands_before_and_is_as_much_as_was_asked(config: Gaze) 
         able = set()
         for n in range(1, 17):
             (tokens,) = np.nonzero((info.region[b] == n) & (info.document[b] == info.document[b, t]))
-            own = info.place[b, t]
+            own = info.offset[b, t]
             if info.image[b, t]:
                 own -= info.row[b, t] * info.grid_w[b, t] + info.col[b, t]
-            if len(tokens) and info.document[b, t] and (info.place[b][tokens] < own).all():
+            if len(tokens) and info.document[b, t] and (info.offset[b][tokens] < own).all():
                 able.add(n - 1)
         if info.image[b, t] and config.visual_queries == "dense":
             able = set()

@@ -26,8 +26,8 @@ class Striped(at.Mechanism):
         self.count, self.scale, self.by_mass = count, scale, by_mass
 
     def key_groups(self, x: at.Features, remembered: None, info_k: TokenInfo) -> KeyGroups:
-        index = jnp.arange(info_k.place.shape[1]) % self.count
-        return KeyGroups(jnp.broadcast_to(index, info_k.place.shape), self.count + 1)
+        index = jnp.arange(info_k.offset.shape[1]) % self.count
+        return KeyGroups(jnp.broadcast_to(index, info_k.offset.shape), self.count + 1)
 
     def weights(self) -> np.ndarray:
         return self.scale * np.random.default_rng(self.count).normal(size=(T, self.count + 1, H))

@@ -42,7 +42,7 @@ def tokens_of(document: list[tuple[Role, list[Part]]]) -> list[Token]:
             image += 1
             grid = {"grid_t": part[0], "grid_h": part[1], "grid_w": part[2], "image": image, "kind": Kind.VISUAL}
             tokens += [{**said, **grid, "frame": t, "row": r, "col": c} for t, r, c in np.ndindex(part)]
-    return [{**token, "place": place} for place, token in enumerate(tokens)]
+    return [{**token, "offset": place} for place, token in enumerate(tokens)]
 
 
 def row_of(documents: list[list[Token]]) -> list[Token]:
@@ -172,7 +172,7 @@ def test_positions_count_rings(row: list[Token]) -> None:
     for i, token in enumerate(row):
         if not token:
             break
-        if token["place"] == 0:
+        if token["offset"] == 0:
             position = 0
         stands = position + (ring(token) if visual(token) else 0)
         assert found[:, 0, i].tolist() == [stands] * 3

@@ -25,7 +25,7 @@ def info() -> TokenInfo:
     zeros = jnp.zeros_like(kind)
     place = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), kind.shape)
     return TokenInfo(*[zeros] * len(TokenInfo._fields))._replace(
-        kind=kind, document=(kind > 0).astype(jnp.int32), place=place
+        kind=kind, document=(kind > 0).astype(jnp.int32), offset=place
     )
 
 

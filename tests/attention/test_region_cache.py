@@ -14,7 +14,7 @@ import pytest
 from rave_jax.attention import Gaze, MechanismConfig, SlidingWindow, ZeroTuning
 from rave_jax.attention import cache as kv_cache
 from rave_jax.config import ConfigError
-from rave_jax.data.layout import places_in_region
+from rave_jax.data.layout import offsets_in_region
 from rave_jax.layout import FixedRegions
 from rave_jax.models.config import ModelOptions
 from rave_jax.models.families import presets
@@ -53,7 +53,7 @@ def read(vlm: Vlm, doc: Document, cuts: list[int], cache=None):
     given = jax.tree.map(jnp.asarray, given._replace(info=given.info._replace(region=region)))
     x, whole = _whole(vlm, given)
     cache = vlm.empty_cache(1, 160) if cache is None else cache
-    places, parts = jnp.asarray(places_in_region(region[0]))[None], []
+    places, parts = jnp.asarray(offsets_in_region(region[0]))[None], []
     for start, stop in zip([0, *cuts], [*cuts, len(doc.tokens)], strict=True):
         cut = slice(start, stop)
         seen = places[:, cut] if start == 0 or region[:, cut].any() else None
@@ -71,7 +71,7 @@ def test_only_the_wanted_tokens_come_out_of_a_chunk() -> None:
     region = example_of(doc, CONFIG, vlm.options.layout).info.region[None]
     given = jax.tree.map(jnp.asarray, given._replace(info=given.info._replace(region=region)))
     x, whole = _whole(vlm, given)
-    places, wanted = jnp.asarray(places_in_region(region[0]))[None], jnp.array([[len(doc.tokens) - 1, 9]])
+    places, wanted = jnp.asarray(offsets_in_region(region[0]))[None], jnp.array([[len(doc.tokens) - 1, 9]])
     found, _ = _cached(vlm, x, given.info, given.positions, vlm.empty_cache(1, 160), places, wanted)
     np.testing.assert_allclose(found, whole[:, wanted[0]], atol=2e-5)
 

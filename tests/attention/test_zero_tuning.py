@@ -29,7 +29,7 @@ def stated(plain: np.ndarray, info: Any) -> np.ndarray:
     """a'_0 = gamma a_0 / D and a'_j = a_j / D with D = 1 + (gamma - 1) a_0, for the first token of each document."""
     changed = plain.copy()
     for b, i in np.ndindex(plain.shape[:2]):
-        start = i - int(info.place[b, i])
+        start = i - int(info.offset[b, i])
         D = 1 + (GAMMA - 1) * plain[b, i, :, start]
         changed[b, i] = plain[b, i] / D[:, None]
         changed[b, i, :, start] = GAMMA * plain[b, i, :, start] / D

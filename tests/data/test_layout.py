@@ -13,7 +13,7 @@ from hypothesis import assume, given
 from rave_jax.batch import Kind, TokenInfo
 from rave_jax.config import ConfigError
 from rave_jax.data.collate import BatchShape, check_fits, collate
-from rave_jax.data.layout import check_regions, lay_out, pictures, places_in_region, region_major
+from rave_jax.data.layout import check_regions, lay_out, offsets_in_region, pictures, region_major
 from rave_jax.data.pipeline import DataConfig, Pipeline
 from rave_jax.data.processor import Processor
 from rave_jax.data.sample import Example, OverBudget
@@ -116,9 +116,9 @@ def test_regions_are_boxes_numbered_by_frames_then_rows_then_columns(some: list,
 def test_region_major_moves_tokens_within_their_picture_alone(some: list, layout: VisualLayout) -> None:
     raster = lay_out(example(some), layout)
     major = region_major(raster)
-    places = major.info.place
-    np.testing.assert_array_equal(np.sort(places), raster.info.place)
-    moved = places != raster.info.place
+    places = major.info.offset
+    np.testing.assert_array_equal(np.sort(places), raster.info.offset)
+    moved = places != raster.info.offset
     assert not np.any(moved & (raster.info.image == 0))
     np.testing.assert_array_equal(major.info.image, raster.info.image)
     # By places everything is as it was: what is known of a token moved with it.
@@ -145,7 +145,7 @@ def test_region_major_moves_tokens_within_their_picture_alone(some: list, layout
 
 @given(st.lists(st.integers(0, 5), max_size=20))
 def test_places_in_a_region_count_what_stands_before(region: list[int]) -> None:
-    found = places_in_region(np.array(region, np.int32))
+    found = offsets_in_region(np.array(region, np.int32))
     assert found.tolist() == [region[:i].count(n) if n else 0 for i, n in enumerate(region)]
 
 
@@ -163,7 +163,7 @@ def test_packed_documents_number_their_regions_on(some: list, layout: VisualLayo
             np.testing.assert_array_equal(getattr(batch.info, name)[0, here], np.where(code > 0, code + before, 0))
         visual = info.kind == Kind.VISUAL
         np.testing.assert_array_equal(batch.visual_index[0, here], np.where(visual, one.visual_index + units, 0))
-        for name in ("place", "kind", "row", "col", "frame", "grid_t"):
+        for name in ("offset", "kind", "row", "col", "frame", "grid_t"):
             np.testing.assert_array_equal(getattr(batch.info, name)[0, here], getattr(info, name))
         np.testing.assert_array_equal(batch.loss_weights[0, here][:-1], one.loss_mask[1:])
         start, images = here.stop, images + int(info.image.max(initial=0))
@@ -265,7 +265,7 @@ def test_the_pipeline_gives_rows_region_by_region(processor: Processor, qa_folde
         region = batch.info.region[row]
         assert np.all(np.diff(region[region > 0]) >= 0) and 0 < region.max() <= layout.max_regions
         assert np.sum(batch.info.kind[row] == Kind.CONTEXT) == 4
-        assert np.any(np.diff(batch.info.place[row]) < 0), "not in raster order"
+        assert np.any(np.diff(batch.info.offset[row]) < 0), "not in raster order"
     # A document may have its share of a row's regions, as of its tokens.
     few = dataclasses.replace(layout, max_regions=10)
     fewer = Processor(processor.tokenizer, processor.settings, processor.chat._template, few)

@@ -264,9 +264,9 @@ def test_every_token_knows_its_place_in_the_document(processor: Processor) -> No
     question = {"role": "user", "content": [image(16, 24), text("?")]}
     example = processor.encode([question, {"role": "assistant", "content": "7"}])
     length = len(example.tokens)
-    np.testing.assert_array_equal(example.info.place, np.arange(length))
+    np.testing.assert_array_equal(example.info.offset, np.arange(length))
     packed = collate([[example, example]], BatchShape(1, 2 * length, 256), processor.settings.patch_numbers)
-    np.testing.assert_array_equal(packed.info.place[0, length:], np.arange(length))
+    np.testing.assert_array_equal(packed.info.offset[0, length:], np.arange(length))
 
 
 @pytest.mark.parametrize("character", ["a", "é", "語", "\U0001f600"])

@@ -36,7 +36,7 @@ def prompt(grids: list[tuple[int, int, int]], options: ModelOptions, text: int =
     codes: dict[str, Any] = {
         name: np.array([int(part.get(name, 0)) for part in parts], np.int32) for name in TokenInfo._fields
     }
-    codes |= {"document": np.ones(T, np.int32), "place": np.arange(T, dtype=np.int32)}
+    codes |= {"document": np.ones(T, np.int32), "offset": np.arange(T, dtype=np.int32)}
     zero = np.zeros(T, np.int32)
     none = np.zeros((0, 2), np.int32)
     positions = np.tile(np.arange(T, dtype=np.int32), (3, 1))

@@ -40,7 +40,7 @@ def with_answer(prompt: Document, answer: list[int]) -> Document:
     """The prompt with answer tokens after it, written out by hand."""
     after = max(max(p) for p in prompt.positions) + 1
     start = len(prompt.tokens)
-    codes = [{"kind": Kind.TEXT, "role": Role.RESPONSE, "turn": 1, "place": start + i} for i in range(len(answer))]
+    codes = [{"kind": Kind.TEXT, "role": Role.RESPONSE, "turn": 1, "offset": start + i} for i in range(len(answer))]
     return Document(
         tokens=prompt.tokens + answer,
         codes=prompt.codes + codes,

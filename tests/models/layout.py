@@ -81,7 +81,7 @@ def document(
         doc.tokens += [placeholder] * (len(doc.codes) - len(doc.tokens))
         position = behind + count
     for place, code in enumerate(doc.codes):
-        code["place"] = place
+        code["offset"] = place
     return doc
 
 

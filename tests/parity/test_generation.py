@@ -259,7 +259,7 @@ def example(tokens: Sequence[int]) -> Example:
     T = len(tokens)
     codes: dict[str, Any] = {name: np.zeros(T, np.int32) for name in TokenInfo._fields}
     codes |= {name: np.full(T, v, np.int32) for name, v in (("document", 1), ("kind", Kind.TEXT), ("turn", 1))}
-    codes |= {"role": np.full(T, Role.QUESTION, np.int32), "place": np.arange(T, dtype=np.int32)}
+    codes |= {"role": np.full(T, Role.QUESTION, np.int32), "offset": np.arange(T, dtype=np.int32)}
     none = np.zeros(0, np.int32)
     return Example(
         tokens=np.array(tokens, np.int32),

@@ -61,7 +61,7 @@ def random_batch(seed: int, rows: int, patches: int = PATCHES) -> Batch:
     visual[:, 2:6] = True
     info = TokenInfo(*[zero] * len(TokenInfo._fields))._replace(
         document=zero + 1,
-        place=np.broadcast_to(np.arange(LENGTH, dtype=np.int32), (rows, LENGTH)),
+        offset=np.broadcast_to(np.arange(LENGTH, dtype=np.int32), (rows, LENGTH)),
         kind=np.where(visual, Kind.VISUAL, Kind.TEXT).astype(np.int32),
         role=np.full_like(zero, Role.QUESTION),
         image=visual.astype(np.int32),

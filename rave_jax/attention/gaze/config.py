@@ -165,9 +165,9 @@ class GazeRouter(Mechanism):
         q = x.q if config.descriptor_keys == "post_rope" else x.q0
         B, _, _, h = q.shape
         first, last = bounds(codes.order, info_k.region, regions)
-        place, _ = bounds(info_k.place, info_k.region, regions)
+        place, _ = bounds(info_k.offset, info_k.region, regions)
         routes = Routes(
-            query=descriptors.features(config.descriptor, q, info_q.place),
+            query=descriptors.features(config.descriptor, q, info_q.offset),
             descriptor=descriptors.describe(config.descriptor, summary, (B, regions, x.k.shape[2], h), place),
             first=first,
             last=last,
