@@ -2,7 +2,7 @@
 
 A layer of Qwen2.5-VL 7B (28 query heads, 4 kv heads of 128), one row, numbers of seed 0, on the device that jax finds.
 Ours is everything that a step does: scores of the regions from their descriptors, the choice, the attention. The dense
-side is the fastest of several forms, each in the layout that suits it. A round runs all of them in turn with the
+side is the fastest of several forms, each in the regions that suits it. A round runs all of them in turn with the
 round's own query, so each finds the processor's caches full of another's numbers; a ratio is the median of the rounds'.
 
     python benchmarks/gaze_decode.py --json gaze_decode.json
@@ -26,8 +26,8 @@ from estimates import ratio
 from gaze_decode_gpu import Forms, Sizes, gpu_rows
 from pallas_calls import captured
 
-from rave_jax.kernels import pair_bias
-from rave_jax.kernels.pair_bias import MaskCodes, PairForm
+from rave_jax.kernels import attention as attention_kernels
+from rave_jax.kernels.attention import MaskCodes, PairForm
 from rave_jax.kernels.routed import RouteRule, gather_attention
 from rave_jax.kernels.routed.base import choose
 from rave_jax.kernels.routed.gather import pallas_tpu
@@ -42,7 +42,7 @@ TIME_AIMS = {"group": 0.2, "head": 1.0}
 BYTES_AIMS = {"group": 0.14, "head": 1.1}
 
 
-class Layout(NamedTuple):
+class Regions(NamedTuple):
     """Regions of the cache: how many, slots in each, and which hold a token."""
 
     name: str
@@ -51,19 +51,21 @@ class Layout(NamedTuple):
     real: np.ndarray
 
 
-def even(slots: int) -> Layout:
+def even(slots: int) -> Regions:
     """Regions of 36 tokens, all full but the last, in so many slots."""
     regions = -(-TOKENS // 36)
     held = np.minimum(36, TOKENS - 36 * np.arange(regions))
     name = f"{regions} regions of 36" + (f" in {slots} slots" if slots > 36 else "")
-    return Layout(name, regions, slots, np.arange(slots) < held[:, None])
+    return Regions(name, regions, slots, np.arange(slots) < held[:, None])
 
 
-def frames() -> Layout:
+def frames() -> Regions:
     """64 frames of 16 x 20 tokens in regions of 6 x 6, cut off at the frame's edge."""
     sides = [[min(6, side - 6 * n) for n in range(-(-side // 6))] for side in (16, 20)]
     held = np.tile(np.outer(*map(np.array, sides)).reshape(-1), 64)
-    return Layout(f"64 frames of 16 x 20 in {len(held)} regions of 6 x 6", len(held), 36, np.arange(36) < held[:, None])
+    return Regions(
+        f"64 frames of 16 x 20 in {len(held)} regions of 6 x 6", len(held), 36, np.arange(36) < held[:, None]
+    )
 
 
 class Cache(NamedTuple):
@@ -76,14 +78,14 @@ class Cache(NamedTuple):
     descriptor: Any
 
 
-def make(layout: Layout, dtype: str) -> Cache:
+def make(regions: Regions, dtype: str) -> Cache:
     """Random keys, values and queries, so heads choose independently; descriptors are means of keys."""
     random = np.random.default_rng(0)
-    shape = (1, K, layout.regions, layout.slots, HEAD_DIM)
-    k, v = (random.normal(size=shape).astype(np.float32) * layout.real[..., None] for _ in range(2))
-    mean = k.sum(3) / layout.real.sum(1)[:, None]
+    shape = (1, K, regions.regions, regions.slots, HEAD_DIM)
+    k, v = (random.normal(size=shape).astype(np.float32) * regions.real[..., None] for _ in range(2))
+    mean = k.sum(3) / regions.real.sum(1)[:, None]
     q = random.normal(size=(QUERIES, 1, K, G, HEAD_DIM)).astype(np.float32)
-    real, descriptor = jnp.asarray(layout.real[None]), jnp.asarray(mean)
+    real, descriptor = jnp.asarray(regions.real[None]), jnp.asarray(mean)
     return Cache(*(jnp.asarray(x, dtype) for x in (q, k, v)), real, descriptor)
 
 
@@ -137,7 +139,7 @@ def our_dense(q: Any, k: Any, v: Any) -> Any:
     B, S = k.shape[:2]
     one, all_ = jnp.zeros((B, 1), jnp.int32), jnp.broadcast_to(jnp.arange(S, dtype=jnp.int32), (B, S))
     codes = MaskCodes(one, one + S, all_, one - 1, jnp.full_like(all_, -2))
-    return pair_bias.attention(q.reshape(B, 1, K * G, HEAD_DIM), k, v, codes, scale=HEAD_DIM**-0.5)[0]
+    return attention_kernels.attention(q.reshape(B, 1, K * G, HEAD_DIM), k, v, codes, scale=HEAD_DIM**-0.5)[0]
 
 
 HEADS_FIRST = (keys_on_the_left, turned_scores, queries_on_the_left, in_float32)
@@ -146,8 +148,8 @@ TOKENS_FIRST = (jax_own, our_dense)
 
 def time_rows(rounds: int, dtype: str, share: str) -> Iterator[dict[str, Any]]:
     """Seconds of a step of ours to those of the fastest dense form; beside them those of the attention alone."""
-    layout = even(36)
-    cache = make(layout, dtype)
+    regions = even(36)
+    cache = make(regions, dtype)
     dense = [x.reshape(1, K, -1, HEAD_DIM)[:, :, :TOKENS] for x in cache[1:3]]
     turned = [jnp.swapaxes(x, 1, 2) for x in dense]
     forms = {x.__name__: (jax.jit(x), dense) for x in HEADS_FIRST}
@@ -176,23 +178,23 @@ def time_rows(rounds: int, dtype: str, share: str) -> Iterator[dict[str, Any]]:
         "milliseconds": {name: round(1e3 * x, 2) for name, x in medians.items()},
     }
     found |= {"least": round(min(ratios), 3), "most": round(max(ratios), 3), "rounds": rounds}
-    name = f"time of a step to dense, {SHARE:.0%} of {layout.name}, a choice per {share}, {dtype}"
+    name = f"time of a step to dense, {SHARE:.0%} of {regions.name}, a choice per {share}, {dtype}"
     yield ratio(name, jax.devices()[0].device_kind, statistics.median(ratios), TIME_AIMS[share], found)
 
 
-def bytes_rows(layout: Layout, dtype: str, share: str) -> Iterator[dict[str, Any]]:
+def bytes_rows(regions: Regions, dtype: str, share: str) -> Iterator[dict[str, Any]]:
     """Bytes of keys, values and descriptors that a step reads, by the lists that the choices give; mean of the queries.
 
     Per group to all keys and values of the tokens (dense); per head to those of the regions that the group chose. Empty
     slots are read, and count; they are no part of what is compared with.
     """
-    cache = make(layout, dtype)
+    cache = make(regions, dtype)
     slot = 2 * HEAD_DIM * cache.k.dtype.itemsize
     taken, filled = 0.0, 0.0
     for q in cache.q:
         read = np.asarray(union(chosen_of(q, cache.descriptor, share)))[0]
-        taken += read.sum() * layout.slots * slot / QUERIES
-        filled += (read @ layout.real.sum(1)).sum() * slot / QUERIES
+        taken += read.sum() * regions.slots * slot / QUERIES
+        filled += (read @ regions.real.sum(1)).sum() * slot / QUERIES
     read_bytes, all_bytes = taken + cache.descriptor.nbytes, K * TOKENS * slot
     against = all_bytes if share == "group" else filled
     share_read = filled / all_bytes
@@ -202,27 +204,27 @@ def bytes_rows(layout: Layout, dtype: str, share: str) -> Iterator[dict[str, Any
         "to_dense": round(read_bytes / all_bytes, 3),
     }
     what = "dense" if share == "group" else "those of the regions that its group chose"
-    name = f"bytes of a step to {what}, {SHARE:.0%} of {layout.name}, a choice per {share}, {dtype}"
+    name = f"bytes of a step to {what}, {SHARE:.0%} of {regions.name}, a choice per {share}, {dtype}"
     yield ratio(name, "any", read_bytes / against, BYTES_AIMS[share], more)
 
 
 def grid_rows(share: str) -> Iterator[dict[str, Any]]:
     """The same of the TPU kernel, all that its grid copies, by its index maps on concrete lists."""
-    layout = even(40)
-    cache = make(layout, "bfloat16")
+    regions = even(40)
+    cache = make(regions, "bfloat16")
     chosen = chosen_of(cache.q[0], cache.descriptor, share)
     k, v = (Stack(x[None], None, jnp.int32(0)) for x in (cache.k, cache.v))
     operands = Operands(cache.q[0], k, v, cache.real, chosen, None)
-    index, count = listed(union(chosen), pallas_tpu.length_of_list(operands, math.ceil(SHARE * layout.regions)))
+    index, count = listed(union(chosen), pallas_tpu.length_of_list(operands, math.ceil(SHARE * regions.regions)))
     call = captured(lambda: pallas_tpu.over(operands, index, count, PairForm(), 1.0, interpret=True))
     copied = copied_bytes(
         call.grid_spec.grid, call.operands, (index.reshape(-1), count.reshape(-1), jnp.zeros(2, jnp.int32))
     )
     slot = 2 * HEAD_DIM * 2
     read_bytes = sum(copied.values()) + cache.descriptor.nbytes
-    filled = float((np.asarray(union(chosen))[0] @ layout.real.sum(1)).sum()) * slot
+    filled = float((np.asarray(union(chosen))[0] @ regions.real.sum(1)).sum()) * slot
     against, what = (K * TOKENS * slot, "dense") if share == "group" else (filled, "those of the group's regions")
-    name = f"bytes that the TPU kernel's grid copies, and descriptors, to {what}, {layout.name}, a choice per {share}"
+    name = f"bytes that the TPU kernel's grid copies, and descriptors, to {what}, {regions.name}, a choice per {share}"
     more = {"steps": math.prod(call.grid_spec.grid), "to_dense": round(read_bytes / (K * TOKENS * slot), 3)}
     yield ratio(name, "any", read_bytes / against, BYTES_AIMS[share], more)
 

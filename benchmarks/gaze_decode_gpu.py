@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from estimates import ratio, unmeasured
 
-from rave_jax.kernels.pair_bias import PairForm
+from rave_jax.kernels.attention import PairForm
 from rave_jax.kernels.routed import Stack, gather_attention
 
 AIMS = {"group": 0.25, "head": None}

@@ -35,7 +35,7 @@ TEXT = TextConfig(num_layers=28, num_heads=28, num_kv_heads=4, head_dim=128, hid
 """Heads and layers of Qwen2.5-VL 7B: ratios are the same for any."""
 
 
-class Layout(NamedTuple):
+class Case(NamedTuple):
     """Frames of visual tokens, and regions over them."""
 
     name: str
@@ -43,12 +43,12 @@ class Layout(NamedTuple):
     side: int
 
 
-LAYOUTS = (
-    Layout("8 frames of 24 x 24, regions of 6 x 6", (8, 24, 24), 6),
-    Layout("64 frames of 16 x 20, regions of 6 x 6", (64, 16, 20), 6),
-    Layout("64 frames of 12 x 12, regions of 3 x 3", (64, 12, 12), 3),
-    Layout("a picture of 32 x 32, regions of 6 x 6", (1, 32, 32), 6),
-    Layout("configs/quickstart_gaze.py, a picture of 8 x 8, regions of 2 x 2", (1, 8, 8), 2),
+CASES = (
+    Case("8 frames of 24 x 24, regions of 6 x 6", (8, 24, 24), 6),
+    Case("64 frames of 16 x 20, regions of 6 x 6", (64, 16, 20), 6),
+    Case("64 frames of 12 x 12, regions of 3 x 3", (64, 12, 12), 3),
+    Case("a picture of 32 x 32, regions of 6 x 6", (1, 32, 32), 6),
+    Case("configs/quickstart_gaze.py, a picture of 8 x 8, regions of 2 x 2", (1, 8, 8), 2),
 )
 
 
@@ -72,7 +72,7 @@ def question(grid: tuple[int, int, int], options: ModelOptions) -> TokenInfo:
 
 def rows() -> Iterator[dict[str, Any]]:
     """A row for each layout and kind of descriptor."""
-    for name, grid, side in LAYOUTS:
+    for name, grid, side in CASES:
         for descriptor in DESCRIPTORS:
             gaze = Gaze(FixedRegions(side, side), max_regions=1024, top_k=0.25, descriptor=descriptor)
             options = ModelOptions(mechanisms=(gaze,), context=ContextTokens(CONTEXT))

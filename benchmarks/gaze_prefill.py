@@ -1,7 +1,7 @@
 """Does a long video fit? Bytes that reading it chunk by chunk takes on a TPU, compiled without one.
 
 Two decoder layers of Qwen2.5-VL 7B in bfloat16 with Gaze, one row, 64 frames of 16 x 20 visual tokens in regions of
-8 x 10. The program is that of generation, `inference.programs.read`: what a chunk needs beside weights, cache and
+8 x 10. The program is that of generation, `inference.programs.prefill`: what a chunk needs beside weights, cache and
 results, for chunks of 512 tokens and for the whole prompt at once. The tower is another program.
 
     python benchmarks/gaze_prefill.py [--chip v5e] [--chunks 512 20992] [--json FILE]
@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from rave_jax.attention import Gaze, RegionReach
 from rave_jax.batch import TokenInfo
-from rave_jax.inference.programs import Admission, Chunk, empty_state, read
+from rave_jax.inference.programs import Admission, Chunk, empty_state, prefill
 from rave_jax.inference.sampling import RowSampling
 from rave_jax.layout import FixedRegions
 from rave_jax.models.config import ModelOptions
@@ -54,7 +54,7 @@ def read_program(place: Any, *, chunk: int) -> tuple[Any, tuple[Any, ...]]:
     asked = Admission(row, begins, row, row, row, row, ints(1, 1), sampling)
 
     def run(model: Any, state: Any, tokens: Chunk, asked: Admission) -> Any:
-        return read(model, state, tokens, asked, reach=TEXT, regions=RegionReach(count, VISUAL))
+        return prefill(model, state, tokens, asked, reach=TEXT, regions=RegionReach(count, VISUAL))
 
     return run, jax.tree.map(lambda x: place(x.shape, x.dtype), (model, state, tokens, asked))
 

@@ -87,8 +87,8 @@ def padded(batch: list[Asked]) -> dict[str, np.ndarray]:
 
 def engine(model: Vlm, sizes: SlotConfig) -> Engine:
     """Slots without stop ids: every answer has the length it is asked for."""
-    layout = {"window_patches": WINDOW_PATCHES, "merge_patches": MERGE_PATCHES, "patch_numbers": PATCH_NUMBERS}
-    return Engine(model, sizes, (), mesh=None, **layout)
+    patch_sizes = {"window_patches": WINDOW_PATCHES, "merge_patches": MERGE_PATCHES, "patch_numbers": PATCH_NUMBERS}
+    return Engine(model, sizes, (), mesh=None, **patch_sizes)
 
 
 def answer(slots: Engine, asked: list[Asked]) -> None:

@@ -6,7 +6,7 @@ a machine that slows down slows both; the ratio is the median over rounds of the
 
 Peak memory is the highest resident size during an import, sampled by the kernel (VmHWM), beyond what was resident
 before and the parameters themselves, which on CPU devices lie in the same memory; it is stated against the largest
-shard of a parameter on one device. Each layout is measured in a process of its own, since freed memory stays resident.
+shard of a parameter on one device. Each where is measured in a process of its own, since freed memory stays resident.
 
     python benchmarks/hf_import.py [--json FILE] [--rounds 7]
 """
@@ -40,7 +40,7 @@ from rave_jax.parallel.mesh import MeshConfig, make_mesh
 OPTIONS = ModelOptions(param_dtype="bfloat16", compute_dtype="bfloat16")
 SPEED_AIM, MEMORY_AIM = 0.8, 1.2
 FILES = 4
-LAYOUTS = ("one device", "2 x 2 devices (fsdp x tensor)")
+MESHES = ("one device", "2 x 2 devices (fsdp x tensor)")
 CONFIG = VlmConfig(
     text=TextConfig(
         vocab_size=32768,
@@ -119,12 +119,12 @@ def memory_ratio(folder: Path, mesh: Mesh | None) -> float:
     return (peak - held) / largest
 
 
-def measure(folder: Path, layout: str, rounds: int) -> list[dict[str, object]]:
-    """The rows of one layout."""
+def measure(folder: Path, where: str, rounds: int) -> list[dict[str, object]]:
+    """The rows of one where."""
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", 4)
-    mesh = make_mesh(MeshConfig(fsdp=2, tensor=2)) if layout == LAYOUTS[1] else None
-    where = f"{layout}, CPU ({platform.machine()})"
+    mesh = make_mesh(MeshConfig(fsdp=2, tensor=2)) if where == MESHES[1] else None
+    where = f"{where}, CPU ({platform.machine()})"
     import_it(folder, mesh)
     memory = memory_ratio(folder, mesh)
     read_plainly(folder)
@@ -153,7 +153,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="HuggingFace import: speed and memory.")
     parser.add_argument("--json", type=Path, help="write the rows there")
     parser.add_argument("--rounds", type=int, default=7, help="rounds of one reading and one import each")
-    parser.add_argument("--measure", nargs=2, metavar=("FOLDER", "LAYOUT"), help=argparse.SUPPRESS)
+    parser.add_argument("--measure", nargs=2, metavar=("FOLDER", "WHERE"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:
         print(json.dumps(measure(Path(args.measure[0]), args.measure[1], args.rounds)))
@@ -161,8 +161,8 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         write(Path(folder))
-        for layout in LAYOUTS:
-            command = [sys.executable, __file__, "--rounds", str(args.rounds), "--measure", folder, layout]
+        for where in MESHES:
+            command = [sys.executable, __file__, "--rounds", str(args.rounds), "--measure", folder, where]
             rows += json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
     for row in rows:
         aim = f" (aim {row['aim']})" if row["aim"] else ""

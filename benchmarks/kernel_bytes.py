@@ -7,8 +7,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from estimates import ratio, row
-from pair_bias_programs import (
+from attention_programs import (
     HEAD_DIM,
     Blocks,
     Gate,
@@ -18,11 +17,12 @@ from pair_bias_programs import (
     make_operands,
     terms_of,
 )
+from estimates import ratio, row
 
-from rave_jax.kernels.pair_bias import MaskCodes
-from rave_jax.kernels.pair_bias.pallas_tpu import attention
-from rave_jax.kernels.pair_bias.pallas_tpu.blocks import block_facts
-from rave_jax.kernels.pair_bias.tuning import block_sizes
+from rave_jax.kernels.attention import MaskCodes
+from rave_jax.kernels.attention.pallas_tpu import attention
+from rave_jax.kernels.attention.pallas_tpu.blocks import block_facts
+from rave_jax.kernels.attention.tuning import block_sizes
 from rave_jax.tools.tpu import Case, compile_cases, copied_bytes
 
 KINDS = {"v5e": "TPU v5 lite", "v5p": "TPU v5", "v6e": "TPU v6 lite", "tpu7x": "TPU7x"}

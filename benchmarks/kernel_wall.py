@@ -10,11 +10,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from attention_programs import HEAD_DIM, Gate, terms_of
 from estimates import ratio
 from kernel_bytes import causal
-from pair_bias_programs import HEAD_DIM, Gate, terms_of
 
-from rave_jax.kernels.pair_bias import PairBias, Terms, attention
+from rave_jax.kernels.attention import PairBias, Terms, attention
 
 LENGTH, HEADS = 2048, 2
 AIM = 1.4

@@ -21,13 +21,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from attention_programs import Blocks, Gate, Tiles
 from estimates import Cost, Kernel, cost, described, ranked, ratio, row
 from kernel_bytes import KINDS, bytes_rows, memory_rows
 from kernel_wall import wall_rows
-from pair_bias_programs import Blocks, Gate, Tiles
 from splash_rows import Plain, Splash, flash, flash_parts, splash, splash_rows
 
-from rave_jax.kernels.pair_bias.tuning import block_sizes
+from rave_jax.kernels.attention.tuning import block_sizes
 
 GROUPS = {"7B": 7, "3B": 8}
 """Model -> query heads that share a key head."""
@@ -68,10 +68,10 @@ class Pass(NamedTuple):
 
 def ours(which: str, gate: Gate, tiles: Tiles, choices: Sequence[Blocks]) -> Kernel:
     """One of our kernels."""
-    made = f"pair_bias_programs:{which}_program"
+    made = f"attention_programs:{which}_program"
     settings = {"gate": gate, "tiles": tiles}
     label = f"ours {which}, {gate}, {tiles}"
-    return Kernel(label, made, f"pair_bias_{which}", choices, settings, heads_in_grid=False)
+    return Kernel(label, made, f"attention_{which}", choices, settings, heads_in_grid=False)
 
 
 def our_pass(chip: str, which: str, length: int, linear: Gate) -> Pass:

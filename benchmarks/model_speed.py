@@ -52,8 +52,8 @@ def our_generation(model: Vlm, examples: list[Example]) -> Callable[[], int]:
     sizes = SlotConfig(
         slots=ROWS, max_length=whole, chunk=whole, smallest=TOKENS, prefill_rows=ROWS, decode_steps=NEW_TOKENS
     )
-    layout = {"window_patches": WINDOW_PATCHES, "merge_patches": MERGE_PATCHES, "patch_numbers": PATCH_NUMBERS}
-    engine = Engine(model, sizes, (), mesh=None, **layout)
+    patch_sizes = {"window_patches": WINDOW_PATCHES, "merge_patches": MERGE_PATCHES, "patch_numbers": PATCH_NUMBERS}
+    engine = Engine(model, sizes, (), mesh=None, **patch_sizes)
 
     def generate() -> int:
         for example in examples:

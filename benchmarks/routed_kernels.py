@@ -4,7 +4,7 @@ Rows are those of text queries over visual keys: a row of T tokens is half a pic
 chooses a quarter of the regions, by itself and independently for each. So a list has Binomial(queries, share of visits)
 entries, in items that are filled up; an item's cycles are the difference of two programs that differ in nothing but
 their number. What a super-block costs before its first item is in the figures, what XLA makes around the kernels (the
-choice, the lists, the layouts) is not. The dense kernel visits the same pairs all, not masked, with its tuned blocks.
+choice, the lists, the tilings) is not. The dense kernel visits the same pairs all, not masked, with its tuned blocks.
 tokamax's dynamic splash skips a tile of keys that no query of the tile needs: under independent choices 0.75^queries of
 them. Its tile is counted as jax's splash, from which it comes.
 
@@ -25,9 +25,9 @@ from estimates import cost, ratio, row
 from kernel_bytes import KINDS
 from splash_rows import DKV, DQ, FORWARD
 
-from rave_jax.kernels.pair_bias.tuning import block_sizes
-from rave_jax.kernels.routed.pallas_tpu.lists import Layout
-from rave_jax.kernels.routed.pallas_tpu.sizes import item_sizes, layout_of, make_call
+from rave_jax.kernels.attention.tuning import block_sizes
+from rave_jax.kernels.routed.pallas_tpu.lists import Tiling
+from rave_jax.kernels.routed.pallas_tpu.sizes import item_sizes, make_call, tiling_of
 from rave_jax.tools.tpu import Case, compile_cases
 
 LENGTH, VISUAL, SHARE = 32768, 0.5, 0.25
@@ -65,16 +65,16 @@ def item_cycles(chip: str, which: str, lanes: int, queries: int, kind: int, head
     return item, few - 2 * FEW * item
 
 
-def routed_pass(chip: str, which: str, layout: Layout, queries: int, heads: int) -> float:
+def routed_pass(chip: str, which: str, tiling: Tiling, queries: int, heads: int) -> float:
     """Cycles of all text queries of a kv group."""
     visual, item = int(LENGTH * VISUAL), item_sizes(KINDS[chip]).item
-    text, regions = LENGTH - visual, visual // layout.slots
-    own, start = item_cycles(chip, which, layout.lanes, queries, 0, heads)
-    cycles = layout.full * regions * expected_items(queries, SHARE, item) * own
-    if layout.rest:
-        shared = item_cycles(chip, which, layout.lanes, queries, 1, heads)[0] if layout.sharing > 1 else own
-        visits = 1 - (1 - SHARE) ** layout.sharing
-        cycles += -(-regions // layout.sharing) * expected_items(queries, visits, item) * shared
+    text, regions = LENGTH - visual, visual // tiling.slots
+    own, start = item_cycles(chip, which, tiling.lanes, queries, 0, heads)
+    cycles = tiling.full * regions * expected_items(queries, SHARE, item) * own
+    if tiling.rest:
+        shared = item_cycles(chip, which, tiling.lanes, queries, 1, heads)[0] if tiling.sharing > 1 else own
+        visits = 1 - (1 - SHARE) ** tiling.sharing
+        cycles += -(-regions // tiling.sharing) * expected_items(queries, visits, item) * shared
     return text / queries * (cycles + start)
 
 
@@ -84,10 +84,10 @@ def dense_unit(chip: str, which: str, heads: int) -> float:
     length = 2048
     given = {"blocks": blocks.forward if which == "forward" else blocks.backward, "gate": "none", "tiles": "all"}
     cases = [
-        Case(str(n), f"pair_bias_programs:{which}_program", {**given, "heads": n, "length": length}) for n in (2, 3)
+        Case(str(n), f"attention_programs:{which}_program", {**given, "heads": n, "length": length}) for n in (2, 3)
     ]
     found = compile_cases(chip, cases, cycles=True)
-    two, three = (found[case.name].kernel_cycles(f"pair_bias_{which}") for case in cases)
+    two, three = (found[case.name].kernel_cycles(f"attention_{which}") for case in cases)
     return (two + (heads - 2) * (three - two)) / heads / (length // ROWS) ** 2
 
 
@@ -118,21 +118,21 @@ def chip_rows(chip: str, heads: int, splash: bool) -> Iterator[dict[str, Any]]:
         peer = splash_unit(chip, heads) * (1 - (1 - SHARE) ** queries) * units
         yield row(f"dynamic splash, forward and backward, {where}", chip, round(peer), "cycles")
     for slots in REGIONS:
-        layout = layout_of(visual // slots, slots)
+        tiling = tiling_of(visual // slots, slots)
         sizes = item_sizes(KINDS[chip])
         q, k = (jnp.empty((1, LENGTH, n, 128), jnp.bfloat16) for n in (heads, 1))
-        call = make_call(q, k, layout, sizes, 1.0, interpret=False)
+        call = make_call(q, k, tiling, sizes, 1.0, interpret=False)
         assert call is not None
         entries = {
-            "lanes": layout.lanes,
+            "lanes": tiling.lanes,
             "queries": call.queries,
-            "fill of lanes": round(layout.fill, 3),
+            "fill of lanes": round(tiling.fill, 3),
             "fill of items": round(
                 SHARE * call.queries / sizes.item / expected_items(call.queries, SHARE, sizes.item), 3
             ),
         }
         try:
-            passes = {which: routed_pass(chip, which, layout, call.queries, heads) for which in dense}
+            passes = {which: routed_pass(chip, which, tiling, call.queries, heads) for which in dense}
         except ValueError as error:  # the compiler's estimate may die where the compiler does not
             print(f"no estimate for regions of {slots}, {chip}: {str(error)[:200]}", flush=True)
             continue

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from pallas_calls import Captured, captured
 
-from rave_jax.kernels.pair_bias.pallas_tpu.tile import LANES
+from rave_jax.kernels.attention.pallas_tpu.tile import LANES
 from rave_jax.kernels.routed.pallas_tpu.backward import backward
 from rave_jax.kernels.routed.pallas_tpu.forward import forward
-from rave_jax.kernels.routed.pallas_tpu.lists import Layout
+from rave_jax.kernels.routed.pallas_tpu.lists import Tiling
 from rave_jax.kernels.routed.pallas_tpu.walk import CODES, Call
 
 TILES = 2
@@ -36,13 +36,13 @@ def program(
     online: bool = False,
 ) -> tuple[Any, tuple[Any, ...]]:
     """The forward or the backward kernel over `TILES` tiles of so many items each."""
-    layout = Layout(TILES, lanes, lanes)
+    tiling = Tiling(TILES, lanes, lanes)
     call = Call(
         B=1,
         K=1,
         G=heads,
         T=queries,
-        layout=layout,
+        tiling=tiling,
         queries=queries,
         item=item,
         chunks=(chunk, chunk),

@@ -1,4 +1,4 @@
-"""Which blocks our TPU kernels should have, by the compiler's static cycles: entries for pair_bias/tuning.py.
+"""Which blocks our TPU kernels should have, by the compiler's static cycles: entries for kernels/attention/tuning.py.
 
 Forward and backward kernel apart. Every choice of the list is compiled with the log gate in every tile, the best three
 also without a gate; what counts is a batch with visual share 0.6. Then the linear gate, both ways. No chip is needed,
@@ -15,8 +15,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from attention_programs import Gate
 from estimates import Blocks, Kernel, ranked, row
-from pair_bias_programs import Gate
 
 from rave_jax.tools.tpu import compile_cases
 
@@ -36,8 +36,8 @@ def kernel(which: str, gate: Gate) -> Kernel:
     """One of ours."""
     return Kernel(
         f"{which} {gate}",
-        f"pair_bias_programs:{which}_program",
-        f"pair_bias_{which}",
+        f"attention_programs:{which}_program",
+        f"attention_{which}",
         CHOICES[which],
         {"gate": gate},
         heads_in_grid=False,

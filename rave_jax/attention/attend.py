@@ -13,8 +13,9 @@ from rave_jax.attention.merge import log_weights, merged, partition_of, parts_of
 from rave_jax.attention.probe import attention_rows, choice_of_rows, chosen_regions
 from rave_jax.attention.scores import Scores, scores_of
 from rave_jax.batch import TokenInfo
-from rave_jax.kernels import pair_bias, routed
-from rave_jax.kernels.pair_bias import Implementation, MaskCodes
+from rave_jax.kernels import attention as attention_kernels
+from rave_jax.kernels import routed
+from rave_jax.kernels.attention import Implementation, MaskCodes
 from rave_jax.kernels.routed import RankBias, Routing
 from rave_jax.typing import Array, Bool, Float, Int
 
@@ -108,7 +109,7 @@ def attend(
     partition = partition_of(mechanisms, x, keys.remembered, info_k, losses)
     groups, factor = partition.key_groups, key_factor(mechanisms, x, info_q, info_k)
     routing = routing_of(mechanisms, x, keys, info_q, info_k, scores, regions, progress)
-    attention = pair_bias.attention if routing is None else functools.partial(routed.attention, routing=routing)
+    attention = attention_kernels.attention if routing is None else functools.partial(routed.attention, routing=routing)
     out, lse = attention(
         scores.q,
         scores.k,

@@ -26,7 +26,7 @@ from rave_jax.attention.base import AttentionDims, Features, Mechanism, Parts
 from rave_jax.attention.plan import Layers
 from rave_jax.batch import Kind, Role, TokenInfo
 from rave_jax.config import check_fields, require
-from rave_jax.kernels.pair_bias import KeyGroups
+from rave_jax.kernels.attention import KeyGroups
 from rave_jax.typing import Array, Bool, Float, Int
 
 VISUAL, SYSTEM, COUNT = 1, 2, 3

@@ -14,7 +14,7 @@ from flax import nnx
 
 from rave_jax.batch import TokenInfo
 from rave_jax.config import ConfigError
-from rave_jax.kernels.pair_bias import Implementation, KeyGroups, MaskCodes, PairBias, PairForm
+from rave_jax.kernels.attention import Implementation, KeyGroups, MaskCodes, PairBias, PairForm
 from rave_jax.kernels.routed import Routing
 from rave_jax.typing import Array, Bool, Float, Int
 

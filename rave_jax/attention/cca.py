@@ -23,7 +23,7 @@ from rave_jax.attention.masks import order_in_row
 from rave_jax.attention.plan import Layers
 from rave_jax.batch import Kind, TokenInfo
 from rave_jax.config import check_fields
-from rave_jax.kernels.pair_bias import MaskCodes
+from rave_jax.kernels.attention import MaskCodes
 from rave_jax.typing import Array, Int
 
 

@@ -24,7 +24,7 @@ from rave_jax.attention.masks import NO_OPEN_K, NO_OPEN_Q
 from rave_jax.attention.plan import Layers
 from rave_jax.attention.zero_tuning import first
 from rave_jax.batch import Kind, TokenInfo
-from rave_jax.kernels.pair_bias import MaskCodes
+from rave_jax.kernels.attention import MaskCodes
 from rave_jax.layout import ContextTokens
 from rave_jax.typing import Array, Bool, Int
 

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from rave_jax.batch import TokenInfo
-from rave_jax.kernels.pair_bias import MaskCodes
-from rave_jax.kernels.pair_bias.base import NOWHERE
+from rave_jax.kernels.attention import MaskCodes
+from rave_jax.kernels.attention.base import NOWHERE
 from rave_jax.typing import Array, Int
 
 NO_OPEN_Q, NO_OPEN_K = -1, -2

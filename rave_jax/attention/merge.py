@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from rave_jax.attention.base import Features, KeyFactor, Mechanism, Parts, overrides
 from rave_jax.attention.scores import Scores, of_keys, pick
 from rave_jax.batch import TokenInfo
-from rave_jax.kernels.pair_bias import KeyGroups
+from rave_jax.kernels.attention import KeyGroups
 from rave_jax.typing import Array, Float, Int
 
 

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 
 from rave_jax.attention.base import KeyFactor
 from rave_jax.attention.scores import Scores, of_queries, pick
-from rave_jax.kernels.pair_bias import KeyGroups
-from rave_jax.kernels.pair_bias.base import group_heads
+from rave_jax.kernels.attention import KeyGroups
+from rave_jax.kernels.attention.base import group_heads
 from rave_jax.kernels.routed import Choice, Routing, choice_of, of_keys, open_keys
 from rave_jax.typing import Array, Bool, Float, Int
 

@@ -6,7 +6,7 @@ model. Its functional form is not public to us; everything below that sentence i
 
     u_i = q0_i A / sqrt(r)      w_j = k0_j B
     z_ij = <u_i, w_j> + <a, q0_i> + c + <e, k0_j>
-    bias_ij = f(z_ij)                               f: see kernels.pair_bias.PairForm
+    bias_ij = f(z_ij)                               f: see kernels.attention.PairForm
 
 A is per query head and B per kv head: w and <e, k0> are what a cache keeps of a key, r + 1 numbers per kv head. B, a,
 c and e start at zero and A at random: the gate starts as exactly nothing, learns from the first step, and never dies.
@@ -26,7 +26,7 @@ from rave_jax.attention.base import AttentionDims, Features, Mechanism, Score
 from rave_jax.attention.plan import Layers
 from rave_jax.batch import Kind, TokenInfo
 from rave_jax.config import check_fields, require
-from rave_jax.kernels.pair_bias import PairBias, PairForm
+from rave_jax.kernels.attention import PairBias, PairForm
 from rave_jax.typing import Array, Float
 
 MAX_RANK = 1 << 13

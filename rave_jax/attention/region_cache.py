@@ -31,9 +31,9 @@ from rave_jax.attention.merge import merged
 from rave_jax.attention.scores import scores_of
 from rave_jax.batch import TokenInfo
 from rave_jax.config import ConfigError
-from rave_jax.kernels import pair_bias
-from rave_jax.kernels.pair_bias import Implementation, MaskCodes
-from rave_jax.kernels.pair_bias.base import tile_allow
+from rave_jax.kernels import attention as attention_kernels
+from rave_jax.kernels.attention import Implementation, MaskCodes
+from rave_jax.kernels.attention.base import tile_allow
 from rave_jax.kernels.routed import HostRegions, RegionBias, Stack, choice_of, gather_attention
 from rave_jax.kernels.routed.gather import pallas_tpu
 from rave_jax.typing import Array, Bool, Float, Int
@@ -58,7 +58,7 @@ def check_decoding(
     """
     if implementation != "pallas_tpu":
         return
-    against = pallas_tpu.against_layout(tokens, (head_dim, head_dim), dtype)
+    against = pallas_tpu.against_shapes(tokens, (head_dim, head_dim), dtype)
     if place == "host":
         against = "regions_in is 'host'"
     elif kind != "compute" and jnp.dtype(kind) != dtype:
@@ -238,7 +238,7 @@ def _gathered(
     (near_codes, near_info), (far_codes, far_info) = part(slice(None, S)), part(slice(S, None))
     near = kv_cache.read(stored.near, layer, x.q.dtype)
     scores = scores_of(x, near, near_codes, info_q, near_info, mechanisms)
-    text = pair_bias.attention(
+    text = attention_kernels.attention(
         scores.q,
         scores.k,
         near.v,

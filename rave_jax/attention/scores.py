@@ -9,8 +9,8 @@ import jax.numpy as jnp
 
 from rave_jax.attention.base import Channels, Features, Keys, Mechanism, OtherQuery
 from rave_jax.batch import TokenInfo
-from rave_jax.kernels.pair_bias import MaskCodes, PairForm, Terms
-from rave_jax.kernels.pair_bias.base import group_heads, tile_allow, tile_scores, ungroup_heads
+from rave_jax.kernels.attention import MaskCodes, PairForm, Terms
+from rave_jax.kernels.attention.base import group_heads, tile_allow, tile_scores, ungroup_heads
 from rave_jax.typing import Array, Bool, Float, Int
 
 

@@ -11,7 +11,7 @@ from rave_jax.attention.base import AttentionDims, Mechanism
 from rave_jax.attention.plan import Layers
 from rave_jax.batch import TokenInfo
 from rave_jax.config import check_fields, require
-from rave_jax.kernels.pair_bias import MaskCodes
+from rave_jax.kernels.attention import MaskCodes
 
 
 @dataclass(frozen=True)

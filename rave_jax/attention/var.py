@@ -33,7 +33,7 @@ from rave_jax.attention.merge import log_sum_exp
 from rave_jax.attention.plan import Layers
 from rave_jax.batch import Kind, Role, TokenInfo
 from rave_jax.config import check_fields, require
-from rave_jax.kernels.pair_bias import KeyGroups
+from rave_jax.kernels.attention import KeyGroups
 from rave_jax.typing import Array, Bool, Float
 
 OTHER, TEXT_SINK, VISUAL, VISUAL_SINK, COUNT = 0, 1, 2, 3, 4

@@ -28,7 +28,7 @@ from rave_jax.attention.base import AttentionDims, Channels, Features, KeyFactor
 from rave_jax.attention.plan import Layers
 from rave_jax.batch import TokenInfo
 from rave_jax.config import check_fields, require
-from rave_jax.kernels.pair_bias import KeyGroups
+from rave_jax.kernels.attention import KeyGroups
 from rave_jax.typing import Array, Bool, Float, Int
 
 

@@ -1,4 +1,4 @@
-"""HuggingFace directory out: layout and keys that transformers loads, written whole or not at all."""
+"""HuggingFace directory out: files and keys that transformers loads, written whole or not at all."""
 
 from __future__ import annotations
 

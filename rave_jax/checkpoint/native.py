@@ -21,7 +21,7 @@ import numpy as np
 from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 
-from rave_jax.checkpoint import digests, sidecar
+from rave_jax.checkpoint import digests, old_names, sidecar
 from rave_jax.checkpoint.hf_files import NATIVE, SIDECAR_JSON, read_json
 from rave_jax.checkpoint.naming import extra_parameters, global_names, locations
 from rave_jax.checkpoint.safetensors_file import CheckpointError
@@ -84,12 +84,12 @@ def check_whole(directory: Path) -> None:
 
 
 def stored_dtypes(directory: Path) -> dict[str, np.dtype]:
-    """Number type of every stored parameter, by path.
+    """Number type of every stored parameter, by today's path.
 
     Raises:
         CheckpointError: the parameters cannot be read.
     """
-    return {path: np.dtype(leaf.dtype) for path, leaf in _metadata(directory).items()}
+    return {old_names.new_name(path): np.dtype(leaf.dtype) for path, leaf in _metadata(directory).items()}
 
 
 def _metadata(directory: Path) -> dict:
@@ -118,7 +118,9 @@ def restore(
     check_whole(directory)
     stored_model = abstract_model(config, sidecar.saved_options(directory) or ModelOptions())
     dtypes = stored_dtypes(directory)
-    shapes = {path: tuple(leaf.shape) for path, leaf in _metadata(directory).items()}
+    stored = _metadata(directory)
+    names = {old_names.new_name(path): path for path in stored}
+    shapes = {path: tuple(stored[name].shape) for path, name in names.items()}
     expected = {path: param.shape for path, param in named_parameters(stored_model).items()}
     if shapes != expected:
         wrong = sorted(p for p in shapes.keys() | expected.keys() if shapes.get(p) != expected.get(p))
@@ -128,11 +130,12 @@ def restore(
         )
     where = parameter_shardings(stored_model, mesh)
     check_room(stored_model, where, dtypes)
-    target = {p: jax.ShapeDtypeStruct(shape, dtypes[p], sharding=where[p]) for p, shape in shapes.items()}
+    target = {names[p]: jax.ShapeDtypeStruct(shape, dtypes[p], sharding=where[p]) for p, shape in shapes.items()}
     try:
-        values = ocp.load(str(directory.resolve() / PARAMETERS), target)
+        loaded = ocp.load(str(directory.resolve() / PARAMETERS), target)
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise CheckpointError(f"{directory / PARAMETERS}: cannot be read: {_first_line(error)}") from error
+    values = {path: loaded[name] for path, name in names.items()}
     model = abstract_model(config, options)
     return with_values(model, _recut(values, stored_model, model, config, options, mesh, key, as_stored))
 

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 from orbax.checkpoint import v1 as ocp
 
-from rave_jax.checkpoint import digests
+from rave_jax.checkpoint import digests, old_names
 from rave_jax.checkpoint.digests import DamageError
 from rave_jax.parallel import agree
 
@@ -129,10 +129,13 @@ def load(folder: Path, targets: Mapping[str, Any], *, verified: bool) -> dict[st
             for name in targets:
                 if stored.get(name) is None and name != DATA:
                     raise ValueError(f"{name} has no description")
-            wrong = _differences(stored[PARAMETERS], targets[PARAMETERS])
+            old = old_names.has_old_names(stored[PARAMETERS])
+            asked = old_names.renamed(dict(targets), old_names.old_name) if old else dict(targets)
+            wrong = _differences(stored[PARAMETERS], asked[PARAMETERS])
             if wrong:
                 raise StoreError(f"{folder} holds another model: {'; '.join(wrong)}")
-            return ocp.load_checkpointables(str(folder), dict(targets))
+            found = ocp.load_checkpointables(str(folder), asked)
+            return old_names.renamed(found, old_names.new_name) if old else found
     except StoreError:
         raise
     except Exception as error:  # orbax and tensorstore raise many kinds for damaged files

@@ -1,4 +1,4 @@
-"""Pictures to patches: reading, the resize rule of Qwen2-VL, and patches laid out window by window.
+"""Pictures to patches: reading, the resize rule of Qwen2-VL, and patches in order of their windows.
 
 The pixels are those of transformers' `Qwen2VLImageProcessorPil` (5.23.0), bit for bit; ours stay bytes, since
 rescaling and normalising belong on the device, and are already in the order the tower reads them.
@@ -52,7 +52,7 @@ class Patches(NamedTuple):
     """A picture (one frame) or a video (t frames, each of `temporal` pictures), cut.
 
     Fields:
-        pixels: uint8 patches in `Batch` layout, frame after frame.
+        pixels: uint8 patches in the order of `Batch`, frame after frame.
         frame, place, window: of each patch, frames and windows counted from 1.
         order: merge unit, counted from 0 over the whole, of each unit of the merged grid read frame, row, column.
         grid: size of the merged grid (t, h, w).
@@ -151,7 +151,7 @@ def resize(image: Image.Image, height: int, width: int) -> UInt8[NpArray, "H W 3
 
 
 @functools.lru_cache(maxsize=1024)
-def window_layout(rows: int, cols: int, window: int) -> tuple[Int[NpArray, "N"], Int[NpArray, "N"]]:
+def window_order(rows: int, cols: int, window: int) -> tuple[Int[NpArray, "N"], Int[NpArray, "N"]]:
     """Merge units of a frame, window by window.
 
     Windows tile the merged grid from its top left corner; those at the right and bottom edges may be partial. Both
@@ -170,20 +170,20 @@ def window_layout(rows: int, cols: int, window: int) -> tuple[Int[NpArray, "N"],
 
 
 @functools.lru_cache(maxsize=1024)
-def _layout(t: int, rows: int, cols: int, grid: PatchGrid) -> tuple[NpArray, NpArray, NpArray, NpArray, NpArray]:
+def _patch_order(t: int, rows: int, cols: int, grid: PatchGrid) -> tuple[NpArray, NpArray, NpArray, NpArray, NpArray]:
     """Unit order in a frame, and frame, place, window, merged order of a whole picture or video."""
-    unit_order, unit_window = window_layout(rows, cols, grid.window)
+    unit_order, unit_window = window_order(rows, cols, grid.window)
     units, m2 = rows * cols, grid.merge**2
-    frame = np.arange(t, dtype=np.int32)
-    frame = np.repeat(frame + 1, units * m2)
+    number = np.arange(t, dtype=np.int32)
+    frame = np.repeat(number + 1, units * m2)
     windows = int(unit_window[-1]) + 1
-    window = np.repeat((frame[:, None] * windows + unit_window + 1).reshape(-1), m2)
+    window = np.repeat((number[:, None] * windows + unit_window + 1).reshape(-1), m2)
     inside = np.moveaxis(np.indices((grid.merge, grid.merge), dtype=np.int32), 0, -1).reshape(1, m2, 2)
     corner = np.stack([unit_order // cols, unit_order % cols], -1)[:, None] * grid.merge
     place = np.tile((corner + inside).reshape(-1, 2), (t, 1)).astype(np.int32)
     rank = np.empty(units, np.int32)
     rank[unit_order] = np.arange(units, dtype=np.int32)
-    order = (frame[:, None] * units + rank).reshape(-1).astype(np.int32)
+    order = (number[:, None] * units + rank).reshape(-1).astype(np.int32)
     for array in (frame, place, window, order):
         array.setflags(write=False)
     return unit_order, frame, place, window, order
@@ -199,7 +199,7 @@ def cut(frames: list[UInt8[NpArray, "H W 3"]], grid: PatchGrid) -> Patches:
     height, width, _ = frames[0].shape
     p, m = grid.patch, grid.merge
     rows, cols, t = height // (p * m), width // (p * m), len(frames) // grid.temporal
-    unit_order, frame, place, window, order = _layout(t, rows, cols, grid)
+    unit_order, *codes = _patch_order(t, rows, cols, grid)
     pixels = np.empty((t, rows * cols, m * m, 3, grid.temporal, p, p), np.uint8)
     previous = None
     for number, frame in enumerate(frames):
@@ -210,7 +210,7 @@ def cut(frames: list[UInt8[NpArray, "H W 3"]], grid: PatchGrid) -> Patches:
             previous = blocks.reshape(rows * cols, m * m, 3, p, p)[unit_order]
         pixels[number // grid.temporal, :, :, :, number % grid.temporal] = previous
     numbers = 3 * grid.temporal * p * p
-    return Patches(pixels.reshape(-1, numbers), frame, place, window, order, (t, rows, cols))
+    return Patches(pixels.reshape(-1, numbers), *codes, (t, rows, cols))
 
 
 def image_patches(source: Any, grid: PatchGrid, min_pixels: int, max_pixels: int, name: str = "") -> Patches:

@@ -148,7 +148,7 @@ class Examination:
     """What special tokens such as <|im_end|> are that a sample spells out: "text" like any other, or the "tokens".
     None: as in the run's training; for an HF directory text."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
-    """How the devices are laid out; need not be as in training."""
+    """How the devices are arranged; need not be as in training."""
     simulated_devices: int = 0
     """CPU devices of each process; 0 uses the real accelerators."""
     hosts: HostsConfig = field(default_factory=HostsConfig)

@@ -19,7 +19,7 @@ from rave_jax.evaluation.accounting import account
 from rave_jax.evaluation.routing import Route, cells_of
 from rave_jax.evaluation.vas import VasSums, vas_sums, with_vas
 from rave_jax.inference import Completion, Generator, Request, Sampling, SlotConfig
-from rave_jax.look.maps import Look, lay_out
+from rave_jax.look.maps import Look, on_grid
 from rave_jax.models.vlm import Vlm
 from rave_jax.parallel.rows import batch_shardings, global_batch
 from rave_jax.parallel.sharding import replicated, use_mesh
@@ -161,7 +161,7 @@ class ModelSubject:
             found = np.asarray(self._answer_rows(self._model, block.batch, block.rows, block.weights))
         looks: list[Look | None] = []
         for i, example in enumerate(block.examples):
-            grid = None if self._has_video(example) else lay_out(example.info, found[:, i, :, : len(example.tokens)])
+            grid = None if self._has_video(example) else on_grid(example.info, found[:, i, :, : len(example.tokens)])
             looks.append(None if grid is None else Look(grid))
         return looks
 

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from rave_jax.attention import Features, Mechanism, Parts
 from rave_jax.attention.avar import COUNT, SYSTEM, VISUAL, key_group_of
 from rave_jax.batch import Batch, Kind, Role, TokenInfo
-from rave_jax.kernels.pair_bias import KeyGroups
+from rave_jax.kernels.attention import KeyGroups
 from rave_jax.models.vlm import Vlm
 from rave_jax.typing import Array, Float
 

@@ -156,7 +156,7 @@ def settled(state: SlotState) -> SlotState:
     return SlotState(**ruled, **jax.tree.map(lambda x: shard(x, *[None] * x.ndim), rest))
 
 
-def see(model: Vlm, state: SlotState, pictures: Pictures) -> tuple[SlotState]:
+def encode_images(model: Vlm, state: SlotState, pictures: Pictures) -> tuple[SlotState]:
     """Put frames through the tower and keep their visual tokens for the chunks that hold them."""
     assert model.vision is not None
     tokens = model.vision(pictures.patches, pictures.frame, pictures.place, pictures.window)
@@ -168,7 +168,7 @@ def see(model: Vlm, state: SlotState, pictures: Pictures) -> tuple[SlotState]:
     return (settled(state._replace(pictures=kept)),)
 
 
-def read(
+def prefill(
     model: Vlm, state: SlotState, chunk: Chunk, admission: Admission, *, reach: int, regions: RegionReach | None = None
 ) -> tuple[SlotState, Int[Array, "N"]]:
     """Read the next chunk of N prompts. Where a prompt ends, its answer's first token is chosen.
@@ -228,7 +228,7 @@ def read(
     return settled(state), shard(jnp.where(ends & ~stopped, first, jnp.where(ends & ~sound, BROKEN, NOTHING)), None)
 
 
-def write(
+def decode(
     model: Vlm,
     state: SlotState,
     alive: Bool[Array, "B"],

@@ -68,7 +68,7 @@ class PromptGroup:
         regions = max(int(np.max(prompt.example.info.region, initial=0)) for prompt in prompts)
         self.region_reach = buckets.region_reach(regions)
         """Regions that the prompts' chunks see; None for a model without."""
-        self._region_place: Any = np.stack([offsets_in_region(np.asarray(row)) for row in self._batch.info.region])
+        self._region_offset: Any = np.stack([offsets_in_region(np.asarray(row)) for row in self._batch.info.region])
 
     def pictures(self, most: int) -> Iterator[Pictures]:
         """All frames, in as few runs of the tower as `most` patches a row and run allow; a larger frame goes alone."""
@@ -102,7 +102,7 @@ class PromptGroup:
         for start in range(0, batch.tokens.shape[1], T):
             part = slice(start, start + T)
             info = TokenInfo(*(code[:, part] for code in batch.info))
-            rest = (batch.positions[:, :, part], batch.visual_index[:, part], self._region_place[:, part])
+            rest = (batch.positions[:, :, part], batch.visual_index[:, part], self._region_offset[:, part])
             chunk = Chunk(batch.tokens[:, part], info, *rest)
             here = (start < lengths) & (lengths <= start + T)
             last: Any = np.where(here, lengths - 1 - start, NOTHING).astype(np.int32)

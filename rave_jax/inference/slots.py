@@ -23,7 +23,7 @@ from rave_jax.data.layout import check_regions
 from rave_jax.data.sample import Example, OverBudget, SampleError
 from rave_jax.inference.buckets import Buckets, SlotConfig
 from rave_jax.inference.faults import not_finite, timed_out
-from rave_jax.inference.programs import BROKEN, NOTHING, SlotState, clear, empty_state, read, see, write
+from rave_jax.inference.programs import BROKEN, NOTHING, SlotState, clear, decode, empty_state, encode_images, prefill
 from rave_jax.inference.prompts import Prompt, PromptGroup
 from rave_jax.inference.sampling import Sampling
 from rave_jax.models.vlm import Vlm
@@ -109,7 +109,7 @@ class Engine:
         self._stop_ids = frozenset(stop_ids)
         if len(self._stop_ids) > config.max_stop_ids:
             raise ConfigError(f"{len(self._stop_ids)} ids end an answer, but max_stop_ids is {config.max_stop_ids}")
-        self._layout = {"merge_patches": merge_patches, "patch_numbers": patch_numbers}
+        self._patch_sizes = {"merge_patches": merge_patches, "patch_numbers": patch_numbers}
         self._buckets = Buckets(
             config, window_patches if model.vision is not None else 0, merge_patches, model.options.layout
         )
@@ -207,9 +207,9 @@ class Engine:
         done = []
         with self._placed():
             while self._group_fits():
-                done += self._read()
+                done += self._prefill()
             if not done and self.running:
-                done = self._write()
+                done = self._decode()
             return [*done, *self._overdue()]
 
     def _seconds(self) -> float:
@@ -232,21 +232,21 @@ class Engine:
         group = min(self.config.prefill_rows, self.waiting)
         return 0 < group <= self.config.slots - self.running
 
-    def _read(self) -> list[Progress]:
+    def _prefill(self) -> list[Progress]:
         rows = self.config.prefill_rows
         free = [slot for slot, job in enumerate(self._slots) if job is None]
         jobs = [self._waiting.popleft() for _ in range(min(rows, self.waiting))]
         slots = free[: len(jobs)]
         for job in jobs:
             job.began = self._seconds()
-        group = PromptGroup([job.prompt for job in jobs], rows, self._buckets, **self._layout)
+        group = PromptGroup([job.prompt for job in jobs], rows, self._buckets, **self._patch_sizes)
         for pictures in group.pictures(self.config.patches):
-            self._run("see", pictures.patches.shape[1], _see, pictures)
+            self._run("encode_images", pictures.patches.shape[1], _encode_images, pictures)
         regions = group.region_reach
-        given = [
-            self._run("read", (reach, group.width, regions), _read, chunk, admission, reach=reach, regions=regions)[0]
-            for reach, chunk, admission in group.chunks(slots, no_slot=self.config.slots)
-        ]
+        given = []
+        for reach, chunk, admission in group.chunks(slots, no_slot=self.config.slots):
+            size = (reach, group.width, regions)
+            given += self._run("prefill", size, _prefill, chunk, admission, reach=reach, regions=regions)
         # A prompt gives its answer's first token with its last chunk, and nothing with the others.
         first = np.full(rows, NOTHING)
         for tokens in map(np.asarray, given):
@@ -257,7 +257,7 @@ class Engine:
             done.append(self._take(slot, job, [token]))
         return done
 
-    def _write(self) -> list[Progress]:
+    def _decode(self) -> list[Progress]:
         running = [(slot, job) for slot, job in enumerate(self._slots) if job is not None]
         width = self.config.decode_steps
         steps = min(width, max(job.prompt.limit - job.given for _, job in running))
@@ -265,7 +265,7 @@ class Engine:
         alive = np.array([job is not None for job in self._slots])
         eager = np.array(self.waiting > 0)
         arguments = (alive, np.int32(steps), eager)
-        out, ran = self._run("write", reach, _write, *arguments, reach=reach, width=width)
+        out, ran = self._run("decode", reach, _decode, *arguments, reach=reach, width=width)
         ran = int(ran)
         done = []
         for (slot, job), tokens in zip(running, np.asarray(out)[[slot for slot, _ in running], :ran], strict=True):
@@ -320,9 +320,9 @@ def _compiled(program: FunctionType, *sizes: str) -> Any:
     return jax.jit(of_leaves, static_argnums=0, donate_argnums=2, static_argnames=sizes)
 
 
-_see = _compiled(see)
-_read = _compiled(read, "reach", "regions")
-_write = _compiled(write, "reach", "width")
+_encode_images = _compiled(encode_images)
+_prefill = _compiled(prefill, "reach", "regions")
+_decode = _compiled(decode, "reach", "width")
 _clear = _compiled(clear)
 
 
@@ -333,7 +333,7 @@ def _bound(state: SlotState, device: Sharding) -> SlotState:
 
 def compilations() -> int:
     """Programs of slots that this process holds compiled, of all models and sizes."""
-    return sum(program._cache_size() for program in (_see, _read, _write, _clear))
+    return sum(program._cache_size() for program in (_encode_images, _prefill, _decode, _clear))
 
 
 def _everywhere(arguments: Any, mesh: Mesh) -> Any:

@@ -1,4 +1,4 @@
-"""Attention over a picture: weights of key tokens laid out on the image's grid, and the share inside a box."""
+"""Attention over a picture: weights of key tokens on the image's grid, and the share inside a box."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Look:
         return float((heat * coverage(box, heat.shape)).sum())
 
 
-def lay_out(info: TokenInfo, weights: Float[NpArray, "L H S"], image: int = 1) -> Float[NpArray, "L H y x"] | None:
+def on_grid(info: TokenInfo, weights: Float[NpArray, "L H S"], image: int = 1) -> Float[NpArray, "L H y x"] | None:
     """Weights of the tokens of one image on its grid; None where the row has no such image.
 
     Args:

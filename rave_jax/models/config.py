@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from rave_jax.attention import AttentionDims, ContextSight, Gaze, MechanismConfig, SlidingWindow
 from rave_jax.config import check_fields, require
-from rave_jax.kernels.pair_bias import Implementation
+from rave_jax.kernels.attention import Implementation
 from rave_jax.layout import ContextTokens, VisualLayout
 
 FloatName = Literal["float32", "bfloat16"]

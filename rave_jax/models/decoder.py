@@ -16,7 +16,7 @@ from rave_jax.attention import cache as kv_cache
 from rave_jax.attention.plan import LayeredConfig
 from rave_jax.batch import TokenInfo
 from rave_jax.config import require
-from rave_jax.kernels.pair_bias import MaskCodes
+from rave_jax.kernels.attention import MaskCodes
 from rave_jax.models import lora
 from rave_jax.models.config import ModelOptions, TextConfig
 from rave_jax.models.layers import Linear, RmsNorm, SwiGlu

@@ -1,4 +1,4 @@
-"""The device mesh: three named axes, always all three, so that one set of sharding rules serves any layout.
+"""The device mesh: three named axes, always all three, so that one set of sharding rules serves any sizes.
 
 `data` replicates parameters and splits rows, `fsdp` splits both rows and parameters, `tensor` splits heads,
 mlp width and vocabulary. Axes of size 1 cost nothing.
@@ -23,7 +23,7 @@ AXES = ("data", "fsdp", "tensor")
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """How devices are laid out."""
+    """How devices are arranged."""
 
     data: int = 1
     """Replicas of the whole model; rows are split over them."""
@@ -76,27 +76,27 @@ class MeshConfig:
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh over `devices` (default: all of the job), neighbours on `tensor` first.
 
-    Any sizes that multiply to the number of devices are laid out; `layout_line` says how.
+    Any sizes that multiply to the number of devices are arranged; `mesh_line` says how.
 
     Raises:
         ConfigError: the sizes do not multiply to the number of devices.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = config.sizes(len(devices))
-    array, _ = lay_out(sizes, devices)
+    array, _ = arrange(sizes, devices)
     # Auto axes: shardings are propagated by the compiler and pinned by `sharding.shard` where it matters.
     return Mesh(array, AXES, axis_types=(AxisType.Auto,) * 3)
 
 
-def layout_line(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> str:
+def mesh_line(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> str:
     """How `make_mesh` lays the devices out, in one line."""
     devices = list(jax.devices() if devices is None else devices)
     sizes = config.sizes(len(devices))
     shape = " x ".join(f"{axis} {size}" for axis, size in zip(AXES, sizes, strict=True))
-    return f"mesh: {shape} over {len(devices)} devices ({devices[0].device_kind}), {lay_out(sizes, devices)[1]}"
+    return f"mesh: {shape} over {len(devices)} devices ({devices[0].device_kind}), {arrange(sizes, devices)[1]}"
 
 
-def lay_out(sizes: tuple[int, int, int], devices: Sequence[jax.Device]) -> tuple[np.ndarray, str]:
+def arrange(sizes: tuple[int, int, int], devices: Sequence[jax.Device]) -> tuple[np.ndarray, str]:
     """Where each device stands in the mesh.
 
     Slices of TPUs are joined by a slow network, so they are outermost: `data` is split over them, then what is left of
@@ -109,7 +109,7 @@ def lay_out(sizes: tuple[int, int, int], devices: Sequence[jax.Device]) -> tuple
         devices: all devices.
 
     Returns:
-        The devices, [data, fsdp, tensor], and how they were laid out, in words.
+        The devices, [data, fsdp, tensor], and how they were arranged, in words.
     """
     slices: dict[int, list[jax.Device]] = defaultdict(list)
     for device in devices:
@@ -167,7 +167,7 @@ def abstract_mesh(config: MeshConfig, num_devices: int, tpu_kind: str | None = N
     """The mesh that `config` makes of that many devices, without the devices.
 
     Args:
-        config: how they are laid out.
+        config: how they are arranged.
         num_devices: how many.
         tpu_kind: `device_kind` of the TPUs they would be, which lets kernels be chosen for them.
 

@@ -66,7 +66,7 @@ class TrainConfig:
     loss_chunk: int = 128
     """Tokens of each row whose logits exist at one time."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
-    """How the devices are laid out."""
+    """How the devices are arranged."""
     simulated_devices: int = 0
     """CPU devices of each process; 0 uses the real accelerators."""
     hosts: HostsConfig = field(default_factory=HostsConfig)

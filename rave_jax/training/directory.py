@@ -1,4 +1,4 @@
-"""Layout of a run directory.
+"""What stands in a run directory.
 
 config.json        the resolved config; `train.py RUN/config.json` repeats or continues the run
 .lock              held by the job that trains here (lock.py)

@@ -30,7 +30,7 @@ from rave_jax.observe.progress import ProgressReport
 from rave_jax.observe.tables import print_parameters
 from rave_jax.parallel import hosts
 from rave_jax.parallel.memory import check_memory
-from rave_jax.parallel.mesh import MeshConfig, layout_line, make_mesh
+from rave_jax.parallel.mesh import MeshConfig, make_mesh, mesh_line
 from rave_jax.parallel.sharding import use_mesh
 from rave_jax.parallel.stopping import StopRequest
 from rave_jax.parallel.watchdog import Watchdog
@@ -111,7 +111,7 @@ def _run(config: TrainConfig, watchdog: Watchdog, stop: StopRequest) -> None:
             with watchdog.during("the first sample", Watchdog.LONG):
                 pipeline.samples(0, 0)  # budgets that no sample fits are known before anything is written
         if hosts.is_first():
-            log.info(layout_line(config.mesh))
+            log.info(mesh_line(config.mesh))
             print_parameters(group_rows(session, config.optimizer))
         with watchdog.during("the weights to be read", Watchdog.LONG):
             state = _first_or_saved_state(config, session, directory, claim, pipeline)

@@ -12,7 +12,7 @@ import numpy as np
 from rave_jax import attention as at
 from rave_jax.attention.attend import mask_codes
 from rave_jax.batch import Kind, Role, TokenInfo
-from rave_jax.kernels.pair_bias.base import tile_allow, tile_bias, ungroup_heads
+from rave_jax.kernels.attention.base import tile_allow, tile_bias, ungroup_heads
 
 DIMS = at.AttentionDims(4, 2, 8)
 KEY = jax.random.key(7)

@@ -15,7 +15,7 @@ from rave_jax import attention as at
 from rave_jax.attention.attend import mask_codes, positions
 from rave_jax.batch import Kind, TokenInfo
 from rave_jax.config import ConfigError
-from rave_jax.kernels.pair_bias.base import tile_allow
+from rave_jax.kernels.attention.base import tile_allow
 
 DIMS = at.AttentionDims(4, 2, 8)
 KEY = jax.random.key(0)

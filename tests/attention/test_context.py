@@ -19,7 +19,7 @@ from rave_jax.attention.attend import mask_codes, positions
 from rave_jax.attention.avar import key_group_of
 from rave_jax.batch import Kind, Role, TokenInfo
 from rave_jax.config import ConfigError
-from rave_jax.kernels.pair_bias.base import tile_allow
+from rave_jax.kernels.attention.base import tile_allow
 from rave_jax.layout import ContextTokens
 from tests.attention.packed import DIMS, KEY, attend, features
 from tests.attention.test_other_masks import (

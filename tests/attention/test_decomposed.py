@@ -15,7 +15,7 @@ from rave_jax import config as machinery
 from rave_jax.attention.attend import mask_codes, positions
 from rave_jax.batch import Kind, TokenInfo
 from rave_jax.config import ConfigError
-from rave_jax.kernels.pair_bias.base import tile_bias, ungroup_heads
+from rave_jax.kernels.attention.base import tile_bias, ungroup_heads
 from rave_jax.models.config import ModelOptions
 from rave_jax.models.rope import rotate, text_rotation
 from tests.attention.packed import DIMS, KEY, ROWS, B, T, features, info_of

@@ -18,8 +18,8 @@ from rave_jax.batch import Batch, TokenInfo
 from rave_jax.config import ConfigError
 from rave_jax.data.layout import lay_out, region_major
 from rave_jax.data.sample import Example
-from rave_jax.kernels.pair_bias import Implementation
-from rave_jax.kernels.pair_bias.support import interpreted
+from rave_jax.kernels.attention import Implementation
+from rave_jax.kernels.attention.support import interpreted
 from rave_jax.layout import AdaptiveRegions, FixedRegions, VisualLayout
 from rave_jax.models.config import ModelOptions
 from rave_jax.models.families import presets

@@ -12,7 +12,7 @@ import pytest
 from rave_jax import attention as at
 from rave_jax.attention.merge import log_sum_exp
 from rave_jax.batch import TokenInfo
-from rave_jax.kernels.pair_bias import KeyGroups
+from rave_jax.kernels.attention import KeyGroups
 from tests.attention.packed import DIMS, KEY, ROWS, B, T, attend, dense_map, features, info_of, normalised, outputs
 
 H = DIMS.num_heads

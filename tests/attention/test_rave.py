@@ -10,7 +10,7 @@ import pytest
 from rave_jax import attention as at
 from rave_jax.batch import Kind, TokenInfo
 from rave_jax.config import ConfigError
-from rave_jax.kernels.pair_bias.base import tile_bias, ungroup_heads
+from rave_jax.kernels.attention.base import tile_bias, ungroup_heads
 
 DIMS = at.AttentionDims(4, 2, 8)
 KEY = jax.random.key(0)

@@ -28,7 +28,7 @@ from rave_jax.data.images import (
     image_size,
     read_image,
     smart_resize,
-    window_layout,
+    window_order,
 )
 from rave_jax.data.processor import Processor
 from rave_jax.data.sample import ImageError
@@ -115,7 +115,7 @@ def test_equals_golden_file(shared_data: Path) -> None:
 
 @given(st.integers(1, 30), st.integers(1, 30), st.integers(1, 8))
 def test_windows_tile_the_grid(rows: int, cols: int, window: int) -> None:
-    order, index = window_layout(rows, cols, window)
+    order, index = window_order(rows, cols, window)
     expected: list[tuple[int, int]] = []
     number = 0
     for top in range(0, rows, window):

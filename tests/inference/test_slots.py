@@ -277,9 +277,13 @@ def test_a_mixed_load_compiles_its_buckets_and_keeps_slots_busy() -> None:
     slots = engine(bound, dataclasses.replace(SIZES, chunk=32, smallest=32, prefill_rows=1, decode_steps=5))
     some = [document([int(n), Visual(1, 4, 4), 1], CONFIG, rng) for n in rng.integers(1, 30, 60)]
     run(slots, some, [Sampling(int(n)) for n in rng.integers(1, 25, 60)])
-    sizes = {name: {n for kind, n in slots.usage.programs if kind == name} for name in ("see", "read", "write")}
+    sizes = {
+        name: {n for kind, n in slots.usage.programs if kind == name} for name in ("encode_images", "prefill", "decode")
+    }
     assert (
-        sizes["see"] == {16} and sizes["read"] == {(n, 32, None) for n in (32, 64)} and sizes["write"] <= {32, 64, 96}
+        sizes["encode_images"] == {16}
+        and sizes["prefill"] == {(n, 32, None) for n in (32, 64)}
+        and sizes["decode"] <= {32, 64, 96}
     )
     assert compilations() - before == len(slots.usage.programs)
     assert 0.95 < slots.usage.occupancy < 1, "only at the end slots run empty"

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from rave_jax.kernels.pair_bias import MaskCodes, PairBias
+from rave_jax.kernels.attention import MaskCodes, PairBias
 
 FORMS = ("log_gate", "tanh", "linear", "centered_sigmoid")
 FLOATS = ("u", "w", "row", "key", "gain")

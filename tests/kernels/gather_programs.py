@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from rave_jax.kernels.pair_bias import PairForm
+from rave_jax.kernels.attention import PairForm
 from rave_jax.kernels.routed import HostRegions, gather_attention, host
 from rave_jax.kernels.routed.gather import RegionBias, pallas_tpu
 from rave_jax.kernels.routed.gather.base import Operands, Stack, listed, union

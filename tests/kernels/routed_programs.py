@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from rave_jax.kernels.pair_bias import MaskCodes
-from rave_jax.kernels.pair_bias.tuning import block_sizes
+from rave_jax.kernels.attention import MaskCodes
+from rave_jax.kernels.attention.tuning import block_sizes
 from rave_jax.kernels.routed import RouteRule, Routes, pallas_tpu
 from rave_jax.kernels.routed.pallas_tpu.sizes import item_sizes
 

@@ -17,8 +17,8 @@ import pytest
 from hypothesis import given, settings
 from jax.sharding import NamedSharding, PartitionSpec
 
-from rave_jax.kernels.pair_bias import PairForm
-from rave_jax.kernels.pair_bias.support import interpreted
+from rave_jax.kernels.attention import PairForm
+from rave_jax.kernels.attention.support import interpreted
 from rave_jax.kernels.routed import RegionBias, Stack, gather_attention
 from rave_jax.parallel.mesh import MeshConfig, make_mesh
 from rave_jax.parallel.sharding import current_mesh, partition_spec, use_mesh

@@ -12,8 +12,8 @@ import pytest
 from jax.experimental.pallas import triton
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
-from rave_jax.kernels.pair_bias import PairForm
-from rave_jax.kernels.pair_bias.support import interpreted
+from rave_jax.kernels.attention import PairForm
+from rave_jax.kernels.attention.support import interpreted
 from rave_jax.kernels.routed.gather import gather_attention, pallas_gpu, reference
 from rave_jax.kernels.routed.gather.api import choose
 from rave_jax.kernels.routed.gather.base import Operands, RegionBias, Stack, listed, union

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental import pallas as pl
 
-from rave_jax.kernels.pair_bias import MaskCodes, PairBias, PairForm, Terms
-from rave_jax.kernels.pair_bias.pallas_tpu import operands
-from rave_jax.kernels.pair_bias.pallas_tpu.backward import backward
-from rave_jax.kernels.pair_bias.pallas_tpu.blocks import BlockSizes, block_facts
-from rave_jax.kernels.pair_bias.pallas_tpu.forward import forward
+from rave_jax.kernels.attention import MaskCodes, PairBias, PairForm, Terms
+from rave_jax.kernels.attention.pallas_tpu import operands
+from rave_jax.kernels.attention.pallas_tpu.backward import backward
+from rave_jax.kernels.attention.pallas_tpu.blocks import BlockSizes, block_facts
+from rave_jax.kernels.attention.pallas_tpu.forward import forward
 from rave_jax.tools.tpu import Operand, copied_bytes
 
 

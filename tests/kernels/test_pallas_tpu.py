@@ -13,11 +13,11 @@ import pytest
 from hypothesis import given, settings
 from jax.experimental.pallas import tpu as pltpu
 
-from rave_jax.kernels.pair_bias import KeyGroups, PairForm, attention, pallas_tpu, reference
-from rave_jax.kernels.pair_bias.base import Terms
-from rave_jax.kernels.pair_bias.pallas_tpu.blocks import FACTS, BlockSizes, ByFacts, block_facts
-from rave_jax.kernels.pair_bias.pallas_tpu.operands import nested
-from rave_jax.kernels.pair_bias.support import interpreted
+from rave_jax.kernels.attention import KeyGroups, PairForm, attention, pallas_tpu, reference
+from rave_jax.kernels.attention.base import Terms
+from rave_jax.kernels.attention.pallas_tpu.blocks import FACTS, BlockSizes, ByFacts, block_facts
+from rave_jax.kernels.attention.pallas_tpu.operands import nested
+from rave_jax.kernels.attention.support import interpreted
 from rave_jax.parallel.mesh import MeshConfig, make_mesh
 from rave_jax.parallel.sharding import use_mesh
 from tests.kernels.drawn import (

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 
 from rave_jax.kernels import routed
-from rave_jax.kernels.pair_bias import MaskCodes, PairBias, PairForm
-from rave_jax.kernels.pair_bias import attention as plain
+from rave_jax.kernels.attention import MaskCodes, PairBias, PairForm
+from rave_jax.kernels.attention import attention as plain
 from rave_jax.kernels.routed import RankBias, RouteRule, Routes, Routing
 from rave_jax.kernels.routed import xla as blocks
 from rave_jax.parallel.mesh import MeshConfig, make_mesh

@@ -17,16 +17,16 @@ from jax.experimental.pallas import tpu as pltpu
 
 from rave_jax.config import ConfigError
 from rave_jax.kernels import routed
-from rave_jax.kernels.pair_bias import MaskCodes, PairForm
-from rave_jax.kernels.pair_bias import attention as plain
-from rave_jax.kernels.pair_bias.base import NOWHERE, Terms
-from rave_jax.kernels.pair_bias.support import interpreted
+from rave_jax.kernels.attention import MaskCodes, PairForm
+from rave_jax.kernels.attention import attention as plain
+from rave_jax.kernels.attention.base import NOWHERE, Terms
+from rave_jax.kernels.attention.support import interpreted
 from rave_jax.kernels.routed import RouteRule, Routes, Routing, pallas_tpu, xla
 from rave_jax.kernels.routed.base import Choice
 from rave_jax.kernels.routed.pallas_tpu import lists
 from rave_jax.kernels.routed.pallas_tpu.forward import forward
-from rave_jax.kernels.routed.pallas_tpu.lists import Layout
-from rave_jax.kernels.routed.pallas_tpu.sizes import layout_of
+from rave_jax.kernels.routed.pallas_tpu.lists import Tiling
+from rave_jax.kernels.routed.pallas_tpu.sizes import tiling_of
 from rave_jax.parallel.mesh import MeshConfig, make_mesh
 from rave_jax.parallel.sharding import use_mesh
 from tests.kernels.drawn import codes_of
@@ -256,19 +256,19 @@ def test_every_pair_is_listed_once(seed: int, slots: int, lanes: int) -> None:
     """Each open (query, region) pair is in the lists of all tiles that hold the region's keys, once, and no other is;
     and every key of a region lies in one lane."""
     rng = np.random.default_rng(seed)
-    layout, queries, item, rows = Layout(5, slots, lanes), 16, 8, 16
+    tiling, queries, item, rows = Tiling(5, slots, lanes), 16, 8, 16
     pairs = rng.random((1, 2, 32, 5)) < rng.choice([0.0, 0.3, 1.0])
-    whole, full = rng.random((1, 32, 5)) < 0.9, rng.random((1, layout.tiles)) < 0.7
-    made = lists.work(*(jnp.asarray(x) for x in (pairs, whole, full)), layout, queries, item, rows)
-    region, place = layout.lane_map()
-    of_tile = layout.tile_regions()
+    whole, full = rng.random((1, 32, 5)) < 0.9, rng.random((1, tiling.tiles)) < 0.7
+    made = lists.work(*(jnp.asarray(x) for x in (pairs, whole, full)), tiling, queries, item, rows)
+    region, place = tiling.lane_map()
+    of_tile = tiling.tile_regions()
     for k, block in np.ndindex(2, 2):
         words = np.asarray(made.info)[0, k, block, 0]
         live = words[1 : 1 + words[0]]
         tiles, kinds, items = live & 0x3FFF, (live >> 14) & 3, live >> 16
         assert len(set(tiles)) == len(tiles)
         mine = pairs[0, k, block * queries : (block + 1) * queries]
-        for tile in range(layout.tiles):
+        for tile in range(tiling.tiles):
             there = [(bit, r) for bit, r in enumerate(of_tile[tile]) if r >= 0]
             wanted = {n: sum(1 << bit for bit, r in there if mine[n, r]) for n in range(queries)}
             wanted = {n: bits for n, bits in wanted.items() if bits}
@@ -288,14 +288,14 @@ def test_every_pair_is_listed_once(seed: int, slots: int, lanes: int) -> None:
 
 
 def test_the_fill_is_what_lanes_hold() -> None:
-    assert (Layout(8, 128).fill, Layout(8, 256, 256).fill, Layout(8, 16).fill) == (1.0, 1.0, 1.0)
-    ragged = Layout(8, 144)
+    assert (Tiling(8, 128).fill, Tiling(8, 256, 256).fill, Tiling(8, 16).fill) == (1.0, 1.0, 1.0)
+    ragged = Tiling(8, 144)
     assert (ragged.tiles, ragged.sharing, ragged.fill) == (9, 8, 1.0)
-    assert Layout(6, 36).fill == 6 * 36 / (2 * 128)
-    small = layout_of(448, 36)
+    assert Tiling(6, 36).fill == 6 * 36 / (2 * 128)
+    small = tiling_of(448, 36)
     assert (small.lanes, small.sharing) == (256, 7)
     assert small.visits(0.25) == pytest.approx((1 - 0.75**7) * 256 / 7 / 36)
-    assert Layout(8, 128).visits(0.25) == 0.25 and abs(Layout(2, 64).visits(0.25) - 0.4375) < 1e-9
+    assert Tiling(8, 128).visits(0.25) == 0.25 and abs(Tiling(2, 64).visits(0.25) - 0.4375) < 1e-9
 
 
 def test_a_tile_or_query_that_is_not_there_is_an_error() -> None:
@@ -304,18 +304,18 @@ def test_a_tile_or_query_that_is_not_there_is_an_error() -> None:
 
     def with_info(change: Any) -> None:
         q, k = given.q, given.k
-        layout = Layout(R, SLOTS)
-        call = pallas_tpu.make_call(q, k, layout, SIZES, 1.0, interpret=pltpu.InterpretParams())
+        tiling = Tiling(R, SLOTS)
+        call = pallas_tpu.make_call(q, k, tiling, SIZES, 1.0, interpret=pltpu.InterpretParams())
         rows = jnp.zeros((B, K, call.T, call.rows, 128))
-        kv = jnp.zeros((B, K, layout.tiles, 128, 128))
+        kv = jnp.zeros((B, K, tiling.tiles, 128, 128))
         reference = jnp.zeros((B, K, call.T * call.rows // 128, 128))
         pairs = jnp.ones((B, K, call.T, R), bool)
         made = lists.work(
-            pairs, pairs[:, 0], jnp.ones((B, layout.tiles), bool), layout, call.queries, call.item, 2 * call.rows
+            pairs, pairs[:, 0], jnp.ones((B, tiling.tiles), bool), tiling, call.queries, call.item, 2 * call.rows
         )
         made = change(made)
         codes_q = jnp.zeros((B, call.blocks, 1, 3 * call.queries), jnp.int32)
-        codes_k = jnp.zeros((B, layout.tiles, 8, 128), jnp.int32)
+        codes_k = jnp.zeros((B, tiling.tiles, 8, 128), jnp.int32)
         given_ = (rows, reference, kv, kv, codes_q, codes_k, made.lists.reshape(-1), made.info, call)
         jax.block_until_ready(forward(*given_, online=False))
 

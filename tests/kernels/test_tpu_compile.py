@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from rave_jax.kernels.pair_bias.tuning import BY_DEVICE_KIND
+from rave_jax.kernels.attention.tuning import BY_DEVICE_KIND
 from rave_jax.tools.tpu import TOPOLOGIES, Case, compile_cases
 
 KINDS = {"v5e": "TPU v5 lite", "v5p": "TPU v5", "v6e": "TPU v6 lite", "tpu7x": "TPU7x"}
@@ -45,4 +45,4 @@ def test_the_kernels_compile(chip: str) -> None:
             assert result.memory is not None
             operands = result.memory.arguments + result.memory.outputs
             assert result.memory.temporaries <= 2 * operands, name
-            assert "pair_bias_forward" in result.hlo and "pair_bias_backward" in result.hlo
+            assert "attention_forward" in result.hlo and "attention_backward" in result.hlo

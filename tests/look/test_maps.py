@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rave_jax.batch import Kind, TokenInfo
-from rave_jax.look.maps import Look, area, coverage, lay_out, relative_box
+from rave_jax.look.maps import Look, area, coverage, on_grid, relative_box
 
 FRACTION = st.floats(0, 1)
 
@@ -29,16 +29,16 @@ def test_weights_land_on_their_cells() -> None:
         grid_w=[0, 3, 3, 3, 3, 3, 3, 0, 1],
     )
     weights = np.arange(9, dtype=np.float32).reshape(1, 1, 9)
-    grid = lay_out(codes, weights)
+    grid = on_grid(codes, weights)
     assert grid is not None and grid[0, 0].tolist() == [[2, 3, 4], [5, 6, 1]]
-    second = lay_out(codes, weights, image=2)
+    second = on_grid(codes, weights, image=2)
     assert second is not None and second[0, 0].tolist() == [[8]]
-    assert lay_out(codes, weights, image=3) is None
+    assert on_grid(codes, weights, image=3) is None
 
 
 def test_frames_of_a_video_add_up() -> None:
     codes = info(image=[1, 1, 1, 1], frame=[0, 0, 1, 1], col=[0, 1, 0, 1], grid_h=[1] * 4, grid_w=[2] * 4)
-    grid = lay_out(codes, np.array([[[1.0, 2.0, 4.0, 8.0]]]))
+    grid = on_grid(codes, np.array([[[1.0, 2.0, 4.0, 8.0]]]))
     assert grid is not None and grid[0, 0].tolist() == [[5, 10]]
 
 
@@ -46,7 +46,7 @@ def test_context_tokens_are_in_no_cell() -> None:
     """They carry the picture's number, and a place behind it that is none of its cells."""
     kind = [Kind.VISUAL, Kind.VISUAL, Kind.CONTEXT, Kind.CONTEXT]
     codes = info(kind=kind, image=[1] * 4, row=[0, 0, 0, 1], col=[0, 1, 0, 0], grid_h=[1] * 4, grid_w=[2] * 4)
-    grid = lay_out(codes, np.array([[[1.0, 2.0, 4.0, 8.0]]]))
+    grid = on_grid(codes, np.array([[[1.0, 2.0, 4.0, 8.0]]]))
     assert grid is not None and grid[0, 0].tolist() == [[1, 2]]
 
 

@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rave_jax.config import ConfigError
-from rave_jax.parallel.mesh import AXES, MeshConfig, abstract_mesh, lay_out, layout_line, make_mesh, ways_over_slices
+from rave_jax.parallel.mesh import AXES, MeshConfig, abstract_mesh, arrange, make_mesh, mesh_line, ways_over_slices
 
 
 @given(st.tuples(*[st.integers(1, 6)] * 3), st.sampled_from([None, *AXES]))
@@ -111,7 +111,7 @@ def factorisations(count: int) -> list[tuple[int, int, int]]:
 @pytest.mark.parametrize("chips", [torus(8, 8), torus(4, 4, 8, kind="TPU v5"), torus(4, 4, slices=2)], ids=len)
 def test_every_factorisation_is_laid_out(chips: list[Chip]) -> None:
     for sizes in factorisations(len(chips)):
-        array, how = lay_out(sizes, chips)
+        array, how = arrange(sizes, chips)
         assert array.shape == sizes
         assert sorted(chip.id for chip in array.flat) == [chip.id for chip in chips]
         assert "links" in how and "order of device numbers" not in how
@@ -121,7 +121,7 @@ def test_slices_are_outermost() -> None:
     """Tensor groups never cross slices while another axis can; every part of a slice is laid out alike."""
     chips = torus(4, 4, slices=2)
     for sizes, over in [((1, 8, 4), "fsdp 2"), ((2, 4, 4), "data 2"), ((4, 2, 4), "data 2"), ((1, 1, 32), "tensor 2")]:
-        array, how = lay_out(sizes, chips)
+        array, how = arrange(sizes, chips)
         assert how.startswith(f"2 slices over {over}, and inside a slice")
         index = np.vectorize(lambda chip: chip.slice_index)(array)
         axis = AXES.index(over.split()[0])
@@ -134,16 +134,16 @@ def test_slices_are_outermost() -> None:
 
 def test_slices_of_unequal_size_are_joined_in_order() -> None:
     chips = torus(2, 2, slices=2)[:6]
-    array, how = lay_out((1, 6, 1), chips[::-1])
+    array, how = arrange((1, 6, 1), chips[::-1])
     assert [chip.slice_index for chip in array.flat] == [0, 0, 0, 0, 1, 1]
     assert how == "2 slices of unequal size, in the order of device numbers"
 
 
 def test_the_layout_is_one_line() -> None:
-    assert layout_line(MeshConfig(fsdp=-1, tensor=2)) == (
+    assert mesh_line(MeshConfig(fsdp=-1, tensor=2)) == (
         "mesh: data 1 x fsdp 4 x tensor 2 over 8 devices (cpu), in the order of device numbers"
     )
-    assert layout_line(MeshConfig(tensor=4), torus(8, 8, slices=2)) == (
+    assert mesh_line(MeshConfig(tensor=4), torus(8, 8, slices=2)) == (
         "mesh: data 1 x fsdp 32 x tensor 4 over 128 devices (TPU v6 lite), 2 slices over fsdp 2, "
         "and inside a slice with an axis of links split in two"
     )

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from rave_jax.batch import Kind
-from rave_jax.data.images import window_layout
+from rave_jax.data.images import window_order
 from rave_jax.data.positions import Visual, mrope_positions
 from rave_jax.data.processor import Processor
 from rave_jax.data.sample import Example
@@ -143,7 +143,7 @@ def test_positions_windows_and_frames(processor: Processor, torch_python: str, t
         differ.append(bool(more.any()))
     assert 20 < sum(differ) < len(differ) - 20, "both kinds of prompts are met"
     for number, [(_, rows, cols)] in enumerate(grids):
-        np.testing.assert_array_equal(window_layout(rows // 2, cols // 2, 4), theirs[f"windows{number}"])
+        np.testing.assert_array_equal(window_order(rows // 2, cols // 2, 4), theirs[f"windows{number}"])
     for number, (total, count) in enumerate(sampled):
         limits = VideoLimits(fps=1.0, min_frames=count, max_frames=count)
         ours = sample_frames(total, float(total), limits, 2)

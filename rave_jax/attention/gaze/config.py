@@ -24,8 +24,8 @@ from rave_jax.attention.gaze.descriptors import DescriptorName, Summary
 from rave_jax.attention.plan import Layers
 from rave_jax.batch import Kind, TokenInfo
 from rave_jax.config import check_fields, require
-from rave_jax.kernels.pair_bias import MaskCodes
-from rave_jax.kernels.pair_bias.base import NOWHERE
+from rave_jax.kernels.attention import MaskCodes
+from rave_jax.kernels.attention.base import NOWHERE
 from rave_jax.kernels.routed import RouteRule, Routes, Routing
 from rave_jax.layout import FixedRegions, Regions
 from rave_jax.typing import Array, Float, Int

@@ -44,7 +44,7 @@ def columns_of(schema: pa.Schema, config: Named, where: str) -> dict[str, str]:
     """The columns that are read, and the key of a record that each stands for.
 
     Raises:
-        ConfigError: no known layout, or a column that would pass unread and could be learned from.
+        ConfigError: no known set of columns, or a column that would pass unread and could be learned from.
     """
     columns = [name for name in schema.names if name not in config.ignored]
 
@@ -122,11 +122,11 @@ def holds_bytes(kind: pa.DataType) -> bool:
 def _others(
     schema: pa.Schema, columns: Sequence[str], read: Sequence[str], quiet_ones: Collection[str], where: str
 ) -> dict[str, str]:
-    """Columns beside those of the layout that are read all the same, to refuse the rows in which they hold something.
+    """Columns beside the known ones that are read all the same, to refuse the rows in which they hold something.
 
     Args:
         schema: of the file.
-        columns: beside those of the layout.
+        columns: beside the known ones.
         read: keys of a record that are read.
         quiet_ones: columns that are named in a line and no more.
         where: what errors call the file.

@@ -72,7 +72,7 @@ class HfParquet:
         """The source.
 
         Raises:
-            ConfigError: no such file, not parquet, no known layout of columns, or a column of pictures or of something
+            ConfigError: no such file, not parquet, no known set of columns, or a column of pictures or of something
                 else to learn from that would pass unread.
         """
         return ParquetSource(self)

@@ -38,7 +38,7 @@ class Mosaic:
     shifts: tuple[tuple[float, float], ...]
 
     @property
-    def layout(self) -> tuple[int, int, tuple[int, ...]]:
+    def arrangement(self) -> tuple[int, int, tuple[int, ...]]:
         """What makes two mosaics the same apart from the digits on them."""
         return self.rows, self.cols, self.colours
 
@@ -62,7 +62,7 @@ class Mosaic:
 
 
 def draw(rng: np.random.Generator, split: Split, task: MosaicTask, unique_colours: bool) -> Mosaic:
-    """A mosaic whose layout and digit pictures belong to the split; digits are independent of all else.
+    """A mosaic whose arrangement and digit pictures belong to the split; digits are independent of all else.
 
     Args:
         task: says how many rows and columns, and the side of the frame.

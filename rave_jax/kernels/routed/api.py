@@ -7,8 +7,8 @@ import logging
 
 import jax.numpy as jnp
 
-from rave_jax.kernels.pair_bias import Implementation, KeyGroups, MaskCodes, PairBias, PairForm, support
-from rave_jax.kernels.pair_bias.base import NOWHERE, Terms, of_key_group
+from rave_jax.kernels.attention import Implementation, KeyGroups, MaskCodes, PairBias, PairForm, support
+from rave_jax.kernels.attention.base import NOWHERE, Terms, of_key_group
 from rave_jax.kernels.routed import pallas_tpu, xla
 from rave_jax.kernels.routed.base import Routes, Routing
 from rave_jax.typing import Array, Float
@@ -36,14 +36,14 @@ def attention(
     """Attention over the keys that the mask allows and the query's choice of regions leaves open; see `base`.
 
     Args:
-        q, k, v, codes, bias, form, scale, key_bias, key_groups: as in `pair_bias.attention`.
+        q, k, v, codes, bias, form, scale, key_bias, key_groups: as in `kernels.attention.attention`.
         routing: what the choice is made from, and how.
         implementation: "xla" goes through blocks of queries, "reference" takes all at once, and both make every score;
             "pallas_tpu" skips what was not chosen, and serves one hard choice for each kv head without further terms.
             "auto" takes it on a TPU where it can serve.
 
     Returns:
-        output and log-sum-exp, as `pair_bias.attention` gives them. Gradients reach every float operand of the
+        output and log-sum-exp, as `kernels.attention.attention` gives them. Gradients reach every float operand of the
         attention, and the routes under a soft choice alone.
 
     Raises:

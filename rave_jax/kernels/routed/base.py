@@ -7,7 +7,7 @@
     k_i          = t_i + ceil(dense (n_i - t_i)),  t_i = min(top_k, n_i) or ceil(top_k n_i)
     open_ij      = key j has no region, or its region is no candidate of i, or is chosen
 
-Attention is that of `pair_bias` over the keys that the mask codes allow and that are open. A region that is no
+Attention is that of `kernels.attention` over the keys that the mask codes allow and that are open. A region that is no
 candidate is left to the mask: what lies ahead is shut there, and the own frame of a visual query stays whole. The
 choice has no gradient; a soft choice adds
 
@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 
 from rave_jax.config import require
-from rave_jax.kernels.pair_bias.base import MaskCodes, PairBias, PairForm, group_heads
+from rave_jax.kernels.attention.base import MaskCodes, PairBias, PairForm, group_heads
 from rave_jax.typing import Array, Bool, Float, Int
 
 
@@ -72,7 +72,7 @@ OF_QUERIES = ("u", "row", "query_on")
 
 
 class RankBias(NamedTuple):
-    """Operands of the pair bias (`pair_bias.PairBias`) of queries and the means of regions, float32."""
+    """Operands of the pair bias (`kernels.attention.PairBias`) of queries and the means of regions, float32."""
 
     u: Float[Array, "B T H r"]
     row: Float[Array, "B T H"]

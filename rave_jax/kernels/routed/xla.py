@@ -13,8 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from rave_jax.kernels.pair_bias import support
-from rave_jax.kernels.pair_bias.base import (
+from rave_jax.kernels.attention import support
+from rave_jax.kernels.attention.base import (
     MaskCodes,
     PairForm,
     Terms,

@@ -14,8 +14,8 @@ import numpy as np
 from flax import nnx
 
 from rave_jax.attention import block_diagonal_codes
-from rave_jax.kernels import pair_bias
-from rave_jax.kernels.pair_bias import Implementation, MaskCodes
+from rave_jax.kernels import attention as attention_kernels
+from rave_jax.kernels.attention import Implementation, MaskCodes
 from rave_jax.models import lora
 from rave_jax.models.config import ModelOptions, VisionConfig
 from rave_jax.models.connector import Merger
@@ -50,7 +50,9 @@ class VisionAttention(nnx.Module):
         q, k, v = (shard(self.qkv.part(x, n), "batch", "length", "heads", None) for n in range(3))
         q, k = rotate(q, rotation), rotate(k, rotation)
         if chunk is None:
-            out, _ = pair_bias.attention(q, k, v, codes, scale=q.shape[-1] ** -0.5, implementation=implementation)
+            out, _ = attention_kernels.attention(
+                q, k, v, codes, scale=q.shape[-1] ** -0.5, implementation=implementation
+            )
         else:
             out = window_attention(q, k, v, codes, chunk, implementation)
         return self.output(out)

@@ -9,8 +9,8 @@ from __future__ import annotations
 import jax.numpy as jnp
 
 from rave_jax.attention import block_diagonal_codes
-from rave_jax.kernels import pair_bias
-from rave_jax.kernels.pair_bias import Implementation, MaskCodes
+from rave_jax.kernels import attention as attention_kernels
+from rave_jax.kernels.attention import Implementation, MaskCodes
 from rave_jax.typing import Array, Float, Int
 
 
@@ -43,7 +43,7 @@ def window_attention(
     """Attention of each patch to its window; padding gives zeros. P is a multiple of `chunk`."""
     folded = q.reshape(-1, chunk, *q.shape[2:])
     k, v = _with_neighbours(k, chunk), _with_neighbours(v, chunk)
-    out, _ = pair_bias.attention(folded, k, v, codes, scale=q.shape[-1] ** -0.5, implementation=implementation)
+    out, _ = attention_kernels.attention(folded, k, v, codes, scale=q.shape[-1] ** -0.5, implementation=implementation)
     return out.reshape(q.shape)
 
 

@@ -8,7 +8,7 @@ from typing import Literal
 
 import jax.numpy as jnp
 
-from rave_jax.kernels.pair_bias import Implementation, PairForm, support
+from rave_jax.kernels.attention import Implementation, PairForm, support
 from rave_jax.kernels.routed.gather import pallas_gpu, pallas_tpu, reference, xla
 from rave_jax.kernels.routed.gather.base import Operands, RegionBias, Stack, union
 from rave_jax.typing import Array, Bool, Float

@@ -17,14 +17,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rave_jax.kernels.pair_bias import PairForm
+from rave_jax.kernels.attention import PairForm
 from rave_jax.kernels.routed.host import HostRegions
 from rave_jax.typing import Array, Bool, Float, Int, Int8
 
 
 class RegionBias(NamedTuple):
-    """Operands of the pair bias (`pair_bias.PairBias`) of one query and keys in regions, float32. Every real key is
-    switched on."""
+    """Operands of the pair bias (`kernels.attention.PairBias`) of one query and keys in regions, float32. Every real
+    key is switched on."""
 
     u: Float[Array, "B H r"]
     w: Float[Array, "B K R m r"]

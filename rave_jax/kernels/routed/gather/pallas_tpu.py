@@ -21,8 +21,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from rave_jax.kernels.pair_bias import PairForm, support
-from rave_jax.kernels.pair_bias.pallas_tpu.tile import LANES, MASKED, UNSEEN, product
+from rave_jax.kernels.attention import PairForm, support
+from rave_jax.kernels.attention.pallas_tpu.tile import LANES, MASKED, UNSEEN, product
 from rave_jax.kernels.routed.gather.base import Operands, bias_of, listed, union
 from rave_jax.kernels.routed.gather.shards import split
 from rave_jax.kernels.routed.host import HostRegions
@@ -49,7 +49,7 @@ def against(operands: Operands, most: int) -> str | None:
     found = support.against_pallas_tpu(q, k.values, v.values)
     if found is not None:
         return found
-    found = against_layout(k.shape[3], (k.shape[-1], v.shape[-1]), k.values.dtype)
+    found = against_shapes(k.shape[3], (k.shape[-1], v.shape[-1]), k.values.dtype)
     if found is not None:
         return found
     size = math.prod(q.shape[:2]) * length_of_list(operands, most)
@@ -58,7 +58,7 @@ def against(operands: Operands, most: int) -> str | None:
     return None
 
 
-def against_layout(m: int, widths: tuple[int, int], dtype: jnp.dtype) -> str | None:
+def against_shapes(m: int, widths: tuple[int, int], dtype: jnp.dtype) -> str | None:
     """Why this kernel cannot serve regions of m slots, with keys and values of these widths; or None."""
     if m % SUBLANES or any(width % LANES for width in widths):
         return (

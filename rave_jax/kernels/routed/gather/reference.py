@@ -1,11 +1,11 @@
-"""The oracle: the scores of every slot of every region, by the maths of `pair_bias`, and a mask."""
+"""The oracle: the scores of every slot of every region, by the maths of `kernels.attention`, and a mask."""
 
 from __future__ import annotations
 
 import jax.numpy as jnp
 
-from rave_jax.kernels.pair_bias import PairBias, PairForm, Terms
-from rave_jax.kernels.pair_bias.base import tile_scores
+from rave_jax.kernels.attention import PairBias, PairForm, Terms
+from rave_jax.kernels.attention.base import tile_scores
 from rave_jax.kernels.routed.gather.base import Operands
 from rave_jax.typing import Array, Float
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from rave_jax.kernels.pair_bias import PairForm
+from rave_jax.kernels.attention import PairForm
 from rave_jax.kernels.routed.gather.base import (
     Operands,
     bias_of,

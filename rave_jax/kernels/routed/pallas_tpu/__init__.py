@@ -1,7 +1,7 @@
 """Routed attention in Mosaic kernels for TPUs: what queries did not choose is not computed.
 
 Three parts are merged by their log-sum-exps: keys without a region, for all queries, and keys of regions for queries
-that are not routed, both by the kernels of `pair_bias`; and regions for the queries that are routed, by kernels that
+that are not routed, both by those of `kernels.attention`; and regions for the queries that are routed, by kernels that
 gather queries for each tile of keys. The choice is made in blocks of queries, and has no gradient.
 """
 
@@ -15,19 +15,19 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from rave_jax.kernels.pair_bias import KeyGroups, MaskCodes, support
-from rave_jax.kernels.pair_bias import pallas_tpu as dense
-from rave_jax.kernels.pair_bias.base import NOWHERE, PairForm, Terms, group_heads, of_key_group, ungroup_heads
-from rave_jax.kernels.pair_bias.pallas_tpu.blocks import BlockSizes
-from rave_jax.kernels.pair_bias.pallas_tpu.operands import pad
-from rave_jax.kernels.pair_bias.pallas_tpu.tile import LANES, LOG2E, UNSEEN
-from rave_jax.kernels.pair_bias.tuning import block_sizes
+from rave_jax.kernels.attention import KeyGroups, MaskCodes, support
+from rave_jax.kernels.attention import pallas_tpu as dense
+from rave_jax.kernels.attention.base import NOWHERE, PairForm, Terms, group_heads, of_key_group, ungroup_heads
+from rave_jax.kernels.attention.pallas_tpu.blocks import BlockSizes
+from rave_jax.kernels.attention.pallas_tpu.operands import pad
+from rave_jax.kernels.attention.pallas_tpu.tile import LANES, LOG2E, UNSEEN
+from rave_jax.kernels.attention.tuning import block_sizes
 from rave_jax.kernels.routed.base import RouteRule, Routes, candidates, choose, region_scores
 from rave_jax.kernels.routed.pallas_tpu import lists
 from rave_jax.kernels.routed.pallas_tpu.backward import backward, numbers_of
 from rave_jax.kernels.routed.pallas_tpu.forward import forward
-from rave_jax.kernels.routed.pallas_tpu.lists import Layout, Placed, Work
-from rave_jax.kernels.routed.pallas_tpu.sizes import against, item_sizes, layout_of, make_call
+from rave_jax.kernels.routed.pallas_tpu.lists import Placed, Tiling, Work
+from rave_jax.kernels.routed.pallas_tpu.sizes import against, item_sizes, make_call, tiling_of
 from rave_jax.kernels.routed.pallas_tpu.walk import Call, ItemSizes
 from rave_jax.parallel.sharding import current_mesh, partition_spec
 from rave_jax.typing import Array, Bool, Float, Int
@@ -95,8 +95,8 @@ def on_device(
         dense.attention, terms=Terms(None, None), form=PairForm(), scale=scale, blocks=blocks, interpret=interpret
     )
     parts = [plain(q, k, v, codes) for codes in dense_codes(codes, routes)]
-    layout = layout_of(routes.first.shape[1], slots)
-    call = make_call(q, k, layout, sizes, scale, interpret=interpret)
+    tiling = tiling_of(routes.first.shape[1], slots)
+    call = make_call(q, k, tiling, sizes, scale, interpret=interpret)
     assert call is not None
     parts.append(of_regions(q, k, v, codes, routes, rule, call))
     # Kept for the backward pass are the parts, not what merging makes of each in float32.
@@ -153,9 +153,9 @@ def of_regions(
 ) -> tuple[Float[Array, "B T H h"], Float[Array, "B T H"]]:
     """Attention of routed queries to regions; 0 and -inf for the others. NaN in both for a row with a region of more
     keys than `slots`."""
-    T, h, layout = q.shape[1], q.shape[3], call.layout
-    placed = lists.place(routes.keys, layout)
-    tiles = [_tiles(x, placed.source, placed.lane, layout) for x in (k, v)]
+    T, h, tiling = q.shape[1], q.shape[3], call.tiling
+    placed = lists.place(routes.keys, tiling)
+    tiles = [_tiles(x, placed.source, placed.lane, tiling) for x in (k, v)]
     ints = jax.lax.stop_gradient(_ints(q, k, codes, routes, rule, placed, call))
     queries = group_heads(pad(pad(q, 1, call.T), 3, LANES), call.K)
     queries = pad(jnp.moveaxis(queries, 2, 3), 3, call.rows)
@@ -168,8 +168,8 @@ def of_regions(
 
 
 def _ints(q: Array, k: Array, codes: MaskCodes, routes: Routes, rule: RouteRule, placed: Placed, call: Call) -> Ints:
-    layout, blocks = call.layout, call.blocks
-    B, R, S = q.shape[0], layout.regions, k.shape[1]
+    tiling, blocks = call.tiling, call.blocks
+    B, R, S = q.shape[0], tiling.regions, k.shape[1]
     pairs, reference = _choices(q, k, codes, routes, rule, call)
     codes_q = {
         "lo": pad(codes.lo, 1, call.T, 1),
@@ -177,11 +177,11 @@ def _ints(q: Array, k: Array, codes: MaskCodes, routes: Routes, rule: RouteRule,
         "open_q": pad(codes.open_q, 1, call.T),
     }
     whole = lists.whole_pairs(codes._replace(**codes_q), routes)
-    held = placed.held.reshape(B, layout.tiles, layout.lanes)
-    made = lists.work(pairs, whole, held.all(-1), layout, call.queries, call.item, 2 * call.rows)
+    held = placed.held.reshape(B, tiling.tiles, tiling.lanes)
+    made = lists.work(pairs, whole, held.all(-1), tiling, call.queries, call.item, 2 * call.rows)
 
-    region, _ = layout.lane_map()
-    bit = np.where(np.arange(layout.tiles)[:, None] < R * layout.full, 0, region % max(layout.sharing, 1))
+    region, _ = tiling.lane_map()
+    bit = np.where(np.arange(tiling.tiles)[:, None] < R * tiling.full, 0, region % max(tiling.sharing, 1))
     bits = jnp.where(held, 1 << jnp.asarray(bit, jnp.int32), 0)
     at = jnp.minimum(placed.source, S - 1)
     order, open_k = (jnp.take_along_axis(x, at, axis=1).reshape(held.shape) for x in (codes.order, codes.open_k))
@@ -201,7 +201,7 @@ def _choices(
 ) -> tuple[Bool[Array, "B K T R"], Float[Array, "B K T rows"]]:
     """Pairs of queries and regions, and the reference of every row: of the regions that it sees, the largest score of
     their mean keys, in log2."""
-    (B, T, H, _), R = q.shape, call.layout.regions
+    (B, T, H, _), R = q.shape, call.tiling.regions
     means, openings = _means(k, routes.keys, R), lists.region_openings(codes.open_k, routes.keys, R)
     block = max(8, MOST_SCORES // (B * H * R) // 8 * 8)
     block = min(block, T)
@@ -238,12 +238,12 @@ def _means(k: Float[Array, "B S K h"], keys: Int[Array, "B S"], R: int) -> Float
 
 
 def _tiles(
-    x: Float[Array, "B S K h"], source: Int[Array, "B n"], lane: Int[Array, "B S"], layout: Layout
+    x: Float[Array, "B S K h"], source: Int[Array, "B n"], lane: Int[Array, "B S"], tiling: Tiling
 ) -> Float[Array, "B K tiles lanes 128"]:
     """Keys in their lanes, zeros in empty ones."""
     found = _moved(x, source, lane)
     B, _, K, h = found.shape
-    return pad(jnp.moveaxis(found, 2, 1).reshape(B, K, layout.tiles, layout.lanes, h), 4, LANES)
+    return pad(jnp.moveaxis(found, 2, 1).reshape(B, K, tiling.tiles, tiling.lanes, h), 4, LANES)
 
 
 @jax.custom_vjp

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from rave_jax.kernels.pair_bias.pallas_tpu.tile import LANES, LOG2E, UNSEEN, column, product, wide
+from rave_jax.kernels.attention.pallas_tpu.tile import LANES, LOG2E, UNSEEN, column, product, wide
 from rave_jax.kernels.routed.pallas_tpu.lists import CUT, PLACE_BITS, WHOLE
 from rave_jax.kernels.routed.pallas_tpu.walk import (
     CODES,
@@ -73,7 +73,7 @@ def backward(
         numbers: of `numbers_of`.
     """
     specs = block_specs(call, info.shape[-1])
-    tiles = (call.layout.tiles, call.layout.lanes, LANES)
+    tiles = (call.tiling.tiles, call.tiling.lanes, LANES)
     scratch = {
         "given": pltpu.VMEM((2 * call.places, LANES), jnp.float32),
         "numbers": pltpu.VMEM((2 * call.queries + 8, LANES), jnp.float32),
@@ -139,7 +139,7 @@ def _kernel(info, codes_q, lists, q, d_out, numbers_in, k, v, codes_k, dq, dk, d
             for ref in (d_k, d_v):
                 ref[tile] = jnp.zeros(ref.shape[1:], jnp.float32)
 
-        jax.lax.fori_loop(0, call.layout.tiles, one, None)
+        jax.lax.fori_loop(0, call.tiling.tiles, one, None)
 
     def line_of(values: Sequence[Any]) -> Array:
         """One value for each query of a line, across its lanes; lines side by side."""
@@ -200,7 +200,7 @@ def _kernel(info, codes_q, lists, q, d_out, numbers_in, k, v, codes_k, dq, dk, d
             dk[tile] = (d_k[tile] * call.scale).astype(dk.dtype)
             dv[tile] = d_v[tile].astype(dv.dtype)
 
-        jax.lax.fori_loop(0, call.layout.tiles, one, None)
+        jax.lax.fori_loop(0, call.tiling.tiles, one, None)
 
 
 def _seen(codes_k: Any, codes_q: Any, tile: Any, entries: Sequence[Any], kind: int, call: Call, line_of: Any) -> Array:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from rave_jax.kernels.pair_bias.pallas_tpu.tile import LANES, LOG2E, MASKED, UNSEEN, column, fold_lanes, product, wide
+from rave_jax.kernels.attention.pallas_tpu.tile import LANES, LOG2E, MASKED, UNSEEN, column, fold_lanes, product, wide
 from rave_jax.kernels.routed.pallas_tpu.lists import CUT, PLACE_BITS, WHOLE
 from rave_jax.kernels.routed.pallas_tpu.walk import (
     CODES,
@@ -140,13 +140,13 @@ def _kernel(info, codes_q, lists, q, reference, k, v, codes_k, out, lse, *scratc
             mine, x = begun
             top = gathered(given, mine, rows, rows)
             if not online:
-                weights = jnp.exp2(x - wide(top, call.layout.lanes))
+                weights = jnp.exp2(x - wide(top, call.tiling.lanes))
                 return mine, None, fold_lanes(weights), weights.astype(dtype)
             new = jnp.maximum(top, jnp.max(x, axis=1, keepdims=True))
             for n, place in enumerate(mine):
                 given[tile_at(place, rows, rows)] = new[n * rows : (n + 1) * rows]
             # A row that has seen nothing yet has MASKED as its maximum, and masked keys must not count in it.
-            shown = jnp.where(x > MASKED / 2, jnp.exp2(x - wide(new, call.layout.lanes)), 0.0)
+            shown = jnp.where(x > MASKED / 2, jnp.exp2(x - wide(new, call.tiling.lanes)), 0.0)
             return mine, jnp.exp2(top - new), fold_lanes(shown), shown.astype(dtype)
 
         def end(weighed: Any) -> None:

@@ -21,9 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from rave_jax.config import require
-from rave_jax.kernels.pair_bias.base import MaskCodes
-from rave_jax.kernels.pair_bias.pallas_tpu.operands import up
-from rave_jax.kernels.pair_bias.pallas_tpu.tile import LANES
+from rave_jax.kernels.attention.base import MaskCodes
+from rave_jax.kernels.attention.pallas_tpu.operands import up
+from rave_jax.kernels.attention.pallas_tpu.tile import LANES
 from rave_jax.kernels.routed.base import Choice, Routes
 from rave_jax.typing import Array, Bool, Int, NpArray
 
@@ -38,7 +38,7 @@ NOBODY = jnp.iinfo(jnp.int32).max
 
 
 @dataclass(frozen=True)
-class Layout:
+class Tiling:
     """Where the keys of regions lie."""
 
     regions: int
@@ -124,30 +124,30 @@ class Placed(NamedTuple):
     overfull: Bool[Array, "B"]
 
 
-def place(keys: Int[Array, "B S"], layout: Layout) -> Placed:
+def place(keys: Int[Array, "B S"], tiling: Tiling) -> Placed:
     """Where the keys go, in each region by their order in the row.
 
     Args:
         keys: region of each key, counted from 1; 0 has none.
-        layout: for as many regions.
+        tiling: for as many regions.
     """
-    S, R = keys.shape[1], layout.regions
-    region, number = (jnp.asarray(x.reshape(-1)) for x in layout.lane_map())
+    S, R = keys.shape[1], tiling.regions
+    region, number = (jnp.asarray(x.reshape(-1)) for x in tiling.lane_map())
     own = jnp.where(keys > 0, keys - 1, R)
     # Neither a sort nor a plain cumulative sum: the compiler takes minutes for one of a long row.
     of_region = own[..., None] == jnp.arange(R + 1)
     count = jnp.sum(of_region, axis=1)
     held = (region >= 0) & (number < count[:, jnp.maximum(region, 0)])
     rank = jnp.sum(jnp.where(of_region, _running(of_region) - 1, 0), axis=2)
-    alone = layout.full * layout.lanes
+    alone = tiling.full * tiling.lanes
     lane = own * alone + rank
-    if layout.rest:
-        tile, turn = layout.regions * layout.full + own // layout.sharing, own % layout.sharing
-        lane = jnp.where(rank < alone, lane, tile * layout.lanes + turn * layout.rest + rank - alone)
-    lane = jnp.where((own < R) & (rank < layout.slots), lane, len(region))
+    if tiling.rest:
+        tile, turn = tiling.regions * tiling.full + own // tiling.sharing, own % tiling.sharing
+        lane = jnp.where(rank < alone, lane, tile * tiling.lanes + turn * tiling.rest + rank - alone)
+    lane = jnp.where((own < R) & (rank < tiling.slots), lane, len(region))
     # Keys without a lane are many, and all drop out behind the last.
     put = jax.vmap(lambda at: jnp.full(len(region), S).at[at].set(jnp.arange(S), mode="drop"))
-    return Placed(put(lane), lane, held, jnp.any(count[:, :R] > layout.slots, axis=1))
+    return Placed(put(lane), lane, held, jnp.any(count[:, :R] > tiling.slots, axis=1))
 
 
 def _running(x: Bool[Array, "B S n"]) -> Int[Array, "B S n"]:
@@ -206,7 +206,7 @@ def work(
     pairs: Bool[Array, "B K T R"],
     whole: Bool[Array, "B T R"],
     full: Bool[Array, "B tiles"],
-    layout: Layout,
+    tiling: Tiling,
     queries: int,
     item: int,
     rows: int,
@@ -217,16 +217,16 @@ def work(
         pairs: of `open_pairs`, T a multiple of `queries`.
         whole: of `whole_pairs`.
         full: tiles without an empty lane.
-        layout: of the tiles.
+        tiling: of the tiles.
         queries: of a super-block.
         item: queries of a work item.
         rows: that an entry's number is multiplied by, so that it is an address.
     """
     B, K, T, _ = pairs.shape
     require(queries * rows < 1 << PLACE_BITS, "queries", queries, f"fewer than {(1 << PLACE_BITS) // rows}")
-    blocks, of_tile = T // queries, layout.tile_regions()
-    bits = jnp.zeros((B, K, T, layout.tiles), jnp.int32)
-    cut = jnp.zeros((B, K, T, layout.tiles), bool)
+    blocks, of_tile = T // queries, tiling.tile_regions()
+    bits = jnp.zeros((B, K, T, tiling.tiles), jnp.int32)
+    cut = jnp.zeros((B, K, T, tiling.tiles), bool)
     partial = pairs & ~whole[:, None]
     for bit in range(of_tile.shape[1]):
         there = of_tile[:, bit] >= 0
@@ -237,7 +237,7 @@ def work(
     listed = bits > 0
 
     def by_tile(x: Array) -> Array:
-        return jnp.moveaxis(x.reshape(B, K, blocks, queries, layout.tiles), 4, 3)
+        return jnp.moveaxis(x.reshape(B, K, blocks, queries, tiling.tiles), 4, 3)
 
     count = jnp.sum(by_tile(listed), axis=-1)
     shared = jnp.any(by_tile(listed & (bits != everything)), axis=-1) | ~full[:, None, None]
@@ -245,7 +245,7 @@ def work(
     entry = jnp.arange(queries)[:, None] * rows + jnp.where(
         jnp.repeat(jnp.moveaxis(kind, 3, -1)[..., None, :], queries, axis=3) == WHOLE,
         0,
-        bits.reshape(B, K, blocks, queries, layout.tiles) << PLACE_BITS,
+        bits.reshape(B, K, blocks, queries, tiling.tiles) << PLACE_BITS,
     )
     entry = jnp.where(listed.reshape(entry.shape), entry, NOBODY)
     ranked = jnp.sort(jnp.moveaxis(entry, 4, 3), axis=-1)
@@ -254,8 +254,8 @@ def work(
 
     # The tiles that somebody visits come first, in their order.
     visited = count > 0
-    rank = jnp.sort(jnp.where(visited, jnp.arange(layout.tiles), layout.tiles), axis=-1)
-    at = jnp.minimum(rank, layout.tiles - 1)
+    rank = jnp.sort(jnp.where(visited, jnp.arange(tiling.tiles), tiling.tiles), axis=-1)
+    at = jnp.minimum(rank, tiling.tiles - 1)
     items = jnp.take_along_axis(-(-count // item), at, axis=-1)
     words = at | jnp.take_along_axis(kind, at, axis=-1) << TILE_BITS | items << (TILE_BITS + KIND_BITS)
     info = jnp.concatenate([jnp.sum(visited, axis=-1, keepdims=True), words], axis=-1).astype(jnp.int32)

@@ -1,4 +1,4 @@
-"""Which layout and super-block a call gets, and what stands against the kernels."""
+"""Which tiling and super-block a call gets, and what stands against the kernels."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from rave_jax.kernels.pair_bias import KeyGroups, support
-from rave_jax.kernels.pair_bias.base import Terms
-from rave_jax.kernels.pair_bias.pallas_tpu.operands import up
-from rave_jax.kernels.pair_bias.pallas_tpu.tile import LANES
+from rave_jax.kernels.attention import KeyGroups, support
+from rave_jax.kernels.attention.base import Terms
+from rave_jax.kernels.attention.pallas_tpu.operands import up
+from rave_jax.kernels.attention.pallas_tpu.tile import LANES
 from rave_jax.kernels.routed.base import RouteRule
-from rave_jax.kernels.routed.pallas_tpu.lists import PLACE_BITS, Layout
+from rave_jax.kernels.routed.pallas_tpu.lists import PLACE_BITS, Tiling
 from rave_jax.kernels.routed.pallas_tpu.walk import Call, ItemSizes
 from rave_jax.typing import Array
 
@@ -27,12 +27,12 @@ MOST_HEADS = 64
 WIDE = 0.6
 """Cost of 128 lanes in a tile of 256, which share a gathering, to that in one of 128."""
 SHARE = 0.25
-"""Chance that a query chooses a region, by which layouts are compared: the default of `RouteRule.top_k`."""
+"""Chance that a query chooses a region, by which tilings are compared: the default of `RouteRule.top_k`."""
 
 
-def layout_of(regions: int, slots: int) -> Layout:
+def tiling_of(regions: int, slots: int) -> Tiling:
     """The cheaper of tiles of 128 and of 256 keys; 128 where these fill lanes better: memory bounds the super-block."""
-    narrow, wide = (Layout(regions, slots, lanes) for lanes in (LANES, 2 * LANES))
+    narrow, wide = (Tiling(regions, slots, lanes) for lanes in (LANES, 2 * LANES))
     cheaper = WIDE * wide.visits(SHARE) < 0.97 * narrow.visits(SHARE)
     return wide if cheaper and wide.fill >= 0.9 * narrow.fill else narrow
 
@@ -43,7 +43,7 @@ def item_sizes(device_kind: str) -> ItemSizes:
 
 
 def make_call(
-    q: Array, k: Array, layout: Layout, sizes: ItemSizes, scale: float, *, interpret: Any, fixed: Any = None
+    q: Array, k: Array, tiling: Tiling, sizes: ItemSizes, scale: float, *, interpret: Any, fixed: Any = None
 ) -> Call | None:
     """Sizes of a call: the largest super-block that fits beside the keys, or None where none does."""
     (B, T, H, _), K = q.shape, k.shape[2]
@@ -54,7 +54,7 @@ def make_call(
             K=K,
             G=H // K,
             T=up(T, queries),
-            layout=layout,
+            tiling=tiling,
             queries=queries,
             item=sizes.item,
             chunks=sizes.chunks,
@@ -74,7 +74,7 @@ def vmem_bytes(call: Call) -> int:
     wide = jnp.dtype(call.dtype).itemsize
     # Of keys: k, v and their gradients, the latter twice, and sums of these in float32. Of queries: q, d_out, dq, all
     # twice, and what is gathered from in float32.
-    keys = call.layout.tiles * call.layout.lanes * (LANES * (6 * wide + 8) + 64)
+    keys = call.tiling.tiles * call.tiling.lanes * (LANES * (6 * wide + 8) + 64)
     queries = call.queries * (call.rows * LANES * (6 * wide + 12) + 6 * LANES * 4)
     return keys + queries
 
@@ -112,6 +112,6 @@ def against(
         return f"at most {MOST_HEADS} query heads may share a kv head, not {G}"
     if slots is None:
         return "how many keys a region may have must be known (Routing.slots)"
-    if make_call(q, k, layout_of(regions, slots), sizes, 1.0, interpret=False) is None:
+    if make_call(q, k, tiling_of(regions, slots), sizes, 1.0, interpret=False) is None:
         return f"{regions} regions of {slots} keys do not fit into the chip's memory"
     return None

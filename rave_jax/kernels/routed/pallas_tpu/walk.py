@@ -22,9 +22,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from rave_jax.config import require
-from rave_jax.kernels.pair_bias.pallas_tpu.operands import up
-from rave_jax.kernels.pair_bias.pallas_tpu.tile import LANES
-from rave_jax.kernels.routed.pallas_tpu.lists import CUT, KIND_BITS, PLACE_BITS, SHARED, TILE_BITS, WHOLE, Layout
+from rave_jax.kernels.attention.pallas_tpu.operands import up
+from rave_jax.kernels.attention.pallas_tpu.tile import LANES
+from rave_jax.kernels.routed.pallas_tpu.lists import CUT, KIND_BITS, PLACE_BITS, SHARED, TILE_BITS, WHOLE, Tiling
 from rave_jax.typing import Array
 
 ROWS = 8
@@ -71,7 +71,7 @@ class Call:
     G: int
     T: int
     """Padded to whole super-blocks."""
-    layout: Layout
+    tiling: Tiling
     queries: int
     """Of a super-block."""
     item: int
@@ -122,7 +122,7 @@ class BlockSpecs(NamedTuple):
 
 def block_specs(call: Call, words: int) -> BlockSpecs:
     """For a grid of (row, kv head, super-block); `words` are those of a super-block."""
-    n, tiles, lanes, smem = call.queries, call.layout.tiles, call.layout.lanes, pltpu.SMEM
+    n, tiles, lanes, smem = call.queries, call.tiling.tiles, call.tiling.lanes, pltpu.SMEM
     keys = pl.BlockSpec((None, None, tiles, lanes, LANES), lambda b, g, i: (b, g, 0, 0, 0))
     return BlockSpecs(
         words=pl.BlockSpec((None, None, None, 1, words), lambda b, g, i: (b, g, i, 0, 0), memory_space=smem),
@@ -160,7 +160,7 @@ def walk(
     low = (1 << TILE_BITS) - 1
 
     def copy(t: Any, slot: Any) -> Any:
-        first = (step * call.layout.tiles + (info[0, 1 + t] & low)) * call.length
+        first = (step * call.tiling.tiles + (info[0, 1 + t] & low)) * call.length
         source = lists.at[pl.ds(pl.multiple_of(first, call.length), call.length)]
         target = buffer.at[pl.ds(pl.multiple_of(slot * call.length, call.length), call.length)]
         return pltpu.make_async_copy(source, target, copied.at[slot])

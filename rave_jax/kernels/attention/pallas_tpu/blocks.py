@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from rave_jax.config import require
-from rave_jax.kernels.pair_bias.base import NOWHERE, MaskCodes
+from rave_jax.kernels.attention.base import NOWHERE, MaskCodes
 from rave_jax.typing import Array, Bool, Int
 
 BIG = jnp.iinfo(jnp.int32).max

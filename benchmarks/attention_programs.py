@@ -16,11 +16,11 @@ import jax
 import jax.numpy as jnp
 from pallas_calls import Captured, captured
 
-from rave_jax.kernels.pair_bias.base import MaskCodes, PairBias, PairForm, Terms
-from rave_jax.kernels.pair_bias.pallas_tpu import operands
-from rave_jax.kernels.pair_bias.pallas_tpu.backward import backward
-from rave_jax.kernels.pair_bias.pallas_tpu.blocks import BlockSizes, ByFacts, block_facts
-from rave_jax.kernels.pair_bias.pallas_tpu.forward import forward
+from rave_jax.kernels.attention.base import MaskCodes, PairBias, PairForm, Terms
+from rave_jax.kernels.attention.pallas_tpu import operands
+from rave_jax.kernels.attention.pallas_tpu.backward import backward
+from rave_jax.kernels.attention.pallas_tpu.blocks import BlockSizes, ByFacts, block_facts
+from rave_jax.kernels.attention.pallas_tpu.forward import forward
 
 HEAD_DIM = 128
 RANK = 16

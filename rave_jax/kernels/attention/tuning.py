@@ -13,7 +13,7 @@ product does, and the keys would have to be turned for it.
 
 from __future__ import annotations
 
-from rave_jax.kernels.pair_bias.pallas_tpu.blocks import BlockSizes
+from rave_jax.kernels.attention.pallas_tpu.blocks import BlockSizes
 
 BY_DEVICE_KIND = {
     "TPU v5 lite": BlockSizes((512, 512), (512, 512)),

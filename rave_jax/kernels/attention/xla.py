@@ -18,7 +18,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rave_jax.kernels.pair_bias.base import (
+from rave_jax.kernels.attention.base import (
     LOG_GATE_FLOOR,
     NOWHERE,
     MaskCodes,

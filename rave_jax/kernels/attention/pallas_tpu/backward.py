@@ -21,11 +21,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from rave_jax.kernels.pair_bias.pallas_tpu import tile
-from rave_jax.kernels.pair_bias.pallas_tpu.blocks import when_each
-from rave_jax.kernels.pair_bias.pallas_tpu.operands import SUBLANES, Call, Codes, Packed, pad
-from rave_jax.kernels.pair_bias.pallas_tpu.specs import Inputs, compiler_params, cost, input_specs
-from rave_jax.kernels.pair_bias.pallas_tpu.tile import LANES
+from rave_jax.kernels.attention.pallas_tpu import tile
+from rave_jax.kernels.attention.pallas_tpu.blocks import when_each
+from rave_jax.kernels.attention.pallas_tpu.operands import SUBLANES, Call, Codes, Packed, pad
+from rave_jax.kernels.attention.pallas_tpu.specs import Inputs, compiler_params, cost, input_specs
+from rave_jax.kernels.attention.pallas_tpu.tile import LANES
 from rave_jax.typing import Array, Float, Int
 
 
@@ -83,7 +83,7 @@ def backward(
         compiler_params=compiler_params(in_turn=2),
         cost_estimate=cost(call, grid, inputs, specs, [x.array for x in outputs.values()], products=5, gate_products=3),
         interpret=call.interpret,
-        name="pair_bias_backward",
+        name="attention_backward",
     )
     found = dict(zip(outputs, run(*facts, *inputs), strict=True))
     return _gathered(found, packed, call)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from rave_jax.kernels.pair_bias.base import (
+from rave_jax.kernels.attention.base import (
     MaskCodes,
     PairForm,
     Terms,

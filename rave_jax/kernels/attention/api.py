@@ -11,8 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from rave_jax.kernels.pair_bias import reference, shards, support, xla
-from rave_jax.kernels.pair_bias.base import (
+from rave_jax.kernels.attention import reference, shards, support, xla
+from rave_jax.kernels.attention.base import (
     NOWHERE,
     Implementation,
     KeyGroups,

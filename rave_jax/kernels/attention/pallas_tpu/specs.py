@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from rave_jax.kernels.pair_bias.pallas_tpu import tile
-from rave_jax.kernels.pair_bias.pallas_tpu.operands import SUBLANES, Call, Codes, Packed
+from rave_jax.kernels.attention.pallas_tpu import tile
+from rave_jax.kernels.attention.pallas_tpu.operands import SUBLANES, Call, Codes, Packed
 from rave_jax.typing import Array
 
 VMEM_LIMIT = 100 * 2**20

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given, settings
 
 from rave_jax.config import ConfigError
-from rave_jax.kernels.pair_bias import KeyGroups, PairForm, attention, choose
-from rave_jax.kernels.pair_bias.base import LOG_GATE_FLOOR, log_gate, tile_allow
-from rave_jax.kernels.pair_bias.support import interpreted
+from rave_jax.kernels.attention import KeyGroups, PairForm, attention, choose
+from rave_jax.kernels.attention.base import LOG_GATE_FLOOR, log_gate, tile_allow
+from rave_jax.kernels.attention.support import interpreted
 from tests.kernels.drawn import FORMS, Dims, codes_of, random_codes, random_cotangents, random_key_bias, random_operands
 
 B, H, K, h, c, r = 2, 4, 2, 8, 6, 4  # c: width of values

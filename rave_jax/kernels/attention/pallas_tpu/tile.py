@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
-from rave_jax.kernels.pair_bias.base import LOG_GATE_FLOOR, PairForm
+from rave_jax.kernels.attention.base import LOG_GATE_FLOOR, PairForm
 from rave_jax.typing import Array
 
 LOG2E = math.log2(math.e)

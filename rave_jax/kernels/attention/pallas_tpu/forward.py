@@ -15,11 +15,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from rave_jax.kernels.pair_bias.pallas_tpu import tile
-from rave_jax.kernels.pair_bias.pallas_tpu.blocks import when_each
-from rave_jax.kernels.pair_bias.pallas_tpu.operands import Call, Codes, Packed
-from rave_jax.kernels.pair_bias.pallas_tpu.specs import Inputs, compiler_params, cost, input_specs
-from rave_jax.kernels.pair_bias.pallas_tpu.tile import LANES, MASKED, UNSEEN
+from rave_jax.kernels.attention.pallas_tpu import tile
+from rave_jax.kernels.attention.pallas_tpu.blocks import when_each
+from rave_jax.kernels.attention.pallas_tpu.operands import Call, Codes, Packed
+from rave_jax.kernels.attention.pallas_tpu.specs import Inputs, compiler_params, cost, input_specs
+from rave_jax.kernels.attention.pallas_tpu.tile import LANES, MASKED, UNSEEN
 from rave_jax.typing import Array, Float, Int
 
 ROWS_AT_ONCE = 512
@@ -72,7 +72,7 @@ def forward(
         compiler_params=compiler_params(in_turn=1),
         cost_estimate=cost(call, grid, inputs, specs, outputs, products=2, gate_products=1),
         interpret=call.interpret,
-        name="pair_bias_forward",
+        name="attention_forward",
     )
     return run(*facts, *inputs)
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from rave_jax.kernels.pair_bias.base import (
+from rave_jax.kernels.attention.base import (
     NOWHERE,
     MaskCodes,
     PairBias,
@@ -23,8 +23,8 @@ from rave_jax.kernels.pair_bias.base import (
     group_heads,
     ungroup_heads,
 )
-from rave_jax.kernels.pair_bias.pallas_tpu.blocks import BlockSizes, ByFacts, Visit
-from rave_jax.kernels.pair_bias.pallas_tpu.tile import LANES, LOG2E, z_scale
+from rave_jax.kernels.attention.pallas_tpu.blocks import BlockSizes, ByFacts, Visit
+from rave_jax.kernels.attention.pallas_tpu.tile import LANES, LOG2E, z_scale
 from rave_jax.typing import Array, Float, Int
 
 SUBLANES = 8

@@ -1,4 +1,4 @@
-"""Attention with pair bias in Mosaic kernels for TPUs; semantics in `pair_bias.base`."""
+"""Attention with pair bias in Mosaic kernels for TPUs; semantics in `kernels.attention.base`."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rave_jax.kernels.pair_bias.base import MaskCodes, PairForm, Terms
-from rave_jax.kernels.pair_bias.pallas_tpu import operands, tile
-from rave_jax.kernels.pair_bias.pallas_tpu.backward import backward
-from rave_jax.kernels.pair_bias.pallas_tpu.blocks import BlockSizes, block_facts
-from rave_jax.kernels.pair_bias.pallas_tpu.forward import forward
-from rave_jax.kernels.pair_bias.pallas_tpu.operands import Call, Packed
+from rave_jax.kernels.attention.base import MaskCodes, PairForm, Terms
+from rave_jax.kernels.attention.pallas_tpu import operands, tile
+from rave_jax.kernels.attention.pallas_tpu.backward import backward
+from rave_jax.kernels.attention.pallas_tpu.blocks import BlockSizes, block_facts
+from rave_jax.kernels.attention.pallas_tpu.forward import forward
+from rave_jax.kernels.attention.pallas_tpu.operands import Call, Packed
 from rave_jax.typing import Array, Bool, Float
 
 

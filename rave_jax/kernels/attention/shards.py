@@ -13,10 +13,10 @@ from typing import Any
 import jax
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
-from rave_jax.kernels.pair_bias import pallas_tpu as kernels
-from rave_jax.kernels.pair_bias import support
-from rave_jax.kernels.pair_bias.base import MaskCodes, PairBias, PairForm, Terms
-from rave_jax.kernels.pair_bias.tuning import block_sizes
+from rave_jax.kernels.attention import pallas_tpu as kernels
+from rave_jax.kernels.attention import support
+from rave_jax.kernels.attention.base import MaskCodes, PairBias, PairForm, Terms
+from rave_jax.kernels.attention.tuning import block_sizes
 from rave_jax.parallel.sharding import RULES, current_mesh
 from rave_jax.typing import Array, Float
 
