@@ -41,12 +41,12 @@ def test_digit_pictures_are_disjoint():
 
 
 @pytest.mark.parametrize("task", [DigitMosaic(), PositionMosaic(), MosaicList()])
-def test_mosaics_share_neither_digits_nor_layouts(task):
+def test_mosaics_share_neither_digits_nor_arrangements(task):
     ink, _ = digits.load()
     train, heldout = _both(task, 400, lambda scene: [ink[number].tobytes() for number in scene.pictures])
     assert not train & heldout
     assert len(heldout) > 200
-    train, heldout = _both(task, 400, lambda scene: [scene.layout])
+    train, heldout = _both(task, 400, lambda scene: [scene.arrangement])
     assert not train & heldout
 
 
