@@ -121,10 +121,10 @@ def test_fields_are_checked_when_all_are_there() -> None:
         ("--init", "--init has 0 values, expected one: FromHF or Tiny"),
         ("--init FromHF Tiny", "--init has 2 values, expected one"),
         ("--init None", "--init is 'None', expected one of FromHF, Tiny"),
-        ("--init.path x", "--init.path: init is Tiny, which has no path; FromHF has: add --init FromHF"),
+        ("--init.path x", "--init.path: init is Tiny, which has no path; FromHF has it: add --init FromHF"),
         ("--model.lora.rank 3", "--model.lora.rank: model.lora is None, which has no rank; .* --model.lora Lora"),
-        ("--model.mechanisms.1.rank 3", "model.mechanisms has 1 item; name .*: --model.mechanisms.1 Rave|"),
-        ("--model.mechanisms.7 Rave", "model.mechanisms has 1 item; name .*: --model.mechanisms.1 Rave|"),
+        ("--model.mechanisms.1.rank 3", "model.mechanisms has 1 item; to add one, name .*: --model.mechanisms.1 Rave|"),
+        ("--model.mechanisms.7 Rave", "model.mechanisms has 1 item; to add one, name .*: --model.mechanisms.1 Rave|"),
         ("--data.sources LlavaJson --data.sources.0.split train", "data.sources.0 is LlavaJson, which has no split"),
     ],
 )
