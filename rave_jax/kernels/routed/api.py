@@ -84,7 +84,7 @@ def _choose(
         _say_once(f"routed attention: {implementation} (as the config asks)")
         return implementation
     if implementation == "auto" and support.target().platform != "tpu":
-        _say_once("routed attention: xla (every score, shut keys masked); the kernels are for TPUs")
+        _say_once("routed attention: xla (computes every score, masks keys not chosen); the kernels are for TPUs")
         return "xla"
     regions = routing.routes.first.shape[1]
     found = pallas_tpu.against(
@@ -105,7 +105,7 @@ def _choose(
         raise ValueError(
             f"attention implementation 'pallas_tpu' cannot serve routed attention: {found}; expected auto, or xla"
         )
-    _say_once(f"routed attention: xla (every score, shut keys masked); pallas_tpu cannot serve: {found}")
+    _say_once(f"routed attention: xla (computes every score, masks keys not chosen); pallas_tpu cannot serve: {found}")
     return "xla"
 
 
