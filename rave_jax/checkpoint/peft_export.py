@@ -40,7 +40,7 @@ def export_peft(
 
     Args:
         model: with LoRA in its options, on any mesh.
-        destination: a directory to make; it must not exist or must be empty (or empty).
+        destination: a directory to make; it must not exist or must be empty.
         base: HuggingFace directory of the model without its adapters; the adapter names it.
         dtype: number type of the adapters, "float32" or "bfloat16"; None writes them as they are.
         origin: what is known of the model's making, for its card.

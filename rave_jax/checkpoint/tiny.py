@@ -178,7 +178,7 @@ def write_tiny(destination: str | Path, sizes: Tiny = Tiny()) -> Path:
     """Write the model, its tokenizer and its processor settings.
 
     Args:
-        destination: a directory to make; it must not exist or must be empty (or empty).
+        destination: a directory to make; it must not exist or must be empty.
         sizes: of the model, and its seed.
 
     Raises:

@@ -80,7 +80,7 @@ class DataConfig:
     on_error: Literal["skip", "fail"] = "skip"
     """What to do with a broken picture, an empty answer, a sample over budget: skip and count it, or fail."""
     max_skips: int = 100
-    """Consecutive samples that may be skipped for one place in a row; with more, the run stops."""
+    """Consecutive samples that may be skipped for one document of a row; with more, the run stops."""
     prefetch: int = 2
     """Batches prepared ahead in the background; 0 prepares each when it is needed."""
     workers: int = 1
