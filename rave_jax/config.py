@@ -108,7 +108,7 @@ def check_fields(config: Any) -> None:
     hints = _field_types(type(config))
     for f in dataclasses.fields(config):
         given = getattr(config, f.name)
-        require(_fits(hints[f.name], given), f.name, given, _in_words(hints[f.name]))
+        require(_fits(hints[f.name], given), f.name, given, in_words(hints[f.name]))
 
 
 @functools.cache
@@ -134,15 +134,15 @@ def _fits(kind: Any, value: Any) -> bool:
     return isinstance(value, kind)
 
 
-def _in_words(kind: Any) -> str:
+def in_words(kind: Any) -> str:
     """What a field of this type takes."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin in (Union, types.UnionType):
-        return " or ".join(map(_in_words, args))
+        return " or ".join(map(in_words, args))
     if origin is Literal:
         return ("one of " if len(args) > 1 else "") + ", ".join(map(repr, args))
     if origin is tuple:
-        items = [_in_words(item) for item in args if item is not Ellipsis]
+        items = [in_words(item) for item in args if item is not Ellipsis]
         return f"a tuple, each item {items[0]}" if Ellipsis in args else f"a tuple of {', '.join(items)}"
     return {int: "an integer", float: "a finite number", type(None): "None"}.get(kind, f"a {kind.__name__}")
 
