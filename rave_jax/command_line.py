@@ -20,6 +20,7 @@ import copy
 import dataclasses
 import difflib
 import inspect
+import io
 import sys
 import types
 import typing
@@ -59,18 +60,39 @@ def override[T](config: T, argv: Sequence[str], prog: str | None = None) -> T:
     A misspelt option ends the program with exit code 2 and a suggestion; `--help` lists every field.
 
     Raises:
-        ConfigError: a part of a kind that its field does not take, or a field of a part that is not there.
+        ConfigError: a part of a kind that its field does not take, a field of a part that is not there, or fields that
+            a check of their dataclass refuses.
     """
     config, rest = with_kinds(config, argv)
-    # tyro makes every dataclass anew from its fields, so their checks see the whole of what was asked for.
-    return tyro.cli(
-        type(config),
-        default=config,
-        args=rest,
-        prog=prog,
-        description=_description(config) if {"-h", "--help"} & set(rest) else None,
-        config=(tyro.conf.AvoidSubcommands,),
-    )
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            # tyro makes every dataclass anew from its fields, so their checks see the whole of what was asked for.
+            return tyro.cli(
+                type(config),
+                default=config,
+                args=rest,
+                prog=prog,
+                description=_description(config) if {"-h", "--help"} & set(rest) else None,
+                config=(tyro.conf.AvoidSubcommands,),
+            )
+    except SystemExit as stop:
+        if refusal := _refusal(stop):
+            # tyro draws a box around it and breaks the line, so that flags in it cannot be copied.
+            raise ConfigError(refusal) from None
+        print(said.getvalue(), end="", file=sys.stderr)
+        raise
+
+
+def _refusal(stop: SystemExit) -> str:
+    """What the check of a dataclass said that ended tyro, behind the flag of the dataclass; "" for another end."""
+    where, error = "", stop.__context__
+    while error is not None and not isinstance(error, ConfigError):
+        where = getattr(error, "arg", where)
+        error = error.__context__
+    if error is None:
+        return ""
+    return f"--{where}: {error}" if where and isinstance(where, str) else str(error)
 
 
 def with_kinds[T](config: T, argv: Sequence[str]) -> tuple[T, list[str]]:

@@ -131,10 +131,11 @@ def test_a_part_that_has_its_kind_already_keeps_its_fields() -> None:
 def test_fields_are_checked_when_all_are_there() -> None:
     """Neither a path that is still empty nor four weights for one source stand in the way of the words behind them."""
     config = load_file(REPO / "configs" / "quickstart.py")
-    words = "--init from-hf --init.path x --data.sources LlavaJson --data.sources.0.path my.json --data.stages Stage"
-    found = override(config, [*words.split(), "--data.stages.0.weights"])
-    assert found.init == FromHF("x") and found.data.stages == (Stage(),)
-    assert found.data.sources == (LlavaJson(path="my.json"),)
+    words = "--init from-hf --init.path x --data.sources LlavaJson --data.sources.0.path my.json"
+    for stages in ("--data.stages Stage --data.stages.0.weights", "--data.stages []"):
+        found = override(config, [*words.split(), *stages.split()])
+        assert found.init == FromHF("x") and found.data.stages == (Stage(),)
+        assert found.data.sources == (LlavaJson(path="my.json"),)
 
 
 @pytest.mark.parametrize(
@@ -149,6 +150,10 @@ def test_fields_are_checked_when_all_are_there() -> None:
         ("--model.mechanisms.1.rank 3", "model.mechanisms has 1 item; name .*: --model.mechanisms.1 Rave|"),
         ("--model.mechanisms.7 Rave", "model.mechanisms has 1 item; name .*: --model.mechanisms.1 Rave|"),
         ("--data.sources LlavaJson --data.sources.0.split train", "data.sources.0 is LlavaJson, which has no split"),
+        ("--init FromHF", "^--init: init.path is '', expected a directory in HuggingFace format$"),
+        ("--data.sources", "^--data: sources is .*, expected at least one source, as --data.sources LlavaJson$"),
+        ("--steps 0", "^steps is 0, expected a number from 1 to 2147483647$"),
+        ("--data.stages.0.weights 1 2", "^--data: stages.0.weights is .* 1 source; --data.stages .. makes one stage"),
     ],
 )
 def test_a_kind_that_does_not_fit_is_refused_by_its_field(words: str, said: str) -> None:
@@ -159,8 +164,6 @@ def test_a_kind_that_does_not_fit_is_refused_by_its_field(words: str, said: str)
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--init", "FromHF"], "init.path is ''"),
-        (["--data.sources"], "at least one source"),
         (["--model.mechanisms.0.rnak", "3"], "--model.mechanisms.0.rank"),
         ([f"--data.sources.{'9' * 5000}.path", "x"], "Unrecognized options"),
     ],
