@@ -15,6 +15,8 @@ from rave_jax.models.config import ModelOptions
 from rave_jax.parallel.hosts import HostsConfig
 from rave_jax.parallel.mesh import MeshConfig
 
+RENAMED = {"Gate": "Grounding"}
+"""Names that classes have had here."""
 MOST_SAMPLES, MOST_AT_ONCE = 10**9, 2**16
 """Samples of an evaluation, and those asked at once: far above what is in use."""
 
