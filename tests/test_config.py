@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -261,8 +262,7 @@ def test_a_config_file_that_cannot_serve_exits_2_in_one_line(
     ],
 )
 def test_a_name_that_is_not_there_is_said_with_its_line(text: str, says: str, tmp_path: Path) -> None:
-    import rave_jax.evaluation.config  # noqa: F401  (the command line has it, as every config is made of it)
-
+    importlib.import_module("rave_jax.evaluation.config")  # as every command that reads configs has done
     path = write(tmp_path, text)
     with pytest.raises(ConfigError) as refused:
         config.load_file(path)
