@@ -51,8 +51,8 @@ class SlotConfig:
     """Most token ids that may end one answer, the model's own counted."""
     request_timeout: float = 3600.0
     """Most seconds from the start of reading a prompt to the end of its answer, without the time of compiling. An
-    answer over it ends with an error, and others go on; in a job of several processes, whose clocks differ, it does
-    not. A program on the device that does not come back within half an hour more ends the process. 0 is no limit."""
+    answer over it ends with an error, and others go on; in a job of several processes the clock of the first decides. A
+    program on the device that does not come back within half an hour more ends the process. 0 is no limit."""
 
     def __post_init__(self) -> None:
         for name in ("slots", "chunk", "smallest", "patches", "prefill_rows", "decode_steps", "max_stop_ids"):
