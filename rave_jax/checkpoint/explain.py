@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
 
-from rave_jax.checkpoint.kinds import is_run_directory
+from rave_jax.checkpoint.kinds import kind_of
 from rave_jax.checkpoint.safetensors_file import CheckpointError
 from rave_jax.files import LFS_POINTER
 from rave_jax.models.families import Family
@@ -126,7 +126,7 @@ def no_weights(directory: Path) -> str:
             return (
                 f"{directory}: the weights are {kind} ({_some(files)}): take the release in safetensors of transformers"
             )
-    if is_run_directory(run := directory.resolve().parent):
+    if kind_of(run := directory.resolve().parent) == "run":
         return f"{directory}: holds no weights: it is a part of the training run {run}, which keeps them; give the run"
     expected = f"expected model.safetensors, or {index} and the files it lists"
     others = sorted(str(f.relative_to(directory)) for d in ("*", "*/*") for f in directory.glob(f"{d}.safetensors"))

@@ -60,7 +60,7 @@ class DataConfig:
     """Where samples come from."""
     stages: tuple[Stage, ...] = (Stage(),)
     """Curriculum: the share of each source, and perhaps the size of rows, from a step on. The first stage starts at
-    step 0."""
+    step 0. Empty for one stage with equal shares."""
     rows: int = 64
     """Rows of a batch over all hosts."""
     tokens: int = 128
@@ -89,16 +89,20 @@ class DataConfig:
     """Memory that keeps processed samples for reuse, in MB; 0 keeps none."""
 
     def __post_init__(self) -> None:
-        require(len(self.sources) > 0, "sources", self.sources, "at least one source")
+        require(len(self.sources) > 0, "sources", self.sources, "at least one source, as --data.sources LlavaJson")
+        if not self.stages:
+            object.__setattr__(self, "stages", (Stage(),))
         require(self.seed >= 0, "seed", self.seed, "0 or more")
         steps = [stage.step for stage in self.stages]
         require(steps[:1] == [0], "stages", steps, "a first stage at step 0")
         require(steps == sorted(set(steps)), "stages", steps, "ascending steps")
         for number, stage in enumerate(self.stages):
-            fits = len(stage.weights) in (0, len(self.sources))
-            require(
-                fits, f"stages.{number}.weights", stage.weights, f"one weight for each of {len(self.sources)} sources"
+            count = len(self.sources)
+            expected = (
+                f"one weight for each of {count} source{'s' * (count != 1)}; --data.stages [] makes one stage with "
+                f"equal shares, --data.stages.{number}.weights sets those of this stage"
             )
+            require(len(stage.weights) in (0, count), f"stages.{number}.weights", stage.weights, expected)
         check_ranges(self, rows=(1, MOST_ROWS), tokens=(1, MOST_TOKENS), patches=(0, MOST_PATCHES))
         check_ranges(self, documents_per_row=(1, self.tokens), max_skips=(0, 10**6))
         check_ranges(self, min_pixels=(1, MOST_PIXELS), max_pixels=(1, MOST_PIXELS))

@@ -15,6 +15,8 @@ from rave_jax.models.config import ModelOptions
 from rave_jax.parallel.hosts import HostsConfig
 from rave_jax.parallel.mesh import MeshConfig
 
+RENAMED = {"Gate": "Grounding"}
+"""Names that classes have had here."""
 MOST_SAMPLES, MOST_AT_ONCE = 10**9, 2**16
 """Samples of an evaluation, and those asked at once: far above what is in use."""
 
@@ -97,7 +99,12 @@ class Eval:
         check_ranges(self, **dict.fromkeys(("looks", "vas", "routes"), (0, MOST_SAMPLES)))
         require(0 <= self.pictures <= self.looks, "pictures", self.pictures, f"0 to looks ({self.looks})")
         compared = self.grounding is None or self.floor is not None
-        require(compared, "floor", self.floor, "a Floor: the grounding check compares the score with it")
+        require(
+            compared,
+            "floor",
+            self.floor,
+            "a Floor: the grounding check compares the score with it; for no floor set grounding None too",
+        )
 
     @classmethod
     def from_older(cls, data: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -157,7 +164,7 @@ class Examination:
     def __post_init__(self) -> None:
         check_paths(self)
         names = [item.name for item in self.evals]
-        require(len(names) > 0, "evals", self.evals, "at least one evaluation")
+        require(len(names) > 0, "evals", self.evals, "at least one evaluation, as --evals Eval")
         require(len(set(names)) == len(names), "evals", names, "evaluations with names of their own")
         check_ranges(self, step=(0, 2**31 - 1), min_pixels=(1, MOST_PIXELS), max_pixels=(1, MOST_PIXELS))
         require(self.simulated_devices >= 0, "simulated_devices", self.simulated_devices, "at least 0")

@@ -51,8 +51,8 @@ class SlotConfig:
     """Most token ids that may end one answer, those of the model included."""
     request_timeout: float = 3600.0
     """Most seconds from the start of reading a prompt to the end of its answer, without the time of compiling. A longer
-    answer ends with an error and others continue. Jobs of several processes ignore it, because their clocks differ.
-    A program on the device that takes half an hour longer ends the process. 0: no limit."""
+    answer ends with an error and others continue; in a job of several processes the clock of the first decides. A
+    program on the device that takes half an hour longer ends the process. 0: no limit."""
 
     def __post_init__(self) -> None:
         for name in ("slots", "chunk", "smallest", "patches", "prefill_rows", "decode_steps", "max_stop_ids"):

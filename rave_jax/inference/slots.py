@@ -27,6 +27,7 @@ from rave_jax.inference.programs import BROKEN, NOTHING, SlotState, clear, decod
 from rave_jax.inference.prompts import Prompt, PromptGroup
 from rave_jax.inference.sampling import Sampling
 from rave_jax.models.vlm import Vlm
+from rave_jax.parallel.agree import from_first
 from rave_jax.parallel.sharding import replicated, use_mesh
 from rave_jax.typing import NpArray
 
@@ -219,13 +220,17 @@ class Engine:
     def _overdue(self) -> list[Progress]:
         """End the answers that take longer than they may."""
         limit, now = self.config.request_timeout, self._seconds()
-        # Several processes have to agree, and each has a clock of its own.
-        if not limit or jax.process_count() > 1:
+        jobs = {slot: job for slot, job in enumerate(self._slots) if job is not None}
+        if not limit or not jobs:
             return []
-        late = [(slot, job) for slot, job in enumerate(self._slots) if job is not None and now - job.began > limit]
-        for slot, _ in late:
+        # Each process has a clock of its own, and all must end the same answers: that of the first decides.
+        late = from_first([slot for slot, job in jobs.items() if now - job.began > limit])
+        for slot in late:
             self._slots[slot] = None
-        return [Progress(job.request, (), None, timed_out(job.called, limit, job.given)) for _, job in late]
+        return [
+            Progress(job.request, (), None, timed_out(job.called, limit, job.given))
+            for job in (jobs[slot] for slot in late)
+        ]
 
     def _group_fits(self) -> bool:
         """Is there a slot for each prompt of a full group, or for all that wait?"""

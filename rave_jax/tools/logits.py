@@ -16,7 +16,7 @@ from rave_jax.config import ConfigError
 from rave_jax.data.chat import SpecialTokens
 from rave_jax.data.collate import collate, smallest_shape
 from rave_jax.data.processor import Processor
-from rave_jax.data.sample import SampleError
+from rave_jax.data.sample import OverBudget, SampleError
 from rave_jax.inference import NotFinite
 from rave_jax.models.vlm import Vlm
 from rave_jax.tools import source as sources
@@ -66,9 +66,17 @@ def logits(
 
     Raises:
         SampleError: a message or a picture that cannot be used.
+        OverBudget: more tokens than the model has positions; nothing is computed then.
         NotFinite: a logit is NaN or infinite.
     """
-    example = processor.encode(messages, add_generation_prompt)
+    most = model.config.text.max_position
+    advice = f"the model has {most} positions (max_position_embeddings): shorten it, or give fewer or smaller pictures"
+    try:
+        example = processor.encode(messages, add_generation_prompt, most_tokens=most)
+    except OverBudget as error:
+        raise OverBudget(f"{error}; {advice}") from error
+    if len(example.tokens) > most:
+        raise OverBudget(f"the conversation has {len(example.tokens)} tokens; {advice}")
     settings = processor.settings
     shape = smallest_shape([[example]], TOKEN_BUCKET, settings.window_patches)
     batch = collate([[example]], shape, settings.patch_numbers, settings.merge_patches)

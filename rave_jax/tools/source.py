@@ -12,6 +12,8 @@ from jax.sharding import Mesh
 
 from rave_jax.checkpoint.hf_files import hf_config
 from rave_jax.checkpoint.hf_import import import_hf
+from rave_jax.checkpoint.kinds import kind_of, other_config
+from rave_jax.checkpoint.safetensors_file import CheckpointError
 from rave_jax.checkpoint.sidecar import saved_options
 from rave_jax.checkpoint.store import StoreError
 from rave_jax.checkpoint.target import abstract_model
@@ -41,8 +43,16 @@ class Source(NamedTuple):
 
 
 def is_run(path: Path) -> bool:
-    """Is this the directory of a training run?"""
-    return hf_config(path).get("type") == "TrainConfig"
+    """Is this the directory of a training run? If not, it holds the config of a model.
+
+    Raises:
+        ConfigError: it is neither; says what it is.
+    """
+    if kind_of(path) == "run":
+        return True
+    if other := other_config(path, hf_config(path)):
+        raise CheckpointError(other)
+    return False
 
 
 def model_directory(path: Path) -> Path:

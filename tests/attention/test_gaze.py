@@ -19,7 +19,7 @@ from rave_jax.config import ConfigError
 from rave_jax.data.layout import lay_out, region_major
 from rave_jax.data.sample import Example
 from rave_jax.kernels.attention import Implementation
-from rave_jax.kernels.attention.support import interpreted
+from rave_jax.kernels.support import interpreted
 from rave_jax.layout import AdaptiveRegions, FixedRegions, VisualLayout
 from rave_jax.models.config import ModelOptions
 from rave_jax.models.families import presets

@@ -378,6 +378,22 @@ def test_an_answer_that_takes_too_long_ends_with_an_error_and_others_go_on(expec
     assert 4 < given < 39 and "slow: the answer was not finished 5 s after" in str(errors[numbers[0]])
     assert f"with {given} tokens so far" in str(errors[numbers[0]])
     assert [answers[number] for number in numbers[1:]] == [expected[1], expected[3], expected[2]]
+
+
+def test_the_first_process_says_which_answers_take_too_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All processes must end the same ones, and this one, whose clock stands, ends what the first has found late."""
+    slots = engine(a_model(), dataclasses.replace(SIZES, request_timeout=5.0))
+    slots._clock = lambda: 0.0
+    numbers = [slots.submit(example_of(prompts()[n], CONFIG), Sampling(39)) for n in range(2)]
+    asked: list[list[int]] = []
+    monkeypatch.setattr("rave_jax.inference.slots.from_first", lambda late: asked.append(late) or [1])
+    ended = [piece for piece in slots.step() if piece.error is not None]
+    assert asked == [[]], "by its own clock none is late"
+    assert [piece.request for piece in ended] == numbers[1:] and isinstance(ended[0].error, TimedOut)
+    assert slots.running == 1
+
+
+def test_a_limit_of_time_is_a_number_of_seconds() -> None:
     for limit in (-1, float("nan"), float("inf")):
         with pytest.raises(ConfigError, match="request_timeout"):
             SlotConfig(request_timeout=limit)

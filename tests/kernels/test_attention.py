@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given, settings
 
 from rave_jax.config import ConfigError
-from rave_jax.kernels.attention import KeyGroups, PairForm, attention, choose
+from rave_jax.kernels.attention import OPERATION, KeyGroups, PairForm, attention
 from rave_jax.kernels.attention.base import LOG_GATE_FLOOR, log_gate, tile_allow
-from rave_jax.kernels.attention.support import interpreted
+from rave_jax.kernels.support import interpreted
 from tests.kernels.drawn import FORMS, Dims, codes_of, random_codes, random_cotangents, random_key_bias, random_operands
 
 B, H, K, h, c, r = 2, 4, 2, 8, 6, 4  # c: width of values
@@ -280,7 +280,7 @@ def test_operands_that_do_not_fit_are_named():
     with pytest.raises(ValueError, match="an array as its scale"):
         attention(q, k, v, codes, scale=jnp.float32(1))
     with pytest.raises(ValueError, match="'flash'"):
-        choose("flash", q, k, v)
+        OPERATION.choose("flash", q, k, v)
     with pytest.raises(ValueError, match="nan as its scale, expected a number"):
         attention(q, k, v, codes, scale=float("nan"))
     with pytest.raises(ValueError, match=r"bias\.u has shape \(2, 7, 4, 0\), expected \[2, 7, 4, rank\]"):

@@ -18,8 +18,8 @@ from hypothesis import given, settings
 from jax.sharding import NamedSharding, PartitionSpec
 
 from rave_jax.kernels.attention import PairForm
-from rave_jax.kernels.attention.support import interpreted
 from rave_jax.kernels.routed import RegionBias, Stack, gather_attention
+from rave_jax.kernels.support import interpreted
 from rave_jax.parallel.mesh import MeshConfig, make_mesh
 from rave_jax.parallel.sharding import current_mesh, partition_spec, use_mesh
 
@@ -253,7 +253,7 @@ def test_wrong_operands_and_backends_are_one_clear_error() -> None:
         ({"most": R + 1}, "most = 10"),
         (bias(u=given_["bias"].u[:, 1:]), "operand bias.u has shape"),
         (bias(w=given_["bias"].w.astype(jnp.bfloat16)), "operand bias.w is bfloat16, expected float32"),
-        ({"implementation": "cudnn"}, "'cudnn' cannot serve chosen regions; expected auto, reference"),
+        ({"implementation": "cudnn"}, "'cudnn' cannot serve attention to chosen regions; expected auto, reference"),
     ):
         with pytest.raises(ValueError, match=message):
             run.__wrapped__(**(given_ | changed))

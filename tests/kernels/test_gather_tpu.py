@@ -12,9 +12,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from rave_jax.kernels.attention import PairForm
-from rave_jax.kernels.attention.support import interpreted
 from rave_jax.kernels.routed.gather import gather_attention, pallas_tpu, reference
 from rave_jax.kernels.routed.gather.base import Operands, Stack, listed, union
+from rave_jax.kernels.support import interpreted
 from rave_jax.tools.tpu import Operand, copied_bytes
 
 K, G, R, m, h = 2, 3, 192, 8, 128

@@ -17,7 +17,7 @@ from rave_jax.kernels.attention import KeyGroups, PairForm, attention, pallas_tp
 from rave_jax.kernels.attention.base import Terms
 from rave_jax.kernels.attention.pallas_tpu.blocks import FACTS, BlockSizes, ByFacts, block_facts
 from rave_jax.kernels.attention.pallas_tpu.operands import nested
-from rave_jax.kernels.attention.support import interpreted
+from rave_jax.kernels.support import interpreted
 from rave_jax.parallel.mesh import MeshConfig, make_mesh
 from rave_jax.parallel.sharding import use_mesh
 from tests.kernels.drawn import (
@@ -340,7 +340,7 @@ def test_without_a_tpu_it_is_refused_by_name():
     rng = np.random.default_rng(0)
     q, k, v, _ = random_operands(rng, d, 0.6)
     codes = random_codes(rng, d.B, d.T, d.S)
-    with pytest.raises(ValueError, match="'pallas_tpu' cannot serve: its kernels run on TPUs, and the devices are cpu"):
+    with pytest.raises(ValueError, match="cannot serve attention: its kernels run on TPUs, and the devices are cpu"):
         attention(q, k, v, codes, scale=1.0, implementation="pallas_tpu")
     with interpreted(), pytest.raises(ValueError, match="v is bfloat16, expected float32 as q"):
         attention(q, k, v.astype(jnp.bfloat16), codes, scale=1.0, implementation="pallas_tpu")

@@ -20,13 +20,13 @@ from rave_jax.kernels import routed
 from rave_jax.kernels.attention import MaskCodes, PairForm
 from rave_jax.kernels.attention import attention as plain
 from rave_jax.kernels.attention.base import NOWHERE, Terms
-from rave_jax.kernels.attention.support import interpreted
 from rave_jax.kernels.routed import RouteRule, Routes, Routing, pallas_tpu, xla
 from rave_jax.kernels.routed.base import Choice
 from rave_jax.kernels.routed.pallas_tpu import lists
 from rave_jax.kernels.routed.pallas_tpu.forward import forward
 from rave_jax.kernels.routed.pallas_tpu.lists import Tiling
 from rave_jax.kernels.routed.pallas_tpu.sizes import tiling_of
+from rave_jax.kernels.support import interpreted
 from rave_jax.parallel.mesh import MeshConfig, make_mesh
 from rave_jax.parallel.sharding import use_mesh
 from tests.kernels.drawn import codes_of

@@ -6,7 +6,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from rave_jax.kernels.attention import KeyGroups, support
+from rave_jax.kernels import support
+from rave_jax.kernels.attention import KeyGroups
 from rave_jax.kernels.attention.base import Terms
 from rave_jax.kernels.attention.pallas_tpu.operands import up
 from rave_jax.kernels.attention.pallas_tpu.tile import LANES
