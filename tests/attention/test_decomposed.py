@@ -59,6 +59,7 @@ def by_hand(x: at.Features, info: TokenInfo, gate: bool = False, window: int = T
         said = mechanism.score(x, mechanism.remember(x), info, info)
         assert said is not None and said.pair is not None
         bias = np.float64(ungroup_heads(tile_bias(*said.pair)))
+    info = jax.tree.map(np.asarray, info)
     out = np.zeros_like(q)
     for b, i, h in np.ndindex(B, T, DIMS.num_heads):
         if info.segment[b, i] == 0:

@@ -181,7 +181,18 @@ def test_a_native_checkpoint_goes_there_and_back(write: Write, tmp_path: Path) -
     assert_same_models(again, model)
     out = export_hf(again, tmp_path / "out", tmp_path / "native")
     assert_same_bytes(all_tensors(out), all_tensors(source))
-    # The same checkpoint in another cut of the stack, with mechanisms that begin fresh, and in float32.
+
+
+@pytest.mark.slow
+def test_a_native_checkpoint_comes_back_in_another_cut_of_the_stack(write: Write, tmp_path: Path) -> None:
+    """With mechanisms that begin fresh, and in float32."""
+    source = write(bfloat16=True, other_style=True)
+    mesh = make_mesh(MeshConfig(fsdp=2, tensor=2), jax.devices()[:4])
+    model = import_hf(source, dtypes="stored")
+    with written_whole(tmp_path / "native", 0) as folder:
+        assert folder is not None
+        copy_small_files(source, folder, model.options)
+        native.write_into(folder, model, other_key_style=True)
     gated = import_hf(tmp_path / "native", OPTIONS, mesh)
     assert_same_models(gated, import_hf(source, OPTIONS, mesh))
 

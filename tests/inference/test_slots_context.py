@@ -22,7 +22,7 @@ from tests.models.made import model
 # The longest prompt is cut in its video: in a picture or in the context tokens behind one.
 SLOTS = dataclasses.replace(SIZES, max_length=96, chunk=34, smallest=34)
 SETTINGS = {
-    "frames": ModelOptions((Rave(rank=4), SlidingWindow(20, layers=(1,))), ContextTokens(3)),
+    "frames": ModelOptions((Rave(rank=4), SlidingWindow(20)), ContextTokens(3)),
     "images, first token too": ModelOptions(
         (ZeroTuning(0.2, layers=(0, 2)),), ContextTokens(5, per="image", sees="own+first")
     ),

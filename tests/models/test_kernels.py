@@ -19,6 +19,7 @@ from rave_jax.models.vlm import Vlm
 from tests.models.layout import Visual, batch, document
 from tests.models.made import model as made
 
+TOGETHER: tuple[MechanismConfig, ...] = (Rave(rank=4), Mma(), ZeroTuning(gamma=1.5))
 CONFIG = presets.tiny(vocab_size=64, num_layers=1, vision_depth=1, full_attention_blocks=())
 
 
@@ -50,9 +51,9 @@ def same(found: tuple[jax.Array, Vlm], expected: tuple[jax.Array, Vlm]) -> None:
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * np.abs(b).max())
 
 
+@pytest.mark.slow
 def test_logits_and_gradients_are_those_of_the_blockwise_attention() -> None:
-    mechanisms = (Rave(rank=4), Mma(), ZeroTuning(gamma=1.5))
-    same(everything(mechanisms, "pallas_tpu"), everything(mechanisms, "xla"))
+    same(everything(TOGETHER, "pallas_tpu"), everything(TOGETHER, "xla"))
 
 
 PARTS: dict[str, MechanismConfig] = {

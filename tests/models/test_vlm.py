@@ -135,7 +135,9 @@ def test_only_the_wanted_tokens_come_out_of_a_chunk(layers: tuple[int, ...], alo
     assert (f"f32[2,2,{CONFIG.text.mlp_size}]" in str(traced.jaxpr)) == alone
 
 
-@pytest.mark.parametrize(("kind", "tolerance"), [("bfloat16", 0.02), ("int8", 0.02)])
+@pytest.mark.parametrize(
+    ("kind", "tolerance"), [pytest.param("bfloat16", 0.02, marks=pytest.mark.slow), ("int8", 0.02)]
+)
 def test_a_smaller_cache_changes_little(kind: CacheType, tolerance: float) -> None:
     model = a_model(RAVE)
     whole = batch([[doc] for doc in documents([3, Visual(1, 4, 6), 8], [12])], CONFIG, tokens=18, patches=24)
@@ -220,6 +222,25 @@ def test_rematerialisation_changes_no_gradient() -> None:
             np.testing.assert_allclose(ours[name][...], theirs[name][...], rtol=1e-4, atol=1e-4, err_msg=name)
 
 
+def test_a_stack_that_is_cut_says_the_same() -> None:
+    # A window wider than the row does nothing but make segments.
+    whole = a_model()
+    cut = ModelOptions(mechanisms=(SlidingWindow(100, layers=(1,)),))
+    parts = made(CONFIG, cut)
+    (stack,) = whole.decoder.segments
+    assert [(s.start, s.stop) for s in parts.decoder.segments] == [(0, 1), (1, 2), (2, 3)]
+    values = {path: value[...] for path, value in named_parameters(whole).items() if ".segments." not in path}
+    for segment in parts.decoder.segments:
+        segment.layers = jax.tree.unflatten(
+            jax.tree.structure(segment.layers),
+            [x[segment.start : segment.stop] for x in jax.tree.leaves(stack.layers)],
+        )
+    parts = with_values(parts, values)
+    rows = batch([documents([3, Visual(1, 4, 6), 4])], CONFIG, tokens=14, patches=24)
+    np.testing.assert_allclose(logits(whole, rows), logits(parts, rows), atol=1e-5)
+
+
+@pytest.mark.slow
 def test_how_a_stack_is_cut_changes_nothing() -> None:
     # A window wider than the row does nothing but make segments.
     cut = ModelOptions(mechanisms=(SlidingWindow(100, layers=(1,)),))
