@@ -84,7 +84,7 @@ def by_hand(x: at.Features, info: TokenInfo, gate: bool = False, window: int = T
     return out
 
 
-@pytest.mark.parametrize("beside", ["alone", "a gate", "a window"])
+@pytest.mark.parametrize("beside", ["alone", "a gate", pytest.param("a window", marks=pytest.mark.slow)])
 def test_it_is_the_stated_formula(beside: str) -> None:
     x, info = features(), info_of(*ROWS)
     configs: dict[str, tuple[at.MechanismConfig, ...]] = {

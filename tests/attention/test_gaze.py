@@ -124,6 +124,7 @@ def test_all_regions_are_the_dense_model_with_its_gradients(config: Gaze) -> Non
     assert float(jnp.abs(fewer - of(dense)[1]).max()) > 1e-2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [gaze(), gaze(visual_queries="frame+routed", share="group", rank_with_bias=True)])
 def test_tokens_may_lie_region_by_region(config: Gaze) -> None:
     """The same rows with the tokens of each region side by side, put back."""
@@ -248,7 +249,14 @@ def test_keys_before_rotary_positions_rank_alike_wherever_a_picture_stands(keys,
     assert bool((first == other).all()) == same
 
 
-@pytest.mark.parametrize("config", [gaze(), gaze(top_k=0.4, visual_queries="frame+routed"), gaze(descriptor="oracle")])
+@pytest.mark.parametrize(
+    "config",
+    [
+        gaze(),
+        gaze(top_k=0.4, visual_queries="frame+routed"),
+        pytest.param(gaze(descriptor="oracle"), marks=pytest.mark.slow),
+    ],
+)
 def test_what_is_chosen_stands_before_and_is_as_much_as_was_asked(config: Gaze) -> None:
     given = rows()
     every = jnp.broadcast_to(jnp.arange(T), (2, T))

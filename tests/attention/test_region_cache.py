@@ -123,6 +123,7 @@ def test_all_regions_are_the_dense_model_in_prefill_and_steps(config: Gaze) -> N
     np.testing.assert_allclose(found, dense, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_a_row_remembers_no_region_of_who_had_it() -> None:
     """Whose regions were more than those of the next prompt are taken."""
     vlm, rng = a_model(Gaze(FixedRegions(1, 1), 40, top_k=1)), np.random.default_rng(0)

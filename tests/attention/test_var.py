@@ -21,7 +21,8 @@ from rave_jax.config import ConfigError
 from rave_jax.models.config import ModelOptions
 from rave_jax.models.families import presets
 from rave_jax.models.parameters import named_parameters, with_values
-from tests.attention.packed import B, T, dense_map, everything, features, info_of, outputs
+from tests.attention.packed import DIMS as DIMS_OF_HEADS
+from tests.attention.packed import KEY, B, T, attend, dense_map, everything, features, info_of, outputs
 from tests.models.layout import batch, document
 from tests.models.made import model
 
@@ -165,7 +166,9 @@ def test_two_with_other_dimensions_multiply() -> None:
         wanted = wanted * factor
     wanted = wanted / np.maximum(wanted.sum(-1, keepdims=True), 1e-30)
     both = tuple(dataclasses.replace(VAR, dims=(dim,)) for dim in DIMS)
-    np.testing.assert_allclose(everything(both, x, info, x.q)[1], wanted, atol=1e-5)
+    mechanisms, every = at.build_mechanisms(both, DIMS_OF_HEADS, KEY), jnp.broadcast_to(jnp.arange(T), (B, T))
+    found = jax.jit(lambda x: attend(x, info, mechanisms, rows=every).rows)(x)
+    np.testing.assert_allclose(found, wanted, atol=1e-5)
 
 
 def test_phi_is_the_largest_sink_dimension_over_the_root_mean_square() -> None:

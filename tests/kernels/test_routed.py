@@ -217,8 +217,15 @@ def test_all_regions_are_plain_attention_and_a_hard_choice_has_no_gradient() -> 
     assert jax.grad(loss)(routes.query, RouteRule(2, choice="straight_through")).any()
 
 
-@pytest.mark.parametrize("share", ["head", "group"])
-@pytest.mark.parametrize("choice", ["soft_bias", "straight_through"])
+@pytest.mark.parametrize(
+    ("choice", "share"),
+    [
+        pytest.param("soft_bias", "head", marks=pytest.mark.slow),
+        pytest.param("straight_through", "group", marks=pytest.mark.slow),
+        ("soft_bias", "group"),
+        ("straight_through", "head"),
+    ],
+)
 def test_soft_choices_have_the_slope_of_their_formula(choice, share) -> None:
     """Along a line through queries and descriptors, by differences: what is chosen stays, its log softmax moves."""
     q, k, v, codes, routes, bias = operands(5)

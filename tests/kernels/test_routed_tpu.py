@@ -305,24 +305,23 @@ def test_the_fill_is_what_lanes_hold() -> None:
 
 def test_a_tile_or_query_that_is_not_there_is_an_error() -> None:
     """Numbers behind the last tile, and places behind the last query, are found by the interpreter."""
-    given = drawn(7, cut=False)
+    given, layout = drawn(7, cut=False), Layout(R, SLOTS)
+    call = pallas_tpu.make_call(given.q, given.k, layout, SIZES, 1.0, interpret=pltpu.InterpretParams())
+    pairs = np.ones((B, K, call.T, R), bool)
+    made = work(pairs, pairs[:, 0], np.ones((B, layout.tiles), bool), layout, call.queries, call.item, 2 * call.rows)
 
-    def with_info(change: Any) -> None:
-        q, k = given.q, given.k
-        layout = Layout(R, SLOTS)
-        call = pallas_tpu.make_call(q, k, layout, SIZES, 1.0, interpret=pltpu.InterpretParams())
+    @jax.jit
+    def compute(lists: Any, info: Any) -> Any:
         rows = jnp.zeros((B, K, call.T, call.rows, 128))
         kv = jnp.zeros((B, K, layout.tiles, 128, 128))
         reference = jnp.zeros((B, K, call.T * call.rows // 128, 128))
-        pairs = jnp.ones((B, K, call.T, R), bool)
-        made = lists.work(
-            pairs, pairs[:, 0], jnp.ones((B, layout.tiles), bool), layout, call.queries, call.item, 2 * call.rows
-        )
-        made = change(made)
         codes_q = jnp.zeros((B, call.blocks, 1, 3 * call.queries), jnp.int32)
         codes_k = jnp.zeros((B, layout.tiles, 8, 128), jnp.int32)
-        given_ = (rows, reference, kv, kv, codes_q, codes_k, made.lists.reshape(-1), made.info, call)
-        jax.block_until_ready(forward(*given_, online=False))
+        return forward(rows, reference, kv, kv, codes_q, codes_k, lists.reshape(-1), info, call, online=False)
+
+    def with_info(change: Any) -> None:
+        changed = change(made)
+        jax.block_until_ready(compute(changed.lists, changed.info))
 
     with_info(lambda made: made)
     with pytest.raises(Exception, match=r"(?i)out.of.bounds|IndexError"):

@@ -132,7 +132,7 @@ def test_packed_documents_equal_each_alone(context: ContextTokens) -> None:
             start += n
 
 
-@pytest.mark.parametrize("sees", ["own", "own+first"])
+@pytest.mark.parametrize("sees", [pytest.param("own", marks=pytest.mark.slow), "own+first"])
 def test_context_tokens_listen_to_no_text_but_the_first(sees) -> None:
     """The rows of the attention map in every layer and head."""
     context = ContextTokens(3, sees=sees)

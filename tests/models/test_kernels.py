@@ -19,7 +19,6 @@ from rave_jax.models.vlm import Vlm
 from tests.models.layout import Visual, batch, document
 from tests.models.made import model as made
 
-TOGETHER: tuple[MechanismConfig, ...] = (Rave(rank=4), Mma(), ZeroTuning(gamma=1.5))
 CONFIG = presets.tiny(vocab_size=64, num_layers=1, vision_depth=1, full_attention_blocks=())
 
 
@@ -53,7 +52,8 @@ def same(found: tuple[jax.Array, Vlm], expected: tuple[jax.Array, Vlm]) -> None:
 
 @pytest.mark.slow
 def test_logits_and_gradients_are_those_of_the_blockwise_attention() -> None:
-    same(everything(TOGETHER, "pallas_tpu"), everything(TOGETHER, "xla"))
+    mechanisms = (Rave(rank=4), Mma(), ZeroTuning(gamma=1.5))
+    same(everything(mechanisms, "pallas_tpu"), everything(mechanisms, "xla"))
 
 
 PARTS: dict[str, MechanismConfig] = {

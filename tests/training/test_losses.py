@@ -143,7 +143,7 @@ def of_two_layers(scan: bool, remat: Remat) -> Any:
 @pytest.mark.parametrize(
     ("scan", "remat"),
     [
-        (True, "full"),
+        pytest.param(True, "full", marks=pytest.mark.slow),
         pytest.param(True, "dots", marks=pytest.mark.slow),
         pytest.param(False, "none", marks=pytest.mark.slow),
         (False, "full"),

@@ -178,8 +178,8 @@ def test_layouts_give_the_losses_of_one_device(mesh, one_device):
         assert ours.target_tokens == theirs.target_tokens
 
 
-def test_a_bad_step_changes_nothing_and_stops_those_after_it(plain):
-    session = plain
+def test_a_bad_step_changes_nothing_and_stops_those_after_it(clipped):
+    session = clipped
     state, _ = run_steps(session, first_state(session), range(1))
     before = host(state)
     with use_mesh(session.mesh):
@@ -194,8 +194,8 @@ def test_a_bad_step_changes_nothing_and_stops_those_after_it(plain):
     jax.tree.map(np.testing.assert_array_equal, host(state._replace(bad_step=jnp.int32(-1))), before)
 
 
-def test_a_batch_without_targets_is_no_error(plain):
-    session = plain
+def test_a_batch_without_targets_is_no_error(clipped):
+    session = clipped
     state = first_state(session)
     with use_mesh(session.mesh):
         empty = random_batch(0, 8)
@@ -235,11 +235,11 @@ def test_context_tokens_are_in_the_table():
     assert rows["context"].parameters == 3 * CONFIG.text.hidden_size and rows["context"].state == "trained"
 
 
-def test_the_head_takes_part_in_the_loss(plain):
+def test_the_head_takes_part_in_the_loss():
     """Tied: the embedding's gradient has a part for every word, not only for those in the batch."""
-    session = plain
-    state = first_state(session)
-    batch = jax.tree.map(jnp.asarray, random_batch(0, 8))
+    session = session_of(PLAIN, config=TEXT)
+    state = first_state(session, TEXT)
+    batch = jax.tree.map(jnp.asarray, random_batch(0, 8, patches=0))
 
     def loss(trained):
         model = session.graph.merge(trained)
@@ -250,7 +250,7 @@ def test_the_head_takes_part_in_the_loss(plain):
     rest, embed = dict(state.trained), state.trained["embed.weight"]
     grads = jax.jit(jax.grad(lambda embed: loss(rest | {"embed.weight": embed})))(embed)
     assert (np.abs(grads).max(axis=1) > 0).all()
-    assert CONFIG.text.tie_embeddings
+    assert TEXT.text.tie_embeddings
     assert OPTIONS.mechanisms
 
 
