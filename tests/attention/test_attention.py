@@ -111,7 +111,7 @@ def test_two_owners_of_one_thing_are_refused_by_name():
         at.build_mechanisms((at.TextPositions(), at.TextPositions()), DIMS, KEY)
 
 
-@pytest.mark.parametrize("implementation", ("reference", "xla"))
+@pytest.mark.parametrize("implementation", (pytest.param("reference", marks=pytest.mark.slow), "xla"))
 def test_rows_on_demand_are_the_rows_of_the_map(implementation):
     rng = np.random.default_rng(0)
     T = 150

@@ -48,8 +48,8 @@ def assert_same_bytes(ours: Tensors, theirs: Tensors) -> None:
 def shaken(model: Vlm) -> Vlm:
     """Other numbers in every parameter, as training would leave them."""
     params = named_parameters(model)
-    noise = {p: np.asarray(v[...]) + np.float32(0.25 + n) for n, (p, v) in enumerate(params.items())}
-    return with_values(model, noise)
+    values = {p: np.asarray(v[...]) + np.float32(0.25 + n) for n, (p, v) in enumerate(params.items())}
+    return with_values(model, {p: jax.device_put(value, params[p][...].sharding) for p, value in values.items()})
 
 
 def assert_same_models(one: Vlm, other: Vlm) -> None:

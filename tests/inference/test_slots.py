@@ -70,7 +70,7 @@ SETTINGS: dict[str, tuple[MechanismConfig, ...]] = {
         Rave(rank=4, layers=(0,), queries="text", form="tanh"),
         SlidingWindow(window=20, layers=(1,)),
     ),
-    "positions": (TextPositions(), SlidingWindow(window=5)),
+    "positions": (TextPositions(), SlidingWindow(window=7)),
     "some in each layer": (
         Var(dims=(3, 11, 20), tau=1.8, summ=0.05, rho=0.3, move_fraction=0.9, layers=(0,)),
         Rave(rank=4, layers=(0,)),
@@ -187,7 +187,8 @@ def test_a_batch_says_what_each_row_says_alone(expected: list[list[int]]) -> Non
     assert run(slots, prompts()[::-1]) == expected[::-1], "used slots remember nothing of who was there"
 
 
-@pytest.mark.parametrize("kind", [pytest.param("bfloat16", marks=pytest.mark.slow), "int8"])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["bfloat16", "int8"])
 def test_a_smaller_cache_says_nearly_the_same(kind: CacheType, expected: list[list[int]]) -> None:
     slots = engine(a_model(), dataclasses.replace(FEW, cache=kind))
     assert {x.dtype.name for x in jax.tree.leaves(slots._state.cache.segments[1].k)} >= {kind}

@@ -43,10 +43,8 @@ def prompts(name: str) -> list[Document]:
     return [document(parts, CONFIG, rng, SETTINGS[name].context) for parts in PARTS]
 
 
-SLOW = dict.fromkeys(("images, first token too", "gaze", "rings"), pytest.mark.slow)
-
-
-@pytest.mark.parametrize("name", [pytest.param(name, marks=SLOW.get(name, ())) for name in SETTINGS])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SETTINGS)
 def test_each_token_is_the_argmax_of_a_whole_forward(name: str) -> None:
     vlm, asked = a_model(name), prompts(name)
     # Rings look ahead: such prompts are read whole.

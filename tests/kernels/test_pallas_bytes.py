@@ -55,7 +55,7 @@ facts_of = jax.jit(block_facts, static_argnums=(3, 4))
 
 @pytest.mark.parametrize("kind", [None, "log_gate", "centered_sigmoid"])
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize(("rows", "kv_heads"), [(1, 1), (2, 2)])
+@pytest.mark.parametrize(("rows", "kv_heads"), [pytest.param(1, 1, marks=pytest.mark.slow), (2, 2)])
 def test_declared_bytes_are_those_copied(instead: None, kind: Any, shape: str, rows: int, kv_heads: int) -> None:
     B, K, H, h, r = rows, kv_heads, 3 * kv_heads, 64, 16
     T, S = SHAPES[shape]["T"], SHAPES[shape]["S"]

@@ -117,7 +117,7 @@ def assert_near(found, expected, tolerance: float) -> None:
     assert error <= tolerance * (np.linalg.norm(expected[there]) + np.sqrt(there.sum()))
 
 
-FAST = ("log_gate, half width", "plain", "one query", "keys in chunks")
+FAST = ("log_gate, half width", "plain", "keys in chunks")
 """Each of the others takes 5 to 7 s to compile. Forms are functions that `xla` uses too."""
 
 
