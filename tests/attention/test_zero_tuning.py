@@ -39,8 +39,8 @@ def stated(plain: np.ndarray, info: Any) -> np.ndarray:
 @pytest.mark.parametrize(
     ("route", "beside"),
     [
-        # Beside others, routes that are part of the softmax are slow tests.
-        pytest.param(route, beside, marks=[pytest.mark.slow] * (beside != "alone" and route != "after"))
+        # The tests of slots have two of them beside others.
+        pytest.param(route, beside, marks=[pytest.mark.slow] * (beside != "alone"))
         for route in ROUTES
         for beside in BESIDE
     ],

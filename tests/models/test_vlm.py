@@ -115,7 +115,10 @@ def test_prefill_and_decode_equal_the_whole_forward_at_every_step(options: Model
     assert cache.index.tolist() == lengths.tolist()
 
 
-@pytest.mark.parametrize(("layers", "alone"), [((1, 2), False), ((2,), True)], ids=["stacked", "apart"])
+@pytest.mark.parametrize(
+    ("layers", "alone"),
+    [pytest.param((1, 2), False, id="stacked", marks=pytest.mark.slow), pytest.param((2,), True, id="apart")],
+)
 def test_only_the_wanted_tokens_come_out_of_a_chunk(layers: tuple[int, ...], alone: bool) -> None:
     """And the same cache; where the last layer stands apart, its mlp is computed for them alone."""
     model = a_model(ModelOptions(mechanisms=(Rave(rank=4, layers=layers),)))
