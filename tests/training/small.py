@@ -14,7 +14,6 @@ from jax.sharding import Mesh
 from rave_jax.attention import Rave
 from rave_jax.batch import Batch, Kind, Role, TokenInfo
 from rave_jax.models.config import ModelOptions, TextConfig, VisionConfig, VlmConfig
-from rave_jax.models.parameters import named_parameters, with_values
 from rave_jax.models.vlm import Vlm
 from rave_jax.parallel.mesh import MeshConfig, make_mesh
 from rave_jax.parallel.rows import batch_axis, global_batch
@@ -23,7 +22,6 @@ from rave_jax.training.optimizers import OptimizerConfig
 from rave_jax.training.session import Session, make_session
 from rave_jax.training.state import TrainState
 from rave_jax.training.step import StepMetrics
-from tests.models.made import model as made
 
 VOCAB, LENGTH, PATCHES = 64, 24, 16
 CONFIG = VlmConfig(
@@ -126,14 +124,13 @@ def session_of(
 
 @functools.cache
 def first_values(config: VlmConfig = CONFIG, options: ModelOptions = OPTIONS) -> tuple[np.ndarray, ...]:
-    """Random numbers in every parameter but the keys of a gate, which are zero as in a new model."""
-    drawn = made(config, options)
-    closed = {path: 0 * x[...] for path, x in named_parameters(drawn).items() if path.endswith("key_proj")}
-    return tuple(np.asarray(x) for x in jax.tree.leaves(with_values(drawn, closed)))
+    """The numbers of a new model from a seed, made once for every session of it: an initialiser is long to compile."""
+    make = jax.jit(lambda key: jax.tree.leaves(Vlm(config, options, key=key)))
+    return tuple(np.asarray(x) for x in make(jax.random.key(0)))
 
 
 def first_state(session: Session, config: VlmConfig = CONFIG, options: ModelOptions = OPTIONS) -> TrainState:
-    """State before the first step, with `first_values`."""
+    """State before the first step, from a seed."""
     with use_mesh(session.mesh):
         shardings = session.graph.shardings(session.mesh)
         values = dict(zip(session.graph.names, first_values(config, options), strict=True))
