@@ -67,6 +67,11 @@ def check_memory(slots: Engine) -> None:
     assert len(found) == len(kept) and sum(x.nbytes for x in kept) == cache.host_nbytes
 
 
+def test_keys_and_values_of_regions_alone_are_on_the_host() -> None:
+    check_memory(engine(a_model(), SIZES))
+
+
+@pytest.mark.slow
 def test_each_token_is_the_argmax_of_a_whole_forward_and_nothing_is_compiled_twice() -> None:
     before = compilations()
     slots = engine(a_model(), SIZES)
