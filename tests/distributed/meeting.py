@@ -23,7 +23,7 @@ from rave_jax.parallel.sharding import use_mesh
 from tests.training.small import random_batch, rows_of
 
 ROWS = 8
-LAYOUTS = {"fsdp": MeshConfig(fsdp=4), "tensor": MeshConfig(fsdp=1, tensor=4)}
+MESHES = {"fsdp": MeshConfig(fsdp=4), "tensor": MeshConfig(fsdp=1, tensor=4)}
 
 
 @jax.jit
@@ -56,7 +56,7 @@ def shared(directory: Path, config: hosts.HostsConfig) -> str:
 def main(process: int, processes: int, port: str, folder: Path) -> None:
     config = hosts.HostsConfig(f"localhost:{port}", processes, process, start_timeout=60, heartbeat_timeout=30)
     hosts.start(config, simulated_devices=2)
-    results: dict = {name: seen(layout) for name, layout in LAYOUTS.items()}
+    results: dict = {name: seen(layout) for name, layout in MESHES.items()}
     results["shared"] = [shared(folder, config), shared(folder / f"of process {process}", config)]
     hosts.barrier("met", config)
     if process == 0:

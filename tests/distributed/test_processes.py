@@ -3,50 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 
 import jax
 import numpy as np
 import pytest
 
 from rave_jax.parallel.mesh import MeshConfig, make_mesh
-from tests.distributed.meeting import LAYOUTS, ROWS, weighed
+from tests.distributed.jobs import PROCESSES, run_job
+from tests.distributed.meeting import MESHES, ROWS, weighed
 from tests.distributed.worker import STEPS, session_on
 from tests.training.small import LENGTH, TEXT, first_state, random_batch, run_steps
-
-PROCESSES = 2
-OPTIMISED = "JAX_DISABLE_MOST_OPTIMIZATIONS"
-
-
-def run_job(repo, module: str, folder) -> None:
-    """Run a job of two processes to its end; each has the arguments PROCESS PROCESSES PORT FOLDER."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    # Compiled as the tests here are: the numbers of both are compared.
-    quick = str(int(jax.config.read("jax_disable_most_optimizations")))
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(repo), OPTIMISED: quick}
-    jobs = [
-        subprocess.Popen(
-            [sys.executable, "-m", module, str(n), str(PROCESSES), str(port), str(folder)],
-            cwd=repo,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for n in range(PROCESSES)
-    ]
-    try:
-        outputs = [job.communicate(timeout=500)[0] for job in jobs]
-    finally:
-        for job in jobs:
-            job.kill()
-    for job, output in zip(jobs, outputs, strict=True):
-        assert job.returncode == 0, output[-3000:]
 
 
 @pytest.fixture(scope="module")
@@ -73,33 +39,33 @@ def alone():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_losses_are_those_of_one_process(results, alone, layout):
+@pytest.mark.parametrize("mesh", MESHES)
+def test_losses_are_those_of_one_process(results, alone, mesh):
     for result in results:
-        np.testing.assert_allclose([loss for _, loss, _ in result[layout]["losses"]], alone, rtol=1e-6)
+        np.testing.assert_allclose([loss for _, loss, _ in result[mesh]["losses"]], alone, rtol=1e-6)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_processes_agree(results, layout):
-    first, second = (result[layout] for result in results)
+@pytest.mark.parametrize("mesh", MESHES)
+def test_processes_agree(results, mesh):
+    first, second = (result[mesh] for result in results)
     assert first["shapes"] == second["shapes"] == [[ROWS, LENGTH]] * STEPS
     assert first["losses"] == second["losses"]
     assert first["digest"] == second["digest"]
 
 
 def test_rows_follow_the_shards(met):
-    rows = {name: [result[name]["rows"] for result in met] for name in LAYOUTS}
+    rows = {name: [result[name]["rows"] for result in met] for name in MESHES}
     assert rows["fsdp"] == [[[0, 2], [2, 4]], [[4, 6], [6, 8]]]
     # Tensor parallelism across processes: both hold every row, and each must load it.
     assert rows["tensor"] == [[[0, 8]], [[0, 8]]]
     # Whoever loads them, they make the batch of one process.
     number = int(weighed(random_batch(0, ROWS, patches=0)))
-    assert all(result[name]["number"] == number for result in met for name in LAYOUTS)
+    assert all(result[name]["number"] == number for result in met for name in MESHES)
 
 
 @pytest.mark.slow
-def test_a_checkpoint_continues_on_another_layout(results):
+def test_a_checkpoint_continues_on_another_mesh(results):
     for result in results:
         whole, continued = result["fsdp"]["losses"], result["restored"]["losses"]
         assert [step for step, _, _ in continued] == [3, 4]

@@ -27,7 +27,7 @@ from rave_jax.training.loop import Loop, Schedule
 from rave_jax.training.optimizers import OptimizerConfig
 from rave_jax.training.session import Session
 from rave_jax.training.state import parameters_of, state_of
-from tests.distributed.meeting import LAYOUTS, ROWS
+from tests.distributed.meeting import MESHES, ROWS
 from tests.training.small import TEXT, RandomSource, first_state, session_of
 
 STEPS, SAVED = 4, 2
@@ -93,7 +93,7 @@ def main(process: int, processes: int, port: str, folder: Path) -> None:
     config = hosts.HostsConfig(f"localhost:{port}", processes, process, start_timeout=60, heartbeat_timeout=30)
     hosts.start(config, simulated_devices=2)
     results = {}
-    sessions = {name: session_on(make_mesh(layout)) for name, layout in LAYOUTS.items()}
+    sessions = {name: session_on(make_mesh(layout)) for name, layout in MESHES.items()}
     for name, session in sessions.items():
         results[name] = run(session, folder / name, None)
         hosts.barrier("layout", config)
