@@ -318,18 +318,18 @@ def _missing(config: Any, path: Sequence[str]) -> str:
             if _is_number(part) and int(part) > count - (end < len(path) - 1):
                 kinds = "|".join(place.kinds)
                 items = f"{count} item{'s' * (count != 1)}"
-                return f"{name} has {items}; name the kind of one to add it: --{name}.{count} {kinds}"
+                return f"{name} has {items}; to add one, name its class: --{name}.{count} {kinds}"
             continue
         having = [n for n, kind in place.kinds.items() if part in typing.get_type_hints(kind)]
         if having and type(place.value).__name__ not in having:
             held = "None" if place.value is None else type(place.value).__name__
-            return f"{name} is {held}, which has no {part}; {having[0]} has: add --{name} {having[0]}"
+            return f"{name} is {held}, which has no {part}; {having[0]} has it: add --{name} {having[0]}"
     return ""
 
 
 def _description(config: Any) -> str:
     """What a config is, and which kinds its parts may have, for --help."""
-    lines = [inspect.getdoc(type(config)) or "", "", "Parts are set by naming kinds, before their own fields:"]
+    lines = [inspect.getdoc(type(config)) or "", "", "Parts are set by naming their classes, before their fields:"]
     for path, place in _places(config, ()):
         kinds = "|".join([*place.kinds, *["None"] * place.optional])
         lines.append(f"  --{'.'.join(path).replace('_', '-')} {f'[{kinds} ...]' if place.many else kinds}")
@@ -366,7 +366,7 @@ def load_command_line[T](cls: type[T], argv: Sequence[str], prog: str) -> T:
         raise SystemExit(0)
     try:
         if not argv or argv[0].startswith("-"):
-            raise ConfigError(f"the first word has to be a config file or name\n{usage}")
+            raise ConfigError(f"the first argument must be a config file or a config's name\n{usage}")
         return override(_load(cls, argv[0]), argv[1:], prog=f"{prog} {argv[0]}")
     except ConfigError as error:
         print(f"{prog}: {error}", file=sys.stderr)

@@ -218,7 +218,7 @@ def _dataclass_from_json(cls: Any, data: Any, where: str) -> Any:
     for f in dataclasses.fields(cls):
         optional = f.default is not dataclasses.MISSING or f.default_factory is not dataclasses.MISSING
         if f.name not in values and not optional:
-            raise ConfigError(f"{where}.{f.name}: {cls.__name__} needs this field and it is missing")
+            raise ConfigError(f"{where}.{f.name}: {cls.__name__} needs this field, but it is missing")
     return cls(**values)
 
 
@@ -257,7 +257,7 @@ def loads[T](cls: type[T], text: str, where: str = "config") -> T:
     except ValueError as error:
         raise ConfigError(f"{where} is not JSON: {error}") from error
     except RecursionError as error:
-        raise ConfigError(f"{where} is not JSON that can be read: its brackets are nested too deeply") from error
+        raise ConfigError(f"{where} cannot be read as JSON: its brackets are nested too deeply") from error
     return from_json(cls, data, where)
 
 
@@ -336,5 +336,5 @@ def _run_file(path: Path) -> Any:
     finally:
         sys.path.pop(0)
     if not hasattr(module, "get_config"):
-        raise ConfigError(f"{path}: defines no get_config(), which has to return the config")
+        raise ConfigError(f"{path}: has no function get_config(); it must return the config")
     return module.get_config()

@@ -232,7 +232,7 @@ def test_a_config_file_that_cannot_serve_exits_2_in_one_line(
 ) -> None:
     cases = {
         str(tmp_path / "gone.py"): "no such config file",
-        write(tmp_path, "x = 1\n", "empty.py"): "defines no get_config()",
+        write(tmp_path, "x = 1\n", "empty.py"): "has no function get_config()",
         write(tmp_path, "def get_config():\n    return 3\n", "three.py"): "expected one of class Experiment",
         write(
             tmp_path, '{"type": "Experiment", "rtae": 1}', "typo.json"

@@ -72,7 +72,7 @@ def _is_pointer(file: Path) -> bool:
 def peft_alone(directory: Path) -> str:
     """What to do with the directory of an adapter."""
     return (
-        f"{directory}: is a PEFT adapter and no whole model: import it on its base with `rave-jax convert from-hf "
+        f"{directory}: is a PEFT adapter and not a whole model: import it on its base with `rave-jax convert from-hf "
         f"{directory} NATIVE --base BASE`, or merge it with PEFT (`merge_and_unload()`, `save_pretrained`)"
     )
 
@@ -114,7 +114,7 @@ def no_weights(directory: Path) -> str:
     if shards:
         count = f"{len(shards)} of {max(int(shard[2]) for shard in shards)} shards"
         names = _some([shard[0] for shard in shards])
-        return f"{directory}: holds {count} ({names}) and no {index}, which says what is where: download that too"
+        return f"{directory}: holds {count} ({names}) but not {index}, the list of tensors: download it too"
     for pattern, kind in OTHER_FORMATS.items():
         files = sorted(f.name for f in directory.glob(pattern))
         if files and kind == "pickles":
@@ -155,7 +155,7 @@ def prefix_of(missing: Collection[str], unknown: Collection[str], family: Family
         if 2 * count >= len(unknown):
             return (
                 "",
-                f"{count} keys lack {prefix!r} in front: only an inner part was saved; save the whole model",
+                f"{count} keys lack {prefix!r} in front: only a part of the model was saved; save the whole model",
             )
     return None
 

@@ -36,10 +36,10 @@ TOKENIZER_FILES = ("*token*", "vocab*", "merges*", "*.jinja", "*.model", "*confi
 
 @dataclass(frozen=True)
 class ProcessorSettings:
-    """What a model wants of its pictures, from its HF directory."""
+    """How a model's pictures are prepared, read from its HF directory."""
 
     has_vision: bool = True
-    """Whether the model takes pictures at all."""
+    """Does the model take pictures?"""
     patch_size: int = 14
     """Pixels along the side of a patch."""
     temporal_patch_size: int = 2
@@ -195,7 +195,7 @@ def _pixel_limits(file: Path, config: dict[str, Any], low: int, high: int) -> tu
         if value is None:
             raise ConfigError(
                 f"{file}: size is {size!r}, expected {{'shortest_edge': least pixels, 'longest_edge': most pixels}} or "
-                f"the keys min_pixels and max_pixels: pictures keep their shape, and {key} is not stated"
+                f"the keys min_pixels and max_pixels, but {key} is missing: pictures are resized between these limits"
             )
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ConfigError(f"{file}: {key} is {value!r}, expected a number of pixels, 1 or more")
@@ -270,7 +270,7 @@ class Processor:
         except Exception as error:  # the libraries below raise many kinds for files that are not theirs
             raise ConfigError(f"{directory}: no tokenizer could be read: {error}") from error
         if not getattr(tokenizer, "is_fast", False):
-            raise ConfigError(f"{directory}: {type(tokenizer).__name__} is no fast tokenizer")
+            raise ConfigError(f"{directory}: {type(tokenizer).__name__} is not a fast tokenizer (tokenizer.json)")
         check_directory(Path(directory), _read_json(Path(directory) / "config.json"), tokenizer)
         settings = replace(settings, min_pixels=low, max_pixels=high)
         template = read_template(directory, tokenizer)
@@ -304,7 +304,7 @@ class Processor:
 
         Args:
             messages: the conversation.
-            add_generation_prompt: end with the header of an answer to come.
+            add_generation_prompt: end the prompt where an answer would begin.
             name: what errors call the sample.
             most_tokens: what the caller has room for. A text that is too long for it whatever its tokens is refused
                 before they are made, which takes seconds and gigabytes for a few megabytes of text; one that may fit is
@@ -343,7 +343,7 @@ class Processor:
         runs = self.chat.runs(messages, add_generation_prompt)
         parts = [part for run in runs for part in run.visuals]
         if parts and not self.settings.has_vision:
-            raise SampleError("the conversation has pictures and the model takes none")
+            raise SampleError("the conversation has pictures, but the model is for text only")
         places = self._placeholders(runs, parts)
         cuts = [self._cut(part) for part in parts]
         ids = np.concatenate([np.asarray(run.ids, np.int32) for run in runs])
@@ -387,7 +387,7 @@ class Processor:
         wanted = [part["type"] for part in parts]
         if [kind for _, kind in found] != wanted:
             raise SampleError(
-                f"the rendered text holds the placeholders {[kind for _, kind in found]} for the pictures {wanted}; "
+                f"the rendered text has the placeholders {[kind for _, kind in found]}, but the pictures are {wanted}; "
                 "does a message spell out a placeholder, with special_tokens_in_text set to 'tokens'?"
             )
         return np.array([index for index, _ in found], np.int64)

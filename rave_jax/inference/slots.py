@@ -156,8 +156,8 @@ class Engine:
         for given, what, most, field_name in (
             (len(example.tokens), "tokens", config.max_prompt, "max_prompt"),
             (len(example.patches), "patches", config.max_patches, "max_patches"),
-            (len(example.tokens) + 1, "tokens, an answer token counted", config.max_length, "max_length"),
-            (beside + 1, "tokens of no region, an answer token counted", config.max_text, "max_text"),
+            (len(example.tokens) + 1, "tokens, with one token of the answer", config.max_length, "max_length"),
+            (beside + 1, "tokens outside regions, with one token of the answer", config.max_text, "max_text"),
         ):
             if most is not None and given > most:
                 raise OverBudget(f"{called}the prompt has {given} {what}, over the budget of {field_name} {most}")
@@ -174,7 +174,7 @@ class Engine:
                 f"with {' and '.join(ahead)} tokens see later ones, so a prompt is read whole"
             )
         if len(example.patches) and not self._buckets.patches:
-            raise SampleError(f"{called}the prompt has pictures and the model takes none")
+            raise SampleError(f"{called}the prompt has pictures, but the model is for text only")
         stops = tuple(sorted(self._stop_ids.union(sampling.stop_ids)))
         if len(stops) > self.config.max_stop_ids:
             raise SampleError(f"{called}{len(stops)} ids end it, but max_stop_ids is {self.config.max_stop_ids}")

@@ -44,13 +44,13 @@ def load(path: Path, config: Examination, mesh: Mesh) -> tuple[Vlm, Processor]:
     if not is_run(path):
         if config.step is not None:
             raise ConfigError(
-                f"step is {config.step}, but {path} is no run: a model in HuggingFace format has no steps"
+                f"step is {config.step}, but {path} is not a run: a model in HuggingFace format has no steps"
             )
         model = import_hf(path, config.model, mesh, jax.random.key(0))
         special, layout = config.special_tokens_in_text or "text", model.options.layout
         return model, Processor.from_hf(path, config.min_pixels, config.max_pixels, layout, special)
     if given := [name for name in ("model", "min_pixels", "max_pixels") if getattr(config, name) is not None]:
-        raise ConfigError(f"{', '.join(given)}: not for a run such as {path}, which has its own")
+        raise ConfigError(f"{', '.join(given)}: cannot be set for a run such as {path}, which has its own")
     run = load_run(path, config.mesh, config.step)
     special = config.special_tokens_in_text
     return run.model, run.processor if special is None else processor_of(path, special)

@@ -112,7 +112,7 @@ def load(
             raise ConfigError(str(error)) from error
         return Source(_changed(run.model, changes or {}), model_directory(path), run.mesh)
     if step is not None:
-        raise ConfigError(f"{path}: step {step} is asked for, but this is no run directory")
+        raise ConfigError(f"{path}: step {step} is asked for, but this is not a run directory")
     mesh = all_devices()
     options = dataclasses.replace(options_of(path), **(changes or {}))
     return Source(import_hf(path, options, mesh, dtypes="stored" if as_stored else "options"), path, mesh)

@@ -248,9 +248,9 @@ def test_a_destination_that_is_taken(write: Write, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="not empty"):
         export_hf(model, source, source)
     (tmp_path / "file").write_text("")
-    with pytest.raises(CheckpointError, match="no directory"):
+    with pytest.raises(CheckpointError, match="not a directory"):
         export_hf(model, tmp_path / "file", source)
-    with pytest.raises(CheckpointError, match="file is no directory"):
+    with pytest.raises(CheckpointError, match="file is not a directory"):
         export_hf(model, tmp_path / "file" / "below", source)
     (tmp_path / "empty").mkdir()
     export_hf(model, tmp_path / "empty", source)

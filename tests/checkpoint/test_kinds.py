@@ -47,7 +47,7 @@ def home(tmp_path: Path) -> Path:
         ("run/checkpoints", "is a part of the training run .*/run; give the run"),
         ("run/checkpoints/100", "is a part of the training run .*/run; give the run"),
         ("runs", "holds no config.json itself, but a inside does; give one of those"),
-        ("adapter", "is a PEFT adapter and no whole model"),
+        ("adapter", "is a PEFT adapter and not a whole model"),
         ("gguf", "holds GGUF files, which are not read"),
         ("weights", "holds weights but no config.json"),
         ("other", "other: holds no config.json; expected a model directory in HuggingFace format, or a training run"),

@@ -178,7 +178,7 @@ def test_ranks_scales_and_layers_as_peft_has_them(
         ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'"),
         ({"r": "8"}, "r is '8', expected an integer"),
         ({"lora_alpha": None}, "lora_alpha is None, expected a number"),
-        ({"target_modules": "("}, r"'\(' is no regex"),
+        ({"target_modules": "("}, r"'\(' is not a valid regex"),
         ({"target_modules": 3}, "target_modules is 3, expected names"),
         ({"rank_pattern": [3]}, r"rank_pattern is \[3\]"),
         ({"exclude_modules": []}, r"model\.visual\.blocks\.0\.mlp\.up_proj: lora_A and lora_B missing"),

@@ -191,7 +191,7 @@ def test_a_source_of_which_nothing_can_be_read_is_refused_at_once(qa_folder: Pat
 
 def test_too_many_skips_say_what_they_were(qa_folder: Path, processor: Processor) -> None:
     pipeline = Pipeline(data(qa_folder, tokens=30, max_skips=8), processor)
-    says = r"9 samples one after another cannot be used: \d over budget \(they need up to 1060 tokens and 48 patches"
+    says = r"9 consecutive samples cannot be used: \d over budget \(they need up to 1060 tokens and 48 patches"
     with pytest.raises(SampleError, match=says):
         pipeline.rows(0, 0, 1)
 

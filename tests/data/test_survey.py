@@ -73,7 +73,7 @@ def test_nothing_is_measured_where_nothing_can_be(qa_folder: Path, processor: Pr
     blind = Processor(
         processor.tokenizer, dataclasses.replace(processor.settings, has_vision=False), processor.chat._template
     )
-    with pytest.raises(SampleError, match="the model takes none"):
+    with pytest.raises(SampleError, match="the model is for text only"):
         measure(blind, asked({"type": "image", "image": np.zeros((8, 8, 3), np.uint8)}))
 
 

@@ -115,7 +115,7 @@ def test_the_last_answer_alone_is_measured(processor: Processor) -> None:
 def test_what_cannot_be_measured_is_one_error(vlm: Vlm, processor: Processor) -> None:
     with pytest.raises(ConfigError, match="the calibration set is '0 samples'"):
         measuring(vlm, processor, [], "entropy")
-    with pytest.raises(EmptyAnswer, match="Why: has no answer, which accuracy needs"):
+    with pytest.raises(EmptyAnswer, match="Why: has no answer, which --criterion accuracy needs"):
         encoded(processor, sample("Why", None, None), "accuracy")
     measure = measuring(vlm, processor, [encoded(processor, SAMPLES[1], "entropy")], "entropy")
     with pytest.raises(ConfigError, match=r"shape \(2, 5\), expected \(layers, heads\) of \(2, 4\)"):

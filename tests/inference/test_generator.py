@@ -37,7 +37,7 @@ V = 270
 LETTERS = 94
 """The first ids of the tokenizer are the characters from ! to ~, a byte and a letter each."""
 NEW = 24
-# One reach: few programs. Three slots of which none waits for company, and two that are read together.
+# One reach: few programs. Three slots of which none waits for another prompt, and two that are read together.
 THREE = SlotConfig(slots=3, max_length=160, chunk=160, smallest=160, patches=64, decode_steps=4, max_stop_ids=4)
 TWO = dataclasses.replace(THREE, slots=2, prefill_rows=2, decode_steps=1)
 # The penalty keeps a random model from saying one letter again and again.
@@ -252,7 +252,7 @@ BAD: tuple[tuple[Request, type[SampleError], str], ...] = (
     (ask("word " * 40, name="long"), OverBudget, "^long: .*160"),
     (ask("What?", Sampling(stop_ids=(1, 2, 3, 4)), name="ends"), SampleError, "^ends: 5 ids end it"),
     (Request([{"role": "nobody", "content": "?"}], name="role"), SampleError, "^role: .*nobody"),
-    (Request([{"role": "user", "content": "\ud800"}]), SampleError, "^request 4: .*no Unicode"),
+    (Request([{"role": "user", "content": "\ud800"}]), SampleError, "^request 4: .*not valid Unicode"),
 )
 
 
@@ -282,7 +282,7 @@ def test_a_text_model_answers_text_and_refuses_pictures(processor: Processor) ->
     assert isinstance(first, Completion) and isinstance(last, Completion)
     assert len(first.tokens) == len(last.tokens) == NEW and first.text != last.text
     assert type(refused) is SampleError and str(refused) == (
-        "seen: the conversation has pictures and the model takes none"
+        "seen: the conversation has pictures, but the model is for text only"
     )
 
 
@@ -414,6 +414,4 @@ def test_a_program_that_does_not_come_back_ends_the_process(
     with pytest.raises(KeyError, match="awake"):
         generator.answers([GOOD[0]])
     assert set(ended) == {Watchdog.EXIT_CODE} and idle(generator)
-    assert (
-        "s for a program of generation, which the watchdog takes for a hang (request_timeout" in capfd.readouterr().err
-    )
+    assert "s for a program of generation, so the watchdog ends the job (request_timeout" in capfd.readouterr().err

@@ -302,7 +302,7 @@ def test_what_does_not_fit_is_refused_and_nothing_is_lost(expected: list[list[in
         slots.submit(example_of(long, CONFIG), Sampling(), "x")
     with pytest.raises(OverBudget, match="64 patches, over the budget of max_patches 60"):
         slots.submit(example_of(many, CONFIG), Sampling())
-    with pytest.raises(OverBudget, match="81 tokens, an answer token counted, over the budget of max_length 80"):
+    with pytest.raises(OverBudget, match="81 tokens, with one token of the answer, over the budget of max_length 80"):
         engine(a_model()).submit(example_of(whole, CONFIG), Sampling())
     for number in (-1, CONFIG.text.vocab_size):
         odd = example_of(prompts()[0], CONFIG)
@@ -314,7 +314,7 @@ def test_what_does_not_fit_is_refused_and_nothing_is_lost(expected: list[list[in
     with pytest.raises(ConfigError, match="3 ids end an answer"):
         engine(a_model(), stop_ids=(1, 2, 3))
     text = VlmConfig(text=TextConfig(), vision=None)
-    with pytest.raises(SampleError, match="the model takes none"):
+    with pytest.raises(SampleError, match="the model is for text only"):
         engine(model(text)).submit(example_of(prompts()[0], CONFIG), Sampling())
     assert run(slots, prompts()[:1]) == expected[:1]
 
@@ -416,7 +416,7 @@ def test_a_cancelled_request_leaves_its_slot(expected: list[list[int]]) -> None:
     slots = engine(a_model())
     numbers = [slots.submit(example_of(prompt, CONFIG), Sampling(40)) for prompt in prompts()]
     slots.step()
-    assert slots.running == 2 and slots.waiting == 3, "the third slot waits for company"
+    assert slots.running == 2 and slots.waiting == 3, "the third slot waits for a second prompt"
     for number in numbers:
         slots.cancel(number)
     assert slots.running == slots.waiting == 0 and slots.step() == []

@@ -126,7 +126,7 @@ def test_an_answer_ends_where_the_slots_beside_its_regions_do() -> None:
 def test_too_much_text_beside_regions_is_refused_by_name() -> None:
     example = example_of(document([14, Visual(1, 4, 4), 14], CONFIG, np.random.default_rng(0)), CONFIG, OPTIONS.layout)
     with pytest.raises(
-        OverBudget, match="29 tokens of no region, an answer token counted, over the budget of max_text"
+        OverBudget, match="29 tokens outside regions, with one token of the answer, over the budget of max_text"
     ):
         engine(a_model(), SIZES).submit(example, Sampling(NEW))
     with pytest.raises(ConfigError, match="max_text is 28, expected None: the model keeps no regions"):

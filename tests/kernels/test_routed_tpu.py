@@ -352,9 +352,9 @@ def test_what_it_cannot_do_is_said() -> None:
     with interpreted():
         attempt()
         for message, changed in {
-            "query heads that choose apart": {"rule": RouteRule(2)},
+            "a choice for each query head": {"rule": RouteRule(2)},
             "choices must be hard": {"rule": RouteRule(2, share="group", choice="soft_bias")},
-            "how many keys a region may have": {"slots": None},
+            "the most keys of a region": {"slots": None},
             "a pair bias, a key bias and key groups": {"key_bias": jnp.zeros((B, S, K * G))},
             "one dtype": {"k": k.astype(jnp.bfloat16)},
             "do not fit into the chip's memory": {"slots": 10**6},

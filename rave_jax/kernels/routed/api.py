@@ -24,7 +24,7 @@ OPERATION = Operation(
     "routed attention",
     {
         "reference": Backend(xla.whole, "all queries at once"),
-        "xla": Backend(xla.attention, "every score is made, and keys of regions that were not chosen are masked"),
+        "xla": Backend(xla.attention, "computes every score and masks regions that were not chosen"),
         "pallas_tpu": Backend(
             pallas_tpu.attention, "queries are gathered for each tile of regions", ("tpu",), _against_pallas_tpu
         ),
