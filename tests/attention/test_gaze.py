@@ -18,11 +18,11 @@ from rave_jax.batch import Batch, TokenInfo
 from rave_jax.config import ConfigError
 from rave_jax.data.layout import lay_out, region_major
 from rave_jax.data.sample import Example
+from rave_jax.families.qwen2_5_vl import presets
 from rave_jax.kernels.attention import Implementation
 from rave_jax.kernels.support import interpreted
 from rave_jax.layout import AdaptiveRegions, FixedRegions, VisualLayout
 from rave_jax.models.config import ModelOptions
-from rave_jax.models.families import presets
 from rave_jax.models.vlm import Vlm
 from rave_jax.parallel.mesh import MeshConfig, make_mesh
 from rave_jax.parallel.sharding import replicated, use_mesh

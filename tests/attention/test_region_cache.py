@@ -16,9 +16,9 @@ from rave_jax.attention import Gaze, MechanismConfig, SlidingWindow, ZeroTuning
 from rave_jax.attention import cache as kv_cache
 from rave_jax.config import ConfigError
 from rave_jax.data.layout import offsets_in_region
+from rave_jax.families.qwen2_5_vl import presets
 from rave_jax.layout import FixedRegions
 from rave_jax.models.config import ModelOptions
-from rave_jax.models.families import presets
 from rave_jax.models.vlm import Vlm
 from tests.inference.prompts import example_of
 from tests.models.layout import Document, Visual, batch, document

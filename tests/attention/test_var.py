@@ -18,8 +18,8 @@ from rave_jax.attention.merge import log_sum_exp
 from rave_jax.attention.var import Redistribution, sink_score
 from rave_jax.batch import Kind, Role, TokenInfo
 from rave_jax.config import ConfigError
+from rave_jax.families.qwen2_5_vl import presets
 from rave_jax.models.config import ModelOptions
-from rave_jax.models.families import presets
 from rave_jax.models.parameters import named_parameters, with_values
 from tests.attention.packed import DIMS as DIMS_OF_HEADS
 from tests.attention.packed import KEY, B, T, attend, dense_map, everything, features, info_of, outputs

@@ -22,9 +22,9 @@ from rave_jax.checkpoint.tiny import Tiny
 from rave_jax.command_line import _defaults, _options
 from rave_jax.data.collate import BatchShape, empty_batch, round_up
 from rave_jax.evaluation.config import Examination
+from rave_jax.families.config import VlmConfig
+from rave_jax.families.qwen2_5_vl import presets
 from rave_jax.kernels.support import SMALL
-from rave_jax.models.config import VlmConfig
-from rave_jax.models.families import presets
 from rave_jax.models.vlm import Vlm
 from rave_jax.parallel.mesh import MeshConfig, abstract_mesh, make_mesh
 from rave_jax.parallel.rows import batch_axis, batch_shardings

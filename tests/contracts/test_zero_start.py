@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from rave_jax.attention import Rave
+from rave_jax.families.qwen2_5_vl import presets
 from rave_jax.models.config import ModelOptions
-from rave_jax.models.families import presets
 from rave_jax.models.vlm import Vlm
 from tests.models.layout import Visual, batch, document
 

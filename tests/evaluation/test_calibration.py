@@ -14,8 +14,8 @@ from rave_jax.data.processor import Processor
 from rave_jax.data.sample import EmptyAnswer, Example, Sample
 from rave_jax.evaluation.calibration import CalibrationSet, asked_at, compilations, encoded
 from rave_jax.evaluation.subject import with_answer
+from rave_jax.families.qwen2_5_vl.presets import tiny
 from rave_jax.inference import Completion, Generator, Request, Sampling, SlotConfig
-from rave_jax.models.families.presets import tiny
 from rave_jax.models.parameters import with_values
 from rave_jax.models.vlm import Vlm
 from rave_jax.parallel.mesh import MeshConfig, make_mesh

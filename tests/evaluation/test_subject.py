@@ -15,10 +15,10 @@ from rave_jax.data.processor import Processor
 from rave_jax.data.sample import Sample, SampleError
 from rave_jax.data.video import VideoLimits
 from rave_jax.evaluation.subject import Answer, ModelSubject, PromptOverBudget, with_answer
+from rave_jax.families.qwen2_5_vl.presets import tiny
 from rave_jax.inference import Completion, Generator, Request, Sampling
 from rave_jax.inference.slots import compilations
 from rave_jax.models.config import ModelOptions
-from rave_jax.models.families.presets import tiny
 from rave_jax.models.vlm import Vlm
 from rave_jax.parallel.mesh import MeshConfig, make_mesh
 from tests.data.conftest import TEMPLATE, byte_tokenizer, tiny_settings

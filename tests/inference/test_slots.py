@@ -29,13 +29,14 @@ from rave_jax.attention import (
 from rave_jax.config import ConfigError
 from rave_jax.data.layout import lay_out
 from rave_jax.data.sample import OverBudget, SampleError
+from rave_jax.families.config import TextConfig, VlmConfig
+from rave_jax.families.qwen2_5_vl.presets import tiny
 from rave_jax.inference import Engine, Sampling, SlotConfig
 from rave_jax.inference.buckets import Buckets
 from rave_jax.inference.faults import NotFinite, TimedOut
 from rave_jax.inference.slots import compilations
 from rave_jax.layout import AdaptiveRegions, FixedRegions, VisualLayout
-from rave_jax.models.config import ModelOptions, TextConfig, VlmConfig
-from rave_jax.models.families.presets import tiny
+from rave_jax.models.config import ModelOptions
 from rave_jax.models.parameters import with_values
 from rave_jax.models.vlm import Vlm
 from rave_jax.parallel.mesh import MeshConfig, make_mesh
@@ -313,7 +314,7 @@ def test_what_does_not_fit_is_refused_and_nothing_is_lost(expected: list[list[in
         slots.submit(example_of(prompts()[0], CONFIG), Sampling(stop_ids=(1, 2, 3)))
     with pytest.raises(ConfigError, match="3 ids end an answer"):
         engine(a_model(), stop_ids=(1, 2, 3))
-    text = VlmConfig(text=TextConfig(), vision=None)
+    text = VlmConfig(text=TextConfig(), family="qwen3")
     with pytest.raises(SampleError, match="the model is for text only"):
         engine(model(text)).submit(example_of(prompts()[0], CONFIG), Sampling())
     assert run(slots, prompts()[:1]) == expected[:1]

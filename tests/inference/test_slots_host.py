@@ -13,11 +13,11 @@ from rave_jax.attention import Gaze, Rave
 from rave_jax.batch import Kind
 from rave_jax.config import ConfigError
 from rave_jax.data.sample import OverBudget
+from rave_jax.families.qwen2_5_vl.presets import tiny
 from rave_jax.inference import Engine, Sampling, SlotConfig
 from rave_jax.inference.slots import compilations
 from rave_jax.layout import FixedRegions
 from rave_jax.models.config import ModelOptions
-from rave_jax.models.families.presets import tiny
 from rave_jax.models.vlm import Vlm
 from rave_jax.parallel.mesh import MeshConfig, make_mesh
 from tests.inference.prompts import example_of, whole_forward

@@ -14,9 +14,10 @@ from rave_jax.attention import Rave
 from rave_jax.batch import Batch, Kind
 from rave_jax.checkpoint.naming import extra_parameters
 from rave_jax.config import ConfigError
+from rave_jax.families.config import TextConfig, VlmConfig
+from rave_jax.families.qwen2_5_vl import presets
 from rave_jax.layout import ContextTokens
-from rave_jax.models.config import ModelOptions, TextConfig, VlmConfig
-from rave_jax.models.families import presets
+from rave_jax.models.config import ModelOptions
 from rave_jax.models.parameters import named_parameters, param_axes, with_values
 from rave_jax.models.vlm import Vlm
 from rave_jax.parallel.mesh import MeshConfig, make_mesh
@@ -157,4 +158,6 @@ def test_the_table_is_in_the_side_car_and_on_the_mesh() -> None:
 
 def test_a_text_model_has_nothing_to_put_them_behind() -> None:
     with pytest.raises(ConfigError, match="context"):
-        jax.eval_shape(lambda: Vlm(VlmConfig(TextConfig(), None), ModelOptions(context=CONTEXT), key=jax.random.key(0)))
+        jax.eval_shape(
+            lambda: Vlm(VlmConfig(TextConfig(), family="qwen3"), ModelOptions(context=CONTEXT), key=jax.random.key(0))
+        )

@@ -11,10 +11,10 @@ import pytest
 
 from rave_jax.attention import Decomposed, MechanismConfig, Mma, Rave, Var, ZeroTuning
 from rave_jax.batch import Batch
+from rave_jax.families.qwen2_5_vl import presets
 from rave_jax.kernels.attention import Implementation
 from rave_jax.kernels.support import interpreted
 from rave_jax.models.config import ModelOptions
-from rave_jax.models.families import presets
 from rave_jax.models.vlm import Vlm
 from tests.models.layout import Visual, batch, document
 from tests.models.made import model as made

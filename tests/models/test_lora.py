@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from rave_jax.config import ConfigError
+from rave_jax.families.qwen2_5_vl import presets
 from rave_jax.models.config import Lora, ModelOptions
-from rave_jax.models.families import presets
 from rave_jax.models.parameters import named_parameters, with_values
 from rave_jax.models.vlm import Vlm
 from tests.models.layout import Visual, batch, document

@@ -14,9 +14,9 @@ from rave_jax.batch import Batch, Role
 from rave_jax.data.collate import BatchShape, collate
 from rave_jax.data.layout import lay_out, region_major
 from rave_jax.data.sample import Example
+from rave_jax.families.qwen2_5_vl import presets
 from rave_jax.layout import ContextTokens, FixedRegions, VisualLayout
 from rave_jax.models.config import ModelOptions
-from rave_jax.models.families import presets
 from rave_jax.models.vlm import Vlm
 from tests.inference.prompts import example_of
 from tests.models.layout import Visual, document

@@ -10,8 +10,9 @@ import pytest
 
 from rave_jax.attention import CacheType, KvCache, Rave, SlidingWindow
 from rave_jax.batch import Batch, Kind, TokenInfo
-from rave_jax.models.config import ModelOptions, TextConfig, VlmConfig
-from rave_jax.models.families import presets
+from rave_jax.families.config import TextConfig, VlmConfig
+from rave_jax.families.qwen2_5_vl import presets
+from rave_jax.models.config import ModelOptions
 from rave_jax.models.parameters import count, named_parameters, param_axes, shardings, with_values
 from rave_jax.models.vlm import Vlm
 from rave_jax.parallel.mesh import MeshConfig, make_mesh
@@ -165,7 +166,7 @@ def test_text_needs_no_patches() -> None:
     without = batch([docs], CONFIG, tokens=10, patches=0)
     spare = batch([docs], CONFIG, tokens=10, patches=16)
     np.testing.assert_allclose(logits(a_model(), without), logits(a_model(), spare), atol=1e-6)
-    text = made(VlmConfig(text=TextConfig(), vision=None))
+    text = made(VlmConfig(text=TextConfig(), family="qwen3"))
     assert np.isfinite(logits(text, without._replace(patches=np.zeros((1, 0, 0), np.uint8)))).all()
     with pytest.raises(ValueError, match="no vision tower"):
         text.hidden(spare)

@@ -13,7 +13,9 @@ from jax.sharding import Mesh
 
 from rave_jax.attention import Rave
 from rave_jax.batch import Batch, Kind, Role, TokenInfo
-from rave_jax.models.config import ModelOptions, TextConfig, VisionConfig, VlmConfig
+from rave_jax.families.config import TextConfig, VlmConfig
+from rave_jax.families.qwen2_5_vl.config import VisionConfig
+from rave_jax.models.config import ModelOptions
 from rave_jax.models.vlm import Vlm
 from rave_jax.parallel.mesh import MeshConfig, make_mesh
 from rave_jax.parallel.rows import batch_axis, global_batch
@@ -36,6 +38,7 @@ CONFIG = VlmConfig(
         full_attention_blocks=(0,),
         out_size=32,
     ),
+    family="qwen2_5_vl",
 )
 OPTIONS = ModelOptions(mechanisms=(Rave(rank=4),))
 
