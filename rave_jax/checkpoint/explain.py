@@ -14,8 +14,8 @@ from typing import Any
 
 from rave_jax.checkpoint.kinds import kind_of
 from rave_jax.checkpoint.safetensors_file import CheckpointError
+from rave_jax.families import Family
 from rave_jax.files import LFS_POINTER
-from rave_jax.models.families import Family
 
 LFS_LARGEST = 1024
 """Bytes of the largest pointer."""

@@ -34,8 +34,8 @@ from rave_jax.checkpoint.merging import adapter_of, is_adapter, merged
 from rave_jax.checkpoint.naming import extra_parameters, global_names, rules_of
 from rave_jax.checkpoint.safetensors_file import Planned, write_header, write_tensor
 from rave_jax.checkpoint.written_whole import written_whole
+from rave_jax.families import family_named
 from rave_jax.models.config import ModelOptions
-from rave_jax.models.families import family_named
 from rave_jax.models.parameters import Location, locate, named_parameters
 from rave_jax.models.vlm import Vlm
 from rave_jax.parallel.sharding import replicated

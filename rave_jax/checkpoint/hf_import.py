@@ -27,9 +27,10 @@ from rave_jax.checkpoint.sidecar import check_same, needs_sidecar, saved_options
 from rave_jax.checkpoint.target import abstract_model, check_room, fresh_parameters, is_stacked, parameter_shardings
 from rave_jax.checkpoint.verify import match, refusal
 from rave_jax.data.processor import image_settings
-from rave_jax.models.config import ModelOptions, VlmConfig
-from rave_jax.models.families import Family, family_for
-from rave_jax.models.families.base import eos_ids, section
+from rave_jax.families import Family, family_for
+from rave_jax.families.config import VlmConfig
+from rave_jax.families.hf import eos_ids, section
+from rave_jax.models.config import ModelOptions
 from rave_jax.models.parameters import named_parameters, with_values
 from rave_jax.models.vlm import Vlm
 from rave_jax.typing import NpArray

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 from rave_jax.checkpoint.hf_files import ADAPTER_CONFIG, read_json
 from rave_jax.checkpoint.safetensors_file import CheckpointError
+from rave_jax.families import Family, TensorRule
 from rave_jax.models.config import MAX_RANK, Lora
-from rave_jax.models.families import Family, TensorRule
 
 MERGE_ADVICE = "merge it with PEFT (`merge_and_unload()`, `save_pretrained`) and read the merged directory"
 

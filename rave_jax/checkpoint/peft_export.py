@@ -25,7 +25,7 @@ from rave_jax.checkpoint.safetensors_file import CheckpointError, Planned
 from rave_jax.checkpoint.target import abstract_model
 from rave_jax.checkpoint.verify import match
 from rave_jax.checkpoint.written_whole import written_whole
-from rave_jax.models.families import family_named
+from rave_jax.families import family_named
 from rave_jax.models.parameters import Location, locate, named_parameters
 from rave_jax.models.vlm import Vlm
 

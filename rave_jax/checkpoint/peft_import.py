@@ -21,8 +21,9 @@ from rave_jax.checkpoint.safetensors_file import DTYPES, CheckpointError, Slice,
 from rave_jax.checkpoint.sidecar import saved_options
 from rave_jax.checkpoint.target import parameter_shardings
 from rave_jax.checkpoint.verify import match_sidecar, refusal
-from rave_jax.models.config import Lora, ModelOptions, VlmConfig
-from rave_jax.models.families import TensorRule, family_named
+from rave_jax.families import TensorRule, family_named
+from rave_jax.families.config import VlmConfig
+from rave_jax.models.config import Lora, ModelOptions
 from rave_jax.models.parameters import named_parameters, with_values
 from rave_jax.models.vlm import Vlm
 from rave_jax.typing import NpArray

@@ -23,7 +23,7 @@ from rave_jax.checkpoint.safetensors_file import DTYPES, CheckpointError
 from rave_jax.checkpoint.sidecar import needs_sidecar, saved_options
 from rave_jax.checkpoint.target import abstract_model
 from rave_jax.checkpoint.verify import match
-from rave_jax.models.families.base import section
+from rave_jax.families.hf import section
 from rave_jax.models.parameters import named_parameters
 from rave_jax.models.vlm import Vlm
 from rave_jax.tools import source as sources

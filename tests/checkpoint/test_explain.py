@@ -12,7 +12,7 @@ import pytest
 
 from rave_jax.checkpoint.hf_import import import_hf, load_config
 from rave_jax.checkpoint.safetensors_file import CheckpointError
-from rave_jax.models.families.presets import tiny
+from rave_jax.families.qwen2_5_vl.presets import tiny
 from rave_jax.tools.cli import main
 from tests.checkpoint.conftest import Tensors, Write
 

@@ -37,9 +37,8 @@ def lists(given: Operands) -> tuple[Any, Any]:
     return listed(union(given.chosen), pallas_tpu.length_of_list(given, MOST))
 
 
-@pytest.mark.parametrize(
-    "apart", [pytest.param(False, id="per group", marks=pytest.mark.slow), pytest.param(True, id="per head")]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("apart", [False, True], ids=["per group", "per head"])
 def test_several_steps_by_the_other_interpreter(apart: bool) -> None:
     given = operands(apart)
     index, count = lists(given)

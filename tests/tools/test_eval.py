@@ -32,6 +32,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny(tmp_path_factory.mktemp("tiny") / "model", sizes)
 
 
+@pytest.mark.slow
 def test_a_users_own_questions_are_asked_of_an_hf_directory(
     model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

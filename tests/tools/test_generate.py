@@ -81,6 +81,7 @@ def test_a_prompt_from_directory_and_flags_to_stdout(
     assert printed.out == answer(generator, user(ASKED)).text + "\n" and printed.err == ""
 
 
+@pytest.mark.slow
 def test_a_native_checkpoint_answers_as_the_directory_it_is_from(
     folder: Path, generator: Generator, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
