@@ -103,7 +103,7 @@ def test_bad_samples_can_be_fatal(record: int, error: type, qa_folder: Path, pro
     (qa_folder / "qa.jsonl").write_text(lines[record] + "\n")
     with pytest.raises(error, match=f"q{record}"):
         Pipeline(data(qa_folder, on_error="fail"), processor).rows(0, 0, 1)
-    with pytest.raises(SampleError, match=rf"5 samples one after another.*q{record}"):
+    with pytest.raises(SampleError, match=rf"5 consecutive samples.*q{record}"):
         Pipeline(data(qa_folder, max_skips=4), processor).rows(0, 0, 1)
 
 
@@ -127,7 +127,7 @@ def test_state_is_json_and_restores(qa_folder: Path, processor: Processor) -> No
     step = second.restore(state)
     assert_same(second.rows(step, 0, 6), first.rows(4, 0, 6))
     assert second.skipped == first.skipped
-    with pytest.raises(ConfigError, match="the checkpoint says nothing of rows: it is damaged; delete"):
+    with pytest.raises(ConfigError, match="the checkpoint has no entry rows: it is damaged; delete"):
         second.restore({name: value for name, value in state.items() if name != "rows"})
     with pytest.raises(ConfigError, match=r"data\.seed is 1"):
         Pipeline(data(qa_folder, seed=1), processor).restore(state)
