@@ -124,7 +124,7 @@ def test_a_written_placeholder_is_text(processor: Processor) -> None:
     assert np.sum(example.tokens == processor.settings.image_token_id) == np.sum(example.info.kind == Kind.VISUAL) == 1
     assert "what is <|image_pad|>?" in processor.decode(example.tokens)
     tokens = Processor(processor.tokenizer, processor.settings, TEMPLATE, special_tokens_in_text="tokens")
-    with pytest.raises(SampleError, match=r"s1: the rendered text holds .* spell out a placeholder"):
+    with pytest.raises(SampleError, match=r"s1: the rendered text has .* spell out a placeholder"):
         tokens.encode(messages, name="s1")
 
 

@@ -247,9 +247,9 @@ def test_an_output_is_whole_or_under_another_name(tmp_path: Path, capsys: pytest
         assert part.read_text() == '{"index": 0, "text": "é"}\n'  # at once
         raise KeyboardInterrupt
     assert out.read_text() == "before" and str(part) in capsys.readouterr().err
-    with pytest.raises(ConfigError, match=r"out\.jsonl\.part is there"), written(out):
+    with pytest.raises(ConfigError, match=r"out\.jsonl\.part exists"), written(out):
         raise AssertionError("another's file must not be written over")
-    with pytest.raises(ConfigError, match="no file"), written(tmp_path):
+    with pytest.raises(ConfigError, match="is not a file"), written(tmp_path):
         pass
     with pytest.raises(ConfigError, match="cannot write"), written(out / "below"):
         pass
