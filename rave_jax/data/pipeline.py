@@ -155,9 +155,9 @@ def equal_rows(config: DataConfig, processor: Processor) -> EqualRows:
     fits = processor.layout.regions is None or each <= most
     require(fits, "data.documents_per_row", each, f"at most max_regions {most}: each document needs a region")
 
-    def shape(stage: Stage) -> BatchShape:
+    def size(stage: Stage) -> tuple[int, int, int]:
         tokens = config.tokens if stage.tokens is None else stage.tokens
         patches = config.patches if stage.patches is None else stage.patches
-        return BatchShape(config.rows, tokens, round_up(patches, processor.settings.window_patches))
+        return stage.step, tokens, round_up(patches, processor.settings.window_patches)
 
-    return EqualRows(tuple((stage.step, shape(stage)) for stage in config.stages), each, most)
+    return EqualRows(config.rows, tuple(map(size, config.stages)), each, most)

@@ -81,8 +81,10 @@ class EqualRows:
     Document d of row r at step s is place (s * rows + r) * documents + d, so a state is the step alone.
     """
 
-    shapes: tuple[tuple[int, BatchShape], ...]
-    """(first step, shape of the batch from it on), ascending, the first at step 0. All have the same number of rows."""
+    rows: int
+    """Rows of a batch over all hosts."""
+    sizes: tuple[tuple[int, int, int], ...]
+    """(first step, tokens and patches of a row from it on), ascending, the first at step 0."""
     documents: int
     """Documents of a row."""
     regions: int
@@ -90,7 +92,8 @@ class EqualRows:
 
     def shape(self, step: int) -> BatchShape:
         """Shape of the whole batch of a step, over all hosts."""
-        return next(shape for first, shape in reversed(self.shapes) if first <= step)
+        tokens, patches = next(size for first, *size in reversed(self.sizes) if first <= step)
+        return BatchShape(self.rows, tokens, patches)
 
     def row(self, step: int, row: int) -> tuple[PlannedDocument, ...]:
         """The documents of a row: consecutive places with equal budgets."""
@@ -101,11 +104,11 @@ class EqualRows:
 
     def first_place(self, step: int) -> int:
         """The least place of a step."""
-        return step * self.shapes[0][1].rows * self.documents
+        return step * self.rows * self.documents
 
     def facts(self) -> dict[str, Any]:
         """Rows of a batch and documents of a row: they say which places a step has."""
-        return {"rows": self.shapes[0][1].rows, "documents_per_row": self.documents}
+        return {"rows": self.rows, "documents_per_row": self.documents}
 
     def state(self, step: int) -> dict[str, Any]:
         """The step."""

@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 from rave_jax.config import ConfigError
 from rave_jax.families.config import VlmConfig
 from rave_jax.families.hf import HfConfig
+from rave_jax.families.pictures import PictureRules, ProcessorFiles
 
 
 class TensorRule(NamedTuple):
@@ -44,6 +45,8 @@ class Family:
     """Our config to an HF config that `parse` and transformers read."""
     tensors: Callable[[VlmConfig], tuple[TensorRule, ...]]
     """Every tensor of a checkpoint of this config."""
+    pictures: Callable[[VlmConfig, ProcessorFiles], PictureRules] = lambda config, files: PictureRules(config)
+    """The rules of a model's pictures, videos and positions, from its config and the files of its processors."""
     tower: str = ""
     """Name of the module that has its `Tower`; empty for text families. The module imports jax, so it is imported when
     a model is built."""

@@ -14,6 +14,8 @@ from rave_jax.checkpoint.kinds import kind_of
 from rave_jax.checkpoint.sidecar import saved_options
 from rave_jax.config import ConfigError
 from rave_jax.data.processor import Processor
+from rave_jax.families import family_named
+from rave_jax.families.qwen2_5_vl.presets import tiny
 from rave_jax.tools.source import is_run
 
 
@@ -123,10 +125,10 @@ def test_a_name_on_the_hub_is_no_directory() -> None:
 )
 @pytest.mark.parametrize("kind", ["pipe", "pointer"])
 def test_a_pipe_or_pointer_among_the_files_is_named_and_not_waited_on(kind: str, name: str, tmp_path: Path) -> None:
-    vision = {"model_type": "qwen2_5_vl", "vision_config": {}, "image_token_id": 1, "video_token_id": 2}
-    (tmp_path / "config.json").write_text(json.dumps(vision))
+    config = tiny()
+    (tmp_path / "config.json").write_text(json.dumps(family_named(config.family).render(config)))
     for other in ("preprocessor_config.json", "tokenizer.json"):
-        (tmp_path / other).write_text('{"patch_size": 14}')
+        (tmp_path / other).write_text('{"patch_size": 4}')
     (tmp_path / name).unlink(missing_ok=True)
     if kind == "pipe":
         os.mkfifo(tmp_path / name)

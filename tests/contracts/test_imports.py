@@ -65,7 +65,7 @@ ONLY: dict[str, set[str]] = {
     "tokenizers": {"data", "checkpoint"},
     "safetensors": set(),  # we read and write the format ourselves, straight into shards
     "pyarrow": {"data"},
-    "PIL": {"data", "look", "evaluation", "tools"},
+    "PIL": {"families", "data", "look", "evaluation", "tools"},
     "sklearn": {"data"},
     "tyro": {"command_line"},
     "jaxtyping": {"typing"},

@@ -24,8 +24,8 @@ from rave_jax.data.sources import QaJsonl
 
 @given(st.integers(1, 5), st.integers(1, 4), st.integers(0, 9), st.integers(0, 9))
 def test_each_place_stands_once_and_budgets_fit_the_row(rows: int, documents: int, start: int, turn: int) -> None:
-    shapes = ((0, BatchShape(rows, 50, 16)), (turn + 1, BatchShape(rows, 81, 32)))
-    plan = EqualRows(shapes, documents, regions=6)
+    sizes = ((0, 50, 16), (turn + 1, 81, 32))
+    plan = EqualRows(rows, sizes, documents, regions=6)
     found = [plan.row(step, row) for step in range(start, start + 3) for row in range(rows)]
     places = [document.place for document in itertools.chain(*found)]
     assert places == list(range(plan.first_place(start), plan.first_place(start + 3)))
@@ -33,7 +33,7 @@ def test_each_place_stands_once_and_budgets_fit_the_row(rows: int, documents: in
         shape = plan.shape(start + number // rows)
         sums = np.sum([document.budget for document in row], axis=0)
         assert (sums <= (shape.tokens, shape.patches, 6)).all()
-    assert plan == EqualRows(shapes, documents, regions=6)  # as data, so as another process has it
+    assert plan == EqualRows(rows, sizes, documents, regions=6)  # as data, so as another process has it
 
 
 def test_the_plan_of_a_config(processor: Processor) -> None:

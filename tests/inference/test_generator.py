@@ -21,16 +21,16 @@ from rave_jax.config import ConfigError
 from rave_jax.data.collate import BatchShape, collate
 from rave_jax.data.processor import Processor
 from rave_jax.data.sample import ImageError, OverBudget, SampleError
-from rave_jax.data.video import VideoLimits
 from rave_jax.families.config import TextConfig, VlmConfig
 from rave_jax.families.qwen2_5_vl.presets import tiny
+from rave_jax.families.qwen2_5_vl.video import VideoLimits
 from rave_jax.inference import Completion, Generator, Request, Sampling, SlotConfig, generate
 from rave_jax.layout import ContextTokens, VisualLayout
 from rave_jax.models.config import ModelOptions
 from rave_jax.models.parameters import with_values
 from rave_jax.models.vlm import Vlm
 from rave_jax.parallel.watchdog import Watchdog
-from tests.data.conftest import TEMPLATE, byte_tokenizer, tiny_settings
+from tests.data.conftest import TEMPLATE, TEXT_ALONE, byte_tokenizer, tiny_settings
 from tests.data.pictures import noise
 from tests.models.made import model
 
@@ -276,7 +276,7 @@ def test_what_cannot_be_answered_ends_with_its_own_error_and_the_others_are_answ
 
 def test_a_text_model_answers_text_and_refuses_pictures(processor: Processor) -> None:
     text = TextConfig(vocab_size=V, tie_embeddings=False)
-    settings = dataclasses.replace(processor.settings, has_vision=False)
+    settings = TEXT_ALONE
     config = VlmConfig(text=text, vision=None, eos_token_ids=(), family="qwen3")
     generator = Generator(speaker(config), Processor(processor.tokenizer, settings, TEMPLATE), THREE)
     first, refused, last = generator.answers([ask("What?"), ask("What?", picture=PICTURE, name="seen"), ask("Why?")])

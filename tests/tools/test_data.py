@@ -23,9 +23,7 @@ def config(tmp_path: Path) -> Path:
     """A run of a model without weights on one file of conversations and one of questions."""
     model = tmp_path / "model"
     model.mkdir()
-    tiny.byte_tokenizer().save(str(model / "tokenizer.json"))
-    for name, data in tiny._settings(tiny.tiny_config(tiny.Tiny())).items():
-        (model / name).write_text(json.dumps(data))
+    tiny.write_tiny_files(model, tiny.Tiny())
     Image.fromarray(noise(56, 84)).save(tmp_path / "a.png")
     talk = {"image": "a.png", "conversations": [{"from": "human", "value": "<image>Q"}, {"from": "gpt", "value": "A"}]}
     talks = [talk, talk, {**talk, "tools": ["f"]}, {**talk, "tools": ["g"]}, {**talk, "image": "gone.png"}]

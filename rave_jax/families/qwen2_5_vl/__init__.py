@@ -2,6 +2,7 @@
 
 from rave_jax.families.base import Family
 from rave_jax.families.qwen2_5_vl.config import ARCHITECTURE, MODEL_TYPE, parse, render
+from rave_jax.families.qwen2_5_vl.pictures import pictures
 from rave_jax.families.qwen2_5_vl.small import SMALL
 from rave_jax.families.qwen2_5_vl.tensors import tensors
 
@@ -13,6 +14,7 @@ FAMILY = Family(
     parse=parse,
     render=render,
     tensors=tensors,
+    pictures=pictures,
     tower=f"{__name__}.tower",
     prefixes=(("model.visual.", "visual."), ("model.language_model.", "model.")),
 )

@@ -70,7 +70,7 @@ class VisionConfig(TowerConfig):
         within(self, dict.fromkeys(("merge_size", "temporal_patch_size"), MAX_SIDE) | {"window_size": MAX_WIDTH})
         divides = self.hidden_size % self.num_heads == 0 and self.head_dim % 4 == 0
         require(divides, "hidden_size", self.hidden_size, f"num_heads {self.num_heads} times a multiple of 4")
-        unit = self.patch_size * self.merge_size
+        unit = self.unit_size
         require(self.window_size >= unit, "window_size", self.window_size, f"at least one merge unit of {unit} pixels")
         known = all(0 <= n < self.depth for n in self.full_attention_blocks)
         require(known, "full_attention_blocks", self.full_attention_blocks, f"numbers from 0 to {self.depth - 1}")
@@ -85,6 +85,11 @@ class VisionConfig(TowerConfig):
     def merge_unit(self) -> int:
         """Patches that become one visual token."""
         return self.merge_size**2
+
+    @property
+    def unit_size(self) -> int:
+        """Pixels along the side of a merge unit: both sides of a resized picture are multiples of it."""
+        return self.patch_size * self.merge_size
 
     @property
     def window_units(self) -> int:
