@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, ImageOps
 
+from rave_jax.batch import Patches
 from rave_jax.data import grey
 from rave_jax.data.grey import to_eight_bits
 from rave_jax.data.opening import describe, is_encoded, opened, reason
@@ -48,20 +49,16 @@ class PatchGrid(NamedTuple):
         return self.patch * self.merge
 
 
-class Patches(NamedTuple):
+class CutPicture(NamedTuple):
     """A picture (one frame) or a video (t frames, each of `temporal` pictures), cut.
 
     Fields:
-        pixels: uint8 patches in the order of `Batch`, frame after frame.
-        frame, place, window: of each patch, frames and windows counted from 1.
+        patches: its patches, frame after frame.
         order: merge unit, counted from 0 over the whole, of each unit of the merged grid read frame, row, column.
         grid: size of the merged grid (t, h, w).
     """
 
-    pixels: UInt8[NpArray, "P C"]
-    frame: Int[NpArray, "P"]
-    place: Int[NpArray, "P 2"]
-    window: Int[NpArray, "P"]
+    patches: Patches
     order: Int[NpArray, "N"]
     grid: tuple[int, int, int]
 
@@ -189,7 +186,7 @@ def _patch_order(t: int, rows: int, cols: int, grid: PatchGrid) -> tuple[NpArray
     return unit_order, frame, place, window, order
 
 
-def cut(frames: list[UInt8[NpArray, "H W 3"]], grid: PatchGrid) -> Patches:
+def cut(frames: list[UInt8[NpArray, "H W 3"]], grid: PatchGrid) -> CutPicture:
     """Patches of a video of resized frames; a picture is the video of itself, `temporal` times.
 
     Args:
@@ -199,7 +196,7 @@ def cut(frames: list[UInt8[NpArray, "H W 3"]], grid: PatchGrid) -> Patches:
     height, width, _ = frames[0].shape
     p, m = grid.patch, grid.merge
     rows, cols, t = height // (p * m), width // (p * m), len(frames) // grid.temporal
-    unit_order, *codes = _patch_order(t, rows, cols, grid)
+    unit_order, *codes, order = _patch_order(t, rows, cols, grid)
     pixels = np.empty((t, rows * cols, m * m, 3, grid.temporal, p, p), np.uint8)
     previous = None
     for number, frame in enumerate(frames):
@@ -210,10 +207,11 @@ def cut(frames: list[UInt8[NpArray, "H W 3"]], grid: PatchGrid) -> Patches:
             previous = blocks.reshape(rows * cols, m * m, 3, p, p)[unit_order]
         pixels[number // grid.temporal, :, :, :, number % grid.temporal] = previous
     numbers = 3 * grid.temporal * p * p
-    return Patches(pixels.reshape(-1, numbers), *codes, (t, rows, cols))
+    arrays: Any = (pixels.reshape(-1, numbers), *codes)
+    return CutPicture(Patches(*arrays), order, (t, rows, cols))
 
 
-def image_patches(source: Any, grid: PatchGrid, min_pixels: int, max_pixels: int, name: str = "") -> Patches:
+def image_patches(source: Any, grid: PatchGrid, min_pixels: int, max_pixels: int, name: str = "") -> CutPicture:
     """Read, resize and cut one picture.
 
     Raises:

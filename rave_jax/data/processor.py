@@ -15,8 +15,9 @@ import numpy as np
 from rave_jax.batch import Kind, Role, TokenInfo
 from rave_jax.config import ConfigError, require
 from rave_jax.data.chat import ChatTemplate, Run, SpecialTokens, read_template
-from rave_jax.data.images import Patches, PatchGrid, count_tokens, image_patches
+from rave_jax.data.images import CutPicture, PatchGrid, count_tokens, image_patches
 from rave_jax.data.layout import lay_out
+from rave_jax.data.patches import join_patches
 from rave_jax.data.positions import Visual, grid_coordinates, mrope_positions
 from rave_jax.data.sample import Example, Message, OverBudget, SampleError
 from rave_jax.data.video import VideoLimits, video_patches
@@ -348,7 +349,7 @@ class Processor:
         cuts = [self._cut(part) for part in parts]
         ids = np.concatenate([np.asarray(run.ids, np.int32) for run in runs])
         repeats = np.ones(len(ids), np.int32)
-        repeats[places] = [len(patches.order) for patches, _ in cuts]
+        repeats[places] = [len(cut.order) for cut, _ in cuts]
         starts = (np.cumsum(repeats) - repeats)[places]
         turn = np.cumsum([run.role is Role.QUESTION for run in runs])
         lengths = [len(run.ids) for run in runs]
@@ -358,10 +359,8 @@ class Processor:
 
         learn = np.concatenate([_span(len(run.ids), run.learn, run.weight) for run in runs])
         tokens = np.repeat(ids, repeats)
-        visuals = [
-            Visual(int(start), patches.grid, seconds) for start, (patches, seconds) in zip(starts, cuts, strict=True)
-        ]
-        info, visual_index = self._visual_codes(len(tokens), visuals, [patches for patches, _ in cuts])
+        visuals = [Visual(int(start), cut.grid, seconds) for start, (cut, seconds) in zip(starts, cuts, strict=True)]
+        info, visual_index = self._visual_codes(len(tokens), visuals, [cut for cut, _ in cuts])
         info = info._replace(role=spread([int(run.role) for run in runs]), turn=spread(turn))
         example = Example(
             tokens=tokens,
@@ -369,11 +368,11 @@ class Processor:
             info=info,
             positions=mrope_positions(len(tokens), visuals, self.settings.tokens_per_second),
             visual_index=visual_index,
-            **_join([patches for patches, _ in cuts], self.settings.patch_numbers),
+            patches=join_patches([cut.patches for cut, _ in cuts], self.settings.patch_numbers),
         )
         return lay_out(example, self.layout)
 
-    def _cut(self, part: Message) -> tuple[Patches, float | None]:
+    def _cut(self, part: Message) -> tuple[CutPicture, float | None]:
         s = self.settings
         name = part.get("name", "")
         if part["type"] == "video":
@@ -392,21 +391,21 @@ class Processor:
             )
         return np.array([index for index, _ in found], np.int64)
 
-    def _visual_codes(self, length: int, visuals: list[Visual], cuts: list[Patches]) -> tuple[TokenInfo, NpArray]:
+    def _visual_codes(self, length: int, visuals: list[Visual], cuts: list[CutPicture]) -> tuple[TokenInfo, NpArray]:
         codes: dict[str, Any] = {name: np.zeros(length, np.int32) for name in TokenInfo._fields}
         codes["document"][:] = 1
         codes["kind"][:] = Kind.TEXT
         codes["offset"][:] = np.arange(length)
         visual_index = np.zeros(length, np.int32)
         units = 0
-        for number, (visual, patches) in enumerate(zip(visuals, cuts, strict=True), start=1):
-            span = slice(visual.start, visual.start + len(patches.order))
-            values = (Kind.VISUAL, number, *grid_coordinates(patches.grid), *patches.grid)
+        for number, (visual, cut) in enumerate(zip(visuals, cuts, strict=True), start=1):
+            span = slice(visual.start, visual.start + len(cut.order))
+            values = (Kind.VISUAL, number, *grid_coordinates(cut.grid), *cut.grid)
             names = ("kind", "image", "frame", "row", "col", "grid_t", "grid_h", "grid_w")
             for code, value in zip(names, values, strict=True):
                 codes[code][span] = value
-            visual_index[span] = patches.order + units
-            units += len(patches.order)
+            visual_index[span] = cut.order + units
+            units += len(cut.order)
         return TokenInfo(**codes), visual_index
 
 
@@ -422,31 +421,3 @@ def _span(length: int, bounds: tuple[int, int], weight: float) -> NpArray:
     span = np.zeros(length, np.float32)
     span[slice(*bounds)] = weight
     return span
-
-
-def _join(cuts: list[Patches], numbers: int) -> dict[str, NpArray]:
-    """Patches of several pictures end to end, their frames and windows numbered on."""
-    if not cuts:
-        none = np.zeros(0, np.int32)
-        return {
-            "patches": np.zeros((0, numbers), np.uint8),
-            "patch_frame": none,
-            "patch_place": np.zeros((0, 2), np.int32),
-            "patch_window": none,
-        }
-    if len(cuts) == 1:
-        only = cuts[0]
-        return {
-            "patches": only.pixels,
-            "patch_frame": only.frame,
-            "patch_place": only.place,
-            "patch_window": only.window,
-        }
-    frames = np.cumsum([0] + [int(patches.frame[-1]) for patches in cuts[:-1]])
-    windows = np.cumsum([0] + [int(patches.window[-1]) for patches in cuts[:-1]])
-    return {
-        "patches": np.concatenate([patches.pixels for patches in cuts]),
-        "patch_frame": np.concatenate([p.frame + n for p, n in zip(cuts, frames, strict=True)]).astype(np.int32),
-        "patch_place": np.concatenate([patches.place for patches in cuts]),
-        "patch_window": np.concatenate([p.window + n for p, n in zip(cuts, windows, strict=True)]).astype(np.int32),
-    }

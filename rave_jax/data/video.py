@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from rave_jax.data.images import Patches, PatchGrid, cut, read_image, resize, smart_resize
+from rave_jax.data.images import CutPicture, PatchGrid, cut, read_image, resize, smart_resize
 from rave_jax.data.sample import ImageError
 from rave_jax.typing import Int, NpArray
 
@@ -106,7 +106,7 @@ def kept_frames(
 
 def video_patches(
     frames: Sequence[Any], fps: float | None, grid: PatchGrid, limits: VideoLimits, name: str = ""
-) -> tuple[Patches, float]:
+) -> tuple[CutPicture, float]:
     """Sample, read, resize and cut a video.
 
     Args:

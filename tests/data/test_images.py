@@ -21,7 +21,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from rave_jax.data.images import (
-    Patches,
+    CutPicture,
     PatchGrid,
     count_tokens,
     image_patches,
@@ -38,10 +38,10 @@ from tests.data.pictures import noise
 GRID = PatchGrid(patch=14, temporal=2, merge=2, window=4)
 
 
-def hf_values(patches: Patches, grid: PatchGrid, mean=OPENAI_CLIP_MEAN, std=OPENAI_CLIP_STD) -> np.ndarray:
+def hf_values(cut: CutPicture, grid: PatchGrid, mean=OPENAI_CLIP_MEAN, std=OPENAI_CLIP_STD) -> np.ndarray:
     """Our bytes in transformers' patch order, scaled and normalised by transformers' own functions."""
-    units = len(patches.order)
-    raster = patches.pixels.reshape(units, -1)[patches.order].reshape(units * grid.merge**2, 3, -1)
+    units = len(cut.order)
+    raster = cut.patches.pixels.reshape(units, -1)[cut.order].reshape(units * grid.merge**2, 3, -1)
     planes = normalize(rescale(np.moveaxis(raster, 1, 0), 1 / 255), mean, std, input_data_format="channels_first")
     return np.moveaxis(planes, 0, 1).reshape(len(raster), -1)
 
@@ -87,7 +87,7 @@ def test_arrays(channels: int) -> None:
     pixels = noise(30, 50, channels)
     image = Image.fromarray(pixels[..., 0] if channels == 1 else pixels)
     np.testing.assert_array_equal(
-        image_patches(pixels, GRID, 784, 15680).pixels, image_patches(image, GRID, 784, 15680).pixels
+        image_patches(pixels, GRID, 784, 15680).patches.pixels, image_patches(image, GRID, 784, 15680).patches.pixels
     )
 
 
@@ -132,12 +132,13 @@ def test_place_and_order_agree_with_pixels(rows: int, cols: int) -> None:
     pixels = np.zeros((rows * 4, cols * 4, 3), np.uint8)
     pixels[..., 0] = np.arange(rows * 4)[:, None] // 2
     pixels[..., 1] = np.arange(cols * 4)[None] // 2
-    patches = image_patches(pixels, grid, 16, 10**6)
+    cut = image_patches(pixels, grid, 16, 10**6)
+    patches = cut.patches
     channels = patches.pixels.reshape(-1, 3, 2 * 2 * 2)
     np.testing.assert_array_equal(channels[:, 0, 0], patches.place[:, 0])
     np.testing.assert_array_equal(channels[:, 1, 0], patches.place[:, 1])
     units = patches.place.reshape(-1, 4, 2)[:, 0] // 2
-    np.testing.assert_array_equal(units[patches.order], np.moveaxis(np.indices((rows, cols)), 0, -1).reshape(-1, 2))
+    np.testing.assert_array_equal(units[cut.order], np.moveaxis(np.indices((rows, cols)), 0, -1).reshape(-1, 2))
     assert (np.diff(patches.window) >= 0).all()
     assert set(patches.frame) == {1}
 
@@ -164,9 +165,9 @@ def test_count_from_the_header_alone(processor: Processor, tmp_path: Path) -> No
     assert image_size(path) == (90, 50)
     image.save(path, exif=exif)
     s = processor.settings
-    patches = image_patches(path, s.grid, s.min_pixels, s.max_pixels)
-    assert processor.count_tokens(*image_size(path)) == len(patches.order)
-    assert count_tokens(90, 50, s.grid, s.min_pixels, s.max_pixels) == len(patches.order)
+    cut = image_patches(path, s.grid, s.min_pixels, s.max_pixels)
+    assert processor.count_tokens(*image_size(path)) == len(cut.order)
+    assert count_tokens(90, 50, s.grid, s.min_pixels, s.max_pixels) == len(cut.order)
 
 
 def test_orientation_of_files_is_applied(tmp_path: Path) -> None:

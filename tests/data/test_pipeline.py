@@ -223,7 +223,7 @@ def test_a_stage_may_have_rows_of_its_own_size(qa_folder: Path, processor: Proce
     for step in range(12):
         batch = cached.rows(step, 0, 6)
         assert_same(batch, plain.rows(step, 0, 6))
-        sizes.append((*batch.tokens.shape, batch.patches.shape[1]))
+        sizes.append((*batch.tokens.shape, batch.patches.length))
         reasons.append({skip.reason for skip in plain._make(step, 0, 6)[1]})
     assert sizes == [(6, 96, 48)] * 4 + [(6, 192, 64)] * 4 + [(6, 1600, 1600)] * 4
     # The largest picture, cached or not, fits the last rows alone.

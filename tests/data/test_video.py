@@ -67,16 +67,16 @@ def test_frames_have_the_pixels_of_pictures() -> None:
     video, seconds = video_patches(frames, 2.0, GRID, SMALL)
     assert seconds == 1.0
     singles = [image_patches(frame, GRID, SMALL.min_pixels, SMALL.max_pixels) for frame in frames]
-    units = len(singles[0].pixels)
-    pixels = video.pixels.reshape(2, units, 3, 2, 196)
+    units = singles[0].patches.length
+    pixels = video.patches.pixels.reshape(2, units, 3, 2, 196)
     for group, slot, frame in ((0, 0, 0), (0, 1, 1), (1, 0, 2), (1, 1, 2)):
         np.testing.assert_array_equal(
-            pixels[group, :, :, slot], singles[frame].pixels.reshape(units, 3, 2, 196)[:, :, 0]
+            pixels[group, :, :, slot], singles[frame].patches.pixels.reshape(units, 3, 2, 196)[:, :, 0]
         )
-    np.testing.assert_array_equal(video.frame, np.repeat([1, 2], units))
-    np.testing.assert_array_equal(video.place, np.tile(singles[0].place, (2, 1)))
-    windows = singles[0].window.max()
-    np.testing.assert_array_equal(video.window, np.concatenate([singles[0].window, singles[0].window + windows]))
+    np.testing.assert_array_equal(video.patches.frame, np.repeat([1, 2], units))
+    np.testing.assert_array_equal(video.patches.place, np.tile(singles[0].patches.place, (2, 1)))
+    window = singles[0].patches.window
+    np.testing.assert_array_equal(video.patches.window, np.concatenate([window, window + window.max()]))
     np.testing.assert_array_equal(video.order, np.concatenate([singles[0].order, singles[0].order + units // 4]))
 
 
@@ -84,7 +84,7 @@ def test_a_real_video(shared_data: Path) -> None:
     folder = shared_data / "video_mini/red-panda"
     times = [frame["t"] for frame in json.loads((folder / "frames.json").read_text())["sampled"]]
     fps = (len(times) - 1) / (times[-1] - times[0])
-    patches, seconds = video_patches(sorted(folder.glob("*.jpg")), fps, GRID, SMALL, "red-panda")
-    assert patches.grid[0] == 4
+    video, seconds = video_patches(sorted(folder.glob("*.jpg")), fps, GRID, SMALL, "red-panda")
+    assert video.grid[0] == 4
     assert seconds == pytest.approx(2 / fps)
-    assert len(patches.pixels) == 4 * len(patches.order)
+    assert video.patches.length == 4 * len(video.order)
