@@ -7,6 +7,7 @@ import json
 import logging
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given
@@ -25,10 +26,7 @@ BROKEN = {"broken image", "empty answer", "over budget"}
 
 def arrays(batch: Batch) -> list[np.ndarray]:
     """Every array of a batch, rows first."""
-    return [
-        *(np.moveaxis(a, 1, 0) if n == "positions" else a for n, a in batch._asdict().items() if n != "info"),
-        *batch.info,
-    ]
+    return jax.tree.leaves(batch._replace(positions=np.moveaxis(batch.positions, 1, 0)))
 
 
 def assert_same(first: Batch, second: Batch) -> None:
