@@ -20,12 +20,13 @@ import inspect
 import sys
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Union
 
 import tyro
 
+from rave_jax import open_union
 from rave_jax.config import ConfigError, load_file, loads, require
 
 CONFIGS = (Path(__file__).parent / "configs", Path(__file__).parents[1] / "configs")
@@ -119,7 +120,7 @@ def find(config: Any, path: Sequence[str]) -> Place | None:
             value, hint = value[int(part)] if int(part) < len(value) else None, _item(hint)
         else:
             return None
-    kinds = {kind.__name__: kind for kind in _dataclasses(hint)}
+    kinds = _by_name(_dataclasses(hint))
     if not kinds:
         return None
     return Place(kinds, typing.get_origin(hint) is tuple, type(None) in _options(hint), value)
@@ -167,6 +168,8 @@ def _is_flag(cls: type, path: Sequence[str]) -> bool:
 
 def _options(hint: Any) -> tuple[Any, ...]:
     """The types of a union, or the one type."""
+    if open_union.is_union(hint):
+        return open_union.members(hint)
     return typing.get_args(hint) if typing.get_origin(hint) in (Union, types.UnionType) else (hint,)
 
 
@@ -182,6 +185,14 @@ def _dataclasses(hint: Any) -> Iterator[Any]:
             yield from _dataclasses(_item(option))
         elif dataclasses.is_dataclass(option):
             yield option
+
+
+def _by_name(kinds: Iterable[Any]) -> dict[str, Any]:
+    """Kinds by the name of their class; a class of a user's own whose name is taken, by where it is defined."""
+    named: dict[str, Any] = {}
+    for kind in kinds:
+        named[open_union.saved_name(kind) if kind.__name__ in named else kind.__name__] = kind
+    return named
 
 
 def _parts(place: Place, path: str, given: Sequence[str]) -> Any:
@@ -203,6 +214,11 @@ def _parts(place: Place, path: str, given: Sequence[str]) -> Any:
 def _part(kinds: dict[str, Any], path: str, word: str, old: Any) -> Any:
     """The part of a named kind: the old one where it is of this kind, else one of defaults."""
     plain = {_plain(name): kind for name, kind in kinds.items()}
+    if _plain(word) not in plain and ":" in word and any(issubclass(k, open_union.OpenUnion) for k in kinds.values()):
+        try:
+            plain[_plain(word)] = open_union.find(open_union.OpenUnion, word)
+        except open_union.NotFound as error:
+            raise ConfigError(f"--{path} is {word!r}: {error}") from error
     if _plain(word) not in plain:
         close = difflib.get_close_matches(_plain(word), plain, 1)
         hint = f"; did you mean {plain[close[0]].__name__}?" if close else ""
@@ -220,6 +236,10 @@ def _defaults(cls: Any) -> Any:
     """An instance with the default of every field, unchecked."""
     made = object.__new__(cls)
     for f in dataclasses.fields(cls):
+        if f.default is f.default_factory is dataclasses.MISSING:
+            raise ConfigError(
+                f"{cls.__name__}.{f.name} has no default, so the command line cannot make a {cls.__name__}"
+            )
         value = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
         object.__setattr__(made, f.name, value)
     return made

@@ -8,14 +8,14 @@ import jax
 import jax.numpy as jnp
 
 from rave_jax.attention.base import AttentionDims, Mechanism
-from rave_jax.attention.plan import Layers
+from rave_jax.attention.declared import Layers, MechanismConfig
 from rave_jax.batch import TokenInfo
 from rave_jax.config import check_fields, require
 from rave_jax.kernels.attention import MaskCodes
 
 
 @dataclass(frozen=True)
-class SlidingWindow:
+class SlidingWindow(MechanismConfig):
     """Each query sees itself and the `window` - 1 tokens before it."""
 
     window: int = 4096

@@ -29,8 +29,8 @@ import jax
 import jax.numpy as jnp
 
 from rave_jax.attention.base import AttentionDims, Features, Mechanism, Parts
+from rave_jax.attention.declared import Layers, MechanismConfig
 from rave_jax.attention.merge import log_sum_exp
-from rave_jax.attention.plan import Layers
 from rave_jax.batch import Kind, Role, TokenInfo
 from rave_jax.config import check_fields, require
 from rave_jax.kernels.attention import KeyGroups
@@ -41,7 +41,7 @@ OTHER, TEXT_SINK, VISUAL, VISUAL_SINK, COUNT = 0, 1, 2, 3, 4
 
 
 @dataclass(frozen=True)
-class Var:
+class Var(MechanismConfig):
     """Redistribute attention from sinks to visual tokens, where a head looks at the picture (VAR)."""
 
     dims: tuple[int, ...] = ()

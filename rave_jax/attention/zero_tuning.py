@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 
 from rave_jax.attention.base import AttentionDims, Channels, Features, KeyFactor, Mechanism, Parts, Score
-from rave_jax.attention.plan import Layers
+from rave_jax.attention.declared import Layers, MechanismConfig
 from rave_jax.batch import TokenInfo
 from rave_jax.config import check_fields, require
 from rave_jax.kernels.attention import KeyGroups
@@ -33,7 +33,7 @@ from rave_jax.typing import Array, Bool, Float, Int
 
 
 @dataclass(frozen=True)
-class ZeroTuning:
+class ZeroTuning(MechanismConfig):
     """The first token of every document gets `gamma` times its weight before the row is normalised again."""
 
     gamma: float | tuple[float, ...] = 1.0

@@ -1,0 +1,67 @@
+"""The rest of the package asks mechanisms for what they declare, and knows none of them by name."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import jax
+import pytest
+
+from rave_jax import attention as at
+from rave_jax.layout import VisualLayout
+from tests.attention.built_in import BUILT_IN
+
+REPO = Path(__file__).resolve().parents[2]
+PACKAGE = REPO / "rave_jax"
+NAMES = {kind.__name__ for kind in BUILT_IN}
+BY_NAME: dict[str, set[str]] = {
+    # The sliding window of a checkpoint's own config.
+    "models/config.py": {"SlidingWindow"},
+    # What a search of ZeroTuning's gammas starts from and returns.
+    "tools/calibrate.py": {"ZeroTuning"},
+}
+"""Files outside of attention/ that are about one mechanism."""
+
+
+def named(path: Path) -> set[str]:
+    """Classes of mechanisms that the code of a file names."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    names |= {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+    names |= {alias.name for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for alias in node.names}
+    return NAMES & names
+
+
+def test_no_file_outside_of_attention_knows_a_mechanism_by_name() -> None:
+    files = [path for path in PACKAGE.rglob("*.py") if PACKAGE / "attention" not in path.parents]
+    found = {path.relative_to(PACKAGE).as_posix(): named(path) for path in files}
+    assert {path: names for path, names in found.items() if names} == BY_NAME
+
+
+def test_gaze_is_known_to_its_folder_alone() -> None:
+    """`attention/__init__.py` imports every mechanism once, which makes it known to configs."""
+    files = [path for path in PACKAGE.rglob("*.py") if "Gaze" in named(path)]
+    outside = [path for path in files if PACKAGE / "attention" / "gaze" not in path.parents]
+    assert outside == [PACKAGE / "attention" / "__init__.py"]
+
+
+def test_a_mechanism_that_declares_nothing_asks_for_nothing() -> None:
+    class Quiet(at.MechanismConfig):
+        def build(self, dims: at.AttentionDims, key: object) -> at.Mechanism:
+            return at.Mechanism()
+
+    quiet = Quiet()
+    assert quiet.layers == "all" and quiet.layout == VisualLayout() and quiet.against_kernels is None
+    assert not (quiet.looks_ahead or quiet.needs_order or quiet.skips_keys)
+
+
+@pytest.mark.parametrize("kind", BUILT_IN, ids=lambda kind: kind.__name__)
+def test_declarations_agree_with_the_hooks(kind: type[at.MechanismConfig]) -> None:
+    """Who routes wants regions and says what a query then reads; who changes the order needs it in the cache."""
+    config = kind(dims=(1,)) if kind is at.Var else kind()
+    mechanism = config.build(at.AttentionDims(4, 2, 8), jax.random.key(0))
+    routes = "route" in mechanism.OWNS
+    assert (config.layout.regions is not None) == routes == (kind.reading is not at.MechanismConfig.reading)
+    assert config.needs_order == bool({"order", "hi"} & set(mechanism.OWNS))
+    assert config.looks_ahead == bool({"hi", "opening"} & set(mechanism.OWNS))
