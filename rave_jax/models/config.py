@@ -276,6 +276,11 @@ class ModelOptions:
             wrong = open_union.against_member(type(mechanism), MechanismConfig)
             if wrong is not None:
                 raise ConfigError(f"mechanisms.{number}: {wrong}")
+            if mechanism.layout.context is not None:
+                raise ConfigError(
+                    f"mechanisms.{number}: the layout of {mechanism.called} has context tokens, which are the "
+                    "model's option `context`; leave them out of the layout"
+                )
             against = mechanism.against_kernels if self.attention == "pallas_tpu" else None
             if against is not None:
                 raise ConfigError(

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import ast
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import pytest
+from flax import nnx
 
 from rave_jax import attention as at
-from rave_jax.layout import VisualLayout
+from rave_jax.config import ConfigError
+from rave_jax.layout import ContextTokens, VisualLayout
+from rave_jax.models.config import ModelOptions
 from tests.attention.built_in import BUILT_IN
 
 REPO = Path(__file__).resolve().parents[2]
@@ -65,3 +71,55 @@ def test_declarations_agree_with_the_hooks(kind: type[at.MechanismConfig]) -> No
     assert (config.layout.regions is not None) == routes == (kind.reading is not at.MechanismConfig.reading)
     assert config.needs_order == bool({"order", "hi"} & set(mechanism.OWNS))
     assert config.looks_ahead == bool({"hi", "opening"} & set(mechanism.OWNS))
+
+
+@dataclass(frozen=True)
+class Odd(at.MechanismConfig):
+    """What the user of a hook may get wrong."""
+
+    built: Any = None
+    laid_out: VisualLayout = field(default_factory=VisualLayout)
+
+    @property
+    def layout(self) -> VisualLayout:
+        return self.laid_out
+
+    def build(self, dims: at.AttentionDims, key: jax.Array) -> at.Mechanism:
+        return self.built(dims)
+
+
+class WithParameter(at.Mechanism):
+    def __init__(self, axes: Any):
+        self.slope = nnx.Param(jnp.zeros((4,)), **axes)
+
+
+@pytest.mark.parametrize(
+    ("built", "said"),
+    [
+        (lambda dims: dims, "build of Odd returned an object of class AttentionDims, expected a Mechanism"),
+        (
+            lambda dims: WithParameter({}),
+            r"Odd: the parameter \.slope.* of shape \(4,\) has axes None, expected",
+        ),
+        (lambda dims: WithParameter({"axes": ("sides",)}), r"has axes \('sides',\), expected .* None or batch, length"),
+        (lambda dims: WithParameter({"axes": ("heads", None)}), r"has axes \('heads', None\), expected"),
+    ],
+)
+def test_a_module_that_cannot_be_used_is_refused_by_its_config(built: Any, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        at.build_mechanisms((Odd(built),), at.AttentionDims(4, 2, 8), jax.random.key(0))
+
+
+def test_context_tokens_are_an_option_of_the_model_alone() -> None:
+    with pytest.raises(ConfigError, match=r"mechanisms\.0: the layout of Odd has context tokens"):
+        ModelOptions((Odd(laid_out=VisualLayout(context=ContextTokens())),))
+
+
+def test_one_mechanism_of_a_layer_says_what_it_reads() -> None:
+    class Fewer(Odd):
+        def reading(self, pictures: Any, dims: Any, number_bytes: int) -> Any:
+            return None
+
+    ModelOptions((at.Gaze(layers=(0,)), at.Rave()))
+    with pytest.raises(ConfigError, match="Fewer and Gaze share a layer, and each chooses what queries read"):
+        ModelOptions((Fewer(), at.Gaze(layers=(0,))))
