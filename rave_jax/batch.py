@@ -64,6 +64,30 @@ class TokenInfo(NamedTuple):
     region: Int[Array, "B T"]
 
 
+class Patches(NamedTuple):
+    """Patches of the pictures of one document [P, ...], or of rows [B,P, ...] with padding behind them.
+
+    The patches of a merge unit stay together, and inside a frame merge units stand window by window. All counting is
+    on within the row (of an example: the document), so that no two frames or windows share a number.
+
+    Fields:
+        pixels: pixel values 0..255 of each patch, flattened as (channel, temporal, row, col).
+        frame: the patch's frame, counted from 1; 0 is padding. Full attention blocks of the tower see one frame.
+        place: (row, col) of the patch in its frame's patch grid, from 0.
+        window: the patch's attention window, counted from 1; 0 is padding. Windows are contiguous and ascending.
+    """
+
+    pixels: UInt8[Array, "*B P C"]
+    frame: Int[Array, "*B P"]
+    place: Int[Array, "*B P 2"]
+    window: Int[Array, "*B P"]
+
+    @property
+    def length(self) -> int:
+        """P: patches of the document, or of a row with its padding. (`len` counts the fields.)"""
+        return self.frame.shape[-1]
+
+
 class Batch(NamedTuple):
     """What one forward and one training step read.
 

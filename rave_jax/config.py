@@ -109,7 +109,7 @@ def check_fields(config: Any) -> None:
     hints = _field_types(type(config))
     for f in dataclasses.fields(config):
         given = getattr(config, f.name)
-        require(_fits(hints[f.name], given), f.name, given, _in_words(hints[f.name]))
+        require(_fits(hints[f.name], given), f.name, given, in_words(hints[f.name]))
 
 
 @functools.cache
@@ -135,15 +135,15 @@ def _fits(kind: Any, value: Any) -> bool:
     return isinstance(value, kind)
 
 
-def _in_words(kind: Any) -> str:
+def in_words(kind: Any) -> str:
     """What a field of this type takes."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin in (Union, types.UnionType):
-        return " or ".join(map(_in_words, args))
+        return " or ".join(map(in_words, args))
     if origin is Literal:
         return ("one of " if len(args) > 1 else "") + ", ".join(map(repr, args))
     if origin is tuple:
-        items = [_in_words(item) for item in args if item is not Ellipsis]
+        items = [in_words(item) for item in args if item is not Ellipsis]
         return f"a tuple, each item {items[0]}" if Ellipsis in args else f"a tuple of {', '.join(items)}"
     if open_union.is_union(kind):
         return " or ".join(f"a {member.__name__}" for member in open_union.members(kind))
@@ -246,7 +246,7 @@ def _dataclass_from_json(cls: Any, data: Any, where: str) -> Any:
     for f in dataclasses.fields(cls):
         optional = f.default is not dataclasses.MISSING or f.default_factory is not dataclasses.MISSING
         if f.name not in values and not optional:
-            raise ConfigError(f"{where}.{f.name}: {cls.__name__} needs this field and it is missing")
+            raise ConfigError(f"{where}.{f.name}: {cls.__name__} needs this field, but it is missing")
     return cls(**values)
 
 
@@ -298,7 +298,7 @@ def loads[T](cls: type[T], text: str, where: str = "config") -> T:
     except ValueError as error:
         raise ConfigError(f"{where} is not JSON: {error}") from error
     except RecursionError as error:
-        raise ConfigError(f"{where} is not JSON that can be read: its brackets are nested too deeply") from error
+        raise ConfigError(f"{where} cannot be read as JSON: its brackets are nested too deeply") from error
     return from_json(cls, data, where)
 
 
@@ -333,4 +333,4 @@ def load_file(path: str | Path) -> Any:
         raise
     except Exception as error:
         raise ConfigError(open_union.said(error, path)) from error
-    raise ConfigError(f"{path}: defines no get_config(), which has to return the config")
+    raise ConfigError(f"{path}: has no function get_config(); it must return the config")

@@ -8,11 +8,14 @@ file, by that file's path, "/home/me/tilt.py:Tilt". Who reads such a config impo
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import importlib
 import importlib.util
 import inspect
+import pkgutil
 import sys
 import traceback
+import typing
 import zlib
 from pathlib import Path
 from types import ModuleType
@@ -119,7 +122,38 @@ def said(error: BaseException, path: Path) -> str:
     files = (str(path), str(path.resolve()))
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename in files]
     line = lines[-1] if lines else getattr(error, "lineno", None)
-    return f"{path}{f':{line}' if line else ''}: {type(error).__name__}: {error}"
+    return f"{path}{f':{line}' if line else ''}: {in_one_line(error)}"
+
+
+def in_one_line(error: BaseException) -> str:
+    """An error in one line, with what was meant where it is a name that is not there."""
+    if not isinstance(error, (ImportError, AttributeError, NameError)):
+        return f"{type(error).__name__}: {error}"
+    said = list(traceback.TracebackException.from_exception(error).format_exception_only())[-1].strip()
+    module = error.name if isinstance(error, ImportError) else getattr(getattr(error, "obj", None), "__name__", "")
+    name = error.name_from if isinstance(error, ImportError) else error.name
+    if module and name:
+        for other in [each for key, each in list(sys.modules.items()) if f"{key}.".startswith(f"{module}.")]:
+            # A module keeps the names that its classes have had, each with the one of today.
+            if found := vars(other).get("RENAMED", {}).get(name):
+                return f"{said}; {name} is called {found}: from {other.__name__} import {found}"
+            if other.__name__ != module and name in vars(other):
+                return f"{said}; did you mean: from {other.__name__} import {name}"
+        close = difflib.get_close_matches(name, vars(sys.modules.get(module, typing)), 1)
+        if close and "did you mean" not in said.lower():
+            return f"{said}. Did you mean: {close[0]!r}?"
+    if isinstance(error, ModuleNotFoundError) and (close := _close_module(error.name or "")):
+        return f"{said}. Did you mean: {close!r}?"
+    return said
+
+
+def _close_module(name: str) -> str:
+    """The module beside one that is not there whose name is like it."""
+    package, _, last = name.rpartition(".")
+    beside = getattr(sys.modules.get(package), "__path__", None) if package else None
+    names = [each.name for each in pkgutil.iter_modules(beside)] if beside else []
+    close = difflib.get_close_matches(last, names, 1)
+    return f"{package}.{close[0]}" if close else ""
 
 
 def _of_package(cls: type) -> bool:
@@ -162,7 +196,7 @@ def _of_module(name: str, inner: str, where: str) -> Any:
             "PYTHONPATH, or give the config file that imports the class"
         ) from None
     except (Exception, SystemExit) as error:
-        raise NotFound(f"importing {name} failed: {type(error).__name__}: {error}") from error
+        raise NotFound(f"importing {name} failed: {in_one_line(error)}") from error
     return _inside(module, inner, where)
 
 

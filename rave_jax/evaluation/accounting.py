@@ -31,7 +31,8 @@ import numpy as np
 
 from rave_jax.attention import LayerReading, PicturesBefore
 from rave_jax.batch import Kind, TokenInfo
-from rave_jax.models.config import ModelOptions, TextConfig
+from rave_jax.families.config import TextConfig
+from rave_jax.models.config import ModelOptions, attention_dims
 from rave_jax.typing import Bool, Int, NpArray
 
 
@@ -114,12 +115,13 @@ def account(info: TokenInfo, text: TextConfig, options: ModelOptions, number_byt
     row = _Row(info)
     if not len(row.queries):
         return None
-    H, K, h = text.attention_dims
+    dims = attention_dims(text)
+    H, K, h = dims
     plain = LayerReading(row.visual, row.visual, np.zeros(len(row.queries)), 2 * h * number_bytes * K * row.visual)
     layers = [plain] * text.num_layers
     before = PicturesBefore(row.visual, row.sizes, row.candidates)
     for mechanism in options.mechanisms:
-        reading = mechanism.reading(before, text.attention_dims, number_bytes)
+        reading = mechanism.reading(before, dims, number_bytes)
         for n in range(text.num_layers) if mechanism.layers == "all" else mechanism.layers:
             layers[n] = layers[n] if reading is None else reading
     mean, routing, read = (
