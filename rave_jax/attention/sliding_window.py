@@ -25,7 +25,7 @@ class SlidingWindow(MechanismConfig):
 
     def __post_init__(self) -> None:
         check_fields(self)
-        require(1 <= self.window < 2**31, "window", self.window, "at least 1 token, and a number that int32 holds")
+        require(1 <= self.window < 2**31, "window", self.window, f"a number of tokens from 1 to {2**31 - 1:,}")
 
     def build(self, dims: AttentionDims, key: jax.Array) -> Window:
         """The mechanism of one layer."""

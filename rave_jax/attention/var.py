@@ -61,7 +61,7 @@ class Var(MechanismConfig):
 
     def __post_init__(self) -> None:
         check_fields(self)
-        require(all(n >= 0 for n in self.dims), "dims", self.dims, "numbers of dimensions")
+        require(all(n >= 0 for n in self.dims), "dims", self.dims, "numbers of hidden dimensions, from 0 up")
         require(0 < self.tau <= 1e30, "tau", self.tau, "a positive number, at most 1e30")
         for name in ("rho", "summ", "move_fraction"):
             require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "a share between 0 and 1")
@@ -72,7 +72,9 @@ class Var(MechanismConfig):
         Raises:
             ConfigError: no sink dimensions.
         """
-        require(len(self.dims) > 0, "dims", self.dims, "at least one sink dimension of the base model")
+        needed = "at least one sink dimension of the base model: the help of Var.dims lists those of some models, and "
+        needed += "rave_jax.attention.calibrate.sinks finds others"
+        require(len(self.dims) > 0, "dims", self.dims, needed)
         return Redistribution(self) if self.move_fraction > 0 else Mechanism()
 
 

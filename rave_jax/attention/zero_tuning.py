@@ -53,7 +53,7 @@ class ZeroTuning(MechanismConfig):
         given = self.gamma if isinstance(self.gamma, tuple) else (self.gamma,)
         require(all(1e-30 <= g <= 1e30 for g in given), "gamma", self.gamma, "numbers above 0, from 1e-30 to 1e30")
         near = self.route != "after" or all(1e-3 <= gamma <= 1e3 for gamma in given)
-        require(near, "gamma", self.gamma, "numbers from 0.001 to 1000 by route 'after'")
+        require(near, "gamma", self.gamma, "numbers from 0.001 to 1000 with route 'after'; others need another route")
         fits = self.heads == "all" or len(given) == len(self.heads) or not isinstance(self.gamma, tuple)
         require(fits, "gamma", self.gamma, f"one number, or one for each of heads {self.heads}")
         once = self.heads == "all" or len(set(self.heads)) == len(self.heads)

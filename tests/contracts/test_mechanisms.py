@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,8 @@ import pytest
 from flax import nnx
 
 from rave_jax import attention as at
+from rave_jax.attention.base import Owned
+from rave_jax.attention.checks import DOES
 from rave_jax.config import ConfigError
 from rave_jax.layout import ContextTokens, VisualLayout
 from rave_jax.models.config import ModelOptions
@@ -123,3 +125,9 @@ def test_one_mechanism_of_a_layer_says_what_it_reads() -> None:
     ModelOptions((at.Gaze(layers=(0,)), at.Rave()))
     with pytest.raises(ConfigError, match="Fewer and Gaze share a layer, and each chooses what queries read"):
         ModelOptions((Fewer(), at.Gaze(layers=(0,))))
+
+
+def test_the_page_lists_what_can_be_owned_in_the_words_of_errors() -> None:
+    page = (REPO / "docs" / "mechanisms.md").read_text()
+    assert [thing for thing, does in DOES.items() if f"| `{thing}` | {does} |" not in page] == []
+    assert set(DOES) == set(get_args(Owned))

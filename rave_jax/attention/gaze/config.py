@@ -103,7 +103,7 @@ class Gaze(MechanismConfig):
         known = 1 <= self.max_regions <= MAX_REGIONS
         require(known, "max_regions", self.max_regions, f"a number from 1 to {MAX_REGIONS:,}")
         known = not (self.rank_with_bias and self.descriptor == "oracle")
-        require(known, "rank_with_bias", True, "False beside the descriptor oracle, whose masses have the bias already")
+        require(known, "rank_with_bias", True, "False with descriptor 'oracle', whose masses have the bias")
         _ = self.rule  # refuses a wrong top_k or tau
 
     @property
