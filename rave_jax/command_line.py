@@ -281,7 +281,9 @@ def _part(kinds: dict[str, Any], path: str, word: str, old: Any, optional: bool 
     plain = {_plain(name): kind for name, kind in kinds.items()}
     if _plain(word) not in plain and ":" in word and any(issubclass(k, open_union.OpenUnion) for k in kinds.values()):
         try:
-            plain[_plain(word)] = open_union.find(open_union.OpenUnion, word)
+            # A file is named from the working directory, as on any command line.
+            name = str(Path(word).resolve()) if ".py:" in word else word
+            plain[_plain(word)] = open_union.find(open_union.OpenUnion, name)
         except open_union.NotFound as error:
             raise ConfigError(f"--{path} is {word!r}: {error}") from error
     if _plain(word) not in plain:

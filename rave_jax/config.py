@@ -146,7 +146,8 @@ def in_words(kind: Any) -> str:
         items = [in_words(item) for item in args if item is not Ellipsis]
         return f"a tuple, each item {items[0]}" if Ellipsis in args else f"a tuple of {', '.join(items)}"
     if open_union.is_union(kind):
-        return " or ".join(f"a {member.__name__}" for member in open_union.members(kind))
+        named = " or ".join(f"a {member.__name__}" for member in open_union.members(kind))
+        return f"{named}, or of a class of your own that derives from {kind.__name__}"
     return {int: "an integer", float: "a finite number", type(None): "None"}.get(kind, f"a {kind.__name__}")
 
 

@@ -12,6 +12,7 @@ import difflib
 import importlib
 import importlib.util
 import inspect
+import os
 import pkgutil
 import sys
 import traceback
@@ -161,7 +162,10 @@ def _of_package(cls: type) -> bool:
 
 
 def _of_file(file: Path, inner: str, name: str) -> Any:
-    if file.is_file():
+    if not file.is_absolute():
+        # Else a config from somebody else could name a file that came with it.
+        raise NotFound(f"{file} is no absolute path")
+    if os.path.isfile(file):
         try:
             module = run_file(file)
         except (Exception, SystemExit) as error:

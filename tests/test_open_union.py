@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from pathlib import Path
 
@@ -127,6 +128,7 @@ def test_two_files_of_one_name_are_two(file: Path, tmp_path: Path) -> None:
         ("own_lab.no:Mine", "there is no module own_lab.no, which defined the class Mine"),
         ("json:Mine", "json defines no class Mine"),
         ("json:JSONDecoder", "it is no MechanismConfig"),
+        ("./FILE.txt.py:Mine", r"FILE.txt.py is no absolute path"),
         ("BROKEN.py:Mine", r"BROKEN.py:2: ZeroDivisionError: division by zero"),
         (":", "expected the name of a known class, or MODULE:CLASS or FILE.py:CLASS"),
     ],
@@ -136,7 +138,7 @@ def test_what_is_no_class_is_refused_by_its_field(
 ) -> None:
     (tmp_path / "FILE.py").write_text(MINE)
     (tmp_path / "BROKEN.py").write_text("\n1 / 0\n")
-    name = f"{tmp_path}/{name}" if ".py:" in name else name
+    name = f"{tmp_path}/{name}" if ".py:" in name and name[0] != "." else name
     text = dumps(ModelOptions()).replace("[]", f'[{{"type": "{name}"}}]')
     with pytest.raises(ConfigError, match=r"^config\.mechanisms\.0\.type is ") as error:
         loads(ModelOptions, text)
@@ -165,5 +167,7 @@ def test_the_command_line_knows_it_by_name_and_by_where_it_is(file: Path, packag
     assert changed == ModelOptions((Rave(), type(config.mechanisms[0])(7)))
     named = override(config, ["--mechanisms", package, "--mechanisms.0.degree", "4"])
     assert open_union.saved_name(type(named.mechanisms[0])) == package and named.mechanisms[0].degree == 4
+    named = override(config, ["--mechanisms", os.path.relpath(file) + ":Mine", "--mechanisms.0.degree", "4"])
+    assert type(named.mechanisms[0]) is type(config.mechanisms[0]), "that file was read"
     with pytest.raises(ConfigError, match=r"--mechanisms.0 is 'no_lab:Mine': there is no module no_lab"):
         override(config, ["--mechanisms", "no_lab:Mine"])

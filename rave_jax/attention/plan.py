@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 from flax import nnx
 
-from rave_jax.attention.base import AttentionDims, Mechanism
+from rave_jax.attention.base import AttentionDims, Mechanism, overrides
 from rave_jax.attention.checks import check_owners
 from rave_jax.attention.declared import LayeredConfig
 from rave_jax.config import ConfigError
@@ -66,6 +66,12 @@ def _built(config: LayeredConfig, dims: AttentionDims, key: jax.Array) -> Mechan
         found = type(mechanism).__name__
         raise ConfigError(f"build of {config.called} returned an object of class {found}, expected a Mechanism")
     mechanism.declared = config
+    for hook in ("positions", "factor", "route"):
+        if overrides(mechanism, hook) and hook not in mechanism.OWNS:
+            raise ConfigError(
+                f"{config.called}: {type(mechanism).__name__} overrides the hook {hook!r}, which only one mechanism of "
+                f"a layer may; say so in the class: OWNS = ({hook!r},)"
+            )
     _check_parameters(config, mechanism)
     return mechanism
 

@@ -15,10 +15,12 @@ from flax import nnx
 from rave_jax import attention as at
 from rave_jax.attention.base import Owned
 from rave_jax.attention.checks import DOES
+from rave_jax.batch import TokenInfo
 from rave_jax.config import ConfigError
 from rave_jax.layout import ContextTokens, VisualLayout
 from rave_jax.models.config import ModelOptions
 from tests.attention.built_in import BUILT_IN
+from tests.attention.packed import DIMS, KEY, attend, features, info_of
 
 REPO = Path(__file__).resolve().parents[2]
 PACKAGE = REPO / "rave_jax"
@@ -110,6 +112,29 @@ class WithParameter(at.Mechanism):
 def test_a_module_that_cannot_be_used_is_refused_by_its_config(built: Any, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         at.build_mechanisms((Odd(built),), at.AttentionDims(4, 2, 8), jax.random.key(0))
+
+
+class Silent(at.Mechanism):
+    """Overrides what only one mechanism may, and does not say so."""
+
+    def factor(self, x: Any, info_q: Any, info_k: Any) -> None:
+        return None
+
+
+class Biased(at.Mechanism):
+    """Gives a pair bias, and does not say so."""
+
+    def score(self, x: at.Features, remembered: None, info_q: TokenInfo, info_k: TokenInfo) -> at.Score:
+        gate = at.Rave(rank=1).build(DIMS, KEY)
+        return gate.score(x, gate.remember(x), info_q, info_k)
+
+
+def test_who_overrides_what_one_may_has_to_own_it() -> None:
+    with pytest.raises(ConfigError, match=r"Odd: Silent overrides the hook 'factor', .* OWNS = \('factor',\)"):
+        at.build_mechanisms((Odd(lambda dims: Silent()),), DIMS, KEY)
+    x, info, mechanisms = features(), info_of(("qva",), ("qva",)), [Biased(), Biased()]
+    with pytest.raises(ConfigError, match="Biased adds a query-key bias to the scores, and so does another mechanism"):
+        attend(x, info, mechanisms)
 
 
 def test_context_tokens_are_an_option_of_the_model_alone() -> None:
