@@ -112,13 +112,13 @@ def test_a_second_job_on_the_directory_is_refused(run, capsys):
     assert (run / "metrics.jsonl").read_bytes() == before
 
 
-def test_a_mechanism_that_config_json_cannot_name_is_refused_before_anything_is_written(tmp_path, capsys):
+def test_a_mechanism_that_config_json_cannot_lead_back_to_is_refused_before_anything_is_written(tmp_path, capsys):
     (tmp_path / "mine.py").write_text(
         "import dataclasses\n"
         "from rave_jax.attention import Rave\n"
         "from tests.resume import small_run\n"
-        "class Mine(Rave): pass\n"
         "def get_config():\n"
+        "    class Mine(Rave): pass\n"
         "    config = small_run.get_config()\n"
         "    model = dataclasses.replace(config.model, mechanisms=(Mine(rank=2),))\n"
         "    return dataclasses.replace(config, model=model)\n"
@@ -126,8 +126,8 @@ def test_a_mechanism_that_config_json_cannot_name_is_refused_before_anything_is_
     command = [str(tmp_path / "mine.py"), "--output_dir", str(tmp_path / "run")]
     assert train.main(command) == EXIT_CONFIG
     (line,) = capsys.readouterr().err.splitlines()
-    assert "model.mechanisms.0 is of class Mine, which config.json cannot name" in line
-    assert "there are Avar, Cca," in line
+    assert "the config cannot be written to config.json and read back: the class Mine could not be found again" in line
+    assert "it is defined inside a function: define it at the top of its file" in line
     assert not (tmp_path / "run").exists()
 
 
