@@ -19,7 +19,7 @@ AFTER_MODEL = MODEL | {"checkpoint", "inference", "data"}
 
 # Part of rave_jax -> the other parts it may import.
 PARTS: dict[str, set[str]] = {
-    "__init__": set(),
+    "__init__": {"api", "config", "data", "inference"},  # for the type checker; a name is imported at its first use
     "typing": set(),
     "config": set(),
     "files": set(),
@@ -37,6 +37,7 @@ PARTS: dict[str, set[str]] = {
     "look": AFTER_MODEL | {"observe"},
     "evaluation": AFTER_MODEL | {"look", "observe"},
     "training": AFTER_MODEL | {"look", "evaluation", "observe"},
+    "api": AFTER_MODEL | {"look", "tools"},
     "tools": AFTER_MODEL | {"command_line", "look", "evaluation", "training", "observe"},
 }
 
