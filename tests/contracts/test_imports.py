@@ -19,7 +19,7 @@ AFTER_MODEL = MODEL | {"checkpoint", "inference", "data"}
 
 # Part of rave_jax -> the other parts it may import. A family's `tower` is a part of its own, "towers": it imports jax.
 PARTS: dict[str, set[str]] = {
-    "__init__": set(),
+    "__init__": {"api", "config", "data", "inference"},  # for the type checker; a name is imported at its first use
     "typing": set(),
     "open_union": set(),
     "config": {"open_union"},
@@ -40,6 +40,7 @@ PARTS: dict[str, set[str]] = {
     "look": AFTER_MODEL | {"observe"},
     "evaluation": AFTER_MODEL | {"look", "observe"},
     "training": AFTER_MODEL | {"look", "evaluation", "observe"},
+    "api": AFTER_MODEL | {"look", "tools"},
     "tools": AFTER_MODEL | {"command_line", "look", "evaluation", "training", "observe"},
 }
 

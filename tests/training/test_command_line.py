@@ -11,11 +11,14 @@ import jax
 import numpy as np
 import pytest
 
+import rave_jax
+from rave_jax.checkpoint.store import StoreError
 from rave_jax.config import ConfigError
 from rave_jax.models.parameters import named_parameters
 from rave_jax.observe.metrics import read_jsonl
-from rave_jax.parallel.mesh import MeshConfig
-from rave_jax.tools import train
+from rave_jax.parallel.mesh import MeshConfig, abstract_mesh
+from rave_jax.tools import cli, train
+from rave_jax.tools import eval as evaluate
 from rave_jax.tools.job import EXIT_CONFIG, EXIT_FAILED
 from rave_jax.training.lock import only_job
 from rave_jax.training.run import load_run
@@ -58,6 +61,25 @@ def test_a_finished_run_is_not_trained_again(run):
     before = (run / "metrics.jsonl").read_bytes()
     assert train.main([str(run / "config.json")]) == 0
     assert (run / "metrics.jsonl").read_bytes() == before
+
+
+def test_scripts_evaluations_and_plans_read_a_run_by_one_loader(run, tmp_path):
+    """A damaged run fails an evaluation, and is input that the command cannot use."""
+    numbers = [
+        {name: np.asarray(param[...]) for name, param in named_parameters(found.model).items()}
+        for found in (load_run(run, step=2), rave_jax.load(run, step=2))
+    ]
+    jax.tree.map(np.testing.assert_array_equal, *numbers)
+    planned = rave_jax.load(run, mesh=abstract_mesh(MeshConfig(), jax.device_count()))
+    assert planned.parameter_bytes() == rave_jax.load(run).parameter_bytes()
+    assert evaluate.main([str(run), "--step", "7", "--output_dir", str(tmp_path / "out")]) == 1
+    broken = shutil.copytree(run, tmp_path / "broken")
+    for file in (broken / "checkpoints").rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"")
+    with pytest.raises(StoreError):
+        rave_jax.load(broken)
+    assert cli.main(["generate", str(broken), "--prompt", "What?"]) == 2
 
 
 def test_a_run_is_read_back_on_another_mesh(run):
