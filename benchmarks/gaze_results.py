@@ -241,7 +241,7 @@ def compared(rows: Sequence[Mapping[str, Any]], names: Sequence[str], seeds: Seq
 
 
 def markdown(table: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The table as it stands in docs/gaze.md."""
+    """The table as it stands in docs/results.md."""
     lines = [
         "| setting | entries of a query | right answers | against dense, points | regions on the evidence | missing |",
         "|---|---|---|---|---|---|",

@@ -2,7 +2,7 @@
 
 A curriculum: mosaics of digits on coloured cells to be listed ("red7 blue3"), to learn to read and to find a colour;
 the same ones asked ("Which digit is on the red cell?"), to learn to look where the question says; then these questions
-mixed with bar charts and counting. docs/training.md says how well it ends.
+mixed with bar charts and counting. docs/results.md says what it scores.
 """
 
 from rave_jax.attention import Rave

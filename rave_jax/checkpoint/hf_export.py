@@ -67,7 +67,7 @@ def export_hf(
 
     Args:
         model: with parameters on any mesh.
-        destination: a directory that is not there yet (or empty).
+        destination: a directory to make; it must not exist or must be empty.
         source: the directory that the model came from: its config, tokenizer and processor files are carried along
             byte for byte, and its style of keys is kept. None writes a config made from ours, and no tokenizer.
         dtype: number type of what is written, "float32" or "bfloat16"; None writes each parameter as it is.

@@ -137,7 +137,7 @@ def _dtypes(directory: Path, model: Vlm, sources: dict[str, list[Stored]], dtype
         return wanted
     stored = {path: {s.dtype for s in tensors} for path, tensors in sources.items()}
     mixed = [
-        f"{tensors[0].key} ({tensors[0].file.name}) and its like in other layers differ in number type: "
+        f"{tensors[0].key} ({tensors[0].file.name}) and the same tensors of other layers have different number types: "
         + ", ".join(sorted(stored[path]))
         for path, tensors in sources.items()
         if len(stored[path]) > 1

@@ -91,7 +91,7 @@ class AdapterConfig:
             try:
                 re.compile(pattern)
             except re.error as error:
-                raise CheckpointError(f"{self.file}: {pattern!r} is no regex: {error}") from error
+                raise CheckpointError(f"{self.file}: {pattern!r} is not a valid regex: {error}") from error
 
     @property
     def base(self) -> str:

@@ -227,7 +227,7 @@ def base_of(directory: Path, given: Path | None) -> Path:
     for path in (Path(stated).expanduser(), directory / stated) if stated else ():
         if path.is_dir():
             return path
-    what = f"{stated!r}, which is no directory here" if stated else "not stated"
+    what = f"{stated!r}, which is not a directory here" if stated else "not stated"
     raise CheckpointError(
         f"{directory / ADAPTER_CONFIG}: base_model_name_or_path is {what}: give the base model's directory (--base)"
     )

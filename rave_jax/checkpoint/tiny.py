@@ -2,7 +2,7 @@
 
 Start of the weights, as `Vlm` makes them: linears normal with standard deviation 1/sqrt(fan_in), which keeps the size
 of activations at any width (HF's fixed 0.02 is a quarter of that at a width of 128); the embedding table normal with
-0.02, and apart from the head, since that learns sooner (docs/training.md); biases zero, norms one.
+0.02, and apart from the head, since that learns sooner (docs/results.md); biases zero, norms one.
 
 The tokenizer is byte-level BPE: every byte is a token, so it reads any text, and a few merges make the
 words of the chat format and of the synthetic questions short.
@@ -120,7 +120,7 @@ def write_tiny(destination: str | Path, sizes: Tiny = Tiny()) -> Path:
     """Write the model, its tokenizer and its processor settings.
 
     Args:
-        destination: a directory that is not there yet (or empty).
+        destination: a directory to make; it must not exist or must be empty.
         sizes: of the model, and its seed.
 
     Raises:

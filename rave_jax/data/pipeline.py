@@ -54,13 +54,13 @@ class Stage:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """What a run reads and in which shape."""
+    """The data of a run and the shape of its batches."""
 
     sources: tuple[SourceConfig, ...] = (Synthetic(),)
     """Where samples come from."""
     stages: tuple[Stage, ...] = (Stage(),)
-    """Curriculum: which share of the samples each source has from which step on, and in rows of which size; the first
-    stage starts at 0."""
+    """Curriculum: the share of each source, and perhaps the size of rows, from a step on. The first stage starts at
+    step 0. Empty for one stage with equal shares."""
     rows: int = 64
     """Rows of a batch over all hosts."""
     tokens: int = 128
@@ -76,29 +76,33 @@ class DataConfig:
     max_pixels: int | None = None
     """Most pixels of a resized picture; None for the model's own limit."""
     special_tokens_in_text: SpecialTokens = "text"
-    """What special tokens such as <|im_end|> are that a sample spells out: "text" like any other, or the "tokens"."""
+    """How a sample's spelling of a special token such as <|im_end|> is read: as "text", or as the token ("tokens")."""
     on_error: Literal["skip", "fail"] = "skip"
-    """What to do with a broken picture, an empty answer, a sample over budget: log, count and skip, or stop."""
+    """What to do with a broken picture, an empty answer, a sample over budget: skip and count it, or fail."""
     max_skips: int = 100
-    """Samples skipped one after another in one place before the run stops all the same."""
+    """Consecutive samples that may be skipped for one document of a row; with more, the run stops."""
     prefetch: int = 2
-    """Batches made ahead in the background; 0 makes each when it is asked for."""
+    """Batches prepared ahead in the background; 0 prepares each when it is needed."""
     workers: int = 1
-    """Threads that make them."""
+    """Threads that prepare batches."""
     cache_mb: int = 256
-    """Memory for samples already processed, in MB; 0 for none."""
+    """Memory that keeps processed samples for reuse, in MB; 0 keeps none."""
 
     def __post_init__(self) -> None:
-        require(len(self.sources) > 0, "sources", self.sources, "at least one source")
+        require(len(self.sources) > 0, "sources", self.sources, "at least one source, as --data.sources LlavaJson")
+        if not self.stages:
+            object.__setattr__(self, "stages", (Stage(),))
         require(self.seed >= 0, "seed", self.seed, "0 or more")
         steps = [stage.step for stage in self.stages]
         require(steps[:1] == [0], "stages", steps, "a first stage at step 0")
         require(steps == sorted(set(steps)), "stages", steps, "ascending steps")
         for number, stage in enumerate(self.stages):
-            fits = len(stage.weights) in (0, len(self.sources))
-            require(
-                fits, f"stages.{number}.weights", stage.weights, f"one weight for each of {len(self.sources)} sources"
+            count = len(self.sources)
+            expected = (
+                f"one weight for each of {count} source{'s' * (count != 1)}; --data.stages [] makes one stage with "
+                f"equal shares, --data.stages.{number}.weights sets those of this stage"
             )
+            require(len(stage.weights) in (0, count), f"stages.{number}.weights", stage.weights, expected)
         check_ranges(self, rows=(1, MOST_ROWS), tokens=(1, MOST_TOKENS), patches=(0, MOST_PATCHES))
         check_ranges(self, documents_per_row=(1, self.tokens), max_skips=(0, 10**6))
         check_ranges(self, min_pixels=(1, MOST_PIXELS), max_pixels=(1, MOST_PIXELS))
@@ -232,7 +236,7 @@ class Pipeline:
         for name, value in facts.items():
             if name not in state:
                 raise ConfigError(
-                    f"the data state of the checkpoint says nothing of {name}: it is damaged; delete the checkpoint, "
+                    f"the data state of the checkpoint has no entry {name}: it is damaged; delete the checkpoint, "
                     "so that the one before it is taken"
                 )
             require(
@@ -280,7 +284,7 @@ class Pipeline:
                 skips.append(skip_of(self.sources[number].name, index, error))
                 self.skip_log.add(skips[-1])
         raise SampleError(
-            f"{self.sources[number].name}: {self.config.max_skips + 1} samples one after another cannot be used: "
+            f"{self.sources[number].name}: {self.config.max_skips + 1} consecutive samples cannot be used: "
             f"{describe(skips)}; the last: {skips[-1].message}"
         )
 
@@ -302,7 +306,7 @@ class Pipeline:
 
 
 def _probe(source: Source, most: int, field: str) -> None:
-    """Raise ConfigError where none of the first samples can be read: then the file is none of this kind."""
+    """Raise ConfigError where none of the first samples can be read: then the file is not of this kind."""
     errors: list[SampleError] = []
     for index in range(min(most, len(source))):
         try:

@@ -97,7 +97,7 @@ class Processor:
         except Exception as error:  # the libraries below raise many kinds for files that are not theirs
             raise ConfigError(f"{directory}: no tokenizer could be read: {error}") from error
         if not getattr(tokenizer, "is_fast", False):
-            raise ConfigError(f"{directory}: {type(tokenizer).__name__} is no fast tokenizer")
+            raise ConfigError(f"{directory}: {type(tokenizer).__name__} is not a fast tokenizer (tokenizer.json)")
         check_directory(Path(directory), settings.config, tokenizer)
         template = read_template(directory, tokenizer)
         try:
@@ -153,7 +153,7 @@ class Processor:
 
         Args:
             messages: the conversation.
-            add_generation_prompt: end with the header of an answer to come.
+            add_generation_prompt: end the prompt where an answer would begin.
             name: what errors call the sample.
             most_tokens: what the caller has room for. A text that is too long for it whatever its tokens is refused
                 before they are made, which takes seconds and gigabytes for a few megabytes of text; one that may fit is
@@ -192,7 +192,7 @@ class Processor:
         runs = self.chat.runs(messages, add_generation_prompt)
         parts = [part for run in runs for part in run.visuals]
         if parts and not self.settings.has_vision:
-            raise SampleError("the conversation has pictures and the model takes none")
+            raise SampleError("the conversation has pictures, but the model is for text only")
         places = self._placeholders(runs, parts)
         cuts, pieces = [], []
         for part in parts:
@@ -243,7 +243,7 @@ class Processor:
         wanted = [part["type"] for part in parts]
         if [kind for _, kind in found] != wanted:
             raise SampleError(
-                f"the rendered text holds the placeholders {[kind for _, kind in found]} for the pictures {wanted}; "
+                f"the rendered text has the placeholders {[kind for _, kind in found]}, but the pictures are {wanted}; "
                 "does a message spell out a placeholder, with special_tokens_in_text set to 'tokens'?"
             )
         return np.array([index for index, _ in found], np.int64)

@@ -129,7 +129,7 @@ def open_checked(config: Eval, num_layers: int) -> Source:
         num_layers: decoder layers of the model.
 
     Raises:
-        ConfigError: data cannot be opened, evidence cannot be dealt anew, or a layer does not exist.
+        ConfigError: data cannot be opened, evidence cannot be changed, or a layer does not exist.
     """
     for layer in config.layers:
         if not 0 <= layer < num_layers:
@@ -243,13 +243,13 @@ def _ask(
 
 
 def _redealing(config: Eval, source: Source) -> Redealing | None:
-    """The source, where the grounding check is to deal its evidence anew."""
+    """The source, where the grounding check changes its evidence."""
     if config.grounding is None:
         return None
     if not isinstance(source, Redealing):
         raise ConfigError(
             f"{config.name}: grounding is set, but data is {type(config.data).__name__}, whose evidence cannot "
-            "be dealt anew; use Synthetic, or grounding None"
+            "be changed; use Synthetic, or grounding None"
         )
     return source
 

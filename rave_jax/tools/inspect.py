@@ -108,4 +108,4 @@ def _dtypes(path: Path, model: Vlm) -> tuple[dict[str, np.dtype], str]:
     name = str(stated).removeprefix("torch.")
     if name not in NAMED:
         raise CheckpointError(f"{path / CONFIG}: dtype is {stated!r}, expected {', '.join(NAMED)}")
-    return dict.fromkeys(params, np.dtype(NAMED[name])), f"none here; bytes as the config says, {name}"
+    return dict.fromkeys(params, np.dtype(NAMED[name])), f"no weights here; bytes are for {name}, as in config.json"

@@ -22,7 +22,7 @@ from rave_jax.training.session import Session
 from rave_jax.training.state import TrainState, parameters_of
 from rave_jax.training.step import StepMetrics
 
-SLOW_DATA = "is the disk or network under it alive? if the data is only slow, raise hosts.step_timeout"
+SLOW_DATA = "is the disk or network under it alive? if the data is just slow, raise hosts.step_timeout"
 SLOW_STEP = "has another process stopped, or a device? if steps are only slow, raise hosts.step_timeout"
 SLOW_SAVE = "does the disk under output_dir still take files? if it is only slow, raise hosts.step_timeout"
 
@@ -172,8 +172,8 @@ class Loop:
         if len(set(found.values())) > 1:
             states = ", ".join(f"{found[str(process)]} (process {process})" for process in range(count))
             raise hosts.HostsError(
-                f"{self._stop.asked}: data came too late on one process, and the states that are left are of the steps "
-                f"{states}; they are not saved; the same command continues after the newest checkpoint"
+                f"{self._stop.asked}: data came too late on one process, and the processes hold states of different "
+                f"steps, {states}, which are not saved; the same command continues after the newest checkpoint"
             )
         return step
 

@@ -123,7 +123,7 @@ def _run(config: TrainConfig, watchdog: Watchdog, stop: StopRequest) -> None:
             try:
                 finish(config, model, processor, mesh, directory)
             except OSError as error:
-                raise StoreError(f"training is done and saved, but what follows it failed: {error}") from error
+                raise StoreError(f"training is done and saved, but the evaluation or report failed: {error}") from error
 
 
 def _check_final(config: TrainConfig, num_layers: int) -> None:
@@ -189,7 +189,7 @@ def _extended(config: TrainConfig, before: int, start: int) -> str:
     if config.optimizer.decay == "none":
         return said
     return (
-        f"{said}: the learning rate goes on by the {config.optimizer.decay} decay of {config.steps} steps, so the "
+        f"{said}: the learning rate continues on the {config.optimizer.decay} decay of {config.steps} steps, so the "
         f"numbers are not those of a run that had {config.steps} from its start (config.json keeps both)"
     )
 

@@ -195,4 +195,4 @@ def test_inspect_knows_number_types_as_configs_write_them(
     (folder / "model.safetensors").unlink()
     assert main(["inspect", str(folder)]) == (2 if said is None else 0)
     output = capsys.readouterr()
-    assert f"as the config says, {said}" in output.out if said else "dtype is" in output.err
+    assert f"bytes are for {said}, as in config.json" in output.out if said else "dtype is" in output.err

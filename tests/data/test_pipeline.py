@@ -191,7 +191,7 @@ def test_a_source_of_which_nothing_can_be_read_is_refused_at_once(qa_folder: Pat
 
 def test_too_many_skips_say_what_they_were(qa_folder: Path, processor: Processor) -> None:
     pipeline = Pipeline(data(qa_folder, tokens=30, max_skips=8), processor)
-    says = r"9 samples one after another cannot be used: \d over budget \(they need up to 1060 tokens and 48 patches"
+    says = r"9 consecutive samples cannot be used: \d over budget \(they need up to 1060 tokens and 48 patches"
     with pytest.raises(SampleError, match=says):
         pipeline.rows(0, 0, 1)
 
@@ -233,10 +233,11 @@ def test_a_stage_may_have_rows_of_its_own_size(qa_folder: Path, processor: Proce
 def test_configs(qa_folder: Path, processor: Processor) -> None:
     config = data(qa_folder, stages=(Stage(), Stage(9, (1.0,))))
     assert configs.loads(DataConfig, configs.dumps(config)) == config
+    assert data(qa_folder, stages=()) == data(qa_folder, stages=(Stage(),))
     for changes, says in (
         ({"stages": (Stage(1),)}, "a first stage at step 0"),
         ({"stages": (Stage(), Stage(5), Stage(5))}, "ascending"),
-        ({"stages": (Stage(0, (1.0, 2.0)),)}, "one weight for each of 1"),
+        ({"stages": (Stage(0, (1.0, 2.0)),)}, "one weight for each of 1 source; --data.stages \\[\\] makes one stage"),
         ({"sources": ()}, "at least one source"),
         ({"rows": 0}, "rows is 0"),
         ({"workers": 0}, "workers is 0"),

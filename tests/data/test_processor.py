@@ -127,7 +127,7 @@ def test_a_written_placeholder_is_text(processor: Processor) -> None:
     assert np.sum(example.tokens == processor.settings.image_token_id) == np.sum(example.info.kind == Kind.VISUAL) == 1
     assert "what is <|image_pad|>?" in processor.decode(example.tokens)
     tokens = Processor(processor.tokenizer, processor.settings, TEMPLATE, special_tokens_in_text="tokens")
-    with pytest.raises(SampleError, match=r"s1: the rendered text holds .* spell out a placeholder"):
+    with pytest.raises(SampleError, match=r"s1: the rendered text has .* spell out a placeholder"):
         tokens.encode(messages, name="s1")
 
 
@@ -150,7 +150,7 @@ def test_errors_name_sample_and_file(processor: Processor, tmp_path: Path) -> No
 def test_a_model_without_eyes(qwen: Processor) -> None:
     blind = Processor(qwen.tokenizer, TEXT_ALONE, qwen.chat._template)
     assert len(blind.encode([{"role": "user", "content": "hi"}]).tokens) > 0
-    with pytest.raises(SampleError, match="the model takes none"):
+    with pytest.raises(SampleError, match="the model is for text only"):
         blind.encode([{"role": "user", "content": [image(28, 28)]}])
 
 
@@ -207,9 +207,9 @@ EDGES = {"shortest_edge": 784, "longest_edge": 7840}
         ({"size": {"height": 448, "width": 448}}, r"size is {'height': 448, 'width': 448}, expected {'shortest_edge'"),
         ({"size": 448}, r"size is 448, expected"),
         ({"size": [448, 448]}, r"size is \[448, 448\], expected"),
-        ({"size": {"longest_edge": 2048}}, "min_pixels is not stated"),
-        ({"size": {"shortest_edge": 784}}, "max_pixels is not stated"),
-        ({"size": {}}, "min_pixels is not stated"),
+        ({"size": {"longest_edge": 2048}}, "min_pixels is missing"),
+        ({"size": {"shortest_edge": 784}}, "max_pixels is missing"),
+        ({"size": {}}, "min_pixels is missing"),
         ({"min_pixels": 0}, "min_pixels is 0, expected a number of pixels"),
         ({"max_pixels": "7840"}, "max_pixels is '7840', expected a number"),
         ({"min_pixels": 9, "max_pixels": 8}, "min_pixels is 9, above max_pixels 8"),

@@ -72,7 +72,7 @@ def test_nothing_is_measured_where_nothing_can_be(qa_folder: Path, processor: Pr
     found = survey(QaJsonl(str(qa_folder / "qa.jsonl")).build(), processor)
     assert (found.percentile(99), found.share(Need(1, 1)), len(found.skips)) == ((0, 0), 1.0, 1)
     blind = Processor(processor.tokenizer, TEXT_ALONE, processor.chat._template)
-    with pytest.raises(SampleError, match="the model takes none"):
+    with pytest.raises(SampleError, match="the model is for text only"):
         measure(blind, asked({"type": "image", "image": np.zeros((8, 8, 3), np.uint8)}))
 
 

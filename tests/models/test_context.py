@@ -114,7 +114,13 @@ def test_the_table_learns_and_nobody_predicts_its_tokens() -> None:
     assert not np.any(named_parameters(gradients(a_model(), text))["context.weight"][...])
 
 
-@pytest.mark.parametrize("context", [CONTEXT, ContextTokens(2, "image", "own+first")], ids=lambda c: c.sees)
+@pytest.mark.parametrize(
+    "context",
+    [
+        pytest.param(CONTEXT, id="own", marks=pytest.mark.slow),
+        pytest.param(ContextTokens(2, "image", "own+first"), id="own+first"),
+    ],
+)
 def test_packed_documents_equal_each_alone(context: ContextTokens) -> None:
     vlm, docs = a_model(context), documents(context)
     packed = logits(vlm, batch([docs, docs[::-1]], CONFIG, **SHAPE))
@@ -127,7 +133,7 @@ def test_packed_documents_equal_each_alone(context: ContextTokens) -> None:
             start += n
 
 
-@pytest.mark.parametrize("sees", ["own", "own+first"])
+@pytest.mark.parametrize("sees", [pytest.param("own", marks=pytest.mark.slow), "own+first"])
 def test_context_tokens_listen_to_no_text_but_the_first(sees) -> None:
     """The rows of the attention map in every layer and head."""
     context = ContextTokens(3, sees=sees)

@@ -54,7 +54,12 @@ DOCUMENTS = (
 SHAPE = {"tokens": 60, "patches": 144}
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+FAST = ("cca", "croc prefix")
+"""The masks of mma and of croc are in the tests of slots and of rows by regions as well."""
+NAMES = [pytest.param(name, marks=[pytest.mark.slow] * (name not in FAST)) for name in SETTINGS]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_packed_documents_equal_each_alone(name: str) -> None:
     model = a_model(name)
     packed = logits(model, batch([list(DOCUMENTS), list(DOCUMENTS[::-1])], CONFIG, **SHAPE))
@@ -67,7 +72,7 @@ def test_packed_documents_equal_each_alone(name: str) -> None:
             start += n
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", NAMES)
 def test_an_answer_changes_nothing_before_it(name: str) -> None:
     model, rows = a_model(name), batch([list(DOCUMENTS), []], CONFIG, **SHAPE)
     before = np.asarray(logits(model, rows))[0]

@@ -153,7 +153,7 @@ def _pixel_limits(file: Path, config: Mapping[str, Any], low: int, high: int) ->
         if value is None:
             raise ConfigError(
                 f"{file}: size is {size!r}, expected {{'shortest_edge': least pixels, 'longest_edge': most pixels}} or "
-                f"the keys min_pixels and max_pixels: pictures keep their shape, and {key} is not stated"
+                f"the keys min_pixels and max_pixels, but {key} is missing: pictures are resized between these limits"
             )
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ConfigError(f"{file}: {key} is {value!r}, expected a number of pixels, 1 or more")

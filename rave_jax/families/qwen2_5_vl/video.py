@@ -62,7 +62,7 @@ def sample_frames(total: int, fps: float, limits: VideoLimits, temporal: int) ->
     count = min(max(total / fps * limits.fps, limits.min_frames), most, total)
     count = math.floor(count / temporal) * temporal
     if count < 1:
-        raise PictureError(f"{total} frames at {fps} per second: too few to sample {limits.fps} per second")
+        raise PictureError(f"{total} frames at {fps} per second are too few to sample {limits.fps} frames per second")
     return np.arange(count, dtype=np.int64) * total // count
 
 
