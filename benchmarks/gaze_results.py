@@ -34,7 +34,7 @@ from rave_jax.attention.gaze import TopKSchedule
 from rave_jax.checkpoint.hf_export import export_hf
 from rave_jax.config import ConfigError, load_file, require
 from rave_jax.data.collate import BatchShape
-from rave_jax.data.pipeline import DataConfig, Stage
+from rave_jax.data.config import DataConfig, Stage
 from rave_jax.data.sample import Sample
 from rave_jax.data.synthetic import Synthetic
 from rave_jax.evaluation.accounting import account

@@ -6,7 +6,7 @@ mixed with bar charts and counting. docs/results.md says what it scores.
 """
 
 from rave_jax.attention import Rave
-from rave_jax.data.pipeline import DataConfig, Stage
+from rave_jax.data.config import DataConfig, Stage
 from rave_jax.data.synthetic import BarChart, Counting, DigitMosaic, MosaicList, Synthetic
 from rave_jax.evaluation.config import Eval, Floor, Grounding, Report
 from rave_jax.evaluation.grounding import TaskAim

@@ -12,7 +12,7 @@ import dataclasses
 import quickstart
 
 from rave_jax.attention import Gaze
-from rave_jax.data.pipeline import Stage
+from rave_jax.data.config import Stage
 from rave_jax.data.synthetic import DigitMosaic, MosaicList, Synthetic
 from rave_jax.evaluation.config import Eval, Report
 from rave_jax.layout import ContextTokens, FixedRegions

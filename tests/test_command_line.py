@@ -16,7 +16,7 @@ from rave_jax.attention import Rave, SlidingWindow
 from rave_jax.checkpoint.tiny import Tiny
 from rave_jax.command_line import find, override, with_kinds
 from rave_jax.config import ConfigError, load_file
-from rave_jax.data.pipeline import Stage
+from rave_jax.data.config import Stage
 from rave_jax.data.sources import LlavaJson
 from rave_jax.evaluation.config import Eval, Examination
 from rave_jax.models.config import ModelOptions

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from rave_jax.data.pipeline import check_answers
+from rave_jax.data.loading import check_answers
 from rave_jax.data.processor import Processor
 from rave_jax.data.sample import Message, SampleError, Source
 from rave_jax.data.skips import Skip, skip_of

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from rave_jax.config import check_paths, check_ranges, require
 from rave_jax.data.chat import SpecialTokens
-from rave_jax.data.pipeline import MOST_PATCHES, MOST_PIXELS, MOST_TOKENS
+from rave_jax.data.config import MOST_PATCHES, MOST_PIXELS, MOST_TOKENS
 from rave_jax.data.sources import SourceConfig, Synthetic
 from rave_jax.evaluation.grounding import TaskAim
 from rave_jax.models.config import ModelOptions

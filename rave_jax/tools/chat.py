@@ -5,17 +5,14 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
-import signal
 import sys
-import threading
-from collections import abc
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from rave_jax.config import ConfigError
 from rave_jax.data.images import read_image
 from rave_jax.data.sample import SampleError
-from rave_jax.inference import Fault, Generator, Request, Sampling
+from rave_jax.inference import Fault, Generator, Request, Sampling, interrupts
 from rave_jax.tools.answer import show
 from rave_jax.tools.folder import PictureFolder
 from rave_jax.tools.request import question
@@ -83,7 +80,7 @@ class Chat:
             return
         asked = question(text, tuple(self._pictures))
         request = Request([*self._system, *self._said, asked], self._sampling, "the conversation")
-        with _interrupts() as stopped, contextlib.closing(self._generator.stream([request])) as pieces:
+        with interrupts.remembered() as stopped, contextlib.closing(self._generator.stream([request])) as pieces:
             try:
                 text, whole = show(pieces, self._verbose, stopped)
             except ConfigError as error:
@@ -154,30 +151,6 @@ def _lines() -> Iterator[str]:
             if not terminal:
                 raise
             _say("\n/exit leaves")
-
-
-@contextlib.contextmanager
-def _interrupts() -> abc.Generator[Callable[[], bool]]:
-    """Ctrl-C is only remembered; gives the function that says whether it came. A second one ends the program.
-
-    An exception instead could come between a program that has consumed the cache and the line that keeps the new one.
-    """
-    came = False
-
-    def remember(*_: object) -> None:
-        nonlocal came
-        if came:
-            raise KeyboardInterrupt
-        came = True
-
-    # Python takes signals in the main thread alone.
-    main = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGINT, remember) if main else None
-    try:
-        yield lambda: came
-    finally:
-        if main:
-            signal.signal(signal.SIGINT, before)
 
 
 def _say(text: str) -> None:

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from rave_jax.command_line import load_command_line
 from rave_jax.data.collate import round_up
-from rave_jax.data.pipeline import DataConfig
+from rave_jax.data.config import DataConfig
 from rave_jax.data.processor import Processor
 from rave_jax.data.skips import shortened
 from rave_jax.data.survey import Need, Survey, survey

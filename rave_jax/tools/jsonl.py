@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import io
 import json
 import os
 import sys
@@ -13,7 +14,7 @@ import typing
 from collections import abc
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from rave_jax.config import ConfigError, from_json, shown
 from rave_jax.data.sample import SampleError
@@ -72,7 +73,7 @@ def answer_file(
         if stdin and sys.stdin is None:
             raise ConfigError(f"{path}: standard input is closed")
         try:
-            file = sys.stdin.buffer if stdin else stack.enter_context(open_regular(path))
+            file = _standard_input() if stdin else stack.enter_context(open_regular(path))
         except NotAFile as error:
             raise ConfigError(f"{path}: {error.strerror}. Save the requests, or pipe them to `--requests -`") from error
         except OSError as error:
@@ -87,36 +88,28 @@ def answer_file(
     return tally
 
 
+def _standard_input() -> IO[bytes]:
+    """Standard input, apart from `sys.stdin`: Python aborts if it ends while a thread waits inside of that one."""
+    try:
+        return open(sys.stdin.fileno(), "rb", closefd=False)
+    except io.UnsupportedOperation:  # what stands in its place is no file
+        return sys.stdin.buffer
+
+
 def answer_all(generator: Generator, requests: Iterable[Request | SampleError], write: Write) -> Tally:
     """Answer requests and write a line for each in order. Lines wait for those before them."""
-    places: list[int] = []
     ready: dict[int, Completion | SampleError] = {}
-
-    def good() -> Iterator[Request]:
-        for place, request in enumerate(requests):
-            if isinstance(request, SampleError):
-                ready[place] = request
-            else:
-                places.append(place)
-                yield request
-
     tally = Tally(0, 0, 0)
-
-    def write_ready(tally: Tally) -> Tally:
-        while (place := tally.answered + tally.refused) in ready:
-            end = ready.pop(place)
+    for piece in generator.stream(requests):
+        if piece.end is not None:
+            ready[piece.request] = piece.end
+        while (end := ready.pop(place := tally.answered + tally.refused, None)) is not None:
             write(_line(place, end))
             if isinstance(end, SampleError):
                 tally = tally._replace(refused=tally.refused + 1)
             else:
                 tally = Tally(tally.answered + 1, tally.tokens + len(end.tokens), tally.refused)
-        return tally
-
-    for piece in generator.stream(good()):
-        if piece.end is not None:
-            ready[places[piece.request]] = piece.end
-            tally = write_ready(tally)
-    return write_ready(tally)
+    return tally
 
 
 def _line(place: int, end: Completion | SampleError) -> dict[str, Any]:

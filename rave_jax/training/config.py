@@ -10,7 +10,7 @@ from rave_jax import config as configs
 from rave_jax.attention import MechanismConfig
 from rave_jax.checkpoint.tiny import Tiny
 from rave_jax.config import ConfigError, check_paths, check_ranges, require
-from rave_jax.data.pipeline import MOST_TOKENS, DataConfig
+from rave_jax.data.config import MOST_TOKENS, DataConfig
 from rave_jax.evaluation.config import Eval, Report
 from rave_jax.models.config import ModelOptions
 from rave_jax.parallel.hosts import HostsConfig

@@ -37,6 +37,7 @@ from rave_jax.parallel.watchdog import Watchdog
 from rave_jax.training.claim import Claim, claimed
 from rave_jax.training.config import TrainConfig, check_can_be_read_again
 from rave_jax.training.directory import RunDirectory, run_directory
+from rave_jax.training.feed import Ahead
 from rave_jax.training.footprint import least_activations
 from rave_jax.training.init import model_config, source_of
 from rave_jax.training.loop import Loop, Schedule
@@ -181,7 +182,8 @@ def _train(
             progress.say(f"continuing after step {start} of {config.steps}")
         schedule = Schedule(config.steps, config.log_every, config.save_every)
         loop = Loop(session, schedule, store, directory.bad_step, writers, progress, watchdog, stop)
-        return loop.run(state, pipeline, config.data.rows, lambda step: _describe(config, step))
+        ahead = Ahead(config.data.prefetch, config.data.workers)
+        return loop.run(state, pipeline, config.data.rows, lambda step: _describe(config, step), ahead)
 
 
 def _extended(config: TrainConfig, before: int, start: int) -> str:

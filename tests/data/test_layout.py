@@ -13,8 +13,9 @@ from hypothesis import assume, given
 from rave_jax.batch import Kind, TokenInfo
 from rave_jax.config import ConfigError
 from rave_jax.data.collate import BatchShape, check_fits, collate
+from rave_jax.data.config import DataConfig
 from rave_jax.data.layout import check_regions, lay_out, offsets_in_region, pictures, region_major
-from rave_jax.data.pipeline import DataConfig, Pipeline
+from rave_jax.data.pipeline import Pipeline
 from rave_jax.data.processor import Processor
 from rave_jax.data.sample import Example, OverBudget
 from rave_jax.data.sources import QaJsonl

@@ -15,7 +15,7 @@ from PIL import Image
 from rave_jax.batch import Kind, Role, TokenInfo
 from rave_jax.config import ConfigError
 from rave_jax.data.collate import BatchShape, collate
-from rave_jax.data.pipeline import DataConfig
+from rave_jax.data.config import DataConfig
 from rave_jax.data.processor import Processor
 from rave_jax.data.sample import ImageError, OverBudget, SampleError
 from rave_jax.data.vocabulary import check_directory

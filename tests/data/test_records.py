@@ -12,7 +12,9 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from rave_jax.config import ConfigError
-from rave_jax.data.pipeline import DataConfig, Pipeline, check_answers
+from rave_jax.data.config import DataConfig
+from rave_jax.data.loading import check_answers
+from rave_jax.data.pipeline import Pipeline
 from rave_jax.data.processor import Processor
 from rave_jax.data.sample import METRICS, EmptyAnswer, Sample, SampleError
 from rave_jax.data.sources import LlavaJson, QaJsonl

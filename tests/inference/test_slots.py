@@ -203,12 +203,12 @@ def test_layers_apart_say_the_same(expected: list[list[int]]) -> None:
     options = dataclasses.replace(stacked.options, scan_layers=False)
     apart = jax.eval_shape(lambda: Vlm(SHORT, options, key=jax.random.key(0)))
     layers = [
-        jax.tree.map(lambda x, n=n: x[n : n + 1], run.layers)
-        for run in stacked.decoder.layer_runs
-        for n in range(run.stop - run.start)
+        jax.tree.map(lambda x, n=n: x[n : n + 1], part.layers)
+        for part in stacked.decoder.layer_runs
+        for n in range(part.stop - part.start)
     ]
-    for run, one in zip(apart.decoder.layer_runs, layers, strict=True):
-        run.layers = one
+    for part, one in zip(apart.decoder.layer_runs, layers, strict=True):
+        part.layers = one
     apart.decoder.norm, apart.embed, apart.lm_head = stacked.decoder.norm, stacked.embed, stacked.lm_head
     apart.vision = stacked.vision
     assert run(engine(apart, FEW), prompts()[:2]) == expected[:2]

@@ -147,7 +147,7 @@ def test_an_output_that_cannot_be_written(folder: Path, tmp_path: Path, capsys: 
     pipe, link, file = (tmp_path / name for name in ("pipe", "link.npz", "file.npz"))
     os.mkfifo(pipe)
     assert main(["logits", str(folder), str(request), str(pipe)]) == 2
-    assert "no file" in capsys.readouterr().err and pipe.is_fifo()
+    assert "is not a file" in capsys.readouterr().err and pipe.is_fifo()
     link.symlink_to(file)
     assert main(["logits", str(folder), str(request), str(link)]) == 0
     assert link.is_symlink() and "logits" in np.load(file)

@@ -10,7 +10,7 @@ from PIL import Image
 
 from rave_jax import config as configs
 from rave_jax.checkpoint import tiny
-from rave_jax.data.pipeline import DataConfig, Stage
+from rave_jax.data.config import DataConfig, Stage
 from rave_jax.data.sources import LlavaJson, QaJsonl
 from rave_jax.tools.cli import main
 from rave_jax.training.config import TrainConfig

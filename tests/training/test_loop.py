@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from rave_jax.checkpoint.store import Store
+from rave_jax.data.pipeline import Rows
 from rave_jax.observe.metrics import JsonlWriter, TensorBoardWriter, read_jsonl
 from rave_jax.observe.progress import ProgressReport
 from rave_jax.parallel.stopping import EXIT_CODES, Interrupted, StopRequest
@@ -143,12 +144,11 @@ def test_a_signal_while_data_is_waited_for_saves_the_last_finished_step(session,
     release = threading.Event()
 
     class Hanging(RandomSource):
-        def stream(self, step, start, stop):
-            for number, batch in enumerate(super().stream(step, start, stop)):
-                if number == 2:
-                    threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
-                    release.wait()
-                yield batch
+        def load(self, step, start, stop):
+            if step == 2:
+                threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
+                release.wait()
+            return super().load(step, start, stop)
 
     with pytest.raises(Interrupted, match="SIGTERM: stopped after step 2, which is saved"):
         run(session, tmp_path, first_state(session, TEXT), Hanging(ROWS, patches=0), save_every=100)
@@ -165,9 +165,10 @@ class Panic(BaseException):
 @pytest.mark.parametrize("kind", [OSError, Panic])
 def test_what_the_source_raises_reaches_the_caller(session, tmp_path, kind):
     class Failing(RandomSource):
-        def stream(self, step, start, stop):
-            yield next(super().stream(step, start, stop))
-            raise kind("broken.jpg cannot be read")
+        def load(self, step, start, stop):
+            if step == 1:
+                raise kind("broken.jpg cannot be read")
+            return super().load(step, start, stop)
 
     with pytest.raises(kind, match=r"broken\.jpg"):
         run(session, tmp_path, first_state(session, TEXT), Failing(ROWS, patches=0))
@@ -175,9 +176,9 @@ def test_what_the_source_raises_reaches_the_caller(session, tmp_path, kind):
 
 def test_a_step_that_compiles_has_the_time_of_the_first(session, tmp_path):
     class Growing(RandomSource):
-        def stream(self, step, start, stop):
-            for number, batch in enumerate(super().stream(step, start, stop)):
-                yield batch._replace(patches=batch.patches[:, : 8 if number in (2, 3) else None])
+        def load(self, step, start, stop):
+            batch, skips = super().load(step, start, stop)
+            return Rows(batch._replace(patches=batch.patches[:, : 8 if step in (2, 3) else None]), skips)
 
     class Noting(Watchdog):
         given: ClassVar[list[tuple[str, float]]] = []
@@ -186,7 +187,7 @@ def test_a_step_that_compiles_has_the_time_of_the_first(session, tmp_path):
             self.given.append((what, times))
             return super().during(what, times, advice, save=save)
 
-    batch = next(RandomSource(ROWS, patches=0).stream(0, 0, ROWS))
+    batch = RandomSource(ROWS, patches=0).load(0, 0, ROWS).batch
     same = replace(session, step=lambda state, _: session.step(state, batch))  # rows of 8 patches are not compiled here
     run(same, tmp_path, first_state(session, TEXT), Growing(ROWS), save_every=100, watchdog=Noting(0))
     compiled = {what for what, times in Noting.given if what.endswith("which is compiled") and times == Watchdog.LONG}
