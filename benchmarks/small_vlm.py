@@ -18,6 +18,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from rave_jax.batch import Kind, TokenInfo
 from rave_jax.checkpoint.hf_import import import_hf
 from rave_jax.data.images import cut_image
+from rave_jax.data.patches import join_patches
 from rave_jax.data.sample import Example
 from rave_jax.families.pictures import Visual, grid_coordinates
 from rave_jax.families.qwen2_5_vl.pictures import Pictures
@@ -89,24 +90,13 @@ def prompt(rng: np.random.Generator, tokens: int, sides: Sequence[int]) -> Promp
         at, units = span.stop + 1, units + count
     assert at <= tokens, "the pictures do not fit"
 
-    def joined(name: str, step: str | None = None) -> np.ndarray:
-        parts, last = [np.zeros((0, PATCH_NUMBERS), np.uint8)] if name == "pixels" else [], 0
-        for cut in cuts:
-            part = getattr(cut, name)
-            parts.append(part + last if step else part)
-            last = int(parts[-1].max()) if step else 0
-        return np.concatenate(parts) if parts else np.zeros((0, 2) if name == "place" else (0,), np.int32)
-
     example = Example(
         tokens=ids,
         loss_mask=np.ones(tokens, np.float32),
         info=TokenInfo(**codes),
         positions=mrope_positions(tokens, visuals, 2.0),
         visual_index=index,
-        patches=joined("pixels"),
-        patch_frame=joined("frame", "on"),
-        patch_place=joined("place"),
-        patch_window=joined("window", "on"),
+        patches=join_patches([cut.patches for cut in cuts], PATCH_NUMBERS),
     )
     theirs = Qwen2VLImageProcessorPil()(images=images, return_tensors="np") if images else {}
     return Prompt(example, ids.astype(np.int64), theirs.get("pixel_values"), theirs.get("image_grid_thw"))

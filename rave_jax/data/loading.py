@@ -124,7 +124,7 @@ class _Cache:
 
     def put(self, key: Hashable, example: Example) -> None:
         codes = (len(example.info) + 6) * 4 * len(example.tokens)
-        size = example.patches.nbytes + 16 * len(example.patches) + codes
+        size = sum(array.nbytes for array in example.patches) + codes
         if size > self._limit:
             return
         with self._lock:

@@ -11,11 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from rave_jax.batch import Kind, Patches, Role, TokenInfo
+from rave_jax.batch import Kind, Role, TokenInfo
 from rave_jax.config import ConfigError
 from rave_jax.data.chat import ChatTemplate, Run, SpecialTokens, read_template
 from rave_jax.data.images import cut_image, image_grid
 from rave_jax.data.layout import lay_out
+from rave_jax.data.patches import join_patches
 from rave_jax.data.sample import Example, Message, OverBudget, SampleError
 from rave_jax.data.video import cut_video, video_grid
 from rave_jax.data.vocabulary import check_directory
@@ -226,7 +227,7 @@ class Processor:
             info=info,
             positions=self.settings.positions(len(tokens), visuals),
             visual_index=visual_index,
-            **_join([cut.patches for cut in cuts], self.settings.patch_numbers),
+            patches=join_patches([cut.patches for cut in cuts], self.settings.patch_numbers),
         )
         return lay_out(example, self.layout)
 
@@ -285,31 +286,3 @@ def _span(length: int, bounds: tuple[int, int], weight: float) -> NpArray:
     span = np.zeros(length, np.float32)
     span[slice(*bounds)] = weight
     return span
-
-
-def _join(cuts: Sequence[Patches], numbers: int) -> dict[str, Any]:
-    """Patches of several pictures end to end, their frames and windows numbered on."""
-    if not cuts:
-        none = np.zeros(0, np.int32)
-        return {
-            "patches": np.zeros((0, numbers), np.uint8),
-            "patch_frame": none,
-            "patch_place": np.zeros((0, 2), np.int32),
-            "patch_window": none,
-        }
-    if len(cuts) == 1:
-        only = cuts[0]
-        return {
-            "patches": only.pixels,
-            "patch_frame": only.frame,
-            "patch_place": only.place,
-            "patch_window": only.window,
-        }
-    frames = np.cumsum([0] + [int(patches.frame[-1]) for patches in cuts[:-1]])
-    windows = np.cumsum([0] + [int(patches.window[-1]) for patches in cuts[:-1]])
-    return {
-        "patches": np.concatenate([patches.pixels for patches in cuts]),
-        "patch_frame": np.concatenate([p.frame + n for p, n in zip(cuts, frames, strict=True)]).astype(np.int32),
-        "patch_place": np.concatenate([patches.place for patches in cuts]),
-        "patch_window": np.concatenate([p.window + n for p, n in zip(cuts, windows, strict=True)]).astype(np.int32),
-    }

@@ -159,7 +159,7 @@ class Engine:
         beside = int(np.sum(example.info.region == 0))
         for given, what, most, field_name in (
             (len(example.tokens), "tokens", config.max_prompt, "max_prompt"),
-            (len(example.patches), "patches", config.max_patches, "max_patches"),
+            (example.patches.length, "patches", config.max_patches, "max_patches"),
             (len(example.tokens) + 1, "tokens, with one token of the answer", config.max_length, "max_length"),
             (beside + 1, "tokens outside regions, with one token of the answer", config.max_text, "max_text"),
         ):
@@ -177,7 +177,7 @@ class Engine:
                 f"{called}the prompt has {len(example.tokens)} tokens, over the budget of chunk {self._buckets.chunk}: "
                 f"with {' and '.join(ahead)} tokens see later ones, so a prompt is read whole"
             )
-        if len(example.patches) and not self._buckets.patches:
+        if example.patches.length and not self._buckets.patches:
             raise SampleError(f"{called}the prompt has pictures, but the model is for text only")
         stops = tuple(sorted(self._stop_ids.union(sampling.stop_ids)))
         if len(stops) > self.config.max_stop_ids:
@@ -273,7 +273,7 @@ class Engine:
             job.began = self._seconds()
         group = PromptGroup([job.prompt for job in jobs], rows, self._buckets, **self._patch_sizes)
         for pictures in group.pictures(self.config.patches):
-            self._run("encode_images", pictures.patches.shape[1], _encode_images, pictures)
+            self._run("encode_images", pictures.patches.length, _encode_images, pictures)
         regions = group.region_reach
         given = []
         for reach, chunk, admission in group.chunks(slots, no_slot=self.config.slots):

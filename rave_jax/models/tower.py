@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+from rave_jax.batch import Patches
 from rave_jax.models.stack import LayerRun
-from rave_jax.typing import Array, Float, Int, UInt8
+from rave_jax.typing import Array, Float
 
 
 class Tower(Protocol):
@@ -19,12 +20,6 @@ class Tower(Protocol):
     @property
     def layer_runs(self) -> Sequence[LayerRun]: ...
 
-    def __call__(
-        self,
-        patches: UInt8[Array, "B P C"],
-        frame: Int[Array, "B P"],
-        place: Int[Array, "B P 2"],
-        window: Int[Array, "B P"],
-    ) -> Float[Array, "B M O"]:
-        """The visual tokens of rows of patches (`Batch`), P / merge_unit of them, in the order of their patches."""
+    def __call__(self, patches: Patches) -> Float[Array, "B M O"]:
+        """The visual tokens of rows of patches [B,P, ...], M = P / merge_unit of them, in the order of their units."""
         ...

@@ -121,10 +121,10 @@ class Vlm(nnx.Module):
             ValueError: there are patches but no tower.
         """
         x = self.with_context(self.embed(batch.tokens, self.options.compute), batch.info)
-        if batch.patches.shape[1] > 0:
+        if batch.patches.length > 0:
             if self.vision is None:
                 raise ValueError(f"the batch has patches, but a {self.config.family} text model has no vision tower")
-            seen = self.vision(batch.patches, batch.patch_frame, batch.patch_place, batch.patch_window)
+            seen = self.vision(batch.patches)
             x = with_pictures(x, seen, batch.info, batch.visual_index)
         return shard(x, "batch", "length", None)
 

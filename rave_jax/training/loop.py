@@ -108,7 +108,7 @@ class Loop:
                 fed, done = following, step + 1
                 if fed.void:
                     notes.leave(f"stop/void/{step}", str(step))
-                sizes = (*fed.batch.tokens.shape, *fed.batch.patches.shape)
+                sizes = (*fed.batch.tokens.shape, *fed.batch.patches.pixels.shape)
                 if compiles := sizes not in compiled:
                     compiled.add(sizes)
                 what, times = (

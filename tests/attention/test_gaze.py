@@ -17,6 +17,7 @@ from rave_jax.attention.gaze import descriptors
 from rave_jax.batch import Batch, TokenInfo
 from rave_jax.config import ConfigError
 from rave_jax.data.layout import lay_out, region_major
+from rave_jax.data.patches import empty_patches
 from rave_jax.data.sample import Example
 from rave_jax.families.qwen2_5_vl import presets
 from rave_jax.kernels.attention import Implementation
@@ -61,7 +62,7 @@ def rows(regions=LAYOUT, order: str = "raster") -> Batch:
                 codes,
                 positions[:, b, span],
                 lists["visual_index"][b, span],
-                *(np.zeros(0),) * 4,
+                empty_patches((0,), 0),
             )
             example = lay_out(example, VisualLayout(regions, 99))
             region = example.info.region

@@ -8,6 +8,7 @@ import logging
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given
@@ -27,10 +28,7 @@ BROKEN = {"broken image", "empty answer", "over budget"}
 
 def arrays(batch: Batch) -> list[np.ndarray]:
     """Every array of a batch, rows first."""
-    return [
-        *(np.moveaxis(a, 1, 0) if n == "positions" else a for n, a in batch._asdict().items() if n != "info"),
-        *batch.info,
-    ]
+    return jax.tree.leaves(batch._replace(positions=np.moveaxis(batch.positions, 1, 0)))
 
 
 def assert_same(first: Batch, second: Batch) -> None:
@@ -217,7 +215,7 @@ def test_a_stage_may_have_rows_of_its_own_size(qa_folder: Path, processor: Proce
     for step in range(12):
         batch = cached.rows(step, 0, 6)
         assert_same(batch, plain.rows(step, 0, 6))
-        sizes.append((*batch.tokens.shape, batch.patches.shape[1]))
+        sizes.append((*batch.tokens.shape, batch.patches.length))
         reasons.append({skip.reason for skip in plain.load(step, 0, 6).skips})
     assert sizes == [(6, 96, 48)] * 4 + [(6, 192, 64)] * 4 + [(6, 1600, 1600)] * 4
     # The largest picture, cached or not, fits the last rows alone.

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from rave_jax.batch import Kind, Role, TokenInfo
+from rave_jax.batch import Kind, Role
 from rave_jax.config import ConfigError
 from rave_jax.data.collate import BatchShape, collate
 from rave_jax.data.config import DataConfig
@@ -48,7 +48,7 @@ def test_placeholders_grow_to_the_picture(qwen: Processor) -> None:
         rendered = rendered.replace("<|image_pad|>", "<#>" * count, 1)
     expected = qwen.tokenizer(rendered.replace("<#>", "<|image_pad|>"), add_special_tokens=False)["input_ids"]
     np.testing.assert_array_equal(example.tokens, expected)
-    assert example.patches.shape == ((15 + 4 + 4) * 4, 1176)
+    assert example.patches.pixels.shape == ((15 + 4 + 4) * 4, 1176)
     visual = example.info.kind == Kind.VISUAL
     np.testing.assert_array_equal(visual, example.tokens == qwen.settings.image_token_id)
     assert sorted(example.visual_index[visual]) == list(range(23))
@@ -65,13 +65,12 @@ def test_a_visual_token_is_its_patches(processor: Processor, sizes: list[tuple[i
     example = processor.encode(messages, prompt)
     info = example.info
     for name, array in example._asdict().items():
-        arrays = array if isinstance(array, TokenInfo) else [array]
-        for item in arrays:
-            expected = {"loss_mask": np.float32, "patches": np.uint8}.get(name, np.int32)
-            assert item.dtype == expected, name
+        for part, item in array._asdict().items() if isinstance(array, tuple) else [(name, array)]:
+            expected = {"loss_mask": np.float32, "pixels": np.uint8}.get(part, np.int32)
+            assert item.dtype == expected, part
     merge = processor.settings.config.vision.merge_size
-    place = example.patch_place.reshape(-1, merge**2, 2)
-    frame = example.patch_frame.reshape(-1, merge**2)
+    place = example.patches.place.reshape(-1, merge**2, 2)
+    frame = example.patches.frame.reshape(-1, merge**2)
     for token in np.flatnonzero(info.kind == Kind.VISUAL):
         unit = example.visual_index[token]
         assert (place[unit] // merge == [info.row[token], info.col[token]]).all()
@@ -79,12 +78,12 @@ def test_a_visual_token_is_its_patches(processor: Processor, sizes: list[tuple[i
         assert info.grid_t[token] == 1
         assert info.row[token] < info.grid_h[token]
         assert info.col[token] < info.grid_w[token]
-    assert (np.diff(example.patch_window) >= 0).all()
-    assert set(np.unique(example.patch_window)) == set(range(1, example.patch_window.max(initial=0) + 1))
-    for window in np.unique(example.patch_window):
-        mine = example.patch_window == window
-        assert len(set(example.patch_frame[mine])) == 1
-        assert len(set(map(tuple, example.patch_place[mine] * 1 // 4))) == 1  # 2 merge units of 2 patches each way
+    assert (np.diff(example.patches.window) >= 0).all()
+    assert set(np.unique(example.patches.window)) == set(range(1, example.patches.window.max(initial=0) + 1))
+    for window in np.unique(example.patches.window):
+        mine = example.patches.window == window
+        assert len(set(example.patches.frame[mine])) == 1
+        assert len(set(map(tuple, example.patches.place[mine] * 1 // 4))) == 1  # 2 merge units of 2 patches each way
     assert example.loss_mask.sum() == 0
 
 
@@ -102,10 +101,10 @@ def test_a_video(processor: Processor) -> None:
     assert (example.tokens[video] == low.video_token_id).all()
     assert video.sum() == 3 * 3 * 2
     np.testing.assert_array_equal(info.frame[video], np.repeat([0, 1, 2], 6))
-    np.testing.assert_array_equal(np.unique(example.patch_frame), [1, 2, 3, 4])
+    np.testing.assert_array_equal(np.unique(example.patches.frame), [1, 2, 3, 4])
     start = example.positions[0][video][0]
     np.testing.assert_array_equal(example.positions[0][video] - start, np.repeat([0, 4, 8], 6))
-    group = example.patches[example.patch_frame == 3].reshape(-1, 3, 2, 16)
+    group = example.patches.pixels[example.patches.frame == 3].reshape(-1, 3, 2, 16)
     np.testing.assert_array_equal(group[:, :, 0], group[:, :, 1])  # the fifth frame stands twice
 
 
@@ -117,7 +116,7 @@ def _with_video(settings: Pictures) -> Pictures:
 
 def test_text_alone(processor: Processor) -> None:
     example = processor.encode([{"role": "user", "content": "hello"}])
-    assert example.patches.shape == (0, processor.settings.patch_numbers)
+    assert example.patches.pixels.shape == (0, processor.settings.patch_numbers)
     np.testing.assert_array_equal(example.positions, np.tile(np.arange(len(example.tokens)), (3, 1)))
 
 

@@ -50,7 +50,7 @@ def test_needs_are_what_encoding_gives(
         asked(video, image, {"type": "image", "image": noise(300, 70)}),
     ):
         example = made.encode(messages)
-        assert measure(made, messages) == (len(example.tokens), len(example.patches))
+        assert measure(made, messages) == (len(example.tokens), example.patches.length)
 
 
 def test_a_survey_of_a_source(qa_folder: Path, processor: Processor) -> None:

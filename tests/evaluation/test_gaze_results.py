@@ -76,7 +76,7 @@ def test_the_longest_samples_fit_the_rows(config: TrainConfig, tmp_path: Path) -
         (source,) = (s.build() for s, weight in zip(config.data.sources, stage.weights, strict=True) if weight)
         shape = pipeline.shape(stage.step)
         found = [processor.encode(source[i].messages) for i in range(200)]
-        assert max(len(example.patches) for example in found) <= shape.patches
+        assert max(example.patches.length for example in found) <= shape.patches
         assert shape.tokens - 4 <= max(len(example.tokens) for example in found) <= shape.tokens
 
 

@@ -98,7 +98,7 @@ def test_a_prompt_over_budget_is_an_answer_of_its_own(subject: ModelSubject, pro
     assert "word" in str(results[0]) and "over the budget of tokens 96" in str(results[0])
     needs = processor.encode(long.prompt, add_generation_prompt=True)
     assert isinstance(results[0], PromptOverBudget)
-    assert (results[0].tokens, results[0].patches) == (len(needs.tokens), len(needs.patches))
+    assert (results[0].tokens, results[0].patches) == (len(needs.tokens), needs.patches.length)
 
 
 def test_a_long_prompt_is_read_whole_where_tokens_see_later_ones(vlm: Vlm, processor: Processor) -> None:

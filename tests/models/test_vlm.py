@@ -10,6 +10,7 @@ import pytest
 
 from rave_jax.attention import CacheType, KvCache, Rave, SlidingWindow
 from rave_jax.batch import Batch, Kind, TokenInfo
+from rave_jax.data.patches import empty_patches
 from rave_jax.families.config import TextConfig, VlmConfig
 from rave_jax.families.qwen2_5_vl import presets
 from rave_jax.models.config import ModelOptions
@@ -167,7 +168,7 @@ def test_text_needs_no_patches() -> None:
     spare = batch([docs], CONFIG, tokens=10, patches=16)
     np.testing.assert_allclose(logits(a_model(), without), logits(a_model(), spare), atol=1e-6)
     text = made(VlmConfig(text=TextConfig(), family="qwen3"))
-    assert np.isfinite(logits(text, without._replace(patches=np.zeros((1, 0, 0), np.uint8)))).all()
+    assert np.isfinite(logits(text, without._replace(patches=empty_patches((1, 0), 0)))).all()
     with pytest.raises(ValueError, match="no vision tower"):
         text.hidden(spare)
 
@@ -311,7 +312,9 @@ def test_half_precision_keeps_its_types() -> None:
 def test_visual_tokens_come_from_their_own_picture() -> None:
     docs = documents([1, Visual(1, 4, 4), 1, Visual(1, 2, 4), 1])
     rows = batch([docs], CONFIG, tokens=12, patches=24)
-    second = rows._replace(patches=np.where(rows.patch_frame[..., None] == 2, 255 - rows.patches, rows.patches))
+    pixels = rows.patches.pixels
+    pixels = np.where(rows.patches.frame[..., None] == 2, 255 - pixels, pixels)
+    second = rows._replace(patches=rows.patches._replace(pixels=pixels))
     changed = np.abs(np.asarray(embedded(a_model(), rows) - embedded(a_model(), second))[0]).max(-1) > 0
     assert changed.tolist() == (rows.info.image[0] == 2).tolist()
     assert (rows.info.kind[0] == Kind.VISUAL).sum() == 6

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rave_jax.attention import Rave
-from rave_jax.batch import Batch, Kind, Role, TokenInfo
+from rave_jax.batch import Batch, Kind, Patches, Role, TokenInfo
 from rave_jax.data.pipeline import Rows
 from rave_jax.data.skips import Skip
 from rave_jax.families.config import TextConfig, VlmConfig
@@ -85,10 +85,12 @@ def random_batch(seed: int, rows: int, patches: int = PATCHES) -> Batch:
         info=info,
         positions=np.broadcast_to(np.arange(LENGTH, dtype=np.int32), (3, rows, LENGTH)),
         visual_index=index,
-        patches=rng.integers(0, 256, (rows, patches, CONFIG.vision.patch_width)).astype(np.uint8),
-        patch_frame=np.ones((rows, patches), np.int32),
-        patch_place=np.broadcast_to(place, (rows, patches, 2)),
-        patch_window=np.ones((rows, patches), np.int32),
+        patches=Patches(
+            pixels=rng.integers(0, 256, (rows, patches, CONFIG.vision.patch_width)).astype(np.uint8),
+            frame=np.ones((rows, patches), np.int32),
+            place=np.broadcast_to(place, (rows, patches, 2)),
+            window=np.ones((rows, patches), np.int32),
+        ),
     )
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from flax import nnx
 
 from rave_jax.attention import block_diagonal_codes
+from rave_jax.batch import Patches
 from rave_jax.families.qwen2_5_vl.config import VisionConfig
 from rave_jax.families.qwen2_5_vl.tower.merger import Merger
 from rave_jax.families.qwen2_5_vl.tower.windows import chunk_size, padded_size, window_attention, window_codes
@@ -25,7 +26,7 @@ from rave_jax.models.layers import Linear, RmsNorm, SwiGlu
 from rave_jax.models.rope import Rotation, patch_rotation, rotate
 from rave_jax.models.stack import LayerRun
 from rave_jax.parallel.sharding import shard
-from rave_jax.typing import Array, Float, Int, UInt8
+from rave_jax.typing import Array, Float, UInt8
 
 
 class VisionAttention(nnx.Module):
@@ -101,36 +102,22 @@ class Tower(nnx.Module):
         self.remat = options.remat
         self.compute = options.compute
 
-    def __call__(
-        self,
-        patches: UInt8[Array, "B P C"],
-        frame: Int[Array, "B P"],
-        place: Int[Array, "B P 2"],
-        window: Int[Array, "B P"],
-    ) -> Float[Array, "B M O"]:
-        """Visual tokens, M = P / merge_unit of them, in the order of their merge units.
-
-        Args:
-            patches: pixel values 0..255, flattened as (channel, temporal, row, col).
-            frame: frame of each patch, from 1; 0 is padding.
-            place: (row, col) of each patch in its frame's grid.
-            window: window of each patch, from 1, contiguous and ascending; 0 is padding.
+    def __call__(self, patches: Patches) -> Float[Array, "B M O"]:
+        """Visual tokens, M = P / merge_unit of them, in the order of the merge units of these patches [B,P, ...].
 
         Raises:
             ValueError: P is not a whole number of merge units, or C is not what the patch projection reads.
         """
-        config, (P, C) = self.config, patches.shape[1:]
+        config, (P, C) = self.config, patches.pixels.shape[1:]
         if P % config.merge_unit or config.patch_width != C:
             expected = f"a multiple of {config.merge_unit} patches of {config.patch_width}"
             raise ValueError(f"patches are {P} of {C} numbers, expected {expected}")
         extra = padded_size(P, config.window_patches) - P
-        patches, frame, place, window = (
-            jnp.pad(a, [(0, 0), (0, extra)] + [(0, 0)] * (a.ndim - 2)) for a in (patches, frame, place, window)
-        )
+        patches = Patches(*(jnp.pad(a, [(0, 0), (0, extra)] + [(0, 0)] * (a.ndim - 2)) for a in patches))
         chunk = chunk_size(P, config.window_patches)
-        local, whole = window_codes(window, chunk), block_diagonal_codes(frame)
-        rotation = patch_rotation(place, config.head_dim, config.rope_theta)
-        x = shard(self.patch(self.normalised(patches)), "batch", "length", None)
+        local, whole = window_codes(patches.window, chunk), block_diagonal_codes(patches.frame)
+        rotation = patch_rotation(patches.place, config.head_dim, config.rope_theta)
+        x = shard(self.patch(self.normalised(patches.pixels)), "batch", "length", None)
         for run, full in zip(self.layer_runs, self.full, strict=True):
             codes, width = (whole, None) if full else (local, chunk)
 
@@ -140,14 +127,14 @@ class Tower(nnx.Module):
             x, _ = run.scan(body, x, None, (rotation, codes), self.remat)
         return self.merger(x[:, :P])
 
-    def normalised(self, patches: UInt8[Array, "B P C"]) -> Float[Array, "B P C"]:
+    def normalised(self, pixels: UInt8[Array, "B P C"]) -> Float[Array, "B P C"]:
         """(value / 255 - mean) / std of each channel, computed in float32."""
         config = self.config
         mean, std = np.asarray(config.pixel_mean), np.asarray(config.pixel_std)
         repeats = config.patch_width // config.in_channels
         scale = np.repeat(1 / (255 * std), repeats).astype(np.float32)
         shift = np.repeat(mean / std, repeats).astype(np.float32)
-        return (patches.astype(jnp.float32) * scale - shift).astype(self.compute)
+        return (pixels.astype(jnp.float32) * scale - shift).astype(self.compute)
 
 
 def block_runs(depth: int, full: tuple[int, ...], join: bool = True) -> list[tuple[int, int, bool]]:
