@@ -14,7 +14,7 @@ from rave_jax.data.sources import SourceConfig, Synthetic
 from rave_jax.layout import VisualLayout
 
 MOST_ROWS, MOST_TOKENS, MOST_PATCHES, MOST_PIXELS = 2**20, 2**22, 2**24, 2**28
-"""Far above what is trained anywhere: more is a slip of the keyboard, and would end in want of memory."""
+"""Far above any real training: a larger value is a typing error and would run out of memory."""
 MOST_IN_BATCH = 2**30
 """Tokens, or patches, of a batch over all hosts."""
 

@@ -11,6 +11,7 @@ from rave_jax.data.chat import SpecialTokens
 from rave_jax.data.config import MOST_PATCHES, MOST_PIXELS, MOST_TOKENS
 from rave_jax.data.sources import SourceConfig, Synthetic
 from rave_jax.evaluation.grounding import TaskAim
+from rave_jax.evaluation.task import Task
 from rave_jax.models.config import ModelOptions
 from rave_jax.parallel.hosts import HostsConfig
 from rave_jax.parallel.mesh import MeshConfig
@@ -58,6 +59,8 @@ class Eval:
     """Name of the evaluation: its folder and its heading in the report."""
     data: SourceConfig = field(default_factory=lambda: Synthetic(split="heldout"))
     """The samples to ask."""
+    task: Task = field(default_factory=Task)
+    """How they are asked and their answers scored."""
     samples: int = 1000
     """Number of samples, from the first on; fewer if the source has fewer."""
     rows: int = 64

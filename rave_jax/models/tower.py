@@ -21,5 +21,5 @@ class Tower(Protocol):
     def layer_runs(self) -> Sequence[LayerRun]: ...
 
     def __call__(self, patches: Patches) -> Float[Array, "B M O"]:
-        """The visual tokens of rows of patches [B,P, ...], M = P / merge_unit of them, in the order of their units."""
+        """The visual tokens of rows of patches, P / merge_unit of them, in the order of their patches."""
         ...

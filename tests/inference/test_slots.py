@@ -310,7 +310,7 @@ def test_what_does_not_fit_is_refused_and_nothing_is_lost(expected: list[list[in
         odd.tokens[-1] = number
         with pytest.raises(SampleError, match=f"x: the prompt holds the token id {number}: the embedding has 512 rows"):
             slots.submit(odd, Sampling(), "x")
-    with pytest.raises(SampleError, match="3 ids end it, but max_stop_ids is 2"):
+    with pytest.raises(SampleError, match="3 ids end its answer, but max_stop_ids is 2"):
         slots.submit(example_of(prompts()[0], CONFIG), Sampling(stop_ids=(1, 2, 3)))
     with pytest.raises(ConfigError, match="3 ids end an answer"):
         engine(a_model(), stop_ids=(1, 2, 3))

@@ -179,8 +179,8 @@ def test_a_step_that_compiles_has_the_time_of_the_first(session, tmp_path):
     class Growing(RandomSource):
         def load(self, step, start, stop):
             batch, skips = super().load(step, start, stop)
-            many = 8 if step in (2, 3) else None
-            return Rows(batch._replace(patches=Patches(*(x[:, :many] for x in batch.patches))), skips)
+            most = 8 if step in (2, 3) else None
+            return Rows(batch._replace(patches=Patches(*(x[:, :most] for x in batch.patches))), skips)
 
     class Noting(Watchdog):
         given: ClassVar[list[tuple[str, float]]] = []
