@@ -17,7 +17,10 @@ def model(config: VlmConfig, options: ModelOptions = ModelOptions(), seed: int =
     abstract = jax.eval_shape(lambda: Vlm(config, options, key=jax.random.key(0)))
     rng = np.random.default_rng(seed)
     values = {}
-    for path, param in named_parameters(abstract).items():
+    named = named_parameters(abstract)
+    # The layers of decoder and tower after what stands beside them, whatever their names.
+    for path in sorted(named, key=lambda path: (path.split(".")[0], ".layer_runs." in path)):
+        param = named[path]
         wide = path.endswith("weight") and param.ndim > 1 and "norm" not in path
         fan = np.prod(param.shape[-1:]) if wide else 4
         value = rng.standard_normal(param.shape) / np.sqrt(fan) + ("norm" in path)

@@ -103,7 +103,7 @@ def test_misuse_is_one_line(
 def test_a_conversation_of_more_tokens_than_positions_is_refused_before_it_is_computed(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rave_jax.tools.logits.collate", None)  # what comes before anything is computed
+    monkeypatch.setattr("rave_jax.inference.forward.collate", None)  # what comes before anything is computed
     small = tmp_path / "small"
     shutil.copytree(folder, small)
     config = json.loads((small / "config.json").read_text())
