@@ -189,7 +189,7 @@ def test_prompts_of_any_size_are_few_programs(subject: ModelSubject) -> None:
     assert all(isinstance(answer, Answer) for answer in answers)
     # The tower has a size for every window or two; prompts and answers have one each.
     assert compilations() - before <= len(usage.programs - known)
-    reaches = {size if name == "write" else size[0] for name, size in usage.programs if name != "see"}
+    reaches = {size if name == "decode" else size[0] for name, size in usage.programs if name != "encode_images"}
     assert len(reaches) == 1
 
 
