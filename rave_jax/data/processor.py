@@ -17,13 +17,14 @@ from rave_jax.data.chat import ChatTemplate, Run, SpecialTokens, read_template
 from rave_jax.data.images import cut_image, image_grid
 from rave_jax.data.layout import lay_out
 from rave_jax.data.patches import join_patches
-from rave_jax.data.sample import Example, Message, OverBudget, SampleError
+from rave_jax.data.sample import Example, ImageError, Message, OverBudget, SampleError
 from rave_jax.data.video import cut_video, video_grid
 from rave_jax.data.vocabulary import check_directory
 from rave_jax.families.directory import picture_rules
 from rave_jax.families.pictures import (
     CutPicture,
     Frames,
+    PictureError,
     PictureRules,
     Piece,
     Visual,
@@ -116,9 +117,16 @@ class Processor:
         return self.tokenizer.decode(np.asarray(tokens).tolist(), skip_special_tokens=True)
 
     def count_tokens(self, height: int, width: int) -> int:
-        """Number of visual and context tokens of a picture of this size (see `images.image_size` for a file's)."""
-        pieces = self._pieces("image", self.settings.image_grid(height, width), None)
-        return self._count(pieces)
+        """Number of visual and context tokens of a picture of this size (see `images.image_size` for a file's).
+
+        Raises:
+            ImageError: a size that the model does not take.
+        """
+        try:
+            grid = self.settings.image_grid(height, width)
+        except PictureError as error:
+            raise ImageError(str(error)) from error
+        return self._count(self._pieces("image", grid, None))
 
     def need(self, part: Message) -> tuple[int, int]:
         """(tokens, patches) of a picture or video part, from the header of the picture or of its first frame.

@@ -153,3 +153,8 @@ def test_too_thin_a_picture_names_its_file(tmp_path: Path) -> None:
         cut_image(path, RULES)
     with pytest.raises(ImageError, match=r"thin\.png.*1000 x 2"):
         image_grid(path, RULES)
+
+
+def test_too_thin_a_size_is_not_counted(processor: Processor) -> None:
+    with pytest.raises(ImageError, match=r"^1000 x 2 pixels: the sides must be within a factor of 200"):
+        processor.count_tokens(2, 1000)

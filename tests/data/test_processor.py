@@ -188,6 +188,15 @@ def test_settings_that_are_not_done_here(key: str, value: object, qwen_dir: Path
         picture_rules(tmp_path)
 
 
+def test_pictures_are_cut_as_the_tower_reads_them(qwen_dir: Path, tmp_path: Path) -> None:
+    for path in qwen_dir.iterdir():
+        shutil.copy(path, tmp_path)
+    file = tmp_path / "preprocessor_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "merge_size": 3}))
+    with pytest.raises(ConfigError, match=r"config\.json: merge_size is 3, expected 2 as config\.json has it"):
+        picture_rules(tmp_path)
+
+
 LIMITS = {"min_pixels": 784, "max_pixels": 7840}
 EDGES = {"shortest_edge": 784, "longest_edge": 7840}
 

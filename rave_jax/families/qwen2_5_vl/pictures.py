@@ -115,8 +115,6 @@ def pictures(config: VlmConfig, files: ProcessorFiles) -> Pictures:
         ConfigError: they ask for processing that is not done here.
     """
     image, video = files.image, files.video
-    channels = tower_of(config).in_channels
-    require(channels == 3, "vision.in_channels", channels, "3: pictures are read as RGB")
     for key in STEPS:
         if image.get(key, True) is not True:
             raise ConfigError(f"{files.image_file}: {key} is {image[key]!r}, expected True")
