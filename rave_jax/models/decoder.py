@@ -19,6 +19,7 @@ from rave_jax.config import require
 from rave_jax.kernels.attention import MaskCodes
 from rave_jax.models import lora
 from rave_jax.models.config import ModelOptions, TextConfig
+from rave_jax.models.forward import HIDDEN, Output, Want
 from rave_jax.models.layers import Linear, RmsNorm, SwiGlu
 from rave_jax.models.rope import Rotation, rotate, text_rotation
 from rave_jax.models.stack import LayerRun
@@ -42,7 +43,7 @@ class Situation(NamedTuple):
     info_q: TokenInfo
     info_k: TokenInfo
     start: Int[Array, "B"] | attention.ChunkSlots | None
-    rows: Int[Array, "B N"] | None
+    queries: Int[Array, "B N"] | None
     progress: Float[Array, ""] | None
     wanted: Int[Array, "B N"] | None = None
     """Tokens, by index, of which alone the layer's output is wanted; None: of all."""
@@ -63,20 +64,9 @@ class LayerOutput(NamedTuple):
 
     x: Float[Array, "B T D"]
     cache: LayerCache | None
-    rows: Float[Array, "B N H S"] | None
+    attention: Float[Array, "B N H S"] | None
     losses: dict[str, Float[Array, ""]]
     chosen: Bool[Array, "B N H R"] | None
-
-
-class DecoderOutput(NamedTuple):
-    """What `Decoder` gives: hidden states after the final norm, the asked-for attention rows (None if not asked), the
-    sums of the mechanisms' losses by name (none if not asked), and what the asked-for queries chose in the layers that
-    route, in order (none if not asked)."""
-
-    hidden: Float[Array, "B T D"]
-    rows: Float[Array, "L B N H S"] | None
-    losses: dict[str, Float[Array, ""]]
-    chosen: Bool[Array, "L B N H R"] | None
 
 
 class Attention(nnx.Module):
@@ -161,12 +151,12 @@ class DecoderLayer(nnx.Module):
             at.info_k,
             self.mechanisms,
             implementation=self.implementation,
-            rows=at.rows,
+            queries=at.queries,
             losses=losses,
             regions=self.max_regions,
             progress=at.progress,
         )
-        return LayerOutput(self._after(x, seen.out, at.wanted), cache, seen.rows, seen.losses, seen.chosen)
+        return LayerOutput(self._after(x, seen.out, at.wanted), cache, seen.attention, seen.losses, seen.chosen)
 
     def _after(
         self, x: Float[Array, "B T D"], heads: Float[Array, "B T H h"], wanted: Int[Array, "B N"] | None
@@ -202,59 +192,40 @@ class Decoder(nnx.Module):
             attention.check_with_regions([m for run in self.layer_runs for m in run.layers.mechanisms])
 
     def __call__(
-        self,
-        x: Float[Array, "B T D"],
-        info: TokenInfo,
-        positions: Int[Array, "3 B T"],
-        rows: Int[Array, "B N"] | None = None,
-        losses: bool = False,
-        progress: Float[Array, ""] | None = None,
-    ) -> DecoderOutput:
+        self, x: Float[Array, "B T D"], info: TokenInfo, positions: Int[Array, "3 B T"], want: Want = HIDDEN
+    ) -> Output:
         """Whole rows at once, causal inside each document.
 
         Args:
             x: embedded tokens.
             info, positions: of the tokens.
-            rows: queries, by index, whose attention rows are wanted in every layer.
-            losses: are the mechanisms' losses wanted? They are summed over layers; `loss_weights` belongs to them.
-            progress: of the training run, 0 to 1, for what is scheduled; None is its end.
+            want: what is asked for beside hidden states.
         """
         base, own = attention.causal_codes(info), _indices(info)
-        wanted, routes = [], []
+        losses, inputs = want.losses, want.inputs
+        seen, entered, routes = [], [], []
         total: dict[str, Array] = {}
         for run in self.layer_runs:
-            at = self._situation(run, base, info, info, positions, own=own, rows=rows, progress=progress)
+            at = self._situation(
+                run, base, info, info, positions, own=own, queries=want.queries, progress=want.progress
+            )
 
-            def body(layer: DecoderLayer, x: Array, _: None, at: Situation) -> tuple[Array, tuple[Any, Any, Any]]:
+            def body(layer: DecoderLayer, x: Array, _: None, at: Situation) -> tuple[Array, tuple[Any, ...]]:
                 out = layer(x, at, None, losses)
-                return out.x, (out.rows, out.losses, out.chosen)
+                return out.x, (out.attention, out.losses, out.chosen, x if inputs else None)
 
-            x, (seen, found, chosen) = run.scan(body, x, None, at, self.remat)
-            wanted.append(seen)
+            x, (of_queries, found, chosen, before) = run.scan(body, x, None, at, self.remat)
+            seen.append(of_queries)
+            entered.append(before)
             routes += [] if chosen is None else [chosen]
             total = _added(total, jax.tree.map(jnp.sum, found))
-        return DecoderOutput(
+        return Output(
             self.norm(x),
-            None if rows is None else jnp.concatenate(wanted),
-            total,
-            jnp.concatenate(routes) if routes else None,
+            attention=None if want.queries is None else jnp.concatenate(seen),
+            chosen=jnp.concatenate(routes) if routes else None,
+            losses=total,
+            inputs=jnp.concatenate(entered) if inputs else None,
         )
-
-    def layer_inputs(
-        self, x: Float[Array, "B T D"], info: TokenInfo, positions: Int[Array, "3 B T"]
-    ) -> Float[Array, "L B T D"]:
-        """The hidden states that enter each layer, whole rows at once; arguments as in `__call__`."""
-        base, own = attention.causal_codes(info), _indices(info)
-        entered = []
-        for run in self.layer_runs:
-            at = self._situation(run, base, info, info, positions, own=own)
-
-            def body(layer: DecoderLayer, x: Array, _: None, at: Situation) -> tuple[Array, Array]:
-                return layer(x, at, None).x, x
-
-            x, inputs = run.scan(body, x, None, at, "none")
-            entered.append(inputs)
-        return jnp.concatenate(entered)
 
     def loss_weights(self, info: TokenInfo) -> dict[str, Float[Array, ""]]:
         """What the sums of the mechanisms' losses over these rows are divided by, by name; empty where none has any."""
@@ -265,7 +236,7 @@ class Decoder(nnx.Module):
                 total = _added(total, {name: layers * x for name, x in mechanism.loss_weights(info).items()})
         return total
 
-    def cached(
+    def extend(
         self,
         x: Float[Array, "B T D"],
         info: TokenInfo,
@@ -416,7 +387,7 @@ class Decoder(nnx.Module):
         *,
         own: Int[Array, "B T"],
         start: Int[Array, "B"] | attention.ChunkSlots | None = None,
-        rows: Int[Array, "B N"] | None = None,
+        queries: Int[Array, "B N"] | None = None,
         progress: Float[Array, ""] | None = None,
     ) -> Situation:
         # The hooks `positions` and `mask` read no parameters, so the stacked mechanisms may answer for all layers.
@@ -424,7 +395,7 @@ class Decoder(nnx.Module):
         placed = attention.positions(mechanisms, info_q, info_k, own, positions)
         rotation = text_rotation(placed, self.head_dim, self.rope_theta, self.mrope_section)
         codes = attention.mask_codes(mechanisms, info_q, info_k, base)
-        return Situation(rotation, codes, info_q, info_k, start, rows, progress)
+        return Situation(rotation, codes, info_q, info_k, start, queries, progress)
 
 
 def _indices(info: TokenInfo) -> Int[Array, "B T"]:

@@ -75,7 +75,7 @@ def logits(
 
     @jax.jit
     def run(model: Vlm, batch: Any) -> jax.Array:
-        return model.logits(model.hidden(batch))
+        return model.logits(model.forward(batch).hidden)
 
     with jax.default_matmul_precision("highest"):
         values = run(model, jax.tree.map(jnp.asarray, batch))

@@ -29,15 +29,15 @@ VIDEO = [3, Visual(2, 6, 4, video=True), 2]
 FRAMES_64 = [12, Visual(32, 4, 4, video=True), 3]
 """A temporal patch is two frames; four visual tokens each."""
 CUTS_64 = range(24, 144, 24)
-_cached = jax.jit(lambda model, *given: model.decoder.cached(*given))
-_whole = jax.jit(lambda model, given: (model.embedded(given), model.hidden(given)))
+_cached = jax.jit(lambda model, *given: model.decoder.extend(*given))
+_whole = jax.jit(lambda model, given: (model.embedded(given), model.forward(given).hidden))
 
 
 @jax.jit
 def _taken(model, x, info, positions, cache, places):
     """As a prompt is read: where its row's regions lie on the device."""
     row = jnp.zeros(1, jnp.int32)
-    hidden, part = model.decoder.cached(x, info, positions, kv_cache.take(cache, row, cache.size), places)
+    hidden, part = model.decoder.extend(x, info, positions, kv_cache.take(cache, row, cache.size), places)
     return hidden, kv_cache.put(cache, part, row)
 
 

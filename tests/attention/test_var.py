@@ -20,6 +20,7 @@ from rave_jax.batch import Kind, Role, TokenInfo
 from rave_jax.config import ConfigError
 from rave_jax.models.config import ModelOptions
 from rave_jax.models.families import presets
+from rave_jax.models.forward import Want
 from rave_jax.models.parameters import named_parameters, with_values
 from tests.attention.packed import B, T, dense_map, everything, features, info_of, outputs
 from tests.models.layout import batch, document
@@ -187,7 +188,7 @@ def test_sink_dimensions_of_a_model_are_found_from_its_first_tokens() -> None:
     vlm = with_values(plain, values)
     docs = [document([1], config, np.random.default_rng(seed)) for seed in range(6)]
     rows = batch([[doc] for doc in docs], config, tokens=1, patches=0)
-    inputs = jax.jit(lambda m, b: m.decoder.layer_inputs(m.embedded(b), b.info, b.positions))(vlm, rows)
+    inputs = jax.jit(lambda m, b: m.forward(b, Want(inputs=True)).inputs)(vlm, rows)
     assert inputs.shape == (4, 6, 1, config.text.hidden_size)
     np.testing.assert_allclose(inputs[0], vlm.embedded(rows), atol=1e-6)
     assert sink_dimensions(inputs, 2) == (9, 4)

@@ -19,6 +19,7 @@ from rave_jax.inference import Completion, Generator, Request, Sampling, SlotCon
 from rave_jax.inference.slots import compilations
 from rave_jax.models.config import ModelOptions
 from rave_jax.models.families.presets import tiny
+from rave_jax.models.forward import Want
 from rave_jax.models.vlm import Vlm
 from rave_jax.parallel.mesh import MeshConfig, make_mesh
 from tests.data.conftest import TEMPLATE, byte_tokenizer, tiny_settings
@@ -131,7 +132,7 @@ def test_a_look_is_the_mean_row_of_the_choosing_queries(subject: ModelSubject, v
     batch = collate([[example]], BatchShape(1, len(example.tokens), 64), processor.settings.patch_numbers)
     last = len(prompt.tokens) - 1
     rows = np.array([[last, last + 1, last + 2]], np.int32)
-    _, weights = jax.jit(lambda m, b: m.hidden(b, rows=rows))(vlm, batch)
+    weights = jax.jit(lambda m, b: m.forward(b, Want(queries=rows)).attention)(vlm, batch)
     expected = np.asarray(weights)[:, 0].mean(1)
     visual = np.flatnonzero(example.info.image == 1)
     assert looks[0] is not None and looks[0].weights.shape[-2:] == (2, 4)
@@ -144,7 +145,7 @@ def ratios(vlm: Vlm, processor: Processor) -> list[float]:
     """Of every prompt alone, from the whole map."""
     ratios: list[float] = []
     every = np.arange(SHAPE.tokens, dtype=np.int32)[None]
-    run = jax.jit(lambda m, b: m.hidden(b, rows=every)[1])
+    run = jax.jit(lambda m, b: m.forward(b, Want(queries=every)).attention)
     for sample in SAMPLES:
         example = processor.encode(sample.prompt, add_generation_prompt=True)
         info, length = example.info, len(example.tokens)
@@ -187,7 +188,7 @@ def test_prompts_of_any_size_are_few_programs(subject: ModelSubject) -> None:
     assert all(isinstance(answer, Answer) for answer in answers)
     # The tower has a size for every window or two; prompts and answers have one each.
     assert compilations() - before <= len(usage.programs - known)
-    reaches = {size if name == "write" else size[0] for name, size in usage.programs if name != "see"}
+    reaches = {size if name == "decode" else size[0] for name, size in usage.programs if name != "encode_images"}
     assert len(reaches) == 1
 
 
