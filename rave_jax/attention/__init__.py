@@ -28,25 +28,19 @@ from rave_jax.attention.base import (
     check_owners,
     check_with_regions,
 )
-from rave_jax.attention.cache import CacheType, KvCache, RegionMemory, RegionReach
+from rave_jax.attention.cache import Cache, CacheType, LayerKeys, RegionMemory, RegionReach
 from rave_jax.attention.cca import Cca
 from rave_jax.attention.context import ContextSight
 from rave_jax.attention.croc import Croc
 from rave_jax.attention.decomposed import Decomposed
 from rave_jax.attention.gaze import Gaze, TopKSchedule
+from rave_jax.attention.kv_cache import KvCache, empty_cache
 from rave_jax.attention.masks import block_diagonal_codes, cached_codes, causal_codes
 from rave_jax.attention.mma import Mma
 from rave_jax.attention.plan import LayerRunPlan, Layers, build_mechanisms, plan_layer_runs
 from rave_jax.attention.rave import Rave
-from rave_jax.attention.region_cache import (
-    ChunkSlots,
-    LayerRegions,
-    attend_regions,
-    check_decoding,
-    chunk_slots,
-    entered,
-    joined,
-)
+from rave_jax.attention.region_cache import check_decoding
+from rave_jax.attention.region_slots import RegionCache, empty_region_cache
 from rave_jax.attention.scores import pick
 from rave_jax.attention.sliding_window import SlidingWindow
 from rave_jax.attention.text_positions import TextPositions
@@ -59,10 +53,10 @@ __all__ = [
     "AttentionDims",
     "AttentionOutput",
     "Avar",
+    "Cache",
     "CacheType",
     "Cca",
     "Channels",
-    "ChunkSlots",
     "ContextSight",
     "Croc",
     "Decomposed",
@@ -71,7 +65,7 @@ __all__ = [
     "KeyFactor",
     "Keys",
     "KvCache",
-    "LayerRegions",
+    "LayerKeys",
     "LayerRunPlan",
     "Layers",
     "Mechanism",
@@ -81,6 +75,7 @@ __all__ = [
     "Owned",
     "Parts",
     "Rave",
+    "RegionCache",
     "RegionMemory",
     "RegionReach",
     "Score",
@@ -90,7 +85,6 @@ __all__ = [
     "Var",
     "ZeroTuning",
     "attend",
-    "attend_regions",
     "block_diagonal_codes",
     "build_mechanisms",
     "cached_codes",
@@ -99,10 +93,9 @@ __all__ = [
     "check_kernels",
     "check_owners",
     "check_with_regions",
-    "chunk_slots",
     "combine",
-    "entered",
-    "joined",
+    "empty_cache",
+    "empty_region_cache",
     "mask_codes",
     "pick",
     "plan_layer_runs",

@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rave_jax.attention import CacheType, KvCache, RegionMemory, RegionReach
-from rave_jax.attention import cache as kv_cache
+from rave_jax.attention import Cache, CacheType, RegionMemory, RegionReach
 from rave_jax.batch import Kind, Patches, Role, TokenInfo
 from rave_jax.inference.sampling import RowSampling, choose
 from rave_jax.models.forward import Chunk, ImageFeatures
@@ -43,7 +42,7 @@ class SlotState(NamedTuple):
         sampling: how tokens are chosen.
     """
 
-    cache: KvCache
+    cache: Cache
     pictures: ImageFeatures
     seen: Bool[Array, "B V"]
     token: Int[Array, "B"]
@@ -135,7 +134,7 @@ def empty_state(
 def settled(state: SlotState) -> SlotState:
     """The state where the sharding rules want it, after every program alike: else each would be compiled twice."""
     ruled: dict[str, Any] = {
-        "cache": kv_cache.placed(state.cache),
+        "cache": state.cache.placed(),
         "pictures": jax.tree.map(lambda x: shard(x, "batch", None, None), state.pictures),
         "seen": shard(state.seen, "batch", "vocab"),
     }
@@ -177,13 +176,13 @@ def prefill(
     """
     B = state.seen.shape[0]
     begins = admission.begins
-    part = kv_cache.take(state.cache, admission.slot, reach, regions)
+    part = state.cache.take(admission.slot, reach, regions)
     # From slot 0 on: what is left there of who had the slot before counts as not written.
-    part = kv_cache.emptied(part, begins)
+    part = part.emptied(begins)
 
     features = state.pictures if state.pictures.tokens.shape[1] else None
     hidden, part = model.extend(chunk, part, features, admission.last[:, None])
-    cache = kv_cache.put(state.cache, part, admission.slot)
+    cache = state.cache.put(part, admission.slot)
 
     rows = jnp.arange(len(begins))
     ids = jnp.where(chunk.info.document > 0, chunk.tokens, state.seen.shape[1])
@@ -240,7 +239,7 @@ def decode(
         answer, and how many steps were run.
     """
     begun, whole = state.active & alive, state.cache
-    state = state._replace(active=begun, cache=kv_cache.take(whole, None, reach))
+    state = state._replace(active=begun, cache=whole.take(None, reach))
     out = jnp.full((len(begun), width), NOTHING, jnp.int32)
 
     def unfinished(carry: tuple[Array, Array, SlotState]) -> Bool[Array, ""]:
@@ -268,14 +267,14 @@ def decode(
         return step + 1, out.at[:, step].set(column), now
 
     ran, out, state = jax.lax.while_loop(unfinished, advance, (jnp.int32(0), out, state))
-    return settled(state._replace(cache=kv_cache.put(whole, state.cache, None))), shard(out, None, None), ran
+    return settled(state._replace(cache=whole.put(state.cache, None))), shard(out, None, None), ran
 
 
 def clear(model: Vlm, state: SlotState, slot: Int[Array, "1"]) -> tuple[SlotState]:
     """Zeros in everything that is kept for a slot. Leftovers of an answer that was not finite would reach the next one
     through attention: 0 times NaN is NaN."""
-    part = kv_cache.take(state.cache, slot, state.cache.size)
-    cache = kv_cache.put(state.cache, jax.tree.map(jnp.zeros_like, part), slot)
+    part = state.cache.take(slot, state.cache.size)
+    cache = state.cache.put(jax.tree.map(jnp.zeros_like, part), slot)
     return (settled(state._replace(cache=cache, pictures=jax.tree.map(jnp.zeros_like, state.pictures))),)
 
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from rave_jax.attention import CacheType, KvCache, RegionMemory
+from rave_jax.attention import Cache, CacheType, RegionMemory
 from rave_jax.batch import Batch, Kind, Patches, TokenInfo
 from rave_jax.config import require
 from rave_jax.models import lora
@@ -120,13 +120,13 @@ class Vlm(nnx.Module):
         """
         return self.decoder(self.embedded(batch), batch.info, batch.positions, want)
 
-    def prefill(
+    def prefill[C: Cache](
         self,
         batch: Batch,
-        cache: KvCache,
+        cache: C,
         region_offset: Int[Array, "B T"] | None = None,
         wanted: Int[Array, "B N"] | None = None,
-    ) -> tuple[Float[Array, "B N D"], KvCache]:
+    ) -> tuple[Float[Array, "B N D"], C]:
         """Prompts with their pictures, one document per row, into a cache that holds nothing of these rows.
 
         Args:
@@ -144,13 +144,13 @@ class Vlm(nnx.Module):
         x = self.embedded(batch)
         return self.decoder.extend(x, batch.info, batch.positions, cache, region_offset, wanted)
 
-    def extend(
+    def extend[C: Cache](
         self,
         chunk: Chunk,
-        cache: KvCache,
+        cache: C,
         features: ImageFeatures | None = None,
         wanted: Int[Array, "B N"] | None = None,
-    ) -> tuple[Float[Array, "B N D"], KvCache]:
+    ) -> tuple[Float[Array, "B N D"], C]:
         """Tokens that follow what the cache holds. A token with document 0 leaves its row's cache as it was.
 
         Args:
@@ -179,7 +179,7 @@ class Vlm(nnx.Module):
 
     def empty_cache(
         self, rows: int, size: int, kind: CacheType = "compute", regions_in: RegionMemory = "device"
-    ) -> KvCache:
+    ) -> Cache:
         """A cache for `rows` documents of at most `size` tokens, k and v in the number type `kind`, those of regions
         in the memory `regions_in`.
 

@@ -11,8 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rave_jax.attention import Gaze, MechanismConfig, SlidingWindow, ZeroTuning
-from rave_jax.attention import cache as kv_cache
+from rave_jax.attention import Gaze, MechanismConfig, RegionReach, SlidingWindow, ZeroTuning
 from rave_jax.config import ConfigError
 from rave_jax.data.layout import offsets_in_region
 from rave_jax.layout import FixedRegions
@@ -37,8 +36,8 @@ _whole = jax.jit(lambda model, given: (model.embedded(given), model.forward(give
 def _taken(model, x, info, positions, cache, places):
     """As a prompt is read: where its row's regions lie on the device."""
     row = jnp.zeros(1, jnp.int32)
-    hidden, part = model.decoder.extend(x, info, positions, kv_cache.take(cache, row, cache.size), places)
-    return hidden, kv_cache.put(cache, part, row)
+    hidden, part = model.decoder.extend(x, info, positions, cache.take(row, cache.size), places)
+    return hidden, cache.put(part, row)
 
 
 @functools.cache
@@ -122,10 +121,10 @@ def test_a_row_remembers_no_region_of_who_had_it() -> None:
     vlm, rng = a_model(Gaze(FixedRegions(1, 1), 40, top_k=1)), np.random.default_rng(0)
     many, few = (document(parts, CONFIG, rng) for parts in ([2, Visual(1, 8, 8), 2], [2, Visual(1, 4, 4), 40]))
     *_, whole = read(vlm, many, [])
-    row, reach = jnp.zeros(1, jnp.int32), kv_cache.RegionReach(4, 4)
-    part = kv_cache.emptied(kv_cache.take(whole, row, 160, reach), jnp.ones(1, bool))
+    row, reach = jnp.zeros(1, jnp.int32), RegionReach(4, 4)
+    part = whole.take(row, 160, reach).emptied(jnp.ones(1, bool))
     _, _, part = read(vlm, few, [], part)
-    cache = kv_cache.put(whole, part, row)
+    cache = whole.put(part, row)
     assert np.unique(cache.regions.info.region).tolist() == [0, 1, 2, 3, 4]
 
 

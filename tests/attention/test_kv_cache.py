@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rave_jax import attention as at
-from rave_jax.attention import cache as kv
+from rave_jax.attention import kv_cache as kv
 from rave_jax.attention.rave import GateKeys
 from rave_jax.batch import TokenInfo
 
@@ -30,7 +30,7 @@ def keys(T: int, seed: int = 0) -> at.Keys:
     return at.Keys(k, v, (GateKeys(w, key), None))
 
 
-def filled(kind: kv.CacheType = "compute") -> kv.KvCache:
+def filled(kind: at.CacheType = "compute") -> kv.KvCache:
     cache = kv.empty_cache(shapes(), kind)
     (stored,) = cache.layer_runs
     for layer in range(L):
@@ -57,19 +57,19 @@ def test_a_run_is_written_to_its_slots_of_its_layer_or_not_at_all(T: int, starts
 @pytest.mark.parametrize("reach", [3, S])
 def test_what_is_taken_goes_back_where_it_was(rows: list[int], reach: int) -> None:
     cache = filled()
-    part = kv.take(cache, jnp.array([*rows, B], jnp.int32), reach)
+    part = cache.take(jnp.array([*rows, B], jnp.int32), reach)
     assert part.size == reach and part.layer_runs[0].k.shape == (L, len(rows) + 1, K, reach, h)
     np.testing.assert_array_equal(part.info.kind[: len(rows)], cache.info.kind[np.array(rows), :reach])
-    same = kv.put(cache, part, jnp.array([*rows, B], jnp.int32))
+    same = cache.put(part, jnp.array([*rows, B], jnp.int32))
     jax.tree.map(np.testing.assert_array_equal, same, cache)
-    marked = kv.put(cache, jax.tree.map(lambda x: x * 0 - 1, part), jnp.array([*rows, B], jnp.int32))
+    marked = cache.put(jax.tree.map(lambda x: x * 0 - 1, part), jnp.array([*rows, B], jnp.int32))
     others = [row for row in range(B) if row not in rows]
     np.testing.assert_array_equal(marked.index, [-1 if row in rows else cache.index[row] for row in range(B)])
     now, was = marked.layer_runs[0].remembered[0].w, cache.layer_runs[0].remembered[0].w
     assert np.all(np.asarray(now)[:, rows, :, :reach] == -1)
     np.testing.assert_array_equal(now[:, :, :, reach:], was[:, :, :, reach:])
     np.testing.assert_array_equal(now[:, np.array(others, int)], was[:, np.array(others, int)])
-    whole = kv.put(cache, jax.tree.map(lambda x: x * 0 - 1, kv.take(cache, None, reach)), None)
+    whole = cache.put(jax.tree.map(lambda x: x * 0 - 1, cache.take(None, reach)), None)
     assert np.all(np.asarray(whole.info.turn)[:, :reach] == -1)
     np.testing.assert_array_equal(whole.info.turn[:, reach:], cache.info.turn[:, reach:])
 
@@ -86,7 +86,7 @@ def test_int8_is_off_by_half_a_step_at_most(seed: int, size: float) -> None:
 
 
 @pytest.mark.parametrize(("kind", "bytes_per_number"), [("compute", 4), ("bfloat16", 2), ("int8", 1 + 4 / h)])
-def test_number_types_hold_what_they_say(kind: kv.CacheType, bytes_per_number: float) -> None:
+def test_number_types_hold_what_they_say(kind: at.CacheType, bytes_per_number: float) -> None:
     cache = filled(kind)
     (stored,) = cache.layer_runs
     gate = sum(x.nbytes for x in jax.tree.leaves(stored.remembered))
