@@ -25,8 +25,9 @@ from rave_jax.data.layout import lay_out
 from rave_jax.data.patches import empty_patches
 from rave_jax.data.sample import Example
 from rave_jax.evaluation.accounting import account
+from rave_jax.families.config import TextConfig
 from rave_jax.layout import ContextTokens, FixedRegions
-from rave_jax.models.config import ModelOptions, TextConfig
+from rave_jax.models.config import ModelOptions
 
 AIM = 0.1
 DESCRIPTORS: tuple[DescriptorName, ...] = ("mean", "min_max")

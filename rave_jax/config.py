@@ -15,6 +15,7 @@ import importlib.util
 import inspect
 import itertools
 import json
+import pkgutil
 import re
 import reprlib
 import sys
@@ -108,7 +109,7 @@ def check_fields(config: Any) -> None:
     hints = _field_types(type(config))
     for f in dataclasses.fields(config):
         given = getattr(config, f.name)
-        require(_fits(hints[f.name], given), f.name, given, _in_words(hints[f.name]))
+        require(_fits(hints[f.name], given), f.name, given, in_words(hints[f.name]))
 
 
 @functools.cache
@@ -134,15 +135,15 @@ def _fits(kind: Any, value: Any) -> bool:
     return isinstance(value, kind)
 
 
-def _in_words(kind: Any) -> str:
+def in_words(kind: Any) -> str:
     """What a field of this type takes."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin in (Union, types.UnionType):
-        return " or ".join(map(_in_words, args))
+        return " or ".join(map(in_words, args))
     if origin is Literal:
         return ("one of " if len(args) > 1 else "") + ", ".join(map(repr, args))
     if origin is tuple:
-        items = [_in_words(item) for item in args if item is not Ellipsis]
+        items = [in_words(item) for item in args if item is not Ellipsis]
         return f"a tuple, each item {items[0]}" if Ellipsis in args else f"a tuple of {', '.join(items)}"
     return {int: "an integer", float: "a finite number", type(None): "None"}.get(kind, f"a {kind.__name__}")
 
@@ -217,7 +218,7 @@ def _dataclass_from_json(cls: Any, data: Any, where: str) -> Any:
     for f in dataclasses.fields(cls):
         optional = f.default is not dataclasses.MISSING or f.default_factory is not dataclasses.MISSING
         if f.name not in values and not optional:
-            raise ConfigError(f"{where}.{f.name}: {cls.__name__} needs this field and it is missing")
+            raise ConfigError(f"{where}.{f.name}: {cls.__name__} needs this field, but it is missing")
     return cls(**values)
 
 
@@ -256,7 +257,7 @@ def loads[T](cls: type[T], text: str, where: str = "config") -> T:
     except ValueError as error:
         raise ConfigError(f"{where} is not JSON: {error}") from error
     except RecursionError as error:
-        raise ConfigError(f"{where} is not JSON that can be read: its brackets are nested too deeply") from error
+        raise ConfigError(f"{where} cannot be read as JSON: its brackets are nested too deeply") from error
     return from_json(cls, data, where)
 
 
@@ -290,7 +291,38 @@ def load_file(path: str | Path) -> Any:
         # The config's own line is what its author needs, not those of the machinery that runs it.
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
         line = lines[-1] if lines else getattr(error, "lineno", None)
-        raise ConfigError(f"{path}{f':{line}' if line else ''}: {type(error).__name__}: {error}") from error
+        raise ConfigError(f"{path}{f':{line}' if line else ''}: {_said(error)}") from error
+
+
+def _said(error: Exception) -> str:
+    """An error in one line, with what was meant where it is a name that is not there."""
+    if not isinstance(error, (ImportError, AttributeError, NameError)):
+        return f"{type(error).__name__}: {error}"
+    said = list(traceback.TracebackException.from_exception(error).format_exception_only())[-1].strip()
+    module = error.name if isinstance(error, ImportError) else getattr(getattr(error, "obj", None), "__name__", "")
+    name = error.name_from if isinstance(error, ImportError) else error.name
+    if module and name:
+        for other in [each for key, each in list(sys.modules.items()) if f"{key}.".startswith(f"{module}.")]:
+            # A module keeps the names that its classes have had, each with the one of today.
+            if found := vars(other).get("RENAMED", {}).get(name):
+                return f"{said}; {name} is called {found}: from {other.__name__} import {found}"
+            if other.__name__ != module and name in vars(other):
+                return f"{said}; did you mean: from {other.__name__} import {name}"
+        close = difflib.get_close_matches(name, vars(sys.modules.get(module, typing)), 1)
+        if close and "did you mean" not in said.lower():
+            return f"{said}. Did you mean: {close[0]!r}?"
+    if isinstance(error, ModuleNotFoundError) and (close := _close_module(error.name or "")):
+        return f"{said}. Did you mean: {close!r}?"
+    return said
+
+
+def _close_module(name: str) -> str:
+    """The module beside one that is not there whose name is like it."""
+    package, _, last = name.rpartition(".")
+    beside = getattr(sys.modules.get(package), "__path__", None) if package else None
+    names = [each.name for each in pkgutil.iter_modules(beside)] if beside else []
+    close = difflib.get_close_matches(last, names, 1)
+    return f"{package}.{close[0]}" if close else ""
 
 
 def _run_file(path: Path) -> Any:
@@ -304,5 +336,5 @@ def _run_file(path: Path) -> Any:
     finally:
         sys.path.pop(0)
     if not hasattr(module, "get_config"):
-        raise ConfigError(f"{path}: defines no get_config(), which has to return the config")
+        raise ConfigError(f"{path}: has no function get_config(); it must return the config")
     return module.get_config()

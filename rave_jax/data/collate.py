@@ -19,7 +19,7 @@ class BatchShape(NamedTuple):
     Fields:
         rows: B.
         tokens: T, text and visual tokens of a row.
-        patches: P of a row; a multiple of the tower's window (`ProcessorSettings.window_patches`), or 0 for text only.
+        patches: P of a row; a multiple of the tower's window (`PictureRules.window_patches`), or 0 for text only.
     """
 
     rows: int
@@ -83,8 +83,8 @@ def collate(rows: Sequence[Sequence[Example]], shape: BatchShape, patch_numbers:
     Args:
         rows: documents of each row, at most `shape.rows` of them; rows that are missing are padding.
         shape: the batch's shape.
-        patch_numbers: C, numbers in a flattened patch (`ProcessorSettings.patch_numbers`).
-        merge_patches: patches in a merge unit (`ProcessorSettings.merge_patches`).
+        patch_numbers: C, numbers in a flattened patch (`PictureRules.patch_numbers`).
+        merge_patches: patches in a merge unit (`PictureRules.merge_patches`).
 
     Raises:
         OverBudget: a row's documents do not fit. Nothing is cut.

@@ -35,7 +35,8 @@ import numpy as np
 from rave_jax.attention import Gaze
 from rave_jax.attention.gaze import descriptors
 from rave_jax.batch import Kind, TokenInfo
-from rave_jax.models.config import ModelOptions, TextConfig
+from rave_jax.families.config import TextConfig
+from rave_jax.models.config import ModelOptions
 from rave_jax.typing import Bool, Float, Int, NpArray
 
 
@@ -118,7 +119,7 @@ def account(info: TokenInfo, text: TextConfig, options: ModelOptions, number_byt
     row = _Row(info)
     if not len(row.queries):
         return None
-    H, K, h = text.attention_dims
+    H, K, h = text.num_heads, text.num_kv_heads, text.head_dim
     plain = _Layer(row.visual, row.visual, np.zeros(len(row.queries)), 2 * h * number_bytes * K * row.visual)
     layers = [plain] * text.num_layers
     for gaze in (m for m in options.mechanisms if isinstance(m, Gaze)):
@@ -161,7 +162,7 @@ class _Layer(NamedTuple):
 
 
 def _routed(row: _Row, gaze: Gaze, text: TextConfig, number_bytes: int) -> _Layer:
-    H, K, h = text.attention_dims
+    H, K, h = text.num_heads, text.num_kv_heads, text.head_dim
     found = row.candidates.sum(1)
     # Tokens of regions that are no candidates stay under the plain mask; behind whole pictures there are none.
     held = row.candidates @ row.sizes

@@ -109,7 +109,7 @@ class ModelSubject:
         self._answer_routes = jax.jit(answer_routes, out_shardings=replicated(mesh))
 
     def answer(self, samples: Sequence[Sample]) -> list[Answer | SampleError]:
-        asked = (Request(sample.prompt, self._sampling, sample.called) for sample in samples)
+        asked = [Request(sample.prompt, self._sampling, sample.called) for sample in samples]
         return [
             Answer(end.text.strip(), end.tokens) if isinstance(end, Completion) else self._with_needs(sample, end)
             for sample, end in zip(samples, self._generator.answers(asked), strict=True)

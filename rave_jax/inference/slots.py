@@ -27,6 +27,7 @@ from rave_jax.inference.programs import BROKEN, NOTHING, SlotState, clear, decod
 from rave_jax.inference.prompts import Prompt, PromptGroup
 from rave_jax.inference.sampling import Sampling
 from rave_jax.models.vlm import Vlm
+from rave_jax.parallel.agree import from_first
 from rave_jax.parallel.sharding import replicated, use_mesh
 from rave_jax.typing import NpArray
 
@@ -50,7 +51,7 @@ class Usage:
     slot_steps: int = 0
     """Slots times decoding steps that were run."""
     used: int = 0
-    """Those of them in which an answer grew or ended."""
+    """Those of them in which an answer grew or ended. What follows a stop string does not count."""
     programs: set[tuple[str, Any]] = field(default_factory=set)
     """Name and size of every program that was run; each is compiled once."""
 
@@ -108,7 +109,7 @@ class Engine:
         self._leaves, self._structure = jax.tree.flatten(model)
         self._stop_ids = frozenset(stop_ids)
         if len(self._stop_ids) > config.max_stop_ids:
-            raise ConfigError(f"{len(self._stop_ids)} ids end an answer, but max_stop_ids is {config.max_stop_ids}")
+            raise ConfigError(_too_many(len(self._stop_ids), "an answer of the model", config.max_stop_ids))
         self._patch_sizes = {"merge_patches": merge_patches, "patch_numbers": patch_numbers}
         self._buckets = Buckets(
             config, window_patches if model.vision is not None else 0, merge_patches, model.options.layout
@@ -120,11 +121,15 @@ class Engine:
         self._compiling = 0.0
         visual = self._buckets.lengths[-1] if model.vision is not None else 0
         sizes = (config.slots, self._buckets.size, config.prefill_rows, visual, config.max_stop_ids)
-        kinds = (config.cache, config.regions_in)
+        self._state_arguments = (*sizes, config.cache, config.regions_in)
+        self._state = self._empty_state()
+        self._lost = False
+
+    def _empty_state(self) -> SlotState:
         with self._placed():
-            state = jax.jit(empty_state, static_argnums=(1, 2, 3, 4, 5, 6, 7))(model, *sizes, *kinds)
+            state = jax.jit(empty_state, static_argnums=(1, 2, 3, 4, 5, 6, 7))(self._model, *self._state_arguments)
         # Bound to its device like what the programs give back: else the first of them would be compiled twice.
-        self._state = state if mesh is not None else _bound(state, jax.tree.leaves(model)[0].sharding)
+        return state if self._mesh is not None else _bound(state, jax.tree.leaves(self._model)[0].sharding)
 
     @property
     def waiting(self) -> int:
@@ -155,8 +160,8 @@ class Engine:
         for given, what, most, field_name in (
             (len(example.tokens), "tokens", config.max_prompt, "max_prompt"),
             (example.patches.length, "patches", config.max_patches, "max_patches"),
-            (len(example.tokens) + 1, "tokens, an answer token counted", config.max_length, "max_length"),
-            (beside + 1, "tokens of no region, an answer token counted", config.max_text, "max_text"),
+            (len(example.tokens) + 1, "tokens, with one token of the answer", config.max_length, "max_length"),
+            (beside + 1, "tokens outside regions, with one token of the answer", config.max_text, "max_text"),
         ):
             if most is not None and given > most:
                 raise OverBudget(f"{called}the prompt has {given} {what}, over the budget of {field_name} {most}")
@@ -173,10 +178,10 @@ class Engine:
                 f"with {' and '.join(ahead)} tokens see later ones, so a prompt is read whole"
             )
         if example.patches.length and not self._buckets.patches:
-            raise SampleError(f"{called}the prompt has pictures and the model takes none")
+            raise SampleError(f"{called}the prompt has pictures, but the model is for text only")
         stops = tuple(sorted(self._stop_ids.union(sampling.stop_ids)))
         if len(stops) > self.config.max_stop_ids:
-            raise SampleError(f"{called}{len(stops)} ids end it, but max_stop_ids is {self.config.max_stop_ids}")
+            raise SampleError(called + _too_many(len(stops), "its answer", self.config.max_stop_ids))
         fill = (NOTHING,) * (self.config.max_stop_ids - len(stops))
         self._requests += 1
         # The last token of an answer needs no room: nothing follows that would look at it.
@@ -194,16 +199,39 @@ class Engine:
         if layout.context is not None and np.any(visual) and not np.any(kind == Kind.CONTEXT):
             raise SampleError(f"{called}a picture without context tokens: the processor needs the model's layout")
 
-    def cancel(self, request: int) -> None:
-        """End a request, wherever it is; nothing more comes of it."""
-        self._waiting = deque(job for job in self._waiting if job.request != request)
-        self._slots = [None if job is not None and job.request == request else job for job in self._slots]
+    def cancel(self, *requests: int) -> None:
+        """End requests, wherever they are; nothing more comes of them."""
+        if gone := set(requests):
+            self._waiting = deque(job for job in self._waiting if job.request not in gone)
+            self._slots = [None if job is not None and job.request in gone else job for job in self._slots]
+
+    def end(self, progress: Progress, taken: int) -> None:
+        """End a request at one of the tokens that a step gave it.
+
+        Args:
+            progress: what the step gave.
+            taken: how many of its tokens belong to the answer. The slot steps of those behind were not used.
+        """
+        self.usage.used -= len(progress.tokens) - taken + (progress.reason == "stop")
+        self.cancel(progress.request)
 
     def step(self) -> list[Progress]:
         """Read prompts where slots are free for them; where none are, let all answers grow a little.
 
-        So the first token of an answer is given out before anything else is computed.
+        So the first token of an answer is given out before anything else is computed. A step that does not come to its
+        end ends all requests, since the cache may be lost with it.
         """
+        if self._lost:
+            self._state, self._lost = self._empty_state(), False
+        try:
+            return self._step()
+        except BaseException:
+            self._waiting.clear()
+            self._slots = [None] * self.config.slots
+            self._lost = True
+            raise
+
+    def _step(self) -> list[Progress]:
         done = []
         with self._placed():
             while self._group_fits():
@@ -219,13 +247,17 @@ class Engine:
     def _overdue(self) -> list[Progress]:
         """End the answers that take longer than they may."""
         limit, now = self.config.request_timeout, self._seconds()
-        # Several processes have to agree, and each has a clock of its own.
-        if not limit or jax.process_count() > 1:
+        jobs = {slot: job for slot, job in enumerate(self._slots) if job is not None}
+        if not limit or not jobs:
             return []
-        late = [(slot, job) for slot, job in enumerate(self._slots) if job is not None and now - job.began > limit]
-        for slot, _ in late:
+        # Each process has a clock of its own, and all must end the same answers: that of the first decides.
+        late = from_first([slot for slot, job in jobs.items() if now - job.began > limit])
+        for slot in late:
             self._slots[slot] = None
-        return [Progress(job.request, (), None, timed_out(job.called, limit, job.given)) for _, job in late]
+        return [
+            Progress(job.request, (), None, timed_out(job.called, limit, job.given))
+            for job in (jobs[slot] for slot in late)
+        ]
 
     def _group_fits(self) -> bool:
         """Is there a slot for each prompt of a full group, or for all that wait?"""
@@ -329,6 +361,13 @@ _clear = _compiled(clear)
 def _bound(state: SlotState, device: Sharding) -> SlotState:
     """The state bound to the device, each array in the memory where it is."""
     return jax.tree.map(lambda x: jax.device_put(x, device.with_memory_kind(x.sharding.memory_kind)), state)
+
+
+def _too_many(stops: int, answer: str, most: int) -> str:
+    return (
+        f"{stops} ids end {answer}, but max_stop_ids is {most}: give fewer stop_ids, or a larger max_stop_ids "
+        "(--max-stop-ids)"
+    )
 
 
 def compilations() -> int:

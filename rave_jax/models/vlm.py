@@ -9,12 +9,14 @@ from flax import nnx
 from rave_jax.attention import Cache, CacheType, RegionMemory
 from rave_jax.batch import Batch, Kind, Patches, TokenInfo
 from rave_jax.config import require
+from rave_jax.families import family_named
+from rave_jax.families.config import VlmConfig
 from rave_jax.models import lora
-from rave_jax.models.config import ModelOptions, VlmConfig
+from rave_jax.models.config import ModelOptions
 from rave_jax.models.decoder import Decoder
 from rave_jax.models.forward import HIDDEN, Chunk, ImageFeatures, Output, Want
 from rave_jax.models.layers import ContextEmbedding, Embedding, Linear, product
-from rave_jax.models.vision.qwen2_5 import Tower
+from rave_jax.models.tower import Tower
 from rave_jax.parallel.sharding import shard
 from rave_jax.typing import Array, Float, Int
 
@@ -44,9 +46,7 @@ class Vlm(nnx.Module):
         self.options = options
         self.embed = Embedding(text.vocab_size, text.hidden_size, dtype=dtype, key=keys[0])
         self.context: ContextEmbedding | None = nnx.data(_context_embedding(config, options, key))
-        self.vision: Tower | None = nnx.data(
-            None if config.vision is None else Tower(config.vision, options, key=keys[1])
-        )
+        self.vision: Tower | None = nnx.data(_tower(config, options, keys[1]))
         self.decoder = Decoder(text, options, key=keys[2])
         head = (text.vocab_size,), (text.hidden_size,)
         self.lm_head: Linear | None = nnx.data(
@@ -187,6 +187,10 @@ class Vlm(nnx.Module):
             ConfigError: no mechanism keeps regions that could lie in host memory, or the mesh has several devices.
         """
         return self.decoder.empty_cache(rows, size, kind, self.options.compute, regions_in)
+
+
+def _tower(config: VlmConfig, options: ModelOptions, key: jax.Array) -> Tower | None:
+    return None if config.vision is None else family_named(config.family).load_tower()(config.vision, options, key=key)
 
 
 def _context_embedding(config: VlmConfig, options: ModelOptions, key: jax.Array) -> ContextEmbedding | None:

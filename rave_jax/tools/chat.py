@@ -5,17 +5,14 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
-import signal
 import sys
-import threading
-from collections import abc
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from rave_jax.config import ConfigError
 from rave_jax.data.images import read_image
 from rave_jax.data.sample import SampleError
-from rave_jax.inference import Fault, Generator, Request, Sampling
+from rave_jax.inference import Fault, Generator, Request, Sampling, interrupts
 from rave_jax.tools.answer import show
 from rave_jax.tools.folder import PictureFolder
 from rave_jax.tools.request import question
@@ -31,7 +28,7 @@ class Chat:
         sampling: how.
         folder: where pictures of /image may lie.
         system: messages before every conversation.
-        verbose: say on stderr how many tokens came and how quickly.
+        verbose: print the number of tokens and the speed on stderr.
     """
 
     def __init__(
@@ -64,7 +61,7 @@ class Chat:
             except (ConfigError, SampleError) as error:
                 _say(str(error))
         else:
-            missing = "needs the path of a picture" if command == "/image" else "is no command"
+            missing = "needs the path of a picture" if command == "/image" else "is not a command"
             _say(f"{command} {missing}: expected {COMMANDS}, or a question")
         return True
 
@@ -83,12 +80,12 @@ class Chat:
             return
         asked = question(text, tuple(self._pictures))
         request = Request([*self._system, *self._said, asked], self._sampling, "the conversation")
-        with _interrupts() as stopped, contextlib.closing(self._generator.stream([request])) as pieces:
+        with interrupts.remembered() as stopped, contextlib.closing(self._generator.stream([request])) as pieces:
             try:
                 text, whole = show(pieces, self._verbose, stopped)
             except ConfigError as error:
                 self.failed |= isinstance(error.__cause__, Fault)
-                dropped = "; the question's pictures are dropped" if self._pictures else ""
+                dropped = "; its pictures are dropped too" if self._pictures else ""
                 self._pictures = []
                 return _say(f"{error}{dropped}")
         self._said += [asked, {"role": "assistant", "content": text}]
@@ -116,7 +113,7 @@ def chat(
         system: messages before every conversation.
         images: go before the first question.
         prompt: the first question; None leaves it to stdin.
-        verbose: say on stderr how many tokens came and how quickly.
+        verbose: print the number of tokens and the speed on stderr.
 
     Raises:
         ConfigError: the model or one of `images` cannot be used.
@@ -138,7 +135,7 @@ def chat(
 def _lines() -> Iterator[str]:
     terminal = sys.stdin.isatty()
     if terminal:
-        _say(f"A question per line, or {COMMANDS}. Ctrl-C stops an answer.")
+        _say(f"One question per line, or {COMMANDS}. Ctrl-C stops an answer.")
         with contextlib.suppress(ImportError):  # input() then has arrow keys and a memory, where Python was built so
             importlib.import_module("readline")
     while True:
@@ -149,35 +146,11 @@ def _lines() -> Iterator[str]:
                 print()
             return
         except UnicodeDecodeError as error:
-            _say(f"a line is no text: {error}")
+            _say(f"a line is not text: {error}")
         except KeyboardInterrupt:
             if not terminal:
                 raise
             _say("\n/exit leaves")
-
-
-@contextlib.contextmanager
-def _interrupts() -> abc.Generator[Callable[[], bool]]:
-    """Ctrl-C is only remembered; gives the function that says whether it came. A second one ends the program.
-
-    An exception instead could come between a program that has consumed the cache and the line that keeps the new one.
-    """
-    came = False
-
-    def remember(*_: object) -> None:
-        nonlocal came
-        if came:
-            raise KeyboardInterrupt
-        came = True
-
-    # Python takes signals in the main thread alone.
-    main = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGINT, remember) if main else None
-    try:
-        yield lambda: came
-    finally:
-        if main:
-            signal.signal(signal.SIGINT, before)
 
 
 def _say(text: str) -> None:

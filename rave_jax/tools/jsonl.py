@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
+import io
 import json
 import os
 import sys
@@ -13,7 +14,7 @@ import typing
 from collections import abc
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 from rave_jax.config import ConfigError, from_json, shown
 from rave_jax.data.sample import SampleError
@@ -58,21 +59,21 @@ def answer_file(
             order of the requests; None is stdout.
         sampling: for what a request does not state.
         make: gives the generator; called when both files can be used.
-        verbose: say on stderr how many tokens came and how quickly.
+        verbose: print the number of tokens and the speed on stderr.
         image_dir: the folder that pictures must lie below; None is the one that paths are relative to.
 
     Raises:
         ConfigError: a file or the model cannot be used.
     """
     if out is not None and out.resolve() == path.resolve():
-        raise ConfigError(f"--out {out} is the file of the requests")
+        raise ConfigError(f"--out {out} is the file of requests: give another --out")
     stdin = str(path) in STDIN
     folder = PictureFolder.of(Path() if stdin else path.parent, image_dir)
     with contextlib.ExitStack() as stack:
         if stdin and sys.stdin is None:
             raise ConfigError(f"{path}: standard input is closed")
         try:
-            file = sys.stdin.buffer if stdin else stack.enter_context(open_regular(path))
+            file = _standard_input() if stdin else stack.enter_context(open_regular(path))
         except NotAFile as error:
             raise ConfigError(f"{path}: {error.strerror}. Save the requests, or pipe them to `--requests -`") from error
         except OSError as error:
@@ -87,36 +88,28 @@ def answer_file(
     return tally
 
 
+def _standard_input() -> IO[bytes]:
+    """Standard input, apart from `sys.stdin`: Python aborts if it ends while a thread waits inside of that one."""
+    try:
+        return open(sys.stdin.fileno(), "rb", closefd=False)
+    except io.UnsupportedOperation:  # what stands in its place is no file
+        return sys.stdin.buffer
+
+
 def answer_all(generator: Generator, requests: Iterable[Request | SampleError], write: Write) -> Tally:
     """Answer requests and write a line for each in order. Lines wait for those before them."""
-    places: list[int] = []
     ready: dict[int, Completion | SampleError] = {}
-
-    def good() -> Iterator[Request]:
-        for place, request in enumerate(requests):
-            if isinstance(request, SampleError):
-                ready[place] = request
-            else:
-                places.append(place)
-                yield request
-
     tally = Tally(0, 0, 0)
-
-    def write_ready(tally: Tally) -> Tally:
-        while (place := tally.answered + tally.refused) in ready:
-            end = ready.pop(place)
+    for piece in generator.stream(requests):
+        if piece.end is not None:
+            ready[piece.request] = piece.end
+        while (end := ready.pop(place := tally.answered + tally.refused, None)) is not None:
             write(_line(place, end))
             if isinstance(end, SampleError):
                 tally = tally._replace(refused=tally.refused + 1)
             else:
                 tally = Tally(tally.answered + 1, tally.tokens + len(end.tokens), tally.refused)
-        return tally
-
-    for piece in generator.stream(good()):
-        if piece.end is not None:
-            ready[places[piece.request]] = piece.end
-            tally = write_ready(tally)
-    return write_ready(tally)
+    return tally
 
 
 def _line(place: int, end: Completion | SampleError) -> dict[str, Any]:
@@ -176,7 +169,7 @@ def written(out: Path) -> abc.Generator[Write]:
     """
     out = out.resolve()
     if out.exists() and not out.is_file():
-        raise ConfigError(f"cannot write {out}: it is there and no file")
+        raise ConfigError(f"cannot write {out}: it exists and is not a file")
     part = out.with_name(f"{out.name}.part")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -185,7 +178,7 @@ def written(out: Path) -> abc.Generator[Write]:
         if not part.exists():
             raise _cannot_write(out, error) from error
         raise ConfigError(
-            f"{part} is there: another job writes it now, or left it unfinished; move it away or delete it"
+            f"{part} exists: another job is writing it, or left it unfinished; move it away or delete it"
         ) from error
 
     def write(line: dict[str, Any]) -> None:
@@ -201,7 +194,7 @@ def written(out: Path) -> abc.Generator[Write]:
         part.replace(out)
     except BaseException:
         if part.stat().st_size:
-            print(f"rave-jax: what was answered before it ended is in {part}", file=sys.stderr)
+            print(f"rave-jax: the answers before the end are in {part}", file=sys.stderr)
         else:
             part.unlink()
         raise

@@ -16,7 +16,7 @@ from rave_jax.config import ConfigError
 from rave_jax.data.chat import SpecialTokens
 from rave_jax.data.collate import collate, smallest_shape
 from rave_jax.data.processor import Processor
-from rave_jax.data.sample import SampleError
+from rave_jax.data.sample import OverBudget, SampleError
 from rave_jax.inference import NotFinite
 from rave_jax.models.vlm import Vlm
 from rave_jax.tools import source as sources
@@ -40,7 +40,7 @@ def write_logits(
         model: HuggingFace directory, native checkpoint or run directory.
         request: JSON list of messages in HF chat format; image paths relative to this file, or absolute.
         out: .npz to write.
-        add_generation_prompt: end with the header of an answer to come.
+        add_generation_prompt: end the prompt where an answer would begin.
         image_dir: the folder that pictures must lie below; None is that of the request.
         special_tokens_in_text: as in `sources.processor_of`.
 
@@ -66,9 +66,17 @@ def logits(
 
     Raises:
         SampleError: a message or a picture that cannot be used.
+        OverBudget: more tokens than the model has positions; nothing is computed then.
         NotFinite: a logit is NaN or infinite.
     """
-    example = processor.encode(messages, add_generation_prompt)
+    most = model.config.text.max_position
+    advice = f"the model has {most} positions (max_position_embeddings): shorten it, or give fewer or smaller pictures"
+    try:
+        example = processor.encode(messages, add_generation_prompt, most_tokens=most)
+    except OverBudget as error:
+        raise OverBudget(f"{error}; {advice}") from error
+    if len(example.tokens) > most:
+        raise OverBudget(f"the conversation has {len(example.tokens)} tokens; {advice}")
     settings = processor.settings
     shape = smallest_shape([[example]], TOKEN_BUCKET, settings.window_patches)
     batch = collate([[example]], shape, settings.patch_numbers, settings.merge_patches)
@@ -93,7 +101,7 @@ def _write(out: Path, ids: np.ndarray, values: np.ndarray) -> None:
     """All or nothing: the file appears under its name when it is complete."""
     out = out.resolve()
     if out.exists() and not out.is_file():
-        raise ConfigError(f"cannot write {out}: it is there and no file")
+        raise ConfigError(f"cannot write {out}: it exists and is not a file")
     part = None
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -12,6 +12,8 @@ from jax.sharding import Mesh
 
 from rave_jax.checkpoint.hf_files import hf_config
 from rave_jax.checkpoint.hf_import import import_hf
+from rave_jax.checkpoint.kinds import kind_of, other_config
+from rave_jax.checkpoint.safetensors_file import CheckpointError
 from rave_jax.checkpoint.sidecar import saved_options
 from rave_jax.checkpoint.store import StoreError
 from rave_jax.checkpoint.target import abstract_model
@@ -41,8 +43,16 @@ class Source(NamedTuple):
 
 
 def is_run(path: Path) -> bool:
-    """Is this the directory of a training run?"""
-    return hf_config(path).get("type") == "TrainConfig"
+    """Is this the directory of a training run? If not, it holds the config of a model.
+
+    Raises:
+        ConfigError: it is neither; says what it is.
+    """
+    if kind_of(path) == "run":
+        return True
+    if other := other_config(path, hf_config(path)):
+        raise CheckpointError(other)
+    return False
 
 
 def model_directory(path: Path) -> Path:
@@ -102,7 +112,7 @@ def load(
             raise ConfigError(str(error)) from error
         return Source(_changed(run.model, changes or {}), model_directory(path), run.mesh)
     if step is not None:
-        raise ConfigError(f"{path}: step {step} is asked for, but this is no run directory")
+        raise ConfigError(f"{path}: step {step} is asked for, but this is not a run directory")
     mesh = all_devices()
     options = dataclasses.replace(options_of(path), **(changes or {}))
     return Source(import_hf(path, options, mesh, dtypes="stored" if as_stored else "options"), path, mesh)

@@ -10,7 +10,7 @@ from rave_jax import config as configs
 from rave_jax.attention import MechanismConfig
 from rave_jax.checkpoint.tiny import Tiny
 from rave_jax.config import ConfigError, check_paths, check_ranges, require
-from rave_jax.data.pipeline import MOST_TOKENS, DataConfig
+from rave_jax.data.config import MOST_TOKENS, DataConfig
 from rave_jax.evaluation.config import Eval, Report
 from rave_jax.models.config import ModelOptions
 from rave_jax.parallel.hosts import HostsConfig
@@ -40,9 +40,9 @@ class Extension:
     """A run that was continued with more steps."""
 
     after_step: int = 0
-    """Steps that were done by then."""
+    """Steps that were done before the extension."""
     steps: int = 0
-    """`steps` until then, which the learning rate followed."""
+    """`steps` before the extension, which the learning rate followed."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class TrainConfig:
     """One training run, from a checkpoint to what is done after the last step."""
 
     output_dir: str = "runs/run"
-    """Run directory: config, metrics, checkpoints, results. A run that is there already is continued."""
+    """Run directory: config, metrics, checkpoints, results. An existing run is continued."""
     init: FromHF | Tiny = field(default_factory=Tiny)
     """Where the weights come from."""
     model: ModelOptions = field(default_factory=ModelOptions)
@@ -80,9 +80,9 @@ class TrainConfig:
     tensorboard: bool = True
     """Write TensorBoard events beside metrics.jsonl?"""
     final: tuple[Eval | Report, ...] = ()
-    """What is done after the last step, in order."""
+    """Evaluations and reports after the last step, in order."""
     extended: tuple[Extension, ...] = ()
-    """How often the run got more steps; train.py writes it, and what is given here is not looked at."""
+    """The run's extensions to more steps. train.py writes it; a given value is ignored."""
 
     def __post_init__(self) -> None:
         require(bool(self.output_dir), "output_dir", self.output_dir, "a directory")

@@ -265,8 +265,14 @@ def test_context_tokens_are_neither_the_picture_nor_the_prompt() -> None:
         assert found is not None and found.of[0, CONTEXT].tolist() == [number] * 2
 
 
-@pytest.mark.parametrize("route", ["key_bias", "channel", "merge", "after"])
-@pytest.mark.parametrize("sees", ["own", "own+first"])
+@pytest.mark.parametrize(
+    ("sees", "route"),
+    [
+        pytest.param(sees, route, marks=[pytest.mark.slow] * (route not in ("key_bias", "after")))
+        for sees in ("own", "own+first")
+        for route in ("key_bias", "channel", "merge", "after")
+    ],
+)
 def test_first_tokens_are_weighed_where_context_tokens_see_them(route, sees) -> None:
     info, x = document(), features(rows=1, length=len(DOCUMENT))
     tokens = ContextTokens(2, sees=sees)

@@ -59,6 +59,7 @@ def by_hand(x: at.Features, info: TokenInfo, gate: bool = False, window: int = T
         said = mechanism.score(x, mechanism.remember(x), info, info)
         assert said is not None and said.pair is not None
         bias = np.float64(ungroup_heads(tile_bias(*said.pair)))
+    info = jax.tree.map(np.asarray, info)
     out = np.zeros_like(q)
     for b, i, h in np.ndindex(B, T, DIMS.num_heads):
         if info.document[b, i] == 0:
@@ -83,7 +84,7 @@ def by_hand(x: at.Features, info: TokenInfo, gate: bool = False, window: int = T
     return out
 
 
-@pytest.mark.parametrize("beside", ["alone", "a gate", "a window"])
+@pytest.mark.parametrize("beside", ["alone", "a gate", pytest.param("a window", marks=pytest.mark.slow)])
 def test_it_is_the_stated_formula(beside: str) -> None:
     x, info = features(), info_of(*ROWS)
     configs: dict[str, tuple[at.MechanismConfig, ...]] = {

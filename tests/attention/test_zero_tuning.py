@@ -27,7 +27,7 @@ GAMMA = np.array([1.0, 3.0, 1.0, 0.2])
 
 def stated(plain: np.ndarray, info: Any) -> np.ndarray:
     """a'_0 = gamma a_0 / D and a'_j = a_j / D with D = 1 + (gamma - 1) a_0, for the first token of each document."""
-    changed = plain.copy()
+    changed, info = plain.copy(), jax.tree.map(np.asarray, info)
     for b, i in np.ndindex(plain.shape[:2]):
         start = i - int(info.offset[b, i])
         D = 1 + (GAMMA - 1) * plain[b, i, :, start]
@@ -39,8 +39,8 @@ def stated(plain: np.ndarray, info: Any) -> np.ndarray:
 @pytest.mark.parametrize(
     ("route", "beside"),
     [
-        # Beside others, routes that a softmax has in common with the first are slow tests.
-        pytest.param(route, beside, marks=[pytest.mark.slow] * (beside != "alone" and route in ("channel", "merge")))
+        # The tests of slots have two of them beside others.
+        pytest.param(route, beside, marks=[pytest.mark.slow] * (beside != "alone"))
         for route in ROUTES
         for beside in BESIDE
     ],

@@ -13,13 +13,14 @@ from hypothesis import assume, given
 from rave_jax.batch import Kind, TokenInfo
 from rave_jax.config import ConfigError
 from rave_jax.data.collate import BatchShape, check_fits, collate
+from rave_jax.data.config import DataConfig
 from rave_jax.data.layout import check_regions, lay_out, offsets_in_region, pictures, region_major
-from rave_jax.data.pipeline import DataConfig, Pipeline
+from rave_jax.data.pipeline import Pipeline
 from rave_jax.data.processor import Processor
 from rave_jax.data.sample import Example, OverBudget
 from rave_jax.data.sources import QaJsonl
+from rave_jax.families.qwen2_5_vl.presets import tiny
 from rave_jax.layout import AdaptiveRegions, ContextTokens, FixedRegions, Grid, Regions, VisualLayout
-from rave_jax.models.families.presets import tiny
 from tests.data.pictures import noise
 from tests.inference.prompts import example_of
 from tests.models.layout import Visual, document

@@ -15,9 +15,10 @@ from rave_jax.data.layout import lay_out
 from rave_jax.data.patches import empty_patches
 from rave_jax.data.sample import Example
 from rave_jax.evaluation.accounting import Reading, account, mean_reading
+from rave_jax.families.config import TextConfig
+from rave_jax.families.qwen2_5_vl.presets import qwen2_5_vl_7b
 from rave_jax.layout import AdaptiveRegions, ContextTokens, FixedRegions, VisualLayout
-from rave_jax.models.config import ModelOptions, TextConfig
-from rave_jax.models.families.presets import qwen2_5_vl_7b
+from rave_jax.models.config import ModelOptions
 from rave_jax.models.vlm import Vlm
 
 QWEN3_4B = TextConfig(num_layers=36, num_heads=32, num_kv_heads=8, head_dim=128, hidden_size=2560)

@@ -18,8 +18,8 @@ from rave_jax.data.synthetic import DigitMosaic, Synthetic
 from rave_jax.evaluation.accounting import account
 from rave_jax.evaluation.config import Eval
 from rave_jax.evaluation.routing import cells_of, overlapping
+from rave_jax.families.config import TextConfig
 from rave_jax.look.maps import relative_box
-from rave_jax.models.config import TextConfig
 from rave_jax.training.config import TrainConfig
 
 

@@ -13,12 +13,12 @@ from rave_jax.batch import Kind, Role
 from rave_jax.data.collate import BatchShape, collate
 from rave_jax.data.processor import Processor
 from rave_jax.data.sample import Sample, SampleError
-from rave_jax.data.video import VideoLimits
 from rave_jax.evaluation.subject import Answer, ModelSubject, PromptOverBudget, with_answer
-from rave_jax.inference import Completion, Generator, Request, Sampling, SlotConfig
+from rave_jax.families.qwen2_5_vl.presets import tiny
+from rave_jax.families.qwen2_5_vl.video import VideoLimits
+from rave_jax.inference import Completion, Generator, Request, Sampling
 from rave_jax.inference.slots import compilations
 from rave_jax.models.config import ModelOptions
-from rave_jax.models.families.presets import tiny
 from rave_jax.models.forward import Want
 from rave_jax.models.vlm import Vlm
 from rave_jax.parallel.mesh import MeshConfig, make_mesh
@@ -28,6 +28,8 @@ from tests.models.made import model
 
 NEW = 4
 SHAPE = BatchShape(rows=2, tokens=96, patches=64)
+
+SMALL = tiny(vocab_size=270, num_layers=2, tie_embeddings=False, vision_depth=1, full_attention_blocks=())
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +42,7 @@ def processor() -> Processor:
 @pytest.fixture(scope="module")
 def vlm(processor: Processor) -> Vlm:
     ids = {"image_token_id": processor.settings.image_token_id, "video_token_id": processor.settings.video_token_id}
-    config = dataclasses.replace(tiny(vocab_size=270, num_layers=2, tie_embeddings=False), **ids)
+    config = dataclasses.replace(SMALL, **ids)
     return model(config, ModelOptions(mechanisms=(Rave(rank=2),)), seed=1)
 
 
@@ -69,7 +71,7 @@ def subject(vlm: Vlm, processor: Processor) -> ModelSubject:
 
 def test_answers_are_what_generation_gives(subject: ModelSubject, vlm: Vlm, processor: Processor) -> None:
     answers = subject.answer(SAMPLES)
-    alone = Generator(vlm, processor, SlotConfig(slots=1, max_length=128, chunk=128))
+    alone = Generator(vlm, processor, subject._generator._engine.config)
     for sample, answer in zip(SAMPLES, answers, strict=True):
         (made,) = alone.answers([Request(sample.prompt, Sampling(NEW))])
         assert isinstance(made, Completion)

@@ -11,8 +11,8 @@ import numpy as np
 from rave_jax.batch import Kind, Patches, Role, TokenInfo
 from rave_jax.data.layout import lay_out
 from rave_jax.data.sample import Example
+from rave_jax.families.config import VlmConfig
 from rave_jax.layout import VisualLayout
-from rave_jax.models.config import VlmConfig
 from rave_jax.models.vlm import Vlm
 from tests.models.layout import Document, batch
 

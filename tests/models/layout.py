@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from rave_jax.batch import Batch, Kind, Patches, Role, TokenInfo
+from rave_jax.families.config import VlmConfig
+from rave_jax.families.qwen2_5_vl.config import VisionConfig
 from rave_jax.layout import ContextTokens
-from rave_jax.models.config import VisionConfig, VlmConfig
 
 
 @dataclass(frozen=True)

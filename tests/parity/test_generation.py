@@ -18,11 +18,11 @@ from rave_jax.checkpoint.hf_import import import_hf
 from rave_jax.data.patches import empty_patches
 from rave_jax.data.processor import Processor
 from rave_jax.data.sample import Example
+from rave_jax.families import family_named
+from rave_jax.families.qwen2_5_vl.presets import tiny
 from rave_jax.inference import Completion, Engine, Generator, Request, Sampling, SlotConfig
 from rave_jax.inference.slots import Reason
 from rave_jax.models.config import ModelOptions
-from rave_jax.models.families import family_named
-from rave_jax.models.families.presets import tiny
 from tests.data.conftest import SPECIAL, TEMPLATE, byte_tokenizer
 from tests.data.pictures import noise
 

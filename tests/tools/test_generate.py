@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +24,7 @@ from rave_jax.config import ConfigError
 from rave_jax.data.sample import SampleError
 from rave_jax.inference import Completion, Generator, NotFinite, Piece, Request, Sampling, SlotConfig
 from rave_jax.tools import generate as command
+from rave_jax.tools import jsonl
 from rave_jax.tools import source as sources
 from rave_jax.tools.answer import show
 from rave_jax.tools.cli import main
@@ -81,6 +83,7 @@ def test_a_prompt_from_directory_and_flags_to_stdout(
     assert printed.out == answer(generator, user(ASKED)).text + "\n" and printed.err == ""
 
 
+@pytest.mark.slow
 def test_a_native_checkpoint_answers_as_the_directory_it_is_from(
     folder: Path, generator: Generator, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -235,6 +238,50 @@ def test_requests_from_stdin_name_pictures_below_one_folder(
     assert printed.err.count("lies outside of") == 2 and printed.out == answer(generator, user("What?")).text + "\n"
 
 
+def test_a_program_may_wait_for_an_answer_before_it_asks_again(
+    folder: Path, generator: Generator, loaded: list[tuple], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pipe that stays open between requests holds no answer."""
+    read, write = os.pipe()
+    asked = [json.dumps({"messages": [user(text)]}).encode() + b"\n" for text in ("What?", "Which?")]
+    said: list[str] = []
+
+    def answered(line: dict[str, Any]) -> None:
+        said.append(line["text"])
+        if len(said) < len(asked):
+            os.write(write, asked[len(said)])
+        else:
+            os.close(write)
+
+    monkeypatch.setattr(jsonl, "_print", answered)
+    os.write(write, asked[0])
+    with os.fdopen(read) as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        assert main(["generate", str(folder), "--requests", "-", *FLAGS]) == 0
+    assert said == [answer(generator, user(text)).text for text in ("What?", "Which?")]
+
+
+def test_python_ends_while_standard_input_is_waited_for() -> None:
+    """It aborts (exit code -6) where a thread waits inside of `sys.stdin`."""
+    code = (
+        "import threading, time; from rave_jax.tools.jsonl import _standard_input\n"
+        "threading.Thread(target=_standard_input().readline, daemon=True).start(); time.sleep(0.2)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.wait(60) == 0
+
+
+def test_ids_that_end_an_answer_may_be_many(
+    folder: Path, loaded: list[tuple], capsys: pytest.CaptureFixture[str]
+) -> None:
+    ids = [word for n in range(300, 307) for word in ("--stop-ids", str(n))]
+    assert main(["generate", str(folder), "--prompt", ASKED, *FLAGS, *ids]) == 2
+    assert "--prompt: 9 ids end its answer, but max_stop_ids is 8: " in (err := capsys.readouterr().err)
+    assert "a larger max_stop_ids (--max-stop-ids)" in err
+    main(["generate", str(folder), "--prompt", ASKED, *FLAGS, *ids, "--max-stop-ids", "9"])
+    assert loaded[-1][2].max_stop_ids == 9
+
+
 def test_an_output_is_whole_or_under_another_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, part = tmp_path / "out.jsonl", tmp_path / "out.jsonl.part"
     out.write_text("before")
@@ -246,9 +293,9 @@ def test_an_output_is_whole_or_under_another_name(tmp_path: Path, capsys: pytest
         assert part.read_text() == '{"index": 0, "text": "é"}\n'  # at once
         raise KeyboardInterrupt
     assert out.read_text() == "before" and str(part) in capsys.readouterr().err
-    with pytest.raises(ConfigError, match=r"out\.jsonl\.part is there"), written(out):
+    with pytest.raises(ConfigError, match=r"out\.jsonl\.part exists"), written(out):
         raise AssertionError("another's file must not be written over")
-    with pytest.raises(ConfigError, match="no file"), written(tmp_path):
+    with pytest.raises(ConfigError, match="is not a file"), written(tmp_path):
         pass
     with pytest.raises(ConfigError, match="cannot write"), written(out / "below"):
         pass
@@ -313,9 +360,9 @@ def test_a_turn_that_cannot_be_used_changes_nothing(
     expected = (
         "broken.png: cannot",
         "/image needs the path of a picture: expected /image PATH",
-        "/help is no command: expected /image PATH",
+        "/help is not a command: expected /image PATH",
         "budget of max_length 128",
-        "; the question's pictures are dropped",
+        "; its pictures are dropped too",
     )
     assert all(part in line for part, line in zip(expected, errors, strict=True)), errors
 
@@ -350,13 +397,13 @@ def test_interrupting_an_answer_keeps_what_was_said(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "nothing is asked"),
+        ([], "there is no question"),
         (["--prompt", "a", "--top-p", "2"], "top_p is 2.0"),
         (["--prompt", "a", "--top-k", "many"], "--top-k"),
         (["--prompt", "a", "--stop", ""], "stop is"),
         (["--prompt", "a", "--chunk", "0"], "chunk is 0"),
         (["--prompt", "a", "--cache", "float64"], "--cache"),
-        (["--prompt", "a", "--out", "{tmp}/out"], "--out goes with --requests"),
+        (["--prompt", "a", "--out", "{tmp}/out"], "--out needs --requests"),
         (["--prompt", "a", "--image", "{home}/broken.png"], "broken.png: cannot identify"),
         (["--prompt", "a", "--image", "{tmp}/nowhere.png"], "nowhere.png"),
         (["--prompt", "<|image_pad|>", "--special-tokens-in-text", "tokens"], "placeholder"),
@@ -364,12 +411,12 @@ def test_interrupting_an_answer_keeps_what_was_said(
         (["--requests", "{home}/pipe"], "named pipe, such as `<(...)` of a shell makes; only regular files are read"),
         (["--requests", "{home}/pipe"], "Save the requests, or pipe them to `--requests -`"),
         (["--requests", "{home}/broken.png", "--image-dir", "{tmp}/nowhere"], "nowhere: no such folder"),
-        (["--prompt", "a", "--image-dir", "{tmp}"], "--image-dir goes with --requests or --interactive"),
+        (["--prompt", "a", "--image-dir", "{tmp}"], "--image-dir needs --requests or --interactive"),
         (["--prompt", "a", "--image", "{home}/pipe"], "pipe: it is a named pipe"),
         (["--prompt", "a", "--request-timeout", "-1"], "request_timeout is -1.0"),
         (["--requests", "{home}"], "it is a directory; only regular files are read"),
-        (["--requests", "{home}/broken.png", "--system", "a"], "--system does not go with --requests"),
-        (["--requests", "{home}/broken.png", "--out", "{home}/broken.png"], "is the file of the requests"),
+        (["--requests", "{home}/broken.png", "--system", "a"], "--system cannot be used with --requests"),
+        (["--requests", "{home}/broken.png", "--out", "{home}/broken.png"], "is the file of requests"),
     ],
 )
 def test_misuse_is_one_line_before_a_model_is_read(

@@ -72,7 +72,7 @@ def test_a_run_is_read_back_on_another_mesh(run):
     assert changed
     assert not any(name.startswith("vision.") for name in changed)
     assert other.mesh.shape["tensor"] == 4
-    assert last.processor.settings.patch_size == 14
+    assert last.processor.settings.config.vision.patch_size == 14
 
 
 def test_another_run_is_not_overwritten(run, capsys):
@@ -91,8 +91,8 @@ def test_a_finished_run_is_extended_from_its_newest_sound_checkpoint(run, tmp_pa
         file.write("note to myself\n")
     assert train.main([CONFIG, "--output_dir", str(folder), "--steps", "5"]) == 0
     said = capsys.readouterr().err
-    assert "continuing after step 2, with 5 steps where there were 3: the learning rate goes on by the cosine" in said
-    assert "step 3 (data/data.json is empty); taken is step 2" in caplog.text
+    assert "continuing after step 2, with 5 steps where there were 3: the learning rate continues on the cosine" in said
+    assert "step 3 (data/data.json is empty); using step 2" in caplog.text
     assert [row["step"] for row in curve(folder)] == [1, 2, 3, 4, 5]
     assert curve(folder)[:2] == curve(run)[:2]
     assert (folder / "metrics.jsonl.rejected").read_text() == "note to myself\n"
@@ -153,7 +153,7 @@ def test_a_misspelt_key_of_a_config_file_exits_2_with_a_suggestion(run, tmp_path
     [
         (["--output_dir", "/proc/rave_jax/run"], EXIT_FAILED, "cannot write to /proc/rave_jax/run"),
         (["--simulated_devices", "100000"], EXIT_CONFIG, "simulated_devices is 100000, expected 0 to 1024"),
-        (["--hosts.processes", "-1"], EXIT_CONFIG, "hosts.processes is -1, and no cluster says what the"),
+        (["--hosts.processes", "-1"], EXIT_CONFIG, "hosts.processes is -1, but no TPU pod or SLURM job"),
         (["--mesh.tensor", "3"], EXIT_CONFIG, "mesh is data 1 x fsdp -1 x tensor 3, but"),
         (["--model.mechanisms.0.layers", "99"], EXIT_CONFIG, "Rave.layers names [99], expected numbers from 0"),
         (
@@ -167,7 +167,7 @@ def test_a_misspelt_key_of_a_config_file_exits_2_with_a_suggestion(run, tmp_path
             "final.1: '/no.jsonl' cannot be read",
         ),
         (["--data.rows", "12"], EXIT_CONFIG, "data rows is 12, expected a multiple of 8"),
-        (["--data.tokens", "4"], EXIT_FAILED, "101 samples one after another cannot be used"),
+        (["--data.tokens", "4"], EXIT_FAILED, "101 consecutive samples cannot be used"),
         (["--optimizer.groups.1.pattern", "mecanisms"], EXIT_CONFIG, "it matches no parameter"),
     ],
 )

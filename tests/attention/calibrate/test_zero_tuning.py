@@ -23,7 +23,8 @@ from rave_jax.attention.calibrate.zero_tuning import (
     tune,
 )
 from rave_jax.config import ConfigError
-from rave_jax.models.config import ModelOptions, TextConfig, VlmConfig
+from rave_jax.families.config import TextConfig, VlmConfig
+from rave_jax.models.config import ModelOptions
 from rave_jax.models.vlm import Vlm
 from tests.models.layout import batch, document
 from tests.models.made import model as made
@@ -31,7 +32,8 @@ from tests.models.made import model as made
 L, H = 3, 4
 N = 32
 """Samples of the constructed sets."""
-CONFIG = VlmConfig(text=TextConfig(vocab_size=64, hidden_size=32, num_layers=L, num_heads=H, mlp_size=32), vision=None)
+TEXT = TextConfig(vocab_size=64, hidden_size=32, num_layers=L, num_heads=H, mlp_size=32)
+CONFIG = VlmConfig(text=TEXT, family="qwen3")
 GAMMAS = np.array([[1.0, 3.0, 1.0, 0.25], [1.0, 1.0, 1.0, 1.0], [2.0, 2.0, 2.0, 2.0]])
 
 

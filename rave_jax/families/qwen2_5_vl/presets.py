@@ -6,7 +6,8 @@ them with the files. 32B and 72B are left out: their files were not at hand, and
 
 from __future__ import annotations
 
-from rave_jax.models.config import TextConfig, VisionConfig, VlmConfig
+from rave_jax.families.config import TextConfig, VlmConfig
+from rave_jax.families.qwen2_5_vl.config import EOS_ID, MARKER_IDS, MODEL_TYPE, VisionConfig
 
 
 def _tower(out_size: int) -> VisionConfig:
@@ -17,6 +18,17 @@ def _tower(out_size: int) -> VisionConfig:
         mlp_size=3420,
         full_attention_blocks=(7, 15, 23, 31),
         out_size=out_size,
+    )
+
+
+def _released(text: TextConfig, out_size: int) -> VlmConfig:
+    return VlmConfig(
+        text=text,
+        vision=_tower(out_size),
+        **MARKER_IDS,
+        eos_token_ids=(EOS_ID,),
+        tokens_per_second=2.0,
+        family=MODEL_TYPE,
     )
 
 
@@ -34,7 +46,7 @@ def qwen2_5_vl_3b() -> VlmConfig:
         tie_embeddings=True,
         max_position=8192,
     )
-    return VlmConfig(text=text, vision=_tower(2048))
+    return _released(text, 2048)
 
 
 def qwen2_5_vl_7b() -> VlmConfig:
@@ -51,7 +63,7 @@ def qwen2_5_vl_7b() -> VlmConfig:
         tie_embeddings=False,
         max_position=128000,
     )
-    return VlmConfig(text=text, vision=_tower(3584))
+    return _released(text, 3584)
 
 
 def tiny(
@@ -101,4 +113,5 @@ def tiny(
         vision_start_token_id=vocab_size - 3,
         vision_end_token_id=vocab_size - 4,
         eos_token_ids=(vocab_size - 5,),
+        family=MODEL_TYPE,
     )

@@ -1,4 +1,4 @@
-"""Qwen2.5-VL (arXiv 2502.13923). Checked against transformers' `Qwen2_5_VLForConditionalGeneration`.
+"""Qwen2.5-VL's config. Checked against transformers' `Qwen2_5_VLForConditionalGeneration`.
 
 Configs come in two styles: flat with `rope_scaling` (as released) and nested under `text_config` with
 `rope_parameters` (as transformers 5 saves). Defaults of absent keys are those of transformers' config classes.
@@ -6,10 +6,11 @@ Configs come in two styles: flat with `rope_scaling` (as released) and nested un
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
-from rave_jax.config import ConfigError
-from rave_jax.models.config import (
+from rave_jax.config import ConfigError, require
+from rave_jax.families.config import (
     MAX_HEADS,
     MAX_INT32,
     MAX_LAYERS,
@@ -17,15 +18,14 @@ from rave_jax.models.config import (
     MAX_VOCAB,
     MAX_WIDTH,
     TextConfig,
-    VisionConfig,
+    TowerConfig,
     VlmConfig,
+    check_norm_and_rope,
+    within,
 )
-from rave_jax.models.families.base import (
-    Family,
+from rave_jax.families.hf import (
     HfConfig,
-    TensorRule,
     check_layer_types,
-    decoder_tensors,
     eos_ids,
     flag,
     integer,
@@ -37,7 +37,69 @@ from rave_jax.models.families.base import (
     section,
 )
 
-MARKER_IDS = {"image": 151655, "video": 151656, "vision_start": 151652, "vision_end": 151653}
+MODEL_TYPE, ARCHITECTURE = "qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration"
+EOS_ID = 151645
+MARKER_IDS = {
+    "image_token_id": 151655,
+    "video_token_id": 151656,
+    "vision_start_token_id": 151652,
+    "vision_end_token_id": 151653,
+}
+"""Ids of the released models, which a config may leave out."""
+
+
+@dataclass(frozen=True)
+class VisionConfig(TowerConfig):
+    """The vision tower and the merger after it."""
+
+    temporal_patch_size: int = 2
+    """Frames in a patch; a still image is repeated."""
+    merge_size: int = 2
+    """Side, in patches, of the square that becomes one visual token."""
+    window_size: int = 112
+    """Side of an attention window in pixels."""
+    full_attention_blocks: tuple[int, ...] = (1,)
+    """Blocks that attend over the whole frame; the others stay inside windows."""
+    rms_norm_eps: float = 1e-6
+    """Added to the mean square in every RMSNorm of the tower."""
+    rope_theta: float = 1e4
+    """Base of the rotary frequencies of rows and columns."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        within(self, dict.fromkeys(("merge_size", "temporal_patch_size"), MAX_SIDE) | {"window_size": MAX_WIDTH})
+        divides = self.hidden_size % self.num_heads == 0 and self.head_dim % 4 == 0
+        require(divides, "hidden_size", self.hidden_size, f"num_heads {self.num_heads} times a multiple of 4")
+        unit = self.unit_size
+        require(self.window_size >= unit, "window_size", self.window_size, f"at least one merge unit of {unit} pixels")
+        known = all(0 <= n < self.depth for n in self.full_attention_blocks)
+        require(known, "full_attention_blocks", self.full_attention_blocks, f"numbers from 0 to {self.depth - 1}")
+        check_norm_and_rope(self)
+
+    @property
+    def patch_width(self) -> int:
+        """C: numbers in a flattened patch (channel, temporal, row, col)."""
+        return self.in_channels * self.temporal_patch_size * self.patch_size**2
+
+    @property
+    def merge_unit(self) -> int:
+        """Patches that become one visual token."""
+        return self.merge_size**2
+
+    @property
+    def unit_size(self) -> int:
+        """Pixels along the side of a merge unit: both sides of a resized picture are multiples of it."""
+        return self.patch_size * self.merge_size
+
+    @property
+    def window_units(self) -> int:
+        """Merge units along the side of a window: as many whole ones as fit in window_size."""
+        return self.window_size // self.merge_size // self.patch_size
+
+    @property
+    def window_patches(self) -> int:
+        """The most patches a window can hold; a row's number of patches is a multiple of it."""
+        return (self.window_units * self.merge_size) ** 2
 
 
 def parse(hf: HfConfig) -> VlmConfig:
@@ -53,14 +115,13 @@ def parse(hf: HfConfig) -> VlmConfig:
         raise ConfigError("config.json: 'vision_config' is missing")
     # As in transformers: the head is tied where either of the two places says so.
     tied = flag(hf, "tie_word_embeddings") or flag(text, "tie_word_embeddings", where)
-    ids = {f"{name}_token_id": default for name, default in MARKER_IDS.items()}
     return VlmConfig(
         text=_parse_text(text, tied, where),
         vision=_parse_vision(vision),
-        **{key: integer(hf, key, MAX_INT32, default=default, least=0) for key, default in ids.items()},
-        eos_token_ids=eos_ids(text, 151645, where),
+        **{key: integer(hf, key, MAX_INT32, default=default, least=0) for key, default in MARKER_IDS.items()},
+        eos_token_ids=eos_ids(text, EOS_ID, where),
         tokens_per_second=number(vision, "tokens_per_second", 4, 1e-6, 1e6, "config.json: vision_config"),
-        family=FAMILY.model_type,
+        family=MODEL_TYPE,
     )
 
 
@@ -118,14 +179,25 @@ def _parse_vision(vision: HfConfig) -> VisionConfig:
     )
 
 
+def tower_of(config: VlmConfig) -> VisionConfig:
+    """The config of the tower.
+
+    Raises:
+        ConfigError: the model has none, or another family's.
+    """
+    if not isinstance(config.vision, VisionConfig):
+        found = type(config.vision).__name__
+        raise ConfigError(f"vision is {found}, expected a VisionConfig of {MODEL_TYPE}: its models have a tower")
+    return config.vision
+
+
 def render(config: VlmConfig) -> dict[str, Any]:
     """An HF config, flat as the released ones, which transformers 4 and 5 read."""
-    text, vision = config.text, config.vision
-    assert vision is not None
+    text, vision = config.text, tower_of(config)
     windowed = text.sliding_window is not None
     return {
-        "architectures": [FAMILY.architecture],
-        "model_type": FAMILY.model_type,
+        "architectures": [ARCHITECTURE],
+        "model_type": MODEL_TYPE,
         "hidden_act": "silu",
         "vocab_size": text.vocab_size,
         "hidden_size": text.hidden_size,
@@ -147,7 +219,7 @@ def render(config: VlmConfig) -> dict[str, Any]:
         "vision_end_token_id": config.vision_end_token_id,
         "eos_token_id": config.eos_token_ids[0] if len(config.eos_token_ids) == 1 else list(config.eos_token_ids),
         "vision_config": {
-            "model_type": FAMILY.model_type,
+            "model_type": MODEL_TYPE,
             "hidden_act": "silu",
             "depth": vision.depth,
             "hidden_size": vision.hidden_size,
@@ -167,45 +239,3 @@ def render(config: VlmConfig) -> dict[str, Any]:
 
 def _whole(value: float) -> int | float:
     return int(value) if value == int(value) else value
-
-
-def tensors(config: VlmConfig) -> tuple[TensorRule, ...]:
-    """Every tensor, keys in the style of the released index files."""
-    assert config.vision is not None
-    return (*_vision_tensors(config.vision), *decoder_tensors(config))
-
-
-def _vision_tensors(vision: VisionConfig) -> list[TensorRule]:
-    D, F, joined, p = vision.hidden_size, vision.mlp_size, vision.hidden_size * vision.merge_unit, vision.patch_size
-    patch = (D, vision.in_channels, vision.temporal_patch_size, p, p)
-    rules = [TensorRule("visual.patch_embed.proj.weight", "vision.patch.weight", None, None, patch)]
-    for n in range(vision.depth):
-        linears = {
-            "attn.qkv": ("attention.qkv", 3 * D, D),
-            "attn.proj": ("attention.output", D, D),
-            "mlp.gate_proj": ("mlp.gate", F, D),
-            "mlp.up_proj": ("mlp.up", F, D),
-            "mlp.down_proj": ("mlp.down", D, F),
-        }
-        for key, (path, out, into) in linears.items():
-            key = f"visual.blocks.{n}.{key}"
-            rules.append(TensorRule(f"{key}.weight", f"{path}.weight", n, "vision", (out, into)))
-            rules.append(TensorRule(f"{key}.bias", f"{path}.bias", n, "vision", (out,)))
-        for key, path in (("norm1", "attention_norm"), ("norm2", "mlp_norm")):
-            rules.append(TensorRule(f"visual.blocks.{n}.{key}.weight", f"{path}.weight", n, "vision", (D,)))
-    rules.append(TensorRule("visual.merger.ln_q.weight", "vision.merger.norm.weight", None, None, (D,)))
-    for key, path, out in (("mlp.0", "first", joined), ("mlp.2", "second", vision.out_size)):
-        key, path = f"visual.merger.{key}", f"vision.merger.{path}"
-        rules.append(TensorRule(f"{key}.weight", f"{path}.weight", None, None, (out, joined)))
-        rules.append(TensorRule(f"{key}.bias", f"{path}.bias", None, None, (out,)))
-    return rules
-
-
-FAMILY = Family(
-    model_type="qwen2_5_vl",
-    architecture="Qwen2_5_VLForConditionalGeneration",
-    parse=parse,
-    render=render,
-    tensors=tensors,
-    prefixes=(("model.visual.", "visual."), ("model.language_model.", "model.")),
-)

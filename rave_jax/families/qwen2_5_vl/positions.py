@@ -17,30 +17,11 @@ is, and the answer behind the largest position. Its prompts differ from ours whe
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 
+from rave_jax.families.pictures import Visual, grid_coordinates, text_positions
 from rave_jax.typing import Int, NpArray
-
-
-class Visual(NamedTuple):
-    """A picture or video of a document.
-
-    Fields:
-        start: index of its first token.
-        grid: size of its merged grid (t, h, w); it has t * h * w tokens.
-        seconds: time between its frames; None for a picture.
-    """
-
-    start: int
-    grid: tuple[int, int, int]
-    seconds: float | None = None
-
-
-def grid_coordinates(grid: tuple[int, int, int]) -> Int[NpArray, "3 N"]:
-    """Frame, row and column of each token of a merged grid, in the order the tokens stand."""
-    return np.indices(grid, dtype=np.int32).reshape(3, -1)
 
 
 def mrope_positions(length: int, visuals: Sequence[Visual], tokens_per_second: float) -> Int[NpArray, "3 T"]:
@@ -54,7 +35,7 @@ def mrope_positions(length: int, visuals: Sequence[Visual], tokens_per_second: f
     positions = np.empty((3, length), np.int32)
     token = position = 0
     for start, grid, seconds in visuals:
-        positions[:, token:start] = np.arange(position, position + start - token, dtype=np.int32)
+        positions[:, token:start] = text_positions(start - token, position)
         position += start - token
         token = start + grid[0] * grid[1] * grid[2]
         places = grid_coordinates(grid)
@@ -65,5 +46,5 @@ def mrope_positions(length: int, visuals: Sequence[Visual], tokens_per_second: f
             )
         positions[:, start:token] = places + position
         position += int(places.max()) + 1
-    positions[:, token:] = np.arange(position, position + length - token, dtype=np.int32)
+    positions[:, token:] = text_positions(length - token, position)
     return positions

@@ -10,8 +10,10 @@ import pytest
 
 from rave_jax.attention import CacheType, Rave, SlidingWindow
 from rave_jax.config import ConfigError
-from rave_jax.models.config import FloatName, ModelOptions, VlmConfig
-from rave_jax.models.families import FAMILIES, family_for, family_named, presets
+from rave_jax.families import FAMILIES, family_for, family_named
+from rave_jax.families.config import VlmConfig
+from rave_jax.families.qwen2_5_vl import presets
+from rave_jax.models.config import FloatName, ModelOptions
 from rave_jax.models.parameters import locate, named_parameters, num_bytes
 from rave_jax.models.vlm import Vlm
 

@@ -1,16 +1,13 @@
-"""Qwen3, text only (arXiv 2505.09388): q/k norm, no qkv bias, 1-D RoPE. Checked against `Qwen3ForCausalLM`."""
+"""Qwen3's config. Checked against transformers' `Qwen3ForCausalLM`."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from rave_jax.models.config import MAX_HEADS, MAX_INT32, MAX_LAYERS, MAX_VOCAB, MAX_WIDTH, TextConfig, VlmConfig
-from rave_jax.models.families.base import (
-    Family,
+from rave_jax.families.config import MAX_HEADS, MAX_INT32, MAX_LAYERS, MAX_VOCAB, MAX_WIDTH, TextConfig, VlmConfig
+from rave_jax.families.hf import (
     HfConfig,
-    TensorRule,
     check_layer_types,
-    decoder_tensors,
     eos_ids,
     flag,
     integer,
@@ -19,6 +16,8 @@ from rave_jax.models.families.base import (
     rope_theta,
     section,
 )
+
+MODEL_TYPE, ARCHITECTURE = "qwen3", "Qwen3ForCausalLM"
 
 
 def parse(hf: HfConfig) -> VlmConfig:
@@ -53,7 +52,7 @@ def parse(hf: HfConfig) -> VlmConfig:
         max_position=integer(hf, "max_position_embeddings", MAX_INT32, default=32768),
     )
     check_layer_types(hf, text)
-    return VlmConfig(text=text, vision=None, eos_token_ids=eos_ids(hf), family=FAMILY.model_type)
+    return VlmConfig(text=text, vision=None, eos_token_ids=eos_ids(hf), family=MODEL_TYPE)
 
 
 def render(config: VlmConfig) -> dict[str, Any]:
@@ -62,8 +61,8 @@ def render(config: VlmConfig) -> dict[str, Any]:
     windowed = text.sliding_window is not None
     eos = config.eos_token_ids
     return {
-        "architectures": [FAMILY.architecture],
-        "model_type": FAMILY.model_type,
+        "architectures": [ARCHITECTURE],
+        "model_type": MODEL_TYPE,
         "hidden_act": "silu",
         "attention_bias": False,
         "vocab_size": text.vocab_size,
@@ -82,11 +81,3 @@ def render(config: VlmConfig) -> dict[str, Any]:
         "max_window_layers": text.window_from if windowed else text.num_layers,
         "eos_token_id": (eos[0] if len(eos) == 1 else list(eos)) if eos else None,
     }
-
-
-def tensors(config: VlmConfig) -> tuple[TensorRule, ...]:
-    """Every tensor of a checkpoint."""
-    return tuple(decoder_tensors(config))
-
-
-FAMILY = Family(model_type="qwen3", architecture="Qwen3ForCausalLM", parse=parse, render=render, tensors=tensors)

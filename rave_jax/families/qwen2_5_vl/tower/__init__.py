@@ -15,15 +15,16 @@ from flax import nnx
 
 from rave_jax.attention import block_diagonal_codes
 from rave_jax.batch import Patches
+from rave_jax.families.qwen2_5_vl.config import VisionConfig
+from rave_jax.families.qwen2_5_vl.tower.merger import Merger
+from rave_jax.families.qwen2_5_vl.tower.windows import chunk_size, padded_size, window_attention, window_codes
 from rave_jax.kernels import attention as attention_kernels
 from rave_jax.kernels.attention import Implementation, MaskCodes
 from rave_jax.models import lora
-from rave_jax.models.config import ModelOptions, VisionConfig
-from rave_jax.models.connector import Merger
+from rave_jax.models.config import ModelOptions
 from rave_jax.models.layers import Linear, RmsNorm, SwiGlu
 from rave_jax.models.rope import Rotation, patch_rotation, rotate
 from rave_jax.models.stack import LayerRun
-from rave_jax.models.vision.windows import chunk_size, padded_size, window_attention, window_codes
 from rave_jax.parallel.sharding import shard
 from rave_jax.typing import Array, Float, UInt8
 

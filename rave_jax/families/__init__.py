@@ -1,14 +1,29 @@
-"""All families, one line each."""
+"""Model families: a folder each, found by the `model_type` of a checkpoint's config.
+
+Nothing here imports jax but the folders' `tower`, which is imported when a model is built.
+"""
 
 from __future__ import annotations
 
 import difflib
 
 from rave_jax.config import ConfigError
-from rave_jax.models.families import qwen2_5_vl, qwen3
-from rave_jax.models.families.base import Family, HfConfig
+from rave_jax.families import qwen2_5_vl, qwen3
+from rave_jax.families.base import Family, TensorRule
+from rave_jax.families.hf import HfConfig
 
-FAMILIES = {family.model_type: family for family in (qwen2_5_vl.FAMILY, qwen3.FAMILY)}
+__all__ = ["FAMILIES", "SMALL_MODELS", "Family", "TensorRule", "family_for", "family_named"]
+
+FAMILIES = {
+    family.model_type: family
+    for family in (
+        qwen2_5_vl.FAMILY,
+        qwen3.FAMILY,
+    )
+}
+
+SMALL_MODELS = qwen2_5_vl.SMALL
+"""What small random models are made of (`checkpoint/tiny.py`)."""
 
 
 def family_named(model_type: str) -> Family:

@@ -1,66 +1,16 @@
-"""What a model family is: how to read its config, and which checkpoint tensor is which parameter."""
+"""Values of an HF config, each checked. Errors name the file and the key, what it is and what is expected."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 from rave_jax.config import ConfigError
-from rave_jax.models.config import MAX_INT32, ROPE_THETA, TextConfig, VlmConfig
+from rave_jax.families.config import MAX_INT32, ROPE_THETA, TextConfig
 
 HfConfig = Mapping[str, Any]
-
-
-class TensorRule(NamedTuple):
-    """One tensor of a checkpoint.
-
-    Fields:
-        hf_key: its canonical key in the checkpoint.
-        path: the parameter's path; inside the layer (`attention.query.weight`) for tensors of a stack.
-        layer: global number of the layer, None outside stacks.
-        stack: which stack of layers, None outside.
-        shape: in the checkpoint. The same numbers in the same order, reshaped, are the parameter (of one layer).
-    """
-
-    hf_key: str
-    path: str
-    layer: int | None
-    stack: Literal["decoder", "vision"] | None
-    shape: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Family:
-    """One record per family; nothing else in the library knows a family's name."""
-
-    model_type: str
-    """`model_type` of its HF config."""
-    architecture: str
-    """Class name in `architectures` of its HF config."""
-    parse: Callable[[HfConfig], VlmConfig]
-    """HF config to ours; raises ConfigError for what we do not compute."""
-    render: Callable[[VlmConfig], dict[str, Any]]
-    """Our config to an HF config that `parse` and transformers read."""
-    tensors: Callable[[VlmConfig], tuple[TensorRule, ...]]
-    """Every tensor of a checkpoint of this config."""
-    prefixes: tuple[tuple[str, str], ...] = ()
-    """(other, canonical) beginnings of keys: checkpoints in the other style load too."""
-
-    def canonical_key(self, key: str) -> str:
-        """The key in canonical style, whichever style it has."""
-        for other, canonical in self.prefixes:
-            if key.startswith(other):
-                return canonical + key.removeprefix(other)
-        return key
-
-    def other_key(self, key: str) -> str:
-        """A canonical key in the other style."""
-        for other, canonical in self.prefixes:
-            if key.startswith(canonical):
-                return other + key.removeprefix(canonical)
-        return key
+"""What a JSON file of an HF directory holds."""
 
 
 def need(config: HfConfig, key: str, where: str = "config.json") -> Any:
@@ -198,34 +148,3 @@ def eos_ids(config: HfConfig, default: int | None = None, where: str = "config.j
     if not all(type(i) is int and 0 <= i <= MAX_INT32 for i in ids):
         raise ConfigError(f"{where}: 'eos_token_id' is {_short(value)}, expected a token id or a list of them")
     return ids
-
-
-def decoder_tensors(config: VlmConfig) -> list[TensorRule]:
-    """Tensors of a Llama-shaped decoder, as all Qwen checkpoints name them."""
-    text = config.text
-    D, F, h = text.hidden_size, text.mlp_size, text.head_dim
-    widths = {"query": text.num_heads * h, "key": text.num_kv_heads * h, "value": text.num_kv_heads * h}
-    rules = [TensorRule("model.embed_tokens.weight", "embed.weight", None, None, (text.vocab_size, D))]
-    for n in range(text.num_layers):
-        layer: list[tuple[str, str, tuple[int, ...]]] = []
-        for name, width in widths.items():
-            layer.append((f"self_attn.{name[0]}_proj.weight", f"attention.{name}.weight", (width, D)))
-            if text.qkv_bias:
-                layer.append((f"self_attn.{name[0]}_proj.bias", f"attention.{name}.bias", (width,)))
-        if text.qk_norm:
-            layer += [
-                (f"self_attn.{name[0]}_norm.weight", f"attention.{name}_norm.weight", (h,)) for name in ("query", "key")
-            ]
-        layer += [
-            ("self_attn.o_proj.weight", "attention.output.weight", (D, widths["query"])),
-            ("mlp.gate_proj.weight", "mlp.gate.weight", (F, D)),
-            ("mlp.up_proj.weight", "mlp.up.weight", (F, D)),
-            ("mlp.down_proj.weight", "mlp.down.weight", (D, F)),
-            ("input_layernorm.weight", "attention_norm.weight", (D,)),
-            ("post_attention_layernorm.weight", "mlp_norm.weight", (D,)),
-        ]
-        rules += [TensorRule(f"model.layers.{n}.{key}", path, n, "decoder", shape) for key, path, shape in layer]
-    rules.append(TensorRule("model.norm.weight", "decoder.norm.weight", None, None, (D,)))
-    if not text.tie_embeddings:
-        rules.append(TensorRule("lm_head.weight", "lm_head.weight", None, None, (text.vocab_size, D)))
-    return rules

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rave_jax.models.vision.windows import chunk_size, padded_size, window_attention, window_codes
+from rave_jax.families.qwen2_5_vl.tower.windows import chunk_size, padded_size, window_attention, window_codes
 
 WIDEST = 4
 
