@@ -24,12 +24,13 @@ import io
 import sys
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Union
 
 import tyro
 
+from rave_jax import open_union
 from rave_jax.config import ConfigError, in_words, load_file, loads, require
 
 CONFIGS = (Path(__file__).parent / "configs", Path(__file__).parents[1] / "configs")
@@ -137,7 +138,7 @@ def with_kinds[T](config: T, argv: Sequence[str]) -> tuple[T, list[str]]:
 def find(config: Any, path: Sequence[str]) -> Place | None:
     """The place at a path; None where the path leads nowhere or to a leaf."""
     found = _at(config, path)
-    if found is None or not (kinds := {kind.__name__: kind for kind in _dataclasses(found.hint)}):
+    if found is None or not (kinds := _by_name(_dataclasses(found.hint))):
         return None
     many = typing.get_origin(found.hint) is tuple
     return Place(kinds, many, type(None) in _options(found.hint), found.value)
@@ -232,6 +233,8 @@ def _names_kinds(cls: type, path: Sequence[str]) -> bool:
 
 def _options(hint: Any) -> tuple[Any, ...]:
     """The types of a union, or the one type."""
+    if open_union.is_union(hint):
+        return open_union.members(hint)
     return typing.get_args(hint) if typing.get_origin(hint) in (Union, types.UnionType) else (hint,)
 
 
@@ -247,6 +250,14 @@ def _dataclasses(hint: Any) -> Iterator[Any]:
             yield from _dataclasses(_item(option))
         elif dataclasses.is_dataclass(option):
             yield option
+
+
+def _by_name(kinds: Iterable[Any]) -> dict[str, Any]:
+    """Kinds by the name of their class; a class of a user's own whose name is taken, by where it is defined."""
+    named: dict[str, Any] = {}
+    for kind in kinds:
+        named[open_union.saved_name(kind) if kind.__name__ in named else kind.__name__] = kind
+    return named
 
 
 def _parts(place: Place, path: str, given: Sequence[str]) -> Any:
@@ -268,6 +279,13 @@ def _parts(place: Place, path: str, given: Sequence[str]) -> Any:
 def _part(kinds: dict[str, Any], path: str, word: str, old: Any, optional: bool = False) -> Any:
     """The part of a named kind: the old one where it is of this kind, else one of defaults."""
     plain = {_plain(name): kind for name, kind in kinds.items()}
+    if _plain(word) not in plain and ":" in word and any(issubclass(k, open_union.OpenUnion) for k in kinds.values()):
+        try:
+            # A file is named from the working directory, as on any command line.
+            name = str(Path(word).resolve()) if ".py:" in word else word
+            plain[_plain(word)] = open_union.find(open_union.OpenUnion, name)
+        except open_union.NotFound as error:
+            raise ConfigError(f"--{path} is {word!r}: {error}") from error
     if _plain(word) not in plain:
         close = difflib.get_close_matches(_plain(word), plain, 1)
         hint = f"; did you mean {plain[close[0]].__name__}?" if close else ""
@@ -285,6 +303,10 @@ def _defaults(cls: Any) -> Any:
     """An instance with the default of every field, unchecked."""
     made = object.__new__(cls)
     for f in dataclasses.fields(cls):
+        if f.default is f.default_factory is dataclasses.MISSING:
+            raise ConfigError(
+                f"{cls.__name__}.{f.name} has no default, so the command line cannot make a {cls.__name__}"
+            )
         value = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
         object.__setattr__(made, f.name, value)
     return made

@@ -1,8 +1,9 @@
 """Configuration machinery: strict JSON in and out, field docs, config files.
 
 A config is a tree of frozen dataclasses. Leaves are bool, int, float, str, None, literals and tuples of
-those; a field that may hold one of several dataclasses (a union) carries a `type` tag in JSON. Help text
-is the string literal under a field. What a config *means* lives beside the code it configures.
+those; a field that may hold one of several dataclasses (a union) carries a `type` tag in JSON. A union may be
+open to classes of a user's own (`rave_jax/open_union.py`). Help text is the string literal under a field. What
+a config *means* lives beside the code it configures.
 """
 
 from __future__ import annotations
@@ -11,20 +12,19 @@ import ast
 import dataclasses
 import difflib
 import functools
-import importlib.util
 import inspect
 import itertools
 import json
-import pkgutil
 import re
 import reprlib
 import sys
 import textwrap
-import traceback
 import types
 import typing
 from pathlib import Path
 from typing import Any, Literal, Union
+
+from rave_jax import open_union
 
 TAG = "type"
 
@@ -145,17 +145,43 @@ def in_words(kind: Any) -> str:
     if origin is tuple:
         items = [in_words(item) for item in args if item is not Ellipsis]
         return f"a tuple, each item {items[0]}" if Ellipsis in args else f"a tuple of {', '.join(items)}"
+    if open_union.is_union(kind):
+        named = " or ".join(f"a {member.__name__}" for member in open_union.members(kind))
+        return f"{named}, or of a class of your own that derives from {kind.__name__}"
     return {int: "an integer", float: "a finite number", type(None): "None"}.get(kind, f"a {kind.__name__}")
 
 
 def to_json(value: Any) -> Any:
-    """A config as JSON-ready data. Every dataclass carries its class name under `type`."""
+    """A config as JSON-ready data. Every dataclass carries its class name under `type`, one of a user's own where it is
+    found again (`open_union.saved_name`).
+
+    Raises:
+        ConfigError: a class of a user's own could not be found again.
+    """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
-        return {TAG: type(value).__name__, **fields}
+        return {TAG: _tag(type(value)), **fields}
     if isinstance(value, (tuple, list)):
         return [to_json(item) for item in value]
     return value
+
+
+def _tag(cls: type) -> str:
+    if not issubclass(cls, open_union.OpenUnion):
+        return cls.__name__
+    against = open_union.against_saving(cls)
+    if against is not None:
+        raise ConfigError(f"the class {cls.__name__} could not be found again by who reads a saved config: {against}")
+    return open_union.saved_name(cls)
+
+
+def without_folders(data: Any) -> Any:
+    """What `to_json` gave, without the folders of files that classes of a user's own are defined in: equal for equal
+    configs, wherever a copy of the file lies."""
+    if isinstance(data, dict):
+        short = {TAG: open_union.without_folder(data[TAG])} if isinstance(data.get(TAG), str) else {}
+        return {key: without_folders(value) for key, value in data.items()} | short
+    return [without_folders(item) for item in data] if isinstance(data, list) else data
 
 
 def from_json(cls: Any, data: Any, where: str = "config") -> Any:
@@ -167,7 +193,8 @@ def from_json(cls: Any, data: Any, where: str = "config") -> Any:
         where: path of `data` in the whole config, for messages.
 
     Raises:
-        ConfigError: unknown or missing key, unknown type tag, or a value of another type.
+        ConfigError: unknown or missing key, unknown type tag, a class of a user's own that is not found, or a value of
+            another type.
     """
     origin, args = typing.get_origin(cls), typing.get_args(cls)
     if origin is typing.Annotated:
@@ -176,6 +203,8 @@ def from_json(cls: Any, data: Any, where: str = "config") -> Any:
         return _dataclass_from_json(cls, data, where)
     if origin in (Union, types.UnionType):
         return _union_from_json(args, data, where)
+    if open_union.is_union(cls):
+        return _member_from_json(cls, data, where)
     if origin is Literal:
         same = any(data == arg and type(data) is type(arg) for arg in args)  # True == 1, and is not meant
         require(same, where, data, f"one of {', '.join(map(repr, args))}")
@@ -220,6 +249,19 @@ def _dataclass_from_json(cls: Any, data: Any, where: str) -> Any:
         if f.name not in values and not optional:
             raise ConfigError(f"{where}.{f.name}: {cls.__name__} needs this field, but it is missing")
     return cls(**values)
+
+
+def _member_from_json(union: Any, data: Any, where: str) -> Any:
+    require(isinstance(data, dict), where, data, f"an object with a {TAG!r} and the fields of that class")
+    tag = data.get(TAG)
+    known = [open_union.saved_name(member) for member in open_union.members(union)]
+    named = isinstance(tag, str) and (tag in known or ":" in tag)
+    require(named, f"{where}.{TAG}", tag, f"one of {', '.join(map(repr, known))}, or MODULE:CLASS of your own")
+    try:
+        cls = open_union.find(union, tag)
+    except open_union.NotFound as error:
+        raise ConfigError(f"{where}.{TAG} is {tag!r}: {error}") from error
+    return from_json(cls, {key: value for key, value in data.items() if key != TAG}, where)
 
 
 def _union_from_json(options: tuple[Any, ...], data: Any, where: str) -> Any:
@@ -284,57 +326,12 @@ def load_file(path: str | Path) -> Any:
     if not path.is_file():
         raise ConfigError(f"{path}: no such config file")
     try:
-        return _run_file(path)
+        # Config files share helpers by plain imports (`from quickstart import ...`) from their own folder.
+        module = open_union.run_file(path)
+        if hasattr(module, "get_config"):
+            return module.get_config()
     except ConfigError:
         raise
     except Exception as error:
-        # The config's own line is what its author needs, not those of the machinery that runs it.
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
-        line = lines[-1] if lines else getattr(error, "lineno", None)
-        raise ConfigError(f"{path}{f':{line}' if line else ''}: {_said(error)}") from error
-
-
-def _said(error: Exception) -> str:
-    """An error in one line, with what was meant where it is a name that is not there."""
-    if not isinstance(error, (ImportError, AttributeError, NameError)):
-        return f"{type(error).__name__}: {error}"
-    said = list(traceback.TracebackException.from_exception(error).format_exception_only())[-1].strip()
-    module = error.name if isinstance(error, ImportError) else getattr(getattr(error, "obj", None), "__name__", "")
-    name = error.name_from if isinstance(error, ImportError) else error.name
-    if module and name:
-        for other in [each for key, each in list(sys.modules.items()) if f"{key}.".startswith(f"{module}.")]:
-            # A module keeps the names that its classes have had, each with the one of today.
-            if found := vars(other).get("RENAMED", {}).get(name):
-                return f"{said}; {name} is called {found}: from {other.__name__} import {found}"
-            if other.__name__ != module and name in vars(other):
-                return f"{said}; did you mean: from {other.__name__} import {name}"
-        close = difflib.get_close_matches(name, vars(sys.modules.get(module, typing)), 1)
-        if close and "did you mean" not in said.lower():
-            return f"{said}. Did you mean: {close[0]!r}?"
-    if isinstance(error, ModuleNotFoundError) and (close := _close_module(error.name or "")):
-        return f"{said}. Did you mean: {close!r}?"
-    return said
-
-
-def _close_module(name: str) -> str:
-    """The module beside one that is not there whose name is like it."""
-    package, _, last = name.rpartition(".")
-    beside = getattr(sys.modules.get(package), "__path__", None) if package else None
-    names = [each.name for each in pkgutil.iter_modules(beside)] if beside else []
-    close = difflib.get_close_matches(last, names, 1)
-    return f"{package}.{close[0]}" if close else ""
-
-
-def _run_file(path: Path) -> Any:
-    spec = importlib.util.spec_from_file_location(f"rave_jax_config_{path.stem}", path)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    # Config files share helpers by plain imports (`from quickstart import ...`) from their own folder.
-    sys.path.insert(0, str(path.parent.resolve()))
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.pop(0)
-    if not hasattr(module, "get_config"):
-        raise ConfigError(f"{path}: has no function get_config(); it must return the config")
-    return module.get_config()
+        raise ConfigError(open_union.said(error, path)) from error
+    raise ConfigError(f"{path}: has no function get_config(); it must return the config")

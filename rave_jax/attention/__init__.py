@@ -24,20 +24,20 @@ from rave_jax.attention.base import (
     Owned,
     Parts,
     Score,
-    check_kernels,
-    check_owners,
-    check_with_regions,
 )
 from rave_jax.attention.cache import Cache, CacheType, LayerKeys, RegionMemory, RegionReach
 from rave_jax.attention.cca import Cca
+from rave_jax.attention.checks import check_kernels, check_owners
 from rave_jax.attention.context import ContextSight
+from rave_jax.attention.cost import LayerReading, PicturesBefore
 from rave_jax.attention.croc import Croc
+from rave_jax.attention.declared import LayeredConfig, Layers, MechanismConfig
 from rave_jax.attention.decomposed import Decomposed
 from rave_jax.attention.gaze import Gaze, TopKSchedule
 from rave_jax.attention.kv_cache import KvCache, empty_cache
 from rave_jax.attention.masks import block_diagonal_codes, cached_codes, causal_codes
 from rave_jax.attention.mma import Mma
-from rave_jax.attention.plan import LayerRunPlan, Layers, build_mechanisms, plan_layer_runs
+from rave_jax.attention.plan import LayerRunPlan, build_mechanisms, plan_layer_runs
 from rave_jax.attention.rave import Rave
 from rave_jax.attention.region_cache import check_decoding
 from rave_jax.attention.region_slots import RegionCache, empty_region_cache
@@ -46,8 +46,6 @@ from rave_jax.attention.sliding_window import SlidingWindow
 from rave_jax.attention.text_positions import TextPositions
 from rave_jax.attention.var import Var
 from rave_jax.attention.zero_tuning import ZeroTuning
-
-MechanismConfig = Rave | SlidingWindow | TextPositions | Mma | Croc | Cca | ZeroTuning | Avar | Var | Decomposed | Gaze
 
 __all__ = [
     "AttentionDims",
@@ -66,7 +64,9 @@ __all__ = [
     "Keys",
     "KvCache",
     "LayerKeys",
+    "LayerReading",
     "LayerRunPlan",
+    "LayeredConfig",
     "Layers",
     "Mechanism",
     "MechanismConfig",
@@ -74,6 +74,7 @@ __all__ = [
     "OtherQuery",
     "Owned",
     "Parts",
+    "PicturesBefore",
     "Rave",
     "RegionCache",
     "RegionMemory",
@@ -92,7 +93,6 @@ __all__ = [
     "check_decoding",
     "check_kernels",
     "check_owners",
-    "check_with_regions",
     "combine",
     "empty_cache",
     "empty_region_cache",

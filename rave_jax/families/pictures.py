@@ -104,7 +104,7 @@ class Visual(NamedTuple):
     seconds: float | None = None
 
 
-NO_PICTURES = "the model takes no pictures"
+NO_PICTURES = "the model is for text only and takes no pictures"
 NO_VIDEOS = "the model takes no videos"
 
 

@@ -19,6 +19,33 @@ def _bytes_of_characters() -> dict[str, int]:
 ALPHABET = _bytes_of_characters()
 
 
+class TokenBytes:
+    """The bytes of a token's text: none for a special token, or for a row of the embedding table that no token has.
+
+    Args:
+        tokenizer: a fast tokenizer of transformers that is byte-level, as Qwen's.
+
+    Raises:
+        ConfigError: a tokenizer of another kind.
+    """
+
+    def __init__(self, tokenizer: Any):
+        kind = type(tokenizer.backend_tokenizer.decoder).__name__
+        if kind != "ByteLevel":
+            raise ConfigError(f"the decoder of the tokenizer is {kind}, expected ByteLevel")
+        self._tokenizer = tokenizer
+        self._skipped = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
+
+    def __call__(self, token: int) -> bytes:
+        name = None if token in self._skipped else self._tokenizer.convert_ids_to_tokens(int(token))
+        if name is None:
+            return b""
+        try:
+            return bytes(ALPHABET[character] for character in name)
+        except KeyError:  # an added token is written as it is
+            return name.encode()
+
+
 class TextStream:
     """Text of an answer as its tokens come: whole characters only, and nothing from a stop string on.
 
@@ -43,14 +70,10 @@ class TextStream:
     """A stop string was met; what follows it is not shown."""
 
     def __init__(self, tokenizer: Any, stop: Sequence[str] = ()):
-        kind = type(tokenizer.backend_tokenizer.decoder).__name__
-        if kind != "ByteLevel":
-            raise ConfigError(f"the decoder of the tokenizer is {kind}, expected ByteLevel")
+        self._bytes = TokenBytes(tokenizer)
         strings = not isinstance(stop, str) and all(isinstance(s, str) and s for s in stop)
         require(strings, "stop", stop, "strings, none of them empty")
         self.stopped = False
-        self._tokenizer = tokenizer
-        self._skipped = {i for i, token in tokenizer.added_tokens_decoder.items() if token.special}
         self._stop = tuple(stop)
         self._longest = max(map(len, self._stop), default=0)
         # One mark for each stretch of bytes that is no character, where the decoder of tokenizers puts it too.
@@ -70,15 +93,6 @@ class TextStream:
     def finish(self) -> str:
         """There are no more tokens: returns what was held back, an incomplete character as U+FFFD."""
         return self._show(self._decoder.decode(b"", final=True), last=True)
-
-    def _bytes(self, token: int) -> bytes:
-        name = None if token in self._skipped else self._tokenizer.convert_ids_to_tokens(int(token))
-        if name is None:  # special, or a row of the embedding table that no token has
-            return b""
-        try:
-            return bytes(ALPHABET[character] for character in name)
-        except KeyError:  # an added token is written as it is
-            return name.encode()
 
     def _show(self, new: str, last: bool) -> str:
         if self.stopped:

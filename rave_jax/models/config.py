@@ -5,13 +5,17 @@ What a checkpoint is stands in `families.config.VlmConfig`. Leaf modules never s
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import jax.numpy as jnp
 
-from rave_jax.attention import AttentionDims, ContextSight, Gaze, MechanismConfig, SlidingWindow
-from rave_jax.config import check_fields, require
+from rave_jax import open_union
+from rave_jax.attention import AttentionDims, ContextSight, MechanismConfig, SlidingWindow
+from rave_jax.config import ConfigError, check_fields, require
 from rave_jax.families.config import TextConfig
 from rave_jax.kernels.attention import Implementation
 from rave_jax.layout import ContextTokens, VisualLayout
@@ -80,20 +84,28 @@ class ModelOptions:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        gaze = [m for m in self.mechanisms if isinstance(m, Gaze)]
-        layouts = {(m.regions, m.max_regions) for m in gaze}
-        require(len(layouts) <= 1, "mechanisms", layouts, "one layout of regions (regions, max_regions) in all layers")
-        served = all(m.share == "group" and m.choice == "hard" and m.descriptor != "oracle" for m in gaze)
-        expected = "auto, xla or reference: the kernels serve Gaze with share group and hard choices by descriptors"
-        require(served or self.attention != "pallas_tpu", "attention", self.attention, expected)
+        for number, mechanism in enumerate(self.mechanisms):
+            wrong = open_union.against_member(type(mechanism), MechanismConfig)
+            if wrong is not None:
+                raise ConfigError(f"mechanisms.{number}: {wrong}")
+            if mechanism.layout.context is not None:
+                raise ConfigError(
+                    f"mechanisms.{number}: the layout of {mechanism.called} has context tokens, which are the "
+                    "model's option `context`; leave them out of the layout"
+                )
+            against = mechanism.against_kernels if self.attention == "pallas_tpu" else None
+            if against is not None:
+                raise ConfigError(
+                    f"attention is 'pallas_tpu', which cannot serve {mechanism.called}: {against}; set attention to "
+                    f"'auto', 'xla' or 'reference', or change {mechanism.called}"
+                )
+        _check_layouts(self.mechanisms)
 
     @property
     def layout(self) -> VisualLayout:
         """How the mechanisms want pictures laid out."""
-        gaze = next((m for m in self.mechanisms if isinstance(m, Gaze)), None)
-        if gaze is None:
-            return VisualLayout(context=self.context)
-        return VisualLayout(gaze.regions, gaze.max_regions, self.context)
+        layout = next((m.layout for m in self.mechanisms if m.layout.regions is not None), VisualLayout())
+        return dataclasses.replace(layout, context=self.context)
 
     @property
     def context_mechanisms(self) -> tuple[ContextSight, ...]:
@@ -110,3 +122,30 @@ class ModelOptions:
     def compute(self) -> jnp.dtype:
         """`compute_dtype` as a dtype."""
         return jnp.dtype(self.compute_dtype)
+
+
+def _check_layouts(mechanisms: Sequence[MechanismConfig]) -> None:
+    """Refuse mechanisms that ask for different regions, or that cannot stand in a model with regions."""
+    asking = [mechanism for mechanism in mechanisms if mechanism.layout.regions is not None]
+    for other in asking[1:]:
+        if other.layout != asking[0].layout:
+            raise ConfigError(
+                f"mechanisms: {asking[0].called} and {other.called} ask for different regions "
+                f"({asking[0].layout.regions}, max_regions {asking[0].layout.max_regions}, and {other.layout.regions}, "
+                f"max_regions {other.layout.max_regions}): a picture has one layout of regions in all layers; give "
+                "both the same regions and max_regions"
+            )
+    counted = [mechanism for mechanism in mechanisms if type(mechanism).reading is not MechanismConfig.reading]
+    for first, second in itertools.combinations(counted, 2):
+        if "all" in (first.layers, second.layers) or set(first.layers) & set(second.layers):
+            raise ConfigError(
+                f"mechanisms: {first.called} and {second.called} share a layer, and each chooses what queries read of "
+                "pictures (it declares `reading`), which only one mechanism of a layer may; give them different layers"
+            )
+    for mechanism in mechanisms:
+        if asking and mechanism.needs_order:
+            raise ConfigError(
+                f"mechanisms: {mechanism.called} cannot share a model with {asking[0].called}, not even in other "
+                f"layers: it finds tokens by their place in the row, and for {asking[0].called} the cache keeps them "
+                "region by region; remove one of them"
+            )

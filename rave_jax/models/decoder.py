@@ -171,8 +171,6 @@ class Decoder(nnx.Module):
         self.remat = options.remat
         self.layout = options.layout
         self.implementation = options.attention
-        if self.layout.regions is not None:
-            attention.check_with_regions([m for run in self.layer_runs for m in run.layers.mechanisms])
 
     def __call__(
         self, x: Float[Array, "B T D"], info: TokenInfo, positions: Int[Array, "3 B T"], want: Want = HIDDEN
@@ -283,8 +281,8 @@ class Decoder(nnx.Module):
     @property
     def looks_ahead(self) -> tuple[str, ...]:
         """Names of the mechanisms that let a token see later ones."""
-        found = [m for run in self.layer_runs for m in run.layers.mechanisms if m.LOOKS_AHEAD]
-        return tuple(dict.fromkeys(type(mechanism).__name__ for mechanism in found))
+        declared = [m.declared for run in self.layer_runs for m in run.layers.mechanisms]
+        return tuple(dict.fromkeys(one.called for one in declared if one is not None and one.looks_ahead))
 
     def empty_cache(
         self, rows: int, size: int, kind: CacheType, dtype: jnp.dtype, regions_in: RegionMemory = "device"

@@ -209,6 +209,13 @@ def _size(text: str) -> int:
     return int(number) * unit
 
 
+def _store_error() -> type[Exception]:
+    """The error of a run's checkpoints. It brings jax in, so it is imported when something else is raised."""
+    from rave_jax.checkpoint.store import StoreError
+
+    return StoreError
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit code.
 
@@ -227,6 +234,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 local_path(value, name)
         return _run(arguments)
     except ConfigError as error:
+        print(f"rave-jax: {error}", file=sys.stderr)
+        return EXIT_INPUT
+    except _store_error() as error:
         print(f"rave-jax: {error}", file=sys.stderr)
         return EXIT_INPUT
     except BrokenPipeError:  # `| head` has seen enough; the interpreter must not flush into it again

@@ -6,11 +6,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
 from jax.sharding import Mesh
 from rich.console import Console
 
-from rave_jax.checkpoint.hf_import import import_hf
 from rave_jax.checkpoint.store import check_writable
 from rave_jax.command_line import override
 from rave_jax.config import ConfigError, local_path
@@ -23,10 +21,10 @@ from rave_jax.models.vlm import Vlm
 from rave_jax.observe.messages import plain_messages
 from rave_jax.parallel import hosts
 from rave_jax.parallel.mesh import make_mesh
+from rave_jax.tools import source as sources
 from rave_jax.tools.job import EXIT_CONFIG, run_job
-from rave_jax.tools.source import is_run, processor_of
+from rave_jax.tools.source import is_run
 from rave_jax.training.directory import run_directory
-from rave_jax.training.run import load_run
 
 
 def defaults(path: Path) -> Examination:
@@ -41,19 +39,17 @@ def defaults(path: Path) -> Examination:
 
 def load(path: Path, config: Examination, mesh: Mesh) -> tuple[Vlm, Processor]:
     """The model on the mesh, and its processor."""
-    if not is_run(path):
-        if config.step is not None:
-            raise ConfigError(
-                f"step is {config.step}, but {path} is not a run: a model in HuggingFace format has no steps"
-            )
-        model = import_hf(path, config.model, mesh, jax.random.key(0))
-        special, layout = config.special_tokens_in_text or "text", model.options.layout
-        return model, Processor.from_hf(path, config.min_pixels, config.max_pixels, layout, special)
-    if given := [name for name in ("model", "min_pixels", "max_pixels") if getattr(config, name) is not None]:
+    run = is_run(path)
+    if not run and config.step is not None:
+        raise ConfigError(f"step is {config.step}, but {path} is not a run: a model in HuggingFace format has no steps")
+    if run and (given := [name for name in ("model", "min_pixels", "max_pixels") if getattr(config, name) is not None]):
         raise ConfigError(f"{', '.join(given)}: cannot be set for a run such as {path}, which has its own")
-    run = load_run(path, config.mesh, config.step)
+    model = sources.load(path, config.step, options=config.model, mesh=mesh).model
     special = config.special_tokens_in_text
-    return run.model, run.processor if special is None else processor_of(path, special)
+    if run:
+        return model, sources.processor_of(path, special)
+    layout = model.options.layout
+    return model, Processor.from_hf(path, config.min_pixels, config.max_pixels, layout, special or "text")
 
 
 def main(argv: Sequence[str], prog: str = "eval.py") -> int:

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from rave_jax.config import ConfigError
-from rave_jax.data.collate import round_up
 from rave_jax.data.processor import Processor
 from rave_jax.data.sample import SampleError
 from rave_jax.inference import Generator, Request, Sampling, SlotConfig
-from rave_jax.parallel.rows import row_ways
 from rave_jax.tools import source as sources
 from rave_jax.tools.answer import show
 from rave_jax.tools.chat import chat
@@ -104,16 +99,7 @@ def load(path: Path, processor: Processor, sizes: SlotConfig, dtype: str | None 
 
     Raises:
         ConfigError: it cannot be read.
+        StoreError: a checkpoint of a run cannot be read.
     """
-    changes: dict[str, object] = {} if dtype is None else {"param_dtype": dtype, "compute_dtype": dtype}
-    # A run's checkpoints hold the arrays of its own setting; the other formats are cut as asked.
-    if jax.default_backend() == "cpu" and not sources.is_run(path):
-        changes["scan_layers"] = False
-    source = sources.load(path, changes=changes)
-    if source.mesh is not None:
-        # Rows that the mesh cannot split would lie, and be computed, on every device.
-        ways = row_ways(source.mesh)
-        sizes = dataclasses.replace(
-            sizes, slots=round_up(sizes.slots, ways), prefill_rows=round_up(sizes.prefill_rows, ways)
-        )
-    return Generator(source.model, processor, sizes, source.mesh)
+    source = sources.load(path, changes=sources.for_generation(path, dtype))
+    return sources.generator_of(source.model, processor, sizes, source.mesh)

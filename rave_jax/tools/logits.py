@@ -9,21 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from rave_jax.config import ConfigError
 from rave_jax.data.chat import SpecialTokens
-from rave_jax.data.collate import collate, smallest_shape
 from rave_jax.data.processor import Processor
-from rave_jax.data.sample import OverBudget, SampleError
+from rave_jax.data.sample import SampleError
 from rave_jax.inference import NotFinite
+from rave_jax.inference.forward import forward
 from rave_jax.models.vlm import Vlm
 from rave_jax.tools import source as sources
 from rave_jax.tools.request import read_request
-
-TOKEN_BUCKET = 64
-"""T is padded to a multiple of it, so that requests of similar length share one program."""
 
 
 def write_logits(
@@ -52,7 +49,7 @@ def write_logits(
     changes = {"param_dtype": "float32", "compute_dtype": "float32"}
     loaded = sources.load(model, changes=changes)
     try:
-        ids, values = logits(loaded.model, processor, messages, add_generation_prompt)
+        ids, values = logits(loaded.model, processor, messages, add_generation_prompt, loaded.mesh)
     except SampleError as error:
         raise ConfigError(f"{request}: {error}") from error
     _write(out, ids, values)
@@ -60,7 +57,11 @@ def write_logits(
 
 
 def logits(
-    model: Vlm, processor: Processor, messages: list[dict[str, Any]], add_generation_prompt: bool = False
+    model: Vlm,
+    processor: Processor,
+    messages: list[dict[str, Any]],
+    add_generation_prompt: bool = False,
+    mesh: Mesh | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Token ids [T] and float32 logits [T,V] of a conversation, at highest matmul precision.
 
@@ -69,25 +70,9 @@ def logits(
         OverBudget: more tokens than the model has positions; nothing is computed then.
         NotFinite: a logit is NaN or infinite.
     """
-    most = model.config.text.max_position
-    advice = f"the model has {most} positions (max_position_embeddings): shorten it, or give fewer or smaller pictures"
-    try:
-        example = processor.encode(messages, add_generation_prompt, most_tokens=most)
-    except OverBudget as error:
-        raise OverBudget(f"{error}; {advice}") from error
-    if len(example.tokens) > most:
-        raise OverBudget(f"the conversation has {len(example.tokens)} tokens; {advice}")
-    settings = processor.settings
-    shape = smallest_shape([[example]], TOKEN_BUCKET, settings.window_patches)
-    batch = collate([[example]], shape, settings.patch_numbers, settings.merge_patches)
-
-    @jax.jit
-    def run(model: Vlm, batch: Any) -> jax.Array:
-        return model.logits(model.forward(batch).hidden)
-
     with jax.default_matmul_precision("highest"):
-        values = run(model, jax.tree.map(jnp.asarray, batch))
-    ids, found = np.asarray(example.tokens), np.asarray(values[0, : len(example.tokens)], np.float32)
+        done = forward(model, processor, messages, mesh=mesh, add_generation_prompt=add_generation_prompt)
+    ids, found = done.tokens, np.asarray(done.logits, np.float32)
     (broken,) = np.nonzero(~np.isfinite(found).all(axis=1))
     if len(broken):
         raise NotFinite(

@@ -8,22 +8,25 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from rave_jax.checkpoint.hf_files import hf_config
-from rave_jax.checkpoint.hf_import import import_hf
+from rave_jax.checkpoint.hf_import import import_hf, load_config
 from rave_jax.checkpoint.kinds import kind_of, other_config
 from rave_jax.checkpoint.safetensors_file import CheckpointError
 from rave_jax.checkpoint.sidecar import saved_options
-from rave_jax.checkpoint.store import StoreError
 from rave_jax.checkpoint.target import abstract_model
 from rave_jax.config import ConfigError
 from rave_jax.data.chat import SpecialTokens
+from rave_jax.data.collate import round_up
 from rave_jax.data.processor import Processor
+from rave_jax.inference import Generator, SlotConfig
 from rave_jax.models.config import ModelOptions
-from rave_jax.models.parameters import named_parameters, with_values
+from rave_jax.models.parameters import named_parameters, param_axes, with_values
 from rave_jax.models.vlm import Vlm
 from rave_jax.parallel.mesh import MeshConfig, make_mesh
+from rave_jax.parallel.rows import row_ways
+from rave_jax.parallel.sharding import named_sharding
 from rave_jax.training.directory import run_directory
 from rave_jax.training.run import load_run
 
@@ -39,7 +42,7 @@ class Source(NamedTuple):
 
     model: Vlm
     directory: Path
-    mesh: Mesh | None
+    mesh: Any
 
 
 def is_run(path: Path) -> bool:
@@ -92,7 +95,13 @@ def options_of(path: Path) -> ModelOptions:
 
 
 def load(
-    path: Path, step: int | None = None, changes: Mapping[str, Any] | None = None, as_stored: bool = False
+    path: Path,
+    step: int | None = None,
+    changes: Mapping[str, Any] | None = None,
+    as_stored: bool = False,
+    *,
+    options: ModelOptions | None = None,
+    mesh: Mesh | AbstractMesh | None = None,
 ) -> Source:
     """The model that a path holds.
 
@@ -101,21 +110,70 @@ def load(
         step: of a run; None is the newest.
         changes: of the options it was trained or written with.
         as_stored: keep the stored number types rather than the options'.
+        options: how to build it; None is as it was trained or written. Not for a run.
+        mesh: where its parameters go; None is all devices. On an abstract one the model has shapes, number types and
+            shardings, and no numbers: no weights are read, and there need be none.
 
     Raises:
         ConfigError: it cannot be read, or a step is asked of what has none.
+        StoreError: a checkpoint of a run cannot be read.
     """
-    if is_run(path):
-        try:
-            run = load_run(path, step=step)
-        except StoreError as error:
-            raise ConfigError(str(error)) from error
-        return Source(_changed(run.model, changes or {}), model_directory(path), run.mesh)
-    if step is not None:
+    run = is_run(path)
+    if step is not None and not run:
         raise ConfigError(f"{path}: step {step} is asked for, but this is not a run directory")
-    mesh = all_devices()
-    options = dataclasses.replace(options_of(path), **(changes or {}))
+    if isinstance(mesh, AbstractMesh):
+        options = dataclasses.replace(options or options_of(path), **(changes or {}))
+        return Source(_planned(path, options, mesh), model_directory(path), mesh)
+    if run:
+        loaded = load_run(path, mesh, step)
+        return Source(_changed(loaded.model, changes or {}), model_directory(path), loaded.mesh)
+    mesh = all_devices() if mesh is None else mesh
+    options = dataclasses.replace(options or options_of(path), **(changes or {}))
     return Source(import_hf(path, options, mesh, dtypes="stored" if as_stored else "options"), path, mesh)
+
+
+def _planned(path: Path, options: ModelOptions, mesh: AbstractMesh) -> Vlm:
+    """The model without its numbers, each parameter with its sharding."""
+    model = abstract_model(load_config(model_directory(path))[0], options)
+    shapes = {
+        name: jax.ShapeDtypeStruct(
+            param.shape, param.dtype, sharding=named_sharding(param_axes(param), param.shape, mesh)
+        )
+        for name, param in named_parameters(model).items()
+    }
+    return with_values(model, shapes)
+
+
+def for_generation(path: Path, dtype: str | None = None) -> dict[str, object]:
+    """Changes of a model's options for generation.
+
+    Args:
+        path: of any of the three kinds.
+        dtype: number type of parameters and activations; None is that of the options.
+    """
+    changes: dict[str, object] = {} if dtype is None else {"param_dtype": dtype, "compute_dtype": dtype}
+    # A run's checkpoints hold the arrays of its own setting; the other formats are cut as asked.
+    if jax.default_backend() == "cpu" and not is_run(path):
+        changes["scan_layers"] = False
+    return changes
+
+
+def generator_of(model: Vlm, processor: Processor, sizes: SlotConfig, mesh: Mesh | None) -> Generator:
+    """A generator whose slots the devices share evenly.
+
+    Args:
+        model: on the mesh.
+        processor: of the model.
+        sizes: of the slots; their number is rounded up.
+        mesh: where the model lies.
+    """
+    if mesh is not None:
+        # Rows that the mesh cannot split would lie, and be computed, on every device.
+        ways = row_ways(mesh)
+        sizes = dataclasses.replace(
+            sizes, slots=round_up(sizes.slots, ways), prefill_rows=round_up(sizes.prefill_rows, ways)
+        )
+    return Generator(model, processor, sizes, mesh)
 
 
 def all_devices() -> Mesh | None:

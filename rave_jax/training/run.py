@@ -236,12 +236,12 @@ def finish(config: TrainConfig, model: Vlm, processor: Processor, mesh: Mesh, di
         hosts.barrier(f"final {type(stage).__name__}", config.hosts)
 
 
-def load_run(path: str | Path, mesh: MeshConfig | None = None, step: int | None = None) -> LoadedRun:
+def load_run(path: str | Path, mesh: MeshConfig | Mesh | None = None, step: int | None = None) -> LoadedRun:
     """The model of a run, from its checkpoints. Call `hosts.start` first.
 
     Args:
         path: the run directory.
-        mesh: how to lay out this job's devices; default, all of them over fsdp. It need not be the run's.
+        mesh: this job's devices, or how to lay them out; default, all of them over fsdp. It need not be the run's.
         step: which checkpoint; default, the newest that is sound.
 
     Raises:
@@ -250,7 +250,7 @@ def load_run(path: str | Path, mesh: MeshConfig | None = None, step: int | None 
     """
     directory = run_directory(path)
     config = directory.read_config()
-    devices = make_mesh(mesh or MeshConfig())
+    devices = mesh if isinstance(mesh, Mesh) else make_mesh(mesh or MeshConfig())
     if not directory.checkpoints.is_dir():
         raise ConfigError(f"{directory.path} holds no checkpoint yet")
     graph = ModelGraph(abstract_model(model_config(config.init, directory.model), config.model))

@@ -388,25 +388,37 @@ def test_wrong_settings_and_company_are_refused() -> None:
             Gaze(**wrong)
     with pytest.raises(ConfigError, match="until"):
         TopKSchedule(until=0)
-    with pytest.raises(ConfigError, match="one layout of regions"):
+    with pytest.raises(ConfigError, match="Gaze and Gaze ask for different regions"):
         ModelOptions(mechanisms=(Gaze(layers=(0,)), Gaze(AdaptiveRegions(), layers=(1,))))
-    with pytest.raises(ConfigError, match="CrocMask owns it"):
+    with pytest.raises(
+        ConfigError,
+        match="Croc cannot share a model with Gaze, not even in other layers",
+    ):
         a_model(gaze(), Croc())
-    with pytest.raises(ConfigError, match="CrocMask needs a row's tokens in order"):
+    with pytest.raises(ConfigError, match="Croc cannot share a model with Gaze"):
         a_model(gaze(layers=(0,)), Croc(layers=(1,)))
-    with pytest.raises(ConfigError, match="needs 'factor' plain, but FirstTokenAfter owns it"):
+    with pytest.raises(
+        ConfigError,
+        match="Gaze cannot share a layer with ZeroTuning, which changes the weight",
+    ):
         a_model(gaze(), ZeroTuning(2.0, route="after"))
-    with pytest.raises(ConfigError, match="needs 'query' plain, but"):
+    with pytest.raises(ConfigError, match="Gaze cannot share a layer with Decomposed, which lets other queries"):
         a_model(gaze(), Decomposed())
-    with pytest.raises(ConfigError, match=r"attention.*serve Gaze with share group and hard choices"):
+    with pytest.raises(
+        ConfigError,
+        match="'pallas_tpu', which cannot serve Gaze: it has share 'head', and the kernels",
+    ):
         ModelOptions(mechanisms=(gaze(),), attention="pallas_tpu")
-    with pytest.raises(ConfigError, match="'pallas_tpu' cannot serve mechanism RaveGate in a layer that chooses"):
+    with pytest.raises(ConfigError, match="'pallas_tpu', which cannot serve Rave in a layer with Gaze: its kernels"):
         made(CONFIG, ModelOptions((gaze(share="group", layers=(0,)), Rave(rank=4)), attention="pallas_tpu"))
     made(CONFIG, ModelOptions((gaze(share="group", layers=(0,)), Rave(rank=4, layers=(1,))), attention="pallas_tpu"))
-    with pytest.raises(ConfigError, match="GazeRouter needs a mechanism that owns 'pair' in each of its layers"):
+    with pytest.raises(
+        ConfigError,
+        match="Gaze, with the fields that it has, needs in each of its layers another",
+    ):
         a_model(gaze(rank_with_bias=True), Rave(rank=4, layers=(0,)))
     with pytest.raises(ConfigError, match="rank_with_bias"):
         gaze(descriptor="oracle", rank_with_bias=True)
-    with pytest.raises(ConfigError, match="both own 'route'"):
+    with pytest.raises(ConfigError, match="Gaze and Gaze share a layer, and each chooses what queries read"):
         a_model(gaze(), gaze(top_k=3))
     assert issubclass(type(a_model(gaze()).decoder.layer_runs[0].layers.mechanisms[0]), Mechanism)

@@ -177,7 +177,7 @@ def test_a_cache_that_the_asked_for_kernel_cannot_read_is_refused_at_once() -> N
         ({"regions": FixedRegions(4, 4), "head_dim": 64}, "multiple of 128 channels, not 16 and 64"),
         ({"regions": FixedRegions(4, 4), "kind": "int8"}, "the cache is int8, and the model computes in float32"),
     ):
-        with pytest.raises(ConfigError, match=f"attention 'pallas_tpu' cannot decode over regions: .*{message}"):
+        with pytest.raises(ConfigError, match=f"'pallas_tpu', whose kernel cannot decode over regions: .*{message}"):
             empty(**wrong)
 
 

@@ -85,7 +85,7 @@ def test_factors_of_several_multiply_except_of_two_that_own_the_key() -> None:
     split = everything((at.ZeroTuning(2.0, route="merge"), at.ZeroTuning(0.3, route="after")), x, info, x.q)
     for several in (twice, mixed, split):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), several, once)
-    with pytest.raises(ConfigError, match="FirstTokenAfter and FirstTokenAfter both own 'factor'"):
+    with pytest.raises(ConfigError, match="ZeroTuning cannot stand twice in a layer: each changes the weight of a key"):
         at.build_mechanisms((at.ZeroTuning(2.0, route="after"), at.ZeroTuning(3.0, route="after")), DIMS, KEY)
 
 

@@ -11,11 +11,14 @@ import jax
 import numpy as np
 import pytest
 
+import rave_jax
+from rave_jax.checkpoint.store import StoreError
 from rave_jax.config import ConfigError
 from rave_jax.models.parameters import named_parameters
 from rave_jax.observe.metrics import read_jsonl
-from rave_jax.parallel.mesh import MeshConfig
-from rave_jax.tools import train
+from rave_jax.parallel.mesh import MeshConfig, abstract_mesh
+from rave_jax.tools import cli, train
+from rave_jax.tools import eval as evaluate
 from rave_jax.tools.job import EXIT_CONFIG, EXIT_FAILED
 from rave_jax.training.lock import only_job
 from rave_jax.training.run import load_run
@@ -58,6 +61,25 @@ def test_a_finished_run_is_not_trained_again(run):
     before = (run / "metrics.jsonl").read_bytes()
     assert train.main([str(run / "config.json")]) == 0
     assert (run / "metrics.jsonl").read_bytes() == before
+
+
+def test_scripts_evaluations_and_plans_read_a_run_by_one_loader(run, tmp_path):
+    """A damaged run fails an evaluation, and is input that the command cannot use."""
+    numbers = [
+        {name: np.asarray(param[...]) for name, param in named_parameters(found.model).items()}
+        for found in (load_run(run, step=2), rave_jax.load(run, step=2))
+    ]
+    jax.tree.map(np.testing.assert_array_equal, *numbers)
+    planned = rave_jax.load(run, mesh=abstract_mesh(MeshConfig(), jax.device_count()))
+    assert planned.parameter_bytes() == rave_jax.load(run).parameter_bytes()
+    assert evaluate.main([str(run), "--step", "7", "--output_dir", str(tmp_path / "out")]) == 1
+    broken = shutil.copytree(run, tmp_path / "broken")
+    for file in (broken / "checkpoints").rglob("*"):
+        if file.is_file():
+            file.write_bytes(b"")
+    with pytest.raises(StoreError):
+        rave_jax.load(broken)
+    assert cli.main(["generate", str(broken), "--prompt", "What?"]) == 2
 
 
 def test_a_run_is_read_back_on_another_mesh(run):
@@ -112,13 +134,13 @@ def test_a_second_job_on_the_directory_is_refused(run, capsys):
     assert (run / "metrics.jsonl").read_bytes() == before
 
 
-def test_a_mechanism_that_config_json_cannot_name_is_refused_before_anything_is_written(tmp_path, capsys):
+def test_a_mechanism_that_config_json_cannot_lead_back_to_is_refused_before_anything_is_written(tmp_path, capsys):
     (tmp_path / "mine.py").write_text(
         "import dataclasses\n"
         "from rave_jax.attention import Rave\n"
         "from tests.resume import small_run\n"
-        "class Mine(Rave): pass\n"
         "def get_config():\n"
+        "    class Mine(Rave): pass\n"
         "    config = small_run.get_config()\n"
         "    model = dataclasses.replace(config.model, mechanisms=(Mine(rank=2),))\n"
         "    return dataclasses.replace(config, model=model)\n"
@@ -126,8 +148,8 @@ def test_a_mechanism_that_config_json_cannot_name_is_refused_before_anything_is_
     command = [str(tmp_path / "mine.py"), "--output_dir", str(tmp_path / "run")]
     assert train.main(command) == EXIT_CONFIG
     (line,) = capsys.readouterr().err.splitlines()
-    assert "model.mechanisms.0 is of class Mine, which config.json cannot name" in line
-    assert "there are Avar, Cca," in line
+    assert "the config cannot be written to config.json and read back: the class Mine could not be found again" in line
+    assert "it is defined inside a function: define it at the top of its file" in line
     assert not (tmp_path / "run").exists()
 
 

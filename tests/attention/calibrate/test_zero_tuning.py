@@ -212,7 +212,7 @@ def test_bad_searches_name_the_field(bad: dict[str, Any], field: str) -> None:
         (lambda n: np.zeros(0), L, H, "calibration set gives an array of shape"),
         (lambda n: np.zeros((3, 2)), L, H, r"shape \(3, 2\)"),
         (lambda n: np.full(3, np.nan), L, H, "not finite"),
-        (lambda n: np.zeros(n), L, H, "2 samples', expected 1, as before"),
+        (lambda n: np.zeros(n), L, H, "has 2 samples with gamma 1.5 of head 0 in layer 0, and had 1 before"),
         (lambda n: np.zeros(3), L, 0, "heads is 0"),
         (lambda n: np.zeros(3), 0, H, "layers is 0"),
     ],
