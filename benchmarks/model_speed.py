@@ -72,12 +72,13 @@ def our_tasks(model: Vlm, batch: Batch, examples: list[Example]) -> dict[str, Ca
     optimizer = optax.adamw(1e-5, weight_decay=0.01)
 
     def loss(model: Vlm) -> jax.Array:
-        sums = chunked_cross_entropy(model.hidden(batch), model.head_weight(), batch.targets, batch.loss_weights, 128)
+        hidden = model.forward(batch).hidden
+        sums = chunked_cross_entropy(hidden, model.head_weight(), batch.targets, batch.loss_weights, 128)
         return sums.loss / sums.weight
 
     @jax.jit
     def forward(model: Vlm) -> jax.Array:
-        return model.logits(model.hidden(batch))
+        return model.logits(model.forward(batch).hidden)
 
     leaves, treedef = jax.tree.flatten(model)
 

@@ -25,7 +25,7 @@ from rave_jax.attention.base import (
     Parts,
     Score,
 )
-from rave_jax.attention.cache import CacheType, KvCache, RegionMemory, RegionReach
+from rave_jax.attention.cache import Cache, CacheType, LayerKeys, RegionMemory, RegionReach
 from rave_jax.attention.cca import Cca
 from rave_jax.attention.checks import check_kernels, check_owners
 from rave_jax.attention.context import ContextSight
@@ -34,19 +34,13 @@ from rave_jax.attention.croc import Croc
 from rave_jax.attention.declared import LayeredConfig, Layers, MechanismConfig
 from rave_jax.attention.decomposed import Decomposed
 from rave_jax.attention.gaze import Gaze, TopKSchedule
+from rave_jax.attention.kv_cache import KvCache, empty_cache
 from rave_jax.attention.masks import block_diagonal_codes, cached_codes, causal_codes
 from rave_jax.attention.mma import Mma
 from rave_jax.attention.plan import LayerRunPlan, build_mechanisms, plan_layer_runs
 from rave_jax.attention.rave import Rave
-from rave_jax.attention.region_cache import (
-    ChunkSlots,
-    LayerRegions,
-    attend_regions,
-    check_decoding,
-    chunk_slots,
-    entered,
-    joined,
-)
+from rave_jax.attention.region_cache import check_decoding
+from rave_jax.attention.region_slots import RegionCache, empty_region_cache
 from rave_jax.attention.scores import pick
 from rave_jax.attention.sliding_window import SlidingWindow
 from rave_jax.attention.text_positions import TextPositions
@@ -57,10 +51,10 @@ __all__ = [
     "AttentionDims",
     "AttentionOutput",
     "Avar",
+    "Cache",
     "CacheType",
     "Cca",
     "Channels",
-    "ChunkSlots",
     "ContextSight",
     "Croc",
     "Decomposed",
@@ -69,8 +63,8 @@ __all__ = [
     "KeyFactor",
     "Keys",
     "KvCache",
+    "LayerKeys",
     "LayerReading",
-    "LayerRegions",
     "LayerRunPlan",
     "LayeredConfig",
     "Layers",
@@ -82,6 +76,7 @@ __all__ = [
     "Parts",
     "PicturesBefore",
     "Rave",
+    "RegionCache",
     "RegionMemory",
     "RegionReach",
     "Score",
@@ -91,7 +86,6 @@ __all__ = [
     "Var",
     "ZeroTuning",
     "attend",
-    "attend_regions",
     "block_diagonal_codes",
     "build_mechanisms",
     "cached_codes",
@@ -99,10 +93,9 @@ __all__ = [
     "check_decoding",
     "check_kernels",
     "check_owners",
-    "chunk_slots",
     "combine",
-    "entered",
-    "joined",
+    "empty_cache",
+    "empty_region_cache",
     "mask_codes",
     "pick",
     "plan_layer_runs",

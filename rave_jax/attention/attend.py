@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from rave_jax.attention.base import Features, KeyFactor, Keys, Mechanism, Parts, overrides
 from rave_jax.attention.merge import log_weights, merged, partition_of, parts_of, with_factor
-from rave_jax.attention.probe import attention_rows, choice_of_rows, chosen_regions
+from rave_jax.attention.probe import attention_of, choice_of_queries, chosen_regions
 from rave_jax.attention.scores import Scores, scores_of
 from rave_jax.batch import TokenInfo
 from rave_jax.kernels import attention as attention_kernels
@@ -21,12 +21,12 @@ from rave_jax.typing import Array, Bool, Float, Int
 
 
 class AttentionOutput(NamedTuple):
-    """What `attend` gives: heads' outputs, of the asked-for queries the rows of the attention map and which regions
+    """What `attend` gives: heads' outputs, of the asked-for queries the attention over all keys and which regions
     they chose (None if not asked, or where nothing routes), and the sums of the mechanisms' losses by name (none if not
     asked)."""
 
     out: Float[Array, "B T H h"]
-    rows: Float[Array, "B N H S"] | None
+    attention: Float[Array, "B N H S"] | None
     losses: dict[str, Float[Array, ""]]
     chosen: Bool[Array, "B N H R"] | None = None
 
@@ -82,7 +82,7 @@ def attend(
     mechanisms: Sequence[Mechanism],
     *,
     implementation: Implementation = "auto",
-    rows: Int[Array, "B N"] | None = None,
+    queries: Int[Array, "B N"] | None = None,
     losses: bool = False,
     regions: int = 0,
     progress: Float[Array, ""] | None = None,
@@ -96,13 +96,13 @@ def attend(
         info_q, info_k: token codes of the queries and of the keys (the same without a cache).
         mechanisms: of this layer; what has one owner is claimed once (`check_owners`).
         implementation: kernel backend.
-        rows: queries, by index, whose rows of the attention map are wanted. Costs O(N S).
+        queries: queries, by index, whose attention over all keys is wanted. Costs O(N S).
         losses: are the mechanisms' losses wanted? Costs one run of the kernel for each key group they ask for.
         regions: R, the most regions that keys can be in.
         progress: of the training run, 0 to 1, for what is scheduled; None is its end.
 
     Returns:
-        outputs before the output projection, the rows and the regions they chose, and the losses.
+        outputs before the output projection, the queries' attention and the regions they chose, and the losses.
     """
     losses = losses and any(overrides(mechanism, "losses") for mechanism in mechanisms)
     scores = scores_of(x, keys, codes, info_q, info_k, mechanisms)
@@ -133,10 +133,10 @@ def attend(
         lse = lse if weights is None else lse + weights
         found = named_losses(mechanisms, x, parts_of(lse, partition), info_q, info_k) if losses else {}
         out, lse = (out[:, :, 0], lse[:, :, 0]) if groups is None else merged(out, lse)
-    if rows is None:
+    if queries is None:
         return AttentionOutput(out, None, found)
-    asked = None if routing is None else choice_of_rows(scores, rows, routing)
-    wanted = attention_rows(scores, lse, rows, factor, groups, weights, asked)
+    asked = None if routing is None else choice_of_queries(scores, queries, routing)
+    wanted = attention_of(scores, lse, queries, factor, groups, weights, asked)
     return AttentionOutput(out, wanted, found, None if asked is None else chosen_regions(asked, scores.q.shape[2]))
 
 

@@ -15,60 +15,60 @@ from rave_jax.kernels.routed import Choice, Routing, choice_of, of_keys, open_ke
 from rave_jax.typing import Array, Bool, Float, Int
 
 
-class RowChoice(NamedTuple):
+class QueryChoice(NamedTuple):
     """What some queries chose, and the region of every key [B,S]."""
 
     choice: Choice
     keys: Int[Array, "B S"]
 
 
-def attention_rows(
+def attention_of(
     scores: Scores,
     lse: Float[Array, "B T H"],
-    rows: Int[Array, "B N"],
+    queries: Int[Array, "B N"],
     factor: KeyFactor | None = None,
     groups: KeyGroups | None = None,
     weights: Float[Array, "B T M H"] | None = None,
-    asked: RowChoice | None = None,
+    asked: QueryChoice | None = None,
 ) -> Float[Array, "B N H S"]:
-    """Attention weights of queries `rows` [B,N] over all keys, float32; a row that may see nothing is zero.
+    """Attention weights of some queries over all keys, float32; a row that may see nothing is zero.
 
     Args:
         scores: of all pairs.
         lse: of the weights that are asked for, after whatever changed them.
-        rows: queries, by index.
+        queries: which, by index.
         factor: the key of each query whose weight was multiplied, or None.
         groups, weights: log factors of M key groups, or None.
         asked: what these queries chose, or None where nothing routes.
     """
-    found, allowed = of_queries(scores, rows)
+    found, allowed = of_queries(scores, queries)
     if asked is not None:
         choice, keys = asked
         allowed = allowed & _by_head(open_keys(choice, keys), found.shape)
         if choice.bias is not None:
             found = found + _by_head(of_keys(choice.bias, keys, fill=0.0), found.shape)
     if factor is not None:
-        at_key = pick(factor.key, rows)[..., None] == jnp.arange(found.shape[-1])
+        at_key = pick(factor.key, queries)[..., None] == jnp.arange(found.shape[-1])
         found = found + at_key[:, :, None] * factor.log[:, None]
     if weights is not None and groups is not None:
         of_key = jnp.broadcast_to(groups.of[:, None, None], found.shape)
-        found = found + jnp.take_along_axis(jnp.moveaxis(pick(weights, rows), 2, 3), of_key, axis=-1, mode="clip")
-    norm = pick(lse, rows)[..., None]
+        found = found + jnp.take_along_axis(jnp.moveaxis(pick(weights, queries), 2, 3), of_key, axis=-1, mode="clip")
+    norm = pick(lse, queries)[..., None]
     return jnp.where(allowed, jnp.exp(found - jnp.where(norm == -jnp.inf, 0.0, norm)), 0.0)
 
 
-def choice_of_rows(scores: Scores, rows: Int[Array, "B N"], routing: Routing) -> RowChoice:
-    """The choice of queries `rows` alone."""
+def choice_of_queries(scores: Scores, queries: Int[Array, "B N"], routing: Routing) -> QueryChoice:
+    """The choice of some queries, by index."""
     routes, rule, _ = routing
-    mine = routes.with_queries(jax.tree.map(lambda x: pick(x, rows), routes.queries()))
-    codes = scores.codes._replace(lo=pick(scores.codes.lo, rows))
+    mine = routes.with_queries(jax.tree.map(lambda x: pick(x, queries), routes.queries()))
+    codes = scores.codes._replace(lo=pick(scores.codes.lo, queries))
     found = None
     if rule.by == "mass":
-        found = group_heads(of_queries(scores, rows)[0], scores.k.shape[2])
-    return RowChoice(choice_of(found, codes, mine, rule, scores.form, scores.scale), routes.keys)
+        found = group_heads(of_queries(scores, queries)[0], scores.k.shape[2])
+    return QueryChoice(choice_of(found, codes, mine, rule, scores.form, scores.scale), routes.keys)
 
 
-def chosen_regions(asked: RowChoice, num_heads: int) -> Bool[Array, "B N H R"]:
+def chosen_regions(asked: QueryChoice, num_heads: int) -> Bool[Array, "B N H R"]:
     """Which regions the queries chose, for each of H heads."""
     B, _, _, N, R = asked.choice.chosen.shape
     return _by_head(asked.choice.chosen, (B, N, num_heads, R))

@@ -1,4 +1,4 @@
-"""Attention against a cache that keeps visual keys region by region (`cache.RegionSlots`).
+"""Attention against a cache that keeps visual keys region by region (`RegionCache`).
 
 A chunk of a prompt meets all keys, and its text chooses regions by the mask, as in training. One token that is no
 visual one, as in decoding, reads text and context keys, the descriptors, and the regions that it chose: nothing else.
@@ -14,20 +14,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rave_jax.attention import cache as kv_cache
+from rave_jax.attention import kv_cache
 from rave_jax.attention.attend import attend, combine, router_of, routing_of, summarise
 from rave_jax.attention.base import Features, Keys, Mechanism, overrides
-from rave_jax.attention.cache import (
-    CacheType,
-    KvCache,
-    Quantised,
-    RegionMemory,
-    RegionSlots,
-    StoredKeys,
-    StoredRegions,
-    quantise,
-)
+from rave_jax.attention.cache import CacheType, RegionMemory
 from rave_jax.attention.checks import name_of
+from rave_jax.attention.kv_cache import Quantised, StoredKeys, quantise
 from rave_jax.attention.merge import merged
 from rave_jax.attention.scores import scores_of
 from rave_jax.batch import TokenInfo
@@ -37,7 +29,7 @@ from rave_jax.kernels.attention import Implementation, MaskCodes
 from rave_jax.kernels.attention.base import tile_allow
 from rave_jax.kernels.routed import HostRegions, RegionBias, Stack, choice_of, gather_attention
 from rave_jax.kernels.routed.gather import pallas_tpu
-from rave_jax.typing import Array, Bool, Float, Int
+from rave_jax.typing import Array, Float, Int
 
 log = logging.getLogger(__name__)
 
@@ -79,68 +71,36 @@ class ChunkSlots(NamedTuple):
     far: Int[Array, "B T"] | None
 
 
+class StoredRegions(NamedTuple):
+    """What is kept of a run's layers: keys [L,B,K,R*m,...], and of each region what the layer's router summarised
+    [L,B,K,R,...], from which its descriptors come: they are never computed twice."""
+
+    keys: StoredKeys
+    summary: Any
+
+
 class LayerRegions(NamedTuple):
     """What the layers of a run keep beside each other: keys of no region, and of regions."""
 
     near: StoredKeys
     far: StoredRegions
 
-
-def chunk_slots(cache: KvCache, info: TokenInfo, region_offset: Int[Array, "B T"] | None, tokens: int) -> ChunkSlots:
-    """Slots of the tokens of a chunk.
-
-    Args:
-        cache: with regions.
-        info: codes of the tokens.
-        region_offset: how many tokens of its region stand before each; None where no token is visual.
-        tokens: m, slots of a region.
-    """
-    assert cache.regions is not None
-    visual = (info.document > 0) & (info.region > 0)
-    others = (info.document > 0) & ~visual
-    rank = jnp.cumsum(others, axis=1, dtype=jnp.int32) - 1
-    near = jnp.where(others, cache.index[:, None] + rank, cache.size)
-    if region_offset is None:
-        return ChunkSlots(near, None)
-    far = jnp.where(visual, (info.region - 1) * tokens + region_offset, cache.regions.info.document.shape[1])
-    return ChunkSlots(near, far)
-
-
-def entered(cache: KvCache, info: TokenInfo, slots: ChunkSlots, nothing: Sequence[Any]) -> KvCache:
-    """The cache with the codes and numbers of a chunk's tokens, whose keys the layers then write. A row that held no
-    token starts from empty regions, whatever was left there.
-
-    Args:
-        cache: with regions.
-        info: codes of the tokens.
-        slots: where they go.
-        nothing: what the router of each run's layers summarises of no token [L,1,R,K,...].
-    """
-    far = cache.regions
-    assert far is not None
-    fresh = cache.length == 0
-
-    def written(held: TokenInfo, at: Array, kept: Bool[Array, "B S"]) -> TokenInfo:
-        rows = jnp.arange(at.shape[0])[:, None]
-        cleared = jax.tree.map(lambda code: jnp.where(kept, code, 0), held)
-        return jax.tree.map(lambda old, new: old.at[rows, at].set(new, mode="drop"), cleared, info)
-
-    def emptied(old: Array, none: Array) -> Array:
-        rows = fresh.reshape(-1, *[1] * (old.ndim - 2))
-        return jnp.where(rows, jnp.swapaxes(none, 2, 3).astype(old.dtype), old)
-
-    held = written(cache.info, slots.near, jnp.arange(cache.size) < cache.index[:, None])
-    index = cache.index + jnp.sum(slots.near < cache.size, axis=1, dtype=jnp.int32)
-    if slots.far is not None:
-        size = far.info.document.shape[1]
-        codes = written(far.info, slots.far, jnp.broadcast_to(~fresh[:, None], (len(fresh), size)))
-        count = far.count + jnp.sum(slots.far < size, axis=1, dtype=jnp.int32)
-        layer_runs = tuple(
-            one._replace(summary=jax.tree.map(emptied, one.summary, none))
-            for one, none in zip(far.layer_runs, nothing, strict=True)
-        )
-        far = RegionSlots(layer_runs, codes, count)
-    return cache._replace(info=held, index=index, regions=far)
+    def attend(
+        self,
+        x: Features,
+        keys: Keys,
+        layer: Int[Array, ""],
+        slots: ChunkSlots,
+        codes: MaskCodes,
+        info_q: TokenInfo,
+        info_k: TokenInfo,
+        mechanisms: Sequence[Mechanism],
+        *,
+        regions: int,
+        implementation: Implementation,
+    ) -> tuple[Float[Array, "B T H h"], LayerRegions]:
+        """As `LayerKeys` says."""
+        return attend_regions(x, keys, self, layer, slots, codes, info_q, info_k, mechanisms, regions, implementation)
 
 
 def joined(near: Any, far: Any) -> Any:

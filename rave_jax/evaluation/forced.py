@@ -109,7 +109,7 @@ def right(
     Returns:
         the answer to it, and the first query of the row whose logits are NaN or infinite, -1 where none are.
     """
-    hidden = model.hidden(batch)
+    hidden = model.forward(batch).hidden
     logits = model.logits(jnp.take_along_axis(hidden, at[..., None], axis=1))
     same = jnp.all((jnp.argmax(logits, axis=-1) == answer) | (answer == NOTHING), axis=1)
     broken = ~jnp.all(jnp.isfinite(logits), axis=-1) & (answer != NOTHING)

@@ -20,6 +20,7 @@ from rave_jax.evaluation.routing import Route, cells_of
 from rave_jax.evaluation.vas import VasSums, vas_sums, with_vas
 from rave_jax.inference import Completion, Generator, Request, Sampling, SlotConfig
 from rave_jax.look.maps import Look, on_grid
+from rave_jax.models.forward import Want
 from rave_jax.models.vlm import Vlm
 from rave_jax.parallel.rows import batch_shardings, global_batch
 from rave_jax.parallel.sharding import replicated, use_mesh
@@ -75,7 +76,7 @@ class _Answered(NamedTuple):
     prompts: list[Example]
     examples: list[Example]
     batch: Batch
-    rows: Int[Array, "B N"]
+    queries: Int[Array, "B N"]
     weights: Float[Array, "B N"]
 
 
@@ -102,7 +103,7 @@ class ModelSubject:
             prefill_rows=max(1, shape.rows // 4),
         )
         self._generator = Generator(model, processor, slots, mesh)
-        self._answer_rows = jax.jit(answer_rows, out_shardings=replicated(mesh))
+        self._answer_attention = jax.jit(answer_attention, out_shardings=replicated(mesh))
         self._reading = with_vas(model)
         self._vas_sums = jax.jit(vas_sums, out_shardings=replicated(mesh))
         self._answer_routes = jax.jit(answer_routes, out_shardings=replicated(mesh))
@@ -158,7 +159,7 @@ class ModelSubject:
     def _look_chunk(self, samples: Sequence[Sample], answers: Sequence[Answer]) -> list[Look | None]:
         block = self._answered(samples, answers)
         with use_mesh(self._mesh):
-            found = np.asarray(self._answer_rows(self._model, block.batch, block.rows, block.weights))
+            found = np.asarray(self._answer_attention(self._model, block.batch, block.queries, block.weights))
         looks: list[Look | None] = []
         for i, example in enumerate(block.examples):
             grid = None if self._has_video(example) else on_grid(example.info, found[:, i, :, : len(example.tokens)])
@@ -170,7 +171,7 @@ class ModelSubject:
         found = None
         if self._model.options.layout.regions is not None:
             with use_mesh(self._mesh):
-                found = np.asarray(self._answer_routes(self._model, block.batch, block.rows, block.weights))
+                found = np.asarray(self._answer_routes(self._model, block.batch, block.queries, block.weights))
         routes: list[Route | None] = []
         for i, prompt in enumerate(block.prompts):
             reading = account(prompt.info, self._model.config.text, self._model.options)
@@ -190,16 +191,16 @@ class ModelSubject:
         examples = [with_answer(p, a.tokens) for p, a in zip(prompts, answers, strict=True)]
         shape = BatchShape(self._shape.rows, self._shape.tokens + self._sampling.max_new_tokens, self._shape.patches)
         # A token is chosen by the query before it: the last of the prompt for the first, and so on.
-        rows = np.zeros((shape.rows, self._sampling.max_new_tokens), np.int32)
+        queries = np.zeros((shape.rows, self._sampling.max_new_tokens), np.int32)
         weights = np.zeros((shape.rows, self._sampling.max_new_tokens), np.float32)
         for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
             count = max(len(answer.tokens), 1)
-            rows[i, :count] = len(prompt.tokens) - 1 + np.arange(count)
+            queries[i, :count] = len(prompt.tokens) - 1 + np.arange(count)
             weights[i, :count] = 1.0 / count
         with use_mesh(self._mesh):
             where = batch_shardings(self._mesh, shape.rows).tokens
-            queries = jax.device_put((rows, weights), where)
-            return _Answered(prompts, examples, self._batch(examples, shape), *queries)
+            placed = jax.device_put((queries, weights), where)
+            return _Answered(prompts, examples, self._batch(examples, shape), *placed)
 
     def _batch(self, examples: Sequence[Example], shape: BatchShape) -> Batch:
         settings = self._processor.settings
@@ -233,24 +234,32 @@ def with_answer(prompt: Example, tokens: Sequence[int]) -> Example:
     )
 
 
-def answer_rows(
-    model: Vlm, batch: Batch, rows: Int[Array, "B N"], weights: Float[Array, "B N"]
+def answer_attention(
+    model: Vlm, batch: Batch, queries: Int[Array, "B N"], weights: Float[Array, "B N"]
 ) -> Float[Array, "L B H S"]:
-    """Rows of the attention map averaged over queries, in every layer and head; never the whole map.
+    """Attention averaged over queries, in every layer and head; never the whole map.
 
     Args:
         model: the model.
         batch: prompts with their answers.
-        rows: the queries.
+        queries: which queries, by index.
         weights: of each query in the average; 0 for fillers.
     """
-    _, found = model.hidden(batch, rows=rows)
+    found = model.forward(batch, Want(queries=queries)).attention
+    assert found is not None
     return jnp.einsum("LBNHS,BN->LBHS", found.astype(jnp.float32), weights)
 
 
 def answer_routes(
-    model: Vlm, batch: Batch, rows: Int[Array, "B N"], weights: Float[Array, "B N"]
+    model: Vlm, batch: Batch, queries: Int[Array, "B N"], weights: Float[Array, "B N"]
 ) -> Float[Array, "L B H R"]:
-    """Share of the queries `rows` that chose each region, in every layer that routes and every head; arguments as in
-    `answer_rows`."""
-    return jnp.einsum("LBNHR,BN->LBHR", model.chosen_regions(batch, rows).astype(jnp.float32), weights)
+    """Share of the queries that chose each region, in every layer that routes and every head; arguments as in
+    `answer_attention`.
+
+    Raises:
+        ValueError: no layer routes.
+    """
+    chosen = model.forward(batch, Want(queries=queries)).chosen
+    if chosen is None:
+        raise ValueError("no mechanism of the model routes")
+    return jnp.einsum("LBNHR,BN->LBHR", chosen.astype(jnp.float32), weights)

@@ -25,6 +25,7 @@ from rave_jax.attention import Features, Mechanism, Parts
 from rave_jax.attention.avar import COUNT, SYSTEM, VISUAL, key_group_of
 from rave_jax.batch import Batch, Kind, Role, TokenInfo
 from rave_jax.kernels.attention import KeyGroups
+from rave_jax.models.forward import Want
 from rave_jax.models.vlm import Vlm
 from rave_jax.typing import Array, Float
 
@@ -92,5 +93,5 @@ def vas_sums(reading: Vlm, batch: Batch) -> VasSums:
         reading: what `with_vas` gave.
         batch: rows of documents.
     """
-    _, found = reading.hidden_and_losses(batch)
+    found = reading.forward(batch, Want(losses=True)).losses
     return VasSums(found["vas"], found["vas_rows"])

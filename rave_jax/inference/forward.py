@@ -14,6 +14,7 @@ from rave_jax.batch import Batch, TokenInfo
 from rave_jax.data.collate import collate, smallest_shape
 from rave_jax.data.processor import Processor
 from rave_jax.data.sample import Example, Message, OverBudget
+from rave_jax.models.forward import Want
 from rave_jax.models.vlm import Vlm
 from rave_jax.parallel.sharding import use_mesh
 from rave_jax.typing import Array, Float, Int, NpArray
@@ -117,7 +118,7 @@ def _run(model: Vlm, batch: Batch, mesh: Mesh | None, logits: bool) -> tuple[Any
 
 @jax.jit
 def _hidden(model: Vlm, batch: Batch) -> jax.Array:
-    return model.hidden(batch)
+    return model.forward(batch).hidden
 
 
 @jax.jit
@@ -126,5 +127,5 @@ def _logits(model: Vlm, hidden: jax.Array) -> jax.Array:
 
 
 @jax.jit
-def _rows(model: Vlm, batch: Batch, rows: jax.Array) -> jax.Array:
-    return model.hidden(batch, rows=rows)[1]
+def _rows(model: Vlm, batch: Batch, rows: jax.Array) -> jax.Array | None:
+    return model.forward(batch, Want(queries=rows)).attention

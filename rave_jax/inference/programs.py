@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rave_jax.attention import CacheType, KvCache, RegionMemory, RegionReach
-from rave_jax.attention import cache as kv_cache
+from rave_jax.attention import Cache, CacheType, RegionMemory, RegionReach
 from rave_jax.batch import Kind, Patches, Role, TokenInfo
 from rave_jax.inference.sampling import RowSampling, choose
-from rave_jax.models.vlm import Vlm, with_pictures
+from rave_jax.models.forward import Chunk, ImageFeatures
+from rave_jax.models.vlm import Vlm
 from rave_jax.parallel.sharding import shard
 from rave_jax.typing import Array, Bool, Float, Int
 
@@ -30,7 +30,7 @@ class SlotState(NamedTuple):
 
     Fields:
         cache: keys of prompts and answers.
-        pictures: visual tokens of the prompts that are being read, in the order of `visual_index`.
+        pictures: features of the prompts that are being read (N of them), in the order of `visual_index`.
         seen: ids that stand in the slot's prompt or answer.
         token: the last token chosen, not yet in the cache.
         position: its rotary position, equal in all three axes.
@@ -42,8 +42,8 @@ class SlotState(NamedTuple):
         sampling: how tokens are chosen.
     """
 
-    cache: KvCache
-    pictures: Float[Array, "N S D"]
+    cache: Cache
+    pictures: ImageFeatures
     seen: Bool[Array, "B V"]
     token: Int[Array, "B"]
     position: Int[Array, "B"]
@@ -60,17 +60,6 @@ class Pictures(NamedTuple):
 
     patches: Patches
     offset: Int[Array, "N"]
-
-
-class Chunk(NamedTuple):
-    """The next tokens of N prompts, as in `Batch`, padding (document 0) on the right, those of pictures in the order of
-    their places. `region_offset` is how many tokens of its region stand before each."""
-
-    tokens: Int[Array, "N T"]
-    info: TokenInfo
-    positions: Int[Array, "3 N T"]
-    visual_index: Int[Array, "N T"]
-    region_offset: Int[Array, "N T"]
 
 
 class Admission(NamedTuple):
@@ -121,7 +110,7 @@ def empty_state(
     ones = jnp.ones(slots, jnp.float32)
     state = SlotState(
         cache=model.empty_cache(slots, size, cache, regions_in),
-        pictures=jnp.zeros((prompts, visual, model.config.text.hidden_size), model.options.compute),
+        pictures=ImageFeatures(jnp.zeros((prompts, visual, model.config.text.hidden_size), model.options.compute)),
         seen=jnp.zeros((slots, model.config.text.vocab_size), bool),
         token=zeros,
         position=zeros,
@@ -145,8 +134,8 @@ def empty_state(
 def settled(state: SlotState) -> SlotState:
     """The state where the sharding rules want it, after every program alike: else each would be compiled twice."""
     ruled: dict[str, Any] = {
-        "cache": kv_cache.placed(state.cache),
-        "pictures": shard(state.pictures, "batch", None, None),
+        "cache": state.cache.placed(),
+        "pictures": jax.tree.map(lambda x: shard(x, "batch", None, None), state.pictures),
         "seen": shard(state.seen, "batch", "vocab"),
     }
     rest = {name: x for name, x in state._asdict().items() if name not in ruled}
@@ -155,13 +144,16 @@ def settled(state: SlotState) -> SlotState:
 
 def encode_images(model: Vlm, state: SlotState, pictures: Pictures) -> tuple[SlotState]:
     """Put frames through the tower and keep their visual tokens for the chunks that hold them."""
-    assert model.vision is not None
-    tokens = model.vision(pictures.patches)
-    N, U, _ = tokens.shape
+    features = model.embed_images(pictures.patches)
+    N, U, _ = features.tokens.shape
     real = pictures.patches.frame[:, :: pictures.patches.length // U] > 0
-    size = state.pictures.shape[1]
+    size = state.pictures.tokens.shape[1]
     where = jnp.where(real, pictures.offset[:, None] + jnp.arange(U, dtype=jnp.int32), size)
-    kept = state.pictures.at[jnp.arange(N)[:, None], where].set(tokens.astype(state.pictures.dtype), mode="drop")
+
+    def keep(old: Array, new: Array) -> Array:
+        return old.at[jnp.arange(N)[:, None], where].set(new.astype(old.dtype), mode="drop")
+
+    kept = jax.tree.map(keep, state.pictures, features)
     return (settled(state._replace(pictures=kept)),)
 
 
@@ -184,17 +176,13 @@ def prefill(
     """
     B = state.seen.shape[0]
     begins = admission.begins
-    part = kv_cache.take(state.cache, admission.slot, reach, regions)
+    part = state.cache.take(admission.slot, reach, regions)
     # From slot 0 on: what is left there of who had the slot before counts as not written.
-    part = kv_cache.emptied(part, begins)
+    part = part.emptied(begins)
 
-    x = model.with_context(model.embed(chunk.tokens, model.options.compute), chunk.info)
-    if state.pictures.shape[1]:
-        x = with_pictures(x, state.pictures, chunk.info, chunk.visual_index)
-    x = shard(x, "batch", "length", None)
-    last = admission.last[:, None]
-    hidden, part = model.decoder.cached(x, chunk.info, chunk.positions, part, chunk.region_offset, last)
-    cache = kv_cache.put(state.cache, part, admission.slot)
+    features = state.pictures if state.pictures.tokens.shape[1] else None
+    hidden, part = model.extend(chunk, part, features, admission.last[:, None])
+    cache = state.cache.put(part, admission.slot)
 
     rows = jnp.arange(len(begins))
     ids = jnp.where(chunk.info.document > 0, chunk.tokens, state.seen.shape[1])
@@ -251,7 +239,7 @@ def decode(
         answer, and how many steps were run.
     """
     begun, whole = state.active & alive, state.cache
-    state = state._replace(active=begun, cache=kv_cache.take(whole, None, reach))
+    state = state._replace(active=begun, cache=whole.take(None, reach))
     out = jnp.full((len(begun), width), NOTHING, jnp.int32)
 
     def unfinished(carry: tuple[Array, Array, SlotState]) -> Bool[Array, ""]:
@@ -262,7 +250,7 @@ def decode(
         step, out, now = carry
         info = _answer_info(now)
         positions = jnp.broadcast_to(now.position[None, :, None], (3, len(begun), 1))
-        hidden, cache = model.decode(now.token[:, None], info, positions, now.cache)
+        hidden, cache = model.extend(Chunk(now.token[:, None], info, positions), now.cache)
         logits = model.logits(hidden[:, 0])
         chosen, sound = choose(logits, now.sampling, now.seen, now.count), finite(logits)
         given = now.active & sound & ~jnp.any(chosen[:, None] == now.stops, axis=1)
@@ -279,15 +267,15 @@ def decode(
         return step + 1, out.at[:, step].set(column), now
 
     ran, out, state = jax.lax.while_loop(unfinished, advance, (jnp.int32(0), out, state))
-    return settled(state._replace(cache=kv_cache.put(whole, state.cache, None))), shard(out, None, None), ran
+    return settled(state._replace(cache=whole.put(state.cache, None))), shard(out, None, None), ran
 
 
 def clear(model: Vlm, state: SlotState, slot: Int[Array, "1"]) -> tuple[SlotState]:
     """Zeros in everything that is kept for a slot. Leftovers of an answer that was not finite would reach the next one
     through attention: 0 times NaN is NaN."""
-    part = kv_cache.take(state.cache, slot, state.cache.size)
-    cache = kv_cache.put(state.cache, jax.tree.map(jnp.zeros_like, part), slot)
-    return (settled(state._replace(cache=cache, pictures=jnp.zeros_like(state.pictures))),)
+    part = state.cache.take(slot, state.cache.size)
+    cache = state.cache.put(jax.tree.map(jnp.zeros_like, part), slot)
+    return (settled(state._replace(cache=cache, pictures=jax.tree.map(jnp.zeros_like, state.pictures))),)
 
 
 def finite(logits: Float[Array, "B V"]) -> Bool[Array, "B"]:

@@ -13,8 +13,9 @@ from rave_jax.data.layout import offsets_in_region
 from rave_jax.data.patches import empty_patches
 from rave_jax.data.sample import Example
 from rave_jax.inference.buckets import Buckets
-from rave_jax.inference.programs import NOTHING, Admission, Chunk, Pictures
+from rave_jax.inference.programs import NOTHING, Admission, Pictures
 from rave_jax.inference.sampling import RowSampling, Sampling
+from rave_jax.models.forward import Chunk
 from rave_jax.typing import NpArray
 
 

@@ -11,8 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from rave_jax import attention
-from rave_jax.attention import CacheType, Features, Keys, KvCache, RegionMemory
-from rave_jax.attention import cache as kv_cache
+from rave_jax.attention import Cache, CacheType, Features, Keys, LayerKeys, RegionMemory
 from rave_jax.attention.plan import LayeredConfig
 from rave_jax.batch import TokenInfo
 from rave_jax.config import require
@@ -20,6 +19,7 @@ from rave_jax.families.config import TextConfig
 from rave_jax.kernels.attention import MaskCodes
 from rave_jax.models import lora
 from rave_jax.models.config import ModelOptions, attention_dims, window_mechanisms
+from rave_jax.models.forward import HIDDEN, Output, Want
 from rave_jax.models.layers import Linear, RmsNorm, SwiGlu
 from rave_jax.models.rope import Rotation, rotate, text_rotation
 from rave_jax.models.stack import LayerRun
@@ -30,7 +30,7 @@ from rave_jax.typing import Array, Bool, Float, Int
 class LayerCache(NamedTuple):
     """The keys of a whole layer run, which of its layers is meant, and how many regions a row has room for."""
 
-    stored: kv_cache.StoredKeys | attention.LayerRegions
+    stored: LayerKeys
     layer: Int[Array, ""]
     regions: int
 
@@ -42,42 +42,21 @@ class Situation(NamedTuple):
     codes: MaskCodes
     info_q: TokenInfo
     info_k: TokenInfo
-    start: Int[Array, "B"] | attention.ChunkSlots | None
-    rows: Int[Array, "B N"] | None
+    slots: Any
+    """Where the queries' tokens go in the cache; None without one."""
+    queries: Int[Array, "B N"] | None
     progress: Float[Array, ""] | None
     wanted: Int[Array, "B N"] | None = None
     """Tokens, by index, of which alone the layer's output is wanted; None: of all."""
 
 
-class Entered(NamedTuple):
-    """A cache with the codes of the tokens that its layers are about to write: where these begin (or go, with regions),
-    the codes of all slots, and where among these each token is."""
-
-    cache: KvCache
-    start: Int[Array, "B"] | attention.ChunkSlots
-    info: TokenInfo
-    own: Int[Array, "B T"]
-
-
 class LayerOutput(NamedTuple):
-    """What a layer gives: its output, its cache with the new tokens written, and what of attention was asked for."""
+    """What a layer gives for whole rows: its output, and what of attention was asked for."""
 
     x: Float[Array, "B T D"]
-    cache: LayerCache | None
-    rows: Float[Array, "B N H S"] | None
+    attention: Float[Array, "B N H S"] | None
     losses: dict[str, Float[Array, ""]]
     chosen: Bool[Array, "B N H R"] | None
-
-
-class DecoderOutput(NamedTuple):
-    """What `Decoder` gives: hidden states after the final norm, the asked-for attention rows (None if not asked), the
-    sums of the mechanisms' losses by name (none if not asked), and what the asked-for queries chose in the layers that
-    route, in order (none if not asked)."""
-
-    hidden: Float[Array, "B T D"]
-    rows: Float[Array, "L B N H S"] | None
-    losses: dict[str, Float[Array, ""]]
-    chosen: Bool[Array, "L B N H R"] | None
 
 
 class Attention(nnx.Module):
@@ -124,50 +103,43 @@ class DecoderLayer(nnx.Module):
         self.max_regions = options.layout.max_regions
         lora.attach(self, "decoder.", options.lora, dtype, keys[3])
 
-    def __call__(
-        self, x: Float[Array, "B T D"], at: Situation, cache: LayerCache | None, losses: bool = False
-    ) -> LayerOutput:
-        """The layer. With `losses`, those of its mechanisms are computed too."""
+    def __call__(self, x: Float[Array, "B T D"], at: Situation, losses: bool = False) -> LayerOutput:
+        """The layer on whole rows. With `losses`, those of its mechanisms are computed too."""
         found = self.attention.features(self.attention_norm(x), x, at.rotation)
         keys = attention.remember(self.mechanisms, found)
-        if cache is None:
-            keys = keys._replace(
-                summary=attention.summarise(self.mechanisms, found, at.info_q.region, self.max_regions)
-            )
-        elif isinstance(cache.stored, attention.LayerRegions):
-            assert isinstance(at.start, attention.ChunkSlots)
-            out, stored = attention.attend_regions(
-                found,
-                keys,
-                cache.stored,
-                cache.layer,
-                at.start,
-                at.codes,
-                at.info_q,
-                at.info_k,
-                self.mechanisms,
-                cache.regions,
-                self.implementation,
-            )
-            return LayerOutput(self._after(x, out, at.wanted), cache._replace(stored=stored), None, {}, None)
-        else:
-            assert isinstance(at.start, jax.Array)
-            stored = kv_cache.write(cache.stored, cache.layer, at.start, keys)
-            cache, keys = cache._replace(stored=stored), kv_cache.read(stored, cache.layer, found.q.dtype)
         seen = attention.attend(
             found,
-            keys,
+            keys._replace(summary=attention.summarise(self.mechanisms, found, at.info_q.region, self.max_regions)),
             at.codes,
             at.info_q,
             at.info_k,
             self.mechanisms,
             implementation=self.implementation,
-            rows=at.rows,
+            queries=at.queries,
             losses=losses,
             regions=self.max_regions,
             progress=at.progress,
         )
-        return LayerOutput(self._after(x, seen.out, at.wanted), cache, seen.rows, seen.losses, seen.chosen)
+        return LayerOutput(self._after(x, seen.out, at.wanted), seen.attention, seen.losses, seen.chosen)
+
+    def extend(
+        self, x: Float[Array, "B T D"], at: Situation, cache: LayerCache
+    ) -> tuple[Float[Array, "B N D"], LayerKeys]:
+        """The layer on tokens that follow what a cache holds, and what the run's layers keep, with the tokens in it."""
+        found = self.attention.features(self.attention_norm(x), x, at.rotation)
+        out, stored = cache.stored.attend(
+            found,
+            attention.remember(self.mechanisms, found),
+            cache.layer,
+            at.slots,
+            at.codes,
+            at.info_q,
+            at.info_k,
+            self.mechanisms,
+            regions=cache.regions,
+            implementation=self.implementation,
+        )
+        return self._after(x, out, at.wanted), stored
 
     def _after(
         self, x: Float[Array, "B T D"], heads: Float[Array, "B T H h"], wanted: Int[Array, "B N"] | None
@@ -201,59 +173,40 @@ class Decoder(nnx.Module):
         self.implementation = options.attention
 
     def __call__(
-        self,
-        x: Float[Array, "B T D"],
-        info: TokenInfo,
-        positions: Int[Array, "3 B T"],
-        rows: Int[Array, "B N"] | None = None,
-        losses: bool = False,
-        progress: Float[Array, ""] | None = None,
-    ) -> DecoderOutput:
+        self, x: Float[Array, "B T D"], info: TokenInfo, positions: Int[Array, "3 B T"], want: Want = HIDDEN
+    ) -> Output:
         """Whole rows at once, causal inside each document.
 
         Args:
             x: embedded tokens.
             info, positions: of the tokens.
-            rows: queries, by index, whose attention rows are wanted in every layer.
-            losses: are the mechanisms' losses wanted? They are summed over layers; `loss_weights` belongs to them.
-            progress: of the training run, 0 to 1, for what is scheduled; None is its end.
+            want: what is asked for beside hidden states.
         """
         base, own = attention.causal_codes(info), _indices(info)
-        wanted, routes = [], []
+        losses, inputs = want.losses, want.inputs
+        seen, entered, routes = [], [], []
         total: dict[str, Array] = {}
         for run in self.layer_runs:
-            at = self._situation(run, base, info, info, positions, own=own, rows=rows, progress=progress)
+            at = self._situation(
+                run, base, info, info, positions, own=own, queries=want.queries, progress=want.progress
+            )
 
-            def body(layer: DecoderLayer, x: Array, _: None, at: Situation) -> tuple[Array, tuple[Any, Any, Any]]:
-                out = layer(x, at, None, losses)
-                return out.x, (out.rows, out.losses, out.chosen)
+            def body(layer: DecoderLayer, x: Array, _: None, at: Situation) -> tuple[Array, tuple[Any, ...]]:
+                out = layer(x, at, losses)
+                return out.x, (out.attention, out.losses, out.chosen, x if inputs else None)
 
-            x, (seen, found, chosen) = run.scan(body, x, None, at, self.remat)
-            wanted.append(seen)
+            x, (of_queries, found, chosen, before) = run.scan(body, x, None, at, self.remat)
+            seen.append(of_queries)
+            entered.append(before)
             routes += [] if chosen is None else [chosen]
             total = _added(total, jax.tree.map(jnp.sum, found))
-        return DecoderOutput(
+        return Output(
             self.norm(x),
-            None if rows is None else jnp.concatenate(wanted),
-            total,
-            jnp.concatenate(routes) if routes else None,
+            attention=None if want.queries is None else jnp.concatenate(seen),
+            chosen=jnp.concatenate(routes) if routes else None,
+            losses=total,
+            inputs=jnp.concatenate(entered) if inputs else None,
         )
-
-    def layer_inputs(
-        self, x: Float[Array, "B T D"], info: TokenInfo, positions: Int[Array, "3 B T"]
-    ) -> Float[Array, "L B T D"]:
-        """The hidden states that enter each layer, whole rows at once; arguments as in `__call__`."""
-        base, own = attention.causal_codes(info), _indices(info)
-        entered = []
-        for run in self.layer_runs:
-            at = self._situation(run, base, info, info, positions, own=own)
-
-            def body(layer: DecoderLayer, x: Array, _: None, at: Situation) -> tuple[Array, Array]:
-                return layer(x, at, None).x, x
-
-            x, inputs = run.scan(body, x, None, at, "none")
-            entered.append(inputs)
-        return jnp.concatenate(entered)
 
     def loss_weights(self, info: TokenInfo) -> dict[str, Float[Array, ""]]:
         """What the sums of the mechanisms' losses over these rows are divided by, by name; empty where none has any."""
@@ -264,19 +217,20 @@ class Decoder(nnx.Module):
                 total = _added(total, {name: layers * x for name, x in mechanism.loss_weights(info).items()})
         return total
 
-    def cached(
+    def extend[C: Cache](
         self,
         x: Float[Array, "B T D"],
         info: TokenInfo,
         positions: Int[Array, "3 B T"],
-        cache: KvCache,
+        cache: C,
         region_offset: Int[Array, "B T"] | None = None,
         wanted: Int[Array, "B N"] | None = None,
-    ) -> tuple[Float[Array, "B N D"], KvCache]:
+    ) -> tuple[Float[Array, "B N D"], C]:
         """Tokens that follow what the cache holds, one document per row, padding on the right.
 
+        The attention of queries, their choices and the mechanisms' losses come from whole rows alone (`__call__`).
         Where `looks_ahead` names mechanisms, the tokens that one may see have to be given with it or before it; of
-        pictures they stand in the order of their places.
+        pictures they stand in the order of their offsets.
 
         Args:
             x: embedded tokens.
@@ -291,62 +245,29 @@ class Decoder(nnx.Module):
         Returns:
             hidden states of the wanted tokens after the final norm, and the cache with the tokens in it.
         """
-        entered = self._enter(cache, info, region_offset)
-        cache, far = entered.cache, entered.cache.regions
+        entered = cache.admit(info, region_offset, self._summaries_of_nothing)
         base = attention.cached_codes(info, entered.info)
-        kept: list[Any] = list(cache.layer_runs)
-        regions = self._regions(cache)
-        if far is not None:
-            kept = [attention.LayerRegions(*both) for both in zip(cache.layer_runs, far.layer_runs, strict=True)]
+        kept, regions = list(entered.cache.layer_runs), cache.num_regions
         for n, run in enumerate(self.layer_runs):
-            at = self._situation(run, base, info, entered.info, positions, own=entered.own, start=entered.start)
+            at = self._situation(run, base, info, entered.info, positions, own=entered.own, slots=entered.slots)
             if run is self.layer_runs[-1] and run.stop - run.start == 1:
                 at, wanted = at._replace(wanted=wanted), None
 
             def body(layer: DecoderLayer, carry: Any, n: Array, at: Situation) -> tuple[Any, Array | None]:
-                out = layer(carry[0], at, LayerCache(carry[1], n, regions))
-                assert out.cache is not None
-                if at.wanted is None:
-                    return (out.x, out.cache.stored), None
+                x, stored = layer.extend(carry[0], at, LayerCache(carry[1], n, regions))
                 # A carry keeps its shape.
-                return (carry[0], out.cache.stored), out.x
+                return ((x, stored), None) if at.wanted is None else ((carry[0], stored), x)
 
             # The keys ride in the carry: each layer writes its new ones in place, nothing else is copied.
             numbers = jnp.arange(run.stop - run.start, dtype=jnp.int32)
             (x, kept[n]), last = run.scan(body, (x, kept[n]), numbers, at, "none")
             x = x if last is None else last[0]
         x = x if wanted is None else attention.pick(x, wanted)
-        if far is not None:
-            far = far._replace(layer_runs=tuple(both.far for both in kept))
-            kept = [both.near for both in kept]
-        return self.norm(x), kv_cache.placed(cache._replace(layer_runs=tuple(kept), regions=far))
+        return self.norm(x), entered.cache.with_layers(tuple(kept))
 
-    def _enter(self, cache: KvCache, info: TokenInfo, region_offset: Int[Array, "B T"] | None) -> Entered:
-        """The cache with the codes of the tokens in it, before the layers write their keys."""
-        T = info.document.shape[1]
-        if cache.regions is not None:
-            assert self.layout.regions is not None
-            slots = attention.chunk_slots(cache, info, region_offset, self.layout.regions.tokens)
-            nothing = [self._summary_of_nothing(run, self._regions(cache)) for run in self.layer_runs]
-            cache = attention.entered(cache, info, slots, nothing)
-            assert cache.regions is not None
-            own = slots.near if slots.far is None else jnp.where(info.region > 0, cache.size + slots.far, slots.near)
-            return Entered(cache, slots, attention.joined(cache.info, cache.regions.info), own)
-        start = cache.index
-        own = start[:, None] + jnp.arange(T, dtype=jnp.int32)
-        # Padding is written too, and overwritten by what follows.
-        held = kv_cache.write_info(cache.info, start, info)
-        # What lies beyond is left from before, and `mask` hooks may not take it for tokens.
-        reached = jnp.arange(cache.size, dtype=jnp.int32) < start[:, None] + T
-        held = jax.tree.map(lambda code: jnp.where(reached, code, 0), held)
-        index = start + jnp.sum(info.document > 0, axis=1, dtype=jnp.int32)
-        return Entered(cache._replace(info=held, index=index), start, held, own)
-
-    def _regions(self, cache: KvCache) -> int:
-        """R: the regions that a row of the cache has room for."""
-        if cache.regions is None or self.layout.regions is None:
-            return 0
-        return cache.regions.info.document.shape[1] // self.layout.regions.tokens
+    def _summaries_of_nothing(self, regions: int) -> list[Any]:
+        """What the routers of each run's layers say of regions without a token [L,1,R,K,...]."""
+        return [self._summary_of_nothing(run, regions) for run in self.layer_runs]
 
     def _summary_of_nothing(self, run: LayerRun[DecoderLayer], regions: int) -> Any:
         """What the router of each layer says of regions without a token [L,1,R,K,...]."""
@@ -365,23 +286,20 @@ class Decoder(nnx.Module):
 
     def empty_cache(
         self, rows: int, size: int, kind: CacheType, dtype: jnp.dtype, regions_in: RegionMemory = "device"
-    ) -> KvCache:
+    ) -> Cache:
         """A cache for `rows` documents of at most `size` tokens; `dtype` is the compute type.
 
         Raises:
             ConfigError: `regions_in` is "host", and no mechanism keeps regions or the mesh has several devices; or the
                 attention is "pallas_tpu", whose kernel for decoding cannot read such regions.
         """
-        regions, host_tokens = self.layout.regions, None
+        regions = self.layout.regions
         if regions_in == "host":
             require(regions is not None, "regions_in", regions_in, "device: no mechanism of the model keeps regions")
-            assert regions is not None
             mesh = current_mesh()
             # A region is found by its number among all rows and heads, which no device of several has to itself.
             ways = 1 if mesh is None else mesh.size
             require(ways == 1, "regions_in", regions_in, f"device on a mesh of {ways} devices")
-            host_tokens = regions.tokens
-
         if regions is not None:
             attention.check_decoding(self.implementation, regions.tokens, self.head_dim, kind, dtype, regions_in)
 
@@ -396,8 +314,11 @@ class Decoder(nnx.Module):
             of = functools.partial(keys, slots=slots)
             return tuple(jax.eval_shape(jax.vmap(of), run.layers) for run in self.layer_runs)
 
-        far = None if regions is None else shapes(self.layout.max_regions * regions.tokens)
-        return kv_cache.empty_cache(shapes(size), kind, far, host_tokens)
+        cache = attention.empty_cache(shapes(size), kind)
+        if regions is None:
+            return cache
+        far = shapes(self.layout.max_regions * regions.tokens)
+        return attention.empty_region_cache(cache, far, kind, regions.tokens, regions_in)
 
     def _zeros(self, rows: int, tokens: int, dtype: jnp.dtype) -> Features:
         """Features of nothing, for their shapes."""
@@ -414,8 +335,8 @@ class Decoder(nnx.Module):
         positions: Int[Array, "3 B T"],
         *,
         own: Int[Array, "B T"],
-        start: Int[Array, "B"] | attention.ChunkSlots | None = None,
-        rows: Int[Array, "B N"] | None = None,
+        slots: Any = None,
+        queries: Int[Array, "B N"] | None = None,
         progress: Float[Array, ""] | None = None,
     ) -> Situation:
         # The hooks `positions` and `mask` read no parameters, so the stacked mechanisms may answer for all layers.
@@ -423,7 +344,7 @@ class Decoder(nnx.Module):
         placed = attention.positions(mechanisms, info_q, info_k, own, positions)
         rotation = text_rotation(placed, self.head_dim, self.rope_theta, self.mrope_section)
         codes = attention.mask_codes(mechanisms, info_q, info_k, base)
-        return Situation(rotation, codes, info_q, info_k, start, rows, progress)
+        return Situation(rotation, codes, info_q, info_k, slots, queries, progress)
 
 
 def _indices(info: TokenInfo) -> Int[Array, "B T"]:

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from typing import overload
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from rave_jax.attention import CacheType, KvCache, RegionMemory
-from rave_jax.batch import Batch, Kind, TokenInfo
+from rave_jax.attention import Cache, CacheType, RegionMemory
+from rave_jax.batch import Batch, Kind, Patches, TokenInfo
 from rave_jax.config import require
 from rave_jax.families import family_named
 from rave_jax.families.config import VlmConfig
 from rave_jax.models import lora
 from rave_jax.models.config import ModelOptions
 from rave_jax.models.decoder import Decoder
+from rave_jax.models.forward import HIDDEN, Chunk, ImageFeatures, Output, Want
 from rave_jax.models.layers import ContextEmbedding, Embedding, Linear, product
 from rave_jax.models.tower import Tower
 from rave_jax.parallel.sharding import shard
-from rave_jax.typing import Array, Bool, Float, Int
+from rave_jax.typing import Array, Float, Int
 
 CONTEXT_KEY = 4
 """What the model's key is folded with for the context tokens."""
@@ -64,73 +63,111 @@ class Vlm(nnx.Module):
             for path in lora.linears(stack.layer_runs[0].layers, prefix)
         ]
 
-    @overload
-    def hidden(self, batch: Batch, rows: None = None) -> Float[Array, "B T D"]: ...
-
-    @overload
-    def hidden(
-        self, batch: Batch, rows: Int[Array, "B N"]
-    ) -> tuple[Float[Array, "B T D"], Float[Array, "L B N H S"]]: ...
-
-    def hidden(self, batch: Batch, rows: Int[Array, "B N"] | None = None):
-        """Hidden states after the final norm.
-
-        Args:
-            batch: rows of packed documents.
-            rows: queries, by index, whose attention rows are wanted.
-
-        Returns:
-            [B,T,D]; with `rows` also the float32 attention of those queries over all keys in every layer
-            [L,B,N,H,S].
-        """
-        out = self.decoder(self.embedded(batch), batch.info, batch.positions, rows)
-        return out.hidden if rows is None else (out.hidden, out.rows)
-
-    def chosen_regions(self, batch: Batch, rows: Int[Array, "B N"]) -> Bool[Array, "L B N H R"]:
-        """Which regions of a row the queries `rows`, by index, chose in each layer that routes.
+    def embed_images(self, patches: Patches) -> ImageFeatures:
+        """What the tower makes of rows of patches [B,P, ...].
 
         Raises:
-            ValueError: no layer routes.
+            ValueError: the model has no tower, or the patches are not of the size that it reads.
         """
-        out = self.decoder(self.embedded(batch), batch.info, batch.positions, rows)
-        if out.chosen is None:
-            raise ValueError("no mechanism of the model routes")
-        return out.chosen
+        if self.vision is None:
+            raise ValueError(f"the batch has patches, but a {self.config.family} text model has no vision tower")
+        return ImageFeatures(self.vision(patches))
 
-    def hidden_and_losses(
-        self, batch: Batch, progress: Float[Array, ""] | None = None
-    ) -> tuple[Float[Array, "B T D"], dict[str, Float[Array, ""]]]:
-        """Hidden states after the final norm, and what the mechanisms add to the training loss: sums over these rows by
-        name, to be divided by `loss_weights` of all rows that are averaged over.
+    def embed_tokens(
+        self,
+        tokens: Int[Array, "B T"],
+        info: TokenInfo,
+        features: ImageFeatures | None = None,
+        visual_index: Int[Array, "B T"] | None = None,
+    ) -> Float[Array, "B T D"]:
+        """Token embeddings with visual and context tokens in their places.
 
         Args:
-            batch: rows of packed documents.
-            progress: of the training run, 0 to 1, for what mechanisms schedule; None is its end.
-        """
-        out = self.decoder(self.embedded(batch), batch.info, batch.positions, losses=True, progress=progress)
-        return out.hidden, out.losses
+            tokens, info: of the tokens.
+            features: of the rows' pictures; None where no token is visual.
+            visual_index: which merge unit of `features` a visual token is; None where every token is text.
 
-    def loss_weights(self, info: TokenInfo) -> dict[str, Float[Array, ""]]:
-        """The weights of the mechanisms' losses in rows with these token codes, by name; empty where none has any."""
-        return self.decoder.loss_weights(info)
+        Raises:
+            ValueError: there are features and no `visual_index`, or the features have additions to layers, which the
+                decoder does not make.
+        """
+        if features is not None and visual_index is None:
+            raise ValueError("features of pictures were given without visual_index, which says whose they are")
+        x = self.embed(tokens, self.options.compute)
+        if visual_index is not None:
+            x = x if self.context is None else self.context(x, info)
+            x = x if features is None else _with_pictures(x, features, info, visual_index)
+        return shard(x, "batch", "length", None)
 
     def embedded(self, batch: Batch) -> Float[Array, "B T D"]:
-        """Token embeddings with visual and context tokens in their places.
+        """Token embeddings of a batch with its visual and context tokens in their places.
 
         Raises:
             ValueError: there are patches but no tower.
         """
-        x = self.with_context(self.embed(batch.tokens, self.options.compute), batch.info)
-        if batch.patches.length > 0:
-            if self.vision is None:
-                raise ValueError(f"the batch has patches, but a {self.config.family} text model has no vision tower")
-            seen = self.vision(batch.patches)
-            x = with_pictures(x, seen, batch.info, batch.visual_index)
-        return shard(x, "batch", "length", None)
+        features = self.embed_images(batch.patches) if batch.patches.length > 0 else None
+        return self.embed_tokens(batch.tokens, batch.info, features, batch.visual_index)
 
-    def with_context(self, x: Float[Array, "B T D"], info: TokenInfo) -> Float[Array, "B T D"]:
-        """Embedded tokens with the context tokens in their places, where the model has them."""
-        return x if self.context is None else self.context(x, info)
+    def forward(self, batch: Batch, want: Want = HIDDEN) -> Output:
+        """Whole rows of packed documents at once.
+
+        Args:
+            batch: the rows.
+            want: what is asked for beside hidden states.
+
+        Raises:
+            ValueError: there are patches but no tower.
+        """
+        return self.decoder(self.embedded(batch), batch.info, batch.positions, want)
+
+    def prefill[C: Cache](
+        self,
+        batch: Batch,
+        cache: C,
+        region_offset: Int[Array, "B T"] | None = None,
+        wanted: Int[Array, "B N"] | None = None,
+    ) -> tuple[Float[Array, "B N D"], C]:
+        """Prompts with their pictures, one document per row, into a cache that holds nothing of these rows.
+
+        Args:
+            batch: the prompts.
+            cache: for them.
+            region_offset: as in `Chunk`.
+            wanted: tokens, by index, whose hidden states are wanted; None: all.
+
+        Returns:
+            hidden states of the wanted tokens after the final norm, and the cache.
+
+        Raises:
+            ValueError: there are patches but no tower.
+        """
+        x = self.embedded(batch)
+        return self.decoder.extend(x, batch.info, batch.positions, cache, region_offset, wanted)
+
+    def extend[C: Cache](
+        self,
+        chunk: Chunk,
+        cache: C,
+        features: ImageFeatures | None = None,
+        wanted: Int[Array, "B N"] | None = None,
+    ) -> tuple[Float[Array, "B N D"], C]:
+        """Tokens that follow what the cache holds. A token with document 0 leaves its row's cache as it was.
+
+        Args:
+            chunk: the tokens.
+            cache: what came before.
+            features: of the rows' pictures; None where no token is visual.
+            wanted: tokens, by index, whose hidden states are wanted; None: all.
+
+        Returns:
+            hidden states of the wanted tokens after the final norm, and the cache.
+        """
+        x = self.embed_tokens(chunk.tokens, chunk.info, features, chunk.visual_index)
+        return self.decoder.extend(x, chunk.info, chunk.positions, cache, chunk.region_offset, wanted)
+
+    def loss_weights(self, info: TokenInfo) -> dict[str, Float[Array, ""]]:
+        """The weights of the mechanisms' losses in rows with these token codes, by name; empty where none has any."""
+        return self.decoder.loss_weights(info)
 
     def head_weight(self) -> Float[Array, "V D"]:
         """The output head's weight: the embedding table when they are tied."""
@@ -142,7 +179,7 @@ class Vlm(nnx.Module):
 
     def empty_cache(
         self, rows: int, size: int, kind: CacheType = "compute", regions_in: RegionMemory = "device"
-    ) -> KvCache:
+    ) -> Cache:
         """A cache for `rows` documents of at most `size` tokens, k and v in the number type `kind`, those of regions
         in the memory `regions_in`.
 
@@ -150,17 +187,6 @@ class Vlm(nnx.Module):
             ConfigError: no mechanism keeps regions that could lie in host memory, or the mesh has several devices.
         """
         return self.decoder.empty_cache(rows, size, kind, self.options.compute, regions_in)
-
-    def decode(
-        self, tokens: Int[Array, "B T"], info: TokenInfo, positions: Int[Array, "3 B T"], cache: KvCache
-    ) -> tuple[Float[Array, "B T D"], KvCache]:
-        """Text tokens that follow what the cache holds. A token with document 0 leaves its row's cache as it was.
-
-        Returns:
-            hidden states after the final norm, and the cache.
-        """
-        x = shard(self.embed(tokens, self.options.compute), "batch", "length", None)
-        return self.decoder.cached(x, info, positions, cache)
 
 
 def _tower(config: VlmConfig, options: ModelOptions, key: jax.Array) -> Tower | None:
@@ -176,9 +202,11 @@ def _context_embedding(config: VlmConfig, options: ModelOptions, key: jax.Array)
     return ContextEmbedding(options.context.count, config.text.hidden_size, dtype=options.params, key=key)
 
 
-def with_pictures(
-    x: Float[Array, "B T D"], seen: Float[Array, "B U D"], info: TokenInfo, visual_index: Int[Array, "B T"]
+def _with_pictures(
+    x: Float[Array, "B T D"], features: ImageFeatures, info: TokenInfo, visual_index: Int[Array, "B T"]
 ) -> Float[Array, "B T D"]:
-    """Embedded tokens with the visual ones replaced by what the tower made of their merge unit (of U in the row)."""
-    placed = jnp.take_along_axis(seen, visual_index[..., None], axis=1, mode="clip")
+    """Embedded tokens with the visual ones replaced by what the tower made of their merge unit."""
+    if features.deep:
+        raise ValueError(f"the features have additions to {len(features.deep)} layers; the decoder adds none")
+    placed = jnp.take_along_axis(features.tokens, visual_index[..., None], axis=1, mode="clip")
     return jnp.where((info.kind == Kind.VISUAL)[..., None], placed, x)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from rave_jax.batch import Batch, Kind, TokenInfo
+from rave_jax.models.forward import Output, Want
 from rave_jax.parallel.rows import batch_axis
 from rave_jax.training.objective import TokenSums, chunked_cross_entropy
 from rave_jax.training.optimizers import ParameterGroup, Schedule
@@ -21,9 +22,8 @@ from rave_jax.typing import Array, Float, Int
 class Trainable(Protocol):
     """What a step needs of a model."""
 
-    def hidden_and_losses(self, batch: Batch, progress: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """[B,T,D] after the final norm, and sums of further terms of the loss by name; `progress` is that of the run,
-        0 to 1."""
+    def forward(self, batch: Batch, want: Want) -> Output:
+        """Hidden states, and the sums of further terms of the loss by name."""
 
     def loss_weights(self, info: TokenInfo) -> dict[str, jax.Array]:
         """What those sums are divided by, by name, from the token codes of all rows of the batch."""
@@ -110,9 +110,9 @@ def make_step(
         trained: Params, frozen: Params, batch: Batch, weights: BatchWeights, progress: jax.Array
     ) -> tuple[jax.Array, BatchSums]:
         model: Trainable = graph.merge(trained | frozen)
-        hidden, losses = model.hidden_and_losses(batch, progress)
-        sums = chunked_cross_entropy(hidden, model.head_weight(), batch.targets, batch.loss_weights, loss_chunk)
-        means = {name: x / weights.losses[name] for name, x in losses.items()}
+        out = model.forward(batch, Want(losses=True, progress=progress))
+        sums = chunked_cross_entropy(out.hidden, model.head_weight(), batch.targets, batch.loss_weights, loss_chunk)
+        means = {name: x / weights.losses[name] for name, x in out.losses.items()}
         return functools.reduce(jnp.add, means.values(), sums.loss / weights.targets), BatchSums(sums, means)
 
     def gradients(state: TrainState, batch: Batch) -> tuple[BatchSums, Params]:

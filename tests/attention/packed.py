@@ -58,8 +58,8 @@ def everything(configs, x: at.Features, info: TokenInfo, ct, implementation="xla
     every = jnp.broadcast_to(jnp.arange(x.q.shape[1]), x.q.shape[:2])
 
     def both(x: at.Features) -> tuple[jax.Array, Any]:
-        found = attend(x, info, mechanisms, implementation=implementation, rows=every)
-        return found.out, found.rows
+        found = attend(x, info, mechanisms, implementation=implementation, queries=every)
+        return found.out, found.attention
 
     out, pull, rows = jax.vjp(both, x, has_aux=True)
     return out, rows, pull(ct)[0]

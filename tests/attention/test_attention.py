@@ -112,7 +112,7 @@ def test_two_owners_of_one_thing_are_refused_by_name():
 
 
 @pytest.mark.parametrize("implementation", (pytest.param("reference", marks=pytest.mark.slow), "xla"))
-def test_rows_on_demand_are_the_rows_of_the_map(implementation):
+def test_the_attention_of_queries_is_their_rows_of_the_map(implementation):
     rng = np.random.default_rng(0)
     T = 150
     kind = np.where(rng.random((2, T)) < 0.5, Kind.VISUAL, Kind.TEXT)
@@ -124,9 +124,9 @@ def test_rows_on_demand_are_the_rows_of_the_map(implementation):
     codes = at.causal_codes(info)
 
     @functools.partial(jax.jit, static_argnames="implementation")
-    def attend(x, codes, info, implementation, rows=None):
+    def attend(x, codes, info, implementation, queries=None):
         keys = at.remember([gate], x)
-        return at.attend(x, keys, codes, info, info, [gate], implementation=implementation, rows=rows)
+        return at.attend(x, keys, codes, info, info, [gate], implementation=implementation, queries=queries)
 
     given_ = attend(x, codes, info, implementation, wanted)
     # A value of e_j per key reads the map off the output.
@@ -135,4 +135,4 @@ def test_rows_on_demand_are_the_rows_of_the_map(implementation):
         probe = features(q[b : b + 1], k[b : b + 1], eye)
         one, its_codes = jax.tree.map(lambda a, b=b: np.asarray(a)[b : b + 1], (info, codes))
         full = np.asarray(attend(probe, its_codes, one, "reference").out)
-        np.testing.assert_allclose(given_.rows[b], full[0, wanted[b]], atol=1e-6)
+        np.testing.assert_allclose(given_.attention[b], full[0, wanted[b]], atol=1e-6)

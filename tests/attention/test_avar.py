@@ -69,7 +69,7 @@ def test_gradients_are_those_of_the_map() -> None:
     def dense(x: at.Features) -> jax.Array:
         every = jnp.broadcast_to(jnp.arange(x.q.shape[1]), x.q.shape[:2])
         mechanisms = at.build_mechanisms((GATE, CONFIG), DIMS, KEY)
-        plain = attend(x, info, mechanisms, implementation="reference", rows=every).rows
+        plain = attend(x, info, mechanisms, implementation="reference", queries=every).attention
         return sum(total / count for total, count in by_hand(plain, ROWS, jnp.log).values())
 
     ours, theirs = losses(x, info)[2], jax.jit(jax.grad(dense))(x)

@@ -42,8 +42,8 @@ def run(configs: Any, x: at.Features, info: TokenInfo, ct: jax.Array, implementa
     def layer(x: at.Features) -> Any:
         x = x._replace(q=rotate(x.q0, rotation), k=rotate(x.k0, rotation))
         keys = at.remember(mechanisms, x)
-        both = at.attend(x, keys, codes, info, info, mechanisms, implementation=implementation, rows=own)
-        return both.out, both.rows
+        both = at.attend(x, keys, codes, info, info, mechanisms, implementation=implementation, queries=own)
+        return both.out, both.attention
 
     out, pull, rows = jax.vjp(layer, x, has_aux=True)
     return out, rows, pull(ct)[0]
@@ -184,7 +184,7 @@ def test_channels_are_added_for_all_keys_in_any_order() -> None:
 
     def rows(mechanisms: Any) -> np.ndarray:
         keys = at.remember(mechanisms, x)
-        return np.asarray(at.attend(x, keys, codes, info, info, mechanisms, rows=every).rows)
+        return np.asarray(at.attend(x, keys, codes, info, info, mechanisms, queries=every).attention)
 
     products = np.einsum("BTHn,BSHn->BTHS", x.q0[..., :3], np.repeat(x.k0[..., :3], 2, axis=2))
     alone = rows([unrotated]) * np.exp(products)

@@ -24,6 +24,7 @@ from rave_jax.kernels.attention import Implementation
 from rave_jax.kernels.support import interpreted
 from rave_jax.layout import AdaptiveRegions, FixedRegions, VisualLayout
 from rave_jax.models.config import ModelOptions
+from rave_jax.models.forward import Want
 from rave_jax.models.vlm import Vlm
 from rave_jax.parallel.mesh import MeshConfig, make_mesh
 from rave_jax.parallel.sharding import replicated, use_mesh
@@ -96,7 +97,13 @@ def a_model(*mechanisms: MechanismConfig) -> Vlm:
 
 @jax.jit
 def hidden(model: Vlm, given: Batch) -> jax.Array:
-    return jnp.where((given.info.document > 0)[..., None], model.hidden(given), 0.0)
+    return jnp.where((given.info.document > 0)[..., None], model.forward(given).hidden, 0.0)
+
+
+@jax.jit
+def chosen_of(model: Vlm, given: Batch) -> jax.Array:
+    """Of every query."""
+    return model.forward(given, Want(queries=jnp.broadcast_to(jnp.arange(T), (2, T)))).chosen
 
 
 def gaze(**options) -> Gaze:
@@ -150,7 +157,7 @@ def test_the_fused_kernels_are_the_blockwise_attention() -> None:
         @jax.jit
         def both(model: Vlm, progress: jax.Array) -> tuple[jax.Array, Vlm]:
             def loss(model: Vlm) -> tuple[jax.Array, jax.Array]:
-                found = jnp.where(real, model.hidden_and_losses(given, progress)[0], 0.0)
+                found = jnp.where(real, model.forward(given, Want(progress=progress)).hidden, 0.0)
                 return jnp.sum(found**2), found
 
             return jax.grad(loss, has_aux=True)(model)[::-1]
@@ -170,7 +177,7 @@ def test_a_mesh_changes_no_logit_and_no_gradient() -> None:
     mesh = make_mesh(MeshConfig(fsdp=2, tensor=2), jax.devices()[:4])
 
     def loss(model: Vlm) -> jax.Array:
-        return jnp.sum(jnp.where((given.info.document > 0)[..., None], model.hidden(given), 0.0) ** 2)
+        return jnp.sum(jnp.where((given.info.document > 0)[..., None], model.forward(given).hidden, 0.0) ** 2)
 
     expected = jax.jit(jax.grad(loss))(model)
     with use_mesh(mesh):
@@ -219,7 +226,7 @@ def _gradient(model: Vlm, given: Batch) -> tuple[Any, jax.Array]:
     """Of a sum over the tokens that have a loss, by every parameter; and the hidden states."""
 
     def loss(model: Vlm) -> tuple[jax.Array, jax.Array]:
-        found = model.hidden(given)
+        found = model.forward(given).hidden
         real = jnp.where((given.info.document > 0)[..., None], found, 0.0)
         return jnp.sum(given.loss_weights[..., None] * jnp.sin(found)), real
 
@@ -245,8 +252,7 @@ def test_keys_before_rotary_positions_rank_alike_wherever_a_picture_stands(keys,
     given, model = rows(), a_model(gaze(descriptor_keys=keys))
     visual = given.info.image > 0
     far = given._replace(positions=jnp.where(visual & (given.info.col > 0), given.positions + 40, given.positions))
-    every = jnp.broadcast_to(jnp.arange(T), (2, T))
-    first, other = (jax.jit(Vlm.chosen_regions)(model, one, every)[0] for one in (given, far))
+    first, other = (chosen_of(model, one)[0] for one in (given, far))
     assert bool((first == other).all()) == same
 
 
@@ -260,8 +266,7 @@ def test_keys_before_rotary_positions_rank_alike_wherever_a_picture_stands(keys,
 )
 def test_what_is_chosen_stands_before_and_is_as_much_as_was_asked(config: Gaze) -> None:
     given = rows()
-    every = jnp.broadcast_to(jnp.arange(T), (2, T))
-    chosen = np.asarray(jax.jit(Vlm.chosen_regions)(a_model(config), given, every))
+    chosen = np.asarray(chosen_of(a_model(config), given))
     info = jax.tree.map(np.asarray, given.info)
     for b, t in np.ndindex(2, T):
         able = set()
@@ -285,7 +290,7 @@ def test_the_schedule_goes_from_all_to_top_k_without_compiling_again() -> None:
 
     @jax.jit
     def at(model: Vlm, progress: jax.Array) -> jax.Array:
-        return model.hidden_and_losses(given, progress)[0]
+        return model.forward(given, Want(progress=progress)).hidden
 
     real = np.asarray(given.info.document > 0)
     for progress, same in ((0.0, a_model(Rave(rank=4))), (0.5, model)):

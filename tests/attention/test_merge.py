@@ -77,7 +77,7 @@ def test_weights_of_key_groups_are_those_of_the_map(name: str, implementation: A
     @jax.jit
     def run(x: at.Features) -> Any:
         every = jnp.broadcast_to(jnp.arange(T), (B, T))
-        return attend(x, info, mechanisms, implementation=implementation, rows=every)[:2]
+        return attend(x, info, mechanisms, implementation=implementation, queries=every)[:2]
 
     out, rows = run(x)
     np.testing.assert_allclose(out, outputs(wanted, x), atol=1e-5)
@@ -122,7 +122,7 @@ def test_key_biases_and_channels_of_several_add_up_beside_a_gate() -> None:
     mechanisms = [Added(0.7), *at.build_mechanisms((gate,), DIMS, KEY), Added(-0.2)]
     wanted = normalised(dense_map((gate,), x, info) * np.exp(0.5 * Added(1.0).by_hand(x)))
     every = jnp.broadcast_to(jnp.arange(T), (B, T))
-    found = jax.jit(lambda x: attend(x, info, mechanisms, rows=every)[:2])(x)
+    found = jax.jit(lambda x: attend(x, info, mechanisms, queries=every)[:2])(x)
     np.testing.assert_allclose(found[0], outputs(wanted, x), atol=1e-5)
     np.testing.assert_allclose(found[1], wanted, atol=1e-5)
 

@@ -12,8 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rave_jax.attention import Gaze, MechanismConfig, SlidingWindow, ZeroTuning
-from rave_jax.attention import cache as kv_cache
+from rave_jax.attention import Gaze, MechanismConfig, RegionCache, RegionReach, SlidingWindow, ZeroTuning
 from rave_jax.config import ConfigError
 from rave_jax.data.layout import offsets_in_region
 from rave_jax.families.qwen2_5_vl import presets
@@ -30,16 +29,16 @@ VIDEO = [3, Visual(2, 6, 4, video=True), 2]
 FRAMES_64 = [12, Visual(32, 4, 4, video=True), 3]
 """A temporal patch is two frames; four visual tokens each."""
 CUTS_64 = range(24, 144, 24)
-_cached = jax.jit(lambda model, *given: model.decoder.cached(*given))
-_whole = jax.jit(lambda model, given: (model.embedded(given), model.hidden(given)))
+_cached = jax.jit(lambda model, *given: model.decoder.extend(*given))
+_whole = jax.jit(lambda model, given: (model.embedded(given), model.forward(given).hidden))
 
 
 @jax.jit
 def _taken(model, x, info, positions, cache, places):
     """As a prompt is read: where its row's regions lie on the device."""
     row = jnp.zeros(1, jnp.int32)
-    hidden, part = model.decoder.cached(x, info, positions, kv_cache.take(cache, row, cache.size), places)
-    return hidden, kv_cache.put(cache, part, row)
+    hidden, part = model.decoder.extend(x, info, positions, cache.take(row, cache.size), places)
+    return hidden, cache.put(part, row)
 
 
 @functools.cache
@@ -129,10 +128,10 @@ def test_a_row_remembers_no_region_of_who_had_it() -> None:
     vlm, rng = a_model(Gaze(FixedRegions(1, 1), 40, top_k=1)), np.random.default_rng(0)
     many, few = (document(parts, CONFIG, rng) for parts in ([2, Visual(1, 8, 8), 2], [2, Visual(1, 4, 4), 40]))
     *_, whole = read(vlm, many, [])
-    row, reach = jnp.zeros(1, jnp.int32), kv_cache.RegionReach(4, 4)
-    part = jax.jit(lambda x: kv_cache.emptied(kv_cache.take(x, row, 160, reach), jnp.ones(1, bool)))(whole)
+    row, reach = jnp.zeros(1, jnp.int32), RegionReach(4, 4)
+    part = jax.jit(lambda x: x.take(row, 160, reach).emptied(jnp.ones(1, bool)))(whole)
     _, _, part = read(vlm, few, [], part)
-    cache = jax.jit(kv_cache.put)(whole, part, row)
+    cache = jax.jit(RegionCache.put)(whole, part, row)
     assert np.unique(cache.regions.info.region).tolist() == [0, 1, 2, 3, 4]
 
 

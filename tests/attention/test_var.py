@@ -20,6 +20,7 @@ from rave_jax.batch import Kind, Role, TokenInfo
 from rave_jax.config import ConfigError
 from rave_jax.families.qwen2_5_vl import presets
 from rave_jax.models.config import ModelOptions
+from rave_jax.models.forward import Want
 from rave_jax.models.parameters import named_parameters, with_values
 from tests.attention.packed import DIMS as DIMS_OF_HEADS
 from tests.attention.packed import KEY, B, T, attend, dense_map, everything, features, info_of, outputs
@@ -167,7 +168,7 @@ def test_two_with_other_dimensions_multiply() -> None:
     wanted = wanted / np.maximum(wanted.sum(-1, keepdims=True), 1e-30)
     both = tuple(dataclasses.replace(VAR, dims=(dim,)) for dim in DIMS)
     mechanisms, every = at.build_mechanisms(both, DIMS_OF_HEADS, KEY), jnp.broadcast_to(jnp.arange(T), (B, T))
-    found = jax.jit(lambda x: attend(x, info, mechanisms, rows=every).rows)(x)
+    found = jax.jit(lambda x: attend(x, info, mechanisms, queries=every).attention)(x)
     np.testing.assert_allclose(found, wanted, atol=1e-5)
 
 
@@ -190,7 +191,7 @@ def test_sink_dimensions_of_a_model_are_found_from_its_first_tokens() -> None:
     vlm = with_values(plain, values)
     docs = [document([1], config, np.random.default_rng(seed)) for seed in range(6)]
     rows = batch([[doc] for doc in docs], config, tokens=1, patches=0)
-    inputs = jax.jit(lambda m, b: m.decoder.layer_inputs(m.embedded(b), b.info, b.positions))(vlm, rows)
+    inputs = jax.jit(lambda m, b: m.forward(b, Want(inputs=True)).inputs)(vlm, rows)
     assert inputs.shape == (4, 6, 1, config.text.hidden_size)
     np.testing.assert_allclose(inputs[0], vlm.embedded(rows), atol=1e-6)
     assert sink_dimensions(inputs, 2) == (9, 4)

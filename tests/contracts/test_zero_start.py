@@ -22,7 +22,7 @@ def logits(options: ModelOptions) -> np.ndarray:
     rows = batch([docs, docs[:1]], CONFIG, tokens=26, patches=32)
     # One operation after the other, which the models share: as one program, each initialiser would be compiled.
     model = Vlm(CONFIG, options, key=jax.random.key(0))
-    return np.asarray(jax.jit(lambda m, b: m.logits(m.hidden(b)))(model, rows))
+    return np.asarray(jax.jit(lambda m, b: m.logits(m.forward(b).hidden))(model, rows))
 
 
 FORMS: tuple[Any, ...] = ("log_gate", "tanh", "linear", "centered_sigmoid")

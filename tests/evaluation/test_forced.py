@@ -23,7 +23,7 @@ from tests.evaluation.test_routing import ask, made
 
 SHAPE = BatchShape(rows=4, tokens=128, patches=128)
 GAZE = Gaze(regions=FixedRegions(2, 2), max_regions=8, top_k=1)
-logits = jax.jit(lambda model, batch: model.logits(model.hidden(batch)))
+logits = jax.jit(lambda model, batch: model.logits(model.forward(batch).hidden))
 
 
 @pytest.mark.parametrize(

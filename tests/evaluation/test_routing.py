@@ -22,6 +22,7 @@ from rave_jax.evaluation.suites import run
 from rave_jax.families.qwen2_5_vl.presets import tiny
 from rave_jax.layout import AdaptiveRegions, FixedRegions
 from rave_jax.models.config import ModelOptions
+from rave_jax.models.forward import Want
 from rave_jax.models.vlm import Vlm
 from rave_jax.parallel.mesh import MeshConfig, make_mesh
 from tests.data.conftest import TEMPLATE, byte_tokenizer, tiny_settings
@@ -63,7 +64,8 @@ def test_a_route_is_what_the_models_queries_chose_and_hits_are_counted_by_pixels
     example = with_answer(prompt, answers[0].tokens)
     batch = collate([[example]], BatchShape(1, len(example.tokens), 128), processor.settings.patch_numbers)
     last = len(prompt.tokens) - 1
-    chosen = np.asarray(jax.jit(Vlm.chosen_regions)(vlm, batch, np.array([[last, last + 1]], np.int32)))[:, 0]
+    queries = np.array([[last, last + 1]], np.int32)
+    chosen = np.asarray(jax.jit(Vlm.forward)(vlm, batch, Want(queries=queries)).chosen)[:, 0]
     assert (chosen.sum(-1) == 2).all()
 
     route = routes[0]

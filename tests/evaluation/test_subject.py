@@ -19,6 +19,7 @@ from rave_jax.families.qwen2_5_vl.video import VideoLimits
 from rave_jax.inference import Completion, Generator, Request, Sampling
 from rave_jax.inference.slots import compilations
 from rave_jax.models.config import ModelOptions
+from rave_jax.models.forward import Want
 from rave_jax.models.vlm import Vlm
 from rave_jax.parallel.mesh import MeshConfig, make_mesh
 from tests.data.conftest import TEMPLATE, byte_tokenizer, tiny_settings
@@ -133,7 +134,7 @@ def test_a_look_is_the_mean_row_of_the_choosing_queries(subject: ModelSubject, v
     batch = collate([[example]], BatchShape(1, len(example.tokens), 64), processor.settings.patch_numbers)
     last = len(prompt.tokens) - 1
     rows = np.array([[last, last + 1, last + 2]], np.int32)
-    _, weights = jax.jit(lambda m, b: m.hidden(b, rows=rows))(vlm, batch)
+    weights = jax.jit(lambda m, b: m.forward(b, Want(queries=rows)).attention)(vlm, batch)
     expected = np.asarray(weights)[:, 0].mean(1)
     visual = np.flatnonzero(example.info.image == 1)
     assert looks[0] is not None and looks[0].weights.shape[-2:] == (2, 4)
@@ -146,7 +147,7 @@ def ratios(vlm: Vlm, processor: Processor) -> list[float]:
     """Of every prompt alone, from the whole map."""
     ratios: list[float] = []
     every = np.arange(SHAPE.tokens, dtype=np.int32)[None]
-    run = jax.jit(lambda m, b: m.hidden(b, rows=every)[1])
+    run = jax.jit(lambda m, b: m.forward(b, Want(queries=every)).attention)
     for sample in SAMPLES:
         example = processor.encode(sample.prompt, add_generation_prompt=True)
         info, length = example.info, len(example.tokens)

@@ -11,6 +11,7 @@ from rave_jax.batch import Batch, Kind, Role
 from rave_jax.evaluation.vas import vas_sums, with_vas
 from rave_jax.families.qwen2_5_vl import presets
 from rave_jax.models.config import ModelOptions
+from rave_jax.models.forward import Want
 from rave_jax.models.vlm import Vlm
 from tests.models.layout import Document, Visual, batch, document
 from tests.models.made import model as made
@@ -49,8 +50,8 @@ def rows() -> Batch:
 def whole(model: Vlm, rows: Batch) -> tuple[np.ndarray, np.ndarray]:
     """Hidden states, and the map [L,B,T,H,S] of all layers."""
     every = np.broadcast_to(np.arange(48, dtype=np.int32), (2, 48))
-    hidden, found = jax.jit(lambda m, b: m.hidden(b, rows=every))(model, rows)
-    return np.asarray(hidden), np.float64(found)
+    out = jax.jit(lambda m, b: m.forward(b, Want(queries=every)))(model, rows)
+    return np.asarray(out.hidden), np.float64(out.attention)
 
 
 def test_it_is_the_stated_mean(model: Vlm, rows: Batch, whole: tuple[np.ndarray, np.ndarray]) -> None:
@@ -75,6 +76,6 @@ def test_reading_changes_nothing_and_needs_something_to_read(
     reading = with_vas(model)
     assert jax.tree.structure(model) == before != jax.tree.structure(reading)
     assert all(a is b for a, b in zip(jax.tree.leaves(model), jax.tree.leaves(reading), strict=True))
-    np.testing.assert_allclose(jax.jit(lambda m, b: m.hidden(b))(reading, rows), whole[0], atol=1e-5)
+    np.testing.assert_allclose(jax.jit(lambda m, b: m.forward(b).hidden)(reading, rows), whole[0], atol=1e-5)
     info = rows.info._replace(role=np.where(rows.info.role == Role.SYSTEM, Role.QUESTION, rows.info.role))
     assert jax.jit(vas_sums)(reading, rows._replace(info=info)) == (0, 0)

@@ -52,7 +52,7 @@ def with_answer(prompt: Document, answer: list[int]) -> Document:
 
 @jax.jit
 def _logits(model: Vlm, whole: Any) -> jax.Array:
-    return model.logits(model.hidden(whole))
+    return model.logits(model.forward(whole).hidden)
 
 
 def whole_forward(model: Vlm, prompts: list[Document], answers: list[list[int]], T: int, P: int) -> list[np.ndarray]:

@@ -136,7 +136,7 @@ def test_an_answer_about_a_video_is_what_training_would_learn(vlm: Vlm, processo
         parts = [{"type": "text", "text": "See"}, {"type": "video", "video": shown, "fps": fps}]
         asked.append([{"role": "user", "content": [*parts, {"type": "text", "text": "What moves?"}]}])
     answers = whole(Generator(vlm, films, THREE), [Request(messages, Sampling(NEW)) for messages in asked])
-    logits_of = jax.jit(lambda batch: vlm.logits(vlm.hidden(batch)))
+    logits_of = jax.jit(lambda batch: vlm.logits(vlm.forward(batch).hidden))
     for name, messages, answer in zip(VIDEOS, asked, answers, strict=True):
         record = films.encode([*messages, {"role": "assistant", "content": answer.text}])
         assert tuple(record.tokens[record.loss_mask > 0][: len(answer.tokens)]) == answer.tokens

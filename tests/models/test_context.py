@@ -18,6 +18,7 @@ from rave_jax.families.config import TextConfig, VlmConfig
 from rave_jax.families.qwen2_5_vl import presets
 from rave_jax.layout import ContextTokens
 from rave_jax.models.config import ModelOptions
+from rave_jax.models.forward import Want
 from rave_jax.models.parameters import named_parameters, param_axes, with_values
 from rave_jax.models.vlm import Vlm
 from rave_jax.parallel.mesh import MeshConfig, make_mesh
@@ -55,7 +56,7 @@ def documents(context: ContextTokens | None = CONTEXT) -> list[Document]:
 
 @jax.jit
 def logits(model: Vlm, rows: Batch) -> jax.Array:
-    return model.logits(model.hidden(rows))
+    return model.logits(model.forward(rows).hidden)
 
 
 embedded = jax.jit(Vlm.embedded)
@@ -99,7 +100,7 @@ def test_the_table_learns_and_nobody_predicts_its_tokens() -> None:
     @jax.jit
     @jax.grad
     def gradients(model: Vlm, rows: Batch) -> jax.Array:
-        scores = jax.nn.log_softmax(model.logits(model.hidden(rows)))
+        scores = jax.nn.log_softmax(model.logits(model.forward(rows).hidden))
         picked = jnp.take_along_axis(scores, rows.targets[..., None], axis=-1)[..., 0]
         return -jnp.sum(picked * rows.loss_weights)
 
@@ -140,7 +141,7 @@ def test_context_tokens_listen_to_no_text_but_the_first(sees) -> None:
     vlm, docs = a_model(context), documents(context)[:1]
     rows = batch([docs], CONFIG, **SHAPE)
     at = np.flatnonzero(np.asarray(rows.info.kind)[0] == Kind.CONTEXT)
-    _, seen = jax.jit(lambda m, b: m.hidden(b, rows=jnp.asarray(at)[None]))(vlm, rows)
+    seen = jax.jit(lambda m, b: m.forward(b, Want(queries=jnp.asarray(at)[None])).attention)(vlm, rows)
     kind = np.asarray(rows.info.kind)[0]
     wanted = (kind == Kind.VISUAL) | (kind == Kind.CONTEXT)
     wanted[0] = sees == "own+first"

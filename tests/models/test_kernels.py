@@ -15,6 +15,7 @@ from rave_jax.families.qwen2_5_vl import presets
 from rave_jax.kernels.attention import Implementation
 from rave_jax.kernels.support import interpreted
 from rave_jax.models.config import ModelOptions
+from rave_jax.models.forward import Chunk
 from rave_jax.models.vlm import Vlm
 from tests.models.layout import Visual, batch, document
 from tests.models.made import model as made
@@ -35,7 +36,7 @@ def everything(mechanisms: tuple[MechanismConfig, ...], attention: Implementatio
     @jax.jit
     def of(model: Vlm) -> tuple[jax.Array, Vlm]:
         def loss(model: Vlm) -> tuple[jax.Array, jax.Array]:
-            logits = model.logits(model.hidden(given))
+            logits = model.logits(model.forward(given).hidden)
             real = (given.info.document > 0)[..., None]
             return jnp.sum(jnp.where(real, logits, 0.0) ** 2), jnp.where(real, logits, 0.0)
 
@@ -81,7 +82,7 @@ def test_each_of_them_says_something() -> None:
     def logits(names: set[str]) -> jax.Array:
         chosen = tuple(PARTS[name] for name in PARTS if name in names)
         model = made(CONFIG, ModelOptions(mechanisms=chosen, attention="reference"))
-        return jax.jit(lambda model: model.logits(model.hidden(given)))(model)[given.info.document > 0]
+        return jax.jit(lambda model: model.logits(model.forward(given).hidden))(model)[given.info.document > 0]
 
     whole = logits(set(PARTS))
     for name in PARTS:
@@ -101,7 +102,7 @@ def test_decoding_against_the_cache_is_that_of_the_blockwise_attention() -> None
         for start, stop in ((0, 24), (24, 28), (28, 29)):
             info = jax.tree.map(lambda x, a=start, b=stop: x[:, a:b], text.info)
             positions = text.positions[:, :, start:stop]
-            hidden, cache = jax.jit(Vlm.decode)(model, text.tokens[:, start:stop], info, positions, cache)
+            hidden, cache = jax.jit(Vlm.extend)(model, Chunk(text.tokens[:, start:stop], info, positions), cache)
             found.append(hidden)
         return found
 

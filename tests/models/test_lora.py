@@ -24,7 +24,7 @@ def build(options: ModelOptions) -> Vlm:
 
 @jax.jit
 def hidden(model: Vlm) -> jax.Array:
-    return model.hidden(BATCH)
+    return model.forward(BATCH).hidden
 
 
 def test_adapters_start_as_nothing_and_learn() -> None:
@@ -38,7 +38,7 @@ def test_adapters_start_as_nothing_and_learn() -> None:
     }
     np.testing.assert_array_equal(hidden(plain), hidden(adapted))
 
-    grads = named_parameters(jax.jit(jax.grad(lambda m: jnp.sum(m.hidden(BATCH)[0, 4] ** 3)))(adapted))
+    grads = named_parameters(jax.jit(jax.grad(lambda m: jnp.sum(m.forward(BATCH).hidden[0, 4] ** 3)))(adapted))
     for name in names:
         moved = np.abs(grads[name][...]).max(axis=tuple(range(1, grads[name].ndim)))
         assert (moved > 0).all() if name.endswith("up") else (moved == 0).all(), name

@@ -32,7 +32,7 @@ def a_model(name: str) -> Vlm:
 
 @jax.jit
 def logits(model: Vlm, batch: Batch) -> jax.Array:
-    return model.logits(model.hidden(batch))
+    return model.logits(model.forward(batch).hidden)
 
 
 def spoken(parts: list[int | Visual], answers: list[range], seed: int) -> Document:

@@ -16,6 +16,7 @@ from rave_jax.data.sample import Example
 from rave_jax.families.qwen2_5_vl import presets
 from rave_jax.layout import ContextTokens, FixedRegions, VisualLayout
 from rave_jax.models.config import ModelOptions
+from rave_jax.models.forward import Want
 from rave_jax.models.vlm import Vlm
 from tests.attention.built_in import BUILT_IN
 from tests.inference.prompts import example_of
@@ -70,8 +71,8 @@ def both(context: ContextTokens | None) -> tuple[Batch, Batch, np.ndarray]:
 
 @jax.jit
 def outcome(model: Vlm, batch: Batch) -> tuple[jax.Array, dict[str, jax.Array]]:
-    hidden, losses = model.hidden_and_losses(batch)
-    return model.logits(hidden), losses
+    out = model.forward(batch, Want(losses=True))
+    return model.logits(out.hidden), out.losses
 
 
 @functools.cache

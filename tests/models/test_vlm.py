@@ -14,6 +14,7 @@ from rave_jax.data.patches import empty_patches
 from rave_jax.families.config import TextConfig, VlmConfig
 from rave_jax.families.qwen2_5_vl import presets
 from rave_jax.models.config import ModelOptions
+from rave_jax.models.forward import Chunk, ImageFeatures, Want
 from rave_jax.models.parameters import count, named_parameters, param_axes, shardings, with_values
 from rave_jax.models.vlm import Vlm
 from rave_jax.parallel.mesh import MeshConfig, make_mesh
@@ -38,10 +39,10 @@ BOTH = pytest.mark.parametrize(
 
 @jax.jit
 def logits(model: Vlm, batch: Batch) -> jax.Array:
-    return model.logits(model.hidden(batch))
+    return model.logits(model.forward(batch).hidden)
 
 
-embedded, hidden_states = jax.jit(Vlm.embedded), jax.jit(Vlm.hidden)
+embedded, hidden_states = jax.jit(Vlm.embedded), jax.jit(lambda model, batch: model.forward(batch).hidden)
 
 
 def documents(*parts: list[int | Visual]):
@@ -72,14 +73,12 @@ def loss_and_gradients(model: Vlm, rows: Batch) -> tuple[jax.Array, Vlm]:
     def loss(model: Vlm) -> jax.Array:
         # The square makes every token's share its own; padding has none.
         real = (rows.info.kind != Kind.PAD)[..., None]
-        return jnp.sum(jnp.square(model.logits(model.hidden(rows))), where=real)
+        return jnp.sum(jnp.square(model.logits(model.forward(rows).hidden)), where=real)
 
     return jax.value_and_grad(loss)(model)
 
 
-@jax.jit
-def prefill(model: Vlm, prompt: Batch, cache: KvCache) -> tuple[jax.Array, KvCache]:
-    return model.decoder.cached(model.embedded(prompt), prompt.info, prompt.positions, cache)
+prefill, extend = jax.jit(Vlm.prefill), jax.jit(Vlm.extend)
 
 
 @BOTH
@@ -104,14 +103,13 @@ def test_prefill_and_decode_equal_the_whole_forward_at_every_step(options: Model
     for row, n in enumerate(prompts):
         np.testing.assert_allclose(model.logits(hidden)[row, :n], expected[row, :n], atol=2e-5)
 
-    decode = jax.jit(Vlm.decode)
     for step in range(7):
         at = prompts + step
         alive = at < lengths
         pick = functools.partial(np.take_along_axis, indices=np.minimum(at, T - 1)[:, None], axis=1)
         info = TokenInfo(*(np.where(alive[:, None], pick(code), 0) for code in whole.info))
         positions = np.stack([pick(p) for p in whole.positions])
-        hidden, cache = decode(model, pick(whole.tokens), info, positions, cache)
+        hidden, cache = extend(model, Chunk(pick(whole.tokens), info, positions), cache)
         for row in np.flatnonzero(alive):
             np.testing.assert_allclose(model.logits(hidden)[row, 0], expected[row, at[row]], atol=2e-5)
     assert cache.index.tolist() == lengths.tolist()
@@ -128,8 +126,7 @@ def test_only_the_wanted_tokens_come_out_of_a_chunk(layers: tuple[int, ...], alo
     wanted = np.array([[16, 2], [11, 0]])
 
     def some(model: Vlm, prompt: Batch, cache: KvCache) -> tuple[jax.Array, KvCache]:
-        x = model.embedded(prompt)
-        return model.decoder.cached(x, prompt.info, prompt.positions, cache, wanted=jnp.asarray(wanted))
+        return model.prefill(prompt, cache, wanted=jnp.asarray(wanted))
 
     given = (model, prompt, model.empty_cache(2, 23))
     whole, expected = prefill(*given)
@@ -170,7 +167,18 @@ def test_text_needs_no_patches() -> None:
     text = made(VlmConfig(text=TextConfig(), family="qwen3"))
     assert np.isfinite(logits(text, without._replace(patches=empty_patches((1, 0), 0)))).all()
     with pytest.raises(ValueError, match="no vision tower"):
-        text.hidden(spare)
+        text.forward(spare)
+
+
+def test_features_that_would_be_dropped_are_refused() -> None:
+    given = batch([documents([3, Visual(1, 4, 6), 4])], CONFIG, tokens=14, patches=24)
+    tokens = jnp.zeros((1, 6, CONFIG.text.hidden_size))
+    for features, index, message in (
+        (ImageFeatures(tokens), None, "without visual_index"),
+        (ImageFeatures(tokens, (tokens, tokens)), given.visual_index, "additions to 2 layers; the decoder adds none"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            jax.eval_shape(Vlm.embed_tokens, a_model(), given.tokens, given.info, features, index)
 
 
 @BOTH
@@ -189,7 +197,7 @@ def test_fifty_odd_sizes_compile_once() -> None:
     @jax.jit
     def run(model: Vlm, batch: Batch) -> jax.Array:
         traced.append(1)
-        return model.hidden(batch)
+        return model.forward(batch).hidden
 
     rng = np.random.default_rng(0)
     for _ in range(50):
@@ -199,17 +207,19 @@ def test_fifty_odd_sizes_compile_once() -> None:
     assert len(traced) == 1 == run._cache_size()
 
 
-def test_attention_rows_are_what_the_heads_read() -> None:
+def test_the_attention_of_queries_is_what_the_heads_read() -> None:
     rows = batch([documents([3, Visual(1, 4, 6), 4]), documents([6])], CONFIG, tokens=14, patches=24)
     wanted = jnp.array([[12, 0, 5], [5, 2, 13]])
-    hidden, seen = hidden_states(a_model(RAVE), rows, wanted)
+    out = jax.jit(Vlm.forward)(a_model(RAVE), rows, Want(queries=wanted))
+    hidden, seen = out.hidden, np.asarray(out.attention)
     np.testing.assert_allclose(hidden, hidden_states(a_model(RAVE), rows), atol=2e-5)
+    assert out.chosen is None and out.inputs is None and out.losses == {}
     assert seen.shape == (3, 2, 3, CONFIG.text.num_heads, 14)
-    total = np.asarray(seen.sum(-1))
+    total = seen.sum(-1)
     np.testing.assert_allclose(total[:, 0], 1, atol=1e-5)
     np.testing.assert_allclose(total[:, 1, :2], 1, atol=1e-5)
     assert (total[:, 1, 2] == 0).all(), "a padding query sees nothing"
-    assert (np.asarray(seen)[:, 0, 2, :, 6:] == 0).all(), "no query sees what comes later"
+    assert (seen[:, 0, 2, :, 6:] == 0).all(), "no query sees what comes later"
 
 
 @pytest.mark.slow
@@ -218,7 +228,7 @@ def test_rematerialisation_changes_no_gradient() -> None:
 
     @jax.jit
     def grads(model: Vlm) -> Vlm:
-        return jax.grad(lambda m: jnp.sum(jnp.square(m.hidden(rows))))(model)
+        return jax.grad(lambda m: jnp.sum(jnp.square(m.forward(rows).hidden)))(model)
 
     ours = named_parameters(grads(a_model()))
     for remat in ("full", "dots"):
@@ -266,7 +276,7 @@ def test_layers_apart_are_the_layers_of_the_stack() -> None:
 
     @jax.jit
     def value_and_grads(model: Vlm) -> tuple[jax.Array, Vlm]:
-        return jax.value_and_grad(lambda m: jnp.sum(jnp.square(m.logits(m.hidden(rows)))))(model)
+        return jax.value_and_grad(lambda m: jnp.sum(jnp.square(m.logits(m.forward(rows).hidden))))(model)
 
     def sizes(grads: Vlm) -> list[float]:
         """The size of every gradient, layer by layer."""
@@ -330,7 +340,7 @@ def test_a_mesh_gives_the_same_numbers(layout: dict[str, int]) -> None:
     )
     with use_mesh(mesh):
         placed = jax.device_put(model, shardings(model, mesh))
-        ours = jax.jit(lambda m, b: m.logits(m.hidden(b)))(placed, rows)
+        ours = jax.jit(lambda m, b: m.logits(m.forward(b).hidden))(placed, rows)
     query = named_parameters(placed)["decoder.layer_runs.0.layers.attention.query.weight"]
     assert param_axes(query) == ("layers", "heads", "head_dim", "embed")
     local = query[...].addressable_shards[0].data.size

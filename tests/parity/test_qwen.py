@@ -154,7 +154,7 @@ def check(folder: Path, case: Case, options: ModelOptions) -> None:
     @jax.jit
     def logits(model, padded):
         with jax.default_matmul_precision("highest"):
-            return model.logits(model.hidden(padded))
+            return model.logits(model.forward(padded).hidden)
 
     ours = np.asarray(logits(model, padded))[0, : len(doc.tokens)]
     theirs = np.load(folder / f"{case.name}.out.npz")["logits"][0]

@@ -15,6 +15,7 @@ import pytest
 from rave_jax.attention import Avar, MechanismConfig, SlidingWindow, ZeroTuning
 from rave_jax.batch import Batch, Kind, Role
 from rave_jax.models.config import ModelOptions, Remat
+from rave_jax.models.forward import Want
 from rave_jax.models.vlm import Vlm
 from rave_jax.parallel.mesh import MeshConfig, make_mesh
 from rave_jax.parallel.rows import global_batch
@@ -76,10 +77,10 @@ def test_the_step_descends_the_sum_of_all_losses() -> None:
     def by_hand(trained: Any) -> Any:
         def loss(trained: Any) -> Any:
             model = session.graph.merge(trained)
-            hidden, sums = model.hidden_and_losses(batch)
+            out = model.forward(batch, Want(losses=True))
             weights = model.loss_weights(batch.info)
-            tokens = chunked_cross_entropy(hidden, model.head_weight(), batch.targets, batch.loss_weights, 24)
-            means = {name: sums[name] / weights[name] for name in weights}
+            tokens = chunked_cross_entropy(out.hidden, model.head_weight(), batch.targets, batch.loss_weights, 24)
+            means = {name: out.losses[name] / weights[name] for name in weights}
             return tokens.loss / tokens.weight + sum(means.values()), means
 
         (total, means), gradients = jax.value_and_grad(loss, has_aux=True)(trained)
@@ -132,7 +133,7 @@ def of_two_layers(scan: bool, remat: Remat) -> Any:
     @jax.jit
     def run(model: Vlm) -> Any:
         def loss(embedded: jax.Array) -> Any:
-            out = model.decoder(embedded, batch.info, batch.positions, losses=True)
+            out = model.decoder(embedded, batch.info, batch.positions, Want(losses=True))
             return sum(out.losses.values()), (out.losses, out.hidden, model.loss_weights(batch.info))
 
         return jax.value_and_grad(loss, has_aux=True)(model.embedded(batch))

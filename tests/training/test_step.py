@@ -75,7 +75,7 @@ def test_equals_the_step_written_out_by_hand(clipped):
 
     def loss(params):
         model = session.graph.merge(params)
-        logits = model.logits(model.hidden(jax.tree.map(jnp.asarray, batch)))
+        logits = model.logits(model.forward(jax.tree.map(jnp.asarray, batch)).hidden)
         chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), batch.targets[..., None], -1)[..., 0]
         return -(chosen * batch.loss_weights).sum() / batch.loss_weights.sum()
 
@@ -244,7 +244,7 @@ def test_the_head_takes_part_in_the_loss():
     def loss(trained):
         model = session.graph.merge(trained)
         return chunked_cross_entropy(
-            model.hidden(batch), model.head_weight(), batch.targets, batch.loss_weights, 10
+            model.forward(batch).hidden, model.head_weight(), batch.targets, batch.loss_weights, 10
         ).loss
 
     rest, embed = dict(state.trained), state.trained["embed.weight"]

@@ -4,7 +4,8 @@ Source: VAR, arXiv 2503.03321, which takes them from earlier findings on massive
 each language model. It gives no procedure; ours: the mean of |x| / RMS over first tokens and middle layers, and of
 that the largest dimensions. Middle layers are all but the first and the last quarter.
 
-A first token sees itself alone, so rows of one token are enough to get its hidden states (`Decoder.layer_inputs`).
+A first token sees itself alone, so rows of one token are enough to get its hidden states
+(`Want.inputs` of a forward pass).
 """
 
 from __future__ import annotations

@@ -169,7 +169,7 @@ def test_the_traced_table_is_the_model_of_its_configs_and_compiles_once() -> Non
 
     @jax.jit
     def plain(model: Vlm) -> jax.Array:
-        return model.logits(model.hidden(rows))
+        return model.logits(model.forward(rows).hidden)
 
     before = jax.tree.structure(model)
     tables = [np.ones((L, H)), GAMMAS]

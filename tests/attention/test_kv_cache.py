@@ -12,13 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rave_jax import attention as at
-from rave_jax.attention import cache as kv
+from rave_jax.attention import kv_cache as kv
 from rave_jax.attention.rave import GateKeys
 from rave_jax.batch import TokenInfo
 
 L, B, S, K, h, r = 2, 3, 8, 2, 4, 3
 write, read = jax.jit(kv.write), jax.jit(kv.read, static_argnums=2)
-take, put = jax.jit(kv.take, static_argnums=2), jax.jit(kv.put)
+take, put = jax.jit(kv.KvCache.take, static_argnums=2), jax.jit(kv.KvCache.put)
 
 
 def shapes() -> tuple[at.Keys, ...]:
@@ -35,7 +35,7 @@ def keys(T: int, seed: int = 0) -> at.Keys:
 
 
 @functools.cache
-def filled(kind: kv.CacheType = "compute") -> kv.KvCache:
+def filled(kind: at.CacheType = "compute") -> kv.KvCache:
     cache = kv.empty_cache(shapes(), kind)
     (stored,) = cache.layer_runs
     for layer in range(L):
@@ -91,7 +91,7 @@ def test_int8_is_off_by_half_a_step_at_most(seed: int, size: float) -> None:
 
 
 @pytest.mark.parametrize(("kind", "bytes_per_number"), [("compute", 4), ("bfloat16", 2), ("int8", 1 + 4 / h)])
-def test_number_types_hold_what_they_say(kind: kv.CacheType, bytes_per_number: float) -> None:
+def test_number_types_hold_what_they_say(kind: at.CacheType, bytes_per_number: float) -> None:
     cache = filled(kind)
     (stored,) = cache.layer_runs
     gate = sum(x.nbytes for x in jax.tree.leaves(stored.remembered))

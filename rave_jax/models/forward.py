@@ -1,0 +1,80 @@
+"""What is asked of a model, and what it gives: small trees of arrays."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import jax
+
+from rave_jax.batch import TokenInfo
+from rave_jax.typing import Array, Bool, Float, Int
+
+
+class ImageFeatures(NamedTuple):
+    """What the tower makes of rows of patches, U merge units in each row.
+
+    Fields:
+        tokens: the visual token of each merge unit.
+        deep: what is added to the visual tokens behind each of the first decoder layers (DeepStack, arXiv 2406.04334);
+            empty where the tower gives none.
+    """
+
+    tokens: Float[Array, "B U D"]
+    deep: tuple[Float[Array, "B U D"], ...] = ()
+
+
+class Chunk(NamedTuple):
+    """The next tokens of rows, padding (document 0) on the right, those of pictures in the order of their offsets.
+
+    Fields:
+        tokens, info, positions: as in `Batch`.
+        visual_index: as in `Batch`; None where every token is text.
+        region_offset: how many tokens of its region stand before each token; None where every token is text, and for a
+            model without regions.
+    """
+
+    tokens: Int[Array, "B T"]
+    info: TokenInfo
+    positions: Int[Array, "3 B T"]
+    visual_index: Int[Array, "B T"] | None = None
+    region_offset: Int[Array, "B T"] | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Want:
+    """What a forward pass is asked for beside hidden states. What is not asked for is not computed."""
+
+    queries: Int[Array, "B N"] | None = None
+    """Queries, by index, whose attention is wanted in every layer, and whose choice in every layer that routes."""
+    losses: bool = field(default=False, metadata={"static": True})
+    """Are the mechanisms' losses wanted?"""
+    inputs: bool = field(default=False, metadata={"static": True})
+    """Are the hidden states wanted that enter each layer?"""
+    progress: Float[Array, ""] | None = None
+    """How far the training run is, 0 to 1, for what mechanisms schedule; None is its end."""
+
+
+HIDDEN = Want()
+"""Asks for hidden states alone."""
+
+
+class Output(NamedTuple):
+    """What a forward pass gives.
+
+    Fields:
+        hidden: hidden states after the final norm.
+        attention: float32 attention of the asked-for queries over all keys in every layer; None if not asked for.
+        chosen: which regions these queries chose, in the layers that route, in order; None if not asked for, or where
+            no layer routes.
+        losses: what the mechanisms add to the training loss, by name: sums over these rows and all layers, to be
+            divided by `loss_weights` of all rows that are averaged over; empty if not asked for.
+        inputs: hidden states that enter each layer; None if not asked for.
+    """
+
+    hidden: Float[Array, "B T D"]
+    attention: Float[Array, "L B N H S"] | None
+    chosen: Bool[Array, "L B N H R"] | None
+    losses: dict[str, Float[Array, ""]]
+    inputs: Float[Array, "L B T D"] | None
