@@ -22,10 +22,12 @@ from rave_jax.attention import Gaze
 from rave_jax.attention.gaze.descriptors import DescriptorName
 from rave_jax.batch import Kind, TokenInfo
 from rave_jax.data.layout import lay_out
+from rave_jax.data.patches import empty_patches
 from rave_jax.data.sample import Example
 from rave_jax.evaluation.accounting import account
+from rave_jax.families.config import TextConfig
 from rave_jax.layout import ContextTokens, FixedRegions
-from rave_jax.models.config import ModelOptions, TextConfig
+from rave_jax.models.config import ModelOptions
 
 AIM = 0.1
 DESCRIPTORS: tuple[DescriptorName, ...] = ("mean", "min_max")
@@ -63,10 +65,10 @@ def question(grid: tuple[int, int, int], options: ModelOptions) -> TokenInfo:
     for name, values in visual.items():
         codes[name][:n] = values
     codes["kind"][n], codes["document"][:], codes["offset"][:] = Kind.TEXT, 1, np.arange(n + 1)
-    zero, none = np.zeros(n + 1, np.int32), np.zeros((0, 2), np.int32)
+    zero = np.zeros(n + 1, np.int32)
     positions = np.tile(np.arange(n + 1, dtype=np.int32), (3, 1))
     info, weights = TokenInfo(**codes), zero.astype(np.float32)
-    example = Example(zero, weights, info, positions, zero, none, none[:, 0], none, none[:, 0])
+    example = Example(zero, weights, info, positions, zero, empty_patches((0,), 0))
     return lay_out(example, options.layout).info
 
 

@@ -20,11 +20,11 @@ import jax.numpy as jnp
 
 from rave_jax.attention import Gaze, RegionReach
 from rave_jax.batch import TokenInfo
+from rave_jax.families.qwen2_5_vl.presets import qwen2_5_vl_7b
 from rave_jax.inference.programs import Admission, Chunk, empty_state, prefill
 from rave_jax.inference.sampling import RowSampling
 from rave_jax.layout import FixedRegions
 from rave_jax.models.config import ModelOptions
-from rave_jax.models.families.presets import qwen2_5_vl_7b
 from rave_jax.models.vlm import Vlm
 from rave_jax.tools.tpu import Case, compile_cases
 

@@ -34,7 +34,7 @@ from rave_jax.attention.gaze import TopKSchedule
 from rave_jax.checkpoint.hf_export import export_hf
 from rave_jax.config import ConfigError, load_file, require
 from rave_jax.data.collate import BatchShape
-from rave_jax.data.pipeline import DataConfig, Stage
+from rave_jax.data.config import DataConfig, Stage
 from rave_jax.data.sample import Sample
 from rave_jax.data.synthetic import Synthetic
 from rave_jax.evaluation.accounting import account
@@ -241,7 +241,7 @@ def compared(rows: Sequence[Mapping[str, Any]], names: Sequence[str], seeds: Seq
 
 
 def markdown(table: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The table as it stands in docs/gaze.md."""
+    """The table as it stands in docs/results.md."""
     lines = [
         "| setting | entries of a query | right answers | against dense, points | regions on the evidence | missing |",
         "|---|---|---|---|---|---|",

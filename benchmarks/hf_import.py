@@ -32,8 +32,10 @@ from jax.sharding import Mesh
 from safetensors.numpy import load_file, save_file
 
 from rave_jax.checkpoint.hf_import import import_hf
-from rave_jax.models.config import ModelOptions, TextConfig, VisionConfig, VlmConfig
-from rave_jax.models.families import family_named
+from rave_jax.families import family_named
+from rave_jax.families.config import TextConfig, VlmConfig
+from rave_jax.families.qwen2_5_vl.config import EOS_ID, MARKER_IDS, MODEL_TYPE, VisionConfig
+from rave_jax.models.config import ModelOptions
 from rave_jax.models.parameters import named_parameters
 from rave_jax.parallel.mesh import MeshConfig, make_mesh
 
@@ -56,6 +58,9 @@ CONFIG = VlmConfig(
     vision=VisionConfig(
         depth=8, hidden_size=640, num_heads=8, mlp_size=1728, full_attention_blocks=(3, 7), out_size=1536
     ),
+    **MARKER_IDS,
+    eos_token_ids=(EOS_ID,),
+    family=MODEL_TYPE,
 )
 
 

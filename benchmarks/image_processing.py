@@ -22,10 +22,11 @@ import numpy as np
 from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from rave_jax.data.images import PatchGrid, image_patches
+from rave_jax.data.images import cut_image
+from rave_jax.families.qwen2_5_vl.pictures import Pictures
+from rave_jax.families.qwen2_5_vl.presets import qwen2_5_vl_7b
 
-GRID = PatchGrid(patch=14, temporal=2, merge=2, window=4)
-MIN_PIXELS, MAX_PIXELS = 56 * 56, 28 * 28 * 1280
+RULES = Pictures(qwen2_5_vl_7b())
 SIZES = ((84, 84), (224, 224), (480, 640), (1080, 1920))
 AIM = 1.0
 
@@ -49,10 +50,10 @@ def seconds(call: Callable[[], Any], repeats: int) -> float:
 def measure(height: int, width: int, rounds: int) -> float:
     """Median over rounds of their time over ours."""
     image = picture(height, width)
-    theirs = Qwen2VLImageProcessorPil(size={"shortest_edge": MIN_PIXELS, "longest_edge": MAX_PIXELS})
+    theirs = Qwen2VLImageProcessorPil(size={"shortest_edge": RULES.min_pixels, "longest_edge": RULES.max_pixels})
 
     def one() -> Any:
-        return image_patches(image, GRID, MIN_PIXELS, MAX_PIXELS)
+        return cut_image(image, RULES)
 
     def other() -> Any:
         return theirs(images=[image])

@@ -108,7 +108,7 @@ def measure(rounds: int) -> list[dict[str, Any]]:
         np.savez(f"{folder}/inputs.npz", allow_pickle=False, **arrays)
         torch = TorchSide("model_speed_torch.py", folder, {"new_tokens": NEW_TOKENS})
         model = our_model(folder)
-        shape = BatchShape(ROWS, TOKENS, len(examples[0].patches))
+        shape = BatchShape(ROWS, TOKENS, examples[0].patches.length)
         batch = jax.tree.map(jnp.asarray, collate([[example] for example in examples], shape, PATCH_NUMBERS))
         tasks = our_tasks(model, batch, examples)
 

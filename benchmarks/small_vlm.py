@@ -17,9 +17,13 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from rave_jax.batch import Kind, TokenInfo
 from rave_jax.checkpoint.hf_import import import_hf
-from rave_jax.data.images import PatchGrid, image_patches
-from rave_jax.data.positions import Visual, grid_coordinates, mrope_positions
+from rave_jax.data.images import cut_image
+from rave_jax.data.patches import join_patches
 from rave_jax.data.sample import Example
+from rave_jax.families.pictures import Visual, grid_coordinates
+from rave_jax.families.qwen2_5_vl.pictures import Pictures
+from rave_jax.families.qwen2_5_vl.positions import mrope_positions
+from rave_jax.families.qwen2_5_vl.presets import qwen2_5_vl_7b
 from rave_jax.models.config import FloatName, ModelOptions
 from rave_jax.models.vlm import Vlm
 
@@ -68,14 +72,13 @@ class Prompt(NamedTuple):
 
 def prompt(rng: np.random.Generator, tokens: int, sides: Sequence[int]) -> Prompt:
     """Random text of `tokens` tokens in all, with a random square picture of each side in it, from token 16 on."""
-    grid = PatchGrid(patch=14, temporal=2, merge=2, window=4)
     images = [rng.integers(0, 256, (side, side, 3), np.uint8) for side in sides]
     ids = rng.integers(0, 7999, tokens).astype(np.int32)
     codes: dict[str, Any] = {name: np.zeros(tokens, np.int32) for name in TokenInfo._fields}
     codes["document"][:], codes["kind"][:], codes["offset"][:] = 1, int(Kind.TEXT), np.arange(tokens)
     index, visuals, cuts, at, units = np.zeros(tokens, np.int32), [], [], 16, 0
     for number, image in enumerate(images, 1):
-        cut = image_patches(image, grid, 56 * 56, image.shape[0] ** 2)
+        cut = cut_image(image, Pictures(qwen2_5_vl_7b(), max_pixels=image.shape[0] ** 2))
         count = len(cut.order)
         span = slice(at + 1, at + 1 + count)
         ids[at], ids[span], ids[span.stop] = START, IMAGE, END
@@ -87,24 +90,13 @@ def prompt(rng: np.random.Generator, tokens: int, sides: Sequence[int]) -> Promp
         at, units = span.stop + 1, units + count
     assert at <= tokens, "the pictures do not fit"
 
-    def joined(name: str, step: str | None = None) -> np.ndarray:
-        parts, last = [np.zeros((0, PATCH_NUMBERS), np.uint8)] if name == "pixels" else [], 0
-        for cut in cuts:
-            part = getattr(cut, name)
-            parts.append(part + last if step else part)
-            last = int(parts[-1].max()) if step else 0
-        return np.concatenate(parts) if parts else np.zeros((0, 2) if name == "place" else (0,), np.int32)
-
     example = Example(
         tokens=ids,
         loss_mask=np.ones(tokens, np.float32),
         info=TokenInfo(**codes),
         positions=mrope_positions(tokens, visuals, 2.0),
         visual_index=index,
-        patches=joined("pixels"),
-        patch_frame=joined("frame", "on"),
-        patch_place=joined("place"),
-        patch_window=joined("window", "on"),
+        patches=join_patches([cut.patches for cut in cuts], PATCH_NUMBERS),
     )
     theirs = Qwen2VLImageProcessorPil()(images=images, return_tensors="np") if images else {}
     return Prompt(example, ids.astype(np.int64), theirs.get("pixel_values"), theirs.get("image_grid_thw"))

@@ -2,11 +2,11 @@
 
 A curriculum: mosaics of digits on coloured cells to be listed ("red7 blue3"), to learn to read and to find a colour;
 the same ones asked ("Which digit is on the red cell?"), to learn to look where the question says; then these questions
-mixed with bar charts and counting. docs/training.md says how well it ends.
+mixed with bar charts and counting. docs/results.md says what it scores.
 """
 
 from rave_jax.attention import Rave
-from rave_jax.data.pipeline import DataConfig, Stage
+from rave_jax.data.config import DataConfig, Stage
 from rave_jax.data.synthetic import BarChart, Counting, DigitMosaic, MosaicList, Synthetic
 from rave_jax.evaluation.config import Eval, Floor, Grounding, Report
 from rave_jax.evaluation.grounding import TaskAim

@@ -4,7 +4,7 @@ The authors' layout in small: 8 x 8 visual tokens in 4 x 4 regions. A cell of a 
 most 3 x 3 stands anywhere on the 8 x 8, so that the evidence of a question lies in one region of 16. Colour mosaics
 alone: first lists and questions on pictures that a mosaic fills (`quickstart.py` says why), then the larger ones.
 Regions are ranked by bounds of their keys (Quest), not by the authors' means, which do not find a cell among four here:
-docs/gaze.md has the figures.
+docs/results.md has the figures.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ import dataclasses
 import quickstart
 
 from rave_jax.attention import Gaze
-from rave_jax.data.pipeline import Stage
+from rave_jax.data.config import Stage
 from rave_jax.data.synthetic import DigitMosaic, MosaicList, Synthetic
 from rave_jax.evaluation.config import Eval, Report
 from rave_jax.layout import ContextTokens, FixedRegions

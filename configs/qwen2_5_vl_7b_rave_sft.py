@@ -6,7 +6,7 @@ at zero, so the first step computes exactly the released model, and learns at fi
 """
 
 from rave_jax.attention import Rave
-from rave_jax.data.pipeline import DataConfig
+from rave_jax.data.config import DataConfig
 from rave_jax.data.sources import LlavaJson
 from rave_jax.models.config import ModelOptions
 from rave_jax.parallel.mesh import MeshConfig

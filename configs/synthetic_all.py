@@ -4,7 +4,7 @@ Pictures of 224 pixels; colour mosaics first, listed and asked, then positions a
 """
 
 from rave_jax.attention import Rave
-from rave_jax.data.pipeline import DataConfig, Stage
+from rave_jax.data.config import DataConfig, Stage
 from rave_jax.data.synthetic import BarChart, Counting, DigitMosaic, MosaicList, PositionMosaic, Receipt, Synthetic
 from rave_jax.evaluation.config import Eval, Floor, Grounding, Report
 from rave_jax.models.config import ModelOptions

@@ -16,10 +16,10 @@ from rave_jax.config import ConfigError, local_path, require
 from rave_jax.data.chat import SpecialTokens
 from rave_jax.data.processor import Processor
 from rave_jax.data.sample import Message, SampleError
+from rave_jax.families.config import VlmConfig
 from rave_jax.inference import Completion, Generator, Request, Sampling, SlotConfig
 from rave_jax.inference.forward import Forward, forward
 from rave_jax.look.words import WordAttention, word_attention
-from rave_jax.models.config import VlmConfig
 from rave_jax.models.parameters import named_parameters
 from rave_jax.models.vlm import Vlm
 from rave_jax.tools import source

@@ -64,6 +64,30 @@ class TokenInfo(NamedTuple):
     region: Int[Array, "B T"]
 
 
+class Patches(NamedTuple):
+    """Patches of the pictures of one document [P, ...], or of rows [B,P, ...] with padding behind them.
+
+    The patches of a merge unit stay together, and inside a frame merge units stand window by window. All counting is
+    on within the row (of an example: the document), so that no two frames or windows share a number.
+
+    Fields:
+        pixels: pixel values 0..255 of each patch, flattened as (channel, temporal, row, col).
+        frame: the patch's frame, counted from 1; 0 is padding. Full attention blocks of the tower see one frame.
+        place: (row, col) of the patch in its frame's patch grid, from 0.
+        window: the patch's attention window, counted from 1; 0 is padding. Windows are contiguous and ascending.
+    """
+
+    pixels: UInt8[Array, "*B P C"]
+    frame: Int[Array, "*B P"]
+    place: Int[Array, "*B P 2"]
+    window: Int[Array, "*B P"]
+
+    @property
+    def length(self) -> int:
+        """P: patches of the document, or of a row with its padding. (`len` counts the fields.)"""
+        return self.frame.shape[-1]
+
+
 class Batch(NamedTuple):
     """What one forward and one training step read.
 
@@ -75,13 +99,7 @@ class Batch(NamedTuple):
         positions: rotary position of each token: temporal, height, width.
         visual_index: for a visual token, which merged patch of the row it is, counted from 0 (the
             patches of merge unit n stand at n*m2 .. n*m2 + m2 - 1, m2 = spatial_merge_size ** 2); 0 else.
-        patches: pixel values 0..255 (uint8) of each patch, flattened as (channel, temporal, row, col);
-            merge units stay together, and inside a frame they stand window by window.
-        patch_frame: frame of the row that a patch belongs to, counted from 1; 0 is padding. Full
-            attention blocks of the tower see one frame.
-        patch_place: (row, col) of the patch in its frame's patch grid, from 0.
-        patch_window: attention window of the patch, counted from 1 over the row; 0 is padding.
-            Windows are contiguous and ascending.
+        patches: patches of the row's pictures.
     """
 
     tokens: Int[Array, "B T"]
@@ -90,7 +108,4 @@ class Batch(NamedTuple):
     info: TokenInfo
     positions: Int[Array, "3 B T"]
     visual_index: Int[Array, "B T"]
-    patches: UInt8[Array, "B P C"]
-    patch_frame: Int[Array, "B P"]
-    patch_place: Int[Array, "B P 2"]
-    patch_window: Int[Array, "B P"]
+    patches: Patches

@@ -6,8 +6,11 @@ happens first, so that the fields of the new parts can be set in the same line:
     --init FromHF --init.path DIR               one part
     --model.context None                        no part, where None is allowed
     --model.mechanisms                          a tuple without items
+    --model.mechanisms []                       the same; {} and None too
     --model.mechanisms Rave SlidingWindow       a tuple of two; an item that has its kind already keeps its fields
     --data.sources.0 LlavaJson                  one item; the number behind the last item adds one
+
+None is also null, in any case of letters, and leaves take both words too: `--step null`, `--data.stages.0.weights []`.
 """
 
 from __future__ import annotations
@@ -17,19 +20,23 @@ import copy
 import dataclasses
 import difflib
 import inspect
+import io
 import sys
 import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Union
 
 import tyro
 
-from rave_jax.config import ConfigError, load_file, loads, require
+from rave_jax import open_union
+from rave_jax.config import ConfigError, in_words, load_file, loads, require
 
 CONFIGS = (Path(__file__).parent / "configs", Path(__file__).parents[1] / "configs")
 """Where named configs are: inside an installed package, or beside the package in a clone."""
+NONE, EMPTY = ("none", "null"), ("[]", "{}", "()")
+"""Words for None, in any case of letters, and for a tuple without items."""
 
 
 class Place(NamedTuple):
@@ -54,18 +61,39 @@ def override[T](config: T, argv: Sequence[str], prog: str | None = None) -> T:
     A misspelt option ends the program with exit code 2 and a suggestion; `--help` lists every field.
 
     Raises:
-        ConfigError: a part of a kind that its field does not take, or a field of a part that is not there.
+        ConfigError: a part of a kind that its field does not take, a field of a part that is not there, or fields that
+            a check of their dataclass refuses.
     """
     config, rest = with_kinds(config, argv)
-    # tyro makes every dataclass anew from its fields, so their checks see the whole of what was asked for.
-    return tyro.cli(
-        type(config),
-        default=config,
-        args=rest,
-        prog=prog,
-        description=_description(config) if {"-h", "--help"} & set(rest) else None,
-        config=(tyro.conf.AvoidSubcommands,),
-    )
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            # tyro makes every dataclass anew from its fields, so their checks see the whole of what was asked for.
+            return tyro.cli(
+                type(config),
+                default=config,
+                args=rest,
+                prog=prog,
+                description=_description(config) if {"-h", "--help"} & set(rest) else None,
+                config=(tyro.conf.AvoidSubcommands,),
+            )
+    except SystemExit as stop:
+        if refusal := _refusal(stop):
+            # tyro draws a box around it and breaks the line, so that flags in it cannot be copied.
+            raise ConfigError(refusal) from None
+        print(said.getvalue(), end="", file=sys.stderr)
+        raise
+
+
+def _refusal(stop: SystemExit) -> str:
+    """What the check of a dataclass said that ended tyro, behind the flag of the dataclass; "" for another end."""
+    where, error = "", stop.__context__
+    while error is not None and not isinstance(error, ConfigError):
+        where = getattr(error, "arg", where)
+        error = error.__context__
+    if error is None:
+        return ""
+    return f"--{where}: {error}" if where and isinstance(where, str) else str(error)
 
 
 def with_kinds[T](config: T, argv: Sequence[str]) -> tuple[T, list[str]]:
@@ -76,7 +104,7 @@ def with_kinds[T](config: T, argv: Sequence[str]) -> tuple[T, list[str]]:
     Raises:
         ConfigError: a kind that the field does not take, or a field of a part that is not there.
     """
-    rest: list[str] = []
+    others: list[tuple[tuple[str, ...], list[str], list[str]]] = []
     named: list[tuple[tuple[str, ...], list[str]]] = []
     words = list(argv)
     while words:
@@ -89,25 +117,40 @@ def with_kinds[T](config: T, argv: Sequence[str]) -> tuple[T, list[str]]:
         path = _path(option)
         if word.startswith("--") and _names_kinds(type(config), path):
             named.append((path, given))
-        elif given in (["True"], ["False"], ["true"], ["false"]) and _is_flag(type(config), path):
-            # tyro has two words for a bool: `--tensorboard` and `--no-tensorboard`.
-            rest.append(f"--{'.'.join([*path[:-1], 'no_' * (given[0][0] in 'Ff') + path[-1]])}")
         else:
-            rest += [word, *values]
+            others.append((path, given, [word, *values]))
     # What holds a part comes before the part.
     for path, given in sorted(named, key=lambda item: len(item[0])):
         place = find(config, path)
         if place is None:
             raise ConfigError(f"--{'.'.join(path)}: {_missing(config, path)}")
         config = _with(config, path, _parts(place, ".".join(path), given))
-    for word in rest:
-        if word.startswith("--") and (reason := _missing(config, path := _path(word.partition("=")[0]))):
-            raise ConfigError(f"--{'.'.join(path)}: {reason}")
+    rest: list[str] = []
+    for path, given, words in others:
+        if words[0].startswith("--"):
+            if reason := _missing(config, path):
+                raise ConfigError(f"--{'.'.join(path)}: {reason}")
+            words = _as_tyro(_at(config, path), path, given, words)
+        rest += words
     return config, rest
 
 
 def find(config: Any, path: Sequence[str]) -> Place | None:
     """The place at a path; None where the path leads nowhere or to a leaf."""
+    found = _at(config, path)
+    if found is None or not (kinds := _by_name(_dataclasses(found.hint))):
+        return None
+    many = typing.get_origin(found.hint) is tuple
+    return Place(kinds, many, type(None) in _options(found.hint), found.value)
+
+
+class _Field(NamedTuple):
+    value: Any
+    hint: Any
+
+
+def _at(config: Any, path: Sequence[str]) -> _Field | None:
+    """The field or item at a path, with its type; None where the path leads nowhere."""
     value, hint = config, type(config)
     for part in path:
         if dataclasses.is_dataclass(value):
@@ -119,10 +162,37 @@ def find(config: Any, path: Sequence[str]) -> Place | None:
             value, hint = value[int(part)] if int(part) < len(value) else None, _item(hint)
         else:
             return None
-    kinds = {kind.__name__: kind for kind in _dataclasses(hint)}
-    if not kinds:
-        return None
-    return Place(kinds, typing.get_origin(hint) is tuple, type(None) in _options(hint), value)
+    return _Field(value, hint)
+
+
+def _as_tyro(field: _Field | None, path: Sequence[str], given: list[str], words: list[str]) -> list[str]:
+    """The words of a leaf as tyro has them.
+
+    Raises:
+        ConfigError: None for a leaf that cannot be None.
+    """
+    if field is None or len(given) != 1:
+        return words
+    name, value, options = ".".join(path), given[0], _options(field.hint)
+    if field.hint is bool and value in ("True", "False", "true", "false"):
+        # tyro has two words for a bool: `--tensorboard` and `--no-tensorboard`.
+        return [f"--{'.'.join([*path[:-1], 'no_' * (value[0] in 'Ff') + path[-1]])}"]
+    if value in EMPTY and any(typing.get_origin(option) is tuple for option in options):
+        return [f"--{name}"]
+    if value.lower() not in NONE or any(_has_word(option, value) for option in options):
+        return words
+    if type(None) in options:
+        return [f"--{name}", "None"]
+    if str in options or any(str in typing.get_args(option) for option in options):
+        return words  # a text like any other
+    raise ConfigError(f"--{name} is {value}, expected {in_words(field.hint)}")
+
+
+def _has_word(hint: Any, word: str) -> bool:
+    """Is this word one of the values that the type names?"""
+    if typing.get_origin(hint) is typing.Literal:
+        return word in typing.get_args(hint)
+    return typing.get_origin(hint) is tuple and any(_has_word(option, word) for option in typing.get_args(hint))
 
 
 def _is_option(word: str) -> bool:
@@ -161,12 +231,10 @@ def _names_kinds(cls: type, path: Sequence[str]) -> bool:
     return any(True for hint in _types_at(cls, path) for _ in _dataclasses(hint))
 
 
-def _is_flag(cls: type, path: Sequence[str]) -> bool:
-    return bool in _types_at(cls, path)
-
-
 def _options(hint: Any) -> tuple[Any, ...]:
     """The types of a union, or the one type."""
+    if open_union.is_union(hint):
+        return open_union.members(hint)
     return typing.get_args(hint) if typing.get_origin(hint) in (Union, types.UnionType) else (hint,)
 
 
@@ -184,11 +252,19 @@ def _dataclasses(hint: Any) -> Iterator[Any]:
             yield option
 
 
+def _by_name(kinds: Iterable[Any]) -> dict[str, Any]:
+    """Kinds by the name of their class; a class of a user's own whose name is taken, by where it is defined."""
+    named: dict[str, Any] = {}
+    for kind in kinds:
+        named[open_union.saved_name(kind) if kind.__name__ in named else kind.__name__] = kind
+    return named
+
+
 def _parts(place: Place, path: str, given: Sequence[str]) -> Any:
     """What a place holds when these kinds are named."""
-    none = [word for word in given if word.lower() == "none"]
+    none = len(given) == 1 and given[0].lower() in NONE
     if place.many:
-        if none and len(given) == 1:
+        if none or (len(given) == 1 and given[0] in EMPTY):
             return ()
         old = place.value
         return tuple(
@@ -197,16 +273,23 @@ def _parts(place: Place, path: str, given: Sequence[str]) -> Any:
     expected = " or ".join([*place.kinds, *["None"] * place.optional])
     if len(given) != 1:
         raise ConfigError(f"--{path} has {len(given)} values, expected one: {expected}")
-    return None if none and place.optional else _part(place.kinds, path, given[0], place.value)
+    return None if none and place.optional else _part(place.kinds, path, given[0], place.value, place.optional)
 
 
-def _part(kinds: dict[str, Any], path: str, word: str, old: Any) -> Any:
+def _part(kinds: dict[str, Any], path: str, word: str, old: Any, optional: bool = False) -> Any:
     """The part of a named kind: the old one where it is of this kind, else one of defaults."""
     plain = {_plain(name): kind for name, kind in kinds.items()}
+    if _plain(word) not in plain and ":" in word and any(issubclass(k, open_union.OpenUnion) for k in kinds.values()):
+        try:
+            # A file is named from the working directory, as on any command line.
+            name = str(Path(word).resolve()) if ".py:" in word else word
+            plain[_plain(word)] = open_union.find(open_union.OpenUnion, name)
+        except open_union.NotFound as error:
+            raise ConfigError(f"--{path} is {word!r}: {error}") from error
     if _plain(word) not in plain:
         close = difflib.get_close_matches(_plain(word), plain, 1)
         hint = f"; did you mean {plain[close[0]].__name__}?" if close else ""
-        raise ConfigError(f"--{path} is {word!r}, expected one of {', '.join(kinds)}{hint}")
+        raise ConfigError(f"--{path} is {word!r}, expected one of {', '.join([*kinds, *['None'] * optional])}{hint}")
     kind = plain[_plain(word)]
     return old if type(old) is kind else _defaults(kind)
 
@@ -220,6 +303,10 @@ def _defaults(cls: Any) -> Any:
     """An instance with the default of every field, unchecked."""
     made = object.__new__(cls)
     for f in dataclasses.fields(cls):
+        if f.default is f.default_factory is dataclasses.MISSING:
+            raise ConfigError(
+                f"{cls.__name__}.{f.name} has no default, so the command line cannot make a {cls.__name__}"
+            )
         value = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
         object.__setattr__(made, f.name, value)
     return made
@@ -253,18 +340,18 @@ def _missing(config: Any, path: Sequence[str]) -> str:
             if _is_number(part) and int(part) > count - (end < len(path) - 1):
                 kinds = "|".join(place.kinds)
                 items = f"{count} item{'s' * (count != 1)}"
-                return f"{name} has {items}; name the kind of one to add it: --{name}.{count} {kinds}"
+                return f"{name} has {items}; to add one, name its class: --{name}.{count} {kinds}"
             continue
         having = [n for n, kind in place.kinds.items() if part in typing.get_type_hints(kind)]
         if having and type(place.value).__name__ not in having:
             held = "None" if place.value is None else type(place.value).__name__
-            return f"{name} is {held}, which has no {part}; {having[0]} has: add --{name} {having[0]}"
+            return f"{name} is {held}, which has no {part}; {having[0]} has it: add --{name} {having[0]}"
     return ""
 
 
 def _description(config: Any) -> str:
     """What a config is, and which kinds its parts may have, for --help."""
-    lines = [inspect.getdoc(type(config)) or "", "", "Parts are set by naming kinds, before their own fields:"]
+    lines = [inspect.getdoc(type(config)) or "", "", "Parts are set by naming their classes, before their fields:"]
     for path, place in _places(config, ()):
         kinds = "|".join([*place.kinds, *["None"] * place.optional])
         lines.append(f"  --{'.'.join(path).replace('_', '-')} {f'[{kinds} ...]' if place.many else kinds}")
@@ -301,7 +388,7 @@ def load_command_line[T](cls: type[T], argv: Sequence[str], prog: str) -> T:
         raise SystemExit(0)
     try:
         if not argv or argv[0].startswith("-"):
-            raise ConfigError(f"the first word has to be a config file or name\n{usage}")
+            raise ConfigError(f"the first argument must be a config file or a config's name\n{usage}")
         return override(_load(cls, argv[0]), argv[1:], prog=f"{prog} {argv[0]}")
     except ConfigError as error:
         print(f"{prog}: {error}", file=sys.stderr)

@@ -1,8 +1,9 @@
 """Configuration machinery: strict JSON in and out, field docs, config files.
 
 A config is a tree of frozen dataclasses. Leaves are bool, int, float, str, None, literals and tuples of
-those; a field that may hold one of several dataclasses (a union) carries a `type` tag in JSON. Help text
-is the string literal under a field. What a config *means* lives beside the code it configures.
+those; a field that may hold one of several dataclasses (a union) carries a `type` tag in JSON. A union may be
+open to classes of a user's own (`rave_jax/open_union.py`). Help text is the string literal under a field. What
+a config *means* lives beside the code it configures.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import ast
 import dataclasses
 import difflib
 import functools
-import importlib.util
 import inspect
 import itertools
 import json
@@ -19,11 +19,12 @@ import re
 import reprlib
 import sys
 import textwrap
-import traceback
 import types
 import typing
 from pathlib import Path
 from typing import Any, Literal, Union
+
+from rave_jax import open_union
 
 TAG = "type"
 
@@ -108,7 +109,7 @@ def check_fields(config: Any) -> None:
     hints = _field_types(type(config))
     for f in dataclasses.fields(config):
         given = getattr(config, f.name)
-        require(_fits(hints[f.name], given), f.name, given, _in_words(hints[f.name]))
+        require(_fits(hints[f.name], given), f.name, given, in_words(hints[f.name]))
 
 
 @functools.cache
@@ -134,27 +135,53 @@ def _fits(kind: Any, value: Any) -> bool:
     return isinstance(value, kind)
 
 
-def _in_words(kind: Any) -> str:
+def in_words(kind: Any) -> str:
     """What a field of this type takes."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin in (Union, types.UnionType):
-        return " or ".join(map(_in_words, args))
+        return " or ".join(map(in_words, args))
     if origin is Literal:
         return ("one of " if len(args) > 1 else "") + ", ".join(map(repr, args))
     if origin is tuple:
-        items = [_in_words(item) for item in args if item is not Ellipsis]
+        items = [in_words(item) for item in args if item is not Ellipsis]
         return f"a tuple, each item {items[0]}" if Ellipsis in args else f"a tuple of {', '.join(items)}"
+    if open_union.is_union(kind):
+        named = " or ".join(f"a {member.__name__}" for member in open_union.members(kind))
+        return f"{named}, or of a class of your own that derives from {kind.__name__}"
     return {int: "an integer", float: "a finite number", type(None): "None"}.get(kind, f"a {kind.__name__}")
 
 
 def to_json(value: Any) -> Any:
-    """A config as JSON-ready data. Every dataclass carries its class name under `type`."""
+    """A config as JSON-ready data. Every dataclass carries its class name under `type`, one of a user's own where it is
+    found again (`open_union.saved_name`).
+
+    Raises:
+        ConfigError: a class of a user's own could not be found again.
+    """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
-        return {TAG: type(value).__name__, **fields}
+        return {TAG: _tag(type(value)), **fields}
     if isinstance(value, (tuple, list)):
         return [to_json(item) for item in value]
     return value
+
+
+def _tag(cls: type) -> str:
+    if not issubclass(cls, open_union.OpenUnion):
+        return cls.__name__
+    against = open_union.against_saving(cls)
+    if against is not None:
+        raise ConfigError(f"the class {cls.__name__} could not be found again by who reads a saved config: {against}")
+    return open_union.saved_name(cls)
+
+
+def without_folders(data: Any) -> Any:
+    """What `to_json` gave, without the folders of files that classes of a user's own are defined in: equal for equal
+    configs, wherever a copy of the file lies."""
+    if isinstance(data, dict):
+        short = {TAG: open_union.without_folder(data[TAG])} if isinstance(data.get(TAG), str) else {}
+        return {key: without_folders(value) for key, value in data.items()} | short
+    return [without_folders(item) for item in data] if isinstance(data, list) else data
 
 
 def from_json(cls: Any, data: Any, where: str = "config") -> Any:
@@ -166,7 +193,8 @@ def from_json(cls: Any, data: Any, where: str = "config") -> Any:
         where: path of `data` in the whole config, for messages.
 
     Raises:
-        ConfigError: unknown or missing key, unknown type tag, or a value of another type.
+        ConfigError: unknown or missing key, unknown type tag, a class of a user's own that is not found, or a value of
+            another type.
     """
     origin, args = typing.get_origin(cls), typing.get_args(cls)
     if origin is typing.Annotated:
@@ -175,6 +203,8 @@ def from_json(cls: Any, data: Any, where: str = "config") -> Any:
         return _dataclass_from_json(cls, data, where)
     if origin in (Union, types.UnionType):
         return _union_from_json(args, data, where)
+    if open_union.is_union(cls):
+        return _member_from_json(cls, data, where)
     if origin is Literal:
         same = any(data == arg and type(data) is type(arg) for arg in args)  # True == 1, and is not meant
         require(same, where, data, f"one of {', '.join(map(repr, args))}")
@@ -217,8 +247,21 @@ def _dataclass_from_json(cls: Any, data: Any, where: str) -> Any:
     for f in dataclasses.fields(cls):
         optional = f.default is not dataclasses.MISSING or f.default_factory is not dataclasses.MISSING
         if f.name not in values and not optional:
-            raise ConfigError(f"{where}.{f.name}: {cls.__name__} needs this field and it is missing")
+            raise ConfigError(f"{where}.{f.name}: {cls.__name__} needs this field, but it is missing")
     return cls(**values)
+
+
+def _member_from_json(union: Any, data: Any, where: str) -> Any:
+    require(isinstance(data, dict), where, data, f"an object with a {TAG!r} and the fields of that class")
+    tag = data.get(TAG)
+    known = [open_union.saved_name(member) for member in open_union.members(union)]
+    named = isinstance(tag, str) and (tag in known or ":" in tag)
+    require(named, f"{where}.{TAG}", tag, f"one of {', '.join(map(repr, known))}, or MODULE:CLASS of your own")
+    try:
+        cls = open_union.find(union, tag)
+    except open_union.NotFound as error:
+        raise ConfigError(f"{where}.{TAG} is {tag!r}: {error}") from error
+    return from_json(cls, {key: value for key, value in data.items() if key != TAG}, where)
 
 
 def _union_from_json(options: tuple[Any, ...], data: Any, where: str) -> Any:
@@ -256,7 +299,7 @@ def loads[T](cls: type[T], text: str, where: str = "config") -> T:
     except ValueError as error:
         raise ConfigError(f"{where} is not JSON: {error}") from error
     except RecursionError as error:
-        raise ConfigError(f"{where} is not JSON that can be read: its brackets are nested too deeply") from error
+        raise ConfigError(f"{where} cannot be read as JSON: its brackets are nested too deeply") from error
     return from_json(cls, data, where)
 
 
@@ -283,26 +326,12 @@ def load_file(path: str | Path) -> Any:
     if not path.is_file():
         raise ConfigError(f"{path}: no such config file")
     try:
-        return _run_file(path)
+        # Config files share helpers by plain imports (`from quickstart import ...`) from their own folder.
+        module = open_union.run_file(path)
+        if hasattr(module, "get_config"):
+            return module.get_config()
     except ConfigError:
         raise
     except Exception as error:
-        # The config's own line is what its author needs, not those of the machinery that runs it.
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
-        line = lines[-1] if lines else getattr(error, "lineno", None)
-        raise ConfigError(f"{path}{f':{line}' if line else ''}: {type(error).__name__}: {error}") from error
-
-
-def _run_file(path: Path) -> Any:
-    spec = importlib.util.spec_from_file_location(f"rave_jax_config_{path.stem}", path)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    # Config files share helpers by plain imports (`from quickstart import ...`) from their own folder.
-    sys.path.insert(0, str(path.parent.resolve()))
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.pop(0)
-    if not hasattr(module, "get_config"):
-        raise ConfigError(f"{path}: defines no get_config(), which has to return the config")
-    return module.get_config()
+        raise ConfigError(open_union.said(error, path)) from error
+    raise ConfigError(f"{path}: has no function get_config(); it must return the config")

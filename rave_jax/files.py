@@ -53,7 +53,7 @@ def open_regular(path: str | Path) -> BinaryIO:
 def check_regular(path: str | Path, mode: int) -> None:
     """Raise NotAFile unless `mode` (of `os.stat`) is that of a regular file."""
     if not stat.S_ISREG(mode):
-        found = next((name for test, name in KINDS if test(mode)), "no regular file")
+        found = next((name for test, name in KINDS if test(mode)), "not a regular file")
         raise NotAFile(f"it is {found}; only regular files are read", path)
 
 

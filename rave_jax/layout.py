@@ -54,7 +54,7 @@ class FixedRegions:
 
 @dataclass(frozen=True)
 class AdaptiveRegions:
-    """So many regions in each picture, whatever its size; fewer where a grid has fewer rows or columns."""
+    """The same number of regions in each picture; fewer where its grid has fewer rows or columns."""
 
     rows: int = 4
     """Regions along the height of a picture."""
@@ -63,7 +63,7 @@ class AdaptiveRegions:
     frames: int = 1
     """Frames of a region."""
     tokens: int = 144
-    """m: the most tokens in a region; a picture whose regions would have more is over budget."""
+    """Most tokens in a region (m); a picture with larger regions is over budget."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -96,7 +96,7 @@ class ContextTokens:
     count: int = 4
     """Tokens behind each picture or frame."""
     per: Literal["frame", "image"] = "frame"
-    """Does each frame of a video get its own, or the whole video? Pictures have one frame."""
+    """Where they stand: behind each frame of a video, or once behind the whole video. A picture has one frame."""
     sees: Literal["own", "own+first"] = "own"
     """What they see: their own picture or frame, or also the first token of the document."""
 
@@ -111,7 +111,7 @@ class ContextTokens:
 
 @dataclass(frozen=True)
 class VisualLayout:
-    """How pictures are laid out for one model; the default is plain."""
+    """How one model's visual tokens are laid out; the default has no regions and no context tokens."""
 
     regions: Regions | None = None
     """Which tokens form a region, or None where no mechanism asks for regions."""

@@ -43,7 +43,7 @@ gc.collect()
 gc.freeze()
 gc.set_threshold(100_000, 50, 100)
 
-MAPS, MOST_MAPS = Path("/proc/self/maps"), 20_000
+MAPS, MOST_MAPS = Path("/proc/self/maps"), 32_000
 
 TORCH_PYTHON = "RAVE_JAX_TORCH_PYTHON"
 DATA = "RAVE_JAX_DATA"

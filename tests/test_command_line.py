@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import typing
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,9 @@ from rave_jax.attention import Rave, SlidingWindow
 from rave_jax.checkpoint.tiny import Tiny
 from rave_jax.command_line import find, override, with_kinds
 from rave_jax.config import ConfigError, load_file
-from rave_jax.data.pipeline import Stage
+from rave_jax.data.config import Stage
 from rave_jax.data.sources import LlavaJson
-from rave_jax.evaluation.config import Examination
+from rave_jax.evaluation.config import Eval, Examination
 from rave_jax.models.config import ModelOptions
 from rave_jax.training.config import TrainConfig
 from rave_jax.training.init import FromHF
@@ -94,7 +95,29 @@ def test_parts_that_may_be_absent_can_be_removed() -> None:
     assert override(RAVE, ["--model.mechanisms", "None"]).model.mechanisms == ()
     lora = override(RAVE, ["--model.lora", "Lora", "--model.lora.rank", "3"])
     assert lora.model.lora is not None and lora.model.lora.rank == 3
-    assert override(lora, ["--model.lora", "none"]).model.lora is None
+    for word in ("none", "None", "null", "NULL"):
+        assert override(lora, ["--model.lora", word]).model.lora is None
+        assert override(RAVE, ["--model.mechanisms", word]).model.mechanisms == ()
+        assert override(Examination(), ["--evals.0.floor", word, f"--step={word}"]) == replace(
+            Examination(), evals=(Eval(floor=None),)
+        )
+
+
+@pytest.mark.parametrize("word", ["[]", "{}", "()"])
+def test_a_tuple_is_emptied_by_its_brackets(word: str) -> None:
+    config = load_file(REPO / "configs" / "quickstart.py")
+    found = override(config, ["--model.mechanisms", word, f"--final={word}", "--data.stages.1.weights", word])
+    assert found.model.mechanisms == found.final == found.data.stages[1].weights == ()
+    assert found.data.stages[2] == config.data.stages[2]
+
+
+def test_none_is_a_word_like_others_where_a_field_takes_it() -> None:
+    assert override(RAVE, ["--optimizer.decay", "none", "--output-dir", "null"]).optimizer.decay == "none"
+    assert override(RAVE, ["--output-dir", "null"]).output_dir == "null"
+    for words in (["--steps", "null"], ["--data.stages.0.step=None"], ["--tensorboard", "none"], ["--mesh", "null"]):
+        name, _, _ = words[0].partition("=")
+        with pytest.raises(ConfigError, match=f"^{name} is .*(null|None|none)'?, expected (an integer|a bool|one of)"):
+            override(RAVE, words)
 
 
 def test_a_part_that_has_its_kind_already_keeps_its_fields() -> None:
@@ -108,24 +131,29 @@ def test_a_part_that_has_its_kind_already_keeps_its_fields() -> None:
 def test_fields_are_checked_when_all_are_there() -> None:
     """Neither a path that is still empty nor four weights for one source stand in the way of the words behind them."""
     config = load_file(REPO / "configs" / "quickstart.py")
-    words = "--init from-hf --init.path x --data.sources LlavaJson --data.sources.0.path my.json --data.stages Stage"
-    found = override(config, [*words.split(), "--data.stages.0.weights"])
-    assert found.init == FromHF("x") and found.data.stages == (Stage(),)
-    assert found.data.sources == (LlavaJson(path="my.json"),)
+    words = "--init from-hf --init.path x --data.sources LlavaJson --data.sources.0.path my.json"
+    for stages in ("--data.stages Stage --data.stages.0.weights", "--data.stages []"):
+        found = override(config, [*words.split(), *stages.split()])
+        assert found.init == FromHF("x") and found.data.stages == (Stage(),)
+        assert found.data.sources == (LlavaJson(path="my.json"),)
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("--model.mechanisms Raev", "--model.mechanisms.0 is 'Raev', expected one of Rave, .*; did you mean Rave?"),
+        ("--model.mechanisms Raev", "--model.mechanisms.0 is 'Raev', expected one of Avar, .*; did you mean Rave?"),
         ("--init", "--init has 0 values, expected one: FromHF or Tiny"),
         ("--init FromHF Tiny", "--init has 2 values, expected one"),
         ("--init None", "--init is 'None', expected one of FromHF, Tiny"),
-        ("--init.path x", "--init.path: init is Tiny, which has no path; FromHF has: add --init FromHF"),
+        ("--init.path x", "--init.path: init is Tiny, which has no path; FromHF has it: add --init FromHF"),
         ("--model.lora.rank 3", "--model.lora.rank: model.lora is None, which has no rank; .* --model.lora Lora"),
-        ("--model.mechanisms.1.rank 3", "model.mechanisms has 1 item; name .*: --model.mechanisms.1 Rave|"),
-        ("--model.mechanisms.7 Rave", "model.mechanisms has 1 item; name .*: --model.mechanisms.1 Rave|"),
+        ("--model.mechanisms.1.rank 3", "model.mechanisms has 1 item; to add one, name .*: --model.mechanisms.1 Avar|"),
+        ("--model.mechanisms.7 Rave", "model.mechanisms has 1 item; to add one, name .*: --model.mechanisms.1 Avar|"),
         ("--data.sources LlavaJson --data.sources.0.split train", "data.sources.0 is LlavaJson, which has no split"),
+        ("--init FromHF", "^--init: init.path is '', expected a directory in HuggingFace format$"),
+        ("--data.sources", "^--data: sources is .*, expected at least one source, as --data.sources LlavaJson$"),
+        ("--steps 0", "^steps is 0, expected a number from 1 to 2147483647$"),
+        ("--data.stages.0.weights 1 2", "^--data: stages.0.weights is .* 1 source; --data.stages .. makes one stage"),
     ],
 )
 def test_a_kind_that_does_not_fit_is_refused_by_its_field(words: str, said: str) -> None:
@@ -136,8 +164,6 @@ def test_a_kind_that_does_not_fit_is_refused_by_its_field(words: str, said: str)
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--init", "FromHF"], "init.path is ''"),
-        (["--data.sources"], "at least one source"),
         (["--model.mechanisms.0.rnak", "3"], "--model.mechanisms.0.rank"),
         ([f"--data.sources.{'9' * 5000}.path", "x"], "Unrecognized options"),
     ],
@@ -154,7 +180,7 @@ def test_help_lists_the_kinds(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         override(RAVE, ["--help"], "train.py")
     out = capsys.readouterr().out
-    assert "--init FromHF|Tiny" in out and "--model.lora Lora|None" in out and "--model.mechanisms [Rave|" in out
+    assert "--init FromHF|Tiny" in out and "--model.lora Lora|None" in out and "--model.mechanisms [Avar|" in out
 
 
 def test_configs_are_found_by_name(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -231,7 +232,7 @@ def test_a_config_file_that_cannot_serve_exits_2_in_one_line(
 ) -> None:
     cases = {
         str(tmp_path / "gone.py"): "no such config file",
-        write(tmp_path, "x = 1\n", "empty.py"): "defines no get_config()",
+        write(tmp_path, "x = 1\n", "empty.py"): "has no function get_config()",
         write(tmp_path, "def get_config():\n    return 3\n", "three.py"): "expected one of class Experiment",
         write(
             tmp_path, '{"type": "Experiment", "rtae": 1}', "typo.json"
@@ -245,6 +246,29 @@ def test_a_config_file_that_cannot_serve_exits_2_in_one_line(
         said = capsys.readouterr().err
         assert stop.value.code == 2
         assert message in said and path in said and said.count("\n") == 1, said
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("from rave_jax.evaluation.config import Eval, Gate\n", "Gate is called Grounding: from rave_jax.evaluation"),
+        ("from rave_jax.evaluation import Gate\n", "from rave_jax.evaluation.config import Grounding"),
+        ("import rave_jax.evaluation.config as c\nc.Gate()\n", "Gate is called Grounding"),
+        ("from rave_jax.evaluation import Eval\n", "did you mean: from rave_jax.evaluation.config import Eval"),
+        ("from rave_jax.attention import SlidingWindw\n", "Did you mean: 'SlidingWindow'?"),
+        ("from rave_jax.atention import Rave\n", "Did you mean: 'rave_jax.attention'?"),
+        ("from rave_jax.attention import Rave\nRvae()\n", "name 'Rvae' is not defined"),
+        ("import no_such_package\n", "No module named 'no_such_package'"),
+    ],
+)
+def test_a_name_that_is_not_there_is_said_with_its_line(text: str, says: str, tmp_path: Path) -> None:
+    importlib.import_module("rave_jax.evaluation.config")  # as every command that reads configs has done
+    path = write(tmp_path, text)
+    with pytest.raises(ConfigError) as refused:
+        config.load_file(path)
+    said = str(refused.value)
+    line = text.count("\n")
+    assert said.startswith(f"{path}:{line}: ") and says in said and "\n" not in said
 
 
 def test_without_a_config_file_the_usage_is_shown(capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,19 +24,19 @@ from rave_jax.attention.base import (
     Owned,
     Parts,
     Score,
-    check_kernels,
-    check_owners,
-    check_with_regions,
 )
 from rave_jax.attention.cache import CacheType, KvCache, RegionMemory, RegionReach
 from rave_jax.attention.cca import Cca
+from rave_jax.attention.checks import check_kernels, check_owners
 from rave_jax.attention.context import ContextSight
+from rave_jax.attention.cost import LayerReading, PicturesBefore
 from rave_jax.attention.croc import Croc
+from rave_jax.attention.declared import LayeredConfig, Layers, MechanismConfig
 from rave_jax.attention.decomposed import Decomposed
 from rave_jax.attention.gaze import Gaze, TopKSchedule
 from rave_jax.attention.masks import block_diagonal_codes, cached_codes, causal_codes
 from rave_jax.attention.mma import Mma
-from rave_jax.attention.plan import LayerRunPlan, Layers, build_mechanisms, plan_layer_runs
+from rave_jax.attention.plan import LayerRunPlan, build_mechanisms, plan_layer_runs
 from rave_jax.attention.rave import Rave
 from rave_jax.attention.region_cache import (
     ChunkSlots,
@@ -52,8 +52,6 @@ from rave_jax.attention.sliding_window import SlidingWindow
 from rave_jax.attention.text_positions import TextPositions
 from rave_jax.attention.var import Var
 from rave_jax.attention.zero_tuning import ZeroTuning
-
-MechanismConfig = Rave | SlidingWindow | TextPositions | Mma | Croc | Cca | ZeroTuning | Avar | Var | Decomposed | Gaze
 
 __all__ = [
     "AttentionDims",
@@ -71,8 +69,10 @@ __all__ = [
     "KeyFactor",
     "Keys",
     "KvCache",
+    "LayerReading",
     "LayerRegions",
     "LayerRunPlan",
+    "LayeredConfig",
     "Layers",
     "Mechanism",
     "MechanismConfig",
@@ -80,6 +80,7 @@ __all__ = [
     "OtherQuery",
     "Owned",
     "Parts",
+    "PicturesBefore",
     "Rave",
     "RegionMemory",
     "RegionReach",
@@ -98,7 +99,6 @@ __all__ = [
     "check_decoding",
     "check_kernels",
     "check_owners",
-    "check_with_regions",
     "chunk_slots",
     "combine",
     "entered",

@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from rave_jax.attention.base import AttentionDims, Features, Mechanism, Parts
-from rave_jax.attention.plan import Layers
+from rave_jax.attention.declared import Layers, MechanismConfig
 from rave_jax.batch import Kind, Role, TokenInfo
 from rave_jax.config import check_fields, require
 from rave_jax.kernels.attention import KeyGroups
@@ -34,7 +34,7 @@ VISUAL, SYSTEM, COUNT = 1, 2, 3
 
 
 @dataclass(frozen=True)
-class Avar:
+class Avar(MechanismConfig):
     """Two terms of the training loss on how much answers attend to the picture and to the system prompt."""
 
     enhance: float = 0.15

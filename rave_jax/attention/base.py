@@ -6,17 +6,18 @@ defaults say nothing. What another mechanism of the layer already owns is refuse
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, ClassVar, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import jax.numpy as jnp
 from flax import nnx
 
 from rave_jax.batch import TokenInfo
-from rave_jax.config import ConfigError
-from rave_jax.kernels.attention import Implementation, KeyGroups, MaskCodes, PairBias, PairForm
+from rave_jax.kernels.attention import KeyGroups, MaskCodes, PairBias, PairForm
 from rave_jax.kernels.routed import Routing
 from rave_jax.typing import Array, Bool, Float, Int
+
+if TYPE_CHECKING:
+    from rave_jax.attention.declared import LayeredConfig
 
 
 class AttentionDims(NamedTuple):
@@ -115,11 +116,8 @@ class Mechanism(nnx.Module):
     """What no other mechanism of the layer may own, though this one leaves it plain."""
     WANTS: tuple[Owned, ...] = ()
     """What another mechanism of the layer has to own."""
-    GATHERS: bool = False
-    """May a decoding step leave out the keys of regions that were not chosen? So where all that is added to the scores
-    is a pair term, or regions are ranked without their keys' scores."""
-    LOOKS_AHEAD: ClassVar[bool] = False
-    """May a token see later ones? Then a prompt has to be read whole."""
+    declared: LayeredConfig | None = None
+    """The config that it was built from; None where it was made by hand."""
 
     def positions(
         self, info_q: TokenInfo, info_k: TokenInfo, own: Int[Array, "B T"], positions: Int[Array, "3 B T"]
@@ -213,57 +211,3 @@ class Mechanism(nnx.Module):
 def overrides(mechanism: Mechanism, hook: str) -> bool:
     """Does the mechanism say anything through this hook?"""
     return getattr(type(mechanism), hook) is not getattr(Mechanism, hook)
-
-
-def check_with_regions(mechanisms: Sequence[Mechanism]) -> None:
-    """Refuse, in any layer of a model that keeps keys by region, what looks tokens up by their order: its slots are in
-    another.
-
-    Raises:
-        ConfigError: names the mechanism.
-    """
-    for mechanism in mechanisms:
-        if {"order", "hi"} & set(mechanism.OWNS):
-            raise ConfigError(
-                f"mechanism {type(mechanism).__name__} needs a row's tokens in order, but another of the model asks "
-                "for regions, by which the cache keeps them: keep one of them"
-            )
-
-
-def check_owners(mechanisms: Sequence[Mechanism]) -> None:
-    """Refuse two owners of one thing, and an owner of what another needs plain.
-
-    Raises:
-        ConfigError: names the thing and the mechanisms.
-    """
-    names = [type(mechanism).__name__ for mechanism in mechanisms]
-    for thing in get_args(Owned):
-        owners = [name for name, mechanism in zip(names, mechanisms, strict=True) if thing in mechanism.OWNS]
-        if len(owners) > 1:
-            raise ConfigError(f"mechanisms {' and '.join(owners)} both own {thing!r}: keep one of them")
-        needing = [name for name, mechanism in zip(names, mechanisms, strict=True) if thing in mechanism.NEEDS]
-        if owners and needing:
-            raise ConfigError(
-                f"mechanism {needing[0]} needs {thing!r} plain, but {owners[0]} owns it: keep one of them"
-            )
-        wanting = [name for name, mechanism in zip(names, mechanisms, strict=True) if thing in mechanism.WANTS]
-        if wanting and not owners:
-            raise ConfigError(
-                f"mechanism {wanting[0]} needs a mechanism that owns {thing!r} in each of its layers, and there is none"
-            )
-
-
-def check_kernels(mechanisms: Sequence[Mechanism], implementation: Implementation) -> None:
-    """Refuse, in a layer that routes, what its fused kernels do not serve where these alone are asked for.
-
-    Raises:
-        ConfigError: names the mechanism.
-    """
-    if implementation != "pallas_tpu" or not any(overrides(mechanism, "route") for mechanism in mechanisms):
-        return
-    for mechanism in mechanisms:
-        if overrides(mechanism, "score") or overrides(mechanism, "key_groups"):
-            raise ConfigError(
-                f"attention 'pallas_tpu' cannot serve mechanism {type(mechanism).__name__} in a layer that chooses "
-                "regions: its kernels add nothing to scores and know no key groups; expected auto, or xla"
-            )

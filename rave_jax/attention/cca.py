@@ -19,8 +19,8 @@ import jax
 import jax.numpy as jnp
 
 from rave_jax.attention.base import AttentionDims, Mechanism
+from rave_jax.attention.declared import Layers, MechanismConfig
 from rave_jax.attention.masks import order_in_row
-from rave_jax.attention.plan import Layers
 from rave_jax.batch import Kind, TokenInfo
 from rave_jax.config import check_fields
 from rave_jax.kernels.attention import MaskCodes
@@ -28,7 +28,7 @@ from rave_jax.typing import Array, Int
 
 
 @dataclass(frozen=True)
-class Cca:
+class Cca(MechanismConfig):
     """Visual tokens stand and see by rings, from the outer one to the centre."""
 
     layers: Layers = "all"
@@ -36,6 +36,16 @@ class Cca:
 
     def __post_init__(self) -> None:
         check_fields(self)
+
+    @property
+    def looks_ahead(self) -> bool:
+        """A token sees the rings around it, whose rows go on below."""
+        return True
+
+    @property
+    def needs_order(self) -> bool:
+        """It looks tokens up by their place in the row."""
+        return True
 
     def build(self, dims: AttentionDims, key: jax.Array) -> CcaRings:
         """The mechanism of one layer."""
@@ -46,7 +56,6 @@ class CcaRings(Mechanism):
     """Moves the tokens of a picture to their rings, in the mask's order and in rotary positions."""
 
     OWNS = ("positions", "order", "hi")
-    LOOKS_AHEAD = True
 
     def positions(
         self, info_q: TokenInfo, info_k: TokenInfo, own: Int[Array, "B T"], positions: Int[Array, "3 B T"]

@@ -20,8 +20,8 @@ import jax
 import jax.numpy as jnp
 
 from rave_jax.attention.base import AttentionDims, Mechanism
+from rave_jax.attention.declared import LayeredConfig, Layers
 from rave_jax.attention.masks import NO_OPEN_K, NO_OPEN_Q
-from rave_jax.attention.plan import Layers
 from rave_jax.attention.zero_tuning import first
 from rave_jax.batch import Kind, TokenInfo
 from rave_jax.kernels.attention import MaskCodes
@@ -30,7 +30,7 @@ from rave_jax.typing import Array, Bool, Int
 
 
 @dataclass(frozen=True)
-class ContextSight:
+class ContextSight(LayeredConfig):
     """What context tokens see. A model has it in all layers where its options ask for context tokens, so no config
     names it among the mechanisms."""
 
@@ -38,6 +38,16 @@ class ContextSight:
     """The model's context tokens."""
     layers: Layers = "all"
     """Always all: a context token that saw text in one layer would carry it into the others."""
+
+    @property
+    def called(self) -> str:
+        """Errors name the option, which is what stands in a config."""
+        return f"ContextTokens(sees={self.tokens.sees!r})"
+
+    @property
+    def apart(self) -> str:
+        """They are in all layers."""
+        return "set sees='own' of ContextTokens"
 
     def build(self, dims: AttentionDims, key: jax.Array) -> ContextMask:
         """The mechanism of one layer."""

@@ -21,8 +21,8 @@ import jax
 import jax.numpy as jnp
 
 from rave_jax.attention.base import AttentionDims, Mechanism
+from rave_jax.attention.declared import Layers, MechanismConfig
 from rave_jax.attention.masks import document_starts
-from rave_jax.attention.plan import Layers
 from rave_jax.batch import Kind, Role, TokenInfo
 from rave_jax.config import check_fields
 from rave_jax.kernels.attention import MaskCodes
@@ -30,7 +30,7 @@ from rave_jax.typing import Array, Int
 
 
 @dataclass(frozen=True)
-class Croc:
+class Croc(MechanismConfig):
     """Tokens of a picture, or of all that comes before the answer, see each other both ways."""
 
     rule: Literal["visual", "prefix"] = "visual"
@@ -41,6 +41,16 @@ class Croc:
     def __post_init__(self) -> None:
         check_fields(self)
 
+    @property
+    def looks_ahead(self) -> bool:
+        """A token sees the rest of its picture, or of the prompt."""
+        return True
+
+    @property
+    def needs_order(self) -> bool:
+        """It looks tokens up by their place in the row."""
+        return True
+
     def build(self, dims: AttentionDims, key: jax.Array) -> CrocMask:
         """The mechanism of one layer."""
         return CrocMask(self)
@@ -50,7 +60,6 @@ class CrocMask(Mechanism):
     """Raises `hi` to the end of the query's block."""
 
     OWNS = ("hi",)
-    LOOKS_AHEAD = True
 
     def __init__(self, config: Croc):
         self.config = config

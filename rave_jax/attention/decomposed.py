@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 
 from rave_jax.attention.base import AttentionDims, Features, Mechanism, OtherQuery, Score
-from rave_jax.attention.plan import Layers
+from rave_jax.attention.declared import Layers, MechanismConfig
 from rave_jax.batch import Kind, TokenInfo
 from rave_jax.config import check_fields
 from rave_jax.kernels.attention import MaskCodes
@@ -33,7 +33,7 @@ from rave_jax.typing import Array, Int
 
 
 @dataclass(frozen=True)
-class Decomposed:
+class Decomposed(MechanismConfig):
     """Visual tokens see only themselves, and text meets them without rotary positions (D-Attn)."""
 
     rope: Literal["none", "kept"] = "none"

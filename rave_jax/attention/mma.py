@@ -19,8 +19,8 @@ import jax
 import jax.numpy as jnp
 
 from rave_jax.attention.base import AttentionDims, Mechanism
+from rave_jax.attention.declared import Layers, MechanismConfig
 from rave_jax.attention.masks import NO_OPEN_K, NO_OPEN_Q
-from rave_jax.attention.plan import Layers
 from rave_jax.batch import Kind, Role, TokenInfo
 from rave_jax.config import check_fields
 from rave_jax.kernels.attention import MaskCodes
@@ -28,7 +28,7 @@ from rave_jax.typing import Array, Int
 
 
 @dataclass(frozen=True)
-class Mma:
+class Mma(MechanismConfig):
     """Visual tokens see the question of their turn, also where it comes later."""
 
     layers: Layers = "all"
@@ -36,6 +36,11 @@ class Mma:
 
     def __post_init__(self) -> None:
         check_fields(self)
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Visual tokens see the question behind them."""
+        return True
 
     def build(self, dims: AttentionDims, key: jax.Array) -> MmaMask:
         """The mechanism of one layer."""
@@ -46,7 +51,6 @@ class MmaMask(Mechanism):
     """Opens the question of each turn to the visual tokens of the turn."""
 
     OWNS = ("opening",)
-    LOOKS_AHEAD = True
 
     def mask(self, info_q: TokenInfo, info_k: TokenInfo, codes: MaskCodes) -> MaskCodes:
         """open_q = the turn on visual queries, open_k = the turn on question text."""

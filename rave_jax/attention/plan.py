@@ -3,28 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, Protocol
+from typing import NamedTuple
 
 import jax
 from flax import nnx
 
-from rave_jax.attention.base import AttentionDims, Mechanism, check_owners
+from rave_jax.attention.base import AttentionDims, Mechanism, overrides
+from rave_jax.attention.checks import check_owners
+from rave_jax.attention.declared import LayeredConfig
 from rave_jax.config import ConfigError
-
-Layers = Literal["all"] | tuple[int, ...]
-
-
-class LayeredConfig(Protocol):
-    """What every mechanism's config has."""
-
-    @property
-    def layers(self) -> Layers:
-        """Global numbers of the decoder layers that use it, or "all"."""
-        ...
-
-    def build(self, dims: AttentionDims, key: jax.Array) -> Mechanism:
-        """The mechanism for one layer."""
-        ...
+from rave_jax.parallel.sharding import RULES
 
 
 class LayerRunPlan(NamedTuple):
@@ -49,9 +37,7 @@ def plan_layer_runs(configs: Sequence[LayeredConfig], num_layers: int, join: boo
     for config in configs:
         missing = [] if config.layers == "all" else [n for n in config.layers if not 0 <= n < num_layers]
         if missing:
-            raise ConfigError(
-                f"{type(config).__name__}.layers names {missing}, expected numbers from 0 to {num_layers - 1}"
-            )
+            raise ConfigError(f"{config.called}.layers names {missing}, expected numbers from 0 to {num_layers - 1}")
     used = [tuple(c for c in configs if c.layers == "all" or n in c.layers) for n in range(num_layers)]
     plans: list[LayerRunPlan] = []
     for n, mechanisms in enumerate(used):
@@ -66,9 +52,39 @@ def build_mechanisms(configs: Sequence[LayeredConfig], dims: AttentionDims, key:
     """The mechanisms of one layer, in the order of their configs.
 
     Raises:
-        ConfigError: two of them own one thing, or one needs plain what another owns.
+        ConfigError: two of them cannot share a layer (`check_owners`), or `build` of a config gave no mechanism.
     """
     keys = jax.random.split(key, max(len(configs), 1))
-    mechanisms = [config.build(dims, k) for config, k in zip(configs, keys, strict=False)]
+    mechanisms = [_built(config, dims, k) for config, k in zip(configs, keys, strict=False)]
     check_owners(mechanisms)
     return nnx.List(mechanisms)
+
+
+def _built(config: LayeredConfig, dims: AttentionDims, key: jax.Array) -> Mechanism:
+    mechanism = config.build(dims, key)
+    if not isinstance(mechanism, Mechanism):
+        found = type(mechanism).__name__
+        raise ConfigError(f"build of {config.called} returned an object of class {found}, expected a Mechanism")
+    mechanism.declared = config
+    for hook in ("positions", "factor", "route"):
+        if overrides(mechanism, hook) and hook not in mechanism.OWNS:
+            raise ConfigError(
+                f"{config.called}: {type(mechanism).__name__} overrides the hook {hook!r}, which only one mechanism of "
+                f"a layer may; say so in the class: OWNS = ({hook!r},)"
+            )
+    _check_parameters(config, mechanism)
+    return mechanism
+
+
+def _check_parameters(config: LayeredConfig, mechanism: Mechanism) -> None:
+    """Every parameter names its logical axes, by which it is sharded."""
+    leaves = jax.tree_util.tree_flatten_with_path(mechanism, is_leaf=lambda x: isinstance(x, nnx.Variable))[0]
+    for path, leaf in leaves:
+        axes = leaf.get_metadata().get("axes") if isinstance(leaf, nnx.Param) else ()
+        if isinstance(leaf, nnx.Param) and not (
+            isinstance(axes, tuple) and len(axes) == leaf.ndim and all(name is None or name in RULES for name in axes)
+        ):
+            raise ConfigError(
+                f"{config.called}: the parameter {jax.tree_util.keystr(path)} of shape {leaf.shape} has axes {axes!r}, "
+                f"expected nnx.Param(value, axes=(...)) with a name for each dimension: None or {', '.join(RULES)}"
+            )

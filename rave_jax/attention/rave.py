@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from rave_jax.attention.base import AttentionDims, Features, Mechanism, Score
-from rave_jax.attention.plan import Layers
+from rave_jax.attention.declared import Layers, MechanismConfig
 from rave_jax.batch import Kind, TokenInfo
 from rave_jax.config import check_fields, require
 from rave_jax.kernels.attention import PairBias, PairForm
@@ -34,7 +34,7 @@ MAX_RANK = 1 << 13
 
 
 @dataclass(frozen=True)
-class Rave:
+class Rave(MechanismConfig):
     """A learned query-key bias on visual keys from features before RoPE (RAVE-style; the form is ours)."""
 
     form: Literal["log_gate", "tanh", "linear", "centered_sigmoid"] = "log_gate"
@@ -60,6 +60,11 @@ class Rave:
         require(1 <= self.rank <= MAX_RANK, "rank", self.rank, f"a number from 1 to {MAX_RANK:,}")
         require(1e-6 <= self.limit <= 1e6, "limit", self.limit, "a number of logits from 1e-6 to 1e6")
         require(self.heads == "all" or len(self.heads) > 0, "heads", self.heads, "at least one head")
+
+    @property
+    def skips_keys(self) -> bool:
+        """All that it adds to scores is a pair term."""
+        return True
 
     def build(self, dims: AttentionDims, key: jax.Array) -> RaveGate:
         """The gate of one layer.
@@ -88,7 +93,6 @@ class RaveGate(Mechanism):
     """
 
     OWNS = ("pair",)
-    GATHERS = True
 
     def __init__(self, config: Rave, dims: AttentionDims, key: jax.Array):
         H, K, h = dims

@@ -27,6 +27,7 @@ from rave_jax.attention.cache import (
     StoredRegions,
     quantise,
 )
+from rave_jax.attention.checks import name_of
 from rave_jax.attention.merge import merged
 from rave_jax.attention.scores import scores_of
 from rave_jax.batch import TokenInfo
@@ -64,7 +65,10 @@ def check_decoding(
     elif kind != "compute" and jnp.dtype(kind) != dtype:
         against = f"the cache is {kind}, and the model computes in {dtype}"
     if against is not None:
-        raise ConfigError(f"attention 'pallas_tpu' cannot decode over regions: {against}; expected auto, or xla")
+        raise ConfigError(
+            f"attention is 'pallas_tpu', whose kernel cannot decode over regions: {against}; set attention to "
+            "'auto' or 'xla'"
+        )
 
 
 class ChunkSlots(NamedTuple):
@@ -207,9 +211,14 @@ def against_gathering(mechanisms: Sequence[Mechanism], x: Features) -> str | Non
     if router_of(mechanisms) is None:
         return "nothing routes in the layer"
     for mechanism in mechanisms:
-        if not mechanism.GATHERS and any(overrides(mechanism, hook) for hook in ("score", "merge", "factor", "route")):
-            return f"{type(mechanism).__name__} needs them"
+        reads = any(overrides(mechanism, hook) for hook in ("score", "merge", "factor", "route"))
+        if reads and not _skips_keys(mechanism):
+            return f"{name_of(mechanism)} needs them"
     return None
+
+
+def _skips_keys(mechanism: Mechanism) -> bool:
+    return mechanism.declared is not None and mechanism.declared.skips_keys
 
 
 @functools.cache

@@ -8,7 +8,9 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from rave_jax.attention.base import Channels, Features, Keys, Mechanism, OtherQuery
+from rave_jax.attention.checks import DOES, name_of
 from rave_jax.batch import TokenInfo
+from rave_jax.config import ConfigError
 from rave_jax.kernels.attention import MaskCodes, PairForm, Terms
 from rave_jax.kernels.attention.base import group_heads, tile_allow, tile_scores, ungroup_heads
 from rave_jax.typing import Array, Bool, Float, Int
@@ -36,12 +38,18 @@ def scores_of(
 ) -> Scores:
     """The scores with what every mechanism adds to them; at most one gives a pair term, and one a query
     (`check_owners`)."""
-    pair, form, key_bias, channels = None, PairForm(), None, []
+    pair, form, query, key_bias, channels = None, PairForm(), None, None, []
     q, k, scale = x.q, keys.k, x.q.shape[-1] ** -0.5
     for mechanism, remembered in zip(mechanisms, keys.remembered, strict=True):
         added = mechanism.score(x, remembered, info_q, info_k)
         if added is None:
             continue
+        for thing, before, more in (("pair", pair, added.pair), ("query", query, added.query)):
+            if before is not None and more is not None:
+                raise ConfigError(
+                    f"{name_of(mechanism)} {DOES[thing]}, and so does another mechanism of its layer, but only one "
+                    f"may: each has to say so in its class, OWNS = ({thing!r},), and they need different layers"
+                )
         if added.pair is not None:
             pair, form = added.pair
         if added.key_bias is not None:
@@ -49,7 +57,8 @@ def scores_of(
         if added.channels is not None:
             channels.append(added.channels)
         if added.query is not None:
-            q, k = _doubled(q, k, added.query)
+            query = added.query
+            q, k = _doubled(q, k, query)
     for columns in channels:
         q, k = _widened(q, k, columns, scale)
     return Scores(q, k, codes, Terms(pair, key_bias), form, scale)

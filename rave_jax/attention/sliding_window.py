@@ -8,14 +8,14 @@ import jax
 import jax.numpy as jnp
 
 from rave_jax.attention.base import AttentionDims, Mechanism
-from rave_jax.attention.plan import Layers
+from rave_jax.attention.declared import Layers, MechanismConfig
 from rave_jax.batch import TokenInfo
 from rave_jax.config import check_fields, require
 from rave_jax.kernels.attention import MaskCodes
 
 
 @dataclass(frozen=True)
-class SlidingWindow:
+class SlidingWindow(MechanismConfig):
     """Each query sees itself and the `window` - 1 tokens before it."""
 
     window: int = 4096
@@ -25,7 +25,7 @@ class SlidingWindow:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        require(1 <= self.window < 2**31, "window", self.window, "at least 1 token, and a number that int32 holds")
+        require(1 <= self.window < 2**31, "window", self.window, f"a number of tokens from 1 to {2**31 - 1:,}")
 
     def build(self, dims: AttentionDims, key: jax.Array) -> Window:
         """The mechanism of one layer."""

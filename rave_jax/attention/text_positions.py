@@ -8,14 +8,14 @@ import jax
 import jax.numpy as jnp
 
 from rave_jax.attention.base import AttentionDims, Mechanism
-from rave_jax.attention.plan import Layers
+from rave_jax.attention.declared import Layers, MechanismConfig
 from rave_jax.batch import TokenInfo
 from rave_jax.config import check_fields
 from rave_jax.typing import Array, Int
 
 
 @dataclass(frozen=True)
-class TextPositions:
+class TextPositions(MechanismConfig):
     """Number all tokens of a document 0, 1, 2, ... as a text model does, instead of by M-RoPE."""
 
     layers: Layers = "all"

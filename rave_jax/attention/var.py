@@ -29,8 +29,8 @@ import jax
 import jax.numpy as jnp
 
 from rave_jax.attention.base import AttentionDims, Features, Mechanism, Parts
+from rave_jax.attention.declared import Layers, MechanismConfig
 from rave_jax.attention.merge import log_sum_exp
-from rave_jax.attention.plan import Layers
 from rave_jax.batch import Kind, Role, TokenInfo
 from rave_jax.config import check_fields, require
 from rave_jax.kernels.attention import KeyGroups
@@ -41,7 +41,7 @@ OTHER, TEXT_SINK, VISUAL, VISUAL_SINK, COUNT = 0, 1, 2, 3, 4
 
 
 @dataclass(frozen=True)
-class Var:
+class Var(MechanismConfig):
     """Redistribute attention from sinks to visual tokens, where a head looks at the picture (VAR)."""
 
     dims: tuple[int, ...] = ()
@@ -61,7 +61,7 @@ class Var:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        require(all(n >= 0 for n in self.dims), "dims", self.dims, "numbers of dimensions")
+        require(all(n >= 0 for n in self.dims), "dims", self.dims, "numbers of hidden dimensions, from 0 up")
         require(0 < self.tau <= 1e30, "tau", self.tau, "a positive number, at most 1e30")
         for name in ("rho", "summ", "move_fraction"):
             require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "a share between 0 and 1")
@@ -72,7 +72,9 @@ class Var:
         Raises:
             ConfigError: no sink dimensions.
         """
-        require(len(self.dims) > 0, "dims", self.dims, "at least one sink dimension of the base model")
+        needed = "at least one sink dimension of the base model: the help of Var.dims lists those of some models, and "
+        needed += "rave_jax.attention.calibrate.sinks finds others"
+        require(len(self.dims) > 0, "dims", self.dims, needed)
         return Redistribution(self) if self.move_fraction > 0 else Mechanism()
 
 

@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 
 from rave_jax.attention.base import AttentionDims, Channels, Features, KeyFactor, Mechanism, Parts, Score
-from rave_jax.attention.plan import Layers
+from rave_jax.attention.declared import Layers, MechanismConfig
 from rave_jax.batch import TokenInfo
 from rave_jax.config import check_fields, require
 from rave_jax.kernels.attention import KeyGroups
@@ -33,7 +33,7 @@ from rave_jax.typing import Array, Bool, Float, Int
 
 
 @dataclass(frozen=True)
-class ZeroTuning:
+class ZeroTuning(MechanismConfig):
     """The first token of every document gets `gamma` times its weight before the row is normalised again."""
 
     gamma: float | tuple[float, ...] = 1.0
@@ -53,7 +53,7 @@ class ZeroTuning:
         given = self.gamma if isinstance(self.gamma, tuple) else (self.gamma,)
         require(all(1e-30 <= g <= 1e30 for g in given), "gamma", self.gamma, "numbers above 0, from 1e-30 to 1e30")
         near = self.route != "after" or all(1e-3 <= gamma <= 1e3 for gamma in given)
-        require(near, "gamma", self.gamma, "numbers from 0.001 to 1000 by route 'after'")
+        require(near, "gamma", self.gamma, "numbers from 0.001 to 1000 with route 'after'; others need another route")
         fits = self.heads == "all" or len(given) == len(self.heads) or not isinstance(self.gamma, tuple)
         require(fits, "gamma", self.gamma, f"one number, or one for each of heads {self.heads}")
         once = self.heads == "all" or len(set(self.heads)) == len(self.heads)

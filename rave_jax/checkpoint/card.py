@@ -30,7 +30,7 @@ class Origin:
     base: str = ""
     """The directory whose weights training began with, or ""."""
     run: str = ""
-    """What made it, a sentence without its stop."""
+    """What made it: a sentence without its full stop."""
 
 
 def beyond_backbone(options: ModelOptions) -> list[str]:
@@ -56,7 +56,7 @@ def lora_phrase(lora: Lora) -> str:
 def stated(options: ModelOptions) -> dict[str, Any]:
     """The value of the key in config.json."""
     return {
-        "note": f"transformers computes the backbone alone; what is named here lies in {SIDECAR_JSON} and {SIDECAR}",
+        "note": f"transformers computes only the backbone; the parts named here are in {SIDECAR_JSON} and {SIDECAR}",
         **{name: configs.to_json(getattr(options, name)) for name in ("mechanisms", "context", "lora")},
     }
 
@@ -79,7 +79,7 @@ def notes(options: ModelOptions, lora: Lora | None, form: LoraForm, rounded_to: 
     missing = beyond_backbone(options)
     if missing:
         lines.append(
-            f"transformers computes the backbone alone, without {'; '.join(missing)}: its answers differ. Load the "
+            f"transformers computes only the backbone, without {'; '.join(missing)}: its answers differ. Load the "
             f"directory with rave_jax, which reads {SIDECAR_JSON} and {SIDECAR}."
         )
     return lines
@@ -101,7 +101,7 @@ def model_card(name: str, options: ModelOptions, sentences: list[str], origin: O
         "pipeline_tag": "image-text-to-text" if vision else "text-generation",
         "tags": ["rave_jax", *sorted({type(m).__name__.lower() for m in options.mechanisms})],
     }
-    other = "transformers reads the backbone alone" if missing else "`from_pretrained` of transformers loads it too"
+    other = "transformers reads only the backbone" if missing else "`from_pretrained` of transformers loads it too"
     how = ["## Load it", f"```bash\nrave-jax generate {name} --prompt ...\n```", f"{other}."]
     return _card(name, front, origin, [*sentences, *how])
 

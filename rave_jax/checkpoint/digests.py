@@ -104,7 +104,7 @@ def check(folder: Path, digests: Digests, names: Collection[str]) -> None:
     for name in names:
         path = folder / name
         if not path.is_file():
-            raise DamageError(f"{name} is missing" if not path.exists() else f"{name} is no file")
+            raise DamageError(f"{name} is missing" if not path.exists() else f"{name} is not a file")
     try:
         found = _digests(folder, names)
     except OSError as error:

@@ -12,10 +12,10 @@ from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 from typing import Any
 
-from rave_jax.checkpoint.kinds import is_run_directory
+from rave_jax.checkpoint.kinds import kind_of
 from rave_jax.checkpoint.safetensors_file import CheckpointError
+from rave_jax.families import Family
 from rave_jax.files import LFS_POINTER
-from rave_jax.models.families import Family
 
 LFS_LARGEST = 1024
 """Bytes of the largest pointer."""
@@ -72,7 +72,7 @@ def _is_pointer(file: Path) -> bool:
 def peft_alone(directory: Path) -> str:
     """What to do with the directory of an adapter."""
     return (
-        f"{directory}: is a PEFT adapter and no whole model: import it on its base with `rave-jax convert from-hf "
+        f"{directory}: is a PEFT adapter and not a whole model: import it on its base with `rave-jax convert from-hf "
         f"{directory} NATIVE --base BASE`, or merge it with PEFT (`merge_and_unload()`, `save_pretrained`)"
     )
 
@@ -114,7 +114,7 @@ def no_weights(directory: Path) -> str:
     if shards:
         count = f"{len(shards)} of {max(int(shard[2]) for shard in shards)} shards"
         names = _some([shard[0] for shard in shards])
-        return f"{directory}: holds {count} ({names}) and no {index}, which says what is where: download that too"
+        return f"{directory}: holds {count} ({names}) but not {index}, the list of tensors: download it too"
     for pattern, kind in OTHER_FORMATS.items():
         files = sorted(f.name for f in directory.glob(pattern))
         if files and kind == "pickles":
@@ -126,7 +126,7 @@ def no_weights(directory: Path) -> str:
             return (
                 f"{directory}: the weights are {kind} ({_some(files)}): take the release in safetensors of transformers"
             )
-    if is_run_directory(run := directory.resolve().parent):
+    if kind_of(run := directory.resolve().parent) == "run":
         return f"{directory}: holds no weights: it is a part of the training run {run}, which keeps them; give the run"
     expected = f"expected model.safetensors, or {index} and the files it lists"
     others = sorted(str(f.relative_to(directory)) for d in ("*", "*/*") for f in directory.glob(f"{d}.safetensors"))
@@ -155,7 +155,7 @@ def prefix_of(missing: Collection[str], unknown: Collection[str], family: Family
         if 2 * count >= len(unknown):
             return (
                 "",
-                f"{count} keys lack {prefix!r} in front: only an inner part was saved; save the whole model",
+                f"{count} keys lack {prefix!r} in front: only a part of the model was saved; save the whole model",
             )
     return None
 

@@ -34,8 +34,8 @@ from rave_jax.checkpoint.merging import adapter_of, is_adapter, merged
 from rave_jax.checkpoint.naming import extra_parameters, global_names, rules_of
 from rave_jax.checkpoint.safetensors_file import Planned, write_header, write_tensor
 from rave_jax.checkpoint.written_whole import written_whole
+from rave_jax.families import family_named
 from rave_jax.models.config import ModelOptions
-from rave_jax.models.families import family_named
 from rave_jax.models.parameters import Location, locate, named_parameters
 from rave_jax.models.vlm import Vlm
 from rave_jax.parallel.sharding import replicated
@@ -67,7 +67,7 @@ def export_hf(
 
     Args:
         model: with parameters on any mesh.
-        destination: a directory that is not there yet (or empty).
+        destination: a directory to make; it must not exist or must be empty.
         source: the directory that the model came from: its config, tokenizer and processor files are carried along
             byte for byte, and its style of keys is kept. None writes a config made from ours, and no tokenizer.
         dtype: number type of what is written, "float32" or "bfloat16"; None writes each parameter as it is.

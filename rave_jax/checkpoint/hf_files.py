@@ -7,18 +7,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rave_jax.checkpoint import explain
-from rave_jax.checkpoint.kinds import what_is
+from rave_jax.checkpoint.kinds import ADAPTER_CONFIG, CONFIG, NATIVE, kind_of, what_is
 from rave_jax.checkpoint.safetensors_file import CheckpointError, Stored, read_header
 from rave_jax.files import read_text
 
-CONFIG = "config.json"
 GENERATION_CONFIG = "generation_config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SIDECAR = "rave_jax.safetensors"
 SIDECAR_JSON = "rave_jax.json"
-NATIVE = "native.json"
-ADAPTER_CONFIG, ADAPTER = "adapter_config.json", "adapter_model.safetensors"
+ADAPTER = "adapter_model.safetensors"
 STATED_KEY = "rave_jax"
 """Key of config.json that says what transformers does not compute of a model."""
 CARRIED = ("*.json", "*.txt", "*.jinja", "*.model", "*.tiktoken", "*.md", "LICENSE*", "NOTICE*")
@@ -40,7 +38,7 @@ class Weights(NamedTuple):
 
 def is_peft(directory: Path) -> bool:
     """Is this the directory of a PEFT adapter, and of no whole model?"""
-    return (directory / ADAPTER_CONFIG).is_file() and not (directory / CONFIG).is_file()
+    return kind_of(directory) == "adapter"
 
 
 def read_json(path: Path) -> Any:

@@ -26,10 +26,11 @@ from rave_jax.checkpoint.safetensors_file import DTYPES, CheckpointError, Slice,
 from rave_jax.checkpoint.sidecar import check_same, needs_sidecar, saved_options
 from rave_jax.checkpoint.target import abstract_model, check_room, fresh_parameters, is_stacked, parameter_shardings
 from rave_jax.checkpoint.verify import match, refusal
-from rave_jax.data.processor import image_settings
-from rave_jax.models.config import ModelOptions, VlmConfig
-from rave_jax.models.families import Family, family_for
-from rave_jax.models.families.base import eos_ids, section
+from rave_jax.families import Family, family_for
+from rave_jax.families.config import VlmConfig
+from rave_jax.families.directory import processor_files, with_processor
+from rave_jax.families.hf import eos_ids, section
+from rave_jax.models.config import ModelOptions
 from rave_jax.models.parameters import named_parameters, with_values
 from rave_jax.models.vlm import Vlm
 from rave_jax.typing import NpArray
@@ -56,33 +57,12 @@ def load_config(directory: str | Path) -> tuple[VlmConfig, Family]:
         check_quantization(hf)
         check_quantization(section(hf, "text_config"), "config.json: text_config")
         family = family_for(hf)
-        config = with_image_settings(family.parse(hf), Path(directory))
+        config = with_processor(family.parse(hf), processor_files(Path(directory)))
         return with_generation_settings(config, Path(directory)), family
     except ValueError as error:
         raise CheckpointError(f"{directory}: {error}") from error
     except (TypeError, AttributeError, ZeroDivisionError) as error:
         raise CheckpointError(f"{directory}/config.json: a value is of the wrong kind: {error}") from error
-
-
-def with_image_settings(config: VlmConfig, directory: Path) -> VlmConfig:
-    """The config with the mean and deviation of pixels that the directory's processor files state, where there are any.
-
-    Raises:
-        CheckpointError: those files cut pictures in other ways than the tower reads them.
-    """
-    if config.vision is None:
-        return config
-    file, settings = image_settings(directory)
-    for key in ("patch_size", "temporal_patch_size", "merge_size"):
-        wanted = getattr(config.vision, key)
-        if settings.get(key, wanted) != wanted:
-            raise CheckpointError(f"{file}: {key} is {settings[key]!r}, expected {wanted} as config.json has it")
-    stated = {
-        ours: tuple(float(n) for n in settings[theirs])
-        for ours, theirs in (("pixel_mean", "image_mean"), ("pixel_std", "image_std"))
-        if settings.get(theirs) is not None
-    }
-    return dataclasses.replace(config, vision=dataclasses.replace(config.vision, **stated))
 
 
 def with_generation_settings(config: VlmConfig, directory: Path) -> VlmConfig:
@@ -157,7 +137,7 @@ def _dtypes(directory: Path, model: Vlm, sources: dict[str, list[Stored]], dtype
         return wanted
     stored = {path: {s.dtype for s in tensors} for path, tensors in sources.items()}
     mixed = [
-        f"{tensors[0].key} ({tensors[0].file.name}) and its like in other layers differ in number type: "
+        f"{tensors[0].key} ({tensors[0].file.name}) and the same tensors of other layers have different number types: "
         + ", ".join(sorted(stored[path]))
         for path, tensors in sources.items()
         if len(stored[path]) > 1

@@ -1,23 +1,52 @@
-"""What a path is that is no model directory in HuggingFace format, and which command takes it."""
+"""What a directory is: a training run, a native checkpoint, a model in HuggingFace format or a PEFT adapter; and what
+is said of one that is none of these, and which command takes it."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from rave_jax.files import read_text
+
+CONFIG, NATIVE, ADAPTER_CONFIG, CHECKPOINTS = "config.json", "native.json", "adapter_config.json", "checkpoints"
+"""Files and a folder by which a directory is known."""
 RUN_CONFIG = "TrainConfig"
 """`type` of the config.json of a training run."""
 EXPECTED = "expected a model directory in HuggingFace format"
 MOST_NAMED = 3
+Kind = Literal["run", "native", "model", "adapter", "other"]
+
+
+def kind_of(path: Path) -> Kind:
+    """What a path is, by the names of its files and by what its config.json says it is. Nothing else is checked.
+
+    A run is one from its config.json on, whatever it has saved; one whose config.json is damaged is known by its
+    checkpoints. An adapter beside a whole model counts as the model.
+    """
+    config = path / CONFIG
+    try:
+        stated = json.loads(read_text(config))
+    except (OSError, ValueError, RecursionError):
+        stated = None
+    if stated is None and config.is_file() and (path / CHECKPOINTS).is_dir():
+        return "run"
+    if isinstance(stated, dict) and stated.get("type") == RUN_CONFIG:
+        return "run"
+    if (path / NATIVE).is_file():
+        return "native"
+    if config.is_file():
+        return "model"
+    return "adapter" if (path / ADAPTER_CONFIG).is_file() else "other"
 
 
 def what_is(path: Path) -> str:
     """Why a path without a config.json is no model directory, and what to do."""
     if not path.is_dir():
         return _no_directory(path)
-    parent = next((folder for folder in path.resolve().parents if is_run_directory(folder)), None)
-    inner = sorted(file.parent.name for file in path.glob("*/config.json"))
+    parent = next((folder for folder in path.resolve().parents if kind_of(folder) == "run"), None)
+    inner = sorted(file.parent.name for file in path.glob(f"*/{CONFIG}"))
     if not any(path.iterdir()):
         found = "is an empty directory"
     elif parent is not None:
@@ -26,7 +55,7 @@ def what_is(path: Path) -> str:
         more = ", ..." if len(inner) > MOST_NAMED else ""
         found = f"holds no config.json itself, but {', '.join(inner[:MOST_NAMED])}{more} inside does; give one of those"
     elif any(path.glob("*.gguf")):
-        found = "holds GGUF files, which are not read; give the directory of safetensors that they were made from"
+        found = "holds GGUF files, which are not read; give the directory of safetensors files that they were made from"
     elif any(path.glob("*.safetensors")):
         found = "holds weights but no config.json; copy it from where the weights are from"
     else:
@@ -46,11 +75,6 @@ def _no_directory(path: Path) -> str:
     return f"{path}: no such directory{hub}"
 
 
-def is_run_directory(path: Path) -> bool:
-    """Does a directory look like that of a training run, whatever it has saved so far?"""
-    return (path / "config.json").is_file() and (path / "checkpoints").is_dir()
-
-
 def other_config(path: Path, config: Mapping[str, Any]) -> str:
     """Why a config.json is no model's, and which command takes the directory; "" for a model's."""
     if config.get("type") == RUN_CONFIG:
@@ -60,7 +84,7 @@ def other_config(path: Path, config: Mapping[str, Any]) -> str:
         )
     if not config.get("model_type"):
         kind = next((f"; it is a {config[key]} of {name}" for key, name in OTHERS.items() if key in config), "")
-        return f"{path / 'config.json'}: the key 'model_type' is missing{kind}; {EXPECTED}"
+        return f"{path / CONFIG}: the key 'model_type' is missing{kind}; {EXPECTED}"
     return ""
 
 

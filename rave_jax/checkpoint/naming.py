@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-from rave_jax.models.families import TensorRule, family_named
+from rave_jax.families import TensorRule, family_named
 from rave_jax.models.parameters import Location, locate, named_parameters
 from rave_jax.models.vlm import Vlm
 

@@ -26,7 +26,8 @@ from rave_jax.checkpoint.hf_files import NATIVE, SIDECAR_JSON, read_json
 from rave_jax.checkpoint.naming import extra_parameters, global_names, locations
 from rave_jax.checkpoint.safetensors_file import CheckpointError
 from rave_jax.checkpoint.target import abstract_model, check_room, fresh_parameters, parameter_shardings
-from rave_jax.models.config import ModelOptions, VlmConfig
+from rave_jax.families.config import VlmConfig
+from rave_jax.models.config import ModelOptions
 from rave_jax.models.parameters import Location, named_parameters, with_values
 from rave_jax.models.vlm import Vlm
 

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 from rave_jax.checkpoint.hf_files import ADAPTER_CONFIG, read_json
 from rave_jax.checkpoint.safetensors_file import CheckpointError
+from rave_jax.families import Family, TensorRule
 from rave_jax.models.config import MAX_RANK, Lora
-from rave_jax.models.families import Family, TensorRule
 
 MERGE_ADVICE = "merge it with PEFT (`merge_and_unload()`, `save_pretrained`) and read the merged directory"
 
@@ -91,7 +91,7 @@ class AdapterConfig:
             try:
                 re.compile(pattern)
             except re.error as error:
-                raise CheckpointError(f"{self.file}: {pattern!r} is no regex: {error}") from error
+                raise CheckpointError(f"{self.file}: {pattern!r} is not a valid regex: {error}") from error
 
     @property
     def base(self) -> str:

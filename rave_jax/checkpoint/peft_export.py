@@ -25,7 +25,7 @@ from rave_jax.checkpoint.safetensors_file import CheckpointError, Planned
 from rave_jax.checkpoint.target import abstract_model
 from rave_jax.checkpoint.verify import match
 from rave_jax.checkpoint.written_whole import written_whole
-from rave_jax.models.families import family_named
+from rave_jax.families import family_named
 from rave_jax.models.parameters import Location, locate, named_parameters
 from rave_jax.models.vlm import Vlm
 
@@ -40,7 +40,7 @@ def export_peft(
 
     Args:
         model: with LoRA in its options, on any mesh.
-        destination: a directory that is not there yet (or empty).
+        destination: a directory to make; it must not exist or must be empty.
         base: HuggingFace directory of the model without its adapters; the adapter names it.
         dtype: number type of the adapters, "float32" or "bfloat16"; None writes them as they are.
         origin: what is known of the model's making, for its card.
@@ -112,6 +112,6 @@ def check_base(model: Vlm, base: Path) -> None:
     if differing:
         named = ", ".join(differing[:NAMED]) + (f" and {len(differing) - NAMED} more" if len(differing) > NAMED else "")
         raise CheckpointError(
-            f"{base}: its weights are not those of the model, so an adapter would be of no use on it; {named} differ "
-            f"(trained beside the adapters, or of another model): {advice}"
+            f"{base}: its weights are not those of the model, so an adapter would not fit it; {named} differ (they "
+            f"were trained beside the adapters, or belong to another model): {advice}"
         )

@@ -21,8 +21,9 @@ from rave_jax.checkpoint.safetensors_file import DTYPES, CheckpointError, Slice,
 from rave_jax.checkpoint.sidecar import saved_options
 from rave_jax.checkpoint.target import parameter_shardings
 from rave_jax.checkpoint.verify import match_sidecar, refusal
-from rave_jax.models.config import Lora, ModelOptions, VlmConfig
-from rave_jax.models.families import TensorRule, family_named
+from rave_jax.families import TensorRule, family_named
+from rave_jax.families.config import VlmConfig
+from rave_jax.models.config import Lora, ModelOptions
 from rave_jax.models.parameters import named_parameters, with_values
 from rave_jax.models.vlm import Vlm
 from rave_jax.typing import NpArray
@@ -226,7 +227,7 @@ def base_of(directory: Path, given: Path | None) -> Path:
     for path in (Path(stated).expanduser(), directory / stated) if stated else ():
         if path.is_dir():
             return path
-    what = f"{stated!r}, which is no directory here" if stated else "not stated"
+    what = f"{stated!r}, which is not a directory here" if stated else "not stated"
     raise CheckpointError(
         f"{directory / ADAPTER_CONFIG}: base_model_name_or_path is {what}: give the base model's directory (--base)"
     )

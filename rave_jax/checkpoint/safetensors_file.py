@@ -60,14 +60,14 @@ def read_header(path: Path) -> tuple[dict[str, Stored], list[str]]:
             start = file.read(8)
             length = int.from_bytes(start, "little")
             if len(start) < 8 or length > min(size - 8, MAX_HEADER):
-                return {}, [f"{path.name}: {size} bytes are too few for its header: truncated, or no safetensors file"]
+                return {}, [f"{path.name}: {size} bytes are too few for its header: truncated, or not safetensors"]
             entries = json.loads(file.read(length))
     except OSError as error:
         return {}, [f"{path.name}: cannot be read: {error.strerror or error}"]
     except (ValueError, RecursionError) as error:
         return {}, [f"{path.name}: its header is corrupt: {error}"]
     if not isinstance(entries, dict):
-        return {}, [f"{path.name}: its header is corrupt: no object"]
+        return {}, [f"{path.name}: its header is corrupt: not a JSON object"]
     tensors: dict[str, Stored] = {}
     problems: list[str] = []
     spans: list[tuple[int, int]] = []
@@ -93,7 +93,7 @@ def read_header(path: Path) -> tuple[dict[str, Stored], list[str]]:
     spans.sort()
     ends = [0, *(end for _, end in spans)]
     if not problems and [*(begin for begin, _ in spans), size - 8 - length] != ends:
-        problems.append(f"{path.name}: its tensors overlap, or leave bytes between or behind them")
+        problems.append(f"{path.name}: its tensors overlap, or leave unused bytes between or after them")
     return tensors, problems
 
 

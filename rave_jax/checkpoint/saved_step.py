@@ -108,7 +108,7 @@ def _check_json(path: Path, name: str) -> None:
     except (ValueError, RecursionError) as error:
         raise DamageError(f"{name} is {'not JSON' if path.stat().st_size else 'empty'}") from error
     if not isinstance(found, dict):
-        raise DamageError(f"{name} is not what was saved: it is no JSON object")
+        raise DamageError(f"{name} is not what was saved: it is not a JSON object")
 
 
 def load(folder: Path, targets: Mapping[str, Any], *, verified: bool) -> dict[str, Any]:

@@ -64,7 +64,7 @@ def _check_stated(directory: Path, saved: ModelOptions | None) -> None:
             f"{SIDECAR} from where the directory came from, or {backbone}"
         )
     for name in PARTS:
-        if stated.get(name) != configs.to_json(getattr(saved, name)):
+        if configs.without_folders(stated.get(name)) != configs.without_folders(configs.to_json(getattr(saved, name))):
             raise CheckpointError(
                 f"{where} says {name} {stated.get(name)!r}, but {SIDECAR_JSON} has {getattr(saved, name)}: the files "
                 f"are of two models; copy both from one, or {backbone}"

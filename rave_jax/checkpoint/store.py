@@ -256,8 +256,8 @@ class Store:
         if damaged:
             folders = " ".join(str(self.directory / str(step)) for step in damaged)
             raise StoreError(
-                f"{self.directory} holds no sound checkpoint: {_listed(damaged)}; bring back copies of them, or delete "
-                f"{folders} to begin the run again from its first step"
+                f"{self.directory} holds no sound checkpoint: {_listed(damaged)}; restore copies of them, or delete "
+                f"{folders} to start the run again from its first step"
             )
         return None
 
@@ -278,8 +278,8 @@ class Store:
         found = saved_step.load(folder, targets, verified=verified)
         if not verified and jax.process_index() == 0:
             log.warning(
-                "warning: %s has no digests, so damage in it would not be noticed: it was saved by an earlier version, "
-                "its job was killed just after it was saved, or has only just saved it",
+                "warning: %s has no digests, so damage in it would not be noticed: an earlier version saved it, its "
+                "job was killed just after the save, or the digests are not written yet",
                 folder,
             )
         return found
@@ -291,7 +291,7 @@ class Store:
             names = " ".join(map(str, moved.values() if moved else (self.directory / str(step) for step in damaged)))
             what = f"moved to {names}, which can be deleted" if moved else f"delete {names}, or train on"
             log.warning(
-                "warning: damaged checkpoints in %s: %s; taken is step %d, the newest that is sound; %s",
+                "warning: damaged checkpoints in %s: %s; using step %d, the newest sound checkpoint; %s",
                 self.directory,
                 _listed(damaged),
                 taken,

@@ -9,7 +9,8 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 
-from rave_jax.models.config import ModelOptions, VlmConfig
+from rave_jax.families.config import VlmConfig
+from rave_jax.models.config import ModelOptions
 from rave_jax.models.parameters import named_parameters, param_axes
 from rave_jax.models.vlm import Vlm
 from rave_jax.parallel.memory import check_memory

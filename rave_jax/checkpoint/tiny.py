@@ -2,9 +2,9 @@
 
 Start of the weights, as `Vlm` makes them: linears normal with standard deviation 1/sqrt(fan_in), which keeps the size
 of activations at any width (HF's fixed 0.02 is a quarter of that at a width of 128); the embedding table normal with
-0.02, and apart from the head, since that learns sooner (docs/training.md); biases zero, norms one.
+0.02, and apart from the head, since that learns sooner (docs/results.md); biases zero, norms one.
 
-The tokenizer is byte-level BPE, as Qwen's: every byte is a token, so it reads any text, and a few merges make the
+The tokenizer is byte-level BPE: every byte is a token, so it reads any text, and a few merges make the
 words of the chat format and of the synthetic questions short.
 """
 
@@ -12,11 +12,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import jax
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -24,48 +22,22 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from rave_jax.checkpoint.hf_export import export_hf
 from rave_jax.checkpoint.target import abstract_model, check_room, parameter_shardings
 from rave_jax.config import check_fields, require
-from rave_jax.models.config import ModelOptions, TextConfig, VisionConfig, VlmConfig
-from rave_jax.models.families import family_named
+from rave_jax.families import SMALL_MODELS
+from rave_jax.families.config import VlmConfig
+from rave_jax.models.config import ModelOptions
 from rave_jax.models.vlm import Vlm
 
-FAMILY = "qwen2_5_vl"
 BYTES = 256
-SPECIAL = (
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|image_pad|>",
-    "<|video_pad|>",
-)
+SPECIAL = SMALL_MODELS.special_tokens
 IDS = {token: BYTES + n for n, token in enumerate(SPECIAL)}
 VOCAB_SIZE = 448
-"""Rows of the embedding table: 256 bytes, 7 special tokens, and room for merges; a number that devices can share."""
+"""Rows of the embedding table: 256 bytes, special tokens, and room for merges; a number that devices can share."""
 WORDS = (
     "system user assistant Which What digit number is the value total price of in on at cell bar row column and "
     "How many shapes are there there? cell? bar? shapes? red green blue yellow orange purple pink cyan brown gray "
     "circle circles square squares triangle triangles cross crosses"
 )
 """What the merges are learned from, each word with and without a blank before it."""
-
-CHAT_TEMPLATE = """\
-{%- macro written(content) -%}
-  {%- if content is string -%}{{- content -}}
-  {%- else -%}
-    {%- for part in content -%}
-      {%- if part.type == 'image' -%}<|vision_start|><|image_pad|><|vision_end|>
-      {%- elif part.type == 'video' -%}<|vision_start|><|video_pad|><|vision_end|>
-      {%- else -%}{{- part.text -}}
-      {%- endif -%}
-    {%- endfor -%}
-  {%- endif -%}
-{%- endmacro -%}
-{%- for message in messages -%}
-  {{- '<|im_start|>' + message.role + '\\n' + written(message.content) + '<|im_end|>\\n' -}}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}
-"""
 
 
 @dataclass(frozen=True)
@@ -111,46 +83,16 @@ class Tiny:
 
 
 def tiny_config(sizes: Tiny) -> VlmConfig:
-    """The model config. The last block of the tower attends over the whole frame; half of the rotary frequencies
-    turn with time, a quarter each (about) with height and width."""
-    half = sizes.hidden_size // sizes.num_heads // 2
-    side = math.ceil(half / 4) if half > 2 else half // 3
-    text = TextConfig(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=sizes.hidden_size,
-        num_layers=sizes.num_layers,
-        num_heads=sizes.num_heads,
-        num_kv_heads=sizes.num_kv_heads,
-        head_dim=sizes.hidden_size // sizes.num_heads,
-        mlp_size=sizes.mlp_size,
-        mrope_section=(half - 2 * side, side, side),
-        tie_embeddings=False,
-    )
-    vision = VisionConfig(
-        depth=sizes.vision_layers,
-        hidden_size=sizes.vision_hidden_size,
-        num_heads=sizes.vision_heads,
-        mlp_size=sizes.vision_mlp_size,
-        patch_size=sizes.patch_size,
-        merge_size=sizes.merge_size,
-        window_size=sizes.window_size,
-        full_attention_blocks=(sizes.vision_layers - 1,),
-        out_size=sizes.hidden_size,
-    )
-    return VlmConfig(
-        text=text,
-        vision=vision,
-        image_token_id=IDS["<|image_pad|>"],
-        video_token_id=IDS["<|video_pad|>"],
-        vision_start_token_id=IDS["<|vision_start|>"],
-        vision_end_token_id=IDS["<|vision_end|>"],
-        eos_token_ids=(IDS["<|im_end|>"], IDS["<|endoftext|>"]),
-        family=FAMILY,
-    )
+    """The config of a model of these sizes.
+
+    Raises:
+        ConfigError: sizes that make no model.
+    """
+    return SMALL_MODELS.config(sizes, VOCAB_SIZE, IDS)
 
 
 def byte_tokenizer() -> Tokenizer:
-    """Byte-level BPE over UTF-8, and the special tokens of Qwen's chat format. The same at every call."""
+    """Byte-level BPE over UTF-8, and the special tokens of its family's chat format. The same at every call."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     assert len(alphabet) == BYTES
     vocab = {char: n for n, char in enumerate(alphabet)} | IDS
@@ -178,7 +120,7 @@ def write_tiny(destination: str | Path, sizes: Tiny = Tiny()) -> Path:
     """Write the model, its tokenizer and its processor settings.
 
     Args:
-        destination: a directory that is not there yet (or empty).
+        destination: a directory to make; it must not exist or must be empty.
         sizes: of the model, and its seed.
 
     Raises:
@@ -197,37 +139,5 @@ def write_tiny(destination: str | Path, sizes: Tiny = Tiny()) -> Path:
 def write_tiny_files(folder: Path, sizes: Tiny) -> None:
     """Write what a model directory holds beside its weights into a folder that is there."""
     byte_tokenizer().save(str(folder / "tokenizer.json"))
-    for name, data in _settings(tiny_config(sizes)).items():
+    for name, data in SMALL_MODELS.files(tiny_config(sizes), IDS).items():
         (folder / name).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
-
-
-def _settings(config: VlmConfig) -> dict[str, Any]:
-    vision = config.vision
-    assert vision is not None
-    pad = IDS["<|endoftext|>"]
-    unit = (vision.patch_size * vision.merge_size) ** 2
-    ids = {"bos_token_id": pad, "pad_token_id": pad}
-    return {
-        "config.json": family_named(FAMILY).render(config) | {"dtype": "float32"} | ids,
-        "generation_config.json": {**ids, "eos_token_id": list(config.eos_token_ids), "do_sample": False},
-        "tokenizer_config.json": {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "chat_template": CHAT_TEMPLATE,
-            "eos_token": "<|im_end|>",
-            "pad_token": "<|endoftext|>",
-            "additional_special_tokens": list(SPECIAL),
-            "clean_up_tokenization_spaces": False,
-            "model_max_length": config.text.max_position,
-        },
-        "preprocessor_config.json": {
-            "image_processor_type": "Qwen2VLImageProcessor",
-            "processor_class": "Qwen2_5_VLProcessor",
-            "patch_size": vision.patch_size,
-            "temporal_patch_size": vision.temporal_patch_size,
-            "merge_size": vision.merge_size,
-            "min_pixels": unit,
-            "max_pixels": 1024 * unit,
-            "image_mean": list(vision.pixel_mean),
-            "image_std": list(vision.pixel_std),
-        },
-    }

@@ -12,7 +12,7 @@ from rave_jax.checkpoint import explain
 from rave_jax.checkpoint.hf_files import SIDECAR, Weights, read_weights
 from rave_jax.checkpoint.naming import extra_parameters, global_names, locations, rules_of
 from rave_jax.checkpoint.safetensors_file import DTYPES, CheckpointError, Slice, Stored, read_header, read_into
-from rave_jax.models.families import family_named
+from rave_jax.families import family_named
 from rave_jax.models.parameters import locate, named_parameters
 from rave_jax.models.vlm import Vlm
 from rave_jax.typing import NpArray

@@ -44,12 +44,12 @@ def written_whole(destination: Path, nbytes: int) -> Generator[Path | None]:
     folder = lock = None
     try:
         if destination.is_dir() and any(destination.iterdir()):
-            raise CheckpointError(f"{destination}: is there already and not empty; nothing was written")
+            raise CheckpointError(f"{destination}: exists already and is not empty; nothing was written")
         if destination.exists() and not destination.is_dir():
-            raise CheckpointError(f"{destination}: is there already and no directory; nothing was written")
+            raise CheckpointError(f"{destination}: exists already and is not a directory; nothing was written")
         blocking = next(p for p in destination.parents if p.exists())
         if not blocking.is_dir():
-            raise CheckpointError(f"{destination}: {blocking} is no directory; nothing was written")
+            raise CheckpointError(f"{destination}: {blocking} is not a directory; nothing was written")
         destination.parent.mkdir(parents=True, exist_ok=True)
         sweep(destination.parent)
         free = shutil.disk_usage(destination.parent).free

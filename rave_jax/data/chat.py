@@ -202,7 +202,7 @@ class ChatTemplate:
             if scanned.written == plain:
                 answers = [(scanned.in_text(start), scanned.in_text(stop)) for start, stop in rendered.answers]
                 return (scanned, marked, answers) if around else (*_searched(views, marked, scanned), answers)
-        raise SampleError("the chat template writes another text where a special token is spelled out in a message")
+        raise SampleError("the chat template changes the text of a message that spells out a special token")
 
     def _encode(self, scanned: Scanned, views: Sequence[View]) -> tuple[Encoded, Callable[[Sequence[int]], NpArray]]:
         """The tokens, and places of `scanned.text` as places of the text that they were made from."""
@@ -211,7 +211,10 @@ class ChatTemplate:
         taken = {character for view in views for text in texts_of(view) for character in text} & set(self._words.ids)
         if taken:
             names = ", ".join(f"U+{ord(character):X}" for character in sorted(taken))
-            raise SampleError(f"a text spells special tokens and also holds {names}, which stand for them here")
+            raise SampleError(
+                f"a text spells out a special token and also holds {names}, which rave_jax uses in place of special "
+                "tokens: remove these characters"
+            )
         return self._words.encode_literal(scanned.text), np.asarray
 
     def _in_form(self, view: View) -> View:
@@ -223,7 +226,7 @@ class ChatTemplate:
         if takes_parts:
             return view
         if any(part["type"] in VISUAL_TYPES for part in content):
-            raise SampleError(f"the chat template takes no pictures in a {view['role']} message")
+            raise SampleError(f"the chat template does not accept pictures in a {view['role']} message")
         return {**view, "content": "".join(texts_of(view))}
 
     def _form(self, role: str) -> tuple[bool, bool]:

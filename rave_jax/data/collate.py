@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from rave_jax.batch import Batch, Kind, TokenInfo
+from rave_jax.data.patches import empty_patches
 from rave_jax.data.sample import Example, OverBudget
 
 
@@ -18,7 +19,7 @@ class BatchShape(NamedTuple):
     Fields:
         rows: B.
         tokens: T, text and visual tokens of a row.
-        patches: P of a row; a multiple of the tower's window (`ProcessorSettings.window_patches`), or 0 for text only.
+        patches: P of a row; a multiple of the tower's window (`PictureRules.window_patches`), or 0 for text only.
     """
 
     rows: int
@@ -40,18 +41,18 @@ def smallest_shape(rows: Sequence[Sequence[Example]], tokens_multiple: int, patc
         patches_multiple: P is a multiple of it; the tower's window, or a multiple of that.
     """
     tokens = max((sum(len(e.tokens) for e in row) for row in rows), default=0)
-    patches = max((sum(len(e.patches) for e in row) for row in rows), default=0)
+    patches = max((sum(e.patches.length for e in row) for row in rows), default=0)
     return BatchShape(len(rows), round_up(max(tokens, 1), tokens_multiple), round_up(patches, patches_multiple))
 
 
 def check_fits(example: Example, tokens: int, patches: int, name: str) -> None:
     """Raise OverBudget, naming the sample and its sizes, unless it fits the budgets."""
-    if len(example.tokens) > tokens or len(example.patches) > patches:
+    if len(example.tokens) > tokens or example.patches.length > patches:
         raise OverBudget(
-            f"{name}: {len(example.tokens)} tokens and {len(example.patches)} patches, "
+            f"{name}: {len(example.tokens)} tokens and {example.patches.length} patches, "
             f"over the budget of {tokens} tokens and {patches} patches",
             len(example.tokens),
-            len(example.patches),
+            example.patches.length,
         )
 
 
@@ -69,10 +70,7 @@ def empty_batch(shape: BatchShape, patch_numbers: int) -> Batch:
         info=TokenInfo(*(zeros(b, t) for _ in TokenInfo._fields)),
         positions=zeros(3, b, t),
         visual_index=zeros(b, t),
-        patches=zeros(b, p, patch_numbers, dtype=np.uint8),
-        patch_frame=zeros(b, p),
-        patch_place=zeros(b, p, 2),
-        patch_window=zeros(b, p),
+        patches=empty_patches((b, p), patch_numbers),
     )
 
 
@@ -85,8 +83,8 @@ def collate(rows: Sequence[Sequence[Example]], shape: BatchShape, patch_numbers:
     Args:
         rows: documents of each row, at most `shape.rows` of them; rows that are missing are padding.
         shape: the batch's shape.
-        patch_numbers: C, numbers in a flattened patch (`ProcessorSettings.patch_numbers`).
-        merge_patches: patches in a merge unit (`ProcessorSettings.merge_patches`).
+        patch_numbers: C, numbers in a flattened patch (`PictureRules.patch_numbers`).
+        merge_patches: patches in a merge unit (`PictureRules.merge_patches`).
 
     Raises:
         OverBudget: a row's documents do not fit. Nothing is cut.
@@ -99,7 +97,7 @@ def collate(rows: Sequence[Sequence[Example]], shape: BatchShape, patch_numbers:
         for number, example in enumerate(documents, start=1):
             check_fits(example, shape.tokens - token, shape.patches - patch, f"row {b}, document {number}")
             t = slice(token, token + len(example.tokens))
-            p = slice(patch, patch + len(example.patches))
+            p = slice(patch, patch + example.patches.length)
             visual = example.info.kind == Kind.VISUAL
             batch.tokens[b, t] = example.tokens
             batch.targets[b, t.start : t.stop - 1] = example.tokens[1:]
@@ -111,13 +109,13 @@ def collate(rows: Sequence[Sequence[Example]], shape: BatchShape, patch_numbers:
             batch.info.region[b, t] = np.where(example.info.region > 0, example.info.region + regions, 0)
             batch.positions[:, b, t] = example.positions
             batch.visual_index[b, t] = np.where(visual, example.visual_index + patch // merge_patches, 0)
-            batch.patches[b, p] = example.patches
-            batch.patch_place[b, p] = example.patch_place
-            batch.patch_frame[b, p] = example.patch_frame + frames
-            batch.patch_window[b, p] = example.patch_window + windows
+            batch.patches.pixels[b, p] = example.patches.pixels
+            batch.patches.place[b, p] = example.patches.place
+            batch.patches.frame[b, p] = example.patches.frame + frames
+            batch.patches.window[b, p] = example.patches.window + windows
             token, patch = t.stop, p.stop
             images += int(example.info.image.max(initial=0))
-            frames += int(example.patch_frame.max(initial=0))
-            windows += int(example.patch_window.max(initial=0))
+            frames += int(example.patches.frame.max(initial=0))
+            windows += int(example.patches.window.max(initial=0))
             regions += int(example.info.region.max(initial=0))
     return batch

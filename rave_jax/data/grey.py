@@ -69,5 +69,5 @@ def _remark(name: str, mode: str, kind: str) -> None:
     """Say once of each kind how it is scaled."""
     if (mode, kind) not in _remarked:
         _remarked.add((mode, kind))
-        text = f"{name}: greys of mode {mode} become 8 bits by {kind}; other pictures of this kind alike"
+        text = f"{name}: a grey picture of mode {mode} is scaled to 8 bits by {kind}; so are others of this kind"
         print(text, file=sys.stderr)

@@ -97,7 +97,7 @@ class LiteralTokenizer:
         except TypeError as error:
             half = HALF_PAIR.search(text)
             place = half.start() if half else 0
-            raise SampleError(f"a text is no Unicode: {text[max(0, place - 20) : place + 20]!r}") from error
+            raise SampleError(f"a text is not valid Unicode: {text[max(0, place - 20) : place + 20]!r}") from error
         bounds = np.asarray(encoding.offsets, np.int64).reshape(-1, 2)
         starts = bounds[:, 0]
         if self._cuts_spaces and len(starts):

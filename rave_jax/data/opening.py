@@ -87,9 +87,9 @@ def _bytes_of(source: Any) -> BinaryIO:
     if not path.strip():
         raise ImageError("the path of a picture is empty")
     if is_address(path):
-        raise ImageError("an address on the net: pictures are not downloaded; save it and give the path of the file")
+        raise ImageError("a URL: pictures are not downloaded; save the picture and give the path of the file")
     if len(path) > LONGEST_PATH:
-        raise ImageError("too long for a path; base64 of a picture is given as data:image/png;base64,...")
+        raise ImageError("too long for a path; write base64 of a picture as data:image/png;base64,...")
     return open_regular(path)
 
 
@@ -135,5 +135,5 @@ def _identified(file: BinaryIO) -> Image.Image:
         text = start.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
         kind = next((kind for magic, kind in NO_PICTURES if text.startswith(magic.lower())), "")
         raise ImageError(
-            f"this is {kind}" if kind else "cannot identify the picture: its bytes are no format that Pillow reads"
+            f"this is {kind}" if kind else "cannot identify the picture: Pillow does not read this format"
         ) from error

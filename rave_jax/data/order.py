@@ -1,9 +1,9 @@
-"""Which sample stands where: a pure function of the seed and the place, the same on every host.
+"""Which sample stands at which place: a pure function of the seed and the place, the same on every host.
 
-Places of the whole run are numbered: document d of row r at step s is place (s * rows + r) * documents + d. Within a
-stage of the curriculum, places come in blocks; a block holds a fixed number of places of each source, nearest to the
-weights, in a shuffled order. So the number of samples drawn from a source before any place is known without drawing
-them, and each source is walked through once per epoch in an order of its own.
+Places of the whole run are numbered; in which row a place stands is said by the plan (`plan.py`). Within a stage of the
+curriculum, places come in blocks; a block holds a fixed number of places of each source, nearest to the weights, in a
+shuffled order. So the number of samples drawn from a source before any place is known without drawing them, and each
+source is walked through once per epoch in an order of its own.
 """
 
 from __future__ import annotations

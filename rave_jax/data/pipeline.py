@@ -1,222 +1,118 @@
-"""Batches of a run: any rows of any step, as a pure function of the config and the step.
+"""Rows of a run: any rows of any step, as a pure function of the config and the step.
 
-Nothing is remembered between steps: a process asks for the rows its devices own, a resumed run for the step it stopped
-at, and both get what an undisturbed single process would have got. A sample that cannot be used is replaced by the
-next one of its source's order that can, which keeps that property.
+The plan says which places of the order stand in which row, the loader finds the sample of a place, and collation packs
+them. Nothing is remembered between steps: a process asks for the rows its devices own, a resumed run for the step it
+stopped at, and both get what an undisturbed single process would have got.
 """
 
 from __future__ import annotations
 
-import threading
-from collections import Counter, OrderedDict, deque
-from collections.abc import Generator, Hashable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 from rave_jax.batch import Batch
-from rave_jax.config import ConfigError, check_ranges, require
-from rave_jax.data.chat import SpecialTokens
-from rave_jax.data.collate import BatchShape, check_fits, collate, round_up
-from rave_jax.data.layout import check_regions, region_major
+from rave_jax.config import ConfigError, require
+from rave_jax.data.collate import BatchShape, collate, round_up
+from rave_jax.data.config import DataConfig, Stage
+from rave_jax.data.loading import Loader
 from rave_jax.data.order import Order
+from rave_jax.data.plan import EqualRows, RowPlan
 from rave_jax.data.processor import Processor
-from rave_jax.data.sample import EmptyAnswer, Example, Sample, SampleError, Source, message_text
-from rave_jax.data.skips import Skip, SkipLog, describe, skip_of
-from rave_jax.data.sources import SourceConfig, Synthetic
-from rave_jax.layout import VisualLayout
-
-MOST_ROWS, MOST_TOKENS, MOST_PATCHES, MOST_PIXELS = 2**20, 2**22, 2**24, 2**28
-"""Far above what is trained anywhere: more is a slip of the keyboard, and would end in want of memory."""
-MOST_IN_BATCH = 2**30
-"""Tokens, or patches, of a batch over all hosts."""
+from rave_jax.data.sample import Sample, Source
+from rave_jax.data.skips import Skip
 
 
-@dataclass(frozen=True)
-class Stage:
-    """A part of the curriculum."""
+class Rows(NamedTuple):
+    """Some rows of the batch of a step.
 
-    step: int = 0
-    """First step of the stage."""
-    weights: tuple[float, ...] = ()
-    """Share of each source, in the order of `sources`; empty for equal shares."""
-    tokens: int | None = None
-    """Tokens of a row in this stage; None for those of `data`. Each size of rows is compiled once."""
-    patches: int | None = None
-    """Patches of a row in this stage; None for those of `data`."""
+    Fields:
+        batch: the rows, as numpy arrays.
+        skips: samples that could not be used for them.
+    """
 
-    def __post_init__(self) -> None:
-        check_ranges(self, step=(0, 2**31 - 1), tokens=(1, MOST_TOKENS), patches=(0, MOST_PATCHES))
-        good = all(weight >= 0 for weight in self.weights) and (not self.weights or sum(self.weights) > 0)
-        require(good, "weights", self.weights, "numbers of 0 or more, not all 0")
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """What a run reads and in which shape."""
-
-    sources: tuple[SourceConfig, ...] = (Synthetic(),)
-    """Where samples come from."""
-    stages: tuple[Stage, ...] = (Stage(),)
-    """Curriculum: which share of the samples each source has from which step on, and in rows of which size; the first
-    stage starts at 0."""
-    rows: int = 64
-    """Rows of a batch over all hosts."""
-    tokens: int = 128
-    """Tokens of a row, text and visual together."""
-    patches: int = 64
-    """Patches of a row, rounded up to whole windows of the tower; 0 for text only."""
-    documents_per_row: int = 1
-    """Samples packed into a row; each may take an equal part of the row's tokens and patches."""
-    seed: int = 0
-    """Seed of the order of samples, 0 or more."""
-    min_pixels: int | None = None
-    """Least pixels of a resized picture; None for the model's own limit."""
-    max_pixels: int | None = None
-    """Most pixels of a resized picture; None for the model's own limit."""
-    special_tokens_in_text: SpecialTokens = "text"
-    """What special tokens such as <|im_end|> are that a sample spells out: "text" like any other, or the "tokens"."""
-    on_error: Literal["skip", "fail"] = "skip"
-    """What to do with a broken picture, an empty answer, a sample over budget: log, count and skip, or stop."""
-    max_skips: int = 100
-    """Samples skipped one after another in one place before the run stops all the same."""
-    prefetch: int = 2
-    """Batches made ahead in the background; 0 makes each when it is asked for."""
-    workers: int = 1
-    """Threads that make them."""
-    cache_mb: int = 256
-    """Memory for samples already processed, in MB; 0 for none."""
-
-    def __post_init__(self) -> None:
-        require(len(self.sources) > 0, "sources", self.sources, "at least one source")
-        require(self.seed >= 0, "seed", self.seed, "0 or more")
-        steps = [stage.step for stage in self.stages]
-        require(steps[:1] == [0], "stages", steps, "a first stage at step 0")
-        require(steps == sorted(set(steps)), "stages", steps, "ascending steps")
-        for number, stage in enumerate(self.stages):
-            fits = len(stage.weights) in (0, len(self.sources))
-            require(
-                fits, f"stages.{number}.weights", stage.weights, f"one weight for each of {len(self.sources)} sources"
-            )
-        check_ranges(self, rows=(1, MOST_ROWS), tokens=(1, MOST_TOKENS), patches=(0, MOST_PATCHES))
-        check_ranges(self, documents_per_row=(1, self.tokens), max_skips=(0, 10**6))
-        check_ranges(self, min_pixels=(1, MOST_PIXELS), max_pixels=(1, MOST_PIXELS))
-        check_ranges(self, prefetch=(0, 1024), workers=(1, 1024), cache_mb=(0, 10**7))
-        for name in ("tokens", "patches"):
-            most = max(getattr(part, name) or 0 for part in (self, *self.stages))
-            in_batch = f"{name} of a whole batch: rows {self.rows} times {name} {most}"
-            require(self.rows * most <= MOST_IN_BATCH, in_batch, self.rows * most, f"at most {MOST_IN_BATCH}")
-
-    def open_sources(self, probe: int = 8) -> tuple[Source, ...]:
-        """The sources, each with at least one sample.
-
-        Args:
-            probe: first samples of a source of which at least one has to be readable; 0 for none.
-
-        Raises:
-            ConfigError: one cannot be opened or is empty, or none of its first samples can be read.
-        """
-        opened = []
-        for number, config in enumerate(self.sources):
-            try:
-                source: Source = config.build()
-            except ConfigError as error:
-                raise ConfigError(f"data.sources.{number}: {error}") from error
-            require(len(source) > 0, f"data.sources.{number} ({source.name})", len(source), "at least one sample")
-            _probe(source, probe, f"data.sources.{number} ({source.name})")
-            opened.append(source)
-        return tuple(opened)
-
-    def processor(self, directory: str | Path, layout: VisualLayout) -> Processor:
-        """The processor of an HF directory, under this config's pixel limits and the layout a model wants."""
-        return Processor.from_hf(directory, self.min_pixels, self.max_pixels, layout, self.special_tokens_in_text)
+    batch: Batch
+    skips: tuple[Skip, ...]
 
 
 class Pipeline:
-    """Batches of a run.
+    """Rows of a run.
 
     Args:
         config: what to read.
         processor: the model's processor; `DataConfig.processor` gives it.
         sources: of `DataConfig.open_sources`, where they are open already.
+        plan: which places of the order stand in which row; None for equal parts of `documents_per_row` samples.
 
     Raises:
-        ConfigError: a source cannot be opened or is empty.
+        ConfigError: a source cannot be opened or is empty, or `equal_rows` refuses the config.
     """
 
-    def __init__(self, config: DataConfig, processor: Processor, sources: Sequence[Source] | None = None):
+    def __init__(
+        self,
+        config: DataConfig,
+        processor: Processor,
+        sources: Sequence[Source] | None = None,
+        plan: RowPlan | None = None,
+    ):
         self.config = config
         self.processor = processor
         self.sources: tuple[Source, ...] = config.open_sources() if sources is None else tuple(sources)
-        most, each = processor.layout.max_regions, config.documents_per_row
-        fits = processor.layout.regions is None or each <= most
-        require(fits, "data.documents_per_row", each, f"at most max_regions {most}: each document needs a region")
-        per_step = config.rows * config.documents_per_row
+        self.plan: RowPlan = equal_rows(config, processor) if plan is None else plan
         equal = (1.0,) * len(self.sources)
-        stages = [(stage.step * per_step, stage.weights or equal) for stage in config.stages]
-        self._order = Order([len(source) for source in self.sources], stages, config.seed)
-        self._cache = _Cache(config.cache_mb * 2**20)
-        self.skip_log = SkipLog()
+        stages = [(self.plan.first_place(stage.step), stage.weights or equal) for stage in config.stages]
+        order = Order([len(source) for source in self.sources], stages, config.seed)
+        self._loader = Loader(config, self.sources, order, processor)
+        self.skip_log = self._loader.skip_log
         """Says which samples are not used."""
         self.skipped: Counter[str] = Counter()
-        """Samples skipped so far in batches handed out, by reason."""
+        """Samples skipped so far in rows that were counted, by reason."""
 
     def shape(self, step: int) -> BatchShape:
         """Shape of the whole batch of a step, over all hosts."""
-        config = self.config
-        stage = next(stage for stage in reversed(config.stages) if stage.step <= step)
-        tokens = config.tokens if stage.tokens is None else stage.tokens
-        patches = config.patches if stage.patches is None else stage.patches
-        return BatchShape(config.rows, tokens, round_up(patches, self.processor.settings.window_patches))
+        return self.plan.shape(step)
 
-    def rows(self, step: int, start: int, stop: int) -> Batch:
-        """Rows start..stop-1 of the batch of a step, and no others are loaded.
+    def load(self, step: int, start: int, stop: int) -> Rows:
+        """Rows start..stop-1 of the batch of a step, and no others are loaded. Use it from any thread.
 
         Raises:
             SampleError: a sample cannot be used and `on_error` is "fail", or too many in one place cannot.
         """
-        batch, skips = self._make(step, start, stop)
-        self._count(skips)
-        return batch
+        shape = self.plan.shape(step)
+        require(0 <= start < stop <= shape.rows, "rows", (start, stop), f"a range within {shape.rows} rows")
+        rows = [[self._loader.load(each) for each in self.plan.row(step, row)] for row in range(start, stop)]
+        settings = self.processor.settings
+        batch = collate(
+            [[each.example for each in row] for row in rows],
+            shape._replace(rows=stop - start),
+            settings.patch_numbers,
+            settings.merge_patches,
+        )
+        return Rows(batch, tuple(skip for row in rows for each in row for skip in each.skips))
 
-    def stream(self, step: int, start: int, stop: int) -> Generator[Batch]:
-        """The same rows of `step` and all steps after it, made ahead in background threads."""
-        if self.config.prefetch == 0:
-            while True:
-                yield self.rows(step, start, stop)
-                step += 1
-        # Threads serve: Pillow and the tokenizer let go of the interpreter's lock, and nothing has to be copied between
-        # processes. Grain's iterators would add a state of their own to a stream that is already a function of step.
-        pool = ThreadPoolExecutor(self.config.workers, thread_name_prefix="data")
-        waiting: deque[Future[tuple[Batch, list[Skip]]]] = deque()
-        try:
-            while True:
-                while len(waiting) < max(self.config.prefetch, self.config.workers):
-                    waiting.append(pool.submit(self._make, step, start, stop))
-                    step += 1
-                batch, skips = waiting.popleft().result()
-                self._count(skips)
-                yield batch
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+    def count(self, skips: Sequence[Skip]) -> None:
+        """Count the skips of rows that are used: what is loaded ahead and not used does not count."""
+        self.skipped.update(skip.reason for skip in skips)
+
+    def rows(self, step: int, start: int, stop: int) -> Batch:
+        """Rows start..stop-1 of the batch of a step, as `load` gives them, counted."""
+        rows = self.load(step, start, stop)
+        self.count(rows.skips)
+        return rows.batch
 
     def samples(self, step: int, row: int) -> list[Sample]:
         """The samples of one row, replacements made, for pictures and tables."""
-        per_row = self.config.documents_per_row
-        first = (step * self.config.rows + row) * per_row
-        found = [self._usable(place) for place in range(first, first + per_row)]
-        return [self.sources[number][index] for number, index, _, _ in found]
+        found = [self._loader.load(each) for each in self.plan.row(step, row)]
+        return [self.sources[each.source][each.index] for each in found]
 
     def state(self, step: int) -> dict[str, Any]:
         """What to save with a checkpoint before `step` is taken: JSON-ready."""
-        return {"step": step, "skipped": dict(self.skipped), **self._facts()}
+        return {**self.plan.state(step), "skipped": dict(self.skipped), **self._facts()}
 
     def _facts(self) -> dict[str, Any]:
-        """What the order of samples hangs on, besides the curriculum."""
-        c = self.config
+        """What the samples of a step depend on, besides the curriculum."""
         lengths = [len(source) for source in self.sources]
-        facts = {"seed": c.seed, "rows": c.rows, "documents_per_row": c.documents_per_row, "samples": lengths}
+        facts = {"seed": self.config.seed, **self.plan.facts(), "samples": lengths}
         return {**facts, "fingerprints": [source.fingerprint for source in self.sources]}
 
     def restore(self, state: Mapping[str, Any]) -> int:
@@ -232,7 +128,7 @@ class Pipeline:
         for name, value in facts.items():
             if name not in state:
                 raise ConfigError(
-                    f"the data state of the checkpoint says nothing of {name}: it is damaged; delete the checkpoint, "
+                    f"the data state of the checkpoint has no entry {name}: it is damaged; delete the checkpoint, "
                     "so that the one before it is taken"
                 )
             require(
@@ -246,116 +142,22 @@ class Pipeline:
                     "as it was, or start a new run in another output_dir"
                 )
         self.skipped = Counter(state.get("skipped", {}))
-        return int(state["step"])
-
-    def _count(self, skips: Sequence[Skip]) -> None:
-        self.skipped.update(skip.reason for skip in skips)
-
-    def _make(self, step: int, start: int, stop: int) -> tuple[Batch, list[Skip]]:
-        require(0 <= start < stop <= self.config.rows, "rows", (start, stop), f"a range within {self.config.rows} rows")
-        per_row = self.config.documents_per_row
-        rows: list[list[Example]] = []
-        skips: list[Skip] = []
-        for row in range(start, stop):
-            first = (step * self.config.rows + row) * per_row
-            found = [self._usable(place) for place in range(first, first + per_row)]
-            rows.append([example for _, _, example, _ in found])
-            skips += [skip for _, _, _, skipped in found for skip in skipped]
-        settings = self.processor.settings
-        shape = self.shape(step)._replace(rows=stop - start)
-        return collate(rows, shape, settings.patch_numbers, settings.merge_patches), skips
-
-    def _usable(self, place: int) -> tuple[int, int, Example, list[Skip]]:
-        """Source, index and example of a place: its sample, or the first behind it in the order that can be used."""
-        number, draw = self._order.draw(place)
-        shape = self.shape(place // (self.config.rows * self.config.documents_per_row))
-        skips: list[Skip] = []
-        for attempt in range(self.config.max_skips + 1):
-            index = self._order.index(number, draw + attempt)
-            try:
-                return number, index, self._load(number, index, shape), skips
-            except SampleError as error:
-                if self.config.on_error == "fail":
-                    raise
-                skips.append(skip_of(self.sources[number].name, index, error))
-                self.skip_log.add(skips[-1])
-        raise SampleError(
-            f"{self.sources[number].name}: {self.config.max_skips + 1} samples one after another cannot be used: "
-            f"{describe(skips)}; the last: {skips[-1].message}"
-        )
-
-    def _load(self, number: int, index: int, shape: BatchShape) -> Example:
-        key = (number, index, shape)  # what fits the rows of one stage need not fit another's
-        if (cached := self._cache.get(key)) is not None:
-            return cached
-        sample = self.sources[number][index]
-        name = sample.called
-        check_answers(sample, name)
-        per_row = self.config.documents_per_row
-        example = self.processor.encode(sample.messages, name=name, most_tokens=shape.tokens // per_row)
-        check_fits(example, shape.tokens // per_row, shape.patches // per_row, name)
-        if self.processor.layout.regions is not None:
-            check_regions(example, self.processor.layout.max_regions // per_row, name)
-            example = region_major(example)
-        self._cache.put(key, example)
-        return example
+        return self.plan.restore(state)
 
 
-def _probe(source: Source, most: int, field: str) -> None:
-    """Raise ConfigError where none of the first samples can be read: then the file is none of this kind."""
-    errors: list[SampleError] = []
-    for index in range(min(most, len(source))):
-        try:
-            source[index]
-            return
-        except SampleError as error:
-            errors.append(error)
-    if errors:
-        raise ConfigError(f"{field}: none of its first {len(errors)} samples can be read; the first: {errors[0]}")
+def equal_rows(config: DataConfig, processor: Processor) -> EqualRows:
+    """The plan of a config: each row in `documents_per_row` equal parts.
 
+    Raises:
+        ConfigError: the visual layout has fewer regions than a row has documents.
+    """
+    most, each = processor.layout.max_regions, config.documents_per_row
+    fits = processor.layout.regions is None or each <= most
+    require(fits, "data.documents_per_row", each, f"at most max_regions {most}: each document needs a region")
 
-def check_answers(sample: Sample, name: str) -> None:
-    """Raise EmptyAnswer, naming the sample, unless it ends with an answer, no answer is blank and one is learned."""
-    if not sample.messages or sample.messages[-1]["role"] != "assistant":
-        raise EmptyAnswer(f"{name}: the conversation ends without an answer{_files_of(sample)}")
-    answers = [message for message in sample.messages if message["role"] == "assistant"]
-    if not all(message_text(message).strip() for message in answers):
-        raise EmptyAnswer(f"{name}: an answer is empty{_files_of(sample)}")
-    if not any(message.get("weight", 1) for message in answers):
-        raise EmptyAnswer(f"{name}: every answer has the weight 0{_files_of(sample)}")
+    def size(stage: Stage) -> tuple[int, int, int]:
+        tokens = config.tokens if stage.tokens is None else stage.tokens
+        patches = config.patches if stage.patches is None else stage.patches
+        return stage.step, tokens, round_up(patches, processor.settings.window_patches)
 
-
-def _files_of(sample: Sample) -> str:
-    files = [image for image in sample.images if isinstance(image, str)]
-    return f" ({', '.join(files)})" if files else ""
-
-
-class _Cache:
-    """Examples already made, the least recently used thrown out first."""
-
-    def __init__(self, limit: int):
-        self._limit = limit
-        self._used = 0
-        self._items: OrderedDict[Hashable, tuple[Example, int]] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def get(self, key: Hashable) -> Example | None:
-        with self._lock:
-            if key not in self._items:
-                return None
-            self._items.move_to_end(key)
-            return self._items[key][0]
-
-    def put(self, key: Hashable, example: Example) -> None:
-        codes = (len(example.info) + 6) * 4 * len(example.tokens)
-        size = example.patches.nbytes + 16 * len(example.patches) + codes
-        if size > self._limit:
-            return
-        with self._lock:
-            if key in self._items:
-                return
-            self._items[key] = (example, size)
-            self._used += size
-            while self._used > self._limit:
-                _, (_, dropped) = self._items.popitem(last=False)
-                self._used -= dropped
+    return EqualRows(config.rows, tuple(map(size, config.stages)), each, most)

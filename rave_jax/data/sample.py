@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
-from rave_jax.batch import TokenInfo
-from rave_jax.typing import Float, Int, NpArray, UInt8
+from rave_jax.batch import Patches, TokenInfo
+from rave_jax.typing import Float, Int, NpArray
 
 Message = Mapping[str, Any]
 """A chat message in HF form: `{"role": "system" | "user" | "assistant", "content": text or list of parts}`.
@@ -141,9 +141,7 @@ class Example(NamedTuple):
         info: token codes of one document (document 1; images counted from 1).
         positions: rotary positions: temporal, height, width.
         visual_index: which merged patch of the document a visual token is; 0 for text.
-        patches: pixel values 0..255, in the layout `Batch` describes.
-        patch_frame, patch_place, patch_window: frame, place and window of each patch; frames and windows are
-            counted from 1.
+        patches: patches of the document's pictures.
     """
 
     tokens: Int[NpArray, "T"]
@@ -151,7 +149,4 @@ class Example(NamedTuple):
     info: TokenInfo
     positions: Int[NpArray, "3 T"]
     visual_index: Int[NpArray, "T"]
-    patches: UInt8[NpArray, "P C"]
-    patch_frame: Int[NpArray, "P"]
-    patch_place: Int[NpArray, "P 2"]
-    patch_window: Int[NpArray, "P"]
+    patches: Patches

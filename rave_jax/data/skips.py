@@ -70,7 +70,7 @@ class SkipLog:
             self._groups[key] = _Group(before.count + 1, before.first, tokens, patches)
             summary = self.summary() if len(self._seen) in SUMMARIES else ""
         if before.count == 0:
-            log.warning("skipped (%s) %s; more of this kind are counted", skip.reason, skip.message)
+            log.warning("skipped (%s) %s; further samples of this kind are only counted", skip.reason, skip.message)
         else:
             log.info("skipped (%s) %s", skip.reason, skip.message)
         if summary:

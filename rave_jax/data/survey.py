@@ -8,13 +8,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from rave_jax.data.images import image_size, smart_resize
-from rave_jax.data.pipeline import check_answers
+from rave_jax.data.loading import check_answers
 from rave_jax.data.processor import Processor
 from rave_jax.data.sample import Message, SampleError, Source
 from rave_jax.data.skips import Skip, skip_of
-from rave_jax.data.video import frame_size, kept_frames
-from rave_jax.layout import Grid
 from rave_jax.typing import Int, NpArray
 
 
@@ -82,29 +79,10 @@ def measure(processor: Processor, messages: Sequence[Message]) -> Need:
     runs = processor.chat.runs(messages)
     parts = [part for run in runs for part in run.visuals]
     if parts and not processor.settings.has_vision:
-        raise SampleError("the conversation has pictures and the model takes none")
+        raise SampleError("the conversation has pictures, but the model is for text only")
     tokens = sum(len(run.ids) for run in runs) - len(parts)  # a placeholder stands once for each
     patches = 0
-    for t, rows, cols in (merged_grid(processor, part) for part in parts):
-        tokens += t * rows * cols + processor.layout.extra_tokens((t, rows, cols))
-        patches += t * rows * cols * processor.settings.merge_patches
+    for part in parts:
+        more, cut = processor.need(part)
+        tokens, patches = tokens + more, patches + cut
     return Need(tokens, patches)
-
-
-def merged_grid(processor: Processor, part: Message) -> Grid:
-    """Frames, rows and columns of the visual tokens of a picture or video, from the header of its first frame.
-
-    Raises:
-        ImageError: no picture, or a video without frames.
-    """
-    settings, name = processor.settings, part.get("name", "")
-    grid = settings.grid
-    if part["type"] == "image":
-        size = image_size(part["image"], name)
-        height, width = smart_resize(*size, grid.factor, settings.min_pixels, settings.max_pixels)
-        return 1, height // grid.factor, width // grid.factor
-    frames = part["video"]
-    kept, _ = kept_frames(frames, part.get("fps"), grid, settings.video, name)
-    size = image_size(frames[kept[0]], f"{name} frame {kept[0]}" if name else "")
-    height, width = frame_size(*size, len(kept), grid, settings.video)
-    return -(-len(kept) // grid.temporal), height // grid.factor, width // grid.factor

@@ -75,7 +75,7 @@ class Template:
             else:
                 text, answers = self._rendered(messages, add_generation_prompt, options)
         except jinja2.TemplateSyntaxError as error:
-            raise SampleError(f"the chat template is no valid Jinja: line {error.lineno}: {error}") from error
+            raise SampleError(f"the chat template is not valid Jinja: line {error.lineno}: {error}") from error
         except jinja2.TemplateError as error:
             raise SampleError(f"the chat template cannot render the conversation: {error}") from error
         except Exception as error:  # a template is a program: it may raise whatever Python can
@@ -118,12 +118,12 @@ def _try(text: str, variables: tuple[tuple[str, str], ...]) -> None:
     try:
         done = subprocess.run(command, input=asked, capture_output=True, timeout=WAIT, check=False)
     except subprocess.TimeoutExpired as error:
-        raise ConfigError(_too_much(f"it was not done after {WAIT} s")) from error
+        raise ConfigError(_too_much(f"it did not finish within {WAIT} s")) from error
     if done.returncode == 0:
         return
     said = done.stdout.decode(errors="replace").strip()
     if done.returncode < 0:
-        raise ConfigError(_too_much(f"it was not done after {SECONDS} s of CPU time"))
+        raise ConfigError(_too_much(f"it did not finish within {SECONDS} s of CPU time"))
     if not said:
         fault = done.stderr.decode(errors="replace").strip().splitlines()[-1:]
         raise ConfigError(f"the chat template could not be tried: {''.join(fault) or f'exit code {done.returncode}'}")
@@ -132,6 +132,6 @@ def _try(text: str, variables: tuple[tuple[str, str], ...]) -> None:
 
 def _too_much(found: str) -> str:
     return (
-        f"the chat template asks for too much: {found}; a template renders short conversations in {SECONDS} s and "
-        f"{MEMORY >> 20} MiB. Look for endless loops, large ranges and repeated strings in it"
+        f"the chat template needs too much time or memory: {found}; a template renders short conversations "
+        f"in {SECONDS} s and {MEMORY >> 20} MiB. Look for endless loops, large ranges and repeated strings in it"
     )

@@ -94,11 +94,14 @@ def learn_turns(probe: Callable[[Sequence[str], bool], Probe], is_special: Calla
         assistant: common_start(answered.gap(1), followed.gap(1)),
     }
     if not asked.startswith(footers[user]):
-        raise ConfigError("with a generation prompt the chat template writes something else behind the question")
+        raise ConfigError(
+            "the chat template changes the end of a question when it adds a generation prompt, so training and "
+            "generation would differ"
+        )
     ends = [character for character in footers[assistant] if is_special(character)]
     if not ends:
         raise ConfigError(
-            "the chat template puts no special token behind an answer, so no model could learn where to stop: an "
+            "the chat template puts no special token after an answer, so no model could learn where to stop: an "
             "answer should end with a token such as eos_token, in the middle of a conversation and at its end"
         )
     opening = followed.gap(1)[len(footers[assistant]) :]

@@ -6,15 +6,15 @@ and nothing would fail. Embeddings with more rows than the tokenizer has ids are
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from rave_jax.config import ConfigError
+from rave_jax.families.config import MARKERS, VlmConfig
 
 FILES = ("tokenizer.json", "vocab.json", "tokenizer.model", "added_tokens.json", "tokenizer_config.json")
 """Files that give a tokenizer its ids."""
-PLACEHOLDERS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+PLACEHOLDERS = tuple(f"{name}_token_id" for name in MARKERS)
 """Ids of config.json that stand in prompts."""
 
 
@@ -41,28 +41,24 @@ def check_vocabulary(tokenizer: Any, rows: int, name: str = "the model", files: 
     )
 
 
-def check_directory(directory: Path, config: Mapping[str, Any], tokenizer: Any) -> None:
+def check_directory(directory: Path, config: VlmConfig, tokenizer: Any) -> None:
     """Refuse an HF directory whose tokenizer or placeholders have ids beyond the embedding that config.json states.
 
     Args:
         directory: with the files.
-        config: what config.json holds.
+        config: what config.json says.
         tokenizer: what was read from the directory.
 
     Raises:
         ConfigError: names the files and the first token or placeholder without a row.
     """
-    text = config.get("text_config")
-    rows = text.get("vocab_size") if isinstance(text, Mapping) else None
-    rows = config.get("vocab_size") if rows is None else rows
-    if not isinstance(rows, int) or isinstance(rows, bool):
-        return  # the parser of the model's family says what it expected
+    rows = config.text.vocab_size
     file = directory / "config.json"
     names = [name for name in FILES if (directory / name).is_file()]
     check_vocabulary(tokenizer, rows, str(file), f"the tokenizer of {', '.join(names)}")
     for key in PLACEHOLDERS:
-        number = config.get(key)
-        if isinstance(number, int) and number >= rows:
+        number = getattr(config, key)
+        if number >= rows:
             raise ConfigError(
                 f"{file}: {key} is {number:,}, but the embedding has {rows:,} rows (vocab_size): expected the id of a "
                 f"token below that; take the config.json that was saved with these weights"

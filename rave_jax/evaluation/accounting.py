@@ -24,19 +24,16 @@ of each of 8 frames are 752 of 4,608 entries.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from rave_jax.attention import Gaze
-from rave_jax.attention.gaze import descriptors
+from rave_jax.attention import LayerReading, PicturesBefore
 from rave_jax.batch import Kind, TokenInfo
-from rave_jax.models.config import ModelOptions, TextConfig
-from rave_jax.typing import Bool, Float, Int, NpArray
+from rave_jax.families.config import TextConfig
+from rave_jax.models.config import ModelOptions, attention_dims
+from rave_jax.typing import Bool, Int, NpArray
 
 
 @dataclass(frozen=True)
@@ -112,19 +109,21 @@ def account(info: TokenInfo, text: TextConfig, options: ModelOptions, number_byt
     Args:
         info: numpy codes of one row, arrays [T], laid out for the options.
         text: the decoder.
-        options: its mechanisms; Gaze is the one that counts.
+        options: its mechanisms, whose `reading` says what a layer with them reads; one of a layer says it.
         number_bytes: of a number in the cache, 2 for bfloat16.
     """
     row = _Row(info)
     if not len(row.queries):
         return None
-    H, K, h = text.attention_dims
-    plain = _Layer(row.visual, row.visual, np.zeros(len(row.queries)), 2 * h * number_bytes * K * row.visual)
+    dims = attention_dims(text)
+    H, K, h = dims
+    plain = LayerReading(row.visual, row.visual, np.zeros(len(row.queries)), 2 * h * number_bytes * K * row.visual)
     layers = [plain] * text.num_layers
-    for gaze in (m for m in options.mechanisms if isinstance(m, Gaze)):
-        routed = _routed(row, gaze, text, number_bytes)
-        for n in range(text.num_layers) if gaze.layers == "all" else gaze.layers:
-            layers[n] = routed
+    before = PicturesBefore(row.visual, row.sizes, row.candidates)
+    for mechanism in options.mechanisms:
+        reading = mechanism.reading(before, dims, number_bytes)
+        for n in range(text.num_layers) if mechanism.layers == "all" else mechanism.layers:
+            layers[n] = layers[n] if reading is None else reading
     mean, routing, read = (
         np.sum([getattr(layer, name) for layer in layers], axis=0) for name in ("mean", "routing", "bytes")
     )
@@ -149,37 +148,3 @@ def mean_reading(readings: list[Reading]) -> Reading | None:
     names = [field.name for field in dataclasses.fields(Reading)]
     values: dict[str, Any] = {name: float(np.mean([getattr(r, name) for r in readings])) for name in names}
     return Reading(**values | {"most": max(r.most for r in readings)})
-
-
-class _Layer(NamedTuple):
-    """One layer's part of it for each query: visual entries, the most of them, FLOPs of routing, bytes."""
-
-    mean: Float[NpArray, "N"]
-    most: Int[NpArray, "N"]
-    routing: Float[NpArray, "N"]
-    bytes: Float[NpArray, "N"]
-
-
-def _routed(row: _Row, gaze: Gaze, text: TextConfig, number_bytes: int) -> _Layer:
-    H, K, h = text.attention_dims
-    found = row.candidates.sum(1)
-    # Tokens of regions that are no candidates stay under the plain mask; behind whole pictures there are none.
-    held = row.candidates @ row.sizes
-    count = np.array([gaze.rule.most(int(n)) for n in found])
-    mean = row.visual - held + count * held / np.maximum(found, 1)
-    largest = -np.sort(-(row.candidates * row.sizes), axis=1)
-    taken = np.arange(largest.shape[1]) < count[:, None]
-    most = row.visual - held + (largest * taken).sum(1)
-    width = _descriptor_width(gaze, h)
-    routing = 2 * H * width * found if gaze.rule.by == "descriptor" else 2 * H * h * held
-    union = np.minimum(count * (H // K), found) if gaze.share == "head" else count
-    keys = union * gaze.regions.tokens + row.visual - held if gaze.gathers else row.visual
-    read = 2 * h * number_bytes * K * keys + 4 * width * K * found
-    return _Layer(mean, most, routing, read)
-
-
-def _descriptor_width(gaze: Gaze, h: int) -> int:
-    """c: numbers in a descriptor."""
-    q = jax.ShapeDtypeStruct((1, 1, 1, h), jnp.float32)
-    place = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    return jax.eval_shape(functools.partial(descriptors.features, gaze.descriptor), q, place).shape[-1]

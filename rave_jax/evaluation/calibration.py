@@ -64,7 +64,7 @@ def encoded(processor: Processor, sample: Sample, criterion: Criterion) -> Examp
     if criterion == "entropy":
         return processor.encode(sample.prompt, add_generation_prompt=True, name=sample.called)
     if len(sample.prompt) == len(sample.messages):
-        raise EmptyAnswer(f"{sample.called}: has no answer, which accuracy needs; entropy does not")
+        raise EmptyAnswer(f"{sample.called}: has no answer, which --criterion accuracy needs; entropy needs none")
     return processor.encode(sample.messages, name=sample.called)
 
 

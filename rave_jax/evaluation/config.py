@@ -8,20 +8,23 @@ from typing import Any, Literal
 
 from rave_jax.config import check_paths, check_ranges, require
 from rave_jax.data.chat import SpecialTokens
-from rave_jax.data.pipeline import MOST_PATCHES, MOST_PIXELS, MOST_TOKENS
+from rave_jax.data.config import MOST_PATCHES, MOST_PIXELS, MOST_TOKENS
 from rave_jax.data.sources import SourceConfig, Synthetic
 from rave_jax.evaluation.grounding import TaskAim
+from rave_jax.evaluation.task import Task
 from rave_jax.models.config import ModelOptions
 from rave_jax.parallel.hosts import HostsConfig
 from rave_jax.parallel.mesh import MeshConfig
 
+RENAMED = {"Gate": "Grounding"}
+"""Names that classes have had here."""
 MOST_SAMPLES, MOST_AT_ONCE = 10**9, 2**16
 """Samples of an evaluation, and those asked at once: far above what is in use."""
 
 
 @dataclass(frozen=True)
 class Floor:
-    """What answers reach without looking, with which a score is compared; see `evaluation/controls.py`."""
+    """What answers reach without looking at pictures. Scores are compared with it; see `evaluation/controls.py`."""
 
     train: SourceConfig | None = None
     """Training samples from which the most frequent answers are counted. None: the samples of the evaluation, where the
@@ -29,7 +32,7 @@ class Floor:
     train_samples: int = 2000
     """How many training samples, from the first on."""
     grey: bool = True
-    """Ask the model about grey pictures too? It takes as long as asking about the pictures."""
+    """Also ask about grey pictures? It takes as long as asking about the real ones."""
 
     def __post_init__(self) -> None:
         check_ranges(self, train_samples=(1, MOST_SAMPLES))
@@ -37,10 +40,10 @@ class Floor:
 
 @dataclass(frozen=True)
 class Grounding:
-    """The grounding check: is the score well above the floor, and does it fall when the evidence is dealt anew?"""
+    """The grounding check: is the score well above the floor, and does it fall when the evidence is changed?"""
 
     margin: float = 0.25
-    """How far the score must be above the question-only floor and above the score on re-dealt pictures."""
+    """How far the score must be above the question-only floor, and above the score where the evidence is changed."""
     aims: tuple[TaskAim, ...] = ()
     """Scores that single tasks must reach."""
 
@@ -56,12 +59,14 @@ class Eval:
     """Name of the evaluation: its folder and its heading in the report."""
     data: SourceConfig = field(default_factory=lambda: Synthetic(split="heldout"))
     """The samples to ask."""
+    task: Task = field(default_factory=Task)
+    """How they are asked and their answers scored."""
     samples: int = 1000
-    """How many, from the first on; fewer where the source has fewer."""
+    """Number of samples, from the first on; fewer if the source has fewer."""
     rows: int = 64
-    """Samples asked at once."""
+    """Samples in a batch."""
     tokens: int = 128
-    """Most tokens of a prompt, its visual tokens counted; a longer one is counted as over budget."""
+    """Most tokens of a prompt, visual tokens included; a longer prompt is left out as over budget."""
     patches: int = 256
     """Most vision patches of a prompt (before merging)."""
     max_new_tokens: int = 16
@@ -69,9 +74,9 @@ class Eval:
     looks: int = 128
     """Samples whose attention is measured, spread evenly over the tasks; 0 measures none."""
     pictures: int = 12
-    """How many of those also become a picture, with its arrays beside it as .npz."""
+    """How many of those are drawn as pictures, with their arrays beside them as .npz."""
     per_head: bool = False
-    """Draw every head by itself too, in a second picture?"""
+    """Also draw each head, in a second picture?"""
     picture_format: Literal["png", "pdf", "svg"] = "png"
     """Format of these pictures; pdf and svg keep their letters and lines sharp in print."""
     vas: int = 0
@@ -79,16 +84,16 @@ class Eval:
     measures none. It costs a forward pass with three runs of the attention kernel in each layer, and needs a system
     prompt, which the chat template of `Tiny` does not write."""
     routes: int = 128
-    """Samples of which is counted what their questions and answers read of the picture and, where attention is routed
-    (Gaze), how many chosen regions overlap the evidence; spread evenly over the tasks; 0 counts none."""
+    """Samples, spread evenly over the tasks, for which is counted what questions and answers read of the picture and,
+    with Gaze, how many chosen regions overlap the evidence. 0 counts none."""
     layers: tuple[int, ...] = ()
     """Decoder layers averaged in the pictures and in the share inside the evidence box; empty takes all."""
     on_error: Literal["skip", "fail"] = "skip"
-    """What to do with a sample that cannot be asked (a broken picture, over budget): log, count and go on, or stop."""
+    """What to do with a sample that cannot be asked (a broken picture, over budget): skip and count it, or fail."""
     floor: Floor | None = Floor()
-    """What answers reach without looking, or None. Without it a score cannot tell looking from guessing."""
+    """The question-only floor, or None. Without it a score does not tell looking from guessing."""
     grounding: Grounding | None = None
-    """The check that answers come from the evidence, for sources that can deal evidence anew (`Synthetic`), or None."""
+    """The check that answers come from the evidence, for sources that can change it (`Synthetic`), or None."""
 
     def __post_init__(self) -> None:
         require(bool(self.name) and "/" not in self.name, "name", self.name, "the name of a folder")
@@ -97,7 +102,12 @@ class Eval:
         check_ranges(self, **dict.fromkeys(("looks", "vas", "routes"), (0, MOST_SAMPLES)))
         require(0 <= self.pictures <= self.looks, "pictures", self.pictures, f"0 to looks ({self.looks})")
         compared = self.grounding is None or self.floor is not None
-        require(compared, "floor", self.floor, "a Floor: the grounding check compares the score with it")
+        require(
+            compared,
+            "floor",
+            self.floor,
+            "a Floor: the grounding check compares the score with it; for no floor set grounding None too",
+        )
 
     @classmethod
     def from_older(cls, data: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -115,7 +125,7 @@ class Eval:
 
 @dataclass(frozen=True)
 class Report:
-    """A page about the run: `report.md` beside its config, from the files that training and evaluation left."""
+    """A page about the run, `report.md` beside its config, made from the files of training and evaluation."""
 
     title: str = "Report"
     """Heading of the page."""
@@ -128,16 +138,16 @@ class Report:
 
 @dataclass(frozen=True)
 class Examination:
-    """What `eval.py` does with a run or an HF directory."""
+    """The evaluations of a run or an HF directory, and the report about them."""
 
     evals: tuple[Eval, ...] = (Eval(),)
     """The evaluations, in order. For a run, those that its config names."""
     report: Report = field(default_factory=Report)
-    """The page about it."""
+    """The report about the evaluations."""
     output_dir: str = ""
     """Where to write; empty: into the run, or to `runs/eval-NAME` for an HF directory."""
     step: int | None = None
-    """Which checkpoint of a run; None takes the newest."""
+    """Step of the checkpoint of a run; None takes the newest."""
     model: ModelOptions | None = None
     """How to build the model of an HF directory; None: as saved beside it, or the defaults. A run has its own."""
     min_pixels: int | None = None
@@ -145,10 +155,10 @@ class Examination:
     max_pixels: int | None = None
     """Most pixels of a resized picture, for an HF directory; None for the model's own limit. A run has its own."""
     special_tokens_in_text: SpecialTokens | None = None
-    """What special tokens such as <|im_end|> are that a sample spells out: "text" like any other, or the "tokens".
+    """How a sample's spelling of a special token such as <|im_end|> is read: as "text", or as the token ("tokens").
     None: as in the run's training; for an HF directory text."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
-    """How the devices are arranged; need not be as in training."""
+    """How the devices are arranged; it may differ from training."""
     simulated_devices: int = 0
     """CPU devices of each process; 0 uses the real accelerators."""
     hosts: HostsConfig = field(default_factory=HostsConfig)
@@ -157,7 +167,7 @@ class Examination:
     def __post_init__(self) -> None:
         check_paths(self)
         names = [item.name for item in self.evals]
-        require(len(names) > 0, "evals", self.evals, "at least one evaluation")
+        require(len(names) > 0, "evals", self.evals, "at least one evaluation, as --evals Eval")
         require(len(set(names)) == len(names), "evals", names, "evaluations with names of their own")
         check_ranges(self, step=(0, 2**31 - 1), min_pixels=(1, MOST_PIXELS), max_pixels=(1, MOST_PIXELS))
         require(self.simulated_devices >= 0, "simulated_devices", self.simulated_devices, "at least 0")

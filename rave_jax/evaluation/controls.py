@@ -4,8 +4,8 @@
   template, or of all, and the same model shown grey pictures. Answers are counted over training samples or, without
   them, over the samples of the evaluation: by text and by template over those of other pictures, so that no question
   is answered from its own answer; of all over every one, which is the best that one answer to everything can reach.
-- The re-dealt score asks the same questions of pictures whose evidence was changed, against the old answers: a
-  model that reads the evidence is wrong there, one that guesses does not notice.
+- The re-dealt score asks the same questions about pictures whose evidence was changed, and expects the original
+  answers. A model that reads the evidence is then wrong; a model that guesses does not notice.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ GREY = (128, 128, 128)
 
 @runtime_checkable
 class Redealing(Protocol):
-    """A source that can deal evidence anew: same question and answers, another picture."""
+    """A source that can change the evidence: same question and answers, another picture."""
 
     def __getitem__(self, index: int) -> Sample: ...
 

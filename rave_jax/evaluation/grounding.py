@@ -67,7 +67,7 @@ def judge(
         words: what findings call a floor; its name where this has none.
     """
     name, floor = max(floors.items(), key=lambda item: item[1])
-    controls = ((floor, f"without looking ({words.get(name, name)})"), (redealt, "with the evidence dealt anew"))
+    controls = ((floor, f"without looking ({words.get(name, name)})"), (redealt, "with the evidence changed"))
     oks = [score - control >= margin - 1e-9 for control, _ in controls]
     findings = [
         f"{_word(ok)}: score {score:.1%} against {control:.1%} {what}: "

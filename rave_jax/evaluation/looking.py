@@ -71,9 +71,9 @@ class Looking:
             return text
         best = int(np.argmax(self.by_layer))
         return (
-            f"{text}; of that, {self.boxes.in_box:.1%} into the evidence box, whose area is {self.boxes.area:.1%} "
-            f"({self.boxes.in_box / max(self.boxes.area, 1e-9):.2f} times even; "
-            f"layer {best} most, {self.by_layer[best]:.1%})"
+            f"{text}; of that, {self.boxes.in_box:.1%} in the evidence box, whose area is {self.boxes.area:.1%} "
+            f"({self.boxes.in_box / max(self.boxes.area, 1e-9):.2f} x uniform attention; "
+            f"most in layer {best}, {self.by_layer[best]:.1%})"
         )
 
 

@@ -42,7 +42,7 @@ def _config(path: Path) -> list[str]:
         return []
     config = json.loads(path.read_text(encoding="utf-8"))
     rows = [[f"`{name}`", f"`{_short(value)}`"] for name, value in config.items() if name not in ("type", "final")]
-    return ["## Config", "", *_table(["field", "value"], rows), "", f"All of it: [{path.name}]({path.name}).", ""]
+    return ["## Config", "", *_table(["field", "value"], rows), "", f"All steps: [{path.name}]({path.name}).", ""]
 
 
 def _short(value: Any) -> str:
@@ -105,8 +105,8 @@ def _evaluation(summary: Mapping[str, Any], folder: Path) -> list[str]:
     page += _looking(summary["looking"]) + _vas(summary.get("vas")) + _routing(summary.get("routing"))
     if summary["pictures"]:
         page += [
-            "Colours are multiples of attention spread evenly over the picture, 1.0 for even, on one scale in all "
-            "pictures; the numbers are in the `.npz` beside each.",
+            "Colours are multiples of uniform attention over the picture, on one scale in all pictures; the numbers "
+            "are in the `.npz` beside each.",
             "",
         ]
     for picture in summary["pictures"]:
@@ -119,7 +119,7 @@ def _grounding(check: Mapping[str, Any] | None) -> list[str]:
         return []
     floors = "; ".join(f"{HEADINGS[name]}: {value:.1%}" for name, value in check["floors"].items())
     return [
-        f"### Does it look? The grounding check {'holds' if check['holds'] else 'does not hold'}.",
+        f"### The grounding check {'holds' if check['holds'] else 'does not hold'}",
         "",
         *(f"- {finding}" for finding in check["findings"]),
         "",
@@ -151,8 +151,8 @@ def _looking(looking: Mapping[str, Any] | None) -> list[str]:
         for task, b in [*looking["by_task"].items(), ("all", looking["boxes"])]
     ]
     layers = ", ".join(f"{share:.1%}" for share in looking["by_layer"])
-    page += _table(["task", "answers", "attention in the evidence box", "area of the box", "times even"], rows, left=1)
-    page += ["", f"In the box by layer, from the first: {layers}.", ""]
+    page += _table(["task", "answers", "attention in the evidence box", "area of the box", "x uniform"], rows, left=1)
+    page += ["", f"Share in the box by layer, from the first: {layers}.", ""]
     return page
 
 
@@ -170,7 +170,7 @@ def _routing(routing: Mapping[str, Any] | None) -> list[str]:
         ["plain attention", f"{r['dense_attention'] / 1e6:,.3g}", "0", "0", f"{r['dense_bytes'] / 1e3:,.4g}"],
     ]
     page = [
-        "### What is read of the pictures",
+        "### What queries read of the pictures",
         "",
         f"A text query reads {r['entries']:,.1f} entries of {r['visual']:,.1f} visual tokens in a layer, at most "
         f"{r['most']:,} ({routing['samples']:,} prompts). In all layers:",

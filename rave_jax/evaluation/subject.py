@@ -122,7 +122,7 @@ class ModelSubject:
             prompt = self._prompt(sample)
         except SampleError:  # a text so long that its tokens are not counted
             return error
-        tokens, patches = len(prompt.tokens), len(prompt.patches)
+        tokens, patches = len(prompt.tokens), prompt.patches.length
         if tokens <= self._shape.tokens and patches <= self._shape.patches:
             return error
         return PromptOverBudget(sample.called, tokens, patches, self._shape)

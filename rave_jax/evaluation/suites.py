@@ -24,12 +24,13 @@ from rave_jax.data.collate import BatchShape, round_up
 from rave_jax.data.images import read_image
 from rave_jax.data.processor import Processor
 from rave_jax.data.sample import EmptyAnswer, Sample, SampleError, Source
+from rave_jax.evaluation.asking import AskedByTask
 from rave_jax.evaluation.config import Eval
 from rave_jax.evaluation.controls import FrequentAnswers, Redealing, grey
 from rave_jax.evaluation.grounding import judge
 from rave_jax.evaluation.intervals import NO_PICTURE, picture_key, score_interval
 from rave_jax.evaluation.looking import Drawing, Looked, draw, measure, spread, summarise
-from rave_jax.evaluation.metrics import check_metric, score
+from rave_jax.evaluation.metrics import score
 from rave_jax.evaluation.routing import Hits, Route, hits
 from rave_jax.evaluation.routing import summarise as summarise_routes
 from rave_jax.evaluation.subject import Answer, ModelSubject, PromptOverBudget, Subject
@@ -46,6 +47,7 @@ from rave_jax.evaluation.summary import (
     above_floor,
     mean,
 )
+from rave_jax.evaluation.task import Task
 from rave_jax.evaluation.vas import Vas
 from rave_jax.look.maps import relative_box
 from rave_jax.models.vlm import Vlm
@@ -129,7 +131,7 @@ def open_checked(config: Eval, num_layers: int) -> Source:
         num_layers: decoder layers of the model.
 
     Raises:
-        ConfigError: data cannot be opened, evidence cannot be dealt anew, or a layer does not exist.
+        ConfigError: data cannot be opened, evidence cannot be changed, or a layer does not exist.
     """
     for layer in config.layers:
         if not 0 <= layer < num_layers:
@@ -144,6 +146,7 @@ def open_checked(config: Eval, num_layers: int) -> Source:
 def run(config: Eval, source: Source, subject: Subject, out: Path | None, log: Log = print) -> Summary:
     """`evaluate` for any subject and source; `out` None writes nothing."""
     began = time.monotonic()
+    subject = AskedByTask(subject, config.task)
     broken: Counter[str] = Counter()
     needs: list[PromptOverBudget] = []
 
@@ -228,7 +231,7 @@ def _ask(
             except SampleError as error:
                 leave_out(error)
                 continue
-            check_metric(sample.metric, f"{sample.called}: ")
+            config.task.metric_of(sample)  # an unknown one is said before the model is asked
             samples.append(sample)
             indices.append(index)
         asked = []
@@ -237,19 +240,19 @@ def _ask(
                 leave_out(answer)
             else:
                 asked.append((index, sample, answer))
-        records = [_record(*one) for one in asked]
+        records = [_record(config.task, *one) for one in asked]
         controls.add([sample for _, sample, _ in asked], records)
         yield from records
 
 
 def _redealing(config: Eval, source: Source) -> Redealing | None:
-    """The source, where the grounding check is to deal its evidence anew."""
+    """The source, where the grounding check changes its evidence."""
     if config.grounding is None:
         return None
     if not isinstance(source, Redealing):
         raise ConfigError(
             f"{config.name}: grounding is set, but data is {type(config.data).__name__}, whose evidence cannot "
-            "be dealt anew; use Synthetic, or grounding None"
+            "be changed; use Synthetic, or grounding None"
         )
     return source
 
@@ -258,7 +261,7 @@ class _Controls:
     """Scores of the same model on changed pictures, for records as they come."""
 
     def __init__(self, config: Eval, source: Source, subject: Subject):
-        self._subject = subject
+        self._subject, self._task = subject, config.task
         self._grey = config.floor is not None and config.floor.grey
         self._redealing = _redealing(config, source)
 
@@ -270,11 +273,11 @@ class _Controls:
             texts = dict(zip(seen, self._answers([grey(samples[i]) for i in seen]), strict=True))
             for i, (sample, record) in enumerate(zip(samples, records, strict=True)):
                 text = texts.get(i, record.prediction)
-                record.controls[GREY] = score(sample.metric, text, sample.answers)
+                record.controls[GREY] = self._task.score(record.metric, text, sample.answers)
         if self._redealing is not None:
             dealt = self._answers([self._redealing.redeal(record.index) for record in records])
             for sample, record, text in zip(samples, records, dealt, strict=True):
-                record.controls[REDEALT] = score(sample.metric, text, sample.answers)
+                record.controls[REDEALT] = self._task.score(record.metric, text, sample.answers)
 
     def _answers(self, samples: Sequence[Sample]) -> list[str]:
         texts = []
@@ -320,7 +323,8 @@ def _add_frequent_answers(records: Sequence[Record], training: FrequentAnswers |
         record.controls = scores | {n: x for n, x in record.controls.items() if n != GREY or with_pictures}
 
 
-def _record(index: int, sample: Sample, answer: Answer) -> Record:
+def _record(task: Task, index: int, sample: Sample, answer: Answer) -> Record:
+    metric = task.metric_of(sample)
     image = sample.images[0] if sample.images else None
     return Record(
         id=sample.id,
@@ -331,8 +335,8 @@ def _record(index: int, sample: Sample, answer: Answer) -> Record:
         answers=sample.answers,
         prediction=answer.text,
         tokens=answer.tokens,
-        score=score(sample.metric, answer.text, sample.answers),
-        metric=sample.metric,
+        score=task.score(metric, answer.text, sample.answers),
+        metric=metric,
         task=sample.task,
         template=sample.template,
         source=sample.source,

@@ -22,11 +22,11 @@ BY_TEXT, BY_TEMPLATE, OF_ALL = "answers_by_text", "answers_by_template", "answer
 GREY, REDEALT = "grey_pictures", "redealt"
 FLOORS = (BY_TEXT, BY_TEMPLATE, OF_ALL, GREY)
 HEADINGS = {
-    BY_TEXT: "most frequent answer, by question",
-    BY_TEMPLATE: "most frequent answer, by template",
-    OF_ALL: "most frequent answer of all",
-    GREY: "same model, grey pictures",
-    REDEALT: "same model, evidence dealt anew",
+    BY_TEXT: "most frequent answer to the same question",
+    BY_TEMPLATE: "most frequent answer to the same template",
+    OF_ALL: "most frequent of all answers",
+    GREY: "same model on grey pictures",
+    REDEALT: "same model, evidence changed",
 }
 
 
@@ -49,11 +49,11 @@ class AboveFloor:
 
     def sentence(self) -> str:
         """The finding in words."""
-        decided = "above it" if self.low > 0 else "below it" if self.high < 0 else "above or below it is not decided"
+        decided = "above the floor" if self.low > 0 else "below the floor" if self.high < 0 else "not decided"
         above, low, high = (f"{100 * value:+.1f}" for value in (self.above, self.low, self.high))
         return (
             f"question-only floor {self.floor:.1%} ({HEADINGS[self.name]}); "
-            f"score less floor {above} points (95 %: {low} to {high}): {decided}"
+            f"score minus floor {above} points (95 %: {low} to {high}): {decided}"
         )
 
 
@@ -148,7 +148,7 @@ def print_summary(summary: Summary, console: Console) -> None:
     table.add_column("samples", justify="right")
     table.add_column("score", justify="right", style="bold")
     table.add_column("95 %", justify="right")
-    named = [(summary.floor is not None, "floor"), (REDEALT in summary.total.controls, "re-dealt")]
+    named = [(summary.floor is not None, "floor"), (REDEALT in summary.total.controls, "changed")]
     for there, heading in named:
         if there:
             table.add_column(heading, justify="right")
@@ -167,7 +167,7 @@ def print_summary(summary: Summary, console: Console) -> None:
     if summary.floor is not None:
         notes.append("floor: the most frequent answer, or the same model on grey pictures")
     if REDEALT in summary.total.controls:
-        notes.append("re-dealt: the same model with the evidence changed")
+        notes.append("changed: the same model with the evidence changed, scored with the original answer")
     console.print("\n".join(notes), style="dim", highlight=False)
     if summary.broken:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in summary.broken.items())

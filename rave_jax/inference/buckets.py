@@ -14,33 +14,33 @@ from rave_jax.layout import VisualLayout
 
 @dataclass(frozen=True)
 class SlotConfig:
-    """Slots of generation: how many answers grow at once, and how long they and their prompts may be."""
+    """Slots of generation: how many answers are generated at once, and how long prompts and answers may be."""
 
     slots: int = 8
-    """Answers that grow at once. A slot whose answer is finished takes the next prompt; nothing is compiled anew."""
+    """Answers that are generated at once. A slot whose answer is finished takes the next prompt without compiling."""
     max_length: int = 4096
-    """Most tokens of a prompt (visual tokens counted) and its answer together, but for the answer's last, which needs
-    no slot: slots of the cache per row. A prompt leaves at least one free."""
+    """Most tokens of a prompt and its answer together, visual tokens included: the cache's room for each slot. The
+    answer's last token needs no room, and a prompt has to leave room for at least one token."""
     max_text: int | None = None
-    """Most tokens of a prompt and its answer that belong to no region: text and context tokens. Only for a model with
-    regions (Gaze), whose visual tokens lie in slots of their own: the cache has so many slots beside those. None: as
-    many as `max_length`."""
+    """Most tokens of a prompt and its answer outside regions: text and context tokens. Only for a model with regions
+    (Gaze), whose cache keeps visual tokens apart and has room for this many others. None: as many as `max_length`."""
     max_prompt: int | None = None
     """Most tokens of a prompt; None: all that leave room for one answer token."""
     max_patches: int | None = None
     """Most patches of a prompt's pictures; None: as many as its tokens allow."""
     chunk: int = 512
     """Most tokens of a prompt that are read at once; a longer prompt is read in several chunks. With a mechanism whose
-    tokens see later ones (Mma, Croc, Cca) it is refused instead."""
+    tokens see later ones (Mma, Croc, Cca) a longer prompt is refused."""
     smallest: int = 64
-    """Least number of tokens that a program is compiled for; from here on there are two sizes to each doubling."""
+    """Smallest number of tokens that a program is compiled for; from there up there are two sizes for each doubling."""
     patches: int = 4096
-    """Patches that go through the tower at once: pictures are read in groups of at most so many. A picture that has
-    more alone goes alone."""
+    """Most patches that go through the tower at once: pictures are read in groups. A picture that has more patches is
+    read alone."""
     prefill_rows: int = 1
-    """Prompts that are read together. More is quicker for many short prompts and leaves slots waiting for company."""
+    """Prompts that are read together. More reads many short prompts faster, but a free slot may wait for
+    other prompts."""
     decode_steps: int = 8
-    """Most tokens per answer between two looks of the host (stop strings, streaming). A freed slot ends them early
+    """Most tokens of an answer between two checks by the host (stop strings, streaming). A freed slot ends them early
     while prompts wait."""
     cache: CacheType = "compute"
     """Number type of cached keys and values: as computed, bfloat16, or int8 with a scale per token and head."""
@@ -48,11 +48,11 @@ class SlotConfig:
     """Where keys and values of regions lie: on the device, or in host memory, from where a step copies those that it
     chose. Only for a model with regions (Gaze), on one device."""
     max_stop_ids: int = 8
-    """Most token ids that may end one answer, the model's own counted."""
+    """Most token ids that may end one answer, those of the model included."""
     request_timeout: float = 3600.0
-    """Most seconds from the start of reading a prompt to the end of its answer, without the time of compiling. An
-    answer over it ends with an error, and others go on; in a job of several processes, whose clocks differ, it does
-    not. A program on the device that does not come back within half an hour more ends the process. 0 is no limit."""
+    """Most seconds from the start of reading a prompt to the end of its answer, without the time of compiling. A longer
+    answer ends with an error and others continue; in a job of several processes the clock of the first decides. A
+    program on the device that takes half an hour longer ends the process. 0: no limit."""
 
     def __post_init__(self) -> None:
         for name in ("slots", "chunk", "smallest", "patches", "prefill_rows", "decode_steps", "max_stop_ids"):

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from rave_jax.batch import Batch, TokenInfo
 from rave_jax.data.collate import collate, smallest_shape
 from rave_jax.data.processor import Processor
-from rave_jax.data.sample import Example, Message
+from rave_jax.data.sample import Example, Message, OverBudget
 from rave_jax.models.vlm import Vlm
 from rave_jax.parallel.sharding import use_mesh
 from rave_jax.typing import Array, Float, Int, NpArray
@@ -66,14 +66,27 @@ def forward(
 
     Raises:
         SampleError: a message or a picture that cannot be used.
+        OverBudget: a conversation has more tokens than the model has positions; nothing is computed then.
     """
     if isinstance(given, Batch):
         found = _run(model, given, mesh, logits)
         return Forward(np.asarray(given.tokens), given.info, *found)
-    example = processor.encode(given, add_generation_prompt)
+    example = _encoded(model, processor, given, add_generation_prompt)
     hidden, scores = _run(model, batch_of(example, processor), mesh, logits)
     T = len(example.tokens)
     return Forward(example.tokens, example.info, hidden[0, :T], None if scores is None else scores[0, :T])
+
+
+def _encoded(model: Vlm, processor: Processor, messages: Sequence[Message], add_generation_prompt: bool) -> Example:
+    most = model.config.text.max_position
+    advice = f"the model has {most} positions (max_position_embeddings): shorten it, or give fewer or smaller pictures"
+    try:
+        example = processor.encode(messages, add_generation_prompt, most_tokens=most)
+    except OverBudget as error:
+        raise OverBudget(f"{error}; {advice}") from error
+    if len(example.tokens) > most:
+        raise OverBudget(f"the conversation has {len(example.tokens)} tokens; {advice}")
+    return example
 
 
 def attention_rows(

@@ -38,7 +38,7 @@ class Request:
     sampling: Sampling = field(default_factory=Sampling)
     """How the answer is chosen and when it ends."""
     name: str = ""
-    """What errors call it."""
+    """Its name in errors."""
 
 
 @dataclass(frozen=True)
@@ -46,9 +46,9 @@ class Completion:
     """A whole answer."""
 
     text: str
-    """The text, without special tokens and without what a stop string ended it at."""
+    """The text, without special tokens; it ends before the stop string, if one was met."""
     tokens: tuple[int, ...]
-    """Token ids, without the stop token; with those that made up a stop string."""
+    """Token ids, without the stop token but with those of a stop string."""
     reason: Reason
     """Why it ended."""
     prompt_tokens: int

@@ -13,11 +13,11 @@ import jax.numpy as jnp
 
 from rave_jax.attention import CacheType, KvCache, RegionMemory, RegionReach
 from rave_jax.attention import cache as kv_cache
-from rave_jax.batch import Kind, Role, TokenInfo
+from rave_jax.batch import Kind, Patches, Role, TokenInfo
 from rave_jax.inference.sampling import RowSampling, choose
 from rave_jax.models.vlm import Vlm, with_pictures
 from rave_jax.parallel.sharding import shard
-from rave_jax.typing import Array, Bool, Float, Int, UInt8
+from rave_jax.typing import Array, Bool, Float, Int
 
 NOTHING = -1
 """Stands where no token was given out."""
@@ -56,12 +56,9 @@ class SlotState(NamedTuple):
 
 
 class Pictures(NamedTuple):
-    """Some whole frames of N prompts, as in `Batch`. `offset` is the first visual token they become, in each row."""
+    """Some whole frames of N prompts. `offset` is the first visual token they become, in each row."""
 
-    patches: UInt8[Array, "N P C"]
-    frame: Int[Array, "N P"]
-    place: Int[Array, "N P 2"]
-    window: Int[Array, "N P"]
+    patches: Patches
     offset: Int[Array, "N"]
 
 
@@ -159,9 +156,9 @@ def settled(state: SlotState) -> SlotState:
 def encode_images(model: Vlm, state: SlotState, pictures: Pictures) -> tuple[SlotState]:
     """Put frames through the tower and keep their visual tokens for the chunks that hold them."""
     assert model.vision is not None
-    tokens = model.vision(pictures.patches, pictures.frame, pictures.place, pictures.window)
+    tokens = model.vision(pictures.patches)
     N, U, _ = tokens.shape
-    real = pictures.frame[:, :: pictures.frame.shape[1] // U] > 0
+    real = pictures.patches.frame[:, :: pictures.patches.length // U] > 0
     size = state.pictures.shape[1]
     where = jnp.where(real, pictures.offset[:, None] + jnp.arange(U, dtype=jnp.int32), size)
     kept = state.pictures.at[jnp.arange(N)[:, None], where].set(tokens.astype(state.pictures.dtype), mode="drop")

@@ -10,6 +10,7 @@ import numpy as np
 from rave_jax.batch import Batch, TokenInfo
 from rave_jax.data.collate import BatchShape, collate
 from rave_jax.data.layout import offsets_in_region
+from rave_jax.data.patches import empty_patches
 from rave_jax.data.sample import Example
 from rave_jax.inference.buckets import Buckets
 from rave_jax.inference.programs import NOTHING, Admission, Chunk, Pictures
@@ -61,7 +62,7 @@ class PromptGroup:
         self.width = buckets.chunk_of(longest)
         """T: tokens of each prompt that are read at once."""
         tokens = -(-longest // self.width) * self.width
-        patches = max(len(prompt.example.patches) for prompt in prompts)
+        patches = max(prompt.example.patches.length for prompt in prompts)
         self._merge_patches = merge_patches
         documents = [[prompt.example] for prompt in prompts]
         self._batch: Batch = collate(documents, BatchShape(rows, tokens, patches), patch_numbers, merge_patches)
@@ -72,19 +73,17 @@ class PromptGroup:
 
     def pictures(self, most: int) -> Iterator[Pictures]:
         """All frames, in as few runs of the tower as `most` patches a row and run allow; a larger frame goes alone."""
-        groups = [_frame_groups(prompt.example.patch_frame, most) for prompt in self.prompts]
-        names = ("patches", "patch_frame", "patch_place", "patch_window")
-        whole = [np.asarray(getattr(self._batch, name)) for name in names]
+        groups = [_frame_groups(prompt.example.patches.frame, most) for prompt in self.prompts]
         for turn in range(max(map(len, groups))):
             spans = [mine[turn] if turn < len(mine) else range(0) for mine in groups]
             P = self.buckets.tower(max(map(len, spans)))
-            cuts: list[Any] = [np.zeros((self.rows, P, *x.shape[2:]), x.dtype) for x in whole]
+            cut: Any = empty_patches((self.rows, P), self._batch.patches.pixels.shape[-1])
             offset: Any = np.zeros(self.rows, np.int32)
             for row, span in enumerate(spans):
                 offset[row] = span.start // self._merge_patches
-                for cut, x in zip(cuts, whole, strict=True):
-                    cut[row, : len(span)] = x[row, span.start : span.stop]
-            yield Pictures(*cuts, offset)
+                for part, whole in zip(cut, self._batch.patches, strict=True):
+                    part[row, : len(span)] = whole[row, span.start : span.stop]
+            yield Pictures(cut, offset)
 
     def chunks(self, slots: Sequence[int], no_slot: int) -> Iterator[tuple[int, Chunk, Admission]]:
         """(reach, tokens, who they belong to) of each pass over the prompts.

@@ -29,23 +29,23 @@ class Sampling:
     max_new_tokens: int = 256
     """Most tokens of the answer."""
     temperature: float = 0.0
-    """Divides the logits: 0 takes the most likely token, 1 draws from the model's own distribution; 1e-4 to 1e4."""
+    """Divides the logits: 0 takes the most likely token, 1 samples from the model's distribution; 0, or 1e-4 to 1e4."""
     top_k: int = 0
-    """Draw from this many most likely tokens, and those as likely as the last of them; 0 is all."""
+    """Sample from this many most likely tokens, with all that tie with the last of them; 0 is all."""
     top_p: float = 1.0
-    """Draw from the fewest most likely tokens that together have this probability, and those as likely as the last of
-    them; above 0, and 1 is all."""
+    """Sample from the fewest most likely tokens that together have this probability, with all that tie with the last
+    of them; above 0, and 1 is all."""
     min_p: float = 0.0
-    """Draw from tokens with at least this part of the probability of the most likely one; 0 to 1."""
+    """Sample from tokens with at least this share of the most likely token's probability; 0 (all) to 1."""
     repetition_penalty: float = 1.0
-    """Above 1 makes tokens of prompt and answer less likely, once each: a positive logit is divided by it and a
-    negative one multiplied; 1e-4 to 1e4."""
+    """Above 1, tokens that the prompt or answer already has become less likely: a positive logit is divided by it and
+    a negative one multiplied, once for each token; 1e-4 to 1e4."""
     seed: int = 0
-    """Seed of the draws, 0 to 2^32 - 1. The same seed gives the same answer in any batch and slot."""
+    """Seed of sampling, 0 to 2^32 - 1. The same seed gives the same answer in any batch and slot."""
     stop: tuple[str, ...] = ()
-    """Strings that end the answer, which ends before the first of them."""
+    """Strings that end the answer; the text ends before the string."""
     stop_ids: tuple[int, ...] = ()
-    """Ids of tokens that end the answer, beside the model's own."""
+    """Ids of tokens that end the answer, in addition to the model's."""
 
     def __post_init__(self) -> None:
         def whole(field: str, least: int, most: int) -> None:

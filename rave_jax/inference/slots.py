@@ -27,6 +27,7 @@ from rave_jax.inference.programs import BROKEN, NOTHING, SlotState, clear, decod
 from rave_jax.inference.prompts import Prompt, PromptGroup
 from rave_jax.inference.sampling import Sampling
 from rave_jax.models.vlm import Vlm
+from rave_jax.parallel.agree import from_first
 from rave_jax.parallel.sharding import replicated, use_mesh
 from rave_jax.typing import NpArray
 
@@ -158,9 +159,9 @@ class Engine:
         beside = int(np.sum(example.info.region == 0))
         for given, what, most, field_name in (
             (len(example.tokens), "tokens", config.max_prompt, "max_prompt"),
-            (len(example.patches), "patches", config.max_patches, "max_patches"),
-            (len(example.tokens) + 1, "tokens, an answer token counted", config.max_length, "max_length"),
-            (beside + 1, "tokens of no region, an answer token counted", config.max_text, "max_text"),
+            (example.patches.length, "patches", config.max_patches, "max_patches"),
+            (len(example.tokens) + 1, "tokens, with one token of the answer", config.max_length, "max_length"),
+            (beside + 1, "tokens outside regions, with one token of the answer", config.max_text, "max_text"),
         ):
             if most is not None and given > most:
                 raise OverBudget(f"{called}the prompt has {given} {what}, over the budget of {field_name} {most}")
@@ -176,8 +177,8 @@ class Engine:
                 f"{called}the prompt has {len(example.tokens)} tokens, over the budget of chunk {self._buckets.chunk}: "
                 f"with {' and '.join(ahead)} tokens see later ones, so a prompt is read whole"
             )
-        if len(example.patches) and not self._buckets.patches:
-            raise SampleError(f"{called}the prompt has pictures and the model takes none")
+        if example.patches.length and not self._buckets.patches:
+            raise SampleError(f"{called}the prompt has pictures, but the model is for text only")
         stops = tuple(sorted(self._stop_ids.union(sampling.stop_ids)))
         if len(stops) > self.config.max_stop_ids:
             raise SampleError(called + _too_many(len(stops), "its answer", self.config.max_stop_ids))
@@ -246,13 +247,17 @@ class Engine:
     def _overdue(self) -> list[Progress]:
         """End the answers that take longer than they may."""
         limit, now = self.config.request_timeout, self._seconds()
-        # Several processes have to agree, and each has a clock of its own.
-        if not limit or jax.process_count() > 1:
+        jobs = {slot: job for slot, job in enumerate(self._slots) if job is not None}
+        if not limit or not jobs:
             return []
-        late = [(slot, job) for slot, job in enumerate(self._slots) if job is not None and now - job.began > limit]
-        for slot, _ in late:
+        # Each process has a clock of its own, and all must end the same answers: that of the first decides.
+        late = from_first([slot for slot, job in jobs.items() if now - job.began > limit])
+        for slot in late:
             self._slots[slot] = None
-        return [Progress(job.request, (), None, timed_out(job.called, limit, job.given)) for _, job in late]
+        return [
+            Progress(job.request, (), None, timed_out(job.called, limit, job.given))
+            for job in (jobs[slot] for slot in late)
+        ]
 
     def _group_fits(self) -> bool:
         """Is there a slot for each prompt of a full group, or for all that wait?"""
@@ -268,7 +273,7 @@ class Engine:
             job.began = self._seconds()
         group = PromptGroup([job.prompt for job in jobs], rows, self._buckets, **self._patch_sizes)
         for pictures in group.pictures(self.config.patches):
-            self._run("encode_images", pictures.patches.shape[1], _encode_images, pictures)
+            self._run("encode_images", pictures.patches.length, _encode_images, pictures)
         regions = group.region_reach
         given = []
         for reach, chunk, admission in group.chunks(slots, no_slot=self.config.slots):

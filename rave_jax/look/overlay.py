@@ -99,7 +99,7 @@ def _colour_bar(figure: Figure, left: float, bottom: float, width: float, height
     axes.yaxis.tick_right()
     axes.set_yticks(places, list(TICKS.values()), fontsize=7, color=FAINT)
     axes.tick_params(length=2, pad=1.5, color=FAINT)
-    axes.set_title("times even", fontsize=7, color=FAINT)
+    axes.set_title("x uniform", fontsize=7, color=FAINT)
     for spine in axes.spines.values():
         spine.set_color("#d0d7de")
 
@@ -138,7 +138,7 @@ def save_overlay(
     width, height = 2 * (PANEL + GAP) + GAP + BAR, panel_height + foot + 0.35
     figure = Figure(figsize=(width, height), dpi=110, facecolor="white")
     FigureCanvasAgg(figure)
-    most = f"attention of the answer (most: {float(times_even.max()):.3g} times even)"
+    most = f"attention of the answer (most: {float(times_even.max()):.3g} x uniform)"
     for number, (picture, title) in enumerate(
         [
             (np.asarray(image, np.float32) / 255.0, "picture" if box is None else "picture, evidence in the box"),

@@ -16,9 +16,10 @@ from rave_jax.attention import cache as kv_cache
 from rave_jax.attention.plan import LayeredConfig
 from rave_jax.batch import TokenInfo
 from rave_jax.config import require
+from rave_jax.families.config import TextConfig
 from rave_jax.kernels.attention import MaskCodes
 from rave_jax.models import lora
-from rave_jax.models.config import ModelOptions, TextConfig
+from rave_jax.models.config import ModelOptions, attention_dims, window_mechanisms
 from rave_jax.models.layers import Linear, RmsNorm, SwiGlu
 from rave_jax.models.rope import Rotation, rotate, text_rotation
 from rave_jax.models.stack import LayerRun
@@ -83,7 +84,7 @@ class Attention(nnx.Module):
     """Projections of one attention layer; what happens between them is `attention.attend`."""
 
     def __init__(self, config: TextConfig, *, dtype: jnp.dtype, key: jax.Array):
-        D, (H, K, h) = config.hidden_size, config.attention_dims
+        D, (H, K, h) = config.hidden_size, attention_dims(config)
         keys = jax.random.split(key, 4)
         query_axes, kv_axes = ("heads", "head_dim", "embed"), ("kv_heads", "head_dim", "embed")
         bias = config.qkv_bias
@@ -117,7 +118,7 @@ class DecoderLayer(nnx.Module):
         self.mlp = SwiGlu(D, config.mlp_size, bias=False, dtype=dtype, key=keys[1])
         self.attention_norm = RmsNorm(D, eps=config.rms_norm_eps, dtype=dtype)
         self.mlp_norm = RmsNorm(D, eps=config.rms_norm_eps, dtype=dtype)
-        self.mechanisms = attention.build_mechanisms(mechanisms, config.attention_dims, keys[2])
+        self.mechanisms = attention.build_mechanisms(mechanisms, attention_dims(config), keys[2])
         attention.check_kernels(self.mechanisms, options.attention)
         self.implementation = options.attention
         self.max_regions = options.layout.max_regions
@@ -183,7 +184,7 @@ class Decoder(nnx.Module):
     """All layers and the final norm. Global layer n stands in the layer run with start <= n < stop."""
 
     def __init__(self, config: TextConfig, options: ModelOptions, *, key: jax.Array):
-        mechanisms = (*config.window_mechanisms, *options.mechanisms, *options.context_mechanisms)
+        mechanisms = (*window_mechanisms(config), *options.mechanisms, *options.context_mechanisms)
         keys = jax.random.split(key, config.num_layers)
         self.layer_runs = nnx.List(
             LayerRun(start, stop, lambda k, chosen=chosen: DecoderLayer(config, chosen, options, k), keys)
@@ -191,15 +192,13 @@ class Decoder(nnx.Module):
         )
         self.norm = RmsNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=options.params)
         self.head_dim = config.head_dim
-        self.attention_dims = config.attention_dims
+        self.attention_dims = attention_dims(config)
         self.hidden_size = config.hidden_size
         self.rope_theta = config.rope_theta
         self.mrope_section = config.mrope_section
         self.remat = options.remat
         self.layout = options.layout
         self.implementation = options.attention
-        if self.layout.regions is not None:
-            attention.check_with_regions([m for run in self.layer_runs for m in run.layers.mechanisms])
 
     def __call__(
         self,
@@ -361,8 +360,8 @@ class Decoder(nnx.Module):
     @property
     def looks_ahead(self) -> tuple[str, ...]:
         """Names of the mechanisms that let a token see later ones."""
-        found = [m for run in self.layer_runs for m in run.layers.mechanisms if m.LOOKS_AHEAD]
-        return tuple(dict.fromkeys(type(mechanism).__name__ for mechanism in found))
+        declared = [m.declared for run in self.layer_runs for m in run.layers.mechanisms]
+        return tuple(dict.fromkeys(one.called for one in declared if one is not None and one.looks_ahead))
 
     def empty_cache(
         self, rows: int, size: int, kind: CacheType, dtype: jnp.dtype, regions_in: RegionMemory = "device"

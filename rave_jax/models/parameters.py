@@ -33,7 +33,7 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from rave_jax.models.families.base import TensorRule
+from rave_jax.families.base import TensorRule
 from rave_jax.models.vlm import Vlm
 from rave_jax.parallel.sharding import Axes, named_sharding
 

@@ -11,11 +11,13 @@ from flax import nnx
 from rave_jax.attention import CacheType, KvCache, RegionMemory
 from rave_jax.batch import Batch, Kind, TokenInfo
 from rave_jax.config import require
+from rave_jax.families import family_named
+from rave_jax.families.config import VlmConfig
 from rave_jax.models import lora
-from rave_jax.models.config import ModelOptions, VlmConfig
+from rave_jax.models.config import ModelOptions
 from rave_jax.models.decoder import Decoder
 from rave_jax.models.layers import ContextEmbedding, Embedding, Linear, product
-from rave_jax.models.vision.qwen2_5 import Tower
+from rave_jax.models.tower import Tower
 from rave_jax.parallel.sharding import shard
 from rave_jax.typing import Array, Bool, Float, Int
 
@@ -45,9 +47,7 @@ class Vlm(nnx.Module):
         self.options = options
         self.embed = Embedding(text.vocab_size, text.hidden_size, dtype=dtype, key=keys[0])
         self.context: ContextEmbedding | None = nnx.data(_context_embedding(config, options, key))
-        self.vision: Tower | None = nnx.data(
-            None if config.vision is None else Tower(config.vision, options, key=keys[1])
-        )
+        self.vision: Tower | None = nnx.data(_tower(config, options, keys[1]))
         self.decoder = Decoder(text, options, key=keys[2])
         head = (text.vocab_size,), (text.hidden_size,)
         self.lm_head: Linear | None = nnx.data(
@@ -121,10 +121,10 @@ class Vlm(nnx.Module):
             ValueError: there are patches but no tower.
         """
         x = self.with_context(self.embed(batch.tokens, self.options.compute), batch.info)
-        if batch.patches.shape[1] > 0:
+        if batch.patches.length > 0:
             if self.vision is None:
                 raise ValueError(f"the batch has patches, but a {self.config.family} text model has no vision tower")
-            seen = self.vision(batch.patches, batch.patch_frame, batch.patch_place, batch.patch_window)
+            seen = self.vision(batch.patches)
             x = with_pictures(x, seen, batch.info, batch.visual_index)
         return shard(x, "batch", "length", None)
 
@@ -161,6 +161,10 @@ class Vlm(nnx.Module):
         """
         x = shard(self.embed(tokens, self.options.compute), "batch", "length", None)
         return self.decoder.cached(x, info, positions, cache)
+
+
+def _tower(config: VlmConfig, options: ModelOptions, key: jax.Array) -> Tower | None:
+    return None if config.vision is None else family_named(config.family).load_tower()(config.vision, options, key=key)
 
 
 def _context_embedding(config: VlmConfig, options: ModelOptions, key: jax.Array) -> ContextEmbedding | None:

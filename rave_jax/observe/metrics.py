@@ -146,7 +146,7 @@ class _Found(NamedTuple):
 
 def _read(path: Path) -> _Found:
     if path.exists() and not path.is_file():  # a pipe would be waited on for ever
-        raise OSError(errno.EINVAL, "it is no regular file", str(path))
+        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
     found = _Found([], [])
     lines = path.read_bytes().split(b"\n")
     if _row(lines[-1]) is None and lines[-1].startswith(_BEGIN[: len(lines[-1])]):
@@ -176,6 +176,6 @@ def _is_value(value: object) -> bool:
 
 def _in_words(path: Path, foreign: list[tuple[int, bytes]]) -> str:
     number, line = foreign[0]
-    lines = "1 line is" if len(foreign) == 1 else f"{len(foreign)} lines are"
+    lines = "1 line does not" if len(foreign) == 1 else f"{len(foreign)} lines do not"
     shown = line[:60].decode("utf-8", "backslashreplace")
-    return f"{path}: {lines} no row of metrics, the first is line {number}: {shown!r}"
+    return f"{path}: {lines} hold metrics; the first is line {number}: {shown!r}"

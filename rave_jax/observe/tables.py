@@ -50,7 +50,7 @@ def print_parameters(rows: Sequence[GroupRow], console: Console | None = None) -
         console.width = max(console.width, 120)
     table = Table(title="Parameters", title_justify="left", box=box.SIMPLE_HEAD)
     left = ("group", "state")
-    for name in (*left, "tensors", "parameters", "bytes", "optimizer", "learning rate", "decay", "unsplit"):
+    for name in (*left, "tensors", "parameters", "bytes", "optimizer", "learning rate", "decay", "not sharded"):
         table.add_column(name, justify="left" if name in left else "right")
     for row in rows:
         rates = (f"{row.learning_rate:g}", f"{row.weight_decay:g}") if row.learning_rate else ("", "")

@@ -30,4 +30,5 @@ class WaitMeter:
         self._steps, self._waited, self._elapsed = 0, 0.0, 0.0
         if share <= self._share:
             return None
-        return f"warning: the last {steps} steps waited for data {share:.0%} of the time; the loader is the bottleneck"
+        said = f"the last {steps} steps waited for data {share:.0%} of the time"
+        return f"warning: {said}; the loader is the bottleneck: raise data.workers or data.prefetch"

@@ -30,7 +30,7 @@ class HostsError(RuntimeError):
 
 @dataclass(frozen=True)
 class HostsConfig:
-    """How the processes of a job find each other, and how long they wait."""
+    """How the processes of a job connect, and how long they wait."""
 
     coordinator: str = ""
     """`address:port` of process 0; empty: the environment variable JAX_COORDINATOR_ADDRESS, or, with
@@ -46,9 +46,9 @@ class HostsConfig:
     barrier_timeout: int = 1800
     """Seconds that one process waits for the others at a barrier."""
     step_timeout: int = 1800
-    """Seconds that a step may wait for its data; 0: for ever. A step itself may take twice as long, and compiling,
-    saving and restoring four times. After that the watchdog ends the job and says what it waited for: a process that
-    hangs keeps its heartbeat. Where it can, it saves first."""
+    """Most seconds that a step may wait for its data; 0 is no limit. A step itself may take twice as long, and
+    compiling, saving and restoring four times. After that the watchdog ends the job and says what it waited for,
+    because a process that hangs keeps its heartbeat. It saves first where it can."""
     stop_timeout: int = 300
     """Seconds in which a job that gets SIGTERM or Ctrl-C saves and ends, whatever it waits for."""
 
@@ -85,7 +85,7 @@ def start(config: HostsConfig, simulated_devices: int = 0) -> None:
             with _limited(config, config.coordinator or "the coordinator"):
                 jax.distributed.initialize(config.coordinator or None, **_limits(config))
         except (ValueError, RuntimeError) as error:
-            message = "hosts.processes is -1, and no cluster says what the processes are"
+            message = "hosts.processes is -1, but no TPU pod or SLURM job was found"
             raise ConfigError(
                 f"{message} ({_first_line(error)}); give hosts.processes and hosts.coordinator"
             ) from error
@@ -238,7 +238,7 @@ def of_devices(error: Exception) -> HostsError:
     time.sleep(LAST_WORDS)
     return HostsError(
         f"a computation over the devices of all processes failed ({_first_line(error)}); "
-        "has another process died? its output says why"
+        "look at the output of the other processes for one that died"
     )
 
 

@@ -26,11 +26,11 @@ class MeshConfig:
     """How devices are arranged."""
 
     data: int = 1
-    """Replicas of the whole model; rows are split over them."""
+    """Number of replicas of the model; rows are split over them."""
     fsdp: int = -1
-    """Ways in which parameters, optimizer state and rows are split; -1 takes all remaining devices."""
+    """Number of shards of parameters, optimizer state and rows; -1 takes all remaining devices."""
     tensor: int = 1
-    """Ways in which heads, mlp width and vocabulary are split; rows are not."""
+    """Number of shards of heads, mlp width and vocabulary; rows are not split by it."""
 
     def __post_init__(self) -> None:
         sizes = (self.data, self.fsdp, self.tensor)
@@ -57,7 +57,7 @@ class MeshConfig:
     def _what_fits(self, num_devices: int) -> str:
         """Changes of one size that would do, in words."""
         if num_devices < 1:
-            return "there is no device"
+            return "there are no devices"
         found = []
         for axis in AXES:
             others = math.prod(max(getattr(self, other), 1) for other in AXES if other != axis)

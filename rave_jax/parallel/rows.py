@@ -14,15 +14,19 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from rave_jax.batch import Batch, TokenInfo
+from rave_jax.batch import Batch, Patches, TokenInfo
 from rave_jax.config import require
 from rave_jax.parallel.sharding import RULES
 
 
 def batch_axis() -> Any:
     """A Batch that holds, for each field, which of its axes counts rows."""
-    zeros: Any = dict.fromkeys(TokenInfo._fields, 0)
-    fields: Any = dict.fromkeys(Batch._fields, 0) | {"positions": 1, "info": TokenInfo(**zeros)}
+
+    def zeros(tree: Any) -> dict[str, Any]:
+        return dict.fromkeys(tree._fields, 0)
+
+    info, patches = TokenInfo(**zeros(TokenInfo)), Patches(**zeros(Patches))
+    fields: dict[str, Any] = zeros(Batch) | {"positions": 1, "info": info, "patches": patches}
     return Batch(**fields)
 
 

@@ -107,7 +107,7 @@ class Watchdog:
             waited = 0.0 if now is None else time.monotonic() - now.since
             if now is None or waited <= now.limit or (self._stop is not None and self._stop.asked is not None):
                 continue
-            message = f"waited {waited:.0f} s for {now.what}, which the watchdog takes for a hang"
+            message = f"waited {waited:.0f} s for {now.what}, so the watchdog ends the job"
             message += f" ({self._setting} {self._timeout:g}){now.advice and '; ' + now.advice}"
             if now.save and self._stop is not None:
                 self._stop.ask(message, self.EXIT_CODE)

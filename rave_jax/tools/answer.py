@@ -24,7 +24,7 @@ def show(pieces: Iterator[Piece], verbose: bool, stopped: Callable[[], bool] = l
 
     Args:
         pieces: of one request.
-        verbose: say on stderr how many tokens came and how quickly.
+        verbose: print the number of tokens and the speed on stderr.
         stopped: asked after each piece: is this enough?
 
     Raises:

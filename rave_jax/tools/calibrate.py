@@ -43,9 +43,9 @@ def calibrate(arguments: argparse.Namespace) -> None:
     search = ZeroTuningSearch(**given_fields(arguments, ZeroTuningSearch))
     out: Path = arguments.out.resolve()
     if out.exists() and not out.is_file():
-        raise ConfigError(f"cannot write {out}: it is there and no file")
+        raise ConfigError(f"cannot write {out}: it exists and is not a file")
     if any(isinstance(mechanism, ZeroTuning) for mechanism in sources.options_of(arguments.model).mechanisms):
-        raise ConfigError(f"{arguments.model} has ZeroTuning already, and what is found would act on top of it")
+        raise ConfigError(f"{arguments.model} has ZeroTuning already: give a model without it")
     data = Synthetic(split="heldout") if arguments.data is None else QaJsonl(str(arguments.data))
     processor = sources.processor_of(arguments.model)
     examples = _examples(data, processor, search, arguments.samples)

@@ -28,7 +28,7 @@ class Chat:
         sampling: how.
         folder: where pictures of /image may lie.
         system: messages before every conversation.
-        verbose: say on stderr how many tokens came and how quickly.
+        verbose: print the number of tokens and the speed on stderr.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Chat:
             except (ConfigError, SampleError) as error:
                 _say(str(error))
         else:
-            missing = "needs the path of a picture" if command == "/image" else "is no command"
+            missing = "needs the path of a picture" if command == "/image" else "is not a command"
             _say(f"{command} {missing}: expected {COMMANDS}, or a question")
         return True
 
@@ -85,7 +85,7 @@ class Chat:
                 text, whole = show(pieces, self._verbose, stopped)
             except ConfigError as error:
                 self.failed |= isinstance(error.__cause__, Fault)
-                dropped = "; the question's pictures are dropped" if self._pictures else ""
+                dropped = "; its pictures are dropped too" if self._pictures else ""
                 self._pictures = []
                 return _say(f"{error}{dropped}")
         self._said += [asked, {"role": "assistant", "content": text}]
@@ -113,7 +113,7 @@ def chat(
         system: messages before every conversation.
         images: go before the first question.
         prompt: the first question; None leaves it to stdin.
-        verbose: say on stderr how many tokens came and how quickly.
+        verbose: print the number of tokens and the speed on stderr.
 
     Raises:
         ConfigError: the model or one of `images` cannot be used.
@@ -135,7 +135,7 @@ def chat(
 def _lines() -> Iterator[str]:
     terminal = sys.stdin.isatty()
     if terminal:
-        _say(f"A question per line, or {COMMANDS}. Ctrl-C stops an answer.")
+        _say(f"One question per line, or {COMMANDS}. Ctrl-C stops an answer.")
         with contextlib.suppress(ImportError):  # input() then has arrow keys and a memory, where Python was built so
             importlib.import_module("readline")
     while True:
@@ -146,7 +146,7 @@ def _lines() -> Iterator[str]:
                 print()
             return
         except UnicodeDecodeError as error:
-            _say(f"a line is no text: {error}")
+            _say(f"a line is not text: {error}")
         except KeyboardInterrupt:
             if not terminal:
                 raise

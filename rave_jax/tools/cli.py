@@ -41,12 +41,12 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="rave-jax", description="Train and examine models, work on checkpoints.")
+    parser = _Parser(prog="rave-jax", description="Train, evaluate, convert and query vision-language models.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     for name, help_text, first in (
-        ("train", "a run from a config, as train.py of a clone", "CONFIG"),
-        ("eval", "examine a run or a model in HuggingFace format, as eval.py of a clone", "RUN_OR_HF_DIR"),
+        ("train", "train a model as a config says (the same as train.py)", "CONFIG"),
+        ("eval", "evaluate a run or a model in HuggingFace format (the same as eval.py)", "RUN_OR_HF_DIR"),
     ):
         program = commands.add_parser(name, help=help_text)
         program.add_argument("words", nargs=argparse.REMAINDER, metavar=f"{first} [--field.name value ...]")
@@ -58,13 +58,13 @@ def _parser() -> argparse.ArgumentParser:
         else:
             program.description = "`rave-jax eval RUN_OR_HF_DIR --help` lists the fields."
 
-    convert = commands.add_parser("convert", help="between HuggingFace format and ours")
+    convert = commands.add_parser("convert", help="convert checkpoints between HuggingFace format and ours")
     ways = convert.add_subparsers(dest="way", required=True, metavar="from-hf|to-hf")
-    from_hf = ways.add_parser("from-hf", help="a HuggingFace directory into a native checkpoint")
+    from_hf = ways.add_parser("from-hf", help="make a native checkpoint of a HuggingFace directory")
     from_hf.add_argument("source", type=Path, help="directory with config.json and safetensors")
     from_hf.add_argument("--dtype", choices=DTYPES, help="number type of the parameters (default: as stored)")
     from_hf.add_argument("--base", type=Path, help="directory of a PEFT adapter's base model (default: what it names)")
-    to_hf = ways.add_parser("to-hf", help="a native checkpoint, or a training run, into a HuggingFace directory")
+    to_hf = ways.add_parser("to-hf", help="make a HuggingFace directory of a native checkpoint or a training run")
     to_hf.add_argument("source", type=Path, help="native checkpoint, run directory, or HuggingFace directory")
     to_hf.add_argument("--dtype", choices=DTYPES, help="number type of the weights (default: that of the parameters)")
     to_hf.add_argument("--step", type=int, help="which checkpoint of a run (default: the newest)")
@@ -86,38 +86,38 @@ def _parser() -> argparse.ArgumentParser:
         "--base", type=Path, help="the model that a PEFT adapter is of (default: what the run began with)"
     )
     for way in (from_hf, to_hf):
-        way.add_argument("destination", type=Path, help="directory that is not there yet")
+        way.add_argument("destination", type=Path, help="directory to make; it must not exist or must be empty")
 
-    inspect = commands.add_parser("inspect", help="config and parameters of a model, without loading it")
+    inspect = commands.add_parser("inspect", help="print a model's config and parameters without loading it")
     inspect.add_argument(
         "path", type=Path, help="HuggingFace directory (config.json is enough), native checkpoint or run directory"
     )
 
-    logits = commands.add_parser("logits", help="float32 logits of one conversation")
+    logits = commands.add_parser("logits", help="write the float32 logits of one conversation")
     logits.add_argument("model", type=Path, help="HuggingFace directory, native checkpoint or run directory")
     logits.add_argument("request", type=Path, help="JSON list of messages in HF chat format, images by path")
     logits.add_argument("out", type=Path, help=".npz to write: input_ids [T], logits [T,V]")
-    logits.add_argument("--add-generation-prompt", action="store_true", help="end with the header of an answer to come")
+    logits.add_argument("--add-generation-prompt", action="store_true", help="end where an answer would begin")
     logits.add_argument(
         "--image-dir",
         type=Path,
         metavar="FOLDER",
-        help="the request may name pictures below it alone (default: the folder of the request)",
+        help="only pictures below this folder may be named (default: the folder of the request)",
     )
     _add_special_tokens(logits)
 
-    generate = commands.add_parser("generate", help="answers to a prompt, to a file of requests, or in a conversation")
+    generate = commands.add_parser("generate", help="answer a prompt, a file of requests, or a conversation")
     generate.add_argument("model", type=Path, help="HuggingFace directory, native checkpoint or run directory")
-    generate.add_argument("--prompt", metavar="TEXT", help="what is asked; the answer goes to stdout as it comes")
+    generate.add_argument("--prompt", metavar="TEXT", help="the question; the answer goes to stdout as it is generated")
     generate.add_argument(
         "--image",
         type=Path,
         action="append",
         default=[],
         metavar="FILE",
-        help="before the prompt; may come several times",
+        help="picture before the prompt; may be given several times",
     )
-    generate.add_argument("--system", metavar="TEXT", help="system message before everything")
+    generate.add_argument("--system", metavar="TEXT", help="system message of every conversation")
     generate.add_argument(
         "--requests",
         type=Path,
@@ -128,23 +128,23 @@ def _parser() -> argparse.ArgumentParser:
         "--image-dir",
         type=Path,
         metavar="FOLDER",
-        help="requests and /image may name pictures below it alone "
+        help="requests and /image may only name pictures below it "
         "(default: the folder of --requests, or the working directory)",
     )
     generate.add_argument(
         "--out", type=Path, metavar="FILE", help="JSON Lines of answers to --requests (default: stdout)"
     )
-    generate.add_argument("--interactive", action="store_true", help="a question per line, the conversation is kept")
+    generate.add_argument("--interactive", action="store_true", help="have a conversation, one question per line")
     generate.add_argument(
         "--dtype", choices=DTYPES, help="number type to compute in (default: that of the model's options)"
     )
     _add_special_tokens(generate)
-    generate.add_argument("--verbose", action="store_true", help="say on stderr how many tokens came and how quickly")
+    generate.add_argument("--verbose", action="store_true", help="print the number of tokens and the speed on stderr")
     generate.late = _generation_flags
 
-    calibrate = commands.add_parser("calibrate", help="settings of a mechanism, found by running a model")
+    calibrate = commands.add_parser("calibrate", help="find settings of a mechanism by running a model")
     kinds = calibrate.add_subparsers(dest="mechanism", required=True, metavar="zero-tuning")
-    zero = kinds.add_parser("zero-tuning", help="heads and gamma of ZeroTuning")
+    zero = kinds.add_parser("zero-tuning", help="find heads and gamma of ZeroTuning")
     zero.add_argument("model", type=Path, help="HuggingFace directory, native checkpoint or run directory")
     zero.add_argument("out", type=Path, help="JSON to write: a list for `mechanisms` of a model's options")
     zero.add_argument(
@@ -153,7 +153,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="JSON Lines with question, answers and image (default: held-out synthetic pictures)",
     )
-    zero.add_argument("--samples", type=_count, default=200, help="how many, from the first on (default: 200)")
+    zero.add_argument("--samples", type=_count, default=200, help="number of samples, from the first on (default: 200)")
     zero.add_argument("--rows", type=_count, default=16, help="samples run at once (default: 16)")
     zero.add_argument(
         "--dtype", choices=DTYPES, help="number type to compute in (default: that of the model's options)"
@@ -161,7 +161,7 @@ def _parser() -> argparse.ArgumentParser:
     zero.late = _calibration_flags
 
     data = commands.add_parser(
-        "data", help="tokens and patches that the data of a config needs, and what cannot be used"
+        "data", help="print the tokens and patches that a config's data needs, and which samples cannot be used"
     )
     data.add_argument("words", nargs=argparse.REMAINDER, metavar="CONFIG [--field.name value ...]")
     data.late = _data_flags
@@ -172,7 +172,8 @@ def _add_special_tokens(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--special-tokens-in-text",
         choices=("text", "tokens"),
-        help="what <|im_end|> and the like are in a message: text, or the tokens (default: as in training, else text)",
+        help="how <|im_end|> and the like in a message are read: as text or as tokens "
+        "(default: as in training, else text)",
     )
 
 
@@ -196,7 +197,7 @@ def _data_flags(parser: argparse.ArgumentParser) -> None:
 
 def _count(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is no count, expected a number from 1 on")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a count, expected a number of at least 1")
     return int(text)
 
 
@@ -204,7 +205,7 @@ def _size(text: str) -> int:
     units = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
     number, unit = (text[:-2], units.get(text[-2:].upper())) if text[-2:].isalpha() else (text, 1)
     if unit is None or not number.strip().isdecimal() or int(number) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is no size, expected one like 5GB or 500MB")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size, expected one such as 5GB or 500MB")
     return int(number) * unit
 
 

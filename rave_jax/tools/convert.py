@@ -60,9 +60,9 @@ def from_hf(source: Path, destination: Path, dtype: str | None = None, base: Pat
             source, directory, sources.all_devices(), changes=changes, dtypes="stored" if dtype is None else "options"
         )
         if left := beyond_backbone(saved_options(directory) or ModelOptions()):
-            print(f"{directory}: {'; '.join(left)} is left out: what belongs to the adapter lies beside the adapter")
+            print(f"{directory}: {'; '.join(left)} is left out: an adapter has its own beside it")
     elif base is not None:
-        raise CheckpointError(f"{source}: --base goes with a PEFT adapter, but no adapter_config.json is here")
+        raise CheckpointError(f"{source}: --base is for a PEFT adapter, but there is no adapter_config.json")
     elif other := other_config(source, hf_config(source)):
         raise CheckpointError(other)
     elif native.is_native(source):
@@ -95,7 +95,7 @@ def to_hf(source: Path, destination: Path, form: HfForm, step: int | None = None
         print(f"{destination}: PEFT adapter of {base}")
     else:
         if form.base is not None:
-            raise CheckpointError("--base goes with --lora peft: other forms hold the whole model")
+            raise CheckpointError("--base is for --lora peft only: other forms hold the whole model")
         export_hf(
             model,
             destination,
@@ -134,6 +134,4 @@ def _base(source: Path, directory: Path, origin: Origin | None) -> Path:
         return Path(origin.base).expanduser()
     if not native.is_native(source) and has_weights(directory):  # of a run that started by itself, or as it lies here
         return directory
-    raise CheckpointError(
-        f"{source}: does not say what its adapter belongs to: give the base model's directory (--base)"
-    )
+    raise CheckpointError(f"{source}: does not name the base model of its adapter: give its directory (--base)")

@@ -18,7 +18,7 @@ from rich.table import Table
 
 from rave_jax.command_line import load_command_line
 from rave_jax.data.collate import round_up
-from rave_jax.data.pipeline import DataConfig
+from rave_jax.data.config import DataConfig
 from rave_jax.data.processor import Processor
 from rave_jax.data.skips import shortened
 from rave_jax.data.survey import Need, Survey, survey
@@ -37,13 +37,13 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--samples", type=_count, default=1000, help="of each source, spread evenly over it (default: 1000)"
     )
     parser.add_argument(
-        "--every", action="store_true", help="name every sample that cannot be used, not one of each kind"
+        "--every", action="store_true", help="list every sample that cannot be used, not only one of each kind"
     )
 
 
 def _count(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is no count, expected a number from 1 on")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a count, expected a number of at least 1")
     return int(text)
 
 
@@ -107,7 +107,7 @@ def _unusable(found: Sequence[Survey], every: bool) -> list[str]:
         for reason, count in Counter(skip.reason for skip in each.skips).most_common():
             first = next(skip for skip in each.skips if skip.reason == reason)
             lines.append(f"{each.name}: {count} {reason}, such as {shortened(first.message, 400)}")
-    return [*lines, *(["--every names them all"] if len(lines) < sum(len(each.skips) for each in found) else [])]
+    return [*lines, *(["--every lists them all"] if len(lines) < sum(len(each.skips) for each in found) else [])]
 
 
 def _budgets(config: DataConfig, window_patches: int, found: Sequence[Survey]) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,33 +9,22 @@ from pathlib import Path
 from jax.sharding import Mesh
 from rich.console import Console
 
-from rave_jax.checkpoint.hf_files import NATIVE
 from rave_jax.checkpoint.store import check_writable
 from rave_jax.command_line import override
-from rave_jax.config import ConfigError
+from rave_jax.config import ConfigError, local_path
 from rave_jax.data.processor import Processor
 from rave_jax.evaluation.config import Eval, Examination, Report
 from rave_jax.evaluation.report import EVALUATION, write_report
 from rave_jax.evaluation.suites import evaluate
 from rave_jax.evaluation.summary import print_summary
-from rave_jax.files import read_text
 from rave_jax.models.vlm import Vlm
 from rave_jax.observe.messages import plain_messages
 from rave_jax.parallel import hosts
 from rave_jax.parallel.mesh import make_mesh
 from rave_jax.tools import source as sources
 from rave_jax.tools.job import EXIT_CONFIG, run_job
+from rave_jax.tools.source import is_run
 from rave_jax.training.directory import run_directory
-
-
-def is_run(path: Path) -> bool:
-    """Whether a directory is a run of ours, one that was only begun too; else it must be in HuggingFace format."""
-    directory = run_directory(path)
-    try:
-        started = json.loads(read_text(directory.config)).get("type") == "TrainConfig"
-    except (OSError, ValueError, AttributeError, RecursionError):
-        started = False
-    return started or directory.checkpoints.is_dir()
 
 
 def defaults(path: Path) -> Examination:
@@ -53,9 +41,9 @@ def load(path: Path, config: Examination, mesh: Mesh) -> tuple[Vlm, Processor]:
     """The model on the mesh, and its processor."""
     run = is_run(path)
     if not run and config.step is not None:
-        raise ConfigError(f"step is {config.step}, but {path} is no run: a model in HuggingFace format has no steps")
+        raise ConfigError(f"step is {config.step}, but {path} is not a run: a model in HuggingFace format has no steps")
     if run and (given := [name for name in ("model", "min_pixels", "max_pixels") if getattr(config, name) is not None]):
-        raise ConfigError(f"{', '.join(given)}: not for a run such as {path}, which has its own")
+        raise ConfigError(f"{', '.join(given)}: cannot be set for a run such as {path}, which has its own")
     model = sources.load(path, config.step, options=config.model, mesh=mesh).model
     special = config.special_tokens_in_text
     if run:
@@ -64,35 +52,14 @@ def load(path: Path, config: Examination, mesh: Mesh) -> tuple[Vlm, Processor]:
     return model, Processor.from_hf(path, config.min_pixels, config.max_pixels, layout, special or "text")
 
 
-def check_path(path: Path) -> None:
-    """Say what a directory is that is neither a run nor a model.
-
-    Raises:
-        ConfigError: it is not there, or neither of both.
-    """
-    if is_run(path):
-        return
-    if not path.is_dir():
-        found = "a file" if path.exists() else "not there"
-        raise ConfigError(f"{path} is {found}, expected the directory of a run or of a model in HuggingFace format")
-    if not (path / "config.json").is_file():
-        reason = "it holds no config.json"
-        if (path / NATIVE).is_file():
-            reason = f"it is a native checkpoint; `rave-jax convert to-hf {path} DIR` makes a directory to examine"
-        elif parent := next((parent for parent in path.resolve().parents if is_run(parent)), None):
-            reason = f"it is a part of the run {parent}; give that"
-        raise ConfigError(f"{path} is neither a run nor a model in HuggingFace format: {reason}")
-
-
 def main(argv: Sequence[str], prog: str = "eval.py") -> int:
     """Run the command line; returns the exit code. End the program with it by `stopping.leave`."""
     if not argv or argv[0].startswith("-"):
         print(f"usage: {prog} RUN_OR_HF_DIR [--field.name value ...]   ({prog} RUN_OR_HF_DIR --help)", file=sys.stderr)
         return 0 if argv and argv[0] in ("-h", "--help") else 2
-    path = Path(argv[0])
     plain_messages()
     try:
-        check_path(path)
+        path = local_path(argv[0], "the directory to examine").expanduser()
         config = override(defaults(path), argv[1:], prog=f"{prog} {path}")
     except ConfigError as error:
         print(f"{prog}: {error}", file=sys.stderr)

@@ -25,7 +25,7 @@ SOME_REFUSED = 1
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """How tokens are chosen and how large the slots are."""
-    add_fields(parser, Sampling, "how an answer is chosen and when it ends; a request's own fields go before these")
+    add_fields(parser, Sampling, "how an answer is sampled and when it ends; fields of a request override these")
     default = f"default: {SlotConfig.slots} with --requests, else 1"
     add_fields(parser, SlotConfig, "sizes", SIZES, notes={"slots": default})
 
@@ -79,13 +79,13 @@ def _check(arguments: argparse.Namespace) -> None:
             "--system": arguments.system is not None,
         }
         for flag in (flag for flag, given in having.items() if given):
-            raise ConfigError(f"{flag} does not go with --requests, whose lines have messages of their own")
+            raise ConfigError(f"{flag} cannot be used with --requests, whose lines have their own messages")
     elif arguments.out is not None:
-        raise ConfigError("--out goes with --requests; an answer to --prompt goes to stdout")
+        raise ConfigError("--out needs --requests; an answer to --prompt goes to stdout")
     elif arguments.prompt is None and not arguments.interactive:
-        raise ConfigError("nothing is asked: give --prompt TEXT, --requests FILE or --interactive")
+        raise ConfigError("there is no question: give --prompt TEXT, --requests FILE or --interactive")
     elif arguments.image_dir is not None and not arguments.interactive:
-        raise ConfigError("--image-dir goes with --requests or --interactive; --image FILE may lie anywhere")
+        raise ConfigError("--image-dir needs --requests or --interactive; --image FILE may be anywhere")
 
 
 def load(path: Path, processor: Processor, sizes: SlotConfig, dtype: str | None = None) -> Generator:

@@ -23,7 +23,7 @@ from rave_jax.checkpoint.safetensors_file import DTYPES, CheckpointError
 from rave_jax.checkpoint.sidecar import needs_sidecar, saved_options
 from rave_jax.checkpoint.target import abstract_model
 from rave_jax.checkpoint.verify import match
-from rave_jax.models.families.base import section
+from rave_jax.families.hf import section
 from rave_jax.models.parameters import named_parameters
 from rave_jax.models.vlm import Vlm
 from rave_jax.tools import source as sources
@@ -108,4 +108,4 @@ def _dtypes(path: Path, model: Vlm) -> tuple[dict[str, np.dtype], str]:
     name = str(stated).removeprefix("torch.")
     if name not in NAMED:
         raise CheckpointError(f"{path / CONFIG}: dtype is {stated!r}, expected {', '.join(NAMED)}")
-    return dict.fromkeys(params, np.dtype(NAMED[name])), f"none here; bytes as the config says, {name}"
+    return dict.fromkeys(params, np.dtype(NAMED[name])), f"no weights here; bytes are for {name}, as in config.json"

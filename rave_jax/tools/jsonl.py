@@ -59,14 +59,14 @@ def answer_file(
             order of the requests; None is stdout.
         sampling: for what a request does not state.
         make: gives the generator; called when both files can be used.
-        verbose: say on stderr how many tokens came and how quickly.
+        verbose: print the number of tokens and the speed on stderr.
         image_dir: the folder that pictures must lie below; None is the one that paths are relative to.
 
     Raises:
         ConfigError: a file or the model cannot be used.
     """
     if out is not None and out.resolve() == path.resolve():
-        raise ConfigError(f"--out {out} is the file of the requests")
+        raise ConfigError(f"--out {out} is the file of requests: give another --out")
     stdin = str(path) in STDIN
     folder = PictureFolder.of(Path() if stdin else path.parent, image_dir)
     with contextlib.ExitStack() as stack:
@@ -169,7 +169,7 @@ def written(out: Path) -> abc.Generator[Write]:
     """
     out = out.resolve()
     if out.exists() and not out.is_file():
-        raise ConfigError(f"cannot write {out}: it is there and no file")
+        raise ConfigError(f"cannot write {out}: it exists and is not a file")
     part = out.with_name(f"{out.name}.part")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -178,7 +178,7 @@ def written(out: Path) -> abc.Generator[Write]:
         if not part.exists():
             raise _cannot_write(out, error) from error
         raise ConfigError(
-            f"{part} is there: another job writes it now, or left it unfinished; move it away or delete it"
+            f"{part} exists: another job is writing it, or left it unfinished; move it away or delete it"
         ) from error
 
     def write(line: dict[str, Any]) -> None:
@@ -194,7 +194,7 @@ def written(out: Path) -> abc.Generator[Write]:
         part.replace(out)
     except BaseException:
         if part.stat().st_size:
-            print(f"rave-jax: what was answered before it ended is in {part}", file=sys.stderr)
+            print(f"rave-jax: the answers before the end are in {part}", file=sys.stderr)
         else:
             part.unlink()
         raise

@@ -37,7 +37,7 @@ def write_logits(
         model: HuggingFace directory, native checkpoint or run directory.
         request: JSON list of messages in HF chat format; image paths relative to this file, or absolute.
         out: .npz to write.
-        add_generation_prompt: end with the header of an answer to come.
+        add_generation_prompt: end the prompt where an answer would begin.
         image_dir: the folder that pictures must lie below; None is that of the request.
         special_tokens_in_text: as in `sources.processor_of`.
 
@@ -67,6 +67,7 @@ def logits(
 
     Raises:
         SampleError: a message or a picture that cannot be used.
+        OverBudget: more tokens than the model has positions; nothing is computed then.
         NotFinite: a logit is NaN or infinite.
     """
     with jax.default_matmul_precision("highest"):
@@ -85,7 +86,7 @@ def _write(out: Path, ids: np.ndarray, values: np.ndarray) -> None:
     """All or nothing: the file appears under its name when it is complete."""
     out = out.resolve()
     if out.exists() and not out.is_file():
-        raise ConfigError(f"cannot write {out}: it is there and no file")
+        raise ConfigError(f"cannot write {out}: it exists and is not a file")
     part = None
     try:
         out.parent.mkdir(parents=True, exist_ok=True)

@@ -144,7 +144,7 @@ def _picture(given: Any, folder: PictureFolder, where: str) -> str:
         raise ConfigError(f"{where}: the path of a picture is empty")
     if is_address(path):
         raise ConfigError(
-            f"{where}: {shown(given)} is an address on the net: pictures are not downloaded; save it below "
+            f"{where}: {shown(given)} is a URL: pictures are not downloaded; save it below "
             f"{folder.root} and give its path"
         )
     try:

@@ -12,6 +12,8 @@ from jax.sharding import AbstractMesh, Mesh
 
 from rave_jax.checkpoint.hf_files import hf_config
 from rave_jax.checkpoint.hf_import import import_hf, load_config
+from rave_jax.checkpoint.kinds import kind_of, other_config
+from rave_jax.checkpoint.safetensors_file import CheckpointError
 from rave_jax.checkpoint.sidecar import saved_options
 from rave_jax.checkpoint.target import abstract_model
 from rave_jax.config import ConfigError
@@ -44,8 +46,16 @@ class Source(NamedTuple):
 
 
 def is_run(path: Path) -> bool:
-    """Is this the directory of a training run?"""
-    return hf_config(path).get("type") == "TrainConfig"
+    """Is this the directory of a training run? If not, it holds the config of a model.
+
+    Raises:
+        ConfigError: it is neither; says what it is.
+    """
+    if kind_of(path) == "run":
+        return True
+    if other := other_config(path, hf_config(path)):
+        raise CheckpointError(other)
+    return False
 
 
 def model_directory(path: Path) -> Path:
@@ -110,7 +120,7 @@ def load(
     """
     run = is_run(path)
     if step is not None and not run:
-        raise ConfigError(f"{path}: step {step} is asked for, but this is no run directory")
+        raise ConfigError(f"{path}: step {step} is asked for, but this is not a run directory")
     if isinstance(mesh, AbstractMesh):
         options = dataclasses.replace(options or options_of(path), **(changes or {}))
         return Source(_planned(path, options, mesh), model_directory(path), mesh)

@@ -104,7 +104,7 @@ class Claim:
                 self._lock()
                 if directory.config.exists():
                     self._locked = False  # what is here is that job's, and stays
-                    raise ConfigError(f"another job began in {directory.path} meanwhile; choose another output_dir")
+                    raise ConfigError(f"another job has started in {directory.path}; choose another output_dir")
             if self._begun_anew:
                 self._there -= set(OWN)
                 _remove(directory.path, OWN)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, get_args
+from typing import Any
 
 from rave_jax import config as configs
-from rave_jax.attention import MechanismConfig
 from rave_jax.checkpoint.tiny import Tiny
 from rave_jax.config import ConfigError, check_paths, check_ranges, require
-from rave_jax.data.pipeline import MOST_TOKENS, DataConfig
+from rave_jax.data.config import MOST_TOKENS, DataConfig
 from rave_jax.evaluation.config import Eval, Report
 from rave_jax.models.config import ModelOptions
 from rave_jax.parallel.hosts import HostsConfig
@@ -40,9 +39,9 @@ class Extension:
     """A run that was continued with more steps."""
 
     after_step: int = 0
-    """Steps that were done by then."""
+    """Steps that were done before the extension."""
     steps: int = 0
-    """`steps` until then, which the learning rate followed."""
+    """`steps` before the extension, which the learning rate followed."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ class TrainConfig:
     """One training run, from a checkpoint to what is done after the last step."""
 
     output_dir: str = "runs/run"
-    """Run directory: config, metrics, checkpoints, results. A run that is there already is continued."""
+    """Run directory: config, metrics, checkpoints, results. An existing run is continued."""
     init: FromHF | Tiny = field(default_factory=Tiny)
     """Where the weights come from."""
     model: ModelOptions = field(default_factory=ModelOptions)
@@ -80,9 +79,9 @@ class TrainConfig:
     tensorboard: bool = True
     """Write TensorBoard events beside metrics.jsonl?"""
     final: tuple[Eval | Report, ...] = ()
-    """What is done after the last step, in order."""
+    """Evaluations and reports after the last step, in order."""
     extended: tuple[Extension, ...] = ()
-    """How often the run got more steps; train.py writes it, and what is given here is not looked at."""
+    """The run's extensions to more steps. train.py writes it; a given value is ignored."""
 
     def __post_init__(self) -> None:
         require(bool(self.output_dir), "output_dir", self.output_dir, "a directory")
@@ -114,7 +113,7 @@ def check_same_run(old: TrainConfig, new: TrainConfig, directory: str) -> None:
 
 def differences(old: TrainConfig, new: TrainConfig) -> list[str]:
     """The fields that would make another run of it, each as `FIELD is NEW, was OLD`."""
-    before, after = configs.to_json(old), configs.to_json(new)
+    before, after = (configs.without_folders(configs.to_json(config)) for config in (old, new))
     names = [f.name for f in dataclasses.fields(TrainConfig) if f.name not in OPERATIONAL | {"steps"}]
     return [line for name in names for line in _differences(name, before[name], after[name])]
 
@@ -149,14 +148,6 @@ def check_can_be_read_again(config: TrainConfig) -> None:
     Raises:
         ConfigError: names the field.
     """
-    known = get_args(MechanismConfig)
-    for number, mechanism in enumerate(config.model.mechanisms):
-        if type(mechanism) not in known:
-            raise ConfigError(
-                f"model.mechanisms.{number} is of class {type(mechanism).__name__}, which config.json cannot name, so "
-                "that nothing could read the run again: add it to MechanismConfig in rave_jax/attention/__init__.py; "
-                f"there are {', '.join(sorted(kind.__name__ for kind in known))}"
-            )
     try:
         # Equal as values: 1 in a field of numbers is read back as 1.0, a list as a tuple, which is another value.
         same = configs.loads(TrainConfig, configs.dumps(config), "config.json") == config

@@ -1,11 +1,19 @@
-"""Batches ahead of the step that needs them: a thread loads rows and puts them on devices."""
+"""Batches ahead of the step that needs them: threads load rows, and one of them puts batches on the devices.
+
+This is the only place where data is made ahead. Threads serve: Pillow and the tokenizer let go of the interpreter's
+lock, and nothing has to be copied between processes. Grain's iterators would add a state of their own to rows that are
+already a function of the step.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Generator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -13,23 +21,47 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rave_jax.batch import Batch
+from rave_jax.data.pipeline import Rows
+from rave_jax.data.skips import Skip
 from rave_jax.parallel.rows import global_batch, owned_rows
 from rave_jax.parallel.stopping import StopRequest
 
 POLL, GRACE, LEAVE = 0.1, 10.0, 5.0
 """Seconds between two looks at the stop request, for late data once the job ends, and for the thread to end."""
+ON_DEVICES = 2
+"""Batches that wait on the devices."""
 
 
 class RowSource(Protocol):
     """What the feed needs of a data pipeline."""
 
-    def stream(self, step: int, start: int, stop: int) -> Iterator[Batch]:
-        """Rows start..stop-1 of the global batch of `step` and all steps after it, as numpy."""
+    def load(self, step: int, start: int, stop: int) -> Rows:
+        """Rows start..stop-1 of the global batch of `step`, as numpy. Called from several threads."""
+        ...
+
+    def count(self, skips: Sequence[Skip]) -> None:
+        """Count the skips of rows that a step is given, in the order of the steps, before its `state` is asked for."""
         ...
 
     def state(self, step: int) -> dict[str, Any]:
         """JSON-ready state before `step` is taken."""
         ...
+
+
+class Ahead(NamedTuple):
+    """How far loading runs ahead, and with how many threads.
+
+    Fields:
+        batches: loaded ahead, besides the `ON_DEVICES` that wait there; 0 loads one at a time.
+        workers: threads for each range of rows that this process owns.
+    """
+
+    batches: int = 2
+    workers: int = 1
+
+
+AHEAD = Ahead()
+"""What a config has that says nothing else."""
 
 
 class Fed(NamedTuple):
@@ -51,7 +83,7 @@ class Fed(NamedTuple):
 class Feed:
     """The batches of steps `start` to `stop`, in order. Use as a context manager."""
 
-    def __init__(self, source: RowSource, mesh: Mesh, rows: int, start: int, stop: int, depth: int = 2):
+    def __init__(self, source: RowSource, mesh: Mesh, rows: int, start: int, stop: int, ahead: Ahead = AHEAD):
         """
         Args:
             source: loads rows.
@@ -59,10 +91,14 @@ class Feed:
             rows: rows of the global batch.
             start: first step.
             stop: the step after the last.
-            depth: batches that may wait.
+            ahead: how far loading runs ahead.
+
+        Raises:
+            ConfigError: the mesh does not divide the rows.
         """
         self._source, self._mesh, self._rows, self._steps = source, mesh, rows, range(start, stop)
-        self._queue: queue.Queue[Fed | BaseException] = queue.Queue(depth)
+        self._spans, self._ahead = owned_rows(mesh, rows), ahead
+        self._queue: queue.Queue[Fed | BaseException] = queue.Queue(ON_DEVICES)
         self._last: Fed | None = None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._fill, name="data feed", daemon=True)
@@ -114,17 +150,36 @@ class Feed:
             return self._last
 
     def _fill(self) -> None:
-        spans = owned_rows(self._mesh, self._rows)
-        streams = {span: self._source.stream(self._steps.start, span.start, span.stop) for span in spans}
-        for step in self._steps:
-            item: Fed | BaseException
-            try:
-                batch = global_batch(lambda span: next(streams[span]), self._mesh, self._rows)
-                item = Fed(batch, self._source.state(step + 1), 0.0)
-            except BaseException as error:  # libraries in Rust panic with one that is no Exception
-                item = error
-            if not self._offer(item) or isinstance(item, BaseException):
-                return
+        try:
+            with contextlib.closing(self._loaded()) as loaded:
+                for step, parts in zip(self._steps, loaded, strict=False):
+                    for part in parts:
+                        self._source.count(part.skips)
+                    rows = dict(zip(self._spans, (part.batch for part in parts), strict=True))
+                    batch = global_batch(rows.__getitem__, self._mesh, self._rows)
+                    if not self._offer(Fed(batch, self._source.state(step + 1), 0.0)):
+                        return
+        except BaseException as error:  # libraries in Rust panic with one that is no Exception
+            self._offer(error)
+
+    def _loaded(self) -> Generator[list[Rows]]:
+        """The rows of each step, for each span of this process."""
+        load, spans = self._source.load, self._spans
+        if self._ahead.batches == 0:
+            for step in self._steps:
+                yield [load(step, span.start, span.stop) for span in spans]
+            return
+        batches, workers = self._ahead
+        pool = ThreadPoolExecutor(workers * len(spans), thread_name_prefix="data")
+        waiting: deque[list[Future[Rows]]] = deque()
+        following = iter(self._steps)
+        try:
+            for _ in self._steps:
+                while len(waiting) < max(batches, workers) and (step := next(following, None)) is not None:
+                    waiting.append([pool.submit(load, step, span.start, span.stop) for span in spans])
+                yield [future.result() for future in waiting.popleft()]
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def _offer(self, item: Fed | BaseException) -> bool:
         while not self._stop.is_set():

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from rave_jax.models.config import VlmConfig
+from rave_jax.families.config import VlmConfig
 from rave_jax.parallel.rows import batch_shardings
 from rave_jax.training.config import TrainConfig
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from rave_jax.checkpoint.hf_import import load_config
 from rave_jax.checkpoint.tiny import Tiny, tiny_config, write_tiny, write_tiny_files
 from rave_jax.config import ConfigError, check_fields, require
-from rave_jax.models.config import VlmConfig
+from rave_jax.families.config import VlmConfig
 
 # What a model directory holds beside its weights. A run keeps a copy, so that it can be read on its own.
 SMALL_FILES = ("*.json", "*.txt", "*.jinja")

@@ -55,7 +55,7 @@ def _locked(path: Path, directory: Path) -> int:
             os.close(file)
             if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
                 log.warning(
-                    "warning: %s is on a file system without locks (%s): that no other job uses it is not checked",
+                    "warning: %s is on a file system without locks (%s): whether another job uses it is not checked",
                     directory,
                     error.strerror,
                 )

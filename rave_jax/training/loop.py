@@ -17,12 +17,12 @@ from rave_jax.parallel import hosts, notes
 from rave_jax.parallel.sharding import use_mesh
 from rave_jax.parallel.stopping import StopRequest
 from rave_jax.parallel.watchdog import Watchdog
-from rave_jax.training.feed import Fed, Feed, RowSource
+from rave_jax.training.feed import AHEAD, Ahead, Fed, Feed, RowSource
 from rave_jax.training.session import Session
 from rave_jax.training.state import TrainState, parameters_of
 from rave_jax.training.step import StepMetrics
 
-SLOW_DATA = "is the disk or network under it alive? if the data is only slow, raise hosts.step_timeout"
+SLOW_DATA = "is the disk or network under it alive? if the data is just slow, raise hosts.step_timeout"
 SLOW_STEP = "has another process stopped, or a device? if steps are only slow, raise hosts.step_timeout"
 SLOW_SAVE = "does the disk under output_dir still take files? if it is only slow, raise hosts.step_timeout"
 
@@ -70,7 +70,14 @@ class Loop:
         self._tokens, self._clock = 0, time.monotonic()
         self._saved = -1
 
-    def run(self, state: TrainState, source: RowSource, rows: int, describe: Callable[[int], str]) -> TrainState:
+    def run(
+        self,
+        state: TrainState,
+        source: RowSource,
+        rows: int,
+        describe: Callable[[int], str],
+        ahead: Ahead = AHEAD,
+    ) -> TrainState:
         """Train to the last step.
 
         Args:
@@ -78,6 +85,7 @@ class Loop:
             source: the data.
             rows: of the global batch.
             describe: the data position of a step, for messages.
+            ahead: how far loading runs ahead.
 
         Raises:
             NonFiniteError: loss or gradient is not finite; the state before that step is in `bad_directory`.
@@ -89,7 +97,8 @@ class Loop:
         late: tuple[int, StepMetrics] | None = None
         fed: Fed | None = None
         compiled: set[tuple[int, ...]] = set()
-        with use_mesh(self._session.mesh), self._stop.training(), self._feed(source, rows, start) as feed:
+        batches = Feed(source, self._session.mesh, rows, start, self._schedule.steps, ahead)
+        with use_mesh(self._session.mesh), self._stop.training(), batches as feed:
             for step in range(start, self._schedule.steps):
                 begun = time.monotonic()
                 with self._watchdog.during(f"the data of step {step + 1}: {describe(step)}", 1, SLOW_DATA, save=True):
@@ -99,7 +108,7 @@ class Loop:
                 fed, done = following, step + 1
                 if fed.void:
                     notes.leave(f"stop/void/{step}", str(step))
-                sizes = (*fed.batch.tokens.shape, *fed.batch.patches.shape)
+                sizes = (*fed.batch.tokens.shape, *fed.batch.patches.pixels.shape)
                 if compiles := sizes not in compiled:
                     compiled.add(sizes)
                 what, times = (
@@ -172,13 +181,10 @@ class Loop:
         if len(set(found.values())) > 1:
             states = ", ".join(f"{found[str(process)]} (process {process})" for process in range(count))
             raise hosts.HostsError(
-                f"{self._stop.asked}: data came too late on one process, and the states that are left are of the steps "
-                f"{states}; they are not saved; the same command continues after the newest checkpoint"
+                f"{self._stop.asked}: data came too late on one process, and the processes hold states of different "
+                f"steps, {states}, which are not saved; the same command continues after the newest checkpoint"
             )
         return step
-
-    def _feed(self, source: RowSource, rows: int, start: int) -> Feed:
-        return Feed(source, self._session.mesh, rows, start, self._schedule.steps)
 
     def _finish(
         self, step: int, metrics: StepMetrics, state: TrainState, source: RowSource, describe: Callable[[int], str]

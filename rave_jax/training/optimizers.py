@@ -23,7 +23,7 @@ Schedule = Callable[[jax.Array | int], jax.Array]
 
 @dataclass(frozen=True)
 class ParameterGroup:
-    """Parameters that are trained alike."""
+    """Parameters that share a learning rate, a decay and whether they are trained."""
 
     name: str = ""
     """Name in the parameter table."""
@@ -61,23 +61,23 @@ class OptimizerConfig:
     warmup: int = 0
     """Steps over which the learning rate rises to its peak; the first step already has a share of it."""
     decay: Literal["cosine", "linear", "none"] = "cosine"
-    """How it falls from the peak to the last step."""
+    """How the learning rate falls from its peak to the last step."""
     final_learning_rate: float = 0.0
-    """Share of the peak that is left at the last step."""
+    """Learning rate at the last step, as a share of the peak."""
     beta1: float = 0.9
-    """Decay of the mean of gradients."""
+    """Decay of the running mean of gradients."""
     beta2: float = 0.999
-    """Decay of the mean of squared gradients."""
+    """Decay of the running mean of squared gradients."""
     epsilon: float = 1e-8
     """Added to the root of the squared gradients."""
     weight_decay: float = 0.0
-    """Decay of matrices, times the learning rate; vectors (norms, biases) do not decay."""
+    """Weight decay of matrices, times the learning rate; vectors (norms, biases) do not decay."""
     clip_norm: float | None = 1.0
     """Largest norm of the gradient of all trained parameters together; null does not clip."""
     first_moment: Literal["float32", "bfloat16"] = "float32"
-    """Number type of the mean of gradients."""
+    """Number type of the first moment (the mean of gradients)."""
     accumulation: int = 1
-    """Micro-batches that one step is computed in; the result is that of the whole batch."""
+    """Micro-batches of one step; the result is that of the whole batch."""
     groups: tuple[ParameterGroup, ...] = ()
     """Parameter groups; the first whose pattern matches owns a parameter."""
 

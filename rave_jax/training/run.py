@@ -37,6 +37,7 @@ from rave_jax.parallel.watchdog import Watchdog
 from rave_jax.training.claim import Claim, claimed
 from rave_jax.training.config import TrainConfig, check_can_be_read_again
 from rave_jax.training.directory import RunDirectory, run_directory
+from rave_jax.training.feed import Ahead
 from rave_jax.training.footprint import least_activations
 from rave_jax.training.init import model_config, source_of
 from rave_jax.training.loop import Loop, Schedule
@@ -123,7 +124,7 @@ def _run(config: TrainConfig, watchdog: Watchdog, stop: StopRequest) -> None:
             try:
                 finish(config, model, processor, mesh, directory)
             except OSError as error:
-                raise StoreError(f"training is done and saved, but what follows it failed: {error}") from error
+                raise StoreError(f"training is done and saved, but the evaluation or report failed: {error}") from error
 
 
 def _check_final(config: TrainConfig, num_layers: int) -> None:
@@ -181,7 +182,8 @@ def _train(
             progress.say(f"continuing after step {start} of {config.steps}")
         schedule = Schedule(config.steps, config.log_every, config.save_every)
         loop = Loop(session, schedule, store, directory.bad_step, writers, progress, watchdog, stop)
-        return loop.run(state, pipeline, config.data.rows, lambda step: _describe(config, step))
+        ahead = Ahead(config.data.prefetch, config.data.workers)
+        return loop.run(state, pipeline, config.data.rows, lambda step: _describe(config, step), ahead)
 
 
 def _extended(config: TrainConfig, before: int, start: int) -> str:
@@ -189,7 +191,7 @@ def _extended(config: TrainConfig, before: int, start: int) -> str:
     if config.optimizer.decay == "none":
         return said
     return (
-        f"{said}: the learning rate goes on by the {config.optimizer.decay} decay of {config.steps} steps, so the "
+        f"{said}: the learning rate continues on the {config.optimizer.decay} decay of {config.steps} steps, so the "
         f"numbers are not those of a run that had {config.steps} from its start (config.json keeps both)"
     )
 

@@ -98,7 +98,9 @@ def test_a_picture_out_of_sight_makes_no_infinity() -> None:
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradients))
 
 
-@pytest.mark.parametrize("route", ("channel", "merge", "after"))
+@pytest.mark.parametrize(
+    "route", [pytest.param("channel", marks=pytest.mark.slow), "merge", pytest.param("after", marks=pytest.mark.slow)]
+)
 def test_losses_are_of_the_attention_that_the_layer_applies(route: Any) -> None:
     """Whatever changes it, before the softmax or after."""
     x, info = features(), info_of(*ROWS)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +17,8 @@ from rave_jax.attention.rave import GateKeys
 from rave_jax.batch import TokenInfo
 
 L, B, S, K, h, r = 2, 3, 8, 2, 4, 3
+write, read = jax.jit(kv.write), jax.jit(kv.read, static_argnums=2)
+take, put = jax.jit(kv.take, static_argnums=2), jax.jit(kv.put)
 
 
 def shapes() -> tuple[at.Keys, ...]:
@@ -30,11 +34,12 @@ def keys(T: int, seed: int = 0) -> at.Keys:
     return at.Keys(k, v, (GateKeys(w, key), None))
 
 
+@functools.cache
 def filled(kind: kv.CacheType = "compute") -> kv.KvCache:
     cache = kv.empty_cache(shapes(), kind)
     (stored,) = cache.layer_runs
     for layer in range(L):
-        stored = kv.write(stored, jnp.int32(layer), jnp.zeros(B, jnp.int32), keys(S, seed=layer))
+        stored = write(stored, jnp.int32(layer), jnp.zeros(B, jnp.int32), keys(S, seed=layer))
     info = TokenInfo(*(jnp.asarray(np.random.default_rng(9).integers(0, 9, (B, S)), jnp.int32) for _ in cache.info))
     return kv.KvCache((stored,), info, jnp.array([3, 5, 8], jnp.int32))
 
@@ -42,9 +47,9 @@ def filled(kind: kv.CacheType = "compute") -> kv.KvCache:
 @given(st.integers(1, S), st.lists(st.integers(0, S + 2), min_size=B, max_size=B), st.integers(0, L - 1))
 def test_a_run_is_written_to_its_slots_of_its_layer_or_not_at_all(T: int, starts: list[int], layer: int) -> None:
     before, new = filled().layer_runs[0], keys(T, seed=7)
-    after = kv.write(before, jnp.int32(layer), jnp.array(starts, jnp.int32), new)
+    after = write(before, jnp.int32(layer), jnp.array(starts, jnp.int32), new)
     for n in range(L):
-        was, now = (kv.read(stored, jnp.int32(n), jnp.dtype(jnp.float32)) for stored in (before, after))
+        was, now = (read(stored, jnp.int32(n), jnp.dtype(jnp.float32)) for stored in (before, after))
         expected = jax.tree.map(np.array, was)
         for row, start in enumerate(starts):
             if n == layer and start + T <= S:
@@ -57,19 +62,19 @@ def test_a_run_is_written_to_its_slots_of_its_layer_or_not_at_all(T: int, starts
 @pytest.mark.parametrize("reach", [3, S])
 def test_what_is_taken_goes_back_where_it_was(rows: list[int], reach: int) -> None:
     cache = filled()
-    part = kv.take(cache, jnp.array([*rows, B], jnp.int32), reach)
+    part = take(cache, jnp.array([*rows, B], jnp.int32), reach)
     assert part.size == reach and part.layer_runs[0].k.shape == (L, len(rows) + 1, K, reach, h)
     np.testing.assert_array_equal(part.info.kind[: len(rows)], cache.info.kind[np.array(rows), :reach])
-    same = kv.put(cache, part, jnp.array([*rows, B], jnp.int32))
+    same = put(cache, part, jnp.array([*rows, B], jnp.int32))
     jax.tree.map(np.testing.assert_array_equal, same, cache)
-    marked = kv.put(cache, jax.tree.map(lambda x: x * 0 - 1, part), jnp.array([*rows, B], jnp.int32))
+    marked = put(cache, jax.tree.map(lambda x: x * 0 - 1, part), jnp.array([*rows, B], jnp.int32))
     others = [row for row in range(B) if row not in rows]
     np.testing.assert_array_equal(marked.index, [-1 if row in rows else cache.index[row] for row in range(B)])
     now, was = marked.layer_runs[0].remembered[0].w, cache.layer_runs[0].remembered[0].w
     assert np.all(np.asarray(now)[:, rows, :, :reach] == -1)
     np.testing.assert_array_equal(now[:, :, :, reach:], was[:, :, :, reach:])
     np.testing.assert_array_equal(now[:, np.array(others, int)], was[:, np.array(others, int)])
-    whole = kv.put(cache, jax.tree.map(lambda x: x * 0 - 1, kv.take(cache, None, reach)), None)
+    whole = put(cache, jax.tree.map(lambda x: x * 0 - 1, take(cache, None, reach)), None)
     assert np.all(np.asarray(whole.info.turn)[:, :reach] == -1)
     np.testing.assert_array_equal(whole.info.turn[:, reach:], cache.info.turn[:, reach:])
 

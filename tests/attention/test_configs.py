@@ -17,9 +17,10 @@ from rave_jax.attention.calibrate.zero_tuning import ZeroTuningSearch
 from rave_jax.attention.gaze.config import TopKSchedule
 from rave_jax.config import ConfigError
 from rave_jax.layout import AdaptiveRegions, ContextTokens, FixedRegions
+from tests.attention.built_in import BUILT_IN
 
 WITHIN = (TopKSchedule, FixedRegions, AdaptiveRegions, ContextTokens)
-CONFIGS: tuple[Any, ...] = (*typing.get_args(at.MechanismConfig), ZeroTuningSearch, *WITHIN)
+CONFIGS: tuple[Any, ...] = (*BUILT_IN, ZeroTuningSearch, *WITHIN)
 NAN, INF = float("nan"), float("inf")
 NEVER = (None, True, {0}, b"0", np.zeros(2))
 NO_INTEGERS = ([0], (True,), ("0",), (0.5,), (NAN,), ([0],), "some", 1.5, NAN)
@@ -68,8 +69,8 @@ def test_a_value_of_another_type_is_one_error_that_names_the_field(cls: Any, nam
         (at.Rave, {"rank": -1}, "a number from 1 to 8,192"),
         (at.Rave, {"heads": ()}, "at least one head"),
         (at.Rave, {"limit": 1e300}, "a number of logits from 1e-6 to 1e6"),
-        (at.SlidingWindow, {"window": -4}, "at least 1 token"),
-        (at.SlidingWindow, {"window": 2**31}, "a number that int32 holds"),
+        (at.SlidingWindow, {"window": -4}, "a number of tokens from 1 to"),
+        (at.SlidingWindow, {"window": 2**31}, "a number of tokens from 1 to 2,147,483,647"),
         (at.Avar, {"eps": 1e-50}, "a small positive number, from 1e-37 to 1"),
     ],
 )
@@ -79,7 +80,7 @@ def test_the_error_says_what_was_expected(cls: Any, bad: dict[str, Any], expecte
     assert str(error.value).startswith(next(iter(bad))) and expected in str(error.value)
 
 
-@pytest.mark.parametrize("cls", typing.get_args(at.MechanismConfig), ids=lambda c: c.__name__)
+@pytest.mark.parametrize("cls", BUILT_IN, ids=lambda c: c.__name__)
 def test_numbers_that_the_model_does_not_have_are_errors_when_it_is_built(cls: Any) -> None:
     """What a config alone cannot know: layers and heads below 0 are among them."""
     for layers in ((2,), (0, -1)):

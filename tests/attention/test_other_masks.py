@@ -231,12 +231,21 @@ def test_blocks_give_what_the_whole_map_gives(name: str) -> None:
 @pytest.mark.parametrize(
     ("configs", "message"),
     [
-        ((at.Mma(), at.Mma()), "MmaMask and MmaMask both own 'opening'"),
-        ((at.Cca(), at.Croc()), "CcaRings and CrocMask both own 'hi'"),
-        ((at.Cca(), at.Mma(), at.Cca()), "CcaRings and CcaRings both own 'positions'"),
-        ((at.TextPositions(), at.Cca()), "Counted and CcaRings both own 'positions'"),
-        ((at.Croc(), at.Croc("prefix")), "CrocMask and CrocMask both own 'hi'"),
-        ((at.SlidingWindow(), at.Cca()), "Window needs 'order' plain, but CcaRings owns it"),
+        ((at.Mma(), at.Mma()), "Mma cannot stand twice in a layer: each shows keys to queries beyond the causal mask"),
+        (
+            (at.Cca(), at.Croc()),
+            "Cca and Croc cannot share a layer: each lets tokens see later ones, and only one",
+        ),
+        ((at.Cca(), at.Mma(), at.Cca()), "Cca cannot stand twice in a layer: each sets the rotary positions of tokens"),
+        (
+            (at.TextPositions(), at.Cca()),
+            "TextPositions and Cca cannot share a layer: each sets the rotary positions",
+        ),
+        ((at.Croc(), at.Croc("prefix")), "Croc cannot stand twice in a layer: each lets tokens see later ones"),
+        (
+            (at.SlidingWindow(), at.Cca()),
+            "SlidingWindow cannot share a layer with Cca, which counts tokens in another order",
+        ),
     ],
 )
 def test_what_two_cannot_own_is_refused_by_name(configs: tuple[at.MechanismConfig, ...], message: str) -> None:
@@ -258,4 +267,4 @@ def test_mechanisms_say_what_they_own() -> None:
         assert ("order" in kind.OWNS) == ("order" in differs) and ("hi" in kind.OWNS) == ("hi" in differs)
         assert ("opening" in kind.OWNS) == bool(differs & {"open_q", "open_k"})
         seen = np.asarray(tile_allow(changed))[0, 0, 0]
-        assert bool(np.triu(seen, 1).any()) == kind.LOOKS_AHEAD
+        assert bool(np.triu(seen, 1).any()) == config.looks_ahead

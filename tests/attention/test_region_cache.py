@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import re
 
 import jax
@@ -15,9 +16,9 @@ from rave_jax.attention import Gaze, MechanismConfig, SlidingWindow, ZeroTuning
 from rave_jax.attention import cache as kv_cache
 from rave_jax.config import ConfigError
 from rave_jax.data.layout import offsets_in_region
+from rave_jax.families.qwen2_5_vl import presets
 from rave_jax.layout import FixedRegions
 from rave_jax.models.config import ModelOptions
-from rave_jax.models.families import presets
 from rave_jax.models.vlm import Vlm
 from tests.inference.prompts import example_of
 from tests.models.layout import Document, Visual, batch, document
@@ -87,7 +88,12 @@ def test_only_the_wanted_tokens_come_out_of_a_chunk() -> None:
             (Gaze(FixedRegions(2, 2), 16, top_k=1), SlidingWindow(9)), PICTURE, [20, 21, 22], marks=pytest.mark.slow
         ),
         ((Gaze(FixedRegions(1, 2, frames=2), 16, top_k=1, visual_queries="frame+routed"),), VIDEO, [11]),
-        ((Gaze(FixedRegions(2, 2, frames=2), 16, top_k=4, visual_queries="frame+routed"),), FRAMES_64, CUTS_64),
+        pytest.param(
+            (Gaze(FixedRegions(2, 2, frames=2), 16, top_k=4, visual_queries="frame+routed"),),
+            FRAMES_64,
+            CUTS_64,
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=[
         "plain",
@@ -117,15 +123,16 @@ def test_all_regions_are_the_dense_model_in_prefill_and_steps(config: Gaze) -> N
     np.testing.assert_allclose(found, dense, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_a_row_remembers_no_region_of_who_had_it() -> None:
     """Whose regions were more than those of the next prompt are taken."""
     vlm, rng = a_model(Gaze(FixedRegions(1, 1), 40, top_k=1)), np.random.default_rng(0)
     many, few = (document(parts, CONFIG, rng) for parts in ([2, Visual(1, 8, 8), 2], [2, Visual(1, 4, 4), 40]))
     *_, whole = read(vlm, many, [])
     row, reach = jnp.zeros(1, jnp.int32), kv_cache.RegionReach(4, 4)
-    part = kv_cache.emptied(kv_cache.take(whole, row, 160, reach), jnp.ones(1, bool))
+    part = jax.jit(lambda x: kv_cache.emptied(kv_cache.take(x, row, 160, reach), jnp.ones(1, bool)))(whole)
     _, _, part = read(vlm, few, [], part)
-    cache = kv_cache.put(whole, part, row)
+    cache = jax.jit(kv_cache.put)(whole, part, row)
     assert np.unique(cache.regions.info.region).tolist() == [0, 1, 2, 3, 4]
 
 
@@ -145,11 +152,15 @@ def test_all_keys_are_brought_from_the_host_where_they_are_needed() -> None:
         _cached.lower(vlm, x, info, jnp.zeros((3, 1, 1), int), cache, jnp.zeros((1, 1), int))
 
 
-STEPS = [("head", "device", "compute"), ("group", "device", "int8"), ("head", "host", "compute")]
-STEPS += [
-    pytest.param(*each, marks=pytest.mark.slow) for each in (("head", "device", "int8"), ("group", "device", "compute"))
+FAST = (("head", "device", "compute"), ("group", "host", "int8"))
+STEPS = [
+    pytest.param(*each, marks=[pytest.mark.slow] * (each not in FAST))
+    for each in (
+        *itertools.product(("head", "group"), ("device",), ("compute", "int8")),
+        ("head", "host", "compute"),
+        ("group", "host", "int8"),
+    )
 ]
-STEPS += [("group", "host", "int8")]
 
 
 def test_a_cache_that_the_asked_for_kernel_cannot_read_is_refused_at_once() -> None:
@@ -167,7 +178,7 @@ def test_a_cache_that_the_asked_for_kernel_cannot_read_is_refused_at_once() -> N
         ({"regions": FixedRegions(4, 4), "head_dim": 64}, "multiple of 128 channels, not 16 and 64"),
         ({"regions": FixedRegions(4, 4), "kind": "int8"}, "the cache is int8, and the model computes in float32"),
     ):
-        with pytest.raises(ConfigError, match=f"attention 'pallas_tpu' cannot decode over regions: .*{message}"):
+        with pytest.raises(ConfigError, match=f"'pallas_tpu', whose kernel cannot decode over regions: .*{message}"):
             empty(**wrong)
 
 

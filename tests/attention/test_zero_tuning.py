@@ -27,7 +27,7 @@ GAMMA = np.array([1.0, 3.0, 1.0, 0.2])
 
 def stated(plain: np.ndarray, info: Any) -> np.ndarray:
     """a'_0 = gamma a_0 / D and a'_j = a_j / D with D = 1 + (gamma - 1) a_0, for the first token of each document."""
-    changed = plain.copy()
+    changed, info = plain.copy(), jax.tree.map(np.asarray, info)
     for b, i in np.ndindex(plain.shape[:2]):
         start = i - int(info.offset[b, i])
         D = 1 + (GAMMA - 1) * plain[b, i, :, start]
@@ -39,8 +39,8 @@ def stated(plain: np.ndarray, info: Any) -> np.ndarray:
 @pytest.mark.parametrize(
     ("route", "beside"),
     [
-        # Beside others, routes that a softmax has in common with the first are slow tests.
-        pytest.param(route, beside, marks=[pytest.mark.slow] * (beside != "alone" and route in ("channel", "merge")))
+        # The tests of slots have two of them beside others.
+        pytest.param(route, beside, marks=[pytest.mark.slow] * (beside != "alone"))
         for route in ROUTES
         for beside in BESIDE
     ],
@@ -85,7 +85,7 @@ def test_factors_of_several_multiply_except_of_two_that_own_the_key() -> None:
     split = everything((at.ZeroTuning(2.0, route="merge"), at.ZeroTuning(0.3, route="after")), x, info, x.q)
     for several in (twice, mixed, split):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), several, once)
-    with pytest.raises(ConfigError, match="FirstTokenAfter and FirstTokenAfter both own 'factor'"):
+    with pytest.raises(ConfigError, match="ZeroTuning cannot stand twice in a layer: each changes the weight of a key"):
         at.build_mechanisms((at.ZeroTuning(2.0, route="after"), at.ZeroTuning(3.0, route="after")), DIMS, KEY)
 
 

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from rave_jax.models.config import VlmConfig
-from rave_jax.models.families import family_named
-from rave_jax.models.families.presets import tiny
+from rave_jax.families import family_named
+from rave_jax.families.config import VlmConfig
+from rave_jax.families.qwen2_5_vl.presets import tiny
 
 Tensors = dict[str, np.ndarray]
 Write = Callable[..., Path]

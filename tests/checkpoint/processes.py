@@ -1,6 +1,6 @@
 """One process of a job of two that saves, meets damage, and saves again.
 
-python -m tests.checkpoint.processes PROCESS PORT FOLDER
+python -m tests.checkpoint.processes PROCESS PROCESSES PORT FOLDER
 """
 
 from __future__ import annotations
@@ -58,4 +58,4 @@ def main(process: int, port: str, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2], Path(sys.argv[3]))
+    main(int(sys.argv[1]), sys.argv[3], Path(sys.argv[4]))

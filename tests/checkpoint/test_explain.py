@@ -12,7 +12,7 @@ import pytest
 
 from rave_jax.checkpoint.hf_import import import_hf, load_config
 from rave_jax.checkpoint.safetensors_file import CheckpointError
-from rave_jax.models.families.presets import tiny
+from rave_jax.families.qwen2_5_vl.presets import tiny
 from rave_jax.tools.cli import main
 from tests.checkpoint.conftest import Tensors, Write
 
@@ -195,4 +195,4 @@ def test_inspect_knows_number_types_as_configs_write_them(
     (folder / "model.safetensors").unlink()
     assert main(["inspect", str(folder)]) == (2 if said is None else 0)
     output = capsys.readouterr()
-    assert f"as the config says, {said}" in output.out if said else "dtype is" in output.err
+    assert f"bytes are for {said}, as in config.json" in output.out if said else "dtype is" in output.err

@@ -10,9 +10,13 @@ import pytest
 
 from rave_jax.checkpoint.hf_files import hf_config, read_weights
 from rave_jax.checkpoint.hf_import import load_config
+from rave_jax.checkpoint.kinds import kind_of
 from rave_jax.checkpoint.sidecar import saved_options
 from rave_jax.config import ConfigError
 from rave_jax.data.processor import Processor
+from rave_jax.families import family_named
+from rave_jax.families.qwen2_5_vl.presets import tiny
+from rave_jax.tools.source import is_run
 
 
 @pytest.fixture
@@ -45,7 +49,7 @@ def home(tmp_path: Path) -> Path:
         ("run/checkpoints", "is a part of the training run .*/run; give the run"),
         ("run/checkpoints/100", "is a part of the training run .*/run; give the run"),
         ("runs", "holds no config.json itself, but a inside does; give one of those"),
-        ("adapter", "is a PEFT adapter and no whole model"),
+        ("adapter", "is a PEFT adapter and not a whole model"),
         ("gguf", "holds GGUF files, which are not read"),
         ("weights", "holds weights but no config.json"),
         ("other", "other: holds no config.json; expected a model directory in HuggingFace format, or a training run"),
@@ -61,6 +65,38 @@ def test_what_it_is_instead_is_said(name: str, says: str, home: Path) -> None:
     with pytest.raises(ConfigError, match=says) as error:
         load_config(home / name)
     assert "\n" not in str(error.value)
+
+
+def test_what_a_directory_is(home: Path) -> None:
+    """By its files and by what its config.json says; whatever asks gets the same answer."""
+    (home / "checkpoints" / "mine").mkdir(parents=True)
+    for name, text in (
+        ("begun/config.json", '{"type": "TrainConfig"}'),
+        ("damaged/config.json", '{"type": "Tra'),
+        ("damaged/checkpoints/1/x", ""),
+        ("trainer/config.json", '{"model_type": "qwen2_5_vl"}'),
+        ("trainer/checkpoints/1/x", ""),
+        ("native/config.json", '{"model_type": "qwen2_5_vl"}'),
+        ("native/native.json", "{}"),
+        ("beside/config.json", '{"model_type": "qwen2_5_vl"}'),
+        ("beside/adapter_config.json", "{}"),
+    ):
+        (home / name).parent.mkdir(parents=True, exist_ok=True)
+        (home / name).write_text(text)
+    kinds = {
+        "run": ("run", "begun", "damaged"),
+        "native": ("native",),
+        "model": ("trainer", "beside", "list", "pipeline"),
+        "adapter": ("adapter",),
+        "other": ("", "checkpoints", "checkpoints/mine", "run/checkpoints", "runs", "gguf", "empty", "file", "nowhere"),
+    }
+    for kind, names in kinds.items():
+        assert {kind_of(home / name) for name in names} == {kind}
+        for name in names:
+            if kind in ("adapter", "other"):
+                with pytest.raises(ConfigError):
+                    is_run(home / name)
+    assert is_run(home / "begun") and not is_run(home / "trainer") and not is_run(home / "native")
 
 
 def test_the_model_folder_of_a_run_has_no_weights_of_its_own(home: Path) -> None:
@@ -89,10 +125,10 @@ def test_a_name_on_the_hub_is_no_directory() -> None:
 )
 @pytest.mark.parametrize("kind", ["pipe", "pointer"])
 def test_a_pipe_or_pointer_among_the_files_is_named_and_not_waited_on(kind: str, name: str, tmp_path: Path) -> None:
-    vision = {"model_type": "qwen2_5_vl", "vision_config": {}, "image_token_id": 1, "video_token_id": 2}
-    (tmp_path / "config.json").write_text(json.dumps(vision))
+    config = tiny()
+    (tmp_path / "config.json").write_text(json.dumps(family_named(config.family).render(config)))
     for other in ("preprocessor_config.json", "tokenizer.json"):
-        (tmp_path / other).write_text('{"patch_size": 14}')
+        (tmp_path / other).write_text('{"patch_size": 4}')
     (tmp_path / name).unlink(missing_ok=True)
     if kind == "pipe":
         os.mkfifo(tmp_path / name)

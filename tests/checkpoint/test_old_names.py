@@ -14,8 +14,8 @@ from orbax.checkpoint import v1 as ocp
 from rave_jax.checkpoint import digests, native
 from rave_jax.checkpoint.old_names import has_old_names, new_name, old_name, renamed
 from rave_jax.checkpoint.store import Store, abstract
+from rave_jax.families.qwen2_5_vl.presets import tiny
 from rave_jax.models.config import ModelOptions
-from rave_jax.models.families.presets import tiny
 from rave_jax.models.parameters import named_parameters
 from tests.models import made
 

@@ -191,7 +191,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(two_steps, tmp_path, caplog,
         assert (found.step, found.data) == (1, DATA)
         jax.tree.map(np.testing.assert_array_equal, found.parameters, tree)
     line = next(record.getMessage() for record in caplog.records if "damaged checkpoints" in record.getMessage())
-    assert "taken is step 1, the newest that is sound" in line
+    assert "using step 1, the newest sound checkpoint" in line
     assert f"moved to {folder / '2.damaged'}, which can be deleted" in line
     if digests:
         assert why in line

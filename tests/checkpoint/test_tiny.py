@@ -87,5 +87,5 @@ def test_patches_and_merge_units_of_other_sizes(tmp_path: Path) -> None:
     processor = Processor.from_hf(write_tiny(tmp_path / "model", sizes))
     image = {"type": "image", "image": np.zeros((112, 112, 3), np.uint8)}
     example = processor.encode([{"role": "user", "content": [image, {"type": "text", "text": "?"}]}])
-    assert (example.info.grid_h.max(), example.info.grid_w.max(), len(example.patches)) == (8, 8, 256)
-    assert example.patch_window.max() == 16, "a window is 28 pixels, two tokens, along each side"
+    assert (example.info.grid_h.max(), example.info.grid_w.max(), example.patches.length) == (8, 8, 256)
+    assert example.patches.window.max() == 16, "a window is 28 pixels, two tokens, along each side"

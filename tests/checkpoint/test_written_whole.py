@@ -62,5 +62,8 @@ def test_an_error_leaves_nothing(tmp_path: Path) -> None:
         raise OSError(5, "Input/output error")
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "file").touch()
-    with pytest.raises(CheckpointError, match="file is no directory"), written_whole(tmp_path / "file" / "a" / "b", 1):
+    with (
+        pytest.raises(CheckpointError, match="file is not a directory"),
+        written_whole(tmp_path / "file" / "a" / "b", 1),
+    ):
         pass

@@ -22,9 +22,9 @@ from rave_jax.checkpoint.tiny import Tiny
 from rave_jax.command_line import _defaults, _options
 from rave_jax.data.collate import BatchShape, empty_batch, round_up
 from rave_jax.evaluation.config import Examination
-from rave_jax.kernels.attention.support import SMALL
-from rave_jax.models.config import VlmConfig
-from rave_jax.models.families import presets
+from rave_jax.families.config import VlmConfig
+from rave_jax.families.qwen2_5_vl import presets
+from rave_jax.kernels.support import SMALL
 from rave_jax.models.vlm import Vlm
 from rave_jax.parallel.mesh import MeshConfig, abstract_mesh, make_mesh
 from rave_jax.parallel.rows import batch_axis, batch_shardings
@@ -140,10 +140,13 @@ def abstract_batch(config: TrainConfig, vlm: VlmConfig) -> Batch:
     return jax.tree.map(widen, batch_axis(), row)
 
 
-SLOW = {"qwen2_5_vl_7b_gaze_sft": pytest.mark.slow}
+LOWERED = ("synthetic_all", "qwen2_5_vl_7b_rave_sft", "quickstart_gaze")
+"""The others are slow tests: to trace a step takes 2 to 7 s."""
 
 
-@pytest.mark.parametrize("path", [pytest.param(p, id=p.stem, marks=SLOW.get(p.stem, ())) for p in FILES])
+@pytest.mark.parametrize(
+    "path", [pytest.param(p, id=p.stem, marks=[pytest.mark.slow] * (p.stem not in LOWERED)) for p in FILES]
+)
 def test_a_config_lowers_to_a_sharded_tpu_program(path: Path) -> None:
     """The whole train step, traced at its real shapes on a mesh without devices, as the TPU would get it."""
     config = machinery.load_file(path)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import get_args
-
-from rave_jax.attention import MechanismConfig
+from tests.attention.built_in import BUILT_IN
 from tests.inference import test_slots, test_slots_ahead, test_slots_context
 
 
@@ -12,4 +10,4 @@ def test_every_mechanism_is_generated_with() -> None:
     settings = [*test_slots.SETTINGS.values(), *test_slots_ahead.SETTINGS.values()]
     settings += [options.mechanisms for options in test_slots_context.SETTINGS.values()]
     found = {type(mechanism) for mechanisms in settings for mechanism in mechanisms}
-    assert set(get_args(MechanismConfig)) - found == set()
+    assert set(BUILT_IN) - found == set()

@@ -13,25 +13,28 @@ import pytest
 
 REPO = Path(__file__).resolve().parents[2]
 PACKAGE = REPO / "rave_jax"
-GROUND = {"typing", "config", "files", "batch", "layout"}
-MODEL = GROUND | {"parallel", "kernels", "attention", "models"}
+GROUND = {"typing", "open_union", "config", "files", "batch", "layout"}
+MODEL = GROUND | {"families", "parallel", "kernels", "attention", "models"}
 AFTER_MODEL = MODEL | {"checkpoint", "inference", "data"}
 
-# Part of rave_jax -> the other parts it may import.
+# Part of rave_jax -> the other parts it may import. A family's `tower` is a part of its own, "towers": it imports jax.
 PARTS: dict[str, set[str]] = {
     "__init__": {"api", "config", "data", "inference"},  # for the type checker; a name is imported at its first use
     "typing": set(),
-    "config": set(),
+    "open_union": set(),
+    "config": {"open_union"},
     "files": set(),
-    "command_line": {"config"},
+    "command_line": {"open_union", "config"},
     "batch": {"typing"},
     "layout": {"typing", "config"},
     "observe": set(),
-    "data": GROUND,
+    "families": GROUND,
+    "data": GROUND | {"families"},
     "parallel": GROUND,
     "kernels": GROUND | {"parallel"},
     "attention": GROUND | {"parallel", "kernels"},
-    "models": GROUND | {"parallel", "kernels", "attention"},
+    "models": GROUND | {"families", "parallel", "kernels", "attention"},
+    "towers": MODEL,
     "checkpoint": MODEL | {"observe", "data"},
     "inference": MODEL | {"data"},
     "look": AFTER_MODEL | {"observe"},
@@ -45,15 +48,26 @@ PARTS: dict[str, set[str]] = {
 # Paths with a dot name one library module and whatever lies below it.
 ONLY: dict[str, set[str]] = {
     # typing: for the type checker alone
-    "jax": {*PARTS} - {"__init__", "config", "command_line", "files", "batch", "layout", "data", "observe"},
-    "flax": {"parallel", "attention", "models", "checkpoint", "inference", "evaluation", "look", "training", "tools"},
+    "jax": {*PARTS} - GROUND - {"__init__", "command_line", "families", "data", "observe"} | {"typing"},
+    "flax": {
+        "parallel",
+        "attention",
+        "models",
+        "towers",
+        "checkpoint",
+        "inference",
+        "evaluation",
+        "look",
+        "training",
+        "tools",
+    },
     "optax": {"training"},
     "orbax": {"checkpoint", "parallel"},
     "transformers": {"data"},
     "tokenizers": {"data", "checkpoint"},
     "safetensors": set(),  # we read and write the format ourselves, straight into shards
     "pyarrow": {"data"},
-    "PIL": {"data", "look", "evaluation", "tools"},
+    "PIL": {"families", "data", "look", "evaluation", "tools"},
     "sklearn": {"data"},
     "tyro": {"command_line"},
     "jaxtyping": {"typing"},
@@ -79,7 +93,14 @@ def imports(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def part_of(path: Path) -> str:
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    return part_named(list(path.relative_to(PACKAGE).with_suffix("").parts))
+
+
+def part_named(names: list[str]) -> str:
+    """The part that a module belongs to, from its names behind `rave_jax`."""
+    if not names:
+        return "__init__"
+    return "towers" if names[0] == "families" and "tower" in names[2:3] else names[0]
 
 
 def faults_of_file(path: Path, part: str) -> Iterator[str]:
@@ -90,7 +111,7 @@ def faults_of_file(path: Path, part: str) -> Iterator[str]:
         if module.startswith("."):
             yield f"{where}: {module} is relative; imports are absolute"
         elif names[0] == "rave_jax":
-            target = names[1] if len(names) > 1 else "__init__"
+            target = part_named(names[1:])
             if target != part and target in PARTS and target not in PARTS[part]:
                 yield f"{where}: {part} must not import rave_jax.{target}"
         elif names[0] in ONLY and part not in ONLY[names[0]]:
@@ -155,14 +176,17 @@ def test_every_library_is_declared_and_every_declared_one_is_used() -> None:
     assert {DISTRIBUTIONS.get(name, name).lower() for name in used} == declared
 
 
-def test_data_does_not_bring_jax_in() -> None:
-    """A loader worker that forks after jax has started threads can hang; importing data must not start any."""
+def test_data_and_families_do_not_bring_jax_in() -> None:
+    """A loader worker that forks after jax has started threads can hang; importing what it reads with must not start
+    any."""
     import subprocess
 
-    code = (
-        "import pkgutil, importlib, sys, rave_jax.data as d\n"
-        "for m in pkgutil.walk_packages(d.__path__, 'rave_jax.data.'): importlib.import_module(m.name)\n"
-        "sys.exit('jax' in sys.modules)"
-    )
+    names = [
+        ".".join(("rave_jax", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__")
+        for path in SOURCES
+        if part_of(path) in ("data", "families")
+    ]
+    assert "rave_jax.families" in names
+    code = f"import importlib, sys\nfor name in {names}: importlib.import_module(name)\nsys.exit('jax' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr or "importing rave_jax.data imported jax"
+    assert done.returncode == 0, done.stderr or "importing rave_jax.data or rave_jax.families imported jax"

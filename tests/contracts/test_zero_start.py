@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from rave_jax.attention import Rave
+from rave_jax.families.qwen2_5_vl import presets
 from rave_jax.models.config import ModelOptions
-from rave_jax.models.families import presets
 from rave_jax.models.vlm import Vlm
 from tests.models.layout import Visual, batch, document
 
@@ -25,10 +25,19 @@ def logits(options: ModelOptions) -> np.ndarray:
     return np.asarray(jax.jit(lambda m, b: m.logits(m.hidden(b)))(model, rows))
 
 
-@pytest.mark.parametrize("attention", (pytest.param("reference", marks=pytest.mark.slow), "xla"))
-def test_logits_are_those_of_the_backbone(attention: Any) -> None:
+FORMS: tuple[Any, ...] = ("log_gate", "tanh", "linear", "centered_sigmoid")
+
+
+@pytest.mark.parametrize(
+    ("attention", "forms"),
+    [
+        pytest.param("xla", FORMS[:1], id="xla"),
+        pytest.param("xla", FORMS[1:], id="xla, other forms", marks=pytest.mark.slow),
+        pytest.param("reference", FORMS, id="reference", marks=pytest.mark.slow),
+    ],
+)
+def test_logits_are_those_of_the_backbone(attention: Any, forms: tuple[Any, ...]) -> None:
     backbone = logits(ModelOptions(attention=attention))
-    forms: tuple[Any, ...] = ("log_gate", "tanh", "linear", "centered_sigmoid")
     for form in forms:
         assert np.array_equal(logits(ModelOptions((Rave(form=form, rank=4),), attention=attention)), backbone), form
     moved = logits(ModelOptions((Rave(rank=4, start="random"),), attention=attention))

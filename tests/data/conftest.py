@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,11 @@ from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from rave_jax.data.processor import Processor, ProcessorSettings
+from rave_jax.data.processor import Processor
+from rave_jax.families.config import TextConfig, VlmConfig
+from rave_jax.families.pictures import PictureRules
+from rave_jax.families.qwen2_5_vl.pictures import Pictures
+from rave_jax.families.qwen2_5_vl.presets import tiny
 from tests.data.pictures import noise
 
 SPECIAL = (
@@ -42,17 +47,14 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|im_end|>")
 
 
-def tiny_settings(tokenizer: PreTrainedTokenizerFast) -> ProcessorSettings:
+def tiny_settings(tokenizer: PreTrainedTokenizerFast) -> Pictures:
     """Patches of 4 pixels, windows of 2 x 2 merge units, so that small pictures have many of everything."""
-    return ProcessorSettings(
-        patch_size=4,
-        window_size=16,
-        min_pixels=64,
-        max_pixels=64 * 64,
-        image_token_id=tokenizer.get_vocab()["<|image_pad|>"],
-        video_token_id=tokenizer.get_vocab()["<|video_pad|>"],
-        tokens_per_second=2,
-    )
+    ids = {f"{name}_token_id": tokenizer.get_vocab()[f"<|{name}_pad|>"] for name in ("image", "video")}
+    return Pictures(replace(tiny(), **ids), min_pixels=64, max_pixels=64 * 64)
+
+
+TEXT_ALONE = PictureRules(VlmConfig(TextConfig(), family="qwen3"))
+"""What a text model makes of pictures: nothing."""
 
 
 @pytest.fixture(scope="session")

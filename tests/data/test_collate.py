@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rave_jax.batch import Patches
 from rave_jax.data.collate import BatchShape, collate, empty_batch, smallest_shape
 from rave_jax.data.processor import Processor
 from rave_jax.data.sample import Example, OverBudget
@@ -34,7 +36,8 @@ def unpack(batch: Any, row: int, number: int, merge: int) -> Example:
     first_unit = batch.visual_index[row][t][image > 0].min(initial=np.iinfo(np.int32).max)
     count = int((image > 0).sum()) * merge
     patches = slice(first_unit * merge, first_unit * merge + count) if count else slice(0, 0)
-    frame, window = batch.patch_frame[row][patches], batch.patch_window[row][patches]
+    own_patches = Patches(*(x[row][patches] for x in batch.patches))
+    frame, window = own_patches.frame, own_patches.window
     info = type(batch.info)(*(code[row][t] for code in batch.info))
     own = info._replace(
         document=np.ones_like(info.document), image=np.where(image > 0, image - images.min(initial=99) + 1, 0)
@@ -45,10 +48,9 @@ def unpack(batch: Any, row: int, number: int, merge: int) -> Example:
         info=own,
         positions=batch.positions[:, row][:, t],
         visual_index=np.where(image > 0, batch.visual_index[row][t] - first_unit, 0),
-        patches=batch.patches[row][patches],
-        patch_frame=frame - frame.min(initial=10**6) + 1,
-        patch_place=batch.patch_place[row][patches],
-        patch_window=window - window.min(initial=10**6) + 1,
+        patches=own_patches._replace(
+            frame=frame - frame.min(initial=10**6) + 1, window=window - window.min(initial=10**6) + 1
+        ),
     )
 
 
@@ -62,18 +64,18 @@ def test_documents_come_out_as_they_went_in(processor: Processor, plan: list, mo
     for b, row in enumerate(rows):
         for number, example in enumerate(row, start=1):
             back = unpack(batch, b, number, s.merge_patches)
-            for name in Example._fields:
-                for ours, theirs in zip(*(np.atleast_1d(getattr(e, name)) for e in (back, example)), strict=True):
-                    np.testing.assert_array_equal(ours, theirs, err_msg=name)
+            pairs = zip(*(jax.tree.leaves_with_path(e) for e in (back, example)), strict=True)
+            for (path, ours), (_, theirs) in pairs:
+                np.testing.assert_array_equal(ours, theirs, err_msg=jax.tree_util.keystr(path))
         length = sum(len(example.tokens) for example in row)
-        patches = sum(len(example.patches) for example in row)
+        patches = sum(example.patches.length for example in row)
         for code in (*batch.info, batch.tokens, batch.targets, batch.loss_weights):
             assert not code[b, length:].any()
-        for array in (batch.patches, batch.patch_frame, batch.patch_window, batch.patch_place):
+        for array in batch.patches:
             assert not array[b, patches:].any()
-        assert (np.diff(batch.patch_window[b, :patches]) >= 0).all()
-        assert (np.diff(batch.patch_frame[b, :patches]) >= 0).all()
-        frames = batch.patch_frame[b, :patches]
+        assert (np.diff(batch.patches.window[b, :patches]) >= 0).all()
+        assert (np.diff(batch.patches.frame[b, :patches]) >= 0).all()
+        frames = batch.patches.frame[b, :patches]
         assert set(frames) == set(range(1, frames.max(initial=0) + 1))
 
 
@@ -98,7 +100,7 @@ def test_over_budget_is_an_error_and_never_a_cut(processor: Processor) -> None:
     short = BatchShape(1, len(example.tokens) - 1, 640)
     with pytest.raises(OverBudget, match=rf"row 0, document 1: {len(example.tokens)} tokens and \d+ patches"):
         collate([[example]], short, s.patch_numbers)
-    few = BatchShape(1, 1000, len(example.patches) - 4)
+    few = BatchShape(1, 1000, example.patches.length - 4)
     with pytest.raises(OverBudget, match="over the budget"):
         collate([[example]], few, s.patch_numbers)
     with pytest.raises(OverBudget, match="2 rows for a batch of 1"):
@@ -110,13 +112,13 @@ def test_text_only_batches_have_no_patches(processor: Processor) -> None:
     shape = smallest_shape(rows, 8, 64)
     assert shape.patches == 0
     batch = collate(rows, shape, processor.settings.patch_numbers)
-    assert batch.patches.shape == (1, 0, processor.settings.patch_numbers)
+    assert batch.patches.pixels.shape == (1, 0, processor.settings.patch_numbers)
 
 
 def test_types() -> None:
     batch = empty_batch(BatchShape(2, 3, 4), 5)
-    assert batch.patches.dtype == np.uint8
+    assert batch.patches.pixels.dtype == np.uint8
     assert batch.loss_weights.dtype == np.float32
-    codes = {name: array for name, array in batch._asdict().items() if name not in ("patches", "loss_weights", "info")}
-    assert {array.dtype for array in (*codes.values(), *batch.info)} == {np.dtype(np.int32)}
+    codes = (batch.tokens, batch.targets, batch.positions, batch.visual_index, *batch.info, *batch.patches[1:])
+    assert {array.dtype for array in codes} == {np.dtype(np.int32)}
     assert batch.positions.shape == (3, 2, 3)

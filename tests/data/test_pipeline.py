@@ -5,8 +5,10 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given
@@ -15,7 +17,8 @@ from hypothesis import strategies as st
 from rave_jax import config as configs
 from rave_jax.batch import Batch
 from rave_jax.config import ConfigError
-from rave_jax.data.pipeline import DataConfig, Pipeline, Stage
+from rave_jax.data.config import DataConfig, Stage
+from rave_jax.data.pipeline import Pipeline
 from rave_jax.data.processor import Processor
 from rave_jax.data.sample import EmptyAnswer, ImageError, OverBudget, SampleError
 from rave_jax.data.sources import QaJsonl, Synthetic
@@ -25,10 +28,7 @@ BROKEN = {"broken image", "empty answer", "over budget"}
 
 def arrays(batch: Batch) -> list[np.ndarray]:
     """Every array of a batch, rows first."""
-    return [
-        *(np.moveaxis(a, 1, 0) if n == "positions" else a for n, a in batch._asdict().items() if n != "info"),
-        *batch.info,
-    ]
+    return jax.tree.leaves(batch._replace(positions=np.moveaxis(batch.positions, 1, 0)))
 
 
 def assert_same(first: Batch, second: Batch) -> None:
@@ -87,7 +87,7 @@ def test_bad_samples_are_skipped_named_and_counted(
 
 def test_a_replacement_is_the_next_of_the_order(qa_folder: Path, processor: Processor) -> None:
     pipeline = Pipeline(data(qa_folder), processor)
-    order = pipeline._order
+    order = pipeline._loader._order
     for place in range(30):
         source, draw = order.draw(place)
         walk = (order.index(source, draw + n) for n in range(10))
@@ -101,27 +101,19 @@ def test_bad_samples_can_be_fatal(record: int, error: type, qa_folder: Path, pro
     (qa_folder / "qa.jsonl").write_text(lines[record] + "\n")
     with pytest.raises(error, match=f"q{record}"):
         Pipeline(data(qa_folder, on_error="fail"), processor).rows(0, 0, 1)
-    with pytest.raises(SampleError, match=rf"5 samples one after another.*q{record}"):
+    with pytest.raises(SampleError, match=rf"5 consecutive samples.*q{record}"):
         Pipeline(data(qa_folder, max_skips=4), processor).rows(0, 0, 1)
 
 
-def test_prefetching_changes_nothing(qa_folder: Path, processor: Processor) -> None:
-    plain = Pipeline(data(qa_folder), processor)
-    ahead = Pipeline(data(qa_folder, prefetch=3, workers=2), processor)
-    stream = ahead.stream(5, 1, 4)
-    for step in range(5, 12):
-        assert_same(next(stream), plain.rows(step, 1, 4))
-        assert ahead.skipped == plain.skipped  # what lies ahead is not counted before it is used
-    stream.close()
-    zero = plain.stream(5, 1, 4)
-    assert_same(next(zero), ahead.rows(5, 1, 4))
-
-
-def test_an_error_in_the_background_arrives(qa_folder: Path, processor: Processor) -> None:
-    stream = Pipeline(data(qa_folder, prefetch=2, on_error="fail"), processor).stream(0, 0, 6)
-    with pytest.raises(SampleError):
-        for _ in range(4):
-            next(stream)
+def test_threads_may_load_ahead_and_what_is_not_used_is_not_counted(qa_folder: Path, processor: Processor) -> None:
+    plain, ahead = Pipeline(data(qa_folder), processor), Pipeline(data(qa_folder), processor)
+    with ThreadPoolExecutor(4) as pool:
+        loaded = list(pool.map(lambda step: ahead.load(step, 1, 4), range(5, 12)))
+    for step, rows in zip(range(5, 12), loaded, strict=True):
+        assert_same(rows.batch, plain.rows(step, 1, 4))
+        assert ahead.skipped != plain.skipped or not rows.skips
+        ahead.count(rows.skips)
+        assert ahead.state(step + 1) == plain.state(step + 1)
 
 
 def test_state_is_json_and_restores(qa_folder: Path, processor: Processor) -> None:
@@ -133,7 +125,7 @@ def test_state_is_json_and_restores(qa_folder: Path, processor: Processor) -> No
     step = second.restore(state)
     assert_same(second.rows(step, 0, 6), first.rows(4, 0, 6))
     assert second.skipped == first.skipped
-    with pytest.raises(ConfigError, match="the checkpoint says nothing of rows: it is damaged; delete"):
+    with pytest.raises(ConfigError, match="the checkpoint has no entry rows: it is damaged; delete"):
         second.restore({name: value for name, value in state.items() if name != "rows"})
     with pytest.raises(ConfigError, match=r"data\.seed is 1"):
         Pipeline(data(qa_folder, seed=1), processor).restore(state)
@@ -191,7 +183,7 @@ def test_a_source_of_which_nothing_can_be_read_is_refused_at_once(qa_folder: Pat
 
 def test_too_many_skips_say_what_they_were(qa_folder: Path, processor: Processor) -> None:
     pipeline = Pipeline(data(qa_folder, tokens=30, max_skips=8), processor)
-    says = r"9 samples one after another cannot be used: \d over budget \(they need up to 1060 tokens and 48 patches"
+    says = r"9 consecutive samples cannot be used: \d over budget \(they need up to 1060 tokens and 48 patches"
     with pytest.raises(SampleError, match=says):
         pipeline.rows(0, 0, 1)
 
@@ -201,8 +193,8 @@ def test_the_cache_changes_nothing_but_time(qa_folder: Path, processor: Processo
     for step in range(6):
         assert_same(cached.rows(step, 0, 6), plain.rows(step, 0, 6))
     assert cached.skipped == plain.skipped
-    assert len(cached._cache._items) == 7
-    assert not plain._cache._items
+    assert len(cached._loader._cache._items) == 7
+    assert not plain._loader._cache._items
 
 
 def test_the_curriculum_goes_by_step(qa_folder: Path, processor: Processor) -> None:
@@ -223,8 +215,8 @@ def test_a_stage_may_have_rows_of_its_own_size(qa_folder: Path, processor: Proce
     for step in range(12):
         batch = cached.rows(step, 0, 6)
         assert_same(batch, plain.rows(step, 0, 6))
-        sizes.append((*batch.tokens.shape, batch.patches.shape[1]))
-        reasons.append({skip.reason for skip in plain._make(step, 0, 6)[1]})
+        sizes.append((*batch.tokens.shape, batch.patches.length))
+        reasons.append({skip.reason for skip in plain.load(step, 0, 6).skips})
     assert sizes == [(6, 96, 48)] * 4 + [(6, 192, 64)] * 4 + [(6, 1600, 1600)] * 4
     # The largest picture, cached or not, fits the last rows alone.
     assert ["over budget" in set.union(*reasons[n : n + 4]) for n in (0, 4, 8)] == [True, True, False]
@@ -233,10 +225,11 @@ def test_a_stage_may_have_rows_of_its_own_size(qa_folder: Path, processor: Proce
 def test_configs(qa_folder: Path, processor: Processor) -> None:
     config = data(qa_folder, stages=(Stage(), Stage(9, (1.0,))))
     assert configs.loads(DataConfig, configs.dumps(config)) == config
+    assert data(qa_folder, stages=()) == data(qa_folder, stages=(Stage(),))
     for changes, says in (
         ({"stages": (Stage(1),)}, "a first stage at step 0"),
         ({"stages": (Stage(), Stage(5), Stage(5))}, "ascending"),
-        ({"stages": (Stage(0, (1.0, 2.0)),)}, "one weight for each of 1"),
+        ({"stages": (Stage(0, (1.0, 2.0)),)}, "one weight for each of 1 source; --data.stages \\[\\] makes one stage"),
         ({"sources": ()}, "at least one source"),
         ({"rows": 0}, "rows is 0"),
         ({"workers": 0}, "workers is 0"),

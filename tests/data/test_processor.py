@@ -12,15 +12,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from rave_jax.batch import Kind, Role, TokenInfo
+from rave_jax.batch import Kind, Role
 from rave_jax.config import ConfigError
 from rave_jax.data.collate import BatchShape, collate
-from rave_jax.data.pipeline import DataConfig
-from rave_jax.data.processor import Processor, ProcessorSettings
+from rave_jax.data.config import DataConfig
+from rave_jax.data.processor import Processor
 from rave_jax.data.sample import ImageError, OverBudget, SampleError
 from rave_jax.data.vocabulary import check_directory
+from rave_jax.families import family_for
+from rave_jax.families.directory import picture_rules
+from rave_jax.families.qwen2_5_vl.pictures import Pictures
 from rave_jax.layout import VisualLayout
-from tests.data.conftest import TEMPLATE, byte_tokenizer, tiny_settings
+from tests.data.conftest import TEMPLATE, TEXT_ALONE, byte_tokenizer, tiny_settings
 from tests.data.pictures import noise
 
 
@@ -45,7 +48,7 @@ def test_placeholders_grow_to_the_picture(qwen: Processor) -> None:
         rendered = rendered.replace("<|image_pad|>", "<#>" * count, 1)
     expected = qwen.tokenizer(rendered.replace("<#>", "<|image_pad|>"), add_special_tokens=False)["input_ids"]
     np.testing.assert_array_equal(example.tokens, expected)
-    assert example.patches.shape == ((15 + 4 + 4) * 4, 1176)
+    assert example.patches.pixels.shape == ((15 + 4 + 4) * 4, 1176)
     visual = example.info.kind == Kind.VISUAL
     np.testing.assert_array_equal(visual, example.tokens == qwen.settings.image_token_id)
     assert sorted(example.visual_index[visual]) == list(range(23))
@@ -62,13 +65,12 @@ def test_a_visual_token_is_its_patches(processor: Processor, sizes: list[tuple[i
     example = processor.encode(messages, prompt)
     info = example.info
     for name, array in example._asdict().items():
-        arrays = array if isinstance(array, TokenInfo) else [array]
-        for item in arrays:
-            expected = {"loss_mask": np.float32, "patches": np.uint8}.get(name, np.int32)
-            assert item.dtype == expected, name
-    merge = processor.settings.merge_size
-    place = example.patch_place.reshape(-1, merge**2, 2)
-    frame = example.patch_frame.reshape(-1, merge**2)
+        for part, item in array._asdict().items() if isinstance(array, tuple) else [(name, array)]:
+            expected = {"loss_mask": np.float32, "pixels": np.uint8}.get(part, np.int32)
+            assert item.dtype == expected, part
+    merge = processor.settings.config.vision.merge_size
+    place = example.patches.place.reshape(-1, merge**2, 2)
+    frame = example.patches.frame.reshape(-1, merge**2)
     for token in np.flatnonzero(info.kind == Kind.VISUAL):
         unit = example.visual_index[token]
         assert (place[unit] // merge == [info.row[token], info.col[token]]).all()
@@ -76,12 +78,12 @@ def test_a_visual_token_is_its_patches(processor: Processor, sizes: list[tuple[i
         assert info.grid_t[token] == 1
         assert info.row[token] < info.grid_h[token]
         assert info.col[token] < info.grid_w[token]
-    assert (np.diff(example.patch_window) >= 0).all()
-    assert set(np.unique(example.patch_window)) == set(range(1, example.patch_window.max(initial=0) + 1))
-    for window in np.unique(example.patch_window):
-        mine = example.patch_window == window
-        assert len(set(example.patch_frame[mine])) == 1
-        assert len(set(map(tuple, example.patch_place[mine] * 1 // 4))) == 1  # 2 merge units of 2 patches each way
+    assert (np.diff(example.patches.window) >= 0).all()
+    assert set(np.unique(example.patches.window)) == set(range(1, example.patches.window.max(initial=0) + 1))
+    for window in np.unique(example.patches.window):
+        mine = example.patches.window == window
+        assert len(set(example.patches.frame[mine])) == 1
+        assert len(set(map(tuple, example.patches.place[mine] * 1 // 4))) == 1  # 2 merge units of 2 patches each way
     assert example.loss_mask.sum() == 0
 
 
@@ -99,14 +101,14 @@ def test_a_video(processor: Processor) -> None:
     assert (example.tokens[video] == low.video_token_id).all()
     assert video.sum() == 3 * 3 * 2
     np.testing.assert_array_equal(info.frame[video], np.repeat([0, 1, 2], 6))
-    np.testing.assert_array_equal(np.unique(example.patch_frame), [1, 2, 3, 4])
+    np.testing.assert_array_equal(np.unique(example.patches.frame), [1, 2, 3, 4])
     start = example.positions[0][video][0]
     np.testing.assert_array_equal(example.positions[0][video] - start, np.repeat([0, 4, 8], 6))
-    group = example.patches[example.patch_frame == 3].reshape(-1, 3, 2, 16)
+    group = example.patches.pixels[example.patches.frame == 3].reshape(-1, 3, 2, 16)
     np.testing.assert_array_equal(group[:, :, 0], group[:, :, 1])  # the fifth frame stands twice
 
 
-def _with_video(settings: ProcessorSettings) -> ProcessorSettings:
+def _with_video(settings: Pictures) -> Pictures:
     from dataclasses import replace
 
     return replace(settings, video=replace(settings.video, min_pixels=64, max_pixels=4096))
@@ -114,7 +116,7 @@ def _with_video(settings: ProcessorSettings) -> ProcessorSettings:
 
 def test_text_alone(processor: Processor) -> None:
     example = processor.encode([{"role": "user", "content": "hello"}])
-    assert example.patches.shape == (0, processor.settings.patch_numbers)
+    assert example.patches.pixels.shape == (0, processor.settings.patch_numbers)
     np.testing.assert_array_equal(example.positions, np.tile(np.arange(len(example.tokens)), (3, 1)))
 
 
@@ -124,7 +126,7 @@ def test_a_written_placeholder_is_text(processor: Processor) -> None:
     assert np.sum(example.tokens == processor.settings.image_token_id) == np.sum(example.info.kind == Kind.VISUAL) == 1
     assert "what is <|image_pad|>?" in processor.decode(example.tokens)
     tokens = Processor(processor.tokenizer, processor.settings, TEMPLATE, special_tokens_in_text="tokens")
-    with pytest.raises(SampleError, match=r"s1: the rendered text holds .* spell out a placeholder"):
+    with pytest.raises(SampleError, match=r"s1: the rendered text has .* spell out a placeholder"):
         tokens.encode(messages, name="s1")
 
 
@@ -145,18 +147,18 @@ def test_errors_name_sample_and_file(processor: Processor, tmp_path: Path) -> No
 
 
 def test_a_model_without_eyes(qwen: Processor) -> None:
-    blind = Processor(qwen.tokenizer, ProcessorSettings(has_vision=False), qwen.chat._template)
+    blind = Processor(qwen.tokenizer, TEXT_ALONE, qwen.chat._template)
     assert len(blind.encode([{"role": "user", "content": "hi"}]).tokens) > 0
-    with pytest.raises(SampleError, match="the model takes none"):
+    with pytest.raises(SampleError, match="the model is for text only"):
         blind.encode([{"role": "user", "content": [image(28, 28)]}])
 
 
 def test_settings_of_an_hf_directory(qwen_dir: Path) -> None:
-    settings = ProcessorSettings.from_hf(qwen_dir)
+    settings = picture_rules(qwen_dir)
     assert (settings.min_pixels, settings.max_pixels) == (3136, 12845056)
-    assert (settings.patch_numbers, settings.window_patches, settings.tokens_per_second) == (1176, 64, 2)
+    assert (settings.patch_numbers, settings.window_patches, settings.config.tokens_per_second) == (1176, 64, 2)
     assert (settings.video.min_pixels, settings.video.max_pixels) == (3136, 12845056)
-    assert settings.grid.window == 4
+    assert settings.config.vision.window_units == 4
 
 
 def test_settings_in_other_places(qwen_dir: Path, tmp_path: Path) -> None:
@@ -165,11 +167,11 @@ def test_settings_in_other_places(qwen_dir: Path, tmp_path: Path) -> None:
     old = json.loads((tmp_path / "preprocessor_config.json").read_text())
     (tmp_path / "preprocessor_config.json").unlink()
     with pytest.raises(ConfigError, match=r"preprocessor_config\.json: no such file"):
-        ProcessorSettings.from_hf(tmp_path)
+        picture_rules(tmp_path)
     size = {"size": {"shortest_edge": 784, "longest_edge": 7840}}
     nested = {"image_processor": {**old, "min_pixels": None, "max_pixels": None, **size}, "video_processor": {"fps": 3}}
     (tmp_path / "processor_config.json").write_text(json.dumps(nested))
-    settings = ProcessorSettings.from_hf(tmp_path)
+    settings = picture_rules(tmp_path)
     assert (settings.min_pixels, settings.max_pixels) == (784, 7840)
     assert settings.video.fps is None  # a rate without do_sample_frames samples nothing, as in transformers
     assert settings.video.max_pixels == 768 * 28 * 28
@@ -183,7 +185,7 @@ def test_settings_that_are_not_done_here(key: str, value: object, qwen_dir: Path
     config = json.loads((tmp_path / "preprocessor_config.json").read_text())
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({**config, key: value}))
     with pytest.raises(ConfigError, match=f"{key} is"):
-        ProcessorSettings.from_hf(tmp_path)
+        picture_rules(tmp_path)
 
 
 LIMITS = {"min_pixels": 784, "max_pixels": 7840}
@@ -204,9 +206,9 @@ EDGES = {"shortest_edge": 784, "longest_edge": 7840}
         ({"size": {"height": 448, "width": 448}}, r"size is {'height': 448, 'width': 448}, expected {'shortest_edge'"),
         ({"size": 448}, r"size is 448, expected"),
         ({"size": [448, 448]}, r"size is \[448, 448\], expected"),
-        ({"size": {"longest_edge": 2048}}, "min_pixels is not stated"),
-        ({"size": {"shortest_edge": 784}}, "max_pixels is not stated"),
-        ({"size": {}}, "min_pixels is not stated"),
+        ({"size": {"longest_edge": 2048}}, "min_pixels is missing"),
+        ({"size": {"shortest_edge": 784}}, "max_pixels is missing"),
+        ({"size": {}}, "min_pixels is missing"),
         ({"min_pixels": 0}, "min_pixels is 0, expected a number of pixels"),
         ({"max_pixels": "7840"}, "max_pixels is '7840', expected a number"),
         ({"min_pixels": 9, "max_pixels": 8}, "min_pixels is 9, above max_pixels 8"),
@@ -223,9 +225,9 @@ def test_pixel_limits_in_every_form(
     (tmp_path / "video_preprocessor_config.json").write_text(json.dumps({"size": EDGES}))
     if isinstance(found, str):
         with pytest.raises(ConfigError, match=f"{name}: .*{found}"):
-            ProcessorSettings.from_hf(tmp_path)
+            picture_rules(tmp_path)
         return
-    settings = ProcessorSettings.from_hf(tmp_path)
+    settings = picture_rules(tmp_path)
     assert (settings.min_pixels, settings.max_pixels) == found
     assert (settings.video.min_pixels, settings.video.max_pixels) == (784, 7840)
 
@@ -234,11 +236,7 @@ def test_pixel_limits_in_every_form(
     ("change", "says"),
     [
         ({"vocab_size": 151665}, None),
-        ({"vocab_size": 9, "text_config": {"vocab_size": 152064}}, None),
-        (
-            {"text_config": {"vocab_size": 7}},
-            r"embedding of 7 rows .* and 151,658 tokens have ids from 7 on",
-        ),
+        ({"vocab_size": 7}, r"the token '\(' the id 7, and 151,658 tokens have ids from 7 on"),
         ({"image_token_id": 152064}, r"config\.json: image_token_id is 152,064, but the embedding has 152,064 rows"),
         ({"vocab_size": 151650}, r"the token '<\|quad_start\|>' the id 151,650, and 15 tokens .*at least 151,665 rows"),
     ],
@@ -246,7 +244,8 @@ def test_pixel_limits_in_every_form(
 def test_every_id_needs_a_row_of_the_embedding(
     change: dict, says: str | None, qwen: Processor, qwen_dir: Path, tmp_path: Path
 ) -> None:
-    config = {**json.loads((qwen_dir / "config.json").read_text()), **change}
+    hf = {**json.loads((qwen_dir / "config.json").read_text()), **change}
+    config = family_for(hf).parse(hf)
     if says is None:
         return check_directory(qwen_dir, config, qwen.tokenizer)
     with pytest.raises(ConfigError, match=says):
@@ -254,7 +253,7 @@ def test_every_id_needs_a_row_of_the_embedding(
     if "vocab_size" in change:
         for path in qwen_dir.iterdir():
             shutil.copy(path, tmp_path)
-        (tmp_path / "config.json").write_text(json.dumps(config))
+        (tmp_path / "config.json").write_text(json.dumps(hf))
         files = r"config\.json has .* but the tokenizer of vocab\.json, tokenizer_config\.json gives "
         with pytest.raises(ConfigError, match=files + says):
             Processor.from_hf(tmp_path)

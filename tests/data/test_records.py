@@ -12,7 +12,9 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from rave_jax.config import ConfigError
-from rave_jax.data.pipeline import DataConfig, Pipeline, check_answers
+from rave_jax.data.config import DataConfig
+from rave_jax.data.loading import check_answers
+from rave_jax.data.pipeline import Pipeline
 from rave_jax.data.processor import Processor
 from rave_jax.data.sample import METRICS, EmptyAnswer, Sample, SampleError
 from rave_jax.data.sources import LlavaJson, QaJsonl
@@ -167,7 +169,7 @@ REFUSED: list[tuple[Json, str]] = [
     (talk(wieght=0), "'wieght' of the record is not read"),
     (talk(weight=0.5), "'weight' of the record is not read: give each answer a 'weight'"),
     (talk(image_path="a.png"), "'image_path' of the record is not read: a picture belongs under 'image'"),
-    (talk(note="read me"), "'note' of the record is not read.*name it in the source's field `ignored`"),
+    (talk(note="read me"), "'note' of the record is not read.*add it to the source's field `ignored`"),
     (talk(rationale="because"), "'rationale'"),
     (talk(chosen="x", rejected="y"), "'chosen' of the record is not read: .*; the key 'rejected' of the record is not"),
     (talk(output="x"), "'conversations' holds the turns, so 'output' is not read"),
@@ -179,16 +181,16 @@ REFUSED: list[tuple[Json, str]] = [
     ({}, "no turns found: the record has the keys none"),
     ({"conversations": []}, "no turns found: 'conversations' is \\[\\], expected a list of turns"),
     ({"conversations": "hello"}, "no turns found: 'conversations' is 'hello'"),
-    ({"instruction": "Q"}, "'instruction' without its 'output'"),
+    ({"instruction": "Q"}, "the record has 'instruction' but no 'output'"),
     ({"instruction": "Q", "output": ["A"]}, "output is \\['A'\\], expected a text"),
     ({"instruction": "Q", "output": "A", "history": [["q"]]}, "history is .* expected a list of pairs"),
     ({"instruction": "Q", "output": "A", "response": "B"}, "so 'response' is not read"),
     ({"messages": [{"role": "user", "content": "Q", "tool_calls": [{"id": 1}]}]}, "'tool_calls' of a turn by 'user'"),
     ({"messages": [{"role": "assistant", "content": None, "function_call": {"name": "f"}}]}, "'function_call'"),
     ({"messages": [{"role": "assistant", "content": "A", "reasoning_content": "R"}]}, "put it into the answer"),
-    (said(("tool", "42")), "a turn by 'tool'.*tool calls are not supported"),
+    (said(("tool", "42")), "the role of a turn is 'tool'.*tool calls are not supported"),
     ({"conversations": [{"from": "observation", "value": "42"}]}, "'observation'.*tool calls"),
-    ({"conversations": [{"from": ["human"], "value": "Q"}]}, "a turn by \\['human'\\]"),
+    ({"conversations": [{"from": ["human"], "value": "Q"}]}, "the role of a turn is \\['human'\\]"),
     (said(("developer", "S")), "did you mean 'system'"),
     (
         said(("user", [{"type": "input_audio", "input_audio": {"data": ""}}])),
@@ -199,23 +201,23 @@ REFUSED: list[tuple[Json, str]] = [
     (said(("user", [{"type": "text"}])), "the text of a user turn's part is None"),
     (said(("user", [{"type": "image", "image": "a", "path": "b"}])), "under 'image' and 'path'"),
     (said(("user", [{"type": "image_url"}])), "image_url part without"),
-    (said(("user", "Q"), ("assistant", [{"type": "image", "image": "a.png"}])), "an answer is text"),
-    (said(("user", [{"type": "image", "image": "b.png"}]), ("assistant", "A"), images=["c.png"]), "1 pictures for 0"),
+    (said(("user", "Q"), ("assistant", [{"type": "image", "image": "a.png"}])), "an answer can only be text"),
+    (said(("user", [{"type": "image", "image": "b.png"}]), ("assistant", "A"), images=["c.png"]), "1 pictures, but"),
     (talk(image=""), "a picture is '': expected a path; leave the key out"),
     (talk(images=["a.png", ""]), "a picture is ''"),
-    (talk(image="https://here/a.png"), "nothing is downloaded in training; save it and give its path"),
-    (said(("user", [{"type": "image_url", "image_url": {"url": "http://a/b"}}])), "nothing is downloaded"),
+    (talk(image="https://here/a.png"), "files are not downloaded: save it and give its path"),
+    (said(("user", [{"type": "image_url", "image_url": {"url": "http://a/b"}}])), "not downloaded"),
     (talk(image="data:image/png"), "a data URI without a comma; expected data:image/png;base64"),
     (talk(image="data:image/png;base64,x!"), "the base64 of its data URI is broken"),
-    (talk(image="A" * 5000), "5000 characters, which is no path"),
+    (talk(image="A" * 5000), "5000 characters, which is too long for a path"),
     (talk(image="a.png", images=["b.png"]), "'image' and 'images' hold different pictures"),
     (talk(image=[["a.png"]]), "a picture is \\['a.png'\\]"),
-    (talk(video="clip.mp4"), "clip.mp4: a video is a list of frames or a folder"),
+    (talk(video="clip.mp4"), "clip.mp4: not a folder; a video is a folder of frames or a list"),
     (talk(videos="clip.mp4"), "videos is 'clip.mp4', expected a list"),
     (talk(video=[7]), "a picture is 7"),
-    (talk(fps=2), "'fps' is given and no video"),
-    (said(("user", "<image>Q"), ("assistant", "A"), video=["a.png"]), "without its image; a video goes where <video>"),
-    (said(("user", "See <img>a/b.jpg</img>")), "a text names a picture as '<img>a/b.jpg</img>': write <image> there"),
+    (talk(fps=2), "'fps' is given but no video: add the video or leave 'fps' out"),
+    (said(("user", "<image>Q"), ("assistant", "A"), video=["a.png"]), "write <video> for its video"),
+    (said(("user", "See <img>a/b.jpg</img>")), "a text names a picture as '<img>a/b.jpg</img>': write <image> in"),
     (said(("user", [{"image": "a.png", "max_pixels": 9}])), "'max_pixels' of an image part is not read: data.min_pix"),
     (talk(url="https://here/a.png"), "'url' of the record is not read"),
     (talk(videos=[["a.png"]], fps=[1, 2]), "fps has 2 numbers for 1 videos"),
@@ -304,7 +306,7 @@ def test_only_answers_are_weighed(tmp_path: Path) -> None:
         ({"answers": [{"answer": "a"}]}, "answers.0 is {"),
         ({"answers": {"a": 1}}, "answers is {'a': 1}, expected a list of texts"),
         ({"answer": [None]}, "answer.0 is None"),
-        ({"answers": ["a"], "answer": "b"}, "'answer' is none of 'answers'"),
+        ({"answers": ["a"], "answer": "b"}, "'answer' is not one of 'answers'"),
         ({"metric": "exactmatch"}, "metric is 'exactmatch', expected one of exact_match, relaxed_accuracy, anls"),
         ({"metric": ["anls"]}, r"metric is \['anls'\]"),
         ({"evidence": [1]}, r"evidence is \[1\], expected four numbers"),

@@ -91,7 +91,7 @@ def test_llava(name: str, folder: Path, processor: Processor) -> None:
     assert third.messages[0]["content"] == "Hello"
     for sample in (first, second, third):
         assert processor.encode(sample.messages).loss_mask.sum() > 0
-    with pytest.raises(SampleError, match=rf"{name}.*a placeholder <image> without its image"):
+    with pytest.raises(SampleError, match=rf"{name}.*more placeholders <image> than images"):
         source[3]
     if name.endswith("jsonl"):
         assert len(source) == 5
@@ -120,7 +120,7 @@ def test_a_folder_of_frames(shared_data: Path) -> None:
 
 def test_a_video_that_is_no_folder(tmp_path: Path) -> None:
     (tmp_path / "qa.jsonl").write_text('{"question": "Q", "answers": ["A"], "video": "clip.mp4"}')
-    with pytest.raises(SampleError, match=r"qa\.jsonl:1: .*clip\.mp4: a video is a list of frames or a folder"):
+    with pytest.raises(SampleError, match=r"qa\.jsonl:1: .*clip\.mp4: not a folder; a video is"):
         QaJsonl(str(tmp_path / "qa.jsonl")).build()[0]
 
 
@@ -133,10 +133,10 @@ def test_threads_read_the_same_lines(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("turns", "says"),
     [
-        ([{"from": "robot", "value": "x"}], "a turn by 'robot'"),
-        ([{"from": "gpt"}], "without a text"),
-        ([{"role": "user", "content": "<image>"}, {"role": "user", "content": "<image>"}], "without its image"),
-        ([{"role": "user", "content": "<video>"}], "<video> without its video"),
+        ([{"from": "robot", "value": "x"}], "the role of a turn is 'robot'"),
+        ([{"from": "gpt"}], "has no text"),
+        ([{"role": "user", "content": "<image>"}, {"role": "user", "content": "<image>"}], "more placeholders <image>"),
+        ([{"role": "user", "content": "<video>"}], "placeholders <video> than videos"),
         (["hello"], "a turn is str"),
         ([{"role": "user", "content": 7}], "expected a text or a list of parts"),
     ],
@@ -150,7 +150,7 @@ def test_pictures_without_a_placeholder_go_in_front() -> None:
     image = {"type": "image", "image": "a.png"}
     (message,) = conversation(turns_of({"messages": [{"role": "user", "content": "What?"}]}), [image, image], Path())
     assert message["content"] == [image, image, {"type": "text", "text": "What?"}]
-    with pytest.raises(SampleError, match="2 pictures for 1 placeholders"):
+    with pytest.raises(SampleError, match="2 pictures, but its texts have 1 placeholders"):
         turns = turns_of({"messages": [{"role": "user", "content": "<image>What?"}]})
         conversation(turns, [image, image], Path())
 
@@ -410,7 +410,7 @@ def test_files_of_other_kinds_say_what_they_are(name: str, content: bytes | None
 @pytest.mark.parametrize(
     ("content", "says"),
     [
-        (b'[{"question": "Q"}]', "expected parquet, and this is no parquet file; LlavaJson and QaJsonl read JSON"),
+        (b'[{"question": "Q"}]', "expected parquet, and this is not a parquet file; LlavaJson and QaJsonl read JSON"),
         (b"version https://git-lfs.github.com/spec/v1\noid", "a Git LFS pointer and not the file itself"),
         (b"PAR1 cut off", "the parquet file cannot be read"),
     ],

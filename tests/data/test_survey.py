@@ -13,8 +13,9 @@ from rave_jax.data.processor import Processor
 from rave_jax.data.sample import Message, SampleError
 from rave_jax.data.sources import QaJsonl, Synthetic
 from rave_jax.data.survey import Need, measure, survey
-from rave_jax.data.video import VideoLimits
+from rave_jax.families.qwen2_5_vl.video import VideoLimits
 from rave_jax.layout import ContextTokens, VisualLayout
+from tests.data.conftest import TEXT_ALONE
 from tests.data.pictures import noise
 
 
@@ -49,7 +50,7 @@ def test_needs_are_what_encoding_gives(
         asked(video, image, {"type": "image", "image": noise(300, 70)}),
     ):
         example = made.encode(messages)
-        assert measure(made, messages) == (len(example.tokens), len(example.patches))
+        assert measure(made, messages) == (len(example.tokens), example.patches.length)
 
 
 def test_a_survey_of_a_source(qa_folder: Path, processor: Processor) -> None:
@@ -70,10 +71,8 @@ def test_nothing_is_measured_where_nothing_can_be(qa_folder: Path, processor: Pr
     (qa_folder / "qa.jsonl").write_text("{}\n")
     found = survey(QaJsonl(str(qa_folder / "qa.jsonl")).build(), processor)
     assert (found.percentile(99), found.share(Need(1, 1)), len(found.skips)) == ((0, 0), 1.0, 1)
-    blind = Processor(
-        processor.tokenizer, dataclasses.replace(processor.settings, has_vision=False), processor.chat._template
-    )
-    with pytest.raises(SampleError, match="the model takes none"):
+    blind = Processor(processor.tokenizer, TEXT_ALONE, processor.chat._template)
+    with pytest.raises(SampleError, match="the model is for text only"):
         measure(blind, asked({"type": "image", "image": np.zeros((8, 8, 3), np.uint8)}))
 
 

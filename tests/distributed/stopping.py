@@ -68,13 +68,11 @@ class Hanging(RandomSource):
         super().__init__(ROWS, patches=0)
         self._at, self._hangs, self._release = case.at, process in case.hangs, release
 
-    def stream(self, step, start, stop):
-        for number, batch in enumerate(super().stream(step, start, stop)):
-            if number == self._at and self._hangs:
-                self._release.wait()
-                return
-            time.sleep(0.02)
-            yield batch
+    def load(self, step, start, stop):
+        if step >= self._at and self._hangs:
+            self._release.wait()
+        time.sleep(0.02)
+        return super().load(step, start, stop)
 
 
 def signalled(case: Case, session: Session) -> Session:

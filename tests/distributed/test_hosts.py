@@ -19,7 +19,7 @@ from rave_jax.parallel.hosts import MOST_SECONDS, HostsConfig
         (HostsConfig("localhost", processes=2, process=0), r"hosts\.coordinator is 'localhost', expected address:port"),
         (HostsConfig("a:b", processes=2, process=0), r"hosts\.coordinator is 'a:b', expected address:port"),
         (HostsConfig("a:99999", processes=2, process=0), r"with a port of 1 to 65535"),
-        (HostsConfig(processes=-1), r"hosts\.processes is -1, and no cluster says what the processes are"),
+        (HostsConfig(processes=-1), r"hosts\.processes is -1, but no TPU pod or SLURM job was found"),
     ],
 )
 def test_what_is_missing_is_named(monkeypatch, config, message):

@@ -1,56 +1,31 @@
-"""Two processes: rows go by shard and not by process, losses are equal everywhere, checkpoints fit any layout."""
+"""Two processes: rows go by shard and not by process, and processes meet. What they train is of slow tests."""
 
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 
 import jax
 import numpy as np
 import pytest
 
 from rave_jax.parallel.mesh import MeshConfig, make_mesh
-from tests.distributed.worker import LAYOUTS, ROWS, STEPS, session_on
-from tests.training.small import LENGTH, TEXT, first_state, run_steps
+from tests.distributed.jobs import PROCESSES, run_job
+from tests.distributed.meeting import MESHES, ROWS, weighed
+from tests.distributed.worker import STEPS, session_on
+from tests.training.small import LENGTH, TEXT, first_state, random_batch, run_steps
 
-PROCESSES = 2
-OPTIMISED = "JAX_DISABLE_MOST_OPTIMIZATIONS"
 
-
-def run_job(repo, module: str, folder) -> None:
-    """Run a job of two processes to its end; each has the arguments PROCESS PROCESSES PORT FOLDER."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    # Compiled as the tests here are: the numbers of both are compared.
-    quick = str(int(jax.config.read("jax_disable_most_optimizations")))
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(repo), OPTIMISED: quick}
-    jobs = [
-        subprocess.Popen(
-            [sys.executable, "-m", module, str(n), str(PROCESSES), str(port), str(folder)],
-            cwd=repo,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for n in range(PROCESSES)
-    ]
-    try:
-        outputs = [job.communicate(timeout=500)[0] for job in jobs]
-    finally:
-        for job in jobs:
-            job.kill()
-    for job, output in zip(jobs, outputs, strict=True):
-        assert job.returncode == 0, output[-3000:]
+@pytest.fixture(scope="module")
+def met(tmp_path_factory, repo):
+    """What each process saw of a job that trains nothing."""
+    folder = tmp_path_factory.mktemp("job")
+    run_job(repo, "tests.distributed.meeting", folder)
+    return [json.loads((folder / f"{n}.json").read_text()) for n in range(PROCESSES)]
 
 
 @pytest.fixture(scope="module")
 def results(tmp_path_factory, repo):
-    """What each process saw."""
+    """What each process saw of a job that trains."""
     folder = tmp_path_factory.mktemp("job")
     run_job(repo, "tests.distributed.worker", folder)
     return [json.loads((folder / f"{n}.json").read_text()) for n in range(PROCESSES)]
@@ -63,40 +38,47 @@ def alone():
     return [metrics.loss for metrics in run_steps(session, first_state(session, TEXT), range(STEPS), ROWS, 0)[1]]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_losses_are_those_of_one_process(results, alone, layout):
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", MESHES)
+def test_losses_are_those_of_one_process(results, alone, mesh):
     for result in results:
-        np.testing.assert_allclose([loss for _, loss, _ in result[layout]["losses"]], alone, rtol=1e-6)
+        np.testing.assert_allclose([loss for _, loss, _ in result[mesh]["losses"]], alone, rtol=1e-6)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_processes_agree(results, layout):
-    first, second = (result[layout] for result in results)
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", MESHES)
+def test_processes_agree(results, mesh):
+    first, second = (result[mesh] for result in results)
     assert first["shapes"] == second["shapes"] == [[ROWS, LENGTH]] * STEPS
     assert first["losses"] == second["losses"]
     assert first["digest"] == second["digest"]
 
 
-def test_rows_follow_the_shards(results):
-    rows = {name: [result[name]["rows"] for result in results] for name in LAYOUTS}
+def test_rows_follow_the_shards(met):
+    rows = {name: [result[name]["rows"] for result in met] for name in MESHES}
     assert rows["fsdp"] == [[[0, 2], [2, 4]], [[4, 6], [6, 8]]]
     # Tensor parallelism across processes: both hold every row, and each must load it.
     assert rows["tensor"] == [[[0, 8]], [[0, 8]]]
+    # Whoever loads them, they make the batch of one process.
+    number = int(weighed(random_batch(0, ROWS, patches=0)))
+    assert all(result[name]["number"] == number for result in met for name in MESHES)
 
 
-def test_a_checkpoint_continues_on_another_layout(results):
+@pytest.mark.slow
+def test_a_checkpoint_continues_on_another_mesh(results):
     for result in results:
         whole, continued = result["fsdp"]["losses"], result["restored"]["losses"]
         assert [step for step, _, _ in continued] == [3, 4]
         np.testing.assert_allclose([row[1] for row in continued], [row[1] for row in whole[2:]], rtol=1e-6)
 
 
-def test_a_barrier_gives_up_and_says_which(results):
-    message, seconds = results[0]["barrier"]
+def test_a_barrier_gives_up_and_says_which(met):
+    message, seconds = met[0]["barrier"]
     assert message == "barrier 'lonely': not all 2 processes came in 1 s"
     assert seconds < 30
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_process_ends_both_while_the_other_waits_for_data(results):
     """Process 0 gets it and has begun a step for which the data of process 1 never comes. More in test_stopping.py."""
     first, second = (result["stopped"] for result in results)
@@ -108,8 +90,8 @@ def test_a_signal_to_one_process_ends_both_while_the_other_waits_for_data(result
     assert first["digest"] == second["digest"]
 
 
-def test_a_directory_that_not_all_see_is_said_on_every_process(results):
-    for process, result in enumerate(results):
+def test_a_directory_that_not_all_see_is_said_on_every_process(met):
+    for process, result in enumerate(met):
         together, apart = result["shared"]
         assert together == "", "nothing is said, and nothing is left behind"
         assert "output_dir is '" in apart and f"of process {process}'" in apart

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from rave_jax.parallel.mesh import MeshConfig, make_mesh
+from tests.distributed.jobs import run_job
 from tests.distributed.stopping import CASES, HANG, STEPS
-from tests.distributed.test_processes import run_job
 from tests.distributed.worker import ROWS, session_on
 from tests.training.small import TEXT, first_state, run_steps
 

@@ -10,7 +10,6 @@ import functools
 import hashlib
 import json
 import sys
-import time
 from pathlib import Path
 
 import jax
@@ -18,11 +17,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rave_jax.checkpoint.store import Store
-from rave_jax.config import ConfigError
 from rave_jax.observe.progress import ProgressReport
-from rave_jax.parallel import hosts, shared_disk
-from rave_jax.parallel.mesh import MeshConfig, make_mesh
-from rave_jax.parallel.rows import owned_rows
+from rave_jax.parallel import hosts
+from rave_jax.parallel.mesh import make_mesh
 from rave_jax.parallel.sharding import replicated
 from rave_jax.parallel.stopping import StopRequest
 from rave_jax.parallel.watchdog import Watchdog
@@ -30,10 +27,10 @@ from rave_jax.training.loop import Loop, Schedule
 from rave_jax.training.optimizers import OptimizerConfig
 from rave_jax.training.session import Session
 from rave_jax.training.state import parameters_of, state_of
+from tests.distributed.meeting import MESHES, ROWS
 from tests.training.small import TEXT, RandomSource, first_state, session_of
 
-ROWS, STEPS, SAVED = 8, 4, 2
-LAYOUTS = {"fsdp": MeshConfig(fsdp=4), "tensor": MeshConfig(fsdp=1, tensor=4)}
+STEPS, SAVED = 4, 2
 OPTIMIZER = OptimizerConfig(learning_rate=1e-2)
 
 
@@ -89,45 +86,24 @@ def run(session: Session, folder: Path, restore: Path | None) -> dict:
         schedule = Schedule(STEPS, log_every=1, save_every=SAVED)
         loop = Loop(session, schedule, store, folder / "bad", [losses], progress, Watchdog(0), StopRequest())
         state = loop.run(state, RandomSource(ROWS, patches=0), ROWS, str)
-    rows = [[span.start, span.stop] for span in owned_rows(mesh, ROWS)]
-    return {"shapes": shapes, "losses": losses.rows, "rows": rows, "digest": digest(mesh, state.trained)}
-
-
-def shared(directory: Path, config: hosts.HostsConfig) -> str:
-    """What the check of a directory says."""
-    directory.mkdir(exist_ok=True)
-    shared_disk.LATE = 0.5
-    try:
-        shared_disk.check_shared(directory, "output_dir", config)
-    except ConfigError as error:
-        return str(error)
-    return "; ".join(path.name for path in directory.iterdir() if path.name.startswith(".seen"))
+    return {"shapes": shapes, "losses": losses.rows, "digest": digest(mesh, state.trained)}
 
 
 def main(process: int, processes: int, port: str, folder: Path) -> None:
     config = hosts.HostsConfig(f"localhost:{port}", processes, process, start_timeout=60, heartbeat_timeout=30)
     hosts.start(config, simulated_devices=2)
     results = {}
-    sessions = {name: session_on(make_mesh(layout)) for name, layout in LAYOUTS.items()}
+    sessions = {name: session_on(make_mesh(layout)) for name, layout in MESHES.items()}
     for name, session in sessions.items():
         results[name] = run(session, folder / name, None)
         hosts.barrier("layout", config)
     results["restored"] = run(sessions["tensor"], folder / "restored", folder / "fsdp" / "checkpoints")
-    results["shared"] = [shared(folder, config), shared(folder / f"of process {process}", config)]
 
     from tests.distributed.stopping import Case, clear, quickly, run_case
 
     with quickly():
         results["stopped"] = run_case(Case("SIGTERM", to=0, hangs=(1,)), sessions["fsdp"], folder / "stopped")
     clear(config)
-    if process == 0:
-        began = time.monotonic()
-        try:
-            hosts.barrier("lonely", dataclasses.replace(config, barrier_timeout=1))
-        except RuntimeError as error:
-            results["barrier"] = [str(error), time.monotonic() - began]
-    else:
-        time.sleep(3)  # does not come
     (folder / f"{process}.json").write_text(json.dumps(results))
 
 

@@ -12,11 +12,13 @@ import pytest
 from rave_jax.attention import Gaze
 from rave_jax.batch import Kind, TokenInfo
 from rave_jax.data.layout import lay_out
+from rave_jax.data.patches import empty_patches
 from rave_jax.data.sample import Example
 from rave_jax.evaluation.accounting import Reading, account, mean_reading
+from rave_jax.families.config import TextConfig
+from rave_jax.families.qwen2_5_vl.presets import qwen2_5_vl_7b
 from rave_jax.layout import AdaptiveRegions, ContextTokens, FixedRegions, VisualLayout
-from rave_jax.models.config import ModelOptions, TextConfig
-from rave_jax.models.families.presets import qwen2_5_vl_7b
+from rave_jax.models.config import ModelOptions
 from rave_jax.models.vlm import Vlm
 
 QWEN3_4B = TextConfig(num_layers=36, num_heads=32, num_kv_heads=8, head_dim=128, hidden_size=2560)
@@ -38,10 +40,9 @@ def prompt(grids: list[tuple[int, int, int]], options: ModelOptions, text: int =
     }
     codes |= {"document": np.ones(T, np.int32), "offset": np.arange(T, dtype=np.int32)}
     zero = np.zeros(T, np.int32)
-    none = np.zeros((0, 2), np.int32)
     positions = np.tile(np.arange(T, dtype=np.int32), (3, 1))
     info = TokenInfo(**codes)
-    example = Example(zero, zero.astype(np.float32), info, positions, zero, none, none[:, 0], none, none[:, 0])
+    example = Example(zero, zero.astype(np.float32), info, positions, zero, empty_patches((0,), 0))
     layout: VisualLayout = options.layout
     return lay_out(example, layout).info
 

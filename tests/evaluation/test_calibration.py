@@ -14,8 +14,8 @@ from rave_jax.data.processor import Processor
 from rave_jax.data.sample import EmptyAnswer, Example, Sample
 from rave_jax.evaluation.calibration import CalibrationSet, asked_at, compilations, encoded
 from rave_jax.evaluation.subject import with_answer
+from rave_jax.families.qwen2_5_vl.presets import tiny
 from rave_jax.inference import Completion, Generator, Request, Sampling, SlotConfig
-from rave_jax.models.families.presets import tiny
 from rave_jax.models.parameters import with_values
 from rave_jax.models.vlm import Vlm
 from rave_jax.parallel.mesh import MeshConfig, make_mesh
@@ -24,6 +24,8 @@ from tests.data.pictures import noise
 from tests.models.made import model
 
 PLAIN = np.ones((2, 4))
+
+SMALL = tiny(vocab_size=270, num_layers=2, tie_embeddings=False, vision_depth=1, full_attention_blocks=())
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +37,7 @@ def processor() -> Processor:
 @pytest.fixture(scope="module")
 def vlm(processor: Processor) -> Vlm:
     ids = {"image_token_id": processor.settings.image_token_id, "video_token_id": processor.settings.video_token_id}
-    config = dataclasses.replace(tiny(vocab_size=270, num_layers=2, tie_embeddings=False), **ids)
+    config = dataclasses.replace(SMALL, **ids)
     assert (config.text.num_layers, config.text.num_heads) == PLAIN.shape
     return model(config, seed=1)
 
@@ -56,6 +58,7 @@ def measuring(vlm: Vlm, processor: Processor, examples: list[Example], criterion
     return CalibrationSet(vlm, processor, examples, criterion, mesh, rows=2)
 
 
+@pytest.mark.slow
 def test_right_is_what_greedy_generation_writes(vlm: Vlm, processor: Processor) -> None:
     generator = Generator(vlm, processor, SlotConfig(slots=2, max_length=128, chunk=64))
     examples = []
@@ -112,7 +115,7 @@ def test_the_last_answer_alone_is_measured(processor: Processor) -> None:
 def test_what_cannot_be_measured_is_one_error(vlm: Vlm, processor: Processor) -> None:
     with pytest.raises(ConfigError, match="the calibration set is '0 samples'"):
         measuring(vlm, processor, [], "entropy")
-    with pytest.raises(EmptyAnswer, match="Why: has no answer, which accuracy needs"):
+    with pytest.raises(EmptyAnswer, match="Why: has no answer, which --criterion accuracy needs"):
         encoded(processor, sample("Why", None, None), "accuracy")
     measure = measuring(vlm, processor, [encoded(processor, SAMPLES[1], "entropy")], "entropy")
     with pytest.raises(ConfigError, match=r"shape \(2, 5\), expected \(layers, heads\) of \(2, 4\)"):

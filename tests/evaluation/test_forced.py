@@ -53,9 +53,9 @@ def test_an_answer_counts_where_every_token_of_it_is_what_generation_writes(mech
     assert found.tolist() == [True, False, False] * 3
 
     if not mechanisms:
-        # Embeddings are tied: this token's logit is NaN from the first that is judged on.
-        weight = vlm.embed.weight[...]
-        broken = with_values(vlm, {"embed.weight": weight.at[tokens[0]].set(jnp.nan)})
+        # One token's logit is NaN, from the first query that is judged on.
+        assert vlm.lm_head is not None
+        broken = with_values(vlm, {"lm_head.weight": vlm.lm_head.weight[...].at[tokens[0]].set(jnp.nan)})
         forced = ForcedAnswers(broken, processor, make_mesh(MeshConfig(), jax.devices()[:2]), SHAPE, 5)
         message = f"^one: the model's logits at position {len(prompt.tokens) - 1} are NaN or infinite"
         with pytest.raises(NotFinite, match=message):

@@ -18,8 +18,8 @@ from rave_jax.data.synthetic import DigitMosaic, Synthetic
 from rave_jax.evaluation.accounting import account
 from rave_jax.evaluation.config import Eval
 from rave_jax.evaluation.routing import cells_of, overlapping
+from rave_jax.families.config import TextConfig
 from rave_jax.look.maps import relative_box
-from rave_jax.models.config import TextConfig
 from rave_jax.training.config import TrainConfig
 
 
@@ -76,7 +76,7 @@ def test_the_longest_samples_fit_the_rows(config: TrainConfig, tmp_path: Path) -
         (source,) = (s.build() for s, weight in zip(config.data.sources, stage.weights, strict=True) if weight)
         shape = pipeline.shape(stage.step)
         found = [processor.encode(source[i].messages) for i in range(200)]
-        assert max(len(example.patches) for example in found) <= shape.patches
+        assert max(example.patches.length for example in found) <= shape.patches
         assert shape.tokens - 4 <= max(len(example.tokens) for example in found) <= shape.tokens
 
 

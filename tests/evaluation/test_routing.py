@@ -19,9 +19,9 @@ from rave_jax.evaluation.config import Eval
 from rave_jax.evaluation.routing import Route, hits, overlapping, summarise
 from rave_jax.evaluation.subject import Answer, ModelSubject, with_answer
 from rave_jax.evaluation.suites import run
+from rave_jax.families.qwen2_5_vl.presets import tiny
 from rave_jax.layout import AdaptiveRegions, FixedRegions
 from rave_jax.models.config import ModelOptions
-from rave_jax.models.families.presets import tiny
 from rave_jax.models.vlm import Vlm
 from rave_jax.parallel.mesh import MeshConfig, make_mesh
 from tests.data.conftest import TEMPLATE, byte_tokenizer, tiny_settings

@@ -13,12 +13,12 @@ from rave_jax.batch import Kind, Role
 from rave_jax.data.collate import BatchShape, collate
 from rave_jax.data.processor import Processor
 from rave_jax.data.sample import Sample, SampleError
-from rave_jax.data.video import VideoLimits
 from rave_jax.evaluation.subject import Answer, ModelSubject, PromptOverBudget, with_answer
-from rave_jax.inference import Completion, Generator, Request, Sampling, SlotConfig
+from rave_jax.families.qwen2_5_vl.presets import tiny
+from rave_jax.families.qwen2_5_vl.video import VideoLimits
+from rave_jax.inference import Completion, Generator, Request, Sampling
 from rave_jax.inference.slots import compilations
 from rave_jax.models.config import ModelOptions
-from rave_jax.models.families.presets import tiny
 from rave_jax.models.vlm import Vlm
 from rave_jax.parallel.mesh import MeshConfig, make_mesh
 from tests.data.conftest import TEMPLATE, byte_tokenizer, tiny_settings
@@ -27,6 +27,8 @@ from tests.models.made import model
 
 NEW = 4
 SHAPE = BatchShape(rows=2, tokens=96, patches=64)
+
+SMALL = tiny(vocab_size=270, num_layers=2, tie_embeddings=False, vision_depth=1, full_attention_blocks=())
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +41,7 @@ def processor() -> Processor:
 @pytest.fixture(scope="module")
 def vlm(processor: Processor) -> Vlm:
     ids = {"image_token_id": processor.settings.image_token_id, "video_token_id": processor.settings.video_token_id}
-    config = dataclasses.replace(tiny(vocab_size=270, num_layers=2, tie_embeddings=False), **ids)
+    config = dataclasses.replace(SMALL, **ids)
     return model(config, ModelOptions(mechanisms=(Rave(rank=2),)), seed=1)
 
 
@@ -68,7 +70,7 @@ def subject(vlm: Vlm, processor: Processor) -> ModelSubject:
 
 def test_answers_are_what_generation_gives(subject: ModelSubject, vlm: Vlm, processor: Processor) -> None:
     answers = subject.answer(SAMPLES)
-    alone = Generator(vlm, processor, SlotConfig(slots=1, max_length=128, chunk=128))
+    alone = Generator(vlm, processor, subject._generator._engine.config)
     for sample, answer in zip(SAMPLES, answers, strict=True):
         (made,) = alone.answers([Request(sample.prompt, Sampling(NEW))])
         assert isinstance(made, Completion)
@@ -96,7 +98,7 @@ def test_a_prompt_over_budget_is_an_answer_of_its_own(subject: ModelSubject, pro
     assert "word" in str(results[0]) and "over the budget of tokens 96" in str(results[0])
     needs = processor.encode(long.prompt, add_generation_prompt=True)
     assert isinstance(results[0], PromptOverBudget)
-    assert (results[0].tokens, results[0].patches) == (len(needs.tokens), len(needs.patches))
+    assert (results[0].tokens, results[0].patches) == (len(needs.tokens), needs.patches.length)
 
 
 def test_a_long_prompt_is_read_whole_where_tokens_see_later_ones(vlm: Vlm, processor: Processor) -> None:
@@ -187,7 +189,7 @@ def test_prompts_of_any_size_are_few_programs(subject: ModelSubject) -> None:
     assert all(isinstance(answer, Answer) for answer in answers)
     # The tower has a size for every window or two; prompts and answers have one each.
     assert compilations() - before <= len(usage.programs - known)
-    reaches = {size if name == "write" else size[0] for name, size in usage.programs if name != "see"}
+    reaches = {size if name == "decode" else size[0] for name, size in usage.programs if name != "encode_images"}
     assert len(reaches) == 1
 
 

@@ -104,13 +104,13 @@ def test_own_data_has_a_floor_and_an_interval_by_default(tmp_path: Path) -> None
     console = Console(record=True, width=100, file=io.StringIO())
     print_summary(summary, console)
     for text in (page, console.export_text()):
-        assert f"uestion-only floor {most:.1%} (most frequent answer of all); score less floor" in text
+        assert f"uestion-only floor {most:.1%} (most frequent of all answers); score minus floor" in text
         assert f"{100 * total.low:.1f} to 100.0" in text and "10 pictures" in text
 
 
 def test_a_score_at_the_floor_is_not_above_it() -> None:
     summary = run(own(), Toy(), Fake(lambda sample: "3"), None)
-    assert summary.floor is not None and summary.floor.above <= 0 and "is not decided" in summary.floor.sentence()
+    assert summary.floor is not None and summary.floor.above <= 0 and "not decided" in summary.floor.sentence()
     none = run(dataclasses.replace(own(), floor=None), Toy(), Fake(read), None)
     assert none.floor is None and none.total.controls == {}
 
@@ -295,7 +295,7 @@ def test_pictures_of_heads_and_for_print(tmp_path: Path) -> None:
     assert summary.pictures == tuple(f"pictures/{stem}{kind}.pdf" for stem in stems for kind in ("", "_heads"))
     assert {p.name for p in (folder / "pictures").glob("*.npz")} == {f"{stem}.npz" for stem in stems}
     page = write_report(Report(), tmp_path).read_text()
-    assert "](evaluation/toy/pictures/000_toy_heldout_0_heads.pdf)" in page and "1.0 for even" in page
+    assert "](evaluation/toy/pictures/000_toy_heldout_0_heads.pdf)" in page and "multiples of uniform attention" in page
 
 
 def test_report_page(tmp_path: Path) -> None:

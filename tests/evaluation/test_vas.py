@@ -9,8 +9,8 @@ import pytest
 from rave_jax.attention import Rave, SlidingWindow, Var
 from rave_jax.batch import Batch, Kind, Role
 from rave_jax.evaluation.vas import vas_sums, with_vas
+from rave_jax.families.qwen2_5_vl import presets
 from rave_jax.models.config import ModelOptions
-from rave_jax.models.families import presets
 from rave_jax.models.vlm import Vlm
 from tests.models.layout import Document, Visual, batch, document
 from tests.models.made import model as made

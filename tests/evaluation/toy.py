@@ -80,9 +80,14 @@ class Fake:
         self._rule, self._left, self._too_large, self._rows = rule, left, most_pixels, rows
         self.looked_at: list[str] = []
         self.read: list[str] = []
+        self.asked: set[str] = set()
 
     def answer(self, samples: Sequence[Sample]) -> list[Answer | SampleError]:
+        self._note(samples)
         return [self._answer(sample) for sample in samples]
+
+    def _note(self, samples: Sequence[Sample]) -> None:
+        self.asked |= {sample.question for sample in samples}
 
     def _answer(self, sample: Sample) -> Answer | SampleError:
         if self._too_large is not None and self._too_large(sample):
@@ -91,12 +96,14 @@ class Fake:
 
     def look(self, samples: Sequence[Sample], answers: Sequence[Answer]) -> list[Look | None]:
         assert len(samples) == len(answers)
+        self._note(samples)
         self.looked_at += [sample.id for sample in samples]
         grid = np.zeros((2, 3, 2, 2), np.float32)
         grid[..., 0], grid[..., 1] = 0.2 * self._left, 0.2 * (1 - self._left)
         return [Look(grid) for _ in samples]
 
     def vas(self, samples: Sequence[Sample]) -> VasSums:
+        self._note(samples)
         self.read += [sample.id for sample in samples]
         each = [3.0 if sample.task == "odd" else 1.0 for sample in samples]
         return VasSums(self._rows * sum(each), self._rows * len(each))
@@ -104,6 +111,7 @@ class Fake:
     def route(self, samples: Sequence[Sample], answers: Sequence[Answer]) -> list[Route | None]:
         """Two heads of two layers: one chooses the left half of the picture, the other both halves."""
         assert len(samples) == len(answers)
+        self._note(samples)
         chosen = np.array([[1.0, 0.0], [1.0, 1.0]] * 2, np.float32).reshape(2, 2, 2)
         cells = np.array([[0, 1], [0, 1]], np.int32)
         return [Route(chosen, cells, None) for _ in samples]

@@ -8,11 +8,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from rave_jax.batch import Kind, Role, TokenInfo
+from rave_jax.batch import Kind, Patches, Role, TokenInfo
 from rave_jax.data.layout import lay_out
 from rave_jax.data.sample import Example
+from rave_jax.families.config import VlmConfig
 from rave_jax.layout import VisualLayout
-from rave_jax.models.config import VlmConfig
 from rave_jax.models.vlm import Vlm
 from tests.models.layout import Document, batch
 
@@ -28,10 +28,7 @@ def example_of(doc: Document, config: VlmConfig, layout: VisualLayout | None = N
         info=info,
         positions=row.positions[:, 0],
         visual_index=row.visual_index[0],
-        patches=row.patches[0],
-        patch_frame=row.patch_frame[0],
-        patch_place=row.patch_place[0],
-        patch_window=row.patch_window[0],
+        patches=Patches(*(x[0] for x in row.patches)),
     )
     return lay_out(example, dataclasses.replace(layout or VisualLayout(), context=None))
 

@@ -15,9 +15,9 @@ import pytest
 
 from rave_jax.data.processor import Processor
 from rave_jax.data.sample import ImageError, SampleError
+from rave_jax.families.qwen2_5_vl.presets import tiny
 from rave_jax.inference import Completion, Generator, Piece, Request
 from rave_jax.inference.intake import intake
-from rave_jax.models.families.presets import tiny
 from rave_jax.parallel import agree
 from tests.data.conftest import TEMPLATE, byte_tokenizer, tiny_settings
 from tests.inference.test_generator import GOOD, THREE, V, ask, changed, idle, speaker, whole

@@ -66,6 +66,6 @@ def test_each_token_is_the_argmax_of_a_whole_forward(name: str) -> None:
 
 def test_a_prompt_of_several_chunks_is_refused() -> None:
     slots = engine(a_model("mma and croc"))
-    with pytest.raises(SampleError, match="x: the prompt has 44 tokens, over the budget of chunk 16: with MmaMask and"):
+    with pytest.raises(SampleError, match="x: the prompt has 44 tokens, over the budget of chunk 20: with Mma and"):
         slots.submit(example_of(prompts()[3], CONFIG), Sampling(), "x")
     slots.submit(example_of(prompts()[0], CONFIG), Sampling())

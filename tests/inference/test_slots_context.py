@@ -22,7 +22,7 @@ from tests.models.made import model
 # The longest prompt is cut in its video: in a picture or in the context tokens behind one.
 SLOTS = dataclasses.replace(SIZES, max_length=96, chunk=34, smallest=34)
 SETTINGS = {
-    "frames": ModelOptions((Rave(rank=4), SlidingWindow(20, layers=(1,))), ContextTokens(3)),
+    "frames": ModelOptions((Rave(rank=4), SlidingWindow(20)), ContextTokens(3)),
     "images, first token too": ModelOptions(
         (ZeroTuning(0.2, layers=(0, 2)),), ContextTokens(5, per="image", sees="own+first")
     ),
@@ -43,10 +43,8 @@ def prompts(name: str) -> list[Document]:
     return [document(parts, CONFIG, rng, SETTINGS[name].context) for parts in PARTS]
 
 
-SLOW = dict.fromkeys(("images, first token too", "gaze", "rings"), pytest.mark.slow)
-
-
-@pytest.mark.parametrize("name", [pytest.param(name, marks=SLOW.get(name, ())) for name in SETTINGS])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SETTINGS)
 def test_each_token_is_the_argmax_of_a_whole_forward(name: str) -> None:
     vlm, asked = a_model(name), prompts(name)
     # Rings look ahead: such prompts are read whole.

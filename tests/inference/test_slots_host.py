@@ -13,11 +13,11 @@ from rave_jax.attention import Gaze, Rave
 from rave_jax.batch import Kind
 from rave_jax.config import ConfigError
 from rave_jax.data.sample import OverBudget
+from rave_jax.families.qwen2_5_vl.presets import tiny
 from rave_jax.inference import Engine, Sampling, SlotConfig
 from rave_jax.inference.slots import compilations
 from rave_jax.layout import FixedRegions
 from rave_jax.models.config import ModelOptions
-from rave_jax.models.families.presets import tiny
 from rave_jax.models.vlm import Vlm
 from rave_jax.parallel.mesh import MeshConfig, make_mesh
 from tests.inference.prompts import example_of, whole_forward
@@ -67,6 +67,11 @@ def check_memory(slots: Engine) -> None:
     assert len(found) == len(kept) and sum(x.nbytes for x in kept) == cache.host_nbytes
 
 
+def test_keys_and_values_of_regions_alone_are_on_the_host() -> None:
+    check_memory(engine(a_model(), SIZES))
+
+
+@pytest.mark.slow
 def test_each_token_is_the_argmax_of_a_whole_forward_and_nothing_is_compiled_twice() -> None:
     before = compilations()
     slots = engine(a_model(), SIZES)
@@ -121,7 +126,7 @@ def test_an_answer_ends_where_the_slots_beside_its_regions_do() -> None:
 def test_too_much_text_beside_regions_is_refused_by_name() -> None:
     example = example_of(document([14, Visual(1, 4, 4), 14], CONFIG, np.random.default_rng(0)), CONFIG, OPTIONS.layout)
     with pytest.raises(
-        OverBudget, match="29 tokens of no region, an answer token counted, over the budget of max_text"
+        OverBudget, match="29 tokens outside regions, with one token of the answer, over the budget of max_text"
     ):
         engine(a_model(), SIZES).submit(example, Sampling(NEW))
     with pytest.raises(ConfigError, match="max_text is 28, expected None: the model keeps no regions"):

@@ -13,10 +13,10 @@ from jax.experimental.pallas import triton
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from rave_jax.kernels.attention import PairForm
-from rave_jax.kernels.attention.support import interpreted
 from rave_jax.kernels.routed.gather import gather_attention, pallas_gpu, reference
-from rave_jax.kernels.routed.gather.api import choose
+from rave_jax.kernels.routed.gather.api import OPERATION
 from rave_jax.kernels.routed.gather.base import Operands, RegionBias, Stack, listed, union
+from rave_jax.kernels.support import interpreted
 from rave_jax.parallel.mesh import AXES
 from rave_jax.parallel.sharding import use_mesh
 
@@ -166,18 +166,18 @@ def test_nothing_is_read_behind_the_end_of_the_list() -> None:
 def test_what_it_cannot_do_is_said() -> None:
     def refused(match: str, given: Operands, kind: str = H100) -> None:
         with use_mesh(on(kind)):
-            assert choose("auto", given, 7) == "xla"
-            with pytest.raises(ValueError, match=f"'pallas_gpu' cannot serve: .*{match}"):
-                choose("pallas_gpu", given, 7)
+            assert OPERATION.choose("auto", given, 7) == "xla"
+            with pytest.raises(ValueError, match=f"'pallas_gpu' cannot serve attention to chosen regions: .*{match}"):
+                OPERATION.choose("pallas_gpu", given, 7)
 
     given = operands()
     with use_mesh(on(H100)):
-        assert choose("auto", given, 7) == "pallas_gpu"
-    assert choose("auto", given, 7) == "xla"
+        assert OPERATION.choose("auto", given, 7) == "pallas_gpu"
+    assert OPERATION.choose("auto", given, 7) == "xla"
     with pytest.raises(ValueError, match="its kernel runs on NVIDIA GPUs, and the devices are cpu"):
-        choose("pallas_gpu", given, 7)
+        OPERATION.choose("pallas_gpu", given, 7)
     with interpreted():
-        assert choose("pallas_gpu", given, 7) == "pallas_gpu"
+        assert OPERATION.choose("pallas_gpu", given, 7) == "pallas_gpu"
     refused("compute capability 8.0 and more, and this is 7.5", given, T4)
     refused("that jax knows: Unsupported GPU device kind: Abacus", given, "Abacus")
     refused(

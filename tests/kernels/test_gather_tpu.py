@@ -12,9 +12,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from rave_jax.kernels.attention import PairForm
-from rave_jax.kernels.attention.support import interpreted
 from rave_jax.kernels.routed.gather import gather_attention, pallas_tpu, reference
 from rave_jax.kernels.routed.gather.base import Operands, Stack, listed, union
+from rave_jax.kernels.support import interpreted
 from rave_jax.tools.tpu import Operand, copied_bytes
 
 K, G, R, m, h = 2, 3, 192, 8, 128
@@ -37,9 +37,8 @@ def lists(given: Operands) -> tuple[Any, Any]:
     return listed(union(given.chosen), pallas_tpu.length_of_list(given, MOST))
 
 
-@pytest.mark.parametrize(
-    "apart", [pytest.param(False, id="per group", marks=pytest.mark.slow), pytest.param(True, id="per head")]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("apart", [False, True], ids=["per group", "per head"])
 def test_several_steps_by_the_other_interpreter(apart: bool) -> None:
     given = operands(apart)
     index, count = lists(given)

@@ -67,6 +67,6 @@ def test_attention_is_that_over_regions_on_the_device(kind: str, apart: bool) ->
             # The same numbers in the same order, but how a compiler rounds their sums is its own affair.
             np.testing.assert_allclose(x, y, atol=2e-5)
     with pytest.raises(
-        ValueError, match="'pallas_tpu' cannot serve: the regions lie in host memory; expected auto, or"
+        ValueError, match="cannot serve attention to chosen regions: the regions lie in host memory; expected auto, or"
     ):
         gather_attention(**given | on_host, scale=1.0, implementation="pallas_tpu")

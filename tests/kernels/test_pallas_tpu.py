@@ -17,7 +17,7 @@ from rave_jax.kernels.attention import KeyGroups, PairForm, attention, pallas_tp
 from rave_jax.kernels.attention.base import Terms
 from rave_jax.kernels.attention.pallas_tpu.blocks import FACTS, BlockSizes, ByFacts, block_facts
 from rave_jax.kernels.attention.pallas_tpu.operands import nested
-from rave_jax.kernels.attention.support import interpreted
+from rave_jax.kernels.support import interpreted
 from rave_jax.parallel.mesh import MeshConfig, make_mesh
 from rave_jax.parallel.sharding import use_mesh
 from tests.kernels.drawn import (
@@ -117,11 +117,13 @@ def assert_near(found, expected, tolerance: float) -> None:
     assert error <= tolerance * (np.linalg.norm(expected[there]) + np.sqrt(there.sum()))
 
 
-FURTHER = dict.fromkeys(("linear", "linear, folded, half width", "eight queries, half width"), pytest.mark.slow)
-"""Each has its form, its width and its shape in common with others; a bucket takes 5 s to compile."""
+FAST = ("log_gate, half width", "plain", "keys in chunks")
+"""Each of the others takes 5 to 7 s to compile. Forms are functions that `xla` uses too."""
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=FURTHER.get(name, ())) for name in BUCKETS])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name not in FAST)) for name in BUCKETS]
+)
 def test_kernels_equal_the_dense_oracle_with_every_gradient(name):
     @given(st.integers(0, 2**31), st.sampled_from(MASKS), st.sampled_from((0.0, 0.6, 1.0)))
     @settings(max_examples=8)
@@ -131,15 +133,8 @@ def test_kernels_equal_the_dense_oracle_with_every_gradient(name):
     holds()
 
 
-@pytest.mark.parametrize(
-    "name",
-    (
-        "one query",
-        pytest.param("tanh, blocks that differ", marks=pytest.mark.slow),
-        pytest.param("log_gate, half width", marks=pytest.mark.slow),
-        pytest.param("linear, folded", marks=pytest.mark.slow),
-    ),
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ("one query", "tanh, blocks that differ", "log_gate, half width", "linear, folded"))
 def test_they_do_by_the_interpreter_that_watches_memory(name):
     check(name, seed=1, mask="packed", visual=0.6, interpret=pltpu.InterpretParams())
 
@@ -175,19 +170,21 @@ def test_one_block_of_bfloat16_has_gradients_on_a_cpu_too():
 
 
 def test_extreme_gates_lose_no_row():
-    name = "log_gate"
+    name = "keys in chunks"
     bucket, rng = BUCKETS[name], np.random.default_rng(4)
     d = bucket.dims
     q, k, v, bias = random_operands(rng, d, 1.0)
     bias = bias._replace(row=jnp.where(jnp.arange(d.T)[:, None] % 2, -60.0, 200.0) + bias.row)
     codes = drawn_codes(rng, "packed", d.B, d.T, d.S, d.S)
     kernels, oracle = both(name)
-    ct = random_cotangents(rng, d)
-    found, expected = (run(q, k, v, bias, None, codes, ct) for run in (kernels, oracle))
+    key_bias, ct = random_key_bias(rng, d), random_cotangents(rng, d)
+    found, expected = (run(q, k, v, bias, key_bias, codes, ct) for run in (kernels, oracle))
     jax.tree.map(functools.partial(assert_near, tolerance=2e-5), found, expected)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "form", [pytest.param(form, marks=[pytest.mark.slow] * (form in ("tanh", "linear"))) for form in FORMS]
+)
 def test_a_zero_pair_changes_no_bit(form):
     d = Dims(1, 130, 200, 1, 2, 32, 32, 8)
     rng = np.random.default_rng(1)
@@ -235,7 +232,7 @@ def on_one_device(implementation):
 @pytest.mark.parametrize(
     ("implementation", "mesh"),
     [
-        ("pallas_tpu", (1, 2, 2)),
+        pytest.param("pallas_tpu", (1, 2, 2), marks=pytest.mark.slow),
         ("pallas_tpu", (2, 1, 4)),
         pytest.param("pallas_tpu", (1, 8, 1), marks=pytest.mark.slow),
         ("xla", (2, 2, 2)),
@@ -251,6 +248,7 @@ def test_a_mesh_changes_nothing(implementation, mesh):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), split, alone)
 
 
+@pytest.mark.slow
 def test_key_groups_are_those_of_the_oracle_with_their_gradients():
     d = Dims(1, 130, 200, 1, 2, 32, 32, 8)
     rng = np.random.default_rng(3)
@@ -296,6 +294,9 @@ def test_lengths_that_fit_no_block_are_not_padded_to_a_common_multiple():
     assert nested(200, 512, 512) == (256, (256, 256))
 
 
+facts_of = jax.jit(block_facts, static_argnums=(3, 4))
+
+
 @given(st.integers(0, 2**31), st.sampled_from(MASKS))
 @settings(max_examples=40)
 def test_what_is_said_of_blocks_is_never_wrong(seed, mask):
@@ -304,7 +305,7 @@ def test_what_is_said_of_blocks_is_never_wrong(seed, mask):
     B, T, S, block = 2, 24, 32, 4
     codes = drawn_codes(rng, mask, B, T, S, int(rng.integers(1, S + 1)))
     on_q, on_k = rng.random((B, T)) < 0.2, rng.random((B, S)) < 0.2
-    facts_q, facts_k = (np.asarray(x) for x in block_facts(codes, jnp.asarray(on_q), jnp.asarray(on_k), block, block))
+    facts_q, facts_k = (np.asarray(x) for x in facts_of(codes, on_q, on_k, block, block))
     visit = ByFacts(T // block, S // block)
     lo, hi, order, open_q, open_k = (np.asarray(x) for x in codes)
     allow = (lo[..., None] <= order[:, None]) & (order[:, None] <= hi[..., None])
@@ -327,7 +328,7 @@ def test_causal_blocks_are_skipped_and_copied_no_more():
         lo=jnp.zeros((1, T), jnp.int32), hi=jnp.asarray(i[None], jnp.int32)
     )
     off = jnp.zeros((1, T), bool)
-    facts = [np.asarray(x) for x in block_facts(codes, off, off, block, block)]
+    facts = [np.asarray(x) for x in facts_of(codes, off, off, block, block)]
     visit = ByFacts(T // block, T // block)
     for i, j in np.ndindex(T // block, T // block):
         guards = visit.guards(*facts, 0, i, j)
@@ -340,7 +341,7 @@ def test_without_a_tpu_it_is_refused_by_name():
     rng = np.random.default_rng(0)
     q, k, v, _ = random_operands(rng, d, 0.6)
     codes = random_codes(rng, d.B, d.T, d.S)
-    with pytest.raises(ValueError, match="'pallas_tpu' cannot serve: its kernels run on TPUs, and the devices are cpu"):
+    with pytest.raises(ValueError, match="cannot serve attention: its kernels run on TPUs, and the devices are cpu"):
         attention(q, k, v, codes, scale=1.0, implementation="pallas_tpu")
     with interpreted(), pytest.raises(ValueError, match="v is bfloat16, expected float32 as q"):
         attention(q, k, v.astype(jnp.bfloat16), codes, scale=1.0, implementation="pallas_tpu")

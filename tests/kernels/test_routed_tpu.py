@@ -20,13 +20,13 @@ from rave_jax.kernels import routed
 from rave_jax.kernels.attention import MaskCodes, PairForm
 from rave_jax.kernels.attention import attention as plain
 from rave_jax.kernels.attention.base import NOWHERE, Terms
-from rave_jax.kernels.attention.support import interpreted
 from rave_jax.kernels.routed import RouteRule, Routes, Routing, pallas_tpu, xla
 from rave_jax.kernels.routed.base import Choice
 from rave_jax.kernels.routed.pallas_tpu import lists
 from rave_jax.kernels.routed.pallas_tpu.forward import forward
 from rave_jax.kernels.routed.pallas_tpu.lists import Tiling
 from rave_jax.kernels.routed.pallas_tpu.sizes import tiling_of
+from rave_jax.kernels.support import interpreted
 from rave_jax.parallel.mesh import MeshConfig, make_mesh
 from rave_jax.parallel.sharding import use_mesh
 from tests.kernels.drawn import codes_of
@@ -250,20 +250,25 @@ def test_nothing_of_float32_as_large_as_the_output_waits_for_the_backward_pass()
     assert len(large) <= 9 and all(x.dtype == jnp.bfloat16 for x in large)
 
 
+work = jax.jit(lists.work, static_argnums=range(3, 7))
+
+
 @settings(max_examples=15, deadline=None)
-@given(seed=st.integers(0, 10_000), slots=st.sampled_from([3, 20, 128, 130, 300]), lanes=st.sampled_from([128, 256]))
-def test_every_pair_is_listed_once(seed: int, slots: int, lanes: int) -> None:
+@given(seed=st.integers(0, 10_000), sizes=st.sampled_from([(3, 128), (20, 256), (128, 128), (130, 128), (300, 256)]))
+def test_every_pair_is_listed_once(seed: int, sizes: tuple[int, int]) -> None:
     """Each open (query, region) pair is in the lists of all tiles that hold the region's keys, once, and no other is;
     and every key of a region lies in one lane."""
     rng = np.random.default_rng(seed)
+    slots, lanes = sizes
     tiling, queries, item, rows = Tiling(5, slots, lanes), 16, 8, 16
     pairs = rng.random((1, 2, 32, 5)) < rng.choice([0.0, 0.3, 1.0])
     whole, full = rng.random((1, 32, 5)) < 0.9, rng.random((1, tiling.tiles)) < 0.7
-    made = lists.work(*(jnp.asarray(x) for x in (pairs, whole, full)), tiling, queries, item, rows)
+    made = work(pairs, whole, full, tiling, queries, item, rows)
+    info, queued = np.asarray(made.info), np.asarray(made.lists)
     region, place = tiling.lane_map()
     of_tile = tiling.tile_regions()
     for k, block in np.ndindex(2, 2):
-        words = np.asarray(made.info)[0, k, block, 0]
+        words = info[0, k, block, 0]
         live = words[1 : 1 + words[0]]
         tiles, kinds, items = live & 0x3FFF, (live >> 14) & 3, live >> 16
         assert len(set(tiles)) == len(tiles)
@@ -276,7 +281,7 @@ def test_every_pair_is_listed_once(seed: int, slots: int, lanes: int) -> None:
                 assert not wanted
                 continue
             at = list(tiles).index(tile)
-            listed = np.asarray(made.lists)[0, k, block, tile][: items[at] * item]
+            listed = queued[0, k, block, tile][: items[at] * item]
             places = [int(x & 0xFFFF) for x in listed]
             assert sorted(x // rows for x in places if x < queries * rows) == sorted(wanted)
             if kinds[at] == lists.WHOLE:
@@ -300,24 +305,23 @@ def test_the_fill_is_what_lanes_hold() -> None:
 
 def test_a_tile_or_query_that_is_not_there_is_an_error() -> None:
     """Numbers behind the last tile, and places behind the last query, are found by the interpreter."""
-    given = drawn(7, cut=False)
+    given, tiling = drawn(7, cut=False), Tiling(R, SLOTS)
+    call = pallas_tpu.make_call(given.q, given.k, tiling, SIZES, 1.0, interpret=pltpu.InterpretParams())
+    pairs = np.ones((B, K, call.T, R), bool)
+    made = work(pairs, pairs[:, 0], np.ones((B, tiling.tiles), bool), tiling, call.queries, call.item, 2 * call.rows)
 
-    def with_info(change: Any) -> None:
-        q, k = given.q, given.k
-        tiling = Tiling(R, SLOTS)
-        call = pallas_tpu.make_call(q, k, tiling, SIZES, 1.0, interpret=pltpu.InterpretParams())
+    @jax.jit
+    def compute(lists: Any, info: Any) -> Any:
         rows = jnp.zeros((B, K, call.T, call.rows, 128))
         kv = jnp.zeros((B, K, tiling.tiles, 128, 128))
         reference = jnp.zeros((B, K, call.T * call.rows // 128, 128))
-        pairs = jnp.ones((B, K, call.T, R), bool)
-        made = lists.work(
-            pairs, pairs[:, 0], jnp.ones((B, tiling.tiles), bool), tiling, call.queries, call.item, 2 * call.rows
-        )
-        made = change(made)
         codes_q = jnp.zeros((B, call.blocks, 1, 3 * call.queries), jnp.int32)
         codes_k = jnp.zeros((B, tiling.tiles, 8, 128), jnp.int32)
-        given_ = (rows, reference, kv, kv, codes_q, codes_k, made.lists.reshape(-1), made.info, call)
-        jax.block_until_ready(forward(*given_, online=False))
+        return forward(rows, reference, kv, kv, codes_q, codes_k, lists.reshape(-1), info, call, online=False)
+
+    def with_info(change: Any) -> None:
+        changed = change(made)
+        jax.block_until_ready(compute(changed.lists, changed.info))
 
     with_info(lambda made: made)
     with pytest.raises(Exception, match=r"(?i)out.of.bounds|IndexError"):
@@ -348,9 +352,9 @@ def test_what_it_cannot_do_is_said() -> None:
     with interpreted():
         attempt()
         for message, changed in {
-            "query heads that choose apart": {"rule": RouteRule(2)},
+            "a choice for each query head": {"rule": RouteRule(2)},
             "choices must be hard": {"rule": RouteRule(2, share="group", choice="soft_bias")},
-            "how many keys a region may have": {"slots": None},
+            "the most keys of a region": {"slots": None},
             "a pair bias, a key bias and key groups": {"key_bias": jnp.zeros((B, S, K * G))},
             "one dtype": {"k": k.astype(jnp.bfloat16)},
             "do not fit into the chip's memory": {"slots": 10**6},

@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from rave_jax.batch import Batch, Kind, Role, TokenInfo
+from rave_jax.batch import Batch, Kind, Patches, Role, TokenInfo
+from rave_jax.families.config import VlmConfig
+from rave_jax.families.qwen2_5_vl.config import VisionConfig
 from rave_jax.layout import ContextTokens
-from rave_jax.models.config import VisionConfig, VlmConfig
 
 
 @dataclass(frozen=True)
@@ -121,10 +122,11 @@ def batch(rows: list[list[Document]], config: VlmConfig, tokens: int, patches: i
     """Rows of packed documents, padded on the right to `tokens` and `patches`."""
     made = [_row(documents, config, tokens, patches) for documents in rows]
     first = made[0]
-    stacked = {name: np.stack([row[name] for row in made]) for name in first if name not in TokenInfo._fields}
+    stacked = {name: np.stack([row[name] for row in made]) for name in first}
     stacked["positions"] = np.moveaxis(stacked["positions"], 0, 1)
-    info = TokenInfo(**{name: np.stack([row[name] for row in made]) for name in TokenInfo._fields})
-    return Batch(info=info, **stacked)
+    info = TokenInfo(**{name: stacked.pop(name) for name in TokenInfo._fields})
+    patches = Patches(**{name: stacked.pop(f"patch_{name}") for name in Patches._fields})
+    return Batch(info=info, patches=patches, **stacked)
 
 
 def _row(documents: list[Document], config: VlmConfig, T: int, P: int) -> dict[str, np.ndarray]:
@@ -132,7 +134,7 @@ def _row(documents: list[Document], config: VlmConfig, T: int, P: int) -> dict[s
     unit = 1 if config.vision is None else config.vision.merge_unit
     row = {name: np.zeros(T, np.int32) for name in (*TokenInfo._fields, "tokens", "targets", "visual_index")}
     row |= {"loss_weights": np.zeros(T, np.float32), "positions": np.zeros((3, T), np.int32)}
-    row |= {"patches": np.zeros((P, C), np.uint8), "patch_place": np.zeros((P, 2), np.int32)}
+    row |= {"patch_pixels": np.zeros((P, C), np.uint8), "patch_place": np.zeros((P, 2), np.int32)}
     row |= {name: np.zeros(P, np.int32) for name in ("patch_frame", "patch_window")}
     token = patch = frame = window = images = 0
     for number, doc in enumerate(documents, 1):
@@ -152,7 +154,7 @@ def _row(documents: list[Document], config: VlmConfig, T: int, P: int) -> dict[s
             if code["kind"] == Kind.VISUAL:
                 row["visual_index"][token + i] = doc.units[i] + patch // unit
         if p:
-            row["patches"][there], row["patch_place"][there] = np.stack(doc.patches), doc.place
+            row["patch_pixels"][there], row["patch_place"][there] = np.stack(doc.patches), doc.place
             row["patch_frame"][there] = np.array(doc.frame) + frame
             row["patch_window"][there] = np.array(doc.window) + window
             frame, window = frame + max(doc.frame), window + max(doc.window)

@@ -6,7 +6,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rave_jax.models.config import ModelOptions, VlmConfig
+from rave_jax.families.config import VlmConfig
+from rave_jax.models.config import ModelOptions
 from rave_jax.models.parameters import named_parameters, with_values
 from rave_jax.models.vlm import Vlm
 

@@ -14,9 +14,10 @@ from rave_jax.attention import Rave
 from rave_jax.batch import Batch, Kind
 from rave_jax.checkpoint.naming import extra_parameters
 from rave_jax.config import ConfigError
+from rave_jax.families.config import TextConfig, VlmConfig
+from rave_jax.families.qwen2_5_vl import presets
 from rave_jax.layout import ContextTokens
-from rave_jax.models.config import ModelOptions, TextConfig, VlmConfig
-from rave_jax.models.families import presets
+from rave_jax.models.config import ModelOptions
 from rave_jax.models.parameters import named_parameters, param_axes, with_values
 from rave_jax.models.vlm import Vlm
 from rave_jax.parallel.mesh import MeshConfig, make_mesh
@@ -113,7 +114,13 @@ def test_the_table_learns_and_nobody_predicts_its_tokens() -> None:
     assert not np.any(named_parameters(gradients(a_model(), text))["context.weight"][...])
 
 
-@pytest.mark.parametrize("context", [CONTEXT, ContextTokens(2, "image", "own+first")], ids=lambda c: c.sees)
+@pytest.mark.parametrize(
+    "context",
+    [
+        pytest.param(CONTEXT, id="own", marks=pytest.mark.slow),
+        pytest.param(ContextTokens(2, "image", "own+first"), id="own+first"),
+    ],
+)
 def test_packed_documents_equal_each_alone(context: ContextTokens) -> None:
     vlm, docs = a_model(context), documents(context)
     packed = logits(vlm, batch([docs, docs[::-1]], CONFIG, **SHAPE))
@@ -126,7 +133,7 @@ def test_packed_documents_equal_each_alone(context: ContextTokens) -> None:
             start += n
 
 
-@pytest.mark.parametrize("sees", ["own", "own+first"])
+@pytest.mark.parametrize("sees", [pytest.param("own", marks=pytest.mark.slow), "own+first"])
 def test_context_tokens_listen_to_no_text_but_the_first(sees) -> None:
     """The rows of the attention map in every layer and head."""
     context = ContextTokens(3, sees=sees)
@@ -151,4 +158,6 @@ def test_the_table_is_in_the_side_car_and_on_the_mesh() -> None:
 
 def test_a_text_model_has_nothing_to_put_them_behind() -> None:
     with pytest.raises(ConfigError, match="context"):
-        jax.eval_shape(lambda: Vlm(VlmConfig(TextConfig(), None), ModelOptions(context=CONTEXT), key=jax.random.key(0)))
+        jax.eval_shape(
+            lambda: Vlm(VlmConfig(TextConfig(), family="qwen3"), ModelOptions(context=CONTEXT), key=jax.random.key(0))
+        )

@@ -11,10 +11,10 @@ import pytest
 
 from rave_jax.attention import Decomposed, MechanismConfig, Mma, Rave, Var, ZeroTuning
 from rave_jax.batch import Batch
+from rave_jax.families.qwen2_5_vl import presets
 from rave_jax.kernels.attention import Implementation
-from rave_jax.kernels.attention.support import interpreted
+from rave_jax.kernels.support import interpreted
 from rave_jax.models.config import ModelOptions
-from rave_jax.models.families import presets
 from rave_jax.models.vlm import Vlm
 from tests.models.layout import Visual, batch, document
 from tests.models.made import model as made
@@ -50,6 +50,7 @@ def same(found: tuple[jax.Array, Vlm], expected: tuple[jax.Array, Vlm]) -> None:
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * np.abs(b).max())
 
 
+@pytest.mark.slow
 def test_logits_and_gradients_are_those_of_the_blockwise_attention() -> None:
     mechanisms = (Rave(rank=4), Mma(), ZeroTuning(gamma=1.5))
     same(everything(mechanisms, "pallas_tpu"), everything(mechanisms, "xla"))

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 
 from rave_jax.config import ConfigError
+from rave_jax.families.qwen2_5_vl import presets
 from rave_jax.models.config import Lora, ModelOptions
-from rave_jax.models.families import presets
 from rave_jax.models.parameters import named_parameters, with_values
 from rave_jax.models.vlm import Vlm
 from tests.models.layout import Visual, batch, document
+from tests.models.made import model as made
 
 CONFIG = presets.tiny(vocab_size=64, num_layers=2, vision_depth=1, full_attention_blocks=(0,))
 TARGETS = ("decoder.attention.query", "decoder.attention.key", "decoder.attention.output", "vision.attention.qkv")
@@ -27,8 +28,11 @@ def hidden(model: Vlm) -> jax.Array:
 
 
 def test_adapters_start_as_nothing_and_learn() -> None:
-    plain, adapted = build(ModelOptions()), build(ModelOptions(lora=Lora(rank=2, targets=TARGETS)))
-    names = set(named_parameters(adapted)) - set(named_parameters(plain))
+    adapted = build(ModelOptions(lora=Lora(rank=2, targets=TARGETS)))
+    values = named_parameters(adapted)
+    bare = jax.eval_shape(lambda: Vlm(CONFIG, ModelOptions(), key=jax.random.key(0)))
+    plain = with_values(bare, {path: values[path][...] for path in named_parameters(bare)})
+    names = set(values) - set(named_parameters(plain))
     assert {name.split(".layers.")[1] for name in names} == {
         f"attention.{linear}.adapter.{part}" for linear in ("query", "key", "output", "qkv") for part in ("down", "up")
     }
@@ -40,9 +44,17 @@ def test_adapters_start_as_nothing_and_learn() -> None:
         assert (moved > 0).all() if name.endswith("up") else (moved == 0).all(), name
 
 
+@pytest.mark.slow
+def test_an_adapted_model_starts_with_the_weights_it_has_without() -> None:
+    plain, adapted = build(ModelOptions()), named_parameters(build(ModelOptions(lora=Lora(rank=2, targets=TARGETS))))
+    for path, param in named_parameters(plain).items():
+        np.testing.assert_array_equal(param[...], adapted[path][...])
+
+
 def test_an_adapter_equals_the_merged_weight() -> None:
-    model = build(ModelOptions(lora=Lora(rank=2, alpha=3.0, targets=("decoder.attention.query",))))
+    model = made(CONFIG, ModelOptions(lora=Lora(rank=2, alpha=3.0, targets=("decoder.attention.query",))))
     path = "decoder.layer_runs.0.layers.attention.query."
+    model = with_values(model, {path + "adapter.up": 0 * named_parameters(model)[path + "adapter.up"][...]})
     params = named_parameters(model)
     up = jax.random.normal(jax.random.key(1), params[path + "adapter.up"].shape)
     adapted = with_values(model, {path + "adapter.up": up})

@@ -10,8 +10,8 @@ import pytest
 
 from rave_jax.attention import Cca, Croc, MechanismConfig, Mma, Rave
 from rave_jax.batch import Batch, Role
+from rave_jax.families.qwen2_5_vl import presets
 from rave_jax.models.config import ModelOptions
-from rave_jax.models.families import presets
 from rave_jax.models.vlm import Vlm
 from tests.models.layout import Document, Visual, batch, document
 from tests.models.made import model as made
@@ -54,7 +54,12 @@ DOCUMENTS = (
 SHAPE = {"tokens": 60, "patches": 144}
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+FAST = ("cca", "croc prefix")
+"""The masks of mma and of croc are in the tests of slots and of rows by regions as well."""
+NAMES = [pytest.param(name, marks=[pytest.mark.slow] * (name not in FAST)) for name in SETTINGS]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_packed_documents_equal_each_alone(name: str) -> None:
     model = a_model(name)
     packed = logits(model, batch([list(DOCUMENTS), list(DOCUMENTS[::-1])], CONFIG, **SHAPE))
@@ -67,7 +72,7 @@ def test_packed_documents_equal_each_alone(name: str) -> None:
             start += n
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize("name", NAMES)
 def test_an_answer_changes_nothing_before_it(name: str) -> None:
     model, rows = a_model(name), batch([list(DOCUMENTS), []], CONFIG, **SHAPE)
     before = np.asarray(logits(model, rows))[0]

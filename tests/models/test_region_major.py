@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from typing import get_args
 
 import jax
 import numpy as np
@@ -14,10 +13,11 @@ from rave_jax.batch import Batch, Role
 from rave_jax.data.collate import BatchShape, collate
 from rave_jax.data.layout import lay_out, region_major
 from rave_jax.data.sample import Example
+from rave_jax.families.qwen2_5_vl import presets
 from rave_jax.layout import ContextTokens, FixedRegions, VisualLayout
 from rave_jax.models.config import ModelOptions
-from rave_jax.models.families import presets
 from rave_jax.models.vlm import Vlm
+from tests.attention.built_in import BUILT_IN
 from tests.inference.prompts import example_of
 from tests.models.layout import Visual, document
 from tests.models.made import model as made
@@ -79,18 +79,16 @@ def a_model(name: str, context: ContextTokens | None) -> Vlm:
     return made(CONFIG, ModelOptions(SETTINGS[name], context))
 
 
-BESIDE = ("plain", "mma and croc", "cca", "gaze")
-"""Whose order of tokens, or what sees what in a picture, context tokens could change; the rest is slow."""
+FAST = ("sinks and losses", "decomposed", "mma and croc, context", "cca", "gaze, context")
+"""Among them are all kinds of what a mechanism may read: places, kinds, masks, positions and regions."""
 
 
 @pytest.mark.parametrize(
     ("name", "context"),
     [
-        *(pytest.param(name, None, id=name) for name in SETTINGS),
-        *(
-            pytest.param(name, ContextTokens(2), id=f"{name}, context", marks=[pytest.mark.slow] * (name not in BESIDE))
-            for name in SETTINGS
-        ),
+        pytest.param(name, context, id=name + beside, marks=[pytest.mark.slow] * (name + beside not in FAST))
+        for beside, context in (("", None), (", context", ContextTokens(2)))
+        for name in SETTINGS
     ],
 )
 def test_logits_go_by_places_and_not_by_the_order_of_tokens(name: str, context: ContextTokens | None) -> None:
@@ -105,4 +103,4 @@ def test_logits_go_by_places_and_not_by_the_order_of_tokens(name: str, context: 
 
 def test_every_mechanism_is_among_the_settings() -> None:
     tried = {type(config) for configs in SETTINGS.values() for config in configs}
-    assert tried == set(get_args(at.MechanismConfig))
+    assert tried == set(BUILT_IN)

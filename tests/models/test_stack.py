@@ -31,7 +31,7 @@ def compiled(stack, x, remat):
     return jax.jit(jax.grad(functools.partial(loss, remat=remat), (0, 1))).lower(stack, x).compile()
 
 
-@pytest.mark.parametrize("remat", ["none", "dots", "full"])
+@pytest.mark.parametrize("remat", ["none", pytest.param("dots", marks=pytest.mark.slow), "full"])
 def test_layers_apart_keep_no_more_than_a_loop_and_give_its_gradients(remat):
     x = jax.random.normal(jax.random.key(1), (2, TOKENS, WIDTH))
     loop, apart = layer_runs(scan_layers=True), layer_runs(scan_layers=False)

@@ -10,8 +10,10 @@ import pytest
 
 from rave_jax.attention import CacheType, KvCache, Rave, SlidingWindow
 from rave_jax.batch import Batch, Kind, TokenInfo
-from rave_jax.models.config import ModelOptions, TextConfig, VlmConfig
-from rave_jax.models.families import presets
+from rave_jax.data.patches import empty_patches
+from rave_jax.families.config import TextConfig, VlmConfig
+from rave_jax.families.qwen2_5_vl import presets
+from rave_jax.models.config import ModelOptions
 from rave_jax.models.parameters import count, named_parameters, param_axes, shardings, with_values
 from rave_jax.models.vlm import Vlm
 from rave_jax.parallel.mesh import MeshConfig, make_mesh
@@ -115,7 +117,10 @@ def test_prefill_and_decode_equal_the_whole_forward_at_every_step(options: Model
     assert cache.index.tolist() == lengths.tolist()
 
 
-@pytest.mark.parametrize(("layers", "alone"), [((1, 2), False), ((2,), True)], ids=["stacked", "apart"])
+@pytest.mark.parametrize(
+    ("layers", "alone"),
+    [pytest.param((1, 2), False, id="stacked", marks=pytest.mark.slow), pytest.param((2,), True, id="apart")],
+)
 def test_only_the_wanted_tokens_come_out_of_a_chunk(layers: tuple[int, ...], alone: bool) -> None:
     """And the same cache; where the last layer stands apart, its mlp is computed for them alone."""
     model = a_model(ModelOptions(mechanisms=(Rave(rank=4, layers=layers),)))
@@ -135,7 +140,9 @@ def test_only_the_wanted_tokens_come_out_of_a_chunk(layers: tuple[int, ...], alo
     assert (f"f32[2,2,{CONFIG.text.mlp_size}]" in str(traced.jaxpr)) == alone
 
 
-@pytest.mark.parametrize(("kind", "tolerance"), [("bfloat16", 0.02), ("int8", 0.02)])
+@pytest.mark.parametrize(
+    ("kind", "tolerance"), [pytest.param("bfloat16", 0.02, marks=pytest.mark.slow), ("int8", 0.02)]
+)
 def test_a_smaller_cache_changes_little(kind: CacheType, tolerance: float) -> None:
     model = a_model(RAVE)
     whole = batch([[doc] for doc in documents([3, Visual(1, 4, 6), 8], [12])], CONFIG, tokens=18, patches=24)
@@ -160,8 +167,8 @@ def test_text_needs_no_patches() -> None:
     without = batch([docs], CONFIG, tokens=10, patches=0)
     spare = batch([docs], CONFIG, tokens=10, patches=16)
     np.testing.assert_allclose(logits(a_model(), without), logits(a_model(), spare), atol=1e-6)
-    text = made(VlmConfig(text=TextConfig(), vision=None))
-    assert np.isfinite(logits(text, without._replace(patches=np.zeros((1, 0, 0), np.uint8)))).all()
+    text = made(VlmConfig(text=TextConfig(), family="qwen3"))
+    assert np.isfinite(logits(text, without._replace(patches=empty_patches((1, 0), 0)))).all()
     with pytest.raises(ValueError, match="no vision tower"):
         text.hidden(spare)
 
@@ -220,6 +227,25 @@ def test_rematerialisation_changes_no_gradient() -> None:
             np.testing.assert_allclose(ours[name][...], theirs[name][...], rtol=1e-4, atol=1e-4, err_msg=name)
 
 
+def test_a_stack_that_is_cut_says_the_same() -> None:
+    # A window wider than the row does nothing but make layer runs.
+    whole = a_model()
+    cut = ModelOptions(mechanisms=(SlidingWindow(100, layers=(1,)),))
+    parts = made(CONFIG, cut)
+    (stack,) = whole.decoder.layer_runs
+    assert [(s.start, s.stop) for s in parts.decoder.layer_runs] == [(0, 1), (1, 2), (2, 3)]
+    values = {path: value[...] for path, value in named_parameters(whole).items() if ".layer_runs." not in path}
+    for run in parts.decoder.layer_runs:
+        run.layers = jax.tree.unflatten(
+            jax.tree.structure(run.layers),
+            [x[run.start : run.stop] for x in jax.tree.leaves(stack.layers)],
+        )
+    parts = with_values(parts, values)
+    rows = batch([documents([3, Visual(1, 4, 6), 4])], CONFIG, tokens=14, patches=24)
+    np.testing.assert_allclose(logits(whole, rows), logits(parts, rows), atol=1e-5)
+
+
+@pytest.mark.slow
 def test_how_a_stack_is_cut_changes_nothing() -> None:
     # A window wider than the row does nothing but make layer runs.
     cut = ModelOptions(mechanisms=(SlidingWindow(100, layers=(1,)),))
@@ -286,7 +312,9 @@ def test_half_precision_keeps_its_types() -> None:
 def test_visual_tokens_come_from_their_own_picture() -> None:
     docs = documents([1, Visual(1, 4, 4), 1, Visual(1, 2, 4), 1])
     rows = batch([docs], CONFIG, tokens=12, patches=24)
-    second = rows._replace(patches=np.where(rows.patch_frame[..., None] == 2, 255 - rows.patches, rows.patches))
+    pixels = rows.patches.pixels
+    pixels = np.where(rows.patches.frame[..., None] == 2, 255 - pixels, pixels)
+    second = rows._replace(patches=rows.patches._replace(pixels=pixels))
     changed = np.abs(np.asarray(embedded(a_model(), rows) - embedded(a_model(), second))[0]).max(-1) > 0
     assert changed.tolist() == (rows.info.image[0] == 2).tolist()
     assert (rows.info.kind[0] == Kind.VISUAL).sum() == 6

@@ -23,7 +23,7 @@ def test_a_hung_step_ends_the_process_and_shows_where(repo):
     began = time.monotonic()
     done = subprocess.run([sys.executable, "-c", HANG], cwd=repo, capture_output=True, text=True, timeout=120)
     assert done.returncode == Watchdog.EXIT_CODE
-    assert "waited 0 s for step 7, which the watchdog takes for a hang (hosts.step_timeout 0.2)" in done.stderr
+    assert "waited 0 s for step 7, so the watchdog ends the job (hosts.step_timeout 0.2)" in done.stderr
     assert "; has another process stopped?; ending the process" in done.stderr
     assert 'File "<string>", line 6' in done.stderr
     assert time.monotonic() - began < 55
@@ -57,5 +57,5 @@ def test_where_the_job_can_save_it_is_asked_to_stop():
         time.sleep(0.5)
     assert stop.exit_code == Watchdog.EXIT_CODE
     assert stop.asked is not None
-    assert stop.asked.startswith("waited 0 s for the data of step 3, which the watchdog takes for a hang")
+    assert stop.asked.startswith("waited 0 s for the data of step 3, so the watchdog ends the job")
     assert not stop.is_wanted(0)

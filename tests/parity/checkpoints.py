@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load_file
 
+from rave_jax.families import family_for
 from rave_jax.models.config import ModelOptions
-from rave_jax.models.families import family_for
 from rave_jax.models.parameters import locate, named_parameters, with_values
 from rave_jax.models.vlm import Vlm
 

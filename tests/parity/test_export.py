@@ -17,8 +17,8 @@ from rave_jax.checkpoint.hf_export import export_hf
 from rave_jax.checkpoint.hf_import import import_hf
 from rave_jax.checkpoint.peft_export import export_peft
 from rave_jax.checkpoint.tiny import Tiny, write_tiny
+from rave_jax.families.qwen2_5_vl.presets import tiny
 from rave_jax.models.config import Lora, ModelOptions
-from rave_jax.models.families.presets import tiny
 from rave_jax.models.parameters import named_parameters, with_values
 from rave_jax.models.vlm import Vlm
 from rave_jax.tools.cli import main

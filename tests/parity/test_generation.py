@@ -15,13 +15,14 @@ from PIL import Image
 
 from rave_jax.batch import Kind, Role, TokenInfo
 from rave_jax.checkpoint.hf_import import import_hf
+from rave_jax.data.patches import empty_patches
 from rave_jax.data.processor import Processor
 from rave_jax.data.sample import Example
+from rave_jax.families import family_named
+from rave_jax.families.qwen2_5_vl.presets import tiny
 from rave_jax.inference import Completion, Engine, Generator, Request, Sampling, SlotConfig
 from rave_jax.inference.slots import Reason
 from rave_jax.models.config import ModelOptions
-from rave_jax.models.families import family_named
-from rave_jax.models.families.presets import tiny
 from tests.data.conftest import SPECIAL, TEMPLATE, byte_tokenizer
 from tests.data.pictures import noise
 
@@ -260,17 +261,13 @@ def example(tokens: Sequence[int]) -> Example:
     codes: dict[str, Any] = {name: np.zeros(T, np.int32) for name in TokenInfo._fields}
     codes |= {name: np.full(T, v, np.int32) for name, v in (("document", 1), ("kind", Kind.TEXT), ("turn", 1))}
     codes |= {"role": np.full(T, Role.QUESTION, np.int32), "offset": np.arange(T, dtype=np.int32)}
-    none = np.zeros(0, np.int32)
     return Example(
         tokens=np.array(tokens, np.int32),
         loss_mask=np.zeros(T, np.float32),
         info=TokenInfo(**codes),
         positions=np.broadcast_to(np.arange(T, dtype=np.int32), (3, T)),
         visual_index=np.zeros(T, np.int32),
-        patches=np.zeros((0, 0), np.uint8),
-        patch_frame=none,
-        patch_place=np.zeros((0, 2), np.int32),
-        patch_window=none,
+        patches=empty_patches((0,), 0),
     )
 
 

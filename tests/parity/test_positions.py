@@ -1,8 +1,8 @@
 """Positions, tower windows and frame sampling against transformers itself, on random layouts and conversations.
 
 Positions are theirs in every prompt without a video that lasts longer than it is wide. Behind one that does, theirs go
-on behind the longer side of its grid and ours behind its last frame (`data/positions.py` says why), so whatever follows
-is later by as much as the last frame stands beyond that side.
+on behind the longer side of its grid and ours behind its last frame (the family's `positions.py` says why), so whatever
+follows is later by as much as the last frame stands beyond that side.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ import numpy as np
 import pytest
 
 from rave_jax.batch import Kind
-from rave_jax.data.images import window_order
-from rave_jax.data.positions import Visual, mrope_positions
 from rave_jax.data.processor import Processor
 from rave_jax.data.sample import Example
-from rave_jax.data.video import VideoLimits, sample_frames
+from rave_jax.families.pictures import Visual
+from rave_jax.families.qwen2_5_vl.images import window_order
+from rave_jax.families.qwen2_5_vl.positions import mrope_positions
+from rave_jax.families.qwen2_5_vl.video import VideoLimits, sample_frames
 from tests.data.conftest import TEMPLATE, byte_tokenizer, tiny_settings
 from tests.data.pictures import noise
 

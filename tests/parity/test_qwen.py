@@ -11,9 +11,9 @@ import jax
 import numpy as np
 import pytest
 
+from rave_jax.families import family_for, family_named
+from rave_jax.families.qwen2_5_vl.presets import tiny
 from rave_jax.models.config import ModelOptions
-from rave_jax.models.families import family_for, family_named
-from rave_jax.models.families.presets import tiny
 from tests.models.layout import Document, Visual, batch, document
 from tests.parity.checkpoints import load
 

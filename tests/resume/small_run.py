@@ -6,7 +6,7 @@ import os
 
 from rave_jax.attention import Rave
 from rave_jax.checkpoint.tiny import Tiny
-from rave_jax.data.pipeline import DataConfig
+from rave_jax.data.config import DataConfig
 from rave_jax.evaluation.config import Report
 from rave_jax.models.config import ModelOptions
 from rave_jax.training.config import TrainConfig

@@ -1,4 +1,5 @@
-"""kill -9 at a random step, then the same command: the loss curve is that of a run that was left alone."""
+"""A run that is killed, or told to end while it saves, then the same command: the loss curve is that of a run that was
+left alone."""
 
 from __future__ import annotations
 
@@ -31,15 +32,14 @@ def finish(job: subprocess.Popen) -> str:
     return output
 
 
-def kill_at(job: subprocess.Popen, folder: Path, step: int, delay: float) -> None:
-    """End the process as soon as its metrics show `step` steps, and a little later."""
+def signal_at(job: subprocess.Popen, folder: Path, step: int, delay: float, name: int = signal.SIGKILL) -> None:
+    """Signal the process as soon as its metrics show `step` steps, and a little later."""
     metrics = folder / "metrics.jsonl"
     while job.poll() is None and not (metrics.exists() and metrics.read_text().count("\n") >= step):
         time.sleep(0.002)
     time.sleep(delay)
-    assert job.poll() is None, f"the run ended before it was killed: {job.communicate()[0][-2000:]}"
-    job.send_signal(signal.SIGKILL)
-    job.wait()
+    assert job.poll() is None, f"the run ended before the signal: {job.communicate()[0][-2000:]}"
+    job.send_signal(name)
 
 
 def curve(folder: Path) -> list[dict]:
@@ -53,7 +53,8 @@ def curve(folder: Path) -> list[dict]:
 def test_a_killed_run_continues_bit_for_bit(repo, tmp_path):
     finish(start(repo, tmp_path / "alone"))
     job = start(repo, tmp_path / "killed")
-    kill_at(job, tmp_path / "killed", random.Random(0).randint(2, 6), 0.0)
+    signal_at(job, tmp_path / "killed", random.Random(0).randint(2, 6), 0.0)
+    job.wait()
     output = finish(start(repo, tmp_path / "killed"))
     assert "continuing after step" in output
     rows = curve(tmp_path / "alone")
@@ -70,6 +71,26 @@ def test_killed_again_and_again(repo, tmp_path, seed):
     chance = random.Random(seed)
     for lowest in (1, 15, 30):
         job = start(repo, tmp_path / "killed", *longer)
-        kill_at(job, tmp_path / "killed", chance.randint(lowest, lowest + 20), chance.random() * 0.05)
+        signal_at(job, tmp_path / "killed", chance.randint(lowest, lowest + 20), chance.random() * 0.05)
+        job.wait()
     finish(start(repo, tmp_path / "killed", *longer))
     assert curve(tmp_path / "killed") == curve(tmp_path / "alone")
+
+
+@pytest.mark.slow
+def test_told_to_end_while_it_saves_it_ends_with_a_whole_checkpoint(repo, tmp_path):
+    """Each step is saved, and the signal comes a moment after a step: the save under way is finished first."""
+    often = ("--steps", "24", "--save_every", "1")
+    finish(start(repo, tmp_path / "alone", *often))
+    chance = random.Random(0)
+    for lowest in (2, 10):
+        job = start(repo, tmp_path / "stopped", *often)
+        signal_at(job, tmp_path / "stopped", lowest, chance.random() * 0.02, signal.SIGTERM)
+        output = job.communicate(timeout=100)[0]
+        assert job.returncode == 143, output[-3000:]
+        names = {path.name for path in (tmp_path / "stopped" / "checkpoints").iterdir()}
+        steps = [int(name) for name in names if name.isdecimal()]
+        assert names == set(map(str, steps)), "nothing is half-written"
+        assert f"stopped after step {max(steps)}, which is saved" in output
+    finish(start(repo, tmp_path / "stopped", *often))
+    assert curve(tmp_path / "stopped") == curve(tmp_path / "alone")

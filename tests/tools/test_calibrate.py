@@ -104,4 +104,4 @@ def test_a_model_that_is_tuned_and_a_folder_as_the_file_are_refused(
     (tuned / "rave_jax.json").write_text(options_text(ModelOptions(mechanisms=(ZeroTuning(2.0),))))
     assert main(["calibrate", "zero-tuning", str(tuned), str(tmp_path / "out.json")]) == 2
     err = capsys.readouterr().err
-    assert "it is there and no file" in err and "has ZeroTuning already" in err
+    assert "it exists and is not a file" in err and "has ZeroTuning already" in err

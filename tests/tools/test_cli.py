@@ -100,6 +100,23 @@ def test_misuse_is_one_line(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_conversation_of_more_tokens_than_positions_is_refused_before_it_is_computed(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rave_jax.tools.logits.collate", None)  # what comes before anything is computed
+    small = tmp_path / "small"
+    shutil.copytree(folder, small)
+    config = json.loads((small / "config.json").read_text())
+    (config.get("text_config") or config)["max_position_embeddings"] = 50
+    config["max_position_embeddings"] = 50
+    (small / "config.json").write_text(json.dumps(config))
+    for text, said in (("a " * 60, "the conversation has "), ("a" * 3_000_000, "the text has 3000000 characters")):
+        request = request_file(tmp_path, [{"role": "user", "content": text}])
+        assert main(["logits", str(small), str(request), str(tmp_path / "out.npz")]) == 2
+        err = capsys.readouterr().err
+        assert said in err and "the model has 50 positions" in err and err.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     "part",
     [
@@ -130,7 +147,7 @@ def test_an_output_that_cannot_be_written(folder: Path, tmp_path: Path, capsys: 
     pipe, link, file = (tmp_path / name for name in ("pipe", "link.npz", "file.npz"))
     os.mkfifo(pipe)
     assert main(["logits", str(folder), str(request), str(pipe)]) == 2
-    assert "no file" in capsys.readouterr().err and pipe.is_fifo()
+    assert "is not a file" in capsys.readouterr().err and pipe.is_fifo()
     link.symlink_to(file)
     assert main(["logits", str(folder), str(request), str(link)]) == 0
     assert link.is_symlink() and "logits" in np.load(file)

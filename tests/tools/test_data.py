@@ -10,7 +10,7 @@ from PIL import Image
 
 from rave_jax import config as configs
 from rave_jax.checkpoint import tiny
-from rave_jax.data.pipeline import DataConfig, Stage
+from rave_jax.data.config import DataConfig, Stage
 from rave_jax.data.sources import LlavaJson, QaJsonl
 from rave_jax.tools.cli import main
 from rave_jax.training.config import TrainConfig
@@ -23,9 +23,7 @@ def config(tmp_path: Path) -> Path:
     """A run of a model without weights on one file of conversations and one of questions."""
     model = tmp_path / "model"
     model.mkdir()
-    tiny.byte_tokenizer().save(str(model / "tokenizer.json"))
-    for name, data in tiny._settings(tiny.tiny_config(tiny.Tiny())).items():
-        (model / name).write_text(json.dumps(data))
+    tiny.write_tiny_files(model, tiny.Tiny())
     Image.fromarray(noise(56, 84)).save(tmp_path / "a.png")
     talk = {"image": "a.png", "conversations": [{"from": "human", "value": "<image>Q"}, {"from": "gpt", "value": "A"}]}
     talks = [talk, talk, {**talk, "tools": ["f"]}, {**talk, "tools": ["g"]}, {**talk, "image": "gone.png"}]
@@ -54,7 +52,7 @@ def test_needs_and_budgets(config: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert patches == 24 and tokens > 6
     assert "talk: 2 unread key, such as" in out and "tool calls are not supported" in out
     assert "talk: 1 broken image, such as" in out and "gone.png" in out
-    assert "--every names them all" in out
+    assert "--every lists them all" in out
     assert "(from step 0 on, 2 samples in each) hold 0.0% of talk, 0.0% of qa" in out
     assert "rows of 300 tokens and" in out and "(from step 5 on, 2 samples in each) hold 100.0% of talk\n" in out
     assert f"to hold all that was measured of each source: --data.tokens {2 * int(rows['qa'][-3])} " in out

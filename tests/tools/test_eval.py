@@ -32,6 +32,7 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny(tmp_path_factory.mktemp("tiny") / "model", sizes)
 
 
+@pytest.mark.slow
 def test_a_users_own_questions_are_asked_of_an_hf_directory(
     model_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -72,8 +73,8 @@ def test_what_cannot_be_done_ends_with_one_line(
     out = ("--output_dir", str(tmp_path / "out"))
     (tmp_path / "file").write_text("")
     for argv, code, said in (
-        ([str(tmp_path / "nowhere"), *out], 2, "nowhere is not there, expected the directory of a run or of a model"),
-        ([str(tmp_path), *out], 2, "neither a run nor a model in HuggingFace format: it holds no config.json"),
+        ([str(tmp_path / "nowhere"), *out], 2, "nowhere: no such directory"),
+        ([str(tmp_path), *out], 2, "holds no config.json; expected a model directory in HuggingFace format, or a"),
         ([str(model_dir), *out, "--step", "3"], 2, "step is 3, but"),
         ([str(model_dir), *SMALL, *out, "--evals.0.layers", "7"], 2, "layers has 7"),
         ([str(model_dir), *SMALL, "--output_dir", str(tmp_path / "file")], 1, "file"),

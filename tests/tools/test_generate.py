@@ -83,6 +83,7 @@ def test_a_prompt_from_directory_and_flags_to_stdout(
     assert printed.out == answer(generator, user(ASKED)).text + "\n" and printed.err == ""
 
 
+@pytest.mark.slow
 def test_a_native_checkpoint_answers_as_the_directory_it_is_from(
     folder: Path, generator: Generator, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -292,9 +293,9 @@ def test_an_output_is_whole_or_under_another_name(tmp_path: Path, capsys: pytest
         assert part.read_text() == '{"index": 0, "text": "é"}\n'  # at once
         raise KeyboardInterrupt
     assert out.read_text() == "before" and str(part) in capsys.readouterr().err
-    with pytest.raises(ConfigError, match=r"out\.jsonl\.part is there"), written(out):
+    with pytest.raises(ConfigError, match=r"out\.jsonl\.part exists"), written(out):
         raise AssertionError("another's file must not be written over")
-    with pytest.raises(ConfigError, match="no file"), written(tmp_path):
+    with pytest.raises(ConfigError, match="is not a file"), written(tmp_path):
         pass
     with pytest.raises(ConfigError, match="cannot write"), written(out / "below"):
         pass
@@ -359,9 +360,9 @@ def test_a_turn_that_cannot_be_used_changes_nothing(
     expected = (
         "broken.png: cannot",
         "/image needs the path of a picture: expected /image PATH",
-        "/help is no command: expected /image PATH",
+        "/help is not a command: expected /image PATH",
         "budget of max_length 128",
-        "; the question's pictures are dropped",
+        "; its pictures are dropped too",
     )
     assert all(part in line for part, line in zip(expected, errors, strict=True)), errors
 
@@ -396,13 +397,13 @@ def test_interrupting_an_answer_keeps_what_was_said(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "nothing is asked"),
+        ([], "there is no question"),
         (["--prompt", "a", "--top-p", "2"], "top_p is 2.0"),
         (["--prompt", "a", "--top-k", "many"], "--top-k"),
         (["--prompt", "a", "--stop", ""], "stop is"),
         (["--prompt", "a", "--chunk", "0"], "chunk is 0"),
         (["--prompt", "a", "--cache", "float64"], "--cache"),
-        (["--prompt", "a", "--out", "{tmp}/out"], "--out goes with --requests"),
+        (["--prompt", "a", "--out", "{tmp}/out"], "--out needs --requests"),
         (["--prompt", "a", "--image", "{home}/broken.png"], "broken.png: cannot identify"),
         (["--prompt", "a", "--image", "{tmp}/nowhere.png"], "nowhere.png"),
         (["--prompt", "<|image_pad|>", "--special-tokens-in-text", "tokens"], "placeholder"),
@@ -410,12 +411,12 @@ def test_interrupting_an_answer_keeps_what_was_said(
         (["--requests", "{home}/pipe"], "named pipe, such as `<(...)` of a shell makes; only regular files are read"),
         (["--requests", "{home}/pipe"], "Save the requests, or pipe them to `--requests -`"),
         (["--requests", "{home}/broken.png", "--image-dir", "{tmp}/nowhere"], "nowhere: no such folder"),
-        (["--prompt", "a", "--image-dir", "{tmp}"], "--image-dir goes with --requests or --interactive"),
+        (["--prompt", "a", "--image-dir", "{tmp}"], "--image-dir needs --requests or --interactive"),
         (["--prompt", "a", "--image", "{home}/pipe"], "pipe: it is a named pipe"),
         (["--prompt", "a", "--request-timeout", "-1"], "request_timeout is -1.0"),
         (["--requests", "{home}"], "it is a directory; only regular files are read"),
-        (["--requests", "{home}/broken.png", "--system", "a"], "--system does not go with --requests"),
-        (["--requests", "{home}/broken.png", "--out", "{home}/broken.png"], "is the file of the requests"),
+        (["--requests", "{home}/broken.png", "--system", "a"], "--system cannot be used with --requests"),
+        (["--requests", "{home}/broken.png", "--out", "{home}/broken.png"], "is the file of requests"),
     ],
 )
 def test_misuse_is_one_line_before_a_model_is_read(

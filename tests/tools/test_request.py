@@ -76,7 +76,7 @@ def test_pictures_in_every_form_become_one_form() -> None:
         (user({"type": "image", "image": "a\0b"}), "no file can have the path"),
         (user({"type": "image", "image": "\ud800"}), "no file can have the path"),
         (user({"type": "video", "video": "a.mp4"}), "video is 'a.mp4', expected a list of paths"),
-        (user({"type": "video", "video": ["a", "http://b.org/c"]}), "content[0].video[1]: 'http://b.org/c' is an addr"),
+        (user({"type": "video", "video": ["a", "http://b.org/c"]}), "content[0].video[1]: 'http://b.org/c' is a URL"),
     ],
 )
 def test_what_is_not_read_is_refused_by_its_place(messages: list, says: str) -> None:

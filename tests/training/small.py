@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -12,8 +12,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rave_jax.attention import Rave
-from rave_jax.batch import Batch, Kind, Role, TokenInfo
-from rave_jax.models.config import ModelOptions, TextConfig, VisionConfig, VlmConfig
+from rave_jax.batch import Batch, Kind, Patches, Role, TokenInfo
+from rave_jax.data.pipeline import Rows
+from rave_jax.data.skips import Skip
+from rave_jax.families.config import TextConfig, VlmConfig
+from rave_jax.families.qwen2_5_vl.config import VisionConfig
+from rave_jax.models.config import ModelOptions
 from rave_jax.models.vlm import Vlm
 from rave_jax.parallel.mesh import MeshConfig, make_mesh
 from rave_jax.parallel.rows import batch_axis, global_batch
@@ -36,6 +40,7 @@ CONFIG = VlmConfig(
         full_attention_blocks=(0,),
         out_size=32,
     ),
+    family="qwen2_5_vl",
 )
 OPTIONS = ModelOptions(mechanisms=(Rave(rank=4),))
 
@@ -80,10 +85,12 @@ def random_batch(seed: int, rows: int, patches: int = PATCHES) -> Batch:
         info=info,
         positions=np.broadcast_to(np.arange(LENGTH, dtype=np.int32), (3, rows, LENGTH)),
         visual_index=index,
-        patches=rng.integers(0, 256, (rows, patches, CONFIG.vision.patch_width)).astype(np.uint8),
-        patch_frame=np.ones((rows, patches), np.int32),
-        patch_place=np.broadcast_to(place, (rows, patches, 2)),
-        patch_window=np.ones((rows, patches), np.int32),
+        patches=Patches(
+            pixels=rng.integers(0, 256, (rows, patches, CONFIG.vision.patch_width)).astype(np.uint8),
+            frame=np.ones((rows, patches), np.int32),
+            place=np.broadcast_to(place, (rows, patches, 2)),
+            window=np.ones((rows, patches), np.int32),
+        ),
     )
 
 
@@ -94,14 +101,15 @@ class RandomSource:
         """`poison`: the batch of this step has an infinite loss weight. `patches` 0 is for `TEXT`."""
         self._rows, self._poison, self._patches = rows, poison, patches
 
-    def stream(self, step: int, start: int, stop: int) -> Iterator[Batch]:
-        """Rows start..stop-1 of `step` and all after it."""
-        while True:
-            batch = random_batch(step, self._rows, self._patches)
-            if step == self._poison:
-                batch.loss_weights[0, -2] = np.inf
-            yield rows_of(batch, start, stop)
-            step += 1
+    def load(self, step: int, start: int, stop: int) -> Rows:
+        """Rows start..stop-1 of `step`."""
+        batch = random_batch(step, self._rows, self._patches)
+        if step == self._poison:
+            batch.loss_weights[0, -2] = np.inf
+        return Rows(rows_of(batch, start, stop), ())
+
+    def count(self, skips: Sequence[Skip]) -> None:
+        """Nothing is skipped."""
 
     def state(self, step: int) -> dict[str, Any]:
         """JSON-ready."""

@@ -99,7 +99,7 @@ def test_a_job_that_comes_too_late_leaves_the_files_of_the_other(directory, conf
             late.write(0)
         assert names(directory.path) == {".lock", "config.json", "model"}
     shutil.rmtree(directory.path)
-    with pytest.raises(ConfigError, match="another job began in"), claimed(directory, config) as late:
+    with pytest.raises(ConfigError, match="another job has started in"), claimed(directory, config) as late:
         begin(directory, config)
         late.write(0)
     assert names(directory.path) == {"config.json", "model"}

@@ -94,7 +94,7 @@ def test_a_run_is_read_back_on_another_mesh(run):
     assert changed
     assert not any(name.startswith("vision.") for name in changed)
     assert other.mesh.shape["tensor"] == 4
-    assert last.processor.settings.patch_size == 14
+    assert last.processor.settings.config.vision.patch_size == 14
 
 
 def test_another_run_is_not_overwritten(run, capsys):
@@ -113,8 +113,8 @@ def test_a_finished_run_is_extended_from_its_newest_sound_checkpoint(run, tmp_pa
         file.write("note to myself\n")
     assert train.main([CONFIG, "--output_dir", str(folder), "--steps", "5"]) == 0
     said = capsys.readouterr().err
-    assert "continuing after step 2, with 5 steps where there were 3: the learning rate goes on by the cosine" in said
-    assert "step 3 (data/data.json is empty); taken is step 2" in caplog.text
+    assert "continuing after step 2, with 5 steps where there were 3: the learning rate continues on the cosine" in said
+    assert "step 3 (data/data.json is empty); using step 2" in caplog.text
     assert [row["step"] for row in curve(folder)] == [1, 2, 3, 4, 5]
     assert curve(folder)[:2] == curve(run)[:2]
     assert (folder / "metrics.jsonl.rejected").read_text() == "note to myself\n"
@@ -134,13 +134,13 @@ def test_a_second_job_on_the_directory_is_refused(run, capsys):
     assert (run / "metrics.jsonl").read_bytes() == before
 
 
-def test_a_mechanism_that_config_json_cannot_name_is_refused_before_anything_is_written(tmp_path, capsys):
+def test_a_mechanism_that_config_json_cannot_lead_back_to_is_refused_before_anything_is_written(tmp_path, capsys):
     (tmp_path / "mine.py").write_text(
         "import dataclasses\n"
         "from rave_jax.attention import Rave\n"
         "from tests.resume import small_run\n"
-        "class Mine(Rave): pass\n"
         "def get_config():\n"
+        "    class Mine(Rave): pass\n"
         "    config = small_run.get_config()\n"
         "    model = dataclasses.replace(config.model, mechanisms=(Mine(rank=2),))\n"
         "    return dataclasses.replace(config, model=model)\n"
@@ -148,8 +148,8 @@ def test_a_mechanism_that_config_json_cannot_name_is_refused_before_anything_is_
     command = [str(tmp_path / "mine.py"), "--output_dir", str(tmp_path / "run")]
     assert train.main(command) == EXIT_CONFIG
     (line,) = capsys.readouterr().err.splitlines()
-    assert "model.mechanisms.0 is of class Mine, which config.json cannot name" in line
-    assert "there are Avar, Cca," in line
+    assert "the config cannot be written to config.json and read back: the class Mine could not be found again" in line
+    assert "it is defined inside a function: define it at the top of its file" in line
     assert not (tmp_path / "run").exists()
 
 
@@ -175,7 +175,7 @@ def test_a_misspelt_key_of_a_config_file_exits_2_with_a_suggestion(run, tmp_path
     [
         (["--output_dir", "/proc/rave_jax/run"], EXIT_FAILED, "cannot write to /proc/rave_jax/run"),
         (["--simulated_devices", "100000"], EXIT_CONFIG, "simulated_devices is 100000, expected 0 to 1024"),
-        (["--hosts.processes", "-1"], EXIT_CONFIG, "hosts.processes is -1, and no cluster says what the"),
+        (["--hosts.processes", "-1"], EXIT_CONFIG, "hosts.processes is -1, but no TPU pod or SLURM job"),
         (["--mesh.tensor", "3"], EXIT_CONFIG, "mesh is data 1 x fsdp -1 x tensor 3, but"),
         (["--model.mechanisms.0.layers", "99"], EXIT_CONFIG, "Rave.layers names [99], expected numbers from 0"),
         (
@@ -189,7 +189,7 @@ def test_a_misspelt_key_of_a_config_file_exits_2_with_a_suggestion(run, tmp_path
             "final.1: '/no.jsonl' cannot be read",
         ),
         (["--data.rows", "12"], EXIT_CONFIG, "data rows is 12, expected a multiple of 8"),
-        (["--data.tokens", "4"], EXIT_FAILED, "101 samples one after another cannot be used"),
+        (["--data.tokens", "4"], EXIT_FAILED, "101 consecutive samples cannot be used"),
         (["--optimizer.groups.1.pattern", "mecanisms"], EXIT_CONFIG, "it matches no parameter"),
     ],
 )

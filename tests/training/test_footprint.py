@@ -8,8 +8,8 @@ import jax
 import pytest
 
 from rave_jax.config import ConfigError
-from rave_jax.data.pipeline import DataConfig, Stage
-from rave_jax.models.families.presets import tiny
+from rave_jax.data.config import DataConfig, Stage
+from rave_jax.families.qwen2_5_vl.presets import tiny
 from rave_jax.parallel.memory import check_memory
 from rave_jax.parallel.mesh import MeshConfig, make_mesh
 from rave_jax.training.config import TrainConfig

@@ -14,7 +14,9 @@ import jax
 import numpy as np
 import pytest
 
+from rave_jax.batch import Patches
 from rave_jax.checkpoint.store import Store
+from rave_jax.data.pipeline import Rows
 from rave_jax.observe.metrics import JsonlWriter, TensorBoardWriter, read_jsonl
 from rave_jax.observe.progress import ProgressReport
 from rave_jax.parallel.stopping import EXIT_CODES, Interrupted, StopRequest
@@ -23,14 +25,14 @@ from rave_jax.training import feed
 from rave_jax.training.loop import Loop, NonFiniteError, Schedule
 from rave_jax.training.optimizers import OptimizerConfig
 from rave_jax.training.state import TrainState, parameters_of, state_of
-from tests.training.small import RandomSource, first_state, session_of
+from tests.training.small import TEXT, RandomSource, first_state, session_of
 
 ROWS, STEPS = 8, 6
 
 
 @pytest.fixture(scope="module")
 def session():
-    return session_of(OptimizerConfig(learning_rate=1e-2, accumulation=2), steps=STEPS, rows=ROWS)
+    return session_of(OptimizerConfig(learning_rate=1e-2, accumulation=2), steps=STEPS, rows=ROWS, config=TEXT)
 
 
 def run(
@@ -83,7 +85,7 @@ def test_metrics_read_back_and_a_resumed_run_reads_as_one(session, tmp_path):
     unbroken = tmp_path / "unbroken"
     unbroken.mkdir()
     writers = [JsonlWriter(unbroken / "metrics.jsonl", 0), TensorBoardWriter(unbroken / "events", 0)]
-    run(session, unbroken, first_state(session), RandomSource(ROWS), writers=writers)
+    run(session, unbroken, first_state(session, TEXT), RandomSource(ROWS, patches=0), writers=writers)
     for writer in writers:
         writer.close()
     rows = read_jsonl(unbroken / "metrics.jsonl")
@@ -104,7 +106,7 @@ def test_metrics_read_back_and_a_resumed_run_reads_as_one(session, tmp_path):
     state, data = restored(session, unbroken / "checkpoints", 4)
     assert data == {"step": 4}
     writer = JsonlWriter(broken / "metrics.jsonl", 4)
-    resumed = run(session, broken, state, RandomSource(ROWS), writers=[writer])
+    resumed = run(session, broken, state, RandomSource(ROWS, patches=0), writers=[writer])
     writer.close()
     assert without_time(read_jsonl(broken / "metrics.jsonl")) == without_time(rows)
     last, _ = restored(session, unbroken / "checkpoints")
@@ -113,7 +115,7 @@ def test_metrics_read_back_and_a_resumed_run_reads_as_one(session, tmp_path):
 
 def test_a_loss_that_is_no_number_stops_with_the_state_before_it(session, tmp_path):
     with pytest.raises(NonFiniteError, match=r"step 4: loss is (nan|inf).*data: batch 3; the state before.*bad_step/3"):
-        run(session, tmp_path, first_state(session), RandomSource(ROWS, poison=3), save_every=3)
+        run(session, tmp_path, first_state(session, TEXT), RandomSource(ROWS, poison=3, patches=0), save_every=3)
     saved, data = restored(session, tmp_path / "bad_step")
     before, _ = restored(session, tmp_path / "checkpoints")
     assert saved.step == before.step == data["step"] == 3
@@ -130,7 +132,7 @@ def test_a_signal_saves_and_stops(session, tmp_path, name):
 
     before = signal.getsignal(getattr(signal, name))
     with pytest.raises(Interrupted, match=rf"{name}: stopped after step \d, which is saved") as stopped:
-        run(session, tmp_path, first_state(session), Signalling(ROWS), save_every=100)
+        run(session, tmp_path, first_state(session, TEXT), Signalling(ROWS, patches=0), save_every=100)
     assert stopped.value.exit_code == EXIT_CODES[name]
     assert signal.getsignal(getattr(signal, name)) == before
     state, data = restored(session, tmp_path / "checkpoints")
@@ -143,15 +145,14 @@ def test_a_signal_while_data_is_waited_for_saves_the_last_finished_step(session,
     release = threading.Event()
 
     class Hanging(RandomSource):
-        def stream(self, step, start, stop):
-            for number, batch in enumerate(super().stream(step, start, stop)):
-                if number == 2:
-                    threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
-                    release.wait()
-                yield batch
+        def load(self, step, start, stop):
+            if step == 2:
+                threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGTERM)).start()
+                release.wait()
+            return super().load(step, start, stop)
 
     with pytest.raises(Interrupted, match="SIGTERM: stopped after step 2, which is saved"):
-        run(session, tmp_path, first_state(session), Hanging(ROWS), save_every=100)
+        run(session, tmp_path, first_state(session, TEXT), Hanging(ROWS, patches=0), save_every=100)
     release.set()
     state, data = restored(session, tmp_path / "checkpoints")
     assert state.step == 2
@@ -165,19 +166,21 @@ class Panic(BaseException):
 @pytest.mark.parametrize("kind", [OSError, Panic])
 def test_what_the_source_raises_reaches_the_caller(session, tmp_path, kind):
     class Failing(RandomSource):
-        def stream(self, step, start, stop):
-            yield next(super().stream(step, start, stop))
-            raise kind("broken.jpg cannot be read")
+        def load(self, step, start, stop):
+            if step == 1:
+                raise kind("broken.jpg cannot be read")
+            return super().load(step, start, stop)
 
     with pytest.raises(kind, match=r"broken\.jpg"):
-        run(session, tmp_path, first_state(session), Failing(ROWS))
+        run(session, tmp_path, first_state(session, TEXT), Failing(ROWS, patches=0))
 
 
 def test_a_step_that_compiles_has_the_time_of_the_first(session, tmp_path):
     class Growing(RandomSource):
-        def stream(self, step, start, stop):
-            for number, batch in enumerate(super().stream(step, start, stop)):
-                yield batch._replace(patches=batch.patches[:, : 8 if number in (2, 3) else None])
+        def load(self, step, start, stop):
+            batch, skips = super().load(step, start, stop)
+            most = 8 if step in (2, 3) else None
+            return Rows(batch._replace(patches=Patches(*(x[:, :most] for x in batch.patches))), skips)
 
     class Noting(Watchdog):
         given: ClassVar[list[tuple[str, float]]] = []
@@ -186,9 +189,9 @@ def test_a_step_that_compiles_has_the_time_of_the_first(session, tmp_path):
             self.given.append((what, times))
             return super().during(what, times, advice, save=save)
 
-    batch = next(RandomSource(ROWS).stream(0, 0, ROWS))
+    batch = RandomSource(ROWS, patches=0).load(0, 0, ROWS).batch
     same = replace(session, step=lambda state, _: session.step(state, batch))  # rows of 8 patches are not compiled here
-    run(same, tmp_path, first_state(session), Growing(ROWS), save_every=100, watchdog=Noting(0))
+    run(same, tmp_path, first_state(session, TEXT), Growing(ROWS), save_every=100, watchdog=Noting(0))
     compiled = {what for what, times in Noting.given if what.endswith("which is compiled") and times == Watchdog.LONG}
     assert compiled == {"step 1, which is compiled", "step 3, which is compiled"}
     named = {what for what, _ in Noting.given}

@@ -23,12 +23,11 @@ from rave_jax.training.loop import named_values
 from rave_jax.training.objective import chunked_cross_entropy
 from rave_jax.training.optimizers import OptimizerConfig
 from rave_jax.training.step import StepMetrics
+from tests.models.made import model as made
 from tests.training.small import (
     CONFIG,
     TEXT,
-    abstract_model,
     first_state,
-    first_values,
     random_batch,
     rows_of,
     session_of,
@@ -94,7 +93,13 @@ def test_the_step_descends_the_sum_of_all_losses() -> None:
     np.testing.assert_allclose(metrics.grad_norm, norm, rtol=1e-4)
 
 
-@pytest.mark.parametrize("mesh", [None, MeshConfig(fsdp=2, tensor=2, data=1)], ids=["one device", "mesh"])
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        pytest.param(None, id="one device", marks=pytest.mark.slow),
+        pytest.param(MeshConfig(fsdp=2, tensor=2, data=1), id="mesh"),
+    ],
+)
 def test_accumulation_and_layouts_change_nothing(mesh: MeshConfig | None) -> None:
     """Micro-batches have different numbers of documents with each loss, so a mean of means would differ."""
     optimizer = OptimizerConfig(decay="none", accumulation=4 if mesh is None else 2)
@@ -105,7 +110,9 @@ def test_accumulation_and_layouts_change_nothing(mesh: MeshConfig | None) -> Non
 
 def test_a_mechanism_without_losses_adds_nothing_to_the_metrics() -> None:
     options = ModelOptions(mechanisms=(SlidingWindow(9),))
-    metrics = one_step(session_of(OptimizerConfig(), config=TEXT, options=options), options)[1]
+    session = session_of(OptimizerConfig(), config=TEXT, options=options)
+    with use_mesh(session.mesh):
+        metrics = jax.eval_shape(session.step, session.state, told())[1]
     assert metrics.losses == {}
 
 
@@ -119,8 +126,7 @@ def of_two_layers(scan: bool, remat: Remat) -> Any:
     """Losses, hidden states and the gradient of what goes in, where one of two layers changes its attention."""
     mechanisms = (Avar(), ZeroTuning(3.0, route="after", layers=(1,)))
     config = dataclasses.replace(TEXT, text=CONFIG.text)
-    same = ModelOptions(mechanisms=mechanisms, scan_layers=scan)
-    options = dataclasses.replace(same, remat=remat)
+    options = ModelOptions(mechanisms=mechanisms, scan_layers=scan, remat=remat)
     batch = jax.tree.map(jnp.asarray, told())
 
     @jax.jit
@@ -131,13 +137,17 @@ def of_two_layers(scan: bool, remat: Remat) -> Any:
 
         return jax.value_and_grad(loss, has_aux=True)(model.embedded(batch))
 
-    model = abstract_model(config, options)
-    return run(jax.tree.unflatten(jax.tree.structure(model), first_values(config, same)))
+    return run(made(config, options))
 
 
 @pytest.mark.parametrize(
     ("scan", "remat"),
-    [(True, "full"), pytest.param(True, "dots", marks=pytest.mark.slow), (False, "none"), (False, "full")],
+    [
+        pytest.param(True, "full", marks=pytest.mark.slow),
+        pytest.param(True, "dots", marks=pytest.mark.slow),
+        pytest.param(False, "none", marks=pytest.mark.slow),
+        (False, "full"),
+    ],
 )
 def test_layers_and_what_they_keep_change_no_loss(scan: bool, remat: Remat) -> None:
     ours, theirs = of_two_layers(scan, remat), of_two_layers(True, "none")

@@ -19,7 +19,7 @@ from rave_jax.parallel.sharding import use_mesh
 from rave_jax.training.objective import chunked_cross_entropy
 from rave_jax.training.optimizers import OptimizerConfig, ParameterGroup
 from rave_jax.training.session import group_rows
-from tests.training.small import CONFIG, OPTIONS, first_state, random_batch, rows_of, run_steps, session_of
+from tests.training.small import CONFIG, OPTIONS, TEXT, first_state, random_batch, rows_of, run_steps, session_of
 
 TOWER = ParameterGroup("tower", r"^vision\.", frozen=True)
 GATE = ParameterGroup("gate", "mechanisms", freeze_after=2)
@@ -52,6 +52,7 @@ def in_parts():
     return session_of(OptimizerConfig(learning_rate=1e-2, weight_decay=0.1, groups=(TOWER, GATE)))
 
 
+@pytest.mark.slow
 def test_accumulation_equals_the_whole_batch(clipped):
     """Micro-batches have different numbers of target tokens, so a mean of means would differ."""
     results = []
@@ -128,10 +129,11 @@ def test_groups_have_their_own_rates():
         ParameterGroup("slow", r"^embed", learning_rate=0.1),
         ParameterGroup("fast", r"\.mlp\.", learning_rate=3.0),
     )
-    session = session_of(OptimizerConfig(learning_rate=1e-3, decay="none", clip_norm=None, groups=groups))
-    state = first_state(session)
+    config = OptimizerConfig(learning_rate=1e-3, decay="none", clip_norm=None, groups=groups)
+    session = session_of(config, config=TEXT)
+    state = first_state(session, TEXT)
     before = host(state.trained)
-    after, _ = run_steps(session, state, range(1))
+    after, _ = run_steps(session, state, range(1), patches=0)
     moved = {name: np.abs(np.asarray(after.trained[name]) - before[name]).max() for name in before}
     # The first step of Adam moves every number with a gradient by the learning rate.
     for name, distance in moved.items():
@@ -155,11 +157,12 @@ def test_a_phase_ends_without_a_new_program(in_parts):
     assert session.step._cache_size() == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "mesh",
     [
-        pytest.param(MeshConfig(data=8, fsdp=1), id="data", marks=pytest.mark.slow),
-        pytest.param(MeshConfig(fsdp=8), id="fsdp", marks=pytest.mark.slow),
+        pytest.param(MeshConfig(data=8, fsdp=1), id="data"),
+        pytest.param(MeshConfig(fsdp=8), id="fsdp"),
         pytest.param(MeshConfig(fsdp=2, tensor=4), id="tensor"),
     ],
 )
@@ -175,8 +178,8 @@ def test_layouts_give_the_losses_of_one_device(mesh, one_device):
         assert ours.target_tokens == theirs.target_tokens
 
 
-def test_a_bad_step_changes_nothing_and_stops_those_after_it(plain):
-    session = plain
+def test_a_bad_step_changes_nothing_and_stops_those_after_it(clipped):
+    session = clipped
     state, _ = run_steps(session, first_state(session), range(1))
     before = host(state)
     with use_mesh(session.mesh):
@@ -191,8 +194,8 @@ def test_a_bad_step_changes_nothing_and_stops_those_after_it(plain):
     jax.tree.map(np.testing.assert_array_equal, host(state._replace(bad_step=jnp.int32(-1))), before)
 
 
-def test_a_batch_without_targets_is_no_error(plain):
-    session = plain
+def test_a_batch_without_targets_is_no_error(clipped):
+    session = clipped
     state = first_state(session)
     with use_mesh(session.mesh):
         empty = random_batch(0, 8)
@@ -232,11 +235,11 @@ def test_context_tokens_are_in_the_table():
     assert rows["context"].parameters == 3 * CONFIG.text.hidden_size and rows["context"].state == "trained"
 
 
-def test_the_head_takes_part_in_the_loss(plain):
+def test_the_head_takes_part_in_the_loss():
     """Tied: the embedding's gradient has a part for every word, not only for those in the batch."""
-    session = plain
-    state = first_state(session)
-    batch = jax.tree.map(jnp.asarray, random_batch(0, 8))
+    session = session_of(PLAIN, config=TEXT)
+    state = first_state(session, TEXT)
+    batch = jax.tree.map(jnp.asarray, random_batch(0, 8, patches=0))
 
     def loss(trained):
         model = session.graph.merge(trained)
@@ -247,7 +250,7 @@ def test_the_head_takes_part_in_the_loss(plain):
     rest, embed = dict(state.trained), state.trained["embed.weight"]
     grads = jax.jit(jax.grad(lambda embed: loss(rest | {"embed.weight": embed})))(embed)
     assert (np.abs(grads).max(axis=1) > 0).all()
-    assert CONFIG.text.tie_embeddings
+    assert TEXT.text.tie_embeddings
     assert OPTIONS.mechanisms
 
 

@@ -161,7 +161,11 @@ def profiled(search: ZeroTuningSearch, measure: Measure, layers: int, heads: int
         gammas = np.ones((layers, heads))
         gammas[place] = search.probe
         values = _values(measure, gammas)
-        require(len(values) == samples, "the calibration set", f"{len(values)} samples", f"{samples}, as before")
+        if len(values) != samples:
+            raise ConfigError(
+                f"the calibration set has {len(values)} samples with gamma {search.probe} of head {place[1]} in layer "
+                f"{place[0]}, and had {samples} before: every run has to measure the same samples"
+            )
         effect[place] = _sign(search) * (float(values.mean()) - neutral)
     return Profile(neutral, effect)
 
@@ -210,5 +214,9 @@ def _values(measure: Measure, gammas: Float[NpArray, "L H"]) -> NpArray:
             f"the calibration set gives an array of shape {values.shape}, expected a number for each of its samples, "
             "at least one"
         )
-    require(bool(np.isfinite(values).all()), "the calibration set", "not finite everywhere", "finite numbers")
+    if not np.isfinite(values).all():
+        raise ConfigError(
+            f"the calibration set gives {np.sum(~np.isfinite(values))} of {values.size} numbers that are not finite, "
+            "as the model's outputs are: check its weights and number types"
+        )
     return values

@@ -19,15 +19,17 @@ import jax.numpy as jnp
 from flax import nnx
 
 from rave_jax.attention.base import AttentionDims, Features, Mechanism
+from rave_jax.attention.cost import LayerReading, PicturesBefore
+from rave_jax.attention.declared import Layers, MechanismConfig
 from rave_jax.attention.gaze import descriptors
+from rave_jax.attention.gaze.cost import reading
 from rave_jax.attention.gaze.descriptors import DescriptorName, Summary
-from rave_jax.attention.plan import Layers
 from rave_jax.batch import Kind, TokenInfo
 from rave_jax.config import check_fields, require
 from rave_jax.kernels.attention import MaskCodes
 from rave_jax.kernels.attention.base import NOWHERE
 from rave_jax.kernels.routed import RouteRule, Routes, Routing
-from rave_jax.layout import FixedRegions, Regions
+from rave_jax.layout import FixedRegions, Regions, VisualLayout
 from rave_jax.typing import Array, Float, Int
 
 
@@ -63,7 +65,7 @@ MAX_REGIONS = 1 << 16
 
 
 @dataclass(frozen=True)
-class Gaze:
+class Gaze(MechanismConfig):
     """Each query reads the regions of earlier pictures that it ranks highest, and all text (Gaze Attention)."""
 
     regions: Regions = field(default_factory=FixedRegions)
@@ -101,7 +103,7 @@ class Gaze:
         known = 1 <= self.max_regions <= MAX_REGIONS
         require(known, "max_regions", self.max_regions, f"a number from 1 to {MAX_REGIONS:,}")
         known = not (self.rank_with_bias and self.descriptor == "oracle")
-        require(known, "rank_with_bias", True, "False beside the descriptor oracle, whose masses have the bias already")
+        require(known, "rank_with_bias", True, "False with descriptor 'oracle', whose masses have the bias")
         _ = self.rule  # refuses a wrong top_k or tau
 
     @property
@@ -111,8 +113,26 @@ class Gaze:
         return RouteRule(self.top_k, self.share, self.choice, self.tau, self.rank_with_bias, by)
 
     @property
-    def gathers(self) -> bool:
-        """Does a decoding step read the chosen regions alone? Masses are of all keys, and a soft bias is of all."""
+    def layout(self) -> VisualLayout:
+        """Visual tokens lie region by region."""
+        return VisualLayout(self.regions, self.max_regions)
+
+    @property
+    def against_kernels(self) -> str | None:
+        """The kernels serve one choice for each group of heads, a hard one, by descriptors."""
+        wrong = [("share", self.share != "group"), ("choice", self.choice != "hard")]
+        wrong += [("descriptor", self.descriptor == "oracle")]
+        found = [f"{name} {getattr(self, name)!r}" for name, is_wrong in wrong if is_wrong]
+        served = "the kernels serve share 'group' and choice 'hard' with any descriptor but 'oracle'"
+        return f"it has {' and '.join(found)}, and {served}" if found else None
+
+    def reading(self, pictures: PicturesBefore, dims: AttentionDims, number_bytes: int) -> LayerReading:
+        """Each query reads the regions that it chooses, and meets a descriptor of each."""
+        return reading(self, pictures, dims, number_bytes)
+
+    @property
+    def skips_keys(self) -> bool:
+        """A decoding step reads the chosen regions alone, but for masses and soft biases, which are of all keys."""
         return self.descriptor != "oracle" and self.choice != "soft_bias"
 
     def build(self, dims: AttentionDims, key: jax.Array) -> GazeRouter:
@@ -132,7 +152,6 @@ class GazeRouter(Mechanism):
     def __init__(self, config: Gaze, dims: AttentionDims):
         self.config = config
         self.WANTS = ("pair",) if config.rank_with_bias else ()
-        self.GATHERS = config.gathers
         if config.descriptor == "learned":
             pooling = jnp.zeros((dims.num_kv_heads, dims.head_dim))
             self.pooling = nnx.Param(pooling, axes=("kv_heads", "head_dim"))

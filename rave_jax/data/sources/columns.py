@@ -91,7 +91,8 @@ def _one_of_pictures(schema: pa.Schema, columns: Sequence[str], names: dict[str,
     found = [name for name in found if may_be_picture(name) and not is_metadata(name)]
     if len(found) > 1:
         raise ConfigError(
-            f"{where}: the columns {', '.join(found)} hold bytes: name one as image_column and the others in `ignored`"
+            f"{where}: the columns {', '.join(found)} hold bytes: name one as image_column and add the "
+            "others to `ignored`"
         )
     return found[0] if found else ""
 
@@ -145,10 +146,11 @@ def _others(
             refused[name] = f"{COLUMN}{name}" if name in read else name
         elif holds_bytes(kind):
             raise ConfigError(
-                f"{where}: the column {name!r} holds bytes and is not read: name it as image_column, or in `ignored`"
+                f"{where}: the column {name!r} holds bytes and is not read: name it as image_column, or add it "
+                "to `ignored`"
             )
         else:
             quiet.append(name)
     if quiet:
-        log.warning("%s: columns that are not read: %s (name them in `ignored` to say so)", where, ", ".join(quiet))
+        log.warning("%s: columns that are not read: %s (add them to `ignored`)", where, ", ".join(quiet))
     return refused

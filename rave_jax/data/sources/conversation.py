@@ -36,7 +36,7 @@ def conversation(
         ignored: keys of parts that may pass unread.
 
     Raises:
-        SampleError: a part that is not read, or as many placeholders as pictures are not there.
+        SampleError: a part is not read, or the numbers of placeholders and pictures differ.
     """
     places = _Places(visuals, folder, ignored)
     messages = [places.message(turn) for turn in turns]
@@ -51,7 +51,10 @@ def conversation(
         visuals
     ):  # the same pictures may be listed beside the parts that name them
         own = f", and {len(places.own)} parts name pictures of their own" if places.own else ""
-        raise SampleError(f"{len(visuals)} pictures for {places.found} placeholders{own}")
+        raise SampleError(
+            f"the record has {len(visuals)} pictures, but its texts have {places.found} placeholders{own}: write one "
+            "<image> or <video> for each picture"
+        )
     return tuple(messages)
 
 
@@ -88,7 +91,7 @@ class _Places:
                 raise SampleError(f"the text of a {role} turn's part is {shown(text)}, expected a text")
             return [{"type": "text", "text": text}] if role == "assistant" else self._split(text)
         if role == "assistant":
-            raise SampleError(f"an answer has a part of type {kind!r}: an answer is text")
+            raise SampleError(f"an answer has a part of type {kind!r}; an answer can only be text")
         own = own_visual(kind, part, self._folder, self._ignored)
         if own is None:
             return [self._next(kind)]
@@ -98,7 +101,8 @@ class _Places:
     def _split(self, text: str) -> list[Message]:
         if other := OTHER_PLACEHOLDER.search(text):
             raise SampleError(
-                f"a text names a picture as {shown(other[0])}: write <image> there and give its path under 'images'"
+                f"a text names a picture as {shown(other[0])}: write <image> in its place and give the path "
+                "under 'images'"
             )
         pieces = PLACEHOLDER.split(text)
         if len(pieces) == 1:
@@ -116,8 +120,8 @@ class _Places:
         for number, part in enumerate(self.waiting):
             if part["type"] == kind:
                 return self.waiting.pop(number)
-        other = "".join(f"; a {part['type']} goes where <{part['type']}> stands" for part in self.waiting[:1])
-        raise SampleError(f"a placeholder <{kind}> without its {kind}{other}")
+        other = "".join(f"; write <{part['type']}> for its {part['type']}" for part in self.waiting[:1])
+        raise SampleError(f"there are more placeholders <{kind}> than {kind}s in the record{other}")
 
 
 def _kind(part: Mapping[str, Any], role: str) -> str:

@@ -120,7 +120,7 @@ def take(given: Mapping[str, Any], read: Collection[str], ignored: Collection[st
             unread.append(key)
     if unread:
         named = "; ".join(f"{_called(key, what)} is not read{_hint(key, read)}" for key in unread[:MOST_NAMED])
-        raise UnreadKey(f"{named}; where nothing is to be learned from it, name it in the source's field `ignored`")
+        raise UnreadKey(f"{named}; if nothing is to be learned from it, add it to the source's field `ignored`")
     return taken
 
 

@@ -23,13 +23,13 @@ class LlavaJson:
     """Conversations of a JSON file."""
 
     path: str = ""
-    """The file: a JSON list, or JSON Lines where it ends in .jsonl."""
+    """The file: a JSON list, or JSON Lines if its name ends in .jsonl."""
     image_dir: str = ""
-    """Folder that image names are relative to; empty for the file's own folder."""
+    """Folder that picture paths are relative to; empty for the file's own folder."""
     name: str = ""
     """Name in tables; empty for the file's name."""
     ignored: tuple[str, ...] = ()
-    """Keys of records, turns and parts that may pass unread."""
+    """Keys of records, turns and parts that are left out: nothing is learned from them."""
 
     def build(self) -> LlavaSource:
         """The source.

@@ -54,15 +54,15 @@ class HfParquet:
     answer_column: str = ""
     """Column of the answer or answers; empty to look for `answers`, `answer`, `label`."""
     suffix: str = ""
-    """Text put behind every question of a question column."""
+    """Text added after every question of a question column."""
     metric: str = "exact_match"
     """How predictions are scored: exact_match, relaxed_accuracy or anls."""
     cached_groups: int = 8
-    """Row groups kept in memory."""
+    """Parquet row groups kept in memory."""
     name: str = ""
     """Name in tables; empty for the first file's name."""
     ignored: tuple[str, ...] = ()
-    """Columns, and keys of turns and parts, that may pass unread."""
+    """Columns, and keys of turns and parts, that are left out: nothing is learned from them."""
 
     def __post_init__(self) -> None:
         require(self.cached_groups >= 1, "cached_groups", self.cached_groups, "at least 1")
@@ -218,7 +218,7 @@ def _metadata(path: Path) -> pq.FileMetaData:
         with path.open("rb") as file:
             start = file.read(64)
         if not start.startswith(b"PAR1"):
-            text = "no parquet file; LlavaJson and QaJsonl read JSON"
+            text = "not a parquet file; LlavaJson and QaJsonl read JSON"
             raise ConfigError(f"{path}: expected parquet, and this is {other_kind(start) or text}")
         return pq.read_metadata(path)
     except (OSError, pa.ArrowException) as error:

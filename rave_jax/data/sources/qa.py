@@ -25,17 +25,17 @@ class QaJsonl:
     """Questions about pictures, with the answers that count and how they are scored."""
 
     path: str = ""
-    """The file, JSON Lines (or a JSON list where it ends in .json)."""
+    """The file: JSON Lines, or a JSON list if its name ends in .json."""
     image_dir: str = ""
-    """Folder that image names are relative to; empty for the file's own folder."""
+    """Folder that picture paths are relative to; empty for the file's own folder."""
     suffix: str = ""
-    """Text put behind every question, such as a request for a short answer."""
+    """Text added after every question, such as a request for a short answer."""
     metric: str = "exact_match"
-    """How records without a metric of their own are scored: exact_match, relaxed_accuracy or anls."""
+    """How predictions are scored where a record names no metric: exact_match, relaxed_accuracy or anls."""
     name: str = ""
     """Name in tables; empty for the name of the file's folder."""
     ignored: tuple[str, ...] = ()
-    """Keys of records that may pass unread."""
+    """Keys of records that are left out: nothing is learned from them."""
 
     def __post_init__(self) -> None:
         require(self.metric in METRICS, "metric", self.metric, f"one of {', '.join(METRICS)}")
@@ -127,7 +127,7 @@ def question(
 def _answers(record: Mapping[str, Any]) -> tuple[str, ...]:
     many, one = (answer_texts(record.get(key), key) for key in ANSWERS)
     if many and not set(one) <= set(many):
-        raise SampleError("'answer' is none of 'answers': keep one of them")
+        raise SampleError("'answer' is not one of 'answers': keep only one of the two keys")
     return many or one
 
 

@@ -75,13 +75,13 @@ def turns_of(record: Mapping[str, Any], ignored: Collection[str] = ()) -> list[T
     present = [key for key in (*TURNS, *PAIRS) if key in record]
     found = [key for key in present if not is_empty(record[key])] or present[:1]
     if len(found) > 1:
-        raise SampleError(f"{' and '.join(map(repr, found))} both hold turns: name one of them in `ignored`")
+        raise SampleError(f"{' and '.join(map(repr, found))} both hold turns: add one of them to `ignored`")
     if found[0] in PAIRS:
         turns = _instruction(record, found[0])
     else:
         unread = [key for key in (*PAIRS.values(), "input", "history") if not is_empty(record.get(key))]
         if unread:
-            raise SampleError(f"{found[0]!r} holds the turns, so {unread[0]!r} is not read: name it in `ignored`")
+            raise SampleError(f"{found[0]!r} holds the turns, so {unread[0]!r} is not read: add it to `ignored`")
         given = _rows(record[found[0]])
         if not isinstance(given, (list, tuple)) or not given:
             raise SampleError(f"no turns found: {found[0]!r} is {shown(given)}, expected a list of turns")
@@ -102,7 +102,7 @@ def _turns(turn: Any, ignored: Collection[str]) -> list[Turn]:
     if isinstance(turn, Mapping) and turn.get("user") is not None and turn.get("role") is None:
         pair = take(turn, ("user", "assistant"), ignored, "a turn")
         if len(pair) < 2:
-            raise SampleError(f"a turn has {', '.join(map(repr, pair))} alone, expected 'user' and 'assistant'")
+            raise SampleError(f"a turn has only {', '.join(map(repr, pair))}, expected both 'user' and 'assistant'")
         return [Turn("user", pair["user"]), Turn("assistant", pair["assistant"])]
     return [_turn(turn, ignored)]
 
@@ -113,11 +113,11 @@ def _turn(turn: Any, ignored: Collection[str]) -> Turn:
     who_key, content_key = ("from", "value") if turn.get("from") is not None else ("role", "content")
     who = turn.get(who_key)
     if not isinstance(who, str) or who not in SPEAKERS:
-        raise SampleError(f"a turn by {shown(who)}: expected one of {', '.join(SPEAKERS)}{_of_role(who)}")
+        raise SampleError(f"the role of a turn is {shown(who)}, expected one of {', '.join(SPEAKERS)}{_of_role(who)}")
     role = SPEAKERS[who]
     given = take(turn, (who_key, content_key, "weight", "loss", "train"), ignored, f"a turn by {who!r}")
     if content_key not in given:
-        raise SampleError(f"a turn by {who!r} without a text: expected it under {content_key!r}")
+        raise SampleError(f"a turn by {who!r} has no text: write it under {content_key!r}")
     return Turn(role, given[content_key], _weight(given, role))
 
 
@@ -155,9 +155,9 @@ def _instruction(record: Mapping[str, Any], key: str) -> list[Turn]:
     if key == "query" and not is_empty(record.get("input")):
         unread.append("input")
     if unread:
-        raise SampleError(f"{key!r} is answered by {answer!r}, so {unread[0]!r} is not read: name it in `ignored`")
+        raise SampleError(f"{key!r} is answered by {answer!r}, so {unread[0]!r} is not read: add it to `ignored`")
     if answer not in record:
-        raise SampleError(f"{key!r} without its {answer!r}")
+        raise SampleError(f"the record has {key!r} but no {answer!r}: add the answer")
     texts = [record[key], record.get("input", "") if key == "instruction" else "", record[answer]]
     for name, text in zip((key, "input", answer), texts, strict=True):
         if not isinstance(text, str):

@@ -51,10 +51,10 @@ def local_path(value: Any, folder: Path, what: str) -> str:
     if not text.strip():
         raise SampleError(f"{what} is {value!r}: expected a path; leave the key out of a record without a picture")
     if is_address(text):
-        raise SampleError(f"{what} is {shown(value)}: nothing is downloaded in training; save it and give its path")
+        raise SampleError(f"{what} is {shown(value)}; files are not downloaded: save it and give its path")
     if len(text) > LONGEST_PATH:
         raise SampleError(
-            f"{what} is a text of {len(text)} characters, which is no path; base64 is given as "
+            f"{what} is a text of {len(text)} characters, which is too long for a path; write base64 as "
             "data:image/png;base64,..."
         )
     return str(folder / text)
@@ -68,19 +68,19 @@ def video(value: Any, fps: Any, folder: Path) -> Message:
     """
     if isinstance(value, str):
         if is_data(value):
-            raise SampleError(f"a video is {shown(value)}: a data URI may be a frame, not a whole video")
+            raise SampleError(f"a video is {shown(value)}: a data URI is one picture; a video is a list of frames")
         path = Path(local_path(value, folder, "a video"))
         name = str(path)
         try:
             if not path.is_dir():
-                raise SampleError(f"{path}: a video is a list of frames or a folder of them")
+                raise SampleError(f"{path}: not a folder; a video is a folder of frames or a list of frames")
             frames: list[Any] = sorted(str(file) for file in path.iterdir() if file.suffix.lower() in FRAMES)
         except (OSError, ValueError) as error:
             if isinstance(error, SampleError):
                 raise
             raise SampleError(f"{shown(str(path))}: the frames of a video cannot be listed: {error}") from error
         if not frames:
-            raise SampleError(f"{path}: the folder of a video holds no picture ({', '.join(FRAMES)})")
+            raise SampleError(f"{path}: this folder of a video holds no picture ({', '.join(FRAMES)})")
     elif isinstance(value, list) and value:
         frames = [picture(frame, folder)["image"] for frame in value]
         paths = [frame for frame in frames if isinstance(frame, str)]
@@ -152,7 +152,7 @@ def _videos(record: Mapping[str, Any], folder: Path) -> list[Message]:
         raise SampleError(f"videos is {shown(many)}, expected a list of videos")
     videos = [one] if one not in (None, []) else many or []
     if fps is not None and not videos:
-        raise SampleError("'fps' is given and no video")
+        raise SampleError("'fps' is given but no video: add the video or leave 'fps' out")
     rates = fps if isinstance(fps, list) else [fps] * len(videos)
     if len(rates) != len(videos):
         raise SampleError(f"fps has {len(rates)} numbers for {len(videos)} videos")

@@ -60,7 +60,7 @@ class BarChart:
     marks: Literal["gridlines", "values", "both"] = "both"
     """How a value can be read: grid lines with numbers at the axis, the number above the bar, or both."""
     ask: tuple[Literal["colour", "label"], ...] = ("colour",)
-    """What bars are asked by. With "label" there is a word under every bar."""
+    """How a question names a bar. With "label" every bar has a word under it."""
 
     def __post_init__(self) -> None:
         require(self.weight > 0, "weight", self.weight, "a number above 0")

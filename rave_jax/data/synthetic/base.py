@@ -1,7 +1,7 @@
 """What every synthetic task has in common: scenes, questions, content splits, and making a Sample.
 
 A task draws a scene (plain numbers, no pixels) from the content of one split, asks about it, and paints
-it. Because the scene is kept apart from the picture, its evidence can be dealt anew while everything else
+it. Because the scene is kept apart from the picture, its evidence can be changed while everything else
 in the picture stays: `redeal` makes that picture for the test of whether a model looks.
 """
 
@@ -114,7 +114,7 @@ def make_sample(
 
     Args:
         questions: question turns about the picture; the last one is the scored one.
-        redealt: paint the scene with the evidence of the last question dealt anew. Question and answer
+        redealt: paint the scene with the evidence of the last question changed. Question and answer
             stay those of the first scene, so a model that looks is now wrong; the evidence box is the
             new scene's.
 

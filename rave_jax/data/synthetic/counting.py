@@ -66,11 +66,11 @@ class Counting:
     weight: float = 1.0
     """Share of this task in the mixture, relative to the other tasks."""
     grid: int = 3
-    """Shapes stand on this many rows and columns, at most one in a cell."""
+    """Rows and columns of the grid of cells; each cell holds at most one shape."""
     max_count: int = 5
     """Greatest count that is asked for."""
     ask: tuple[Literal["colour", "kind", "both"], ...] = ("colour", "kind")
-    """What counted shapes have in common: their colour, their kind, or both."""
+    """What a question counts: shapes of one colour, of one kind, or of one colour and kind."""
 
     def __post_init__(self) -> None:
         require(self.weight > 0, "weight", self.weight, "a number above 0")

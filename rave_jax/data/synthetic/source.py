@@ -26,13 +26,13 @@ class Synthetic:
     tasks: tuple[SyntheticTask, ...] = (DigitMosaic(), BarChart(), Counting())
     """The mixture; each task carries its weight and its options."""
     split: Split = "train"
-    """Whose content the pictures are made of. Held-out pictures stay held out whatever the seeds are."""
+    """The content that pictures are made of. The two splits share no content, whatever the seeds."""
     seed: int = 0
-    """Every sample follows from the seed, the split and the sample's number."""
+    """Seed of the pictures. The seed, the split and a sample's number decide the sample."""
     image_size: int = 84
     """Side of the square pictures in pixels. Receipts need 224."""
     questions_per_image: int | None = None
-    """Question turns on one picture, the last is scored. None: 2 in train where the tasks have room, 1 in heldout."""
+    """Questions asked about one picture; the last is scored. None: 2 in train if tasks allow it, 1 in heldout."""
     length: int = 1_000_000
     """Number of samples. It costs nothing: a sample is made when it is asked for."""
 
@@ -41,7 +41,7 @@ class Synthetic:
         # An epoch's order is shuffled as a whole; a picture is drawn as a whole.
         check_ranges(self, seed=(0, 2**63 - 1), length=(1, 10**8), image_size=(1, 8192))
         most = self._room
-        expected = f"1 to {most}, which every picture of the mixture has room for"
+        expected = f"1 to {most}, the most that every picture of the mixture allows"
         require(1 <= self.questions <= most, "questions_per_image", self.questions, expected)
         for task in self.tasks:
             least = task.min_image_size
@@ -87,7 +87,7 @@ class SyntheticSource:
         return self._make(index, redealt=False)
 
     def redeal(self, index: int) -> Sample:
-        """Sample `index` with the evidence of its scored question dealt anew and the old answer kept.
+        """Sample `index` with the evidence of its scored question changed and the original answer kept.
 
         Question, `answers` and everything else in the picture stay; `evidence` is the new picture's box.
         A model that looks at the picture is wrong by `answers`; one that guesses does as well as before.

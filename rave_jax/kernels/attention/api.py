@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import logging
 import math
 from numbers import Real
 from typing import Any
@@ -11,7 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from rave_jax.kernels.attention import reference, shards, support, xla
+from rave_jax.kernels import support
+from rave_jax.kernels.attention import reference, shards, xla
 from rave_jax.kernels.attention.base import (
     NOWHERE,
     Implementation,
@@ -22,12 +21,26 @@ from rave_jax.kernels.attention.base import (
     Terms,
     of_key_group,
 )
+from rave_jax.kernels.dispatch import Backend, Operation
 from rave_jax.typing import Array, Float
 
-log = logging.getLogger(__name__)
 TYPES = ("float32", "bfloat16", "float16", "float64")
 """Of queries, keys and values. `pallas_tpu` takes the first two."""
-BACKENDS = {"reference": reference.attention, "xla": xla.attention, "pallas_tpu": shards.pallas_tpu}
+
+
+def _small(q: Array, k: Array, v: Array) -> str | None:
+    few = q.shape[1] * k.shape[1] <= support.SMALL
+    return f"maps of at most {support.SMALL} pairs are one tile each" if few else None
+
+
+OPERATION = Operation(
+    "attention",
+    {
+        "reference": Backend(reference.attention, "the whole map at once"),
+        "xla": Backend(xla.attention, "blockwise"),
+        "pallas_tpu": Backend(shards.pallas_tpu, "tuned blocks", ("tpu",), support.against_pallas_tpu, _small),
+    },
+)
 
 
 def attention(
@@ -68,7 +81,8 @@ def attention(
     """
     _check(q, k, v, codes, bias, form, scale, key_bias, key_groups)
     codes = codes._replace(lo=jnp.maximum(codes.lo, NOWHERE + 1))
-    run = BACKENDS[choose(implementation, q, k, v)]
+    label = f"attention, {q.shape[1]} x {k.shape[1]} tokens, heads of {q.shape[-1]}"
+    run = OPERATION.backends[OPERATION.choose(implementation, q, k, v, label=label)].run
     terms = Terms(bias, key_bias)
     if key_groups is None:
         return run(q, k, v, codes, terms, form, scale)
@@ -76,42 +90,6 @@ def attention(
     parts = [run(q, k, v, of_key_group(codes, key_groups, n), terms, form, scale) for n in range(key_groups.count)]
     out, lse = (jnp.stack(part, axis=2) for part in zip(*parts, strict=True))
     return out, lse
-
-
-def choose(implementation: Implementation, q: Array, k: Array, v: Array) -> str:
-    """The backend that will serve.
-
-    Raises:
-        ValueError: there is no such backend, or it cannot serve these operands here.
-    """
-    if implementation == "auto":
-        name, why = _automatic(q, k, v)
-    elif implementation not in BACKENDS:
-        raise ValueError(f"attention implementation {implementation!r}, expected auto, {', '.join(BACKENDS)}")
-    else:
-        against = support.against_pallas_tpu(q, k, v) if implementation == "pallas_tpu" else None
-        if against is not None:
-            raise ValueError(f"attention implementation 'pallas_tpu' cannot serve: {against}; expected auto, or xla")
-        name, why = implementation, "as the config asks"
-    _say_once(f"attention, {q.shape[1]} x {k.shape[1]} tokens, heads of {q.shape[-1]}: {name} ({why})")
-    return name
-
-
-def _automatic(q: Array, k: Array, v: Array) -> tuple[str, str]:
-    """The backend, and why that one."""
-    if support.target().platform != "tpu":
-        return "xla", "blockwise, any device; the fused kernels are for TPUs"
-    against = support.against_pallas_tpu(q, k, v)
-    if against is not None:
-        return "xla", f"pallas_tpu cannot serve: {against}"
-    if q.shape[1] * k.shape[1] <= support.SMALL:
-        return "xla", f"maps of at most {support.SMALL} pairs are one tile each"
-    return "pallas_tpu", f"with the blocks of {support.target().device_kind}"
-
-
-@functools.cache
-def _say_once(line: str) -> None:
-    log.info(line)
 
 
 def _check(

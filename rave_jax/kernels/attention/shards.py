@@ -13,8 +13,8 @@ from typing import Any
 import jax
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
+from rave_jax.kernels import support
 from rave_jax.kernels.attention import pallas_tpu as kernels
-from rave_jax.kernels.attention import support
 from rave_jax.kernels.attention.base import MaskCodes, PairBias, PairForm, Terms
 from rave_jax.kernels.attention.tuning import block_sizes
 from rave_jax.parallel.sharding import RULES, current_mesh

@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
-import functools
-import logging
-
 import jax.numpy as jnp
 
-from rave_jax.kernels.attention import Implementation, KeyGroups, MaskCodes, PairBias, PairForm, support
+from rave_jax.kernels import support
+from rave_jax.kernels.attention import Implementation, KeyGroups, MaskCodes, PairBias, PairForm
 from rave_jax.kernels.attention.base import NOWHERE, Terms, of_key_group
+from rave_jax.kernels.dispatch import Backend, Operation
 from rave_jax.kernels.routed import pallas_tpu, xla
 from rave_jax.kernels.routed.base import Routes, Routing
 from rave_jax.typing import Array, Float
 
-log = logging.getLogger(__name__)
-BACKENDS = {"reference": xla.whole, "xla": xla.attention}
-"""Those that serve whatever is asked."""
-NAMES = (*BACKENDS, "pallas_tpu")
+
+def _against_pallas_tpu(
+    q: Array, k: Array, v: Array, terms: Terms, key_groups: KeyGroups | None, routing: Routing
+) -> str | None:
+    regions, sizes = routing.routes.first.shape[1], pallas_tpu.item_sizes(support.target().device_kind)
+    return pallas_tpu.against(q, k, v, terms, key_groups, routing.rule, regions, routing.slots, sizes)
+
+
+OPERATION = Operation(
+    "routed attention",
+    {
+        "reference": Backend(xla.whole, "all queries at once"),
+        "xla": Backend(xla.attention, "computes every score and masks regions that were not chosen"),
+        "pallas_tpu": Backend(
+            pallas_tpu.attention, "queries are gathered for each tile of regions", ("tpu",), _against_pallas_tpu
+        ),
+    },
+)
 
 
 def attention(
@@ -56,62 +69,17 @@ def attention(
         raise ValueError(f"routed attention has {given} to rank by beside a rule of with_bias = {rule.with_bias}")
     codes = codes._replace(lo=jnp.maximum(codes.lo, NOWHERE + 1))
     terms, form = Terms(bias, key_bias), form or PairForm()
-    name = _choose(implementation, q, k, v, terms, key_groups, routing)
+    name = OPERATION.choose(implementation, q, k, v, terms, key_groups, routing)
     if name == "pallas_tpu":
         assert slots is not None
         return pallas_tpu.attention(q, k, v, codes, scale, routes, rule, slots)
-    run = BACKENDS[name]
+    run = OPERATION.backends[name].run
     if key_groups is None:
         return run(q, k, v, codes, terms, form, scale, routes, rule)
     numbers = range(key_groups.count)
     parts = [run(q, k, v, of_key_group(codes, key_groups, n), terms, form, scale, routes, rule) for n in numbers]
     out, lse = (jnp.stack(part, axis=2) for part in zip(*parts, strict=True))
     return out, lse
-
-
-def _choose(
-    implementation: Implementation,
-    q: Array,
-    k: Array,
-    v: Array,
-    terms: Terms,
-    key_groups: KeyGroups | None,
-    routing: Routing,
-) -> str:
-    if implementation not in ("auto", *NAMES):
-        raise ValueError(f"attention implementation {implementation!r}, expected auto, {', '.join(NAMES)}")
-    if implementation in BACKENDS:
-        _say_once(f"routed attention: {implementation} (as the config asks)")
-        return implementation
-    if implementation == "auto" and support.target().platform != "tpu":
-        _say_once("routed attention: xla (every score, shut keys masked); the kernels are for TPUs")
-        return "xla"
-    regions = routing.routes.first.shape[1]
-    found = pallas_tpu.against(
-        q,
-        k,
-        v,
-        terms,
-        key_groups,
-        routing.rule,
-        regions,
-        routing.slots,
-        pallas_tpu.item_sizes(support.target().device_kind),
-    )
-    if found is None:
-        _say_once("routed attention: pallas_tpu (queries gathered for each tile of regions)")
-        return "pallas_tpu"
-    if implementation == "pallas_tpu":
-        raise ValueError(
-            f"attention implementation 'pallas_tpu' cannot serve routed attention: {found}; expected auto, or xla"
-        )
-    _say_once(f"routed attention: xla (every score, shut keys masked); pallas_tpu cannot serve: {found}")
-    return "xla"
-
-
-@functools.cache
-def _say_once(line: str) -> None:
-    log.info(line)
 
 
 def _check(q: Array, k: Array, codes: MaskCodes, routes: Routes) -> None:

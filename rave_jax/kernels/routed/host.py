@@ -102,7 +102,7 @@ class HostRegions:
         return replace(self, tiles=run.reshape(self.tiles.shape))
 
     def _run(self) -> Array:
-        """All regions behind each other. Copies that are cut out of more than one axis are not to be had."""
+        """All regions, one after another: the compiler makes no copy that is a slice of more than one axis."""
         return self.tiles.reshape(-1, *self.tiles.shape[4:])
 
     def _numbers(self, tiles: Array) -> Array:

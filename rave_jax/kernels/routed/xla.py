@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from rave_jax.kernels.attention import support
+from rave_jax.kernels import support
 from rave_jax.kernels.attention.base import (
     MaskCodes,
     PairForm,

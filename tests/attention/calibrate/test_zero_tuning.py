@@ -23,7 +23,8 @@ from rave_jax.attention.calibrate.zero_tuning import (
     tune,
 )
 from rave_jax.config import ConfigError
-from rave_jax.models.config import ModelOptions, TextConfig, VlmConfig
+from rave_jax.families.config import TextConfig, VlmConfig
+from rave_jax.models.config import ModelOptions
 from rave_jax.models.vlm import Vlm
 from tests.models.layout import batch, document
 from tests.models.made import model as made
@@ -31,7 +32,8 @@ from tests.models.made import model as made
 L, H = 3, 4
 N = 32
 """Samples of the constructed sets."""
-CONFIG = VlmConfig(text=TextConfig(vocab_size=64, hidden_size=32, num_layers=L, num_heads=H, mlp_size=32), vision=None)
+TEXT = TextConfig(vocab_size=64, hidden_size=32, num_layers=L, num_heads=H, mlp_size=32)
+CONFIG = VlmConfig(text=TEXT, family="qwen3")
 GAMMAS = np.array([[1.0, 3.0, 1.0, 0.25], [1.0, 1.0, 1.0, 1.0], [2.0, 2.0, 2.0, 2.0]])
 
 
@@ -210,7 +212,7 @@ def test_bad_searches_name_the_field(bad: dict[str, Any], field: str) -> None:
         (lambda n: np.zeros(0), L, H, "calibration set gives an array of shape"),
         (lambda n: np.zeros((3, 2)), L, H, r"shape \(3, 2\)"),
         (lambda n: np.full(3, np.nan), L, H, "not finite"),
-        (lambda n: np.zeros(n), L, H, "2 samples', expected 1, as before"),
+        (lambda n: np.zeros(n), L, H, "has 2 samples with gamma 1.5 of head 0 in layer 0, and had 1 before"),
         (lambda n: np.zeros(3), L, 0, "heads is 0"),
         (lambda n: np.zeros(3), 0, H, "layers is 0"),
     ],

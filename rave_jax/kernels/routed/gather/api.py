@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import functools
-import logging
 from typing import Literal
 
 import jax.numpy as jnp
 
-from rave_jax.kernels.attention import Implementation, PairForm, support
+from rave_jax.kernels.attention import Implementation, PairForm
+from rave_jax.kernels.dispatch import Backend, Operation
 from rave_jax.kernels.routed.gather import pallas_gpu, pallas_tpu, reference, xla
 from rave_jax.kernels.routed.gather.base import Operands, RegionBias, Stack, union
 from rave_jax.typing import Array, Bool, Float
 
-log = logging.getLogger(__name__)
-BACKENDS = {
-    "reference": reference.attention,
-    "xla": xla.attention,
-    "pallas_tpu": pallas_tpu.attention,
-    "pallas_gpu": pallas_gpu.attention,
-}
-AGAINST = {"pallas_tpu": pallas_tpu.against, "pallas_gpu": pallas_gpu.against}
+OPERATION = Operation(
+    "attention to chosen regions",
+    {
+        "reference": Backend(reference.attention, "every slot of every region"),
+        "xla": Backend(xla.attention, "a loop over the chosen regions"),
+        "pallas_tpu": Backend(pallas_tpu.attention, "chosen regions alone", ("tpu",), pallas_tpu.against),
+        "pallas_gpu": Backend(pallas_gpu.attention, "chosen regions alone", ("gpu",), pallas_gpu.against),
+    },
+)
 
 
 def gather_attention(
@@ -65,49 +65,12 @@ def gather_attention(
     _check(q, k, v, real, chosen, most, bias)
     (B, H, h), K = q.shape, k.shape[1]
     operands = Operands(q.reshape(B, K, H // K, h), k, v, real, chosen, bias)
-    out, lse = BACKENDS[choose(implementation, operands, most)](operands, most, form, scale)
+    out, lse = OPERATION.backends[OPERATION.choose(implementation, operands, most)].run(operands, most, form, scale)
     # Heads of a kv head share a list, which has no room for more than all of them were to choose.
     listed = jnp.sum(union(chosen), axis=-1) <= chosen.shape[2] * most
     kept = (jnp.sum(chosen, axis=-1) <= most) & listed[..., None]
     out, lse = jnp.where(kept[..., None], out, jnp.nan), jnp.where(kept, lse, jnp.nan)
     return out.reshape(B, H, -1).astype(q.dtype), lse.reshape(B, H)
-
-
-def choose(implementation: str, operands: Operands, most: int) -> str:
-    """The backend that will serve.
-
-    Raises:
-        ValueError: there is no such backend, or it cannot serve these operands here.
-    """
-    if implementation == "auto":
-        return _automatic(operands, most)
-    if implementation not in BACKENDS:
-        raise ValueError(
-            f"attention implementation {implementation!r} cannot serve chosen regions; expected auto, "
-            f"{', '.join(BACKENDS)}"
-        )
-    against = AGAINST[implementation](operands, most) if implementation in AGAINST else None
-    if against is not None:
-        raise ValueError(f"attention implementation {implementation!r} cannot serve: {against}; expected auto, or xla")
-    return implementation
-
-
-def _automatic(operands: Operands, most: int) -> str:
-    kernel = {"tpu": "pallas_tpu", "gpu": "pallas_gpu", "cuda": "pallas_gpu"}.get(support.target().platform)
-    if kernel is None:
-        _say_once("attention to chosen regions: xla; the fused kernels are for TPUs and GPUs")
-        return "xla"
-    against = AGAINST[kernel](operands, most)
-    if against is not None:
-        _say_once(f"attention to chosen regions: xla; {kernel} cannot serve: {against}")
-        return "xla"
-    _say_once(f"attention to chosen regions: {kernel}")
-    return kernel
-
-
-@functools.cache
-def _say_once(line: str) -> None:
-    log.info(line)
 
 
 def _check(q: Array, k: Stack, v: Stack, real: Array, chosen: Array, most: int, bias: RegionBias | None) -> None:

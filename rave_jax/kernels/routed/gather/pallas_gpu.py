@@ -23,7 +23,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from rave_jax.kernels.attention import PairForm, support
+from rave_jax.kernels import support
+from rave_jax.kernels.attention import PairForm
 from rave_jax.kernels.routed.gather.base import Operands, finished, listed, union
 from rave_jax.kernels.routed.gather.shards import split
 from rave_jax.kernels.routed.host import HostRegions

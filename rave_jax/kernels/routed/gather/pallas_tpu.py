@@ -21,7 +21,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from rave_jax.kernels.attention import PairForm, support
+from rave_jax.kernels import support
+from rave_jax.kernels.attention import PairForm
 from rave_jax.kernels.attention.pallas_tpu.tile import LANES, MASKED, UNSEEN, product
 from rave_jax.kernels.routed.gather.base import Operands, bias_of, listed, union
 from rave_jax.kernels.routed.gather.shards import split

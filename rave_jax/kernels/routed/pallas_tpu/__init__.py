@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from rave_jax.kernels.attention import KeyGroups, MaskCodes, support
+from rave_jax.kernels import support
+from rave_jax.kernels.attention import KeyGroups, MaskCodes
 from rave_jax.kernels.attention import pallas_tpu as dense
 from rave_jax.kernels.attention.base import NOWHERE, PairForm, Terms, group_heads, of_key_group, ungroup_heads
 from rave_jax.kernels.attention.pallas_tpu.blocks import BlockSizes

@@ -6,7 +6,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from rave_jax.kernels.attention import KeyGroups, support
+from rave_jax.kernels import support
+from rave_jax.kernels.attention import KeyGroups
 from rave_jax.kernels.attention.base import Terms
 from rave_jax.kernels.attention.pallas_tpu.operands import up
 from rave_jax.kernels.attention.pallas_tpu.tile import LANES
@@ -97,21 +98,20 @@ def against(
     G = q.shape[2] // k.shape[2]
     if rule.share == "head" and G > 1:
         return (
-            "query heads that choose apart would be gathered row by row, which costs more than it saves; "
-            'share="group" is served'
+            'with a choice for each query head, gathering row by row would cost more than it saves; use share="group"'
         )
     if rule.choice != "hard" or rule.by != "descriptor":
         return f"choices must be hard and by descriptors, not {rule.choice} by {rule.by}"
     if rule.with_bias:
-        return "regions are ranked with a pair bias"
+        return "ranking regions with a pair bias is not supported"
     if terms or key_groups is not None:
-        return "a pair bias, a key bias and key groups are not served"
+        return "a pair bias, a key bias and key groups are not supported"
     if max(q.shape[-1], v.shape[-1]) > LANES or q.shape[-1] != v.shape[-1]:
         return f"keys and values must have one width of at most {LANES}, not {q.shape[-1]} and {v.shape[-1]}"
     if G > MOST_HEADS:
         return f"at most {MOST_HEADS} query heads may share a kv head, not {G}"
     if slots is None:
-        return "how many keys a region may have must be known (Routing.slots)"
+        return "the most keys of a region must be known (Routing.slots)"
     if make_call(q, k, tiling_of(regions, slots), sizes, 1.0, interpret=False) is None:
         return f"{regions} regions of {slots} keys do not fit into the chip's memory"
     return None

@@ -1,0 +1,79 @@
+"""Which mechanisms cannot share a layer, and which kernels cannot serve them: refusals in the words of configs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import get_args
+
+from rave_jax.attention.base import Mechanism, Owned, overrides
+from rave_jax.config import ConfigError
+from rave_jax.kernels.attention import Implementation
+
+DOES: dict[Owned, str] = {
+    "positions": "sets the rotary positions of tokens",
+    "query": "lets other queries meet some of the keys",
+    "pair": "adds a query-key bias to the scores",
+    "order": "counts tokens in another order",
+    "hi": "lets tokens see later ones",
+    "opening": "shows keys to queries beyond the causal mask",
+    "factor": "changes the weight of a key after the softmax",
+    "route": "chooses the regions that a query reads",
+}
+"""What a mechanism does that owns this."""
+
+
+def name_of(mechanism: Mechanism) -> str:
+    """What errors call a mechanism: the class in the config that it was built from."""
+    return type(mechanism).__name__ if mechanism.declared is None else mechanism.declared.called
+
+
+def check_owners(mechanisms: Sequence[Mechanism]) -> None:
+    """Refuse two mechanisms of a layer that own one thing, and an owner of what another leaves to nobody.
+
+    Raises:
+        ConfigError: names the configs, says why, and what to do.
+    """
+    for thing in get_args(Owned):
+        owners = [mechanism for mechanism in mechanisms if thing in mechanism.OWNS]
+        if len(owners) > 1:
+            names = [name_of(mechanism) for mechanism in owners]
+            share = f"{' and '.join(names)} cannot share a layer"
+            if len(set(names)) == 1:
+                share = f"{names[0]} cannot stand {'twice' if len(names) == 2 else f'{len(names)} times'} in a layer"
+            raise ConfigError(f"{share}: each {DOES[thing]}, and only one mechanism of a layer may; {_remedy(owners)}")
+        needing = [mechanism for mechanism in mechanisms if thing in mechanism.NEEDS]
+        if owners and needing:
+            pair = (needing[0], owners[0])
+            first, second = map(name_of, pair)
+            raise ConfigError(f"{first} cannot share a layer with {second}, which {DOES[thing]}; {_remedy(pair)}")
+        wanting = [mechanism for mechanism in mechanisms if thing in mechanism.WANTS]
+        if wanting and not owners:
+            raise ConfigError(
+                f"{name_of(wanting[0])}, with the fields that it has, needs in each of its layers another mechanism "
+                f"that {DOES[thing]}, and a layer has none; add one to these layers (docs/attention.md lists what each "
+                "mechanism does)"
+            )
+
+
+def _remedy(mechanisms: Sequence[Mechanism]) -> str:
+    """What a user can do where these are in one layer."""
+    own = [m.declared.apart for m in mechanisms if m.declared is not None and m.declared.apart is not None]
+    return f"remove one of them, or {own[0] if own else 'give them different layers (their field `layers`)'}"
+
+
+def check_kernels(mechanisms: Sequence[Mechanism], implementation: Implementation) -> None:
+    """Refuse, in a layer that routes, what its fused kernels do not serve where these alone are asked for.
+
+    Raises:
+        ConfigError: names the configs.
+    """
+    routing = [mechanism for mechanism in mechanisms if overrides(mechanism, "route")]
+    if implementation != "pallas_tpu" or not routing:
+        return
+    for mechanism in mechanisms:
+        if overrides(mechanism, "score") or overrides(mechanism, "key_groups"):
+            raise ConfigError(
+                f"attention is 'pallas_tpu', which cannot serve {name_of(mechanism)} in a layer with "
+                f"{name_of(routing[0])}: its kernels for chosen regions add nothing to scores and know no key groups; "
+                "set attention to 'auto' or 'xla', or give them different layers"
+            )

@@ -1,0 +1,83 @@
+"""What the config of a mechanism says of itself: its layers, its modules, and what it asks of the rest of the model.
+
+A mechanism of a user's own is a frozen dataclass that derives from `MechanismConfig`. Only `build` has to be written;
+each other declaration has a default that fits a mechanism which asks for nothing.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Literal
+
+import jax
+
+from rave_jax.attention.base import AttentionDims, Mechanism
+from rave_jax.attention.cost import LayerReading, PicturesBefore
+from rave_jax.layout import VisualLayout
+from rave_jax.open_union import OpenUnion
+
+Layers = Literal["all"] | tuple[int, ...]
+
+
+class LayeredConfig(ABC):
+    """What stands in some layers of a decoder."""
+
+    @property
+    def layers(self) -> Layers:
+        """Global numbers of the decoder layers that use it, or "all"; most configs have a field of this name. Read by
+        `plan_layer_runs`."""
+        return "all"
+
+    @abstractmethod
+    def build(self, dims: AttentionDims, key: jax.Array) -> Mechanism:
+        """The mechanism of one layer; called by `build_mechanisms`."""
+        ...
+
+    @property
+    def called(self) -> str:
+        """How errors name it: by the class that stands in the config."""
+        return type(self).__name__
+
+    @property
+    def apart(self) -> str | None:
+        """What a user can do where it cannot share a layer with another; None: give them different layers."""
+        return None
+
+    @property
+    def looks_ahead(self) -> bool:
+        """May a token see later ones? Generation then reads each prompt in one piece (`Decoder.looks_ahead`)."""
+        return False
+
+    @property
+    def needs_order(self) -> bool:
+        """Does it look keys up by their place in the row? A cache that keeps keys by region cannot serve it, so
+        `ModelOptions` refuses it beside a mechanism whose `layout` has regions."""
+        return False
+
+    @property
+    def skips_keys(self) -> bool:
+        """May a decoding step leave out the keys of regions that were not chosen? So where all that is added to scores
+        is a pair term, or regions are ranked without their keys' scores. Read by `region_cache.against_gathering`."""
+        return False
+
+
+class MechanismConfig(LayeredConfig, OpenUnion):
+    """What a config names among `ModelOptions.mechanisms`: a union of all frozen dataclasses that derive from it, those
+    of a user's own files among them (`rave_jax/open_union.py`)."""
+
+    @property
+    def layout(self) -> VisualLayout:
+        """The regions that it wants visual tokens grouped in; the default asks for none. `ModelOptions.layout` has them
+        for data, cache and kernels. Context tokens are an option of the model and stay None here."""
+        return VisualLayout()
+
+    @property
+    def against_kernels(self) -> str | None:
+        """Why the fused kernels ("pallas_tpu") cannot serve it, as a sentence; None where they can. `ModelOptions`
+        refuses that backend with it."""
+        return None
+
+    def reading(self, pictures: PicturesBefore, dims: AttentionDims, number_bytes: int) -> LayerReading | None:
+        """What queries read of pictures in one of its layers, and what that costs; None: all keys, as plain attention.
+        Read by `evaluation/accounting.py`."""
+        return None

@@ -1,0 +1,136 @@
+"""What a run reads and in which shape: sources, the curriculum, sizes of rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from rave_jax.config import ConfigError, check_ranges, require
+from rave_jax.data.chat import SpecialTokens
+from rave_jax.data.processor import Processor
+from rave_jax.data.sample import SampleError, Source
+from rave_jax.data.sources import SourceConfig, Synthetic
+from rave_jax.layout import VisualLayout
+
+MOST_ROWS, MOST_TOKENS, MOST_PATCHES, MOST_PIXELS = 2**20, 2**22, 2**24, 2**28
+"""Far above any real training: a larger value is a typing error and would run out of memory."""
+MOST_IN_BATCH = 2**30
+"""Tokens, or patches, of a batch over all hosts."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the curriculum."""
+
+    step: int = 0
+    """First step of the stage."""
+    weights: tuple[float, ...] = ()
+    """Share of each source, in the order of `sources`; empty for equal shares."""
+    tokens: int | None = None
+    """Tokens of a row in this stage; None for those of `data`. Each size of rows is compiled once."""
+    patches: int | None = None
+    """Patches of a row in this stage; None for those of `data`."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self, step=(0, 2**31 - 1), tokens=(1, MOST_TOKENS), patches=(0, MOST_PATCHES))
+        good = all(weight >= 0 for weight in self.weights) and (not self.weights or sum(self.weights) > 0)
+        require(good, "weights", self.weights, "numbers of 0 or more, not all 0")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The data of a run and the shape of its batches."""
+
+    sources: tuple[SourceConfig, ...] = (Synthetic(),)
+    """Where samples come from."""
+    stages: tuple[Stage, ...] = (Stage(),)
+    """Curriculum: the share of each source, and perhaps the size of rows, from a step on. The first stage starts at
+    step 0. Empty for one stage with equal shares."""
+    rows: int = 64
+    """Rows of a batch over all hosts."""
+    tokens: int = 128
+    """Tokens of a row, text and visual together."""
+    patches: int = 64
+    """Patches of a row, rounded up to whole windows of the tower; 0 for text only."""
+    documents_per_row: int = 1
+    """Samples packed into a row; each may take an equal part of the row's tokens and patches."""
+    seed: int = 0
+    """Seed of the order of samples, 0 or more."""
+    min_pixels: int | None = None
+    """Least pixels of a resized picture; None for the model's own limit."""
+    max_pixels: int | None = None
+    """Most pixels of a resized picture; None for the model's own limit."""
+    special_tokens_in_text: SpecialTokens = "text"
+    """How a sample's spelling of a special token such as <|im_end|> is read: as "text", or as the token ("tokens")."""
+    on_error: Literal["skip", "fail"] = "skip"
+    """What to do with a broken picture, an empty answer, a sample over budget: skip and count it, or fail."""
+    max_skips: int = 100
+    """Consecutive samples that may be skipped for one document of a row; with more, the run stops."""
+    prefetch: int = 2
+    """Batches loaded ahead in the background, besides the two that wait on the devices; 0 loads one at a time."""
+    workers: int = 1
+    """Threads that load them, for each device that has rows of its own."""
+    cache_mb: int = 256
+    """Memory that keeps processed samples for reuse, in MB; 0 keeps none."""
+
+    def __post_init__(self) -> None:
+        require(len(self.sources) > 0, "sources", self.sources, "at least one source, as --data.sources LlavaJson")
+        if not self.stages:
+            object.__setattr__(self, "stages", (Stage(),))
+        require(self.seed >= 0, "seed", self.seed, "0 or more")
+        steps = [stage.step for stage in self.stages]
+        require(steps[:1] == [0], "stages", steps, "a first stage at step 0")
+        require(steps == sorted(set(steps)), "stages", steps, "ascending steps")
+        for number, stage in enumerate(self.stages):
+            count = len(self.sources)
+            expected = (
+                f"one weight for each of {count} source{'s' * (count != 1)}; --data.stages [] makes one stage with "
+                f"equal shares, --data.stages.{number}.weights sets those of this stage"
+            )
+            require(len(stage.weights) in (0, count), f"stages.{number}.weights", stage.weights, expected)
+        check_ranges(self, rows=(1, MOST_ROWS), tokens=(1, MOST_TOKENS), patches=(0, MOST_PATCHES))
+        check_ranges(self, documents_per_row=(1, self.tokens), max_skips=(0, 10**6))
+        check_ranges(self, min_pixels=(1, MOST_PIXELS), max_pixels=(1, MOST_PIXELS))
+        check_ranges(self, prefetch=(0, 1024), workers=(1, 1024), cache_mb=(0, 10**7))
+        for name in ("tokens", "patches"):
+            most = max(getattr(part, name) or 0 for part in (self, *self.stages))
+            in_batch = f"{name} of a whole batch: rows {self.rows} times {name} {most}"
+            require(self.rows * most <= MOST_IN_BATCH, in_batch, self.rows * most, f"at most {MOST_IN_BATCH}")
+
+    def open_sources(self, probe: int = 8) -> tuple[Source, ...]:
+        """The sources, each with at least one sample.
+
+        Args:
+            probe: first samples of a source of which at least one has to be readable; 0 for none.
+
+        Raises:
+            ConfigError: one cannot be opened or is empty, or none of its first samples can be read.
+        """
+        opened = []
+        for number, config in enumerate(self.sources):
+            try:
+                source: Source = config.build()
+            except ConfigError as error:
+                raise ConfigError(f"data.sources.{number}: {error}") from error
+            require(len(source) > 0, f"data.sources.{number} ({source.name})", len(source), "at least one sample")
+            _probe(source, probe, f"data.sources.{number} ({source.name})")
+            opened.append(source)
+        return tuple(opened)
+
+    def processor(self, directory: str | Path, layout: VisualLayout) -> Processor:
+        """The processor of an HF directory, under this config's pixel limits and the layout a model wants."""
+        return Processor.from_hf(directory, self.min_pixels, self.max_pixels, layout, self.special_tokens_in_text)
+
+
+def _probe(source: Source, most: int, field: str) -> None:
+    """Raise ConfigError where none of the first samples can be read: then the file is not of this kind."""
+    errors: list[SampleError] = []
+    for index in range(min(most, len(source))):
+        try:
+            source[index]
+            return
+        except SampleError as error:
+            errors.append(error)
+    if errors:
+        raise ConfigError(f"{field}: none of its first {len(errors)} samples can be read; the first: {errors[0]}")

@@ -1,0 +1,137 @@
+"""The sample of a place, encoded: its own, or the next of its source's order where that cannot be used."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
+from typing import NamedTuple
+
+from rave_jax.data.collate import check_fits
+from rave_jax.data.config import DataConfig
+from rave_jax.data.layout import check_regions, region_major
+from rave_jax.data.order import Order
+from rave_jax.data.plan import Budget, PlannedDocument
+from rave_jax.data.processor import Processor
+from rave_jax.data.sample import EmptyAnswer, Example, Sample, SampleError, Source, message_text
+from rave_jax.data.skips import Skip, SkipLog, describe, skip_of
+
+
+class Loaded(NamedTuple):
+    """What stands at a place.
+
+    Fields:
+        source: number of the source.
+        index: of the sample in its source.
+        example: the sample, encoded.
+        skips: samples before it that cannot be used.
+    """
+
+    source: int
+    index: int
+    example: Example
+    skips: tuple[Skip, ...]
+
+
+class Loader:
+    """Loads the documents of a plan. Which sample it finds depends on the document alone; use it from any thread."""
+
+    def __init__(self, config: DataConfig, sources: Sequence[Source], order: Order, processor: Processor):
+        """
+        Args:
+            config: says what becomes of samples that cannot be used, and how much memory keeps examples.
+            sources: where samples come from.
+            order: which sample stands at which place.
+            processor: encodes samples.
+        """
+        self._sources, self._order, self._processor = tuple(sources), order, processor
+        self._skip, self._max_skips = config.on_error == "skip", config.max_skips
+        self._cache = _Cache(config.cache_mb * 2**20)
+        self.skip_log = SkipLog()
+        """Says which samples are not used."""
+
+    def load(self, document: PlannedDocument) -> Loaded:
+        """The sample of a document's place, or the first behind it in the order that can be used and fits the budget.
+
+        Raises:
+            SampleError: a sample cannot be used and `on_error` is "fail", or more than `max_skips` one after
+                another cannot.
+        """
+        number, draw = self._order.draw(document.place)
+        source = self._sources[number]
+        skips: list[Skip] = []
+        for attempt in range(self._max_skips + 1):
+            index = self._order.index(number, draw + attempt)
+            try:
+                return Loaded(number, index, self._example(number, index, document.budget), tuple(skips))
+            except SampleError as error:
+                if not self._skip:
+                    raise
+                skips.append(skip_of(source.name, index, error))
+                self.skip_log.add(skips[-1])
+        raise SampleError(
+            f"{source.name}: {self._max_skips + 1} consecutive samples cannot be used: "
+            f"{describe(skips)}; the last: {skips[-1].message}"
+        )
+
+    def _example(self, number: int, index: int, budget: Budget) -> Example:
+        key = (number, index, budget)  # what fits one budget need not fit another
+        if (cached := self._cache.get(key)) is not None:
+            return cached
+        sample = self._sources[number][index]
+        name = sample.called
+        check_answers(sample, name)
+        example = self._processor.encode(sample.messages, name=name, most_tokens=budget.tokens)
+        check_fits(example, budget.tokens, budget.patches, name)
+        if self._processor.layout.regions is not None:
+            check_regions(example, budget.regions, name)
+            example = region_major(example)
+        self._cache.put(key, example)
+        return example
+
+
+def check_answers(sample: Sample, name: str) -> None:
+    """Raise EmptyAnswer, naming the sample, unless it ends with an answer, no answer is blank and one is learned."""
+    if not sample.messages or sample.messages[-1]["role"] != "assistant":
+        raise EmptyAnswer(f"{name}: the conversation ends without an answer{_files_of(sample)}")
+    answers = [message for message in sample.messages if message["role"] == "assistant"]
+    if not all(message_text(message).strip() for message in answers):
+        raise EmptyAnswer(f"{name}: an answer is empty{_files_of(sample)}")
+    if not any(message.get("weight", 1) for message in answers):
+        raise EmptyAnswer(f"{name}: every answer has the weight 0{_files_of(sample)}")
+
+
+def _files_of(sample: Sample) -> str:
+    files = [image for image in sample.images if isinstance(image, str)]
+    return f" ({', '.join(files)})" if files else ""
+
+
+class _Cache:
+    """Examples already made, the least recently used thrown out first."""
+
+    def __init__(self, limit: int):
+        self._limit = limit
+        self._used = 0
+        self._items: OrderedDict[Hashable, tuple[Example, int]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, key: Hashable) -> Example | None:
+        with self._lock:
+            if key not in self._items:
+                return None
+            self._items.move_to_end(key)
+            return self._items[key][0]
+
+    def put(self, key: Hashable, example: Example) -> None:
+        codes = (len(example.info) + 6) * 4 * len(example.tokens)
+        size = sum(array.nbytes for array in example.patches) + codes
+        if size > self._limit:
+            return
+        with self._lock:
+            if key in self._items:
+                return
+            self._items[key] = (example, size)
+            self._used += size
+            while self._used > self._limit:
+                _, (_, dropped) = self._items.popitem(last=False)
+                self._used -= dropped

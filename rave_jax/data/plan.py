@@ -1,0 +1,119 @@
+"""The plan of rows: which places of the order stand in which row of which step, and how much each may take of its row.
+
+A plan reads no sample. It is plain data, a pure function of its settings and the step, so every process and every
+resumed run has the same one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+from rave_jax.data.collate import BatchShape
+
+
+class Budget(NamedTuple):
+    """What a document may take of its row.
+
+    Fields:
+        tokens: text and visual together.
+        patches: of all its pictures.
+        regions: where the visual layout has regions; not read elsewhere.
+    """
+
+    tokens: int
+    patches: int
+    regions: int
+
+
+class PlannedDocument(NamedTuple):
+    """A document of a row.
+
+    Fields:
+        place: the place of the order whose sample it is.
+        budget: what the sample may take of the row.
+    """
+
+    place: int
+    budget: Budget
+
+
+class RowPlan(Protocol):
+    """Which places stand in which rows. Called from several threads, for any step, in any order."""
+
+    def shape(self, step: int) -> BatchShape:
+        """Shape of the whole batch of a step, over all hosts."""
+        ...
+
+    def row(self, step: int, row: int) -> tuple[PlannedDocument, ...]:
+        """The documents of a row, in the order in which they stand in it.
+
+        The budgets of a row are together at most its tokens and patches. A place stands in one row of one step.
+
+        Args:
+            step: from 0.
+            row: of the whole batch of the step, from 0.
+        """
+        ...
+
+    def first_place(self, step: int) -> int:
+        """The least place that no step before this one has; a stage that begins here changes the order from it on."""
+        ...
+
+    def facts(self) -> dict[str, Any]:
+        """What has to be the same when a run goes on, by the names of the fields of `DataConfig`: JSON-ready."""
+        ...
+
+    def state(self, step: int) -> dict[str, Any]:
+        """What the plan needs besides its facts to go on with `step`: JSON-ready."""
+        ...
+
+    def restore(self, state: Mapping[str, Any]) -> int:
+        """Take up what `state` gave, among other keys; returns the step to go on with."""
+        ...
+
+
+@dataclass(frozen=True)
+class EqualRows:
+    """The plan in which every row has the same number of documents, each with an equal part of the row.
+
+    Document d of row r at step s is place (s * rows + r) * documents + d, so a state is the step alone.
+    """
+
+    rows: int
+    """Rows of a batch over all hosts."""
+    sizes: tuple[tuple[int, int, int], ...]
+    """(first step, tokens and patches of a row from it on), ascending, the first at step 0."""
+    documents: int
+    """Documents of a row."""
+    regions: int
+    """Regions of a row; not read where the visual layout has none."""
+
+    def shape(self, step: int) -> BatchShape:
+        """Shape of the whole batch of a step, over all hosts."""
+        tokens, patches = next(size for first, *size in reversed(self.sizes) if first <= step)
+        return BatchShape(self.rows, tokens, patches)
+
+    def row(self, step: int, row: int) -> tuple[PlannedDocument, ...]:
+        """The documents of a row: consecutive places with equal budgets."""
+        _, tokens, patches = self.shape(step)
+        budget = Budget(tokens // self.documents, patches // self.documents, self.regions // self.documents)
+        first = self.first_place(step) + row * self.documents
+        return tuple(PlannedDocument(place, budget) for place in range(first, first + self.documents))
+
+    def first_place(self, step: int) -> int:
+        """The least place of a step."""
+        return step * self.rows * self.documents
+
+    def facts(self) -> dict[str, Any]:
+        """Rows of a batch and documents of a row: they say which places a step has."""
+        return {"rows": self.rows, "documents_per_row": self.documents}
+
+    def state(self, step: int) -> dict[str, Any]:
+        """The step."""
+        return {"step": step}
+
+    def restore(self, state: Mapping[str, Any]) -> int:
+        """The step of a state."""
+        return int(state["step"])

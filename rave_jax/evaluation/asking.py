@@ -1,0 +1,38 @@
+"""A subject that is asked by a task."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rave_jax.data.sample import Sample, SampleError
+from rave_jax.evaluation.routing import Route
+from rave_jax.evaluation.subject import Answer, Subject
+from rave_jax.evaluation.task import Task
+from rave_jax.evaluation.vas import VasSums
+from rave_jax.look.maps import Look
+
+
+class AskedByTask:
+    """A subject that is given every sample as a task asks it. Its answers are all that the subject says."""
+
+    def __init__(self, subject: Subject, task: Task):
+        self._subject, self._task = subject, task
+
+    def answer(self, samples: Sequence[Sample]) -> list[Answer | SampleError]:
+        """As the subject, asked by the task."""
+        return self._subject.answer(self._asked(samples))
+
+    def look(self, samples: Sequence[Sample], answers: Sequence[Answer]) -> list[Look | None]:
+        """As the subject, asked by the task."""
+        return self._subject.look(self._asked(samples), answers)
+
+    def vas(self, samples: Sequence[Sample]) -> VasSums:
+        """As the subject, asked by the task."""
+        return self._subject.vas(self._asked(samples))
+
+    def route(self, samples: Sequence[Sample], answers: Sequence[Answer]) -> list[Route | None]:
+        """As the subject, asked by the task."""
+        return self._subject.route(self._asked(samples), answers)
+
+    def _asked(self, samples: Sequence[Sample]) -> list[Sample]:
+        return [self._task.prompt(sample) for sample in samples]

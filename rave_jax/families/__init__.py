@@ -1,0 +1,53 @@
+"""Model families: a folder each, found by the `model_type` of a checkpoint's config.
+
+Nothing here imports jax but the folders' `tower`, which is imported when a model is built.
+"""
+
+from __future__ import annotations
+
+import difflib
+
+from rave_jax.config import ConfigError
+from rave_jax.families import qwen2_5_vl, qwen3
+from rave_jax.families.base import Family, TensorRule
+from rave_jax.families.hf import HfConfig
+
+__all__ = ["FAMILIES", "SMALL_MODELS", "Family", "TensorRule", "family_for", "family_named"]
+
+FAMILIES = {
+    family.model_type: family
+    for family in (
+        qwen2_5_vl.FAMILY,
+        qwen3.FAMILY,
+    )
+}
+
+SMALL_MODELS = qwen2_5_vl.SMALL
+"""What small random models are made of (`checkpoint/tiny.py`)."""
+
+
+def family_named(model_type: str) -> Family:
+    """The family of this name.
+
+    Raises:
+        ConfigError: no such family; names those there are.
+    """
+    if model_type not in FAMILIES:
+        raise ConfigError(f"family is {model_type!r}, expected {' or '.join(map(repr, FAMILIES))}")
+    return FAMILIES[model_type]
+
+
+def family_for(hf_config: HfConfig) -> Family:
+    """The family of an HF config.
+
+    Raises:
+        ConfigError: its `model_type` is missing or unknown.
+    """
+    stated = hf_config.get("model_type")
+    if isinstance(stated, str) and stated in FAMILIES:
+        return FAMILIES[stated]
+    found = "missing" if stated is None else repr(stated)
+    near = difflib.get_close_matches(stated, FAMILIES, 1, 0.8) if isinstance(stated, str) else []
+    # Alike in name, not in what they compute: no "did you mean".
+    hint = f"; {near[0]} is another model, with other weights" if near else ""
+    raise ConfigError(f"config.json: 'model_type' is {found}, supported are {' and '.join(FAMILIES)}{hint}")

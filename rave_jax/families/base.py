@@ -1,0 +1,78 @@
+"""What a model family is: how to read its config, and which checkpoint tensor is which parameter."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+from rave_jax.config import ConfigError
+from rave_jax.families.config import VlmConfig
+from rave_jax.families.hf import HfConfig
+from rave_jax.families.pictures import PictureRules, ProcessorFiles
+
+
+class TensorRule(NamedTuple):
+    """One tensor of a checkpoint.
+
+    Fields:
+        hf_key: its canonical key in the checkpoint.
+        path: the parameter's path; inside the layer (`attention.query.weight`) for tensors of a stack.
+        layer: global number of the layer, None outside stacks.
+        stack: which stack of layers, None outside.
+        shape: in the checkpoint. The same numbers in the same order, reshaped, are the parameter (of one layer).
+    """
+
+    hf_key: str
+    path: str
+    layer: int | None
+    stack: Literal["decoder", "vision"] | None
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Family:
+    """One record per family; nothing else in the library knows a family's name."""
+
+    model_type: str
+    """`model_type` of its HF config."""
+    architecture: str
+    """Class name in `architectures` of its HF config."""
+    parse: Callable[[HfConfig], VlmConfig]
+    """HF config to ours; raises ConfigError for what we do not compute."""
+    render: Callable[[VlmConfig], dict[str, Any]]
+    """Our config to an HF config that `parse` and transformers read."""
+    tensors: Callable[[VlmConfig], tuple[TensorRule, ...]]
+    """Every tensor of a checkpoint of this config."""
+    pictures: Callable[[VlmConfig, ProcessorFiles], PictureRules] = lambda config, files: PictureRules(config)
+    """The rules of a model's pictures, videos and positions, from its config and the files of its processors."""
+    tower: str = ""
+    """Name of the module that has its `Tower`; empty for text families. The module imports jax, so it is imported when
+    a model is built."""
+    prefixes: tuple[tuple[str, str], ...] = ()
+    """(other, canonical) beginnings of keys: checkpoints in the other style load too."""
+
+    def load_tower(self) -> Callable[..., Any]:
+        """Its class of towers (`models.tower.Tower`).
+
+        Raises:
+            ConfigError: the family has none.
+        """
+        if not self.tower:
+            raise ConfigError(f"vision is given, expected None: {self.model_type} is a text model and has no tower")
+        return importlib.import_module(self.tower).Tower
+
+    def canonical_key(self, key: str) -> str:
+        """The key in canonical style, whichever style it has."""
+        for other, canonical in self.prefixes:
+            if key.startswith(other):
+                return canonical + key.removeprefix(other)
+        return key
+
+    def other_key(self, key: str) -> str:
+        """A canonical key in the other style."""
+        for other, canonical in self.prefixes:
+            if key.startswith(canonical):
+                return other + key.removeprefix(canonical)
+        return key

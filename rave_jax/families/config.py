@@ -1,0 +1,184 @@
+"""What a checkpoint is: nothing in these records may change without other weights.
+
+`VlmConfig` is made by a family from an HF config. How a model is run (mechanisms, number types, adapters) is
+`models.config.ModelOptions`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import Any
+
+from rave_jax.config import check_fields, require
+
+# The largest sizes that are built. They are several times those of any released model; what is larger is a slip of the
+# pen, and is refused before it takes memory.
+MAX_LAYERS = 1024
+MAX_WIDTH = 1 << 20
+MAX_HEADS = 1 << 14
+MAX_VOCAB = 1 << 26
+MAX_SIDE = 1 << 12
+MAX_INT32 = 2**31 - 1
+# Computed in float32, where an inverse of larger bases is 0.
+ROPE_THETA = (1e-30, 1e30)
+MARKERS = ("image", "video", "vision_start", "vision_end")
+
+
+def within(config: object, limits: dict[str, int], least: int = 1) -> None:
+    """Refuse fields outside least .. limit."""
+    for name, limit in limits.items():
+        given = getattr(config, name)
+        require(least <= given <= limit, name, given, f"a number from {least} to {limit:,}")
+
+
+@dataclass(frozen=True)
+class TextConfig:
+    """The text decoder."""
+
+    vocab_size: int = 512
+    """Rows of the embedding table."""
+    hidden_size: int = 64
+    """Model width D."""
+    num_layers: int = 2
+    """Decoder layers."""
+    num_heads: int = 4
+    """Query heads H."""
+    num_kv_heads: int = 2
+    """Key/value heads K; H is a multiple of it."""
+    head_dim: int = 16
+    """Width h of one head, even."""
+    mlp_size: int = 128
+    """Hidden width F of the SwiGLU mlp."""
+    rms_norm_eps: float = 1e-6
+    """Added to the mean square in every RMSNorm of the decoder."""
+    rope_theta: float = 1e6
+    """Base of the rotary frequencies."""
+    mrope_section: tuple[int, ...] = ()
+    """Frequencies, of head_dim / 2, that turn with the temporal, height, width position in turn; empty: all turn
+    with the temporal one, which is 1-D RoPE."""
+    qkv_bias: bool = True
+    """Do the query, key and value projections have a bias?"""
+    qk_norm: bool = False
+    """Is an RMSNorm over head_dim applied to queries and keys before RoPE?"""
+    tie_embeddings: bool = True
+    """Is the embedding table the output head too?"""
+    sliding_window: int | None = None
+    """Keys a query may see in layers from `window_from` on; None: all of its document."""
+    window_from: int = 0
+    """First layer that uses the sliding window."""
+    max_position: int = 32768
+    """Positions the model was made for; stated in the checkpoint, not enforced."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        widths = dict.fromkeys(("hidden_size", "head_dim", "mlp_size"), MAX_WIDTH)
+        heads = dict.fromkeys(("num_heads", "num_kv_heads"), MAX_HEADS)
+        within(self, {"vocab_size": MAX_VOCAB, "num_layers": MAX_LAYERS, "max_position": MAX_INT32} | widths | heads)
+        within(self, {"window_from": MAX_INT32}, least=0)
+        divides = self.num_heads % self.num_kv_heads == 0
+        require(divides, "num_heads", self.num_heads, f"a multiple of num_kv_heads {self.num_kv_heads}")
+        require(self.head_dim % 2 == 0, "head_dim", self.head_dim, "an even number, for rotary halves")
+        section = self.mrope_section
+        covers = not section or (sum(section) == self.head_dim // 2 and min(section) >= 0)
+        require(covers, "mrope_section", section, f"numbers that add up to head_dim / 2 = {self.head_dim // 2}")
+        check_norm_and_rope(self)
+        window_ok = self.sliding_window is None or 1 <= self.sliding_window <= MAX_INT32
+        require(window_ok, "sliding_window", self.sliding_window, f"1 to {MAX_INT32:,}, or None")
+
+
+def check_norm_and_rope(config: Any) -> None:
+    """Refuse an `rms_norm_eps` or a `rope_theta` that cannot be computed with."""
+    eps, theta = config.rms_norm_eps, config.rope_theta
+    require(0 <= eps <= 1, "rms_norm_eps", eps, "a number from 0 to 1")
+    require(
+        ROPE_THETA[0] <= theta <= ROPE_THETA[1], "rope_theta", theta, "a number from {:g} to {:g}".format(*ROPE_THETA)
+    )
+
+
+@dataclass(frozen=True)
+class TowerConfig(ABC):
+    """What every vision tower has. A family adds the fields of its own tower in a subclass."""
+
+    depth: int = 2
+    """Blocks of the tower."""
+    hidden_size: int = 32
+    """Width of the tower."""
+    num_heads: int = 2
+    """Attention heads of each block."""
+    mlp_size: int = 64
+    """Hidden width of the mlp."""
+    patch_size: int = 14
+    """Side of a patch in pixels."""
+    in_channels: int = 3
+    """Colour channels."""
+    out_size: int = 64
+    """Width of a visual token as it leaves the tower: the decoder's hidden_size."""
+    pixel_mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
+    """Mean of each colour channel, of values in 0..1, subtracted before the tower."""
+    pixel_std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
+    """Standard deviation of each colour channel, divided by after the mean is subtracted."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        widths = dict.fromkeys(("hidden_size", "mlp_size", "out_size"), MAX_WIDTH)
+        sides = dict.fromkeys(("patch_size", "in_channels"), MAX_SIDE)
+        within(self, {"depth": MAX_LAYERS, "num_heads": MAX_HEADS} | widths | sides)
+        for name in ("pixel_mean", "pixel_std"):
+            given = getattr(self, name)
+            require(len(given) == self.in_channels, name, given, f"one number for each of {self.in_channels} channels")
+        require(min(self.pixel_std) > 0, "pixel_std", self.pixel_std, "numbers above 0")
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one head."""
+        return self.hidden_size // self.num_heads
+
+    @property
+    @abstractmethod
+    def patch_width(self) -> int:
+        """C: numbers in a flattened patch."""
+
+    @property
+    def merge_unit(self) -> int:
+        """Patches that become one visual token."""
+        return 1
+
+    @property
+    def window_patches(self) -> int:
+        """What the tower wants the number of patches of a row to be a multiple of."""
+        return 1
+
+
+@dataclass(frozen=True)
+class VlmConfig:
+    """One vision-language (or, without a tower, language) model."""
+
+    text: TextConfig = TextConfig()
+    """The text decoder."""
+    vision: TowerConfig | None = None
+    """The vision tower, or None for a text model."""
+    image_token_id: int = -1
+    """Placeholder id of an image's visual tokens; -1 where a model has none, as in the other ids."""
+    video_token_id: int = -1
+    """Placeholder id of a video's visual tokens."""
+    vision_start_token_id: int = -1
+    """Id before an image or video."""
+    vision_end_token_id: int = -1
+    """Id after an image or video."""
+    eos_token_ids: tuple[int, ...] = ()
+    """Ids that end an answer."""
+    tokens_per_second: float = 2.0
+    """Temporal positions in one second of video."""
+    family: str = field(kw_only=True)
+    """Name of the model family (HF `model_type`)."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        within(self, dict.fromkeys((f"{name}_token_id" for name in MARKERS), MAX_INT32), least=-1)
+        ids = self.eos_token_ids
+        require(all(0 <= n <= MAX_INT32 for n in ids), "eos_token_ids", ids, f"token ids, 0 to {MAX_INT32:,}")
+        require(0 < self.tokens_per_second <= 1e6, "tokens_per_second", self.tokens_per_second, "above 0, at most 1e6")
+        if self.vision is not None:
+            same = self.vision.out_size == self.text.hidden_size
+            require(same, "vision.out_size", self.vision.out_size, f"text.hidden_size {self.text.hidden_size}")

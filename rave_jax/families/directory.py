@@ -1,0 +1,102 @@
+"""An HF directory as data reads it: config.json once, and what its files say of pictures."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from rave_jax.config import ConfigError
+from rave_jax.families import family_for
+from rave_jax.families.config import VlmConfig
+from rave_jax.families.pictures import PictureRules, ProcessorFiles
+from rave_jax.files import read_text
+
+SHARED = ("patch_size", "temporal_patch_size", "merge_size")
+"""Keys of an image processor's file that repeat what the tower's config says."""
+
+
+def picture_rules(directory: str | Path) -> PictureRules:
+    """The rules of the model of a directory, from config.json and the files of its image and video processors.
+
+    Raises:
+        ConfigError: a file or key is missing, the model is none that we compute, or its pictures ask for processing
+            that is not done here.
+    """
+    directory = Path(directory)
+    hf = read_json(directory / "config.json")
+    try:
+        family = family_for(hf)
+        config, files = family.parse(hf), processor_files(directory)
+        if config.vision is not None and not files.image:
+            raise ConfigError(f"{files.image_file}: no such file; a vision-language model needs it")
+        return family.pictures(with_processor(config, files), files)
+    except ConfigError as error:
+        said = str(error)
+        raise ConfigError(said if said.startswith(str(directory)) else f"{directory}: {said}") from error
+    except (TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+        raise ConfigError(
+            f"{directory}: config.json or a processor file has a value of the wrong kind: {error}"
+        ) from error
+
+
+def processor_files(directory: Path) -> ProcessorFiles:
+    """What the directory's files say of pictures and videos.
+
+    Raises:
+        ConfigError: a file is no JSON object.
+    """
+    nested = directory / "processor_config.json"
+    both = read_json(nested, optional=True)
+    image_file, image = nested, both.get("image_processor")
+    if not image:
+        image_file = directory / "preprocessor_config.json"
+        image = read_json(image_file, optional=True)
+    video_file, video = nested, both.get("video_processor")
+    if not video:
+        video_file = directory / "video_preprocessor_config.json"
+        video = read_json(video_file, optional=True)
+    return ProcessorFiles(image_file, image, *((video_file, video) if video else (image_file, image)))
+
+
+def with_processor(config: VlmConfig, files: ProcessorFiles) -> VlmConfig:
+    """The config with the mean and deviation of pixels that the image processor's file states, where there are any.
+
+    Raises:
+        ConfigError: that file cuts pictures in another way than the tower reads them.
+    """
+    if config.vision is None:
+        return config
+    for key in SHARED:
+        wanted = getattr(config.vision, key, None)
+        if wanted is not None and files.image.get(key, wanted) != wanted:
+            found = files.image[key]
+            raise ConfigError(f"{files.image_file}: {key} is {found!r}, expected {wanted} as config.json has it")
+    stated = {
+        ours: tuple(float(n) for n in files.image[theirs])
+        for ours, theirs in (("pixel_mean", "image_mean"), ("pixel_std", "image_std"))
+        if files.image.get(theirs) is not None
+    }
+    return dataclasses.replace(config, vision=dataclasses.replace(config.vision, **stated))
+
+
+def read_json(path: Path, optional: bool = False) -> dict[str, Any]:
+    """The object in a file; {} where it may be missing and is.
+
+    Raises:
+        ConfigError: no such file, or no JSON object in it.
+    """
+    if not path.exists():
+        if optional:
+            return {}
+        raise ConfigError(f"{path}: no such file; a model directory needs it")
+    try:
+        data = json.loads(read_text(path))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path}: not JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: expected an object")
+    return data

@@ -1,0 +1,163 @@
+"""The rules of Qwen2.5-VL's pictures and videos, as transformers' processor has them, without torch."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from PIL import Image
+
+from rave_jax.config import ConfigError, require
+from rave_jax.families.config import VlmConfig
+from rave_jax.families.pictures import (
+    CutPicture,
+    Encode,
+    Frames,
+    PictureError,
+    PictureRules,
+    Piece,
+    ProcessorFiles,
+    Visual,
+    VisualKind,
+)
+from rave_jax.families.qwen2_5_vl.config import VisionConfig, tower_of
+from rave_jax.families.qwen2_5_vl.images import cut, resize, smart_resize
+from rave_jax.families.qwen2_5_vl.positions import mrope_positions
+from rave_jax.families.qwen2_5_vl.video import UNKNOWN_FPS, VideoLimits, frame_size, sample_frames
+from rave_jax.layout import Grid
+from rave_jax.typing import Int, NpArray
+
+BICUBIC = 3
+STEPS = ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb")
+"""Keys of an image processor's file that say what is done with a picture; here it always is."""
+
+
+@dataclass(frozen=True)
+class Pictures(PictureRules):
+    """Pictures of any size and videos, each frame a grid of merge units."""
+
+    min_pixels: int = 56 * 56
+    """Least pixels of a resized picture."""
+    max_pixels: int = 28 * 28 * 1280
+    """Most pixels of a resized picture."""
+    video: VideoLimits = field(default_factory=VideoLimits)
+    """Limits of a video's frames and pixels."""
+
+    def __post_init__(self) -> None:
+        low, high = self.min_pixels, self.max_pixels
+        require(0 < low <= high, "min_pixels", low, f"1 to max_pixels {high}")
+
+    @property
+    def vision(self) -> VisionConfig:
+        """The tower, which sets the sizes of patches."""
+        return tower_of(self.config)
+
+    def limited(self, min_pixels: int | None, max_pixels: int | None) -> Self:
+        """The rules with other limits of a resized picture's pixels, where they are given."""
+        low = self.min_pixels if min_pixels is None else min_pixels
+        high = self.max_pixels if max_pixels is None else max_pixels
+        return dataclasses.replace(self, min_pixels=low, max_pixels=high)
+
+    def image_grid(self, height: int, width: int) -> Grid:
+        """Merged grid (1, h, w) of a picture of this size."""
+        return 1, *self._units(*self._resized(height, width))
+
+    def cut_image(self, image: Image.Image) -> CutPicture:
+        """Patches of a picture, which is resized and stands in each frame of them."""
+        pixels = resize(image, *self._resized(image.height, image.width))
+        return cut([pixels] * self.vision.temporal_patch_size, self.vision)
+
+    def frames(self, total: int, fps: float | None) -> Frames:
+        """Which frames are used of a video."""
+        if self.video.fps is not None and fps is None:
+            raise PictureError(f"sampling {self.video.fps} frames per second needs the part's own 'fps'")
+        rate = UNKNOWN_FPS if fps is None else fps
+        return Frames(sample_frames(total, rate, self.video, self.vision.temporal_patch_size), total, rate)
+
+    def video_grid(self, height: int, width: int, frames: Frames) -> Grid:
+        """Merged grid (t, h, w) of a video."""
+        count = len(frames.indices)
+        size = frame_size(height, width, count, self.vision, self.video)
+        return -(-count // self.vision.temporal_patch_size), *self._units(*size)
+
+    def cut_video(self, images: Sequence[Image.Image], frames: Frames) -> CutPicture:
+        """Patches of the used frames; the last frame is repeated where it does not fill its patches."""
+        height, width = frame_size(images[0].height, images[0].width, len(images), self.vision, self.video)
+        pixels = [resize(image, height, width) for image in images]
+        pixels += [pixels[-1]] * (-len(pixels) % self.vision.temporal_patch_size)
+        return cut(pixels, self.vision)
+
+    def expand(self, kind: VisualKind, grid: Grid, frames: Frames | None, encode: Encode) -> tuple[Piece, ...]:
+        """The placeholder once for each visual token."""
+        placeholder = self.image_token_id if kind == "image" else self.video_token_id
+        seconds = None if frames is None else self.vision.temporal_patch_size / frames.used_rate
+        return (Piece(np.full(grid[0] * grid[1] * grid[2], placeholder, np.int32), grid, seconds),)
+
+    def positions(self, length: int, visuals: Sequence[Visual]) -> Int[NpArray, "3 T"]:
+        """M-RoPE (`positions.py`)."""
+        return mrope_positions(length, visuals, self.config.tokens_per_second)
+
+    def _resized(self, height: int, width: int) -> tuple[int, int]:
+        return smart_resize(height, width, self.vision.unit_size, self.min_pixels, self.max_pixels)
+
+    def _units(self, height: int, width: int) -> tuple[int, int]:
+        return height // self.vision.unit_size, width // self.vision.unit_size
+
+
+def pictures(config: VlmConfig, files: ProcessorFiles) -> Pictures:
+    """The rules of a model, with the limits that its processor files state.
+
+    Raises:
+        ConfigError: they ask for processing that is not done here.
+    """
+    image, video = files.image, files.video
+    channels = tower_of(config).in_channels
+    require(channels == 3, "vision.in_channels", channels, "3: pictures are read as RGB")
+    for key in STEPS:
+        if image.get(key, True) is not True:
+            raise ConfigError(f"{files.image_file}: {key} is {image[key]!r}, expected True")
+    if image.get("resample", BICUBIC) != BICUBIC:
+        raise ConfigError(f"{files.image_file}: resample is {image['resample']!r}, expected {BICUBIC} (bicubic)")
+    if abs(image.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-6:
+        raise ConfigError(f"{files.image_file}: rescale_factor is {image['rescale_factor']!r}, expected 1/255")
+    low, high = _pixel_limits(files.image_file, image, Pictures.min_pixels, Pictures.max_pixels)
+    video_low, video_high = _pixel_limits(files.video_file, video, VideoLimits.min_pixels, VideoLimits.max_pixels)
+    sampled = {key: video[key] for key in ("min_frames", "max_frames") if video.get(key) is not None}
+    limits = VideoLimits(
+        min_pixels=video_low,
+        max_pixels=video_high,
+        fps=video.get("fps") if video.get("do_sample_frames") else None,
+        cap_total=bool(video.get("cap_pixels_per_frame")),
+        max_tokens=video.get("max_video_tokens", VideoLimits.max_tokens),
+        **sampled,
+    )
+    return Pictures(config, low, high, limits)
+
+
+def _pixel_limits(file: Path, config: Mapping[str, Any], low: int, high: int) -> tuple[int, int]:
+    """Least and most pixels of a resized picture: `min_pixels` and `max_pixels`, or else the entries of `size`.
+
+    Entries of `size` may also have these names, as older versions of transformers wrote them. Where `size` is stated,
+    it has to give what the other two do not, as in transformers.
+    """
+    size = config.get("size")
+    size = {"shortest_edge": low, "longest_edge": high} if size is None else size
+    given = size if isinstance(size, dict) else {}
+    limits = []
+    for key, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
+        value = next((v for v in (config.get(key), given.get(edge), given.get(key)) if v is not None), None)
+        if value is None:
+            raise ConfigError(
+                f"{file}: size is {size!r}, expected {{'shortest_edge': least pixels, 'longest_edge': most pixels}} or "
+                f"the keys min_pixels and max_pixels, but {key} is missing: pictures are resized between these limits"
+            )
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ConfigError(f"{file}: {key} is {value!r}, expected a number of pixels, 1 or more")
+        limits.append(value)
+    if limits[0] > limits[1]:
+        raise ConfigError(f"{file}: min_pixels is {limits[0]}, above max_pixels {limits[1]}")
+    return limits[0], limits[1]

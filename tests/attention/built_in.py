@@ -1,0 +1,8 @@
+"""The mechanisms of the package, without those that tests define."""
+
+from __future__ import annotations
+
+from rave_jax.attention import MechanismConfig
+from rave_jax.open_union import members
+
+BUILT_IN = tuple(kind for kind in members(MechanismConfig) if kind.__module__.startswith("rave_jax."))

@@ -1,0 +1,102 @@
+"""The plan of rows: each place once, within the row's size, the same for whoever asks; and plans of unequal parts."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rave_jax.data.collate import BatchShape
+from rave_jax.data.config import DataConfig, Stage
+from rave_jax.data.order import Order
+from rave_jax.data.pipeline import Pipeline, equal_rows
+from rave_jax.data.plan import Budget, EqualRows, PlannedDocument, RowPlan
+from rave_jax.data.processor import Processor
+from rave_jax.data.sources import QaJsonl
+
+
+@given(st.integers(1, 5), st.integers(1, 4), st.integers(0, 9), st.integers(0, 9))
+def test_each_place_stands_once_and_budgets_fit_the_row(rows: int, documents: int, start: int, turn: int) -> None:
+    sizes = ((0, 50, 16), (turn + 1, 81, 32))
+    plan = EqualRows(rows, sizes, documents, regions=6)
+    found = [plan.row(step, row) for step in range(start, start + 3) for row in range(rows)]
+    places = [document.place for document in itertools.chain(*found)]
+    assert places == list(range(plan.first_place(start), plan.first_place(start + 3)))
+    for number, row in enumerate(found):
+        shape = plan.shape(start + number // rows)
+        sums = np.sum([document.budget for document in row], axis=0)
+        assert (sums <= (shape.tokens, shape.patches, 6)).all()
+    assert plan == EqualRows(rows, sizes, documents, regions=6)  # as data, so as another process has it
+
+
+def test_the_plan_of_a_config(processor: Processor) -> None:
+    stages = (Stage(tokens=96, patches=50), Stage(4))
+    plan = equal_rows(DataConfig(rows=6, tokens=192, patches=64, documents_per_row=2, stages=stages), processor)
+    assert [plan.shape(step) for step in (0, 3, 4)] == [(6, 96, 64), (6, 96, 64), (6, 192, 64)]
+    assert [document.place for document in plan.row(1, 2)] == [16, 17]
+    assert plan.row(1, 2)[0].budget == (48, 32, plan.regions // 2)
+    state = json.loads(json.dumps(plan.state(7)))
+    assert (state, plan.restore(state)) == ({"step": 7}, 7)
+    assert plan.facts() == {"rows": 6, "documents_per_row": 2}
+
+
+@dataclass(frozen=True)
+class Unequal:
+    """Rows of a long and a short document and rows of three short ones in turn; it counts its places itself."""
+
+    size: BatchShape
+
+    def shape(self, step: int) -> BatchShape:
+        return self.size
+
+    def row(self, step: int, row: int) -> tuple[PlannedDocument, ...]:
+        first = self.first_place(step) + row // 2 * 5 + row % 2 * 2
+        parts = (140, 70) if row % 2 == 0 else (70, 70, 70)
+        return tuple(PlannedDocument(first + number, Budget(part, 48, 0)) for number, part in enumerate(parts))
+
+    def first_place(self, step: int) -> int:
+        return step * self.size.rows // 2 * 5
+
+    def facts(self) -> dict[str, Any]:
+        return {"rows": self.size.rows}
+
+    def state(self, step: int) -> dict[str, Any]:
+        return {"step": step, "next_place": self.first_place(step)}
+
+    def restore(self, state: Mapping[str, Any]) -> int:
+        assert state["next_place"] == self.first_place(state["step"])
+        return state["step"]
+
+
+def test_a_plan_may_give_documents_unequal_parts(qa_folder: Path, processor: Processor) -> None:
+    """Every second sample fits the long parts alone; elsewhere the next of the order that fits stands in for it."""
+    record = json.loads((qa_folder / "qa.jsonl").read_text().splitlines()[0])
+    lines = [json.dumps({**record, "id": n, "answers": ["x" * (60 if n % 2 else 1)]}) for n in range(9)]
+    (qa_folder / "qa.jsonl").write_text("\n".join(lines))
+    config = DataConfig((QaJsonl(str(qa_folder / "qa.jsonl")),), rows=4, tokens=210, patches=144)
+    plan: RowPlan = Unequal(BatchShape(4, 210, 144))
+    pipeline = Pipeline(config, processor, plan=plan)
+    order = Order([9], [(0, (1.0,))], config.seed)
+    long = 0
+    for step, row in itertools.product(range(6), range(4)):
+        batch = pipeline.rows(step, row, row + 1)
+        lengths = np.bincount(batch.info.document[0])[1:].tolist()
+        expected = []
+        for place, budget in plan.row(step, row):
+            _, draw = order.draw(place)
+            walk = (order.index(0, draw + n) for n in range(9))
+            expected.append(next(index for index in walk if index % 2 == 0 or budget.tokens == 140))
+        assert [int(sample.id) for sample in pipeline.samples(step, row)] == expected
+        assert lengths == [120 if index % 2 else 61 for index in expected]
+        long += 120 in lengths
+    assert long > 0
+    assert set(pipeline.skipped) == {"over budget"}
+    state = json.loads(json.dumps(pipeline.state(2)))
+    assert (state["next_place"], pipeline.restore(state)) == (20, 2)
