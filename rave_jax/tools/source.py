@@ -35,9 +35,9 @@ class Source(NamedTuple):
     """A model and where it came from.
 
     Fields:
-        model: on all devices of this process.
+        model: its parameters lie on the mesh; on an abstract one they have no numbers.
         directory: with its config, tokenizer and processor files.
-        mesh: where the parameters lie, None on a single device.
+        mesh: a Mesh, an AbstractMesh where one was asked for, or None on a single device.
     """
 
     model: Vlm
