@@ -88,7 +88,7 @@ def test_what_cannot_be_asked_raises_its_error(loaded: rave_jax.LoadedModel, tmp
             call(user("?", b"no picture"))
     with pytest.raises(ConfigError, match="no such directory"):
         rave_jax.load(tmp_path / "nowhere")
-    with pytest.raises(ConfigError, match="step 3 is asked for, but this is no run"):
+    with pytest.raises(ConfigError, match="step 3 is asked for, but this is not a run"):
         rave_jax.load(loaded.directory, step=3)
     with pytest.raises(ConfigError, match="dtype is 'float16', expected float32 or bfloat16"):
         rave_jax.load(loaded.directory, dtype="float16")
