@@ -26,10 +26,7 @@ import jax
 import numpy as np
 from small_vlm import (
     IMAGE,
-    MERGE_PATCHES,
-    PATCH_NUMBERS,
     SEED,
-    WINDOW_PATCHES,
     Prompt,
     TorchSide,
     compare,
@@ -87,8 +84,7 @@ def padded(batch: list[Asked]) -> dict[str, np.ndarray]:
 
 def engine(model: Vlm, sizes: SlotConfig) -> Engine:
     """Slots without stop ids: every answer has the length it is asked for."""
-    patch_sizes = {"window_patches": WINDOW_PATCHES, "merge_patches": MERGE_PATCHES, "patch_numbers": PATCH_NUMBERS}
-    return Engine(model, sizes, (), mesh=None, **patch_sizes)
+    return Engine(model, sizes, ())
 
 
 def answer(slots: Engine, asked: list[Asked]) -> None:

@@ -25,6 +25,7 @@ from small_vlm import IMAGE, MERGE_PATCHES, PATCH_NUMBERS, SEED, WINDOW_PATCHES,
 from rave_jax.batch import Batch
 from rave_jax.data.collate import BatchShape, collate
 from rave_jax.data.sample import Example
+from rave_jax.families.config import PatchSizes
 from rave_jax.inference import Engine, Sampling, SlotConfig
 from rave_jax.models.vlm import Vlm
 from rave_jax.training.objective import chunked_cross_entropy
@@ -52,8 +53,7 @@ def our_generation(model: Vlm, examples: list[Example]) -> Callable[[], int]:
     sizes = SlotConfig(
         slots=ROWS, max_length=whole, chunk=whole, smallest=TOKENS, prefill_rows=ROWS, decode_steps=NEW_TOKENS
     )
-    patch_sizes = {"window_patches": WINDOW_PATCHES, "merge_patches": MERGE_PATCHES, "patch_numbers": PATCH_NUMBERS}
-    engine = Engine(model, sizes, (), mesh=None, **patch_sizes)
+    engine = Engine(model, sizes, ())
 
     def generate() -> int:
         for example in examples:
@@ -110,7 +110,12 @@ def measure(rounds: int) -> list[dict[str, Any]]:
         torch = TorchSide("model_speed_torch.py", folder, {"new_tokens": NEW_TOKENS})
         model = our_model(folder)
         shape = BatchShape(ROWS, TOKENS, examples[0].patches.length)
-        batch = jax.tree.map(jnp.asarray, collate([[example] for example in examples], shape, PATCH_NUMBERS))
+        batch = jax.tree.map(
+            jnp.asarray,
+            collate(
+                [[example] for example in examples], shape, PatchSizes(PATCH_NUMBERS, MERGE_PATCHES, WINDOW_PATCHES)
+            ),
+        )
         tasks = our_tasks(model, batch, examples)
 
         results = []

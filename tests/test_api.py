@@ -103,8 +103,8 @@ def test_a_forward_of_a_conversation_is_that_of_its_batch(loaded: rave_jax.Loade
     settings = loaded.processor.settings
     rows = [[loaded.processor.encode(user(f"What {n}?", WIDE), True)] for n in range(7)]
     rows.append([loaded.processor.encode(asked, True)])
-    shape = BatchShape(8, 64, settings.window_patches)
-    many = loaded.forward(collate(rows, shape, settings.patch_numbers, settings.merge_patches), logits=False)
+    shape = BatchShape(8, 64, settings.patch_sizes.window)
+    many = loaded.forward(collate(rows, shape, settings.patch_sizes), logits=False)
     assert many.logits is None and many.hidden.shape[:2] == (8, 64) == many.tokens.shape
     np.testing.assert_allclose(many.hidden[7, : len(one.tokens)], one.hidden, atol=1e-4)
 

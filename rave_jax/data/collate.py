@@ -11,6 +11,7 @@ from numpy.typing import DTypeLike
 from rave_jax.batch import Batch, Kind, TokenInfo
 from rave_jax.data.patches import empty_patches
 from rave_jax.data.sample import Example, OverBudget
+from rave_jax.families.config import PatchSizes
 
 
 class BatchShape(NamedTuple):
@@ -19,7 +20,7 @@ class BatchShape(NamedTuple):
     Fields:
         rows: B.
         tokens: T, text and visual tokens of a row.
-        patches: P of a row; a multiple of the tower's window (`PictureRules.window_patches`), or 0 for text only.
+        patches: P of a row; a multiple of the tower's window (`PatchSizes.window`), or 0 for text only.
     """
 
     rows: int
@@ -74,7 +75,7 @@ def empty_batch(shape: BatchShape, patch_numbers: int) -> Batch:
     )
 
 
-def collate(rows: Sequence[Sequence[Example]], shape: BatchShape, patch_numbers: int, merge_patches: int = 4) -> Batch:
+def collate(rows: Sequence[Sequence[Example]], shape: BatchShape, sizes: PatchSizes) -> Batch:
     """Pack the documents of each row one after another and pad to `shape`.
 
     A document's images, frames, windows and merged patches are numbered on behind those of the documents before it;
@@ -83,15 +84,14 @@ def collate(rows: Sequence[Sequence[Example]], shape: BatchShape, patch_numbers:
     Args:
         rows: documents of each row, at most `shape.rows` of them; rows that are missing are padding.
         shape: the batch's shape.
-        patch_numbers: C, numbers in a flattened patch (`PictureRules.patch_numbers`).
-        merge_patches: patches in a merge unit (`PictureRules.merge_patches`).
+        sizes: of the model's patches.
 
     Raises:
         OverBudget: a row's documents do not fit. Nothing is cut.
     """
     if len(rows) > shape.rows:
         raise OverBudget(f"{len(rows)} rows for a batch of {shape.rows}")
-    batch = empty_batch(shape, patch_numbers)
+    batch = empty_batch(shape, sizes.numbers)
     for b, documents in enumerate(rows):
         token = patch = images = frames = windows = regions = 0
         for number, example in enumerate(documents, start=1):
@@ -108,7 +108,7 @@ def collate(rows: Sequence[Sequence[Example]], shape: BatchShape, patch_numbers:
             batch.info.image[b, t] = np.where(example.info.image > 0, example.info.image + images, 0)
             batch.info.region[b, t] = np.where(example.info.region > 0, example.info.region + regions, 0)
             batch.positions[:, b, t] = example.positions
-            batch.visual_index[b, t] = np.where(visual, example.visual_index + patch // merge_patches, 0)
+            batch.visual_index[b, t] = np.where(visual, example.visual_index + patch // sizes.merge, 0)
             batch.patches.pixels[b, p] = example.patches.pixels
             batch.patches.place[b, p] = example.patches.place
             batch.patches.frame[b, p] = example.patches.frame + frames

@@ -85,8 +85,7 @@ class Pipeline:
         batch = collate(
             [[each.example for each in row] for row in rows],
             shape._replace(rows=stop - start),
-            settings.patch_numbers,
-            settings.merge_patches,
+            settings.patch_sizes,
         )
         return Rows(batch, tuple(skip for row in rows for each in row for skip in each.skips))
 
@@ -158,6 +157,6 @@ def equal_rows(config: DataConfig, processor: Processor) -> EqualRows:
     def size(stage: Stage) -> tuple[int, int, int]:
         tokens = config.tokens if stage.tokens is None else stage.tokens
         patches = config.patches if stage.patches is None else stage.patches
-        return stage.step, tokens, round_up(patches, processor.settings.window_patches)
+        return stage.step, tokens, round_up(patches, processor.settings.patch_sizes.window)
 
     return EqualRows(config.rows, tuple(map(size, config.stages)), each, most)

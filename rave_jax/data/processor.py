@@ -139,7 +139,7 @@ class Processor:
             grid, frames = video_grid(part["video"], part.get("fps"), self.settings, name)
         else:
             grid, frames = image_grid(part["image"], self.settings, name), None
-        return self._count(self._pieces(kind, grid, frames)), math.prod(grid) * self.settings.merge_patches
+        return self._count(self._pieces(kind, grid, frames)), math.prod(grid) * self.settings.patch_sizes.merge
 
     def _count(self, pieces: Sequence[Piece]) -> int:
         grids = (piece.grid for piece in pieces if piece.grid is not None)
@@ -235,7 +235,7 @@ class Processor:
             info=info,
             positions=self.settings.positions(len(tokens), visuals),
             visual_index=visual_index,
-            patches=join_patches([cut.patches for cut in cuts], self.settings.patch_numbers),
+            patches=join_patches([cut.patches for cut in cuts], self.settings.patch_sizes.numbers),
         )
         return lay_out(example, self.layout)
 

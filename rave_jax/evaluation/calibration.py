@@ -110,7 +110,7 @@ class CalibrationSet:
         if width == 0:
             raise ConfigError("the calibration set has no token of an answer")
         rows = round_up(min(rows, len(examples)), row_ways(mesh))
-        least = smallest_shape([[e] for e in examples], TOKEN_BUCKET, processor.settings.window_patches)
+        least = smallest_shape([[e] for e in examples], TOKEN_BUCKET, processor.settings.patch_sizes.window)
         shape = least._replace(rows=rows)
         embed = jax.jit(lambda model, batch: model.embedded(batch))
         self._criterion: Criterion = criterion
@@ -149,7 +149,7 @@ class CalibrationSet:
 
         def load(span: range) -> Batch:
             mine = [[example] for example in examples[span.start : span.stop]]
-            return collate(mine, shape._replace(rows=len(span)), settings.patch_numbers, settings.merge_patches)
+            return collate(mine, shape._replace(rows=len(span)), settings.patch_sizes)
 
         return global_batch(load, self._mesh, shape.rows)
 

@@ -90,7 +90,7 @@ class ForcedAnswers:
 
         def load(span: range) -> Batch:
             mine = [[example] for example in examples[span.start : span.stop]]
-            return collate(mine, self._shape._replace(rows=len(span)), settings.patch_numbers, settings.merge_patches)
+            return collate(mine, self._shape._replace(rows=len(span)), settings.patch_sizes)
 
         return global_batch(load, self._mesh, self._shape.rows)
 

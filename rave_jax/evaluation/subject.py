@@ -207,7 +207,7 @@ class ModelSubject:
 
         def load(span: range) -> Batch:
             mine = [[example] for example in examples[span.start : span.stop]]
-            return collate(mine, shape._replace(rows=len(span)), settings.patch_numbers, settings.merge_patches)
+            return collate(mine, shape._replace(rows=len(span)), settings.patch_sizes)
 
         return global_batch(load, self._mesh, shape.rows)
 

@@ -115,7 +115,7 @@ def evaluate(config: Eval, model: Vlm, processor: Processor, mesh: Mesh, out: Pa
         SampleError: a sample cannot be asked, and `on_error` is "fail".
     """
     source = open_checked(config, model.config.text.num_layers)
-    patches = round_up(config.patches, processor.settings.window_patches) if model.vision is not None else 0
+    patches = round_up(config.patches, processor.settings.patch_sizes.window) if model.vision is not None else 0
     rows = round_up(config.rows, row_ways(mesh))
     shape = BatchShape(rows, config.tokens, patches)
     subject = ModelSubject(model, processor, mesh, shape, config.max_new_tokens)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from rave_jax.config import check_fields, require
 
@@ -150,6 +150,20 @@ class TowerConfig(ABC):
         return 1
 
 
+class PatchSizes(NamedTuple):
+    """What arrays of patches have to be like for a model; all 1 without a tower, so that empty arrays have a shape.
+
+    Fields:
+        numbers: C, numbers in a flattened patch.
+        merge: patches in a merge unit, which becomes one visual token.
+        window: patches of a row are a multiple of it: what a full attention window of the tower holds.
+    """
+
+    numbers: int = 1
+    merge: int = 1
+    window: int = 1
+
+
 @dataclass(frozen=True)
 class VlmConfig:
     """One vision-language (or, without a tower, language) model."""
@@ -182,3 +196,9 @@ class VlmConfig:
         if self.vision is not None:
             same = self.vision.out_size == self.text.hidden_size
             require(same, "vision.out_size", self.vision.out_size, f"text.hidden_size {self.text.hidden_size}")
+
+    @property
+    def patch_sizes(self) -> PatchSizes:
+        """What arrays of patches have to be like."""
+        tower = self.vision
+        return PatchSizes() if tower is None else PatchSizes(tower.patch_width, tower.merge_unit, tower.window_patches)

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from rave_jax.batch import Patches
-from rave_jax.families.config import VlmConfig
+from rave_jax.families.config import PatchSizes, VlmConfig
 from rave_jax.layout import Grid
 from rave_jax.typing import Int, NpArray
 
@@ -135,19 +135,9 @@ class PictureRules:
         return self.config.video_token_id
 
     @property
-    def patch_numbers(self) -> int:
-        """C: numbers in a flattened patch; 1 without a tower, as in the other two, so that arrays have a shape."""
-        return 1 if self.config.vision is None else self.config.vision.patch_width
-
-    @property
-    def merge_patches(self) -> int:
-        """Patches in a merge unit, which becomes one visual token."""
-        return 1 if self.config.vision is None else self.config.vision.merge_unit
-
-    @property
-    def window_patches(self) -> int:
-        """Patch budgets are multiples of it: what a full attention window of the tower holds."""
-        return 1 if self.config.vision is None else self.config.vision.window_patches
+    def patch_sizes(self) -> PatchSizes:
+        """What arrays of patches have to be like."""
+        return self.config.patch_sizes
 
     def limited(self, min_pixels: int | None, max_pixels: int | None) -> Self:
         """The rules with other limits of a resized picture's pixels, where they are given.

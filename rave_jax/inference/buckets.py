@@ -9,6 +9,7 @@ from typing import get_args
 
 from rave_jax.attention import CacheType, RegionMemory, RegionReach
 from rave_jax.config import require
+from rave_jax.families.config import PatchSizes
 from rave_jax.layout import VisualLayout
 
 
@@ -84,8 +85,8 @@ class Buckets:
         regions: how many regions a prompt's chunks see, ascending, doubled each time; empty without regions.
     """
 
-    def __init__(self, config: SlotConfig, window_patches: int, merge_patches: int, layout: VisualLayout):
-        """`window_patches` is 0 for a model without a tower; else inputs of the tower are multiples of it."""
+    def __init__(self, config: SlotConfig, sizes: PatchSizes | None, layout: VisualLayout):
+        """`sizes` is None for a model without a tower; else inputs of the tower are multiples of its window."""
         self.chunk = min(config.chunk, config.max_length)
         self.lengths = _lengths(config.smallest, self.chunk, config.max_length)
         self.reaches = self.lengths
@@ -94,9 +95,9 @@ class Buckets:
             self.reaches = _lengths(config.smallest, self.chunk, config.max_text)
         whole = self.lengths[-1]
         self.patches: tuple[int, ...] = ()
-        if window_patches:
-            windows = -(-merge_patches * whole // window_patches)
-            self.patches = tuple(n * window_patches for n in _grown(1, windows))
+        if sizes is not None:
+            windows = -(-sizes.merge * whole // sizes.window)
+            self.patches = tuple(n * sizes.window for n in _grown(1, windows))
         self._layout = layout
         most = layout.max_regions
         self.regions = () if layout.regions is None else _doubled(min(16, most), most)

@@ -42,8 +42,8 @@ class Forward(NamedTuple):
 def batch_of(example: Example, processor: Processor) -> Batch:
     """A batch of one row with one document, padded to few shapes."""
     settings = processor.settings
-    shape = smallest_shape([[example]], TOKEN_BUCKET, settings.window_patches)
-    return collate([[example]], shape, settings.patch_numbers, settings.merge_patches)
+    shape = smallest_shape([[example]], TOKEN_BUCKET, settings.patch_sizes.window)
+    return collate([[example]], shape, settings.patch_sizes)
 
 
 def forward(

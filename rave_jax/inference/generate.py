@@ -110,7 +110,6 @@ class Generator:
     """
 
     def __init__(self, model: Vlm, processor: Processor, config: SlotConfig, mesh: Mesh | None = None):
-        settings = processor.settings
         TextStream(processor.tokenizer)  # refuses the tokenizer now rather than every request later
         wanted = model.options.layout
         check_vocabulary(processor.tokenizer, model.config.text.vocab_size)
@@ -122,9 +121,6 @@ class Generator:
             model,
             config,
             (*model.config.eos_token_ids, processor.end_id),
-            window_patches=settings.window_patches,
-            merge_patches=settings.merge_patches,
-            patch_numbers=settings.patch_numbers,
             mesh=mesh,
         )
         self._streaming = False

@@ -12,6 +12,7 @@ from rave_jax.data.collate import BatchShape, collate
 from rave_jax.data.layout import offsets_in_region
 from rave_jax.data.patches import empty_patches
 from rave_jax.data.sample import Example
+from rave_jax.families.config import PatchSizes
 from rave_jax.inference.buckets import Buckets
 from rave_jax.inference.programs import NOTHING, Admission, Pictures
 from rave_jax.inference.sampling import RowSampling, Sampling
@@ -52,21 +53,19 @@ class PromptGroup:
         prompts: at least one.
         rows: N; rows without a prompt are padding.
         buckets: the sizes to use.
-        patch_numbers, merge_patches: of the processor's settings.
+        sizes: of the model's patches.
     """
 
-    def __init__(
-        self, prompts: Sequence[Prompt], rows: int, buckets: Buckets, *, patch_numbers: int, merge_patches: int
-    ):
+    def __init__(self, prompts: Sequence[Prompt], rows: int, buckets: Buckets, sizes: PatchSizes):
         self.prompts, self.rows, self.buckets = prompts, rows, buckets
         longest = max(prompt.length for prompt in prompts)
         self.width = buckets.chunk_of(longest)
         """T: tokens of each prompt that are read at once."""
         tokens = -(-longest // self.width) * self.width
         patches = max(prompt.example.patches.length for prompt in prompts)
-        self._merge_patches = merge_patches
+        self._sizes = sizes
         documents = [[prompt.example] for prompt in prompts]
-        self._batch: Batch = collate(documents, BatchShape(rows, tokens, patches), patch_numbers, merge_patches)
+        self._batch: Batch = collate(documents, BatchShape(rows, tokens, patches), sizes)
         regions = max(int(np.max(prompt.example.info.region, initial=0)) for prompt in prompts)
         self.region_reach = buckets.region_reach(regions)
         """Regions that the prompts' chunks see; None for a model without."""
@@ -78,10 +77,10 @@ class PromptGroup:
         for turn in range(max(map(len, groups))):
             spans = [mine[turn] if turn < len(mine) else range(0) for mine in groups]
             P = self.buckets.tower(max(map(len, spans)))
-            cut: Any = empty_patches((self.rows, P), self._batch.patches.pixels.shape[-1])
+            cut: Any = empty_patches((self.rows, P), self._sizes.numbers)
             offset: Any = np.zeros(self.rows, np.int32)
             for row, span in enumerate(spans):
-                offset[row] = span.start // self._merge_patches
+                offset[row] = span.start // self._sizes.merge
                 for part, whole in zip(cut, self._batch.patches, strict=True):
                     part[row, : len(span)] = whole[row, span.start : span.stop]
             yield Pictures(cut, offset)

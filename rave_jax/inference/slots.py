@@ -84,7 +84,6 @@ class Engine:
         model: the model, on the mesh. Its weights are taken as they are now; what is put into it later is not seen.
         config: sizes.
         stop_ids: ids that end every answer.
-        window_patches, merge_patches, patch_numbers: of the processor's settings; not read for a text model.
         mesh: the devices, or None for a single one.
 
     Raises:
@@ -97,10 +96,6 @@ class Engine:
         model: Vlm,
         config: SlotConfig,
         stop_ids: Sequence[int],
-        *,
-        window_patches: int,
-        merge_patches: int,
-        patch_numbers: int,
         mesh: Mesh | None = None,
     ):
         self.config = config
@@ -110,10 +105,8 @@ class Engine:
         self._stop_ids = frozenset(stop_ids)
         if len(self._stop_ids) > config.max_stop_ids:
             raise ConfigError(_too_many(len(self._stop_ids), "an answer of the model", config.max_stop_ids))
-        self._patch_sizes = {"merge_patches": merge_patches, "patch_numbers": patch_numbers}
-        self._buckets = Buckets(
-            config, window_patches if model.vision is not None else 0, merge_patches, model.options.layout
-        )
+        self._sizes = model.config.patch_sizes
+        self._buckets = Buckets(config, None if model.vision is None else self._sizes, model.options.layout)
         self._waiting: deque[_Job] = deque()
         self._slots: list[_Job | None] = [None] * config.slots
         self._requests = 0
@@ -271,7 +264,7 @@ class Engine:
         slots = free[: len(jobs)]
         for job in jobs:
             job.began = self._seconds()
-        group = PromptGroup([job.prompt for job in jobs], rows, self._buckets, **self._patch_sizes)
+        group = PromptGroup([job.prompt for job in jobs], rows, self._buckets, self._sizes)
         for pictures in group.pictures(self.config.patches):
             self._run("encode_images", pictures.patches.length, _encode_images, pictures)
         regions = group.region_reach

@@ -58,12 +58,12 @@ def unpack(batch: Any, row: int, number: int, merge: int) -> Example:
 def test_documents_come_out_as_they_went_in(processor: Processor, plan: list, more: int, windows: int) -> None:
     s = processor.settings
     rows = [[encode(processor, document) for document in row] for row in plan]
-    least = smallest_shape(rows, 1, s.window_patches)
-    shape = BatchShape(least.rows + 1, least.tokens + more, least.patches + windows * s.window_patches)
-    batch = collate(rows, shape, s.patch_numbers, s.merge_patches)
+    least = smallest_shape(rows, 1, s.patch_sizes.window)
+    shape = BatchShape(least.rows + 1, least.tokens + more, least.patches + windows * s.patch_sizes.window)
+    batch = collate(rows, shape, s.patch_sizes)
     for b, row in enumerate(rows):
         for number, example in enumerate(row, start=1):
-            back = unpack(batch, b, number, s.merge_patches)
+            back = unpack(batch, b, number, s.patch_sizes.merge)
             pairs = zip(*(jax.tree.leaves_with_path(e) for e in (back, example)), strict=True)
             for (path, ours), (_, theirs) in pairs:
                 np.testing.assert_array_equal(ours, theirs, err_msg=jax.tree_util.keystr(path))
@@ -83,7 +83,7 @@ def test_documents_come_out_as_they_went_in(processor: Processor, plan: list, mo
 def test_targets_are_the_next_token_of_the_document(processor: Processor, plan: list) -> None:
     s = processor.settings
     rows = [[encode(processor, document) for document in row] for row in plan]
-    batch = collate(rows, smallest_shape(rows, 16, 16), s.patch_numbers, s.merge_patches)
+    batch = collate(rows, smallest_shape(rows, 16, 16), s.patch_sizes)
     weights = 0
     for b in range(len(rows)):
         document = batch.info.document[b]
@@ -99,20 +99,20 @@ def test_over_budget_is_an_error_and_never_a_cut(processor: Processor) -> None:
     s = processor.settings
     short = BatchShape(1, len(example.tokens) - 1, 640)
     with pytest.raises(OverBudget, match=rf"row 0, document 1: {len(example.tokens)} tokens and \d+ patches"):
-        collate([[example]], short, s.patch_numbers)
+        collate([[example]], short, s.patch_sizes)
     few = BatchShape(1, 1000, example.patches.length - 4)
     with pytest.raises(OverBudget, match="over the budget"):
-        collate([[example]], few, s.patch_numbers)
+        collate([[example]], few, s.patch_sizes)
     with pytest.raises(OverBudget, match="2 rows for a batch of 1"):
-        collate([[], []], BatchShape(1, 10, 0), s.patch_numbers)
+        collate([[], []], BatchShape(1, 10, 0), s.patch_sizes)
 
 
 def test_text_only_batches_have_no_patches(processor: Processor) -> None:
     rows = [[encode(processor, ([], "hi", "yes"))]]
     shape = smallest_shape(rows, 8, 64)
     assert shape.patches == 0
-    batch = collate(rows, shape, processor.settings.patch_numbers)
-    assert batch.patches.pixels.shape == (1, 0, processor.settings.patch_numbers)
+    batch = collate(rows, shape, processor.settings.patch_sizes)
+    assert batch.patches.pixels.shape == (1, 0, processor.settings.patch_sizes.numbers)
 
 
 def test_types() -> None:

@@ -19,6 +19,7 @@ from rave_jax.data.pipeline import Pipeline
 from rave_jax.data.processor import Processor
 from rave_jax.data.sample import Example, OverBudget
 from rave_jax.data.sources import QaJsonl
+from rave_jax.families.config import PatchSizes
 from rave_jax.families.qwen2_5_vl.presets import tiny
 from rave_jax.layout import AdaptiveRegions, ContextTokens, FixedRegions, Grid, Regions, VisualLayout
 from tests.data.pictures import noise
@@ -155,7 +156,9 @@ def test_packed_documents_number_their_regions_on(some: list, layout: VisualLayo
     examples = [lay_out(example(one), layout) for one in some]
     examples = [region_major(one) for one in examples] if major else examples
     tokens, patches = sum(len(one.tokens) for one in examples), sum(one.patches.length for one in examples)
-    batch: Any = collate([examples], BatchShape(1, tokens + 3, patches), examples[0].patches.pixels.shape[1], MERGE**2)
+    batch: Any = collate(
+        [examples], BatchShape(1, tokens + 3, patches), PatchSizes(examples[0].patches.pixels.shape[1], MERGE**2)
+    )
     start = images = regions = units = 0
     for one in examples:
         here = slice(start, start + len(one.tokens))

@@ -116,7 +116,7 @@ def _with_video(settings: Pictures) -> Pictures:
 
 def test_text_alone(processor: Processor) -> None:
     example = processor.encode([{"role": "user", "content": "hello"}])
-    assert example.patches.pixels.shape == (0, processor.settings.patch_numbers)
+    assert example.patches.pixels.shape == (0, processor.settings.patch_sizes.numbers)
     np.testing.assert_array_equal(example.positions, np.tile(np.arange(len(example.tokens)), (3, 1)))
 
 
@@ -156,7 +156,11 @@ def test_a_model_without_eyes(qwen: Processor) -> None:
 def test_settings_of_an_hf_directory(qwen_dir: Path) -> None:
     settings = picture_rules(qwen_dir)
     assert (settings.min_pixels, settings.max_pixels) == (3136, 12845056)
-    assert (settings.patch_numbers, settings.window_patches, settings.config.tokens_per_second) == (1176, 64, 2)
+    assert (settings.patch_sizes.numbers, settings.patch_sizes.window, settings.config.tokens_per_second) == (
+        1176,
+        64,
+        2,
+    )
     assert (settings.video.min_pixels, settings.video.max_pixels) == (3136, 12845056)
     assert settings.config.vision.window_units == 4
 
@@ -273,7 +277,7 @@ def test_every_token_knows_its_place_in_the_document(processor: Processor) -> No
     example = processor.encode([question, {"role": "assistant", "content": "7"}])
     length = len(example.tokens)
     np.testing.assert_array_equal(example.info.offset, np.arange(length))
-    packed = collate([[example, example]], BatchShape(1, 2 * length, 256), processor.settings.patch_numbers)
+    packed = collate([[example, example]], BatchShape(1, 2 * length, 256), processor.settings.patch_sizes)
     np.testing.assert_array_equal(packed.info.offset[0, length:], np.arange(length))
 
 

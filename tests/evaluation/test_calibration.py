@@ -88,11 +88,11 @@ def test_entropy_is_of_the_first_token_and_needs_no_labels(vlm: Vlm, processor: 
     settings = processor.settings
     wanted = []
     # The largest shape for all: one program.
-    shapes = [smallest_shape([[example]], 64, settings.window_patches) for example in examples]
+    shapes = [smallest_shape([[example]], 64, settings.patch_sizes.window) for example in examples]
     shape = BatchShape(*np.max(shapes, axis=0).tolist())
     run = jax.jit(lambda m, b: m.logits(m.forward(b).hidden))
     for example in examples:
-        batch = collate([[example]], shape, settings.patch_numbers, settings.merge_patches)
+        batch = collate([[example]], shape, settings.patch_sizes)
         logits = run(vlm, batch)[0, len(example.tokens) - 1]
         log_probs = np.asarray(jax.nn.log_softmax(logits), np.float64)
         wanted.append(-(np.exp(log_probs) * log_probs).sum())

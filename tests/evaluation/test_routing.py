@@ -62,7 +62,7 @@ def test_a_route_is_what_the_models_queries_chose_and_hits_are_counted_by_pixels
 
     prompt = processor.encode(samples[0].prompt, add_generation_prompt=True)
     example = with_answer(prompt, answers[0].tokens)
-    batch = collate([[example]], BatchShape(1, len(example.tokens), 128), processor.settings.patch_numbers)
+    batch = collate([[example]], BatchShape(1, len(example.tokens), 128), processor.settings.patch_sizes)
     last = len(prompt.tokens) - 1
     queries = np.array([[last, last + 1]], np.int32)
     chosen = np.asarray(jax.jit(Vlm.forward)(vlm, batch, Want(queries=queries)).chosen)[:, 0]

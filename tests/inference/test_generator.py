@@ -140,7 +140,7 @@ def test_an_answer_about_a_video_is_what_training_would_learn(vlm: Vlm, processo
     for name, messages, answer in zip(VIDEOS, asked, answers, strict=True):
         record = films.encode([*messages, {"role": "assistant", "content": answer.text}])
         assert tuple(record.tokens[record.loss_mask > 0][: len(answer.tokens)]) == answer.tokens
-        batch = collate([[record]], BatchShape(1, 160, 64), settings.patch_numbers, settings.merge_patches)
+        batch = collate([[record]], BatchShape(1, 160, 64), settings.patch_sizes)
         start = int(np.argmax(record.loss_mask > 0))
         found = np.asarray(logits_of(batch))[0, start - 1 : start - 1 + len(answer.tokens)]
         np.testing.assert_array_equal(np.argmax(found, -1), answer.tokens, err_msg=name)

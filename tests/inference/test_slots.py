@@ -29,7 +29,7 @@ from rave_jax.attention import (
 from rave_jax.config import ConfigError
 from rave_jax.data.layout import lay_out
 from rave_jax.data.sample import OverBudget, SampleError
-from rave_jax.families.config import TextConfig, VlmConfig
+from rave_jax.families.config import PatchSizes, TextConfig, VlmConfig
 from rave_jax.families.qwen2_5_vl.presets import tiny
 from rave_jax.inference import Engine, Sampling, SlotConfig
 from rave_jax.inference.buckets import Buckets
@@ -134,16 +134,7 @@ def prompts() -> list[Document]:
 
 
 def engine(vlm: Vlm, sizes: SlotConfig = SIZES, stop_ids: Sequence[int] = (), mesh=None) -> Engine:
-    assert VISION is not None
-    return Engine(
-        vlm,
-        sizes,
-        stop_ids,
-        window_patches=VISION.window_patches,
-        merge_patches=VISION.merge_unit,
-        patch_numbers=VISION.patch_width,
-        mesh=mesh,
-    )
+    return Engine(vlm, sizes, stop_ids, mesh)
 
 
 def run(slots: Engine, documents: Sequence[Document], samplings: Sequence[Sampling] | None = None) -> list[list[int]]:
@@ -449,11 +440,12 @@ def test_sizes_that_make_no_slots_are_refused(field: str) -> None:
 @given(st.integers(2, 5000), st.integers(1, 700), st.integers(1, 200))
 def test_buckets_hold_whatever_fits(max_length: int, chunk: int, smallest: int) -> None:
     config = SlotConfig(max_length=max_length, chunk=chunk, smallest=smallest)
-    buckets = Buckets(config, 64, 4, VisualLayout())
+    sizes = PatchSizes(1, 4, 64)
+    buckets = Buckets(config, sizes, VisualLayout())
     reaches = buckets.reaches
     assert list(reaches) == sorted(set(reaches)) and max_length <= buckets.size < max_length + buckets.chunk
     most = max(2, max_length // 3)
-    beside = Buckets(dataclasses.replace(config, max_text=most), 64, 4, VisualLayout(FixedRegions(2, 2), 9))
+    beside = Buckets(dataclasses.replace(config, max_text=most), sizes, VisualLayout(FixedRegions(2, 2), 9))
     assert beside.lengths == reaches and most <= beside.size < most + beside.chunk
     assert all(length <= beside.reach(length) for length in (0, 1, most))
     for length in (1, max_length // 3 + 1, max_length - 1, max_length):

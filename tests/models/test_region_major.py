@@ -62,7 +62,7 @@ def both(context: ContextTokens | None) -> tuple[Batch, Batch, np.ndarray]:
     ]
     shape = BatchShape(1, 120, 256)
     rows = [documents, [region_major(one) for one in documents]]
-    raster, major = (collate([row], shape, VISION.patch_width, VISION.merge_unit) for row in rows)
+    raster, major = (collate([row], shape, CONFIG.patch_sizes) for row in rows)
     starts = np.cumsum([0] + [len(one.tokens) for one in documents])
     lies = np.concatenate([start + np.argsort(one.info.offset) for start, one in zip(starts, rows[1], strict=False)])
     assert np.any(lies != np.arange(len(lies)))

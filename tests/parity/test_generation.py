@@ -241,7 +241,7 @@ def answers_to_messages(folder: Path, case: Case, theirs: Any) -> list[Answer]:
 def answers_to_tokens(folder: Path, case: Case, theirs: Any) -> list[Answer]:
     """Prompts of any length, which a chat template would not leave us."""
     model = import_hf(folder, ModelOptions())
-    engine = Engine(model, case.slots, model.config.eos_token_ids, window_patches=0, merge_patches=1, patch_numbers=0)
+    engine = Engine(model, case.slots, model.config.eos_token_ids)
     answers: dict[int, Answer] = {}
     for number, (ask, sampling) in enumerate(zip(case.asks, samplings(case, theirs), strict=True)):
         prompt = request(ask, case, folder, number)["tokens"]
