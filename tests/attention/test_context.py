@@ -140,7 +140,7 @@ def test_the_mask_is_the_stated_rule(name: str, row: list[Token], tokens: Contex
     configs, rule = BESIDE[name]
     row = with_context(row, tokens)
     if tokens.sees == "own+first" and name in OPENING:
-        with pytest.raises(ConfigError, match="'opening'"):
+        with pytest.raises(ConfigError, match="cannot share a layer"):
             sights(tokens, *configs)
         return
     whole = beside(tokens, rule)

@@ -204,6 +204,7 @@ def at_the_start(packed: Batch, row: int, number: int) -> tuple[Batch, np.ndarra
     return alone, mine
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("descriptor", ["mean", pytest.param("random", marks=pytest.mark.slow)])
 def test_a_packed_document_is_the_document_alone(descriptor) -> None:
     """Wherever it stands, and whatever numbers its regions have; so is its part of a gradient."""

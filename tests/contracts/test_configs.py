@@ -142,7 +142,7 @@ def abstract_batch(config: TrainConfig, vlm: VlmConfig) -> Batch:
     return jax.tree.map(widen, batch_axis(), row)
 
 
-LOWERED = ("synthetic_all", "qwen2_5_vl_7b_rave_sft", "quickstart_gaze")
+LOWERED = ("synthetic_all", "qwen2_5_vl_7b_rave_sft")
 """The others are slow tests: to trace a step takes 2 to 7 s."""
 
 

@@ -194,6 +194,14 @@ def test_the_thread_of_a_stream_ends_with_it(blocks: bool, generator: Generator)
     assert not requests_threads() and len(read) == (2 if blocks else THREE.slots + THREE.prefill_rows)
 
 
+@pytest.fixture
+def handled() -> Iterator[None]:
+    """Python's own handler of Ctrl-C: workers of a test run ignore the signal."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def interrupting(generator: Generator, monkeypatch: pytest.MonkeyPatch, times: int) -> None:
     """Ctrl-C so many times within the second step from here on, before its program runs."""
     step, steps = generator._engine._step, itertools.count()
@@ -207,6 +215,7 @@ def interrupting(generator: Generator, monkeypatch: pytest.MonkeyPatch, times: i
     monkeypatch.setattr(generator._engine, "_step", interrupted)
 
 
+@pytest.mark.usefixtures("handled")
 def test_an_interrupt_waits_for_the_step_and_loses_nothing(
     generator: Generator, alone: list[Completion], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -220,6 +229,7 @@ def test_an_interrupt_waits_for_the_step_and_loses_nothing(
     assert ends_of(pieces) == {number: alone[0]} and "".join(piece.text for piece in pieces) == alone[0].text
 
 
+@pytest.mark.usefixtures("handled")
 @pytest.mark.parametrize("leave", ["twice", "an error of the device"])
 def test_a_step_that_breaks_ends_all_requests_and_the_next_ones_are_answered(
     leave: str, generator: Generator, alone: list[Completion], monkeypatch: pytest.MonkeyPatch

@@ -117,13 +117,13 @@ SETTINGS: dict[str, tuple[MechanismConfig, ...]] = {
     ),
 }
 
-FAST = ("rave", "some in each layer", "gaze")
+FAST = ("some in each layer", "gaze")
 """Each program of the others takes 1 to 2 s to compile, and most of their mechanisms are in these."""
 
 
 @functools.cache
 def a_model(name: str = "rave") -> Vlm:
-    config = SHORT if name in FAST else CONFIG
+    config = SHORT if name in ("rave", *FAST) else CONFIG
     return model(config, ModelOptions(mechanisms=SETTINGS[name]), seed=3)
 
 

@@ -48,6 +48,7 @@ def test_several_steps_by_the_other_interpreter(apart: bool) -> None:
         np.testing.assert_allclose(x, y, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrong", [R, 10 * R])
 def test_a_number_behind_the_last_region_is_an_error(wrong: int) -> None:
     given = operands(False)

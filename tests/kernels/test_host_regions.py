@@ -51,7 +51,7 @@ def test_a_row_is_replaced_in_place_and_no_other() -> None:
     same(jax.jit(lambda kept: kept.of_rows(jnp.arange(B), R))(after), expected)
 
 
-@pytest.mark.parametrize(("kind", "apart"), [("float32", False), ("int8", True)])
+@pytest.mark.parametrize(("kind", "apart"), [("float32", False), pytest.param("int8", True, marks=pytest.mark.slow)])
 def test_attention_is_that_over_regions_on_the_device(kind: str, apart: bool) -> None:
     given, on_host, on_device = operands(8, apart, "tanh"), {}, {}
     for name in "kv":

@@ -81,6 +81,7 @@ def test_without_context_tokens_there_is_no_table_and_no_mask() -> None:
     np.testing.assert_allclose(logits(vlm, rows), logits(a_model(), rows), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_model_starts_with_the_weights_it_has_without() -> None:
     ours, plain = (
         named_parameters(jax.jit(lambda key, o=options: Vlm(CONFIG, o, key=key))(jax.random.key(0)))

@@ -237,6 +237,7 @@ def test_rematerialisation_changes_no_gradient() -> None:
             np.testing.assert_allclose(ours[name][...], theirs[name][...], rtol=1e-4, atol=1e-4, err_msg=name)
 
 
+@pytest.mark.slow
 def test_a_stack_that_is_cut_says_the_same() -> None:
     # A window wider than the row does nothing but make layer runs.
     whole = a_model()
@@ -330,6 +331,7 @@ def test_visual_tokens_come_from_their_own_picture() -> None:
     assert (rows.info.kind[0] == Kind.VISUAL).sum() == 6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", [{"fsdp": 2, "tensor": 2, "data": 1}], ids=str)
 def test_a_mesh_gives_the_same_numbers(layout: dict[str, int]) -> None:
     devices = jax.devices()[: int(np.prod(list(layout.values())))]

@@ -27,6 +27,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny(tmp_path_factory.mktemp("calibrate") / "model", SMALL)
 
 
+@pytest.mark.slow
 def test_what_is_found_by_entropy_makes_a_built_model_surer(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -49,6 +49,7 @@ def test_the_run_directory(run):
     assert [row["step"] for row in curve(run)] == [1, 2, 3]
 
 
+@pytest.mark.slow
 def test_the_resolved_config_repeats_the_run(run, tmp_path):
     assert train.main([str(run / "config.json"), "--output_dir", str(tmp_path / "again")]) == 0
     assert curve(tmp_path / "again") == curve(run)

@@ -147,7 +147,7 @@ def of_two_layers(scan: bool, remat: Remat) -> Any:
         pytest.param(True, "full", marks=pytest.mark.slow),
         pytest.param(True, "dots", marks=pytest.mark.slow),
         pytest.param(False, "none", marks=pytest.mark.slow),
-        (False, "full"),
+        pytest.param(False, "full", marks=pytest.mark.slow),
     ],
 )
 def test_layers_and_what_they_keep_change_no_loss(scan: bool, remat: Remat) -> None:

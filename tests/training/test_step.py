@@ -113,6 +113,7 @@ def test_frozen_parameters_stay_and_cost_nothing(in_parts):
     assert all((np.asarray(state.trained[name]) != value).any() for name, value in trained.items())
 
 
+@pytest.mark.slow
 def test_frozen_parameters_get_no_gradient():
     """The compiled step is cheaper by the tower's backward pass."""
     flops = {}
