@@ -164,7 +164,7 @@ def _of_package(cls: type) -> bool:
 def _of_file(file: Path, inner: str, name: str) -> Any:
     if not file.is_absolute():
         # Else a config from somebody else could name a file that came with it.
-        raise NotFound(f"{file} is no absolute path")
+        raise NotFound(f"{file} is not an absolute path")
     if os.path.isfile(file):
         try:
             module = run_file(file)
@@ -219,7 +219,7 @@ def against_member(cls: Any, union: type) -> str | None:
         return f"it is no {union.__name__}: write `class {getattr(cls, '__name__', cls)}({union.__name__})`"
     params = getattr(cls, "__dataclass_params__", None)
     if params is None or not params.frozen:
-        return f"the class {cls.__name__} is no frozen dataclass: write @dataclass(frozen=True) above it"
+        return f"the class {cls.__name__} is not a frozen dataclass: write @dataclass(frozen=True) above it"
     if inspect.isabstract(cls):
         missing = ", ".join(sorted(cls.__abstractmethods__))
         return f"the class {cls.__name__} does not define {missing}"

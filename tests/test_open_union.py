@@ -128,7 +128,7 @@ def test_two_files_of_one_name_are_two(file: Path, tmp_path: Path) -> None:
         ("own_lab.no:Mine", "there is no module own_lab.no, which defined the class Mine"),
         ("json:Mine", "json defines no class Mine"),
         ("json:JSONDecoder", "it is no MechanismConfig"),
-        ("./FILE.txt.py:Mine", r"FILE.txt.py is no absolute path"),
+        ("./FILE.txt.py:Mine", r"FILE.txt.py is not an absolute path"),
         ("BROKEN.py:Mine", r"BROKEN.py:2: ZeroDivisionError: division by zero"),
         (":", "expected the name of a known class, or MODULE:CLASS or FILE.py:CLASS"),
     ],
@@ -157,7 +157,7 @@ def test_a_class_that_no_config_leads_back_to_is_refused_when_it_is_saved(file: 
 
 def test_a_class_that_is_not_frozen_is_refused(file: Path) -> None:
     file.write_text(MINE.replace("Mine(3)", "Loose(3)"))
-    with pytest.raises(ConfigError, match=r"mechanisms.0: the class Loose is no frozen dataclass: write @dataclass\("):
+    with pytest.raises(ConfigError, match=r"mechanisms.0: the class Loose is not a frozen dataclass: write @dataclass\("):
         load_file(file)
 
 
