@@ -248,13 +248,13 @@ def test_a_mesh_changes_nothing_and_compiles_nothing_twice(expected: list[list[i
 @pytest.mark.slow
 def test_regions_on_a_mesh_and_in_few_bytes_say_the_same() -> None:
     """Over rows and kv heads; and with int8 keys, most of what is said."""
-    expected = run(engine(a_model("gaze")), prompts())
+    expected = run(engine(a_model("gaze"), FEW), prompts())
     mesh = make_mesh(MeshConfig(fsdp=2, tensor=2), jax.devices()[:4])
-    slots = engine(a_model("gaze"), dataclasses.replace(SIZES, slots=4), mesh=mesh)
+    slots = engine(a_model("gaze"), dataclasses.replace(FEW, slots=4), mesh=mesh)
     far = slots._state.cache.regions
     assert far is not None and not far.layer_runs[0].keys.k.sharding.is_fully_replicated
     assert run(slots, prompts()) == expected
-    few = run(engine(a_model("gaze"), dataclasses.replace(SIZES, cache="int8")), prompts())
+    few = run(engine(a_model("gaze"), dataclasses.replace(FEW, cache="int8")), prompts())
     said = [a == b for mine, theirs in zip(few, expected, strict=True) for a, b in zip(mine, theirs, strict=True)]
     assert sum(said) > 0.6 * len(said)
 

@@ -62,19 +62,28 @@ def test_a_killed_run_continues_bit_for_bit(repo, tmp_path):
     assert curve(tmp_path / "killed") == rows
 
 
+LONGER = ("--steps", "45")
+
+
+@pytest.fixture(scope="module")
+def longer_alone(repo, tmp_path_factory):
+    """The loss curve of a longer run that was left alone."""
+    folder = tmp_path_factory.mktemp("longer") / "alone"
+    finish(start(repo, folder, *LONGER))
+    return curve(folder)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(2))
-def test_killed_again_and_again(repo, tmp_path, seed):
+def test_killed_again_and_again(repo, tmp_path, longer_alone, seed):
     """Longer, at moments that fall into steps and saves alike."""
-    longer = ("--steps", "60")
-    finish(start(repo, tmp_path / "alone", *longer))
     chance = random.Random(seed)
-    for lowest in (1, 15, 30):
-        job = start(repo, tmp_path / "killed", *longer)
-        signal_at(job, tmp_path / "killed", chance.randint(lowest, lowest + 20), chance.random() * 0.05)
+    for lowest in (1, 11, 22):
+        job = start(repo, tmp_path / "killed", *LONGER)
+        signal_at(job, tmp_path / "killed", chance.randint(lowest, lowest + 15), chance.random() * 0.05)
         job.wait()
-    finish(start(repo, tmp_path / "killed", *longer))
-    assert curve(tmp_path / "killed") == curve(tmp_path / "alone")
+    finish(start(repo, tmp_path / "killed", *LONGER))
+    assert curve(tmp_path / "killed") == longer_alone
 
 
 @pytest.mark.slow
