@@ -157,7 +157,9 @@ def test_a_class_that_no_config_leads_back_to_is_refused_when_it_is_saved(file: 
 
 def test_a_class_that_is_not_frozen_is_refused(file: Path) -> None:
     file.write_text(MINE.replace("Mine(3)", "Loose(3)"))
-    with pytest.raises(ConfigError, match=r"mechanisms.0: the class Loose is not a frozen dataclass: write @dataclass\("):
+    with pytest.raises(
+        ConfigError, match=r"mechanisms.0: the class Loose is not a frozen dataclass: write @dataclass\("
+    ):
         load_file(file)
 
 

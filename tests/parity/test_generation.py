@@ -19,6 +19,7 @@ from rave_jax.data.patches import empty_patches
 from rave_jax.data.processor import Processor
 from rave_jax.data.sample import Example
 from rave_jax.families import family_named
+from rave_jax.families.config import PatchSizes
 from rave_jax.families.qwen2_5_vl.presets import tiny
 from rave_jax.inference import Completion, Engine, Generator, Request, Sampling, SlotConfig
 from rave_jax.inference.slots import Reason
@@ -267,7 +268,7 @@ def example(tokens: Sequence[int]) -> Example:
         info=TokenInfo(**codes),
         positions=np.broadcast_to(np.arange(T, dtype=np.int32), (3, T)),
         visual_index=np.zeros(T, np.int32),
-        patches=empty_patches((0,), 0),
+        patches=empty_patches((0,), PatchSizes().numbers),
     )
 
 
