@@ -99,69 +99,41 @@ class LayerRegions(NamedTuple):
         regions: int,
         implementation: Implementation,
     ) -> tuple[Float[Array, "B T H h"], LayerRegions]:
-        """As `LayerKeys` says."""
-        return attend_regions(x, keys, self, layer, slots, codes, info_q, info_k, mechanisms, regions, implementation)
+        """As `LayerKeys` says. `codes` and `info_k` have the slots of no region first."""
+        near, far = _write_at(self.near, layer, slots.near, keys), self.far
+        if slots.far is None:
+            stored, summary = LayerRegions(near, far), _summary(far, layer)
+            against = against_gathering(mechanisms, x)
+            if against is None:
+                return _gathered(x, stored, layer, codes, info_q, info_k, mechanisms, regions, implementation), stored
+            _say_once(f"decoding reads all visual keys: {against}")
+        else:
+            summary = combine(mechanisms, _summary(far, layer), summarise(mechanisms, x, info_q.region, regions))
+            kept = jax.tree.map(
+                lambda old, new: jax.lax.dynamic_update_index_in_dim(old, jnp.swapaxes(new, 1, 2), layer, 0),
+                far.summary,
+                summary,
+            )
+            far = StoredRegions(_write_at(far.keys, layer, slots.far, keys), kept)
+            stored = LayerRegions(near, far)
+        dtype = x.q.dtype
+        both = joined(kv_cache.read(near, layer, dtype), kv_cache.read(far.keys, layer, dtype))
+        seen = attend(
+            x,
+            both._replace(summary=summary),
+            codes,
+            info_q,
+            info_k,
+            mechanisms,
+            implementation=implementation,
+            regions=regions,
+        )
+        return seen.out, stored
 
 
 def joined(near: Any, far: Any) -> Any:
     """Arrays [B,S,...] of both parts: slots of no region first."""
     return jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), near, far)
-
-
-def attend_regions(
-    x: Features,
-    keys: Keys,
-    stored: LayerRegions,
-    layer: Int[Array, ""],
-    slots: ChunkSlots,
-    codes: MaskCodes,
-    info_q: TokenInfo,
-    info_k: TokenInfo,
-    mechanisms: Sequence[Mechanism],
-    regions: int,
-    implementation: Implementation,
-) -> tuple[Float[Array, "B T H h"], LayerRegions]:
-    """Outputs of one layer before the output projection, and what the run's layers keep, with the new tokens in it.
-
-    Args:
-        x: features of the tokens.
-        keys: the tokens as keys.
-        stored: of the run's layers.
-        layer: which of them is meant.
-        slots: where the tokens go.
-        codes: mask codes of the tokens and of the slots, those of no region first.
-        info_q, info_k: token codes of the same.
-        mechanisms, regions, implementation: as `attend` takes them.
-    """
-    near, far = _write_at(stored.near, layer, slots.near, keys), stored.far
-    if slots.far is None:
-        stored, summary = LayerRegions(near, far), _summary(far, layer)
-        against = against_gathering(mechanisms, x)
-        if against is None:
-            return _gathered(x, stored, layer, codes, info_q, info_k, mechanisms, regions, implementation), stored
-        _say_once(f"decoding reads all visual keys: {against}")
-    else:
-        summary = combine(mechanisms, _summary(far, layer), summarise(mechanisms, x, info_q.region, regions))
-        kept = jax.tree.map(
-            lambda old, new: jax.lax.dynamic_update_index_in_dim(old, jnp.swapaxes(new, 1, 2), layer, 0),
-            far.summary,
-            summary,
-        )
-        far = StoredRegions(_write_at(far.keys, layer, slots.far, keys), kept)
-        stored = LayerRegions(near, far)
-    dtype = x.q.dtype
-    both = joined(kv_cache.read(near, layer, dtype), kv_cache.read(far.keys, layer, dtype))
-    seen = attend(
-        x,
-        both._replace(summary=summary),
-        codes,
-        info_q,
-        info_k,
-        mechanisms,
-        implementation=implementation,
-        regions=regions,
-    )
-    return seen.out, stored
 
 
 def against_gathering(mechanisms: Sequence[Mechanism], x: Features) -> str | None:
