@@ -233,5 +233,5 @@ def test_a_number_that_no_machine_has_is_refused_by_its_field(cls: type) -> None
     for name, kind in numbers_of(cls):
         if name in CHECKED_ELSEWHERE and kind is int:
             continue
-        with pytest.raises(machinery.ConfigError, match="" if cls is Tiny else name.rsplit("_", 1)[-1]):
+        with pytest.raises(machinery.ConfigError, match="expected" if cls is Tiny else name.rsplit("_", 1)[-1]):
             cls(**values | {name: 10**15 if kind is int else float("nan")})
