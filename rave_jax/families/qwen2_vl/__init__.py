@@ -7,8 +7,6 @@ from rave_jax.families.qwen2_vl.pictures import pictures
 from rave_jax.families.qwen2_vl.small import SMALL
 from rave_jax.families.qwen2_vl.tensors import tensors
 
-__all__ = ["FAMILY", "SMALL"]
-
 FAMILY = Family(
     model_type=MODEL_TYPE,
     architecture=ARCHITECTURE,
@@ -17,5 +15,6 @@ FAMILY = Family(
     tensors=tensors,
     pictures=pictures,
     tower=f"{__name__}.tower",
+    small=SMALL,
     prefixes=PREFIXES,
 )
