@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 
 from rave_jax.config import ConfigError
-from rave_jax.families import qwen2_5_vl, qwen3
+from rave_jax.families import qwen2_5_vl, qwen2_vl, qwen3
 from rave_jax.families.base import Family, TensorRule
 from rave_jax.families.hf import HfConfig
 
@@ -18,6 +18,7 @@ FAMILIES = {
     family.model_type: family
     for family in (
         qwen2_5_vl.FAMILY,
+        qwen2_vl.FAMILY,
         qwen3.FAMILY,
     )
 }
