@@ -3,6 +3,9 @@
 from rave_jax.families.base import Family
 from rave_jax.families.decoder import decoder_tensors
 from rave_jax.families.qwen3.config import ARCHITECTURE, MODEL_TYPE, parse, render
+from rave_jax.families.qwen3.small import SMALL
+
+__all__ = ["FAMILY", "SMALL"]
 
 FAMILY = Family(
     model_type=MODEL_TYPE,
