@@ -6,8 +6,6 @@ from rave_jax.families.qwen2_5_vl.pictures import pictures
 from rave_jax.families.qwen2_5_vl.small import SMALL
 from rave_jax.families.qwen2_5_vl.tensors import tensors
 
-__all__ = ["FAMILY", "SMALL"]
-
 FAMILY = Family(
     model_type=MODEL_TYPE,
     architecture=ARCHITECTURE,
@@ -16,5 +14,6 @@ FAMILY = Family(
     tensors=tensors,
     pictures=pictures,
     tower=f"{__name__}.tower",
+    small=SMALL,
     prefixes=(("model.visual.", "visual."), ("model.language_model.", "model.")),
 )
