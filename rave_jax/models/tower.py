@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from rave_jax.batch import Patches
+from rave_jax.models.forward import ImageFeatures
 from rave_jax.models.stack import LayerRun
 from rave_jax.typing import Array, Float
 
@@ -20,6 +21,7 @@ class Tower(Protocol):
     @property
     def layer_runs(self) -> Sequence[LayerRun]: ...
 
-    def __call__(self, patches: Patches) -> Float[Array, "B M O"]:
-        """The visual tokens of rows of patches, P / merge_unit of them, in the order of their patches."""
+    def __call__(self, patches: Patches) -> Float[Array, "B M O"] | ImageFeatures:
+        """The visual tokens of rows of patches, P / merge_unit of them, in the order of their patches; with what is
+        added to them in the decoder where the config's `deep_layers` is above 0."""
         ...
