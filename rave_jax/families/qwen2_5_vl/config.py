@@ -18,11 +18,11 @@ from rave_jax.families.config import (
     MAX_VOCAB,
     MAX_WIDTH,
     TextConfig,
-    TowerConfig,
     VlmConfig,
     check_norm_and_rope,
     within,
 )
+from rave_jax.families.grids.config import GridTowerConfig
 from rave_jax.families.hf import (
     HfConfig,
     check_layer_types,
@@ -49,13 +49,9 @@ MARKER_IDS = {
 
 
 @dataclass(frozen=True)
-class VisionConfig(TowerConfig):
+class VisionConfig(GridTowerConfig):
     """The vision tower and the merger after it."""
 
-    temporal_patch_size: int = 2
-    """Frames in a patch; a still image is repeated."""
-    merge_size: int = 2
-    """Side, in patches, of the square that becomes one visual token."""
     window_size: int = 112
     """Side of an attention window in pixels."""
     full_attention_blocks: tuple[int, ...] = (1,)
@@ -67,29 +63,12 @@ class VisionConfig(TowerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        within(self, dict.fromkeys(("merge_size", "temporal_patch_size"), MAX_SIDE) | {"window_size": MAX_WIDTH})
-        divides = self.hidden_size % self.num_heads == 0 and self.head_dim % 4 == 0
-        require(divides, "hidden_size", self.hidden_size, f"num_heads {self.num_heads} times a multiple of 4")
+        within(self, {"window_size": MAX_WIDTH})
         unit = self.unit_size
         require(self.window_size >= unit, "window_size", self.window_size, f"at least one merge unit of {unit} pixels")
         known = all(0 <= n < self.depth for n in self.full_attention_blocks)
         require(known, "full_attention_blocks", self.full_attention_blocks, f"numbers from 0 to {self.depth - 1}")
         check_norm_and_rope(self)
-
-    @property
-    def patch_width(self) -> int:
-        """C: numbers in a flattened patch (channel, temporal, row, col)."""
-        return self.in_channels * self.temporal_patch_size * self.patch_size**2
-
-    @property
-    def merge_unit(self) -> int:
-        """Patches that become one visual token."""
-        return self.merge_size**2
-
-    @property
-    def unit_size(self) -> int:
-        """Pixels along the side of a merge unit: both sides of a resized picture are multiples of it."""
-        return self.patch_size * self.merge_size
 
     @property
     def window_units(self) -> int:
