@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rave_jax.config import ConfigError, require
-from rave_jax.families.config import MAX_SIDE, TowerConfig, VlmConfig, within
+from rave_jax.config import require
+from rave_jax.families.config import MAX_SIDE, TowerConfig, within
 
 
 @dataclass(frozen=True)
@@ -42,15 +42,3 @@ class GridTowerConfig(TowerConfig):
     def window_units(self) -> int | None:
         """Merge units along the side of a window; None where a frame is one window."""
         return None
-
-
-def grid_tower_of(config: VlmConfig) -> GridTowerConfig:
-    """The config of the tower.
-
-    Raises:
-        ConfigError: the model has none, or one of another kind.
-    """
-    if not isinstance(config.vision, GridTowerConfig):
-        found = type(config.vision).__name__
-        raise ConfigError(f"vision is {found}, expected a tower whose pictures are grids: {config.family} has one")
-    return config.vision

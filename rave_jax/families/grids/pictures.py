@@ -12,8 +12,8 @@ import numpy as np
 from PIL import Image
 
 from rave_jax.config import ConfigError, require
-from rave_jax.families.config import VlmConfig
-from rave_jax.families.grids.config import GridTowerConfig, grid_tower_of
+from rave_jax.families.config import VlmConfig, tower_of
+from rave_jax.families.grids.config import GridTowerConfig
 from rave_jax.families.grids.images import cut, resize, smart_resize
 from rave_jax.families.grids.positions import mrope_positions
 from rave_jax.families.grids.video import UNKNOWN_FPS, VideoLimits, frame_size, sample_frames
@@ -54,7 +54,7 @@ class Pictures(PictureRules):
     @property
     def vision(self) -> GridTowerConfig:
         """The tower, which sets the sizes of patches."""
-        return grid_tower_of(self.config)
+        return tower_of(self.config, GridTowerConfig)
 
     def limited(self, min_pixels: int | None, max_pixels: int | None) -> Self:
         """The rules with other limits of a resized picture's pixels, where they are given."""
