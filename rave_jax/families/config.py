@@ -186,6 +186,8 @@ class VlmConfig:
     """Temporal positions in one second of video."""
     family: str = field(kw_only=True)
     """Name of the model family (HF `model_type`)."""
+    text_family: str = field(default="", kw_only=True)
+    """Name of the text family whose config the decoder's is; empty where the family states its decoder itself."""
 
     def __post_init__(self) -> None:
         check_fields(self)
