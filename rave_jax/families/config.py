@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from rave_jax.config import check_fields, require
+from rave_jax.config import ConfigError, check_fields, require
 
 # The largest sizes that are built. They are several times those of any released model; what is larger is a slip of the
 # pen, and is refused before it takes memory.
@@ -204,3 +204,15 @@ class VlmConfig:
         """What arrays of patches have to be like."""
         tower = self.vision
         return PatchSizes() if tower is None else PatchSizes(tower.patch_width, tower.merge_unit, tower.window_patches)
+
+
+def tower_of[T: TowerConfig](config: VlmConfig, kind: type[T]) -> T:
+    """The config of a model's tower.
+
+    Raises:
+        ConfigError: the model has none, or another family's.
+    """
+    if not isinstance(config.vision, kind):
+        found = type(config.vision).__name__
+        raise ConfigError(f"vision is {found}, expected a {kind.__name__} of {config.family}: its models have a tower")
+    return config.vision

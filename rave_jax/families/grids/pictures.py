@@ -1,4 +1,4 @@
-"""The rules of Qwen2.5-VL's pictures and videos, as transformers' processor has them, without torch."""
+"""The rules of pictures and videos of any size, as transformers' processor of Qwen2-VL has them, without torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ import numpy as np
 from PIL import Image
 
 from rave_jax.config import ConfigError, require
-from rave_jax.families.config import VlmConfig
+from rave_jax.families.config import VlmConfig, tower_of
+from rave_jax.families.grids.config import GridTowerConfig
+from rave_jax.families.grids.images import cut, resize, smart_resize
+from rave_jax.families.grids.positions import mrope_positions
+from rave_jax.families.grids.video import UNKNOWN_FPS, VideoLimits, frame_size, sample_frames
 from rave_jax.families.pictures import (
     CutPicture,
     Encode,
@@ -24,10 +28,6 @@ from rave_jax.families.pictures import (
     Visual,
     VisualKind,
 )
-from rave_jax.families.qwen2_5_vl.config import VisionConfig, tower_of
-from rave_jax.families.qwen2_5_vl.images import cut, resize, smart_resize
-from rave_jax.families.qwen2_5_vl.positions import mrope_positions
-from rave_jax.families.qwen2_5_vl.video import UNKNOWN_FPS, VideoLimits, frame_size, sample_frames
 from rave_jax.layout import Grid
 from rave_jax.typing import Int, NpArray
 
@@ -52,9 +52,9 @@ class Pictures(PictureRules):
         require(0 < low <= high, "min_pixels", low, f"1 to max_pixels {high}")
 
     @property
-    def vision(self) -> VisionConfig:
+    def vision(self) -> GridTowerConfig:
         """The tower, which sets the sizes of patches."""
-        return tower_of(self.config)
+        return tower_of(self.config, GridTowerConfig)
 
     def limited(self, min_pixels: int | None, max_pixels: int | None) -> Self:
         """The rules with other limits of a resized picture's pixels, where they are given."""

@@ -14,8 +14,8 @@ import numpy as np
 from PIL import Image
 
 from rave_jax.batch import Patches
+from rave_jax.families.grids.config import GridTowerConfig
 from rave_jax.families.pictures import CutPicture, PictureError
-from rave_jax.families.qwen2_5_vl.config import VisionConfig
 from rave_jax.typing import Int, NpArray, UInt8
 
 MAX_ASPECT = 200
@@ -71,9 +71,9 @@ def window_order(rows: int, cols: int, window: int) -> tuple[Int[NpArray, "N"], 
 
 
 @functools.lru_cache(maxsize=1024)
-def _patch_order(t: int, rows: int, cols: int, merge: int, side: int) -> tuple[Any, ...]:
+def _patch_order(t: int, rows: int, cols: int, merge: int, side: int | None) -> tuple[Any, ...]:
     """Unit order in a frame, and frame, place, window, merged order of a whole picture or video."""
-    unit_order, unit_window = window_order(rows, cols, side)
+    unit_order, unit_window = window_order(rows, cols, side or max(rows, cols))
     units, m2 = rows * cols, merge**2
     number = np.arange(t, dtype=np.int32)
     frame = np.repeat(number + 1, units * m2)
@@ -90,7 +90,7 @@ def _patch_order(t: int, rows: int, cols: int, merge: int, side: int) -> tuple[A
     return unit_order, frame, place, window, order
 
 
-def cut(frames: list[UInt8[NpArray, "H W 3"]], vision: VisionConfig) -> CutPicture:
+def cut(frames: list[UInt8[NpArray, "H W 3"]], vision: GridTowerConfig) -> CutPicture:
     """Patches of a video of resized frames; a picture is the video of itself, `temporal` times.
 
     Args:
