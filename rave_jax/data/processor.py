@@ -68,7 +68,7 @@ class Processor:
         self.tokenizer = tokenizer
         self.settings = settings
         self.layout = layout or VisualLayout()
-        self.chat = ChatTemplate(tokenizer, chat_template, special_tokens_in_text)
+        self.chat = ChatTemplate(tokenizer, chat_template, special_tokens_in_text, leading=settings.has_vision)
 
     @classmethod
     def from_hf(

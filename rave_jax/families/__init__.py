@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 
 from rave_jax.config import ConfigError
-from rave_jax.families import qwen2_5_vl, qwen3
+from rave_jax.families import llava, qwen2_5_vl, qwen3
 from rave_jax.families.base import Family, TensorRule
 from rave_jax.families.hf import HfConfig
 
@@ -19,6 +19,7 @@ FAMILIES = {
     for family in (
         qwen2_5_vl.FAMILY,
         qwen3.FAMILY,
+        llava.FAMILY,
     )
 }
 """All families, by `model_type`. Small random models are of the first one if none is named."""

@@ -69,6 +69,9 @@ class TextConfig:
     """First layer that uses the sliding window."""
     max_position: int = 32768
     """Positions the model was made for; stated in the checkpoint, not enforced."""
+    family: str = ""
+    """Name of the text family whose config states the decoder inside a model with pictures; empty where the model's
+    own family does."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -186,8 +189,6 @@ class VlmConfig:
     """Temporal positions in one second of video."""
     family: str = field(kw_only=True)
     """Name of the model family (HF `model_type`)."""
-    text_family: str = field(default="", kw_only=True)
-    """Name of the text family whose config the decoder's is; empty where the family states its decoder itself."""
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from rave_jax.config import ConfigError
 from rave_jax.families.config import TextConfig, VlmConfig
@@ -13,22 +13,9 @@ from rave_jax.families.hf import HfConfig, flag, only, section
 KEY = "text_config"
 
 
-class Inner(NamedTuple):
-    """A text decoder as its family reads it.
-
-    Fields:
-        text: the decoder.
-        eos_token_ids: ids that end an answer.
-        family: name of its family.
-    """
-
-    text: TextConfig
-    eos_token_ids: tuple[int, ...]
-    family: str
-
-
-def parse_inner(hf: HfConfig, families: Sequence[str]) -> Inner:
-    """The text decoder of an HF config. Its head is tied where either of the two configs says so, as in transformers.
+def parse_inner(hf: HfConfig, families: Sequence[str]) -> tuple[TextConfig, tuple[int, ...]]:
+    """The text decoder of an HF config, and the ids that end an answer. The head is tied where either of the two
+    configs says so, as in transformers.
 
     Args:
         hf: the whole config.
@@ -49,13 +36,13 @@ def parse_inner(hf: HfConfig, families: Sequence[str]) -> Inner:
     except ConfigError as error:
         raise ConfigError(str(error).replace("config.json", where, 1)) from error
     tied = config.text.tie_embeddings or flag(hf, "tie_word_embeddings")
-    text = dataclasses.replace(config.text, tie_embeddings=tied)
-    return Inner(text, config.eos_token_ids, family.model_type)
+    return dataclasses.replace(config.text, tie_embeddings=tied, family=family.model_type), config.eos_token_ids
 
 
 def render_inner(config: VlmConfig) -> dict[str, Any]:
     """The `text_config` that `parse_inner` reads."""
     from rave_jax.families import family_named
 
-    inner = VlmConfig(text=config.text, eos_token_ids=config.eos_token_ids, family=config.text_family)
-    return family_named(config.text_family).render(inner)
+    name = config.text.family
+    inner = VlmConfig(text=config.text, eos_token_ids=config.eos_token_ids, family=name)
+    return family_named(name).render(inner)

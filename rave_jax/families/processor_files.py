@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from rave_jax.config import ConfigError
 from rave_jax.families.config import MAX_WIDTH
@@ -47,7 +47,8 @@ def number_or_none(file: Path, key: str, size: Any, name: str) -> int | None:
     """
     value = size.get(name) if isinstance(size, Mapping) else size
     if value is not None and not _is_side(value):
-        raise ConfigError(f"{file}: {key} is {size!r}, expected {{{name!r}: a number of pixels from 1 to {MAX_WIDTH:,}}}")
+        expected = f"{{{name!r}: a number of pixels from 1 to {MAX_WIDTH:,}}}"
+        raise ConfigError(f"{file}: {key} is {size!r}, expected {expected}")
     return value
 
 
@@ -58,11 +59,11 @@ def sides(file: Path, key: str, size: Any) -> tuple[int, int]:
         ConfigError: it has not both.
     """
     given = size if isinstance(size, Mapping) else {"height": size, "width": size}
-    height, width = given.get("height"), given.get("width")
+    height, width = (given.get(name) for name in ("height", "width"))
     if not (_is_side(height) and _is_side(width)):
         raise ConfigError(f"{file}: {key} is {size!r}, expected {{'height': pixels, 'width': pixels}}")
-    return int(height), int(width)
+    return height, width
 
 
-def _is_side(value: Any) -> bool:
+def _is_side(value: Any) -> TypeGuard[int]:
     return type(value) is int and 1 <= value <= MAX_WIDTH

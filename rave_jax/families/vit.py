@@ -19,7 +19,8 @@ from rave_jax.config import ConfigError, require
 from rave_jax.families.base import TensorRule
 from rave_jax.families.config import MAX_HEADS, MAX_LAYERS, MAX_SIDE, MAX_WIDTH, TowerConfig, within
 from rave_jax.families.hf import HfConfig, integer, number, only
-from rave_jax.typing import Int, NpArray, UInt8
+from rave_jax.families.tower_tensors import layer_norm, linear
+from rave_jax.typing import NpArray, UInt8
 
 VitKind = Literal["clip", "siglip"]
 KINDS: dict[str, VitKind] = {"clip_vision_model": "clip", "siglip_vision_model": "siglip"}
@@ -166,54 +167,37 @@ def vit_tensors(vit: VitConfig, prefix: str) -> list[TensorRule]:
         prefix: of the keys.
     """
     D, F, p = vit.hidden_size, vit.mlp_size, vit.patch_size
-    rules = _plain(
-        {
-            f"{prefix}embeddings.patch_embedding.weight": ("patch.weight", (D, vit.in_channels, p, p)),
-            f"{prefix}embeddings.position_embedding.weight": ("position", (vit.places, D)),
-        }
-    )
+    inside = f"{prefix}embeddings."
+    rules = [
+        _alone(f"{inside}patch_embedding.weight", "patch.weight", (D, vit.in_channels, p, p)),
+        _alone(f"{inside}position_embedding.weight", "position", (vit.places, D)),
+    ]
     if vit.class_token:
-        rules += _plain({f"{prefix}embeddings.class_embedding": ("class_token", (D,))})
-        rules += _both(f"{prefix}pre_layrnorm", "pre_norm", (D,))
+        rules.append(_alone(f"{inside}class_embedding", "class_token", (D,)))
+        rules += layer_norm(f"{prefix}pre_layrnorm", "vision.pre_norm", D)
     else:
-        rules += _plain({f"{prefix}embeddings.patch_embedding.bias": ("patch.bias", (D,))})
+        rules.append(_alone(f"{inside}patch_embedding.bias", "patch.bias", (D,)))
     for n in range(vit.depth):
-        norms = {"layer_norm1": "attention_norm", "layer_norm2": "mlp_norm"}
-        linears = {
-            "self_attn.q_proj": ("attention.query", D, D),
-            "self_attn.k_proj": ("attention.key", D, D),
-            "self_attn.v_proj": ("attention.value", D, D),
-            "self_attn.out_proj": ("attention.output", D, D),
-            "mlp.fc1": ("mlp.first", F, D),
-            "mlp.fc2": ("mlp.second", D, F),
-        }
-        for key, path in norms.items():
-            rules += _both(f"{prefix}encoder.layers.{n}.{key}", path, (D,), layer=n)
-        for key, (path, out, into) in linears.items():
-            rules += _both(f"{prefix}encoder.layers.{n}.{key}", path, (out, into), layer=n)
-    return rules + _both(f"{prefix}post_layernorm", "post_norm", (D,))
+        block = f"{prefix}encoder.layers.{n}."
+        rules += layer_norm(f"{block}layer_norm1", "attention_norm", D, n)
+        rules += layer_norm(f"{block}layer_norm2", "mlp_norm", D, n)
+        for key, path in (("q", "query"), ("k", "key"), ("v", "value"), ("out", "output")):
+            rules += linear(f"{block}self_attn.{key}_proj", f"attention.{path}", D, D, n)
+        rules += linear(f"{block}mlp.fc1", "mlp.first", F, D, n)
+        rules += linear(f"{block}mlp.fc2", "mlp.second", D, F, n)
+    return rules + layer_norm(f"{prefix}post_layernorm", "vision.post_norm", D)
 
 
 def projector_tensors(vit: VitConfig, prefix: str) -> list[TensorRule]:
     """Every tensor of the projector under the keys `linear_1` and `linear_2`."""
     into, out = vit.hidden_size * len(vit.feature_layers), vit.out_size
-    rules = _both(f"{prefix}linear_1", "projector.first", (out, into))
-    rules += _both(f"{prefix}linear_2", "projector.second", (out, out))
+    rules = linear(f"{prefix}linear_1", "vision.projector.first", out, into)
+    rules += linear(f"{prefix}linear_2", "vision.projector.second", out, out)
     return [rule for rule in rules if vit.projector_bias or not rule.path.endswith(".bias")]
 
 
-def _plain(tensors: dict[str, tuple[str, tuple[int, ...]]]) -> list[TensorRule]:
-    return [TensorRule(key, f"vision.{path}", None, None, shape) for key, (path, shape) in tensors.items()]
-
-
-def _both(key: str, path: str, shape: tuple[int, ...], layer: int | None = None) -> list[TensorRule]:
-    """A weight of this shape and its bias."""
-    path = f"vision.{path}" if layer is None else path
-    stack: Literal["vision"] | None = None if layer is None else "vision"
-    return [
-        TensorRule(f"{key}.weight", f"{path}.weight", layer, stack, shape),
-        TensorRule(f"{key}.bias", f"{path}.bias", layer, stack, shape[:1]),
-    ]
+def _alone(key: str, path: str, shape: tuple[int, ...]) -> TensorRule:
+    return TensorRule(key, f"vision.{path}", None, None, shape)
 
 
 def cut_pictures(pictures: Sequence[UInt8[NpArray, "H W 3"]], vit: VitConfig) -> Patches:
@@ -221,16 +205,17 @@ def cut_pictures(pictures: Sequence[UInt8[NpArray, "H W 3"]], vit: VitConfig) ->
     class token: a patch of zeros whose place is (-1, -1)."""
     p, side, count = vit.patch_size, vit.side, len(pictures)
     pixels: Any = np.zeros((count, vit.places, vit.patch_width), np.uint8)
-    for number, picture in enumerate(pictures):
+    for n, picture in enumerate(pictures):
         blocks = picture[: side * p, : side * p].reshape(side, p, side, p, vit.in_channels)
-        pixels[number, vit.places - side**2 :] = blocks.transpose(0, 2, 4, 1, 3).reshape(side**2, -1)
+        pixels[n, vit.places - side**2 :] = blocks.transpose(0, 2, 4, 1, 3).reshape(side**2, -1)
     frame, place = _codes(count, side, vit.class_token)
     return Patches(pixels.reshape(-1, vit.patch_width), frame, place, frame)
 
 
 @functools.lru_cache(maxsize=256)
-def _codes(count: int, side: int, class_token: bool) -> tuple[Int[NpArray, "P"], Int[NpArray, "P 2"]]:
-    one = np.indices((side, side), dtype=np.int32).reshape(2, -1).T
+def _codes(count: int, side: int, class_token: bool) -> tuple[Any, Any]:
+    """Frame and place of each patch."""
+    one: Any = np.indices((side, side), dtype=np.int32).reshape(2, -1).T
     one = np.concatenate([np.full((int(class_token), 2), -1, np.int32), one])
     frame = np.repeat(np.arange(1, count + 1, dtype=np.int32), len(one))
     place = np.tile(one, (count, 1))

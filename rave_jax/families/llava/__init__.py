@@ -6,8 +6,6 @@ from rave_jax.families.llava.pictures import pictures
 from rave_jax.families.llava.small import SMALL
 from rave_jax.families.llava.tensors import STYLES, tensors
 
-__all__ = ["FAMILY", "SMALL"]
-
 FAMILY = Family(
     model_type=MODEL_TYPE,
     architecture=ARCHITECTURE,
@@ -16,6 +14,7 @@ FAMILY = Family(
     tensors=tensors,
     pictures=pictures,
     tower=f"{__name__}.tower",
+    small=SMALL,
     prefixes=STYLES[0],
     more_prefixes=STYLES[1:],
 )

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from rave_jax.config import ConfigError
-from rave_jax.families.config import MAX_INT32, VlmConfig
+from rave_jax.families.config import MAX_INT32, VlmConfig, tower_of
 from rave_jax.families.hf import HfConfig, integer, only, section
 from rave_jax.families.inner import parse_inner, render_inner
 from rave_jax.families.vit import VitConfig, feature_layers, parse_vit, render_feature_layers, render_vit
@@ -34,7 +34,7 @@ def parse(hf: HfConfig) -> VlmConfig:
     only(hf, "projector_hidden_act", ("gelu",))
     only(hf, "multimodal_projector_bias", (True, False))
     only(hf, "vision_feature_select_strategy", ("default", "full"))
-    inner = parse_inner(hf, TEXT_FAMILIES)
+    text, eos = parse_inner(hf, TEXT_FAMILIES)
     fields = parse_vit(vision, "config.json: vision_config")
     full = hf.get("vision_feature_select_strategy", "default") == "full"
     if fields["kind"] == "siglip" and not full:
@@ -44,37 +44,24 @@ def parse(hf: HfConfig) -> VlmConfig:
         )
     tower = VitConfig(
         **fields,
-        out_size=inner.text.hidden_size,
+        out_size=text.hidden_size,
         feature_layers=feature_layers(hf.get("vision_feature_layer", FEATURE_LAYER), fields["depth"]),
         class_feature=full and fields["kind"] == "clip",
         projector_bias=hf.get("multimodal_projector_bias", True),
     )
     key = "image_token_id" if hf.get("image_token_id") is not None else "image_token_index"
     return VlmConfig(
-        text=inner.text,
+        text=text,
         vision=tower,
         image_token_id=integer(hf, key, MAX_INT32, default=IMAGE_TOKEN_ID, least=0),
-        eos_token_ids=inner.eos_token_ids,
+        eos_token_ids=eos,
         family=MODEL_TYPE,
-        text_family=inner.family,
     )
-
-
-def tower_of(config: VlmConfig) -> VitConfig:
-    """The config of the tower.
-
-    Raises:
-        ConfigError: the model has none, or another family's.
-    """
-    if not isinstance(config.vision, VitConfig):
-        found = type(config.vision).__name__
-        raise ConfigError(f"vision is {found}, expected a VitConfig: models of {config.family} have a tower")
-    return config.vision
 
 
 def render(config: VlmConfig) -> dict[str, Any]:
     """An HF config that `parse` and transformers read."""
-    tower = tower_of(config)
+    tower = tower_of(config, VitConfig)
     return {
         "architectures": [ARCHITECTURE],
         "model_type": MODEL_TYPE,

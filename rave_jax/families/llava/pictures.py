@@ -16,10 +16,17 @@ import numpy as np
 from PIL import Image
 
 from rave_jax.config import ConfigError
-from rave_jax.families.config import VlmConfig
-from rave_jax.families.llava.config import tower_of
-from rave_jax.families.pictures import CutPicture, Encode, Frames, PictureError, PictureRules, Piece, ProcessorFiles
-from rave_jax.families.pictures import VisualKind
+from rave_jax.families.config import VlmConfig, tower_of
+from rave_jax.families.pictures import (
+    CutPicture,
+    Encode,
+    Frames,
+    PictureError,
+    PictureRules,
+    Piece,
+    ProcessorFiles,
+    VisualKind,
+)
 from rave_jax.families.processor_files import bicubic, number_or_none, sides, steps
 from rave_jax.families.vit import VitConfig, cut_pictures
 from rave_jax.layout import Grid
@@ -27,8 +34,10 @@ from rave_jax.typing import NpArray, UInt8
 
 MAX_ASPECT = 200
 CLIP, LLAVA, SIGLIP = "CLIP", "Llava", "Siglip"
-PROCESSORS = {f"{name}{end}": name for name in (CLIP, LLAVA, SIGLIP) for end in ("ImageProcessor", "ImageProcessorFast")}
-PROCESSORS |= {f"{name}ImageProcessorPil": name for name in (CLIP, LLAVA, SIGLIP)} | {"CLIPFeatureExtractor": CLIP}
+KINDS = (CLIP, LLAVA, SIGLIP)
+PROCESSORS = {f"{kind}ImageProcessor{end}": kind for kind in KINDS for end in ("", "Fast", "Pil")}
+PROCESSORS["CLIPFeatureExtractor"] = CLIP
+"""Classes in transformers to what they do."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +52,7 @@ class Pictures(PictureRules):
     @property
     def vision(self) -> VitConfig:
         """The tower, which sets the sizes of patches."""
-        return tower_of(self.config)
+        return tower_of(self.config, VitConfig)
 
     def image_grid(self, height: int, width: int) -> Grid:
         """Merged grid, the same for every size."""
@@ -131,12 +140,12 @@ def pictures(config: VlmConfig, files: ProcessorFiles) -> Pictures:
     steps(file, image, ("do_resize", "do_rescale", "do_normalize"))
     bicubic(file, image)
     size, crop = image.get("size"), image.get("crop_size")
-    tower = tower_of(config)
+    tower = tower_of(config, VitConfig)
     default = None if kind == SIGLIP else {"shortest_edge": 224}
     edge = number_or_none(file, "size", default if size is None else size, "shortest_edge")
     crops = image.get("do_center_crop", kind != SIGLIP)
     if edge is not None and not crops:
-        raise ConfigError(f"{file}: do_center_crop is {crops!r}, expected True where size gives the shortest edge alone")
+        raise ConfigError(f"{file}: do_center_crop is {crops!r}, expected True where size is the shortest edge alone")
     made = sides(file, "crop_size", 224 if crop is None else crop) if crops else sides(file, "size", size or 224)
     if edge is None and sides(file, "size", size or 224) != made:
         raise ConfigError(f"{file}: size is {size!r}, expected that of crop_size {crop!r}: pictures are not cut twice")
@@ -152,6 +161,6 @@ def pictures(config: VlmConfig, files: ProcessorFiles) -> Pictures:
 def _kind(file: Path, image: Mapping[str, Any]) -> str:
     stated = image.get("image_processor_type") or image.get("feature_extractor_type") or "CLIPImageProcessor"
     if stated not in PROCESSORS:
-        names = ", ".join(f"{name}ImageProcessor" for name in (CLIP, LLAVA, SIGLIP))
+        names = ", ".join(f"{kind}ImageProcessor" for kind in KINDS)
         raise ConfigError(f"{file}: image_processor_type is {stated!r}, expected one of {names}")
     return PROCESSORS[stated]

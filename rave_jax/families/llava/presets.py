@@ -38,6 +38,7 @@ def _vicuna(width: int, mlp: int, layers: int, heads: int) -> VlmConfig:
         qkv_bias=False,
         tie_embeddings=False,
         max_position=4096,
+        family="llama",
     )
     return VlmConfig(
         text=text,
@@ -45,7 +46,6 @@ def _vicuna(width: int, mlp: int, layers: int, heads: int) -> VlmConfig:
         image_token_id=IMAGE_TOKEN_ID,
         eos_token_ids=(EOS_ID,),
         family=MODEL_TYPE,
-        text_family="llama",
     )
 
 

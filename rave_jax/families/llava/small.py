@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from rave_jax.families.config import TextConfig, VlmConfig
-from rave_jax.families.llava.config import MODEL_TYPE, render, tower_of
-from rave_jax.families.small import SmallModels, SmallSizes
+from rave_jax.families.config import VlmConfig, tower_of
+from rave_jax.families.llava.config import MODEL_TYPE, render
+from rave_jax.families.small import SmallModels, SmallSizes, small_text
 from rave_jax.families.vit import VitConfig
 
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<pad>", "<image>")
@@ -33,19 +33,8 @@ CHAT_TEMPLATE = """\
 
 def config(sizes: SmallSizes, vocab_size: int, ids: Mapping[str, int]) -> VlmConfig:
     """The model config. The tower is read before its last block."""
-    text = TextConfig(
-        vocab_size=vocab_size,
-        hidden_size=sizes.hidden_size,
-        num_layers=sizes.num_layers,
-        num_heads=sizes.num_heads,
-        num_kv_heads=sizes.num_kv_heads,
-        head_dim=sizes.hidden_size // sizes.num_heads,
-        mlp_size=sizes.mlp_size,
-        rms_norm_eps=1e-5,
-        rope_theta=1e4,
-        qkv_bias=False,
-        tie_embeddings=False,
-        max_position=4096,
+    text = small_text(
+        sizes, vocab_size, rms_norm_eps=1e-5, rope_theta=1e4, qkv_bias=False, max_position=4096, family="llama"
     )
     vision = VitConfig(
         depth=sizes.vision_layers,
@@ -63,13 +52,12 @@ def config(sizes: SmallSizes, vocab_size: int, ids: Mapping[str, int]) -> VlmCon
         image_token_id=ids["<image>"],
         eos_token_ids=(ids["</s>"],),
         family=MODEL_TYPE,
-        text_family="llama",
     )
 
 
 def files(config: VlmConfig, ids: Mapping[str, int]) -> dict[str, dict[str, Any]]:
     """What its JSON files hold, by name."""
-    vision = tower_of(config)
+    vision = tower_of(config, VitConfig)
     stated = {"bos_token_id": ids["<s>"], "pad_token_id": ids["<pad>"]}
     size = {"height": vision.image_size, "width": vision.image_size}
     return {
@@ -83,6 +71,7 @@ def files(config: VlmConfig, ids: Mapping[str, int]) -> dict[str, dict[str, Any]
             "pad_token": "<pad>",
             "unk_token": "<unk>",
             "additional_special_tokens": ["<image>"],
+            "add_bos_token": True,
             "clean_up_tokenization_spaces": False,
             "model_max_length": config.text.max_position,
         },
