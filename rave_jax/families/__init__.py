@@ -6,6 +6,7 @@ Nothing here imports jax but the folders' `tower`, which is imported when a mode
 from __future__ import annotations
 
 import difflib
+import importlib
 
 from rave_jax.config import ConfigError
 from rave_jax.families import llava, qwen2_5_vl, qwen3
@@ -21,8 +22,19 @@ FAMILIES = {
         qwen3.FAMILY,
         llava.FAMILY,
     )
+FOLDERS = (
+    "qwen2_5_vl",
+    "qwen2_vl",
+    "llama",
+    "qwen2",
+    "qwen3",
+)
+"""Where they are, in this folder. Small random models are of the first one if none is named."""
+
+FAMILIES: dict[str, Family] = {
+    family.model_type: family for family in (importlib.import_module(f"{__name__}.{name}").FAMILY for name in FOLDERS)
 }
-"""All families, by `model_type`. Small random models are of the first one if none is named."""
+"""All families, by `model_type`."""
 
 
 def family_named(model_type: str) -> Family:

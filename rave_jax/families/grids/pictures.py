@@ -114,6 +114,11 @@ def pictures(config: VlmConfig, files: ProcessorFiles) -> Pictures:
     Raises:
         ConfigError: they ask for processing that is not done here.
     """
+    return pictures_as(Pictures, config, files)
+
+
+def pictures_as[P: Pictures](kind: type[P], config: VlmConfig, files: ProcessorFiles) -> P:
+    """The same as a family's own kind of rules."""
     image, video = files.image, files.video
     for key in STEPS:
         if image.get(key, True) is not True:
@@ -133,7 +138,7 @@ def pictures(config: VlmConfig, files: ProcessorFiles) -> Pictures:
         max_tokens=video.get("max_video_tokens", VideoLimits.max_tokens),
         **sampled,
     )
-    return Pictures(config, low, high, limits)
+    return kind(config, low, high, limits)
 
 
 def _pixel_limits(file: Path, config: Mapping[str, Any], low: int, high: int) -> tuple[int, int]:
