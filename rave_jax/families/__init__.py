@@ -9,25 +9,18 @@ import difflib
 import importlib
 
 from rave_jax.config import ConfigError
-from rave_jax.families import llava, qwen2_5_vl, qwen3
 from rave_jax.families.base import Family, TensorRule
 from rave_jax.families.hf import HfConfig
 
 __all__ = ["FAMILIES", "Family", "TensorRule", "family_for", "family_named"]
 
-FAMILIES = {
-    family.model_type: family
-    for family in (
-        qwen2_5_vl.FAMILY,
-        qwen3.FAMILY,
-        llava.FAMILY,
-    )
 FOLDERS = (
     "qwen2_5_vl",
     "qwen2_vl",
     "llama",
     "qwen2",
     "qwen3",
+    "llava",
 )
 """Where they are, in this folder. Small random models are of the first one if none is named."""
 

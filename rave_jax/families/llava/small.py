@@ -71,7 +71,6 @@ def files(config: VlmConfig, ids: Mapping[str, int]) -> dict[str, dict[str, Any]
             "pad_token": "<pad>",
             "unk_token": "<unk>",
             "additional_special_tokens": ["<image>"],
-            "add_bos_token": True,
             "clean_up_tokenization_spaces": False,
             "model_max_length": config.text.max_position,
         },
@@ -96,4 +95,4 @@ def files(config: VlmConfig, ids: Mapping[str, int]) -> dict[str, dict[str, Any]
     }
 
 
-SMALL = SmallModels(SPECIAL_TOKENS, config, files)
+SMALL = SmallModels(SPECIAL_TOKENS, config, files, leading="<s>")
