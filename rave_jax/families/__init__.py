@@ -8,23 +8,22 @@ from __future__ import annotations
 import difflib
 
 from rave_jax.config import ConfigError
-from rave_jax.families import qwen2_5_vl, qwen3, qwen3_vl
+from rave_jax.families import qwen2_5_vl, qwen2_vl, qwen3, qwen3_vl
 from rave_jax.families.base import Family, TensorRule
 from rave_jax.families.hf import HfConfig
 
-__all__ = ["FAMILIES", "SMALL_MODELS", "Family", "TensorRule", "family_for", "family_named"]
+__all__ = ["FAMILIES", "Family", "TensorRule", "family_for", "family_named"]
 
 FAMILIES = {
     family.model_type: family
     for family in (
         qwen2_5_vl.FAMILY,
+        qwen2_vl.FAMILY,
         qwen3.FAMILY,
         qwen3_vl.FAMILY,
     )
 }
-
-SMALL_MODELS = qwen2_5_vl.SMALL
-"""What small random models are made of (`checkpoint/tiny.py`)."""
+"""All families, by `model_type`. Small random models are of the first one if none is named."""
 
 
 def family_named(model_type: str) -> Family:

@@ -11,6 +11,7 @@ from rave_jax.config import ConfigError
 from rave_jax.families.config import VlmConfig
 from rave_jax.families.hf import HfConfig
 from rave_jax.families.pictures import PictureRules, ProcessorFiles
+from rave_jax.families.small import SmallModels
 
 
 class TensorRule(NamedTuple):
@@ -50,6 +51,8 @@ class Family:
     tower: str = ""
     """Name of the module that has its `Tower`; empty for text families. The module imports jax, so it is imported when
     a model is built."""
+    small: SmallModels | None = None
+    """What makes a small random model of the family a whole HF directory (`checkpoint/tiny.py`); None: nothing does."""
     prefixes: tuple[tuple[str, str], ...] = ()
     """(other, canonical) beginnings of keys: checkpoints in the other style load too."""
 

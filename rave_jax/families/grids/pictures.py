@@ -118,6 +118,11 @@ def pictures(config: VlmConfig, files: ProcessorFiles) -> Pictures:
     Raises:
         ConfigError: they ask for processing that is not done here.
     """
+    return pictures_as(Pictures, config, files)
+
+
+def pictures_as[P: Pictures](kind: type[P], config: VlmConfig, files: ProcessorFiles) -> P:
+    """The same as a family's own kind of rules."""
     low, high = image_limits(files)
     video = files.video
     video_low, video_high = pixel_limits(files.video_file, video, VideoLimits.min_pixels, VideoLimits.max_pixels)
@@ -130,7 +135,7 @@ def pictures(config: VlmConfig, files: ProcessorFiles) -> Pictures:
         max_tokens=video.get("max_video_tokens", VideoLimits.max_tokens),
         **sampled,
     )
-    return Pictures(config, low, high, limits)
+    return kind(config, low, high, limits)
 
 
 def image_limits(files: ProcessorFiles) -> tuple[int, int]:

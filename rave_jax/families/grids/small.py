@@ -6,37 +6,21 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from rave_jax.families.config import TextConfig, TowerConfig, VlmConfig, tower_of
+from rave_jax.families.config import TowerConfig, VlmConfig, tower_of
 from rave_jax.families.grids.config import GridTowerConfig
-from rave_jax.families.small import SmallSizes
+from rave_jax.families.small import CHATML_TOKENS, SmallSizes, chatml, model_files, small_text
 
 SPECIAL_TOKENS = (
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
+    *CHATML_TOKENS,
     "<|vision_start|>",
     "<|vision_end|>",
     "<|image_pad|>",
     "<|video_pad|>",
 )
 
-CHAT_TEMPLATE = """\
-{%- macro written(content) -%}
-  {%- if content is string -%}{{- content -}}
-  {%- else -%}
-    {%- for part in content -%}
-      {%- if part.type == 'image' -%}<|vision_start|><|image_pad|><|vision_end|>
-      {%- elif part.type == 'video' -%}<|vision_start|><|video_pad|><|vision_end|>
-      {%- else -%}{{- part.text -}}
-      {%- endif -%}
-    {%- endfor -%}
-  {%- endif -%}
-{%- endmacro -%}
-{%- for message in messages -%}
-  {{- '<|im_start|>' + message.role + '\\n' + written(message.content) + '<|im_end|>\\n' -}}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}
-"""
+CHAT_TEMPLATE = chatml(
+    image="<|vision_start|><|image_pad|><|vision_end|>", video="<|vision_start|><|video_pad|><|vision_end|>"
+)
 
 
 def model_config(
@@ -46,19 +30,8 @@ def model_config(
     height and width."""
     half = sizes.hidden_size // sizes.num_heads // 2
     side = math.ceil(half / 4) if half > 2 else half // 3
-    text = TextConfig(
-        vocab_size=vocab_size,
-        hidden_size=sizes.hidden_size,
-        num_layers=sizes.num_layers,
-        num_heads=sizes.num_heads,
-        num_kv_heads=sizes.num_kv_heads,
-        head_dim=sizes.hidden_size // sizes.num_heads,
-        mlp_size=sizes.mlp_size,
-        mrope_section=(half - 2 * side, side, side),
-        tie_embeddings=False,
-    )
     return VlmConfig(
-        text=text,
+        text=small_text(sizes, vocab_size, mrope_section=(half - 2 * side, side, side)),
         vision=vision,
         image_token_id=ids["<|image_pad|>"],
         video_token_id=ids["<|video_pad|>"],
@@ -81,21 +54,9 @@ def files(
         processors: names of the processors' classes in transformers, by the keys of their file.
     """
     vision = tower_of(config, GridTowerConfig)
-    pad = ids["<|endoftext|>"]
     unit = (vision.patch_size * vision.merge_size) ** 2
-    stated = {"bos_token_id": pad, "pad_token_id": pad}
-    return {
-        "config.json": rendered | {"dtype": "float32"} | stated,
-        "generation_config.json": {**stated, "eos_token_id": list(config.eos_token_ids), "do_sample": False},
-        "tokenizer_config.json": {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "chat_template": CHAT_TEMPLATE,
-            "eos_token": "<|im_end|>",
-            "pad_token": "<|endoftext|>",
-            "additional_special_tokens": list(SPECIAL_TOKENS),
-            "clean_up_tokenization_spaces": False,
-            "model_max_length": config.text.max_position,
-        },
+    stated = model_files(rendered, config.eos_token_ids, ids, CHAT_TEMPLATE, config.text.max_position)
+    return stated | {
         "preprocessor_config.json": {
             **processors,
             "patch_size": vision.patch_size,

@@ -7,8 +7,6 @@ from rave_jax.families.qwen2_5_vl.config import ARCHITECTURE, MODEL_TYPE, parse,
 from rave_jax.families.qwen2_5_vl.small import SMALL
 from rave_jax.families.qwen2_5_vl.tensors import tensors
 
-__all__ = ["FAMILY", "SMALL"]
-
 FAMILY = Family(
     model_type=MODEL_TYPE,
     architecture=ARCHITECTURE,
@@ -17,5 +15,6 @@ FAMILY = Family(
     tensors=tensors,
     pictures=pictures,
     tower=f"{__name__}.tower",
+    small=SMALL,
     prefixes=PREFIXES,
 )
