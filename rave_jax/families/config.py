@@ -33,6 +33,44 @@ def within(config: object, limits: dict[str, int], least: int = 1) -> None:
 
 
 @dataclass(frozen=True)
+class LinearRope:
+    """Every rotary frequency is divided by one factor: positions are interpolated (arXiv 2306.15595)."""
+
+    factor: float
+    """Divides the frequencies."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        require(self.factor > 0, "factor", self.factor, "above 0")
+
+
+@dataclass(frozen=True)
+class SmoothRope:
+    """Slow rotary frequencies are divided by a factor, fast ones stay, and those between are mixed (Llama 3.1, arXiv
+    2407.21783). What counts is how often a frequency turns within `original_max_position` positions."""
+
+    factor: float
+    """Divides the frequencies that turn at most `low_factor` times."""
+    low_factor: float
+    """Turns up to which a frequency is divided."""
+    high_factor: float
+    """Turns from which a frequency stays as it is."""
+    original_max_position: int
+    """Positions that the model was trained with before the scaling."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        require(self.factor > 0, "factor", self.factor, "above 0")
+        require(self.low_factor > 0, "low_factor", self.low_factor, "above 0")
+        above = self.high_factor > self.low_factor
+        require(above, "high_factor", self.high_factor, f"above low_factor {self.low_factor}")
+        within(self, {"original_max_position": MAX_INT32})
+
+
+RopeScaling = LinearRope | SmoothRope
+
+
+@dataclass(frozen=True)
 class TextConfig:
     """The text decoder."""
 
@@ -54,6 +92,8 @@ class TextConfig:
     """Added to the mean square in every RMSNorm of the decoder."""
     rope_theta: float = 1e6
     """Base of the rotary frequencies."""
+    rope_scaling: RopeScaling | None = None
+    """How the rotary frequencies are scaled for longer contexts; None: not at all."""
     mrope_section: tuple[int, ...] = ()
     """Frequencies, of head_dim / 2, that turn with the temporal, height, width position in turn; empty: all turn
     with the temporal one, which is 1-D RoPE."""
@@ -71,6 +111,9 @@ class TextConfig:
     """First layer that uses the sliding window."""
     max_position: int = 32768
     """Positions the model was made for; stated in the checkpoint, not enforced."""
+    family: str = ""
+    """Name of the text family whose config states the decoder inside a model with pictures; empty where the model's
+    own family does."""
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -176,6 +176,7 @@ class Decoder(nnx.Module):
         self.hidden_size = config.hidden_size
         self.rope_theta = config.rope_theta
         self.mrope_section = config.mrope_section
+        self.rope_scaling = config.rope_scaling
         self.mrope_interleaved = config.mrope_interleaved
         self.remat = options.remat
         self.layout = options.layout
@@ -353,7 +354,14 @@ class Decoder(nnx.Module):
         # The hooks `positions` and `mask` read no parameters, so the stacked mechanisms may answer for all layers.
         mechanisms = run.layers.mechanisms
         placed = attention.positions(mechanisms, info_q, info_k, own, positions)
-        rotation = text_rotation(placed, self.head_dim, self.rope_theta, self.mrope_section, self.mrope_interleaved)
+        rotation = text_rotation(
+            placed,
+            self.head_dim,
+            self.rope_theta,
+            self.mrope_section,
+            interleaved=self.mrope_interleaved,
+            scaling=self.rope_scaling,
+        )
         codes = attention.mask_codes(mechanisms, info_q, info_k, base)
         return Situation(rotation, codes, info_q, info_k, slots, queries, progress)
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rave_jax.families.config import LinearRope, RopeScaling
 from rave_jax.typing import Array, Float, Int
 
 
@@ -27,12 +28,27 @@ def _frequencies(count: int, theta: float) -> np.ndarray:
     return np.float32(1) / (theta ** exponents.astype(np.float64)).astype(np.float32)
 
 
+def _scaled(frequencies: np.ndarray, scaling: RopeScaling | None) -> np.ndarray:
+    """The frequencies as the checkpoint wants them, float32 throughout as in the checkpoints' own code."""
+    if scaling is None:
+        return frequencies
+    divided = frequencies / np.float32(scaling.factor)
+    if isinstance(scaling, LinearRope):
+        return divided
+    turns = np.float32(scaling.original_max_position) / (np.float32(2 * np.pi) / frequencies)
+    low, high = np.float32(scaling.low_factor), np.float32(scaling.high_factor)
+    kept = np.clip((turns - low) / (high - low), 0, 1)
+    return (1 - kept) * divided + kept * frequencies
+
+
 def text_rotation(
     positions: Int[Array, "3 B T"],
     head_dim: int,
     theta: float,
     sections: tuple[int, ...] = (),
+    *,
     interleaved: bool = False,
+    scaling: RopeScaling | None = None,
 ) -> Rotation:
     """Rotation of the decoder's queries and keys.
 
@@ -45,9 +61,10 @@ def text_rotation(
         interleaved: do the frequencies take turns instead (Qwen3-VL, arXiv 2511.21631)? Then `sections` has three
             numbers, and every third frequency from the second on is height's and from the third on width's, until each
             has its number; the others are temporal.
+        scaling: of the frequencies.
     """
     half = head_dim // 2
-    frequencies = jnp.asarray(_frequencies(half, theta))
+    frequencies = jnp.asarray(_scaled(_frequencies(half, theta), scaling))
     if not sections:
         angles = positions[0, ..., None].astype(jnp.float32) * frequencies
     else:
