@@ -69,6 +69,7 @@ CASES = {
     case.family: case
     for case in (
         Case("qwen2_5_vl", frames=(56, 84)),
+        Case("qwen2_vl", frames=(56, 84)),
         Case("qwen3", pictures=((), (), ())),
     )
 }
