@@ -25,7 +25,7 @@ OTHER_FORMATS = {
     "*.pt": "pickles",
     "*.pth": "pickles",
     "*.ckpt": "pickles",
-    "*.gguf": "GGUF files, quantized for llama.cpp",
+    "*.gguf": "GGUF files",
     "*.h5": "TensorFlow's files",
     "*.msgpack": "Flax's files",
     "*.onnx": "ONNX programs",

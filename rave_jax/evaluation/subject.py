@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -26,8 +26,14 @@ from rave_jax.parallel.rows import batch_shardings, global_batch
 from rave_jax.parallel.sharding import replicated, use_mesh
 from rave_jax.typing import Array, Float, Int, NpArray
 
+Check = Callable[[], None]
+"""Called between two pieces of work; what it raises ends the work."""
 CHUNK = 512
 """Tokens of a prompt that are read at once; of a model whose tokens see later ones, all of them."""
+
+
+def no_check() -> None:
+    """Nothing ends the work."""
 
 
 @dataclass(frozen=True)

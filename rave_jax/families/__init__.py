@@ -6,23 +6,28 @@ Nothing here imports jax but the folders' `tower`, which is imported when a mode
 from __future__ import annotations
 
 import difflib
+import importlib
 
 from rave_jax.config import ConfigError
-from rave_jax.families import qwen2_5_vl, qwen2_vl, qwen3
 from rave_jax.families.base import Family, TensorRule
 from rave_jax.families.hf import HfConfig
 
 __all__ = ["FAMILIES", "Family", "TensorRule", "family_for", "family_named"]
 
-FAMILIES = {
-    family.model_type: family
-    for family in (
-        qwen2_5_vl.FAMILY,
-        qwen2_vl.FAMILY,
-        qwen3.FAMILY,
-    )
+FOLDERS = (
+    "qwen2_5_vl",
+    "qwen2_vl",
+    "llama",
+    "qwen2",
+    "qwen3",
+    "qwen3_vl",
+)
+"""Where they are, in this folder. Small random models are of the first one if none is named."""
+
+FAMILIES: dict[str, Family] = {
+    family.model_type: family for family in (importlib.import_module(f"{__name__}.{name}").FAMILY for name in FOLDERS)
 }
-"""All families, by `model_type`. Small random models are of the first one if none is named."""
+"""All families, by `model_type`."""
 
 
 def family_named(model_type: str) -> Family:

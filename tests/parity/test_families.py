@@ -65,12 +65,16 @@ class Case(NamedTuple):
     seed: int = 0
 
 
+TEXT = ((), (), ())
 CASES = {
     case.family: case
     for case in (
         Case("qwen2_5_vl", frames=(56, 84)),
         Case("qwen2_vl", frames=(56, 84)),
         Case("qwen3", pictures=((), (), ())),
+        Case("llama", pictures=TEXT),
+        Case("qwen2", pictures=TEXT),
+        Case("qwen3", pictures=TEXT),
     )
 }
 
