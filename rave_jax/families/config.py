@@ -111,6 +111,9 @@ class TextConfig:
     """First layer that uses the sliding window."""
     max_position: int = 32768
     """Positions the model was made for; stated in the checkpoint, not enforced."""
+    family: str = ""
+    """Name of the text family whose config states the decoder inside a model with pictures; empty where the model's
+    own family does."""
 
     def __post_init__(self) -> None:
         check_fields(self)
