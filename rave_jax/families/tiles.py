@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -77,8 +78,8 @@ def cut_tiles(tiles: Sequence[UInt8[NpArray, "H W 3"]], vision: TileTowerConfig)
     """Patches of tiles of `image_size`, one after another; the merged grid has a frame for each."""
     p, merge, units, count = vision.patch_size, vision.merge_size, vision.token_side, len(tiles)
     squares = np.stack(tiles).reshape(count, units, merge, p, units, merge, p, vision.in_channels)
-    pixels = squares.transpose(0, 1, 4, 2, 5, 7, 3, 6).reshape(-1, vision.patch_width)
-    frame = np.repeat(np.arange(1, count + 1, dtype=np.int32), vision.side**2)
-    place = np.tile(tile_places(vision.side, merge), (count, 1))
+    pixels: Any = np.ascontiguousarray(squares.transpose(0, 1, 4, 2, 5, 7, 3, 6)).reshape(-1, vision.patch_width)
+    frame: Any = np.repeat(np.arange(1, count + 1, dtype=np.int32), vision.side**2)
+    place: Any = np.tile(tile_places(vision.side, merge), (count, 1))
     order = np.arange(count * units**2, dtype=np.int32)
-    return CutPicture(Patches(np.ascontiguousarray(pixels), frame, place, frame), order, (count, units, units))
+    return CutPicture(Patches(pixels, frame, place, frame), order, (count, units, units))

@@ -138,8 +138,8 @@ def pictures(config: VlmConfig, files: ProcessorFiles) -> Pictures:
     stated = image.get("image_processor_type", "GotOcr2ImageProcessor")
     if stated not in PROCESSORS:
         raise ConfigError(
-            f"{file}: image_processor_type is {stated!r}, expected 'GotOcr2ImageProcessor'; directories of the original "
-            "InternVL3 have other files than those whose name ends in -hf"
+            f"{file}: image_processor_type is {stated!r}, expected 'GotOcr2ImageProcessor', as in the checkpoints "
+            "whose name ends in -hf"
         )
     steps(file, image, ("do_resize", "do_rescale", "do_normalize"))
     bicubic(file, image)
