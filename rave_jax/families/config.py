@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-from rave_jax.config import check_fields, require
+from rave_jax.config import ConfigError, check_fields, require
 
 # The largest sizes that are built. They are several times those of any released model; what is larger is a slip of the
 # pen, and is refused before it takes memory.
@@ -18,6 +18,7 @@ MAX_LAYERS = 1024
 MAX_WIDTH = 1 << 20
 MAX_HEADS = 1 << 14
 MAX_VOCAB = 1 << 26
+MAX_EXPERTS = 1 << 14
 MAX_SIDE = 1 << 12
 MAX_INT32 = 2**31 - 1
 # Computed in float32, where an inverse of larger bases is 0.
@@ -30,6 +31,83 @@ def within(config: object, limits: dict[str, int], least: int = 1) -> None:
     for name, limit in limits.items():
         given = getattr(config, name)
         require(least <= given <= limit, name, given, f"a number from {least} to {limit:,}")
+
+
+@dataclass(frozen=True)
+class LinearRope:
+    """Every rotary frequency is divided by one factor: positions are interpolated (arXiv 2306.15595)."""
+
+    factor: float
+    """Divides the frequencies."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        require(self.factor > 0, "factor", self.factor, "above 0")
+
+
+@dataclass(frozen=True)
+class SmoothRope:
+    """Slow rotary frequencies are divided by a factor, fast ones stay, and those between are mixed (Llama 3.1, arXiv
+    2407.21783). What counts is how often a frequency turns within `original_max_position` positions."""
+
+    factor: float
+    """Divides the frequencies that turn at most `low_factor` times."""
+    low_factor: float
+    """Turns up to which a frequency is divided."""
+    high_factor: float
+    """Turns from which a frequency stays as it is."""
+    original_max_position: int
+    """Positions that the model was trained with before the scaling."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        require(self.factor > 0, "factor", self.factor, "above 0")
+        require(self.low_factor > 0, "low_factor", self.low_factor, "above 0")
+        above = self.high_factor > self.low_factor
+        require(above, "high_factor", self.high_factor, f"above low_factor {self.low_factor}")
+        within(self, {"original_max_position": MAX_INT32})
+
+
+RopeScaling = LinearRope | SmoothRope
+
+
+class LayerKind(NamedTuple):
+    """What sets a decoder layer apart from others of its model.
+
+    Fields:
+        mlp: one mlp for all tokens, or experts that a router chooses.
+    """
+
+    mlp: Literal["dense", "experts"] = "dense"
+
+
+@dataclass(frozen=True)
+class ExpertsConfig:
+    """Many mlps in place of one, of which a router chooses some for each token."""
+
+    count: int
+    """Experts E."""
+    chosen: int
+    """Experts that each token goes to."""
+    mlp_size: int
+    """Hidden width F of one expert's SwiGLU mlp."""
+    normalise: bool = True
+    """Are the probabilities of the chosen experts divided by their sum?"""
+    balance: float = 0.001
+    """Weight of the load-balancing loss in training."""
+    every: int = 1
+    """Layers n with n + 1 a multiple of it have experts."""
+    dense_layers: tuple[int, ...] = ()
+    """Layers that have one mlp whatever `every` says."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        within(self, {"count": MAX_EXPERTS, "mlp_size": MAX_WIDTH, "every": MAX_LAYERS, "chosen": self.count})
+        require(0 <= self.balance <= 1e6, "balance", self.balance, "a number from 0 to 1e6")
+
+    def in_layer(self, layer: int) -> bool:
+        """Has this layer experts?"""
+        return layer not in self.dense_layers and (layer + 1) % self.every == 0
 
 
 @dataclass(frozen=True)
@@ -54,9 +132,13 @@ class TextConfig:
     """Added to the mean square in every RMSNorm of the decoder."""
     rope_theta: float = 1e6
     """Base of the rotary frequencies."""
+    rope_scaling: RopeScaling | None = None
+    """How the rotary frequencies are scaled for longer contexts; None: not at all."""
     mrope_section: tuple[int, ...] = ()
     """Frequencies, of head_dim / 2, that turn with the temporal, height, width position in turn; empty: all turn
     with the temporal one, which is 1-D RoPE."""
+    mrope_interleaved: bool = False
+    """Do the frequencies of `mrope_section` take turns, temporal, height, width, instead of standing side by side?"""
     qkv_bias: bool = True
     """Do the query, key and value projections have a bias?"""
     qk_norm: bool = False
@@ -69,6 +151,11 @@ class TextConfig:
     """First layer that uses the sliding window."""
     max_position: int = 32768
     """Positions the model was made for; stated in the checkpoint, not enforced."""
+    family: str = ""
+    """Name of the text family whose config states the decoder inside a model with pictures; empty where the model's
+    own family does."""
+    experts: ExpertsConfig | None = None
+    """Experts in place of the mlp of some layers or all; None: every layer has one mlp."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -82,9 +169,18 @@ class TextConfig:
         section = self.mrope_section
         covers = not section or (sum(section) == self.head_dim // 2 and min(section) >= 0)
         require(covers, "mrope_section", section, f"numbers that add up to head_dim / 2 = {self.head_dim // 2}")
+        three = not self.mrope_interleaved or len(section) == 3
+        require(three, "mrope_section", section, "three numbers where mrope_interleaved is true")
         check_norm_and_rope(self)
         window_ok = self.sliding_window is None or 1 <= self.sliding_window <= MAX_INT32
         require(window_ok, "sliding_window", self.sliding_window, f"1 to {MAX_INT32:,}, or None")
+
+    @property
+    def layer_kinds(self) -> tuple[LayerKind, ...]:
+        """The kind of each decoder layer."""
+        experts = self.experts
+        with_experts = (experts is not None and experts.in_layer(n) for n in range(self.num_layers))
+        return tuple(LayerKind("experts" if has else "dense") for has in with_experts)
 
 
 def check_norm_and_rope(config: Any) -> None:
@@ -149,6 +245,11 @@ class TowerConfig(ABC):
         """What the tower wants the number of patches of a row to be a multiple of."""
         return 1
 
+    @property
+    def deep_layers(self) -> int:
+        """How many decoder layers, from the first on, get features of the tower added behind them (DeepStack)."""
+        return 0
+
 
 class PatchSizes(NamedTuple):
     """What arrays of patches have to be like for a model; all 1 without a tower, so that empty arrays have a shape.
@@ -196,9 +297,28 @@ class VlmConfig:
         if self.vision is not None:
             same = self.vision.out_size == self.text.hidden_size
             require(same, "vision.out_size", self.vision.out_size, f"text.hidden_size {self.text.hidden_size}")
+        fits = self.deep_layers <= self.text.num_layers
+        require(fits, "vision.deep_layers", self.deep_layers, f"at most text.num_layers {self.text.num_layers}")
+
+    @property
+    def deep_layers(self) -> int:
+        """How many decoder layers, from the first on, get features of the tower added behind them; 0 without any."""
+        return 0 if self.vision is None else self.vision.deep_layers
 
     @property
     def patch_sizes(self) -> PatchSizes:
         """What arrays of patches have to be like."""
         tower = self.vision
         return PatchSizes() if tower is None else PatchSizes(tower.patch_width, tower.merge_unit, tower.window_patches)
+
+
+def tower_of[T: TowerConfig](config: VlmConfig, kind: type[T]) -> T:
+    """The config of a model's tower.
+
+    Raises:
+        ConfigError: the model has none, or another family's.
+    """
+    if not isinstance(config.vision, kind):
+        found = type(config.vision).__name__
+        raise ConfigError(f"vision is {found}, expected a {kind.__name__} of {config.family}: its models have a tower")
+    return config.vision

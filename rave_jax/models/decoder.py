@@ -15,16 +15,20 @@ from rave_jax.attention import Cache, CacheType, Features, Keys, LayerKeys, Regi
 from rave_jax.attention.plan import LayeredConfig
 from rave_jax.batch import TokenInfo
 from rave_jax.config import require
-from rave_jax.families.config import TextConfig
+from rave_jax.families.config import LayerKind, TextConfig
 from rave_jax.kernels.attention import MaskCodes
 from rave_jax.models import lora
 from rave_jax.models.config import ModelOptions, attention_dims, window_mechanisms
-from rave_jax.models.forward import HIDDEN, Output, Want
+from rave_jax.models.experts import Choice, Experts, RouterSums, balance_loss, router_sums
+from rave_jax.models.forward import HIDDEN, Embedded, Output, Want
 from rave_jax.models.layers import Linear, RmsNorm, SwiGlu
 from rave_jax.models.rope import Rotation, rotate, text_rotation
 from rave_jax.models.stack import LayerRun
 from rave_jax.parallel.sharding import current_mesh, shard
 from rave_jax.typing import Array, Bool, Float, Int
+
+ROUTER = "router"
+"""Name of the routers' loss."""
 
 
 class LayerCache(NamedTuple):
@@ -48,6 +52,8 @@ class Situation(NamedTuple):
     progress: Float[Array, ""] | None
     wanted: Int[Array, "B N"] | None = None
     """Tokens, by index, of which alone the layer's output is wanted; None: of all."""
+    unit: Int[Array, "B T"] | None = None
+    """As in `Embedded`."""
 
 
 class LayerOutput(NamedTuple):
@@ -57,6 +63,7 @@ class LayerOutput(NamedTuple):
     attention: Float[Array, "B N H S"] | None
     losses: dict[str, Float[Array, ""]]
     chosen: Bool[Array, "B N H R"] | None
+    router: RouterSums | None = None
 
 
 class Attention(nnx.Module):
@@ -89,12 +96,19 @@ class Attention(nnx.Module):
 class DecoderLayer(nnx.Module):
     """x + attention(norm(x)), then x + mlp(norm(x))."""
 
-    def __init__(self, config: TextConfig, mechanisms: Sequence[LayeredConfig], options: ModelOptions, key: jax.Array):
+    def __init__(
+        self,
+        config: TextConfig,
+        kind: LayerKind,
+        mechanisms: Sequence[LayeredConfig],
+        options: ModelOptions,
+        key: jax.Array,
+    ):
         dtype, D = options.params, config.hidden_size
         # Mechanisms take keys of their own, so that a model with and one without start with equal weights.
         keys = jax.random.split(key, 4)
         self.attention = Attention(config, dtype=dtype, key=keys[0])
-        self.mlp = SwiGlu(D, config.mlp_size, bias=False, dtype=dtype, key=keys[1])
+        self.mlp = _mlp(config, kind, dtype, keys[1])
         self.attention_norm = RmsNorm(D, eps=config.rms_norm_eps, dtype=dtype)
         self.mlp_norm = RmsNorm(D, eps=config.rms_norm_eps, dtype=dtype)
         self.mechanisms = attention.build_mechanisms(mechanisms, attention_dims(config), keys[2])
@@ -120,7 +134,9 @@ class DecoderLayer(nnx.Module):
             regions=self.max_regions,
             progress=at.progress,
         )
-        return LayerOutput(self._after(x, seen.out, at.wanted), seen.attention, seen.losses, seen.chosen)
+        out, choice = self._after(x, seen.out, at.wanted)
+        router = router_sums(choice, at.info_q.document > 0) if losses and choice is not None else None
+        return LayerOutput(out, seen.attention, seen.losses, seen.chosen, router)
 
     def extend(
         self, x: Float[Array, "B T D"], at: Situation, cache: LayerCache
@@ -139,46 +155,69 @@ class DecoderLayer(nnx.Module):
             regions=cache.regions,
             implementation=self.implementation,
         )
-        return self._after(x, out, at.wanted), stored
+        return self._after(x, out, at.wanted)[0], stored
 
     def _after(
         self, x: Float[Array, "B T D"], heads: Float[Array, "B T H h"], wanted: Int[Array, "B N"] | None
-    ) -> Float[Array, "B N D"]:
-        """What the layer makes of x and of what its heads read, for the wanted tokens."""
+    ) -> tuple[Float[Array, "B N D"], Choice | None]:
+        """What the layer makes of x and of what its heads read, for the wanted tokens; and the experts of each."""
         if wanted is not None:
             x, heads = attention.pick(x, wanted), attention.pick(heads, wanted)
         heads = shard(heads, "batch", "length", "heads", None)
         x = shard(x + self.attention.output(heads), "batch", "length", None)
-        return shard(x + self.mlp(self.mlp_norm(x)), "batch", "length", None)
+        hidden = self.mlp_norm(x)
+        if isinstance(self.mlp, Experts):
+            choice = self.mlp.choose(hidden)
+            return shard(x + self.mlp(hidden, choice), "batch", "length", None), choice
+        return shard(x + self.mlp(hidden), "batch", "length", None), None
+
+
+def _mlp(config: TextConfig, kind: LayerKind, dtype: jnp.dtype, key: jax.Array) -> SwiGlu | Experts:
+    """What a layer of this kind does behind its attention."""
+    if kind.mlp == "experts":
+        assert config.experts is not None
+        return Experts(config.experts, config.hidden_size, dtype=dtype, key=key)
+    return SwiGlu(config.hidden_size, config.mlp_size, bias=False, dtype=dtype, key=key)
 
 
 class Decoder(nnx.Module):
-    """All layers and the final norm. Global layer n stands in the layer run with start <= n < stop."""
+    """All layers and the final norm. Global layer n stands in the layer run with start <= n < stop.
 
-    def __init__(self, config: TextConfig, options: ModelOptions, *, key: jax.Array):
+    Behind each of the first `deep_layers` layers, features of the pictures are added to the visual tokens (DeepStack,
+    arXiv 2406.04334). These layers have runs of their own.
+    """
+
+    def __init__(self, config: TextConfig, options: ModelOptions, deep_layers: int = 0, *, key: jax.Array):
         mechanisms = (*window_mechanisms(config), *options.mechanisms, *options.context_mechanisms)
         keys = jax.random.split(key, config.num_layers)
+        layer_kinds = config.layer_kinds
+        kinds = [(kind, n < deep_layers) for n, kind in enumerate(layer_kinds)]
+        plans = attention.plan_layer_runs(mechanisms, config.num_layers, options.scan_layers, kinds)
         self.layer_runs = nnx.List(
-            LayerRun(start, stop, lambda k, chosen=chosen: DecoderLayer(config, chosen, options, k), keys)
-            for start, stop, chosen in attention.plan_layer_runs(mechanisms, config.num_layers, options.scan_layers)
+            LayerRun(start, stop, functools.partial(DecoderLayer, config, layer_kinds[start], chosen, options), keys)
+            for start, stop, chosen in plans
         )
         self.norm = RmsNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=options.params)
+        self.experts = config.experts
+        self.balances = config.experts is not None and config.experts.balance > 0
         self.head_dim = config.head_dim
         self.attention_dims = attention_dims(config)
         self.hidden_size = config.hidden_size
         self.rope_theta = config.rope_theta
         self.mrope_section = config.mrope_section
+        self.rope_scaling = config.rope_scaling
+        self.mrope_interleaved = config.mrope_interleaved
         self.remat = options.remat
         self.layout = options.layout
         self.implementation = options.attention
 
     def __call__(
-        self, x: Float[Array, "B T D"], info: TokenInfo, positions: Int[Array, "3 B T"], want: Want = HIDDEN
+        self, tokens: Embedded, info: TokenInfo, positions: Int[Array, "3 B T"], want: Want = HIDDEN
     ) -> Output:
         """Whole rows at once, causal inside each document.
 
         Args:
-            x: embedded tokens.
+            tokens: as they are embedded.
             info, positions: of the tokens.
             want: what is asked for beside hidden states.
         """
@@ -186,20 +225,28 @@ class Decoder(nnx.Module):
         losses, inputs = want.losses, want.inputs
         seen, entered, routes = [], [], []
         total: dict[str, Array] = {}
+        routers: list[RouterSums] = []
+        x = tokens.x
         for run in self.layer_runs:
             at = self._situation(
                 run, base, info, info, positions, own=own, queries=want.queries, progress=want.progress
-            )
+            )._replace(unit=tokens.unit)
 
-            def body(layer: DecoderLayer, x: Array, _: None, at: Situation) -> tuple[Array, tuple[Any, ...]]:
+            def body(layer: DecoderLayer, x: Array, deep: Array | None, at: Situation) -> tuple[Array, tuple[Any, ...]]:
                 out = layer(x, at, losses)
-                return out.x, (out.attention, out.losses, out.chosen, x if inputs else None)
+                said = out.attention, out.losses, out.chosen, out.router, x if inputs else None
+                return _added_deep(out.x, deep, at), said
 
-            x, (of_queries, found, chosen, before) = run.scan(body, x, None, at, self.remat)
+            x, (of_queries, found, chosen, router, before) = run.scan(body, x, _deep_of(run, tokens), at, self.remat)
             seen.append(of_queries)
             entered.append(before)
             routes += [] if chosen is None else [chosen]
+            routers += (
+                [] if router is None or not self.balances else [jax.tree.map(lambda x: jnp.sum(x, axis=0), router)]
+            )
             total = _added(total, jax.tree.map(jnp.sum, found))
+        if self.experts is not None and routers:
+            total[ROUTER] = balance_loss(jax.tree.map(lambda *x: sum(x), *routers), self.experts)
         return Output(
             self.norm(x),
             attention=None if want.queries is None else jnp.concatenate(seen),
@@ -209,17 +256,20 @@ class Decoder(nnx.Module):
         )
 
     def loss_weights(self, info: TokenInfo) -> dict[str, Float[Array, ""]]:
-        """What the sums of the mechanisms' losses over these rows are divided by, by name; empty where none has any."""
+        """What the sums of the mechanisms' and routers' losses over these rows are divided by, by name; empty where
+        none has any."""
         total: dict[str, Array] = {}
         for run in self.layer_runs:
             layers = run.stop - run.start
             for mechanism in run.layers.mechanisms:
                 total = _added(total, {name: layers * x for name, x in mechanism.loss_weights(info).items()})
+            if self.balances and isinstance(run.layers.mlp, Experts):
+                total = _added(total, {ROUTER: layers * jnp.sum(info.document > 0, dtype=jnp.float32)})
         return total
 
     def extend[C: Cache](
         self,
-        x: Float[Array, "B T D"],
+        tokens: Embedded,
         info: TokenInfo,
         positions: Int[Array, "3 B T"],
         cache: C,
@@ -233,7 +283,7 @@ class Decoder(nnx.Module):
         pictures they stand in the order of their offsets.
 
         Args:
-            x: embedded tokens.
+            tokens: as they are embedded.
             info, positions: of the tokens.
             cache: what came before. Rows of a cache without regions for which `cache.index` + T is beyond its size are
                 not written.
@@ -247,20 +297,21 @@ class Decoder(nnx.Module):
         """
         entered = cache.admit(info, region_offset, self._summaries_of_nothing)
         base = attention.cached_codes(info, entered.info)
-        kept, regions = list(entered.cache.layer_runs), cache.num_regions
+        kept, regions, x = list(entered.cache.layer_runs), cache.num_regions, tokens.x
         for n, run in enumerate(self.layer_runs):
             at = self._situation(run, base, info, entered.info, positions, own=entered.own, slots=entered.slots)
-            if run is self.layer_runs[-1] and run.stop - run.start == 1:
+            at, deep = at._replace(unit=tokens.unit), _deep_of(run, tokens)
+            if run is self.layer_runs[-1] and run.stop - run.start == 1 and deep is None:
                 at, wanted = at._replace(wanted=wanted), None
 
-            def body(layer: DecoderLayer, carry: Any, n: Array, at: Situation) -> tuple[Any, Array | None]:
-                x, stored = layer.extend(carry[0], at, LayerCache(carry[1], n, regions))
+            def body(layer: DecoderLayer, carry: Any, each: Any, at: Situation) -> tuple[Any, Array | None]:
+                x, stored = layer.extend(carry[0], at, LayerCache(carry[1], each[0], regions))
                 # A carry keeps its shape.
-                return ((x, stored), None) if at.wanted is None else ((carry[0], stored), x)
+                return ((_added_deep(x, each[1], at), stored), None) if at.wanted is None else ((carry[0], stored), x)
 
             # The keys ride in the carry: each layer writes its new ones in place, nothing else is copied.
             numbers = jnp.arange(run.stop - run.start, dtype=jnp.int32)
-            (x, kept[n]), last = run.scan(body, (x, kept[n]), numbers, at, "none")
+            (x, kept[n]), last = run.scan(body, (x, kept[n]), (numbers, deep), at, "none")
             x = x if last is None else last[0]
         x = x if wanted is None else attention.pick(x, wanted)
         return self.norm(x), entered.cache.with_layers(tuple(kept))
@@ -342,9 +393,31 @@ class Decoder(nnx.Module):
         # The hooks `positions` and `mask` read no parameters, so the stacked mechanisms may answer for all layers.
         mechanisms = run.layers.mechanisms
         placed = attention.positions(mechanisms, info_q, info_k, own, positions)
-        rotation = text_rotation(placed, self.head_dim, self.rope_theta, self.mrope_section)
+        rotation = text_rotation(
+            placed,
+            self.head_dim,
+            self.rope_theta,
+            self.mrope_section,
+            interleaved=self.mrope_interleaved,
+            scaling=self.rope_scaling,
+        )
         codes = attention.mask_codes(mechanisms, info_q, info_k, base)
         return Situation(rotation, codes, info_q, info_k, slots, queries, progress)
+
+
+def _deep_of(run: LayerRun[DecoderLayer], tokens: Embedded) -> Float[Array, "L B U D"] | None:
+    """What is added behind each layer of a run; None where nothing is."""
+    of_layers = tokens.deep[run.start : run.stop]
+    return jnp.stack(of_layers) if of_layers else None
+
+
+def _added_deep(x: Float[Array, "B T D"], deep: Float[Array, "B U D"] | None, at: Situation) -> Float[Array, "B T D"]:
+    """What a layer gives, with the features of their merge unit added to the visual tokens."""
+    if deep is None or at.unit is None:
+        return x
+    # Tokens that get nothing have a unit beyond the last, which is filled with zeros and has no gradient.
+    of_tokens = jnp.take_along_axis(deep, at.unit[..., None], axis=1, mode="fill", fill_value=0)
+    return shard(x + of_tokens.astype(x.dtype), "batch", "length", None)
 
 
 def _indices(info: TokenInfo) -> Int[Array, "B T"]:
