@@ -20,9 +20,9 @@ from rave_jax.checkpoint.hf_import import import_hf
 from rave_jax.data.images import cut_image
 from rave_jax.data.patches import join_patches
 from rave_jax.data.sample import Example
+from rave_jax.families.grids.pictures import Pictures
+from rave_jax.families.grids.positions import mrope_positions
 from rave_jax.families.pictures import Visual, grid_coordinates
-from rave_jax.families.qwen2_5_vl.pictures import Pictures
-from rave_jax.families.qwen2_5_vl.positions import mrope_positions
 from rave_jax.families.qwen2_5_vl.presets import qwen2_5_vl_7b
 from rave_jax.models.config import FloatName, ModelOptions
 from rave_jax.models.vlm import Vlm

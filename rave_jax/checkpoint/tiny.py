@@ -17,19 +17,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jax
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from rave_jax.checkpoint.hf_export import export_hf
 from rave_jax.checkpoint.target import abstract_model, check_room, parameter_shardings
 from rave_jax.config import check_fields, require
-from rave_jax.families import SMALL_MODELS
+from rave_jax.families import FAMILIES, family_named
 from rave_jax.families.config import VlmConfig
+from rave_jax.families.small import SmallModels
 from rave_jax.models.config import ModelOptions
 from rave_jax.models.vlm import Vlm
 
 BYTES = 256
-SPECIAL = SMALL_MODELS.special_tokens
-IDS = {token: BYTES + n for n, token in enumerate(SPECIAL)}
 VOCAB_SIZE = 448
 """Rows of the embedding table: 256 bytes, special tokens, and room for merges; a number that devices can share."""
 WORDS = (
@@ -44,6 +43,9 @@ WORDS = (
 class Tiny:
     """A small random model with a byte-level tokenizer, written into the run directory in HuggingFace format."""
 
+    family: str = next(iter(FAMILIES))
+    """Model family, by its HF `model_type` (docs/families.md). Sizes that its models do not have count for
+    nothing."""
     seed: int = 0
     """Seed of the weights."""
     hidden_size: int = 128
@@ -74,7 +76,8 @@ class Tiny:
     def __post_init__(self) -> None:
         check_fields(self)
         require(0 <= self.seed < 2**32, "seed", self.seed, "0 to 2^32 - 1")
-        sizes = [f.name for f in dataclasses.fields(self) if f.name != "seed"]
+        small_models(self.family)
+        sizes = [f.name for f in dataclasses.fields(self) if f.name not in ("family", "seed")]
         for name in sizes:
             require(getattr(self, name) > 0, name, getattr(self, name), "above 0")
         ok = self.hidden_size % self.num_heads == 0 and self.hidden_size // self.num_heads % 2 == 0
@@ -88,21 +91,45 @@ def tiny_config(sizes: Tiny) -> VlmConfig:
     Raises:
         ConfigError: sizes that make no model.
     """
-    return SMALL_MODELS.config(sizes, VOCAB_SIZE, IDS)
+    small = small_models(sizes.family)
+    return small.config(sizes, VOCAB_SIZE, token_ids(small))
 
 
-def byte_tokenizer() -> Tokenizer:
-    """Byte-level BPE over UTF-8, and the special tokens of its family's chat format. The same at every call."""
+def small_models(family: str) -> SmallModels:
+    """How small models of this family are made.
+
+    Raises:
+        ConfigError: there is no such family, or nothing makes small models of it.
+    """
+    known = [name for name, one in FAMILIES.items() if one.small is not None]
+    require(family in known, "family", family, " or ".join(known))
+    small = family_named(family).small
+    assert small is not None
+    return small
+
+
+def token_ids(small: SmallModels) -> dict[str, int]:
+    """Ids of the special tokens."""
+    return {token: BYTES + n for n, token in enumerate(small.special_tokens)}
+
+
+def byte_tokenizer(family: str = Tiny.family) -> Tokenizer:
+    """Byte-level BPE over UTF-8, and the special tokens of the family's chat format. The same at every call."""
+    small = small_models(family)
+    ids = token_ids(small)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     assert len(alphabet) == BYTES
-    vocab = {char: n for n, char in enumerate(alphabet)} | IDS
+    vocab = {char: n for n, char in enumerate(alphabet)} | ids
     merges = learned_merges(VOCAB_SIZE - len(vocab))
     vocab |= {left + right: len(vocab) + n for n, (left, right) in enumerate(merges)}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if small.leading:
+        pair = [(small.leading, ids[small.leading])]
+        tokenizer.post_processor = processors.TemplateProcessing(single=f"{small.leading} $A", special_tokens=pair)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in ids])
     return tokenizer
 
 
@@ -138,6 +165,7 @@ def write_tiny(destination: str | Path, sizes: Tiny = Tiny()) -> Path:
 
 def write_tiny_files(folder: Path, sizes: Tiny) -> None:
     """Write what a model directory holds beside its weights into a folder that is there."""
-    byte_tokenizer().save(str(folder / "tokenizer.json"))
-    for name, data in SMALL_MODELS.files(tiny_config(sizes), IDS).items():
+    small = small_models(sizes.family)
+    byte_tokenizer(sizes.family).save(str(folder / "tokenizer.json"))
+    for name, data in small.files(tiny_config(sizes), token_ids(small)).items():
         (folder / name).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")

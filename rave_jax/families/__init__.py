@@ -6,24 +6,31 @@ Nothing here imports jax but the folders' `tower`, which is imported when a mode
 from __future__ import annotations
 
 import difflib
+import importlib
 
 from rave_jax.config import ConfigError
-from rave_jax.families import qwen2_5_vl, qwen3
+from rave_jax.families import qwen2_5_vl, qwen2_vl, qwen3, qwen3_vl
 from rave_jax.families.base import Family, TensorRule
 from rave_jax.families.hf import HfConfig
 
-__all__ = ["FAMILIES", "SMALL_MODELS", "Family", "TensorRule", "family_for", "family_named"]
+__all__ = ["FAMILIES", "Family", "TensorRule", "family_for", "family_named"]
 
-FAMILIES = {
-    family.model_type: family
-    for family in (
-        qwen2_5_vl.FAMILY,
-        qwen3.FAMILY,
-    )
+FOLDERS = (
+    "qwen2_5_vl",
+    "qwen2_vl",
+    "llama",
+    "qwen2",
+    "qwen3",
+    "qwen3_vl",
+    "llava",
+    "internvl",
+)
+"""Where they are, in this folder. Small random models are of the first one if none is named."""
+
+FAMILIES: dict[str, Family] = {
+    family.model_type: family for family in (importlib.import_module(f"{__name__}.{name}").FAMILY for name in FOLDERS)
 }
-
-SMALL_MODELS = qwen2_5_vl.SMALL
-"""What small random models are made of (`checkpoint/tiny.py`)."""
+"""All families, by `model_type`."""
 
 
 def family_named(model_type: str) -> Family:
@@ -50,4 +57,4 @@ def family_for(hf_config: HfConfig) -> Family:
     near = difflib.get_close_matches(stated, FAMILIES, 1, 0.8) if isinstance(stated, str) else []
     # Alike in name, not in what they compute: no "did you mean".
     hint = f"; {near[0]} is another model, with other weights" if near else ""
-    raise ConfigError(f"config.json: 'model_type' is {found}, supported are {' and '.join(FAMILIES)}{hint}")
+    raise ConfigError(f"config.json: 'model_type' is {found}, supported are {', '.join(FAMILIES)}{hint}")

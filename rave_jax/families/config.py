@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from rave_jax.config import check_fields, require
+from rave_jax.config import ConfigError, check_fields, require
 
 # The largest sizes that are built. They are several times those of any released model; what is larger is a slip of the
 # pen, and is refused before it takes memory.
@@ -30,6 +30,44 @@ def within(config: object, limits: dict[str, int], least: int = 1) -> None:
     for name, limit in limits.items():
         given = getattr(config, name)
         require(least <= given <= limit, name, given, f"a number from {least} to {limit:,}")
+
+
+@dataclass(frozen=True)
+class LinearRope:
+    """Every rotary frequency is divided by one factor: positions are interpolated (arXiv 2306.15595)."""
+
+    factor: float
+    """Divides the frequencies."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        require(self.factor > 0, "factor", self.factor, "above 0")
+
+
+@dataclass(frozen=True)
+class SmoothRope:
+    """Slow rotary frequencies are divided by a factor, fast ones stay, and those between are mixed (Llama 3.1, arXiv
+    2407.21783). What counts is how often a frequency turns within `original_max_position` positions."""
+
+    factor: float
+    """Divides the frequencies that turn at most `low_factor` times."""
+    low_factor: float
+    """Turns up to which a frequency is divided."""
+    high_factor: float
+    """Turns from which a frequency stays as it is."""
+    original_max_position: int
+    """Positions that the model was trained with before the scaling."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        require(self.factor > 0, "factor", self.factor, "above 0")
+        require(self.low_factor > 0, "low_factor", self.low_factor, "above 0")
+        above = self.high_factor > self.low_factor
+        require(above, "high_factor", self.high_factor, f"above low_factor {self.low_factor}")
+        within(self, {"original_max_position": MAX_INT32})
+
+
+RopeScaling = LinearRope | SmoothRope
 
 
 @dataclass(frozen=True)
@@ -54,9 +92,13 @@ class TextConfig:
     """Added to the mean square in every RMSNorm of the decoder."""
     rope_theta: float = 1e6
     """Base of the rotary frequencies."""
+    rope_scaling: RopeScaling | None = None
+    """How the rotary frequencies are scaled for longer contexts; None: not at all."""
     mrope_section: tuple[int, ...] = ()
     """Frequencies, of head_dim / 2, that turn with the temporal, height, width position in turn; empty: all turn
     with the temporal one, which is 1-D RoPE."""
+    mrope_interleaved: bool = False
+    """Do the frequencies of `mrope_section` take turns, temporal, height, width, instead of standing side by side?"""
     qkv_bias: bool = True
     """Do the query, key and value projections have a bias?"""
     qk_norm: bool = False
@@ -69,6 +111,9 @@ class TextConfig:
     """First layer that uses the sliding window."""
     max_position: int = 32768
     """Positions the model was made for; stated in the checkpoint, not enforced."""
+    family: str = ""
+    """Name of the text family whose config states the decoder inside a model with pictures; empty where the model's
+    own family does."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -82,6 +127,8 @@ class TextConfig:
         section = self.mrope_section
         covers = not section or (sum(section) == self.head_dim // 2 and min(section) >= 0)
         require(covers, "mrope_section", section, f"numbers that add up to head_dim / 2 = {self.head_dim // 2}")
+        three = not self.mrope_interleaved or len(section) == 3
+        require(three, "mrope_section", section, "three numbers where mrope_interleaved is true")
         check_norm_and_rope(self)
         window_ok = self.sliding_window is None or 1 <= self.sliding_window <= MAX_INT32
         require(window_ok, "sliding_window", self.sliding_window, f"1 to {MAX_INT32:,}, or None")
@@ -149,6 +196,11 @@ class TowerConfig(ABC):
         """What the tower wants the number of patches of a row to be a multiple of."""
         return 1
 
+    @property
+    def deep_layers(self) -> int:
+        """How many decoder layers, from the first on, get features of the tower added behind them (DeepStack)."""
+        return 0
+
 
 class PatchSizes(NamedTuple):
     """What arrays of patches have to be like for a model; all 1 without a tower, so that empty arrays have a shape.
@@ -196,9 +248,28 @@ class VlmConfig:
         if self.vision is not None:
             same = self.vision.out_size == self.text.hidden_size
             require(same, "vision.out_size", self.vision.out_size, f"text.hidden_size {self.text.hidden_size}")
+        fits = self.deep_layers <= self.text.num_layers
+        require(fits, "vision.deep_layers", self.deep_layers, f"at most text.num_layers {self.text.num_layers}")
+
+    @property
+    def deep_layers(self) -> int:
+        """How many decoder layers, from the first on, get features of the tower added behind them; 0 without any."""
+        return 0 if self.vision is None else self.vision.deep_layers
 
     @property
     def patch_sizes(self) -> PatchSizes:
         """What arrays of patches have to be like."""
         tower = self.vision
         return PatchSizes() if tower is None else PatchSizes(tower.patch_width, tower.merge_unit, tower.window_patches)
+
+
+def tower_of[T: TowerConfig](config: VlmConfig, kind: type[T]) -> T:
+    """The config of a model's tower.
+
+    Raises:
+        ConfigError: the model has none, or another family's.
+    """
+    if not isinstance(config.vision, kind):
+        found = type(config.vision).__name__
+        raise ConfigError(f"vision is {found}, expected a {kind.__name__} of {config.family}: its models have a tower")
+    return config.vision

@@ -1,4 +1,4 @@
-"""Leaf modules: linear, embeddings, RMSNorm, SwiGLU. Weights keep the [out, in] orientation of HF checkpoints."""
+"""Leaf modules: linear, embeddings, norms, mlps. Weights keep the [out, in] orientation of HF checkpoints."""
 
 from __future__ import annotations
 
@@ -205,6 +205,63 @@ def _rms_norm(x: Array, weight: Array, *, eps: float) -> Array:
     wide = x.astype(jnp.float32)
     scale = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
     return (wide * scale * weight.astype(jnp.float32)).astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """(x - mean(x)) / sqrt(variance(x) + eps) * weight + bias over the last axis, in float32."""
+
+    def __init__(self, width: int, *, eps: float, dtype: jnp.dtype):
+        self.weight = nnx.Param(jnp.ones((width,), dtype), axes=(None,))
+        self.bias = nnx.Param(jnp.zeros((width,), dtype), axes=(None,))
+        self.eps = eps
+
+    def __call__(self, x: Array) -> Array:
+        """The same shape and number type as x."""
+        return keep_inputs(functools.partial(_layer_norm, eps=self.eps))(x, self.weight[...], self.bias[...])
+
+
+def _layer_norm(x: Array, weight: Array, bias: Array, *, eps: float) -> Array:
+    wide = x.astype(jnp.float32)
+    wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
+    scale = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
+    return (wide * scale * weight.astype(jnp.float32) + bias.astype(jnp.float32)).astype(x.dtype)
+
+
+def quick_gelu(x: Array) -> Array:
+    """x * sigmoid(1.702 x), the GELU of CLIP (arXiv 1606.08415)."""
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "quick_gelu": quick_gelu,
+}
+"""What HF configs call the functions between two linears."""
+
+
+class Mlp(nnx.Module):
+    """second(activation(first(x))), both with a bias: the mlp of most vision towers.
+
+    Args:
+        width: of x and of the result.
+        hidden: width in between.
+        activation: a name of `ACTIVATIONS`.
+    """
+
+    def __init__(self, width: int, hidden: int, activation: str, *, dtype: jnp.dtype, key: jax.Array):
+        keys = jax.random.split(key)
+        self.first = Linear((hidden,), (width,), ("mlp", "embed"), bias=True, dtype=dtype, key=keys[0])
+        self.second = Linear((width,), (hidden,), ("embed", "mlp"), bias=True, dtype=dtype, key=keys[1])
+        self.activation = activation
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """The same shape as x."""
+
+        def rest(hidden: Array) -> Array:
+            return self.second(shard(ACTIVATIONS[self.activation](hidden), "batch", "length", "mlp"))
+
+        return keep_inputs(rest)(self.first(x))
 
 
 class SwiGlu(nnx.Module):

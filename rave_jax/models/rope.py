@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rave_jax.families.config import LinearRope, RopeScaling
 from rave_jax.typing import Array, Float, Int
 
 
@@ -27,8 +28,27 @@ def _frequencies(count: int, theta: float) -> np.ndarray:
     return np.float32(1) / (theta ** exponents.astype(np.float64)).astype(np.float32)
 
 
+def _scaled(frequencies: np.ndarray, scaling: RopeScaling | None) -> np.ndarray:
+    """The frequencies as the checkpoint wants them, float32 throughout as in the checkpoints' own code."""
+    if scaling is None:
+        return frequencies
+    divided = frequencies / np.float32(scaling.factor)
+    if isinstance(scaling, LinearRope):
+        return divided
+    turns = np.float32(scaling.original_max_position) / (np.float32(2 * np.pi) / frequencies)
+    low, high = np.float32(scaling.low_factor), np.float32(scaling.high_factor)
+    kept = np.clip((turns - low) / (high - low), 0, 1)
+    return (1 - kept) * divided + kept * frequencies
+
+
 def text_rotation(
-    positions: Int[Array, "3 B T"], head_dim: int, theta: float, sections: tuple[int, ...] = ()
+    positions: Int[Array, "3 B T"],
+    head_dim: int,
+    theta: float,
+    sections: tuple[int, ...] = (),
+    *,
+    interleaved: bool = False,
+    scaling: RopeScaling | None = None,
 ) -> Rotation:
     """Rotation of the decoder's queries and keys.
 
@@ -38,15 +58,26 @@ def text_rotation(
         theta: base of the frequencies.
         sections: M-RoPE (Qwen2-VL, arXiv 2409.12191): how many of the h/2 frequencies turn with the temporal,
             then the height, then the width position, and round again; empty: all with the temporal one.
+        interleaved: do the frequencies take turns instead (Qwen3-VL, arXiv 2511.21631)? Then `sections` has three
+            numbers, and every third frequency from the second on is height's and from the third on width's, until each
+            has its number; the others are temporal.
+        scaling: of the frequencies.
     """
     half = head_dim // 2
-    frequencies = jnp.asarray(_frequencies(half, theta))
+    frequencies = jnp.asarray(_scaled(_frequencies(half, theta), scaling))
     if not sections:
         angles = positions[0, ..., None].astype(jnp.float32) * frequencies
     else:
-        axis = np.repeat(np.arange(len(sections)) % 3, sections)
+        axis = _interleaved(sections) if interleaved else np.repeat(np.arange(len(sections)) % 3, sections)
         angles = jnp.moveaxis(positions, 0, -1)[..., axis].astype(jnp.float32) * frequencies
     return _rotation(angles)
+
+
+def _interleaved(sections: tuple[int, ...]) -> np.ndarray:
+    """Axis of each frequency: 0 temporal, 1 height, 2 width."""
+    number = np.arange(sum(sections))
+    turn = number % 3
+    return np.where(number < 3 * np.asarray(sections)[turn], turn, 0)
 
 
 def patch_rotation(place: Int[Array, "B P 2"], head_dim: int, theta: float) -> Rotation:

@@ -48,6 +48,11 @@ class LayerRun[Layer: nnx.Module](nnx.Module):
         return jax.lax.scan(lambda carry, scanned: step(carry, scanned, shared), carry, (self.layers, xs))
 
 
+def equal_runs(depth: int, join: bool) -> list[tuple[int, int]]:
+    """(start, stop) of the runs of a stack whose layers are all alike: one run, or without `join` one for each."""
+    return [(0, depth)] if join else [(n, n + 1) for n in range(depth)]
+
+
 def rematerialised(step: Callable, remat: Remat) -> Callable:
     """`step` under a policy of `ModelOptions.remat`. The loop, or `backward_in_turn`, keeps the compiler from
     undoing it."""

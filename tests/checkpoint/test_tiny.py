@@ -11,10 +11,11 @@ import pytest
 from transformers import AutoTokenizer
 
 from rave_jax.checkpoint.hf_import import import_hf, load_config
-from rave_jax.checkpoint.tiny import IDS, Tiny, byte_tokenizer, tiny_config, write_tiny
+from rave_jax.checkpoint.tiny import Tiny, byte_tokenizer, small_models, tiny_config, token_ids, write_tiny
 from rave_jax.config import ConfigError
 from rave_jax.data.processor import Processor
 
+IDS = token_ids(small_models("qwen2_5_vl"))
 SMALL = Tiny(hidden_size=32, num_layers=2, mlp_size=48, vision_hidden_size=16, vision_heads=2, vision_mlp_size=24)
 
 
@@ -25,11 +26,23 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("num_heads", 0), ("num_layers", 0), ("mlp_size", -1), ("window_size", 3), ("seed", -1), ("patch_size", 0)],
+    [
+        ("num_heads", 0),
+        ("num_layers", 0),
+        ("mlp_size", -1),
+        ("window_size", 3),
+        ("seed", -1),
+        ("patch_size", 0),
+    ],
 )
 def test_sizes_that_make_no_model_are_refused_at_once(field: str, value: int) -> None:
     with pytest.raises(ConfigError, match=rf"{field} is {value}"):
         Tiny(**{field: value})
+
+
+def test_a_family_without_small_models_is_refused() -> None:
+    with pytest.raises(ConfigError, match="family is 'bert', expected qwen2_5_vl or "):
+        Tiny(family="bert")
 
 
 def test_the_config_comes_back(folder: Path) -> None:

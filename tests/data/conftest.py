@@ -14,8 +14,8 @@ from transformers import PreTrainedTokenizerFast
 
 from rave_jax.data.processor import Processor
 from rave_jax.families.config import TextConfig, VlmConfig
+from rave_jax.families.grids.pictures import Pictures
 from rave_jax.families.pictures import PictureRules
-from rave_jax.families.qwen2_5_vl.pictures import Pictures
 from rave_jax.families.qwen2_5_vl.presets import tiny
 from tests.data.pictures import noise
 

@@ -1,36 +1,27 @@
-"""Qwen2.5-VL's config. Checked against transformers' `Qwen2_5_VLForConditionalGeneration`.
-
-Configs come in two styles: flat with `rope_scaling` (as released) and nested under `text_config` with
-`rope_parameters` (as transformers 5 saves). Defaults of absent keys are those of transformers' config classes.
-"""
+"""Qwen2.5-VL's config. Checked against transformers' `Qwen2_5_VLForConditionalGeneration`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
-from rave_jax.config import ConfigError, require
+from rave_jax.config import require
 from rave_jax.families.config import (
     MAX_HEADS,
-    MAX_INT32,
     MAX_LAYERS,
     MAX_SIDE,
-    MAX_VOCAB,
     MAX_WIDTH,
-    TextConfig,
-    TowerConfig,
     VlmConfig,
     check_norm_and_rope,
+    tower_of,
     within,
 )
+from rave_jax.families.grids.config import GridTowerConfig
+from rave_jax.families.grids.hf import VISION, parse_model, render_model, vision_section
 from rave_jax.families.hf import (
     HfConfig,
-    check_layer_types,
-    eos_ids,
-    flag,
     integer,
     integers,
-    norm_eps,
     number,
     only,
     rope_theta,
@@ -38,24 +29,12 @@ from rave_jax.families.hf import (
 )
 
 MODEL_TYPE, ARCHITECTURE = "qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration"
-EOS_ID = 151645
-MARKER_IDS = {
-    "image_token_id": 151655,
-    "video_token_id": 151656,
-    "vision_start_token_id": 151652,
-    "vision_end_token_id": 151653,
-}
-"""Ids of the released models, which a config may leave out."""
 
 
 @dataclass(frozen=True)
-class VisionConfig(TowerConfig):
+class VisionConfig(GridTowerConfig):
     """The vision tower and the merger after it."""
 
-    temporal_patch_size: int = 2
-    """Frames in a patch; a still image is repeated."""
-    merge_size: int = 2
-    """Side, in patches, of the square that becomes one visual token."""
     window_size: int = 112
     """Side of an attention window in pixels."""
     full_attention_blocks: tuple[int, ...] = (1,)
@@ -67,29 +46,12 @@ class VisionConfig(TowerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        within(self, dict.fromkeys(("merge_size", "temporal_patch_size"), MAX_SIDE) | {"window_size": MAX_WIDTH})
-        divides = self.hidden_size % self.num_heads == 0 and self.head_dim % 4 == 0
-        require(divides, "hidden_size", self.hidden_size, f"num_heads {self.num_heads} times a multiple of 4")
+        within(self, {"window_size": MAX_WIDTH})
         unit = self.unit_size
         require(self.window_size >= unit, "window_size", self.window_size, f"at least one merge unit of {unit} pixels")
         known = all(0 <= n < self.depth for n in self.full_attention_blocks)
         require(known, "full_attention_blocks", self.full_attention_blocks, f"numbers from 0 to {self.depth - 1}")
         check_norm_and_rope(self)
-
-    @property
-    def patch_width(self) -> int:
-        """C: numbers in a flattened patch (channel, temporal, row, col)."""
-        return self.in_channels * self.temporal_patch_size * self.patch_size**2
-
-    @property
-    def merge_unit(self) -> int:
-        """Patches that become one visual token."""
-        return self.merge_size**2
-
-    @property
-    def unit_size(self) -> int:
-        """Pixels along the side of a merge unit: both sides of a resized picture are multiples of it."""
-        return self.patch_size * self.merge_size
 
     @property
     def window_units(self) -> int:
@@ -108,58 +70,13 @@ def parse(hf: HfConfig) -> VlmConfig:
     Raises:
         ConfigError: a key is missing or asks for what this model does not compute.
     """
-    nested = section(hf, "text_config")
-    text, where = (nested, "config.json: text_config") if nested else (hf, "config.json")
-    vision = section(hf, "vision_config")
-    if not vision:
-        raise ConfigError("config.json: 'vision_config' is missing")
-    # As in transformers: the head is tied where either of the two places says so.
-    tied = flag(hf, "tie_word_embeddings") or flag(text, "tie_word_embeddings", where)
-    return VlmConfig(
-        text=_parse_text(text, tied, where),
-        vision=_parse_vision(vision),
-        **{key: integer(hf, key, MAX_INT32, default=default, least=0) for key, default in MARKER_IDS.items()},
-        eos_token_ids=eos_ids(text, EOS_ID, where),
-        tokens_per_second=number(vision, "tokens_per_second", 4, 1e-6, 1e6, "config.json: vision_config"),
-        family=MODEL_TYPE,
-    )
-
-
-def _parse_text(text: HfConfig, tied: bool, where: str) -> TextConfig:
-    only(text, "hidden_act", ("silu",), where)
-    rope = section(text, "rope_scaling", where) or section(text, "rope_parameters", where)
-    only({"rope_type": rope.get("rope_type", rope.get("type", "default"))}, "rope_type", ("default", "mrope"), where)
-    D = integer(text, "hidden_size", MAX_WIDTH, where=where)
-    H = integer(text, "num_attention_heads", MAX_HEADS, where=where)
-    if D % H:
-        raise ConfigError(f"{where}: 'hidden_size' is {D}, expected a multiple of num_attention_heads {H}")
-    windowed = flag(text, "use_sliding_window", where)
-    window = integer(text, "sliding_window", MAX_INT32, default=4096, where=where)
-    first = integer(text, "max_window_layers", MAX_INT32, default=80, least=0, where=where)
-    config = TextConfig(
-        vocab_size=integer(text, "vocab_size", MAX_VOCAB, where=where),
-        hidden_size=D,
-        num_layers=integer(text, "num_hidden_layers", MAX_LAYERS, where=where),
-        num_heads=H,
-        num_kv_heads=integer(text, "num_key_value_heads", MAX_HEADS, default=H, where=where),
-        head_dim=D // H,
-        mlp_size=integer(text, "intermediate_size", MAX_WIDTH, where=where),
-        rms_norm_eps=norm_eps(text, 1e-5, where),
-        rope_theta=rope_theta(text, rope, 1e6, where),
-        mrope_section=integers(rope, "mrope_section", (16, 24, 24), where),
-        qkv_bias=True,
-        qk_norm=False,
-        tie_embeddings=tied,
-        sliding_window=window if windowed and text.get("sliding_window", 4096) is not None else None,
-        window_from=first if windowed else 0,
-        max_position=integer(text, "max_position_embeddings", MAX_INT32, default=32768, where=where),
-    )
-    check_layer_types(text, config, where)
-    return config
+    vision = vision_section(hf)
+    per_second = number(vision, "tokens_per_second", 4, 1e-6, 1e6, VISION)
+    return parse_model(hf, _parse_vision(vision), MODEL_TYPE, per_second)
 
 
 def _parse_vision(vision: HfConfig) -> VisionConfig:
-    where = "config.json: vision_config"
+    where = VISION
     only(vision, "hidden_act", ("silu",), where)
     rope = section(vision, "rope_parameters", where)
     only(rope, "rope_type", ("axial", "default"), where)
@@ -179,62 +96,26 @@ def _parse_vision(vision: HfConfig) -> VisionConfig:
     )
 
 
-def tower_of(config: VlmConfig) -> VisionConfig:
-    """The config of the tower.
-
-    Raises:
-        ConfigError: the model has none, or another family's.
-    """
-    if not isinstance(config.vision, VisionConfig):
-        found = type(config.vision).__name__
-        raise ConfigError(f"vision is {found}, expected a VisionConfig of {MODEL_TYPE}: its models have a tower")
-    return config.vision
-
-
 def render(config: VlmConfig) -> dict[str, Any]:
     """An HF config, flat as the released ones, which transformers 4 and 5 read."""
-    text, vision = config.text, tower_of(config)
-    windowed = text.sliding_window is not None
-    return {
-        "architectures": [ARCHITECTURE],
+    vision = tower_of(config, VisionConfig)
+    stated = {
         "model_type": MODEL_TYPE,
         "hidden_act": "silu",
-        "vocab_size": text.vocab_size,
-        "hidden_size": text.hidden_size,
-        "intermediate_size": text.mlp_size,
-        "num_hidden_layers": text.num_layers,
-        "num_attention_heads": text.num_heads,
-        "num_key_value_heads": text.num_kv_heads,
-        "max_position_embeddings": text.max_position,
-        "rms_norm_eps": text.rms_norm_eps,
-        "rope_theta": text.rope_theta,
-        "rope_scaling": {"type": "mrope", "mrope_section": list(text.mrope_section)},
-        "tie_word_embeddings": text.tie_embeddings,
-        "use_sliding_window": windowed,
-        "sliding_window": text.sliding_window,
-        "max_window_layers": text.window_from if windowed else text.num_layers,
-        "image_token_id": config.image_token_id,
-        "video_token_id": config.video_token_id,
-        "vision_start_token_id": config.vision_start_token_id,
-        "vision_end_token_id": config.vision_end_token_id,
-        "eos_token_id": config.eos_token_ids[0] if len(config.eos_token_ids) == 1 else list(config.eos_token_ids),
-        "vision_config": {
-            "model_type": MODEL_TYPE,
-            "hidden_act": "silu",
-            "depth": vision.depth,
-            "hidden_size": vision.hidden_size,
-            "num_heads": vision.num_heads,
-            "intermediate_size": vision.mlp_size,
-            "patch_size": vision.patch_size,
-            "temporal_patch_size": vision.temporal_patch_size,
-            "spatial_merge_size": vision.merge_size,
-            "window_size": vision.window_size,
-            "fullatt_block_indexes": list(vision.full_attention_blocks),
-            "in_channels": vision.in_channels,
-            "out_hidden_size": vision.out_size,
-            "tokens_per_second": _whole(config.tokens_per_second),
-        },
+        "depth": vision.depth,
+        "hidden_size": vision.hidden_size,
+        "num_heads": vision.num_heads,
+        "intermediate_size": vision.mlp_size,
+        "patch_size": vision.patch_size,
+        "temporal_patch_size": vision.temporal_patch_size,
+        "spatial_merge_size": vision.merge_size,
+        "window_size": vision.window_size,
+        "fullatt_block_indexes": list(vision.full_attention_blocks),
+        "in_channels": vision.in_channels,
+        "out_hidden_size": vision.out_size,
+        "tokens_per_second": _whole(config.tokens_per_second),
     }
+    return render_model(config, ARCHITECTURE, stated)
 
 
 def _whole(value: float) -> int | float:

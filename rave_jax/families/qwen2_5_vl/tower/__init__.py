@@ -10,37 +10,27 @@ import itertools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from rave_jax.attention import block_diagonal_codes
 from rave_jax.batch import Patches
 from rave_jax.families.qwen2_5_vl.config import VisionConfig
-from rave_jax.families.qwen2_5_vl.tower.merger import Merger
 from rave_jax.families.qwen2_5_vl.tower.windows import chunk_size, padded_size, window_attention, window_codes
-from rave_jax.kernels import attention as attention_kernels
 from rave_jax.kernels.attention import Implementation, MaskCodes
 from rave_jax.models import lora
 from rave_jax.models.config import ModelOptions
 from rave_jax.models.layers import Linear, RmsNorm, SwiGlu
-from rave_jax.models.rope import Rotation, patch_rotation, rotate
+from rave_jax.models.rope import Rotation, patch_rotation
 from rave_jax.models.stack import LayerRun
+from rave_jax.models.tower import JointAttention, Merger, check_patches, normalised
 from rave_jax.parallel.sharding import shard
-from rave_jax.typing import Array, Float, UInt8
+from rave_jax.typing import Array, Float
 
 
-class VisionAttention(nnx.Module):
-    """Joint projection to q, k, v, attention inside windows (with `chunk`) or frames, projection back."""
+class WindowAttention(JointAttention):
+    """Attention inside windows (with `chunk`) or frames."""
 
-    def __init__(self, width: int, num_heads: int, *, dtype: jnp.dtype, key: jax.Array):
-        h = width // num_heads
-        keys = jax.random.split(key)
-        axes = (None, "heads", "head_dim", "embed")
-        self.qkv = Linear((3, num_heads, h), (width,), axes, bias=True, dtype=dtype, key=keys[0])
-        axes = ("embed", "heads", "head_dim")
-        self.output = Linear((width,), (num_heads, h), axes, bias=True, dtype=dtype, key=keys[1])
-
-    def __call__(
+    def inside(
         self,
         x: Float[Array, "B P D"],
         rotation: Rotation,
@@ -49,15 +39,9 @@ class VisionAttention(nnx.Module):
         implementation: Implementation,
     ) -> Float[Array, "B P D"]:
         """The same shape as x."""
-        q, k, v = (shard(self.qkv.part(x, n), "batch", "length", "heads", None) for n in range(3))
-        q, k = rotate(q, rotation), rotate(k, rotation)
         if chunk is None:
-            out, _ = attention_kernels.attention(
-                q, k, v, codes, scale=q.shape[-1] ** -0.5, implementation=implementation
-            )
-        else:
-            out = window_attention(q, k, v, codes, chunk, implementation)
-        return self.output(out)
+            return self(x, rotation, codes, implementation)
+        return self.output(window_attention(*self.heads(x, rotation), codes, chunk, implementation))
 
 
 class VisionBlock(nnx.Module):
@@ -66,7 +50,7 @@ class VisionBlock(nnx.Module):
     def __init__(self, config: VisionConfig, options: ModelOptions, key: jax.Array):
         dtype, D = options.params, config.hidden_size
         keys = jax.random.split(key, 3)
-        self.attention = VisionAttention(D, config.num_heads, dtype=dtype, key=keys[0])
+        self.attention = WindowAttention(D, config.num_heads, dtype=dtype, key=keys[0])
         self.mlp = SwiGlu(D, config.mlp_size, bias=True, dtype=dtype, key=keys[1])
         self.attention_norm = RmsNorm(D, eps=config.rms_norm_eps, dtype=dtype)
         self.mlp_norm = RmsNorm(D, eps=config.rms_norm_eps, dtype=dtype)
@@ -77,7 +61,7 @@ class VisionBlock(nnx.Module):
         self, x: Float[Array, "B P D"], rotation: Rotation, codes: MaskCodes, chunk: int | None
     ) -> Float[Array, "B P D"]:
         """The same shape as x."""
-        x = x + self.attention(self.attention_norm(x), rotation, codes, chunk, self.implementation)
+        x = x + self.attention.inside(self.attention_norm(x), rotation, codes, chunk, self.implementation)
         x = shard(x, "batch", "length", None)
         return shard(x + self.mlp(self.mlp_norm(x)), "batch", "length", None)
 
@@ -96,7 +80,8 @@ class Tower(nnx.Module):
             LayerRun(start, stop, lambda k: VisionBlock(config, options, k), keys) for start, stop, _ in runs
         )
         eps, unit = config.rms_norm_eps, config.merge_unit
-        self.merger = Merger(config.hidden_size, config.out_size, unit, eps=eps, dtype=dtype, key=merger_key)
+        norm = RmsNorm(config.hidden_size, eps=eps, dtype=dtype)
+        self.merger = Merger(norm, config.hidden_size, config.out_size, unit, dtype=dtype, key=merger_key)
         self.full = tuple(full for *_, full in runs)
         self.config = config
         self.remat = options.remat
@@ -108,16 +93,14 @@ class Tower(nnx.Module):
         Raises:
             ValueError: P is not a whole number of merge units, or C is not what the patch projection reads.
         """
-        config, (P, C) = self.config, patches.pixels.shape[1:]
-        if P % config.merge_unit or config.patch_width != C:
-            expected = f"a multiple of {config.merge_unit} patches of {config.patch_width}"
-            raise ValueError(f"patches are {P} of {C} numbers, expected {expected}")
+        config, P = self.config, patches.length
+        check_patches(patches, config)
         extra = padded_size(P, config.window_patches) - P
         patches = Patches(*(jnp.pad(a, [(0, 0), (0, extra)] + [(0, 0)] * (a.ndim - 2)) for a in patches))
         chunk = chunk_size(P, config.window_patches)
         local, whole = window_codes(patches.window, chunk), block_diagonal_codes(patches.frame)
         rotation = patch_rotation(patches.place, config.head_dim, config.rope_theta)
-        x = shard(self.patch(self.normalised(patches.pixels)), "batch", "length", None)
+        x = shard(self.patch(normalised(patches.pixels, config, self.compute)), "batch", "length", None)
         for run, full in zip(self.layer_runs, self.full, strict=True):
             codes, width = (whole, None) if full else (local, chunk)
 
@@ -126,15 +109,6 @@ class Tower(nnx.Module):
 
             x, _ = run.scan(body, x, None, (rotation, codes), self.remat)
         return self.merger(x[:, :P])
-
-    def normalised(self, pixels: UInt8[Array, "B P C"]) -> Float[Array, "B P C"]:
-        """(value / 255 - mean) / std of each channel, computed in float32."""
-        config = self.config
-        mean, std = np.asarray(config.pixel_mean), np.asarray(config.pixel_std)
-        repeats = config.patch_width // config.in_channels
-        scale = np.repeat(1 / (255 * std), repeats).astype(np.float32)
-        shift = np.repeat(mean / std, repeats).astype(np.float32)
-        return (pixels.astype(jnp.float32) * scale - shift).astype(self.compute)
 
 
 def block_runs(depth: int, full: tuple[int, ...], join: bool = True) -> list[tuple[int, int, bool]]:

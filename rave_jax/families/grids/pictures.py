@@ -1,4 +1,4 @@
-"""The rules of Qwen2.5-VL's pictures and videos, as transformers' processor has them, without torch."""
+"""The rules of pictures and videos of any size, as transformers' processor of Qwen2-VL has them, without torch."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ import numpy as np
 from PIL import Image
 
 from rave_jax.config import ConfigError, require
-from rave_jax.families.config import VlmConfig
+from rave_jax.families.config import VlmConfig, tower_of
+from rave_jax.families.grids.config import GridTowerConfig
+from rave_jax.families.grids.images import cut, resize, smart_resize
+from rave_jax.families.grids.positions import mrope_positions
+from rave_jax.families.grids.video import UNKNOWN_FPS, VideoLimits, frame_size, sample_frames
 from rave_jax.families.pictures import (
     CutPicture,
     Encode,
@@ -24,10 +28,6 @@ from rave_jax.families.pictures import (
     Visual,
     VisualKind,
 )
-from rave_jax.families.qwen2_5_vl.config import VisionConfig, tower_of
-from rave_jax.families.qwen2_5_vl.images import cut, resize, smart_resize
-from rave_jax.families.qwen2_5_vl.positions import mrope_positions
-from rave_jax.families.qwen2_5_vl.video import UNKNOWN_FPS, VideoLimits, frame_size, sample_frames
 from rave_jax.layout import Grid
 from rave_jax.typing import Int, NpArray
 
@@ -52,9 +52,9 @@ class Pictures(PictureRules):
         require(0 < low <= high, "min_pixels", low, f"1 to max_pixels {high}")
 
     @property
-    def vision(self) -> VisionConfig:
+    def vision(self) -> GridTowerConfig:
         """The tower, which sets the sizes of patches."""
-        return tower_of(self.config)
+        return tower_of(self.config, GridTowerConfig)
 
     def limited(self, min_pixels: int | None, max_pixels: int | None) -> Self:
         """The rules with other limits of a resized picture's pixels, where they are given."""
@@ -81,12 +81,12 @@ class Pictures(PictureRules):
     def video_grid(self, height: int, width: int, frames: Frames) -> Grid:
         """Merged grid (t, h, w) of a video."""
         count = len(frames.indices)
-        size = frame_size(height, width, count, self.vision, self.video)
+        size = self.frame_size(height, width, count)
         return -(-count // self.vision.temporal_patch_size), *self._units(*size)
 
     def cut_video(self, images: Sequence[Image.Image], frames: Frames) -> CutPicture:
         """Patches of the used frames; the last frame is repeated where it does not fill its patches."""
-        height, width = frame_size(images[0].height, images[0].width, len(images), self.vision, self.video)
+        height, width = self.frame_size(images[0].height, images[0].width, len(images))
         pixels = [resize(image, height, width) for image in images]
         pixels += [pixels[-1]] * (-len(pixels) % self.vision.temporal_patch_size)
         return cut(pixels, self.vision)
@@ -101,6 +101,10 @@ class Pictures(PictureRules):
         """M-RoPE (`positions.py`)."""
         return mrope_positions(length, visuals, self.config.tokens_per_second)
 
+    def frame_size(self, height: int, width: int, count: int) -> tuple[int, int]:
+        """Size (height, width) that each of `count` frames of this size is resized to."""
+        return frame_size(height, width, count, self.vision, self.video)
+
     def _resized(self, height: int, width: int) -> tuple[int, int]:
         return smart_resize(height, width, self.vision.unit_size, self.min_pixels, self.max_pixels)
 
@@ -114,16 +118,14 @@ def pictures(config: VlmConfig, files: ProcessorFiles) -> Pictures:
     Raises:
         ConfigError: they ask for processing that is not done here.
     """
-    image, video = files.image, files.video
-    for key in STEPS:
-        if image.get(key, True) is not True:
-            raise ConfigError(f"{files.image_file}: {key} is {image[key]!r}, expected True")
-    if image.get("resample", BICUBIC) != BICUBIC:
-        raise ConfigError(f"{files.image_file}: resample is {image['resample']!r}, expected {BICUBIC} (bicubic)")
-    if abs(image.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-6:
-        raise ConfigError(f"{files.image_file}: rescale_factor is {image['rescale_factor']!r}, expected 1/255")
-    low, high = _pixel_limits(files.image_file, image, Pictures.min_pixels, Pictures.max_pixels)
-    video_low, video_high = _pixel_limits(files.video_file, video, VideoLimits.min_pixels, VideoLimits.max_pixels)
+    return pictures_as(Pictures, config, files)
+
+
+def pictures_as[P: Pictures](kind: type[P], config: VlmConfig, files: ProcessorFiles) -> P:
+    """The same as a family's own kind of rules."""
+    low, high = image_limits(files)
+    video = files.video
+    video_low, video_high = pixel_limits(files.video_file, video, VideoLimits.min_pixels, VideoLimits.max_pixels)
     sampled = {key: video[key] for key in ("min_frames", "max_frames") if video.get(key) is not None}
     limits = VideoLimits(
         min_pixels=video_low,
@@ -133,10 +135,27 @@ def pictures(config: VlmConfig, files: ProcessorFiles) -> Pictures:
         max_tokens=video.get("max_video_tokens", VideoLimits.max_tokens),
         **sampled,
     )
-    return Pictures(config, low, high, limits)
+    return kind(config, low, high, limits)
 
 
-def _pixel_limits(file: Path, config: Mapping[str, Any], low: int, high: int) -> tuple[int, int]:
+def image_limits(files: ProcessorFiles) -> tuple[int, int]:
+    """Least and most pixels of a resized picture.
+
+    Raises:
+        ConfigError: the image processor's file asks for processing that is not done here.
+    """
+    image = files.image
+    for key in STEPS:
+        if image.get(key, True) is not True:
+            raise ConfigError(f"{files.image_file}: {key} is {image[key]!r}, expected True")
+    if image.get("resample", BICUBIC) != BICUBIC:
+        raise ConfigError(f"{files.image_file}: resample is {image['resample']!r}, expected {BICUBIC} (bicubic)")
+    if abs(image.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-6:
+        raise ConfigError(f"{files.image_file}: rescale_factor is {image['rescale_factor']!r}, expected 1/255")
+    return pixel_limits(files.image_file, image, Pictures.min_pixels, Pictures.max_pixels)
+
+
+def pixel_limits(file: Path, config: Mapping[str, Any], low: int, high: int) -> tuple[int, int]:
     """Least and most pixels of a resized picture: `min_pixels` and `max_pixels`, or else the entries of `size`.
 
     Entries of `size` may also have these names, as older versions of transformers wrote them. Where `size` is stated,

@@ -22,9 +22,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from rave_jax.families.grids.config import GridTowerConfig
+from rave_jax.families.grids.images import smart_resize
 from rave_jax.families.pictures import PictureError
-from rave_jax.families.qwen2_5_vl.config import VisionConfig
-from rave_jax.families.qwen2_5_vl.images import smart_resize
 from rave_jax.typing import Int, NpArray
 
 UNKNOWN_FPS = 24.0
@@ -66,7 +66,7 @@ def sample_frames(total: int, fps: float, limits: VideoLimits, temporal: int) ->
     return np.arange(count, dtype=np.int64) * total // count
 
 
-def frame_size(height: int, width: int, frames: int, vision: VisionConfig, limits: VideoLimits) -> tuple[int, int]:
+def frame_size(height: int, width: int, frames: int, vision: GridTowerConfig, limits: VideoLimits) -> tuple[int, int]:
     """Size (height, width) that each of `frames` frames is resized to."""
     most, factor = limits.max_pixels, vision.unit_size
     if limits.cap_total:

@@ -14,18 +14,33 @@ import numpy as np
 from PIL import Image
 
 from rave_jax.batch import Patches
+from rave_jax.families.grids.config import GridTowerConfig
 from rave_jax.families.pictures import CutPicture, PictureError
-from rave_jax.families.qwen2_5_vl.config import VisionConfig
 from rave_jax.typing import Int, NpArray, UInt8
 
 MAX_ASPECT = 200
 
 
-def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+def smart_resize(
+    height: int,
+    width: int,
+    factor: int,
+    min_pixels: int,
+    max_pixels: int,
+    frames: int = 1,
+    counted: int | None = None,
+) -> tuple[int, int]:
     """Size (height, width) a picture is resized to: multiples of `factor`, aspect and pixel limits kept.
 
     Each side goes to the nearest multiple (ties to even); a picture over `max_pixels` is scaled down and rounded
     down, one under `min_pixels` scaled up and rounded up. A side is never below `factor`.
+
+    Args:
+        height, width: of the picture.
+        factor: of both sides.
+        min_pixels, max_pixels: limits.
+        frames: pictures of this size that share the limits.
+        counted: how many pictures are counted when sizes are held against the limits, if not `frames`.
 
     Raises:
         PictureError: an empty picture, or one side more than 200 times the other.
@@ -35,12 +50,13 @@ def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixe
             f"{width} x {height} pixels: the sides must be within a factor of {MAX_ASPECT} of each other"
         )
     rows, cols = round(height / factor) * factor, round(width / factor) * factor
-    if rows * cols > max_pixels:
-        shrink = math.sqrt(height * width / max_pixels)
+    pixels = (frames if counted is None else counted) * rows * cols
+    if pixels > max_pixels:
+        shrink = math.sqrt(frames * height * width / max_pixels)
         rows = max(factor, math.floor(height / shrink / factor) * factor)
         cols = max(factor, math.floor(width / shrink / factor) * factor)
-    elif rows * cols < min_pixels:
-        grow = math.sqrt(min_pixels / (height * width))
+    elif pixels < min_pixels:
+        grow = math.sqrt(min_pixels / (frames * height * width))
         rows = math.ceil(height * grow / factor) * factor
         cols = math.ceil(width * grow / factor) * factor
     return rows, cols
@@ -71,9 +87,9 @@ def window_order(rows: int, cols: int, window: int) -> tuple[Int[NpArray, "N"], 
 
 
 @functools.lru_cache(maxsize=1024)
-def _patch_order(t: int, rows: int, cols: int, merge: int, side: int) -> tuple[Any, ...]:
+def _patch_order(t: int, rows: int, cols: int, merge: int, side: int | None) -> tuple[Any, ...]:
     """Unit order in a frame, and frame, place, window, merged order of a whole picture or video."""
-    unit_order, unit_window = window_order(rows, cols, side)
+    unit_order, unit_window = window_order(rows, cols, side or max(rows, cols))
     units, m2 = rows * cols, merge**2
     number = np.arange(t, dtype=np.int32)
     frame = np.repeat(number + 1, units * m2)
@@ -90,7 +106,7 @@ def _patch_order(t: int, rows: int, cols: int, merge: int, side: int) -> tuple[A
     return unit_order, frame, place, window, order
 
 
-def cut(frames: list[UInt8[NpArray, "H W 3"]], vision: VisionConfig) -> CutPicture:
+def cut(frames: list[UInt8[NpArray, "H W 3"]], vision: GridTowerConfig) -> CutPicture:
     """Patches of a video of resized frames; a picture is the video of itself, `temporal` times.
 
     Args:

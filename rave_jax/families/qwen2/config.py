@@ -1,0 +1,68 @@
+"""Qwen2's config. Checked against transformers' `Qwen2ForCausalLM`.
+
+Defaults of absent keys are those of transformers' `Qwen2Config`: configs of vision-language models leave some out.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rave_jax.families.config import TextConfig, VlmConfig
+from rave_jax.families.hf import HfConfig, check_layer_types, eos_ids
+from rave_jax.families.text import (
+    TextDefaults,
+    render_eos,
+    render_text,
+    render_window,
+    rope_section,
+    rope_type,
+    text_fields,
+    window_fields,
+)
+
+MODEL_TYPE, ARCHITECTURE = "qwen2", "Qwen2ForCausalLM"
+DEFAULTS = TextDefaults(
+    vocab_size=151936,
+    hidden_size=4096,
+    intermediate_size=22016,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=32,
+)
+
+
+def parse(hf: HfConfig) -> VlmConfig:
+    """An HF config to ours.
+
+    Raises:
+        ConfigError: a key asks for what this model does not compute.
+    """
+    return VlmConfig(text=parse_text(hf), vision=None, eos_token_ids=eos_ids(hf), family=MODEL_TYPE)
+
+
+def parse_text(hf: HfConfig, where: str = "config.json", tied: bool | None = None) -> TextConfig:
+    """The decoder of an HF config, which may be a `text_config` inside another.
+
+    Args:
+        hf: the config.
+        where: names it in messages.
+        tied: is the embedding table the output head? None: what this config says of it.
+
+    Raises:
+        ConfigError: a key asks for what this model does not compute.
+    """
+    rope_type(rope_section(hf, where), where=where)
+    text = TextConfig(**text_fields(hf, DEFAULTS, where, tied), **window_fields(hf, where), qkv_bias=True)
+    check_layer_types(hf, text, where)
+    return text
+
+
+def render(config: VlmConfig) -> dict[str, Any]:
+    """An HF config that `parse` and transformers read."""
+    eos = render_eos(config.eos_token_ids)
+    return {"architectures": [ARCHITECTURE], **render_decoder(config.text), "eos_token_id": eos}
+
+
+def render_decoder(text: TextConfig) -> dict[str, Any]:
+    """The HF config of the decoder alone, as it stands in a `text_config`."""
+    return {"model_type": MODEL_TYPE, **render_text(text), **render_window(text)}
