@@ -15,16 +15,20 @@ from rave_jax.attention import Cache, CacheType, Features, Keys, LayerKeys, Regi
 from rave_jax.attention.plan import LayeredConfig
 from rave_jax.batch import TokenInfo
 from rave_jax.config import require
-from rave_jax.families.config import TextConfig
+from rave_jax.families.config import LayerKind, TextConfig
 from rave_jax.kernels.attention import MaskCodes
 from rave_jax.models import lora
 from rave_jax.models.config import ModelOptions, attention_dims, window_mechanisms
+from rave_jax.models.experts import Choice, Experts, RouterSums, balance_loss, router_sums
 from rave_jax.models.forward import HIDDEN, Embedded, Output, Want
 from rave_jax.models.layers import Linear, RmsNorm, SwiGlu
 from rave_jax.models.rope import Rotation, rotate, text_rotation
 from rave_jax.models.stack import LayerRun
 from rave_jax.parallel.sharding import current_mesh, shard
 from rave_jax.typing import Array, Bool, Float, Int
+
+ROUTER = "router"
+"""Name of the routers' loss."""
 
 
 class LayerCache(NamedTuple):
@@ -60,6 +64,7 @@ class Asked(NamedTuple):
     chosen: Bool[Array, "B N H R"] | None
     inputs: Float[Array, "B T D"] | None = None
     """What entered the layer."""
+    router: RouterSums | None = None
 
 
 class LayerOutput(NamedTuple):
@@ -99,12 +104,19 @@ class Attention(nnx.Module):
 class DecoderLayer(nnx.Module):
     """x + attention(norm(x)), then x + mlp(norm(x))."""
 
-    def __init__(self, config: TextConfig, mechanisms: Sequence[LayeredConfig], options: ModelOptions, key: jax.Array):
+    def __init__(
+        self,
+        config: TextConfig,
+        kind: LayerKind,
+        mechanisms: Sequence[LayeredConfig],
+        options: ModelOptions,
+        key: jax.Array,
+    ):
         dtype, D = options.params, config.hidden_size
         # Mechanisms take keys of their own, so that a model with and one without start with equal weights.
         keys = jax.random.split(key, 4)
         self.attention = Attention(config, dtype=dtype, key=keys[0])
-        self.mlp = SwiGlu(D, config.mlp_size, bias=False, dtype=dtype, key=keys[1])
+        self.mlp = _mlp(config, kind, dtype, keys[1])
         self.attention_norm = RmsNorm(D, eps=config.rms_norm_eps, dtype=dtype)
         self.mlp_norm = RmsNorm(D, eps=config.rms_norm_eps, dtype=dtype)
         self.mechanisms = attention.build_mechanisms(mechanisms, attention_dims(config), keys[2])
@@ -130,7 +142,9 @@ class DecoderLayer(nnx.Module):
             regions=self.max_regions,
             progress=at.progress,
         )
-        return LayerOutput(self._after(x, seen.out, at.wanted), Asked(seen.attention, seen.losses, seen.chosen))
+        out, choice = self._after(x, seen.out, at.wanted)
+        router = router_sums(choice, at.info_q.document > 0) if losses and choice is not None else None
+        return LayerOutput(out, Asked(seen.attention, seen.losses, seen.chosen, router=router))
 
     def extend(self, x: Float[Array, "B T D"], at: Situation, cache: LayerCache) -> tuple[LayerOutput, LayerKeys]:
         """The layer on tokens that follow what a cache holds, and what the run's layers keep, with the tokens in it."""
@@ -149,18 +163,30 @@ class DecoderLayer(nnx.Module):
             queries=at.queries,
             progress=at.progress,
         )
-        asked = Asked(seen.attention, seen.losses, seen.chosen)
-        return LayerOutput(self._after(x, seen.out, at.wanted), asked), stored
+        out, _ = self._after(x, seen.out, at.wanted)
+        return LayerOutput(out, Asked(seen.attention, seen.losses, seen.chosen)), stored
 
     def _after(
         self, x: Float[Array, "B T D"], heads: Float[Array, "B T H h"], wanted: Int[Array, "B N"] | None
-    ) -> Float[Array, "B N D"]:
-        """What the layer makes of x and of what its heads read, for the wanted tokens."""
+    ) -> tuple[Float[Array, "B N D"], Choice | None]:
+        """What the layer makes of x and of what its heads read, for the wanted tokens; and the experts of each."""
         if wanted is not None:
             x, heads = attention.pick(x, wanted), attention.pick(heads, wanted)
         heads = shard(heads, "batch", "length", "heads", None)
         x = shard(x + self.attention.output(heads), "batch", "length", None)
-        return shard(x + self.mlp(self.mlp_norm(x)), "batch", "length", None)
+        hidden = self.mlp_norm(x)
+        if isinstance(self.mlp, Experts):
+            choice = self.mlp.choose(hidden)
+            return shard(x + self.mlp(hidden, choice), "batch", "length", None), choice
+        return shard(x + self.mlp(hidden), "batch", "length", None), None
+
+
+def _mlp(config: TextConfig, kind: LayerKind, dtype: jnp.dtype, key: jax.Array) -> SwiGlu | Experts:
+    """What a layer of this kind does behind its attention."""
+    if kind.mlp == "experts":
+        assert config.experts is not None
+        return Experts(config.experts, config.hidden_size, dtype=dtype, key=key)
+    return SwiGlu(config.hidden_size, config.mlp_size, bias=False, dtype=dtype, key=key)
 
 
 class Decoder(nnx.Module):
@@ -173,13 +199,16 @@ class Decoder(nnx.Module):
     def __init__(self, config: TextConfig, options: ModelOptions, deep_layers: int = 0, *, key: jax.Array):
         mechanisms = (*window_mechanisms(config), *options.mechanisms, *options.context_mechanisms)
         keys = jax.random.split(key, config.num_layers)
-        kinds = [n < deep_layers for n in range(config.num_layers)]
+        layer_kinds = config.layer_kinds
+        kinds = [(kind, n < deep_layers) for n, kind in enumerate(layer_kinds)]
         plans = attention.plan_layer_runs(mechanisms, config.num_layers, options.scan_layers, kinds)
         self.layer_runs = nnx.List(
-            LayerRun(start, stop, lambda k, chosen=chosen: DecoderLayer(config, chosen, options, k), keys)
+            LayerRun(start, stop, functools.partial(DecoderLayer, config, layer_kinds[start], chosen, options), keys)
             for start, stop, chosen in plans
         )
         self.norm = RmsNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=options.params)
+        self.experts = config.experts
+        self.balances = config.experts is not None and config.experts.balance > 0
         self.head_dim = config.head_dim
         self.attention_dims = attention_dims(config)
         self.hidden_size = config.hidden_size
@@ -215,15 +244,23 @@ class Decoder(nnx.Module):
 
             x, of_run = run.scan(body, x, _deep_of(run, tokens), at, self.remat)
             found.append(of_run)
-        return _output(self.norm(x), found)
+        out = _output(self.norm(x), found)
+        routers = [jax.tree.map(lambda x: jnp.sum(x, axis=0), one.router) for one in found if one.router is not None]
+        if self.experts is None or not self.balances or not routers:
+            return out
+        balance = balance_loss(jax.tree.map(lambda *x: sum(x), *routers), self.experts)
+        return out._replace(losses=out.losses | {ROUTER: balance})
 
     def loss_weights(self, info: TokenInfo) -> dict[str, Float[Array, ""]]:
-        """What the sums of the mechanisms' losses over these rows are divided by, by name; empty where none has any."""
+        """What the sums of the mechanisms' and routers' losses over these rows are divided by, by name; empty where
+        none has any."""
         total: dict[str, Array] = {}
         for run in self.layer_runs:
             layers = run.stop - run.start
             for mechanism in run.layers.mechanisms:
                 total = _added(total, {name: layers * x for name, x in mechanism.loss_weights(info).items()})
+            if self.balances and isinstance(run.layers.mlp, Experts):
+                total = _added(total, {ROUTER: layers * jnp.sum(info.document > 0, dtype=jnp.float32)})
         return total
 
     def extend[C: Cache](
