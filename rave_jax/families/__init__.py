@@ -21,6 +21,7 @@ FOLDERS = (
     "qwen2",
     "qwen3",
     "qwen3_vl",
+    "llava",
 )
 """Where they are, in this folder. Small random models are of the first one if none is named."""
 

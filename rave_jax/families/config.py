@@ -153,6 +153,9 @@ class TextConfig:
     """Positions the model was made for; stated in the checkpoint, not enforced."""
     experts: ExpertsConfig | None = None
     """Experts in place of the mlp of some layers or all; None: every layer has one mlp."""
+    family: str = ""
+    """Name of the text family whose config states the decoder inside a model with pictures; empty where the model's
+    own family does."""
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -30,9 +30,14 @@ def words(tree: ast.AST) -> Iterator[tuple[int, str]]:
                 yield line, value
 
 
+FORMAT = re.compile("LlavaJson|LlavaSource|data.sources.llava")
+"""A format of conversations has the name of the first model that read it."""
+
+
 def naming(path: Path) -> list[str]:
     """Where a file names a family."""
-    found = words(ast.parse(path.read_text(encoding="utf-8")))
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    found = [(line, FORMAT.sub("", text)) for line, text in words(tree)]
     return [f"{path.name}:{line}: {text:.60}" for line, text in found if any(name in text.lower() for name in NAMES)]
 
 

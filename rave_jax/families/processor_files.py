@@ -1,0 +1,69 @@
+"""Values in the file of an image processor, each checked. Errors name the file and the key."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeGuard
+
+from rave_jax.config import ConfigError
+from rave_jax.families.config import MAX_WIDTH
+
+BICUBIC = 3
+"""Pillow's number of the filter."""
+
+
+def steps(file: Path, image: Mapping[str, Any], names: Sequence[str]) -> None:
+    """Refuse a file that leaves out a step, or rescales by something else than 1/255.
+
+    Raises:
+        ConfigError: it does.
+    """
+    for name in names:
+        if image.get(name, True) is not True:
+            raise ConfigError(f"{file}: {name} is {image[name]!r}, expected True")
+    if image.get("do_convert_rgb", True) not in (True, None):
+        raise ConfigError(f"{file}: do_convert_rgb is {image['do_convert_rgb']!r}, expected True")
+    factor = image.get("rescale_factor", 1 / 255)
+    if not isinstance(factor, int | float) or abs(factor * 255 - 1) > 1e-6:
+        raise ConfigError(f"{file}: rescale_factor is {factor!r}, expected 1/255")
+
+
+def bicubic(file: Path, image: Mapping[str, Any]) -> None:
+    """Refuse another filter.
+
+    Raises:
+        ConfigError: the file names one.
+    """
+    if image.get("resample", BICUBIC) != BICUBIC:
+        raise ConfigError(f"{file}: resample is {image['resample']!r}, expected {BICUBIC} (bicubic)")
+
+
+def number_or_none(file: Path, key: str, size: Any, name: str) -> int | None:
+    """An entry of a size, such as `shortest_edge`; None where it has none. A bare number is that entry.
+
+    Raises:
+        ConfigError: it is no number of pixels.
+    """
+    value = size.get(name) if isinstance(size, Mapping) else size
+    if value is not None and not _is_side(value):
+        expected = f"{{{name!r}: a number of pixels from 1 to {MAX_WIDTH:,}}}"
+        raise ConfigError(f"{file}: {key} is {size!r}, expected {expected}")
+    return value
+
+
+def sides(file: Path, key: str, size: Any) -> tuple[int, int]:
+    """Height and width of a size; a bare number is both.
+
+    Raises:
+        ConfigError: it has not both.
+    """
+    given = size if isinstance(size, Mapping) else {"height": size, "width": size}
+    height, width = (given.get(name) for name in ("height", "width"))
+    if not (_is_side(height) and _is_side(width)):
+        raise ConfigError(f"{file}: {key} is {size!r}, expected {{'height': pixels, 'width': pixels}}")
+    return height, width
+
+
+def _is_side(value: Any) -> TypeGuard[int]:
+    return type(value) is int and 1 <= value <= MAX_WIDTH
