@@ -151,11 +151,11 @@ class TextConfig:
     """First layer that uses the sliding window."""
     max_position: int = 32768
     """Positions the model was made for; stated in the checkpoint, not enforced."""
-    experts: ExpertsConfig | None = None
-    """Experts in place of the mlp of some layers or all; None: every layer has one mlp."""
     family: str = ""
     """Name of the text family whose config states the decoder inside a model with pictures; empty where the model's
     own family does."""
+    experts: ExpertsConfig | None = None
+    """Experts in place of the mlp of some layers or all; None: every layer has one mlp."""
 
     def __post_init__(self) -> None:
         check_fields(self)
