@@ -70,7 +70,6 @@ CASES = {
     case.family: case
     for case in (
         Case("qwen2_5_vl", frames=(56, 84)),
-        Case("qwen3", pictures=((), (), ())),
         Case("qwen3_vl", frames=(56, 84)),
         Case("qwen2_vl", frames=(56, 84)),
         Case("llama", pictures=TEXT),
