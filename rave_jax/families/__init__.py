@@ -22,6 +22,7 @@ FOLDERS = (
     "qwen3",
     "qwen3_vl",
     "llava",
+    "internvl",
 )
 """Where they are, in this folder. Small random models are of the first one if none is named."""
 
