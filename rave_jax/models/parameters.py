@@ -20,6 +20,8 @@ front of the shape given here; biases exist where the family has them):
     vision.layer_runs.{s}.layers.mlp.{gate,up}.{weight [F,D], bias [F]}   mlp.down.{weight [D,F], bias [D]}
     vision.layer_runs.{s}.layers.{attention_norm,mlp_norm}.weight [D]
     vision.merger.norm.weight [D]   vision.merger.{first,second}.{weight,bias}
+    vision.table.weight [side * side,D]                                         with a table of positions
+    vision.deep_mergers.{n}.norm.{weight,bias}   .{first,second}.{weight,bias}    with DeepStack
     <any linear of a layer>.adapter.{down [r,*in], up [*out,r]}                 with LoRA
 """
 
