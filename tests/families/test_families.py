@@ -101,7 +101,7 @@ def test_configs_as_transformers_5_saves_them() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "llava"}, "'model_type' is 'llava', supported are qwen2_5_vl and qwen3 and"),
+        ({"model_type": "mllama"}, "'model_type' is 'mllama', supported are qwen2_5_vl and qwen3 and"),
         ({"model_type": "qwen2_vl"}, "'model_type' is 'qwen2_vl', supported are .*; qwen2_5_vl is another model"),
         ({"model_type": None}, "'model_type' is missing, supported are qwen2_5_vl and qwen3"),
         ({"model_type": ["qwen3"]}, r"'model_type' is \['qwen3'\], supported"),
