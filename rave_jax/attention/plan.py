@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -23,13 +23,16 @@ class LayerRunPlan(NamedTuple):
     mechanisms: tuple[LayeredConfig, ...]
 
 
-def plan_layer_runs(configs: Sequence[LayeredConfig], num_layers: int, join: bool = True) -> tuple[LayerRunPlan, ...]:
+def plan_layer_runs(
+    configs: Sequence[LayeredConfig], num_layers: int, join: bool = True, kinds: Sequence[Hashable] | None = None
+) -> tuple[LayerRunPlan, ...]:
     """Runs of consecutive layers with equal mechanisms, in order, covering every layer.
 
     Args:
         configs: mechanisms and the layers each is in.
         num_layers: of the whole stack.
         join: without it, every layer is a run of its own.
+        kinds: of each layer; layers of different kinds stand in different runs. None: all are of one kind.
 
     Raises:
         ConfigError: a config names a layer that the model does not have.
@@ -41,7 +44,8 @@ def plan_layer_runs(configs: Sequence[LayeredConfig], num_layers: int, join: boo
     used = [tuple(c for c in configs if c.layers == "all" or n in c.layers) for n in range(num_layers)]
     plans: list[LayerRunPlan] = []
     for n, mechanisms in enumerate(used):
-        if join and plans and plans[-1].mechanisms == mechanisms:
+        alike = n > 0 and plans[-1].mechanisms == mechanisms and (kinds is None or kinds[n - 1] == kinds[n])
+        if join and alike:
             plans[-1] = plans[-1]._replace(stop=n + 1)
         else:
             plans.append(LayerRunPlan(n, n + 1, mechanisms))

@@ -26,6 +26,7 @@ from rave_jax.config import ConfigError, require
 from rave_jax.data.collate import BatchShape, collate, round_up, smallest_shape
 from rave_jax.data.processor import Processor
 from rave_jax.data.sample import EmptyAnswer, Example, Sample
+from rave_jax.models.forward import Embedded
 from rave_jax.models.vlm import Vlm
 from rave_jax.parallel.rows import batch_shardings, global_batch, row_ways
 from rave_jax.parallel.sharding import shard, use_mesh
@@ -42,13 +43,13 @@ class Asked(NamedTuple):
     """A block of samples on the devices; N is the most tokens of an answer.
 
     Fields:
-        x: embedded tokens, visual ones in their places.
+        tokens: as they are embedded, visual ones in their places.
         info, positions: of the tokens.
         at: queries that predict the answer's tokens; 0 fills up.
         answer: the answer's tokens; NOTHING fills up.
     """
 
-    x: Float[Array, "B T D"]
+    tokens: Embedded
     info: TokenInfo
     positions: Int[Array, "3 B T"]
     at: Int[Array, "B N"]
@@ -157,7 +158,7 @@ class CalibrationSet:
 def measured(model: Vlm, gammas: Float[Array, "L H"], asked: Asked, criterion: Criterion) -> Float[Array, "B"]:
     """How right, or how unsure, the model is of each row's answer with these gammas; see the module's text."""
     decoder = with_gammas(model.decoder, gammas)
-    hidden = decoder(asked.x, asked.info, asked.positions).hidden
+    hidden = decoder(asked.tokens, asked.info, asked.positions).hidden
     logits = model.logits(jnp.take_along_axis(hidden, asked.at[..., None], axis=1))
     if criterion == "entropy":
         return shard(entropy(jax.nn.log_softmax(logits[:, 0])), None)

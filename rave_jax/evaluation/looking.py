@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
 from PIL import Image
 
 from rave_jax.data.images import read_image
 from rave_jax.data.sample import Sample
+from rave_jax.evaluation.markdown import table
+from rave_jax.evaluation.probe import Answered, Found
 from rave_jax.look.maps import Box, Look, area, relative_box
 from rave_jax.look.overlay import Caption, save_heads, save_overlay
 
@@ -64,17 +67,22 @@ class Looking:
     by_task: dict[str, Boxes]
     by_layer: tuple[float, ...]
 
-    def sentence(self) -> str:
+    def values(self) -> dict[str, float]:
+        """The shares of attention."""
+        found = {"on_picture": self.on_picture}
+        return found if self.boxes is None else found | {"in_box": self.boxes.in_box, "area": self.boxes.area}
+
+    def sentences(self) -> list[str]:
         """The finding in words."""
         text = f"{self.on_picture:.1%} of the answers' attention went to the picture ({self.samples} answers)"
         if self.boxes is None:
-            return text
+            return [text]
         best = int(np.argmax(self.by_layer))
-        return (
+        return [
             f"{text}; of that, {self.boxes.in_box:.1%} in the evidence box, whose area is {self.boxes.area:.1%} "
             f"({self.boxes.in_box / max(self.boxes.area, 1e-9):.2f} x uniform attention; "
             f"most in layer {best}, {self.by_layer[best]:.1%})"
-        )
+        ]
 
 
 def measure(sample: Sample, look: Look, image: Image.Image, layers: tuple[int, ...]) -> Looked:
@@ -105,16 +113,6 @@ def summarise(looks: Sequence[Looked]) -> Looking | None:
 
 def _boxes(looks: Sequence[Looked]) -> Boxes:
     return Boxes(len(looks), float(np.mean([x.in_box for x in looks])), float(np.mean([x.area for x in looks])))
-
-
-def spread(tasks: Sequence[str], count: int) -> list[int]:
-    """`count` indices, taken from the tasks in turn, each task from its first sample on."""
-    seen: defaultdict[str, int] = defaultdict(int)
-    turns = []
-    for index, task in enumerate(tasks):
-        turns.append((seen[task], index))
-        seen[task] += 1
-    return [index for _, index in sorted(turns)[:count]]
 
 
 @dataclass(frozen=True)
@@ -180,3 +178,64 @@ def draw(
     (out / "images").mkdir(parents=True, exist_ok=True)
     image.save(out / file)
     return Drawn(tuple(maps), file)
+
+
+@dataclass(frozen=True)
+class Looks:
+    """Measures where so many answers looked, and draws the first of them."""
+
+    samples: int
+    pictures: int
+    drawing: Drawing
+    name: ClassVar[str] = "looking"
+
+    def measure(self, answered: Answered) -> Found:
+        """Measure and draw; the records of drawn samples get the files of their pictures."""
+        looks: list[Looked] = []
+        pictures: list[str] = []
+        drawn_so_far = 0
+        for block in answered.blocks(self.samples):
+            found = answered.subject.look(block.samples, block.answers)
+            for record, sample, look in zip(block.records, block.samples, found, strict=True):
+                if look is None:
+                    continue
+                looked = measure(sample, look, read_image(sample.images[0], sample.called), self.drawing.layers)
+                looks.append(looked)
+                if drawn_so_far < self.pictures:
+                    answered.check()
+                    if answered.out is not None:
+                        how, said = self.drawing, (record.prediction, record.score)
+                        drawn = draw(answered.out, drawn_so_far, sample, look, looked, how, *said)
+                        pictures += drawn.maps
+                        record.image = drawn.image or record.image
+                    drawn_so_far += 1
+        return Found(summarise(looks), tuple(pictures))
+
+    @staticmethod
+    def section(finding: Mapping[str, Any]) -> list[str]:
+        """Lines of the report."""
+        page = [
+            "### Where the answers look",
+            "",
+            f"{finding['on_picture']:.1%} of the answers' attention went to the picture ({finding['samples']:,} "
+            "answers, averaged over heads and layers).",
+            "",
+        ]
+        if finding["boxes"] is None:
+            return page
+        rows = [
+            [
+                task,
+                f"{b['samples']:,}",
+                f"{b['in_box']:.1%}",
+                f"{b['area']:.1%}",
+                f"{b['in_box'] / max(b['area'], 1e-9):.2f}",
+            ]
+            for task, b in [*finding["by_task"].items(), ("all", finding["boxes"])]
+        ]
+        layers = ", ".join(f"{share:.1%}" for share in finding["by_layer"])
+        page += table(
+            ["task", "answers", "attention in the evidence box", "area of the box", "x uniform"], rows, left=1
+        )
+        page += ["", f"Share in the box by layer, from the first: {layers}.", ""]
+        return page

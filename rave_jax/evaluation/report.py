@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from rave_jax.evaluation.config import Report
+from rave_jax.evaluation.markdown import table
+from rave_jax.evaluation.probes import PROBES
 from rave_jax.evaluation.summary import HEADINGS, AboveFloor
-from rave_jax.evaluation.vas import Vas
 from rave_jax.look.curves import save_loss_curve
 from rave_jax.observe.metrics import read_jsonl
 
@@ -42,7 +43,7 @@ def _config(path: Path) -> list[str]:
         return []
     config = json.loads(path.read_text(encoding="utf-8"))
     rows = [[f"`{name}`", f"`{_short(value)}`"] for name, value in config.items() if name not in ("type", "final")]
-    return ["## Config", "", *_table(["field", "value"], rows), "", f"All steps: [{path.name}]({path.name}).", ""]
+    return ["## Config", "", *table(["field", "value"], rows), "", f"All steps: [{path.name}]({path.name}).", ""]
 
 
 def _short(value: Any) -> str:
@@ -82,7 +83,7 @@ def _training(run: Path, smoothing: int) -> list[str]:
 def _evaluation(summary: Mapping[str, Any], folder: Path) -> list[str]:
     total = summary["total"]
     names = list(total["controls"])
-    # Intervals, floors, VAS and routes are not in the summaries that older versions wrote.
+    # Intervals, floors and findings of some probes are not in the summaries that older versions wrote.
     intervals = "low" in total
     header = ["task", "metric", "samples", "score", *["95 %"] * intervals, *(HEADINGS[name] for name in names)]
     rows = []
@@ -92,7 +93,7 @@ def _evaluation(summary: Mapping[str, Any], folder: Path) -> list[str]:
         cells += [f"{100 * row['low']:.1f} to {100 * row['high']:.1f}"] if intervals else []
         cells += [f"{row['controls'][name]:.1%}" for name in names]
         rows.append([f"{mark}{cell}{mark}" for cell in cells])
-    page = [f"## Evaluation: {summary['name']}", "", *_table(header, rows, left=2), ""]
+    page = [f"## Evaluation: {summary['name']}", "", *table(header, rows, left=2), ""]
     if summary.get("floor"):
         sentence = AboveFloor(**summary["floor"]).sentence()
         page += [f"{sentence[0].upper()}{sentence[1:]}.", ""]
@@ -102,7 +103,9 @@ def _evaluation(summary: Mapping[str, Any], folder: Path) -> list[str]:
         page += ["Left out: " + ", ".join(f"{n:,} {reason}" for reason, n in summary["broken"].items()) + ".", ""]
     page += [f"Every prediction: [predictions.jsonl]({folder}/predictions.jsonl).", ""]
     page += _grounding(summary.get("grounding", summary.get("gate")))
-    page += _looking(summary["looking"]) + _vas(summary.get("vas")) + _routing(summary.get("routing"))
+    for probe in PROBES:
+        finding = summary.get(probe.name)
+        page += [] if finding is None else probe.section(finding)
     if summary["pictures"]:
         page += [
             "Colours are multiples of uniform attention over the picture, on one scale in all pictures; the numbers "
@@ -126,69 +129,3 @@ def _grounding(check: Mapping[str, Any] | None) -> list[str]:
         f"The question-only floor, {check['floor']:.1%}, is the largest of: {floors}.",
         "",
     ]
-
-
-def _looking(looking: Mapping[str, Any] | None) -> list[str]:
-    if looking is None:
-        return []
-    page = [
-        "### Where the answers look",
-        "",
-        f"{looking['on_picture']:.1%} of the answers' attention went to the picture ({looking['samples']:,} answers, "
-        "averaged over heads and layers).",
-        "",
-    ]
-    if looking["boxes"] is None:
-        return page
-    rows = [
-        [
-            task,
-            f"{b['samples']:,}",
-            f"{b['in_box']:.1%}",
-            f"{b['area']:.1%}",
-            f"{b['in_box'] / max(b['area'], 1e-9):.2f}",
-        ]
-        for task, b in [*looking["by_task"].items(), ("all", looking["boxes"])]
-    ]
-    layers = ", ".join(f"{share:.1%}" for share in looking["by_layer"])
-    page += _table(["task", "answers", "attention in the evidence box", "area of the box", "x uniform"], rows, left=1)
-    page += ["", f"Share in the box by layer, from the first: {layers}.", ""]
-    return page
-
-
-def _vas(vas: Mapping[str, Any] | None) -> list[str]:
-    return [] if vas is None else ["### Visual attention score", "", f"{Vas(**vas).sentence()}.", ""]
-
-
-def _routing(routing: Mapping[str, Any] | None) -> list[str]:
-    if routing is None or routing["reading"] is None:
-        return []
-    r = routing["reading"]
-    costs = [f"{r[name] / 1e6:,.3g}" for name in ("attention", "routing", "context")]
-    rows = [
-        ["this model", *costs, f"{r['bytes'] / 1e3:,.4g}"],
-        ["plain attention", f"{r['dense_attention'] / 1e6:,.3g}", "0", "0", f"{r['dense_bytes'] / 1e3:,.4g}"],
-    ]
-    page = [
-        "### What queries read of the pictures",
-        "",
-        f"A text query reads {r['entries']:,.1f} entries of {r['visual']:,.1f} visual tokens in a layer, at most "
-        f"{r['most']:,} ({routing['samples']:,} prompts). In all layers:",
-        "",
-        *_table(["", "attention, MFLOPs", "routing", "context tokens", "kB"], rows, left=1),
-        "",
-    ]
-    if routing["hits"] is None:
-        return page
-    rows = [
-        [task, f"{h['samples']:,}", f"{h['accuracy']:.1%}", f"{h['chance']:.1%}"]
-        for task, h in [*routing["by_task"].items(), ("all", routing["hits"])]
-    ]
-    layers = ", ".join(f"{share:.1%}" for share in routing["by_layer"])
-    page += _table(["task", "answers", "chosen regions on the evidence", "by chance"], rows, left=1)
-    return [*page, "", f"By layer that routes, from the first: {layers}.", ""]
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]], left: int = 9) -> list[str]:
-    rule = [":--" if column < left else "--:" for column in range(len(header))]
-    return ["| " + " | ".join(cells) + " |" for cells in (header, rule, *rows)]

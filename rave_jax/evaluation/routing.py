@@ -8,15 +8,19 @@ the queries are those that chose the answer's tokens; all layers, query heads an
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 
 from rave_jax.batch import Kind, TokenInfo
+from rave_jax.data.images import read_image
 from rave_jax.data.sample import Sample
 from rave_jax.evaluation.accounting import Reading, mean_reading
-from rave_jax.look.maps import Box, coverage
+from rave_jax.evaluation.markdown import table
+from rave_jax.evaluation.probe import Answered, Found
+from rave_jax.look.maps import Box, coverage, relative_box
 from rave_jax.typing import Bool, Float, Int, NpArray
 
 
@@ -71,6 +75,11 @@ class RoutingSummary:
     hits: Accuracy | None
     by_task: dict[str, Accuracy]
     by_layer: tuple[float, ...]
+
+    def values(self) -> dict[str, float]:
+        """What is read, and how many chosen regions overlap the evidence."""
+        found = {} if self.reading is None else {"entries": self.reading.entries}
+        return found if self.hits is None else found | {"accuracy": self.hits.accuracy, "chance": self.hits.chance}
 
     def sentences(self) -> list[str]:
         """The findings in words."""
@@ -139,3 +148,55 @@ def _accuracy(found: Sequence[Hits]) -> Accuracy:
     return Accuracy(
         len(found), float(np.mean([one.by_layer for one in found])), float(np.mean([one.chance for one in found]))
     )
+
+
+@dataclass(frozen=True)
+class Routes:
+    """Counts what so many prompts and answers read of their pictures, and their choices against known evidence."""
+
+    samples: int
+    name: ClassVar[str] = "routing"
+
+    def measure(self, answered: Answered) -> Found:
+        """Count them."""
+        routes: list[Route] = []
+        found: list[Hits | None] = []
+        for block in answered.blocks(self.samples):
+            for sample, route in zip(block.samples, answered.subject.route(block.samples, block.answers), strict=True):
+                if route is None:
+                    continue
+                routes.append(route)
+                if sample.evidence is not None and route.chosen is not None:
+                    box = relative_box(sample.evidence, *read_image(sample.images[0], sample.called).size)
+                    found.append(hits(sample, route, box))
+        return Found(summarise(routes, [one for one in found if one is not None]))
+
+    @staticmethod
+    def section(finding: Mapping[str, Any]) -> list[str]:
+        """Lines of the report; none where no picture was read."""
+        if finding["reading"] is None:
+            return []
+        r = finding["reading"]
+        costs = [f"{r[name] / 1e6:,.3g}" for name in ("attention", "routing", "context")]
+        rows = [
+            ["this model", *costs, f"{r['bytes'] / 1e3:,.4g}"],
+            ["plain attention", f"{r['dense_attention'] / 1e6:,.3g}", "0", "0", f"{r['dense_bytes'] / 1e3:,.4g}"],
+        ]
+        page = [
+            "### What queries read of the pictures",
+            "",
+            f"A text query reads {r['entries']:,.1f} entries of {r['visual']:,.1f} visual tokens in a layer, at most "
+            f"{r['most']:,} ({finding['samples']:,} prompts). In all layers:",
+            "",
+            *table(["", "attention, MFLOPs", "routing", "context tokens", "kB"], rows, left=1),
+            "",
+        ]
+        if finding["hits"] is None:
+            return page
+        rows = [
+            [task, f"{h['samples']:,}", f"{h['accuracy']:.1%}", f"{h['chance']:.1%}"]
+            for task, h in [*finding["by_task"].items(), ("all", finding["hits"])]
+        ]
+        layers = ", ".join(f"{share:.1%}" for share in finding["by_layer"])
+        page += table(["task", "answers", "chosen regions on the evidence", "by chance"], rows, left=1)
+        return [*page, "", f"By layer that routes, from the first: {layers}.", ""]

@@ -14,9 +14,7 @@ from rich.table import Table
 
 from rave_jax.evaluation.grounding import Verdict
 from rave_jax.evaluation.intervals import difference_interval
-from rave_jax.evaluation.looking import Looking
-from rave_jax.evaluation.routing import RoutingSummary
-from rave_jax.evaluation.vas import Vas
+from rave_jax.evaluation.probe import Finding
 
 BY_TEXT, BY_TEMPLATE, OF_ALL = "answers_by_text", "answers_by_template", "answers_of_all"
 GREY, REDEALT = "grey_pictures", "redealt"
@@ -103,11 +101,9 @@ class Summary:
         tasks: by name.
         broken: samples that could not be asked, by reason; they are in no score.
         floor: the score against the question-only floor, or None without one.
-        looking: where the answers looked, or None where nothing was measured.
-        vas: visual attention score, or None where it was not asked for.
-        routing: what was read of the pictures and which regions were chosen, or None where nothing was counted.
         verdict: of the grounding check, or None without one.
-        pictures: files, relative to the evaluation's folder.
+        findings: what each probe found, by its name; None where nothing was measured.
+        pictures: files of the probes, relative to the evaluation's folder.
     """
 
     name: str
@@ -115,19 +111,31 @@ class Summary:
     tasks: tuple[TaskRow, ...]
     broken: Mapping[str, int]
     floor: AboveFloor | None
-    looking: Looking | None
-    vas: Vas | None
-    routing: RoutingSummary | None
     verdict: Verdict | None
+    findings: Mapping[str, Finding | None]
     pictures: tuple[str, ...]
     seconds: float
 
     def to_json(self) -> dict[str, Any]:
         """JSON-ready data; `grounding` has the floor that counts beside the verdict's fields."""
         data = dataclasses.asdict(self)
-        verdict = data.pop("verdict")
-        data["grounding"] = None if self.verdict is None else {**verdict, "floor": self.verdict.floor}
-        return data
+        verdict, findings = data.pop("verdict"), data.pop("findings")
+        last = {name: data.pop(name) for name in ("pictures", "seconds")}
+        last["grounding"] = None if self.verdict is None else {**verdict, "floor": self.verdict.floor}
+        return data | findings | last
+
+    def values(self) -> dict[str, float]:
+        """The main numbers by name, for the metrics of a run."""
+        found = {"score": self.total.score}
+        if len(self.tasks) > 1:
+            found |= {f"score/{row.task}": row.score for row in self.tasks}
+        if self.floor is not None:
+            found["floor"] = self.floor.floor
+        if REDEALT in self.total.controls:
+            found[REDEALT] = self.total.controls[REDEALT]
+        for name, finding in self.findings.items():
+            found |= {} if finding is None else {f"{name}/{key}": value for key, value in finding.values().items()}
+        return found
 
     def dumps(self) -> str:
         """The text of `summary.json`."""
@@ -141,7 +149,7 @@ def mean(values: Iterable[float]) -> float:
 
 
 def print_summary(summary: Summary, console: Console) -> None:
-    """The table of one evaluation, then what its controls say, where the answers looked, and VAS."""
+    """The table of one evaluation, then what its controls say and what its probes found."""
     table = Table(title=f"Evaluation: {summary.name}", title_justify="left", box=SIMPLE_HEAD)
     table.add_column("task")
     table.add_column("metric")
@@ -175,9 +183,6 @@ def print_summary(summary: Summary, console: Console) -> None:
     if summary.verdict is not None:
         for finding in summary.verdict.findings:
             console.print(f"grounding check {finding}", highlight=False, soft_wrap=True)
-    if summary.looking is not None:
-        console.print(summary.looking.sentence(), highlight=False, soft_wrap=True)
-    if summary.vas is not None:
-        console.print(summary.vas.sentence(), highlight=False, soft_wrap=True)
-    for sentence in [] if summary.routing is None else summary.routing.sentences():
-        console.print(sentence, highlight=False, soft_wrap=True)
+    for finding in summary.findings.values():
+        for sentence in [] if finding is None else finding.sentences():
+            console.print(sentence, highlight=False, soft_wrap=True)

@@ -15,8 +15,9 @@ runs of the kernel in each layer when it is asked for, and nothing otherwise.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,7 @@ import jax.numpy as jnp
 from rave_jax.attention import Features, Mechanism, Parts
 from rave_jax.attention.avar import COUNT, SYSTEM, VISUAL, key_group_of
 from rave_jax.batch import Batch, Kind, Role, TokenInfo
+from rave_jax.evaluation.probe import Answered, Found
 from rave_jax.kernels.attention import KeyGroups
 from rave_jax.models.forward import Want
 from rave_jax.models.vlm import Vlm
@@ -52,14 +54,42 @@ class Vas:
     ratios: int
     score: float | None
 
-    def sentence(self) -> str:
+    def values(self) -> dict[str, float]:
+        """The mean, where there is one."""
+        return {} if self.score is None else {"score": self.score}
+
+    def sentences(self) -> list[str]:
         """The finding in words."""
         if self.score is None:
-            return f"VAS: none of {self.samples:,} samples has a question after both a system prompt and a picture"
-        return (
+            return [f"VAS: none of {self.samples:,} samples has a question after both a system prompt and a picture"]
+        return [
             f"VAS {self.score:.3f}: how many times as much questions attend to the picture as to the system prompt "
             f"({self.samples:,} samples, {self.ratios:,} rows in heads and layers)"
-        )
+        ]
+
+
+@dataclass(frozen=True)
+class VasProbe:
+    """Measures VAS on so many samples."""
+
+    samples: int
+    name: ClassVar[str] = "vas"
+
+    def measure(self, answered: Answered) -> Found:
+        """Nothing where no sample is asked for."""
+        if self.samples == 0:
+            return Found(None)
+        samples, total, ratios = 0, 0.0, 0.0
+        for block in answered.blocks(self.samples):
+            found = answered.subject.vas(block.samples)
+            samples += len(block.samples)
+            total, ratios = total + float(found.total), ratios + float(found.ratios)
+        return Found(Vas(samples, round(ratios), total / ratios if ratios else None))
+
+    @staticmethod
+    def section(finding: Mapping[str, Any]) -> list[str]:
+        """Lines of the report."""
+        return ["### Visual attention score", "", *(f"{line}." for line in Vas(**finding).sentences()), ""]
 
 
 class VasReading(Mechanism):

@@ -20,6 +20,7 @@ FOLDERS = (
     "llama",
     "qwen2",
     "qwen3",
+    "qwen3_vl",
     "llava",
 )
 """Where they are, in this folder. Small random models are of the first one if none is named."""

@@ -97,6 +97,8 @@ class TextConfig:
     mrope_section: tuple[int, ...] = ()
     """Frequencies, of head_dim / 2, that turn with the temporal, height, width position in turn; empty: all turn
     with the temporal one, which is 1-D RoPE."""
+    mrope_interleaved: bool = False
+    """Do the frequencies of `mrope_section` take turns, temporal, height, width, instead of standing side by side?"""
     qkv_bias: bool = True
     """Do the query, key and value projections have a bias?"""
     qk_norm: bool = False
@@ -125,6 +127,8 @@ class TextConfig:
         section = self.mrope_section
         covers = not section or (sum(section) == self.head_dim // 2 and min(section) >= 0)
         require(covers, "mrope_section", section, f"numbers that add up to head_dim / 2 = {self.head_dim // 2}")
+        three = not self.mrope_interleaved or len(section) == 3
+        require(three, "mrope_section", section, "three numbers where mrope_interleaved is true")
         check_norm_and_rope(self)
         window_ok = self.sliding_window is None or 1 <= self.sliding_window <= MAX_INT32
         require(window_ok, "sliding_window", self.sliding_window, f"1 to {MAX_INT32:,}, or None")
@@ -192,6 +196,11 @@ class TowerConfig(ABC):
         """What the tower wants the number of patches of a row to be a multiple of."""
         return 1
 
+    @property
+    def deep_layers(self) -> int:
+        """How many decoder layers, from the first on, get features of the tower added behind them (DeepStack)."""
+        return 0
+
 
 class PatchSizes(NamedTuple):
     """What arrays of patches have to be like for a model; all 1 without a tower, so that empty arrays have a shape.
@@ -239,6 +248,13 @@ class VlmConfig:
         if self.vision is not None:
             same = self.vision.out_size == self.text.hidden_size
             require(same, "vision.out_size", self.vision.out_size, f"text.hidden_size {self.text.hidden_size}")
+        fits = self.deep_layers <= self.text.num_layers
+        require(fits, "vision.deep_layers", self.deep_layers, f"at most text.num_layers {self.text.num_layers}")
+
+    @property
+    def deep_layers(self) -> int:
+        """How many decoder layers, from the first on, get features of the tower added behind them; 0 without any."""
+        return 0 if self.vision is None else self.vision.deep_layers
 
     @property
     def patch_sizes(self) -> PatchSizes:

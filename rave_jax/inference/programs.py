@@ -110,7 +110,7 @@ def empty_state(
     ones = jnp.ones(slots, jnp.float32)
     state = SlotState(
         cache=model.empty_cache(slots, size, cache, regions_in),
-        pictures=ImageFeatures(jnp.zeros((prompts, visual, model.config.text.hidden_size), model.options.compute)),
+        pictures=model.empty_features(prompts, visual),
         seen=jnp.zeros((slots, model.config.text.vocab_size), bool),
         token=zeros,
         position=zeros,

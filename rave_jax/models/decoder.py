@@ -19,7 +19,7 @@ from rave_jax.families.config import TextConfig
 from rave_jax.kernels.attention import MaskCodes
 from rave_jax.models import lora
 from rave_jax.models.config import ModelOptions, attention_dims, window_mechanisms
-from rave_jax.models.forward import HIDDEN, Output, Want
+from rave_jax.models.forward import HIDDEN, Embedded, Output, Want
 from rave_jax.models.layers import Linear, RmsNorm, SwiGlu
 from rave_jax.models.rope import Rotation, rotate, text_rotation
 from rave_jax.models.stack import LayerRun
@@ -48,6 +48,8 @@ class Situation(NamedTuple):
     progress: Float[Array, ""] | None
     wanted: Int[Array, "B N"] | None = None
     """Tokens, by index, of which alone the layer's output is wanted; None: of all."""
+    unit: Int[Array, "B T"] | None = None
+    """As in `Embedded`."""
 
 
 class LayerOutput(NamedTuple):
@@ -153,14 +155,20 @@ class DecoderLayer(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """All layers and the final norm. Global layer n stands in the layer run with start <= n < stop."""
+    """All layers and the final norm. Global layer n stands in the layer run with start <= n < stop.
 
-    def __init__(self, config: TextConfig, options: ModelOptions, *, key: jax.Array):
+    Behind each of the first `deep_layers` layers, features of the pictures are added to the visual tokens (DeepStack,
+    arXiv 2406.04334). These layers have runs of their own.
+    """
+
+    def __init__(self, config: TextConfig, options: ModelOptions, deep_layers: int = 0, *, key: jax.Array):
         mechanisms = (*window_mechanisms(config), *options.mechanisms, *options.context_mechanisms)
         keys = jax.random.split(key, config.num_layers)
+        kinds = [n < deep_layers for n in range(config.num_layers)]
+        plans = attention.plan_layer_runs(mechanisms, config.num_layers, options.scan_layers, kinds)
         self.layer_runs = nnx.List(
             LayerRun(start, stop, lambda k, chosen=chosen: DecoderLayer(config, chosen, options, k), keys)
-            for start, stop, chosen in attention.plan_layer_runs(mechanisms, config.num_layers, options.scan_layers)
+            for start, stop, chosen in plans
         )
         self.norm = RmsNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=options.params)
         self.head_dim = config.head_dim
@@ -169,17 +177,18 @@ class Decoder(nnx.Module):
         self.rope_theta = config.rope_theta
         self.mrope_section = config.mrope_section
         self.rope_scaling = config.rope_scaling
+        self.mrope_interleaved = config.mrope_interleaved
         self.remat = options.remat
         self.layout = options.layout
         self.implementation = options.attention
 
     def __call__(
-        self, x: Float[Array, "B T D"], info: TokenInfo, positions: Int[Array, "3 B T"], want: Want = HIDDEN
+        self, tokens: Embedded, info: TokenInfo, positions: Int[Array, "3 B T"], want: Want = HIDDEN
     ) -> Output:
         """Whole rows at once, causal inside each document.
 
         Args:
-            x: embedded tokens.
+            tokens: as they are embedded.
             info, positions: of the tokens.
             want: what is asked for beside hidden states.
         """
@@ -187,16 +196,17 @@ class Decoder(nnx.Module):
         losses, inputs = want.losses, want.inputs
         seen, entered, routes = [], [], []
         total: dict[str, Array] = {}
+        x = tokens.x
         for run in self.layer_runs:
             at = self._situation(
                 run, base, info, info, positions, own=own, queries=want.queries, progress=want.progress
-            )
+            )._replace(unit=tokens.unit)
 
-            def body(layer: DecoderLayer, x: Array, _: None, at: Situation) -> tuple[Array, tuple[Any, ...]]:
+            def body(layer: DecoderLayer, x: Array, deep: Array | None, at: Situation) -> tuple[Array, tuple[Any, ...]]:
                 out = layer(x, at, losses)
-                return out.x, (out.attention, out.losses, out.chosen, x if inputs else None)
+                return _added_deep(out.x, deep, at), (out.attention, out.losses, out.chosen, x if inputs else None)
 
-            x, (of_queries, found, chosen, before) = run.scan(body, x, None, at, self.remat)
+            x, (of_queries, found, chosen, before) = run.scan(body, x, _deep_of(run, tokens), at, self.remat)
             seen.append(of_queries)
             entered.append(before)
             routes += [] if chosen is None else [chosen]
@@ -220,7 +230,7 @@ class Decoder(nnx.Module):
 
     def extend[C: Cache](
         self,
-        x: Float[Array, "B T D"],
+        tokens: Embedded,
         info: TokenInfo,
         positions: Int[Array, "3 B T"],
         cache: C,
@@ -234,7 +244,7 @@ class Decoder(nnx.Module):
         pictures they stand in the order of their offsets.
 
         Args:
-            x: embedded tokens.
+            tokens: as they are embedded.
             info, positions: of the tokens.
             cache: what came before. Rows of a cache without regions for which `cache.index` + T is beyond its size are
                 not written.
@@ -248,20 +258,21 @@ class Decoder(nnx.Module):
         """
         entered = cache.admit(info, region_offset, self._summaries_of_nothing)
         base = attention.cached_codes(info, entered.info)
-        kept, regions = list(entered.cache.layer_runs), cache.num_regions
+        kept, regions, x = list(entered.cache.layer_runs), cache.num_regions, tokens.x
         for n, run in enumerate(self.layer_runs):
             at = self._situation(run, base, info, entered.info, positions, own=entered.own, slots=entered.slots)
-            if run is self.layer_runs[-1] and run.stop - run.start == 1:
+            at, deep = at._replace(unit=tokens.unit), _deep_of(run, tokens)
+            if run is self.layer_runs[-1] and run.stop - run.start == 1 and deep is None:
                 at, wanted = at._replace(wanted=wanted), None
 
-            def body(layer: DecoderLayer, carry: Any, n: Array, at: Situation) -> tuple[Any, Array | None]:
-                x, stored = layer.extend(carry[0], at, LayerCache(carry[1], n, regions))
+            def body(layer: DecoderLayer, carry: Any, each: Any, at: Situation) -> tuple[Any, Array | None]:
+                x, stored = layer.extend(carry[0], at, LayerCache(carry[1], each[0], regions))
                 # A carry keeps its shape.
-                return ((x, stored), None) if at.wanted is None else ((carry[0], stored), x)
+                return ((_added_deep(x, each[1], at), stored), None) if at.wanted is None else ((carry[0], stored), x)
 
             # The keys ride in the carry: each layer writes its new ones in place, nothing else is copied.
             numbers = jnp.arange(run.stop - run.start, dtype=jnp.int32)
-            (x, kept[n]), last = run.scan(body, (x, kept[n]), numbers, at, "none")
+            (x, kept[n]), last = run.scan(body, (x, kept[n]), (numbers, deep), at, "none")
             x = x if last is None else last[0]
         x = x if wanted is None else attention.pick(x, wanted)
         return self.norm(x), entered.cache.with_layers(tuple(kept))
@@ -343,9 +354,31 @@ class Decoder(nnx.Module):
         # The hooks `positions` and `mask` read no parameters, so the stacked mechanisms may answer for all layers.
         mechanisms = run.layers.mechanisms
         placed = attention.positions(mechanisms, info_q, info_k, own, positions)
-        rotation = text_rotation(placed, self.head_dim, self.rope_theta, self.mrope_section, self.rope_scaling)
+        rotation = text_rotation(
+            placed,
+            self.head_dim,
+            self.rope_theta,
+            self.mrope_section,
+            interleaved=self.mrope_interleaved,
+            scaling=self.rope_scaling,
+        )
         codes = attention.mask_codes(mechanisms, info_q, info_k, base)
         return Situation(rotation, codes, info_q, info_k, slots, queries, progress)
+
+
+def _deep_of(run: LayerRun[DecoderLayer], tokens: Embedded) -> Float[Array, "L B U D"] | None:
+    """What is added behind each layer of a run; None where nothing is."""
+    of_layers = tokens.deep[run.start : run.stop]
+    return jnp.stack(of_layers) if of_layers else None
+
+
+def _added_deep(x: Float[Array, "B T D"], deep: Float[Array, "B U D"] | None, at: Situation) -> Float[Array, "B T D"]:
+    """What a layer gives, with the features of their merge unit added to the visual tokens."""
+    if deep is None or at.unit is None:
+        return x
+    # Tokens that get nothing have a unit beyond the last, which is filled with zeros and has no gradient.
+    of_tokens = jnp.take_along_axis(deep, at.unit[..., None], axis=1, mode="fill", fill_value=0)
+    return shard(x + of_tokens.astype(x.dtype), "batch", "length", None)
 
 
 def _indices(info: TokenInfo) -> Int[Array, "B T"]:

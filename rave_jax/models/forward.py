@@ -24,6 +24,21 @@ class ImageFeatures(NamedTuple):
     deep: tuple[Float[Array, "B U D"], ...] = ()
 
 
+class Embedded(NamedTuple):
+    """Tokens of rows as they enter the decoder.
+
+    Fields:
+        x: embedded tokens, visual and context tokens among them.
+        deep: as in `ImageFeatures`; empty where no token is visual.
+        unit: which merge unit of `deep` each token gets; U, which is none, for those that get nothing. None without
+            `deep`.
+    """
+
+    x: Float[Array, "B T D"]
+    deep: tuple[Float[Array, "B U D"], ...] = ()
+    unit: Int[Array, "B T"] | None = None
+
+
 class Chunk(NamedTuple):
     """The next tokens of rows, padding (document 0) on the right, those of pictures in the order of their offsets.
 

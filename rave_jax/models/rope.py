@@ -46,6 +46,8 @@ def text_rotation(
     head_dim: int,
     theta: float,
     sections: tuple[int, ...] = (),
+    *,
+    interleaved: bool = False,
     scaling: RopeScaling | None = None,
 ) -> Rotation:
     """Rotation of the decoder's queries and keys.
@@ -56,6 +58,9 @@ def text_rotation(
         theta: base of the frequencies.
         sections: M-RoPE (Qwen2-VL, arXiv 2409.12191): how many of the h/2 frequencies turn with the temporal,
             then the height, then the width position, and round again; empty: all with the temporal one.
+        interleaved: do the frequencies take turns instead (Qwen3-VL, arXiv 2511.21631)? Then `sections` has three
+            numbers, and every third frequency from the second on is height's and from the third on width's, until each
+            has its number; the others are temporal.
         scaling: of the frequencies.
     """
     half = head_dim // 2
@@ -63,9 +68,16 @@ def text_rotation(
     if not sections:
         angles = positions[0, ..., None].astype(jnp.float32) * frequencies
     else:
-        axis = np.repeat(np.arange(len(sections)) % 3, sections)
+        axis = _interleaved(sections) if interleaved else np.repeat(np.arange(len(sections)) % 3, sections)
         angles = jnp.moveaxis(positions, 0, -1)[..., axis].astype(jnp.float32) * frequencies
     return _rotation(angles)
+
+
+def _interleaved(sections: tuple[int, ...]) -> np.ndarray:
+    """Axis of each frequency: 0 temporal, 1 height, 2 width."""
+    number = np.arange(sum(sections))
+    turn = number % 3
+    return np.where(number < 3 * np.asarray(sections)[turn], turn, 0)
 
 
 def patch_rotation(place: Int[Array, "B P 2"], head_dim: int, theta: float) -> Rotation:

@@ -17,6 +17,7 @@ from rave_jax.batch import Patches
 from rave_jax.families.config import TowerConfig
 from rave_jax.kernels import attention as attention_kernels
 from rave_jax.kernels.attention import Implementation, MaskCodes
+from rave_jax.models.forward import ImageFeatures
 from rave_jax.models.layers import Linear
 from rave_jax.models.rope import Rotation, rotate
 from rave_jax.models.stack import LayerRun
@@ -34,8 +35,9 @@ class Tower(Protocol):
     @property
     def layer_runs(self) -> Sequence[LayerRun]: ...
 
-    def __call__(self, patches: Patches) -> Float[Array, "B M O"]:
-        """The visual tokens of rows of patches, P / merge_unit of them, in the order of their patches."""
+    def __call__(self, patches: Patches) -> Float[Array, "B M O"] | ImageFeatures:
+        """The visual tokens of rows of patches, P / merge_unit of them, in the order of their patches; with what is
+        added to them in the decoder where the config's `deep_layers` is above 0."""
         ...
 
 

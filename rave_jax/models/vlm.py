@@ -14,7 +14,7 @@ from rave_jax.families.config import VlmConfig
 from rave_jax.models import lora
 from rave_jax.models.config import ModelOptions
 from rave_jax.models.decoder import Decoder
-from rave_jax.models.forward import HIDDEN, Chunk, ImageFeatures, Output, Want
+from rave_jax.models.forward import HIDDEN, Chunk, Embedded, ImageFeatures, Output, Want
 from rave_jax.models.layers import ContextEmbedding, Embedding, Linear, product
 from rave_jax.models.tower import Tower
 from rave_jax.parallel.sharding import shard
@@ -47,7 +47,7 @@ class Vlm(nnx.Module):
         self.embed = Embedding(text.vocab_size, text.hidden_size, dtype=dtype, key=keys[0])
         self.context: ContextEmbedding | None = nnx.data(_context_embedding(config, options, key))
         self.vision: Tower | None = nnx.data(_tower(config, options, keys[1]))
-        self.decoder = Decoder(text, options, key=keys[2])
+        self.decoder = Decoder(text, options, config.deep_layers, key=keys[2])
         head = (text.vocab_size,), (text.hidden_size,)
         self.lm_head: Linear | None = nnx.data(
             None if text.tie_embeddings else Linear(*head, ("vocab", "embed"), bias=False, dtype=dtype, key=keys[3])
@@ -71,7 +71,13 @@ class Vlm(nnx.Module):
         """
         if self.vision is None:
             raise ValueError(f"the batch has patches, but a {self.config.family} text model has no vision tower")
-        return ImageFeatures(self.vision(patches))
+        features = self.vision(patches)
+        return features if isinstance(features, ImageFeatures) else ImageFeatures(features)
+
+    def empty_features(self, rows: int, units: int) -> ImageFeatures:
+        """Zeros in the shape of the features of this many rows and merge units, in the compute type."""
+        zeros = jnp.zeros((rows, units, self.config.text.hidden_size), self.options.compute)
+        return ImageFeatures(zeros, (zeros,) * self.config.deep_layers)
 
     def embed_tokens(
         self,
@@ -79,8 +85,8 @@ class Vlm(nnx.Module):
         info: TokenInfo,
         features: ImageFeatures | None = None,
         visual_index: Int[Array, "B T"] | None = None,
-    ) -> Float[Array, "B T D"]:
-        """Token embeddings with visual and context tokens in their places.
+    ) -> Embedded:
+        """Token embeddings with visual and context tokens in their places, and what the decoder adds to them.
 
         Args:
             tokens, info: of the tokens.
@@ -88,19 +94,27 @@ class Vlm(nnx.Module):
             visual_index: which merge unit of `features` a visual token is; None where every token is text.
 
         Raises:
-            ValueError: there are features and no `visual_index`, or the features have additions to layers, which the
-                decoder does not make.
+            ValueError: there are features and no `visual_index`, or the features have additions to more or fewer layers
+                than the decoder makes.
         """
         if features is not None and visual_index is None:
             raise ValueError("features of pictures were given without visual_index, which says whose they are")
         x = self.embed(tokens, self.options.compute)
-        if visual_index is not None:
-            x = x if self.context is None else self.context(x, info)
-            x = x if features is None else _with_pictures(x, features, info, visual_index)
-        return shard(x, "batch", "length", None)
+        if visual_index is not None and self.context is not None:
+            x = self.context(x, info)
+        if visual_index is None or features is None:
+            return Embedded(shard(x, "batch", "length", None))
+        wanted = self.config.deep_layers
+        if len(features.deep) != wanted:
+            raise ValueError(f"the features have additions to {len(features.deep)} layers, expected {wanted}")
+        visual = info.kind == Kind.VISUAL
+        placed = jnp.take_along_axis(features.tokens, visual_index[..., None], axis=1, mode="clip")
+        x = shard(jnp.where(visual[..., None], placed, x), "batch", "length", None)
+        unit = jnp.where(visual, visual_index, features.tokens.shape[1])
+        return Embedded(x, features.deep, unit) if wanted else Embedded(x)
 
-    def embedded(self, batch: Batch) -> Float[Array, "B T D"]:
-        """Token embeddings of a batch with its visual and context tokens in their places.
+    def embedded(self, batch: Batch) -> Embedded:
+        """Token embeddings of a batch with its visual and context tokens in their places, as the decoder takes them.
 
         Raises:
             ValueError: there are patches but no tower.
@@ -200,13 +214,3 @@ def _context_embedding(config: VlmConfig, options: ModelOptions, key: jax.Array)
     # A key of its own, so that a model with and one without start with equal weights.
     key = jax.random.fold_in(key, CONTEXT_KEY)
     return ContextEmbedding(options.context.count, config.text.hidden_size, dtype=options.params, key=key)
-
-
-def _with_pictures(
-    x: Float[Array, "B T D"], features: ImageFeatures, info: TokenInfo, visual_index: Int[Array, "B T"]
-) -> Float[Array, "B T D"]:
-    """Embedded tokens with the visual ones replaced by what the tower made of their merge unit."""
-    if features.deep:
-        raise ValueError(f"the features have additions to {len(features.deep)} layers; the decoder adds none")
-    placed = jnp.take_along_axis(features.tokens, visual_index[..., None], axis=1, mode="clip")
-    return jnp.where((info.kind == Kind.VISUAL)[..., None], placed, x)

@@ -24,7 +24,7 @@ from rave_jax.kernels.attention import Implementation
 from rave_jax.kernels.support import interpreted
 from rave_jax.layout import AdaptiveRegions, FixedRegions, VisualLayout
 from rave_jax.models.config import ModelOptions
-from rave_jax.models.forward import Want
+from rave_jax.models.forward import Embedded, Want
 from rave_jax.models.vlm import Vlm
 from rave_jax.parallel.mesh import MeshConfig, make_mesh
 from rave_jax.parallel.sharding import replicated, use_mesh
@@ -120,10 +120,10 @@ def test_all_regions_are_the_dense_model_with_its_gradients(config: Gaze) -> Non
     @jax.jit
     def of(model: Vlm) -> tuple[jax.Array, jax.Array]:
         def loss(embed: jax.Array) -> jax.Array:
-            layers = model.decoder(embed, given.info, given.positions)
+            layers = model.decoder(Embedded(embed), given.info, given.positions)
             return jnp.sum(jnp.where((given.info.document > 0)[..., None], layers.hidden, 0.0) ** 2)
 
-        return jax.value_and_grad(loss)(model.embedded(given))
+        return jax.value_and_grad(loss)(model.embedded(given).x)
 
     dense, gate = a_model(Rave(rank=4)), Rave(rank=4)
     for a, b in zip(of(a_model(gate, config)), of(dense), strict=True):

@@ -18,6 +18,7 @@ from rave_jax.data.layout import offsets_in_region
 from rave_jax.families.qwen2_5_vl import presets
 from rave_jax.layout import FixedRegions
 from rave_jax.models.config import ModelOptions
+from rave_jax.models.forward import Embedded
 from rave_jax.models.vlm import Vlm
 from tests.inference.prompts import example_of
 from tests.models.layout import Document, Visual, batch, document
@@ -29,15 +30,15 @@ VIDEO = [3, Visual(2, 6, 4, video=True), 2]
 FRAMES_64 = [12, Visual(32, 4, 4, video=True), 3]
 """A temporal patch is two frames; four visual tokens each."""
 CUTS_64 = range(24, 144, 24)
-_cached = jax.jit(lambda model, *given: model.decoder.extend(*given))
-_whole = jax.jit(lambda model, given: (model.embedded(given), model.forward(given).hidden))
+_cached = jax.jit(lambda model, x, *given: model.decoder.extend(Embedded(x), *given))
+_whole = jax.jit(lambda model, given: (model.embedded(given).x, model.forward(given).hidden))
 
 
 @jax.jit
 def _taken(model, x, info, positions, cache, places):
     """As a prompt is read: where its row's regions lie on the device."""
     row = jnp.zeros(1, jnp.int32)
-    hidden, part = model.decoder.extend(x, info, positions, cache.take(row, cache.size), places)
+    hidden, part = model.decoder.extend(Embedded(x), info, positions, cache.take(row, cache.size), places)
     return hidden, cache.put(part, row)
 
 

@@ -193,7 +193,7 @@ def test_sink_dimensions_of_a_model_are_found_from_its_first_tokens() -> None:
     rows = batch([[doc] for doc in docs], config, tokens=1, patches=0)
     inputs = jax.jit(lambda m, b: m.forward(b, Want(inputs=True)).inputs)(vlm, rows)
     assert inputs.shape == (4, 6, 1, config.text.hidden_size)
-    np.testing.assert_allclose(inputs[0], vlm.embedded(rows), atol=1e-6)
+    np.testing.assert_allclose(inputs[0], vlm.embedded(rows).x, atol=1e-6)
     assert sink_dimensions(inputs, 2) == (9, 4)
     assert sink_dimensions(inputs, 1) == (9,)
     for count in (0, 33):

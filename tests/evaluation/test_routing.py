@@ -16,7 +16,7 @@ from rave_jax.data.collate import BatchShape, collate
 from rave_jax.data.processor import Processor
 from rave_jax.data.sample import Sample
 from rave_jax.evaluation.config import Eval
-from rave_jax.evaluation.routing import Route, hits, overlapping, summarise
+from rave_jax.evaluation.routing import Route, RoutingSummary, hits, overlapping, summarise
 from rave_jax.evaluation.subject import Answer, ModelSubject, with_answer
 from rave_jax.evaluation.suites import run
 from rave_jax.families.qwen2_5_vl.presets import tiny
@@ -109,15 +109,16 @@ def test_boxes_that_touch_an_edge_do_not_reach_over_it() -> None:
 def test_an_evaluation_says_it(tmp_path) -> None:
     config = Eval("toy", any_source(Toy()), samples=20, rows=8, looks=0, pictures=0, routes=6)
     summary = run(config, Toy(), Fake(read), tmp_path)
-    assert summary.routing is not None and summary.routing.samples == 6
+    found = summary.findings["routing"]
+    assert isinstance(found, RoutingSummary) and found.samples == 6
     # One head chooses the left half alone, where the evidence is, the other both halves.
-    assert summary.routing.hits is not None and summary.routing.hits.accuracy == pytest.approx((1 + 1 / 2) / 2)
-    assert summary.routing.hits.chance == 0.5 and summary.routing.by_layer == (0.75, 0.75)
-    assert set(summary.routing.by_task) == {"odd", "even"}
-    assert any("75.0%" in sentence for sentence in summary.routing.sentences())
+    assert found.hits is not None and found.hits.accuracy == pytest.approx((1 + 1 / 2) / 2)
+    assert found.hits.chance == 0.5 and found.by_layer == (0.75, 0.75)
+    assert set(found.by_task) == {"odd", "even"}
+    assert any("75.0%" in sentence for sentence in found.sentences())
     assert summary.to_json()["routing"]["hits"]["samples"] == 6
     none = run(dataclasses.replace(config, routes=0), Toy(), Fake(read), None)
-    assert none.routing is None
+    assert none.findings["routing"] is None
 
 
 def test_fields() -> None:

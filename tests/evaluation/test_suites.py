@@ -20,6 +20,7 @@ from rave_jax.data.sample import ImageError, Sample, SampleError
 from rave_jax.data.sources import QaJsonl, Synthetic
 from rave_jax.evaluation.config import Eval, Floor, Grounding, Report
 from rave_jax.evaluation.grounding import TaskAim
+from rave_jax.evaluation.looking import Looking
 from rave_jax.evaluation.report import write_report
 from rave_jax.evaluation.subject import Answer, PromptOverBudget
 from rave_jax.evaluation.suites import run
@@ -227,8 +228,8 @@ def test_attention_in_the_box() -> None:
     fake = Fake(read, left=0.75)
     summary = run(config(looks=10), Toy(), fake, None)
     assert fake.looked_at == [f"toy/heldout/{i}" for i in range(10)], "tasks in turn"
-    looking = summary.looking
-    assert looking is not None and looking.boxes is not None and looking.samples == 10
+    looking = summary.findings["looking"]
+    assert isinstance(looking, Looking) and looking.boxes is not None and looking.samples == 10
     assert looking.on_picture == pytest.approx(0.4)
     assert looking.boxes.in_box == pytest.approx(0.75) and looking.boxes.area == 0.5
     assert looking.by_layer == pytest.approx((0.75, 0.75)) and set(looking.by_task) == {"odd", "even"}
@@ -240,7 +241,7 @@ def test_vas_is_one_mean_over_the_samples_asked_for(tmp_path: Path) -> None:
         fake, folder = Fake(read, rows=rows), tmp_path / f"rows{rows}"
         summary = run(asked, Toy(), fake, folder / "evaluation" / "toy")
         assert fake.read == [f"toy/heldout/{i}" for i in range(21)], "tasks in turn"
-        assert summary.vas == Vas(21, 21 * rows, pytest.approx(score))
+        assert summary.findings["vas"] == Vas(21, 21 * rows, pytest.approx(score))
         stored = json.loads((folder / "evaluation" / "toy" / "summary.json").read_text())
         assert stored["vas"] == {"samples": 21, "ratios": 21 * rows, "score": pytest.approx(score)}
         assert said in write_report(Report(), folder).read_text()
@@ -251,7 +252,7 @@ def test_vas_is_one_mean_over_the_samples_asked_for(tmp_path: Path) -> None:
 
 def test_vas_is_measured_where_it_is_asked_for_alone(tmp_path: Path) -> None:
     fake, file = Fake(read), tmp_path / "evaluation" / "toy" / "summary.json"
-    assert run(config(), Toy(), fake, file.parent).vas is None and fake.read == []
+    assert run(config(), Toy(), fake, file.parent).findings["vas"] is None and fake.read == []
     page = write_report(Report(), tmp_path).read_text()
     stored = json.loads(file.read_text())
     assert stored.pop("vas") is None and "VAS" not in page

@@ -59,7 +59,7 @@ def logits(model: Vlm, rows: Batch) -> jax.Array:
     return model.logits(model.forward(rows).hidden)
 
 
-embedded = jax.jit(Vlm.embedded)
+embedded = jax.jit(lambda model, batch: model.embedded(batch).x)
 
 
 def test_the_table_stands_where_context_tokens_are() -> None:

@@ -20,6 +20,18 @@ def test_each_section_turns_with_its_own_axis() -> None:
     assert (rotation.sin[0, 0] != 0).tolist() == [False] * 2 + [True] * 3 + [False] * 3
 
 
+def test_interleaved_sections_take_turns() -> None:
+    """Height and width have every third frequency until each has its number; what is left is temporal."""
+
+    def turning(axis: int) -> list[int]:
+        at = jnp.zeros((3, 1, 1), jnp.int32).at[axis].set(5)
+        sin = text_rotation(at, 20, 1e4, (5, 3, 2), interleaved=True).sin
+        return np.flatnonzero(sin[0, 0]).tolist()
+
+    assert (turning(1), turning(2)) == ([1, 4, 7], [2, 5])
+    assert turning(0) == [0, 3, 6, 8, 9]
+
+
 def test_scores_see_differences_of_position_only() -> None:
     rng = np.random.default_rng(0)
     q, k = (jnp.asarray(rng.standard_normal((1, 6, 2, 16)), jnp.float32) for _ in range(2))

@@ -42,7 +42,8 @@ def logits(model: Vlm, batch: Batch) -> jax.Array:
     return model.logits(model.forward(batch).hidden)
 
 
-embedded, hidden_states = jax.jit(Vlm.embedded), jax.jit(lambda model, batch: model.forward(batch).hidden)
+embedded = jax.jit(lambda model, batch: model.embedded(batch).x)
+hidden_states = jax.jit(lambda model, batch: model.forward(batch).hidden)
 
 
 def documents(*parts: list[int | Visual]):
@@ -175,7 +176,7 @@ def test_features_that_would_be_dropped_are_refused() -> None:
     tokens = jnp.zeros((1, 6, CONFIG.text.hidden_size))
     for features, index, message in (
         (ImageFeatures(tokens), None, "without visual_index"),
-        (ImageFeatures(tokens, (tokens, tokens)), given.visual_index, "additions to 2 layers; the decoder adds none"),
+        (ImageFeatures(tokens, (tokens, tokens)), given.visual_index, "additions to 2 layers, expected 0"),
     ):
         with pytest.raises(ValueError, match=message):
             jax.eval_shape(Vlm.embed_tokens, a_model(), given.tokens, given.info, features, index)

@@ -15,7 +15,7 @@ import pytest
 from rave_jax.attention import Avar, MechanismConfig, SlidingWindow, ZeroTuning
 from rave_jax.batch import Batch, Kind, Role
 from rave_jax.models.config import ModelOptions, Remat
-from rave_jax.models.forward import Want
+from rave_jax.models.forward import Embedded, Want
 from rave_jax.models.vlm import Vlm
 from rave_jax.parallel.mesh import MeshConfig, make_mesh
 from rave_jax.parallel.rows import global_batch
@@ -133,10 +133,10 @@ def of_two_layers(scan: bool, remat: Remat) -> Any:
     @jax.jit
     def run(model: Vlm) -> Any:
         def loss(embedded: jax.Array) -> Any:
-            out = model.decoder(embedded, batch.info, batch.positions, Want(losses=True))
+            out = model.decoder(Embedded(embedded), batch.info, batch.positions, Want(losses=True))
             return sum(out.losses.values()), (out.losses, out.hidden, model.loss_weights(batch.info))
 
-        return jax.value_and_grad(loss, has_aux=True)(model.embedded(batch))
+        return jax.value_and_grad(loss, has_aux=True)(model.embedded(batch).x)
 
     return run(made(config, options))
 

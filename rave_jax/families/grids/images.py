@@ -21,11 +21,26 @@ from rave_jax.typing import Int, NpArray, UInt8
 MAX_ASPECT = 200
 
 
-def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
+def smart_resize(
+    height: int,
+    width: int,
+    factor: int,
+    min_pixels: int,
+    max_pixels: int,
+    frames: int = 1,
+    counted: int | None = None,
+) -> tuple[int, int]:
     """Size (height, width) a picture is resized to: multiples of `factor`, aspect and pixel limits kept.
 
     Each side goes to the nearest multiple (ties to even); a picture over `max_pixels` is scaled down and rounded
     down, one under `min_pixels` scaled up and rounded up. A side is never below `factor`.
+
+    Args:
+        height, width: of the picture.
+        factor: of both sides.
+        min_pixels, max_pixels: limits.
+        frames: pictures of this size that share the limits.
+        counted: how many pictures are counted when sizes are held against the limits, if not `frames`.
 
     Raises:
         PictureError: an empty picture, or one side more than 200 times the other.
@@ -35,12 +50,13 @@ def smart_resize(height: int, width: int, factor: int, min_pixels: int, max_pixe
             f"{width} x {height} pixels: the sides must be within a factor of {MAX_ASPECT} of each other"
         )
     rows, cols = round(height / factor) * factor, round(width / factor) * factor
-    if rows * cols > max_pixels:
-        shrink = math.sqrt(height * width / max_pixels)
+    pixels = (frames if counted is None else counted) * rows * cols
+    if pixels > max_pixels:
+        shrink = math.sqrt(frames * height * width / max_pixels)
         rows = max(factor, math.floor(height / shrink / factor) * factor)
         cols = max(factor, math.floor(width / shrink / factor) * factor)
-    elif rows * cols < min_pixels:
-        grow = math.sqrt(min_pixels / (height * width))
+    elif pixels < min_pixels:
+        grow = math.sqrt(min_pixels / (frames * height * width))
         rows = math.ceil(height * grow / factor) * factor
         cols = math.ceil(width * grow / factor) * factor
     return rows, cols

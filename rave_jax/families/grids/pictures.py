@@ -81,12 +81,12 @@ class Pictures(PictureRules):
     def video_grid(self, height: int, width: int, frames: Frames) -> Grid:
         """Merged grid (t, h, w) of a video."""
         count = len(frames.indices)
-        size = frame_size(height, width, count, self.vision, self.video)
+        size = self.frame_size(height, width, count)
         return -(-count // self.vision.temporal_patch_size), *self._units(*size)
 
     def cut_video(self, images: Sequence[Image.Image], frames: Frames) -> CutPicture:
         """Patches of the used frames; the last frame is repeated where it does not fill its patches."""
-        height, width = frame_size(images[0].height, images[0].width, len(images), self.vision, self.video)
+        height, width = self.frame_size(images[0].height, images[0].width, len(images))
         pixels = [resize(image, height, width) for image in images]
         pixels += [pixels[-1]] * (-len(pixels) % self.vision.temporal_patch_size)
         return cut(pixels, self.vision)
@@ -100,6 +100,10 @@ class Pictures(PictureRules):
     def positions(self, length: int, visuals: Sequence[Visual]) -> Int[NpArray, "3 T"]:
         """M-RoPE (`positions.py`)."""
         return mrope_positions(length, visuals, self.config.tokens_per_second)
+
+    def frame_size(self, height: int, width: int, count: int) -> tuple[int, int]:
+        """Size (height, width) that each of `count` frames of this size is resized to."""
+        return frame_size(height, width, count, self.vision, self.video)
 
     def _resized(self, height: int, width: int) -> tuple[int, int]:
         return smart_resize(height, width, self.vision.unit_size, self.min_pixels, self.max_pixels)
@@ -119,16 +123,9 @@ def pictures(config: VlmConfig, files: ProcessorFiles) -> Pictures:
 
 def pictures_as[P: Pictures](kind: type[P], config: VlmConfig, files: ProcessorFiles) -> P:
     """The same as a family's own kind of rules."""
-    image, video = files.image, files.video
-    for key in STEPS:
-        if image.get(key, True) is not True:
-            raise ConfigError(f"{files.image_file}: {key} is {image[key]!r}, expected True")
-    if image.get("resample", BICUBIC) != BICUBIC:
-        raise ConfigError(f"{files.image_file}: resample is {image['resample']!r}, expected {BICUBIC} (bicubic)")
-    if abs(image.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-6:
-        raise ConfigError(f"{files.image_file}: rescale_factor is {image['rescale_factor']!r}, expected 1/255")
-    low, high = _pixel_limits(files.image_file, image, Pictures.min_pixels, Pictures.max_pixels)
-    video_low, video_high = _pixel_limits(files.video_file, video, VideoLimits.min_pixels, VideoLimits.max_pixels)
+    low, high = image_limits(files)
+    video = files.video
+    video_low, video_high = pixel_limits(files.video_file, video, VideoLimits.min_pixels, VideoLimits.max_pixels)
     sampled = {key: video[key] for key in ("min_frames", "max_frames") if video.get(key) is not None}
     limits = VideoLimits(
         min_pixels=video_low,
@@ -141,7 +138,24 @@ def pictures_as[P: Pictures](kind: type[P], config: VlmConfig, files: ProcessorF
     return kind(config, low, high, limits)
 
 
-def _pixel_limits(file: Path, config: Mapping[str, Any], low: int, high: int) -> tuple[int, int]:
+def image_limits(files: ProcessorFiles) -> tuple[int, int]:
+    """Least and most pixels of a resized picture.
+
+    Raises:
+        ConfigError: the image processor's file asks for processing that is not done here.
+    """
+    image = files.image
+    for key in STEPS:
+        if image.get(key, True) is not True:
+            raise ConfigError(f"{files.image_file}: {key} is {image[key]!r}, expected True")
+    if image.get("resample", BICUBIC) != BICUBIC:
+        raise ConfigError(f"{files.image_file}: resample is {image['resample']!r}, expected {BICUBIC} (bicubic)")
+    if abs(image.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-6:
+        raise ConfigError(f"{files.image_file}: rescale_factor is {image['rescale_factor']!r}, expected 1/255")
+    return pixel_limits(files.image_file, image, Pictures.min_pixels, Pictures.max_pixels)
+
+
+def pixel_limits(file: Path, config: Mapping[str, Any], low: int, high: int) -> tuple[int, int]:
     """Least and most pixels of a resized picture: `min_pixels` and `max_pixels`, or else the entries of `size`.
 
     Entries of `size` may also have these names, as older versions of transformers wrote them. Where `size` is stated,

@@ -1,0 +1,16 @@
+"""Qwen3-VL (arXiv 2511.21631): a tower with a table of positions, DeepStack, and a decoder with M-RoPE in turns."""
+
+from rave_jax.families.base import Family
+from rave_jax.families.position_table.pictures import timed_pictures
+from rave_jax.families.qwen3_vl.config import ARCHITECTURE, MODEL_TYPE, parse, render
+from rave_jax.families.qwen3_vl.tensors import tensors
+
+FAMILY = Family(
+    model_type=MODEL_TYPE,
+    architecture=ARCHITECTURE,
+    parse=parse,
+    render=render,
+    tensors=tensors,
+    pictures=timed_pictures,
+    tower="rave_jax.families.position_table.tower",
+)
