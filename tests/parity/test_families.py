@@ -71,6 +71,7 @@ CASES = {
     for case in (
         Case("qwen2_5_vl", frames=(56, 84)),
         Case("qwen2_vl", frames=(56, 84)),
+        Case("llava"),
         Case("llama", pictures=TEXT),
         Case("qwen2", pictures=TEXT),
         Case("qwen3", pictures=TEXT),
