@@ -111,3 +111,18 @@ def normalised(pixels: UInt8[Array, "B P C"], config: TowerConfig, dtype: jnp.dt
     scale = np.repeat(1 / (255 * std), repeats).astype(np.float32)
     shift = np.repeat(mean / std, repeats).astype(np.float32)
     return (pixels.astype(jnp.float32) * scale - shift).astype(dtype)
+
+
+def by_tile(x: Float[Array, "B P C"], size: int) -> Float[Array, "N S C"]:
+    """Rows of whole tiles of S = `size` patches as a batch of tiles, those of a row one after another.
+
+    A tower that reads tiles of one size computes on them, padding included: attention costs what the tiles do, whatever
+    the row's length.
+
+    Raises:
+        ValueError: the rows are not whole tiles.
+    """
+    B, P, C = x.shape
+    if P % size:
+        raise ValueError(f"patches are {P} in a row, expected a multiple of {size}: whole tiles")
+    return x.reshape(B * (P // size), size, C)

@@ -14,12 +14,13 @@ PROCESSORS = {"image_processor_type": "Qwen2VLImageProcessor", "processor_class"
 
 
 def config(sizes: SmallSizes, vocab_size: int, ids: Mapping[str, int]) -> VlmConfig:
-    """The model config. Nothing in the tower has the size of a window."""
+    """The model config. The tower has no windows, and its mlp is a whole number of times as wide as it is."""
+    width = sizes.vision_hidden_size
     vision = VisionConfig(
         depth=sizes.vision_layers,
-        hidden_size=sizes.vision_hidden_size,
+        hidden_size=width,
         num_heads=sizes.vision_heads,
-        mlp_size=sizes.vision_mlp_size,
+        mlp_size=width * max(1, sizes.vision_mlp_size // width),
         patch_size=sizes.patch_size,
         merge_size=sizes.merge_size,
         out_size=sizes.hidden_size,

@@ -1,0 +1,85 @@
+"""Pictures cut into tiles of one size: the part of a tower's config that says how large they are, and their patches.
+
+A tile is a frame: its patches attend to each other and to no others. A row of patches is whole tiles, so that a tower
+may look at them tile by tile, with whatever it puts beside their patches (`models.tower.by_tile`).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from rave_jax.batch import Patches
+from rave_jax.config import require
+from rave_jax.families.config import MAX_SIDE, MAX_WIDTH, TowerConfig, within
+from rave_jax.families.pictures import CutPicture
+from rave_jax.typing import Int, NpArray, UInt8
+
+
+@dataclass(frozen=True)
+class TileTowerConfig(TowerConfig):
+    """A tower that reads tiles of one size. A family adds the fields of its own tower in a subclass."""
+
+    image_size: int = 56
+    """Side of a tile in pixels."""
+    merge_size: int = 2
+    """Side, in patches, of the square that becomes one visual token (pixel shuffle)."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        within(self, {"image_size": MAX_WIDTH, "merge_size": MAX_SIDE})
+        divides = self.hidden_size % self.num_heads == 0
+        require(divides, "hidden_size", self.hidden_size, f"a multiple of num_heads {self.num_heads}")
+        unit = self.patch_size * self.merge_size
+        whole = self.image_size % unit == 0
+        require(whole, "image_size", self.image_size, f"a multiple of {unit}: patch_size times merge_size")
+
+    @property
+    def patch_width(self) -> int:
+        """C: numbers in a flattened patch (channel, row, col)."""
+        return self.in_channels * self.patch_size**2
+
+    @property
+    def merge_unit(self) -> int:
+        """Patches that become one visual token."""
+        return self.merge_size**2
+
+    @property
+    def side(self) -> int:
+        """Patches along the side of a tile."""
+        return self.image_size // self.patch_size
+
+    @property
+    def token_side(self) -> int:
+        """Visual tokens along the side of a tile."""
+        return self.side // self.merge_size
+
+    @property
+    def window_patches(self) -> int:
+        """Patches of a tile; those of a row are whole tiles."""
+        return self.side**2
+
+
+@functools.lru_cache(maxsize=256)
+def tile_places(side: int, merge: int) -> Int[NpArray, "S 2"]:
+    """Row and column of each patch of a tile, in the order of its merge units: units row by row, and so the patches of
+    a unit."""
+    rows, cols = np.indices((side, side), dtype=np.int32).reshape(2, side // merge, merge, side // merge, merge)
+    places = np.stack([rows, cols], -1).transpose(0, 2, 1, 3, 4).reshape(-1, 2)
+    places.setflags(write=False)
+    return places
+
+
+def cut_tiles(tiles: Sequence[UInt8[NpArray, "H W 3"]], vision: TileTowerConfig) -> CutPicture:
+    """Patches of tiles of `image_size`, one after another; the merged grid has a frame for each."""
+    p, merge, units, count = vision.patch_size, vision.merge_size, vision.token_side, len(tiles)
+    squares = np.stack(tiles).reshape(count, units, merge, p, units, merge, p, vision.in_channels)
+    pixels: Any = np.ascontiguousarray(squares.transpose(0, 1, 4, 2, 5, 7, 3, 6)).reshape(-1, vision.patch_width)
+    frame: Any = np.repeat(np.arange(1, count + 1, dtype=np.int32), vision.side**2)
+    place: Any = np.tile(tile_places(vision.side, merge), (count, 1))
+    order = np.arange(count * units**2, dtype=np.int32)
+    return CutPicture(Patches(pixels, frame, place, frame), order, (count, units, units))
