@@ -10,6 +10,7 @@
 | K      | key/value heads             | r      | gate rank                           |
 | G      | query heads per kv head H/K | L      | layers                              |
 | h      | head_dim                    | F      | mlp width                           |
+| E      | experts                     |        |                                     |
 
 Einsum strings and shape comments use these letters and no others. A letter that is local to one
 function (N, for a count) is said where it is used. Gaze's K is `top_k` in code.

@@ -149,7 +149,7 @@ def prefix_of(missing: Collection[str], unknown: Collection[str], family: Family
             reasons = [text for name, text in PREFIXES.items() if name in prefix]
             why = f" of {reasons[0]}" if reasons else ": save the model without its wrapper, or rename the keys"
             return prefix, f"{count} keys begin with {prefix!r}{why}"
-    styles = [{key, family.other_key(key)} for key in missing]
+    styles = [{family.other_key(key, n) for n in range(len(family.styles))} for key in missing]
     bare = Counter(prefix for keys in styles for prefix in {p for key in keys for p in _before(key, unknown, str)})
     for prefix, count in bare.most_common(1):
         if 2 * count >= len(unknown):

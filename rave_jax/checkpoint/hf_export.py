@@ -84,7 +84,7 @@ def export_hf(
     source = None if source is None else Path(source)
     target = None if dtype is None else DTYPE_NAMES[dtype]
     family = family_named(model.config.family)
-    rename = family.other_key if keeps_other_keys(model, source) else lambda key: key
+    rename = functools.partial(family.other_key, style=key_style(model, source))
     params = named_parameters(model)
     merges = lora == "merge"
 
@@ -113,15 +113,13 @@ def export_hf(
     return Path(destination)
 
 
-def keeps_other_keys(model: Vlm, source: Path | None) -> bool:
-    """Has the directory that the model came from keys in the family's other style?"""
+def key_style(model: Vlm, source: Path | None) -> int:
+    """Number of the style (`Family.styles`) of the keys in the directory that the model came from."""
     if source is not None and native.is_native(source):
-        return native.has_other_key_style(source)
+        return native.key_style(source)
     if source is None or not has_weights(source):
-        return False
-    family = family_named(model.config.family)
-    stored = index_of(source) or read_weights(source).tensors
-    return any(family.canonical_key(key) != key for key in stored)
+        return 0
+    return family_named(model.config.family).style_of(index_of(source) or read_weights(source).tensors)
 
 
 def beside_items(model: Vlm, paths: list[str]) -> list[Item]:

@@ -42,8 +42,8 @@ def is_native(directory: Path) -> bool:
     return (directory / NATIVE).exists()
 
 
-def has_other_key_style(directory: Path) -> bool:
-    """Did it come from HuggingFace files with keys in the family's other style?
+def key_style(directory: Path) -> int:
+    """Number of the style (`Family.styles`) that keys have in the HuggingFace files that it came from.
 
     Raises:
         CheckpointError: written in another format.
@@ -51,15 +51,24 @@ def has_other_key_style(directory: Path) -> bool:
     data = read_json(directory / NATIVE)
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise CheckpointError(f"{directory / NATIVE}: expected an object with format {FORMAT}")
-    return bool(data.get("other_key_style"))
+    style = data.get("other_key_style")
+    return style if isinstance(style, int) else 0
 
 
-def write_into(folder: Path, model: Vlm, other_key_style: bool) -> None:
-    """Fill a folder with a native checkpoint, but for the files that are carried along. For one process."""
+def write_into(folder: Path, model: Vlm, other_key_style: int) -> None:
+    """Fill a folder with a native checkpoint, but for the files that are carried along. For one process.
+
+    Args:
+        folder: it is there.
+        model: whose parameters are written.
+        other_key_style: what `key_style` will give.
+    """
     values = {path: param[...] for path, param in named_parameters(model).items()}
     ocp.save(str(folder.resolve() / PARAMETERS), values)
     digests.write(folder / PARAMETERS)
-    text = json.dumps({"format": FORMAT, "other_key_style": other_key_style, DIGESTS: True}, indent=2) + "\n"
+    # The first two styles are written as false and true.
+    style = bool(other_key_style) if other_key_style < 2 else other_key_style
+    text = json.dumps({"format": FORMAT, "other_key_style": style, DIGESTS: True}, indent=2) + "\n"
     (folder / NATIVE).write_text(text)
     if sidecar.needs_sidecar(model.options):
         (folder / SIDECAR_JSON).write_text(sidecar.options_text(model.options))

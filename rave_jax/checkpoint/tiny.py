@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jax
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from rave_jax.checkpoint.hf_export import export_hf
 from rave_jax.checkpoint.target import abstract_model, check_room, parameter_shardings
@@ -115,7 +115,8 @@ def token_ids(small: SmallModels) -> dict[str, int]:
 
 def byte_tokenizer(family: str = Tiny.family) -> Tokenizer:
     """Byte-level BPE over UTF-8, and the special tokens of the family's chat format. The same at every call."""
-    ids = token_ids(small_models(family))
+    small = small_models(family)
+    ids = token_ids(small)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     assert len(alphabet) == BYTES
     vocab = {char: n for n, char in enumerate(alphabet)} | ids
@@ -124,6 +125,9 @@ def byte_tokenizer(family: str = Tiny.family) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if small.leading:
+        pair = [(small.leading, ids[small.leading])]
+        tokenizer.post_processor = processors.TemplateProcessing(single=f"{small.leading} $A", special_tokens=pair)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in ids])
     return tokenizer

@@ -20,7 +20,8 @@ from rave_jax.typing import NpArray
 LISTED = 100
 """Problems that one error lists; more of them say nothing new."""
 FILES = 4
-HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+HEAD, EMBEDDING = "lm_head.", "model.embed_tokens."
+"""In the keys of the two tensors that may be one."""
 
 
 class Match(NamedTuple):
@@ -29,12 +30,10 @@ class Match(NamedTuple):
     Fields:
         sources: for each parameter the stored tensors, one per layer of a stacked one.
         fresh: parameters with no stored numbers, which begin at their start.
-        other_style: are keys in the family's other style?
     """
 
     sources: dict[str, list[Stored]]
     fresh: list[str]
-    other_style: bool
 
 
 def match(directory: Path, model: Vlm, with_sidecar: bool) -> Match:
@@ -54,11 +53,13 @@ def match(directory: Path, model: Vlm, with_sidecar: bool) -> Match:
     sources: dict[str, dict[int, Stored]] = {}
     broken = _files_without_keys(weights)
     missing: list[str] = []
-    head = found.pop(HEAD, None) if model.config.text.tie_embeddings else None
-    if head is not None and EMBEDDING not in found:
+    rules = rules_of(model)
+    embedding = next(rule.hf_key for rule in rules if rule.path == "embed.weight")
+    head = found.pop(embedding.replace(EMBEDDING, HEAD), None) if model.config.text.tie_embeddings else None
+    if head is not None and embedding not in found:
         # As in transformers: of two tied tensors either may be the one that is stored.
-        found[EMBEDDING], head = head, None
-    for rule in rules_of(model):
+        found[embedding], head = head, None
+    for rule in rules:
         path, index = locate(model, rule)
         stored = found.pop(rule.hf_key, None)
         if stored is None:
@@ -74,9 +75,8 @@ def match(directory: Path, model: Vlm, with_sidecar: bool) -> Match:
         problems += _differing_head(head, sources["embed.weight"][0])
     if problems:
         raise CheckpointError(refusal(directory, problems))
-    style = any(family_named(model.config.family).canonical_key(key) != key for key in weights.tensors)
     ordered = {path: [by_layer[n] for n in sorted(by_layer)] for path, by_layer in sources.items()}
-    return Match(ordered, [] if with_sidecar else extras, style)
+    return Match(ordered, [] if with_sidecar else extras)
 
 
 def _strangers(missing: list[str], unknown: dict[str, Stored], weights: Weights, model: Vlm, broken: bool) -> list[str]:
@@ -92,8 +92,12 @@ def _strangers(missing: list[str], unknown: dict[str, Stored], weights: Weights,
         lines.append(quantized)
         unknown = {key: stored for key, stored in unknown.items() if not explain.QUANTIZED.fullmatch(key)}
     files = " or ".join(weights.files) if len(weights.files) <= FILES else f"{len(weights.files)} files"
-    why = {HEAD: f"; config.json does not tie it to {EMBEDDING} (tie_word_embeddings)"}
-    lines += [f"{key}: missing (not in {files}){why.get(key, '')}" for key in missing if not broken]
+    tie = {
+        key: f"; config.json does not tie it to {key.replace(HEAD, EMBEDDING)} (tie_word_embeddings)"
+        for key in missing
+        if key.endswith(f"{HEAD}weight")
+    }
+    lines += [f"{key}: missing (not in {files}){tie.get(key, '')}" for key in missing if not broken]
     lines += [f"{s.key} ({s.file.name}): no parameter of the model belongs to it" for s in unknown.values()]
     return lines
 

@@ -117,16 +117,21 @@ class ChatTemplate:
         tokenizer: a fast tokenizer of transformers.
         template: the Jinja text.
         special_tokens_in_text: what special tokens are that a message spells out.
+        leading: do the tokens that the tokenizer puts in front of a text stand before a conversation whose text does
+            not begin with `bos_token`? In transformers they do for processors of pictures, and not for tokenizers.
 
     Raises:
         ConfigError: the template asks for too much time or memory, or does not show where an answer begins and ends.
     """
 
-    def __init__(self, tokenizer: Any, template: str, special_tokens_in_text: SpecialTokens = "text"):
+    def __init__(
+        self, tokenizer: Any, template: str, special_tokens_in_text: SpecialTokens = "text", leading: bool = False
+    ):
         self._tokenizer = tokenizer
         self._template = template
         self._literal = special_tokens_in_text == "text"
         self._words = LiteralTokenizer(tokenizer)
+        self._leading = self._words.leading if leading else []
         self._jinja = Template(tokenizer, template)
         self._header = ""
         try:
@@ -171,7 +176,10 @@ class ChatTemplate:
         firsts = np.searchsorted(encoded.starts, places(bounds)).tolist()
         cuts, spoken = firsts[: len(spans.bounds)], firsts[len(spans.bounds) :]
         cuts[0] = cuts[0] if spans.preamble else 0
-        runs = [Run(encoded.ids[: cuts[0]], Role.SYSTEM, (0, 0), ())] if spans.preamble else []
+        bos = self._tokenizer.bos_token
+        leading = [] if bos is not None and scanned.written.startswith(bos) else self._leading
+        preamble = leading + encoded.ids[: cuts[0]]
+        runs = [Run(preamble, Role.SYSTEM, (0, 0), ())] if preamble else []
         for number, message in enumerate(messages):
             begin, end = cuts[number : number + 2]
             # Where an answer starts with line breaks, its first token may also hold the header's: generation never

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from tokenizers import Tokenizer
 
+from rave_jax.config import ConfigError
 from rave_jax.data.sample import SampleError
 from rave_jax.typing import Int, NpArray
 
@@ -55,6 +56,19 @@ class LiteralTokenizer:
         self._literal: Tokenizer | None = None
         self._lock = threading.Lock()
         self._cuts_spaces = self._does_cut_spaces()
+
+    @property
+    def leading(self) -> list[int]:
+        """Ids that the tokenizer puts in front of a text if it is asked for special tokens, such as that of `<s>`.
+
+        Raises:
+            ConfigError: it puts others behind a text.
+        """
+        plain, whole = (self._backend.encode("a", add_special_tokens=asked).ids for asked in (False, True))
+        if whole[len(whole) - len(plain) :] != plain:
+            added = self._backend.decode(whole[-1:], skip_special_tokens=False)
+            raise ConfigError(f"the tokenizer puts {added!r} behind every text; expected nothing behind a prompt")
+        return whole[: len(whole) - len(plain)]
 
     def private(self, token: str) -> str:
         """The private character of a special token."""

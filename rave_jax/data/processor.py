@@ -68,7 +68,7 @@ class Processor:
         self.tokenizer = tokenizer
         self.settings = settings
         self.layout = layout or VisualLayout()
-        self.chat = ChatTemplate(tokenizer, chat_template, special_tokens_in_text)
+        self.chat = ChatTemplate(tokenizer, chat_template, special_tokens_in_text, leading=settings.has_vision)
 
     @classmethod
     def from_hf(
@@ -139,7 +139,7 @@ class Processor:
             grid, frames = video_grid(part["video"], part.get("fps"), self.settings, name)
         else:
             grid, frames = image_grid(part["image"], self.settings, name), None
-        return self._count(self._pieces(kind, grid, frames)), math.prod(grid) * self.settings.patch_sizes.merge
+        return self._count(self._pieces(kind, grid, frames)), self.settings.count_patches(grid)
 
     def _count(self, pieces: Sequence[Piece]) -> int:
         grids = (piece.grid for piece in pieces if piece.grid is not None)
@@ -230,7 +230,7 @@ class Processor:
         longest = self.settings.config.text.longest
         if longest is not None and len(tokens) > longest:
             raise OverBudget(f"{len(tokens)} tokens; the model's longest text is {longest} (RoPE of type 'dynamic')")
-        info, visual_index = _visual_codes(len(tokens), visuals, cuts)
+        info, visual_index = _visual_codes(len(tokens), visuals, cuts, self.settings.patch_sizes.merge)
         info = info._replace(role=spread([int(run.role) for run in runs]), turn=spread(turn))
         example = Example(
             tokens=tokens,
@@ -261,14 +261,16 @@ class Processor:
         return np.array([index for index, _ in found], np.int64)
 
 
-def _visual_codes(length: int, visuals: Sequence[Visual], cuts: Sequence[CutPicture]) -> tuple[TokenInfo, NpArray]:
+def _visual_codes(
+    length: int, visuals: Sequence[Visual], cuts: Sequence[CutPicture], merge: int
+) -> tuple[TokenInfo, NpArray]:
     """Token codes of one document, and which merge unit each visual token holds. The visual tokens, in order, hold the
-    units of the pictures, in the order of their merged grids."""
+    units of the pictures, in the order of their merged grids; `merge` patches are a unit."""
     codes: dict[str, Any] = {name: np.zeros(length, np.int32) for name in TokenInfo._fields}
     codes["document"][:] = 1
     codes["kind"][:] = Kind.TEXT
     codes["offset"][:] = np.arange(length)
-    before = np.cumsum([0, *(len(cut.order) for cut in cuts)])
+    before = np.cumsum([0, *(cut.patches.length // merge for cut in cuts)])
     units = np.concatenate([[], *(cut.order + n for cut, n in zip(cuts, before, strict=False))]).astype(np.int32)
     visual_index = np.zeros(length, np.int32)
     done = 0

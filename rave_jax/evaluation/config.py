@@ -94,11 +94,15 @@ class Eval:
     """The question-only floor, or None. Without it a score does not tell looking from guessing."""
     grounding: Grounding | None = None
     """The check that answers come from the evidence, for sources that can change it (`Synthetic`), or None."""
+    every: int | None = None
+    """Steps of training from one time that it is run to the next; it is run after the last step too. Each time is
+    written to `evaluation/NAME/steps/STEP/` and to the metrics. None: after the last step alone. It says nothing to
+    eval.py."""
 
     def __post_init__(self) -> None:
         require(bool(self.name) and "/" not in self.name, "name", self.name, "the name of a folder")
         check_ranges(self, samples=(1, MOST_SAMPLES), rows=(1, MOST_AT_ONCE), max_new_tokens=(1, MOST_TOKENS))
-        check_ranges(self, tokens=(1, MOST_TOKENS), patches=(0, MOST_PATCHES))
+        check_ranges(self, tokens=(1, MOST_TOKENS), patches=(0, MOST_PATCHES), every=(1, 2**31 - 1))
         check_ranges(self, **dict.fromkeys(("looks", "vas", "routes"), (0, MOST_SAMPLES)))
         require(0 <= self.pictures <= self.looks, "pictures", self.pictures, f"0 to looks ({self.looks})")
         compared = self.grounding is None or self.floor is not None

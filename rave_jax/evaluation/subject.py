@@ -19,6 +19,7 @@ from rave_jax.evaluation.accounting import account
 from rave_jax.evaluation.routing import Route, cells_of
 from rave_jax.evaluation.vas import VasSums, vas_sums, with_vas
 from rave_jax.inference import Completion, Generator, Request, Sampling, SlotConfig
+from rave_jax.inference.programs import SlotState
 from rave_jax.look.maps import Look, on_grid
 from rave_jax.models.forward import Want
 from rave_jax.models.vlm import Vlm
@@ -94,8 +95,16 @@ class ModelSubject:
     """
 
     def __init__(self, model: Vlm, processor: Processor, mesh: Mesh, shape: BatchShape, max_new_tokens: int):
-        """`shape` holds the prompt alone; the answer gets `max_new_tokens` more."""
-        self._model, self._processor, self._mesh = model, processor, mesh
+        """
+        Args:
+            model: on the mesh; an abstract one from `jax.eval_shape` answers nothing before `use`.
+            processor: of the model.
+            mesh: the devices.
+            shape: holds the prompt alone; the answer gets `max_new_tokens` more.
+            max_new_tokens: most tokens of an answer.
+        """
+        self._set(model, no_check)
+        self._processor, self._mesh = processor, mesh
         self._shape, self._sampling = shape, Sampling(max_new_tokens)
         chunk = shape.tokens if model.decoder.looks_ahead else CHUNK
         slots = SlotConfig(
@@ -110,33 +119,61 @@ class ModelSubject:
         )
         self._generator = Generator(model, processor, slots, mesh)
         self._answer_attention = jax.jit(answer_attention, out_shardings=replicated(mesh))
-        self._reading = with_vas(model)
         self._vas_sums = jax.jit(vas_sums, out_shardings=replicated(mesh))
         self._answer_routes = jax.jit(answer_routes, out_shardings=replicated(mesh))
+
+    def shapes(self) -> SlotState:
+        """Shapes of what is kept on the devices to answer."""
+        return self._generator.shapes()
+
+    def use(self, model: Vlm, check: Check = no_check) -> None:
+        """Answer with these weights from here on; no program is compiled again.
+
+        Args:
+            model: built like the one before, in the same places.
+            check: called between two programs, at the same places on all processes; what it raises ends the work.
+        """
+        self._generator.use(model)
+        self._set(model, check)
+
+    def release(self) -> None:
+        """Let go of weights and caches until `use` gives weights."""
+        self._generator.release()
+        self._set(jax.eval_shape(lambda model: model, self._model), no_check)
+
+    def _set(self, model: Vlm, check: Check) -> None:
+        self._model, self._reading, self._check = model, with_vas(model), check
+
+    def fits(self, sample: Sample) -> SampleError | None:
+        """Why a sample's prompt could not be asked, as far as its size is concerned; None where it can."""
+        try:
+            prompt = self._prompt(sample)
+        except SampleError as error:
+            return error
+        tokens, patches = len(prompt.tokens), prompt.patches.length
+        if tokens <= self._shape.tokens and patches <= self._shape.patches:
+            return None
+        return PromptOverBudget(sample.called, tokens, patches, self._shape)
 
     def answer(self, samples: Sequence[Sample]) -> list[Answer | SampleError]:
         asked = [Request(sample.prompt, self._sampling, sample.called) for sample in samples]
         return [
             Answer(end.text.strip(), end.tokens) if isinstance(end, Completion) else self._with_needs(sample, end)
-            for sample, end in zip(samples, self._generator.answers(asked), strict=True)
+            for sample, end in zip(samples, self._generator.answers(asked, self._check), strict=True)
         ]
 
     def _with_needs(self, sample: Sample, error: SampleError) -> SampleError:
         """For a prompt over the budget, how large a budget it needs, in words of the evaluation's config."""
         if not isinstance(error, OverBudget):
             return error
-        try:
-            prompt = self._prompt(sample)
-        except SampleError:  # a text so long that its tokens are not counted
-            return error
-        tokens, patches = len(prompt.tokens), prompt.patches.length
-        if tokens <= self._shape.tokens and patches <= self._shape.patches:
-            return error
-        return PromptOverBudget(sample.called, tokens, patches, self._shape)
+        needs = self.fits(sample)
+        # Another error is that of a text so long that its tokens are not counted.
+        return needs if isinstance(needs, PromptOverBudget) else error
 
     def look(self, samples: Sequence[Sample], answers: Sequence[Answer]) -> list[Look | None]:
         looks: list[Look | None] = []
         for start in range(0, len(samples), self._shape.rows):
+            self._check()
             stop = start + self._shape.rows
             looks += self._look_chunk(samples[start:stop], answers[start:stop])
         return looks
@@ -144,6 +181,7 @@ class ModelSubject:
     def vas(self, samples: Sequence[Sample]) -> VasSums:
         total = ratios = 0.0
         for start in range(0, len(samples), self._shape.rows):
+            self._check()
             part = samples[start : start + self._shape.rows]
             prompts = [self._prompt(sample) for sample in part]
             with use_mesh(self._mesh):
@@ -158,6 +196,7 @@ class ModelSubject:
     def route(self, samples: Sequence[Sample], answers: Sequence[Answer]) -> list[Route | None]:
         routes: list[Route | None] = []
         for start in range(0, len(samples), self._shape.rows):
+            self._check()
             stop = start + self._shape.rows
             routes += self._route_chunk(samples[start:stop], answers[start:stop])
         return routes

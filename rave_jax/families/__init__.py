@@ -9,6 +9,7 @@ import difflib
 import importlib
 
 from rave_jax.config import ConfigError
+from rave_jax.families import qwen2_5_vl, qwen2_vl, qwen3, qwen3_vl
 from rave_jax.families.base import Family, TensorRule
 from rave_jax.families.hf import HfConfig
 
@@ -21,6 +22,7 @@ FOLDERS = (
     "qwen2",
     "qwen3",
     "qwen3_vl",
+    "llava",
     "internvl",
 )
 """Where they are, in this folder. Small random models are of the first one if none is named."""
@@ -55,4 +57,4 @@ def family_for(hf_config: HfConfig) -> Family:
     near = difflib.get_close_matches(stated, FAMILIES, 1, 0.8) if isinstance(stated, str) else []
     # Alike in name, not in what they compute: no "did you mean".
     hint = f"; {near[0]} is another model, with other weights" if near else ""
-    raise ConfigError(f"config.json: 'model_type' is {found}, supported are {' and '.join(FAMILIES)}{hint}")
+    raise ConfigError(f"config.json: 'model_type' is {found}, supported are {', '.join(FAMILIES)}{hint}")

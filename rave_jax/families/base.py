@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -54,7 +55,10 @@ class Family:
     small: SmallModels | None = None
     """What makes a small random model of the family a whole HF directory (`checkpoint/tiny.py`); None: nothing does."""
     prefixes: tuple[tuple[str, str], ...] = ()
-    """(other, canonical) beginnings of keys: checkpoints in the other style load too."""
+    """(other, canonical) beginnings of keys: checkpoints in the other style load too. Where there are several other
+    styles, this is the one in which transformers 5 names its modules."""
+    more_prefixes: tuple[tuple[tuple[str, str], ...], ...] = ()
+    """The same of further styles."""
 
     def load_tower(self) -> Callable[..., Any]:
         """Its class of towers (`models.tower.Tower`).
@@ -68,14 +72,25 @@ class Family:
 
     def canonical_key(self, key: str) -> str:
         """The key in canonical style, whichever style it has."""
-        for other, canonical in self.prefixes:
+        for other, canonical in itertools.chain(*self.styles):
             if key.startswith(other):
                 return canonical + key.removeprefix(other)
         return key
 
-    def other_key(self, key: str) -> str:
-        """A canonical key in the other style."""
-        for other, canonical in self.prefixes:
+    def other_key(self, key: str, style: int = 1) -> str:
+        """A canonical key in another style; 0 is the canonical one."""
+        for other, canonical in self.styles[style]:
             if key.startswith(canonical):
                 return other + key.removeprefix(canonical)
         return key
+
+    @property
+    def styles(self) -> tuple[tuple[tuple[str, str], ...], ...]:
+        """Beginnings of keys that each style changes: the canonical one changes none, `prefixes` is style 1."""
+        return ((), self.prefixes, *self.more_prefixes)
+
+    def style_of(self, keys: Collection[str]) -> int:
+        """The style that most of these keys have; of several the first."""
+        bare = [(key, self.canonical_key(key)) for key in keys]
+        counts = [sum(self.other_key(name, n) == key for key, name in bare) for n in range(len(self.styles))]
+        return counts.index(max(counts))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from rave_jax.config import ConfigError, check_fields, require
 
@@ -18,6 +18,7 @@ MAX_LAYERS = 1024
 MAX_WIDTH = 1 << 20
 MAX_HEADS = 1 << 14
 MAX_VOCAB = 1 << 26
+MAX_EXPERTS = 1 << 14
 MAX_SIDE = 1 << 12
 MAX_INT32 = 2**31 - 1
 # Computed in float32, where an inverse of larger bases is 0.
@@ -89,6 +90,45 @@ class DynamicRope:
 RopeScaling = LinearRope | SmoothRope | DynamicRope
 
 
+class LayerKind(NamedTuple):
+    """What sets a decoder layer apart from others of its model.
+
+    Fields:
+        mlp: one mlp for all tokens, or experts that a router chooses.
+    """
+
+    mlp: Literal["dense", "experts"] = "dense"
+
+
+@dataclass(frozen=True)
+class ExpertsConfig:
+    """Many mlps in place of one, of which a router chooses some for each token."""
+
+    count: int
+    """Experts E."""
+    chosen: int
+    """Experts that each token goes to."""
+    mlp_size: int
+    """Hidden width F of one expert's SwiGLU mlp."""
+    normalise: bool = True
+    """Are the probabilities of the chosen experts divided by their sum?"""
+    balance: float = 0.001
+    """Weight of the load-balancing loss in training."""
+    every: int = 1
+    """Layers n with n + 1 a multiple of it have experts."""
+    dense_layers: tuple[int, ...] = ()
+    """Layers that have one mlp whatever `every` says."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        within(self, {"count": MAX_EXPERTS, "mlp_size": MAX_WIDTH, "every": MAX_LAYERS, "chosen": self.count})
+        require(0 <= self.balance <= 1e6, "balance", self.balance, "a number from 0 to 1e6")
+
+    def in_layer(self, layer: int) -> bool:
+        """Has this layer experts?"""
+        return layer not in self.dense_layers and (layer + 1) % self.every == 0
+
+
 @dataclass(frozen=True)
 class TextConfig:
     """The text decoder."""
@@ -133,6 +173,8 @@ class TextConfig:
     family: str = ""
     """Name of the text family whose config states the decoder inside a model with pictures; empty where the model's
     own family does."""
+    experts: ExpertsConfig | None = None
+    """Experts in place of the mlp of some layers or all; None: every layer has one mlp."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -156,6 +198,13 @@ class TextConfig:
     def longest(self) -> int | None:
         """Most tokens of a document that the decoder computes; None: any number."""
         return self.rope_scaling.longest if isinstance(self.rope_scaling, DynamicRope) else None
+
+    @property
+    def layer_kinds(self) -> tuple[LayerKind, ...]:
+        """The kind of each decoder layer."""
+        experts = self.experts
+        with_experts = (experts is not None and experts.in_layer(n) for n in range(self.num_layers))
+        return tuple(LayerKind("experts" if has else "dense") for has in with_experts)
 
 
 def check_norm_and_rope(config: Any) -> None:

@@ -6,6 +6,7 @@ of these matters but this contract.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,7 +48,8 @@ class CutPicture(NamedTuple):
 
     Fields:
         patches: its patches, frame after frame.
-        order: merge unit, counted from 0 over the whole, of each unit of the merged grid read frame, row, column.
+        order: merge unit, counted from 0 over the whole, of each unit of the merged grid read frame, row, column. Units
+            of the patches that are not named are for the tower alone.
         grid: size of the merged grid (t, h, w).
     """
 
@@ -154,6 +156,10 @@ class PictureRules:
             PictureError: a size that is not taken.
         """
         raise PictureError(NO_PICTURES)
+
+    def count_patches(self, grid: Grid) -> int:
+        """Patches of a picture or video of this merged grid, with all that the tower reads beside those of the grid."""
+        return math.prod(grid) * self.patch_sizes.merge
 
     def cut_image(self, image: Image.Image) -> CutPicture:
         """Patches of an RGB picture, as `image_grid` counts them.

@@ -44,11 +44,13 @@ class SmallModels(NamedTuple):
         special_tokens: of its chat format.
         config: (sizes, rows of the embedding, ids of the special tokens) to the model's config.
         files: (config, ids of the special tokens) to what its JSON files hold, by name.
+        leading: a special token that the tokenizer puts in front of every text; empty: none.
     """
 
     special_tokens: tuple[str, ...]
     config: Callable[[SmallSizes, int, Mapping[str, int]], VlmConfig]
     files: Callable[[VlmConfig, Mapping[str, int]], dict[str, dict[str, Any]]]
+    leading: str = ""
 
 
 CHATML_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections import abc, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -18,6 +18,7 @@ from rave_jax.data.vocabulary import check_vocabulary
 from rave_jax.inference import interrupts
 from rave_jax.inference.buckets import SlotConfig
 from rave_jax.inference.intake import intake
+from rave_jax.inference.programs import SlotState
 from rave_jax.inference.sampling import Sampling
 from rave_jax.inference.slots import Engine, Progress, Reason, Usage
 from rave_jax.inference.text import TextStream
@@ -98,7 +99,7 @@ class Generator:
     thread does all of it.
 
     Args:
-        model: the model, on the mesh.
+        model: the model, on the mesh; an abstract one from `jax.eval_shape` answers nothing before `use`.
         processor: of the model.
         config: sizes of the slots.
         mesh: the devices, or None for a single one.
@@ -134,6 +135,24 @@ class Generator:
         """By the engine's number."""
         self._cancelled: list[int] = []
         self._pieces: deque[Piece] = deque()
+
+    def shapes(self) -> SlotState:
+        """Shapes of what the slots keep on the devices."""
+        return self._engine.shapes()
+
+    def use(self, model: Vlm) -> None:
+        """Answer with these weights from here on; no program is compiled again. No request may be pending.
+
+        Raises:
+            ValueError: the model is built otherwise than the one before.
+        """
+        self._check_idle()
+        self._engine.use(model)
+
+    def release(self) -> None:
+        """Let go of weights and of the slots' memory until `use` gives weights. No request may be pending."""
+        self._check_idle()
+        self._engine.release()
 
     @property
     def usage(self) -> Usage:
@@ -195,12 +214,16 @@ class Generator:
             self._pieces = deque(piece for piece in self._pieces if piece.request != request)
             self._rest_if_idle()
 
-    def answers(self, requests: Iterable[Request]) -> list[Completion | SampleError]:
-        """The whole answer to each request in order, or what was wrong with it."""
-        ends = {piece.request: piece.end for piece in self.stream(requests) if piece.end is not None}
+    def answers(
+        self, requests: Iterable[Request], check: Callable[[], None] | None = None
+    ) -> list[Completion | SampleError]:
+        """The whole answer to each request in order, or what was wrong with it; arguments as in `stream`."""
+        ends = {piece.request: piece.end for piece in self.stream(requests, check) if piece.end is not None}
         return [ends[n] for n in range(len(ends))]
 
-    def stream(self, requests: Iterable[Request | SampleError]) -> abc.Generator[Piece]:
+    def stream(
+        self, requests: Iterable[Request | SampleError], check: Callable[[], None] | None = None
+    ) -> abc.Generator[Piece]:
         """Pieces of all answers as they come. A request that cannot be answered ends with its error; others go on.
 
         Requests are taken when there is room for them. A sequence is read as it stands. Any other iterable is read on
@@ -209,14 +232,13 @@ class Generator:
 
         Args:
             requests: what is asked. A SampleError in place of a request, which could not be made, is its end.
+            check: called before each step, at the same places on all processes; what it raises ends what runs.
 
         Raises:
             RuntimeError: another stream of this generator is open, or submitted requests have not ended; they would
                 take each other's answers.
         """
-        self._check_no_stream()
-        if self.pending:
-            raise RuntimeError("submitted requests have not ended: poll until they have, or cancel them")
+        self._check_idle()
         self._streaming = True
         first = self._given
         source = intake(requests, self._prepare, self._most)
@@ -228,6 +250,8 @@ class Generator:
                     self._put(number, ready)
                 if source.done and not self.pending:
                     return
+                if check is not None:
+                    check()
                 for piece in self._poll(0.0):
                     yield piece._replace(request=piece.request - first)
                     if piece.end is not None:
@@ -240,6 +264,11 @@ class Generator:
     def _check_no_stream(self) -> None:
         if self._streaming:
             raise RuntimeError("a stream of this generator is open: read it to its end or close it first")
+
+    def _check_idle(self) -> None:
+        self._check_no_stream()
+        if self.pending:
+            raise RuntimeError("submitted requests have not ended: poll until they have, or cancel them")
 
     def _next_number(self) -> int:
         self._given += 1

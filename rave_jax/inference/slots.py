@@ -82,6 +82,7 @@ class Engine:
 
     Args:
         model: the model, on the mesh. Its weights are taken as they are now; what is put into it later is not seen.
+            An abstract one from `jax.eval_shape` answers nothing before `use`.
         config: sizes.
         stop_ids: ids that end every answer.
         mesh: the devices, or None for a single one.
@@ -101,8 +102,8 @@ class Engine:
     ):
         self.config = config
         self.usage = Usage()
-        self._model, self._mesh = model, mesh
-        self._leaves, self._structure = jax.tree.flatten(model)
+        self._mesh = mesh
+        self._set(model)
         self._stop_ids = frozenset(stop_ids)
         longest = model.config.text.longest
         if longest is not None:
@@ -120,14 +121,50 @@ class Engine:
         visual = self._buckets.lengths[-1] if model.vision is not None else 0
         sizes = (config.slots, self._buckets.size, config.prefill_rows, visual, config.max_stop_ids)
         self._state_arguments = (*sizes, config.cache, config.regions_in)
-        self._state = self._empty_state()
-        self._lost = False
+        self._state: SlotState | None = None
+        if self._is_abstract:
+            self.shapes()  # what cannot be kept is refused here too
+        else:
+            self._state = self._empty_state()
 
     def _empty_state(self) -> SlotState:
         with self._placed():
             state = jax.jit(empty_state, static_argnums=(1, 2, 3, 4, 5, 6, 7))(self._model, *self._state_arguments)
         # Bound to its device like what the programs give back: else the first of them would be compiled twice.
         return state if self._mesh is not None else _bound(state, jax.tree.leaves(self._model)[0].sharding)
+
+    def shapes(self) -> SlotState:
+        """Shapes of what the slots keep on the devices."""
+        return jax.eval_shape(lambda model: empty_state(model, *self._state_arguments), self._model)
+
+    def use(self, model: Vlm) -> None:
+        """Answer with these weights from here on. No request may wait or run.
+
+        Args:
+            model: of the structure, shapes and places of the one before, so that no program is compiled again.
+
+        Raises:
+            ValueError: its structure is another.
+        """
+        self._check_idle()
+        if jax.tree.structure(model) != self._structure:
+            raise ValueError("the model is built otherwise than the one before: make another engine for it")
+        self._set(model)
+
+    def release(self) -> None:
+        """Let go of weights and of the slots' memory until `use` gives weights. No request may wait or run."""
+        self._check_idle()
+        self._state = None
+        self._set(jax.eval_shape(lambda model: model, self._model))
+
+    def _set(self, model: Vlm) -> None:
+        self._model = model
+        self._leaves, self._structure = jax.tree.flatten(model)
+        self._is_abstract = isinstance(self._leaves[0], jax.ShapeDtypeStruct)
+
+    def _check_idle(self) -> None:
+        if self.waiting or self.running:
+            raise RuntimeError("requests have not ended: step until they have, or cancel them")
 
     @property
     def waiting(self) -> int:
@@ -219,14 +256,16 @@ class Engine:
         So the first token of an answer is given out before anything else is computed. A step that does not come to its
         end ends all requests, since the cache may be lost with it.
         """
-        if self._lost:
-            self._state, self._lost = self._empty_state(), False
+        if self._is_abstract:
+            raise RuntimeError("the engine has no weights: give it some by `use`")
+        if self._state is None:
+            self._state = self._empty_state()
         try:
             return self._step()
         except BaseException:
             self._waiting.clear()
             self._slots = [None] * self.config.slots
-            self._lost = True
+            self._state = None
             raise
 
     def _step(self) -> list[Progress]:

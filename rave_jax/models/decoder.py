@@ -15,16 +15,20 @@ from rave_jax.attention import Cache, CacheType, Features, Keys, LayerKeys, Regi
 from rave_jax.attention.plan import LayeredConfig
 from rave_jax.batch import TokenInfo
 from rave_jax.config import require
-from rave_jax.families.config import TextConfig
+from rave_jax.families.config import LayerKind, TextConfig
 from rave_jax.kernels.attention import MaskCodes
 from rave_jax.models import lora
 from rave_jax.models.config import ModelOptions, attention_dims, window_mechanisms
+from rave_jax.models.experts import Choice, Experts, RouterSums, balance_loss, router_sums
 from rave_jax.models.forward import HIDDEN, Embedded, Output, Want
 from rave_jax.models.layers import Linear, RmsNorm, SwiGlu
 from rave_jax.models.rope import Rotation, rotate, text_rotation
 from rave_jax.models.stack import LayerRun
 from rave_jax.parallel.sharding import current_mesh, shard
 from rave_jax.typing import Array, Bool, Float, Int
+
+ROUTER = "router"
+"""Name of the routers' loss."""
 
 
 class LayerCache(NamedTuple):
@@ -59,6 +63,7 @@ class LayerOutput(NamedTuple):
     attention: Float[Array, "B N H S"] | None
     losses: dict[str, Float[Array, ""]]
     chosen: Bool[Array, "B N H R"] | None
+    router: RouterSums | None = None
 
 
 class Attention(nnx.Module):
@@ -91,12 +96,19 @@ class Attention(nnx.Module):
 class DecoderLayer(nnx.Module):
     """x + attention(norm(x)), then x + mlp(norm(x))."""
 
-    def __init__(self, config: TextConfig, mechanisms: Sequence[LayeredConfig], options: ModelOptions, key: jax.Array):
+    def __init__(
+        self,
+        config: TextConfig,
+        kind: LayerKind,
+        mechanisms: Sequence[LayeredConfig],
+        options: ModelOptions,
+        key: jax.Array,
+    ):
         dtype, D = options.params, config.hidden_size
         # Mechanisms take keys of their own, so that a model with and one without start with equal weights.
         keys = jax.random.split(key, 4)
         self.attention = Attention(config, dtype=dtype, key=keys[0])
-        self.mlp = SwiGlu(D, config.mlp_size, bias=False, dtype=dtype, key=keys[1])
+        self.mlp = _mlp(config, kind, dtype, keys[1])
         self.attention_norm = RmsNorm(D, eps=config.rms_norm_eps, dtype=dtype)
         self.mlp_norm = RmsNorm(D, eps=config.rms_norm_eps, dtype=dtype)
         self.mechanisms = attention.build_mechanisms(mechanisms, attention_dims(config), keys[2])
@@ -122,7 +134,9 @@ class DecoderLayer(nnx.Module):
             regions=self.max_regions,
             progress=at.progress,
         )
-        return LayerOutput(self._after(x, seen.out, at.wanted), seen.attention, seen.losses, seen.chosen)
+        out, choice = self._after(x, seen.out, at.wanted)
+        router = router_sums(choice, at.info_q.document > 0) if losses and choice is not None else None
+        return LayerOutput(out, seen.attention, seen.losses, seen.chosen, router)
 
     def extend(
         self, x: Float[Array, "B T D"], at: Situation, cache: LayerCache
@@ -141,17 +155,29 @@ class DecoderLayer(nnx.Module):
             regions=cache.regions,
             implementation=self.implementation,
         )
-        return self._after(x, out, at.wanted), stored
+        return self._after(x, out, at.wanted)[0], stored
 
     def _after(
         self, x: Float[Array, "B T D"], heads: Float[Array, "B T H h"], wanted: Int[Array, "B N"] | None
-    ) -> Float[Array, "B N D"]:
-        """What the layer makes of x and of what its heads read, for the wanted tokens."""
+    ) -> tuple[Float[Array, "B N D"], Choice | None]:
+        """What the layer makes of x and of what its heads read, for the wanted tokens; and the experts of each."""
         if wanted is not None:
             x, heads = attention.pick(x, wanted), attention.pick(heads, wanted)
         heads = shard(heads, "batch", "length", "heads", None)
         x = shard(x + self.attention.output(heads), "batch", "length", None)
-        return shard(x + self.mlp(self.mlp_norm(x)), "batch", "length", None)
+        hidden = self.mlp_norm(x)
+        if isinstance(self.mlp, Experts):
+            choice = self.mlp.choose(hidden)
+            return shard(x + self.mlp(hidden, choice), "batch", "length", None), choice
+        return shard(x + self.mlp(hidden), "batch", "length", None), None
+
+
+def _mlp(config: TextConfig, kind: LayerKind, dtype: jnp.dtype, key: jax.Array) -> SwiGlu | Experts:
+    """What a layer of this kind does behind its attention."""
+    if kind.mlp == "experts":
+        assert config.experts is not None
+        return Experts(config.experts, config.hidden_size, dtype=dtype, key=key)
+    return SwiGlu(config.hidden_size, config.mlp_size, bias=False, dtype=dtype, key=key)
 
 
 class Decoder(nnx.Module):
@@ -164,13 +190,16 @@ class Decoder(nnx.Module):
     def __init__(self, config: TextConfig, options: ModelOptions, deep_layers: int = 0, *, key: jax.Array):
         mechanisms = (*window_mechanisms(config), *options.mechanisms, *options.context_mechanisms)
         keys = jax.random.split(key, config.num_layers)
-        kinds = [n < deep_layers for n in range(config.num_layers)]
+        layer_kinds = config.layer_kinds
+        kinds = [(kind, n < deep_layers) for n, kind in enumerate(layer_kinds)]
         plans = attention.plan_layer_runs(mechanisms, config.num_layers, options.scan_layers, kinds)
         self.layer_runs = nnx.List(
-            LayerRun(start, stop, lambda k, chosen=chosen: DecoderLayer(config, chosen, options, k), keys)
+            LayerRun(start, stop, functools.partial(DecoderLayer, config, layer_kinds[start], chosen, options), keys)
             for start, stop, chosen in plans
         )
         self.norm = RmsNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=options.params)
+        self.experts = config.experts
+        self.balances = config.experts is not None and config.experts.balance > 0
         self.head_dim = config.head_dim
         self.attention_dims = attention_dims(config)
         self.hidden_size = config.hidden_size
@@ -196,6 +225,7 @@ class Decoder(nnx.Module):
         losses, inputs = want.losses, want.inputs
         seen, entered, routes = [], [], []
         total: dict[str, Array] = {}
+        routers: list[RouterSums] = []
         x = tokens.x
         for run in self.layer_runs:
             at = self._situation(
@@ -204,13 +234,19 @@ class Decoder(nnx.Module):
 
             def body(layer: DecoderLayer, x: Array, deep: Array | None, at: Situation) -> tuple[Array, tuple[Any, ...]]:
                 out = layer(x, at, losses)
-                return _added_deep(out.x, deep, at), (out.attention, out.losses, out.chosen, x if inputs else None)
+                said = out.attention, out.losses, out.chosen, out.router, x if inputs else None
+                return _added_deep(out.x, deep, at), said
 
-            x, (of_queries, found, chosen, before) = run.scan(body, x, _deep_of(run, tokens), at, self.remat)
+            x, (of_queries, found, chosen, router, before) = run.scan(body, x, _deep_of(run, tokens), at, self.remat)
             seen.append(of_queries)
             entered.append(before)
             routes += [] if chosen is None else [chosen]
+            routers += (
+                [] if router is None or not self.balances else [jax.tree.map(lambda x: jnp.sum(x, axis=0), router)]
+            )
             total = _added(total, jax.tree.map(jnp.sum, found))
+        if self.experts is not None and routers:
+            total[ROUTER] = balance_loss(jax.tree.map(lambda *x: sum(x), *routers), self.experts)
         return Output(
             self.norm(x),
             attention=None if want.queries is None else jnp.concatenate(seen),
@@ -220,12 +256,15 @@ class Decoder(nnx.Module):
         )
 
     def loss_weights(self, info: TokenInfo) -> dict[str, Float[Array, ""]]:
-        """What the sums of the mechanisms' losses over these rows are divided by, by name; empty where none has any."""
+        """What the sums of the mechanisms' and routers' losses over these rows are divided by, by name; empty where
+        none has any."""
         total: dict[str, Array] = {}
         for run in self.layer_runs:
             layers = run.stop - run.start
             for mechanism in run.layers.mechanisms:
                 total = _added(total, {name: layers * x for name, x in mechanism.loss_weights(info).items()})
+            if self.balances and isinstance(run.layers.mlp, Experts):
+                total = _added(total, {ROUTER: layers * jnp.sum(info.document > 0, dtype=jnp.float32)})
         return total
 
     def extend[C: Cache](

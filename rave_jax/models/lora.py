@@ -11,6 +11,7 @@ from flax import nnx
 
 from rave_jax.config import ConfigError
 from rave_jax.models.config import Lora
+from rave_jax.models.experts import Experts
 from rave_jax.models.layers import Adapter, Linear
 
 
@@ -50,13 +51,36 @@ def attach(layer: nnx.Module, prefix: str, lora: Lora | None, dtype: jnp.dtype, 
             )
 
 
-def check_targets(lora: Lora | None, known: Iterable[str]) -> None:
+def experts(module: nnx.Module, prefix: str) -> list[str]:
+    """Dotted paths, with `prefix` in front, of what belongs to experts below `module`."""
+    found: list[str] = []
+    for name, child in vars(module).items():
+        if isinstance(child, Experts):
+            found += [f"{prefix}{name}.{part}" for part, one in vars(child).items() if isinstance(one, nnx.Module)]
+        elif isinstance(child, nnx.Module):
+            found += experts(child, f"{prefix}{name}.")
+    return found
+
+
+def check_targets(lora: Lora | None, known: Iterable[str], of_experts: Iterable[str] = ()) -> None:
     """Refuse targets that name no linear.
 
+    Args:
+        lora: the adapters.
+        known: paths of linears.
+        of_experts: paths of what belongs to experts.
+
     Raises:
-        ConfigError: names the unknown targets and all known ones.
+        ConfigError: names the unknown targets, those of experts, and all that are known.
     """
-    known = list(known)
+    of_experts = set(of_experts)
+    known = [path for path in dict.fromkeys(known) if path not in of_experts]
+    refused = [] if lora is None else [target for target in lora.targets if target in of_experts]
+    if refused:
+        raise ConfigError(
+            f"lora.targets names {', '.join(refused)}, which are parts of experts and take no adapter; expected some "
+            f"of {', '.join(known)}"
+        )
     unknown = [] if lora is None else [target for target in lora.targets if target not in known]
     if unknown:
         raise ConfigError(f"lora.targets names {', '.join(unknown)}, expected some of {', '.join(known)}")

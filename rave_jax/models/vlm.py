@@ -52,16 +52,10 @@ class Vlm(nnx.Module):
         self.lm_head: Linear | None = nnx.data(
             None if text.tie_embeddings else Linear(*head, ("vocab", "embed"), bias=False, dtype=dtype, key=keys[3])
         )
-        lora.check_targets(options.lora, self._linears())
-
-    def _linears(self) -> list[str]:
-        stacks = {"decoder.": self.decoder, "vision.": self.vision}
-        return [
-            path
-            for prefix, stack in stacks.items()
-            if stack is not None
-            for path in lora.linears(stack.layer_runs[0].layers, prefix)
-        ]
+        runs = [(run.layers, "decoder.") for run in self.decoder.layer_runs]
+        runs += [] if self.vision is None else [(run.layers, "vision.") for run in self.vision.layer_runs]
+        linears = (path for layers, prefix in runs for path in lora.linears(layers, prefix))
+        lora.check_targets(options.lora, linears, (path for run in runs for path in lora.experts(*run)))
 
     def embed_images(self, patches: Patches) -> ImageFeatures:
         """What the tower makes of rows of patches [B,P, ...].

@@ -85,6 +85,11 @@ class Watchdog:
         finally:
             self._now = outer and outer._replace(since=time.monotonic())
 
+    def again(self) -> None:
+        """Something that is waited for has come, and more of its kind follows, with as much time."""
+        if self._now is not None:
+            self._now = self._now._replace(since=time.monotonic())
+
     @contextlib.contextmanager
     def paused(self) -> Generator[None]:
         """For work that has its own time limits."""

@@ -79,7 +79,7 @@ class TrainConfig:
     tensorboard: bool = True
     """Write TensorBoard events beside metrics.jsonl?"""
     final: tuple[Eval | Report, ...] = ()
-    """Evaluations and reports after the last step, in order."""
+    """Evaluations and reports after the last step, in order. Evaluations with `every` are run between steps too."""
     extended: tuple[Extension, ...] = ()
     """The run's extensions to more steps. train.py writes it; a given value is ignored."""
 
@@ -93,6 +93,17 @@ class TrainConfig:
         require(0 <= self.seed < 2**32, "seed", self.seed, "0 to 2^32 - 1")
         warmup = self.optimizer.warmup
         require(warmup < self.steps, "optimizer.warmup", warmup, f"fewer than the run's {self.steps} steps")
+        self._check_evaluations()
+
+    def _check_evaluations(self) -> None:
+        """Those that are run between steps have their time, and a folder each."""
+        names = [stage.name for stage in self.final if isinstance(stage, Eval)]
+        for number, stage in enumerate(self.final):
+            if isinstance(stage, Eval) and stage.every is not None:
+                within = f"at most the run's {self.steps} steps, or None for the last step alone"
+                require(stage.every <= self.steps, f"final.{number}.every", stage.every, within)
+                alone = "a name that no other evaluation of the run has, since `every` is set"
+                require(names.count(stage.name) == 1, f"final.{number}.name", stage.name, alone)
 
 
 def check_same_run(old: TrainConfig, new: TrainConfig, directory: str) -> None:

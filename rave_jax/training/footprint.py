@@ -1,7 +1,8 @@
-"""What a batch takes in memory at the least, so that one that cannot fit is refused before any of it is made."""
+"""What a batch or an evaluation takes in memory at the least: what cannot fit is refused before any of it is made."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -35,3 +36,15 @@ def least_activations(config: TrainConfig, vlm: VlmConfig, mesh: Mesh) -> Any:
         jax.ShapeDtypeStruct(pixels, jnp.uint8, sharding=NamedSharding(mesh, rows)),
         jax.ShapeDtypeStruct(inputs, config.model.compute, sharding=NamedSharding(mesh, PartitionSpec(None, *rows))),
     )
+
+
+def least_spread(arrays: Any, mesh: Mesh) -> jax.ShapeDtypeStruct:
+    """Stands for arrays of which only the shapes are known: their bytes, spread evenly over the devices.
+
+    Args:
+        arrays: pytree of shapes.
+        mesh: the devices.
+    """
+    total = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(arrays))
+    spread = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+    return jax.ShapeDtypeStruct((mesh.size * -(-total // mesh.size),), jnp.uint8, sharding=spread)

@@ -5,15 +5,17 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 
 from rave_jax.checkpoint.store import PARAMETERS, Store, StoreError
+from rave_jax.config import ConfigError
+from rave_jax.data.sample import SampleError
 from rave_jax.observe.metrics import MetricsWriter
 from rave_jax.observe.progress import ProgressReport
 from rave_jax.observe.waiting import WaitMeter
-from rave_jax.parallel import hosts, notes
+from rave_jax.parallel import agree, hosts, notes
 from rave_jax.parallel.sharding import use_mesh
 from rave_jax.parallel.stopping import StopRequest
 from rave_jax.parallel.watchdog import Watchdog
@@ -25,6 +27,7 @@ from rave_jax.training.step import StepMetrics
 SLOW_DATA = "is the disk or network under it alive? if the data is just slow, raise hosts.step_timeout"
 SLOW_STEP = "has another process stopped, or a device? if steps are only slow, raise hosts.step_timeout"
 SLOW_SAVE = "does the disk under output_dir still take files? if it is only slow, raise hosts.step_timeout"
+SLOW_EVALUATION = "has another process stopped, or a device? if programs are only slow, raise hosts.step_timeout"
 
 
 class NonFiniteError(RuntimeError):
@@ -37,6 +40,29 @@ class Schedule(NamedTuple):
     steps: int
     log_every: int
     save_every: int
+
+
+class EvaluationEnded(Exception):
+    """An evaluation was ended because the job is to end."""
+
+
+class Evaluated(Protocol):
+    """What the loop needs of the evaluations between steps (`training/evaluations.py`)."""
+
+    def due(self, step: int) -> bool:
+        """Is there one when so many steps are done?"""
+        ...
+
+    def run(
+        self,
+        step: int,
+        model: Any,
+        check: Callable[[], None],
+        say: Callable[[str], None],
+        write: Callable[[dict[str, float]], None],
+    ) -> None:
+        """Run them with a model, or take their results where they are there; `check` may end it."""
+        ...
 
 
 class Loop:
@@ -52,6 +78,7 @@ class Loop:
         progress: ProgressReport,
         watchdog: Watchdog,
         stop: StopRequest,
+        evaluations: Evaluated | None = None,
     ):
         """
         Args:
@@ -63,9 +90,11 @@ class Loop:
             progress: what the terminal shows.
             watchdog: told what is waited for.
             stop: whether the job is to end.
+            evaluations: what is evaluated between steps.
         """
         self._session, self._schedule, self._store, self._bad_directory = session, schedule, store, bad_directory
         self._writers, self._progress, self._watchdog, self._stop = writers, progress, watchdog, stop
+        self._evaluations = evaluations
         self._wait = WaitMeter()
         self._tokens, self._clock = 0, time.monotonic()
         self._saved = -1
@@ -90,7 +119,8 @@ class Loop:
         Raises:
             NonFiniteError: loss or gradient is not finite; the state before that step is in `bad_directory`.
             Interrupted: the job was asked to end; the state of the last finished step is saved.
-            StoreError: a checkpoint or metrics could not be written.
+            StoreError: a checkpoint, metrics or an evaluation could not be written.
+            ConfigError, SampleError: an evaluation cannot be run. A job of one process has saved the state.
             HostsError: the processes stopped with different states, which are not saved.
         """
         start = done = int(state.step)
@@ -99,6 +129,7 @@ class Loop:
         compiled: set[tuple[int, ...]] = set()
         batches = Feed(source, self._session.mesh, rows, start, self._schedule.steps, ahead)
         with use_mesh(self._session.mesh), self._stop.training(), batches as feed:
+            self._evaluate(start, state)  # what the run that is continued had not done
             for step in range(start, self._schedule.steps):
                 begun = time.monotonic()
                 with self._watchdog.during(f"the data of step {step + 1}: {describe(step)}", 1, SLOW_DATA, save=True):
@@ -129,12 +160,15 @@ class Loop:
                 elif warning := self._wait.add(fed.waited, time.monotonic() - begun):
                     self._progress.say(warning)
                 self._store.check()
-                if done % self._schedule.save_every == 0:
+                saves = done % self._schedule.save_every == 0
+                if saves or self._is_evaluated(done):
                     if late is not None:
                         self._finish(*late, state, source, describe)
                         late = None
                     if self._refused() is None:
-                        self._save(done, state, fed.data)
+                        self._evaluate(done, state, fed.data)
+                        if saves:
+                            self._save(done, state, fed.data)
             if fed is not None:
                 if late is not None:
                     self._finish(*late, state, source, describe)
@@ -161,6 +195,44 @@ class Loop:
         self._saved = done
         with self._watchdog.during(f"the checkpoint of step {done}", Watchdog.LONG, SLOW_SAVE):
             self._store.save(done, parameters_of(state), state.optimizer, data)
+
+    def _is_evaluated(self, done: int) -> bool:
+        return self._evaluations is not None and self._evaluations.due(done)
+
+    def _evaluate(self, done: int, state: TrainState, data: dict[str, Any] | None = None) -> None:
+        """Run the evaluations that are due. A stop request ends them, and the run that continues runs them again.
+
+        Args:
+            data: state of the source, to save where an evaluation cannot be run; None of a state that is saved.
+        """
+        if self._evaluations is None or not self._evaluations.due(done):
+            return
+        began = time.monotonic()
+        write, say = lambda values: self._write(done, values), self._progress.say
+        try:
+            with self._watchdog.during(f"the evaluation after step {done}", Watchdog.LONG, SLOW_EVALUATION):
+                self._go_on()
+                model = self._session.graph.merge(state.trained | state.frozen)
+                self._evaluations.run(done, model, self._go_on, say, write)
+        except EvaluationEnded:
+            say(f"the evaluation after step {done} was ended; the same command runs it")
+        except (ConfigError, SampleError):
+            # Other processes may wait in the evaluation, and would not come to save.
+            if data is not None and hosts.place().processes == 1:
+                self._save(done, state, data)
+                self._store.wait()
+            raise
+        self._clock += time.monotonic() - began
+
+    def _go_on(self) -> None:
+        """Called between two pieces of an evaluation, by all processes alike.
+
+        Raises:
+            EvaluationEnded: the job is to end, as the first process knows it.
+        """
+        self._watchdog.again()
+        if agree.from_first(self._stop.asked is not None):
+            raise EvaluationEnded
 
     def _refused(self) -> int | None:
         """The first step that was refused because a process stood in for data that did not come, or None."""

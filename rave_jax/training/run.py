@@ -20,6 +20,7 @@ from rave_jax.checkpoint.tiny import Tiny
 from rave_jax.config import ConfigError
 from rave_jax.data.pipeline import Pipeline
 from rave_jax.data.processor import Processor
+from rave_jax.data.sample import Source
 from rave_jax.evaluation.config import Eval, Report
 from rave_jax.evaluation.report import write_report
 from rave_jax.evaluation.suites import evaluate, open_checked
@@ -37,8 +38,9 @@ from rave_jax.parallel.watchdog import Watchdog
 from rave_jax.training.claim import Claim, claimed
 from rave_jax.training.config import TrainConfig, check_can_be_read_again
 from rave_jax.training.directory import RunDirectory, run_directory
+from rave_jax.training.evaluations import Evaluations
 from rave_jax.training.feed import Ahead
-from rave_jax.training.footprint import least_activations
+from rave_jax.training.footprint import least_activations, least_spread
 from rave_jax.training.init import model_config, source_of
 from rave_jax.training.loop import Loop, Schedule
 from rave_jax.training.session import Session, group_rows, make_session
@@ -92,9 +94,10 @@ def _run(config: TrainConfig, watchdog: Watchdog, stop: StopRequest) -> None:
     with use_mesh(mesh), claimed(directory, config) as claim:
         vlm = model_config(config.init, claim.model)
         with watchdog.during("the data of evaluations to open", Watchdog.LONG):
-            _check_final(config, vlm.text.num_layers)
+            sampled = _check_final(config, vlm.text.num_layers)
+        model = abstract_model(vlm, config.model)
         session = make_session(
-            abstract_model(vlm, config.model),
+            model,
             config.optimizer,
             mesh,
             steps=config.steps,
@@ -108,6 +111,10 @@ def _run(config: TrainConfig, watchdog: Watchdog, stop: StopRequest) -> None:
         check_room(directory.checkpoints, kept * local_bytes(session.state) - present)
         processor = config.data.processor(claim.model, config.model.layout)
         pipeline = Pipeline(config.data, processor, sources)
+        evaluations = Evaluations(config, sampled, model, processor, mesh, directory)
+        for number, shapes in evaluations.shapes().items():
+            held = (session.state, least_spread(shapes, mesh))
+            check_memory(held, f"parameters, optimizer state and the slots of final.{number} (rows, tokens, patches)")
         if not claim.steps:
             with watchdog.during("the first sample", Watchdog.LONG):
                 pipeline.samples(0, 0)  # budgets that no sample fits are known before anything is written
@@ -117,24 +124,27 @@ def _run(config: TrainConfig, watchdog: Watchdog, stop: StopRequest) -> None:
         with watchdog.during("the weights to be read", Watchdog.LONG):
             state = _first_or_saved_state(config, session, directory, claim, pipeline)
         with Store(directory.checkpoints, config.keep) as store:
-            state = _train(config, session, directory, claim, store, state, pipeline, watchdog, stop)
+            evaluations.after_step, evaluations.continued = claim.after_step, claim.past is not None
+            state = _train(config, session, directory, claim, store, state, pipeline, watchdog, stop, evaluations)
         model = session.graph.merge(state.trained | state.frozen)
         del state  # the optimizer's part of it is not needed any more
         with watchdog.during("what follows the last step", math.inf):
             try:
-                finish(config, model, processor, mesh, directory)
+                finish(config, model, processor, mesh, directory, evaluations)
             except OSError as error:
                 raise StoreError(f"training is done and saved, but the evaluation or report failed: {error}") from error
 
 
-def _check_final(config: TrainConfig, num_layers: int) -> None:
-    """What follows the last step is known to be possible before the first."""
+def _check_final(config: TrainConfig, num_layers: int) -> dict[int, Source]:
+    """What follows the last step is known to be possible before the first; the samples of evaluations by place."""
+    sources = {}
     for number, stage in enumerate(config.final):
         if isinstance(stage, Eval):
             try:
-                open_checked(stage, num_layers)
+                sources[number] = open_checked(stage, num_layers)
             except ConfigError as error:
                 raise ConfigError(f"final.{number}: {error}") from error
+    return sources
 
 
 def _first_or_saved_state(
@@ -168,6 +178,7 @@ def _train(
     pipeline: Pipeline,
     watchdog: Watchdog,
     stop: StopRequest,
+    evaluations: Evaluations,
 ) -> TrainState:
     start = claim.after_step
     first = hosts.is_first()
@@ -181,7 +192,7 @@ def _train(
         elif start:
             progress.say(f"continuing after step {start} of {config.steps}")
         schedule = Schedule(config.steps, config.log_every, config.save_every)
-        loop = Loop(session, schedule, store, directory.bad_step, writers, progress, watchdog, stop)
+        loop = Loop(session, schedule, store, directory.bad_step, writers, progress, watchdog, stop, evaluations)
         ahead = Ahead(config.data.prefetch, config.data.workers)
         return loop.run(state, pipeline, config.data.rows, lambda step: _describe(config, step), ahead)
 
@@ -221,15 +232,28 @@ def _describe(config: TrainConfig, step: int) -> str:
     return f"{rows} under data seed {config.data.seed}, from {names}"
 
 
-def finish(config: TrainConfig, model: Vlm, processor: Processor, mesh: Mesh, directory: RunDirectory) -> None:
+def finish(
+    config: TrainConfig,
+    model: Vlm,
+    processor: Processor,
+    mesh: Mesh,
+    directory: RunDirectory,
+    evaluations: Evaluations,
+) -> None:
     """What is done after the last step."""
     console = Console()
-    for stage in config.final:
+    for number, stage in enumerate(config.final):
         match stage:
             case Eval():
-                summary = evaluate(stage, model, processor, mesh, directory.evaluation(stage.name))
-                if hosts.is_first():
+                out = directory.evaluation(stage.name)
+                if evaluations.handles(number):
+                    summary = evaluations.last(number)
+                else:
+                    summary = evaluate(stage, model, processor, mesh, out)
+                if hosts.is_first() and summary is not None:
                     print_summary(summary, console)
+                elif hosts.is_first():
+                    console.print(f"evaluation {stage.name} was run before: {out / 'summary.json'}", soft_wrap=True)
             case Report():
                 if hosts.is_first():
                     console.print(f"report: {write_report(stage, directory.path)}", soft_wrap=True)

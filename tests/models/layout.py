@@ -11,7 +11,7 @@ import numpy as np
 
 from rave_jax.batch import Batch, Kind, Patches, Role, TokenInfo
 from rave_jax.families.config import VlmConfig
-from rave_jax.families.qwen2_5_vl.config import VisionConfig
+from rave_jax.families.grids.config import GridTowerConfig
 from rave_jax.layout import ContextTokens
 
 
@@ -86,10 +86,10 @@ def document(
     return doc
 
 
-def _add_patches(doc: Document, visual: Visual, vision: VisionConfig, rng: np.random.Generator) -> dict:
+def _add_patches(doc: Document, visual: Visual, vision: GridTowerConfig, rng: np.random.Generator) -> dict:
     """Add a picture's patches window by window; returns which merge unit of the document each token's place is."""
     m = vision.merge_size
-    side = vision.window_size // m // vision.patch_size * m
+    side = max(visual.h, visual.w) if vision.window_units is None else vision.window_units * m
     pixels = rng.integers(0, 256, (visual.t, visual.h, visual.w, vision.patch_width), dtype=np.uint8)
     kind = "video" if visual.video else "image"
     raster = [

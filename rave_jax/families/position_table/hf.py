@@ -70,10 +70,9 @@ def parse_model(hf: HfConfig, family: str) -> VlmConfig:
         ConfigError: a key is missing or asks for what is not computed.
     """
     text = needed(hf, "text_config")
-    # As in transformers: the head is tied where either of the two places says so.
-    tied = flag(hf, "tie_word_embeddings") or flag(text, "tie_word_embeddings", TEXT)
     return VlmConfig(
-        text=parse_text(text, tied),
+        # As in transformers: what `text_config` says of the head counts for nothing.
+        text=parse_text(text, tied=flag(hf, "tie_word_embeddings")),
         vision=parse_vision(needed(hf, "vision_config")),
         **markers(hf),
         eos_token_ids=eos_ids(text, EOS_ID, TEXT),

@@ -3,6 +3,7 @@
 from rave_jax.families.base import Family
 from rave_jax.families.position_table.pictures import timed_pictures
 from rave_jax.families.qwen3_vl.config import ARCHITECTURE, MODEL_TYPE, parse, render
+from rave_jax.families.qwen3_vl.small import SMALL
 from rave_jax.families.qwen3_vl.tensors import tensors
 
 FAMILY = Family(
@@ -13,4 +14,5 @@ FAMILY = Family(
     tensors=tensors,
     pictures=timed_pictures,
     tower="rave_jax.families.position_table.tower",
+    small=SMALL,
 )

@@ -1,0 +1,166 @@
+"""The rules of LLaVA's pictures: one size, cropped or stretched, as transformers' processors have them, without torch.
+
+The pixels are those of transformers' `CLIPImageProcessorPil`, `LlavaImageProcessorPil` and `SiglipImageProcessorPil`
+(5.23.0), bit for bit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from rave_jax.config import ConfigError
+from rave_jax.families.config import VlmConfig, tower_of
+from rave_jax.families.pictures import (
+    CutPicture,
+    Encode,
+    Frames,
+    PictureError,
+    PictureRules,
+    Piece,
+    ProcessorFiles,
+    VisualKind,
+)
+from rave_jax.families.processor_files import bicubic, number_or_none, sides, steps
+from rave_jax.families.vit import VitConfig, cut_pictures
+from rave_jax.layout import Grid
+from rave_jax.typing import NpArray, UInt8
+
+MAX_ASPECT = 200
+CLIP, LLAVA, SIGLIP = "CLIP", "Llava", "Siglip"
+KINDS = (CLIP, LLAVA, SIGLIP)
+PROCESSORS = {f"{kind}ImageProcessor{end}": kind for kind in KINDS for end in ("", "Fast", "Pil")}
+PROCESSORS["CLIPFeatureExtractor"] = CLIP
+"""Classes in transformers to what they do."""
+
+
+@dataclass(frozen=True)
+class Pictures(PictureRules):
+    """Pictures that all become one size."""
+
+    shortest_edge: int | None = None
+    """What the shorter side is resized to before the middle is cut out; None: the picture is stretched to a square."""
+    squared: bool = False
+    """Is a picture first made a square, with stripes of the mean colour at its longer sides?"""
+
+    @property
+    def vision(self) -> VitConfig:
+        """The tower, which sets the sizes of patches."""
+        return tower_of(self.config, VitConfig)
+
+    def image_grid(self, height: int, width: int) -> Grid:
+        """Merged grid, the same for every size."""
+        check_aspect(height, width)
+        return 1, self.vision.side, self.vision.side
+
+    def count_patches(self, grid: Grid) -> int:
+        """Patches of a picture, its class token among them."""
+        return self.vision.places
+
+    def cut_image(self, image: Image.Image) -> CutPicture:
+        """Patches of a picture, in front of them the class token."""
+        grid = self.image_grid(image.height, image.width)
+        tower = self.vision
+        first = int(tower.class_token and not tower.class_feature)
+        order = np.arange(first, tower.places, dtype=np.int32)
+        return CutPicture(cut_pictures([self.resized(image)], tower), order, grid)
+
+    def expand(self, kind: VisualKind, grid: Grid, frames: Frames | None, encode: Encode) -> tuple[Piece, ...]:
+        """The placeholder once for each visual token; the class token, where it is one, counts as a picture of its
+        own, since it has no place in the grid."""
+        one = np.full(1, self.image_token_id, np.int32)
+        own = (Piece(one, (1, 1, 1)),) if self.vision.class_feature else ()
+        return (*own, Piece(one.repeat(math.prod(grid)), grid))
+
+    def resized(self, image: Image.Image) -> UInt8[NpArray, "H W 3"]:
+        """The pixels of a picture in the size of the tower."""
+        side = self.vision.image_size
+        if self.squared:
+            image = squared(image, self.vision.pixel_mean)
+        if self.shortest_edge is None:
+            return np.asarray(image.resize((side, side), Image.Resampling.BICUBIC))
+        width, height = image.size
+        short, long = self.shortest_edge, int(self.shortest_edge * max(width, height) / min(width, height))
+        size = (short, long) if width <= height else (long, short)
+        return middle(np.asarray(image.resize(size, Image.Resampling.BICUBIC)), side)
+
+
+def check_aspect(height: int, width: int) -> None:
+    """Refuse an empty picture and one that is much longer than wide: it would be resized to very many pixels.
+
+    Raises:
+        PictureError: it is one.
+    """
+    if min(height, width) < 1 or max(height, width) > MAX_ASPECT * min(height, width):
+        raise PictureError(
+            f"{width} x {height} pixels: the sides must be within a factor of {MAX_ASPECT} of each other"
+        )
+
+
+def squared(image: Image.Image, mean: tuple[float, ...]) -> Image.Image:
+    """The picture in the middle of a square of its longer side, which has the mean colour."""
+    side = max(image.size)
+    colour = tuple(int(x * 255) for x in mean)
+    square = Image.new("RGB", (side, side), (colour[0], colour[1], colour[2]))
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square
+
+
+def middle(pixels: UInt8[NpArray, "H W 3"], side: int) -> UInt8[NpArray, "side side 3"]:
+    """The square in the middle of a picture, with black where the picture is smaller."""
+    whole = np.zeros((side, side, 3), np.uint8)
+    into, out = zip(*(_middle(length, side) for length in pixels.shape[:2]), strict=True)
+    whole[into] = pixels[out]
+    return whole
+
+
+def _middle(length: int, side: int) -> tuple[slice, slice]:
+    """Which part of the square is filled, from which part of the picture."""
+    if length >= side:
+        start = (length - side) // 2
+        return slice(0, side), slice(start, start + side)
+    start = -(-(side - length) // 2)
+    return slice(start, start + length), slice(0, length)
+
+
+def pictures(config: VlmConfig, files: ProcessorFiles) -> Pictures:
+    """The rules of a model, from the file of its image processor.
+
+    Raises:
+        ConfigError: it asks for processing that is not done here.
+    """
+    file, image = files.image_file, files.image
+    kind = _kind(file, image)
+    steps(file, image, ("do_resize", "do_rescale", "do_normalize"))
+    bicubic(file, image)
+    size, crop = image.get("size"), image.get("crop_size")
+    tower = tower_of(config, VitConfig)
+    default = None if kind == SIGLIP else {"shortest_edge": 224}
+    edge = number_or_none(file, "size", default if size is None else size, "shortest_edge")
+    crops = image.get("do_center_crop", kind != SIGLIP)
+    if edge is not None and not crops:
+        raise ConfigError(f"{file}: do_center_crop is {crops!r}, expected True where size is the shortest edge alone")
+    made = sides(file, "crop_size", 224 if crop is None else crop) if crops else sides(file, "size", size or 224)
+    if edge is None and sides(file, "size", size or 224) != made:
+        raise ConfigError(f"{file}: size is {size!r}, expected that of crop_size {crop!r}: pictures are not cut twice")
+    if made != (tower.image_size, tower.image_size):
+        name, found = ("crop_size", crop) if crops else ("size", size)
+        raise ConfigError(
+            f"{file}: {name} is {found!r}, expected {tower.image_size} x {tower.image_size}, the image_size of "
+            "vision_config"
+        )
+    return Pictures(config, edge, kind == LLAVA and bool(image.get("do_pad", False)))
+
+
+def _kind(file: Path, image: Mapping[str, Any]) -> str:
+    stated = image.get("image_processor_type") or image.get("feature_extractor_type") or "CLIPImageProcessor"
+    if stated not in PROCESSORS:
+        names = ", ".join(f"{kind}ImageProcessor" for kind in KINDS)
+        raise ConfigError(f"{file}: image_processor_type is {stated!r}, expected one of {names}")
+    return PROCESSORS[stated]

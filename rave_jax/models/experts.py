@@ -1,0 +1,198 @@
+"""Mixture of experts: a router chooses some of many mlps for each token (arXiv 2101.03961, 2401.06066).
+
+Every choice is computed: tokens are sorted by expert, and each expert multiplies the rows that it was given
+(`kernels.grouped`). On a mesh the experts are split over the `experts` axis of the sharding rules. A device computes
+what its own experts add to its tokens, and the parts are summed, as those of an mlp that is split over the same mesh
+axis.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import PartitionSpec
+
+from rave_jax.families.config import ExpertsConfig
+from rave_jax.kernels.grouped import grouped_product
+from rave_jax.models.initial import normal
+from rave_jax.models.layers import Axes, keep_inputs, product
+from rave_jax.parallel.sharding import current_mesh, partition_spec, shard
+from rave_jax.typing import Array, Bool, Float, Int
+
+
+class Choice(NamedTuple):
+    """What the router makes of each token, N experts of E.
+
+    Fields:
+        expert: numbers of the chosen experts, the best first.
+        weight: what each of them counts.
+        probability: of every expert.
+    """
+
+    expert: Int[Array, "B T N"]
+    weight: Float[Array, "B T N"]
+    probability: Float[Array, "B T E"]
+
+
+class RouterSums(NamedTuple):
+    """What the loss of routers is made of: sums over tokens, which layers add up.
+
+    Fields:
+        chosen: how often each expert was chosen.
+        probability: of each expert.
+    """
+
+    chosen: Float[Array, "E"]
+    probability: Float[Array, "E"]
+
+
+class ExpertWeights(nnx.Module):
+    """A matrix [out, in] for each of E experts. It takes no adapter."""
+
+    def __init__(self, shape: tuple[int, int, int], axes: Axes, *, dtype: jnp.dtype, key: jax.Array):
+        self.weight = nnx.Param(normal(key, shape, shape[-1] ** -0.5, dtype), axes=axes)
+
+
+class Router(nnx.Module):
+    """Scores of every expert from a token."""
+
+    def __init__(self, count: int, width: int, *, dtype: jnp.dtype, key: jax.Array):
+        # A row for each expert: whole on every device but for its width.
+        self.weight = nnx.Param(normal(key, (count, width), width**-0.5, dtype), axes=(None, "embed"))
+
+
+class Experts(nnx.Module):
+    """The sum over the chosen experts of weight * down(silu(gate(x)) * up(x)), in place of a layer's mlp."""
+
+    def __init__(self, config: ExpertsConfig, width: int, *, dtype: jnp.dtype, key: jax.Array):
+        E, F = config.count, config.mlp_size
+        keys = jax.random.split(key, 4)
+        # The mesh axis of "mlp" is that of "experts": an expert is whole on its device.
+        into, out = ("experts", None, "embed"), ("experts", "embed", None)
+        self.router = Router(E, width, dtype=dtype, key=keys[0])
+        self.gate = ExpertWeights((E, F, width), into, dtype=dtype, key=keys[1])
+        self.up = ExpertWeights((E, F, width), into, dtype=dtype, key=keys[2])
+        self.down = ExpertWeights((E, width, F), out, dtype=dtype, key=keys[3])
+        self.chosen = config.chosen
+        self.normalise = config.normalise
+
+    def choose(self, x: Float[Array, "B T D"]) -> Choice:
+        """The experts of each token, and what they count. Scores and probabilities are float32."""
+        scores = product(x, self.router.weight[...].astype(x.dtype), jnp.dtype(jnp.float32))
+        probability = jax.nn.softmax(shard(scores, "batch", "length", None), axis=-1)
+        weight, expert = jax.lax.top_k(probability, self.chosen)
+        if self.normalise:
+            weight = weight / jnp.sum(weight, axis=-1, keepdims=True)
+        return Choice(expert, weight, probability)
+
+    def __call__(self, x: Float[Array, "B T D"], choice: Choice) -> Float[Array, "B T D"]:
+        """What the chosen experts make of each token, in x's number type."""
+        weights = [part.weight[...].astype(x.dtype) for part in (self.gate, self.up, self.down)]
+        mesh = current_mesh()
+        if mesh is None or mesh.size == 1:
+            return _of_experts(x, choice.expert, choice.weight, *weights)
+        rows = partition_spec(("batch", None, None), x.shape, mesh)
+        experts = partition_spec(("experts", None, None), weights[0].shape, mesh)
+        axes = experts[0]
+
+        def on_device(x: Array, expert: Array, weight: Array, *weights: Array) -> Array:
+            if axes is None:
+                return _of_experts(x, expert, weight, *weights)
+            first = jax.lax.axis_index(axes) * weights[0].shape[0]
+            return jax.lax.psum(_of_experts(x, expert - first, weight, *weights, others=True), axes)
+
+        split = jax.shard_map(
+            on_device,
+            mesh=mesh,
+            in_specs=(rows, rows, rows, *(PartitionSpec(axes),) * 3),
+            out_specs=rows,
+            check_vma=False,  # loops over blocks of rows do not say how their results vary
+        )
+        return split(x, choice.expert, choice.weight, *weights)
+
+
+def router_sums(choice: Choice, real: Bool[Array, "B T"]) -> RouterSums:
+    """Sums over the tokens that are real, which padding is not."""
+    count, real = choice.probability.shape[-1], real[..., None]
+    # A sum of comparisons, not a scatter: E is small.
+    chosen = choice.expert[..., None] == jnp.arange(count)
+    return RouterSums(
+        jnp.sum(chosen & real[..., None], axis=(0, 1, 2), dtype=jnp.float32),
+        jnp.sum(jnp.where(real, choice.probability, 0.0), axis=(0, 1)),
+    )
+
+
+def balance_loss(sums: RouterSums, config: ExpertsConfig) -> Float[Array, ""]:
+    """The load-balancing loss of these tokens, weighted, times their number: equations 4 to 6 of arXiv 2101.03961.
+
+    Per token it is `balance` * E * sum over e of f[e] p[e], where f is the share of tokens that expert e was chosen for
+    and p its mean probability, over all layers with experts, as in transformers' `load_balancing_loss_func`. f has no
+    gradient.
+    """
+    tokens = jnp.maximum(jnp.sum(sums.chosen) / config.chosen, 1.0)
+    return config.balance * config.count * jnp.sum(sums.chosen * sums.probability) / tokens
+
+
+def _of_experts(
+    x: Float[Array, "B T D"],
+    expert: Int[Array, "B T N"],
+    weight: Float[Array, "B T N"],
+    gate: Float[Array, "E F D"],
+    up: Float[Array, "E F D"],
+    down: Float[Array, "E D F"],
+    *,
+    others: bool = False,
+) -> Float[Array, "B T D"]:
+    """What these experts add to each token.
+
+    Args:
+        expert: numbers of the chosen experts, of which those from 0 to E - 1 are these.
+        others: may there be other numbers?
+    """
+    E, N = gate.shape[0], expert.shape[-1]
+    number = expert.reshape(-1)
+    number = jnp.where((number >= 0) & (number < E), number, E) if others else number
+    order = jnp.argsort(number, stable=True)
+    place = jnp.argsort(order)
+    sizes = jnp.sum(number[:, None] == jnp.arange(E), axis=0, dtype=jnp.int32)
+    mine = (jnp.arange(order.size) < jnp.sum(sizes))[:, None] if others else None
+
+    def own(rows: Array) -> Array:
+        # Rows behind all groups are undefined after a product, and so are their gradients.
+        return rows if mine is None else jnp.where(mine, rows, 0)
+
+    rows = own(_to_experts(x.reshape(-1, x.shape[-1]), order, place, N))
+    counts = own(weight.reshape(-1)[order].astype(x.dtype)[:, None])
+
+    def rest(gated: Array, upped: Array) -> Array:
+        return own(grouped_product(jax.nn.silu(gated) * upped * counts, down, sizes))
+
+    made = keep_inputs(rest)(own(grouped_product(rows, gate, sizes)), own(grouped_product(rows, up, sizes)))
+    return _to_tokens(made, order, place, N).reshape(x.shape)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _to_experts(x: Float[Array, "M D"], order: Int[Array, "A"], place: Int[Array, "A"], N: int) -> Float[Array, "A D"]:
+    """Each token's row N times, in the order of experts. `place` is where each choice stands in that order."""
+    return x[order // N]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _to_tokens(y: Float[Array, "A D"], order: Int[Array, "A"], place: Int[Array, "A"], N: int) -> Float[Array, "M D"]:
+    """The sum of the N rows of each token: the transpose of `_to_experts`."""
+    return jnp.sum(y[place].reshape(-1, N, y.shape[-1]), axis=1, dtype=jnp.float32).astype(y.dtype)
+
+
+# A gather each way: the compiler would make a scatter of the gradient of a gather.
+_to_experts.defvjp(
+    lambda x, order, place, N: (_to_experts(x, order, place, N), (order, place)),
+    lambda N, kept, gradient: (_to_tokens(gradient, *kept, N), None, None),
+)
+_to_tokens.defvjp(
+    lambda y, order, place, N: (_to_tokens(y, order, place, N), (order, place)),
+    lambda N, kept, gradient: (_to_experts(gradient, *kept, N), None, None),
+)

@@ -1,0 +1,84 @@
+"""A small model of each family, with its processor and conversations: what generic tests run over.
+
+A family is in here as soon as it says how small models of it are made (`Family.small`).
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from rave_jax.checkpoint.tiny import Tiny, tiny_config, write_tiny_files
+from rave_jax.data.processor import Processor
+from rave_jax.data.sample import Example, Message
+from rave_jax.families import FAMILIES
+from rave_jax.families.config import VlmConfig
+from rave_jax.models.config import ModelOptions
+from rave_jax.models.vlm import Vlm
+from tests.data.pictures import noise
+from tests.models import made
+
+EVERY = tuple(name for name, family in FAMILIES.items() if family.small is not None)
+WITH_PICTURES = tuple(name for name in EVERY if FAMILIES[name].tower)
+SIZES: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_layers": 2,
+    "num_heads": 4,
+    "mlp_size": 48,
+    "vision_hidden_size": 32,
+    "vision_layers": 2,
+    "vision_heads": 2,
+    "vision_mlp_size": 64,
+    "window_size": 28,
+    "patch_size": 7,
+}
+OTHER: dict[str, dict[str, Any]] = {}
+"""Where a family needs other sizes than these."""
+
+
+class Small(NamedTuple):
+    """A small model."""
+
+    config: VlmConfig
+    processor: Processor
+
+    def model(self, options: ModelOptions, seed: int = 0) -> Vlm:
+        """The model with random numbers in every parameter."""
+        return made.model(self.config, options, seed)
+
+    def encode(self, *messages: Message, generation: bool = False) -> Example:
+        """A conversation in numbers."""
+        return self.processor.encode(messages, add_generation_prompt=generation)
+
+
+def small(family: str, options: ModelOptions) -> Small:
+    """The small model of a family, as it is used with these options."""
+    sizes = Tiny(**{**SIZES, **OTHER.get(family, {}), "family": family})
+    with tempfile.TemporaryDirectory() as folder:
+        write_tiny_files(Path(folder), sizes)
+        processor = Processor.from_hf(folder, layout=options.layout)
+    return Small(tiny_config(sizes), processor)
+
+
+def question(text: str, *pictures: tuple[int, int], seed: int = 0) -> Message:
+    """A question of a user behind pictures of these sizes, from noise."""
+    parts = [{"type": "image", "image": noise(*size, seed=seed + n)} for n, size in enumerate(pictures)]
+    return {"role": "user", "content": [*parts, {"type": "text", "text": text}]}
+
+
+def answer(text: str) -> Message:
+    """The answer to it."""
+    return {"role": "assistant", "content": text}
+
+
+def with_pictures(family: str) -> tuple[tuple[int, int], ...]:
+    """Sizes of two odd pictures; none for a text family."""
+    return ((30, 44), (21, 64)) if family in WITH_PICTURES else ()
+
+
+def largest_difference(a: np.ndarray, b: np.ndarray) -> float:
+    """As a part of the largest in size."""
+    return float(np.abs(a - b).max() / np.abs(b).max())

@@ -1,0 +1,135 @@
+"""What holds for every family: a new one is tested here as soon as it is in the registry."""
+
+from __future__ import annotations
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rave_jax.attention import Gaze, Rave
+from rave_jax.batch import Batch
+from rave_jax.data.collate import BatchShape, collate, smallest_shape
+from rave_jax.data.sample import Example
+from rave_jax.evaluation.subject import with_answer
+from rave_jax.families import FAMILIES
+from rave_jax.inference import Completion, Generator, Request, Sampling, SlotConfig
+from rave_jax.layout import ContextTokens
+from rave_jax.models.config import ModelOptions
+from rave_jax.models.parameters import named_parameters, shardings
+from rave_jax.models.vlm import Vlm
+from rave_jax.parallel.mesh import MeshConfig, make_mesh
+from rave_jax.parallel.rows import global_batch
+from rave_jax.parallel.sharding import use_mesh
+from tests.families.every import EVERY, Small, answer, largest_difference, question, small, with_pictures
+from tests.families.test_families import abstract, assert_one_to_one
+
+MECHANISMS = (Rave(rank=2), Gaze(top_k=2, max_regions=16))
+"""RAVE and Gaze in one layer; beside them come context tokens where there are pictures."""
+EACH = pytest.mark.parametrize("family", EVERY)
+
+
+def options_of(family: str) -> ModelOptions:
+    """All of this project's own mechanisms, which are about pictures."""
+    return ModelOptions(MECHANISMS, context=ContextTokens(2)) if with_pictures(family) else ModelOptions()
+
+
+@jax.jit
+def hidden_states(model: Vlm, batch: Batch) -> jax.Array:
+    with jax.default_matmul_precision("highest"):
+        return model.forward(batch).hidden
+
+
+def batch_of(of: Small, rows: list[list[Example]], shape: BatchShape | None = None) -> Batch:
+    sizes = of.processor.settings.patch_sizes
+    return collate(rows, shape or smallest_shape(rows, 8, sizes.window), sizes)
+
+
+@EACH
+def test_every_tensor_of_a_checkpoint_is_one_parameter(family: str) -> None:
+    of, record = small(family, options_of(family)), FAMILIES[family]
+    model = abstract(of.config, ModelOptions())
+    assert_one_to_one(model, record.tensors(of.config))
+    rendered = json.loads(json.dumps(record.render(of.config)))
+    assert record.parse(rendered) == of.config
+
+
+@EACH
+def test_a_packed_document_is_the_document_alone(family: str) -> None:
+    """Bit for bit whatever stands before it in its row, and but for rounding what it is in a row of its own."""
+    options = options_of(family)
+    of, sizes = small(family, options), with_pictures(family)
+    first = of.encode(question("12?", *sizes), answer("56"))
+    other = of.encode(question("34?", *sizes, seed=7), answer("78"))
+    second = of.encode(question("And here?", *sizes[:1], seed=3), answer("none"))
+    assert len(first.tokens) == len(other.tokens)
+    found = np.asarray(hidden_states(of.model(options), batch_of(of, [[first, second], [other, second], [second]])))
+    start, stop = len(first.tokens), len(first.tokens) + len(second.tokens)
+    assert np.isfinite(found).all()
+    np.testing.assert_array_equal(found[0, start:stop], found[1, start:stop])
+    assert largest_difference(found[0, :start], found[1, :start]) > 1e-3, "the first documents differ"
+    assert largest_difference(found[0, start:stop], found[2, : len(second.tokens)]) < 2e-5
+
+
+@pytest.mark.slow
+@EACH
+def test_answers_in_slots_are_those_of_whole_passes(family: str) -> None:
+    """Prompts are read in chunks, into slots that were used before, and the next token is what one pass says."""
+    options = options_of(family)
+    of, sizes = small(family, options), with_pictures(family)
+    model = of.model(options)
+    asked = [question("Where is it?", *sizes), question("Is it?"), question("How many are there?", *sizes[::-1])]
+    slots = SlotConfig(slots=2, max_length=512, chunk=32, smallest=32, patches=256)
+    with jax.default_matmul_precision("highest"):
+        ends = list(Generator(model, of.processor, slots).answers([Request([m], Sampling(6)) for m in asked]))
+    prompts = [of.encode(message, generation=True) for message in asked]
+    answered = [end for end in ends if isinstance(end, Completion)]
+    assert len(answered) == len(asked)
+    rows = [[with_answer(prompt, end.tokens)] for prompt, end in zip(prompts, answered, strict=True)]
+    hidden = hidden_states(model, batch_of(of, rows))
+    logits = np.asarray(jax.jit(lambda model, x: model.logits(x))(model, hidden))
+    for n, (prompt, end) in enumerate(zip(prompts, answered, strict=True)):
+        begin = len(prompt.tokens) - 1
+        np.testing.assert_array_equal(logits[n, begin : begin + len(end.tokens)].argmax(-1), end.tokens)
+
+
+@pytest.mark.slow
+@EACH
+def test_eight_devices_compute_what_one_does(family: str) -> None:
+    options = options_of(family)
+    of, sizes = small(family, options), with_pictures(family)
+    model = of.model(options)
+    rows = [[of.encode(question(f"Number {n}?", *sizes, seed=n), answer("four"))] for n in range(4)]
+    shape = smallest_shape(rows, 8, of.processor.settings.patch_sizes.window)
+    alone = np.asarray(hidden_states(model, batch_of(of, rows, shape)))
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
+
+    def load(span: range) -> Batch:
+        return batch_of(of, rows[span.start : span.stop], shape._replace(rows=len(span)))
+
+    with use_mesh(mesh):
+        found = hidden_states(jax.device_put(model, shardings(model, mesh)), global_batch(load, mesh, len(rows)))
+    assert largest_difference(np.asarray(found), alone) < 2e-5
+
+
+@pytest.mark.slow
+@EACH
+def test_every_parameter_learns(family: str) -> None:
+    """Gradients of a loss are finite, and none is zero but of what the family keeps and does not compute."""
+    options = options_of(family)
+    of, sizes = small(family, options), with_pictures(family)
+    model = of.model(options)
+    batch = batch_of(of, [[of.encode(question("Which of these?", *sizes), answer("both"))]])
+
+    def loss(model: Vlm) -> jax.Array:
+        scores = jax.nn.log_softmax(model.logits(model.forward(batch).hidden))
+        following = np.roll(batch.tokens, -1, axis=1)[..., None]
+        return -jnp.take_along_axis(scores, following, axis=-1).mean()
+
+    gradients = named_parameters(jax.jit(jax.grad(loss))(model))
+    for path, gradient in gradients.items():
+        values = np.asarray(gradient[...])
+        assert np.isfinite(values).all(), path
+        assert np.abs(values).max() > 0, path
