@@ -9,7 +9,6 @@ import difflib
 import importlib
 
 from rave_jax.config import ConfigError
-from rave_jax.families import qwen2_5_vl, qwen2_vl, qwen3, qwen3_vl
 from rave_jax.families.base import Family, TensorRule
 from rave_jax.families.hf import HfConfig
 
