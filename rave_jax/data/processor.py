@@ -230,6 +230,9 @@ class Processor:
                 if piece.grid is not None:
                     visuals.append(Visual(start, piece.grid, piece.seconds))
                 start += len(piece.tokens)
+        longest = self.settings.config.text.longest
+        if longest is not None and len(tokens) > longest:
+            raise OverBudget(f"{len(tokens)} tokens; the model's longest text is {longest} (RoPE of type 'dynamic')")
         info, visual_index = _visual_codes(len(tokens), visuals, cuts, self.settings.patch_sizes.merge)
         info = info._replace(role=spread([int(run.role) for run in runs]), turn=spread(turn))
         example = Example(
