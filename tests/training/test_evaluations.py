@@ -264,6 +264,14 @@ def test_budgets_that_no_sample_fits_are_refused_before_the_first_step(tmp_path:
     assert not (tmp_path / "run").exists()
 
 
+def test_caches_that_do_not_fit_beside_training_are_refused_before_the_first_step(tmp_path: Path) -> None:
+    large = dataclasses.replace(HELDOUT, rows=2**16, tokens=2**18, every=2)
+    said = r"parameters, optimizer state and the slots of final\.0 \(rows, tokens, patches\) need .* GB of memory"
+    with pytest.raises(ConfigError, match=said):
+        train(config(tmp_path / "run", final=(large,)))
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_time_of_a_watchdog_begins_anew_with_each_piece() -> None:
     dog = Watchdog(1.0)
     with dog.during("an evaluation"):
