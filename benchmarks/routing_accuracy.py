@@ -88,7 +88,7 @@ def squared(sample: Sample, side: int) -> Sample:
 def routing(model: Vlm, processor: Processor, asked: list[Sample], side: int, rows: int = 8) -> RoutingSummary:
     """What the model chooses for them, against their boxes."""
     prompts = [processor.encode(sample.prompt, add_generation_prompt=True, name=sample.id) for sample in asked]
-    patches = round_up(max(p.patches.length for p in prompts), processor.settings.patch_sizes.window)
+    patches = round_up(max(p.patches.length for p in prompts), processor.rules.patch_sizes.window)
     shape = BatchShape(round_up(rows, jax.device_count()), max(len(p.tokens) for p in prompts), patches)
     subject = ModelSubject(model, processor, make_mesh(MeshConfig()), shape, 1)
     routes = subject.route(asked, [Answer("")] * len(asked))

@@ -33,7 +33,7 @@ def lay_out(example: Example, layout: VisualLayout) -> Example:
 def region_major(example: Example) -> Example:
     """The example with the tokens of every region side by side, the context tokens of a picture behind its regions.
 
-    Everything that is known of a token moves with it; `place` still says where it stands in its document, and that is
+    Everything that is known of a token moves with it; `offset` still says where it stands in its document, and that is
     what masks go by.
     """
     info = example.info

@@ -89,7 +89,7 @@ def test_its_model_goes_through_files(processor: Processor, tmp_path: Path) -> N
         np.testing.assert_array_equal(param[...], named_parameters(again)[path][...], err_msg=path)
 
     rows = [[processor.encode(conversation(np.full((8, 8, 3), shade, np.uint8)))] for shade in (0, 255)]
-    settings, example = processor.settings, rows[0][0]
+    settings, example = processor.rules, rows[0][0]
     shape = BatchShape(2, len(example.tokens), example.patches.length)
     batch = collate(rows, shape, settings.patch_sizes)
     black, white = np.asarray(jax.jit(lambda model, batch: model.forward(batch).hidden)(again, batch))[:, -1]
