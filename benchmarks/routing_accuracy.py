@@ -110,7 +110,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the rows here")
     given = parser.parse_args()
     data = Path(os.environ.get("RAVE_JAX_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data")
-    model, _, _ = source.load(given.model)
+    model = source.load(given.model).model
     processor = source.processor_of(given.model)
     results = []
     for name in SETS:

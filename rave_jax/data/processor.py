@@ -237,7 +237,7 @@ class Processor:
             visual_index=visual_index,
             patches=join_patches([cut.patches for cut in cuts], self.rules.patch_sizes.numbers),
         )
-        return lay_out(example, self.layout)
+        return lay_out(example, self.layout, one_axis=not self.rules.config.text.mrope_section)
 
     def _cut(self, part: Message) -> tuple[CutPicture, Frames | None]:
         name = part.get("name", "")
