@@ -20,6 +20,7 @@ FOLDERS = (
     "llama",
     "qwen2",
     "qwen3",
+    "qwen3_moe",
     "qwen3_vl",
     "llava",
     "internvl",

@@ -100,7 +100,7 @@ _whole = jax.jit(lambda model, rows: model.forward(rows).hidden)
 @pytest.mark.parametrize(
     ("mechanisms", "context", "scan"),
     [
-        ((), None, True),
+        pytest.param((), None, True, marks=pytest.mark.slow),
         ((GAZE,), ContextTokens(2), True),
         pytest.param((), ContextTokens(1), False, marks=pytest.mark.slow),
         pytest.param((GAZE, SlidingWindow(9, layers=(0,))), None, True, marks=pytest.mark.slow),
@@ -136,7 +136,8 @@ def gradients(model: Vlm, rows: Batch) -> Vlm:
     return jax.grad(loss)(model)
 
 
-@pytest.mark.parametrize("remat", ["full", pytest.param("dots", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", ["full", "dots"])
 def test_every_parameter_learns_alike_whatever_is_kept(remat: Remat) -> None:
     rows = a_row(a_model())
     plain, again = (gradients(a_model(ModelOptions(remat=kind)), rows) for kind in ("none", remat))
