@@ -229,7 +229,7 @@ class ModelSubject:
 
     def _has_video(self, example: Example) -> bool:
         """With a video in it, the first visual of a prompt need not be its first picture."""
-        return bool(np.any(example.tokens == self._processor.settings.video_token_id))
+        return bool(np.any(example.tokens == self._processor.rules.video_token_id))
 
     def _answered(self, samples: Sequence[Sample], answers: Sequence[Answer]) -> _Answered:
         prompts = [self._prompt(sample) for sample in samples]
@@ -248,11 +248,11 @@ class ModelSubject:
             return _Answered(prompts, examples, self._batch(examples, shape), *placed)
 
     def _batch(self, examples: Sequence[Example], shape: BatchShape) -> Batch:
-        settings = self._processor.settings
+        rules = self._processor.rules
 
         def load(span: range) -> Batch:
             mine = [[example] for example in examples[span.start : span.stop]]
-            return collate(mine, shape._replace(rows=len(span)), settings.patch_sizes)
+            return collate(mine, shape._replace(rows=len(span)), rules.patch_sizes)
 
         return global_batch(load, self._mesh, shape.rows)
 

@@ -158,7 +158,7 @@ def test_tokens_and_logits_are_those_of_transformers(folder: Path, family: str) 
     examples = [processor.encode(m, add_generation_prompt=True) for m in asked_of(folder, family)]
     for number, example in enumerate(examples):
         np.testing.assert_array_equal(example.tokens, theirs[f"tokens{number}"], err_msg=f"conversation {number}")
-    sizes = processor.settings.patch_sizes
+    sizes = processor.rules.patch_sizes
     rows = [[example] for example in examples]
     batch = collate(rows, smallest_shape(rows, 8, sizes.window), sizes)
 
