@@ -76,6 +76,7 @@ CASES = {
         Case("llama", pictures=TEXT),
         Case("qwen2", pictures=TEXT),
         Case("qwen3", pictures=TEXT),
+        Case("qwen3_moe", pictures=TEXT),
     )
 }
 
