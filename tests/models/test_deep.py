@@ -88,8 +88,8 @@ def cut_at(vlm: Vlm, rows: Batch, cuts: list[int]) -> np.ndarray:
             rows.visual_index[:, cut] if visual else None,
             places[:, cut] if visual and vlm.options.layout.regions is not None else None,
         )
-        hidden, cache = _extend(vlm, chunk, cache, features if visual else None)
-        found.append(hidden)
+        out, cache = _extend(vlm, chunk, cache, features if visual else None)
+        found.append(out.hidden)
     return np.concatenate(found, axis=1)
 
 
@@ -125,7 +125,7 @@ def test_wanted_tokens_get_them_too_where_the_last_layer_does() -> None:
     wanted = jnp.array([[4, 29]])
     assert rows.info.kind[0, 4] == Kind.VISUAL
     found, _ = jax.jit(lambda m, r, c: m.prefill(r, c, wanted=wanted))(vlm, rows, vlm.empty_cache(1, 32))
-    np.testing.assert_allclose(found, _whole(vlm, rows)[:, wanted[0]], atol=2e-5)
+    np.testing.assert_allclose(found.hidden, _whole(vlm, rows)[:, wanted[0]], atol=2e-5)
 
 
 @jax.jit

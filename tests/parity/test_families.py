@@ -73,10 +73,12 @@ CASES = {
         Case("qwen3_vl", frames=(56, 84)),
         Case("qwen3_vl_moe", frames=(56, 84)),
         Case("qwen2_vl", frames=(56, 84)),
+        Case("llava"),
         Case("internvl", {"patch_size": 8}, pictures=((), ((61, 90),), ((17, 120), (64, 40), (33, 33), (20, 100)))),
         Case("llama", pictures=TEXT),
         Case("qwen2", pictures=TEXT),
         Case("qwen3", pictures=TEXT),
+        Case("qwen3_moe", pictures=TEXT),
     )
 }
 
