@@ -73,6 +73,7 @@ CASES = {
     for case in (
         Case("qwen2_5_vl", frames=(56, 84)),
         Case("qwen3_vl", frames=(56, 84)),
+        Case("qwen3_vl_moe", frames=(56, 84)),
         Case("qwen2_vl", frames=(56, 84)),
         Case("llava"),
         Case("internvl", {"patch_size": 8}, pictures=((), ((61, 90),), ((17, 120), (64, 40), (33, 33), (20, 100)))),
