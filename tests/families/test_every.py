@@ -26,7 +26,7 @@ from rave_jax.parallel.sharding import use_mesh
 from tests.families.every import EVERY, Small, answer, largest_difference, question, small, with_pictures
 from tests.families.test_families import abstract, assert_one_to_one
 
-MECHANISMS = (Rave(rank=2), Gaze(top_k=2, max_regions=16))
+MECHANISMS = (Rave(rank=2), Gaze(top_k=2, max_regions=32))
 """RAVE and Gaze in one layer; beside them come context tokens where there are pictures."""
 EACH = pytest.mark.parametrize("family", EVERY)
 
