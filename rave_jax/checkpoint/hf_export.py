@@ -11,7 +11,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import jax
 import ml_dtypes
@@ -112,13 +112,14 @@ def export_hf(
     rules = rules_of(model, tensor_layout(model, source))
     backbone = [item(tuple(group)) for _, group in itertools.groupby(rules, lambda rule: rule.hf_key)]
     beside = beside_items(model, extras)
-    files = _divide(backbone, max_shard_bytes) | ({SIDECAR: beside} if beside else {})
+    files = divided(backbone, max_shard_bytes) | ({SIDECAR: beside} if beside else {})
     total = sum(i.planned.nbytes for items in files.values() for i in items)
     with written_whole(Path(destination), total) as folder:
         for name, items in files.items():
             write_tensors(None if folder is None else folder / name, items, model)
         if folder is not None:
-            _write_index(folder, {name: items for name, items in files.items() if name != SIDECAR})
+            weights = {name: [i.planned for i in items] for name, items in files.items() if name != SIDECAR}
+            write_index(folder, weights)
             options = dataclasses.replace(model.options, lora=None) if merges else model.options
             _write_config(folder, model, source, options)
             sentences = notes(options, model.options.lora, lora, rounding(model, dtype))
@@ -170,9 +171,16 @@ def _layer_shape(shape: tuple[int, ...], index: int | None) -> tuple[int, ...]:
     return shape if index is None else shape[1:]
 
 
-def _divide(items: list[Item], limit: int) -> dict[str, list[Item]]:
-    """Files in order, none above the limit unless for one tensor."""
-    groups: list[list[Item]] = [[]]
+class Written(Protocol):
+    """Something that becomes a tensor of a file."""
+
+    @property
+    def planned(self) -> Planned: ...
+
+
+def divided[T: Written](items: list[T], limit: int) -> dict[str, list[T]]:
+    """Weight files in order by name, none above the limit unless for one tensor."""
+    groups: list[list[T]] = [[]]
     size = 0
     for item in items:
         if groups[-1] and size + item.planned.nbytes > limit:
@@ -228,10 +236,11 @@ def _value(model: Vlm, params: Mapping[str, nnx.Param], location: Location, rule
     return joined(parts, rules)
 
 
-def _write_index(folder: Path, files: dict[str, list[Item]]) -> None:
+def write_index(folder: Path, files: Mapping[str, list[Planned]]) -> None:
+    """The index of several weight files; one alone needs none."""
     if len(files) > 1:
-        total = sum(i.planned.nbytes for items in files.values() for i in items)
-        where = {i.planned.key: name for name, items in files.items() for i in items}
+        total = sum(tensor.nbytes for tensors in files.values() for tensor in tensors)
+        where = {tensor.key: name for name, tensors in files.items() for tensor in tensors}
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 

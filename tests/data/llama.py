@@ -27,9 +27,14 @@ def llama_tokenizer(file: Path, legacy: bool) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
 
 
+def llama_pieces(file: Path) -> list[tuple[str, float]]:
+    """Text and score of each piece of the vocabulary."""
+    return list(_pieces(file.read_bytes()))
+
+
 @functools.lru_cache
 def _model(file: Path) -> models.BPE:
-    pieces = list(_pieces(file.read_bytes()))
+    pieces = llama_pieces(file)
     vocab = {piece: number for number, (piece, _) in enumerate(pieces)}
     scores = dict(pieces)
     splits = ((piece, piece[:n], piece[n:]) for piece in vocab for n in range(1, len(piece)))
