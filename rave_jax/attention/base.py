@@ -126,7 +126,7 @@ class Mechanism(nnx.Module):
         return positions
 
     def mask(self, info_q: TokenInfo, info_k: TokenInfo, codes: MaskCodes) -> MaskCodes:
-        """Other mask codes. With a cache, `info_k` is 0 in slots that hold nothing yet.
+        """Other mask codes. With a cache, `info_k` is 0 in entries that hold nothing yet.
 
         Those who own nothing of the codes speak first, so that they find them plain: `order` numbers the keys, and
         `hi` is where the query itself stands among them.

@@ -138,7 +138,7 @@ ROUTES: dict[str, type[FirstToken]] = {
 
 
 def first(info: TokenInfo) -> Bool[Array, "B S"]:
-    """Which tokens are the first of their document; an empty slot of a cache is none."""
+    """Which tokens are the first of their document; an empty entry of a cache is none."""
     return (info.offset == 0) & (info.document > 0)
 
 

@@ -70,9 +70,9 @@ class _Job:
     given: int = 0
 
     def length_after(self, steps: int) -> int:
-        """Tokens in its slot after so many more, those kept by region left out; the newest answer token is never there
-        yet."""
-        return self.prompt.slots + min(self.given + steps, self.prompt.limit) - 1
+        """Entries that it takes after so many more tokens, those of regions left out. The newest token of an answer
+        has none yet."""
+        return self.prompt.entries + min(self.given + steps, self.prompt.limit) - 1
 
 
 class Engine:
