@@ -233,7 +233,7 @@ class Processor:
         longest = self.rules.config.text.longest
         if longest is not None and len(tokens) > longest:
             raise OverBudget(f"{len(tokens)} tokens; the model's longest text is {longest} (RoPE of type 'dynamic')")
-        info, visual_index = _visual_codes(len(tokens), visuals, cuts, self.rules.patch_sizes.merge)
+        info, visual_index = _visual_codes(len(tokens), visuals, cuts)
         info = info._replace(role=spread([int(run.role) for run in runs]), turn=spread(turn))
         example = Example(
             tokens=tokens,
@@ -241,7 +241,7 @@ class Processor:
             info=info,
             positions=self.rules.positions(len(tokens), visuals),
             visual_index=visual_index,
-            patches=join_patches([cut.patches for cut in cuts], self.rules.patch_sizes.numbers),
+            patches=join_patches([cut.patches for cut in cuts], self.rules.patch_sizes),
         )
         return lay_out(example, self.layout, one_axis=not self.rules.config.text.mrope_section)
 
@@ -264,16 +264,14 @@ class Processor:
         return np.array([index for index, _ in found], np.int64)
 
 
-def _visual_codes(
-    length: int, visuals: Sequence[Visual], cuts: Sequence[CutPicture], merge: int
-) -> tuple[TokenInfo, NpArray]:
+def _visual_codes(length: int, visuals: Sequence[Visual], cuts: Sequence[CutPicture]) -> tuple[TokenInfo, NpArray]:
     """Token codes of one document, and which merge unit each visual token holds. The visual tokens, in order, hold the
-    units of the pictures, in the order of their merged grids; `merge` patches are a unit."""
+    units of the pictures, in the order of their merged grids."""
     codes: dict[str, Any] = {name: np.zeros(length, np.int32) for name in TokenInfo._fields}
     codes["document"][:] = 1
     codes["kind"][:] = Kind.TEXT
     codes["offset"][:] = np.arange(length)
-    before = np.cumsum([0, *(cut.patches.length // merge for cut in cuts)])
+    before = np.cumsum([0, *(len(cut.order) for cut in cuts)])
     units = np.concatenate([[], *(cut.order + n for cut, n in zip(cuts, before, strict=False))]).astype(np.int32)
     visual_index = np.zeros(length, np.int32)
     done = 0

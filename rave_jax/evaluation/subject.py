@@ -144,7 +144,7 @@ class ModelSubject:
     def _set(self, model: Vlm, check: Check) -> None:
         self._model, self._reading, self._check = model, with_vas(model), check
 
-    def fits(self, sample: Sample) -> SampleError | None:
+    def why_not(self, sample: Sample) -> SampleError | None:
         """Why a sample's prompt could not be asked, as far as its size is concerned; None where it can."""
         try:
             prompt = self._prompt(sample)
@@ -166,7 +166,7 @@ class ModelSubject:
         """For a prompt over the budget, how large a budget it needs, in words of the evaluation's config."""
         if not isinstance(error, OverBudget):
             return error
-        needs = self.fits(sample)
+        needs = self.why_not(sample)
         # Another error is that of a text so long that its tokens are not counted.
         return needs if isinstance(needs, PromptOverBudget) else error
 

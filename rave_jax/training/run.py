@@ -124,7 +124,8 @@ def _run(config: TrainConfig, watchdog: Watchdog, stop: StopRequest) -> None:
         with watchdog.during("the weights to be read", Watchdog.LONG):
             state = _first_or_saved_state(config, session, directory, claim, pipeline)
         with Store(directory.checkpoints, config.keep) as store:
-            evaluations.after_step, evaluations.continued = claim.after_step, claim.past is not None
+            if claim.past is not None:
+                evaluations.continue_after(claim.after_step)
             state = _train(config, session, directory, claim, store, state, pipeline, watchdog, stop, evaluations)
         model = session.graph.merge(state.trained | state.frozen)
         del state  # the optimizer's part of it is not needed any more

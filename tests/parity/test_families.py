@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import subprocess
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -47,7 +48,8 @@ LEAST_GAP = 1e-4
 LIMIT, KL_LIMIT = 2e-5, 3e-7
 
 
-class Case(NamedTuple):
+@dataclass(frozen=True)
+class Case:
     """One small model and what it is asked.
 
     Fields:
@@ -59,7 +61,7 @@ class Case(NamedTuple):
     """
 
     family: str
-    sizes: dict[str, Any] = {}  # noqa: RUF012  # read only
+    sizes: dict[str, Any] = field(default_factory=dict)
     frames: tuple[int, int] | None = None
     pictures: tuple[tuple[tuple[int, int], ...], ...] = ((), ((61, 90),), ((17, 120), (64, 40), (33, 33)))
     seed: int = 0
@@ -71,6 +73,7 @@ CASES = {
     for case in (
         Case("qwen2_5_vl", frames=(56, 84)),
         Case("qwen3_vl", frames=(56, 84)),
+        Case("qwen3_vl_moe", frames=(56, 84)),
         Case("qwen2_vl", frames=(56, 84)),
         Case("llava"),
         Case("internvl", {"patch_size": 8}, pictures=((), ((61, 90),), ((17, 120), (64, 40), (33, 33), (20, 100)))),
