@@ -1,4 +1,4 @@
-"""The heart: token codes become masks, mechanisms speak through hooks, `attend` runs one kernel.
+"""Attention: token codes become masks, mechanisms change it through hooks, and `attend` runs one kernel.
 
 One line per mechanism below makes it known to configs.
 """

@@ -1,7 +1,7 @@
 """Attention against a cache that keeps visual keys region by region (`RegionCache`).
 
-A chunk of a prompt meets all keys, and its text chooses regions by the mask, as in training. One token that is no
-visual one, as in decoding, reads text and context keys, the descriptors, and the regions that it chose: nothing else.
+A chunk of a prompt meets all keys, and its text chooses regions by the mask, as in training. A single token of text, as
+in decoding, reads text and context keys, the descriptors, and the regions that it chose: nothing else.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def check_decoding(
         dtype: compute type.
 
     Raises:
-        ConfigError: says what stands against it.
+        ConfigError: names the reason.
     """
     if implementation != "pallas_tpu":
         return

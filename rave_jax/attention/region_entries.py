@@ -78,7 +78,7 @@ class RegionEntries(NamedTuple):
             return row_back(x, y, n, rows, 1)
 
         stored = jax.tree.map(of_layers, self.layer_runs, part.layer_runs, is_leaf=of_host)
-        # Nothing of the row lies beyond the regions taken, but codes of who had it before may.
+        # Beyond the regions taken the row has no tokens, but codes of an earlier request may be left there.
         codes = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, self.size - x.shape[1]))), part.info)
         rest = (self.info, self.count), (codes, part.count)
         return RegionEntries(stored, *jax.tree.map(lambda x, y: row_back(x, y, n, rows, 0), *rest))

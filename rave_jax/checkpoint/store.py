@@ -214,7 +214,7 @@ class Store:
         return found[PARAMETERS], found[OPTIMIZER], found[DATA]
 
     def restore_parameters(self, step: int, parameters: Any) -> Any:
-        """Only the parameters of a step, on the shardings of the abstract target; the other files are not looked at.
+        """Only the parameters of a step, on the shardings of the abstract target; the other files are not checked.
 
         Raises:
             StoreError: no such step, it is damaged, or it does not fit the target.
@@ -313,7 +313,7 @@ class _Save:
         try:
             self._response.result()
             digests.write(self._directory / str(self._step), jax.process_index(), jax.process_count())
-        except Exception as error:  # raised by whoever asks next
+        except Exception as error:  # the next caller raises it
             self._error = error
 
     def check(self) -> None:

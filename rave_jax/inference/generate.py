@@ -226,7 +226,7 @@ class Generator:
     ) -> abc.Generator[Piece]:
         """Pieces of all answers as they come. A request that cannot be answered ends with its error; others go on.
 
-        Requests are taken when there is room for them. A sequence is read as it stands. Any other iterable is read on
+        Requests are taken when there is room for them. A sequence is read directly. Any other iterable is read on
         a thread of its own, so a source that takes its time holds no answer; what it raises is raised here, and ends
         what runs. So does closing the iterator. In a job of several processes all must give the same requests.
 

@@ -124,7 +124,7 @@ class PromptGroup:
             "slot": slots,
             "begins": None,
             "last": None,
-            # As text does behind whatever it follows (data/positions.py).
+            # As text does after anything that it follows (`PictureRules.positions`).
             "position": self._column([int(prompt.example.positions.max()) + 1 for prompt in self.prompts]),
             "turn": self._column([int(np.asarray(prompt.example.info.turn)[-1]) for prompt in self.prompts]),
             "limit": self._column([prompt.limit for prompt in self.prompts]),

@@ -2,8 +2,8 @@
 
 A region's numbers lie end to end in whole tiles of 8 x 128, whatever their type: then the host and a TPU keep them in
 one order, and a region, or a run of them, is one copy between the two. In other shapes the compiler brings the whole
-array to the device to reorder it. A gather that the host computes is no way out: by its source, XLA rewrites all of
-its operands, chosen or not, for each call.
+array to the device to reorder it. A gather that the host computes does not help: according to its source, XLA rewrites
+all of its operands, chosen or not, for each call.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ class HostRegions:
         return self._numbers(out.reshape(L, len(rows), K, *out.shape[1:]))
 
     def with_row(self, row: Int[Array, ""], new: Float[Array, "L K r m h"] | Int8[Array, "L K r m h"]) -> HostRegions:
-        """With the first regions of one row, in all layers, replaced; in place where the array is nobody else's."""
+        """With the first regions of one row, in all layers, replaced; in place where nothing else uses the array."""
         L, B, K, R, X = self.tiles.shape[:5]
         room = X * math.prod(TILE) // self.channels
         pieces = jnp.pad(new, [(0, 0)] * 3 + [(0, room - self.entries), (0, 0)])

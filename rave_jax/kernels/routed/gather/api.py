@@ -66,7 +66,7 @@ def gather_attention(
     (B, H, h), K = q.shape, k.shape[1]
     operands = Operands(q.reshape(B, K, H // K, h), k, v, real, chosen, bias)
     out, lse = OPERATION.backends[OPERATION.choose(implementation, operands, most)].run(operands, most, form, scale)
-    # Heads of a kv head share a list, which has no room for more than all of them were to choose.
+    # Heads of a kv head share a list. It has room for `most` regions of each of them and no more.
     listed = jnp.sum(union(chosen), axis=-1) <= chosen.shape[2] * most
     kept = (jnp.sum(chosen, axis=-1) <= most) & listed[..., None]
     out, lse = jnp.where(kept[..., None], out, jnp.nan), jnp.where(kept, lse, jnp.nan)

@@ -40,7 +40,7 @@ TILE_BYTES = 40 << 10
 """Of a turn's keys, values and gate keys: a processor of compute capability 8.9 has 99 KB for these and the rest."""
 TILE_KEYS = 128
 PROGRAMS = 264
-"""About how many there are to be: two for each processor of an H100."""
+"""Programs to aim for: two for each processor of an H100."""
 CAPABILITY = 80
 """Of a GPU, at least: Ampere brought bfloat16 and copies that go on beside the arithmetic."""
 

@@ -31,8 +31,8 @@ from rave_jax.kernels.routed.host import HostRegions
 from rave_jax.typing import Array, Float, Int
 
 SUBLANES = 8
-"""Entries come in so many: else the compiler keeps the cache in an order of axes that wastes no padding, and copies all
-of it for every call of a kernel."""
+"""A region has a multiple of so many entries. Otherwise the compiler keeps the cache in an order of axes that wastes no
+padding, and copies all of it for every call of a kernel."""
 KEYS = 512
 """About how many keys a grid step takes."""
 MOST_REGIONS = 16

@@ -61,7 +61,7 @@ def attention(
     mesh = current_mesh()
     if mesh is None or mesh.size == 1:
         return run(q, k, v, codes, routes)
-    # Kv heads that the mesh does not divide are everywhere, with their query heads.
+    # Kv heads that the mesh does not divide are replicated, with their query heads.
     rows, heads = partition_spec(("batch", "kv_heads"), (q.shape[0], k.shape[2]), mesh)
     row: Any = PartitionSpec(rows)
     of_heads: Any = PartitionSpec(rows, None, heads)

@@ -162,8 +162,8 @@ def _running(x: Bool[Array, "B S n"]) -> Int[Array, "B S n"]:
 
 def open_pairs(choice: Choice, codes: MaskCodes, routes: Routes, openings: Int[Array, "B R"]) -> Bool[Array, "B K T R"]:
     """Which routed queries may see a key of which regions: all they chose, and of those that they cannot choose the
-    ones that the mask may reach (`openings` as `region_openings` gives them). Never too few; a pair too many is masked
-    key by key."""
+    ones that the mask may reach (`openings` as `region_openings` gives them). No pair is missing; one that is listed
+    without need is masked key by key."""
     first, last = routes.first[:, None], routes.last[:, None]
     reached = (codes.lo[..., None] <= last) & (first <= codes.hi[..., None])
     bits_q = 1 << (codes.open_q & 31)

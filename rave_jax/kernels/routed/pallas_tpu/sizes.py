@@ -1,4 +1,4 @@
-"""Which tiling and super-block a call gets, and what stands against the kernels."""
+"""Which tiling and super-block a call gets, and what the kernels cannot serve."""
 
 from __future__ import annotations
 
