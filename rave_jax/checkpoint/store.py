@@ -117,7 +117,7 @@ class Store:
         try:
             self.close()
         except StoreError:
-            if kind is None:  # an error that is on its way says more
+            if kind is None:  # an error that is being raised says more
                 raise
 
     @property
@@ -151,7 +151,7 @@ class Store:
                 f"the checkpoint of step {step} could not be written: {self.directory.parent} is gone, moved or "
                 "deleted while the run was under way"
             )
-        # Looked at first: orbax, whose threads wait for a directory that cannot be made, would hold up the error
+        # Checked first: orbax, whose threads wait for a directory that cannot be made, would hold up the error
         # and the end of the process for minutes.
         check_writable(self.directory, local_bytes((parameters, optimizer)))
         with _explained(self.directory, step):
@@ -324,7 +324,8 @@ class _Save:
 
 
 def _close(checkpointer: ocp.training.Checkpointer) -> None:
-    # A failed save is raised once to each thread that waits for it. It has been told of, and would keep the rest open.
+    # A failed save is raised once to each thread that waits for it. It has been reported, and would keep the rest from
+    # being closed.
     with contextlib.suppress(Exception):
         checkpointer.wait()
     checkpointer.close()

@@ -104,7 +104,7 @@ class Buckets:
 
     @property
     def size(self) -> int:
-        """Slots per row of the cache, those of regions not counted."""
+        """Entries per row of the cache, those of regions not counted."""
         return self.reaches[-1]
 
     def reach(self, length: int) -> int:

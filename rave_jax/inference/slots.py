@@ -379,8 +379,8 @@ class Engine:
 
 
 def _compiled(program: FunctionType, *sizes: str) -> Any:
-    """`program` with donated state, which takes the model as its structure and its leaves: the modules of a model whose
-    layers stand apart take Python some milliseconds to walk through, which are the host's only once."""
+    """`program` with donated state, which takes the model as its structure and its leaves: Python takes some
+    milliseconds to traverse the modules of a model whose layers stand apart, and does so once."""
 
     def of_leaves(structure: Any, leaves: list[jax.Array], *arguments: Any, **given: Any) -> Any:
         return program(jax.tree.unflatten(structure, leaves), *arguments, **given)

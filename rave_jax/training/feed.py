@@ -61,7 +61,7 @@ class Ahead(NamedTuple):
 
 
 AHEAD = Ahead()
-"""What a config has that says nothing else."""
+"""The default of a config."""
 
 
 class Fed(NamedTuple):
