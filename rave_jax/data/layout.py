@@ -10,23 +10,26 @@ import numpy as np
 
 from rave_jax.batch import Kind, TokenInfo
 from rave_jax.data.sample import Example, OverBudget
+from rave_jax.families.pictures import text_positions
 from rave_jax.layout import Grid, VisualLayout
 from rave_jax.typing import Int, NpArray
 
 
-def lay_out(example: Example, layout: VisualLayout) -> Example:
+def lay_out(example: Example, layout: VisualLayout, flat: bool = False) -> Example:
     """The example with the context tokens and region numbers that the layout asks for; its tokens stay in order.
 
     A context token stands behind the last token of its frame (or picture) and holds the same placeholder. In rotary
     positions it keeps that frame's time; its row and column stand behind the largest position of the whole picture or
     video, where text would go on, and all that follows moves on by as many positions (our choice; the paper says
-    nothing of them).
+    nothing of them). With `flat` positions, which count every token in one axis (1-D RoPE), it counts like any other.
 
     Raises:
         OverBudget: the example has more regions, or larger ones, than the layout allows.
     """
     if layout.context is not None:
         example = _with_context(example, layout)
+        if flat:
+            example = example._replace(positions=text_positions(len(example.tokens)))
     return example if layout.regions is None else _with_regions(example, layout)
 
 

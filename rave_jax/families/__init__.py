@@ -23,6 +23,7 @@ FOLDERS = (
     "qwen3_moe",
     "qwen3_vl",
     "llava",
+    "llava_onevision",
     "internvl",
 )
 """Where they are, in this folder. Small random models are of the first one if none is named."""
