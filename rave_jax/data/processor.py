@@ -50,7 +50,7 @@ class Processor:
 
     Args:
         tokenizer: a fast tokenizer of transformers.
-        settings: what the model makes of pictures.
+        rules: what the model makes of pictures.
         chat_template: the Jinja text of its chat template.
         layout: how the model wants its pictures laid out (`ModelOptions.layout`).
         special_tokens_in_text: what special tokens are that a message spells out: "text" like any other, or "tokens".
@@ -62,15 +62,15 @@ class Processor:
     def __init__(
         self,
         tokenizer: Any,
-        settings: PictureRules,
+        rules: PictureRules,
         chat_template: str,
         layout: VisualLayout | None = None,
         special_tokens_in_text: SpecialTokens = "text",
     ):
         self.tokenizer = tokenizer
-        self.settings = settings
+        self.rules = rules
         self.layout = layout or VisualLayout()
-        self.chat = ChatTemplate(tokenizer, chat_template, special_tokens_in_text, leading=settings.has_vision)
+        self.chat = ChatTemplate(tokenizer, chat_template, special_tokens_in_text, leading=rules.has_vision)
 
     @classmethod
     def from_hf(
@@ -91,7 +91,7 @@ class Processor:
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
         from transformers import AutoTokenizer
 
-        settings = picture_rules(directory).limited(min_pixels, max_pixels)
+        rules = picture_rules(directory).limited(min_pixels, max_pixels)
         try:
             check_folder(directory, TOKENIZER_FILES)
         except OSError as error:
@@ -102,10 +102,10 @@ class Processor:
             raise ConfigError(f"{directory}: no tokenizer could be read: {error}") from error
         if not getattr(tokenizer, "is_fast", False):
             raise ConfigError(f"{directory}: {type(tokenizer).__name__} is not a fast tokenizer (tokenizer.json)")
-        check_directory(Path(directory), settings.config, tokenizer)
+        check_directory(Path(directory), rules.config, tokenizer)
         template = read_template(directory, tokenizer)
         try:
-            return cls(tokenizer, settings, template, layout, special_tokens_in_text)
+            return cls(tokenizer, rules, template, layout, special_tokens_in_text)
         except ConfigError as error:
             raise ConfigError(f"{directory}: {error}") from error
 
@@ -125,7 +125,7 @@ class Processor:
             ImageError: a size that the model does not take.
         """
         try:
-            grid = self.settings.image_grid(height, width)
+            grid = self.rules.image_grid(height, width)
         except PictureError as error:
             raise ImageError(str(error)) from error
         return self._count(self._pieces("image", grid, None))
@@ -138,19 +138,19 @@ class Processor:
             ImageError: no picture, or a video without frames.
         """
         kind, name = part["type"], part.get("name", "")
-        rules = self.settings.among(pictures)
+        rules = self.rules.among(pictures)
         if kind == "video":
             grid, frames = video_grid(part["video"], part.get("fps"), rules, name)
         else:
             grid, frames = image_grid(part["image"], rules, name), None
-        return self._count(self._pieces(kind, grid, frames)), self.settings.count_patches(grid)
+        return self._count(self._pieces(kind, grid, frames)), self.rules.count_patches(grid)
 
     def _count(self, pieces: Sequence[Piece]) -> int:
         grids = (piece.grid for piece in pieces if piece.grid is not None)
         return sum(len(piece.tokens) for piece in pieces) + sum(map(self.layout.extra_tokens, grids))
 
     def _pieces(self, kind: VisualKind, grid: Form, frames: Frames | None) -> tuple[Piece, ...]:
-        return self.settings.expand(kind, grid, frames, self._words)
+        return self.rules.expand(kind, grid, frames, self._words)
 
     def _words(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False)
@@ -204,12 +204,12 @@ class Processor:
     def _encode(self, messages: Sequence[Message], add_generation_prompt: bool) -> Example:
         runs = self.chat.runs(messages, add_generation_prompt)
         parts = [part for run in runs for part in run.visuals]
-        if parts and not self.settings.has_vision:
+        if parts and not self.rules.has_vision:
             raise SampleError("the conversation has pictures, but the model is for text only")
-        if self.settings.video_token_id < 0 and any(part["type"] == "video" for part in parts):
+        if self.rules.video_token_id < 0 and any(part["type"] == "video" for part in parts):
             raise SampleError(NO_VIDEOS)
         places = self._placeholders(runs, parts)
-        rules = self.settings.among(count_pictures(parts))
+        rules = self.rules.among(count_pictures(parts))
         cuts, pieces = [], []
         for part in parts:
             cut, frames = _cut(part, rules)
@@ -234,7 +234,7 @@ class Processor:
                 if piece.grid is not None:
                     visuals.append(Visual(start, piece.grid, piece.seconds))
                 start += len(piece.tokens)
-        longest = self.settings.config.text.longest
+        longest = self.rules.config.text.longest
         if longest is not None and len(tokens) > longest:
             raise OverBudget(f"{len(tokens)} tokens; the model's longest text is {longest} (RoPE of type 'dynamic')")
         info, visual_index = _visual_codes(len(tokens), visuals, cuts)
@@ -243,15 +243,15 @@ class Processor:
             tokens=tokens,
             loss_mask=np.repeat(learn, repeats),
             info=info,
-            positions=self.settings.positions(len(tokens), visuals),
+            positions=self.rules.positions(len(tokens), visuals),
             visual_index=visual_index,
-            patches=join_patches([cut.patches for cut in cuts], self.settings.patch_sizes),
+            patches=join_patches([cut.patches for cut in cuts], self.rules.patch_sizes),
         )
-        return lay_out(example, self.layout, flat=not self.settings.config.text.mrope_section)
+        return lay_out(example, self.layout, one_axis=not self.rules.config.text.mrope_section)
 
     def _placeholders(self, runs: Sequence[Run], parts: Sequence[Message]) -> NpArray:
         """Index of each picture's placeholder in the runs' tokens put end to end."""
-        kinds = {self.settings.image_token_id: "image", self.settings.video_token_id: "video"}
+        kinds = {self.rules.image_token_id: "image", self.rules.video_token_id: "video"}
         found = [(index, kinds[i]) for index, i in enumerate(i for run in runs for i in run.ids) if i in kinds]
         wanted = [part["type"] for part in parts]
         if [kind for _, kind in found] != wanted:

@@ -37,7 +37,7 @@ def within(config: object, limits: dict[str, int], least: int = 1) -> None:
 class LinearRope:
     """Every rotary frequency is divided by one factor: positions are interpolated (arXiv 2306.15595)."""
 
-    factor: float
+    factor: float = 1.0
     """Divides the frequencies."""
 
     def __post_init__(self) -> None:
@@ -50,13 +50,13 @@ class SmoothRope:
     """Slow rotary frequencies are divided by a factor, fast ones stay, and those between are mixed (Llama 3.1, arXiv
     2407.21783). What counts is how often a frequency turns within `original_max_position` positions."""
 
-    factor: float
+    factor: float = 8.0
     """Divides the frequencies that turn at most `low_factor` times."""
-    low_factor: float
+    low_factor: float = 1.0
     """Turns up to which a frequency is divided."""
-    high_factor: float
+    high_factor: float = 4.0
     """Turns from which a frequency stays as it is."""
-    original_max_position: int
+    original_max_position: int = 8192
     """Positions that the model was trained with before the scaling."""
 
     def __post_init__(self) -> None:
@@ -76,9 +76,9 @@ class DynamicRope:
     keys of one text have turned at different ones.
     """
 
-    factor: float
+    factor: float = 1.0
     """How strongly frequencies of longer texts are divided; stated in the checkpoint, not computed with."""
-    longest: int
+    longest: int = 32768
     """Most tokens of a text."""
 
     def __post_init__(self) -> None:
@@ -104,11 +104,11 @@ class LayerKind(NamedTuple):
 class ExpertsConfig:
     """Many mlps in place of one, of which a router chooses some for each token."""
 
-    count: int
+    count: int = 8
     """Experts E."""
-    chosen: int
+    chosen: int = 2
     """Experts that each token goes to."""
-    mlp_size: int
+    mlp_size: int = 32
     """Hidden width F of one expert's SwiGLU mlp."""
     normalise: bool = True
     """Are the probabilities of the chosen experts divided by their sum?"""

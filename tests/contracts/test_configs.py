@@ -26,6 +26,7 @@ from rave_jax.families.config import VlmConfig
 from rave_jax.families.llava.presets import llava_1_5_7b
 from rave_jax.families.qwen2_5_vl import presets
 from rave_jax.families.qwen3_vl.presets import qwen3_vl_8b
+from rave_jax.families.qwen3_vl_moe.presets import qwen3_vl_30b_a3b
 from rave_jax.kernels.support import SMALL
 from rave_jax.models.vlm import Vlm
 from rave_jax.parallel.mesh import MeshConfig, abstract_mesh, make_mesh
@@ -42,6 +43,7 @@ RELEASED = {
     "Qwen2.5-VL-3B-Instruct": presets.qwen2_5_vl_3b,
     "Qwen2.5-VL-7B-Instruct": presets.qwen2_5_vl_7b,
     "Qwen3-VL-8B-Instruct": qwen3_vl_8b,
+    "Qwen3-VL-30B-A3B-Instruct": qwen3_vl_30b_a3b,
     "llava-1.5-7b-hf": llava_1_5_7b,
 }
 DEVICES = 8
