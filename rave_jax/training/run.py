@@ -72,7 +72,7 @@ def train(config: TrainConfig, stop: StopRequest | None = None) -> None:
 
     Args:
         config: what to run.
-        stop: says whether the job is to end; None: nobody asks.
+        stop: says whether the job is to end; None: it runs to its last step.
 
     Raises:
         ConfigError: the config does not fit the machine, the checkpoint, the data or the run directory.
