@@ -17,8 +17,7 @@ from rave_jax.data import grey
 from rave_jax.data.grey import to_eight_bits
 from rave_jax.data.opening import describe, is_encoded, opened, reason
 from rave_jax.data.sample import ImageError
-from rave_jax.families.pictures import CutPicture, PictureError, PictureRules
-from rave_jax.layout import Grid
+from rave_jax.families.pictures import CutPicture, Form, PictureError, PictureRules
 
 EXIF_ORIENTATION = 0x0112
 
@@ -92,7 +91,7 @@ def cut_image(source: Any, rules: PictureRules, name: str = "") -> CutPicture:
         raise ImageError(f"{describe(source, name)}: {error}") from error
 
 
-def image_grid(source: Any, rules: PictureRules, name: str = "") -> Grid:
+def image_grid(source: Any, rules: PictureRules, name: str = "") -> Form:
     """The merged grid that a picture has by the rules of a model; of a file, only the header is read.
 
     Raises:

@@ -76,6 +76,7 @@ CASES = {
         Case("qwen3_vl_moe", frames=(56, 84)),
         Case("qwen2_vl", frames=(56, 84)),
         Case("llava"),
+        Case("llava_onevision", frames=(21, 21)),
         Case("internvl", {"patch_size": 8}, pictures=((), ((61, 90),), ((17, 120), (64, 40), (33, 33), (20, 100)))),
         Case("llama", pictures=TEXT),
         Case("qwen2", pictures=TEXT),
