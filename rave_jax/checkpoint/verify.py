@@ -19,7 +19,7 @@ from rave_jax.models.vlm import Vlm
 from rave_jax.typing import NpArray
 
 LISTED = 100
-"""Problems that one error lists; more of them say nothing new."""
+"""Problems that one error lists; more of them add no information."""
 FILES = 4
 HEAD, EMBEDDING = "lm_head.", "model.embed_tokens."
 """In the keys of the two tensors that may be one."""

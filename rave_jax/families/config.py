@@ -270,6 +270,16 @@ class TowerConfig(ABC):
         return 1
 
     @property
+    def mixed(self) -> int:
+        """Merge units that a visual token is a sum of; 0 where each unit is a visual token."""
+        return 0
+
+    @property
+    def spread(self) -> int:
+        """The most merge units for each visual token of a picture."""
+        return 1
+
+    @property
     def deep_layers(self) -> int:
         """How many decoder layers, from the first on, get features of the tower added behind them (DeepStack)."""
         return 0
@@ -282,11 +292,15 @@ class PatchSizes(NamedTuple):
         numbers: C, numbers in a flattened patch.
         merge: patches in a merge unit, which becomes one visual token.
         window: patches of a row are a multiple of it: what a full attention window of the tower holds.
+        mixed: K, units that a visual token is a sum of (`Patches.source`); 0 where each unit is a visual token.
+        spread: the most units for each visual token of a picture.
     """
 
     numbers: int = 1
     merge: int = 1
     window: int = 1
+    mixed: int = 0
+    spread: int = 1
 
 
 @dataclass(frozen=True)
@@ -333,7 +347,9 @@ class VlmConfig:
     def patch_sizes(self) -> PatchSizes:
         """What arrays of patches have to be like."""
         tower = self.vision
-        return PatchSizes() if tower is None else PatchSizes(tower.patch_width, tower.merge_unit, tower.window_patches)
+        if tower is None:
+            return PatchSizes()
+        return PatchSizes(tower.patch_width, tower.merge_unit, tower.window_patches, tower.mixed, tower.spread)
 
 
 def tower_of[T: TowerConfig](config: VlmConfig, kind: type[T]) -> T:

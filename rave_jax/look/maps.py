@@ -45,7 +45,7 @@ class Look:
         return heat * heat.size
 
     def times_even_by_head(self, layers: tuple[int, ...] = ()) -> Float[NpArray, "H y x"]:
-        """The same for each head by itself, averaged over `layers` (all when empty)."""
+        """The same for each head alone, averaged over `layers` (all when empty)."""
         weights = self.weights[list(layers) if layers else slice(None)].mean(0)
         sums = weights.sum((-2, -1), keepdims=True)
         return weights / np.maximum(sums, 1e-30) * weights[0].size

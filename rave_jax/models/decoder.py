@@ -46,7 +46,7 @@ class Situation(NamedTuple):
     codes: MaskCodes
     info_q: TokenInfo
     info_k: TokenInfo
-    slots: Any
+    entries: Any
     """Where the queries' tokens go in the cache; None without one."""
     queries: Int[Array, "B N"] | None
     progress: Float[Array, ""] | None
@@ -153,7 +153,7 @@ class DecoderLayer(nnx.Module):
             found,
             attention.remember(self.mechanisms, found),
             cache.layer,
-            at.slots,
+            at.entries,
             at.codes,
             at.info_q,
             at.info_k,
@@ -292,7 +292,7 @@ class Decoder(nnx.Module):
 
         Returns:
             what was asked for, with hidden states of the wanted tokens after the final norm and the attention of
-            queries over the slots of `cache.codes`, and the cache with the tokens in it.
+            queries over the entries of `cache.codes`, and the cache with the tokens in it.
 
         Raises:
             ValueError: losses are asked for.
@@ -313,7 +313,7 @@ class Decoder(nnx.Module):
                 entered.info,
                 positions,
                 own=entered.own,
-                slots=entered.slots,
+                entries=entered.entries,
                 queries=want.queries,
                 progress=want.progress,
             )
@@ -376,15 +376,15 @@ class Decoder(nnx.Module):
         if regions is not None:
             attention.check_decoding(self.implementation, regions.tokens, self.head_dim, kind, dtype, regions_in)
 
-        def keys(layer: DecoderLayer, slots: int) -> Keys:
-            x = self._zeros(rows, slots, dtype)
+        def keys(layer: DecoderLayer, entries: int) -> Keys:
+            x = self._zeros(rows, entries, dtype)
             found = attention.remember(layer.mechanisms, x)
-            region = jnp.zeros((rows, slots), jnp.int32)
+            region = jnp.zeros((rows, entries), jnp.int32)
             summary = attention.summarise(layer.mechanisms, x, region, self.layout.max_regions)
             return found._replace(summary=summary)
 
-        def shapes(slots: int) -> tuple[Keys, ...]:
-            of = functools.partial(keys, slots=slots)
+        def shapes(entries: int) -> tuple[Keys, ...]:
+            of = functools.partial(keys, entries=entries)
             return tuple(jax.eval_shape(jax.vmap(of), run.layers) for run in self.layer_runs)
 
         cache = attention.empty_cache(shapes(size), kind)
@@ -408,7 +408,7 @@ class Decoder(nnx.Module):
         positions: Int[Array, "3 B T"],
         *,
         own: Int[Array, "B T"],
-        slots: Any = None,
+        entries: Any = None,
         queries: Int[Array, "B N"] | None = None,
         progress: Float[Array, ""] | None = None,
     ) -> Situation:
@@ -424,7 +424,7 @@ class Decoder(nnx.Module):
             scaling=self.rope_scaling,
         )
         codes = attention.mask_codes(mechanisms, info_q, info_k, base)
-        return Situation(rotation, codes, info_q, info_k, slots, queries, progress)
+        return Situation(rotation, codes, info_q, info_k, entries, queries, progress)
 
 
 def _deep_of(run: LayerRun[DecoderLayer], tokens: Embedded) -> Float[Array, "L B U D"] | None:

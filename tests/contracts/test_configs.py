@@ -142,8 +142,8 @@ def largest_row(config: TrainConfig) -> tuple[int, int]:
 def abstract_batch(config: TrainConfig, vlm: VlmConfig) -> Batch:
     """Shapes of the global batch; only one row of it is made."""
     tokens, patches = largest_row(config)
-    width, window = (vlm.vision.patch_width, vlm.vision.window_patches) if vlm.vision else (1, 1)
-    row = empty_batch(BatchShape(1, tokens, round_up(patches, window)), width)
+    sizes = vlm.patch_sizes
+    row = empty_batch(BatchShape(1, tokens, round_up(patches, sizes.window)), sizes.numbers, sizes.mixed)
 
     def widen(axis: int, x: jax.Array) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((*x.shape[:axis], config.data.rows, *x.shape[axis + 1 :]), x.dtype)

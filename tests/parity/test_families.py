@@ -76,6 +76,7 @@ CASES = {
         Case("qwen3_vl_moe", frames=(56, 84)),
         Case("qwen2_vl", frames=(56, 84)),
         Case("llava"),
+        Case("llava_onevision", frames=(21, 21)),
         Case("internvl", {"patch_size": 8}, pictures=((), ((61, 90),), ((17, 120), (64, 40), (33, 33), (20, 100)))),
         Case("llama", pictures=TEXT),
         Case("qwen2", pictures=TEXT),
@@ -159,7 +160,7 @@ def test_tokens_and_logits_are_those_of_transformers(folder: Path, family: str) 
     examples = [processor.encode(m, add_generation_prompt=True) for m in asked_of(folder, family)]
     for number, example in enumerate(examples):
         np.testing.assert_array_equal(example.tokens, theirs[f"tokens{number}"], err_msg=f"conversation {number}")
-    sizes = processor.settings.patch_sizes
+    sizes = processor.rules.patch_sizes
     rows = [[example] for example in examples]
     batch = collate(rows, smallest_shape(rows, 8, sizes.window), sizes)
 
