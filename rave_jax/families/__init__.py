@@ -21,6 +21,7 @@ FOLDERS = (
     "qwen2",
     "qwen3",
     "qwen3_vl",
+    "qwen3_5_text",
     "llava",
     "internvl",
 )

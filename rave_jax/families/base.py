@@ -59,6 +59,9 @@ class Family:
     styles, this is the one in which transformers 5 names its modules."""
     more_prefixes: tuple[tuple[tuple[str, str], ...], ...] = ()
     """The same of further styles."""
+    unread: tuple[str, ...] = ()
+    """Beginnings of keys of tensors that a checkpoint may hold and that are no part of the model: they are not read,
+    and not exported."""
 
     def load_tower(self) -> Callable[..., Any]:
         """Its class of towers (`models.tower.Tower`).
