@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rave_jax.attention.attend import attend
+from rave_jax.attention.attend import AttentionOutput, attend
 from rave_jax.attention.base import Features, Keys, Mechanism
 from rave_jax.attention.cache import Admitted, Cache, CacheType, RegionReach
 from rave_jax.attention.states import StoredStates
@@ -55,12 +55,25 @@ class StoredKeys(NamedTuple):
         *,
         regions: int,
         implementation: Implementation,
-    ) -> tuple[Float[Array, "B T H h"], StoredKeys]:
+        queries: Int[Array, "B N"] | None = None,
+        progress: Float[Array, ""] | None = None,
+    ) -> tuple[AttentionOutput, StoredKeys]:
         """As `LayerKeys` says; `slots` is the first of each row."""
         stored = write(self, layer, slots, keys)
         held = read(stored, layer, x.q.dtype)
-        seen = attend(x, held, codes, info_q, info_k, mechanisms, implementation=implementation, regions=regions)
-        return seen.out, stored
+        seen = attend(
+            x,
+            held,
+            codes,
+            info_q,
+            info_k,
+            mechanisms,
+            implementation=implementation,
+            queries=queries,
+            regions=regions,
+            progress=progress,
+        )
+        return seen, stored
 
     def taken(self, rows: Int[Array, "n"] | None, reach: int) -> StoredKeys:
         """The first `reach` slots of some rows (for numbers beyond them, of the last), or of all."""
@@ -90,6 +103,11 @@ class KvCache(NamedTuple):
     def length(self) -> Int[Array, "B"]:
         """As `Cache` says."""
         return self.index
+
+    @property
+    def codes(self) -> TokenInfo:
+        """As `Cache` says."""
+        return self.info
 
     @property
     def size(self) -> int:

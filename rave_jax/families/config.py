@@ -101,7 +101,26 @@ class SmoothRope:
         within(self, {"original_max_position": MAX_INT32})
 
 
-RopeScaling = LinearRope | SmoothRope
+@dataclass(frozen=True)
+class DynamicRope:
+    """Rotary frequencies stay as they are in texts of at most `longest` positions ("dynamic NTK").
+
+    Longer texts are refused: transformers divides the frequencies by more the longer a text has become, so that the
+    keys of one text have turned at different ones.
+    """
+
+    factor: float
+    """How strongly frequencies of longer texts are divided; stated in the checkpoint, not computed with."""
+    longest: int
+    """Most tokens of a text."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        require(self.factor > 0, "factor", self.factor, "above 0")
+        within(self, {"longest": MAX_INT32})
+
+
+RopeScaling = LinearRope | SmoothRope | DynamicRope
 
 
 class LayerKind(NamedTuple):
@@ -235,6 +254,11 @@ class TextConfig:
     def attention_layers(self) -> tuple[int, ...]:
         """Numbers of the layers that attend: those that mechanisms may be in."""
         return tuple(n for n, kind in enumerate(self.layer_kinds) if kind.mixer == "attention")
+
+    @property
+    def longest(self) -> int | None:
+        """Most tokens of a document that the decoder computes; None: any number."""
+        return self.rope_scaling.longest if isinstance(self.rope_scaling, DynamicRope) else None
 
     @property
     def layer_kinds(self) -> tuple[LayerKind, ...]:

@@ -1,4 +1,4 @@
-"""Decoders of gated delta layers and gated attention: their part of an HF config, both ways.
+"""Decoders of gated delta layers and gated attention: their part of an HF config, both ways, and small ones.
 
 Defaults of absent keys are those of transformers' config classes.
 """
@@ -19,6 +19,7 @@ from rave_jax.families.config import (
     TextConfig,
 )
 from rave_jax.families.hf import HfConfig, integer, integers, norm_eps, number, only, rope_theta, section
+from rave_jax.families.small import SmallSizes
 
 MIXERS = {"linear_attention": "delta", "full_attention": "attention"}
 """`layer_types` of an HF config, and our kinds of layers."""
@@ -137,3 +138,32 @@ def render_text(text: TextConfig) -> dict[str, Any]:
             "linear_conv_kernel_dim": delta.conv_width,
         }
     return stated
+
+
+def small_text(sizes: SmallSizes, vocab_size: int) -> TextConfig:
+    """The decoder of a small model: every fourth layer attends, or the last where there are fewer. As in released
+    models, heads are twice as wide together as the model; half of their numbers turn."""
+    width = sizes.hidden_size // sizes.num_heads
+    interval = min(4, sizes.num_layers)
+    layers = tuple(n for n in range(sizes.num_layers) if (n + 1) % interval)
+    half = width // 2
+    side = half // 4
+    return TextConfig(
+        vocab_size=vocab_size,
+        hidden_size=sizes.hidden_size,
+        num_layers=sizes.num_layers,
+        num_heads=sizes.num_heads,
+        num_kv_heads=sizes.num_kv_heads,
+        head_dim=2 * width,
+        mlp_size=sizes.mlp_size,
+        rope_theta=1e7,
+        mrope_section=(half - 2 * side, side, side),
+        mrope_interleaved=True,
+        rotary_part=width,
+        qkv_bias=False,
+        qk_norm=True,
+        output_gate=True,
+        norm_plus_one=True,
+        tie_embeddings=False,
+        delta=DeltaConfig(layers, sizes.num_kv_heads, sizes.num_heads, width, width) if layers else None,
+    )

@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from rave_jax.config import ConfigError
-from rave_jax.families.config import MAX_HEADS, MAX_INT32, MAX_LAYERS, MAX_VOCAB, MAX_WIDTH, TextConfig
-from rave_jax.families.hf import HfConfig, flag, integer, norm_eps, only, rope_theta, section
+from rave_jax.families.config import MAX_HEADS, MAX_INT32, MAX_LAYERS, MAX_VOCAB, MAX_WIDTH, DynamicRope, TextConfig
+from rave_jax.families.hf import HfConfig, flag, integer, need, norm_eps, number, only, rope_theta, section
 
 
 class TextDefaults(NamedTuple):
@@ -51,6 +51,32 @@ def rope_type(rope: HfConfig, allowed: tuple[str, ...] = ("default",), where: st
     only({"rope_type": stated}, "rope_type", allowed, where)
     only(rope, "partial_rotary_factor", (1, 1.0), where)
     return stated
+
+
+def dynamic_rope(rope: HfConfig, max_position: int, where: str = "config.json") -> DynamicRope | None:
+    """RoPE of type `dynamic`, or None where it is not scaled.
+
+    Args:
+        rope: `rope_scaling` or `rope_parameters`.
+        max_position: `max_position_embeddings`, the longest text whose frequencies are not divided.
+        where: names the config in messages.
+
+    Raises:
+        ConfigError: another type of scaling, or its factor is missing or out of range.
+    """
+    if rope_type(rope, ("default", "dynamic"), where) == "default":
+        return None
+    where = f"{where}: RoPE of type 'dynamic'"
+    need(rope, "factor", where)
+    return DynamicRope(number(rope, "factor", 0, 1e-6, 1e6, where), max_position)
+
+
+def render_dynamic(text: TextConfig) -> dict[str, Any]:
+    """`rope_scaling` of an HF config that `dynamic_rope` reads; nothing without."""
+    scaling = text.rope_scaling
+    if not isinstance(scaling, DynamicRope):
+        return {}
+    return {"rope_scaling": {"rope_type": "dynamic", "factor": scaling.factor}}
 
 
 def text_fields(

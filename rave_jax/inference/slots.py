@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import Mesh, Sharding
 
 from rave_jax.batch import Kind
-from rave_jax.config import ConfigError
+from rave_jax.config import ConfigError, require
 from rave_jax.data.layout import check_regions
 from rave_jax.data.sample import Example, OverBudget, SampleError
 from rave_jax.inference.buckets import Buckets, SlotConfig
@@ -88,7 +88,8 @@ class Engine:
         mesh: the devices, or None for a single one.
 
     Raises:
-        ConfigError: there are more stop ids than `max_stop_ids`, `max_text` is given or `regions_in` "host" for a model
+        ConfigError: `max_length` is above the model's longest text, there are more stop ids than `max_stop_ids`,
+            `max_text` is given or `regions_in` "host" for a model
             without regions, or the latter on several devices.
     """
 
@@ -104,6 +105,10 @@ class Engine:
         self._mesh = mesh
         self._set(model)
         self._stop_ids = frozenset(stop_ids)
+        longest = model.config.text.longest
+        if longest is not None:
+            allowed = f"at most {longest}, the longest text of the model (RoPE of type 'dynamic')"
+            require(config.max_length <= longest, "max_length", config.max_length, allowed)
         if len(self._stop_ids) > config.max_stop_ids:
             raise ConfigError(_too_many(len(self._stop_ids), "an answer of the model", config.max_stop_ids))
         self._sizes = model.config.patch_sizes

@@ -59,14 +59,22 @@ class Projected(NamedTuple):
     gate: Float[Array, "B T H h"] | None
 
 
-class LayerOutput(NamedTuple):
-    """What a layer gives for whole rows: its output, and what of attention was asked for."""
+class Asked(NamedTuple):
+    """What of a layer was asked for beside its output; None of what it does not have."""
 
-    x: Float[Array, "B T D"]
     attention: Float[Array, "B N H S"] | None
     losses: dict[str, Float[Array, ""]]
     chosen: Bool[Array, "B N H R"] | None
+    inputs: Float[Array, "B T D"] | None = None
+    """What entered the layer."""
     router: RouterSums | None = None
+
+
+class LayerOutput(NamedTuple):
+    """What a layer gives."""
+
+    x: Float[Array, "B T D"]
+    asked: Asked
 
 
 class Attention(nnx.Module):
@@ -151,15 +159,13 @@ class DecoderLayer(nnx.Module):
         heads = self.attention.gated(seen.out, gate)
         out, choice = _after(self, self.attention.output, x, heads, at.wanted)
         router = router_sums(choice, at.info_q.document > 0) if losses and choice is not None else None
-        return LayerOutput(out, seen.attention, seen.losses, seen.chosen, router)
+        return LayerOutput(out, Asked(seen.attention, seen.losses, seen.chosen, router=router))
 
-    def extend(
-        self, x: Float[Array, "B T D"], at: Situation, cache: LayerCache
-    ) -> tuple[Float[Array, "B N D"], LayerKeys]:
+    def extend(self, x: Float[Array, "B T D"], at: Situation, cache: LayerCache) -> tuple[LayerOutput, LayerKeys]:
         """The layer on tokens that follow what a cache holds, and what the run's layers keep, with the tokens in it."""
         assert not isinstance(cache.stored, StoredStates)
         found, gate = self.attention.project(self.attention_norm(x), x, at.rotation)
-        out, stored = cache.stored.attend(
+        seen, stored = cache.stored.attend(
             found,
             attention.remember(self.mechanisms, found),
             cache.layer,
@@ -170,9 +176,12 @@ class DecoderLayer(nnx.Module):
             self.mechanisms,
             regions=cache.regions,
             implementation=self.implementation,
+            queries=at.queries,
+            progress=at.progress,
         )
-        heads = self.attention.gated(out, gate)
-        return _after(self, self.attention.output, x, heads, at.wanted)[0], stored
+        heads = self.attention.gated(seen.out, gate)
+        out, _ = _after(self, self.attention.output, x, heads, at.wanted)
+        return LayerOutput(out, Asked(seen.attention, seen.losses, seen.chosen)), stored
 
 
 class DeltaLayer(nnx.Module):
@@ -192,15 +201,13 @@ class DeltaLayer(nnx.Module):
         """The layer on whole rows. With `losses`, those of its router are computed too."""
         out, choice, _ = self._read(x, at, self.delta.empty_state(x.shape[0], x.dtype))
         router = router_sums(choice, at.info_q.document > 0) if losses and choice is not None else None
-        return LayerOutput(out, None, {}, None, router)
+        return LayerOutput(out, Asked(None, {}, None, router=router))
 
-    def extend(
-        self, x: Float[Array, "B T D"], at: Situation, cache: LayerCache
-    ) -> tuple[Float[Array, "B N D"], StoredStates]:
+    def extend(self, x: Float[Array, "B T D"], at: Situation, cache: LayerCache) -> tuple[LayerOutput, StoredStates]:
         """The layer on tokens that follow those whose state a cache holds, and the states with the tokens in them."""
         assert isinstance(cache.stored, StoredStates)
         out, _, state = self._read(x, at, cache.stored.of_layer(cache.layer))
-        return out, cache.stored.with_layer(cache.layer, state)
+        return LayerOutput(out, Asked(None, {}, None)), cache.stored.with_layer(cache.layer, state)
 
     def _read(
         self, x: Float[Array, "B T D"], at: Situation, state: DeltaState

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rave_jax.families.config import LinearRope, RopeScaling
+from rave_jax.families.config import DynamicRope, LinearRope, RopeScaling
 from rave_jax.typing import Array, Float, Int
 
 
@@ -30,7 +30,7 @@ def _frequencies(count: int, theta: float) -> np.ndarray:
 
 def _scaled(frequencies: np.ndarray, scaling: RopeScaling | None) -> np.ndarray:
     """The frequencies as the checkpoint wants them, float32 throughout as in the checkpoints' own code."""
-    if scaling is None:
+    if scaling is None or isinstance(scaling, DynamicRope):
         return frequencies
     divided = frequencies / np.float32(scaling.factor)
     if isinstance(scaling, LinearRope):

@@ -11,10 +11,11 @@ import pytest
 
 from rave_jax.config import ConfigError
 from rave_jax.families import FAMILIES, family_for
-from rave_jax.families.config import LinearRope, SmoothRope, TextConfig, VlmConfig
+from rave_jax.families.config import DynamicRope, LinearRope, SmoothRope, TextConfig, VlmConfig
 from rave_jax.families.llama import presets as llama
 from rave_jax.families.llama.config import parse_text
 from rave_jax.families.qwen2 import presets as qwen2
+from rave_jax.families.qwen3_moe import presets as qwen3_moe
 from rave_jax.models.config import ModelOptions
 from rave_jax.models.parameters import count, num_bytes
 from rave_jax.models.rope import text_rotation
@@ -35,6 +36,8 @@ RELEASED = {
     "Llama-2-7b": (llama.llama_2_7b(), 6_738_415_616, 291),
     "Qwen2-0.5B": (qwen2.qwen2_0_5b(), 494_032_768, 290),
     "Qwen2-7B": (qwen2.qwen2_7b(), 7_615_616_512, 339),
+    "Qwen3-30B-A3B": (qwen3_moe.qwen3_30b_a3b(), 30_532_122_624, 18_867),
+    "Qwen3-235B-A22B": (qwen3_moe.qwen3_235b_a22b(), 235_093_634_560, 36_945),
 }
 
 
@@ -97,7 +100,12 @@ def test_the_width_of_a_head_is_stated_or_derived() -> None:
         ("llama", {"mlp_bias": True}, "'mlp_bias' is True, expected False"),
         ("llama", {"hidden_act": "gelu"}, "'hidden_act' is 'gelu', expected 'silu'"),
         ("llama", {"hidden_size": 577, "head_dim": None}, "'hidden_size' is 577, expected a multiple of"),
-        ("llama", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "'rope_type' is 'dynamic', expected 'default'"),
+        (
+            "llama",
+            {"rope_scaling": {"type": "longrope", "factor": 2.0}},
+            "'rope_type' is 'longrope', expected 'default'",
+        ),
+        ("llama", {"rope_scaling": {"type": "dynamic"}}, "RoPE of type 'dynamic': 'factor' is missing"),
         ("llama", {"rope_scaling": {"type": "linear"}}, "RoPE of type 'linear': 'factor' is missing"),
         ("llama", {"rope_scaling": {"type": "linear", "factor": 0}}, "'factor' is 0, expected a number from 1e-06"),
         ("llama", {"rope_scaling": LLAMA_3_1 | {"low_freq_factor": 4.0}}, "high_factor is 4.0, expected above"),
@@ -111,6 +119,20 @@ def test_what_is_not_computed_is_refused_by_name(model_type: str, change: dict[s
     config = llama.smollm2_135m() if model_type == "llama" else qwen2.qwen2_0_5b()
     with pytest.raises(ConfigError, match=message):
         FAMILIES[model_type].parse(FAMILIES[model_type].render(config) | change)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3"])
+def test_dynamic_rope_changes_nothing_up_to_the_longest_text(model_type: str) -> None:
+    """As in transformers, whose frequencies stay as they are while a text is not longer than the model was made for."""
+    family = FAMILIES[model_type]
+    plain = family.parse(family.render(llama.smollm2_135m()))
+    scaled = family.parse(family.render(plain) | {"rope_scaling": {"type": "dynamic", "factor": 2.0}})
+    assert scaled.text.rope_scaling == DynamicRope(2.0, plain.text.max_position)
+    assert (plain.text.longest, scaled.text.longest) == (None, plain.text.max_position)
+    assert family.parse(json.loads(json.dumps(family.render(scaled)))) == scaled
+    positions = jax.numpy.arange(12).reshape(1, 1, 12).repeat(3, 0)
+    turned = [text_rotation(positions, 64, 1e4, scaling=c.text.rope_scaling) for c in (plain, scaled)]
+    np.testing.assert_array_equal(turned[0], turned[1])
 
 
 def test_scaled_frequencies_are_those_of_transformers() -> None:

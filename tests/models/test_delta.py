@@ -139,8 +139,8 @@ def test_prompts_in_chunks_and_tokens_one_by_one_equal_the_whole_forward() -> No
             columns = np.where(np.arange(width) < n[:, None], done[:, None] + np.arange(width), -1)
             tokens, info, positions, unit = cut(whole, columns)
             visual = (unit, features) if width > 1 else (None, None)
-            hidden, cache = extend(model, Chunk(tokens, info, positions, visual[0]), cache, visual[1])
-            found = np.asarray(model.logits(hidden))
+            out, cache = extend(model, Chunk(tokens, info, positions, visual[0]), cache, visual[1])
+            found = np.asarray(model.logits(out.hidden))
             for row in np.flatnonzero(row_seen):
                 np.testing.assert_allclose(
                     found[row, : n[row]], expected[row, done[row] : done[row] + n[row]], atol=CUT

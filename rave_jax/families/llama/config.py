@@ -8,9 +8,17 @@ from __future__ import annotations
 
 from typing import Any
 
-from rave_jax.families.config import MAX_INT32, LinearRope, RopeScaling, SmoothRope, TextConfig, VlmConfig
+from rave_jax.families.config import MAX_INT32, DynamicRope, LinearRope, RopeScaling, SmoothRope, TextConfig, VlmConfig
 from rave_jax.families.hf import HfConfig, eos_ids, integer, need, number, only
-from rave_jax.families.text import TextDefaults, render_eos, render_text, rope_section, rope_type, text_fields
+from rave_jax.families.text import (
+    TextDefaults,
+    dynamic_rope,
+    render_eos,
+    render_text,
+    rope_section,
+    rope_type,
+    text_fields,
+)
 
 MODEL_TYPE, ARCHITECTURE = "llama", "LlamaForCausalLM"
 DEFAULTS = TextDefaults(
@@ -53,7 +61,8 @@ def parse_text(hf: HfConfig, where: str = "config.json", tied: bool | None = Non
 
 
 def parse_rope(rope: HfConfig, max_position: int, where: str = "config.json") -> RopeScaling | None:
-    """How the frequencies of RoPE are scaled: not at all, all alike, or the slow ones alone (Llama 3.1).
+    """How the frequencies of RoPE are scaled: not at all, all alike, the slow ones alone (Llama 3.1), or those of long
+    texts.
 
     Args:
         rope: `rope_scaling` or `rope_parameters`.
@@ -64,9 +73,9 @@ def parse_rope(rope: HfConfig, max_position: int, where: str = "config.json") ->
     Raises:
         ConfigError: another type of scaling, or a number is missing or out of range.
     """
-    kind = rope_type(rope, ("default", "linear", "llama3"), where)
-    if kind == "default":
-        return None
+    kind = rope_type(rope, ("default", "linear", "llama3", "dynamic"), where)
+    if kind in ("default", "dynamic"):
+        return dynamic_rope(rope, max_position, where)
     where = f"{where}: RoPE of type {kind!r}"
     names = ("factor",) if kind == "linear" else ("factor", "low_freq_factor", "high_freq_factor")
     factor, *factors = (_factor(rope, name, where) for name in names)
@@ -97,6 +106,8 @@ def render_rope(scaling: RopeScaling) -> dict[str, Any]:
     """`rope_scaling` of an HF config."""
     if isinstance(scaling, LinearRope):
         return {"rope_type": "linear", "factor": scaling.factor}
+    if isinstance(scaling, DynamicRope):
+        return {"rope_type": "dynamic", "factor": scaling.factor}
     return {
         "rope_type": "llama3",
         "factor": scaling.factor,

@@ -11,11 +11,12 @@ from rave_jax.families.config import TextConfig, VlmConfig
 from rave_jax.families.hf import HfConfig, check_layer_types, eos_ids
 from rave_jax.families.text import (
     TextDefaults,
+    dynamic_rope,
+    render_dynamic,
     render_eos,
     render_text,
     render_window,
     rope_section,
-    rope_type,
     text_fields,
     window_fields,
 )
@@ -51,8 +52,9 @@ def parse_text(hf: HfConfig, where: str = "config.json", tied: bool | None = Non
     Raises:
         ConfigError: a key asks for what this model does not compute.
     """
-    rope_type(rope_section(hf, where), where=where)
-    text = TextConfig(**text_fields(hf, DEFAULTS, where, tied), **window_fields(hf, where), qkv_bias=True)
+    fields = text_fields(hf, DEFAULTS, where, tied)
+    scaling = dynamic_rope(rope_section(hf, where), fields["max_position"], where)
+    text = TextConfig(**fields, **window_fields(hf, where), qkv_bias=True, rope_scaling=scaling)
     check_layer_types(hf, text, where)
     return text
 
@@ -65,4 +67,4 @@ def render(config: VlmConfig) -> dict[str, Any]:
 
 def render_decoder(text: TextConfig) -> dict[str, Any]:
     """The HF config of the decoder alone, as it stands in a `text_config`."""
-    return {"model_type": MODEL_TYPE, **render_text(text), **render_window(text)}
+    return {"model_type": MODEL_TYPE, **render_text(text), **render_window(text), **render_dynamic(text)}

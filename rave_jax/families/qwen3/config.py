@@ -8,11 +8,12 @@ from rave_jax.families.config import TextConfig, VlmConfig
 from rave_jax.families.hf import HfConfig, check_layer_types, eos_ids, only
 from rave_jax.families.text import (
     TextDefaults,
+    dynamic_rope,
+    render_dynamic,
     render_eos,
     render_text,
     render_window,
     rope_section,
-    rope_type,
     text_fields,
     window_fields,
 )
@@ -42,9 +43,9 @@ def parse_text(hf: HfConfig, where: str = "config.json", tied: bool | None = Non
         ConfigError: a key is missing or asks for what this model does not compute.
     """
     only(hf, "attention_bias", (False,), where)
-    rope_type(rope_section(hf, where), where=where)
     fields = text_fields(hf, DEFAULTS, where, tied)
-    text = TextConfig(**fields, **window_fields(hf, where), qkv_bias=False, qk_norm=True)
+    scaling = dynamic_rope(rope_section(hf, where), fields["max_position"], where)
+    text = TextConfig(**fields, **window_fields(hf, where), qkv_bias=False, qk_norm=True, rope_scaling=scaling)
     check_layer_types(hf, text, where)
     return text
 
@@ -57,4 +58,5 @@ def render(config: VlmConfig) -> dict[str, Any]:
 
 def render_decoder(text: TextConfig) -> dict[str, Any]:
     """The HF config of the decoder alone, as it stands in a `text_config`."""
-    return {"model_type": MODEL_TYPE, "attention_bias": False, **render_text(text), **render_window(text)}
+    plain = {"model_type": MODEL_TYPE, "attention_bias": False}
+    return {**plain, **render_text(text), **render_window(text), **render_dynamic(text)}
