@@ -18,7 +18,7 @@ class StoredStates:
     """States of all layers of a run.
 
     A row's state is that of its last token. The layers let a document's first token find nothing, so what is left in a
-    row by the one before it is never read, as in slots for keys.
+    row by the one before it is never read, as in entries of keys.
     """
 
     states: Any

@@ -24,7 +24,9 @@ FOLDERS = (
     "qwen3_vl",
     "qwen3_5",
     "qwen3_5_text",
+    "qwen3_vl_moe",
     "llava",
+    "llava_onevision",
     "internvl",
 )
 """Where they are, in this folder. Small random models are of the first one if none is named."""

@@ -78,8 +78,8 @@ class Buckets:
     Attributes:
         lengths: of prompts, ascending. The last holds `max_length`. Up to a chunk there are two to a doubling, beyond
             it one.
-        reaches: how many slots of the cache a program reads and writes, ascending: those of the lengths, or with
-            regions, whose slots are apart, of tokens of no region.
+        reaches: how many entries of a row of the cache a program reads and writes, ascending: those of the lengths, or
+            with regions, whose entries are apart, of tokens of no region.
         chunk: tokens of a prompt read at once.
         patches: sizes of the tower's input, ascending; empty without a tower.
         regions: how many regions a prompt's chunks see, ascending, doubled each time; empty without regions.
@@ -96,7 +96,7 @@ class Buckets:
         whole = self.lengths[-1]
         self.patches: tuple[int, ...] = ()
         if sizes is not None:
-            windows = -(-sizes.merge * whole // sizes.window)
+            windows = -(-sizes.merge * sizes.spread * whole // sizes.window)
             self.patches = tuple(n * sizes.window for n in _grown(1, windows))
         self._layout = layout
         most = layout.max_regions
@@ -104,7 +104,7 @@ class Buckets:
 
     @property
     def size(self) -> int:
-        """Slots per row of the cache, those of regions not counted."""
+        """Entries per row of the cache, those of regions not counted."""
         return self.reaches[-1]
 
     def reach(self, length: int) -> int:

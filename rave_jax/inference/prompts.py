@@ -10,7 +10,7 @@ import numpy as np
 from rave_jax.batch import Batch, TokenInfo
 from rave_jax.data.collate import BatchShape, collate
 from rave_jax.data.layout import offsets_in_region
-from rave_jax.data.patches import empty_patches
+from rave_jax.data.patches import empty_patches, part_of
 from rave_jax.data.sample import Example
 from rave_jax.families.config import PatchSizes
 from rave_jax.inference.buckets import Buckets
@@ -41,7 +41,7 @@ class Prompt(NamedTuple):
         return len(self.example.tokens)
 
     @property
-    def slots(self) -> int:
+    def entries(self) -> int:
         """Tokens of the prompt that are not kept by region."""
         return int(np.sum(self.example.info.region == 0))
 
@@ -72,17 +72,21 @@ class PromptGroup:
         self._region_offset: Any = np.stack([offsets_in_region(np.asarray(row)) for row in self._batch.info.region])
 
     def pictures(self, most: int) -> Iterator[Pictures]:
-        """All frames, in as few runs of the tower as `most` patches a row and run allow; a larger frame goes alone."""
-        groups = [_frame_groups(prompt.example.patches.frame, most) for prompt in self.prompts]
+        """All frames, in as few runs of the tower as `most` patches a row and run allow; a larger frame goes alone.
+        Where units are mixed, all frames of a picture go together."""
+        parts: list[Any] = [prompt.example.patches for prompt in self.prompts]
+        mixed = self._sizes.mixed
+        groups = [_groups(patches.window if mixed else patches.frame, most) for patches in parts]
         for turn in range(max(map(len, groups))):
             spans = [mine[turn] if turn < len(mine) else range(0) for mine in groups]
             P = self.buckets.tower(max(map(len, spans)))
-            cut: Any = empty_patches((self.rows, P), self._sizes.numbers)
+            tokens = self.buckets.lengths[-1] if mixed else 0
+            cut: Any = empty_patches((self.rows, P), self._sizes.numbers, (tokens, mixed))
             offset: Any = np.zeros(self.rows, np.int32)
-            for row, span in enumerate(spans):
-                offset[row] = span.start // self._sizes.merge
-                for part, whole in zip(cut, self._batch.patches, strict=True):
-                    part[row, : len(span)] = whole[row, span.start : span.stop]
+            for row, (whole, span) in enumerate(zip(parts, spans, strict=True)):
+                own, offset[row] = part_of(whole, span, self._sizes)
+                for part, one in zip(cut, own, strict=True):
+                    part[row, : one.shape[0]] = one
             yield Pictures(cut, offset)
 
     def chunks(self, slots: Sequence[int], no_slot: int) -> Iterator[tuple[int, Chunk, Admission]]:
@@ -95,7 +99,7 @@ class PromptGroup:
         batch, T = self._batch, self.width
         lengths = self._column([prompt.length for prompt in self.prompts])
         admission = self._admission(self._column(slots, no_slot))
-        # A chunk is written whole into slots that follow each other, or token by token beside regions.
+        # A chunk is written whole into entries that follow each other, or token by token beside regions.
         real, outside = (np.asarray(code) for code in (batch.info.document > 0, batch.info.region == 0))
         beside: Any = np.max(np.cumsum(real & outside, axis=1), axis=0)
         for start in range(0, batch.tokens.shape[1], T):
@@ -120,7 +124,7 @@ class PromptGroup:
             "slot": slots,
             "begins": None,
             "last": None,
-            # As text does behind whatever it follows (data/positions.py).
+            # As text does after anything that it follows (`PictureRules.positions`).
             "position": self._column([int(prompt.example.positions.max()) + 1 for prompt in self.prompts]),
             "turn": self._column([int(np.asarray(prompt.example.info.turn)[-1]) for prompt in self.prompts]),
             "limit": self._column([prompt.limit for prompt in self.prompts]),
@@ -132,9 +136,9 @@ class PromptGroup:
         return np.array([*values, *[fill] * (self.rows - len(values))], np.int32)
 
 
-def _frame_groups(frame: Any, most: int) -> list[range]:
-    """Spans of whole frames with at most `most` patches together; a larger frame stands alone."""
-    ends = [*(np.flatnonzero(np.diff(frame)) + 1).tolist(), len(frame)] if len(frame) else []
+def _groups(number: Any, most: int) -> list[range]:
+    """Spans of whole frames, or pictures, with at most `most` patches together; a larger one stands alone."""
+    ends = [*(np.flatnonzero(np.diff(number)) + 1).tolist(), len(number)] if len(number) else []
     groups: list[range] = []
     start = 0
     for end in ends:

@@ -144,7 +144,7 @@ class Decoder(nnx.Module):
 
         Returns:
             what was asked for, with hidden states of the wanted tokens after the final norm and the attention of
-            queries over the slots of `cache.codes`, and the cache with the tokens in it.
+            queries over the entries of `cache.codes`, and the cache with the tokens in it.
 
         Raises:
             ValueError: losses are asked for.
@@ -165,7 +165,7 @@ class Decoder(nnx.Module):
                 entered.info,
                 positions,
                 own=entered.own,
-                slots=entered.slots,
+                entries=entered.entries,
                 queries=want.queries,
                 progress=want.progress,
             )
@@ -228,26 +228,26 @@ class Decoder(nnx.Module):
         if regions is not None:
             attention.check_decoding(self.implementation, regions.tokens, self.head_dim, kind, dtype, regions_in)
 
-        def keys(layer: DecoderLayer, slots: int) -> Keys:
-            x = self._zeros(rows, slots, dtype)
+        def keys(layer: DecoderLayer, entries: int) -> Keys:
+            x = self._zeros(rows, entries, dtype)
             found = attention.remember(layer.mechanisms, x)
-            region = jnp.zeros((rows, slots), jnp.int32)
+            region = jnp.zeros((rows, entries), jnp.int32)
             summary = attention.summarise(layer.mechanisms, x, region, self.layout.max_regions)
             return found._replace(summary=summary)
 
         def states(layer: DeltaLayer) -> DeltaState:
             return layer.delta.empty_state(rows, dtype)
 
-        def shapes(run: LayerRun[Layer], slots: int) -> Keys | StoredStates:
+        def shapes(run: LayerRun[Layer], entries: int) -> Keys | StoredStates:
             if isinstance(run.layers, DeltaLayer):
                 return StoredStates(jax.eval_shape(jax.vmap(states), run.layers), STATE_AXES)
-            return jax.eval_shape(jax.vmap(functools.partial(keys, slots=slots)), run.layers)
+            return jax.eval_shape(jax.vmap(functools.partial(keys, entries=entries)), run.layers)
 
         cache = attention.empty_cache(tuple(shapes(run, size) for run in self.layer_runs), kind)
         if regions is None:
             return cache
-        slots = self.layout.max_regions * regions.tokens
-        kept = [shapes(run, slots) for run in self.layer_runs]
+        entries = self.layout.max_regions * regions.tokens
+        kept = [shapes(run, entries) for run in self.layer_runs]
         far = tuple(None if isinstance(one, StoredStates) else one for one in kept)
         return attention.empty_region_cache(cache, far, kind, regions.tokens, regions_in)
 
@@ -266,7 +266,7 @@ class Decoder(nnx.Module):
         positions: Int[Array, "3 B T"],
         *,
         own: Int[Array, "B T"],
-        slots: Any = None,
+        entries: Any = None,
         queries: Int[Array, "B N"] | None = None,
         progress: Float[Array, ""] | None = None,
     ) -> Situation:
@@ -284,7 +284,7 @@ class Decoder(nnx.Module):
         codes = attention.mask_codes(mechanisms, info_q, info_k, base)
         delta = isinstance(run.layers, DeltaLayer)
         turn = in_turn(info_q, by_region=self.layout.regions is not None) if delta else None
-        return Situation(rotation, codes, info_q, info_k, slots, queries, progress, turn=turn)
+        return Situation(rotation, codes, info_q, info_k, entries, queries, progress, turn=turn)
 
 
 def _deep_of(run: LayerRun[Layer], tokens: Embedded) -> Float[Array, "L B U D"] | None:

@@ -40,7 +40,7 @@ class Situation(NamedTuple):
     codes: MaskCodes
     info_q: TokenInfo
     info_k: TokenInfo
-    slots: Any
+    entries: Any
     """Where the queries' tokens go in the cache; None without one."""
     queries: Int[Array, "B N"] | None
     progress: Float[Array, ""] | None
@@ -169,7 +169,7 @@ class DecoderLayer(nnx.Module):
             found,
             attention.remember(self.mechanisms, found),
             cache.layer,
-            at.slots,
+            at.entries,
             at.codes,
             at.info_q,
             at.info_k,

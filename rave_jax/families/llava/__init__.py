@@ -4,7 +4,8 @@ from rave_jax.families.base import Family
 from rave_jax.families.llava.config import ARCHITECTURE, MODEL_TYPE, parse, render
 from rave_jax.families.llava.pictures import pictures
 from rave_jax.families.llava.small import SMALL
-from rave_jax.families.llava.tensors import STYLES, tensors
+from rave_jax.families.llava.tensors import tensors
+from rave_jax.families.vit_keys import STYLES
 
 FAMILY = Family(
     model_type=MODEL_TYPE,

@@ -109,7 +109,7 @@ class Packed(NamedTuple):
     k: Float[Array, "B K S h"]
     v: Float[Array, "B K S c"]
     u: Float[Array, "B K G r T"] | None = None
-    """As given: the kernels switch and scale it, or there would be a second one."""
+    """As given. The kernels apply switch and scale, which saves a second copy."""
     rows: Float[Array, "B K 2*G T"] | None = None
     """Row terms, then switches times the scale of z'; each padded to whole sublanes."""
     w: Float[Array, "B K r S"] | None = None
