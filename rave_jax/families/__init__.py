@@ -22,6 +22,8 @@ FOLDERS = (
     "qwen3",
     "qwen3_moe",
     "qwen3_vl",
+    "qwen3_5",
+    "qwen3_5_text",
     "qwen3_vl_moe",
     "llava",
     "llava_onevision",
