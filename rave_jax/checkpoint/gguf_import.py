@@ -12,7 +12,7 @@ import numpy as np
 
 from rave_jax.checkpoint.gguf_file import GgufFile
 from rave_jax.checkpoint.gguf_tokenizer import tokenizer_files
-from rave_jax.checkpoint.hf_export import DTYPE_NAMES, MAX_SHARD_BYTES, divided, write_index
+from rave_jax.checkpoint.hf_export import DTYPE_NAMES, MAX_SHARD_BYTES, divide, write_index
 from rave_jax.checkpoint.hf_files import CONFIG, GENERATION_CONFIG
 from rave_jax.checkpoint.safetensors_file import CheckpointError, Planned, write_header, write_tensor
 from rave_jax.checkpoint.verify import refusal
@@ -65,7 +65,7 @@ def write_hf(file: GgufFile, destination: Path, dtype: str = "float32", max_shar
         raise
     except ConfigError as error:
         raise CheckpointError(f"{file.path}: {error}") from error
-    files = divided(items, max_shard_bytes)
+    files = divide(items, max_shard_bytes)
     small = {
         CONFIG: {**config, "dtype": dtype},
         GENERATION_CONFIG: {key: config[key] for key in IDS if key in config},
@@ -76,7 +76,7 @@ def write_hf(file: GgufFile, destination: Path, dtype: str = "float32", max_shar
             return len(files)
         for name, group in files.items():
             _write(folder / name, group, file)
-        write_index(folder, {name: [item.planned for item in group] for name, group in files.items()})
+        write_index(folder, files)
         for name, data in small.items():
             (folder / name).write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
         tokenizer.save(str(folder / "tokenizer.json"))

@@ -20,12 +20,12 @@ from tokenizers import (
     processors,
 )
 
+from rave_jax.checkpoint.sentencepiece import SPACE, merges_of
 from rave_jax.config import ConfigError
 from rave_jax.families.gguf import WHERE, GgufModels, Metadata, Split
 from rave_jax.families.hf import flag, integer, need, only
 
 CONTROL, USER_DEFINED = 3, 4
-SPACE = "\u2581"
 NAMED = {
     "bos_token": "bos_token_id",
     "eos_token": "eos_token_id",
@@ -103,12 +103,9 @@ def _sentencepiece(metadata: Metadata, tokens: Sequence[str]) -> Tokenizer:
     if not isinstance(scores, list) or len(scores) != len(tokens):
         raise ConfigError(f"{WHERE}: 'tokenizer.ggml.scores' has no number for each of {len(tokens)} tokens")
     vocab = {token: n for n, token in enumerate(tokens)}
-    splits = ((whole, whole[:n], whole[n:]) for whole in vocab for n in range(1, len(whole)))
-    merges = [(scores[vocab[whole]], a, b) for whole, a, b in splits if a in vocab and b in vocab]
-    merges.sort(key=lambda merge: (-merge[0], vocab[merge[1]], vocab[merge[2]]))
+    pairs = merges_of(dict(zip(tokens, scores, strict=True)))
     key = "tokenizer.ggml.unknown_token_id"
     unknown = tokens[integer(metadata, key, len(tokens) - 1, least=0, default=0, where=WHERE)]
-    pairs = [(a, b) for _, a, b in merges]
     tokenizer = Tokenizer(models.BPE(vocab, pairs, unk_token=unknown, fuse_unk=True, byte_fallback=True))
     name = "tokenizer.ggml.add_space_prefix"
     prefixed = flag(metadata, name, WHERE) if metadata.get(name) is not None else True

@@ -49,6 +49,13 @@ MAX_SHARD_BYTES = 5_000_000_000
 DTYPE_NAMES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
 
+class Written(Protocol):
+    """Something that says of a tensor how it is written."""
+
+    @property
+    def planned(self) -> Planned: ...
+
+
 class Item(NamedTuple):
     """A tensor to be written and where its numbers are; with an adapter, (down, up), it is merged into them.
 
@@ -112,14 +119,13 @@ def export_hf(
     rules = rules_of(model, tensor_layout(model, source))
     backbone = [item(tuple(group)) for _, group in itertools.groupby(rules, lambda rule: rule.hf_key)]
     beside = beside_items(model, extras)
-    files = divided(backbone, max_shard_bytes) | ({SIDECAR: beside} if beside else {})
+    files = divide(backbone, max_shard_bytes) | ({SIDECAR: beside} if beside else {})
     total = sum(i.planned.nbytes for items in files.values() for i in items)
     with written_whole(Path(destination), total) as folder:
         for name, items in files.items():
             write_tensors(None if folder is None else folder / name, items, model)
         if folder is not None:
-            weights = {name: [i.planned for i in items] for name, items in files.items() if name != SIDECAR}
-            write_index(folder, weights)
+            write_index(folder, {name: items for name, items in files.items() if name != SIDECAR})
             options = dataclasses.replace(model.options, lora=None) if merges else model.options
             _write_config(folder, model, source, options)
             sentences = notes(options, model.options.lora, lora, rounding(model, dtype))
@@ -171,15 +177,8 @@ def _layer_shape(shape: tuple[int, ...], index: int | None) -> tuple[int, ...]:
     return shape if index is None else shape[1:]
 
 
-class Written(Protocol):
-    """Something that becomes a tensor of a file."""
-
-    @property
-    def planned(self) -> Planned: ...
-
-
-def divided[T: Written](items: list[T], limit: int) -> dict[str, list[T]]:
-    """Weight files in order by name, none above the limit unless for one tensor."""
+def divide[T: Written](items: list[T], limit: int) -> dict[str, list[T]]:
+    """Files in order, none above the limit unless for one tensor."""
     groups: list[list[T]] = [[]]
     size = 0
     for item in items:
@@ -236,11 +235,11 @@ def _value(model: Vlm, params: Mapping[str, nnx.Param], location: Location, rule
     return joined(parts, rules)
 
 
-def write_index(folder: Path, files: Mapping[str, list[Planned]]) -> None:
-    """The index of several weight files; one alone needs none."""
+def write_index[T: Written](folder: Path, files: dict[str, list[T]]) -> None:
+    """The index of several files; one file alone has none."""
     if len(files) > 1:
-        total = sum(tensor.nbytes for tensors in files.values() for tensor in tensors)
-        where = {tensor.key: name for name, tensors in files.items() for tensor in tensors}
+        total = sum(i.planned.nbytes for items in files.values() for i in items)
+        where = {i.planned.key: name for name, items in files.items() for i in items}
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 

@@ -13,6 +13,7 @@ from rave_jax.checkpoint.gguf_import import write_hf
 from rave_jax.checkpoint.hf_export import copy_small_files, export_hf, key_style, rounding, tensor_layout
 from rave_jax.checkpoint.hf_files import has_weights, hf_config, is_peft
 from rave_jax.checkpoint.kinds import other_config
+from rave_jax.checkpoint.original import convert_original
 from rave_jax.checkpoint.peft_export import export_peft
 from rave_jax.checkpoint.peft_import import base_of, import_peft
 from rave_jax.checkpoint.safetensors_file import CheckpointError
@@ -95,6 +96,21 @@ def from_gguf(source: Path, destination: Path, dtype: str = "float32") -> None:
     print(f"{destination}: HuggingFace format, {files} weight file{'s' if files > 1 else ''}, of {kinds} in {source}")
 
 
+def from_original(source: Path, destination: Path, tower: Path | None = None) -> None:
+    """Write a HuggingFace directory of a checkpoint in the layout of its authors.
+
+    Args:
+        source: the checkpoint.
+        destination: not there yet.
+        tower: HuggingFace directory of its vision tower.
+
+    Raises:
+        ConfigError: the source cannot be read, the tower is not given, or the destination cannot be written.
+    """
+    convert_original(source, tower, destination)
+    print(f"{destination}: HuggingFace format, the tower from {tower}")
+
+
 def to_hf(source: Path, destination: Path, form: HfForm, step: int | None = None) -> None:
     """Write a HuggingFace directory (or a PEFT adapter) of a native checkpoint or of a run, and say what it lacks.
 
@@ -152,6 +168,7 @@ def _base(source: Path, directory: Path, origin: Origin | None) -> Path:
     """
     if origin is not None and origin.base:
         return Path(origin.base).expanduser()
-    if not native.is_native(source) and has_weights(directory):  # of a run that started by itself, or as it lies here
+    # Of a run that began with random weights, or a HuggingFace directory.
+    if not native.is_native(source) and has_weights(directory):
         return directory
     raise CheckpointError(f"{source}: does not name the base model of its adapter: give its directory (--base)")

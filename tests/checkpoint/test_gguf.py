@@ -16,10 +16,11 @@ from rave_jax.checkpoint.gguf_file import GgufData, GgufFile, open_gguf
 from rave_jax.checkpoint.gguf_import import write_hf
 from rave_jax.checkpoint.hf_import import import_hf, load_config
 from rave_jax.checkpoint.safetensors_file import CheckpointError
+from rave_jax.checkpoint.sentencepiece import pieces_of
 from rave_jax.families.config import LinearRope, TextConfig, VlmConfig
 from rave_jax.models.parameters import named_parameters
 from rave_jax.models.vlm import Vlm
-from tests.data.llama import llama_pieces, llama_tokenizer
+from tests.data.llama import llama_tokenizer
 from tests.models.made import model as made
 
 TOKENS = ["<|end|>", "<think>", *(chr(n) for n in range(33, 127)), "Ġ", "Ċ", "th", "the", "Ġthe"]
@@ -139,16 +140,16 @@ def test_the_tokenizer_cuts_digits_and_knows_marked_tokens(tmp_path: Path) -> No
 
 def test_the_tokenizer_of_llama_2_is_made_from_scores(tmp_path: Path, shared_data: Path) -> None:
     file = shared_data / "tokenizer_llama" / "tokenizer.model"
-    pieces = llama_pieces(file)
-    tokens = [piece for piece, _ in pieces]
+    pieces = pieces_of(file)
+    tokens = [piece for piece, _, _ in pieces]
     text = TextConfig(**{**vars(TEXT), "vocab_size": len(tokens)})
     config = VlmConfig(text=text, eos_token_ids=(2,), family="llama")
     metadata = {k: v for k, v in METADATA.items() if not k.startswith("tokenizer.")} | {
         "llama.vocab_size": len(tokens),
         "tokenizer.ggml.model": "llama",
         "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.scores": [score for _, score in pieces],
-        "tokenizer.ggml.token_type": [2, 3, 3] + [6] * 256 + [1] * (len(tokens) - 259),
+        "tokenizer.ggml.scores": [score for _, score, _ in pieces],
+        "tokenizer.ggml.token_type": [kind for _, _, kind in pieces],
         "tokenizer.ggml.bos_token_id": 1,
         "tokenizer.ggml.eos_token_id": 2,
         "tokenizer.ggml.unknown_token_id": 0,
