@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, Protocol
 
+from rave_jax.attention.attend import AttentionOutput
 from rave_jax.attention.base import Features, Keys, Mechanism
 from rave_jax.batch import TokenInfo
 from rave_jax.kernels.attention import Implementation, MaskCodes
@@ -34,8 +35,10 @@ class LayerKeys(Protocol):
         *,
         regions: int,
         implementation: Implementation,
-    ) -> tuple[Float[Array, "B T H h"], Any]:
-        """Outputs of one layer before the output projection, and what is kept, with the new tokens in it.
+        queries: Int[Array, "B N"] | None = None,
+        progress: Float[Array, ""] | None = None,
+    ) -> tuple[AttentionOutput, Any]:
+        """What one layer gives before the output projection, and what is kept, with the new tokens in it.
 
         Args:
             x: features of the tokens.
@@ -46,6 +49,8 @@ class LayerKeys(Protocol):
             info_q, info_k: token codes of the same.
             mechanisms, implementation: as `attend` takes them.
             regions: R, `Cache.num_regions`.
+            queries: tokens, by index, whose attention over the slots of `Cache.codes` is wanted, and their choice.
+            progress: of the training run; None is its end.
         """
         ...
 
@@ -77,6 +82,11 @@ class Cache(Protocol):
     @property
     def length(self) -> Int[Array, "B"]:
         """Tokens of each row: the offset of the next one in its document."""
+        ...
+
+    @property
+    def codes(self) -> TokenInfo:
+        """Token codes of all slots [B,S], those in no region first: what the attention of queries is over."""
         ...
 
     @property

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rave_jax.attention.attend import attend
+from rave_jax.attention.attend import AttentionOutput, attend
 from rave_jax.attention.base import Features, Keys, Mechanism
 from rave_jax.attention.cache import Admitted, Cache, CacheType, RegionReach
 from rave_jax.batch import TokenInfo
@@ -53,12 +53,25 @@ class StoredKeys(NamedTuple):
         *,
         regions: int,
         implementation: Implementation,
-    ) -> tuple[Float[Array, "B T H h"], StoredKeys]:
+        queries: Int[Array, "B N"] | None = None,
+        progress: Float[Array, ""] | None = None,
+    ) -> tuple[AttentionOutput, StoredKeys]:
         """As `LayerKeys` says; `slots` is the first of each row."""
         stored = write(self, layer, slots, keys)
         held = read(stored, layer, x.q.dtype)
-        seen = attend(x, held, codes, info_q, info_k, mechanisms, implementation=implementation, regions=regions)
-        return seen.out, stored
+        seen = attend(
+            x,
+            held,
+            codes,
+            info_q,
+            info_k,
+            mechanisms,
+            implementation=implementation,
+            queries=queries,
+            regions=regions,
+            progress=progress,
+        )
+        return seen, stored
 
 
 class KvCache(NamedTuple):
@@ -78,6 +91,11 @@ class KvCache(NamedTuple):
     def length(self) -> Int[Array, "B"]:
         """As `Cache` says."""
         return self.index
+
+    @property
+    def codes(self) -> TokenInfo:
+        """As `Cache` says."""
+        return self.info
 
     @property
     def size(self) -> int:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from rave_jax.attention import kv_cache
-from rave_jax.attention.attend import attend, combine, router_of, routing_of, summarise
+from rave_jax.attention.attend import AttentionOutput, attend, combine, router_of, routing_of, summarise
 from rave_jax.attention.base import Features, Keys, Mechanism, overrides
 from rave_jax.attention.cache import CacheType, RegionMemory
 from rave_jax.attention.checks import name_of
@@ -98,14 +98,17 @@ class LayerRegions(NamedTuple):
         *,
         regions: int,
         implementation: Implementation,
-    ) -> tuple[Float[Array, "B T H h"], LayerRegions]:
+        queries: Int[Array, "B N"] | None = None,
+        progress: Float[Array, ""] | None = None,
+    ) -> tuple[AttentionOutput, LayerRegions]:
         """As `LayerKeys` says. `codes` and `info_k` have the slots of no region first."""
         near, far = _write_at(self.near, layer, slots.near, keys), self.far
         if slots.far is None:
             stored, summary = LayerRegions(near, far), _summary(far, layer)
-            against = against_gathering(mechanisms, x)
+            against = against_gathering(mechanisms, x, queries, progress)
             if against is None:
-                return _gathered(x, stored, layer, codes, info_q, info_k, mechanisms, regions, implementation), stored
+                out = _gathered(x, stored, layer, codes, info_q, info_k, mechanisms, regions, implementation)
+                return AttentionOutput(out, None, {}), stored
             _say_once(f"decoding reads all visual keys: {against}")
         else:
             summary = combine(mechanisms, _summary(far, layer), summarise(mechanisms, x, info_q.region, regions))
@@ -126,9 +129,11 @@ class LayerRegions(NamedTuple):
             info_k,
             mechanisms,
             implementation=implementation,
+            queries=queries,
             regions=regions,
+            progress=progress,
         )
-        return seen.out, stored
+        return seen, stored
 
 
 def joined(near: Any, far: Any) -> Any:
@@ -136,8 +141,17 @@ def joined(near: Any, far: Any) -> Any:
     return jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), near, far)
 
 
-def against_gathering(mechanisms: Sequence[Mechanism], x: Features) -> str | None:
+def against_gathering(
+    mechanisms: Sequence[Mechanism],
+    x: Features,
+    queries: Int[Array, "B N"] | None = None,
+    progress: Float[Array, ""] | None = None,
+) -> str | None:
     """Why a decoding step has to read all visual keys, in a sentence; None where it does not."""
+    if queries is not None:
+        return "the attention of queries over all keys is asked for"
+    if progress is not None:
+        return "a training run that has not ended may choose more regions"
     if x.q.shape[1] != 1:
         return f"{x.q.shape[1]} tokens are read at once"
     if router_of(mechanisms) is None:

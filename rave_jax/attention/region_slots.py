@@ -102,6 +102,11 @@ class RegionCache:
         return self.beside.info
 
     @property
+    def codes(self) -> TokenInfo:
+        """As `Cache` says."""
+        return joined(self.info, self.regions.info)
+
+    @property
     def index(self) -> Int[Array, "B"]:
         """As `Cache` says."""
         return self.beside.index
@@ -144,7 +149,7 @@ class RegionCache:
         slots = self._slots(info, region_offset)
         cache = self._entered(info, slots, empty_summaries(self.num_regions))
         own = slots.near if slots.far is None else jnp.where(info.region > 0, self.size + slots.far, slots.near)
-        return Admitted(cache, slots, joined(cache.info, cache.regions.info), own)
+        return Admitted(cache, slots, cache.codes, own)
 
     def _slots(self, info: TokenInfo, region_offset: Int[Array, "B T"] | None) -> ChunkSlots:
         """Slots of the tokens of a chunk."""

@@ -5,15 +5,18 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import jax
 import ml_dtypes
 import numpy as np
+from flax import nnx
 from jax.sharding import NamedSharding
 
 from rave_jax.checkpoint import native, sidecar
@@ -32,9 +35,10 @@ from rave_jax.checkpoint.hf_files import (
 )
 from rave_jax.checkpoint.merging import adapter_of, is_adapter, merged
 from rave_jax.checkpoint.naming import extra_parameters, global_names, rules_of
+from rave_jax.checkpoint.parts import joined, place_of
 from rave_jax.checkpoint.safetensors_file import Planned, write_header, write_tensor
 from rave_jax.checkpoint.written_whole import written_whole
-from rave_jax.families import family_named
+from rave_jax.families import TensorRule, family_named
 from rave_jax.models.config import ModelOptions
 from rave_jax.models.parameters import Location, locate, named_parameters
 from rave_jax.models.vlm import Vlm
@@ -46,11 +50,20 @@ DTYPE_NAMES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.b
 
 
 class Item(NamedTuple):
-    """A tensor to be written and where its numbers are; with an adapter, (down, up), it is merged into them."""
+    """A tensor to be written and where its numbers are; with an adapter, (down, up), it is merged into them.
+
+    Fields:
+        planned: the tensor.
+        location: of its numbers.
+        adapter: paths of what is merged into them.
+        rules: how several parameters make the tensor, or how it stands in one; () where it is one layer of a
+            parameter, or all of it.
+    """
 
     planned: Planned
     location: Location
     adapter: tuple[str, str] | None = None
+    rules: tuple[TensorRule, ...] = ()
 
 
 def export_hf(
@@ -88,13 +101,16 @@ def export_hf(
     params = named_parameters(model)
     merges = lora == "merge"
 
-    def item(key: str, shape: tuple[int, ...], location: Location) -> Item:
+    def item(rules: tuple[TensorRule, ...]) -> Item:
+        first = rules[0]
+        location = locate(model, first)
         stored = np.dtype(params[location.path].dtype)
-        planned = Planned(key, stored if target is None else target, shape)
-        return Item(planned, location, adapter_of(location.path, params) if merges else None)
+        planned = Planned(rename(first.hf_key), stored if target is None else target, first.shape)
+        return Item(planned, location, adapter_of(location.path, params) if merges else None, rules)
 
     extras = [path for path in extra_parameters(model) if not (merges and is_adapter(path))]
-    backbone = [item(rename(rule.hf_key), rule.shape, locate(model, rule)) for rule in rules_of(model)]
+    rules = rules_of(model, tensor_layout(model, source))
+    backbone = [item(tuple(group)) for _, group in itertools.groupby(rules, lambda rule: rule.hf_key)]
     beside = beside_items(model, extras)
     files = _divide(backbone, max_shard_bytes) | ({SIDECAR: beside} if beside else {})
     total = sum(i.planned.nbytes for items in files.values() for i in items)
@@ -120,6 +136,17 @@ def key_style(model: Vlm, source: Path | None) -> int:
     if source is None or not has_weights(source):
         return 0
     return family_named(model.config.family).style_of(index_of(source) or read_weights(source).tensors)
+
+
+def tensor_layout(model: Vlm, source: Path | None) -> int:
+    """Number of the layout (`Family.layouts`) of the tensors in the directory that the model came from."""
+    if source is not None and native.is_native(source):
+        return native.tensor_layout(source)
+    if source is None or not has_weights(source):
+        return 0
+    family = family_named(model.config.family)
+    keys = {family.canonical_key(key) for key in index_of(source) or read_weights(source).tensors}
+    return family.layout_of(model.config, keys)
 
 
 def beside_items(model: Vlm, paths: list[str]) -> list[Item]:
@@ -179,8 +206,8 @@ def write_tensors(path: Path | None, items: list[Item], model: Vlm) -> None:
         file = None if path is None else stack.enter_context(path.open("wb"))
         if file is not None:
             write_header(file, [i.planned for i in items])
-        for planned, location, adapter in items:
-            value = gather(params[location.path][...], location.index)
+        for planned, location, adapter, rules in items:
+            value = _value(model, params, location, rules)
             if adapter is not None and model.options.lora is not None:
                 down, up = (gather(params[p][...], location.index) for p in adapter)
                 value = merged(value, down, up, model.options.lora)
@@ -189,6 +216,15 @@ def write_tensors(path: Path | None, items: list[Item], model: Vlm) -> None:
         if file is not None:
             file.flush()
             os.fsync(file.fileno())
+
+
+def _value(model: Vlm, params: Mapping[str, nnx.Param], location: Location, rules: tuple[TensorRule, ...]) -> NpArray:
+    """The numbers of a tensor on the host; each process gathers the same ones."""
+    if not rules:
+        return gather(params[location.path][...], location.index)
+    places = [locate(model, rule) for rule in rules]
+    parts = [gather(params[p][...], n, rule.entry) for (p, n), rule in zip(places, rules, strict=True)]
+    return joined(parts, rules)
 
 
 def _write_index(folder: Path, files: dict[str, list[Item]]) -> None:
@@ -223,9 +259,10 @@ def copy_small_files(source: Path, folder: Path, options: ModelOptions) -> None:
 
 
 @functools.partial(jax.jit, static_argnames="where")
-def _layer(x: jax.Array, index: jax.Array, where: NamedSharding | None) -> jax.Array:
-    layer = jax.lax.dynamic_index_in_dim(x, index, keepdims=False)
-    return layer if where is None else jax.lax.with_sharding_constraint(layer, where)
+def _part(x: jax.Array, index: tuple[int, ...], where: NamedSharding | None) -> jax.Array:
+    for n in index:
+        x = jax.lax.dynamic_index_in_dim(x, n, keepdims=False)
+    return x if where is None else jax.lax.with_sharding_constraint(x, where)
 
 
 @functools.partial(jax.jit, static_argnames="where")
@@ -233,11 +270,13 @@ def _whole(x: jax.Array, where: NamedSharding) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, where)
 
 
-def gather(x: jax.Array, index: int | None) -> NpArray:
-    """One tensor on the host: all of x, or one layer of it. Devices hold one tensor more while it runs."""
+def gather(x: jax.Array, layer: int | None, entry: int | None = None) -> NpArray:
+    """One tensor on the host: all of x, one layer of it, or one entry of a layer. Devices hold one tensor more while it
+    runs."""
+    index = place_of(layer, entry)
     where = replicated(x.sharding.mesh) if isinstance(x.sharding, NamedSharding) else None
-    if index is not None:
-        x = _layer(x, index, where)
+    if index:
+        x = _part(x, index, where)
     elif where is not None and not x.is_fully_addressable:
         x = _whole(x, where)
     return np.asarray(x if x.is_fully_addressable else x.addressable_data(0))

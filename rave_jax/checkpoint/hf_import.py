@@ -22,9 +22,10 @@ from rave_jax.checkpoint import native
 from rave_jax.checkpoint.explain import check_quantization
 from rave_jax.checkpoint.hf_files import GENERATION_CONFIG, generation_config, hf_config
 from rave_jax.checkpoint.kinds import other_config
-from rave_jax.checkpoint.safetensors_file import DTYPES, CheckpointError, Slice, Stored, read_into
+from rave_jax.checkpoint.parts import Source, read_part
+from rave_jax.checkpoint.safetensors_file import DTYPES, CheckpointError, Slice
 from rave_jax.checkpoint.sidecar import check_same, needs_sidecar, saved_options
-from rave_jax.checkpoint.target import abstract_model, check_room, fresh_parameters, is_stacked, parameter_shardings
+from rave_jax.checkpoint.target import abstract_model, check_room, fresh_parameters, parameter_shardings
 from rave_jax.checkpoint.verify import match, refusal
 from rave_jax.families import Family, family_for
 from rave_jax.families.config import VlmConfig
@@ -126,20 +127,20 @@ def import_hf(
         for path, param in named_parameters(model).items():
             if path in values:
                 continue
-            fill = _filler(found.sources[path], stacked=is_stacked(param), shape=param.shape, pool=pool)
+            fill = _filler(found.sources[path], shape=param.shape, pool=pool)
             values[path] = assemble(param.shape, targets[path], places[path], fill)
     return with_values(model, values)
 
 
-def _dtypes(directory: Path, model: Vlm, sources: dict[str, list[Stored]], dtypes: Dtypes) -> dict[str, np.dtype]:
+def _dtypes(directory: Path, model: Vlm, sources: dict[str, list[Source]], dtypes: Dtypes) -> dict[str, np.dtype]:
     wanted = {path: np.dtype(param.dtype) for path, param in named_parameters(model).items()}
     if dtypes == "options":
         return wanted
-    stored = {path: {s.dtype for s in tensors} for path, tensors in sources.items()}
+    stored = {path: {part.stored.dtype for part in parts} for path, parts in sources.items()}
     mixed = [
-        f"{tensors[0].key} ({tensors[0].file.name}) and the same tensors of other layers have different number types: "
+        f"{first.key} ({first.file.name}) and the same tensors of other layers have different number types: "
         + ", ".join(sorted(stored[path]))
-        for path, tensors in sources.items()
+        for path, ((first, *_), *_) in sources.items()
         if len(stored[path]) > 1
     ]
     if mixed:
@@ -148,22 +149,31 @@ def _dtypes(directory: Path, model: Vlm, sources: dict[str, list[Stored]], dtype
 
 
 def _filler(
-    tensors: Sequence[Stored], stacked: bool, shape: tuple[int, ...], pool: ThreadPoolExecutor
+    sources: Sequence[Source], shape: tuple[int, ...], pool: ThreadPoolExecutor
 ) -> Callable[[list[Slice]], None]:
-    """A function that fills memory with slices of the parameter whose layers are these tensors."""
+    """A function that fills memory with slices of the parameter that these tensors are the parts of."""
 
     def fill(slices: list[Slice]) -> None:
-        if not stacked:
-            return read_into(tensors[0], shape, slices)
         jobs = []
-        for layer, tensor in enumerate(tensors):
-            starts = [(s.index[0].start, s) for s in slices if s.index[0].start <= layer < s.index[0].stop]
-            parts = [Slice(s.out[layer - start], s.index[1:]) for start, s in starts]
-            jobs.append(pool.submit(read_into, tensor, shape[1:], parts))
+        for source in sources:
+            depth = len(source.index)
+            parts = [Slice(s.out[_inside(source.index, s)], s.index[depth:]) for s in slices if _holds(s, source.index)]
+            if parts:
+                jobs.append(pool.submit(read_part, source, shape[depth:], parts))
         for job in jobs:
             job.result()
 
     return fill
+
+
+def _holds(part: Slice, index: tuple[int, ...]) -> bool:
+    """Is what stands at this index of the first axes in the slice?"""
+    return all(span.start <= n < span.stop for n, span in zip(index, part.index, strict=False))
+
+
+def _inside(index: tuple[int, ...], part: Slice) -> tuple[int, ...]:
+    """The same index counted from the start of the slice."""
+    return tuple(n - span.start for n, span in zip(index, part.index, strict=False))
 
 
 def assemble(

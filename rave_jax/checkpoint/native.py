@@ -14,6 +14,7 @@ from __future__ import annotations
 import functools
 import json
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -48,27 +49,44 @@ def key_style(directory: Path) -> int:
     Raises:
         CheckpointError: written in another format.
     """
-    data = read_json(directory / NATIVE)
-    if not isinstance(data, dict) or data.get("format") != FORMAT:
-        raise CheckpointError(f"{directory / NATIVE}: expected an object with format {FORMAT}")
-    style = data.get("other_key_style")
+    style = _stated(directory).get("other_key_style")
     return style if isinstance(style, int) else 0
 
 
-def write_into(folder: Path, model: Vlm, other_key_style: int) -> None:
+def tensor_layout(directory: Path) -> int:
+    """Number of the layout (`Family.layouts`) of the tensors in the HuggingFace files that it came from.
+
+    Raises:
+        CheckpointError: written in another format.
+    """
+    layout = _stated(directory).get("tensor_layout")
+    return layout if isinstance(layout, int) else 0
+
+
+def _stated(directory: Path) -> dict[str, Any]:
+    data = read_json(directory / NATIVE)
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        raise CheckpointError(f"{directory / NATIVE}: expected an object with format {FORMAT}")
+    return data
+
+
+def write_into(folder: Path, model: Vlm, other_key_style: int, layout: int = 0) -> None:
     """Fill a folder with a native checkpoint, but for the files that are carried along. For one process.
 
     Args:
         folder: it is there.
         model: whose parameters are written.
         other_key_style: what `key_style` will give.
+        layout: what `tensor_layout` will give.
     """
     values = {path: param[...] for path, param in named_parameters(model).items()}
     ocp.save(str(folder.resolve() / PARAMETERS), values)
     digests.write(folder / PARAMETERS)
     # The first two styles are written as false and true.
     style = bool(other_key_style) if other_key_style < 2 else other_key_style
-    text = json.dumps({"format": FORMAT, "other_key_style": style, DIGESTS: True}, indent=2) + "\n"
+    stated = {"format": FORMAT, "other_key_style": style, DIGESTS: True}
+    stated |= {"tensor_layout": layout} if layout else {}
+    text = json.dumps(stated, indent=2) + "\n"
     (folder / NATIVE).write_text(text)
     if sidecar.needs_sidecar(model.options):
         (folder / SIDECAR_JSON).write_text(sidecar.options_text(model.options))

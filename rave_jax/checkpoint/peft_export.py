@@ -13,14 +13,15 @@ import numpy as np
 
 from rave_jax.checkpoint import sidecar
 from rave_jax.checkpoint.card import Origin, adapter_card, notes, write_card
-from rave_jax.checkpoint.hf_export import DTYPE_NAMES, Item, beside_items, gather, write_tensors
+from rave_jax.checkpoint.hf_export import DTYPE_NAMES, Item, beside_items, gather, tensor_layout, write_tensors
 from rave_jax.checkpoint.hf_files import ADAPTER, ADAPTER_CONFIG, SIDECAR, SIDECAR_JSON
 from rave_jax.checkpoint.hf_import import load_config
 from rave_jax.checkpoint.merging import adapter_of, is_adapter
 from rave_jax.checkpoint.naming import extra_parameters, rules_of
 from rave_jax.checkpoint.native import is_native
+from rave_jax.checkpoint.parts import part_numbers, place_of
 from rave_jax.checkpoint.peft_config import module_names, render
-from rave_jax.checkpoint.peft_import import PREFIX, numbers
+from rave_jax.checkpoint.peft_import import PREFIX
 from rave_jax.checkpoint.safetensors_file import CheckpointError, Planned
 from rave_jax.checkpoint.target import abstract_model
 from rave_jax.checkpoint.verify import match
@@ -100,13 +101,14 @@ def check_base(model: Vlm, base: Path) -> None:
     if (config.text, config.vision) != (model.config.text, model.config.vision):
         raise CheckpointError(f"{base}: has other sizes than the model: {advice}")
     plain = abstract_model(config, dataclasses.replace(model.options, mechanisms=(), context=None, lora=None))
-    sources = match(base, plain, with_sidecar=False).sources
+    found = match(base, plain, with_sidecar=False).sources
+    sources = {(path, part.index): part for path, parts in found.items() for part in parts}
     params = named_parameters(model)
     differing = []
-    for rule in rules_of(model):
+    for rule in rules_of(model, tensor_layout(model, base)):
         location, there = locate(model, rule), locate(plain, rule)
-        ours = gather(params[location.path][...], location.index)
-        theirs = numbers(sources[there.path][there.index or 0]).astype(ours.dtype).reshape(ours.shape)
+        ours = gather(params[location.path][...], location.index, rule.entry)
+        theirs = part_numbers(sources[there.path, place_of(there.index, rule.entry)], ours.shape).astype(ours.dtype)
         if not np.array_equal(ours, theirs):
             differing.append(rule.hf_key)
     if differing:

@@ -16,6 +16,7 @@ from rave_jax.checkpoint.hf_files import ADAPTER, ADAPTER_CONFIG, SIDECAR
 from rave_jax.checkpoint.hf_import import Dtypes, import_hf, load_config
 from rave_jax.checkpoint.naming import locations
 from rave_jax.checkpoint.native import is_native
+from rave_jax.checkpoint.parts import Source
 from rave_jax.checkpoint.peft_config import MERGE_ADVICE, AdapterConfig, module_names
 from rave_jax.checkpoint.safetensors_file import DTYPES, CheckpointError, Slice, Stored, read_header, read_into
 from rave_jax.checkpoint.sidecar import saved_options
@@ -145,14 +146,13 @@ class PeftAdapter:
             factor = np.float32(scale / self._scale)
             up[..., :rank] = (numbers(b).astype(np.float32) * factor).reshape(*up.shape[:-1], rank)
         extras = [p for p in params if ".mechanisms." in p or p.startswith("context.")]
-        sources: dict[str, dict[int, Stored]] = {}
+        sources: dict[str, list[Source]] = {}
         problems = match_sidecar(self.directory / SIDECAR, model, extras, sources)
         if problems:
             raise CheckpointError(refusal(self.directory, problems))
         for path, layers in sources.items():
-            stacked = len(params[path].shape) > len(layers[0].shape)
-            parts = [numbers(layers[n]) for n in sorted(layers)]
-            values[path] = np.stack(parts) if stacked else parts[0]
+            parts = [numbers(part.stored) for part in sorted(layers, key=lambda part: part.index)]
+            values[path] = np.stack(parts) if layers[0].index else parts[0]
         return values
 
 

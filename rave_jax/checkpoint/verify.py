@@ -11,6 +11,7 @@ import numpy as np
 from rave_jax.checkpoint import explain
 from rave_jax.checkpoint.hf_files import SIDECAR, Weights, read_weights
 from rave_jax.checkpoint.naming import extra_parameters, global_names, locations, rules_of
+from rave_jax.checkpoint.parts import Source, place_of
 from rave_jax.checkpoint.safetensors_file import DTYPES, CheckpointError, Slice, Stored, read_header, read_into
 from rave_jax.families import family_named
 from rave_jax.models.parameters import locate, named_parameters
@@ -28,11 +29,12 @@ class Match(NamedTuple):
     """Where every parameter's numbers are.
 
     Fields:
-        sources: for each parameter the stored tensors, one per layer of a stacked one.
+        sources: for each parameter the stored tensors, in the order of their places in it: one per layer of a stacked
+            one, or several.
         fresh: parameters with no stored numbers, which begin at their start.
     """
 
-    sources: dict[str, list[Stored]]
+    sources: dict[str, list[Source]]
     fresh: list[str]
 
 
@@ -50,32 +52,32 @@ def match(directory: Path, model: Vlm, with_sidecar: bool) -> Match:
     weights = read_weights(directory)
     problems = list(weights.problems)
     found = _by_canonical_key(weights, model, problems)
-    sources: dict[str, dict[int, Stored]] = {}
+    sources: dict[str, list[Source]] = {}
     broken = _files_without_keys(weights)
-    missing: list[str] = []
-    rules = rules_of(model)
+    rules = rules_of(model, family_named(model.config.family).layout_of(model.config, found))
     embedding = next(rule.hf_key for rule in rules if rule.path == "embed.weight")
     head = found.pop(embedding.replace(EMBEDDING, HEAD), None) if model.config.text.tie_embeddings else None
     if head is not None and embedding not in found:
         # As in transformers: of two tied tensors either may be the one that is stored.
         found[embedding], head = head, None
+    shapes = {rule.hf_key: rule.shape for rule in rules}
+    known = {key: found.pop(key) for key in shapes if key in found}
+    missing = [key for key in shapes if key not in known]
+    problems += [line for key, stored in known.items() for line in _misfits(stored, shapes[key])]
     for rule in rules:
-        path, index = locate(model, rule)
-        stored = found.pop(rule.hf_key, None)
-        if stored is None:
-            missing.append(rule.hf_key)
-            continue
-        problems += _misfits(stored, rule.shape)
-        sources.setdefault(path, {})[index or 0] = stored
+        path, layer = locate(model, rule)
+        if rule.hf_key in known:
+            place = place_of(layer, rule.entry)
+            sources.setdefault(path, []).append(Source(known[rule.hf_key], place, rule.cut, rule.swapped))
     problems += _strangers(missing, found, weights, model, broken)
     extras = extra_parameters(model)
     if with_sidecar:
         problems += match_sidecar(directory / SIDECAR, model, extras, sources)
     if not problems and head is not None:
-        problems += _differing_head(head, sources["embed.weight"][0])
+        problems += _differing_head(head, sources["embed.weight"][0].stored)
     if problems:
         raise CheckpointError(refusal(directory, problems))
-    ordered = {path: [by_layer[n] for n in sorted(by_layer)] for path, by_layer in sources.items()}
+    ordered = {path: sorted(parts, key=lambda part: part.index) for path, parts in sources.items()}
     return Match(ordered, [] if with_sidecar else extras)
 
 
@@ -138,14 +140,14 @@ def _misfits(stored: Stored, shape: tuple[int, ...]) -> list[str]:
     return problems
 
 
-def match_sidecar(path: Path, model: Vlm, extras: list[str], sources: dict[str, dict[int, Stored]]) -> list[str]:
+def match_sidecar(path: Path, model: Vlm, extras: list[str], sources: dict[str, list[Source]]) -> list[str]:
     """Find parameters beyond the backbone in the side-car.
 
     Args:
         path: of the side-car.
         model: abstract.
         extras: paths of the parameters.
-        sources: gets where they are, by path and layer.
+        sources: gets where they are, by path.
 
     Returns:
         what does not fit.
@@ -163,7 +165,7 @@ def match_sidecar(path: Path, model: Vlm, extras: list[str], sources: dict[str, 
             continue
         shape = shapes[location.path]
         problems += _misfits(stored, shape if location.index is None else shape[1:])
-        sources.setdefault(location.path, {})[location.index or 0] = stored
+        sources.setdefault(location.path, []).append(Source(stored, place_of(location.index, None)))
     return problems + [f"{key} ({path.name}): no parameter of the model belongs to it" for key in found]
 
 

@@ -22,6 +22,7 @@ from rave_jax.data.video import cut_video, video_grid
 from rave_jax.data.vocabulary import check_directory
 from rave_jax.families.directory import picture_rules
 from rave_jax.families.pictures import (
+    NO_VIDEOS,
     CutPicture,
     Frames,
     PictureError,
@@ -202,6 +203,8 @@ class Processor:
         parts = [part for run in runs for part in run.visuals]
         if parts and not self.settings.has_vision:
             raise SampleError("the conversation has pictures, but the model is for text only")
+        if self.settings.video_token_id < 0 and any(part["type"] == "video" for part in parts):
+            raise SampleError(NO_VIDEOS)
         places = self._placeholders(runs, parts)
         cuts, pieces = [], []
         for part in parts:

@@ -33,6 +33,7 @@ def write_report(config: Report, run: Path) -> Path:
     page += _training(run, config.smoothing)
     for file in sorted(run.glob(f"{EVALUATION}/*/summary.json")):
         page += _evaluation(json.loads(file.read_text(encoding="utf-8")), file.parent.relative_to(run))
+        page += _between_steps(file.parent)
     path = run / "report.md"
     path.write_text("\n".join(page).rstrip() + "\n", encoding="utf-8")
     return path
@@ -115,6 +116,21 @@ def _evaluation(summary: Mapping[str, Any], folder: Path) -> list[str]:
     for picture in summary["pictures"]:
         page += [f"{'' if picture.endswith('.pdf') else '!'}[attention of one answer]({folder}/{picture})", ""]
     return page
+
+
+def _between_steps(folder: Path) -> list[str]:
+    """A row for each step of training after which the evaluation was run."""
+    files = {int(f.parent.name): f for f in folder.glob("steps/*/summary.json") if f.parent.name.isdecimal()}
+    rows = []
+    for step, file in sorted(files.items()):
+        summary = json.loads(file.read_text(encoding="utf-8"))
+        total, floor = summary["total"], summary["floor"]
+        interval = f"{100 * total['low']:.1f} to {100 * total['high']:.1f}"
+        rows.append([f"{step:,}", f"{total['score']:.1%}", interval, "" if floor is None else f"{floor['floor']:.1%}"])
+    if not rows:
+        return []
+    header = ["after step", "score", "95 %", "question-only floor"]
+    return ["### During training", "", *table(header, rows, left=0), ""]
 
 
 def _grounding(check: Mapping[str, Any] | None) -> list[str]:

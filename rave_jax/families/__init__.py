@@ -20,9 +20,11 @@ FOLDERS = (
     "llama",
     "qwen2",
     "qwen3",
+    "qwen3_moe",
     "qwen3_vl",
     "llava",
     "internvl",
+    "smolvlm",
 )
 """Where they are, in this folder. Small random models are of the first one if none is named."""
 

@@ -15,15 +15,34 @@ from rave_jax.families.pictures import PictureRules, ProcessorFiles
 from rave_jax.families.small import SmallModels
 
 
+class Cut(NamedTuple):
+    """Which part of a tensor a parameter is, where several of one size lie side by side in it.
+
+    Fields:
+        axis: of the tensor, along which they lie.
+        number: of the part, from 0.
+        count: of parts.
+    """
+
+    axis: int
+    number: int
+    count: int
+
+
 class TensorRule(NamedTuple):
-    """One tensor of a checkpoint.
+    """One tensor of a checkpoint, or a part of one: the parts of a tensor have rules of their own, in order.
 
     Fields:
         hf_key: its canonical key in the checkpoint.
         path: the parameter's path; inside the layer (`attention.query.weight`) for tensors of a stack.
         layer: global number of the layer, None outside stacks.
         stack: which stack of layers, None outside.
-        shape: in the checkpoint. The same numbers in the same order, reshaped, are the parameter (of one layer).
+        shape: in the checkpoint. The same numbers in the same order, reshaped, are the parameter (of one layer), if
+            the fields below say nothing else.
+        entry: the tensor is this entry of the (layer's) parameter, as of one expert; None: all of it.
+        cut: the part of the tensor that is the parameter; None: all of it.
+        swapped: are the last two axes of the tensor those of the parameter in the other order? Then, and with a cut,
+            the axes are the parameter's own.
     """
 
     hf_key: str
@@ -31,6 +50,26 @@ class TensorRule(NamedTuple):
     layer: int | None
     stack: Literal["decoder", "vision"] | None
     shape: tuple[int, ...]
+    entry: int | None = None
+    cut: Cut | None = None
+    swapped: bool = False
+
+
+class LayerTensor(NamedTuple):
+    """A tensor of a layer: `key` is what stands behind the layer in its key, and the other fields are those of
+    `TensorRule`."""
+
+    key: str
+    path: str
+    shape: tuple[int, ...]
+    entry: int | None = None
+    cut: Cut | None = None
+    swapped: bool = False
+
+    def rule(self, before: str, layer: int, stack: Literal["decoder", "vision"]) -> TensorRule:
+        """The rule of a layer whose keys begin with `before`."""
+        key, path, shape, entry, cut, swapped = self
+        return TensorRule(before + key, path, layer, stack, shape, entry, cut, swapped)
 
 
 @dataclass(frozen=True)
@@ -47,6 +86,8 @@ class Family:
     """Our config to an HF config that `parse` and transformers read."""
     tensors: Callable[[VlmConfig], tuple[TensorRule, ...]]
     """Every tensor of a checkpoint of this config."""
+    other_tensors: tuple[Callable[[VlmConfig], tuple[TensorRule, ...]], ...] = ()
+    """The same of checkpoints that hold the parameters in other tensors: they load too."""
     pictures: Callable[[VlmConfig, ProcessorFiles], PictureRules] = lambda config, files: PictureRules(config)
     """The rules of a model's pictures, videos and positions, from its config and the files of its processors."""
     tower: str = ""
@@ -83,6 +124,18 @@ class Family:
             if key.startswith(canonical):
                 return other + key.removeprefix(canonical)
         return key
+
+    @property
+    def layouts(self) -> tuple[Callable[[VlmConfig], tuple[TensorRule, ...]], ...]:
+        """Tensors of a checkpoint in each layout: `tensors` is layout 0."""
+        return (self.tensors, *self.other_tensors)
+
+    def layout_of(self, config: VlmConfig, keys: Collection[str]) -> int:
+        """The layout that most of these canonical keys belong to; of several the first."""
+        if len(self.layouts) == 1:
+            return 0
+        counts = [len({rule.hf_key for rule in layout(config)}.intersection(keys)) for layout in self.layouts]
+        return counts.index(max(counts))
 
     @property
     def styles(self) -> tuple[tuple[tuple[str, str], ...], ...]:

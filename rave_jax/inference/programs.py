@@ -181,7 +181,7 @@ def prefill(
     part = part.emptied(begins)
 
     features = state.pictures if state.pictures.tokens.shape[1] else None
-    hidden, part = model.extend(chunk, part, features, admission.last[:, None])
+    last, part = model.extend(chunk, part, features, admission.last[:, None])
     cache = state.cache.put(part, admission.slot)
 
     rows = jnp.arange(len(begins))
@@ -189,7 +189,7 @@ def prefill(
     seen = jnp.where(begins[:, None], False, jnp.take(state.seen, admission.slot, axis=0, mode="clip"))
     seen = seen.at[rows[:, None], ids].set(True, mode="drop")
     count = jnp.zeros_like(admission.limit)
-    logits = model.logits(hidden[:, 0])
+    logits = model.logits(last.hidden[:, 0])
     first, sound = choose(logits, admission.sampling, seen, count), finite(logits)
     stopped = jnp.any(first[:, None] == admission.stops, axis=1) | ~sound
     ends = admission.last >= 0
@@ -250,8 +250,8 @@ def decode(
         step, out, now = carry
         info = _answer_info(now)
         positions = jnp.broadcast_to(now.position[None, :, None], (3, len(begun), 1))
-        hidden, cache = model.extend(Chunk(now.token[:, None], info, positions), now.cache)
-        logits = model.logits(hidden[:, 0])
+        last, cache = model.extend(Chunk(now.token[:, None], info, positions), now.cache)
+        logits = model.logits(last.hidden[:, 0])
         chosen, sound = choose(logits, now.sampling, now.seen, now.count), finite(logits)
         given = now.active & sound & ~jnp.any(chosen[:, None] == now.stops, axis=1)
         column = jnp.where(given, chosen, jnp.where(now.active & ~sound, BROKEN, NOTHING))

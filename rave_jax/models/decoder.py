@@ -56,14 +56,22 @@ class Situation(NamedTuple):
     """As in `Embedded`."""
 
 
-class LayerOutput(NamedTuple):
-    """What a layer gives for whole rows: its output, and what of attention was asked for."""
+class Asked(NamedTuple):
+    """What of a layer was asked for beside its output."""
 
-    x: Float[Array, "B T D"]
     attention: Float[Array, "B N H S"] | None
     losses: dict[str, Float[Array, ""]]
     chosen: Bool[Array, "B N H R"] | None
+    inputs: Float[Array, "B T D"] | None = None
+    """What entered the layer."""
     router: RouterSums | None = None
+
+
+class LayerOutput(NamedTuple):
+    """What a layer gives."""
+
+    x: Float[Array, "B T D"]
+    asked: Asked
 
 
 class Attention(nnx.Module):
@@ -136,14 +144,12 @@ class DecoderLayer(nnx.Module):
         )
         out, choice = self._after(x, seen.out, at.wanted)
         router = router_sums(choice, at.info_q.document > 0) if losses and choice is not None else None
-        return LayerOutput(out, seen.attention, seen.losses, seen.chosen, router)
+        return LayerOutput(out, Asked(seen.attention, seen.losses, seen.chosen, router=router))
 
-    def extend(
-        self, x: Float[Array, "B T D"], at: Situation, cache: LayerCache
-    ) -> tuple[Float[Array, "B N D"], LayerKeys]:
+    def extend(self, x: Float[Array, "B T D"], at: Situation, cache: LayerCache) -> tuple[LayerOutput, LayerKeys]:
         """The layer on tokens that follow what a cache holds, and what the run's layers keep, with the tokens in it."""
         found = self.attention.features(self.attention_norm(x), x, at.rotation)
-        out, stored = cache.stored.attend(
+        seen, stored = cache.stored.attend(
             found,
             attention.remember(self.mechanisms, found),
             cache.layer,
@@ -154,8 +160,11 @@ class DecoderLayer(nnx.Module):
             self.mechanisms,
             regions=cache.regions,
             implementation=self.implementation,
+            queries=at.queries,
+            progress=at.progress,
         )
-        return self._after(x, out, at.wanted)[0], stored
+        out, _ = self._after(x, seen.out, at.wanted)
+        return LayerOutput(out, Asked(seen.attention, seen.losses, seen.chosen)), stored
 
     def _after(
         self, x: Float[Array, "B T D"], heads: Float[Array, "B T H h"], wanted: Int[Array, "B N"] | None
@@ -223,37 +232,24 @@ class Decoder(nnx.Module):
         """
         base, own = attention.causal_codes(info), _indices(info)
         losses, inputs = want.losses, want.inputs
-        seen, entered, routes = [], [], []
-        total: dict[str, Array] = {}
-        routers: list[RouterSums] = []
-        x = tokens.x
+        x, found = tokens.x, []
         for run in self.layer_runs:
             at = self._situation(
                 run, base, info, info, positions, own=own, queries=want.queries, progress=want.progress
             )._replace(unit=tokens.unit)
 
-            def body(layer: DecoderLayer, x: Array, deep: Array | None, at: Situation) -> tuple[Array, tuple[Any, ...]]:
+            def body(layer: DecoderLayer, x: Array, deep: Array | None, at: Situation) -> tuple[Array, Asked]:
                 out = layer(x, at, losses)
-                said = out.attention, out.losses, out.chosen, out.router, x if inputs else None
-                return _added_deep(out.x, deep, at), said
+                return _added_deep(out.x, deep, at), out.asked._replace(inputs=x if inputs else None)
 
-            x, (of_queries, found, chosen, router, before) = run.scan(body, x, _deep_of(run, tokens), at, self.remat)
-            seen.append(of_queries)
-            entered.append(before)
-            routes += [] if chosen is None else [chosen]
-            routers += (
-                [] if router is None or not self.balances else [jax.tree.map(lambda x: jnp.sum(x, axis=0), router)]
-            )
-            total = _added(total, jax.tree.map(jnp.sum, found))
-        if self.experts is not None and routers:
-            total[ROUTER] = balance_loss(jax.tree.map(lambda *x: sum(x), *routers), self.experts)
-        return Output(
-            self.norm(x),
-            attention=None if want.queries is None else jnp.concatenate(seen),
-            chosen=jnp.concatenate(routes) if routes else None,
-            losses=total,
-            inputs=jnp.concatenate(entered) if inputs else None,
-        )
+            x, of_run = run.scan(body, x, _deep_of(run, tokens), at, self.remat)
+            found.append(of_run)
+        out = _output(self.norm(x), found)
+        routers = [jax.tree.map(lambda x: jnp.sum(x, axis=0), one.router) for one in found if one.router is not None]
+        if self.experts is None or not self.balances or not routers:
+            return out
+        balance = balance_loss(jax.tree.map(lambda *x: sum(x), *routers), self.experts)
+        return out._replace(losses=out.losses | {ROUTER: balance})
 
     def loss_weights(self, info: TokenInfo) -> dict[str, Float[Array, ""]]:
         """What the sums of the mechanisms' and routers' losses over these rows are divided by, by name; empty where
@@ -275,10 +271,10 @@ class Decoder(nnx.Module):
         cache: C,
         region_offset: Int[Array, "B T"] | None = None,
         wanted: Int[Array, "B N"] | None = None,
-    ) -> tuple[Float[Array, "B N D"], C]:
+        want: Want = HIDDEN,
+    ) -> tuple[Output, C]:
         """Tokens that follow what the cache holds, one document per row, padding on the right.
 
-        The attention of queries, their choices and the mechanisms' losses come from whole rows alone (`__call__`).
         Where `looks_ahead` names mechanisms, the tokens that one may see have to be given with it or before it; of
         pictures they stand in the order of their offsets.
 
@@ -291,30 +287,56 @@ class Decoder(nnx.Module):
                 visual.
             wanted: tokens, by index, whose hidden states are wanted; None: all. Where the last layer stands apart, what
                 follows its attention is computed for them alone.
+            want: what is asked for beside hidden states. A single token whose attention is asked for reads all visual
+                keys, also where it would otherwise read the regions that it chose and nothing else.
 
         Returns:
-            hidden states of the wanted tokens after the final norm, and the cache with the tokens in it.
+            what was asked for, with hidden states of the wanted tokens after the final norm and the attention of
+            queries over the slots of `cache.codes`, and the cache with the tokens in it.
+
+        Raises:
+            ValueError: losses are asked for.
         """
+        if want.losses:
+            raise ValueError(
+                "the losses of mechanisms were asked for beside a cache; they are of whole documents: call forward"
+            )
         entered = cache.admit(info, region_offset, self._summaries_of_nothing)
         base = attention.cached_codes(info, entered.info)
         kept, regions, x = list(entered.cache.layer_runs), cache.num_regions, tokens.x
+        inputs, found = want.inputs, []
         for n, run in enumerate(self.layer_runs):
-            at = self._situation(run, base, info, entered.info, positions, own=entered.own, slots=entered.slots)
+            at = self._situation(
+                run,
+                base,
+                info,
+                entered.info,
+                positions,
+                own=entered.own,
+                slots=entered.slots,
+                queries=want.queries,
+                progress=want.progress,
+            )
             at, deep = at._replace(unit=tokens.unit), _deep_of(run, tokens)
             if run is self.layer_runs[-1] and run.stop - run.start == 1 and deep is None:
                 at, wanted = at._replace(wanted=wanted), None
 
-            def body(layer: DecoderLayer, carry: Any, each: Any, at: Situation) -> tuple[Any, Array | None]:
-                x, stored = layer.extend(carry[0], at, LayerCache(carry[1], each[0], regions))
+            def body(layer: DecoderLayer, carry: Any, each: Any, at: Situation) -> tuple[Any, Any]:
+                x, kept = carry
+                out, kept = layer.extend(x, at, LayerCache(kept, each[0], regions))
+                asked = out.asked._replace(inputs=x if inputs else None)
                 # A carry keeps its shape.
-                return ((_added_deep(x, each[1], at), stored), None) if at.wanted is None else ((carry[0], stored), x)
+                if at.wanted is not None:
+                    return (x, kept), (asked, out.x)
+                return (_added_deep(out.x, each[1], at), kept), (asked, None)
 
             # The keys ride in the carry: each layer writes its new ones in place, nothing else is copied.
             numbers = jnp.arange(run.stop - run.start, dtype=jnp.int32)
-            (x, kept[n]), last = run.scan(body, (x, kept[n]), (numbers, deep), at, "none")
+            (x, kept[n]), (of_run, last) = run.scan(body, (x, kept[n]), (numbers, deep), at, "none")
+            found.append(of_run)
             x = x if last is None else last[0]
         x = x if wanted is None else attention.pick(x, wanted)
-        return self.norm(x), entered.cache.with_layers(tuple(kept))
+        return _output(self.norm(x), found), entered.cache.with_layers(tuple(kept))
 
     def _summaries_of_nothing(self, regions: int) -> list[Any]:
         """What the routers of each run's layers say of regions without a token [L,1,R,K,...]."""
@@ -418,6 +440,22 @@ def _added_deep(x: Float[Array, "B T D"], deep: Float[Array, "B U D"] | None, at
     # Tokens that get nothing have a unit beyond the last, which is filled with zeros and has no gradient.
     of_tokens = jnp.take_along_axis(deep, at.unit[..., None], axis=1, mode="fill", fill_value=0)
     return shard(x + of_tokens.astype(x.dtype), "batch", "length", None)
+
+
+def _output(hidden: Float[Array, "B N D"], found: Sequence[Asked]) -> Output:
+    """What all layers gave, run by run with the layer axis in front."""
+
+    def joined(parts: Sequence[Array | None]) -> Array | None:
+        some = [x for x in parts if x is not None]
+        return jnp.concatenate(some) if some else None
+
+    total: dict[str, Array] = {}
+    for one in found:
+        total = _added(total, jax.tree.map(jnp.sum, one.losses))
+    attention, chosen, inputs = (
+        joined([getattr(one, name) for one in found]) for name in ("attention", "chosen", "inputs")
+    )
+    return Output(hidden, attention, chosen, total, inputs)
 
 
 def _indices(info: TokenInfo) -> Int[Array, "B T"]:

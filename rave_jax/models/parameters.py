@@ -20,6 +20,8 @@ front of the shape given here; biases exist where the family has them):
     vision.layer_runs.{s}.layers.mlp.{gate,up}.{weight [F,D], bias [F]}   mlp.down.{weight [D,F], bias [D]}
     vision.layer_runs.{s}.layers.{attention_norm,mlp_norm}.weight [D]
     vision.merger.norm.weight [D]   vision.merger.{first,second}.{weight,bias}
+    vision.table.weight [side * side,D]                                         with a table of positions
+    vision.deep_mergers.{n}.norm.{weight,bias}   .{first,second}.{weight,bias}    with DeepStack
     <any linear of a layer>.adapter.{down [r,*in], up [*out,r]}                 with LoRA
 """
 
@@ -98,6 +100,18 @@ def shardings[M: nnx.Module](module: M, mesh: Mesh) -> M:
         return leaf.replace(named_sharding(param_axes(leaf), leaf.shape, mesh))
 
     return jax.tree.map(place, module, is_leaf=_is_variable)
+
+
+def mark_unread(module: nnx.Module) -> None:
+    """Mark every parameter of a module as one that nothing is computed with. Checkpoints have them, so they are kept as
+    they are: no training changes them, weight decay included."""
+    for param in named_parameters(module).values():
+        param.set_metadata(unread=True)
+
+
+def is_unread(param: nnx.Param) -> bool:
+    """Was the parameter marked by `mark_unread`?"""
+    return bool(param.get_metadata().get("unread"))
 
 
 def count(module: nnx.Module) -> int:

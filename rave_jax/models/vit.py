@@ -24,6 +24,7 @@ from rave_jax.models import lora
 from rave_jax.models.config import ModelOptions
 from rave_jax.models.initial import normal
 from rave_jax.models.layers import LayerNorm, Linear, Mlp
+from rave_jax.models.parameters import mark_unread
 from rave_jax.models.stack import LayerRun
 from rave_jax.models.tower import check_patches, normalised
 from rave_jax.parallel.sharding import shard
@@ -103,6 +104,9 @@ class VitTower(nnx.Module):
             for start, stop in block_runs(config.depth, config.feature_layers, options.scan_layers)
         )
         self.post_norm = LayerNorm(D, eps=eps, dtype=dtype)
+        self.read = max(config.feature_layers)
+        for unread in (self.post_norm, *(run for run in self.layer_runs if run.start >= self.read)):
+            mark_unread(unread)
         joined = D * len(config.feature_layers)
         self.projector = Projector(joined, config.out_size, bias=config.projector_bias, dtype=dtype, key=keys[4])
         self.config = config
@@ -120,7 +124,7 @@ class VitTower(nnx.Module):
         x = shard(self.embedded(patches), "batch", "length", None)
         taken = {0: x}
         for run in self.layer_runs:
-            if run.stop > max(layers):
+            if run.start >= self.read:
                 break
 
             def body(block: VitBlock, x: Array, _: None, codes: MaskCodes) -> tuple[Array, None]:

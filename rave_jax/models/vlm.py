@@ -134,7 +134,8 @@ class Vlm(nnx.Module):
         cache: C,
         region_offset: Int[Array, "B T"] | None = None,
         wanted: Int[Array, "B N"] | None = None,
-    ) -> tuple[Float[Array, "B N D"], C]:
+        want: Want = HIDDEN,
+    ) -> tuple[Output, C]:
         """Prompts with their pictures, one document per row, into a cache that holds nothing of these rows.
 
         Args:
@@ -142,15 +143,16 @@ class Vlm(nnx.Module):
             cache: for them.
             region_offset: as in `Chunk`.
             wanted: tokens, by index, whose hidden states are wanted; None: all.
+            want: what is asked for beside hidden states; as in `Decoder.extend`.
 
         Returns:
-            hidden states of the wanted tokens after the final norm, and the cache.
+            what was asked for, with hidden states of the wanted tokens after the final norm, and the cache.
 
         Raises:
-            ValueError: there are patches but no tower.
+            ValueError: there are patches but no tower, or losses are asked for.
         """
         x = self.embedded(batch)
-        return self.decoder.extend(x, batch.info, batch.positions, cache, region_offset, wanted)
+        return self.decoder.extend(x, batch.info, batch.positions, cache, region_offset, wanted, want)
 
     def extend[C: Cache](
         self,
@@ -158,7 +160,8 @@ class Vlm(nnx.Module):
         cache: C,
         features: ImageFeatures | None = None,
         wanted: Int[Array, "B N"] | None = None,
-    ) -> tuple[Float[Array, "B N D"], C]:
+        want: Want = HIDDEN,
+    ) -> tuple[Output, C]:
         """Tokens that follow what the cache holds. A token with document 0 leaves its row's cache as it was.
 
         Args:
@@ -166,12 +169,13 @@ class Vlm(nnx.Module):
             cache: what came before.
             features: of the rows' pictures; None where no token is visual.
             wanted: tokens, by index, whose hidden states are wanted; None: all.
+            want: what is asked for beside hidden states; as in `Decoder.extend`.
 
         Returns:
-            hidden states of the wanted tokens after the final norm, and the cache.
+            what was asked for, with hidden states of the wanted tokens after the final norm, and the cache.
         """
         x = self.embed_tokens(chunk.tokens, chunk.info, features, chunk.visual_index)
-        return self.decoder.extend(x, chunk.info, chunk.positions, cache, chunk.region_offset, wanted)
+        return self.decoder.extend(x, chunk.info, chunk.positions, cache, chunk.region_offset, wanted, want)
 
     def loss_weights(self, info: TokenInfo) -> dict[str, Float[Array, ""]]:
         """The weights of the mechanisms' losses in rows with these token codes, by name; empty where none has any."""

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from rave_jax.checkpoint import native
 from rave_jax.checkpoint.card import LoraForm, Origin, beyond_backbone, notes
-from rave_jax.checkpoint.hf_export import copy_small_files, export_hf, key_style, rounding
+from rave_jax.checkpoint.hf_export import copy_small_files, export_hf, key_style, rounding, tensor_layout
 from rave_jax.checkpoint.hf_files import has_weights, hf_config, is_peft
 from rave_jax.checkpoint.kinds import other_config
 from rave_jax.checkpoint.peft_export import export_peft
@@ -72,7 +72,7 @@ def from_hf(source: Path, destination: Path, dtype: str | None = None, base: Pat
     with written_whole(destination, num_bytes(model)) as folder:
         if folder is not None:
             copy_small_files(directory, folder, model.options)
-            native.write_into(folder, model, key_style(model, directory))
+            native.write_into(folder, model, key_style(model, directory), tensor_layout(model, directory))
     print(f"{destination}: native checkpoint, {num_bytes(model):,} bytes of parameters")
 
 

@@ -97,9 +97,10 @@ def _dtypes(path: Path, model: Vlm) -> tuple[dict[str, np.dtype], str]:
     if has_weights(path):
         saved = saved_options(path)
         found = match(path, model, with_sidecar=saved is not None and needs_sidecar(saved))
-        stored = {p: DTYPES[tensors[0].dtype] for p, tensors in found.sources.items()}
+        stored = {p: DTYPES[parts[0].stored.dtype] for p, parts in found.sources.items()}
         files = read_weights(path).files
-        return made | stored, f"{sum(map(len, found.sources.values()))} tensors in {len(files)} files fit the config"
+        tensors = {part.stored for parts in found.sources.values() for part in parts}
+        return made | stored, f"{len(tensors)} tensors in {len(files)} files fit the config"
     if any(path.glob("*.safetensors")) or any(file for pattern in OTHER_FORMATS for file in path.glob(pattern)):
         raise CheckpointError(no_weights(path))
     hf = hf_config(path)

@@ -3,11 +3,13 @@
 config.json        the resolved config; `train.py RUN/config.json` repeats or continues the run
 .lock              held by the job that trains here (lock.py)
 model/             HF config, tokenizer and processor files (and the weights of a `Tiny` start)
-metrics.jsonl      one row per logged step; lines that are no rows are moved to metrics.jsonl.rejected
+metrics.jsonl      one row per logged step, and one without a loss per evaluation between steps; lines that are no
+                   rows are moved to metrics.jsonl.rejected
 tensorboard/       the same as events
 checkpoints/STEP/  parameters, optimizer, data state (checkpoint/store.py)
 bad_step/STEP/     the state before a step that was not finite, if there was one
-evaluation/NAME/   what the evaluations after the last step wrote
+evaluation/NAME/   what the evaluations after the last step wrote; steps/STEP/ in it, what one with `every` wrote
+                   after that step
 report.md          what `Report` wrote
 """
 

@@ -50,6 +50,8 @@ class ParameterGroup:
 
 
 REST = ParameterGroup(name="rest", pattern="")
+UNREAD = ParameterGroup(name="unread", frozen=True)
+"""Parameters that nothing is computed with (`models.parameters.mark_unread`)."""
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from rave_jax.data.layout import offsets_in_region
 from rave_jax.families.qwen2_5_vl import presets
 from rave_jax.layout import FixedRegions
 from rave_jax.models.config import ModelOptions
-from rave_jax.models.forward import Embedded
+from rave_jax.models.forward import Embedded, Want
 from rave_jax.models.vlm import Vlm
 from tests.inference.prompts import example_of
 from tests.models.layout import Document, Visual, batch, document
@@ -30,7 +30,6 @@ VIDEO = [3, Visual(2, 6, 4, video=True), 2]
 FRAMES_64 = [12, Visual(32, 4, 4, video=True), 3]
 """A temporal patch is two frames; four visual tokens each."""
 CUTS_64 = range(24, 144, 24)
-_cached = jax.jit(lambda model, x, *given: model.decoder.extend(Embedded(x), *given))
 _whole = jax.jit(lambda model, given: (model.embedded(given).x, model.forward(given).hidden))
 
 
@@ -38,8 +37,14 @@ _whole = jax.jit(lambda model, given: (model.embedded(given).x, model.forward(gi
 def _taken(model, x, info, positions, cache, places):
     """As a prompt is read: where its row's regions lie on the device."""
     row = jnp.zeros(1, jnp.int32)
-    hidden, part = model.decoder.extend(Embedded(x), info, positions, cache.take(row, cache.size), places)
-    return hidden, cache.put(part, row)
+    out, part = model.decoder.extend(Embedded(x), info, positions, cache.take(row, cache.size), places)
+    return out.hidden, cache.put(part, row)
+
+
+@jax.jit
+def _cached(model, x, *given):
+    out, cache = model.decoder.extend(Embedded(x), *given)
+    return out.hidden, cache
 
 
 @functools.cache
@@ -75,6 +80,49 @@ def test_only_the_wanted_tokens_come_out_of_a_chunk() -> None:
     places, wanted = jnp.asarray(offsets_in_region(region[0]))[None], jnp.array([[len(doc.tokens) - 1, 9]])
     found, _ = _cached(vlm, x, given.info, given.positions, vlm.empty_cache(1, 160), places, wanted)
     np.testing.assert_allclose(found, whole[:, wanted[0]], atol=2e-5)
+
+
+@pytest.mark.parametrize(
+    "mechanism", [Gaze(FixedRegions(2, 2), 16, top_k=1), SlidingWindow(9)], ids=["regions", "none"]
+)
+def test_attention_choices_and_inputs_are_given_beside_a_cache_too(mechanism) -> None:
+    """Of a token of a chunk, and of one that is read alone; of losses it is said that they are not."""
+    vlm = a_model(mechanism)
+    doc = document(PICTURE, CONFIG, np.random.default_rng(0))
+    given = batch([[doc]], CONFIG, len(doc.tokens), len(doc.patches))
+    region = example_of(doc, CONFIG, vlm.options.layout).info.region[None]
+    given = jax.tree.map(jnp.asarray, given._replace(info=given.info._replace(region=region)))
+    last = len(doc.tokens) - 1
+    whole = jax.jit(lambda model: model.forward(given, Want(jnp.array([[last - 1, last]]), inputs=True)))(vlm)
+    x, _ = _whole(vlm, given)
+    places, cache = jnp.asarray(offsets_in_region(region[0]))[None], vlm.empty_cache(1, 160)
+
+    @functools.partial(jax.jit, static_argnames="losses")
+    def extend(model, x, info, positions, cache, places, losses=False):
+        want = Want(jnp.array([[x.shape[1] - 1]]), losses=losses, inputs=True)
+        return model.decoder.extend(Embedded(x), info, positions, cache, places, want=want)
+
+    for n, cut in enumerate((slice(0, last), slice(last, last + 1))):
+        info = jax.tree.map(lambda code, cut=cut: code[:, cut], given.info)
+        read = x[:, cut], info, given.positions[:, :, cut], cache
+        out, cache = extend(vlm, *read, places[:, cut] if n == 0 else None)
+        slots = jax.tree.map(lambda code: np.asarray(code)[0], cache.codes)
+        there = slots.document > 0
+        assert sorted(slots.offset[there]) == list(range(cut.stop))
+        attention = np.asarray(out.attention)[0, 0, 0]
+        assert not attention[:, ~there].any()
+        np.testing.assert_allclose(
+            attention[:, there], np.asarray(whole.attention)[0, 0, n][:, slots.offset[there]], atol=2e-5
+        )
+        if vlm.options.layout.regions is None:
+            assert out.chosen is None and whole.chosen is None
+        else:
+            regions = whole.chosen.shape[-1]
+            np.testing.assert_array_equal(out.chosen[:, :, 0, :, :regions], whole.chosen[:, :, n])
+            assert out.chosen.any()
+        np.testing.assert_allclose(out.inputs, whole.inputs[:, :, cut], atol=2e-5)
+    with pytest.raises(ValueError, match="losses of mechanisms were asked for beside a cache"):
+        extend(vlm, *read, None, losses=True)
 
 
 @pytest.mark.parametrize(

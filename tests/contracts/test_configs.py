@@ -23,7 +23,9 @@ from rave_jax.command_line import _defaults, _options
 from rave_jax.data.collate import BatchShape, empty_batch, round_up
 from rave_jax.evaluation.config import Examination
 from rave_jax.families.config import VlmConfig
+from rave_jax.families.llava.presets import llava_1_5_7b
 from rave_jax.families.qwen2_5_vl import presets
+from rave_jax.families.qwen3_vl.presets import qwen3_vl_8b
 from rave_jax.kernels.support import SMALL
 from rave_jax.models.vlm import Vlm
 from rave_jax.parallel.mesh import MeshConfig, abstract_mesh, make_mesh
@@ -36,7 +38,12 @@ from rave_jax.training.session import make_session
 REPO = Path(__file__).resolve().parents[2]
 FILES = sorted(p for p in (REPO / "configs").glob("*.py") if "def get_config(" in p.read_text())
 # Released checkpoints that configs name: their shapes are known, their weights are not needed to lower a step.
-RELEASED = {"Qwen2.5-VL-3B-Instruct": presets.qwen2_5_vl_3b, "Qwen2.5-VL-7B-Instruct": presets.qwen2_5_vl_7b}
+RELEASED = {
+    "Qwen2.5-VL-3B-Instruct": presets.qwen2_5_vl_3b,
+    "Qwen2.5-VL-7B-Instruct": presets.qwen2_5_vl_7b,
+    "Qwen3-VL-8B-Instruct": qwen3_vl_8b,
+    "llava-1.5-7b-hf": llava_1_5_7b,
+}
 DEVICES = 8
 """Devices of a config that takes as many as there are."""
 
@@ -89,7 +96,7 @@ def test_class_names_are_unique() -> None:
 
 
 def test_the_configs_that_the_project_promises_exist() -> None:
-    promised = {"quickstart", "synthetic_all", "qwen2_5_vl_7b_rave_sft"}
+    promised = {"quickstart", "synthetic_all", "qwen2_5_vl_7b_rave_sft", "llava_1_5_7b_rave_sft"}
     assert promised <= {path.stem for path in FILES}
     assert len([path for path in FILES if path.stem.startswith("quickstart_")]) >= 4, "four ablations"
 

@@ -14,6 +14,7 @@ from rave_jax.data.collate import BatchShape, collate
 from rave_jax.data.processor import Processor
 from rave_jax.data.sample import Sample, SampleError
 from rave_jax.evaluation.subject import Answer, ModelSubject, PromptOverBudget, with_answer
+from rave_jax.evaluation.vas import with_vas
 from rave_jax.families.grids.video import VideoLimits
 from rave_jax.families.qwen2_5_vl.presets import tiny
 from rave_jax.inference import Completion, Generator, Request, Sampling
@@ -199,3 +200,54 @@ def test_no_patches_are_no_pictures(vlm: Vlm, processor: Processor) -> None:
     text, picture = ModelSubject(vlm, processor, mesh, SHAPE._replace(patches=0), NEW).answer([SAMPLES[1], SAMPLES[0]])
     assert isinstance(text, Answer)
     assert isinstance(picture, SampleError) and "over the budget of tokens 96 and patches 0" in str(picture)
+
+
+def test_weights_are_given_and_let_go_of_without_compiling_again(
+    subject: ModelSubject, vlm: Vlm, processor: Processor
+) -> None:
+    """A subject of an abstract model, as training makes it before there are weights."""
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    shared = ModelSubject(jax.eval_shape(lambda: vlm), processor, mesh, SHAPE, NEW)
+    other = jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(7), x.shape, x.dtype), vlm)
+    with pytest.raises(RuntimeError, match="the engine has no weights"):
+        shared.answer(SAMPLES[:1])
+    answers, looks, programs = [], [], []
+    held = [sum(x.nbytes for x in jax.live_arrays())]
+    for weights in (vlm, other, vlm):
+        shared.use(weights)
+        answers.append(shared.answer(SAMPLES))
+        looks.append(shared.look(SAMPLES[:1], answers[0][:1]))
+        shared.vas(SAMPLES)
+        shared.route(SAMPLES, answers[0])
+        shared.release()
+        held.append(sum(x.nbytes for x in jax.live_arrays()))
+        programs.append((compilations(), shared._answer_attention._cache_size(), shared._vas_sums._cache_size()))
+    assert answers[0] == answers[2] == subject.answer(SAMPLES) != answers[1]
+    np.testing.assert_array_equal(looks[0][0].weights, looks[2][0].weights)
+    assert np.any(looks[0][0].weights != looks[1][0].weights)
+    assert programs[0] == programs[1] == programs[2], "one set of programs serves all weights"
+    assert len(set(held)) == 1, "nothing is kept"
+    with pytest.raises(ValueError, match="built otherwise"):
+        shared.use(with_vas(vlm))
+
+
+def test_what_is_asked_between_two_pieces_of_work_can_end_it(subject: ModelSubject, vlm: Vlm) -> None:
+    class Ended(Exception):
+        pass
+
+    calls = 0
+
+    def check() -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise Ended
+
+    subject.use(vlm, check)
+    with pytest.raises(Ended):
+        subject.answer(SAMPLES)
+    with pytest.raises(Ended):
+        calls = 1
+        subject.vas(SAMPLES)
+    subject.use(vlm)
+    assert all(isinstance(answer, Answer) for answer in subject.answer(SAMPLES)), "nothing of the ended work is left"

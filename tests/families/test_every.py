@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import jax
@@ -18,7 +19,7 @@ from rave_jax.families import FAMILIES
 from rave_jax.inference import Completion, Generator, Request, Sampling, SlotConfig
 from rave_jax.layout import ContextTokens
 from rave_jax.models.config import ModelOptions
-from rave_jax.models.parameters import named_parameters, shardings
+from rave_jax.models.parameters import is_unread, named_parameters, shardings
 from rave_jax.models.vlm import Vlm
 from rave_jax.parallel.mesh import MeshConfig, make_mesh
 from rave_jax.parallel.rows import global_batch
@@ -26,7 +27,7 @@ from rave_jax.parallel.sharding import use_mesh
 from tests.families.every import EVERY, Small, answer, largest_difference, question, small, with_pictures
 from tests.families.test_families import abstract, assert_one_to_one
 
-MECHANISMS = (Rave(rank=2), Gaze(top_k=2, max_regions=32))
+MECHANISMS = (Rave(rank=2), Gaze(top_k=2, max_regions=64))
 """RAVE and Gaze in one layer; beside them come context tokens where there are pictures."""
 EACH = pytest.mark.parametrize("family", EVERY)
 
@@ -52,8 +53,12 @@ def test_every_tensor_of_a_checkpoint_is_one_parameter(family: str) -> None:
     of, record = small(family, options_of(family)), FAMILIES[family]
     model = abstract(of.config, ModelOptions())
     assert_one_to_one(model, record.tensors(of.config))
-    rendered = json.loads(json.dumps(record.render(of.config)))
-    assert record.parse(rendered) == of.config
+    parsed = record.parse(json.loads(json.dumps(record.render(of.config))))
+    if of.config.vision is not None and parsed.vision is not None:
+        # What the image processor's file says, and config.json does not.
+        stated = {name: getattr(of.config.vision, name) for name in ("pixel_mean", "pixel_std")}
+        parsed = dataclasses.replace(parsed, vision=dataclasses.replace(parsed.vision, **stated))
+    assert parsed == of.config
 
 
 @EACH
@@ -132,4 +137,4 @@ def test_every_parameter_learns(family: str) -> None:
     for path, gradient in gradients.items():
         values = np.asarray(gradient[...])
         assert np.isfinite(values).all(), path
-        assert np.abs(values).max() > 0, path
+        assert values.any() != is_unread(gradient), path

@@ -64,15 +64,20 @@ def assert_one_to_one(model: Vlm, rules) -> None:
     """Every tensor has its own place, of its own size, and together they fill every parameter."""
     params = named_parameters(model)
     places = [locate(model, rule) for rule in rules]
-    assert len(set(places)) == len(rules)
+    parts = [(*place, rule.entry) for place, rule in zip(places, rules, strict=True)]
+    assert len(set(parts)) == len(rules)
     filled: dict[str, int] = dict.fromkeys(params, 0)
+    entries: dict[str, int] = dict.fromkeys(params, 1)
     for rule, (path, index) in zip(rules, places, strict=True):
         layers = params[path].shape[0] if index is not None else 1
-        size = params[path].size // layers
+        size = params[path].size // layers // (1 if rule.entry is None else params[path].shape[1])
+        size *= 1 if rule.cut is None else rule.cut.count
         assert jax.numpy.zeros(rule.shape, jax.numpy.int8).size == size if size < 1000 else True
+        entries[path] = 1 if rule.entry is None else params[path].shape[1]
         filled[path] += 1
-        assert filled[path] <= layers
-    assert all(filled[path] == (params[path].shape[0] if ".layers." in path else 1) for path in params)
+        assert filled[path] <= layers * entries[path]
+    stacked = {path: params[path].shape[0] if ".layers." in path else 1 for path in params}
+    assert all(filled[path] == stacked[path] * entries[path] for path in params)
 
 
 @pytest.mark.parametrize("config", [presets.tiny(), presets.tiny(tie_embeddings=False), presets.qwen2_5_vl_7b()])

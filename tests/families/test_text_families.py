@@ -15,6 +15,7 @@ from rave_jax.families.config import DynamicRope, LinearRope, SmoothRope, TextCo
 from rave_jax.families.llama import presets as llama
 from rave_jax.families.llama.config import parse_text
 from rave_jax.families.qwen2 import presets as qwen2
+from rave_jax.families.qwen3_moe import presets as qwen3_moe
 from rave_jax.models.config import ModelOptions
 from rave_jax.models.parameters import count, num_bytes
 from rave_jax.models.rope import text_rotation
@@ -35,6 +36,8 @@ RELEASED = {
     "Llama-2-7b": (llama.llama_2_7b(), 6_738_415_616, 291),
     "Qwen2-0.5B": (qwen2.qwen2_0_5b(), 494_032_768, 290),
     "Qwen2-7B": (qwen2.qwen2_7b(), 7_615_616_512, 339),
+    "Qwen3-30B-A3B": (qwen3_moe.qwen3_30b_a3b(), 30_532_122_624, 18_867),
+    "Qwen3-235B-A22B": (qwen3_moe.qwen3_235b_a22b(), 235_093_634_560, 36_945),
 }
 
 

@@ -13,6 +13,9 @@ from rave_jax.kernels.dispatch import Backend, Operation
 from rave_jax.kernels.routed.api import OPERATION as ROUTED
 from rave_jax.kernels.routed.gather.api import OPERATION as GATHERED
 from rave_jax.parallel.sharding import use_mesh
+from tests.kernels import test_attention, test_pallas_tpu, test_routed, test_routed_tpu
+from tests.kernels.attention_backend import AttentionBackend
+from tests.kernels.routed_backend import RoutedBackend
 
 
 def operation() -> Operation:
@@ -69,3 +72,16 @@ def test_every_operation_has_an_oracle_and_a_backend_for_whatever_is_asked(opera
         assert not backend.platforms and backend.against(*[None] * 6) is None
     preferred = [platform for backend in operation.backends.values() for platform in backend.platforms]
     assert "tpu" in preferred and len(preferred) == len(set(preferred)), "one for each kind of device"
+
+
+@pytest.mark.parametrize(
+    ("operation", "rules", "modules"),
+    [
+        (ATTENTION, AttentionBackend, (test_attention, test_pallas_tpu)),
+        (ROUTED, RoutedBackend, (test_routed, test_routed_tpu)),
+    ],
+    ids=lambda x: getattr(x, "name", None),
+)
+def test_every_backend_inherits_the_tests_of_its_operation(operation: Operation, rules: type, modules: Any) -> None:
+    classes = [x for module in modules for name, x in vars(module).items() if name.startswith("Test")]
+    assert sorted(x.name for x in classes if issubclass(x, rules)) == sorted(operation.backends)

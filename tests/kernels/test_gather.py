@@ -19,6 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from rave_jax.kernels.attention import PairForm
 from rave_jax.kernels.routed import RegionBias, Stack, gather_attention
+from rave_jax.kernels.routed.gather.api import OPERATION
 from rave_jax.kernels.support import interpreted
 from rave_jax.parallel.mesh import MeshConfig, make_mesh
 from rave_jax.parallel.sharding import current_mesh, partition_spec, use_mesh
@@ -26,7 +27,8 @@ from rave_jax.parallel.sharding import current_mesh, partition_spec, use_mesh
 B, K, G, R, m, h, c, r = 2, 2, 3, 9, 8, 128, 256, 4
 MOST = 3
 BIASES = ["none", "log_gate", "tanh", "linear", "centered_sigmoid"]
-BACKENDS = ["reference", "xla", "pallas_tpu", "pallas_gpu"]
+BACKENDS = list(OPERATION.backends)
+"""Every test of a result runs for each of them."""
 
 
 def slow_where(of: Callable[..., bool], *axes: Iterable[Any]) -> list[Any]:

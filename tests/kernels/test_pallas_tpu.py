@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any
 
 import hypothesis.strategies as st
 import jax
@@ -13,130 +13,79 @@ import pytest
 from hypothesis import given, settings
 from jax.experimental.pallas import tpu as pltpu
 
-from rave_jax.kernels.attention import KeyGroups, PairForm, attention, pallas_tpu, reference
+from rave_jax.kernels.attention import attention, pallas_tpu
 from rave_jax.kernels.attention.base import Terms
 from rave_jax.kernels.attention.pallas_tpu.blocks import FACTS, BlockSizes, ByFacts, block_facts
 from rave_jax.kernels.attention.pallas_tpu.operands import nested
 from rave_jax.kernels.support import interpreted
-from rave_jax.parallel.mesh import MeshConfig, make_mesh
-from rave_jax.parallel.sharding import use_mesh
-from tests.kernels.drawn import (
-    FLOATS,
-    FORMS,
-    MASKS,
-    Dims,
-    drawn_codes,
-    random_codes,
-    random_cotangents,
-    random_key_bias,
-    random_operands,
+from tests.kernels.attention_backend import (
+    EVERY_GRADIENT,
+    BackendBesideTheOracle,
+    Case,
+    drawn_for,
+    near_as_a_whole,
+    program,
 )
-
-SMALL = BlockSizes((128, 128), (128, 128))
-
-
-class Bucket(NamedTuple):
-    """A padded shape with everything static: compiled once, whatever is drawn into it."""
-
-    dims: Dims
-    form: str | None
-    dtype: str = "float32"
-    key_bias: bool = False
-    blocks: BlockSizes = SMALL
+from tests.kernels.drawn import MASKS, Dims, drawn_codes, random_codes, random_cotangents, random_operands
 
 
-BUCKETS = {
-    "log_gate": Bucket(Dims(2, 200, 300, 2, 2, 32, 24, 8), "log_gate"),
-    "log_gate, half width": Bucket(Dims(1, 256, 384, 1, 3, 64, 64, 16), "log_gate", "bfloat16", key_bias=True),
-    "tanh, blocks that differ": Bucket(
-        Dims(1, 130, 400, 2, 2, 80, 80, 12), "tanh", key_bias=True, blocks=BlockSizes((256, 128), (128, 256))
+def blocks(forward: tuple[int, int] = (128, 128), backward: tuple[int, int] = (128, 128), **more: Any) -> BlockSizes:
+    return BlockSizes(forward, backward, **more)
+
+
+def with_blocks(name: str, case: Case, *operands: Any, scale: float, key_bias: Any, interpret: Any = True) -> Any:
+    """The kernels on one device, with the blocks of a case."""
+    *rest, bias, form = operands
+    return pallas_tpu.attention(*rest, Terms(bias, key_bias), form, scale, blocks=case.settings, interpret=interpret)
+
+
+CASES = {
+    # Keys come in chunks.
+    "usual": Case(Dims(1, 140, 700, 1, 2, 32, 32, 8), key_bias=True, settings=blocks(key_bytes=300_000)),
+    "log_gate": Case(Dims(2, 200, 300, 2, 2, 32, 24, 8), settings=blocks()),
+    "log_gate, half width": Case(
+        Dims(1, 256, 384, 1, 3, 64, 64, 16), dtype="bfloat16", key_bias=True, settings=blocks()
     ),
-    "linear": Bucket(Dims(1, 150, 150, 1, 2, 128, 128, 16), "linear", "bfloat16"),
-    "linear, folded": Bucket(
-        Dims(1, 150, 150, 2, 2, 32, 32, 8), "linear", blocks=BlockSizes((128, 128), (128, 128), fold_linear=True)
+    "tanh, blocks that differ": Case(
+        Dims(1, 130, 400, 2, 2, 80, 80, 12), "tanh", key_bias=True, settings=blocks((256, 128), (128, 256))
     ),
-    "linear, folded, half width": Bucket(
-        Dims(1, 150, 150, 1, 2, 64, 64, 16),
-        "linear",
-        "bfloat16",
-        blocks=BlockSizes((128, 128), (128, 128), fold_linear=True),
+    "linear": Case(Dims(1, 150, 150, 1, 2, 128, 128, 16), "linear", "bfloat16", settings=blocks()),
+    "linear, folded": Case(Dims(1, 150, 150, 2, 2, 32, 32, 8), "linear", settings=blocks(fold_linear=True)),
+    "linear, folded, half width": Case(
+        Dims(1, 150, 150, 1, 2, 64, 64, 16), "linear", "bfloat16", settings=blocks(fold_linear=True)
     ),
-    "centered_sigmoid, wide": Bucket(Dims(1, 200, 200, 2, 2, 256, 256, 64), "centered_sigmoid"),
-    "plain": Bucket(Dims(1, 200, 300, 1, 3, 96, 96, 8), None, key_bias=True),
-    "one query": Bucket(Dims(2, 1, 300, 2, 3, 32, 32, 8), "log_gate", key_bias=True),
-    "eight queries, half width": Bucket(Dims(1, 8, 300, 1, 7, 64, 64, 64), "log_gate", "bfloat16"),
-    "keys in chunks": Bucket(
-        Dims(1, 140, 700, 1, 2, 32, 32, 8),
-        "log_gate",
-        key_bias=True,
-        blocks=BlockSizes((128, 128), (128, 128), key_bytes=300_000),
-    ),
+    "centered_sigmoid, wide": Case(Dims(1, 200, 200, 2, 2, 256, 256, 64), "centered_sigmoid", settings=blocks()),
+    "plain": Case(Dims(1, 200, 300, 1, 3, 96, 96, 8), None, key_bias=True, settings=blocks()),
+    "one query": Case(Dims(2, 1, 300, 2, 3, 32, 32, 8), key_bias=True, settings=blocks()),
+    "eight queries, half width": Case(Dims(1, 8, 300, 1, 7, 64, 64, 64), dtype="bfloat16", settings=blocks()),
 }
 
 
-@functools.cache
-def both(name: str, interpret=True):
-    """(kernels, oracle) of a bucket, each a compiled function of operands, codes and cotangents."""
-    bucket = BUCKETS[name]
-    form, scale = PairForm(bucket.form or "linear", limit=3.0), bucket.dims.h**-0.5
+class TestPallasTpu(BackendBesideTheOracle):
+    """An interpreted kernel takes 5 to 7 s to compile with its gradients. Forms are functions that `xla` uses too."""
 
-    def everything(run, q, k, v, bias, key_bias, codes, ct):
-        def of(q, k, v, floats, key_bias):
-            pair = None if bucket.form is None else bias._replace(**floats)
-            return run(q, k, v, codes, Terms(pair, key_bias), form, scale)
+    name = "pallas_tpu"
+    call = staticmethod(with_blocks)
+    cases = CASES
+    slow = (
+        *(f"{EVERY_GRADIENT}[{case}]" for case in CASES if case not in ("usual", "plain")),
+        "test_a_zero_pair_changes_no_bit[tanh]",
+        "test_a_zero_pair_changes_no_bit[linear]",
+        "test_key_groups_are_what_their_keys_alone_give_and_merge_to_the_whole",
+        "test_gradients_of_key_groups_are_the_oracles",
+        "test_bfloat16_keeps_float32_statistics",
+        "test_a_mesh_changes_nothing",
+    )
 
-        (out, lse), pull = jax.vjp(of, q, k, v, {n: getattr(bias, n) for n in FLOATS}, key_bias)
-        return out, lse, pull((ct[0].astype(out.dtype), jnp.where(jnp.isfinite(lse), ct[1], 0.0)))
-
-    kernels = functools.partial(pallas_tpu.attention, blocks=bucket.blocks, interpret=interpret)
-    return jax.jit(functools.partial(everything, kernels)), jax.jit(functools.partial(everything, reference.attention))
-
-
-def check(name: str, seed: int, mask: str, visual: float, interpret=True) -> None:
-    bucket, rng = BUCKETS[name], np.random.default_rng(seed)
-    d = bucket.dims
-    q, k, v, bias = random_operands(rng, d, visual, bucket.dtype)
-    key_bias = random_key_bias(rng, d) if bucket.key_bias else None
-    codes = drawn_codes(rng, mask, d.B, d.T, d.S, int(rng.integers(1, d.S + 1)))
-    ct = random_cotangents(rng, d)
-    kernels, oracle = both(name, interpret)
-    found = kernels(q, k, v, bias, key_bias, codes, ct)
-    expected = oracle(*(x.astype(jnp.float32) for x in (q, k, v)), bias, key_bias, codes, ct)
-    assert found[0].dtype == q.dtype and found[1].dtype == jnp.float32
-    np.testing.assert_array_equal(np.isfinite(found[1]), np.isfinite(expected[1]))
-    near = functools.partial(assert_near, tolerance=2e-5 if bucket.dtype == "float32" else 1.5e-2)
-    jax.tree.map(near, found, expected)
-
-
-def assert_near(found, expected, tolerance: float) -> None:
-    """Both finite in the same places, and the error small beside the whole array (and beside one)."""
-    found, expected = (np.asarray(x, np.float32) for x in (found, expected))
-    there = np.isfinite(expected)
-    assert np.isfinite(found[there]).all()
-    error = np.linalg.norm(found[there] - expected[there])
-    assert error <= tolerance * (np.linalg.norm(expected[there]) + np.sqrt(there.sum()))
-
-
-FAST = ("plain", "keys in chunks")
-"""Each of the others takes 5 to 7 s to compile. Forms are functions that `xla` uses too."""
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name not in FAST)) for name in BUCKETS]
-)
-def test_kernels_equal_the_dense_oracle_with_every_gradient(name):
-    @given(st.integers(0, 2**31), st.sampled_from(MASKS), st.sampled_from((0.0, 0.6, 1.0)))
-    @settings(max_examples=8)
-    def holds(seed, mask, visual):
-        check(name, seed, mask, visual)
-
-    holds()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ("one query", "tanh, blocks that differ", "log_gate, half width", "linear, folded"))
-def test_they_do_by_the_interpreter_that_watches_memory(name):
-    check(name, seed=1, mask="packed", visual=0.6, interpret=pltpu.InterpretParams())
+    @pytest.mark.slow
+    @pytest.mark.parametrize(
+        "name", ("one query", "tanh, blocks that differ", "log_gate, half width", "linear, folded")
+    )
+    def test_the_interpreter_that_watches_memory_finds_the_same(self, name):
+        case = self.cases[name]
+        given_ = drawn_for(case, np.random.default_rng(1), "packed", 0.6)
+        call = functools.partial(with_blocks, interpret=pltpu.InterpretParams())
+        self.compare(case, given_, program(call, self.name, case)(given_))
 
 
 @pytest.fixture
@@ -166,112 +115,7 @@ def test_one_block_of_bfloat16_has_gradients_on_a_cpu_too():
     with interpreted():
         found = jax.jit(gradients, static_argnums=0)("pallas_tpu", q, k, v)
     expected = gradients("reference", *(x.astype(jnp.float32) for x in (q, k, v)))
-    jax.tree.map(functools.partial(assert_near, tolerance=1.5e-2), found, expected)
-
-
-@pytest.mark.slow
-def test_extreme_gates_lose_no_row():
-    name = "keys in chunks"
-    bucket, rng = BUCKETS[name], np.random.default_rng(4)
-    d = bucket.dims
-    q, k, v, bias = random_operands(rng, d, 1.0)
-    bias = bias._replace(row=jnp.where(jnp.arange(d.T)[:, None] % 2, -60.0, 200.0) + bias.row)
-    codes = drawn_codes(rng, "packed", d.B, d.T, d.S, d.S)
-    kernels, oracle = both(name)
-    key_bias, ct = random_key_bias(rng, d), random_cotangents(rng, d)
-    found, expected = (run(q, k, v, bias, key_bias, codes, ct) for run in (kernels, oracle))
-    jax.tree.map(functools.partial(assert_near, tolerance=2e-5), found, expected)
-
-
-@pytest.mark.parametrize(
-    "form", [pytest.param(form, marks=[pytest.mark.slow] * (form in ("tanh", "linear"))) for form in FORMS]
-)
-def test_a_zero_pair_changes_no_bit(form):
-    d = Dims(1, 130, 200, 1, 2, 32, 32, 8)
-    rng = np.random.default_rng(1)
-    q, k, v, bias = random_operands(rng, d, 0.6)
-    zero = bias._replace(w=bias.w * 0, row=bias.row * 0, key=bias.key * 0)
-    codes = random_codes(rng, d.B, d.T, d.S)
-    for a, b in zip(forward(q, k, v, codes, None, FORMS[0]), forward(q, k, v, codes, zero, form), strict=True):
-        np.testing.assert_array_equal(a, b)
-
-
-@functools.partial(jax.jit, static_argnames="form")
-def forward(q, k, v, codes, bias, form):
-    with interpreted():
-        return attention(q, k, v, codes, bias, PairForm(form), scale=0.3, implementation="pallas_tpu")
-
-
-@functools.cache
-def split_operands():
-    """Operands of 8 rows, and what makes outputs and gradients of them."""
-    d = Dims(8, 130, 200, 2, 2, 32, 32, 8)
-    rng = np.random.default_rng(2)
-    q, k, v, bias = random_operands(rng, d, 0.6)
-    key_bias, codes = random_key_bias(rng, d), random_codes(rng, d.B, d.T, d.S)
-    ct = random_cotangents(rng, d)
-
-    def gradients(implementation, q, k, v, floats, key_bias):
-        def of(q, k, v, floats, key_bias):
-            return attention(
-                q, k, v, codes, bias._replace(**floats), scale=0.3, key_bias=key_bias, implementation=implementation
-            )
-
-        (out, lse), pull = jax.vjp(of, q, k, v, floats, key_bias)
-        return out, lse, pull((ct[0], jnp.where(jnp.isfinite(lse), ct[1], 0.0)))
-
-    return gradients, (q, k, v, {n: getattr(bias, n) for n in FLOATS}, key_bias)
-
-
-@functools.cache
-def on_one_device(implementation):
-    gradients, operands = split_operands()
-    with interpreted():
-        return jax.jit(gradients, static_argnums=0)(implementation, *operands)
-
-
-@pytest.mark.parametrize(
-    ("implementation", "mesh"),
-    [
-        pytest.param("pallas_tpu", (1, 2, 2), marks=pytest.mark.slow),
-        pytest.param("pallas_tpu", (2, 1, 4), marks=pytest.mark.slow),
-        pytest.param("pallas_tpu", (1, 8, 1), marks=pytest.mark.slow),
-        ("xla", (2, 2, 2)),
-    ],
-    ids=str,
-)
-def test_a_mesh_changes_nothing(implementation, mesh):
-    """Rows and heads over devices: also where the mesh splits query heads finer than there are kv heads (4 and 2)."""
-    gradients, operands = split_operands()
-    with interpreted(), use_mesh(make_mesh(MeshConfig(*mesh), jax.devices()[: mesh[0] * mesh[1] * mesh[2]])):
-        split = jax.jit(functools.partial(gradients, implementation))(*operands)
-    alone = on_one_device(implementation)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), split, alone)
-
-
-@pytest.mark.slow
-def test_key_groups_are_those_of_the_oracle_with_their_gradients():
-    d = Dims(1, 130, 200, 1, 2, 32, 32, 8)
-    rng = np.random.default_rng(3)
-    q, k, v, bias = random_operands(rng, d, 0.6)
-    codes = random_codes(rng, d.B, d.T, d.S)
-    key_groups = KeyGroups(jnp.asarray(rng.integers(0, 2, (d.B, d.S)), jnp.int32), 3)
-    ct = random_cotangents(rng, d, key_groups.count)
-
-    def everything(implementation, q, k, v, floats):
-        def of(q, k, v, floats):
-            pair = bias._replace(**floats)
-            return attention(q, k, v, codes, pair, scale=0.3, key_groups=key_groups, implementation=implementation)
-
-        (out, lse), pull = jax.vjp(of, q, k, v, floats)
-        return out, lse, pull((ct[0], jnp.where(jnp.isfinite(lse), ct[1], 0.0)))
-
-    run = jax.jit(everything, static_argnums=0)
-    operands = (q, k, v, {n: getattr(bias, n) for n in FLOATS})
-    with interpreted():
-        found = run("pallas_tpu", *operands)
-    expected = run("reference", *operands)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=5e-5), found, expected)
+    jax.tree.map(functools.partial(near_as_a_whole, tolerance=1.5e-2), found, expected)
 
 
 @given(st.integers(1, 5000), st.integers(1, 8), st.integers(1, 8))

@@ -88,8 +88,8 @@ def cut_at(vlm: Vlm, rows: Batch, cuts: list[int]) -> np.ndarray:
             rows.visual_index[:, cut] if visual else None,
             places[:, cut] if visual and vlm.options.layout.regions is not None else None,
         )
-        hidden, cache = _extend(vlm, chunk, cache, features if visual else None)
-        found.append(hidden)
+        out, cache = _extend(vlm, chunk, cache, features if visual else None)
+        found.append(out.hidden)
     return np.concatenate(found, axis=1)
 
 
@@ -100,7 +100,7 @@ _whole = jax.jit(lambda model, rows: model.forward(rows).hidden)
 @pytest.mark.parametrize(
     ("mechanisms", "context", "scan"),
     [
-        ((), None, True),
+        pytest.param((), None, True, marks=pytest.mark.slow),
         ((GAZE,), ContextTokens(2), True),
         pytest.param((), ContextTokens(1), False, marks=pytest.mark.slow),
         pytest.param((GAZE, SlidingWindow(9, layers=(0,))), None, True, marks=pytest.mark.slow),
@@ -125,7 +125,7 @@ def test_wanted_tokens_get_them_too_where_the_last_layer_does() -> None:
     wanted = jnp.array([[4, 29]])
     assert rows.info.kind[0, 4] == Kind.VISUAL
     found, _ = jax.jit(lambda m, r, c: m.prefill(r, c, wanted=wanted))(vlm, rows, vlm.empty_cache(1, 32))
-    np.testing.assert_allclose(found, _whole(vlm, rows)[:, wanted[0]], atol=2e-5)
+    np.testing.assert_allclose(found.hidden, _whole(vlm, rows)[:, wanted[0]], atol=2e-5)
 
 
 @jax.jit
@@ -136,7 +136,8 @@ def gradients(model: Vlm, rows: Batch) -> Vlm:
     return jax.grad(loss)(model)
 
 
-@pytest.mark.parametrize("remat", ["full", pytest.param("dots", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", ["full", "dots"])
 def test_every_parameter_learns_alike_whatever_is_kept(remat: Remat) -> None:
     rows = a_row(a_model())
     plain, again = (gradients(a_model(ModelOptions(remat=kind)), rows) for kind in ("none", remat))

@@ -102,8 +102,8 @@ def test_decoding_against_the_cache_is_that_of_the_blockwise_attention() -> None
         for start, stop in ((0, 24), (24, 28), (28, 29)):
             info = jax.tree.map(lambda x, a=start, b=stop: x[:, a:b], text.info)
             positions = text.positions[:, :, start:stop]
-            hidden, cache = jax.jit(Vlm.extend)(model, Chunk(text.tokens[:, start:stop], info, positions), cache)
-            found.append(hidden)
+            out, cache = jax.jit(Vlm.extend)(model, Chunk(text.tokens[:, start:stop], info, positions), cache)
+            found.append(out.hidden)
         return found
 
     expected = steps(made(CONFIG, options))

@@ -99,10 +99,10 @@ def test_prefill_and_decode_equal_the_whole_forward_at_every_step(options: Model
         positions=np.where(within, whole.positions, 0),
     )
     # The cache is larger than the prompt, and rows end at different lengths.
-    hidden, cache = prefill(model, prompt, model.empty_cache(2, T + 5))
+    out, cache = prefill(model, prompt, model.empty_cache(2, T + 5))
     assert cache.index.tolist() == prompts.tolist()
     for row, n in enumerate(prompts):
-        np.testing.assert_allclose(model.logits(hidden)[row, :n], expected[row, :n], atol=2e-5)
+        np.testing.assert_allclose(model.logits(out.hidden)[row, :n], expected[row, :n], atol=2e-5)
 
     for step in range(7):
         at = prompts + step
@@ -110,9 +110,9 @@ def test_prefill_and_decode_equal_the_whole_forward_at_every_step(options: Model
         pick = functools.partial(np.take_along_axis, indices=np.minimum(at, T - 1)[:, None], axis=1)
         info = TokenInfo(*(np.where(alive[:, None], pick(code), 0) for code in whole.info))
         positions = np.stack([pick(p) for p in whole.positions])
-        hidden, cache = extend(model, Chunk(pick(whole.tokens), info, positions), cache)
+        out, cache = extend(model, Chunk(pick(whole.tokens), info, positions), cache)
         for row in np.flatnonzero(alive):
-            np.testing.assert_allclose(model.logits(hidden)[row, 0], expected[row, at[row]], atol=2e-5)
+            np.testing.assert_allclose(model.logits(out.hidden)[row, 0], expected[row, at[row]], atol=2e-5)
     assert cache.index.tolist() == lengths.tolist()
 
 
@@ -127,13 +127,16 @@ def test_only_the_wanted_tokens_come_out_of_a_chunk(layers: tuple[int, ...], alo
     wanted = np.array([[16, 2], [11, 0]])
 
     def some(model: Vlm, prompt: Batch, cache: KvCache) -> tuple[jax.Array, KvCache]:
-        return model.prefill(prompt, cache, wanted=jnp.asarray(wanted))
+        out, cache = model.prefill(prompt, cache, wanted=jnp.asarray(wanted))
+        return out.hidden, cache
 
     given = (model, prompt, model.empty_cache(2, 23))
     whole, expected = prefill(*given)
     traced = jax.jit(some).trace(*given)
     found, cache = traced.lower().compile()(*given)
-    np.testing.assert_allclose(found, np.take_along_axis(np.asarray(whole), wanted[..., None], axis=1), atol=2e-5)
+    np.testing.assert_allclose(
+        found, np.take_along_axis(np.asarray(whole.hidden), wanted[..., None], axis=1), atol=2e-5
+    )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), cache, expected)
     assert (f"f32[2,2,{CONFIG.text.mlp_size}]" in str(traced.jaxpr)) == alone
 
@@ -145,9 +148,9 @@ def test_a_smaller_cache_changes_little(kind: CacheType, tolerance: float) -> No
     model = a_model(RAVE)
     whole = batch([[doc] for doc in documents([3, Visual(1, 4, 6), 8], [12])], CONFIG, tokens=18, patches=24)
     expected = np.asarray(logits(model, whole))
-    hidden, _ = prefill(model, whole, model.empty_cache(2, 18, kind))
+    out, _ = prefill(model, whole, model.empty_cache(2, 18, kind))
     real = np.asarray(whole.info.document) > 0
-    difference = np.abs(np.asarray(model.logits(hidden)) - expected)[real]
+    difference = np.abs(np.asarray(model.logits(out.hidden)) - expected)[real]
     assert 0 < difference.max() < tolerance * np.abs(expected[real]).max()
 
 

@@ -68,10 +68,13 @@ def inputs_of(messages: list, folder: Path, vision: bool) -> dict[str, torch.Ten
                     width=videos[-1].shape[2],
                 )
             )
-    seen = {"images": images} if images else {}
+    # As `apply_chat_template` of a processor hands them on: pictures by conversation, and special tokens in front of a
+    # text that does not begin with one.
+    seen = {"images": [images]} if images else {}
+    begun = text.startswith(processor.tokenizer.bos_token or "\0")
     if videos:
         seen |= {"videos": videos, "video_metadata": metadata}
-    return dict(processor(text=[text], add_special_tokens=False, return_tensors="pt", **seen))
+    return dict(processor(text=[text], add_special_tokens=not begun, return_tensors="pt", **seen))
 
 
 def logits(model, inputs: dict[str, torch.Tensor]) -> torch.Tensor:

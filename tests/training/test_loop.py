@@ -6,8 +6,10 @@ import os
 import signal
 import struct
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
 import jax
@@ -16,13 +18,14 @@ import pytest
 
 from rave_jax.batch import Patches
 from rave_jax.checkpoint.store import Store
+from rave_jax.config import ConfigError
 from rave_jax.data.pipeline import Rows
 from rave_jax.observe.metrics import JsonlWriter, TensorBoardWriter, read_jsonl
 from rave_jax.observe.progress import ProgressReport
 from rave_jax.parallel.stopping import EXIT_CODES, Interrupted, StopRequest
 from rave_jax.parallel.watchdog import Watchdog
 from rave_jax.training import feed
-from rave_jax.training.loop import Loop, NonFiniteError, Schedule
+from rave_jax.training.loop import Evaluated, Loop, NonFiniteError, Schedule
 from rave_jax.training.optimizers import OptimizerConfig
 from rave_jax.training.state import TrainState, parameters_of, state_of
 from tests.training.small import TEXT, RandomSource, first_state, session_of
@@ -45,11 +48,14 @@ def run(
     writers=(),
     watchdog: Watchdog | None = None,
     stop: StopRequest | None = None,
+    evaluations: Evaluated | None = None,
 ) -> TrainState:
     with Store(folder / "checkpoints", keep=2) as store, stop or StopRequest(poll=0.05) as stop:
         schedule = Schedule(STEPS, log_every=1, save_every=save_every)
         progress = ProgressReport(STEPS, 0, enabled=False)
-        loop = Loop(session, schedule, store, folder / "bad_step", writers, progress, watchdog or Watchdog(0), stop)
+        loop = Loop(
+            session, schedule, store, folder / "bad_step", writers, progress, watchdog or Watchdog(0), stop, evaluations
+        )
         return loop.run(state, source, ROWS, lambda step: f"batch {step}")
 
 
@@ -199,3 +205,88 @@ def test_a_step_that_compiles_has_the_time_of_the_first(session, tmp_path):
         f"the data of step {n}: batch {n - 1}" for n in (1, 6)
     }
     assert f"the checkpoint of step {STEPS}" in named
+
+
+class Evaluations:
+    """One after each second step, that does what a test says."""
+
+    def __init__(self, work):
+        self._work, self.ran = work, []
+
+    def due(self, step):
+        return step > 0 and step % 2 == 0
+
+    def run(self, step, model, check, say, write):
+        self.ran.append(step)
+        check()
+        self._work(step, model, check, write)
+
+
+def test_an_evaluation_sees_the_weights_of_its_step_and_its_time_is_not_training(session, tmp_path, monkeypatch):
+    """Also after the last step, and after the one that a run continues from."""
+    seen, hours = {}, [0]
+    clock = SimpleNamespace(monotonic=lambda: time.monotonic() + 3600 * hours[0])
+    monkeypatch.setattr("rave_jax.training.loop.time", clock)
+
+    def look(step, model, check, write):
+        seen[step] = {name: np.asarray(x) for name, x in session.graph.split(model).items()}
+        hours[0] += 1
+        write({"eval/a/score": 0.5})
+
+    writer, evaluations = JsonlWriter(tmp_path / "metrics.jsonl", 0), Evaluations(look)
+    args = {"writers": [writer], "evaluations": evaluations}
+    run(session, tmp_path, first_state(session, TEXT), RandomSource(ROWS, patches=0), **args)
+    assert evaluations.ran == [2, 4, 6]
+    rows = read_jsonl(tmp_path / "metrics.jsonl")
+    assert [row["step"] for row in rows if row.get("eval/a/score") == 0.5 and "loss" not in row] == [2, 4, 6]
+    rates = {row["step"]: row["tokens"] / row["tokens_per_second"] for row in rows if "loss" in row}
+    assert max(rates.values()) < 1800, "seconds of a step, without the hour of the evaluation before it"
+    for step in (4, 6):
+        state, _ = restored(session, tmp_path / "checkpoints", step)
+        jax.tree.map(np.testing.assert_array_equal, seen[step], parameters_of(state)["values"])
+    state, _ = restored(session, tmp_path / "checkpoints", 4)
+    again = Evaluations(lambda *_: None)
+    run(session, tmp_path / "again", state, RandomSource(ROWS, patches=0), evaluations=again)
+    assert again.ran == [4, 6]
+
+
+def test_an_evaluation_that_cannot_go_on_ends_the_run_with_its_state_saved(session, tmp_path):
+    def fail(step, model, check, write):
+        raise ConfigError("no sample could be asked")
+
+    with pytest.raises(ConfigError, match="no sample could be asked"):
+        run(
+            session,
+            tmp_path,
+            first_state(session, TEXT),
+            RandomSource(ROWS, patches=0),
+            save_every=100,
+            evaluations=Evaluations(fail),
+        )
+    state, data = restored(session, tmp_path / "checkpoints")
+    assert state.step == 2 and data == {"step": 2}
+
+
+def test_a_signal_during_an_evaluation_ends_it_and_saves(session, tmp_path):
+    went_on = []
+
+    def work(step, model, check, write):
+        os.kill(os.getpid(), signal.SIGTERM)
+        for n in range(1000):
+            threading.Event().wait(0.01)
+            check()
+            went_on.append(n)
+
+    evaluations = Evaluations(work)
+    with pytest.raises(Interrupted, match="SIGTERM: stopped after step 2, which is saved"):
+        run(
+            session,
+            tmp_path,
+            first_state(session, TEXT),
+            RandomSource(ROWS, patches=0),
+            save_every=100,
+            evaluations=evaluations,
+        )
+    assert evaluations.ran == [2] and len(went_on) < 900
+    state, data = restored(session, tmp_path / "checkpoints")
+    assert state.step == 2 and data == {"step": 2}

@@ -13,7 +13,6 @@ from rave_jax.families.small import SmallModels, SmallSizes
 
 DEEP = 3
 """Blocks that give features for the decoder, where there are as many and as many decoder layers."""
-HALVES = (0.5, 0.5, 0.5)
 
 
 def small_models(
@@ -55,8 +54,6 @@ def tower(sizes: SmallSizes, deep: int) -> TableTowerConfig:
         merge_size=sizes.merge_size,
         out_size=sizes.hidden_size,
         deep_blocks=tuple(range(deep)),
-        pixel_mean=HALVES,
-        pixel_std=HALVES,
     )
 
 

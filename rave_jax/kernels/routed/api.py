@@ -20,13 +20,20 @@ def _against_pallas_tpu(
     return pallas_tpu.against(q, k, v, terms, key_groups, routing.rule, regions, routing.slots, sizes)
 
 
+def _pallas_tpu(
+    q: Array, k: Array, v: Array, codes: MaskCodes, terms: Terms, form: PairForm, scale: float, routing: Routing
+) -> tuple[Array, Array]:
+    assert routing.slots is not None  # `against` refuses it
+    return pallas_tpu.attention(q, k, v, codes, scale, routing.routes, routing.rule, routing.slots)
+
+
 OPERATION = Operation(
     "routed attention",
     {
         "reference": Backend(xla.whole, "all queries at once"),
         "xla": Backend(xla.attention, "computes every score and masks regions that were not chosen"),
         "pallas_tpu": Backend(
-            pallas_tpu.attention, "queries are gathered for each tile of regions", ("tpu",), _against_pallas_tpu
+            _pallas_tpu, "queries are gathered for each tile of regions", ("tpu",), _against_pallas_tpu
         ),
     },
 )
@@ -62,22 +69,18 @@ def attention(
     Raises:
         ValueError: operands whose shapes do not belong together, or an implementation that cannot serve.
     """
-    routes, rule, slots = routing
+    routes, rule, _ = routing
     _check(q, k, codes, routes)
     if (routes.bias is not None) != rule.with_bias:
         given = "no bias" if routes.bias is None else "a bias"
         raise ValueError(f"routed attention has {given} to rank by beside a rule of with_bias = {rule.with_bias}")
     codes = codes._replace(lo=jnp.maximum(codes.lo, NOWHERE + 1))
     terms, form = Terms(bias, key_bias), form or PairForm()
-    name = OPERATION.choose(implementation, q, k, v, terms, key_groups, routing)
-    if name == "pallas_tpu":
-        assert slots is not None
-        return pallas_tpu.attention(q, k, v, codes, scale, routes, rule, slots)
-    run = OPERATION.backends[name].run
+    run = OPERATION.backends[OPERATION.choose(implementation, q, k, v, terms, key_groups, routing)].run
     if key_groups is None:
-        return run(q, k, v, codes, terms, form, scale, routes, rule)
+        return run(q, k, v, codes, terms, form, scale, routing)
     numbers = range(key_groups.count)
-    parts = [run(q, k, v, of_key_group(codes, key_groups, n), terms, form, scale, routes, rule) for n in numbers]
+    parts = [run(q, k, v, of_key_group(codes, key_groups, n), terms, form, scale, routing) for n in numbers]
     out, lse = (jnp.stack(part, axis=2) for part in zip(*parts, strict=True))
     return out, lse
 

@@ -27,6 +27,7 @@ from rave_jax.kernels.routed.base import (
     Choice,
     RouteRule,
     Routes,
+    Routing,
     candidates,
     choose,
     of_keys,
@@ -49,17 +50,17 @@ def attention(
     terms: Terms,
     form: PairForm,
     scale: float,
-    routes: Routes,
-    rule: RouteRule,
+    routing: Routing,
 ) -> tuple[Float[Array, "B T H c"], Float[Array, "B T H"]]:
     """Blocks of queries; see `api.attention`."""
+    routes = routing.routes
 
     def of_block(mine: tuple[Any, ...]) -> tuple[Array, Array]:
         q, codes_q, pair_q, routes_q = mine
         block_codes = codes._replace(**codes_q)
         block_terms = terms if terms.pair is None else terms._replace(pair=terms.pair._replace(**pair_q))
-        block_routes = routes.with_queries(routes_q)
-        return whole(q, k, v, block_codes, block_terms, form, scale, block_routes, rule)
+        block_routing = routing._replace(routes=routes.with_queries(routes_q))
+        return whole(q, k, v, block_codes, block_terms, form, scale, block_routing)
 
     mine = (
         q,
@@ -97,14 +98,13 @@ def whole(
     terms: Terms,
     form: PairForm,
     scale: float,
-    routes: Routes,
-    rule: RouteRule,
+    routing: Routing,
 ) -> tuple[Float[Array, "B T H c"], Float[Array, "B T H"]]:
     """All queries at once; makes arrays [B,H,T,S]."""
-    K = k.shape[2]
+    routes, K = routing.routes, k.shape[2]
     scores = tile_scores(group_heads(q, K), k, terms, form, scale)
     allow = tile_allow(codes)
-    choice = choice_of(scores, codes, routes, rule, form, scale)
+    choice = choice_of(scores, codes, routes, routing.rule, form, scale)
     allow = allow & open_keys(choice, routes.keys)
     if choice.bias is not None:
         scores = scores + of_keys(choice.bias, routes.keys, fill=0.0)

@@ -53,7 +53,7 @@ def test_the_pixels_of_all_frames_are_bounded_together() -> None:
     assert rules.frame_size(256, 256, 2) == (256, 256)
     assert rules.frame_size(256, 256, 4) == (160, 160)
     assert replace(rules, video=replace(rules.video, cap_total=True, max_tokens=4)).frame_size(256, 256, 4) == (64, 64)
-    assert RULES.frame_size(5, 20, 2) == (256, 1024), "a frame smaller than a merge unit keeps its shape"
+    assert RULES.frame_size(5, 20, 2) == (128, 512), "a frame smaller than a merge unit keeps its shape"
 
 
 def test_what_is_no_video_is_refused() -> None:
