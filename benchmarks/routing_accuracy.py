@@ -88,7 +88,7 @@ def squared(sample: Sample, side: int) -> Sample:
 def routing(model: Vlm, processor: Processor, asked: list[Sample], side: int, rows: int = 8) -> RoutingSummary:
     """What the model chooses for them, against their boxes."""
     prompts = [processor.encode(sample.prompt, add_generation_prompt=True, name=sample.id) for sample in asked]
-    patches = round_up(max(p.patches.length for p in prompts), processor.settings.patch_sizes.window)
+    patches = round_up(max(p.patches.length for p in prompts), processor.rules.patch_sizes.window)
     shape = BatchShape(round_up(rows, jax.device_count()), max(len(p.tokens) for p in prompts), patches)
     subject = ModelSubject(model, processor, make_mesh(MeshConfig()), shape, 1)
     routes = subject.route(asked, [Answer("")] * len(asked))
@@ -110,7 +110,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the rows here")
     given = parser.parse_args()
     data = Path(os.environ.get("RAVE_JAX_DATA") or Path(__file__).resolve().parents[2] / "shared" / "data")
-    model, _, _ = source.load(given.model)
+    model = source.load(given.model).model
     processor = source.processor_of(given.model)
     results = []
     for name in SETS:

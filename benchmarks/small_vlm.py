@@ -20,6 +20,7 @@ from rave_jax.checkpoint.hf_import import import_hf
 from rave_jax.data.images import cut_image
 from rave_jax.data.patches import join_patches
 from rave_jax.data.sample import Example
+from rave_jax.families.config import PatchSizes
 from rave_jax.families.grids.pictures import Pictures
 from rave_jax.families.grids.positions import mrope_positions
 from rave_jax.families.pictures import Visual, grid_coordinates
@@ -96,7 +97,7 @@ def prompt(rng: np.random.Generator, tokens: int, sides: Sequence[int]) -> Promp
         info=TokenInfo(**codes),
         positions=mrope_positions(tokens, visuals, 2.0),
         visual_index=index,
-        patches=join_patches([cut.patches for cut in cuts], PATCH_NUMBERS),
+        patches=join_patches([cut.patches for cut in cuts], PatchSizes(PATCH_NUMBERS, MERGE_PATCHES)),
     )
     theirs = Qwen2VLImageProcessorPil()(images=images, return_tensors="np") if images else {}
     return Prompt(example, ids.astype(np.int64), theirs.get("pixel_values"), theirs.get("image_grid_thw"))

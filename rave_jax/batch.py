@@ -8,7 +8,9 @@ fork safely. A mechanism reads `TokenInfo` and nothing else about the prompt's l
 from __future__ import annotations
 
 from enum import IntEnum
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from rave_jax.typing import Array, Float, Int, UInt8
 
@@ -64,6 +66,11 @@ class TokenInfo(NamedTuple):
     region: Int[Array, "B T"]
 
 
+UNMIXED: Any = np.zeros((0, 0), np.int32)
+"""`Patches.source` and `weight` of a document of a family whose merge units are visual tokens as they are."""
+UNMIXED.setflags(write=False)
+
+
 class Patches(NamedTuple):
     """Patches of the pictures of one document [P, ...], or of rows [B,P, ...] with padding behind them.
 
@@ -74,13 +81,21 @@ class Patches(NamedTuple):
         pixels: pixel values 0..255 of each patch, flattened as (channel, temporal, row, col).
         frame: the patch's frame, counted from 1; 0 is padding. Full attention blocks of the tower see one frame.
         place: (row, col) of the patch in its frame's patch grid, from 0.
-        window: the patch's attention window, counted from 1; 0 is padding. Windows are contiguous and ascending.
+        window: the patch's attention window, counted from 1; 0 is padding. Windows are contiguous and ascending. For a
+            tower without windows, the picture: what must go through the tower together.
+        source: of a family whose visual tokens are not its merge units, M visual tokens in the order of the document,
+            the K merge units of its picture (`PatchSizes.mixed`) that each is a sum of; -1, in the first place alone
+            where K is above 1, is a row that the model has learned, such as what ends a line of a picture. M and K are
+            0 for all other families.
+        weight: what these units are multiplied by; 0 is padding.
     """
 
     pixels: UInt8[Array, "*B P C"]
     frame: Int[Array, "*B P"]
     place: Int[Array, "*B P 2"]
     window: Int[Array, "*B P"]
+    source: Int[Array, "*B M K"] = UNMIXED
+    weight: Float[Array, "*B M K"] = UNMIXED
 
     @property
     def length(self) -> int:
@@ -98,7 +113,8 @@ class Batch(NamedTuple):
         info: token codes.
         positions: rotary position of each token: temporal, height, width.
         visual_index: for a visual token, which merged patch of the row it is, counted from 0 (the
-            patches of merge unit n stand at n*m2 .. n*m2 + m2 - 1, m2 = spatial_merge_size ** 2); 0 else.
+            patches of merge unit n stand at n*m2 .. n*m2 + m2 - 1, m2 = spatial_merge_size ** 2), or where units are
+            mixed, which of `patches.source`; 0 else.
         patches: patches of the row's pictures.
     """
 

@@ -100,7 +100,7 @@ def test_a_forward_of_a_conversation_is_that_of_its_batch(loaded: rave_jax.Loade
     one = loaded.forward(asked, add_generation_prompt=True)
     assert one.logits is not None and one.hidden.shape[0] == one.logits.shape[0] == len(one.tokens)
     assert int(np.argmax(one.logits[-1])) == loaded.generate(asked, FEW).tokens[0]
-    settings = loaded.processor.settings
+    settings = loaded.processor.rules
     rows = [[loaded.processor.encode(user(f"What {n}?", WIDE), True)] for n in range(7)]
     rows.append([loaded.processor.encode(asked, True)])
     shape = BatchShape(8, 64, settings.patch_sizes.window)

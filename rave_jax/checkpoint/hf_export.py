@@ -142,11 +142,12 @@ def tensor_layout(model: Vlm, source: Path | None) -> int:
     """Number of the layout (`Family.layouts`) of the tensors in the directory that the model came from."""
     if source is not None and native.is_native(source):
         return native.tensor_layout(source)
-    if source is None or not has_weights(source):
-        return 0
     family = family_named(model.config.family)
-    keys = {family.canonical_key(key) for key in index_of(source) or read_weights(source).tensors}
-    return family.layout_of(model.config, keys)
+    if source is None or len(family.layouts) == 1 or not has_weights(source):
+        return 0
+    # From the headers of all files: tensors of two layouts may differ in nothing but their shapes.
+    shapes = {family.canonical_key(key): stored.shape for key, stored in read_weights(source).tensors.items()}
+    return family.layout_of(model.config, shapes)
 
 
 def beside_items(model: Vlm, paths: list[str]) -> list[Item]:

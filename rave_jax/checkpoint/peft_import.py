@@ -32,6 +32,8 @@ from rave_jax.typing import NpArray
 PREFIX = "base_model.model."
 PART = re.compile(r"(.+)\.lora_([AB])\.weight")
 
+ROUTER = "mlp.router.weight"
+
 
 class Linear(NamedTuple):
     """One adapted linear of the checkpoint: its weight's rule, a [r,in], b [out,r] and the scale of their product."""
@@ -85,7 +87,10 @@ class PeftAdapter:
             names = module_names(family, rule)
             a, b = (found.pop((names[1], part), None) for part in "AB")
             wanted = any(self.config.targets(name, rule.layer) for name in names)
-            if rule.stack is None:
+            if rule.entry is not None or rule.path == ROUTER:
+                # PEFT adapts linears, which these are not in transformers 5, whatever targets say.
+                problems += [f"{names[1]}: adapters of experts are not computed; {MERGE_ADVICE}"] if a or b else []
+            elif rule.stack is None:
                 if wanted or a or b:
                     problems.append(f"{names[0]}: adapters are read on linears of layers alone; {MERGE_ADVICE}")
             elif a is None or b is None:

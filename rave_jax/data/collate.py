@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from rave_jax.batch import Batch, Kind, TokenInfo
-from rave_jax.data.patches import empty_patches
+from rave_jax.data.patches import empty_patches, moved
 from rave_jax.data.sample import Example, OverBudget
 from rave_jax.families.config import PatchSizes
 
@@ -57,8 +57,8 @@ def check_fits(example: Example, tokens: int, patches: int, name: str) -> None:
         )
 
 
-def empty_batch(shape: BatchShape, patch_numbers: int) -> Batch:
-    """A batch of padding only; `patch_numbers` is C."""
+def empty_batch(shape: BatchShape, patch_numbers: int, mixed: int = 0) -> Batch:
+    """A batch of padding only; `patch_numbers` is C, `mixed` is K (`PatchSizes`)."""
     b, t, p = shape
 
     def zeros(*size: int, dtype: DTypeLike = np.int32) -> Any:
@@ -71,7 +71,7 @@ def empty_batch(shape: BatchShape, patch_numbers: int) -> Batch:
         info=TokenInfo(*(zeros(b, t) for _ in TokenInfo._fields)),
         positions=zeros(3, b, t),
         visual_index=zeros(b, t),
-        patches=empty_patches((b, p), patch_numbers),
+        patches=empty_patches((b, p), patch_numbers, (t if mixed else 0, mixed)),
     )
 
 
@@ -91,9 +91,9 @@ def collate(rows: Sequence[Sequence[Example]], shape: BatchShape, sizes: PatchSi
     """
     if len(rows) > shape.rows:
         raise OverBudget(f"{len(rows)} rows for a batch of {shape.rows}")
-    batch = empty_batch(shape, sizes.numbers)
+    batch = empty_batch(shape, sizes.numbers, sizes.mixed)
     for b, documents in enumerate(rows):
-        token = patch = images = frames = windows = regions = 0
+        token = patch = images = frames = windows = regions = mixes = 0
         for number, example in enumerate(documents, start=1):
             check_fits(example, shape.tokens - token, shape.patches - patch, f"row {b}, document {number}")
             t = slice(token, token + len(example.tokens))
@@ -108,11 +108,18 @@ def collate(rows: Sequence[Sequence[Example]], shape: BatchShape, sizes: PatchSi
             batch.info.image[b, t] = np.where(example.info.image > 0, example.info.image + images, 0)
             batch.info.region[b, t] = np.where(example.info.region > 0, example.info.region + regions, 0)
             batch.positions[:, b, t] = example.positions
-            batch.visual_index[b, t] = np.where(visual, example.visual_index + patch // sizes.merge, 0)
+            units = patch // sizes.merge
+            before = mixes if sizes.mixed else units
+            batch.visual_index[b, t] = np.where(visual, example.visual_index + before, 0)
             batch.patches.pixels[b, p] = example.patches.pixels
             batch.patches.place[b, p] = example.patches.place
             batch.patches.frame[b, p] = example.patches.frame + frames
             batch.patches.window[b, p] = example.patches.window + windows
+            if sizes.mixed:
+                m = slice(mixes, mixes + example.patches.source.shape[0])
+                batch.patches.source[b, m] = moved(example.patches.source, units)
+                batch.patches.weight[b, m] = example.patches.weight
+                mixes = m.stop
             token, patch = t.stop, p.stop
             images += int(example.info.image.max(initial=0))
             frames += int(example.patches.frame.max(initial=0))

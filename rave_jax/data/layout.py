@@ -14,26 +14,31 @@ from rave_jax.layout import Grid, VisualLayout
 from rave_jax.typing import Int, NpArray
 
 
-def lay_out(example: Example, layout: VisualLayout) -> Example:
+def lay_out(example: Example, layout: VisualLayout, *, one_axis: bool = False) -> Example:
     """The example with the context tokens and region numbers that the layout asks for; its tokens stay in order.
 
-    A context token stands behind the last token of its frame (or picture) and holds the same placeholder. In rotary
-    positions it keeps that frame's time; its row and column stand behind the largest position of the whole picture or
-    video, where text would go on, and all that follows moves on by as many positions (our choice; the paper says
-    nothing of them).
+    A context token stands behind the last token of its frame (or picture) and holds the same placeholder. In positions
+    of three axes (M-RoPE) it keeps that frame's time; its row and column stand behind the largest position of the whole
+    picture or video, where text would go on, and all that follows moves on by as many positions. On one axis it has
+    the next position, as a token of text would. (Our choice; the paper says nothing of them.)
+
+    Args:
+        example: of one document.
+        layout: what the mechanisms want.
+        one_axis: does the model read one position of a token (1-D RoPE) and not three?
 
     Raises:
         OverBudget: the example has more regions, or larger ones, than the layout allows.
     """
     if layout.context is not None:
-        example = _with_context(example, layout)
+        example = _with_context(example, layout, one_axis)
     return example if layout.regions is None else _with_regions(example, layout)
 
 
 def region_major(example: Example) -> Example:
     """The example with the tokens of every region side by side, the context tokens of a picture behind its regions.
 
-    Everything that is known of a token moves with it; `place` still says where it stands in its document, and that is
+    Everything that is known of a token moves with it; `offset` still says where it stands in its document, and that is
     what masks go by.
     """
     info = example.info
@@ -102,7 +107,7 @@ def _with_regions(example: Example, layout: VisualLayout) -> Example:
     return example
 
 
-def _with_context(example: Example, layout: VisualLayout) -> Example:
+def _with_context(example: Example, layout: VisualLayout, one_axis: bool) -> Example:
     context = layout.context
     assert context is not None
     info, length = example.info, len(example.tokens)
@@ -124,9 +129,12 @@ def _with_context(example: Example, layout: VisualLayout) -> Example:
     nth = np.concatenate([*index, np.full(length - end, -1)])
     added = nth >= 0
     codes = TokenInfo(*(code[take] for code in info))
-    behind = _behind(example)[take] + nth
-    positions = (example.positions + moved)[:, take]
-    positions[1:] = np.where(added, behind + moved[take], positions[1:])
+    if one_axis:
+        positions = example.positions[:, take] + np.cumsum(added)
+    else:
+        behind = _behind(example)[take] + nth
+        positions = (example.positions + moved)[:, take]
+        positions[1:] = np.where(added, behind + moved[take], positions[1:])
     own: dict[str, Any] = {
         "offset": np.arange(len(take)),
         "kind": np.where(added, Kind.CONTEXT, codes.kind),

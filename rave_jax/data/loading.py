@@ -1,4 +1,4 @@
-"""The sample of a place, encoded: its own, or the next of its source's order where that cannot be used."""
+"""The sample of a draw, encoded: its own, or the next of its source's order where that cannot be used."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rave_jax.data.skips import Skip, SkipLog, describe, skip_of
 
 
 class Loaded(NamedTuple):
-    """What stands at a place.
+    """What a draw gives.
 
     Fields:
         source: number of the source.
@@ -41,7 +41,7 @@ class Loader:
         Args:
             config: says what becomes of samples that cannot be used, and how much memory keeps examples.
             sources: where samples come from.
-            order: which sample stands at which place.
+            order: which sample each draw takes.
             processor: encodes samples.
         """
         self._sources, self._order, self._processor = tuple(sources), order, processor
@@ -51,17 +51,17 @@ class Loader:
         """Says which samples are not used."""
 
     def load(self, document: PlannedDocument) -> Loaded:
-        """The sample of a document's place, or the first behind it in the order that can be used and fits the budget.
+        """The sample of a document's draw, or the first after it in the order that can be used and fits the budget.
 
         Raises:
             SampleError: a sample cannot be used and `on_error` is "fail", or more than `max_skips` one after
                 another cannot.
         """
-        number, draw = self._order.draw(document.place)
+        number, before = self._order.source_of(document.draw)
         source = self._sources[number]
         skips: list[Skip] = []
         for attempt in range(self._max_skips + 1):
-            index = self._order.index(number, draw + attempt)
+            index = self._order.index(number, before + attempt)
             try:
                 return Loaded(number, index, self._example(number, index, document.budget), tuple(skips))
             except SampleError as error:

@@ -1,9 +1,9 @@
-"""Which sample stands at which place: a pure function of the seed and the place, the same on every host.
+"""Which sample each draw of a run takes: a pure function of the seed and the draw's number, the same on every host.
 
-Places of the whole run are numbered; in which row a place stands is said by the plan (`plan.py`). Within a stage of the
-curriculum, places come in blocks; a block holds a fixed number of places of each source, nearest to the weights, in a
-shuffled order. So the number of samples drawn from a source before any place is known without drawing them, and each
-source is walked through once per epoch in an order of its own.
+The draws of a run are numbered from 0; the plan (`plan.py`) says in which row a draw stands. Within a stage of the
+curriculum, draws come in blocks; a block holds a fixed number of draws from each source, nearest to the weights, in a
+shuffled order. So it is known without drawing them how many samples of a source come before a draw, and a source gives
+all its samples once in an epoch, in an order of its own.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from rave_jax.config import require
 from rave_jax.typing import Int, NpArray
 
 BLOCK = 1024
-"""Places in a block: weights are kept to one part in this many."""
+"""Draws in a block: weights are kept to one part in this many."""
 
 
 def shuffled(length: int, *seed: int) -> Int[NpArray, "N"]:
@@ -29,10 +29,10 @@ def shuffled(length: int, *seed: int) -> Int[NpArray, "N"]:
 
 
 def shares(weights: Sequence[float]) -> Int[NpArray, "N"]:
-    """Places of each source in a block, by largest remainders of the weights.
+    """Draws from each source in a block, by largest remainders of the weights.
 
     Raises:
-        ConfigError: a weight that is not 0 is too small to get a place.
+        ConfigError: a weight that is not 0 is too small to get a draw.
     """
     parts = np.asarray(weights, np.float64) / np.sum(weights) * BLOCK
     counts = np.floor(parts).astype(np.int64)
@@ -44,17 +44,17 @@ def shares(weights: Sequence[float]) -> Int[NpArray, "N"]:
 
 
 class Order:
-    """Where every place of a run draws from.
+    """What every draw of a run takes.
 
     Args:
         lengths: samples of each source.
-        stages: (first place, weight of each source), ascending, the first at place 0.
+        stages: (first draw, weight of each source), ascending, the first at draw 0.
         seed: of all shuffles.
     """
 
     def __init__(self, lengths: Sequence[int], stages: Sequence[tuple[int, Sequence[float]]], seed: int):
         self._lengths = tuple(lengths)
-        # Neighbouring places share a block and an epoch; two epochs of each source are in use where one ends.
+        # Neighbouring draws share a block and an epoch; two epochs of each source are in use where one ends.
         self._block = functools.lru_cache(maxsize=16)(self._make_block)
         self._epoch = functools.lru_cache(maxsize=2 * len(lengths))(self._make_epoch)
         self._seed = seed
@@ -71,20 +71,20 @@ class Order:
     def _make_epoch(self, source: int, epoch: int) -> Int[NpArray, "N"]:
         return shuffled(self._lengths[source], self._seed, 2, source, epoch)
 
-    def _before(self, stage: int, place: int) -> Int[NpArray, "N"]:
-        """Samples drawn from each source before `place` of `stage`."""
-        block, inside = divmod(place - self._firsts[stage], BLOCK)
+    def _before(self, stage: int, draw: int) -> Int[NpArray, "N"]:
+        """Samples drawn from each source before `draw` of `stage`."""
+        block, inside = divmod(draw - self._firsts[stage], BLOCK)
         part = np.bincount(self._block(stage, block)[:inside], minlength=len(self._lengths))
         return self._drawn[stage] + block * self._shares[stage] + part
 
-    def draw(self, place: int) -> tuple[int, int]:
-        """(source, number of the draw from it) of a place."""
-        stage = int(np.searchsorted(self._firsts, place, side="right")) - 1
-        block, inside = divmod(place - self._firsts[stage], BLOCK)
+    def source_of(self, draw: int) -> tuple[int, int]:
+        """(source, how many draws from it come before) of a draw."""
+        stage = int(np.searchsorted(self._firsts, draw, side="right")) - 1
+        block, inside = divmod(draw - self._firsts[stage], BLOCK)
         source = int(self._block(stage, block)[inside])
-        return source, int(self._before(stage, place)[source])
+        return source, int(self._before(stage, draw)[source])
 
     def index(self, source: int, number: int) -> int:
-        """Index in its source of the `number`-th draw: one shuffled epoch after another."""
+        """Index in its source of the sample that its draw `number` takes: one shuffled epoch after another."""
         epoch, inside = divmod(number, self._lengths[source])
         return int(self._epoch(source, epoch)[inside])

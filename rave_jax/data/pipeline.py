@@ -1,6 +1,6 @@
 """Rows of a run: any rows of any step, as a pure function of the config and the step.
 
-The plan says which places of the order stand in which row, the loader finds the sample of a place, and collation packs
+The plan says which draws stand in which row, the loader finds the sample of a draw, and collation packs
 them. Nothing is remembered between steps: a process asks for the rows its devices own, a resumed run for the step it
 stopped at, and both get what an undisturbed single process would have got.
 """
@@ -42,7 +42,7 @@ class Pipeline:
         config: what to read.
         processor: the model's processor; `DataConfig.processor` gives it.
         sources: of `DataConfig.open_sources`, where they are open already.
-        plan: which places of the order stand in which row; None for equal parts of `documents_per_row` samples.
+        plan: which draws stand in which row; None for equal parts of `documents_per_row` samples.
 
     Raises:
         ConfigError: a source cannot be opened or is empty, or `equal_rows` refuses the config.
@@ -60,7 +60,7 @@ class Pipeline:
         self.sources: tuple[Source, ...] = config.open_sources() if sources is None else tuple(sources)
         self.plan: RowPlan = equal_rows(config, processor) if plan is None else plan
         equal = (1.0,) * len(self.sources)
-        stages = [(self.plan.first_place(stage.step), stage.weights or equal) for stage in config.stages]
+        stages = [(self.plan.first_draw(stage.step), stage.weights or equal) for stage in config.stages]
         order = Order([len(source) for source in self.sources], stages, config.seed)
         self._loader = Loader(config, self.sources, order, processor)
         self.skip_log = self._loader.skip_log
@@ -76,16 +76,16 @@ class Pipeline:
         """Rows start..stop-1 of the batch of a step, and no others are loaded. Use it from any thread.
 
         Raises:
-            SampleError: a sample cannot be used and `on_error` is "fail", or too many in one place cannot.
+            SampleError: a sample cannot be used and `on_error` is "fail", or too many one after another cannot.
         """
         shape = self.plan.shape(step)
         require(0 <= start < stop <= shape.rows, "rows", (start, stop), f"a range within {shape.rows} rows")
         rows = [[self._loader.load(each) for each in self.plan.row(step, row)] for row in range(start, stop)]
-        settings = self.processor.settings
+        rules = self.processor.rules
         batch = collate(
             [[each.example for each in row] for row in rows],
             shape._replace(rows=stop - start),
-            settings.patch_sizes,
+            rules.patch_sizes,
         )
         return Rows(batch, tuple(skip for row in rows for each in row for skip in each.skips))
 
@@ -157,6 +157,6 @@ def equal_rows(config: DataConfig, processor: Processor) -> EqualRows:
     def size(stage: Stage) -> tuple[int, int, int]:
         tokens = config.tokens if stage.tokens is None else stage.tokens
         patches = config.patches if stage.patches is None else stage.patches
-        return stage.step, tokens, round_up(patches, processor.settings.patch_sizes.window)
+        return stage.step, tokens, round_up(patches, processor.rules.patch_sizes.window)
 
     return EqualRows(config.rows, tuple(map(size, config.stages)), each, most)

@@ -1,4 +1,4 @@
-"""The plan of rows: which places of the order stand in which row of which step, and how much each may take of its row.
+"""The plan of rows: which draws stand in which row of which step, and how much each may take of its row.
 
 A plan reads no sample. It is plain data, a pure function of its settings and the step, so every process and every
 resumed run has the same one.
@@ -31,16 +31,16 @@ class PlannedDocument(NamedTuple):
     """A document of a row.
 
     Fields:
-        place: the place of the order whose sample it is.
+        draw: the number of the draw (`order.py`) whose sample it is.
         budget: what the sample may take of the row.
     """
 
-    place: int
+    draw: int
     budget: Budget
 
 
 class RowPlan(Protocol):
-    """Which places stand in which rows. Called from several threads, for any step, in any order."""
+    """Which draws stand in which rows. Called from several threads, for any step, in any order."""
 
     def shape(self, step: int) -> BatchShape:
         """Shape of the whole batch of a step, over all hosts."""
@@ -49,7 +49,7 @@ class RowPlan(Protocol):
     def row(self, step: int, row: int) -> tuple[PlannedDocument, ...]:
         """The documents of a row, in the order in which they stand in it.
 
-        The budgets of a row are together at most its tokens and patches. A place stands in one row of one step.
+        The budgets of a row are together at most its tokens and patches. A draw stands in one row of one step.
 
         Args:
             step: from 0.
@@ -57,8 +57,8 @@ class RowPlan(Protocol):
         """
         ...
 
-    def first_place(self, step: int) -> int:
-        """The least place that no step before this one has; a stage that begins here changes the order from it on."""
+    def first_draw(self, step: int) -> int:
+        """The least draw that no step before this one has; a stage that begins here changes the order from it on."""
         ...
 
     def facts(self) -> dict[str, Any]:
@@ -78,7 +78,7 @@ class RowPlan(Protocol):
 class EqualRows:
     """The plan in which every row has the same number of documents, each with an equal part of the row.
 
-    Document d of row r at step s is place (s * rows + r) * documents + d, so a state is the step alone.
+    Document d of row r at step s is draw (s * rows + r) * documents + d, so a state is the step alone.
     """
 
     rows: int
@@ -96,18 +96,18 @@ class EqualRows:
         return BatchShape(self.rows, tokens, patches)
 
     def row(self, step: int, row: int) -> tuple[PlannedDocument, ...]:
-        """The documents of a row: consecutive places with equal budgets."""
+        """The documents of a row: consecutive draws with equal budgets."""
         _, tokens, patches = self.shape(step)
         budget = Budget(tokens // self.documents, patches // self.documents, self.regions // self.documents)
-        first = self.first_place(step) + row * self.documents
-        return tuple(PlannedDocument(place, budget) for place in range(first, first + self.documents))
+        first = self.first_draw(step) + row * self.documents
+        return tuple(PlannedDocument(draw, budget) for draw in range(first, first + self.documents))
 
-    def first_place(self, step: int) -> int:
-        """The least place of a step."""
+    def first_draw(self, step: int) -> int:
+        """The least draw of a step."""
         return step * self.rows * self.documents
 
     def facts(self) -> dict[str, Any]:
-        """Rows of a batch and documents of a row: they say which places a step has."""
+        """Rows of a batch and documents of a row: they say which draws a step has."""
         return {"rows": self.rows, "documents_per_row": self.documents}
 
     def state(self, step: int) -> dict[str, Any]:

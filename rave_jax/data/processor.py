@@ -49,7 +49,7 @@ class Processor:
 
     Args:
         tokenizer: a fast tokenizer of transformers.
-        settings: what the model makes of pictures.
+        rules: what the model makes of pictures.
         chat_template: the Jinja text of its chat template.
         layout: how the model wants its pictures laid out (`ModelOptions.layout`).
         special_tokens_in_text: what special tokens are that a message spells out: "text" like any other, or "tokens".
@@ -61,15 +61,15 @@ class Processor:
     def __init__(
         self,
         tokenizer: Any,
-        settings: PictureRules,
+        rules: PictureRules,
         chat_template: str,
         layout: VisualLayout | None = None,
         special_tokens_in_text: SpecialTokens = "text",
     ):
         self.tokenizer = tokenizer
-        self.settings = settings
+        self.rules = rules
         self.layout = layout or VisualLayout()
-        self.chat = ChatTemplate(tokenizer, chat_template, special_tokens_in_text, leading=settings.has_vision)
+        self.chat = ChatTemplate(tokenizer, chat_template, special_tokens_in_text, leading=rules.has_vision)
 
     @classmethod
     def from_hf(
@@ -90,7 +90,7 @@ class Processor:
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
         from transformers import AutoTokenizer
 
-        settings = picture_rules(directory).limited(min_pixels, max_pixels)
+        rules = picture_rules(directory).limited(min_pixels, max_pixels)
         try:
             check_folder(directory, TOKENIZER_FILES)
         except OSError as error:
@@ -101,10 +101,10 @@ class Processor:
             raise ConfigError(f"{directory}: no tokenizer could be read: {error}") from error
         if not getattr(tokenizer, "is_fast", False):
             raise ConfigError(f"{directory}: {type(tokenizer).__name__} is not a fast tokenizer (tokenizer.json)")
-        check_directory(Path(directory), settings.config, tokenizer)
+        check_directory(Path(directory), rules.config, tokenizer)
         template = read_template(directory, tokenizer)
         try:
-            return cls(tokenizer, settings, template, layout, special_tokens_in_text)
+            return cls(tokenizer, rules, template, layout, special_tokens_in_text)
         except ConfigError as error:
             raise ConfigError(f"{directory}: {error}") from error
 
@@ -124,7 +124,7 @@ class Processor:
             ImageError: a size that the model does not take.
         """
         try:
-            grid = self.settings.image_grid(height, width)
+            grid = self.rules.image_grid(height, width)
         except PictureError as error:
             raise ImageError(str(error)) from error
         return self._count(self._pieces("image", grid, None))
@@ -137,17 +137,17 @@ class Processor:
         """
         kind, name = part["type"], part.get("name", "")
         if kind == "video":
-            grid, frames = video_grid(part["video"], part.get("fps"), self.settings, name)
+            grid, frames = video_grid(part["video"], part.get("fps"), self.rules, name)
         else:
-            grid, frames = image_grid(part["image"], self.settings, name), None
-        return self._count(self._pieces(kind, grid, frames)), self.settings.count_patches(grid)
+            grid, frames = image_grid(part["image"], self.rules, name), None
+        return self._count(self._pieces(kind, grid, frames)), self.rules.count_patches(grid)
 
     def _count(self, pieces: Sequence[Piece]) -> int:
         grids = (piece.grid for piece in pieces if piece.grid is not None)
         return sum(len(piece.tokens) for piece in pieces) + sum(map(self.layout.extra_tokens, grids))
 
     def _pieces(self, kind: VisualKind, grid: Grid, frames: Frames | None) -> tuple[Piece, ...]:
-        return self.settings.expand(kind, grid, frames, self._words)
+        return self.rules.expand(kind, grid, frames, self._words)
 
     def _words(self, text: str) -> list[int]:
         return self.tokenizer.encode(text, add_special_tokens=False)
@@ -201,9 +201,9 @@ class Processor:
     def _encode(self, messages: Sequence[Message], add_generation_prompt: bool) -> Example:
         runs = self.chat.runs(messages, add_generation_prompt)
         parts = [part for run in runs for part in run.visuals]
-        if parts and not self.settings.has_vision:
+        if parts and not self.rules.has_vision:
             raise SampleError("the conversation has pictures, but the model is for text only")
-        if self.settings.video_token_id < 0 and any(part["type"] == "video" for part in parts):
+        if self.rules.video_token_id < 0 and any(part["type"] == "video" for part in parts):
             raise SampleError(NO_VIDEOS)
         places = self._placeholders(runs, parts)
         cuts, pieces = [], []
@@ -230,30 +230,30 @@ class Processor:
                 if piece.grid is not None:
                     visuals.append(Visual(start, piece.grid, piece.seconds))
                 start += len(piece.tokens)
-        longest = self.settings.config.text.longest
+        longest = self.rules.config.text.longest
         if longest is not None and len(tokens) > longest:
             raise OverBudget(f"{len(tokens)} tokens; the model's longest text is {longest} (RoPE of type 'dynamic')")
-        info, visual_index = _visual_codes(len(tokens), visuals, cuts, self.settings.patch_sizes.merge)
+        info, visual_index = _visual_codes(len(tokens), visuals, cuts)
         info = info._replace(role=spread([int(run.role) for run in runs]), turn=spread(turn))
         example = Example(
             tokens=tokens,
             loss_mask=np.repeat(learn, repeats),
             info=info,
-            positions=self.settings.positions(len(tokens), visuals),
+            positions=self.rules.positions(len(tokens), visuals),
             visual_index=visual_index,
-            patches=join_patches([cut.patches for cut in cuts], self.settings.patch_sizes.numbers),
+            patches=join_patches([cut.patches for cut in cuts], self.rules.patch_sizes),
         )
-        return lay_out(example, self.layout)
+        return lay_out(example, self.layout, one_axis=not self.rules.config.text.mrope_section)
 
     def _cut(self, part: Message) -> tuple[CutPicture, Frames | None]:
         name = part.get("name", "")
         if part["type"] == "video":
-            return cut_video(part["video"], part.get("fps"), self.settings, name)
-        return cut_image(part["image"], self.settings, name), None
+            return cut_video(part["video"], part.get("fps"), self.rules, name)
+        return cut_image(part["image"], self.rules, name), None
 
     def _placeholders(self, runs: Sequence[Run], parts: Sequence[Message]) -> NpArray:
         """Index of each picture's placeholder in the runs' tokens put end to end."""
-        kinds = {self.settings.image_token_id: "image", self.settings.video_token_id: "video"}
+        kinds = {self.rules.image_token_id: "image", self.rules.video_token_id: "video"}
         found = [(index, kinds[i]) for index, i in enumerate(i for run in runs for i in run.ids) if i in kinds]
         wanted = [part["type"] for part in parts]
         if [kind for _, kind in found] != wanted:
@@ -264,16 +264,14 @@ class Processor:
         return np.array([index for index, _ in found], np.int64)
 
 
-def _visual_codes(
-    length: int, visuals: Sequence[Visual], cuts: Sequence[CutPicture], merge: int
-) -> tuple[TokenInfo, NpArray]:
+def _visual_codes(length: int, visuals: Sequence[Visual], cuts: Sequence[CutPicture]) -> tuple[TokenInfo, NpArray]:
     """Token codes of one document, and which merge unit each visual token holds. The visual tokens, in order, hold the
-    units of the pictures, in the order of their merged grids; `merge` patches are a unit."""
+    units of the pictures, in the order of their merged grids."""
     codes: dict[str, Any] = {name: np.zeros(length, np.int32) for name in TokenInfo._fields}
     codes["document"][:] = 1
     codes["kind"][:] = Kind.TEXT
     codes["offset"][:] = np.arange(length)
-    before = np.cumsum([0, *(cut.patches.length // merge for cut in cuts)])
+    before = np.cumsum([0, *(len(cut.order) for cut in cuts)])
     units = np.concatenate([[], *(cut.order + n for cut, n in zip(cuts, before, strict=False))]).astype(np.int32)
     visual_index = np.zeros(length, np.int32)
     done = 0

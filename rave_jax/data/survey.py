@@ -78,7 +78,7 @@ def measure(processor: Processor, messages: Sequence[Message]) -> Need:
     """
     runs = processor.chat.runs(messages)
     parts = [part for run in runs for part in run.visuals]
-    if parts and not processor.settings.has_vision:
+    if parts and not processor.rules.has_vision:
         raise SampleError("the conversation has pictures, but the model is for text only")
     tokens = sum(len(run.ids) for run in runs) - len(parts)  # a placeholder stands once for each
     patches = 0

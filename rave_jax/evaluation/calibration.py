@@ -111,7 +111,7 @@ class CalibrationSet:
         if width == 0:
             raise ConfigError("the calibration set has no token of an answer")
         rows = round_up(min(rows, len(examples)), row_ways(mesh))
-        least = smallest_shape([[e] for e in examples], TOKEN_BUCKET, processor.settings.patch_sizes.window)
+        least = smallest_shape([[e] for e in examples], TOKEN_BUCKET, processor.rules.patch_sizes.window)
         shape = least._replace(rows=rows)
         embed = jax.jit(lambda model, batch: model.embedded(batch))
         self._criterion: Criterion = criterion
@@ -146,11 +146,11 @@ class CalibrationSet:
         return values
 
     def _batch(self, examples: Sequence[Example], shape: BatchShape) -> Batch:
-        settings = self._processor.settings
+        rules = self._processor.rules
 
         def load(span: range) -> Batch:
             mine = [[example] for example in examples[span.start : span.stop]]
-            return collate(mine, shape._replace(rows=len(span)), settings.patch_sizes)
+            return collate(mine, shape._replace(rows=len(span)), rules.patch_sizes)
 
         return global_batch(load, self._mesh, shape.rows)
 

@@ -86,11 +86,11 @@ class ForcedAnswers:
             return np.asarray(same), np.asarray(broken)
 
     def _batch(self, examples: Sequence[Example]) -> Batch:
-        settings = self._processor.settings
+        rules = self._processor.rules
 
         def load(span: range) -> Batch:
             mine = [[example] for example in examples[span.start : span.stop]]
-            return collate(mine, self._shape._replace(rows=len(span)), settings.patch_sizes)
+            return collate(mine, self._shape._replace(rows=len(span)), rules.patch_sizes)
 
         return global_batch(load, self._mesh, self._shape.rows)
 

@@ -33,7 +33,7 @@ def write_report(config: Report, run: Path) -> Path:
     page += _training(run, config.smoothing)
     for file in sorted(run.glob(f"{EVALUATION}/*/summary.json")):
         page += _evaluation(json.loads(file.read_text(encoding="utf-8")), file.parent.relative_to(run))
-        page += _between_steps(file.parent)
+        page += _between_steps(run, file.parent)
     path = run / "report.md"
     path.write_text("\n".join(page).rstrip() + "\n", encoding="utf-8")
     return path
@@ -118,17 +118,20 @@ def _evaluation(summary: Mapping[str, Any], folder: Path) -> list[str]:
     return page
 
 
-def _between_steps(folder: Path) -> list[str]:
-    """A row for each step of training after which the evaluation was run."""
-    files = {int(f.parent.name): f for f in folder.glob("steps/*/summary.json") if f.parent.name.isdecimal()}
-    rows = []
-    for step, file in sorted(files.items()):
-        summary = json.loads(file.read_text(encoding="utf-8"))
-        total, floor = summary["total"], summary["floor"]
-        interval = f"{100 * total['low']:.1f} to {100 * total['high']:.1f}"
-        rows.append([f"{step:,}", f"{total['score']:.1%}", interval, "" if floor is None else f"{floor['floor']:.1%}"])
-    if not rows:
+def _between_steps(run: Path, folder: Path) -> list[str]:
+    """A row for each step of training after which the evaluation was run; the metrics say which these are."""
+    file, name = run / "metrics.jsonl", f"eval/{folder.name}"
+    logged = read_jsonl(file) if file.is_file() else []
+    found = {int(row["step"]): row for row in logged if row.get(f"{name}/score") is not None}
+    if not found:
         return []
+    rows = []
+    for step, row in sorted(found.items()):
+        summary = folder / "steps" / str(step) / "summary.json"
+        total = json.loads(summary.read_text(encoding="utf-8"))["total"] if summary.is_file() else None
+        interval = "" if total is None else f"{100 * total['low']:.1f} to {100 * total['high']:.1f}"
+        floor = row.get(f"{name}/floor")
+        rows.append([f"{step:,}", f"{row[f'{name}/score']:.1%}", interval, "" if floor is None else f"{floor:.1%}"])
     header = ["after step", "score", "95 %", "question-only floor"]
     return ["### During training", "", *table(header, rows, left=0), ""]
 

@@ -144,7 +144,7 @@ class ModelSubject:
     def _set(self, model: Vlm, check: Check) -> None:
         self._model, self._reading, self._check = model, with_vas(model), check
 
-    def fits(self, sample: Sample) -> SampleError | None:
+    def why_not(self, sample: Sample) -> SampleError | None:
         """Why a sample's prompt could not be asked, as far as its size is concerned; None where it can."""
         try:
             prompt = self._prompt(sample)
@@ -166,7 +166,7 @@ class ModelSubject:
         """For a prompt over the budget, how large a budget it needs, in words of the evaluation's config."""
         if not isinstance(error, OverBudget):
             return error
-        needs = self.fits(sample)
+        needs = self.why_not(sample)
         # Another error is that of a text so long that its tokens are not counted.
         return needs if isinstance(needs, PromptOverBudget) else error
 
@@ -229,7 +229,7 @@ class ModelSubject:
 
     def _has_video(self, example: Example) -> bool:
         """With a video in it, the first visual of a prompt need not be its first picture."""
-        return bool(np.any(example.tokens == self._processor.settings.video_token_id))
+        return bool(np.any(example.tokens == self._processor.rules.video_token_id))
 
     def _answered(self, samples: Sequence[Sample], answers: Sequence[Answer]) -> _Answered:
         prompts = [self._prompt(sample) for sample in samples]
@@ -248,11 +248,11 @@ class ModelSubject:
             return _Answered(prompts, examples, self._batch(examples, shape), *placed)
 
     def _batch(self, examples: Sequence[Example], shape: BatchShape) -> Batch:
-        settings = self._processor.settings
+        rules = self._processor.rules
 
         def load(span: range) -> Batch:
             mine = [[example] for example in examples[span.start : span.stop]]
-            return collate(mine, shape._replace(rows=len(span)), settings.patch_sizes)
+            return collate(mine, shape._replace(rows=len(span)), rules.patch_sizes)
 
         return global_batch(load, self._mesh, shape.rows)
 

@@ -111,7 +111,7 @@ def evaluate(config: Eval, model: Vlm, processor: Processor, mesh: Mesh, out: Pa
 
 def subject_of(config: Eval, model: Vlm, processor: Processor, mesh: Mesh) -> ModelSubject:
     """The model in the shapes of an evaluation."""
-    patches = round_up(config.patches, processor.settings.patch_sizes.window) if model.vision is not None else 0
+    patches = round_up(config.patches, processor.rules.patch_sizes.window) if model.vision is not None else 0
     rows = round_up(config.rows, row_ways(mesh))
     return ModelSubject(model, processor, mesh, BatchShape(rows, config.tokens, patches), config.max_new_tokens)
 

@@ -22,6 +22,7 @@ FOLDERS = (
     "qwen3",
     "qwen3_moe",
     "qwen3_vl",
+    "qwen3_vl_moe",
     "llava",
     "internvl",
     "smolvlm",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -130,11 +130,16 @@ class Family:
         """Tensors of a checkpoint in each layout: `tensors` is layout 0."""
         return (self.tensors, *self.other_tensors)
 
-    def layout_of(self, config: VlmConfig, keys: Collection[str]) -> int:
-        """The layout that most of these canonical keys belong to; of several the first."""
+    def layout_of(self, config: VlmConfig, shapes: Mapping[str, tuple[int, ...]]) -> int:
+        """The layout that most of these tensors belong to, by canonical key and shape; of several the first."""
         if len(self.layouts) == 1:
             return 0
-        counts = [len({rule.hf_key for rule in layout(config)}.intersection(keys)) for layout in self.layouts]
+
+        def fitting(layout: Callable[[VlmConfig], tuple[TensorRule, ...]]) -> int:
+            wanted = {rule.hf_key: rule.shape for rule in layout(config)}
+            return sum((key in shapes) + (shapes.get(key) == shape) for key, shape in wanted.items())
+
+        counts = [fitting(layout) for layout in self.layouts]
         return counts.index(max(counts))
 
     @property

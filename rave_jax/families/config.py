@@ -37,7 +37,7 @@ def within(config: object, limits: dict[str, int], least: int = 1) -> None:
 class LinearRope:
     """Every rotary frequency is divided by one factor: positions are interpolated (arXiv 2306.15595)."""
 
-    factor: float
+    factor: float = 1.0
     """Divides the frequencies."""
 
     def __post_init__(self) -> None:
@@ -50,13 +50,13 @@ class SmoothRope:
     """Slow rotary frequencies are divided by a factor, fast ones stay, and those between are mixed (Llama 3.1, arXiv
     2407.21783). What counts is how often a frequency turns within `original_max_position` positions."""
 
-    factor: float
+    factor: float = 8.0
     """Divides the frequencies that turn at most `low_factor` times."""
-    low_factor: float
+    low_factor: float = 1.0
     """Turns up to which a frequency is divided."""
-    high_factor: float
+    high_factor: float = 4.0
     """Turns from which a frequency stays as it is."""
-    original_max_position: int
+    original_max_position: int = 8192
     """Positions that the model was trained with before the scaling."""
 
     def __post_init__(self) -> None:
@@ -76,9 +76,9 @@ class DynamicRope:
     keys of one text have turned at different ones.
     """
 
-    factor: float
+    factor: float = 1.0
     """How strongly frequencies of longer texts are divided; stated in the checkpoint, not computed with."""
-    longest: int
+    longest: int = 32768
     """Most tokens of a text."""
 
     def __post_init__(self) -> None:
@@ -104,11 +104,11 @@ class LayerKind(NamedTuple):
 class ExpertsConfig:
     """Many mlps in place of one, of which a router chooses some for each token."""
 
-    count: int
+    count: int = 8
     """Experts E."""
-    chosen: int
+    chosen: int = 2
     """Experts that each token goes to."""
-    mlp_size: int
+    mlp_size: int = 32
     """Hidden width F of one expert's SwiGLU mlp."""
     normalise: bool = True
     """Are the probabilities of the chosen experts divided by their sum?"""
@@ -270,6 +270,16 @@ class TowerConfig(ABC):
         return 1
 
     @property
+    def mixed(self) -> int:
+        """Merge units that a visual token is a sum of; 0 where each unit is a visual token."""
+        return 0
+
+    @property
+    def spread(self) -> int:
+        """The most merge units for each visual token of a picture."""
+        return 1
+
+    @property
     def deep_layers(self) -> int:
         """How many decoder layers, from the first on, get features of the tower added behind them (DeepStack)."""
         return 0
@@ -282,11 +292,15 @@ class PatchSizes(NamedTuple):
         numbers: C, numbers in a flattened patch.
         merge: patches in a merge unit, which becomes one visual token.
         window: patches of a row are a multiple of it: what a full attention window of the tower holds.
+        mixed: K, units that a visual token is a sum of (`Patches.source`); 0 where each unit is a visual token.
+        spread: the most units for each visual token of a picture.
     """
 
     numbers: int = 1
     merge: int = 1
     window: int = 1
+    mixed: int = 0
+    spread: int = 1
 
 
 @dataclass(frozen=True)
@@ -333,7 +347,9 @@ class VlmConfig:
     def patch_sizes(self) -> PatchSizes:
         """What arrays of patches have to be like."""
         tower = self.vision
-        return PatchSizes() if tower is None else PatchSizes(tower.patch_width, tower.merge_unit, tower.window_patches)
+        if tower is None:
+            return PatchSizes()
+        return PatchSizes(tower.patch_width, tower.merge_unit, tower.window_patches, tower.mixed, tower.spread)
 
 
 def tower_of[T: TowerConfig](config: VlmConfig, kind: type[T]) -> T:

@@ -48,9 +48,9 @@ class CutPicture(NamedTuple):
 
     Fields:
         patches: its patches, frame after frame.
-        order: merge unit, counted from 0 over the whole, of each unit of the merged grid read frame, row, column. Units
-            of the patches that are not named are for the tower alone.
-        grid: size of the merged grid (t, h, w).
+        order: merge unit, counted from 0 over the whole, of each unit of the merged grid read frame, row, column. Where
+            units are mixed, which of `patches.source` each visual token is.
+        grid: size of the merged grid (t, h, w), or what else says it to `expand` and `count_patches`.
     """
 
     patches: Patches

@@ -79,6 +79,16 @@ class VitConfig(TowerConfig):
         return self.in_channels * self.patch_size**2
 
     @property
+    def mixed(self) -> int:
+        """1 where no visual token is made of the class token, so that visual tokens are chosen among the units."""
+        return int(self.class_token and not self.class_feature)
+
+    @property
+    def spread(self) -> int:
+        """A picture has at most one unit beside its visual tokens."""
+        return 1 + self.mixed
+
+    @property
     def class_token(self) -> bool:
         """Does a class token stand in front of the patches of a picture?"""
         return self.kind == "clip"

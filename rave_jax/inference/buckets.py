@@ -96,7 +96,7 @@ class Buckets:
         whole = self.lengths[-1]
         self.patches: tuple[int, ...] = ()
         if sizes is not None:
-            windows = -(-sizes.merge * whole // sizes.window)
+            windows = -(-sizes.merge * sizes.spread * whole // sizes.window)
             self.patches = tuple(n * sizes.window for n in _grown(1, windows))
         self._layout = layout
         most = layout.max_regions

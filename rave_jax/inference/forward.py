@@ -41,9 +41,9 @@ class Forward(NamedTuple):
 
 def batch_of(example: Example, processor: Processor) -> Batch:
     """A batch of one row with one document, padded to few shapes."""
-    settings = processor.settings
-    shape = smallest_shape([[example]], TOKEN_BUCKET, settings.patch_sizes.window)
-    return collate([[example]], shape, settings.patch_sizes)
+    rules = processor.rules
+    shape = smallest_shape([[example]], TOKEN_BUCKET, rules.patch_sizes.window)
+    return collate([[example]], shape, rules.patch_sizes)
 
 
 def forward(

@@ -146,7 +146,9 @@ def encode_images(model: Vlm, state: SlotState, pictures: Pictures) -> tuple[Slo
     """Put frames through the tower and keep their visual tokens for the chunks that hold them."""
     features = model.embed_images(pictures.patches)
     N, U, _ = features.tokens.shape
-    real = pictures.patches.frame[:, :: pictures.patches.length // U] > 0
+    patches = pictures.patches
+    mixed = patches.weight.shape[-1] > 0
+    real = jnp.any(patches.weight != 0, axis=-1) if mixed else patches.frame[:, :: patches.length // U] > 0
     size = state.pictures.tokens.shape[1]
     where = jnp.where(real, pictures.offset[:, None] + jnp.arange(U, dtype=jnp.int32), size)
 

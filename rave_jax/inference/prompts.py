@@ -10,7 +10,7 @@ import numpy as np
 from rave_jax.batch import Batch, TokenInfo
 from rave_jax.data.collate import BatchShape, collate
 from rave_jax.data.layout import offsets_in_region
-from rave_jax.data.patches import empty_patches
+from rave_jax.data.patches import empty_patches, part_of
 from rave_jax.data.sample import Example
 from rave_jax.families.config import PatchSizes
 from rave_jax.inference.buckets import Buckets
@@ -72,17 +72,21 @@ class PromptGroup:
         self._region_offset: Any = np.stack([offsets_in_region(np.asarray(row)) for row in self._batch.info.region])
 
     def pictures(self, most: int) -> Iterator[Pictures]:
-        """All frames, in as few runs of the tower as `most` patches a row and run allow; a larger frame goes alone."""
-        groups = [_frame_groups(prompt.example.patches.frame, most) for prompt in self.prompts]
+        """All frames, in as few runs of the tower as `most` patches a row and run allow; a larger frame goes alone.
+        Where units are mixed, all frames of a picture go together."""
+        parts: list[Any] = [prompt.example.patches for prompt in self.prompts]
+        mixed = self._sizes.mixed
+        groups = [_groups(patches.window if mixed else patches.frame, most) for patches in parts]
         for turn in range(max(map(len, groups))):
             spans = [mine[turn] if turn < len(mine) else range(0) for mine in groups]
             P = self.buckets.tower(max(map(len, spans)))
-            cut: Any = empty_patches((self.rows, P), self._sizes.numbers)
+            tokens = self.buckets.lengths[-1] if mixed else 0
+            cut: Any = empty_patches((self.rows, P), self._sizes.numbers, (tokens, mixed))
             offset: Any = np.zeros(self.rows, np.int32)
-            for row, span in enumerate(spans):
-                offset[row] = span.start // self._sizes.merge
-                for part, whole in zip(cut, self._batch.patches, strict=True):
-                    part[row, : len(span)] = whole[row, span.start : span.stop]
+            for row, (whole, span) in enumerate(zip(parts, spans, strict=True)):
+                own, offset[row] = part_of(whole, span, self._sizes)
+                for part, one in zip(cut, own, strict=True):
+                    part[row, : one.shape[0]] = one
             yield Pictures(cut, offset)
 
     def chunks(self, slots: Sequence[int], no_slot: int) -> Iterator[tuple[int, Chunk, Admission]]:
@@ -132,9 +136,9 @@ class PromptGroup:
         return np.array([*values, *[fill] * (self.rows - len(values))], np.int32)
 
 
-def _frame_groups(frame: Any, most: int) -> list[range]:
-    """Spans of whole frames with at most `most` patches together; a larger frame stands alone."""
-    ends = [*(np.flatnonzero(np.diff(frame)) + 1).tolist(), len(frame)] if len(frame) else []
+def _groups(number: Any, most: int) -> list[range]:
+    """Spans of whole frames, or pictures, with at most `most` patches together; a larger one stands alone."""
+    ends = [*(np.flatnonzero(np.diff(number)) + 1).tolist(), len(number)] if len(number) else []
     groups: list[range] = []
     start = 0
     for end in ends:

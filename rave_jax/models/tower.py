@@ -36,9 +36,39 @@ class Tower(Protocol):
     def layer_runs(self) -> Sequence[LayerRun]: ...
 
     def __call__(self, patches: Patches) -> Float[Array, "B M O"] | ImageFeatures:
-        """The visual tokens of rows of patches, P / merge_unit of them, in the order of their patches; with what is
-        added to them in the decoder where the config's `deep_layers` is above 0."""
+        """The visual tokens of rows of patches: P / merge_unit of them in the order of their patches, or where the
+        config's `mixed` is above 0, the M that `patches.source` says (`mixed_units`). With them what is added in the
+        decoder where the config's `deep_layers` is above 0."""
         ...
+
+
+def mixed_units(
+    units: Float[Array, "B U O"], patches: Patches, learned: Float[Array, "O"] | None = None
+) -> Float[Array, "B M O"]:
+    """Visual tokens that are sums of units, as `patches.source` and `patches.weight` say; the units themselves where
+    these say nothing.
+
+    Args:
+        units: what the connector makes of each merge unit.
+        patches: of the same rows.
+        learned: the row that source -1 means; None: no source is -1.
+    """
+    source, weight = patches.source, patches.weight
+    if source.shape[-1] == 0:
+        return units
+    if learned is not None:
+        row = jnp.broadcast_to(learned.astype(units.dtype), (len(units), 1, units.shape[-1]))
+        source = jnp.where(source < 0, units.shape[1], source)
+        units = jnp.concatenate([units, row], axis=1)
+
+    def part(k: int) -> Float[Array, "B M O"]:
+        taken = jnp.take_along_axis(units, source[..., k, None], axis=1, mode="clip")
+        return taken * weight[..., k, None].astype(units.dtype)
+
+    total = part(0)
+    for k in range(1, source.shape[-1]):
+        total = total + part(k)
+    return shard(total, "batch", "length", None)
 
 
 class JointAttention(nnx.Module):

@@ -26,7 +26,7 @@ from rave_jax.models.initial import normal
 from rave_jax.models.layers import LayerNorm, Linear, Mlp
 from rave_jax.models.parameters import mark_unread
 from rave_jax.models.stack import LayerRun
-from rave_jax.models.tower import check_patches, normalised
+from rave_jax.models.tower import check_patches, mixed_units, normalised
 from rave_jax.parallel.sharding import shard
 from rave_jax.typing import Array, Float
 
@@ -86,7 +86,7 @@ class Projector(nnx.Module):
 
 
 class VitTower(nnx.Module):
-    """Patches of a row to one visual token for each."""
+    """Patches of a row to visual tokens."""
 
     def __init__(self, config: VitConfig, options: ModelOptions, *, key: jax.Array):
         dtype, D, eps = options.params, config.hidden_size, config.layer_norm_eps
@@ -113,12 +113,16 @@ class VitTower(nnx.Module):
         self.remat = options.remat
         self.compute = options.compute
 
-    def __call__(self, patches: Patches) -> Float[Array, "B P O"]:
-        """What the projector makes of each of these patches [B,P, ...], in their order.
+    def __call__(self, patches: Patches) -> Float[Array, "B M O"]:
+        """Visual tokens of these patches [B,P, ...].
 
         Raises:
             ValueError: C is not what the patch projection reads.
         """
+        return mixed_units(self.units(patches), patches)
+
+    def units(self, patches: Patches) -> Float[Array, "B P O"]:
+        """What the projector makes of each patch."""
         check_patches(patches, self.config)
         layers, codes = self.config.feature_layers, block_diagonal_codes(patches.frame)
         x = shard(self.embedded(patches), "batch", "length", None)

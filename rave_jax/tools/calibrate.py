@@ -56,7 +56,7 @@ def calibrate(arguments: argparse.Namespace) -> None:
     changes: dict[str, object] = {}
     if arguments.dtype is not None:
         changes = {"param_dtype": arguments.dtype, "compute_dtype": arguments.dtype}
-    model, _, mesh = sources.load(arguments.model, changes=changes)
+    model, _, mesh, _ = sources.load(arguments.model, changes=changes)
     mesh = make_mesh(MeshConfig()) if mesh is None else mesh
     measure = CalibrationSet(model, processor, examples, search.criterion, mesh, arguments.rows)
     layers, heads = model.config.text.num_layers, model.config.text.num_heads

@@ -21,8 +21,8 @@ from rave_jax.models.config import ModelOptions
 from rave_jax.models.parameters import num_bytes
 from rave_jax.models.vlm import Vlm
 from rave_jax.tools import source as sources
+from rave_jax.training.directory import run_directory
 from rave_jax.training.init import FromHF
-from rave_jax.training.run import load_run
 
 
 class HfForm(NamedTuple):
@@ -68,7 +68,7 @@ def from_hf(source: Path, destination: Path, dtype: str | None = None, base: Pat
     elif native.is_native(source):
         raise CheckpointError(f"{source}: is a native checkpoint already, expected a directory in HuggingFace format")
     else:
-        model, directory, _ = sources.load(source, changes=changes, as_stored=dtype is None)
+        model, directory, *_ = sources.load(source, changes=changes, as_stored=dtype is None)
     with written_whole(destination, num_bytes(model)) as folder:
         if folder is not None:
             copy_small_files(directory, folder, model.options)
@@ -114,14 +114,15 @@ def to_hf(source: Path, destination: Path, form: HfForm, step: int | None = None
 
 def _load(source: Path, step: int | None) -> tuple[Vlm, Path, Origin | None]:
     """The model, the directory with its config and tokenizer, and what made it, if a run did."""
-    if not sources.is_run(source):
-        return *sources.load(source, step, as_stored=True)[:2], None
     try:
-        run = load_run(source, step=step)
+        loaded = sources.load(source, step, as_stored=True)
     except StoreError as error:
         raise CheckpointError(str(error)) from error
-    base = run.config.init.path if isinstance(run.config.init, FromHF) else ""
-    return run.model, sources.model_directory(source), Origin(base, f"Trained by rave_jax for {run.step} steps")
+    if loaded.step is None:
+        return loaded.model, loaded.directory, None
+    init = run_directory(source).read_config().init
+    base = init.path if isinstance(init, FromHF) else ""
+    return loaded.model, loaded.directory, Origin(base, f"Trained by rave_jax for {loaded.step} steps")
 
 
 def _base(source: Path, directory: Path, origin: Origin | None) -> Path:

@@ -69,7 +69,7 @@ def look_at_data(arguments: argparse.Namespace) -> int:
         found = [survey(source, processor, flags.samples) for source in sources]
     console = Console(width=shutil.get_terminal_size().columns if sys.stdout.isatty() else NARROW, highlight=False)
     console.print(_table(found))
-    for line in [*_unusable(found, every), *_budgets(config.data, processor.settings.patch_sizes.window, found)]:
+    for line in [*_unusable(found, every), *_budgets(config.data, processor.rules.patch_sizes.window, found)]:
         console.print(line, markup=False, soft_wrap=True)
     return int(any(each.skips for each in found))
 

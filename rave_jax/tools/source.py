@@ -38,11 +38,13 @@ class Source(NamedTuple):
         model: its parameters lie on the mesh; on an abstract one they have no numbers.
         directory: with its config, tokenizer and processor files.
         mesh: a Mesh, an AbstractMesh where one was asked for, or None on a single device.
+        step: of the run whose checkpoint it is; None where it is of none.
     """
 
     model: Vlm
     directory: Path
     mesh: Any
+    step: int | None = None
 
 
 def is_run(path: Path) -> bool:
@@ -126,7 +128,7 @@ def load(
         return Source(_planned(path, options, mesh), model_directory(path), mesh)
     if run:
         loaded = load_run(path, mesh, step)
-        return Source(_changed(loaded.model, changes or {}), model_directory(path), loaded.mesh)
+        return Source(_changed(loaded.model, changes or {}), model_directory(path), loaded.mesh, loaded.step)
     mesh = all_devices() if mesh is None else mesh
     options = dataclasses.replace(options or options_of(path), **(changes or {}))
     return Source(import_hf(path, options, mesh, dtypes="stored" if as_stored else "options"), path, mesh)

@@ -75,10 +75,7 @@ class Evaluations:
         self._items: list[_Periodic] = []
         self._summaries: dict[str, Summary] = {}
         self._said: set[str] = set()
-        self.after_step = 0
-        """The step after which this job continues the run."""
-        self.continued = False
-        """Does it continue a run? If not, no result that is there belongs to it."""
+        self._after_step: int | None = None
         for number, stage in enumerate(config.final):
             if isinstance(stage, Eval) and stage.every is not None:
                 with _named(number):
@@ -86,6 +83,14 @@ class Evaluations:
                     _check_fits(stage, sources[number], subject)
                 evaluation = Evaluation(stage, sources[number], subject)
                 self._items.append(_Periodic(number, stage, evaluation, subject))
+
+    def continue_after(self, step: int) -> None:
+        """The job continues a run. Without this no result that is in the directory is the run's.
+
+        Args:
+            step: of the checkpoint that it continues from.
+        """
+        self._after_step = step
 
     def shapes(self) -> dict[int, Any]:
         """Shapes of what each keeps on the devices while it runs, by its place in `final`."""
@@ -123,7 +128,7 @@ class Evaluations:
             values = agree.from_first(self._complete(item, step) if hosts.is_first() else None)
             if values is None:
                 values = self._run(item, step, model, check, say)
-            elif step == self.after_step:
+            elif step == self._after_step:
                 continue  # its row was written before the checkpoint that the run continues from
             write({f"eval/{item.config.name}/{name}": value for name, value in values.items()})
 
@@ -188,7 +193,7 @@ class Evaluations:
 
     def _complete(self, item: _Periodic, step: int) -> Values | None:
         """The values of a result that is there and is this run's; None where it is to be made."""
-        if not self.continued:
+        if self._after_step is None:
             return None
         file = self._folder(item.config) / "steps" / str(step) / RESULT
         try:
@@ -197,7 +202,7 @@ class Evaluations:
         except (OSError, ValueError, AttributeError, KeyError, TypeError):
             return None
         wanted = json.loads(json.dumps(self._identity(item, step)))
-        if step == self.after_step:
+        if step == self._after_step:
             # The weights are those of the checkpoint, whatever `steps` the learning rate follows from here on.
             found["steps"] = wanted["steps"]
         return values if found == wanted else None
@@ -208,7 +213,7 @@ def _check_fits(config: Eval, source: Source, subject: ModelSubject) -> None:
     why: SampleError | None = None
     for index in range(min(config.samples, len(source))):
         try:
-            error = subject.fits(config.task.prompt(source[index]))
+            error = subject.why_not(config.task.prompt(source[index]))
         except SampleError as broken:
             error = broken
         if error is None:

@@ -46,7 +46,7 @@ class EvaluationEnded(Exception):
     """An evaluation was ended because the job is to end."""
 
 
-class Evaluated(Protocol):
+class StepEvaluations(Protocol):
     """What the loop needs of the evaluations between steps (`training/evaluations.py`)."""
 
     def due(self, step: int) -> bool:
@@ -78,7 +78,7 @@ class Loop:
         progress: ProgressReport,
         watchdog: Watchdog,
         stop: StopRequest,
-        evaluations: Evaluated | None = None,
+        evaluations: StepEvaluations | None = None,
     ):
         """
         Args:
@@ -221,6 +221,7 @@ class Loop:
             if data is not None and hosts.place().processes == 1:
                 self._save(done, state, data)
                 self._store.wait()
+                say(f"the evaluation after step {done} failed, and the state is saved; the same command runs it again")
             raise
         self._clock += time.monotonic() - began
 

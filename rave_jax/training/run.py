@@ -124,7 +124,8 @@ def _run(config: TrainConfig, watchdog: Watchdog, stop: StopRequest) -> None:
         with watchdog.during("the weights to be read", Watchdog.LONG):
             state = _first_or_saved_state(config, session, directory, claim, pipeline)
         with Store(directory.checkpoints, config.keep) as store:
-            evaluations.after_step, evaluations.continued = claim.after_step, claim.past is not None
+            if claim.past is not None:
+                evaluations.continue_after(claim.after_step)
             state = _train(config, session, directory, claim, store, state, pipeline, watchdog, stop, evaluations)
         model = session.graph.merge(state.trained | state.frozen)
         del state  # the optimizer's part of it is not needed any more
@@ -150,7 +151,11 @@ def _check_final(config: TrainConfig, num_layers: int) -> dict[int, Source]:
 def _first_or_saved_state(
     config: TrainConfig, session: Session, directory: RunDirectory, claim: Claim, pipeline: Pipeline
 ) -> TrainState:
-    """The state to go on from. The run directory is written as soon as nothing but training can fail."""
+    """The state to go on from. The run directory is written as soon as nothing but training can fail.
+
+    `import_hf` and not `tools.source.load`, which also reads runs: an `init` is never a run, and parameters that the
+    source lacks start from the run's seed.
+    """
     if claim.steps:
         with Store(directory.checkpoints, config.keep) as store:
             found = store.restore_newest(parameters_of(session.state), session.state.optimizer)

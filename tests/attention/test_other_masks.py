@@ -1,4 +1,4 @@
-"""MMA, Croc and CCA against their rules in words, as loops over pairs, on layouts of all kinds."""
+"""MMA, Croc and CCA against their rules in words, as loops over pairs, on prompts of all kinds."""
 
 from __future__ import annotations
 

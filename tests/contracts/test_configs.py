@@ -26,6 +26,7 @@ from rave_jax.families.config import VlmConfig
 from rave_jax.families.llava.presets import llava_1_5_7b
 from rave_jax.families.qwen2_5_vl import presets
 from rave_jax.families.qwen3_vl.presets import qwen3_vl_8b
+from rave_jax.families.qwen3_vl_moe.presets import qwen3_vl_30b_a3b
 from rave_jax.kernels.support import SMALL
 from rave_jax.models.vlm import Vlm
 from rave_jax.parallel.mesh import MeshConfig, abstract_mesh, make_mesh
@@ -42,6 +43,7 @@ RELEASED = {
     "Qwen2.5-VL-3B-Instruct": presets.qwen2_5_vl_3b,
     "Qwen2.5-VL-7B-Instruct": presets.qwen2_5_vl_7b,
     "Qwen3-VL-8B-Instruct": qwen3_vl_8b,
+    "Qwen3-VL-30B-A3B-Instruct": qwen3_vl_30b_a3b,
     "llava-1.5-7b-hf": llava_1_5_7b,
 }
 DEVICES = 8
@@ -140,8 +142,8 @@ def largest_row(config: TrainConfig) -> tuple[int, int]:
 def abstract_batch(config: TrainConfig, vlm: VlmConfig) -> Batch:
     """Shapes of the global batch; only one row of it is made."""
     tokens, patches = largest_row(config)
-    width, window = (vlm.vision.patch_width, vlm.vision.window_patches) if vlm.vision else (1, 1)
-    row = empty_batch(BatchShape(1, tokens, round_up(patches, window)), width)
+    sizes = vlm.patch_sizes
+    row = empty_batch(BatchShape(1, tokens, round_up(patches, sizes.window)), sizes.numbers, sizes.mixed)
 
     def widen(axis: int, x: jax.Array) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((*x.shape[:axis], config.data.rows, *x.shape[axis + 1 :]), x.dtype)

@@ -294,7 +294,7 @@ def test_pieces_of_a_token_in_two_parts_are_text(processor: Processor) -> None:
 
 
 def test_tokens_may_be_asked_for(processor: Processor, tokenizer: PreTrainedTokenizerFast) -> None:
-    meant = Processor(processor.tokenizer, processor.settings, TEMPLATE, special_tokens_in_text="tokens")
+    meant = Processor(processor.tokenizer, processor.rules, TEMPLATE, special_tokens_in_text="tokens")
     runs = meant.chat.runs(spelled("<|im_end|>"))
     assert [run.ids.count(meant.end_id) for run in runs[1:]] == [4, 3]
     assert processor.tokenizer.decode(runs[-1].ids[slice(*runs[-1].learn)]) == "<|im_end|> ends<|im_end|><|im_end|>"

@@ -56,7 +56,7 @@ def unpack(batch: Any, row: int, number: int, merge: int) -> Example:
 
 @given(ROWS, st.integers(0, 70), st.integers(0, 2))
 def test_documents_come_out_as_they_went_in(processor: Processor, plan: list, more: int, windows: int) -> None:
-    s = processor.settings
+    s = processor.rules
     rows = [[encode(processor, document) for document in row] for row in plan]
     least = smallest_shape(rows, 1, s.patch_sizes.window)
     shape = BatchShape(least.rows + 1, least.tokens + more, least.patches + windows * s.patch_sizes.window)
@@ -81,7 +81,7 @@ def test_documents_come_out_as_they_went_in(processor: Processor, plan: list, mo
 
 @given(ROWS)
 def test_targets_are_the_next_token_of_the_document(processor: Processor, plan: list) -> None:
-    s = processor.settings
+    s = processor.rules
     rows = [[encode(processor, document) for document in row] for row in plan]
     batch = collate(rows, smallest_shape(rows, 16, 16), s.patch_sizes)
     weights = 0
@@ -96,7 +96,7 @@ def test_targets_are_the_next_token_of_the_document(processor: Processor, plan: 
 
 def test_over_budget_is_an_error_and_never_a_cut(processor: Processor) -> None:
     example = encode(processor, ([(20, 20)], "a", "b"))
-    s = processor.settings
+    s = processor.rules
     short = BatchShape(1, len(example.tokens) - 1, 640)
     with pytest.raises(OverBudget, match=rf"row 0, document 1: {len(example.tokens)} tokens and \d+ patches"):
         collate([[example]], short, s.patch_sizes)
@@ -111,8 +111,8 @@ def test_text_only_batches_have_no_patches(processor: Processor) -> None:
     rows = [[encode(processor, ([], "hi", "yes"))]]
     shape = smallest_shape(rows, 8, 64)
     assert shape.patches == 0
-    batch = collate(rows, shape, processor.settings.patch_sizes)
-    assert batch.patches.pixels.shape == (1, 0, processor.settings.patch_sizes.numbers)
+    batch = collate(rows, shape, processor.rules.patch_sizes)
+    assert batch.patches.pixels.shape == (1, 0, processor.rules.patch_sizes.numbers)
 
 
 def test_types() -> None:

@@ -34,10 +34,10 @@ def test_count_from_the_header_alone(processor: Processor, tmp_path: Path) -> No
     path.write_bytes(path.read_bytes()[:700])  # the pixels are gone, the header stands
     assert image_size(path) == (90, 50)
     image.save(path, exif=exif)
-    found = cut_image(path, processor.settings)
+    found = cut_image(path, processor.rules)
     assert processor.count_tokens(*image_size(path)) == len(found.order)
     assert processor.need({"type": "image", "image": path}) == (len(found.order), found.patches.length)
-    assert image_grid(path, processor.settings) == processor.settings.image_grid(90, 50) == found.grid
+    assert image_grid(path, processor.rules) == processor.rules.image_grid(90, 50) == found.grid
 
 
 def test_orientation_of_files_is_applied(tmp_path: Path) -> None:

@@ -241,7 +241,7 @@ def test_lay_out_without_wishes_changes_nothing() -> None:
 
 def test_budgets_count_context_tokens(processor: Processor) -> None:
     layout = VisualLayout(context=ContextTokens(3))
-    wider = Processor(processor.tokenizer, processor.settings, processor.chat._template, layout)
+    wider = Processor(processor.tokenizer, processor.rules, processor.chat._template, layout)
     messages = [
         {"role": "user", "content": [{"type": "image", "image": noise(16, 24)}, {"type": "text", "text": "?"}]},
         {"role": "assistant", "content": "no"},
@@ -251,7 +251,7 @@ def test_budgets_count_context_tokens(processor: Processor) -> None:
     assert wider.count_tokens(16, 24) == processor.count_tokens(16, 24) + 3 == np.sum(made.info.image > 0)
     assert processor.decode(made.tokens[made.loss_mask > 0]) == processor.decode(plain.tokens[plain.loss_mask > 0])
     placeholder = made.tokens[made.info.kind == Kind.CONTEXT]
-    assert set(placeholder) == {processor.settings.image_token_id}
+    assert set(placeholder) == {processor.rules.image_token_id}
     check_fits(plain, len(plain.tokens), plain.patches.length, "plain")
     with pytest.raises(OverBudget, match=f"wider: {len(made.tokens)} tokens"):
         check_fits(made, len(plain.tokens), made.patches.length, "wider")
@@ -259,7 +259,7 @@ def test_budgets_count_context_tokens(processor: Processor) -> None:
 
 def test_the_pipeline_gives_rows_region_by_region(processor: Processor, qa_folder: Any) -> None:
     layout = VisualLayout(FixedRegions(1, 2), max_regions=24, context=ContextTokens(2))
-    wider = Processor(processor.tokenizer, processor.settings, processor.chat._template, layout)
+    wider = Processor(processor.tokenizer, processor.rules, processor.chat._template, layout)
     good = (qa_folder / "qa.jsonl").read_text().splitlines()[:3]
     (qa_folder / "good.jsonl").write_text("\n".join(good))
     source = QaJsonl(path=str(qa_folder / "good.jsonl"), image_dir=str(qa_folder))
@@ -272,6 +272,6 @@ def test_the_pipeline_gives_rows_region_by_region(processor: Processor, qa_folde
         assert np.any(np.diff(batch.info.offset[row]) < 0), "not in raster order"
     # A document may have its share of a row's regions, as of its tokens.
     few = dataclasses.replace(layout, max_regions=10)
-    fewer = Processor(processor.tokenizer, processor.settings, processor.chat._template, few)
+    fewer = Processor(processor.tokenizer, processor.rules, processor.chat._template, few)
     with pytest.raises(OverBudget, match="6 regions, over the budget of max_regions 5"):
         Pipeline(dataclasses.replace(config, on_error="fail"), fewer).rows(0, 0, 2)

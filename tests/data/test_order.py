@@ -17,7 +17,7 @@ from rave_jax.data.order import BLOCK, Order, shares, shuffled
 def test_each_source_is_walked_through_once_per_epoch(lengths: list[int], seed: int, data: st.DataObject) -> None:
     weights = data.draw(st.lists(st.integers(1, 9), min_size=len(lengths), max_size=len(lengths)))
     order = Order(lengths, [(0, weights)], seed)
-    draws = [order.draw(place) for place in range(300)]
+    draws = [order.source_of(draw) for draw in range(300)]
     for source, length in enumerate(lengths):
         numbers = [number for s, number in draws if s == source]
         assert numbers == list(range(len(numbers)))
@@ -28,7 +28,7 @@ def test_each_source_is_walked_through_once_per_epoch(lengths: list[int], seed: 
 
 def test_stages_change_the_shares_and_go_on_counting() -> None:
     order = Order([50, 70], [(0, (1, 0)), (1500, (1, 3)), (4000, (0, 1))], seed=3)
-    draws = [order.draw(place) for place in range(6000)]
+    draws = [order.source_of(draw) for draw in range(6000)]
     sources = np.array([source for source, _ in draws])
     assert sources[:1500].sum() == 0
     middle = sources[1500:4000]
@@ -42,11 +42,11 @@ def test_stages_change_the_shares_and_go_on_counting() -> None:
 def test_the_order_is_pure() -> None:
     stages = [(0, (2, 1)), (700, (1, 1))]
     first, second = Order([9, 5], stages, 7), Order([9, 5], stages, 7)
-    forward = [first.draw(place) for place in range(1400)]
-    backward = [second.draw(place) for place in reversed(range(1400))][::-1]
+    forward = [first.source_of(draw) for draw in range(1400)]
+    backward = [second.source_of(draw) for draw in reversed(range(1400))][::-1]
     assert forward == backward
     other = Order([9, 5], stages, 8)
-    assert [other.draw(place) for place in range(1400)] != forward
+    assert [other.source_of(draw) for draw in range(1400)] != forward
 
 
 def test_the_shuffle_is_fixed_for_good() -> None:

@@ -66,7 +66,7 @@ def test_rows_do_not_depend_on_who_loads_them(processor: Processor, step: int, c
 def _limited(processor: Processor, config: DataConfig):
     from dataclasses import replace
 
-    return replace(processor.settings, max_pixels=config.max_pixels)
+    return replace(processor.rules, max_pixels=config.max_pixels)
 
 
 def test_bad_samples_are_skipped_named_and_counted(
@@ -77,7 +77,7 @@ def test_bad_samples_are_skipped_named_and_counted(
         batches = [pipeline.rows(step, 0, 6) for step in range(10)]
     assert all((batch.loss_weights.sum(1) > 0).all() for batch in batches)
     assert set(pipeline.skipped) == BROKEN
-    assert sum(pipeline.skipped.values()) >= 3 * 5  # 60 places are 6 walks through the 10 records
+    assert sum(pipeline.skipped.values()) >= 3 * 5  # 60 draws take each of the 10 records 6 times
     lines = [record.getMessage() for record in caplog.records]
     assert len(lines) == 3  # one line each, however often they come up
     assert any("3.jpg" in line and "broken image" in line for line in lines)
@@ -88,11 +88,11 @@ def test_bad_samples_are_skipped_named_and_counted(
 def test_a_replacement_is_the_next_of_the_order(qa_folder: Path, processor: Processor) -> None:
     pipeline = Pipeline(data(qa_folder), processor)
     order = pipeline._loader._order
-    for place in range(30):
-        source, draw = order.draw(place)
-        walk = (order.index(source, draw + n) for n in range(10))
-        expected = next(index for index in walk if index not in (3, 5, 7))
-        assert [sample.id for sample in pipeline.samples(*divmod(place, 6))] == [f"q{expected}"]
+    for draw in range(30):
+        source, before = order.source_of(draw)
+        candidates = (order.index(source, before + n) for n in range(10))
+        expected = next(index for index in candidates if index not in (3, 5, 7))
+        assert [sample.id for sample in pipeline.samples(*divmod(draw, 6))] == [f"q{expected}"]
 
 
 @pytest.mark.parametrize(("record", "error"), [(3, ImageError), (5, EmptyAnswer), (7, OverBudget)])

@@ -1,4 +1,4 @@
-"""The plan of rows: each place once, within the row's size, the same for whoever asks; and plans of unequal parts."""
+"""The plan of rows: each draw once, within the row's size, the same for whoever asks; and plans of unequal parts."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from rave_jax.data.sources import QaJsonl
 
 
 @given(st.integers(1, 5), st.integers(1, 4), st.integers(0, 9), st.integers(0, 9))
-def test_each_place_stands_once_and_budgets_fit_the_row(rows: int, documents: int, start: int, turn: int) -> None:
+def test_each_draw_stands_once_and_budgets_fit_the_row(rows: int, documents: int, start: int, turn: int) -> None:
     sizes = ((0, 50, 16), (turn + 1, 81, 32))
     plan = EqualRows(rows, sizes, documents, regions=6)
     found = [plan.row(step, row) for step in range(start, start + 3) for row in range(rows)]
-    places = [document.place for document in itertools.chain(*found)]
-    assert places == list(range(plan.first_place(start), plan.first_place(start + 3)))
+    draws = [document.draw for document in itertools.chain(*found)]
+    assert draws == list(range(plan.first_draw(start), plan.first_draw(start + 3)))
     for number, row in enumerate(found):
         shape = plan.shape(start + number // rows)
         sums = np.sum([document.budget for document in row], axis=0)
@@ -40,7 +40,7 @@ def test_the_plan_of_a_config(processor: Processor) -> None:
     stages = (Stage(tokens=96, patches=50), Stage(4))
     plan = equal_rows(DataConfig(rows=6, tokens=192, patches=64, documents_per_row=2, stages=stages), processor)
     assert [plan.shape(step) for step in (0, 3, 4)] == [(6, 96, 64), (6, 96, 64), (6, 192, 64)]
-    assert [document.place for document in plan.row(1, 2)] == [16, 17]
+    assert [document.draw for document in plan.row(1, 2)] == [16, 17]
     assert plan.row(1, 2)[0].budget == (48, 32, plan.regions // 2)
     state = json.loads(json.dumps(plan.state(7)))
     assert (state, plan.restore(state)) == ({"step": 7}, 7)
@@ -49,7 +49,7 @@ def test_the_plan_of_a_config(processor: Processor) -> None:
 
 @dataclass(frozen=True)
 class Unequal:
-    """Rows of a long and a short document and rows of three short ones in turn; it counts its places itself."""
+    """Rows of a long and a short document and rows of three short ones in turn; it counts its draws itself."""
 
     size: BatchShape
 
@@ -57,21 +57,21 @@ class Unequal:
         return self.size
 
     def row(self, step: int, row: int) -> tuple[PlannedDocument, ...]:
-        first = self.first_place(step) + row // 2 * 5 + row % 2 * 2
+        first = self.first_draw(step) + row // 2 * 5 + row % 2 * 2
         parts = (140, 70) if row % 2 == 0 else (70, 70, 70)
         return tuple(PlannedDocument(first + number, Budget(part, 48, 0)) for number, part in enumerate(parts))
 
-    def first_place(self, step: int) -> int:
+    def first_draw(self, step: int) -> int:
         return step * self.size.rows // 2 * 5
 
     def facts(self) -> dict[str, Any]:
         return {"rows": self.size.rows}
 
     def state(self, step: int) -> dict[str, Any]:
-        return {"step": step, "next_place": self.first_place(step)}
+        return {"step": step, "next_draw": self.first_draw(step)}
 
     def restore(self, state: Mapping[str, Any]) -> int:
-        assert state["next_place"] == self.first_place(state["step"])
+        assert state["next_draw"] == self.first_draw(state["step"])
         return state["step"]
 
 
@@ -89,14 +89,14 @@ def test_a_plan_may_give_documents_unequal_parts(qa_folder: Path, processor: Pro
         batch = pipeline.rows(step, row, row + 1)
         lengths = np.bincount(batch.info.document[0])[1:].tolist()
         expected = []
-        for place, budget in plan.row(step, row):
-            _, draw = order.draw(place)
-            walk = (order.index(0, draw + n) for n in range(9))
-            expected.append(next(index for index in walk if index % 2 == 0 or budget.tokens == 140))
+        for draw, budget in plan.row(step, row):
+            _, before = order.source_of(draw)
+            candidates = (order.index(0, before + n) for n in range(9))
+            expected.append(next(index for index in candidates if index % 2 == 0 or budget.tokens == 140))
         assert [int(sample.id) for sample in pipeline.samples(step, row)] == expected
         assert lengths == [120 if index % 2 else 61 for index in expected]
         long += 120 in lengths
     assert long > 0
     assert set(pipeline.skipped) == {"over budget"}
     state = json.loads(json.dumps(pipeline.state(2)))
-    assert (state["next_place"], pipeline.restore(state)) == (20, 2)
+    assert (state["next_draw"], pipeline.restore(state)) == (20, 2)

@@ -50,7 +50,7 @@ def test_placeholders_grow_to_the_picture(qwen: Processor) -> None:
     np.testing.assert_array_equal(example.tokens, expected)
     assert example.patches.pixels.shape == ((15 + 4 + 4) * 4, 1176)
     visual = example.info.kind == Kind.VISUAL
-    np.testing.assert_array_equal(visual, example.tokens == qwen.settings.image_token_id)
+    np.testing.assert_array_equal(visual, example.tokens == qwen.rules.image_token_id)
     assert sorted(example.visual_index[visual]) == list(range(23))
     np.testing.assert_array_equal(np.unique(example.info.image), [0, 1, 2, 3])
     np.testing.assert_array_equal(example.info.turn[example.info.image > 0], [1] * 19 + [2] * 4)
@@ -68,7 +68,7 @@ def test_a_visual_token_is_its_patches(processor: Processor, sizes: list[tuple[i
         for part, item in array._asdict().items() if isinstance(array, tuple) else [(name, array)]:
             expected = {"loss_mask": np.float32, "pixels": np.uint8}.get(part, np.int32)
             assert item.dtype == expected, part
-    merge = processor.settings.config.vision.merge_size
+    merge = processor.rules.config.vision.merge_size
     place = example.patches.place.reshape(-1, merge**2, 2)
     frame = example.patches.frame.reshape(-1, merge**2)
     for token in np.flatnonzero(info.kind == Kind.VISUAL):
@@ -93,7 +93,7 @@ def test_a_video(processor: Processor) -> None:
         {"role": "user", "content": [{"type": "video", "video": frames, "fps": 1.0}, image(8, 8), text("?")]},
         {"role": "assistant", "content": "ok"},
     ]
-    low = processor.settings
+    low = processor.rules
     processor = Processor(processor.tokenizer, _with_video(low), processor.chat._template)
     example = processor.encode(messages)
     info = example.info
@@ -116,16 +116,16 @@ def _with_video(settings: Pictures) -> Pictures:
 
 def test_text_alone(processor: Processor) -> None:
     example = processor.encode([{"role": "user", "content": "hello"}])
-    assert example.patches.pixels.shape == (0, processor.settings.patch_sizes.numbers)
+    assert example.patches.pixels.shape == (0, processor.rules.patch_sizes.numbers)
     np.testing.assert_array_equal(example.positions, np.tile(np.arange(len(example.tokens)), (3, 1)))
 
 
 def test_a_written_placeholder_is_text(processor: Processor) -> None:
     messages = [{"role": "user", "content": [image(8, 8), text("what is <|image_pad|>?")]}]
     example = processor.encode(messages, name="s1")
-    assert np.sum(example.tokens == processor.settings.image_token_id) == np.sum(example.info.kind == Kind.VISUAL) == 1
+    assert np.sum(example.tokens == processor.rules.image_token_id) == np.sum(example.info.kind == Kind.VISUAL) == 1
     assert "what is <|image_pad|>?" in processor.decode(example.tokens)
-    tokens = Processor(processor.tokenizer, processor.settings, TEMPLATE, special_tokens_in_text="tokens")
+    tokens = Processor(processor.tokenizer, processor.rules, TEMPLATE, special_tokens_in_text="tokens")
     with pytest.raises(SampleError, match=r"s1: the rendered text has .* spell out a placeholder"):
         tokens.encode(messages, name="s1")
 
@@ -277,7 +277,7 @@ def test_every_token_knows_its_place_in_the_document(processor: Processor) -> No
     example = processor.encode([question, {"role": "assistant", "content": "7"}])
     length = len(example.tokens)
     np.testing.assert_array_equal(example.info.offset, np.arange(length))
-    packed = collate([[example, example]], BatchShape(1, 2 * length, 256), processor.settings.patch_sizes)
+    packed = collate([[example, example]], BatchShape(1, 2 * length, 256), processor.rules.patch_sizes)
     np.testing.assert_array_equal(packed.info.offset[0, length:], np.arange(length))
 
 

@@ -35,7 +35,7 @@ def asked(*parts: Message) -> list[Message]:
 def test_needs_are_what_encoding_gives(
     layout: VisualLayout | None, limits: VideoLimits, processor: Processor, tmp_path: Path
 ) -> None:
-    settings = dataclasses.replace(processor.settings, video=limits)
+    settings = dataclasses.replace(processor.rules, video=limits)
     made = Processor(processor.tokenizer, settings, processor.chat._template, layout)
     exif = Image.Exif()
     exif[0x0112] = 6

@@ -1,4 +1,4 @@
-"""One process of a job: trains the small model on several layouts and writes what it saw.
+"""One process of a job: trains the small model on several meshes and writes what it saw.
 
 python worker.py PROCESS PROCESSES PORT FOLDER
 """

@@ -36,7 +36,7 @@ def processor() -> Processor:
 
 @pytest.fixture(scope="module")
 def vlm(processor: Processor) -> Vlm:
-    ids = {"image_token_id": processor.settings.image_token_id, "video_token_id": processor.settings.video_token_id}
+    ids = {"image_token_id": processor.rules.image_token_id, "video_token_id": processor.rules.video_token_id}
     config = dataclasses.replace(SMALL, **ids)
     assert (config.text.num_layers, config.text.num_heads) == PLAIN.shape
     return model(config, seed=1)
@@ -85,7 +85,7 @@ def test_right_is_what_greedy_generation_writes(vlm: Vlm, processor: Processor) 
 def test_entropy_is_of_the_first_token_and_needs_no_labels(vlm: Vlm, processor: Processor) -> None:
     unlabelled = [dataclasses.replace(one, messages=one.prompt) for one in SAMPLES]
     examples = [encoded(processor, one, "entropy") for one in unlabelled]
-    settings = processor.settings
+    settings = processor.rules
     wanted = []
     # The largest shape for all: one program.
     shapes = [smallest_shape([[example]], 64, settings.patch_sizes.window) for example in examples]

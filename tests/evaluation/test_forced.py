@@ -36,7 +36,7 @@ def test_an_answer_counts_where_every_token_of_it_is_what_generation_writes(mech
     tokens: list[int] = []
     for _ in range(3):
         example = with_answer(prompt, tokens)
-        batch = collate([[example]], SHAPE._replace(rows=1), processor.settings.patch_sizes)
+        batch = collate([[example]], SHAPE._replace(rows=1), processor.rules.patch_sizes)
         tokens.append(int(np.argmax(logits(vlm, batch)[0, len(example.tokens) - 1])))
     if not mechanisms:
         generator = Generator(vlm, processor, SlotConfig(slots=1, max_length=128, chunk=128))

@@ -37,7 +37,7 @@ SHAPE = BatchShape(rows=2, tokens=96, patches=128)
 def made(options: ModelOptions) -> tuple[Vlm, Processor]:
     tokenizer = byte_tokenizer()
     processor = Processor(tokenizer, tiny_settings(tokenizer), TEMPLATE, options.layout)
-    ids = {"image_token_id": processor.settings.image_token_id, "video_token_id": processor.settings.video_token_id}
+    ids = {"image_token_id": processor.rules.image_token_id, "video_token_id": processor.rules.video_token_id}
     config = dataclasses.replace(tiny(vocab_size=270, tie_embeddings=False), **ids)
     return model(config, options, seed=1), processor
 
@@ -62,7 +62,7 @@ def test_a_route_is_what_the_models_queries_chose_and_hits_are_counted_by_pixels
 
     prompt = processor.encode(samples[0].prompt, add_generation_prompt=True)
     example = with_answer(prompt, answers[0].tokens)
-    batch = collate([[example]], BatchShape(1, len(example.tokens), 128), processor.settings.patch_sizes)
+    batch = collate([[example]], BatchShape(1, len(example.tokens), 128), processor.rules.patch_sizes)
     last = len(prompt.tokens) - 1
     queries = np.array([[last, last + 1]], np.int32)
     chosen = np.asarray(jax.jit(Vlm.forward)(vlm, batch, Want(queries=queries)).chosen)[:, 0]

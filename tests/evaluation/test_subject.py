@@ -42,7 +42,7 @@ def processor() -> Processor:
 
 @pytest.fixture(scope="module")
 def vlm(processor: Processor) -> Vlm:
-    ids = {"image_token_id": processor.settings.image_token_id, "video_token_id": processor.settings.video_token_id}
+    ids = {"image_token_id": processor.rules.image_token_id, "video_token_id": processor.rules.video_token_id}
     config = dataclasses.replace(SMALL, **ids)
     return model(config, ModelOptions(mechanisms=(Rave(rank=2),)), seed=1)
 
@@ -132,7 +132,7 @@ def test_a_look_is_the_mean_row_of_the_choosing_queries(subject: ModelSubject, v
     assert looks[1] is None, "no picture, no look"
     prompt = processor.encode(sample.prompt, add_generation_prompt=True)
     example = with_answer(prompt, answer.tokens)
-    batch = collate([[example]], BatchShape(1, len(example.tokens), 64), processor.settings.patch_sizes)
+    batch = collate([[example]], BatchShape(1, len(example.tokens), 64), processor.rules.patch_sizes)
     last = len(prompt.tokens) - 1
     rows = np.array([[last, last + 1, last + 2]], np.int32)
     weights = jax.jit(lambda m, b: m.forward(b, Want(queries=rows)).attention)(vlm, batch)
@@ -152,7 +152,7 @@ def ratios(vlm: Vlm, processor: Processor) -> list[float]:
     for sample in SAMPLES:
         example = processor.encode(sample.prompt, add_generation_prompt=True)
         info, length = example.info, len(example.tokens)
-        batch = collate([[example]], SHAPE._replace(rows=1), processor.settings.patch_sizes)
+        batch = collate([[example]], SHAPE._replace(rows=1), processor.rules.patch_sizes)
         whole = np.float64(run(vlm, batch))[:, 0, :length, :, :length]  # [L,T,H,S]
         picture = whole[..., info.kind == Kind.VISUAL].sum(-1)
         prompt = whole[..., (info.kind == Kind.TEXT) & (info.role == Role.SYSTEM)].sum(-1)

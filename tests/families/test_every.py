@@ -44,7 +44,7 @@ def hidden_states(model: Vlm, batch: Batch) -> jax.Array:
 
 
 def batch_of(of: Small, rows: list[list[Example]], shape: BatchShape | None = None) -> Batch:
-    sizes = of.processor.settings.patch_sizes
+    sizes = of.processor.rules.patch_sizes
     return collate(rows, shape or smallest_shape(rows, 8, sizes.window), sizes)
 
 
@@ -107,7 +107,7 @@ def test_eight_devices_compute_what_one_does(family: str) -> None:
     of, sizes = small(family, options), with_pictures(family)
     model = of.model(options)
     rows = [[of.encode(question(f"Number {n}?", *sizes, seed=n), answer("four"))] for n in range(4)]
-    shape = smallest_shape(rows, 8, of.processor.settings.patch_sizes.window)
+    shape = smallest_shape(rows, 8, of.processor.rules.patch_sizes.window)
     alone = np.asarray(hidden_states(model, batch_of(of, rows, shape)))
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
 

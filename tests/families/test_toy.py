@@ -21,6 +21,7 @@ from rave_jax.data.survey import measure
 from rave_jax.families import FAMILIES
 from rave_jax.families.config import TextConfig, VlmConfig
 from rave_jax.families.directory import picture_rules
+from rave_jax.layout import ContextTokens, FixedRegions, VisualLayout
 from rave_jax.models.config import ModelOptions
 from rave_jax.models.parameters import named_parameters
 from rave_jax.models.vlm import Vlm
@@ -74,6 +75,16 @@ def test_its_pictures_become_tokens(processor: Processor) -> None:
     assert processor.count_tokens(500, 7) == 4
 
 
+def test_context_tokens_count_on_like_text_where_a_position_is_one_number(processor: Processor) -> None:
+    """With 1-D RoPE a model reads the first axis alone, on which no two tokens may share a position."""
+    layout = VisualLayout(FixedRegions(1, 2), 99, ContextTokens(3))
+    example = Processor(byte_tokenizer(), processor.rules, TEMPLATE, layout).encode(
+        conversation(*(noise(10, 12, seed=n) for n in range(3)))
+    )
+    assert (example.info.kind == Kind.CONTEXT).sum() == 3 * 3
+    np.testing.assert_array_equal(example.positions, np.tile(np.arange(len(example.tokens)), (3, 1)))
+
+
 def test_what_its_rules_refuse_names_the_part(processor: Processor) -> None:
     video = {"type": "video", "video": [noise(8, 8)], "name": "clip"}
     with pytest.raises(ImageError, match="clip: the times of frames need the part's own 'fps'"):
@@ -89,9 +100,9 @@ def test_its_model_goes_through_files(processor: Processor, tmp_path: Path) -> N
         np.testing.assert_array_equal(param[...], named_parameters(again)[path][...], err_msg=path)
 
     rows = [[processor.encode(conversation(np.full((8, 8, 3), shade, np.uint8)))] for shade in (0, 255)]
-    settings, example = processor.settings, rows[0][0]
+    example = rows[0][0]
     shape = BatchShape(2, len(example.tokens), example.patches.length)
-    batch = collate(rows, shape, settings.patch_sizes)
+    batch = collate(rows, shape, processor.rules.patch_sizes)
     black, white = np.asarray(jax.jit(lambda model, batch: model.forward(batch).hidden)(again, batch))[:, -1]
     assert np.isfinite(black).all() and np.abs(black - white).max() > 1e-3
 

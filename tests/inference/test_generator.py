@@ -62,7 +62,7 @@ def processor() -> Processor:
 
 @pytest.fixture(scope="module")
 def vlm(processor: Processor) -> Vlm:
-    ids = {"image_token_id": processor.settings.image_token_id, "video_token_id": processor.settings.video_token_id}
+    ids = {"image_token_id": processor.rules.image_token_id, "video_token_id": processor.rules.video_token_id}
     small = tiny(vocab_size=V, tie_embeddings=False, vision_depth=1, full_attention_blocks=())
     config = dataclasses.replace(small, **ids, eos_token_ids=(processor.end_id,))
     return speaker(config, (Rave(rank=2),))
@@ -128,7 +128,7 @@ VIDEOS = {"short": (2, 2.0), "as long as wide": (4, 2.0), "long": (16, 2.0), "lo
 
 def test_an_answer_about_a_video_is_what_training_would_learn(vlm: Vlm, processor: Processor) -> None:
     """Each greedy token is the argmax of one whole pass over the record that training makes of the same answer."""
-    settings = dataclasses.replace(processor.settings, video=VideoLimits(min_pixels=64, max_pixels=1024))
+    settings = dataclasses.replace(processor.rules, video=VideoLimits(min_pixels=64, max_pixels=1024))
     films = Processor(processor.tokenizer, settings, TEMPLATE)
     asked = []
     for frames, fps in VIDEOS.values():
@@ -334,7 +334,7 @@ def test_a_tokenizer_whose_text_cannot_be_put_together_is_refused(vlm: Vlm, proc
 
     Other.backend_tokenizer.decoder = decoders.WordPiece()
     other = Processor.__new__(Processor)
-    other.settings, other.tokenizer = processor.settings, Other()
+    other.rules, other.tokenizer = processor.rules, Other()
     with pytest.raises(ConfigError, match="WordPiece, expected ByteLevel"):
         Generator(vlm, other, SlotConfig())
 
@@ -347,7 +347,7 @@ def test_a_tokenizer_with_ids_that_the_embedding_has_no_rows_for_is_refused(vlm:
 
 
 def test_a_processor_that_lays_pictures_out_for_another_model_is_refused(vlm: Vlm, processor: Processor) -> None:
-    other = Processor(processor.tokenizer, processor.settings, TEMPLATE, VisualLayout(context=ContextTokens(3)))
+    other = Processor(processor.tokenizer, processor.rules, TEMPLATE, VisualLayout(context=ContextTokens(3)))
     with pytest.raises(ConfigError, match=r"processor\.layout is .*count=3.* as the model wants it"):
         Generator(vlm, other, SlotConfig())
 

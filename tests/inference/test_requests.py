@@ -34,7 +34,7 @@ def processor() -> Processor:
 
 @pytest.fixture(scope="module")
 def generator(processor: Processor) -> Generator:
-    ids = {"image_token_id": processor.settings.image_token_id, "video_token_id": processor.settings.video_token_id}
+    ids = {"image_token_id": processor.rules.image_token_id, "video_token_id": processor.rules.video_token_id}
     config = dataclasses.replace(tiny(vocab_size=V, tie_embeddings=False), **ids, eos_token_ids=(processor.end_id,))
     return Generator(speaker(config), processor, THREE)
 

@@ -136,6 +136,7 @@ def _row(documents: list[Document], config: VlmConfig, T: int, P: int) -> dict[s
     row |= {"loss_weights": np.zeros(T, np.float32), "positions": np.zeros((3, T), np.int32)}
     row |= {"patch_pixels": np.zeros((P, C), np.uint8), "patch_place": np.zeros((P, 2), np.int32)}
     row |= {name: np.zeros(P, np.int32) for name in ("patch_frame", "patch_window")}
+    row |= {"patch_source": np.zeros((0, 0), np.int32), "patch_weight": np.zeros((0, 0), np.float32)}
     token = patch = frame = window = images = 0
     for number, doc in enumerate(documents, 1):
         n, p = len(doc.tokens), len(doc.patches)

@@ -33,8 +33,8 @@ GAZE = Gaze(FixedRegions(2, 2), 16, top_k=1, layers=(1, 2, 3))
 
 
 @functools.cache
-def a_model(options: ModelOptions = ModelOptions(), config: VlmConfig = CONFIG) -> Vlm:  # noqa: B008  # frozen
-    return made(config, options, seed=1)
+def a_model(options: ModelOptions | None = None, config: VlmConfig = CONFIG) -> Vlm:
+    return made(config, options or ModelOptions(), seed=1)
 
 
 def a_row(vlm: Vlm) -> Batch:

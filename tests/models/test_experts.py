@@ -38,8 +38,8 @@ MODEL = VlmConfig(text=TEXT, family="qwen3_moe")
 
 
 @functools.cache
-def a_model(options: ModelOptions = ModelOptions()) -> Vlm:  # noqa: B008  # frozen
-    return made(MODEL, options)
+def a_model(options: ModelOptions | None = None) -> Vlm:
+    return made(MODEL, options or ModelOptions())
 
 
 def plain(layer: Experts, x: jax.Array, choice: Choice) -> jax.Array:

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import vision_torch  # noqa: F401  # before transformers
+import vision_torch
 from generation_torch import liven
 from PIL import Image
 from qwen_torch import randomise
@@ -35,6 +35,8 @@ from transformers import (
     AutoTokenizer,
 )
 from transformers.video_utils import VideoMetadata
+
+OPERATORS = vision_torch.OPERATORS  # declared before transformers is imported
 
 
 def model_class(config):

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import subprocess
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -47,7 +48,8 @@ LEAST_GAP = 1e-4
 LIMIT, KL_LIMIT = 2e-5, 3e-7
 
 
-class Case(NamedTuple):
+@dataclass(frozen=True)
+class Case:
     """One small model and what it is asked.
 
     Fields:
@@ -59,7 +61,7 @@ class Case(NamedTuple):
     """
 
     family: str
-    sizes: dict[str, Any] = {}  # noqa: RUF012  # read only
+    sizes: dict[str, Any] = field(default_factory=dict)
     frames: tuple[int, int] | None = None
     pictures: tuple[tuple[tuple[int, int], ...], ...] = ((), ((61, 90),), ((17, 120), (64, 40), (33, 33)))
     seed: int = 0
@@ -71,6 +73,7 @@ CASES = {
     for case in (
         Case("qwen2_5_vl", frames=(56, 84)),
         Case("qwen3_vl", frames=(56, 84)),
+        Case("qwen3_vl_moe", frames=(56, 84)),
         Case("qwen2_vl", frames=(56, 84)),
         Case("llava"),
         Case("internvl", {"patch_size": 8}, pictures=((), ((61, 90),), ((17, 120), (64, 40), (33, 33), (20, 100)))),
@@ -78,6 +81,7 @@ CASES = {
         Case("llama", pictures=TEXT),
         Case("qwen2", pictures=TEXT),
         Case("qwen3", pictures=TEXT),
+        Case("qwen3_moe", pictures=TEXT),
     )
 }
 
@@ -156,7 +160,7 @@ def test_tokens_and_logits_are_those_of_transformers(folder: Path, family: str) 
     examples = [processor.encode(m, add_generation_prompt=True) for m in asked_of(folder, family)]
     for number, example in enumerate(examples):
         np.testing.assert_array_equal(example.tokens, theirs[f"tokens{number}"], err_msg=f"conversation {number}")
-    sizes = processor.settings.patch_sizes
+    sizes = processor.rules.patch_sizes
     rows = [[example] for example in examples]
     batch = collate(rows, smallest_shape(rows, 8, sizes.window), sizes)
 

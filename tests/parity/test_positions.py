@@ -1,4 +1,4 @@
-"""Positions, tower windows and frame sampling against transformers itself, on random layouts and conversations.
+"""Positions, tower windows and frame sampling against transformers itself, on random prompts and conversations.
 
 Positions are theirs in every prompt without a video that lasts longer than it is wide. Behind one that does, theirs go
 on behind the longer side of its grid and ours behind its last frame (the family's `positions.py` says why), so whatever
@@ -68,8 +68,8 @@ def conversation(rng: np.random.Generator) -> list[dict]:
 
 def as_case(example: Example, processor: Processor, messages: list[dict]) -> dict:
     """What transformers would be told of an encoded conversation."""
-    types = np.where(example.tokens == processor.settings.image_token_id, 1, 0)
-    types = np.where(example.tokens == processor.settings.video_token_id, 2, types)
+    types = np.where(example.tokens == processor.rules.image_token_id, 1, 0)
+    types = np.where(example.tokens == processor.rules.video_token_id, 2, types)
     case: dict = {"types": types.tolist(), "images": [], "videos": [], "tokens_per_second": 2}
     info = example.info
     for number in range(1, info.image.max(initial=0) + 1):

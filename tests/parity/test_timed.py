@@ -46,7 +46,7 @@ def conversation(rng: np.random.Generator) -> list[dict]:
 
 def as_case(processor: Processor, messages: list[dict]) -> dict:
     """What transformers would be told of a conversation, and our positions."""
-    example, rules = processor.encode(messages), processor.settings
+    example, rules = processor.encode(messages), processor.rules
     visual = example.info.kind == Kind.VISUAL
     types = np.where(visual & (example.tokens == rules.image_token_id), 1, 0)
     types = np.where(visual & (example.tokens == rules.video_token_id), 2, types)

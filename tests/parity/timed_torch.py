@@ -14,12 +14,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import vision_torch  # noqa: F401  # before transformers
+import vision_torch
 from transformers import Qwen3VLConfig, Qwen3VLModel
 from transformers.image_utils import SizeDict
 from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
 from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
 from transformers.video_utils import VideoMetadata
+
+OPERATORS = vision_torch.OPERATORS  # declared before transformers is imported
 
 PROCESSOR = Qwen3VLProcessor.__new__(Qwen3VLProcessor)
 

@@ -86,6 +86,33 @@ def test_killed_again_and_again(repo, tmp_path, longer_alone, seed):
     assert curve(tmp_path / "killed") == longer_alone
 
 
+OF_EVAL = {"every": 3, "samples": 8, "rows": 8, "looks": 0, "pictures": 0}
+EVALUATED = (
+    "--final",
+    "Eval",
+    "Report",
+    *(word for name, x in OF_EVAL.items() for word in (f"--final.0.{name}", str(x))),
+)
+
+
+@pytest.mark.slow
+def test_killed_in_evaluations_it_continues_bit_for_bit(repo, tmp_path):
+    """A moment after a step behind which an evaluation is run: the first compiles, the others are quick."""
+    finish(start(repo, tmp_path / "alone", *EVALUATED))
+    job = start(repo, tmp_path / "killed", *EVALUATED)
+    signal_at(job, tmp_path / "killed", 3, 1.0)
+    job.wait()
+    job = start(repo, tmp_path / "killed", *EVALUATED)
+    signal_at(job, tmp_path / "killed", 8, 0.1)
+    job.wait()
+    finish(start(repo, tmp_path / "killed", *EVALUATED))
+    rows = curve(tmp_path / "alone")
+    assert [row["step"] for row in rows if "loss" not in row] == [3, 6, 9, 10]
+    assert curve(tmp_path / "killed") == rows
+    steps = tmp_path / "killed" / "evaluation" / "heldout" / "steps"
+    assert {path.name for path in steps.iterdir()} == {"3", "6", "9", "10"}
+
+
 @pytest.mark.slow
 def test_told_to_end_while_it_saves_it_ends_with_a_whole_checkpoint(repo, tmp_path):
     """Each step is saved, and the signal comes a moment after a step: the save under way is finished first."""

@@ -90,6 +90,8 @@ def random_batch(seed: int, rows: int, patches: int = PATCHES) -> Batch:
             frame=np.ones((rows, patches), np.int32),
             place=np.broadcast_to(place, (rows, patches, 2)),
             window=np.ones((rows, patches), np.int32),
+            source=np.zeros((rows, 0, 0), np.int32),
+            weight=np.zeros((rows, 0, 0), np.float32),
         ),
     )
 

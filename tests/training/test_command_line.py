@@ -95,7 +95,7 @@ def test_a_run_is_read_back_on_another_mesh(run):
     assert changed
     assert not any(name.startswith("vision.") for name in changed)
     assert other.mesh.shape["tensor"] == 4
-    assert last.processor.settings.config.vision.patch_size == 14
+    assert last.processor.rules.config.vision.patch_size == 14
 
 
 def test_another_run_is_not_overwritten(run, capsys):

@@ -20,6 +20,7 @@ import pytest
 
 from rave_jax.config import ConfigError
 from rave_jax.evaluation.config import Eval, Floor, Report
+from rave_jax.evaluation.report import write_report
 from rave_jax.evaluation.subject import ModelSubject
 from rave_jax.evaluation.suites import Evaluation
 from rave_jax.models.parameters import named_parameters
@@ -130,7 +131,12 @@ def test_training_is_that_of_a_run_without_them(evaluated: tuple[Path, list[int]
     assert {path.name for path in ours.iterdir()} == {path.name for path in theirs.iterdir()} | {"steps"}
     page = (folder / "report.md").read_text()
     assert "### During training" in page and all(f"| {step} | " in page for step in (2, 4, 6))
-    assert "During training" not in (alone / "report.md").read_text()
+    stale = alone / "evaluation" / "heldout" / "steps" / "4"
+    shutil.copytree(folder / "evaluation" / "heldout" / "steps" / "4", stale)
+    write_report(Report(), alone)
+    assert "During training" not in (alone / "report.md").read_text(), (
+        "a folder without a row is of no step of this run"
+    )
 
 
 def test_each_time_is_a_folder_and_a_row(evaluated: tuple[Path, list[int]]) -> None:
@@ -255,6 +261,14 @@ def test_budgets_that_no_sample_fits_are_refused_before_the_first_step(tmp_path:
         ConfigError, match=r"final\.1: evaluation heldout: no sample can be asked; the first: .*tokens 8"
     ):
         train(config(tmp_path / "run", final=(Report(), small)))
+    assert not (tmp_path / "run").exists()
+
+
+def test_caches_that_do_not_fit_beside_training_are_refused_before_the_first_step(tmp_path: Path) -> None:
+    large = dataclasses.replace(HELDOUT, rows=2**16, tokens=2**18, every=2)
+    said = r"parameters, optimizer state and the slots of final\.0 \(rows, tokens, patches\) need .* GB of memory"
+    with pytest.raises(ConfigError, match=said):
+        train(config(tmp_path / "run", final=(large,)))
     assert not (tmp_path / "run").exists()
 
 

@@ -1,10 +1,11 @@
-"""A batch that no memory holds is refused before any of it is made."""
+"""A batch or an evaluation that no memory holds is refused before any of it is made."""
 
 from __future__ import annotations
 
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from rave_jax.config import ConfigError
@@ -13,7 +14,7 @@ from rave_jax.families.qwen2_5_vl.presets import tiny
 from rave_jax.parallel.memory import check_memory
 from rave_jax.parallel.mesh import MeshConfig, make_mesh
 from rave_jax.training.config import TrainConfig
-from rave_jax.training.footprint import least_activations
+from rave_jax.training.footprint import least_activations, least_spread
 from rave_jax.training.optimizers import OptimizerConfig
 
 
@@ -29,3 +30,10 @@ def test_the_least_that_a_batch_takes_is_its_patches_and_the_inputs_of_all_layer
     large = dataclasses.replace(config, data=dataclasses.replace(data, rows=2**20, stages=(Stage(),), tokens=1024))
     with pytest.raises(ConfigError, match=r"the rows of a batch need .* GB of memory, but this machine has"):
         check_memory(least_activations(large, vlm, mesh), "the rows of a batch")
+
+
+def test_arrays_whose_place_is_not_known_take_an_even_share_of_each_device() -> None:
+    mesh = make_mesh(MeshConfig(fsdp=2, tensor=2), jax.devices()[:4])
+    shapes = {"cache": jax.ShapeDtypeStruct((5, 7), jnp.bfloat16), "seen": jax.ShapeDtypeStruct((3,), bool)}
+    (spread,) = jax.tree.leaves(least_spread(shapes, mesh))
+    assert spread.sharding.shard_shape(spread.shape) == (19,) and spread.dtype.itemsize == 1, "73 bytes on four devices"

@@ -25,7 +25,7 @@ from rave_jax.observe.progress import ProgressReport
 from rave_jax.parallel.stopping import EXIT_CODES, Interrupted, StopRequest
 from rave_jax.parallel.watchdog import Watchdog
 from rave_jax.training import feed
-from rave_jax.training.loop import Evaluated, Loop, NonFiniteError, Schedule
+from rave_jax.training.loop import Loop, NonFiniteError, Schedule, StepEvaluations
 from rave_jax.training.optimizers import OptimizerConfig
 from rave_jax.training.state import TrainState, parameters_of, state_of
 from tests.training.small import TEXT, RandomSource, first_state, session_of
@@ -48,7 +48,7 @@ def run(
     writers=(),
     watchdog: Watchdog | None = None,
     stop: StopRequest | None = None,
-    evaluations: Evaluated | None = None,
+    evaluations: StepEvaluations | None = None,
 ) -> TrainState:
     with Store(folder / "checkpoints", keep=2) as store, stop or StopRequest(poll=0.05) as stop:
         schedule = Schedule(STEPS, log_every=1, save_every=save_every)

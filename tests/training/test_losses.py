@@ -101,7 +101,7 @@ def test_the_step_descends_the_sum_of_all_losses() -> None:
         pytest.param(MeshConfig(fsdp=2, tensor=2, data=1), id="mesh"),
     ],
 )
-def test_accumulation_and_layouts_change_nothing(mesh: MeshConfig | None) -> None:
+def test_accumulation_and_meshes_change_nothing(mesh: MeshConfig | None) -> None:
     """Micro-batches have different numbers of documents with each loss, so a mean of means would differ."""
     optimizer = OptimizerConfig(decay="none", accumulation=4 if mesh is None else 2)
     place = None if mesh is None else make_mesh(mesh, jax.devices()[:4])

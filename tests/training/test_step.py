@@ -1,4 +1,4 @@
-"""The step: accumulation, groups, phases, layouts, and what happens to a loss that is not a number."""
+"""The step: accumulation, groups, phases, meshes, and what happens to a loss that is not a number."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ def test_a_phase_ends_without_a_new_program(in_parts):
         pytest.param(MeshConfig(fsdp=2, tensor=4), id="tensor"),
     ],
 )
-def test_layouts_give_the_losses_of_one_device(mesh, one_device):
+def test_meshes_give_the_losses_of_one_device(mesh, one_device):
     session = session_of(PLAIN, make_mesh(mesh))
     state = first_state(session)
     split = [x for x in state.trained.values() if not x.sharding.is_fully_replicated]

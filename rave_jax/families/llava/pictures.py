@@ -65,11 +65,14 @@ class Pictures(PictureRules):
 
     def cut_image(self, image: Image.Image) -> CutPicture:
         """Patches of a picture, in front of them the class token."""
-        grid = self.image_grid(image.height, image.width)
-        tower = self.vision
-        first = int(tower.class_token and not tower.class_feature)
-        order = np.arange(first, tower.places, dtype=np.int32)
-        return CutPicture(cut_pictures([self.resized(image)], tower), order, grid)
+        tower, grid = self.vision, self.image_grid(image.height, image.width)
+        patches = cut_pictures([self.resized(image)], tower)
+        count = tower.places - tower.mixed
+        if tower.mixed:
+            source: Any = np.arange(tower.places - count, tower.places, dtype=np.int32)[:, None]
+            weight: Any = np.ones(source.shape, np.float32)
+            patches = patches._replace(source=source, weight=weight)
+        return CutPicture(patches, np.arange(count, dtype=np.int32), grid)
 
     def expand(self, kind: VisualKind, grid: Grid, frames: Frames | None, encode: Encode) -> tuple[Piece, ...]:
         """The placeholder once for each visual token; the class token, where it is one, counts as a picture of its

@@ -63,8 +63,13 @@ def markers(hf: HfConfig) -> dict[str, int]:
     return {key: integer(hf, key, MAX_INT32, default=default, least=0) for key, default in MARKER_IDS.items()}
 
 
-def parse_model(hf: HfConfig, family: str) -> VlmConfig:
+def parse_model(hf: HfConfig, family: str, head_dim: int | None = 128) -> VlmConfig:
     """An HF config with a `text_config` of this decoder, whose mlps are dense.
+
+    Args:
+        hf: the config.
+        family: name of the family.
+        head_dim: what an absent `head_dim` means; None: the width divided by the number of heads.
 
     Raises:
         ConfigError: a key is missing or asks for what is not computed.
@@ -72,7 +77,7 @@ def parse_model(hf: HfConfig, family: str) -> VlmConfig:
     text = needed(hf, "text_config")
     return VlmConfig(
         # As in transformers: what `text_config` says of the head counts for nothing.
-        text=parse_text(text, tied=flag(hf, "tie_word_embeddings")),
+        text=parse_text(text, flag(hf, "tie_word_embeddings"), head_dim),
         vision=parse_vision(needed(hf, "vision_config")),
         **markers(hf),
         eos_token_ids=eos_ids(text, EOS_ID, TEXT),
@@ -80,21 +85,22 @@ def parse_model(hf: HfConfig, family: str) -> VlmConfig:
     )
 
 
-def parse_text(text: HfConfig, tied: bool) -> TextConfig:
+def parse_text(text: HfConfig, tied: bool, head_dim: int | None) -> TextConfig:
     """The decoder: q/k norm, no qkv bias, M-RoPE whose frequencies take turns."""
     only(text, "hidden_act", ("silu",), TEXT)
     only(text, "attention_bias", (False,), TEXT)
     rope = section(text, "rope_scaling", TEXT) or section(text, "rope_parameters", TEXT)
     only({"rope_type": rope.get("rope_type", rope.get("type", "default"))}, "rope_type", ("default",), TEXT)
     only(rope, "mrope_interleaved", (True,), TEXT)
+    width = integer(text, "hidden_size", MAX_WIDTH, where=TEXT)
     heads = integer(text, "num_attention_heads", MAX_HEADS, where=TEXT)
     return TextConfig(
         vocab_size=integer(text, "vocab_size", MAX_VOCAB, where=TEXT),
-        hidden_size=integer(text, "hidden_size", MAX_WIDTH, where=TEXT),
+        hidden_size=width,
         num_layers=integer(text, "num_hidden_layers", MAX_LAYERS, where=TEXT),
         num_heads=heads,
         num_kv_heads=integer(text, "num_key_value_heads", MAX_HEADS, default=heads, where=TEXT),
-        head_dim=integer(text, "head_dim", MAX_WIDTH, default=128, where=TEXT),
+        head_dim=integer(text, "head_dim", MAX_WIDTH, default=head_dim or width // heads, where=TEXT),
         mlp_size=integer(text, "intermediate_size", MAX_WIDTH, where=TEXT),
         rms_norm_eps=norm_eps(text, 1e-6, TEXT),
         rope_theta=rope_theta(text, rope, 5e5, TEXT),

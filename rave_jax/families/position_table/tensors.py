@@ -1,11 +1,31 @@
-"""Which tensor of a checkpoint is which parameter of such a tower, keys in the style of the released index files."""
+"""Which tensor of a checkpoint is which parameter, keys in the style of the released index files."""
 
 from __future__ import annotations
 
 from rave_jax.families.base import TensorRule
+from rave_jax.families.config import VlmConfig, tower_of
+from rave_jax.families.decoder import decoder_tensors
+from rave_jax.families.experts import ExpertLayout, separate
 from rave_jax.families.grids.tensors import attention_tensors, patch_tensors
 from rave_jax.families.position_table.config import TableTowerConfig
 from rave_jax.families.tower_tensors import layer_norm, linear
+
+TEXT, INSIDE = "model.", "model.language_model."
+"""Beginning of the decoder's keys, as text models and as these models have it."""
+
+
+def model_tensors(config: VlmConfig, experts: ExpertLayout = separate) -> tuple[TensorRule, ...]:
+    """Every tensor of a model with such a tower.
+
+    Args:
+        config: of the model.
+        experts: how checkpoints hold the experts of a layer.
+    """
+    decoder = [
+        rule._replace(hf_key=INSIDE + rule.hf_key.removeprefix(TEXT)) if rule.hf_key.startswith(TEXT) else rule
+        for rule in decoder_tensors(config.text, experts)
+    ]
+    return (*tower_tensors(tower_of(config, TableTowerConfig)), *decoder)
 
 
 def tower_tensors(vision: TableTowerConfig) -> list[TensorRule]:

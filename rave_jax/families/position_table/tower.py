@@ -108,7 +108,7 @@ class Tower(nnx.Module):
         codes = block_diagonal_codes(patches.frame)
         rotation = patch_rotation(patches.place, config.head_dim, config.rope_theta)
         x = self.patch(normalised(patches.pixels, config, self.compute))
-        x = x + self.table(patches.place, frame_sizes(patches, config.merge_unit)).astype(x.dtype)
+        x = x + self.table(patches.place, frame_sizes(patches)).astype(x.dtype)
         x = shard(x, "batch", "length", None)
         deep, mergers = [], iter(self.deep_mergers)
         for run in self.layer_runs:
@@ -123,15 +123,12 @@ class Tower(nnx.Module):
         return ImageFeatures(self.merger(x), tuple(deep))
 
 
-def frame_sizes(patches: Patches, merge_unit: int) -> Int[Array, "B P 2"]:
-    """Rows and columns of each patch's frame, in patches."""
-    # No frame has fewer patches than a merge unit; 0 is padding.
-    frames = patches.length // merge_unit + 1
-
-    def of_row(place: Int[Array, "P 2"], frame: Int[Array, "P"]) -> Int[Array, "P 2"]:
-        return jax.ops.segment_max(place, frame, num_segments=frames)[frame] + 1
-
-    return jax.vmap(of_row)(patches.place, patches.frame)
+def frame_sizes(patches: Patches) -> Int[Array, "B P 2"]:
+    """Rows and columns of each patch's frame, in patches. The last patch of a frame is that at its far corner."""
+    frame, P = patches.frame, patches.length
+    ends = jnp.pad(frame[:, 1:] != frame[:, :-1], ((0, 0), (0, 1)), constant_values=True)
+    last = jax.lax.cummin(jnp.where(ends, jnp.arange(P, dtype=jnp.int32), P), axis=1, reverse=True)
+    return jnp.take_along_axis(patches.place, last[..., None], axis=1) + 1
 
 
 def block_runs(depth: int, deep_blocks: tuple[int, ...], join: bool = True) -> list[tuple[int, int]]:

@@ -2,16 +2,16 @@
 
 from rave_jax.families.base import Family
 from rave_jax.families.position_table.pictures import timed_pictures
+from rave_jax.families.position_table.tensors import model_tensors
 from rave_jax.families.qwen3_vl.config import ARCHITECTURE, MODEL_TYPE, parse, render
 from rave_jax.families.qwen3_vl.small import SMALL
-from rave_jax.families.qwen3_vl.tensors import tensors
 
 FAMILY = Family(
     model_type=MODEL_TYPE,
     architecture=ARCHITECTURE,
     parse=parse,
     render=render,
-    tensors=tensors,
+    tensors=model_tensors,
     pictures=timed_pictures,
     tower="rave_jax.families.position_table.tower",
     small=SMALL,

@@ -72,7 +72,8 @@ def test_patches_stand_row_by_row_behind_the_class_token(directory: Path) -> Non
     cut, pixels = rules.cut_image(image), rules.resized(image)
     assert cut.grid == rules.image_grid(70, 56) == (1, 4, 4)
     assert cut.patches.length == rules.count_patches(cut.grid) == 17
-    np.testing.assert_array_equal(cut.order, np.arange(1, 17))
+    np.testing.assert_array_equal(cut.order, np.arange(16))
+    np.testing.assert_array_equal(cut.patches.source[:, 0], np.arange(1, 17))
     np.testing.assert_array_equal(cut.patches.place[[0, 1, 2, 16]], [[-1, -1], [0, 0], [0, 1], [3, 3]])
     assert not cut.patches.pixels[0].any()
     np.testing.assert_array_equal(cut.patches.pixels[7].reshape(3, 14, 14), pixels[14:28, 28:42].transpose(2, 0, 1))
@@ -89,8 +90,9 @@ def test_a_placeholder_becomes_the_tokens_of_a_picture(directory: Path, full: bo
     example = processor.encode(talk)
     visual = example.info.kind == Kind.VISUAL
     assert visual.sum() == (34 if full else 32)
-    first = np.arange(0 if full else 1, 17)
-    np.testing.assert_array_equal(example.visual_index[visual], np.concatenate([first, first + 17]))
+    np.testing.assert_array_equal(example.visual_index[visual], np.arange(visual.sum()))
+    chosen = np.concatenate([np.arange(1, 17), np.arange(18, 34)])
+    np.testing.assert_array_equal(example.patches.source.reshape(-1), [] if full else chosen)
     assert measure(processor, talk) == (len(example.tokens), example.patches.length) == (len(example.tokens), 34)
     assert processor.tokenizer.decode(example.tokens[:1]) == "<s>"
     np.testing.assert_array_equal(example.positions, np.tile(np.arange(len(example.tokens)), (3, 1)))

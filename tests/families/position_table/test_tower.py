@@ -45,7 +45,7 @@ def test_frames_have_their_own_sizes_and_their_own_table() -> None:
     rng = np.random.default_rng(0)
     docs = [document([Visual(1, 4, 10), 1, Visual(2, 8, 2, video=True), 1], CONFIG, rng) for _ in range(2)]
     rows = batch([docs, docs[::-1]], CONFIG, tokens=40, patches=160).patches
-    sizes = np.asarray(frame_sizes(rows, 4))[0, np.asarray(rows.frame[0]) > 0]
+    sizes = np.asarray(frame_sizes(rows))[0, np.asarray(rows.frame[0]) > 0]
     assert sizes.tolist() == ([[4, 10]] * 40 + [[8, 2]] * 32) * 2
     both = see(tower, rows)
     assert both.tokens.shape == (2, 40, 32) and len(both.deep) == 2

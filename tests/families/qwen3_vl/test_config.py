@@ -49,6 +49,17 @@ def test_the_8b_takes_the_published_bytes_and_keys(shared_data: Path) -> None:
     assert num_bytes(model) - 2 * head == embedding["metadata"]["total_size"] == 16_289_587_680
 
 
+@pytest.mark.parametrize(
+    ("config", "parameters", "tensors"),
+    [(presets.qwen3_vl_2b(), 2_127_532_032, 625), (presets.qwen3_vl_32b(), 33_357_390_064, 1058)],
+)
+def test_other_sizes_have_as_many_parameters_as_in_transformers(
+    config: VlmConfig, parameters: int, tensors: int
+) -> None:
+    assert count(abstract(config, ModelOptions())) == parameters
+    assert len(family_named("qwen3_vl").tensors(config)) == tensors
+
+
 @pytest.mark.parametrize("config", [presets.tiny(), presets.tiny(tie_embeddings=False), presets.qwen3_vl_2b()])
 def test_a_rendered_config_parses_to_itself(config: VlmConfig) -> None:
     """Beside the statistics of pixels, which are the processor's."""
