@@ -2,7 +2,7 @@
 
 `data` writes these with numpy and `attention` and `models` read them under jit, so they live below
 both, in plain NamedTuples: a NamedTuple is a jax pytree without importing jax, and loader workers can
-fork safely. A mechanism reads `TokenInfo` and nothing else about the prompt's layout.
+fork safely. A mechanism reads `TokenInfo` and nothing else about the prompt.
 """
 
 from __future__ import annotations

@@ -43,6 +43,7 @@ from rave_jax.attention.region_cache import check_decoding
 from rave_jax.attention.region_entries import RegionCache, empty_region_cache
 from rave_jax.attention.scores import pick
 from rave_jax.attention.sliding_window import SlidingWindow
+from rave_jax.attention.states import StoredStates
 from rave_jax.attention.text_positions import TextPositions
 from rave_jax.attention.var import Var
 from rave_jax.attention.zero_tuning import ZeroTuning
@@ -81,6 +82,7 @@ __all__ = [
     "RegionReach",
     "Score",
     "SlidingWindow",
+    "StoredStates",
     "TextPositions",
     "TopKSchedule",
     "Var",

@@ -101,7 +101,7 @@ class Cache(Protocol):
 
     @property
     def layer_runs(self) -> tuple[Any, ...]:
-        """`LayerKeys` of each layer run of the decoder."""
+        """`LayerKeys` of each layer run of the decoder, `StoredStates` of one without keys."""
         ...
 
     @property
@@ -123,7 +123,7 @@ class Cache(Protocol):
             info: codes of the tokens, padding on the right.
             region_offset: how many tokens of its region stand before each; None where no token is visual.
             empty_summaries: what the router of each run's layers summarises of R regions without a token
-                [L,1,R,K,...].
+                [L,1,R,K,...]; None of runs without keys.
         """
         ...
 

@@ -1,7 +1,8 @@
 """The key/value cache as a pytree that mechanisms extend, sharded by rule, in any of three number types.
 
 A row holds one document; entry s of it belongs to the document's s-th token. What a mechanism remembers of a key
-(RAVE's gate keys) lies beside k and v in the same entries, in the mechanism's own number type.
+(RAVE's gate keys) lies beside k and v in the same entries, in the mechanism's own number type. Layers without keys keep
+a state (`states.py`).
 
 Kv heads stand before entries: attention reads one head's entries as a matrix, and a TPU pads the last two axes of an
 array to its tiles, which few heads would fill badly.
@@ -18,6 +19,7 @@ import jax.numpy as jnp
 from rave_jax.attention.attend import AttentionOutput, attend
 from rave_jax.attention.base import Features, Keys, Mechanism
 from rave_jax.attention.cache import Admitted, Cache, CacheType, RegionReach
+from rave_jax.attention.states import StoredStates
 from rave_jax.batch import TokenInfo
 from rave_jax.kernels.attention import Implementation, MaskCodes
 from rave_jax.kernels.routed import HostRegions, host
@@ -73,17 +75,27 @@ class StoredKeys(NamedTuple):
         )
         return seen, stored
 
+    def taken(self, rows: Int[Array, "n"] | None, reach: int) -> StoredKeys:
+        """The first `reach` entries of some rows (for numbers beyond them, of the last), or of all."""
+        if rows is None:
+            return jax.tree.map(lambda x: jax.lax.slice_in_dim(x, 0, reach, axis=3), self)
+        return jax.tree.map(lambda x: x.at[:, rows, :, :reach].get(mode="clip"), self)
+
+    def placed(self) -> StoredKeys:
+        """The keys where the sharding rules want them."""
+        return jax.tree.map(place_keys, self)
+
 
 class KvCache(NamedTuple):
     """A cache without regions (`Cache`). Entries from `index` on hold leftovers that no query sees.
 
     Fields:
-        layer_runs: keys of all layers, by layer runs of the decoder.
+        layer_runs: keys or states of all layers, by layer runs of the decoder.
         info: token codes of the entries [B,S].
         index: each row's next free entry.
     """
 
-    layer_runs: tuple[StoredKeys, ...]
+    layer_runs: tuple[StoredKeys | StoredStates, ...]
     info: TokenInfo
     index: Int[Array, "B"]
 
@@ -131,16 +143,15 @@ class KvCache(NamedTuple):
         index = start + jnp.sum(info.document > 0, axis=1, dtype=jnp.int32)
         return Admitted(self._replace(info=held, index=index), start, held, own)
 
-    def with_layers(self, layer_runs: tuple[StoredKeys, ...]) -> KvCache:
+    def with_layers(self, layer_runs: tuple[StoredKeys | StoredStates, ...]) -> KvCache:
         """As `Cache` says."""
         return self._replace(layer_runs=layer_runs).placed()
 
     def take(self, rows: Int[Array, "n"] | None, reach: int, regions: RegionReach | None = None) -> KvCache:
         """As `Cache` says."""
+        layer_runs = tuple(kept.taken(rows, reach) for kept in self.layer_runs)
         if rows is None:
-            layer_runs = jax.tree.map(lambda x: jax.lax.slice_in_dim(x, 0, reach, axis=3), self.layer_runs)
             return KvCache(layer_runs, jax.tree.map(lambda x: x[:, :reach], self.info), self.index)
-        layer_runs = jax.tree.map(lambda x: x.at[:, rows, :, :reach].get(mode="clip"), self.layer_runs)
         info = jax.tree.map(lambda x: x.at[rows, :reach].get(mode="clip"), self.info)
         return KvCache(layer_runs, info, self.index.at[rows].get(mode="clip"))
 
@@ -164,7 +175,7 @@ class KvCache(NamedTuple):
 
     def placed(self) -> KvCache:
         """As `Cache` says."""
-        layer_runs = jax.tree.map(place_keys, self.layer_runs)
+        layer_runs = tuple(kept.placed() for kept in self.layer_runs)
         return KvCache(layer_runs, jax.tree.map(place_codes, self.info), shard(self.index, "batch"))
 
 
@@ -200,16 +211,17 @@ def of_host(x: Any) -> bool:
     return isinstance(x, HostRegions)
 
 
-def empty_cache(layer_runs: tuple[Keys, ...], kind: CacheType) -> KvCache:
+def empty_cache(layer_runs: tuple[Keys | StoredStates, ...], kind: CacheType) -> KvCache:
     """A cache with nothing in it, on the current mesh.
 
     Args:
-        layer_runs: shapes of the keys as the model computes them, [L,B,S,K,...] each.
+        layer_runs: shapes of the keys as the model computes them, [L,B,S,K,...] each, and of states, [L,B,...]. There
+            are keys in at least one.
         kind: number type of k and v: as computed, bfloat16, or int8 with a float32 scale per token and kv head.
     """
-    none = jnp.zeros(layer_runs[0].k.shape[1:2], jnp.int32)
-    stored = tuple(empty_keys(keys, kind) for keys in layer_runs)
-    return KvCache(stored, empty_codes(layer_runs[0]), none).placed()
+    stored = tuple(kept.empty() if isinstance(kept, StoredStates) else empty_keys(kept, kind) for kept in layer_runs)
+    codes = next(empty_codes(kept) for kept in layer_runs if isinstance(kept, Keys))
+    return KvCache(stored, codes, jnp.zeros_like(codes.document[:, 0])).placed()
 
 
 def zero_entries(x: jax.ShapeDtypeStruct, dtype: jnp.dtype | None = None) -> Array:

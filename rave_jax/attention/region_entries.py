@@ -17,6 +17,7 @@ from rave_jax.attention.base import Keys
 from rave_jax.attention.cache import Admitted, CacheType, RegionMemory, RegionReach
 from rave_jax.attention.kv_cache import (
     KvCache,
+    StoredKeys,
     empty_codes,
     empty_keys,
     entries_of,
@@ -29,6 +30,7 @@ from rave_jax.attention.kv_cache import (
     zero_entries,
 )
 from rave_jax.attention.region_cache import ChunkEntries, LayerRegions, StoredRegions, joined
+from rave_jax.attention.states import StoredStates
 from rave_jax.batch import TokenInfo
 from rave_jax.kernels.routed import HostRegions
 from rave_jax.parallel.sharding import shard
@@ -39,11 +41,11 @@ class RegionEntries(NamedTuple):
     """Visual keys region by region.
 
     Entry n * m + i of a row belongs to the i-th token of region n + 1; a region that a grid cuts short leaves its last
-    entries empty. `info` are the token codes of the entries [B,R*m], 0 where one is empty; `count` [B] are each row's
-    tokens in regions.
+    entries empty. A layer run without keys has None. `info` are the token codes of the entries [B,R*m], 0 where one is
+    empty; `count` [B] are each row's tokens in regions.
     """
 
-    layer_runs: tuple[StoredRegions, ...]
+    layer_runs: tuple[StoredRegions | None, ...]
     info: TokenInfo
     count: Int[Array, "B"]
 
@@ -64,7 +66,10 @@ class RegionEntries(NamedTuple):
 
             return jax.tree.map(of_rows, tree, is_leaf=of_host)
 
-        layer_runs = tuple(StoredRegions(first(entries, one.keys), first(most, one.summary)) for one in self.layer_runs)
+        layer_runs = tuple(
+            None if one is None else StoredRegions(first(entries, one.keys), first(most, one.summary))
+            for one in self.layer_runs
+        )
         codes = jax.tree.map(lambda x: x.at[rows, :entries].get(mode="clip"), self.info)
         return RegionEntries(layer_runs, codes, self.count.at[rows].get(mode="clip"))
 
@@ -127,10 +132,12 @@ class RegionCache:
         return self.regions.size // self.tokens
 
     @property
-    def layer_runs(self) -> tuple[LayerRegions, ...]:
+    def layer_runs(self) -> tuple[LayerRegions | StoredKeys | StoredStates, ...]:
         """As `Cache` says."""
         both = zip(self.beside.layer_runs, self.regions.layer_runs, strict=True)
-        return tuple(LayerRegions(*one) for one in both)
+        return tuple(
+            near if isinstance(near, StoredStates) or far is None else LayerRegions(near, far) for near, far in both
+        )
 
     @property
     def nbytes(self) -> int:
@@ -180,16 +187,17 @@ class RegionCache:
             codes = written(far.info, entries.far, jnp.broadcast_to(~fresh[:, None], (len(fresh), far.size)))
             count = far.count + jnp.sum(entries.far < far.size, axis=1, dtype=jnp.int32)
             layer_runs = tuple(
-                one._replace(summary=jax.tree.map(emptied, one.summary, none))
+                None if one is None else one._replace(summary=jax.tree.map(emptied, one.summary, none))
                 for one, none in zip(far.layer_runs, nothing, strict=True)
             )
             far = RegionEntries(layer_runs, codes, count)
         return replace(self, beside=self.beside._replace(info=held, index=index), regions=far)
 
-    def with_layers(self, layer_runs: tuple[LayerRegions, ...]) -> RegionCache:
+    def with_layers(self, layer_runs: tuple[LayerRegions | StoredKeys | StoredStates, ...]) -> RegionCache:
         """As `Cache` says."""
-        beside = self.beside._replace(layer_runs=tuple(both.near for both in layer_runs))
-        regions = self.regions._replace(layer_runs=tuple(both.far for both in layer_runs))
+        near = tuple(kept.near if isinstance(kept, LayerRegions) else kept for kept in layer_runs)
+        far = tuple(kept.far if isinstance(kept, LayerRegions) else None for kept in layer_runs)
+        beside, regions = self.beside._replace(layer_runs=near), self.regions._replace(layer_runs=far)
         return replace(self, beside=beside, regions=regions).placed()
 
     def take(self, rows: Int[Array, "n"] | None, reach: int, regions: RegionReach | None = None) -> RegionCache:
@@ -223,21 +231,24 @@ class RegionCache:
 
 
 def empty_region_cache(
-    beside: KvCache, regions: tuple[Keys, ...], kind: CacheType, tokens: int, memory: RegionMemory
+    beside: KvCache, regions: tuple[Keys | None, ...], kind: CacheType, tokens: int, memory: RegionMemory
 ) -> RegionCache:
     """A cache by regions with nothing in it, on the current mesh.
 
     Args:
         beside: an empty cache for what is in no region.
         regions: shapes of the keys of regions as the model computes them, [L,B,R*m,K,...] each, their summaries
-            [L,B,R,K,...].
+            [L,B,R,K,...]; None of runs without keys.
         kind: number type of k and v, as in `empty_cache`.
         tokens: m, entries of a region.
         memory: where keys and values of regions lie.
     """
     host_tokens = tokens if memory == "host" else None
-    kept = (
-        StoredRegions(empty_keys(one, kind, host_tokens), jax.tree.map(zero_entries, one.summary)) for one in regions
-    )
-    far = RegionEntries(tuple(kept), empty_codes(regions[0]), jnp.zeros_like(beside.index))
+
+    def empty(keys: Keys) -> StoredRegions:
+        return StoredRegions(empty_keys(keys, kind, host_tokens), jax.tree.map(zero_entries, keys.summary))
+
+    codes = next(empty_codes(keys) for keys in regions if keys is not None)
+    kept = tuple(None if keys is None else empty(keys) for keys in regions)
+    far = RegionEntries(kept, codes, jnp.zeros_like(beside.index))
     return RegionCache(beside, far, tokens).placed()

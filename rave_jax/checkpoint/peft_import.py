@@ -142,7 +142,9 @@ class PeftAdapter:
                 if target.startswith(stack):
                     for n in range(layers):
                         for part in ("down", "up"):
-                            layer_of(f"{stack}.layers.{n}.{target.removeprefix(stack + '.')}.adapter.{part}", kind)
+                            name = f"{stack}.layers.{n}.{target.removeprefix(stack + '.')}.adapter.{part}"
+                            if name in known:  # not every kind of layer has the linear
+                                layer_of(name, kind)
         for rule, a, b, scale in self.linears:
             name = f"{rule.stack}.layers.{rule.layer}.{rule.path.removesuffix('.weight')}.adapter"
             down, up = layer_of(f"{name}.down", kind), layer_of(f"{name}.up", kind)

@@ -118,6 +118,8 @@ def _by_canonical_key(weights: Weights, model: Vlm, problems: list[str]) -> dict
     found: dict[str, Stored] = {}
     for key, stored in weights.tensors.items():
         name = family.canonical_key(key)
+        if name.startswith(family.unread):
+            continue
         if name in found:
             problems.append(
                 f"{key} ({stored.file.name}): the same parameter as {found[name].key} ({found[name].file.name})"

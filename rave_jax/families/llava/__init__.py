@@ -2,6 +2,7 @@
 
 from rave_jax.families.base import Family
 from rave_jax.families.llava.config import ARCHITECTURE, MODEL_TYPE, parse, render
+from rave_jax.families.llava.original import ORIGINAL
 from rave_jax.families.llava.pictures import pictures
 from rave_jax.families.llava.small import SMALL
 from rave_jax.families.llava.tensors import tensors
@@ -18,4 +19,5 @@ FAMILY = Family(
     small=SMALL,
     prefixes=STYLES[0],
     more_prefixes=STYLES[1:],
+    original=ORIGINAL,
 )
