@@ -28,6 +28,7 @@ FOLDERS = (
     "llava",
     "llava_onevision",
     "internvl",
+    "smolvlm",
 )
 """Where they are, in this folder. Small random models are of the first one if none is named."""
 
