@@ -217,7 +217,7 @@ class ChatTemplate:
             try:
                 rendered = self._rendered(marked.views, asks)
             except SampleError:
-                continue  # it refuses what the marks make of a text
+                continue  # the template refuses a text that has marks in it
             scanned = scan(rendered.text, marked, self._words)
             if scanned.written == plain:
                 answers = [(scanned.in_text(start), scanned.in_text(stop)) for start, stop in rendered.answers]

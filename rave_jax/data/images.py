@@ -1,6 +1,6 @@
 """Pictures read from files and memory, as upright RGB. What becomes of them is a family's (`families/pictures.py`).
 
-What transformers does and we do alike:
+As transformers does:
 - A file or its bytes are turned upright by their EXIF orientation (as its `load_image` does for a path in a chat
   message); a PIL image or an array is taken as it is.
 - Transparency is laid over white (as its processor does with a PIL picture; its `load_image` would drop it), every

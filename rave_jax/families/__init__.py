@@ -22,10 +22,13 @@ FOLDERS = (
     "qwen3",
     "qwen3_moe",
     "qwen3_vl",
+    "qwen3_5",
+    "qwen3_5_text",
     "qwen3_vl_moe",
     "llava",
     "llava_onevision",
     "internvl",
+    "smolvlm",
 )
 """Where they are, in this folder. Small random models are of the first one if none is named."""
 

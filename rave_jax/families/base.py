@@ -136,6 +136,9 @@ class Family:
     """The same of further styles."""
     original: Original | None = None
     """How checkpoints in the layout of the model's authors become HuggingFace's; None: there is no other layout."""
+    unread: tuple[str, ...] = ()
+    """Beginnings of keys of tensors that a checkpoint may hold and that are no part of the model: they are not read,
+    and not exported."""
 
     def load_tower(self) -> Callable[..., Any]:
         """Its class of towers (`models.tower.Tower`).

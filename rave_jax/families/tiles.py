@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -20,12 +20,28 @@ from rave_jax.families.pictures import CutPicture
 from rave_jax.typing import Int, NpArray, UInt8
 
 
+class TileGrid(tuple[int, int, int]):
+    """The merged grid of a picture in tiles, a frame for each, that knows how its tiles stand.
+
+    Attributes:
+        tiles: rows and columns of tiles. The grid has one frame more where the whole picture follows them.
+    """
+
+    tiles: tuple[int, int]
+
+    def __new__(cls, tiles: tuple[int, int], whole: bool, side: int) -> Self:
+        """The grid of tiles of `side` x `side` visual tokens, with the whole picture or without."""
+        grid = super().__new__(cls, (tiles[0] * tiles[1] + whole, side, side))
+        grid.tiles = tiles
+        return grid
+
+
 @dataclass(frozen=True)
 class TileTowerConfig(TowerConfig):
     """A tower that reads tiles of one size. A family adds the fields of its own tower in a subclass."""
 
     image_size: int = 56
-    """Side of a tile in pixels."""
+    """Side of a tile in pixels. What is over at its edges, when patches do not fill it, is cut off."""
     merge_size: int = 2
     """Side, in patches, of the square that becomes one visual token (pixel shuffle)."""
 
@@ -34,9 +50,9 @@ class TileTowerConfig(TowerConfig):
         within(self, {"image_size": MAX_WIDTH, "merge_size": MAX_SIDE})
         divides = self.hidden_size % self.num_heads == 0
         require(divides, "hidden_size", self.hidden_size, f"a multiple of num_heads {self.num_heads}")
-        unit = self.patch_size * self.merge_size
-        whole = self.image_size % unit == 0
-        require(whole, "image_size", self.image_size, f"a multiple of {unit}: patch_size times merge_size")
+        whole = self.side > 0 and self.side % self.merge_size == 0
+        expected = f"whole merge units of {self.merge_size} patches of {self.patch_size} pixels"
+        require(whole, "image_size", self.image_size, expected)
 
     @property
     def patch_width(self) -> int:
@@ -77,7 +93,8 @@ def tile_places(side: int, merge: int) -> Int[NpArray, "S 2"]:
 def cut_tiles(tiles: Sequence[UInt8[NpArray, "H W 3"]], vision: TileTowerConfig) -> CutPicture:
     """Patches of tiles of `image_size`, one after another; the merged grid has a frame for each."""
     p, merge, units, count = vision.patch_size, vision.merge_size, vision.token_side, len(tiles)
-    squares = np.stack(tiles).reshape(count, units, merge, p, units, merge, p, vision.in_channels)
+    whole = np.stack(tiles)[:, : vision.side * p, : vision.side * p]
+    squares = whole.reshape(count, units, merge, p, units, merge, p, vision.in_channels)
     pixels: Any = np.ascontiguousarray(squares.transpose(0, 1, 4, 2, 5, 7, 3, 6)).reshape(-1, vision.patch_width)
     frame: Any = np.repeat(np.arange(1, count + 1, dtype=np.int32), vision.side**2)
     place: Any = np.tile(tile_places(vision.side, merge), (count, 1))

@@ -149,6 +149,7 @@ def _base(source: Path, directory: Path, origin: Origin | None) -> Path:
     """
     if origin is not None and origin.base:
         return Path(origin.base).expanduser()
-    if not native.is_native(source) and has_weights(directory):  # of a run that started by itself, or as it lies here
+    # Of a run that began with random weights, or a HuggingFace directory.
+    if not native.is_native(source) and has_weights(directory):
         return directory
     raise CheckpointError(f"{source}: does not name the base model of its adapter: give its directory (--base)")
