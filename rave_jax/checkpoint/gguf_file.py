@@ -61,7 +61,10 @@ def open_gguf(path: Path) -> GgufFile:
         metadata = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("GGUF.")}
         found = list(reader.tensors)
     except (ValueError, KeyError, IndexError, OSError, UnicodeDecodeError, TypeError) as error:
-        raise CheckpointError(f"{path}: cannot be read: {error}") from error
+        raise CheckpointError(f"{path}: is truncated or damaged ({error}): download it again") from error
+
+    if isinstance(parts := metadata.get("split.count"), int) and parts > 1:
+        raise CheckpointError(f"{path}: is one of {parts} parts: join them into one file first")
 
     def data(tensor: Any) -> GgufData:
         def read() -> NpArray:

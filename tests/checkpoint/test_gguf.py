@@ -250,6 +250,9 @@ def test_quantized_tensors_are_dequantized(tmp_path: Path) -> None:
         "half": ((6, 64), "F16"),
         "eight": ((6, 64), "Q8_0"),
     }
+    (tmp_path / "cut.gguf").write_bytes(file.read_bytes()[:-900])
+    with pytest.raises(CheckpointError, match=r"cut\.gguf: is truncated or damaged"):
+        open_gguf(tmp_path / "cut.gguf")
     np.testing.assert_array_equal(found.tensors["exact"].read(), x)
     np.testing.assert_array_equal(found.tensors["half"].read(), x.astype(np.float16).astype(np.float32))
     np.testing.assert_allclose(found.tensors["eight"].read(), x, atol=np.abs(x).max() / 127)
