@@ -37,15 +37,15 @@ def within(config: object, limits: dict[str, int], least: int = 1) -> None:
 class DeltaConfig:
     """Layers of the gated delta rule (arXiv 2412.06464) in place of attention."""
 
-    layers: tuple[int, ...]
+    layers: tuple[int, ...] = (0,)
     """Decoder layers that have it, in order; the others attend."""
-    key_heads: int
+    key_heads: int = 2
     """Heads of queries and keys."""
-    value_heads: int
+    value_heads: int = 4
     """Heads of values, a multiple of key_heads."""
-    key_dim: int
+    key_dim: int = 16
     """Width of a query and of a key of one head."""
-    value_dim: int
+    value_dim: int = 16
     """Width of a value of one head."""
     conv_width: int = 4
     """Tokens that the causal convolution before the rule sums over, the token itself among them."""

@@ -10,6 +10,8 @@ front of the shape given here; biases exist where the family has them):
     decoder.layer_runs.{s}.layers.attention.output.weight [D,H,h]
     decoder.layer_runs.{s}.layers.attention.{query_norm,key_norm}.weight [h]      with q/k norm
     decoder.layer_runs.{s}.layers.mlp.{gate,up}.weight [F,D]   mlp.down.weight [D,F]
+    decoder.layer_runs.{s}.layers.mlp.router.weight [E,D]                         with experts, and then
+    decoder.layer_runs.{s}.layers.mlp.{gate,up}.weight [E,F,D]   mlp.down.weight [E,D,F]
     decoder.layer_runs.{s}.layers.{attention_norm,mlp_norm}.weight [D]
     decoder.layer_runs.{s}.layers.attention.query.weight [H,2,h,D]                with an output gate
     decoder.layer_runs.{s}.layers.delta.qkv.weight [C,D]   delta.conv [C,taps]    with the gated delta rule; C channels
