@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import inspect
 import json
@@ -15,6 +16,7 @@ import jax
 import pytest
 
 from rave_jax import families
+from rave_jax.checkpoint.tiny import Tiny, tiny_config
 from rave_jax.config import ConfigError
 from rave_jax.families.config import TextConfig, VlmConfig
 from rave_jax.models.config import ModelOptions
@@ -48,6 +50,18 @@ def test_its_tensors_are_the_parameters_of_its_model(family: families.Family) ->
     model = jax.eval_shape(lambda: Vlm(config, ModelOptions(), key=jax.random.key(0)))
     rules = family.tensors(config)
     assert {locate(model, rule)[0] for rule in rules} == set(named_parameters(model))
+
+
+def test_small_models_of_it_are_made(family: families.Family) -> None:
+    config = tiny_config(Tiny(family="toy"))
+    assert config.family == "toy" and family.parse(json.loads(json.dumps(family.render(config)))) == config
+
+
+def test_the_table_of_the_record_has_all_fields() -> None:
+    table = PAGE[PAGE.index("## The record") : PAGE.index("## A text family")]
+    cells = re.findall(r"^\| (`.*?) \|", table, re.MULTILINE)
+    named = {name for cell in cells for name in re.findall(r"`(\w+)`", cell)}
+    assert named == {field.name for field in dataclasses.fields(families.Family)}
 
 
 def test_its_table_has_every_family_and_the_parameters_of_every_preset() -> None:
