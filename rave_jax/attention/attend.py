@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from rave_jax.attention.base import Features, KeyFactor, Keys, Mechanism, Parts, overrides
 from rave_jax.attention.merge import log_weights, merged, partition_of, parts_of, with_factor
-from rave_jax.attention.probe import attention_of, choice_of_queries, chosen_regions
+from rave_jax.attention.queries import attention_of, choice_of_queries, chosen_regions
 from rave_jax.attention.scores import Scores, scores_of
 from rave_jax.batch import TokenInfo
 from rave_jax.kernels import attention as attention_kernels

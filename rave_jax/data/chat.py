@@ -23,7 +23,7 @@ from rave_jax.data.literal import Encoded, LiteralTokenizer
 from rave_jax.data.marks import Marked, Scanned, View, mark, scan, texts_of
 from rave_jax.data.sample import Message, SampleError
 from rave_jax.data.template import Rendered, Template
-from rave_jax.data.turns import Probe, find_turns, learn_turns
+from rave_jax.data.turns import Trial, find_turns, learn_turns
 from rave_jax.files import read_text
 from rave_jax.typing import NpArray
 
@@ -140,7 +140,7 @@ class ChatTemplate:
                 self._forms[role] = self._form(role)
             # Where answers are marked, they are known without a token at their end.
             marked = self._jinja.marks_answers and tokenizer.eos_token_id is not None
-            self._turns = learn_turns(self._probe, self._words.ids.__contains__, ends=not marked)
+            self._turns = learn_turns(self._trial, self._words.ids.__contains__, ends=not marked)
             self._marks_answers = bool(self._jinja.render(self._talk(["user", "assistant"])).answers)
         except SampleError as error:
             raise ConfigError(str(error)) from error
@@ -256,7 +256,7 @@ class ChatTemplate:
         for form in ((True, False), (False, True)):
             self._forms[role] = form
             try:
-                self._probe(roles, False)
+                self._trial(roles, False)
                 taken.append(True)
             except SampleError as error:
                 taken.append(False)
@@ -269,7 +269,7 @@ class ChatTemplate:
     def _talk(self, roles: Sequence[str]) -> list[View]:
         return [self._in_form({"role": role, "content": "a"}) for role in roles]
 
-    def _probe(self, roles: Sequence[str], asks: bool) -> Probe:
+    def _trial(self, roles: Sequence[str], asks: bool) -> Trial:
         """A short conversation, every text of it found."""
         views = self._talk(roles)
         marked = mark(views, self._words, literal=False)
@@ -281,7 +281,7 @@ class ChatTemplate:
                 times = "leaves out" if not all(places) else "repeats"
                 raise SampleError(f"the chat template {times} the text of a message (message {number}, {role})")
             contents.append((places[0][0], places[1][0]))
-        return Probe(scanned.text, contents)
+        return Trial(scanned.text, contents)
 
 
 def _run(message: Message, ids: list[int], learn: tuple[int, int]) -> Run:

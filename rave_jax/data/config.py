@@ -11,6 +11,7 @@ from rave_jax.data.chat import SpecialTokens
 from rave_jax.data.processor import Processor
 from rave_jax.data.sample import SampleError, Source
 from rave_jax.data.sources import SourceConfig, Synthetic
+from rave_jax.families.config import VlmConfig
 from rave_jax.layout import VisualLayout
 
 MOST_ROWS, MOST_TOKENS, MOST_PATCHES, MOST_PIXELS = 2**20, 2**22, 2**24, 2**28
@@ -98,11 +99,11 @@ class DataConfig:
             in_batch = f"{name} of a whole batch: rows {self.rows} times {name} {most}"
             require(self.rows * most <= MOST_IN_BATCH, in_batch, self.rows * most, f"at most {MOST_IN_BATCH}")
 
-    def open_sources(self, probe: int = 8) -> tuple[Source, ...]:
+    def open_sources(self, readable_among: int = 8) -> tuple[Source, ...]:
         """The sources, each with at least one sample.
 
         Args:
-            probe: first samples of a source of which at least one has to be readable; 0 for none.
+            readable_among: first samples of a source of which at least one has to be readable; 0 for none.
 
         Raises:
             ConfigError: one cannot be opened or is empty, or none of its first samples can be read.
@@ -114,7 +115,7 @@ class DataConfig:
             except ConfigError as error:
                 raise ConfigError(f"data.sources.{number}: {error}") from error
             require(len(source) > 0, f"data.sources.{number} ({source.name})", len(source), "at least one sample")
-            _probe(source, probe, f"data.sources.{number} ({source.name})")
+            _check_readable(source, readable_among, f"data.sources.{number} ({source.name})")
             opened.append(source)
         return tuple(opened)
 
@@ -123,7 +124,7 @@ class DataConfig:
         return Processor.from_hf(directory, self.min_pixels, self.max_pixels, layout, self.special_tokens_in_text)
 
 
-def _probe(source: Source, most: int, field: str) -> None:
+def _check_readable(source: Source, most: int, field: str) -> None:
     """Raise ConfigError where none of the first samples can be read: then the file is not of this kind."""
     errors: list[SampleError] = []
     for index in range(min(most, len(source))):
@@ -134,3 +135,33 @@ def _probe(source: Source, most: int, field: str) -> None:
             errors.append(error)
     if errors:
         raise ConfigError(f"{field}: none of its first {len(errors)} samples can be read; the first: {errors[0]}")
+
+
+def check_takes(model: VlmConfig, source: Source, field: str, most: int = 8) -> None:
+    """Refuse samples with pictures for a text model before the first step; each would be skipped.
+
+    Args:
+        model: what the model is.
+        source: the samples.
+        field: names the source in the message.
+        most: first samples that are looked at. Where one of them can be used, others may have pictures.
+
+    Raises:
+        ConfigError: all of them have pictures, or cannot be read, and the model has no tower.
+    """
+    if model.vision is not None:
+        return
+    pictures = False
+    for index in range(min(most, len(source))):
+        try:
+            found = source[index].has_visuals
+        except SampleError:
+            continue
+        if not found:
+            return
+        pictures = True
+    if pictures:
+        raise ConfigError(
+            f"{field} ({source.name}): its samples have pictures, but {model.family} is a text model; choose a source "
+            "of texts, or a model with pictures (init)"
+        )

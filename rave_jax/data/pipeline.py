@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from rave_jax.batch import Batch
 from rave_jax.config import ConfigError, require
 from rave_jax.data.collate import BatchShape, collate, round_up
-from rave_jax.data.config import DataConfig, Stage
+from rave_jax.data.config import DataConfig, Stage, check_takes
 from rave_jax.data.loading import Loader
 from rave_jax.data.order import Order
 from rave_jax.data.plan import EqualRows, RowPlan
@@ -45,7 +45,8 @@ class Pipeline:
         plan: which draws stand in which row; None for equal parts of `documents_per_row` samples.
 
     Raises:
-        ConfigError: a source cannot be opened or is empty, or `equal_rows` refuses the config.
+        ConfigError: a source cannot be opened, is empty or has pictures for a text model, or `equal_rows` refuses the
+            config.
     """
 
     def __init__(
@@ -58,6 +59,8 @@ class Pipeline:
         self.config = config
         self.processor = processor
         self.sources: tuple[Source, ...] = config.open_sources() if sources is None else tuple(sources)
+        for number, source in enumerate(self.sources):
+            check_takes(processor.rules.config, source, f"data.sources.{number}")
         self.plan: RowPlan = equal_rows(config, processor) if plan is None else plan
         equal = (1.0,) * len(self.sources)
         stages = [(self.plan.first_draw(stage.step), stage.weights or equal) for stage in config.stages]

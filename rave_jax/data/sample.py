@@ -106,6 +106,12 @@ class Sample:
         parts = (part for m in self.messages if not isinstance(m["content"], str) for part in m["content"])
         return tuple(part["image"] for part in parts if part["type"] == "image")
 
+    @property
+    def has_visuals(self) -> bool:
+        """Has the conversation pictures or videos?"""
+        parts = (part for m in self.messages if not isinstance(m["content"], str) for part in m["content"])
+        return any(part["type"] != "text" for part in parts)
+
 
 def message_text(message: Message) -> str:
     """The text of a message, its pictures left out."""

@@ -57,7 +57,7 @@ class Spans(NamedTuple):
     learn: list[tuple[int, int]]
 
 
-class Probe(NamedTuple):
+class Trial(NamedTuple):
     """A short conversation as rendered.
 
     Fields:
@@ -75,12 +75,12 @@ class Probe(NamedTuple):
 
 
 def learn_turns(
-    probe: Callable[[Sequence[str], bool], Probe], is_special: Callable[[str], bool], ends: bool = True
+    trial: Callable[[Sequence[str], bool], Trial], is_special: Callable[[str], bool], ends: bool = True
 ) -> Turns:
     """What a template writes around messages.
 
     Args:
-        probe: renders a conversation of these roles, with or without a generation prompt.
+        trial: renders a conversation of these roles, with or without a generation prompt.
         is_special: does a character stand for a special token?
         ends: do answers have to end with a special token?
 
@@ -90,11 +90,11 @@ def learn_turns(
         SampleError: the template refuses a conversation of user and assistant.
     """
     user, assistant = "user", "assistant"
-    asked = probe([user], True).gap(0)
-    answered, followed = probe([user, assistant], False), probe([user, assistant, user], False)
-    twice = probe([user, assistant, user, assistant], False)
+    asked = trial([user], True).gap(0)
+    answered, followed = trial([user, assistant], False), trial([user, assistant, user], False)
+    twice = trial([user, assistant, user, assistant], False)
     footers = {
-        user: common_start(twice.gap(0), probe([user], False).gap(0)),
+        user: common_start(twice.gap(0), trial([user], False).gap(0)),
         assistant: common_start(answered.gap(1), followed.gap(1)),
     }
     if not asked.startswith(footers[user]):
@@ -118,7 +118,7 @@ def learn_turns(
     before = answered.text[: answered.contents[0][0]]
     preamble = before[: len(before) - len(common_end(before, opening))]
     try:
-        system = probe(["system", user], False).gap(0)
+        system = trial(["system", user], False).gap(0)
         footers["system"] = system.removesuffix(opening)
     except SampleError:
         pass  # conversations with a system message are refused one by one, as the template says

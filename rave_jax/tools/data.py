@@ -64,7 +64,7 @@ def look_at_data(arguments: argparse.Namespace) -> int:
     flags, words = parser.parse_known_args(arguments.words)
     every = arguments.every or flags.every
     config = load_command_line(TrainConfig, words, "rave-jax data")
-    sources = config.data.open_sources(probe=0)
+    sources = config.data.open_sources(readable_among=0)
     with _processor(config) as processor:
         found = [survey(source, processor, flags.samples) for source in sources]
     console = Console(width=shutil.get_terminal_size().columns if sys.stdout.isatty() else NARROW, highlight=False)

@@ -97,13 +97,13 @@ class TrainConfig:
 
     def _check_evaluations(self) -> None:
         """Those that are run between steps have their time, and a folder each."""
-        names = [stage.name for stage in self.final if isinstance(stage, Eval)]
-        for number, stage in enumerate(self.final):
-            if isinstance(stage, Eval) and stage.every is not None:
+        names = [part.name for part in self.final if isinstance(part, Eval)]
+        for number, part in enumerate(self.final):
+            if isinstance(part, Eval) and part.every is not None:
                 within = f"at most the run's {self.steps} steps, or None for the last step alone"
-                require(stage.every <= self.steps, f"final.{number}.every", stage.every, within)
+                require(part.every <= self.steps, f"final.{number}.every", part.every, within)
                 alone = "a name that no other evaluation of the run has, since `every` is set"
-                require(names.count(stage.name) == 1, f"final.{number}.name", stage.name, alone)
+                require(names.count(part.name) == 1, f"final.{number}.name", part.name, alone)
 
 
 def check_same_run(old: TrainConfig, new: TrainConfig, directory: str) -> None:

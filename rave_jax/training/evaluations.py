@@ -76,13 +76,13 @@ class Evaluations:
         self._summaries: dict[str, Summary] = {}
         self._said: set[str] = set()
         self._after_step: int | None = None
-        for number, stage in enumerate(config.final):
-            if isinstance(stage, Eval) and stage.every is not None:
-                with _named(number):
-                    subject = subject_of(stage, model, processor, mesh)
-                    _check_fits(stage, sources[number], subject)
-                evaluation = Evaluation(stage, sources[number], subject)
-                self._items.append(_Periodic(number, stage, evaluation, subject))
+        for number, part in enumerate(config.final):
+            if isinstance(part, Eval) and part.every is not None:
+                with part_named(number):
+                    subject = subject_of(part, model, processor, mesh)
+                    _check_fits(part, sources[number], subject)
+                evaluation = Evaluation(part, sources[number], subject)
+                self._items.append(_Periodic(number, part, evaluation, subject))
 
     def continue_after(self, step: int) -> None:
         """The job continues a run. Without this no result that is in the directory is the run's.
@@ -188,8 +188,8 @@ class Evaluations:
 
     def _identity(self, item: _Periodic, step: int) -> dict[str, Any]:
         """What a result depends on, beside the numbers that no run changes when it continues."""
-        stage = configs.without_folders(configs.to_json(item.config))
-        return {"step": step, "steps": self._steps, "eval": {k: v for k, v in stage.items() if k != "every"}}
+        part = configs.without_folders(configs.to_json(item.config))
+        return {"step": step, "steps": self._steps, "eval": {k: v for k, v in part.items() if k != "every"}}
 
     def _complete(self, item: _Periodic, step: int) -> Values | None:
         """The values of a result that is there and is this run's; None where it is to be made."""
@@ -223,7 +223,8 @@ def _check_fits(config: Eval, source: Source, subject: ModelSubject) -> None:
 
 
 @contextlib.contextmanager
-def _named(number: int) -> Generator[None]:
+def part_named(number: int) -> Generator[None]:
+    """What is refused names the part of the config's `final` that it belongs to."""
     try:
         yield
     except ConfigError as error:

@@ -18,6 +18,7 @@ from rave_jax.checkpoint.store import Store, StoreError, check_room, local_bytes
 from rave_jax.checkpoint.target import abstract_model
 from rave_jax.checkpoint.tiny import Tiny
 from rave_jax.config import ConfigError
+from rave_jax.data.config import check_takes
 from rave_jax.data.pipeline import Pipeline
 from rave_jax.data.processor import Processor
 from rave_jax.data.sample import Source
@@ -25,7 +26,7 @@ from rave_jax.evaluation.config import Eval, Report
 from rave_jax.evaluation.report import write_report
 from rave_jax.evaluation.suites import evaluate, open_checked
 from rave_jax.evaluation.summary import print_summary
-from rave_jax.families.config import TextConfig
+from rave_jax.families.config import VlmConfig
 from rave_jax.models.vlm import Vlm
 from rave_jax.observe.metrics import JsonlWriter, MetricsWriter, TensorBoardWriter
 from rave_jax.observe.progress import ProgressReport
@@ -39,7 +40,7 @@ from rave_jax.parallel.watchdog import Watchdog
 from rave_jax.training.claim import Claim, claimed
 from rave_jax.training.config import TrainConfig, check_can_be_read_again
 from rave_jax.training.directory import RunDirectory, run_directory
-from rave_jax.training.evaluations import Evaluations
+from rave_jax.training.evaluations import Evaluations, part_named
 from rave_jax.training.feed import Ahead
 from rave_jax.training.footprint import least_activations, least_spread
 from rave_jax.training.init import model_config, source_of
@@ -95,7 +96,7 @@ def _run(config: TrainConfig, watchdog: Watchdog, stop: StopRequest) -> None:
     with use_mesh(mesh), claimed(directory, config) as claim:
         vlm = model_config(config.init, claim.model)
         with watchdog.during("the data of evaluations to open", Watchdog.LONG):
-            sampled = _check_final(config, vlm.text)
+            sampled = _check_final(config, vlm)
         model = abstract_model(vlm, config.model)
         session = make_session(
             model,
@@ -137,15 +138,14 @@ def _run(config: TrainConfig, watchdog: Watchdog, stop: StopRequest) -> None:
                 raise StoreError(f"training is done and saved, but the evaluation or report failed: {error}") from error
 
 
-def _check_final(config: TrainConfig, text: TextConfig) -> dict[int, Source]:
+def _check_final(config: TrainConfig, model: VlmConfig) -> dict[int, Source]:
     """What follows the last step is known to be possible before the first; the samples of evaluations by place."""
     sources = {}
-    for number, stage in enumerate(config.final):
-        if isinstance(stage, Eval):
-            try:
-                sources[number] = open_checked(stage, text)
-            except ConfigError as error:
-                raise ConfigError(f"final.{number}: {error}") from error
+    for number, part in enumerate(config.final):
+        if isinstance(part, Eval):
+            with part_named(number):
+                sources[number] = open_checked(part, model.text)
+                check_takes(model, sources[number], "data")
     return sources
 
 
@@ -248,22 +248,22 @@ def finish(
 ) -> None:
     """What is done after the last step."""
     console = Console()
-    for number, stage in enumerate(config.final):
-        match stage:
+    for number, part in enumerate(config.final):
+        match part:
             case Eval():
-                out = directory.evaluation(stage.name)
+                out = directory.evaluation(part.name)
                 if evaluations.handles(number):
                     summary = evaluations.last(number)
                 else:
-                    summary = evaluate(stage, model, processor, mesh, out)
+                    summary = evaluate(part, model, processor, mesh, out)
                 if hosts.is_first() and summary is not None:
                     print_summary(summary, console)
                 elif hosts.is_first():
-                    console.print(f"evaluation {stage.name} was run before: {out / 'summary.json'}", soft_wrap=True)
+                    console.print(f"evaluation {part.name} was run before: {out / 'summary.json'}", soft_wrap=True)
             case Report():
                 if hosts.is_first():
-                    console.print(f"report: {write_report(stage, directory.path)}", soft_wrap=True)
-        hosts.barrier(f"final {type(stage).__name__}", config.hosts)
+                    console.print(f"report: {write_report(part, directory.path)}", soft_wrap=True)
+        hosts.barrier(f"final {type(part).__name__}", config.hosts)
 
 
 def load_run(path: str | Path, mesh: MeshConfig | Mesh | None = None, step: int | None = None) -> LoadedRun:

@@ -22,6 +22,7 @@ from rave_jax.data.pipeline import Pipeline
 from rave_jax.data.processor import Processor
 from rave_jax.data.sample import EmptyAnswer, ImageError, OverBudget, SampleError
 from rave_jax.data.sources import QaJsonl, Synthetic
+from tests.data.conftest import TEXT_ALONE
 
 BROKEN = {"broken image", "empty answer", "over budget"}
 
@@ -179,6 +180,16 @@ def test_a_source_of_which_nothing_can_be_read_is_refused_at_once(qa_folder: Pat
         Pipeline(data(qa_folder), processor)
     (qa_folder / "qa.jsonl").write_text('{"text": "Q"}\n' * 7 + good)
     Pipeline(data(qa_folder), processor).rows(0, 0, 6)
+
+
+def test_pictures_for_a_text_model_are_refused_at_once(qa_folder: Path, processor: Processor) -> None:
+    text = Processor(processor.tokenizer, TEXT_ALONE, processor.chat._template)
+    says = r"data\.sources\.0 \(.*\): its samples have pictures, but \w+ is a text model; choose a source of texts"
+    with pytest.raises(ConfigError, match=says):
+        Pipeline(data(qa_folder, patches=0), text)
+    lines = (qa_folder / "qa.jsonl").read_text()
+    (qa_folder / "qa.jsonl").write_text('{"question": "one", "answers": ["two"]}\n' + lines)
+    Pipeline(data(qa_folder, patches=0), text)
 
 
 def test_too_many_skips_say_what_they_were(qa_folder: Path, processor: Processor) -> None:
