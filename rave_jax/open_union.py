@@ -165,7 +165,9 @@ def _of_package(cls: type) -> bool:
 def _of_file(file: Path, inner: str, name: str) -> Any:
     if not file.is_absolute():
         # Else a config from somebody else could name a file that came with it.
-        raise NotFound(f"{file} is not an absolute path")
+        raise NotFound(
+            f"{file} is not an absolute path: write /FOLDER/{file.name}:{inner}, with the whole path of the file"
+        )
     if os.path.isfile(file):
         try:
             module = run_file(file)

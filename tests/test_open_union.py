@@ -128,7 +128,7 @@ def test_two_files_of_one_name_are_two(file: Path, tmp_path: Path) -> None:
         ("own_lab.no:Mine", "there is no module own_lab.no, which defined the class Mine"),
         ("json:Mine", "json defines no class Mine"),
         ("json:JSONDecoder", "it is no MechanismConfig"),
-        ("./FILE.txt.py:Mine", r"FILE.txt.py is not an absolute path"),
+        ("./FILE.txt.py:Mine", r"FILE.txt.py is not an absolute path: write /FOLDER/\S+.py:Mine, with the whole path"),
         ("BROKEN.py:Mine", r"BROKEN.py:2: ZeroDivisionError: division by zero"),
         (":", "expected the name of a known class, or MODULE:CLASS or FILE.py:CLASS"),
     ],

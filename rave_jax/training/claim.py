@@ -20,7 +20,7 @@ from rave_jax.parallel import agree, hosts
 from rave_jax.parallel.shared_disk import check_shared
 from rave_jax.training.config import TrainConfig, extension
 from rave_jax.training.directory import RunDirectory
-from rave_jax.training.init import prepare, write_small_files
+from rave_jax.training.init import FromHF, prepare, write_small_files
 from rave_jax.training.lock import only_job
 
 
@@ -33,6 +33,7 @@ class Claim:
         self._made: list[Path] = []
         self._there: set[str] = set()
         self._text: str | None = None
+        self._copied: Path | None = None
         place = next(path for path in (directory.path, *directory.path.parents) if path.is_dir())
         with _written(directory):
             check_shared(place, "output_dir" if place == directory.path else "the folder of output_dir", config.hosts)
@@ -68,7 +69,14 @@ class Claim:
         folder = Path(self._held.enter_context(tempfile.TemporaryDirectory(prefix="rave_jax-")))
         with _written(self._directory):
             write_small_files(self._config.init, folder)
+        self._copied = folder
         return folder
+
+    def name_source(self, error: ConfigError) -> None:
+        """Let an error about a copied file name the directory that the user gave, not the copy."""
+        init = self._config.init
+        if self._copied is not None and isinstance(init, FromHF):
+            error.args = (str(error).replace(str(self._copied), str(Path(init.path).expanduser())),)
 
     @property
     def text(self) -> str:
@@ -149,7 +157,9 @@ def claimed(directory: RunDirectory, config: TrainConfig) -> Generator[Claim]:
         claim = Claim(directory, config, held)
         try:
             yield claim
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, ConfigError):
+                claim.name_source(error)
             claim.take_back()
             after.callback(claim.remove_empty)  # behind the lock's file
             raise

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from rave_jax import config as configs
+from rave_jax.checkpoint.hf_import import load_config
 from rave_jax.config import ConfigError
 from rave_jax.training.claim import claimed
 from rave_jax.training.config import Extension, TrainConfig
@@ -61,6 +62,13 @@ def test_nothing_is_written_before_the_run_can_begin(directory, config):
         claim.write(0)
         assert names(directory.path) == {".lock", "config.json", "model"}
     assert names(directory.path) == {"config.json", "model"}
+
+
+def test_an_error_about_a_copied_file_names_the_directory_that_was_given(directory, config, tmp_path):
+    """The files of a model are copied before they are read; the copy is gone when the message is."""
+    says = rf"^{tmp_path / 'hf'}/config\.json: the key 'model_type' is missing"
+    with pytest.raises(ConfigError, match=says), claimed(directory, config) as claim:
+        load_config(claim.model)
 
 
 def test_a_start_that_fails_leaves_no_trace(directory, config, tmp_path):
