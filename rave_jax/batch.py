@@ -113,7 +113,7 @@ class Batch(NamedTuple):
         info: token codes.
         positions: rotary position of each token: temporal, height, width.
         visual_index: for a visual token, which merged patch of the row it is, counted from 0 (the
-            patches of merge unit n stand at n*m2 .. n*m2 + m2 - 1, m2 = spatial_merge_size ** 2), or where units are
+            patches of merge unit n stand at n*u .. n*u + u - 1, u = `TowerConfig.merge_unit`), or where units are
             mixed, which of `patches.source`; 0 else.
         patches: patches of the row's pictures.
     """

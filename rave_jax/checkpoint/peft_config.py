@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from rave_jax.checkpoint.hf_files import ADAPTER_CONFIG, read_json
 from rave_jax.checkpoint.safetensors_file import CheckpointError
@@ -34,18 +34,6 @@ ONLY: dict[str, tuple[Any, ...]] = {
     # Others change the base's own weights when PEFT loads them.
     "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
 }
-
-
-class Adapted(NamedTuple):
-    """A linear of the checkpoint and what adapts it.
-
-    Fields:
-        rule: its weight in the family's table.
-        scale: of its adapter's output.
-    """
-
-    rule: TensorRule
-    scale: float
 
 
 class AdapterConfig:

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 
 import jax
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 
 from rave_jax.families.config import VlmConfig
@@ -20,11 +19,6 @@ from rave_jax.parallel.sharding import named_sharding
 def abstract_model(config: VlmConfig, options: ModelOptions) -> Vlm:
     """The model without its numbers."""
     return jax.eval_shape(lambda: Vlm(config, options, key=jax.random.key(0)))
-
-
-def is_stacked(param: nnx.Param) -> bool:
-    """Has this parameter a layer axis in front?"""
-    return param_axes(param)[:1] == ("layers",)
 
 
 def parameter_shardings(model: Vlm, mesh: Mesh | None) -> dict[str, Sharding]:

@@ -4,8 +4,8 @@
   template, or of all, and the same model shown grey pictures. Answers are counted over training samples or, without
   them, over the samples of the evaluation: by text and by template over those of other pictures, so that no question
   is answered from its own answer; of all over every one, which is the best that one answer to everything can reach.
-- The re-dealt score asks the same questions about pictures whose evidence was changed, and expects the original
-  answers. A model that reads the evidence is then wrong; a model that guesses does not notice.
+- The score with changed evidence (`redealt`) asks the same questions about pictures whose evidence was changed, and
+  expects the original answers. A model that reads the evidence is then wrong; a model that guesses does not notice.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ class Verdict:
 
     Attributes:
         floors: question-only scores by name; the largest counts.
-        redealt: score on re-dealt pictures against the old answers.
+        redealt: score on pictures whose evidence was changed, against the original answers.
         findings: one sentence per condition, with its numbers.
         holds: whether every condition holds.
     """
@@ -60,7 +60,7 @@ def judge(
     Args:
         score: of the model.
         floors: question-only scores by name, at least one.
-        redealt: of the model on re-dealt pictures.
+        redealt: score of the model on pictures whose evidence was changed.
         margin: how far the score must be above the floor and above `redealt`.
         task_scores: score of the model per task.
         aims: what single tasks must reach; a task that was not asked does not hold.

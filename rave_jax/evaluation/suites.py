@@ -100,7 +100,7 @@ def evaluate(config: Eval, model: Vlm, processor: Processor, mesh: Mesh, out: Pa
         log: takes a line for each of the first samples that could not be asked.
 
     Raises:
-        ConfigError: the grounding check is asked of a source that cannot re-deal evidence, a metric is unknown, a layer
+        ConfigError: the grounding check is asked of a source that cannot change evidence, a metric is unknown, a layer
             does not exist, or not one sample could be asked.
         SampleError: a sample cannot be asked, and `on_error` is "fail".
     """
