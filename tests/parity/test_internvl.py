@@ -49,7 +49,7 @@ def test_logits_are_those_of_transformers(folder: Path, kind: str) -> None:
     processor, model = Processor.from_hf(own), import_hf(own, ModelOptions())
     (messages,) = json.loads((folder / "cases.json").read_text())[list(KINDS).index(kind)]["conversations"]
     example = processor.encode(with_files(messages, own), add_generation_prompt=True)
-    sizes = processor.settings.patch_sizes
+    sizes = processor.rules.patch_sizes
     batch = collate([[example]], smallest_shape([[example]], 1, sizes.window), sizes)
     with jax.default_matmul_precision("highest"):
         ours = np.asarray(model.logits(model.forward(batch).hidden))[0]

@@ -2,6 +2,7 @@
 
 from rave_jax.families.base import Family
 from rave_jax.families.llava.config import ARCHITECTURE, MODEL_TYPE, parse, render
+from rave_jax.families.llava.join import JOIN
 from rave_jax.families.llava.pictures import pictures
 from rave_jax.families.llava.small import SMALL
 from rave_jax.families.llava.tensors import STYLES, tensors
@@ -15,6 +16,7 @@ FAMILY = Family(
     pictures=pictures,
     tower=f"{__name__}.tower",
     small=SMALL,
+    join=JOIN,
     prefixes=STYLES[0],
     more_prefixes=STYLES[1:],
 )

@@ -103,8 +103,8 @@ def test_a_text_longer_than_the_model_computes_is_refused(tmp_path: Path) -> Non
     scaled = scaled.replace('"max_position_embeddings": 32768', '"max_position_embeddings": 40')
     (tmp_path / "config.json").write_text(scaled)
     processor = Processor.from_hf(tmp_path)
-    assert processor.settings.config == replace(
-        CONFIG, text=replace(CONFIG.text, rope_scaling=processor.settings.config.text.rope_scaling, max_position=40)
+    assert processor.rules.config == replace(
+        CONFIG, text=replace(CONFIG.text, rope_scaling=processor.rules.config.text.rope_scaling, max_position=40)
     )
     message = {"role": "user", "content": "a" * 30}
     assert len(processor.encode([message]).tokens) <= 40
