@@ -43,20 +43,20 @@ BYTES_AIMS = {"group": 0.14, "head": 1.1}
 
 
 class Regions(NamedTuple):
-    """Regions of the cache: how many, slots in each, and which hold a token."""
+    """Regions of the cache: how many, entries in each, and which hold a token."""
 
     name: str
     regions: int
-    slots: int
+    entries: int
     real: np.ndarray
 
 
-def even(slots: int) -> Regions:
-    """Regions of 36 tokens, all full but the last, in so many slots."""
+def even(entries: int) -> Regions:
+    """Regions of 36 tokens, all full but the last, in so many entries."""
     regions = -(-TOKENS // 36)
     held = np.minimum(36, TOKENS - 36 * np.arange(regions))
-    name = f"{regions} regions of 36" + (f" in {slots} slots" if slots > 36 else "")
-    return Regions(name, regions, slots, np.arange(slots) < held[:, None])
+    name = f"{regions} regions of 36" + (f" in {entries} entries" if entries > 36 else "")
+    return Regions(name, regions, entries, np.arange(entries) < held[:, None])
 
 
 def frames() -> Regions:
@@ -81,7 +81,7 @@ class Cache(NamedTuple):
 def make(regions: Regions, dtype: str) -> Cache:
     """Random keys, values and queries, so heads choose independently; descriptors are means of keys."""
     random = np.random.default_rng(0)
-    shape = (1, K, regions.regions, regions.slots, HEAD_DIM)
+    shape = (1, K, regions.regions, regions.entries, HEAD_DIM)
     k, v = (random.normal(size=shape).astype(np.float32) * regions.real[..., None] for _ in range(2))
     mean = k.sum(3) / regions.real.sum(1)[:, None]
     q = random.normal(size=(QUERIES, 1, K, G, HEAD_DIM)).astype(np.float32)
@@ -186,16 +186,16 @@ def bytes_rows(regions: Regions, dtype: str, share: str) -> Iterator[dict[str, A
     """Bytes of keys, values and descriptors that a step reads, by the lists that the choices give; mean of the queries.
 
     Per group to all keys and values of the tokens (dense); per head to those of the regions that the group chose. Empty
-    slots are read, and count; they are no part of what is compared with.
+    entries are read, and count; they are no part of what is compared with.
     """
     cache = make(regions, dtype)
-    slot = 2 * HEAD_DIM * cache.k.dtype.itemsize
+    entry = 2 * HEAD_DIM * cache.k.dtype.itemsize
     taken, filled = 0.0, 0.0
     for q in cache.q:
         read = np.asarray(union(chosen_of(q, cache.descriptor, share)))[0]
-        taken += read.sum() * regions.slots * slot / QUERIES
-        filled += (read @ regions.real.sum(1)).sum() * slot / QUERIES
-    read_bytes, all_bytes = taken + cache.descriptor.nbytes, K * TOKENS * slot
+        taken += read.sum() * regions.entries * entry / QUERIES
+        filled += (read @ regions.real.sum(1)).sum() * entry / QUERIES
+    read_bytes, all_bytes = taken + cache.descriptor.nbytes, K * TOKENS * entry
     against = all_bytes if share == "group" else filled
     share_read = filled / all_bytes
     more = {
@@ -220,12 +220,12 @@ def grid_rows(share: str) -> Iterator[dict[str, Any]]:
     copied = copied_bytes(
         call.grid_spec.grid, call.operands, (index.reshape(-1), count.reshape(-1), jnp.zeros(2, jnp.int32))
     )
-    slot = 2 * HEAD_DIM * 2
+    entry = 2 * HEAD_DIM * 2
     read_bytes = sum(copied.values()) + cache.descriptor.nbytes
-    filled = float((np.asarray(union(chosen))[0] @ regions.real.sum(1)).sum()) * slot
-    against, what = (K * TOKENS * slot, "dense") if share == "group" else (filled, "those of the group's regions")
+    filled = float((np.asarray(union(chosen))[0] @ regions.real.sum(1)).sum()) * entry
+    against, what = (K * TOKENS * entry, "dense") if share == "group" else (filled, "those of the group's regions")
     name = f"bytes that the TPU kernel's grid copies, and descriptors, to {what}, {regions.name}, a choice per {share}"
-    more = {"steps": math.prod(call.grid_spec.grid), "to_dense": round(read_bytes / (K * TOKENS * slot), 3)}
+    more = {"steps": math.prod(call.grid_spec.grid), "to_dense": round(read_bytes / (K * TOKENS * entry), 3)}
     yield ratio(name, "any", read_bytes / against, BYTES_AIMS[share], more)
 
 

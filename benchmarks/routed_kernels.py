@@ -68,7 +68,7 @@ def item_cycles(chip: str, which: str, lanes: int, queries: int, kind: int, head
 def routed_pass(chip: str, which: str, tiling: Tiling, queries: int, heads: int) -> float:
     """Cycles of all text queries of a kv group."""
     visual, item = int(LENGTH * VISUAL), item_sizes(KINDS[chip]).item
-    text, regions = LENGTH - visual, visual // tiling.slots
+    text, regions = LENGTH - visual, visual // tiling.most_keys
     own, start = item_cycles(chip, which, tiling.lanes, queries, 0, heads)
     cycles = tiling.full * regions * expected_items(queries, SHARE, item) * own
     if tiling.rest:
@@ -117,8 +117,8 @@ def chip_rows(chip: str, heads: int, splash: bool) -> Iterator[dict[str, Any]]:
         queries = SPLASH_BLOCKS[FORWARD][0]
         peer = splash_unit(chip, heads) * (1 - (1 - SHARE) ** queries) * units
         yield row(f"dynamic splash, forward and backward, {where}", chip, round(peer), "cycles")
-    for slots in REGIONS:
-        tiling = tiling_of(visual // slots, slots)
+    for most_keys in REGIONS:
+        tiling = tiling_of(visual // most_keys, most_keys)
         sizes = item_sizes(KINDS[chip])
         q, k = (jnp.empty((1, LENGTH, n, 128), jnp.bfloat16) for n in (heads, 1))
         call = make_call(q, k, tiling, sizes, 1.0, interpret=False)
@@ -134,23 +134,23 @@ def chip_rows(chip: str, heads: int, splash: bool) -> Iterator[dict[str, Any]]:
         try:
             passes = {which: routed_pass(chip, which, tiling, call.queries, heads) for which in dense}
         except ValueError as error:  # the compiler's estimate may die where the compiler does not
-            print(f"no estimate for regions of {slots}, {chip}: {str(error)[:200]}", flush=True)
+            print(f"no estimate for regions of {most_keys}, {chip}: {str(error)[:200]}", flush=True)
             continue
         for which, cycles in passes.items():
             yield ratio(
-                f"routed {which} to dense, regions of {slots}, {where}", chip, cycles / (dense[which] * units), None
+                f"routed {which} to dense, regions of {most_keys}, {where}", chip, cycles / (dense[which] * units), None
             )
         both = sum(passes.values()) / (sum(dense.values()) * units)
-        yield ratio(f"routed to dense, forward and backward, regions of {slots}, {where}", chip, both, AIM, entries)
+        yield ratio(f"routed to dense, forward and backward, regions of {most_keys}, {where}", chip, both, AIM, entries)
         if splash:
             yield ratio(
-                f"routed to dynamic splash, regions of {slots}, {where}", chip, sum(passes.values()) / peer, 1.0
+                f"routed to dynamic splash, regions of {most_keys}, {where}", chip, sum(passes.values()) / peer, 1.0
             )
         # Text over visual keys is 2 f (1 - f) of all pairs; the floor takes a quarter of that.
         mixed = 2 * VISUAL * (1 - VISUAL)
         floor = 1 - (1 - SHARE) * mixed
         whole = 1 - mixed + mixed * both
-        name = f"whole attention to its floor of {floor:.3f}, regions of {slots}, {where}"
+        name = f"whole attention to its floor of {floor:.3f}, regions of {most_keys}, {where}"
         yield ratio(name, chip, whole / floor, WHOLE_AIM, {"to dense": round(whole, 3)})
 
 

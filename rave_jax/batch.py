@@ -2,7 +2,7 @@
 
 `data` writes these with numpy and `attention` and `models` read them under jit, so they live below
 both, in plain NamedTuples: a NamedTuple is a jax pytree without importing jax, and loader workers can
-fork safely. A mechanism reads `TokenInfo` and nothing else about the prompt's layout.
+fork safely. A mechanism reads `TokenInfo` and nothing else about the prompt.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Kind(IntEnum):
 
 
 class Role(IntEnum):
-    """Who speaks a token. Visual tokens carry the role of the message that holds the image."""
+    """Which role a token belongs to. Visual tokens carry the role of the message that holds the image."""
 
     NONE = 0
     SYSTEM = 1
@@ -34,7 +34,7 @@ class Role(IntEnum):
 
 
 class TokenInfo(NamedTuple):
-    """What mechanisms may know of each token. Every field is int32 [B,T].
+    """What mechanisms can read about each token. Every field is int32 [B,T].
 
     Fields:
         document: packed document in the row, counted from 1; 0 is padding.

@@ -68,7 +68,7 @@ def override[T](config: T, argv: Sequence[str], prog: str | None = None) -> T:
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            # tyro makes every dataclass anew from its fields, so their checks see the whole of what was asked for.
+            # tyro makes every dataclass again from its fields, so their checks see all overrides together.
             return tyro.cli(
                 type(config),
                 default=config,
@@ -327,7 +327,7 @@ def _with(value: Any, path: Sequence[str], new: Any) -> Any:
 
 
 def _missing(config: Any, path: Sequence[str]) -> str:
-    """Why a path of fields leads nowhere although another kind of part would have it; empty where it leads on, or
+    """Why there is no such path of fields, although another kind of part has it; empty where it leads on, or
     where no kind has it (tyro then suggests names)."""
     for end in range(1, len(path)):
         before, part = path[:end], path[end]

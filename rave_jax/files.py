@@ -1,4 +1,4 @@
-"""Files that a user names. Only regular ones are opened: a pipe, a device or a socket can be waited on for ever."""
+"""Files that a user names. Only regular ones are opened: reading a pipe, a device or a socket could wait forever."""
 
 from __future__ import annotations
 

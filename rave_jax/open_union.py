@@ -2,8 +2,8 @@
 
 A subclass is known as soon as its module is imported. Configs save it by name: one of the package as "Rave"; one of a
 user's package by its import path, "my_lab.mechanisms:Tilt"; and one of a file outside of packages, such as a config
-file, by that file's absolute path and the class, joined by a colon. Who reads such a config imports the module, or runs
-the file.
+file, by that file's absolute path and the class, joined by a colon. To read such a config is to import the module, or
+to run the file.
 """
 
 from __future__ import annotations

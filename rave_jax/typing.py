@@ -13,7 +13,7 @@
 | E      | experts                     |        |                                     |
 
 Einsum strings and shape comments use these letters and no others. A letter that is local to one
-function (N, for a count) is said where it is used. Gaze's K is `top_k` in code.
+function (N, for a count) is explained where it is used. Gaze's K is `top_k` in code.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The heart: token codes become masks, mechanisms speak through hooks, `attend` runs one kernel.
+"""Attention: token codes become masks, mechanisms change it through hooks, and `attend` runs one kernel.
 
 One line per mechanism below makes it known to configs.
 """
@@ -40,9 +40,10 @@ from rave_jax.attention.mma import Mma
 from rave_jax.attention.plan import LayerRunPlan, build_mechanisms, plan_layer_runs
 from rave_jax.attention.rave import Rave
 from rave_jax.attention.region_cache import check_decoding
-from rave_jax.attention.region_slots import RegionCache, empty_region_cache
+from rave_jax.attention.region_entries import RegionCache, empty_region_cache
 from rave_jax.attention.scores import pick
 from rave_jax.attention.sliding_window import SlidingWindow
+from rave_jax.attention.states import StoredStates
 from rave_jax.attention.text_positions import TextPositions
 from rave_jax.attention.var import Var
 from rave_jax.attention.zero_tuning import ZeroTuning
@@ -81,6 +82,7 @@ __all__ = [
     "RegionReach",
     "Score",
     "SlidingWindow",
+    "StoredStates",
     "TextPositions",
     "TopKSchedule",
     "Var",

@@ -1,7 +1,7 @@
-"""The hook protocol: what a mechanism may say about attention.
+"""The hooks: what a mechanism may change of attention.
 
-A mechanism is a small nnx module, with or without parameters, that overrides one to three hooks. The
-defaults say nothing. What another mechanism of the layer already owns is refused by name when a model is built.
+A mechanism is a small nnx module, with or without parameters, that overrides one to three hooks. The defaults change
+nothing. What another mechanism of the layer already owns is refused by name when a model is built.
 """
 
 from __future__ import annotations
@@ -107,13 +107,13 @@ channels, and weigh key groups."""
 
 
 class Mechanism(nnx.Module):
-    """One way to change attention. `positions` and `mask` may not read parameters: they run once per layer run
-    of layers, outside the scan over layers."""
+    """One way to change attention. `positions` and `mask` may not read parameters: they run once for each layer run,
+    outside the scan over its layers."""
 
     OWNS: ClassVar[tuple[Owned, ...]] = ()
     """What no other mechanism of the layer may own."""
     NEEDS: ClassVar[tuple[Owned, ...]] = ()
-    """What no other mechanism of the layer may own, though this one leaves it plain."""
+    """What no other mechanism of the layer may own, although this one does not change it."""
     WANTS: tuple[Owned, ...] = ()
     """What another mechanism of the layer has to own."""
     declared: LayeredConfig | None = None
@@ -126,10 +126,10 @@ class Mechanism(nnx.Module):
         return positions
 
     def mask(self, info_q: TokenInfo, info_k: TokenInfo, codes: MaskCodes) -> MaskCodes:
-        """Other mask codes. With a cache, `info_k` is 0 in slots that hold nothing yet.
+        """Other mask codes. With a cache, `info_k` is 0 in entries that hold nothing yet.
 
-        Those who own nothing of the codes speak first, so that they find them plain: `order` numbers the keys, and
-        `hi` is where the query itself stands among them.
+        Mechanisms that own none of the codes are called first, so they get the plain codes: `order` numbers the keys,
+        and `hi` is where the query itself stands among them.
         """
         return codes
 
@@ -183,8 +183,8 @@ class Mechanism(nnx.Module):
     def key_groups(self, x: Features, remembered: Any, info_k: TokenInfo) -> KeyGroups | None:
         """A partition of the keys whose log-sum-exps `merge` or `losses` will read. Every key has to be in one group.
 
-        The kernel runs once for each key group. It is asked of who overrides `merge`, and in training of who overrides
-        `losses`; partitions of several mechanisms are refined to the common one.
+        The kernel runs once for each key group. The hook is called for mechanisms that override `merge`, and in
+        training for those that override `losses`; partitions of several mechanisms are refined to the common one.
         """
         return None
 
@@ -209,5 +209,5 @@ class Mechanism(nnx.Module):
 
 
 def overrides(mechanism: Mechanism, hook: str) -> bool:
-    """Does the mechanism say anything through this hook?"""
+    """Does the mechanism override this hook?"""
     return getattr(type(mechanism), hook) is not getattr(Mechanism, hook)

@@ -27,7 +27,7 @@ class LayerKeys(Protocol):
         x: Features,
         keys: Keys,
         layer: Int[Array, ""],
-        slots: Any,
+        entries: Any,
         codes: MaskCodes,
         info_q: TokenInfo,
         info_k: TokenInfo,
@@ -44,12 +44,12 @@ class LayerKeys(Protocol):
             x: features of the tokens.
             keys: the tokens as keys.
             layer: which layer of the run is meant.
-            slots: where the tokens go: `Admitted.slots`.
-            codes: mask codes of the tokens and of all slots.
+            entries: where the tokens go: `Admitted.entries`.
+            codes: mask codes of the tokens and of all entries.
             info_q, info_k: token codes of the same.
             mechanisms, implementation: as `attend` takes them.
             regions: R, `Cache.num_regions`.
-            queries: tokens, by index, whose attention over the slots of `Cache.codes` is wanted, and their choice.
+            queries: tokens, by index, whose attention over the entries of `Cache.codes` is wanted, and their choice.
             progress: of the training run; None is its end.
         """
         ...
@@ -60,13 +60,13 @@ class Admitted(NamedTuple):
 
     Fields:
         cache: the cache.
-        slots: where the keys go; what `LayerKeys.attend` takes.
-        info: token codes of all slots.
-        own: which of these slots each token has.
+        entries: where the keys go; what `LayerKeys.attend` takes.
+        info: token codes of all entries.
+        own: which of these entries each token has.
     """
 
     cache: Any
-    slots: Any
+    entries: Any
     info: TokenInfo
     own: Int[Array, "B T"]
 
@@ -76,7 +76,7 @@ class Cache(Protocol):
 
     @property
     def index(self) -> Int[Array, "B"]:
-        """Each row's next free slot for a token in no region."""
+        """Each row's next free entry for a token in no region."""
         ...
 
     @property
@@ -86,12 +86,12 @@ class Cache(Protocol):
 
     @property
     def codes(self) -> TokenInfo:
-        """Token codes of all slots [B,S], those in no region first: what the attention of queries is over."""
+        """Token codes of all entries [B,S], those in no region first: what the attention of queries is over."""
         ...
 
     @property
     def size(self) -> int:
-        """Slots per row for tokens in no region."""
+        """Entries per row for tokens in no region."""
         ...
 
     @property
@@ -101,7 +101,7 @@ class Cache(Protocol):
 
     @property
     def layer_runs(self) -> tuple[Any, ...]:
-        """`LayerKeys` of each layer run of the decoder."""
+        """`LayerKeys` of each layer run of the decoder, `StoredStates` of one without keys."""
         ...
 
     @property
@@ -117,13 +117,13 @@ class Cache(Protocol):
     def admit(
         self, info: TokenInfo, region_offset: Int[Array, "B T"] | None, empty_summaries: Callable[[int], Sequence[Any]]
     ) -> Admitted:
-        """Give the tokens of a chunk their slots.
+        """Give the tokens of a chunk their entries.
 
         Args:
             info: codes of the tokens, padding on the right.
             region_offset: how many tokens of its region stand before each; None where no token is visual.
             empty_summaries: what the router of each run's layers summarises of R regions without a token
-                [L,1,R,K,...].
+                [L,1,R,K,...]; None of runs without keys.
         """
         ...
 
@@ -132,21 +132,21 @@ class Cache(Protocol):
         ...
 
     def take(self, rows: Int[Array, "n"] | None, reach: int, regions: RegionReach | None = None) -> Any:
-        """A cache of its own with the first `reach` slots of `rows` (for numbers beyond them, of the last), or of all,
-        and the first of their regions (None, and of all rows: all regions). Regions of `rows` lie on the device."""
+        """A cache of its own with the first `reach` entries of `rows` and the first of their regions; `rows` None takes
+        all rows, and all regions. A number beyond the rows takes the last row. Regions of `rows` lie on the device."""
         ...
 
     def put(self, part: Any, rows: Int[Array, "n"] | None) -> Any:
-        """This cache with the slots that `take` gave written back. Rows numbered beyond it stand last, and are
+        """This cache with the entries that `take` gave written back. Rows numbered beyond it stand last, and are
         dropped."""
         ...
 
     def emptied(self, rows: Bool[Array, "B"]) -> Any:
-        """The cache with nothing in some of its rows: what is left in their slots counts as not written."""
+        """The cache with nothing in some of its rows: what is left in their entries counts as not written."""
         ...
 
     def placed(self) -> Any:
-        """The cache where the sharding rules want it: rows and kv heads are split, slots and layers are not."""
+        """The cache where the sharding rules want it: rows and kv heads are split, entries and layers are not."""
         ...
 
     def with_row(self, n: Int[Array, ""], part: Any, rows: Int[Array, "n"]) -> Any:
@@ -155,7 +155,7 @@ class Cache(Protocol):
 
 
 class RegionReach(NamedTuple):
-    """The first regions of a row: how many, and how many slots they have."""
+    """The first regions of a row: how many, and how many entries they have."""
 
     regions: int
-    slots: int
+    entries: int

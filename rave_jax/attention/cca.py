@@ -63,7 +63,9 @@ class CcaRings(Mechanism):
         """Text takes one position each, a picture as many as it has rings; three times the same."""
         order = order_in_row(info_k)
         lying = jnp.argsort(order, axis=1)
-        info = jax.tree.map(lambda code: jnp.take_along_axis(code, lying, axis=1), info_k)  # all in their places
+        info = jax.tree.map(
+            lambda code: jnp.take_along_axis(code, lying, axis=1), info_k
+        )  # every token in its own place
         visual = info.kind == Kind.VISUAL
         rings = jnp.where(visual, (jnp.minimum(info.grid_h, info.grid_w) + 1) // 2, 1)
         before = jnp.cumsum(jnp.where(visual & (_raster(info) > 0), 0, rings), axis=1) - rings

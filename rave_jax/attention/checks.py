@@ -28,7 +28,7 @@ def name_of(mechanism: Mechanism) -> str:
 
 
 def check_owners(mechanisms: Sequence[Mechanism]) -> None:
-    """Refuse two mechanisms of a layer that own one thing, and an owner of what another leaves to nobody.
+    """Refuse two mechanisms of a layer that own one thing, and one that changes what another needs unchanged.
 
     Raises:
         ConfigError: names the configs, says why, and what to do.

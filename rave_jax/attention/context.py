@@ -57,7 +57,7 @@ class ContextSight(LayeredConfig):
 class ContextMask(Mechanism):
     """Closes what stands before its frame to a context token. Without parameters.
 
-    It counts in `order` and from the token's own, so others leave both as they are on context tokens.
+    It counts in `order` from the token itself, so no other mechanism may change `order` or `hi` of context tokens.
     """
 
     def __init__(self, tokens: ContextTokens):

@@ -1,4 +1,4 @@
-"""What one layer reads of pictures: the words in which a mechanism says its cost (`MechanismConfig.reading`)."""
+"""What one layer reads of pictures: the types in which a mechanism states its cost (`MechanismConfig.reading`)."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Decomposed attention (D-Attn): a visual token sees itself alone, and text looks at the picture without RoPE.
 
-Source: D-Attn, arXiv 2502.01906; read in a digest, its code was not at hand. With V visual and T text tokens, q0 and k0
-before RoPE and R the rotation:
+Source: D-Attn, arXiv 2502.01906; known to us from a summary; we have not seen its code. With V visual and T text
+tokens, q0 and k0 before RoPE and R the rotation:
 
     V to V   a visual token sees itself alone, so it gets its own value
     T to V   score = <q0_i, k0_j> / sqrt(h)                so every visual token is equally far away

@@ -1,10 +1,11 @@
 """The key/value cache as a pytree that mechanisms extend, sharded by rule, in any of three number types.
 
-A row holds one document; slot s of it belongs to the document's s-th token. What a mechanism remembers of a key (RAVE's
-gate keys) lies beside k and v in the same slots, in the mechanism's own number type.
+A row holds one document; entry s of it belongs to the document's s-th token. What a mechanism remembers of a key
+(RAVE's gate keys) lies beside k and v in the same entries, in the mechanism's own number type. Layers without keys keep
+a state (`states.py`).
 
-Kv heads stand before slots: attention reads one head's slots as a matrix, and a TPU pads the last two axes of an array
-to its tiles, which few heads would fill badly.
+Kv heads stand before entries: attention reads one head's entries as a matrix, and a TPU pads the last two axes of an
+array to its tiles, which few heads would fill badly.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import jax.numpy as jnp
 from rave_jax.attention.attend import AttentionOutput, attend
 from rave_jax.attention.base import Features, Keys, Mechanism
 from rave_jax.attention.cache import Admitted, Cache, CacheType, RegionReach
+from rave_jax.attention.states import StoredStates
 from rave_jax.batch import TokenInfo
 from rave_jax.kernels.attention import Implementation, MaskCodes
 from rave_jax.kernels.routed import HostRegions, host
@@ -45,7 +47,7 @@ class StoredKeys(NamedTuple):
         x: Features,
         keys: Keys,
         layer: Int[Array, ""],
-        slots: Int[Array, "B"],
+        entries: Int[Array, "B"],
         codes: MaskCodes,
         info_q: TokenInfo,
         info_k: TokenInfo,
@@ -56,8 +58,8 @@ class StoredKeys(NamedTuple):
         queries: Int[Array, "B N"] | None = None,
         progress: Float[Array, ""] | None = None,
     ) -> tuple[AttentionOutput, StoredKeys]:
-        """As `LayerKeys` says; `slots` is the first of each row."""
-        stored = write(self, layer, slots, keys)
+        """As `LayerKeys` says; `entries` is the first of each row."""
+        stored = write(self, layer, entries, keys)
         held = read(stored, layer, x.q.dtype)
         seen = attend(
             x,
@@ -73,17 +75,27 @@ class StoredKeys(NamedTuple):
         )
         return seen, stored
 
+    def taken(self, rows: Int[Array, "n"] | None, reach: int) -> StoredKeys:
+        """The first `reach` entries of some rows (for numbers beyond them, of the last), or of all."""
+        if rows is None:
+            return jax.tree.map(lambda x: jax.lax.slice_in_dim(x, 0, reach, axis=3), self)
+        return jax.tree.map(lambda x: x.at[:, rows, :, :reach].get(mode="clip"), self)
+
+    def placed(self) -> StoredKeys:
+        """The keys where the sharding rules want them."""
+        return jax.tree.map(place_keys, self)
+
 
 class KvCache(NamedTuple):
-    """A cache without regions (`Cache`). Slots from `index` on hold leftovers that no query sees.
+    """A cache without regions (`Cache`). Entries from `index` on hold leftovers that no query sees.
 
     Fields:
-        layer_runs: keys of all layers, by layer runs of the decoder.
-        info: token codes of the slots [B,S].
-        index: each row's next free slot.
+        layer_runs: keys or states of all layers, by layer runs of the decoder.
+        info: token codes of the entries [B,S].
+        index: each row's next free entry.
     """
 
-    layer_runs: tuple[StoredKeys, ...]
+    layer_runs: tuple[StoredKeys | StoredStates, ...]
     info: TokenInfo
     index: Int[Array, "B"]
 
@@ -131,25 +143,24 @@ class KvCache(NamedTuple):
         index = start + jnp.sum(info.document > 0, axis=1, dtype=jnp.int32)
         return Admitted(self._replace(info=held, index=index), start, held, own)
 
-    def with_layers(self, layer_runs: tuple[StoredKeys, ...]) -> KvCache:
+    def with_layers(self, layer_runs: tuple[StoredKeys | StoredStates, ...]) -> KvCache:
         """As `Cache` says."""
         return self._replace(layer_runs=layer_runs).placed()
 
     def take(self, rows: Int[Array, "n"] | None, reach: int, regions: RegionReach | None = None) -> KvCache:
         """As `Cache` says."""
+        layer_runs = tuple(kept.taken(rows, reach) for kept in self.layer_runs)
         if rows is None:
-            layer_runs = jax.tree.map(lambda x: jax.lax.slice_in_dim(x, 0, reach, axis=3), self.layer_runs)
             return KvCache(layer_runs, jax.tree.map(lambda x: x[:, :reach], self.info), self.index)
-        layer_runs = jax.tree.map(lambda x: x.at[:, rows, :, :reach].get(mode="clip"), self.layer_runs)
         info = jax.tree.map(lambda x: x.at[rows, :reach].get(mode="clip"), self.info)
         return KvCache(layer_runs, info, self.index.at[rows].get(mode="clip"))
 
     def put(self, part: KvCache, rows: Int[Array, "n"] | None) -> KvCache:
         """As `Cache` says."""
-        return put_rows(self, part, rows) if rows is not None else self.with_first_slots(part).placed()
+        return put_rows(self, part, rows) if rows is not None else self.with_first_entries(part).placed()
 
-    def with_first_slots(self, part: KvCache) -> KvCache:
-        """The first slots of all rows from `part`."""
+    def with_first_entries(self, part: KvCache) -> KvCache:
+        """The first entries of all rows from `part`."""
         return jax.tree.map(lambda x, y: jax.lax.dynamic_update_slice(x, y, (0,) * x.ndim), self, part)
 
     def with_row(self, n: Int[Array, ""], part: KvCache, rows: Int[Array, "n"]) -> KvCache:
@@ -164,7 +175,7 @@ class KvCache(NamedTuple):
 
     def placed(self) -> KvCache:
         """As `Cache` says."""
-        layer_runs = jax.tree.map(place_keys, self.layer_runs)
+        layer_runs = tuple(kept.placed() for kept in self.layer_runs)
         return KvCache(layer_runs, jax.tree.map(place_codes, self.info), shard(self.index, "batch"))
 
 
@@ -174,7 +185,7 @@ def place_keys(x: Array) -> Array:
 
 
 def place_codes(x: Array) -> Array:
-    """Token codes of slots [B,S] where the sharding rules want them."""
+    """Token codes of entries [B,S] where the sharding rules want them."""
     return shard(x, "batch", "length")
 
 
@@ -200,55 +211,56 @@ def of_host(x: Any) -> bool:
     return isinstance(x, HostRegions)
 
 
-def empty_cache(layer_runs: tuple[Keys, ...], kind: CacheType) -> KvCache:
+def empty_cache(layer_runs: tuple[Keys | StoredStates, ...], kind: CacheType) -> KvCache:
     """A cache with nothing in it, on the current mesh.
 
     Args:
-        layer_runs: shapes of the keys as the model computes them, [L,B,S,K,...] each.
+        layer_runs: shapes of the keys as the model computes them, [L,B,S,K,...] each, and of states, [L,B,...]. There
+            are keys in at least one.
         kind: number type of k and v: as computed, bfloat16, or int8 with a float32 scale per token and kv head.
     """
-    none = jnp.zeros(layer_runs[0].k.shape[1:2], jnp.int32)
-    stored = tuple(empty_keys(keys, kind) for keys in layer_runs)
-    return KvCache(stored, empty_codes(layer_runs[0]), none).placed()
+    stored = tuple(kept.empty() if isinstance(kept, StoredStates) else empty_keys(kept, kind) for kept in layer_runs)
+    codes = next(empty_codes(kept) for kept in layer_runs if isinstance(kept, Keys))
+    return KvCache(stored, codes, jnp.zeros_like(codes.document[:, 0])).placed()
 
 
-def zero_slots(x: jax.ShapeDtypeStruct, dtype: jnp.dtype | None = None) -> Array:
+def zero_entries(x: jax.ShapeDtypeStruct, dtype: jnp.dtype | None = None) -> Array:
     """Zeros for what the model computes as [L,B,S,K,...], as it is kept."""
     L, B, S, K, *rest = x.shape
     return jnp.zeros((L, B, K, S, *rest), dtype or x.dtype)
 
 
 def empty_keys(keys: Keys, kind: CacheType, host_tokens: int | None = None) -> StoredKeys:
-    """Slots of a run's layers with nothing in them.
+    """Entries of a run's layers with nothing in them.
 
     Args:
         keys, kind: as in `empty_cache`.
-        host_tokens: m, slots of a region, where keys and values of regions lie in host memory; None where they do not.
+        host_tokens: m, entries of a region, where keys and values of regions lie in host memory; else None.
     """
 
     def kept(x: Any) -> Array | Quantised | HostRegions:
         dtype = {"compute": x.dtype, "bfloat16": jnp.dtype(jnp.bfloat16), "int8": jnp.dtype(jnp.int8)}[kind]
         if host_tokens is None:
-            values = zero_slots(x, dtype)
+            values = zero_entries(x, dtype)
         else:
             L, B, S, K, h = x.shape
             values = host.empty((L, B, K, S // host_tokens, host_tokens, h), dtype)
         if kind == "int8":
-            return Quantised(values, zero_slots(jax.ShapeDtypeStruct(x.shape[:-1], jnp.float32)))
+            return Quantised(values, zero_entries(jax.ShapeDtypeStruct(x.shape[:-1], jnp.float32)))
         return values
 
-    return StoredKeys(kept(keys.k), kept(keys.v), jax.tree.map(zero_slots, keys.remembered))
+    return StoredKeys(kept(keys.k), kept(keys.v), jax.tree.map(zero_entries, keys.remembered))
 
 
 def empty_codes(keys: Keys) -> TokenInfo:
-    """Token codes of empty slots."""
+    """Token codes of empty entries."""
     return TokenInfo(*[jnp.zeros(keys.k.shape[1:3], jnp.int32)] * len(TokenInfo._fields))
 
 
 def write(stored: StoredKeys, layer: Array, start: Int[Array, "B"], new: Keys) -> StoredKeys:
-    """`stored` with the keys `new` [B,T,K,...] of one layer in each row's slots start .. start + T - 1.
+    """`stored` with the keys `new` [B,T,K,...] of one layer in each row's entries start .. start + T - 1.
 
-    A row whose run does not fit into the slots is left as it was.
+    A row whose run does not fit into the entries is left as it was.
     """
 
     def pack(x: Array, like: Any) -> Any:
@@ -280,19 +292,19 @@ def read_remembered(stored: StoredKeys, layer: Array) -> tuple[Any, ...]:
 
 def _of_layer(x: Array | HostRegions, layer: Array) -> Array:
     if isinstance(x, HostRegions):
-        return jnp.swapaxes(slots_of(x.of_layer(layer), 2), 1, 2)
+        return jnp.swapaxes(entries_of(x.of_layer(layer), 2), 1, 2)
     return jnp.swapaxes(jax.lax.dynamic_index_in_dim(x, layer, keepdims=False), 1, 2)
 
 
-def slots_of(x: Array, axis: int) -> Array:
-    """Regions [...,R,m,...] as their slots [...,R*m,...]; R is `axis`."""
+def entries_of(x: Array, axis: int) -> Array:
+    """Regions [...,R,m,...] as their entries [...,R*m,...]; R is `axis`."""
     return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
 
 
 def write_info(held: TokenInfo, start: Int[Array, "B"], new: TokenInfo) -> TokenInfo:
     """`write` for the token codes [B,S]."""
     S, T = held.document.shape[1], new.document.shape[1]
-    # Every slot picks its code: for arrays this small one pass is quicker than a scatter and the copies around it.
+    # Every entry picks its code: for arrays this small one pass is quicker than a scatter and the copies around it.
     place = jnp.arange(S, dtype=jnp.int32) - start[:, None]
     written = (place >= 0) & (place < T) & (start[:, None] + T <= S)
 

@@ -50,12 +50,12 @@ def block_diagonal_codes(block: Int[Array, "B P"]) -> MaskCodes:
 
 
 def cached_codes(info: TokenInfo, held: TokenInfo) -> MaskCodes:
-    """Queries of rows whose slots hold one document each: they see its tokens up to their own place, and padding
+    """Queries of rows whose entries hold one document each: they see its tokens up to their own place, and padding
     (document 0) sees none.
 
     Args:
         info: of the queries [B,T].
-        held: of the slots [B,S]; document 0 where a slot holds nothing.
+        held: of the entries [B,S]; document 0 where an entry holds nothing.
     """
     lo = jnp.where(info.document > 0, 0, info.offset + 1)
     return codes_from_bounds(lo, info.offset, jnp.where(held.document > 0, held.offset, NOWHERE))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -24,7 +24,11 @@ class LayerRunPlan(NamedTuple):
 
 
 def plan_layer_runs(
-    configs: Sequence[LayeredConfig], num_layers: int, join: bool = True, kinds: Sequence[Hashable] | None = None
+    configs: Sequence[LayeredConfig],
+    num_layers: int,
+    join: bool = True,
+    kinds: Sequence[Hashable] | None = None,
+    attending: Collection[int] | None = None,
 ) -> tuple[LayerRunPlan, ...]:
     """Runs of consecutive layers with equal mechanisms, in order, covering every layer.
 
@@ -33,15 +37,23 @@ def plan_layer_runs(
         num_layers: of the whole stack.
         join: without it, every layer is a run of its own.
         kinds: of each layer; layers of different kinds stand in different runs. None: all are of one kind.
+        attending: layers that attend, in order; a config for "all" layers means these. None: every layer does.
 
     Raises:
-        ConfigError: a config names a layer that the model does not have.
+        ConfigError: a config names a layer that the model does not have, or one that does not attend.
     """
+    every = range(num_layers) if attending is None else attending
     for config in configs:
         missing = [] if config.layers == "all" else [n for n in config.layers if not 0 <= n < num_layers]
         if missing:
             raise ConfigError(f"{config.called}.layers names {missing}, expected numbers from 0 to {num_layers - 1}")
-    used = [tuple(c for c in configs if c.layers == "all" or n in c.layers) for n in range(num_layers)]
+        elsewhere = [] if config.layers == "all" else sorted({*config.layers} - {*every})
+        if elsewhere:
+            raise ConfigError(
+                f"{config.called}.layers names {elsewhere}, layers without attention, which a mechanism changes; "
+                f"expected some of the layers that attend, {[*every]}, or 'all' of them"
+            )
+    used = [tuple(c for c in configs if n in (every if c.layers == "all" else c.layers)) for n in range(num_layers)]
     plans: list[LayerRunPlan] = []
     for n, mechanisms in enumerate(used):
         alike = n > 0 and plans[-1].mechanisms == mechanisms and (kinds is None or kinds[n - 1] == kinds[n])

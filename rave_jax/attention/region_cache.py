@@ -1,7 +1,7 @@
 """Attention against a cache that keeps visual keys region by region (`RegionCache`).
 
-A chunk of a prompt meets all keys, and its text chooses regions by the mask, as in training. One token that is no
-visual one, as in decoding, reads text and context keys, the descriptors, and the regions that it chose: nothing else.
+A chunk of a prompt meets all keys, and its text chooses regions by the mask, as in training. A single token of text, as
+in decoding, reads text and context keys, the descriptors, and the regions that it chose: nothing else.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ def check_decoding(
 
     Args:
         implementation: of all attention.
-        tokens: m, slots of a region.
+        tokens: m, entries of a region.
         head_dim: of keys and values.
         kind, place: of the cache.
         dtype: compute type.
 
     Raises:
-        ConfigError: says what stands against it.
+        ConfigError: names the reason.
     """
     if implementation != "pallas_tpu":
         return
@@ -63,8 +63,8 @@ def check_decoding(
         )
 
 
-class ChunkSlots(NamedTuple):
-    """Where the tokens of a chunk go: a slot of the row's other part, or of its regions (None: no token is visual);
+class ChunkEntries(NamedTuple):
+    """Where the tokens of a chunk go: an entry of the row's other part, or of its regions (None: no token is visual);
     numbers beyond them go nowhere."""
 
     near: Int[Array, "B T"]
@@ -90,7 +90,7 @@ class LayerRegions(NamedTuple):
         x: Features,
         keys: Keys,
         layer: Int[Array, ""],
-        slots: ChunkSlots,
+        entries: ChunkEntries,
         codes: MaskCodes,
         info_q: TokenInfo,
         info_k: TokenInfo,
@@ -101,9 +101,9 @@ class LayerRegions(NamedTuple):
         queries: Int[Array, "B N"] | None = None,
         progress: Float[Array, ""] | None = None,
     ) -> tuple[AttentionOutput, LayerRegions]:
-        """As `LayerKeys` says. `codes` and `info_k` have the slots of no region first."""
-        near, far = _write_at(self.near, layer, slots.near, keys), self.far
-        if slots.far is None:
+        """As `LayerKeys` says. `codes` and `info_k` have the entries of no region first."""
+        near, far = _write_at(self.near, layer, entries.near, keys), self.far
+        if entries.far is None:
             stored, summary = LayerRegions(near, far), _summary(far, layer)
             against = against_gathering(mechanisms, x, queries, progress)
             if against is None:
@@ -117,7 +117,7 @@ class LayerRegions(NamedTuple):
                 far.summary,
                 summary,
             )
-            far = StoredRegions(_write_at(far.keys, layer, slots.far, keys), kept)
+            far = StoredRegions(_write_at(far.keys, layer, entries.far, keys), kept)
             stored = LayerRegions(near, far)
         dtype = x.q.dtype
         both = joined(kv_cache.read(near, layer, dtype), kv_cache.read(far.keys, layer, dtype))
@@ -137,7 +137,7 @@ class LayerRegions(NamedTuple):
 
 
 def joined(near: Any, far: Any) -> Any:
-    """Arrays [B,S,...] of both parts: slots of no region first."""
+    """Arrays [B,S,...] of both parts: entries of no region first."""
     return jax.tree.map(lambda a, b: jnp.concatenate([a, b], axis=1), near, far)
 
 
@@ -255,13 +255,13 @@ def _summary(far: StoredRegions, layer: Int[Array, ""]) -> Any:
     )
 
 
-def _write_at(stored: StoredKeys, layer: Array, slots: Int[Array, "B T"], new: Keys) -> StoredKeys:
-    """`stored` with the keys `new` [B,T,K,...] of one layer in `slots`; those beyond it are dropped.
+def _write_at(stored: StoredKeys, layer: Array, entries: Int[Array, "B T"], new: Keys) -> StoredKeys:
+    """`stored` with the keys `new` [B,T,K,...] of one layer in `entries`; those beyond it are dropped.
 
     Raises:
-        ValueError: the slots lie in host memory.
+        ValueError: the entries lie in host memory.
     """
-    rows = jnp.arange(slots.shape[0])[:, None]
+    rows = jnp.arange(entries.shape[0])[:, None]
 
     def pack(x: Array, like: Any) -> Any:
         return quantise(x) if isinstance(like, Quantised) else x
@@ -269,7 +269,7 @@ def _write_at(stored: StoredKeys, layer: Array, slots: Int[Array, "B T"], new: K
     def put(old: Array | HostRegions, x: Array) -> Array:
         if isinstance(old, HostRegions):
             raise ValueError("visual tokens are read where their rows' regions lie on the device: `take` brings them")
-        return old.at[layer, rows, :, slots].set(x.astype(old.dtype), mode="drop")
+        return old.at[layer, rows, :, entries].set(x.astype(old.dtype), mode="drop")
 
     packed = StoredKeys(pack(new.k, stored.k), pack(new.v, stored.v), new.remembered)
     return jax.tree.map(put, stored, packed, is_leaf=lambda x: isinstance(x, HostRegions))

@@ -67,7 +67,7 @@ class Var(MechanismConfig):
             require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "a share between 0 and 1")
 
     def build(self, dims: AttentionDims, key: jax.Array) -> Mechanism:
-        """The mechanism of one layer; one that says nothing if nothing is moved.
+        """The mechanism of one layer; one that changes nothing if nothing is moved.
 
         Raises:
             ConfigError: no sink dimensions.

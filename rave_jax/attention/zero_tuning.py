@@ -60,7 +60,7 @@ class ZeroTuning(MechanismConfig):
         require(once, "heads", self.heads, "each head once")
 
     def build(self, dims: AttentionDims, key: jax.Array) -> Mechanism:
-        """The mechanism of one layer; one that says nothing if every gamma is 1.
+        """The mechanism of one layer; one that changes nothing if every gamma is 1.
 
         Raises:
             ConfigError: a head that the layer does not have, or not one gamma for each of its heads.
@@ -138,7 +138,7 @@ ROUTES: dict[str, type[FirstToken]] = {
 
 
 def first(info: TokenInfo) -> Bool[Array, "B S"]:
-    """Which tokens are the first of their document; an empty slot of a cache is none."""
+    """Which tokens are the first of their document; an empty entry of a cache is none."""
     return (info.offset == 0) & (info.document > 0)
 
 

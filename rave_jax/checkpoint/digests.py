@@ -134,6 +134,6 @@ def _digests(folder: Path, names: Collection[str]) -> dict[str, str]:
         with (folder / name).open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
-    # hashlib lets go of the interpreter's lock, so that files are read and digested side by side.
+    # hashlib releases the interpreter's lock, so files are read and digested in parallel.
     with ThreadPoolExecutor(_THREADS, thread_name_prefix="digests") as pool:
         return dict(zip(names, pool.map(one, names), strict=True))

@@ -11,7 +11,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import jax
 import ml_dtypes
@@ -47,6 +47,13 @@ from rave_jax.typing import NpArray
 
 MAX_SHARD_BYTES = 5_000_000_000
 DTYPE_NAMES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+
+
+class Written(Protocol):
+    """Something that says of a tensor how it is written."""
+
+    @property
+    def planned(self) -> Planned: ...
 
 
 class Item(NamedTuple):
@@ -112,13 +119,13 @@ def export_hf(
     rules = rules_of(model, tensor_layout(model, source))
     backbone = [item(tuple(group)) for _, group in itertools.groupby(rules, lambda rule: rule.hf_key)]
     beside = beside_items(model, extras)
-    files = _divide(backbone, max_shard_bytes) | ({SIDECAR: beside} if beside else {})
+    files = divide(backbone, max_shard_bytes) | ({SIDECAR: beside} if beside else {})
     total = sum(i.planned.nbytes for items in files.values() for i in items)
     with written_whole(Path(destination), total) as folder:
         for name, items in files.items():
             write_tensors(None if folder is None else folder / name, items, model)
         if folder is not None:
-            _write_index(folder, {name: items for name, items in files.items() if name != SIDECAR})
+            write_index(folder, {name: items for name, items in files.items() if name != SIDECAR})
             options = dataclasses.replace(model.options, lora=None) if merges else model.options
             _write_config(folder, model, source, options)
             sentences = notes(options, model.options.lora, lora, rounding(model, dtype))
@@ -170,9 +177,9 @@ def _layer_shape(shape: tuple[int, ...], index: int | None) -> tuple[int, ...]:
     return shape if index is None else shape[1:]
 
 
-def _divide(items: list[Item], limit: int) -> dict[str, list[Item]]:
+def divide[T: Written](items: list[T], limit: int) -> dict[str, list[T]]:
     """Files in order, none above the limit unless for one tensor."""
-    groups: list[list[Item]] = [[]]
+    groups: list[list[T]] = [[]]
     size = 0
     for item in items:
         if groups[-1] and size + item.planned.nbytes > limit:
@@ -228,7 +235,8 @@ def _value(model: Vlm, params: Mapping[str, nnx.Param], location: Location, rule
     return joined(parts, rules)
 
 
-def _write_index(folder: Path, files: dict[str, list[Item]]) -> None:
+def write_index[T: Written](folder: Path, files: dict[str, list[T]]) -> None:
+    """The index of several files; one file alone has none."""
     if len(files) > 1:
         total = sum(i.planned.nbytes for items in files.values() for i in items)
         where = {i.planned.key: name for name, items in files.items() for i in items}

@@ -75,7 +75,7 @@ def hf_config(directory: Path) -> dict[str, Any]:
 
 
 def generation_config(directory: Path) -> dict[str, Any]:
-    """What a directory says of generation, {} where it says nothing.
+    """The settings of generation in a directory; {} where it has none.
 
     Raises:
         CheckpointError: the file is there and no object of JSON.
@@ -139,7 +139,7 @@ def read_weights(directory: Path) -> Weights:
         problems += wrong
         tensors |= found
         if not found and wrong:
-            continue  # an unreadable header says nothing about its keys
+            continue  # an unreadable header gives no keys
         problems += [
             f"{key} ({name}): listed in {INDEX}, but the file does not hold it" for key in sorted(listed - set(found))
         ]

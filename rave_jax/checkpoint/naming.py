@@ -43,6 +43,6 @@ def rules_of(model: Vlm, layout: int = 0) -> tuple[TensorRule, ...]:
 
 
 def extra_parameters(model: Vlm) -> list[str]:
-    """Paths of the parameters that a HuggingFace checkpoint has no slot for."""
+    """Paths of the parameters that a HuggingFace checkpoint cannot hold."""
     covered = {locate(model, rule).path for rule in rules_of(model)}
     return [path for path in named_parameters(model) if path not in covered]

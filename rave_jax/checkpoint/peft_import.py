@@ -88,7 +88,7 @@ class PeftAdapter:
             a, b = (found.pop((names[1], part), None) for part in "AB")
             wanted = any(self.config.targets(name, rule.layer) for name in names)
             if rule.entry is not None or rule.path == ROUTER:
-                # PEFT adapts linears, which these are not in transformers 5, whatever targets say.
+                # PEFT adapts linear layers. In transformers 5 these are none, so targets that name them match nothing.
                 problems += [f"{names[1]}: adapters of experts are not computed; {MERGE_ADVICE}"] if a or b else []
             elif rule.stack is None:
                 if wanted or a or b:
@@ -142,7 +142,9 @@ class PeftAdapter:
                 if target.startswith(stack):
                     for n in range(layers):
                         for part in ("down", "up"):
-                            layer_of(f"{stack}.layers.{n}.{target.removeprefix(stack + '.')}.adapter.{part}", kind)
+                            name = f"{stack}.layers.{n}.{target.removeprefix(stack + '.')}.adapter.{part}"
+                            if name in known:  # not every kind of layer has the linear
+                                layer_of(name, kind)
         for rule, a, b, scale in self.linears:
             name = f"{rule.stack}.layers.{rule.layer}.{rule.path.removesuffix('.weight')}.adapter"
             down, up = layer_of(f"{name}.down", kind), layer_of(f"{name}.up", kind)

@@ -60,7 +60,7 @@ def verify(folder: Path, items: Collection[str]) -> bool:
 
     Args:
         folder: the checkpoint.
-        items: by name; the others are not looked at.
+        items: by name; the others are not checked.
 
     Returns:
         whether every file has a digest: those of a checkpoint from before there were digests, or whose job was killed

@@ -1,4 +1,4 @@
-"""What a HuggingFace checkpoint has no slot for, written beside it.
+"""What a HuggingFace checkpoint cannot hold, written beside it.
 
 `rave_jax.json` holds the `ModelOptions`; `rave_jax.safetensors` the parameters of mechanisms and adapters, by global
 layer number (`decoder.layers.7.mechanisms.0.key_proj`), and of context tokens (`context.weight`). transformers ignores

@@ -117,7 +117,7 @@ class Store:
         try:
             self.close()
         except StoreError:
-            if kind is None:  # an error that is on its way says more
+            if kind is None:  # an error that is being raised says more
                 raise
 
     @property
@@ -151,7 +151,7 @@ class Store:
                 f"the checkpoint of step {step} could not be written: {self.directory.parent} is gone, moved or "
                 "deleted while the run was under way"
             )
-        # Looked at first: orbax, whose threads wait for a directory that cannot be made, would hold up the error
+        # Checked first: orbax, whose threads wait for a directory that cannot be made, would hold up the error
         # and the end of the process for minutes.
         check_writable(self.directory, local_bytes((parameters, optimizer)))
         with _explained(self.directory, step):
@@ -214,7 +214,7 @@ class Store:
         return found[PARAMETERS], found[OPTIMIZER], found[DATA]
 
     def restore_parameters(self, step: int, parameters: Any) -> Any:
-        """Only the parameters of a step, on the shardings of the abstract target; the other files are not looked at.
+        """Only the parameters of a step, on the shardings of the abstract target; the other files are not checked.
 
         Raises:
             StoreError: no such step, it is damaged, or it does not fit the target.
@@ -313,7 +313,7 @@ class _Save:
         try:
             self._response.result()
             digests.write(self._directory / str(self._step), jax.process_index(), jax.process_count())
-        except Exception as error:  # raised by whoever asks next
+        except Exception as error:  # the next caller raises it
             self._error = error
 
     def check(self) -> None:
@@ -324,7 +324,8 @@ class _Save:
 
 
 def _close(checkpointer: ocp.training.Checkpointer) -> None:
-    # A failed save is raised once to each thread that waits for it. It has been told of, and would keep the rest open.
+    # A failed save is raised once to each thread that waits for it. It has been reported, and would keep the rest from
+    # being closed.
     with contextlib.suppress(Exception):
         checkpointer.wait()
     checkpointer.close()

@@ -44,8 +44,7 @@ class Tiny:
     """A small random model with a byte-level tokenizer, written into the run directory in HuggingFace format."""
 
     family: str = next(iter(FAMILIES))
-    """Model family, by its HF `model_type` (docs/families.md). Sizes that its models do not have count for
-    nothing."""
+    """Model family, by its HF `model_type` (docs/families.md). Sizes that its models do not have are ignored."""
     seed: int = 0
     """Seed of the weights."""
     hidden_size: int = 128

@@ -19,7 +19,7 @@ from rave_jax.models.vlm import Vlm
 from rave_jax.typing import NpArray
 
 LISTED = 100
-"""Problems that one error lists; more of them say nothing new."""
+"""Problems that one error lists; more of them add no information."""
 FILES = 4
 HEAD, EMBEDDING = "lm_head.", "model.embed_tokens."
 """In the keys of the two tensors that may be one."""
@@ -118,6 +118,8 @@ def _by_canonical_key(weights: Weights, model: Vlm, problems: list[str]) -> dict
     found: dict[str, Stored] = {}
     for key, stored in weights.tensors.items():
         name = family.canonical_key(key)
+        if name.startswith(family.unread):
+            continue
         if name in found:
             problems.append(
                 f"{key} ({stored.file.name}): the same parameter as {found[name].key} ({found[name].file.name})"

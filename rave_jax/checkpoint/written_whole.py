@@ -100,7 +100,7 @@ def sweep(parent: Path) -> list[Path]:
 
 
 def _locked(file: Path, create: bool) -> int:
-    """A descriptor of the file with its lock, which the system lets go when the process ends, however it does.
+    """A descriptor of the file with its lock, which the system releases when the process ends, however it ends.
 
     Raises:
         OSError: another process has it.

@@ -138,12 +138,14 @@ class ChatTemplate:
             self._forms: dict[str, tuple[bool, bool]] = {}
             for role in ("user", "assistant", "system"):
                 self._forms[role] = self._form(role)
-            self._turns = learn_turns(self._probe, self._words.ids.__contains__)
+            # Where answers are marked, they are known without a token at their end.
+            marked = self._jinja.marks_answers and tokenizer.eos_token_id is not None
+            self._turns = learn_turns(self._probe, self._words.ids.__contains__, ends=not marked)
             self._marks_answers = bool(self._jinja.render(self._talk(["user", "assistant"])).answers)
         except SampleError as error:
             raise ConfigError(str(error)) from error
         self._header = "".join(self._words.spelled.get(character, character) for character in self._turns.adds)
-        self.end_id = self._words.ids[self._turns.end]
+        self.end_id = self._words.ids[self._turns.end] if self._turns.end else tokenizer.eos_token_id
         """The token that ends a message: what generation stops at."""
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
@@ -168,7 +170,9 @@ class ChatTemplate:
             raise SampleError("the conversation starts with an answer")
         scanned, marked, answers = self._scan(views, add_generation_prompt)
         spans = find_turns(self._turns, roles, scanned, marked, add_generation_prompt)
-        learn = _marked_alone(spans.learn, answers) if self._marks_answers else spans.learn
+        learn = spans.learn
+        if self._marks_answers:
+            learn = _marked_alone(learn, answers, scanned.text if not self._turns.end else "")
         encoded, places = self._encode(scanned, views)
 
         # The first token that begins at each place or behind it.
@@ -188,7 +192,15 @@ class ChatTemplate:
             runs.append(_run(message, encoded.ids[begin:end], (start, stop) if start < stop else (0, 0)))
         if add_generation_prompt:
             runs.append(Run(encoded.ids[cuts[-1] :], Role.RESPONSE, (0, 0), ()))
+        elif not self._turns.end:
+            runs[-1] = self._ended(runs[-1])
         return runs
+
+    def _ended(self, run: Run) -> Run:
+        """The last message where the template ends no answer: an answer that is learned ends as generation would end
+        it, with `eos_token` in place of what the template writes behind it."""
+        start, stop = run.learn
+        return run._replace(ids=[*run.ids[:stop], self.end_id], learn=(start, stop + 1)) if start < stop else run
 
     def _rendered(self, views: Sequence[View], asks: bool) -> Rendered:
         rendered = self._jinja.render(views, asks)
@@ -205,7 +217,7 @@ class ChatTemplate:
             try:
                 rendered = self._rendered(marked.views, asks)
             except SampleError:
-                continue  # it refuses what the marks make of a text
+                continue  # the template refuses a text that has marks in it
             scanned = scan(rendered.text, marked, self._words)
             if scanned.written == plain:
                 answers = [(scanned.in_text(start), scanned.in_text(stop)) for start, stop in rendered.answers]
@@ -279,13 +291,18 @@ def _run(message: Message, ids: list[int], learn: tuple[int, int]) -> Run:
     return Run(ids, ROLES[message["role"]], learn, visuals, message.get("weight", 1.0))
 
 
-def _marked_alone(learn: Sequence[tuple[int, int]], answers: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+def _marked_alone(
+    learn: Sequence[tuple[int, int]], answers: Sequence[tuple[int, int]], text: str
+) -> list[tuple[int, int]]:
     """What is learned where the template marks answers with `{% generation %}`: from the mark on, and nothing of an
-    answer without one."""
+    answer without one. Spaces of `text` before the mark are learned too: they begin the answer's first token, and
+    generation begins before them."""
     found = []
     for start, stop in learn:
         inside = [begin for begin, end in answers if begin < stop and end > start]
-        found.append((max(start, min(inside)), stop) if inside else (0, 0))
+        begin = max(start, min(inside, default=stop))
+        spaces = text[start:begin].isspace()
+        found.append((start if spaces else begin, stop) if inside else (0, 0))
     return found
 
 

@@ -1,6 +1,6 @@
 """Pictures read from files and memory, as upright RGB. What becomes of them is a family's (`families/pictures.py`).
 
-What transformers does and we do alike:
+As transformers does:
 - A file or its bytes are turned upright by their EXIF orientation (as its `load_image` does for a path in a chat
   message); a PIL image or an array is taken as it is.
 - Transparency is laid over white (as its processor does with a PIL picture; its `load_image` would drop it), every
@@ -17,8 +17,7 @@ from rave_jax.data import grey
 from rave_jax.data.grey import to_eight_bits
 from rave_jax.data.opening import describe, is_encoded, opened, reason
 from rave_jax.data.sample import ImageError
-from rave_jax.families.pictures import CutPicture, PictureError, PictureRules
-from rave_jax.layout import Grid
+from rave_jax.families.pictures import CutPicture, Form, PictureError, PictureRules
 
 EXIF_ORIENTATION = 0x0112
 
@@ -92,7 +91,7 @@ def cut_image(source: Any, rules: PictureRules, name: str = "") -> CutPicture:
         raise ImageError(f"{describe(source, name)}: {error}") from error
 
 
-def image_grid(source: Any, rules: PictureRules, name: str = "") -> Grid:
+def image_grid(source: Any, rules: PictureRules, name: str = "") -> Form:
     """The merged grid that a picture has by the rules of a model; of a file, only the header is read.
 
     Raises:

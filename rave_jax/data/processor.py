@@ -24,6 +24,7 @@ from rave_jax.families.directory import picture_rules
 from rave_jax.families.pictures import (
     NO_VIDEOS,
     CutPicture,
+    Form,
     Frames,
     PictureError,
     PictureRules,
@@ -33,7 +34,7 @@ from rave_jax.families.pictures import (
     grid_coordinates,
 )
 from rave_jax.files import check_folder
-from rave_jax.layout import Grid, VisualLayout
+from rave_jax.layout import VisualLayout
 from rave_jax.typing import NpArray
 
 MOST_BYTES = 2**22
@@ -129,24 +130,26 @@ class Processor:
             raise ImageError(str(error)) from error
         return self._count(self._pieces("image", grid, None))
 
-    def need(self, part: Message) -> tuple[int, int]:
-        """(tokens, patches) of a picture or video part, from the header of the picture or of its first frame.
+    def need(self, part: Message, pictures: int = 1) -> tuple[int, int]:
+        """(tokens, patches) of a picture or video part in a conversation of so many pictures, from the header of the
+        picture or of its first frame.
 
         Raises:
             ImageError: no picture, or a video without frames.
         """
         kind, name = part["type"], part.get("name", "")
+        rules = self.rules.among(pictures)
         if kind == "video":
-            grid, frames = video_grid(part["video"], part.get("fps"), self.rules, name)
+            grid, frames = video_grid(part["video"], part.get("fps"), rules, name)
         else:
-            grid, frames = image_grid(part["image"], self.rules, name), None
+            grid, frames = image_grid(part["image"], rules, name), None
         return self._count(self._pieces(kind, grid, frames)), self.rules.count_patches(grid)
 
     def _count(self, pieces: Sequence[Piece]) -> int:
         grids = (piece.grid for piece in pieces if piece.grid is not None)
         return sum(len(piece.tokens) for piece in pieces) + sum(map(self.layout.extra_tokens, grids))
 
-    def _pieces(self, kind: VisualKind, grid: Grid, frames: Frames | None) -> tuple[Piece, ...]:
+    def _pieces(self, kind: VisualKind, grid: Form, frames: Frames | None) -> tuple[Piece, ...]:
         return self.rules.expand(kind, grid, frames, self._words)
 
     def _words(self, text: str) -> list[int]:
@@ -206,9 +209,10 @@ class Processor:
         if self.rules.video_token_id < 0 and any(part["type"] == "video" for part in parts):
             raise SampleError(NO_VIDEOS)
         places = self._placeholders(runs, parts)
+        rules = self.rules.among(count_pictures(parts))
         cuts, pieces = [], []
         for part in parts:
-            cut, frames = self._cut(part)
+            cut, frames = _cut(part, rules)
             cuts.append(cut)
             pieces.append(self._pieces(part["type"], cut.grid, frames))
         ids = np.concatenate([np.asarray(run.ids, np.int32) for run in runs])
@@ -245,12 +249,6 @@ class Processor:
         )
         return lay_out(example, self.layout, one_axis=not self.rules.config.text.mrope_section)
 
-    def _cut(self, part: Message) -> tuple[CutPicture, Frames | None]:
-        name = part.get("name", "")
-        if part["type"] == "video":
-            return cut_video(part["video"], part.get("fps"), self.rules, name)
-        return cut_image(part["image"], self.rules, name), None
-
     def _placeholders(self, runs: Sequence[Run], parts: Sequence[Message]) -> NpArray:
         """Index of each picture's placeholder in the runs' tokens put end to end."""
         kinds = {self.rules.image_token_id: "image", self.rules.video_token_id: "video"}
@@ -262,6 +260,18 @@ class Processor:
                 "does a message spell out a placeholder, with special_tokens_in_text set to 'tokens'?"
             )
         return np.array([index for index, _ in found], np.int64)
+
+
+def count_pictures(parts: Sequence[Message]) -> int:
+    """Pictures among the picture and video parts of a conversation."""
+    return sum(part["type"] == "image" for part in parts)
+
+
+def _cut(part: Message, rules: PictureRules) -> tuple[CutPicture, Frames | None]:
+    name = part.get("name", "")
+    if part["type"] == "video":
+        return cut_video(part["video"], part.get("fps"), rules, name)
+    return cut_image(part["image"], rules, name), None
 
 
 def _visual_codes(length: int, visuals: Sequence[Visual], cuts: Sequence[CutPicture]) -> tuple[TokenInfo, NpArray]:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from rave_jax.data.loading import check_answers
-from rave_jax.data.processor import Processor
+from rave_jax.data.processor import Processor, count_pictures
 from rave_jax.data.sample import Message, SampleError, Source
 from rave_jax.data.skips import Skip, skip_of
 from rave_jax.typing import Int, NpArray
@@ -83,6 +83,6 @@ def measure(processor: Processor, messages: Sequence[Message]) -> Need:
     tokens = sum(len(run.ids) for run in runs) - len(parts)  # a placeholder stands once for each
     patches = 0
     for part in parts:
-        more, cut = processor.need(part)
+        more, cut = processor.need(part, count_pictures(parts))
         tokens, patches = tokens + more, patches + cut
     return Need(tokens, patches)

@@ -31,7 +31,7 @@ class Turns(NamedTuple):
         headers: other headers that answers have, the longest first.
         user: the header of a user's message.
         footers: of each role.
-        end: the last special token in the footer of an answer.
+        end: the last special token in the footer of an answer; empty where there is none.
     """
 
     preamble: str
@@ -74,15 +74,19 @@ class Probe(NamedTuple):
         return self.text[self.contents[number][1] : stop]
 
 
-def learn_turns(probe: Callable[[Sequence[str], bool], Probe], is_special: Callable[[str], bool]) -> Turns:
+def learn_turns(
+    probe: Callable[[Sequence[str], bool], Probe], is_special: Callable[[str], bool], ends: bool = True
+) -> Turns:
     """What a template writes around messages.
 
     Args:
         probe: renders a conversation of these roles, with or without a generation prompt.
         is_special: does a character stand for a special token?
+        ends: do answers have to end with a special token?
 
     Raises:
-        ConfigError: answers do not end with a special token, or a generation prompt changes what stands before it.
+        ConfigError: answers do not end with a special token and have to, or a generation prompt changes what stands
+            before it.
         SampleError: the template refuses a conversation of user and assistant.
     """
     user, assistant = "user", "assistant"
@@ -98,8 +102,8 @@ def learn_turns(probe: Callable[[Sequence[str], bool], Probe], is_special: Calla
             "the chat template changes the end of a question when it adds a generation prompt, so training and "
             "generation would differ"
         )
-    ends = [character for character in footers[assistant] if is_special(character)]
-    if not ends:
+    found = [character for character in footers[assistant] if is_special(character)]
+    if ends and not found:
         raise ConfigError(
             "the chat template puts no special token after an answer, so no model could learn where to stop: an "
             "answer should end with a token such as eos_token, in the middle of a conversation and at its end"
@@ -118,7 +122,15 @@ def learn_turns(probe: Callable[[Sequence[str], bool], Probe], is_special: Calla
         footers["system"] = system.removesuffix(opening)
     except SampleError:
         pass  # conversations with a system message are refused one by one, as the template says
-    return Turns(preamble, asking, adds, tuple(sorted(headers, key=len, reverse=True)), opening, footers, ends[-1])
+    return Turns(
+        preamble,
+        asking,
+        adds,
+        tuple(sorted(headers, key=len, reverse=True)),
+        opening,
+        footers,
+        found[-1] if found else "",
+    )
 
 
 def find_turns(turns: Turns, roles: Sequence[str], scanned: Scanned, marked: Marked, asks: bool) -> Spans:
@@ -212,8 +224,10 @@ def _learned(
     if header is not None:
         start = begin + len(header)
     footer = turns.footers["assistant"]
-    last = footer.rindex(turns.end) + 1
-    if stop is not None and text.startswith(footer[:last], stop):
+    last = footer.rindex(turns.end) + 1 if turns.end else 0
+    if not turns.end:
+        stop = -1 if stop is None else stop
+    elif stop is not None and text.startswith(footer[:last], stop):
         stop = stop + last
     else:
         stop = begin + whole.rfind(turns.end) + 1

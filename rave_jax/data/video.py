@@ -7,8 +7,7 @@ from typing import Any
 
 from rave_jax.data.images import image_size, read_image
 from rave_jax.data.sample import ImageError
-from rave_jax.families.pictures import CutPicture, Frames, PictureError, PictureRules
-from rave_jax.layout import Grid
+from rave_jax.families.pictures import CutPicture, Form, Frames, PictureError, PictureRules
 
 
 def used_frames(frames: Sequence[Any], fps: float | None, rules: PictureRules, name: str = "") -> Frames:
@@ -57,7 +56,7 @@ def cut_video(
         raise ImageError(f"{name or 'video'}: {error}") from error
 
 
-def video_grid(frames: Sequence[Any], fps: float | None, rules: PictureRules, name: str = "") -> tuple[Grid, Frames]:
+def video_grid(frames: Sequence[Any], fps: float | None, rules: PictureRules, name: str = "") -> tuple[Form, Frames]:
     """The merged grid that a video has by the rules of a model, from the header of its first frame.
 
     Raises:

@@ -108,7 +108,7 @@ def account(info: TokenInfo, text: TextConfig, options: ModelOptions, number_byt
 
     Args:
         info: numpy codes of one row, arrays [T], laid out for the options.
-        text: the decoder.
+        text: the decoder, of which the layers that attend count.
         options: its mechanisms, whose `reading` says what a layer with them reads; one of a layer says it.
         number_bytes: of a number in the cache, 2 for bfloat16.
     """
@@ -118,26 +118,26 @@ def account(info: TokenInfo, text: TextConfig, options: ModelOptions, number_byt
     dims = attention_dims(text)
     H, K, h = dims
     plain = LayerReading(row.visual, row.visual, np.zeros(len(row.queries)), 2 * h * number_bytes * K * row.visual)
-    layers = [plain] * text.num_layers
+    layers = dict.fromkeys(text.attention_layers, plain)
     before = PicturesBefore(row.visual, row.sizes, row.candidates)
     for mechanism in options.mechanisms:
         reading = mechanism.reading(before, dims, number_bytes)
-        for n in range(text.num_layers) if mechanism.layers == "all" else mechanism.layers:
+        for n in layers if mechanism.layers == "all" else mechanism.layers:
             layers[n] = layers[n] if reading is None else reading
     mean, routing, read = (
-        np.sum([getattr(layer, name) for layer in layers], axis=0) for name in ("mean", "routing", "bytes")
+        np.sum([getattr(layer, name) for layer in layers.values()], axis=0) for name in ("mean", "routing", "bytes")
     )
-    context = 4 * H * h * text.num_layers * row.context
+    context = 4 * H * h * len(layers) * row.context
     return Reading(
         visual=float(row.visual.mean()),
-        entries=float(np.mean(mean / text.num_layers + row.context)),
-        most=int(max(np.max(layer.most + row.context) for layer in layers)),
+        entries=float(np.mean(mean / len(layers) + row.context)),
+        most=int(max(np.max(layer.most + row.context) for layer in layers.values())),
         attention=float(np.mean(4 * H * h * mean)),
         routing=float(np.mean(routing)),
         context=float(np.mean(context)),
-        bytes=float(np.mean(read + text.num_layers * 2 * h * number_bytes * K * row.context)),
-        dense_attention=float(np.mean(4 * H * h * text.num_layers * row.visual)),
-        dense_bytes=float(np.mean(text.num_layers * 2 * h * number_bytes * K * row.visual)),
+        bytes=float(np.mean(read + len(layers) * 2 * h * number_bytes * K * row.context)),
+        dense_attention=float(np.mean(4 * H * h * len(layers) * row.visual)),
+        dense_bytes=float(np.mean(len(layers) * 2 * h * number_bytes * K * row.visual)),
     )
 
 

@@ -28,7 +28,7 @@ class Looked:
         on_picture: share of all attention that went to the picture.
         box: evidence in fractions of the picture; None where it is not known, as is what follows.
         in_box: share of the picture's attention inside the box, over the layers asked for.
-        by_layer: the same for each layer alone.
+        by_layer: the same for each layer alone; 0 for one that does not attend.
         area: share of the picture that the box covers.
     """
 
@@ -90,7 +90,8 @@ def measure(sample: Sample, look: Look, image: Image.Image, layers: tuple[int, .
     if sample.evidence is None:
         return Looked(sample.task, look.on_picture)
     box = relative_box(sample.evidence, *image.size)
-    by_layer = tuple(look.in_box(box, (layer,)) for layer in range(len(look.weights)))
+    numbers = look.layers or tuple(range(len(look.weights)))
+    by_layer = tuple(look.in_box(box, (n,)) if n in numbers else 0.0 for n in range(numbers[-1] + 1))
     return Looked(sample.task, look.on_picture, box, look.in_box(box, layers), by_layer, area(box))
 
 

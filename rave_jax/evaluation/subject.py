@@ -208,7 +208,7 @@ class ModelSubject:
         looks: list[Look | None] = []
         for i, example in enumerate(block.examples):
             grid = None if self._has_video(example) else on_grid(example.info, found[:, i, :, : len(example.tokens)])
-            looks.append(None if grid is None else Look(grid))
+            looks.append(None if grid is None else Look(grid, self._model.config.text.attention_layers))
         return looks
 
     def _route_chunk(self, samples: Sequence[Sample], answers: Sequence[Answer]) -> list[Route | None]:

@@ -27,6 +27,7 @@ from rave_jax.evaluation.probes import probes_of
 from rave_jax.evaluation.records import Record, TrainingAnswers, add_frequent_answers, ask, redealing
 from rave_jax.evaluation.subject import Check, ModelSubject, PromptOverBudget, Subject, no_check
 from rave_jax.evaluation.summary import FLOORS, HEADINGS, REDEALT, Summary, TaskRow, above_floor, mean
+from rave_jax.families.config import TextConfig
 from rave_jax.models.vlm import Vlm
 from rave_jax.parallel.rows import row_ways
 
@@ -103,7 +104,7 @@ def evaluate(config: Eval, model: Vlm, processor: Processor, mesh: Mesh, out: Pa
             does not exist, or not one sample could be asked.
         SampleError: a sample cannot be asked, and `on_error` is "fail".
     """
-    source = open_checked(config, model.config.text.num_layers)
+    source = open_checked(config, model.config.text)
     first = jax.process_index() == 0
     evaluation = Evaluation(config, source, subject_of(config, model, processor, mesh))
     return evaluation.run(out if first else None, log if first else lambda line: None)
@@ -116,19 +117,22 @@ def subject_of(config: Eval, model: Vlm, processor: Processor, mesh: Mesh) -> Mo
     return ModelSubject(model, processor, mesh, BatchShape(rows, config.tokens, patches), config.max_new_tokens)
 
 
-def open_checked(config: Eval, num_layers: int) -> Source:
+def open_checked(config: Eval, text: TextConfig) -> Source:
     """The samples of an evaluation that can be made, as far as that is known without the model's weights.
 
     Args:
         config: the evaluation.
-        num_layers: decoder layers of the model.
+        text: the decoder of the model.
 
     Raises:
         ConfigError: data cannot be opened, evidence cannot be changed, or a layer does not exist.
     """
     for layer in config.layers:
-        if not 0 <= layer < num_layers:
-            raise ConfigError(f"layers has {layer}, but the model's layers are 0 to {num_layers - 1}")
+        if not 0 <= layer < text.num_layers:
+            raise ConfigError(f"layers has {layer}, but the model's layers are 0 to {text.num_layers - 1}")
+        if layer not in text.attention_layers:
+            attending = ", ".join(map(str, text.attention_layers))
+            raise ConfigError(f"layers has {layer}, which does not attend; the model's layers that do are {attending}")
     source = config.data.build()
     redealing(config, source)
     if config.floor is not None and config.floor.train is not None:

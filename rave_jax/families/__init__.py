@@ -9,10 +9,10 @@ import difflib
 import importlib
 
 from rave_jax.config import ConfigError
-from rave_jax.families.base import Family, TensorRule
+from rave_jax.families.base import Family, Original, TensorRule
 from rave_jax.families.hf import HfConfig
 
-__all__ = ["FAMILIES", "Family", "TensorRule", "family_for", "family_named"]
+__all__ = ["FAMILIES", "Family", "TensorRule", "family_for", "family_named", "original_of"]
 
 FOLDERS = (
     "qwen2_5_vl",
@@ -22,8 +22,11 @@ FOLDERS = (
     "qwen3",
     "qwen3_moe",
     "qwen3_vl",
+    "qwen3_5",
+    "qwen3_5_text",
     "qwen3_vl_moe",
     "llava",
+    "llava_onevision",
     "internvl",
     "smolvlm",
 )
@@ -46,6 +49,12 @@ def family_named(model_type: str) -> Family:
     return FAMILIES[model_type]
 
 
+def original_of(hf_config: HfConfig) -> Original | None:
+    """How a checkpoint with this config becomes HuggingFace's; None where it is in its layout already."""
+    found = (family.original for family in FAMILIES.values())
+    return next((one for one in found if one is not None and one.recognises(hf_config)), None)
+
+
 def family_for(hf_config: HfConfig) -> Family:
     """The family of an HF config.
 
@@ -53,6 +62,12 @@ def family_for(hf_config: HfConfig) -> Family:
         ConfigError: its `model_type` is missing or unknown.
     """
     stated = hf_config.get("model_type")
+    if (other := original_of(hf_config)) is not None:
+        key = other.tower_key
+        raise ConfigError(
+            f"config.json: {key!r} is {hf_config[key]!r}: this is a checkpoint in the layout of its authors; "
+            "`rave-jax convert from-original` makes a HuggingFace directory of it and of its tower's"
+        )
     if isinstance(stated, str) and stated in FAMILIES:
         return FAMILIES[stated]
     found = "missing" if stated is None else repr(stated)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -73,6 +74,39 @@ class LayerTensor(NamedTuple):
         return TensorRule(before + key, path, layer, stack, shape, entry, cut, swapped)
 
 
+class TensorSource(NamedTuple):
+    """Where a tensor is in an original checkpoint: its key, and whether it lies in the tower's directory."""
+
+    key: str
+    in_tower: bool
+
+
+class Original(NamedTuple):
+    """How checkpoints in the layout of a model's authors become HuggingFace's (`checkpoint/original.py`).
+
+    Fields:
+        recognises: is this the config of one?
+        tower_key: key of its config that names the tower, whose directory is given apart.
+        config: (its config, the tower's, id of the first token that is added) to the HF config. Raises ConfigError for
+            what is not computed.
+        sources: (config, keys of the checkpoint's tensors, keys of the tower's) to where each tensor is, by canonical
+            key.
+        ignored: keys of the checkpoint that are no parameters.
+        files: (config, its config) to what the settings files hold that it lacks, by name.
+        tokens: special tokens that are added to the tokenizer; the last one pads.
+        template: the chat template.
+    """
+
+    recognises: Callable[[HfConfig], bool]
+    tower_key: str
+    config: Callable[[HfConfig, HfConfig, int], dict[str, Any]]
+    sources: Callable[[VlmConfig, Collection[str], Collection[str]], dict[str, TensorSource]]
+    ignored: re.Pattern[str]
+    files: Callable[[VlmConfig, HfConfig], dict[str, dict[str, Any]]]
+    tokens: tuple[str, ...]
+    template: str
+
+
 @dataclass(frozen=True)
 class Family:
     """One record per family; nothing else in the library knows a family's name."""
@@ -103,6 +137,11 @@ class Family:
     styles, this is the one in which transformers 5 names its modules."""
     more_prefixes: tuple[tuple[tuple[str, str], ...], ...] = ()
     """The same of further styles."""
+    original: Original | None = None
+    """How checkpoints in the layout of the model's authors become HuggingFace's; None: there is no other layout."""
+    unread: tuple[str, ...] = ()
+    """Beginnings of keys of tensors that a checkpoint may hold and that are no part of the model: they are not read,
+    and not exported."""
 
     def load_tower(self) -> Callable[..., Any]:
         """Its class of towers (`models.tower.Tower`).

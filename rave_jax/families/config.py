@@ -34,6 +34,39 @@ def within(config: object, limits: dict[str, int], least: int = 1) -> None:
 
 
 @dataclass(frozen=True)
+class DeltaConfig:
+    """Layers of the gated delta rule (arXiv 2412.06464) in place of attention."""
+
+    layers: tuple[int, ...] = (0,)
+    """Decoder layers that have it, in order; the others attend."""
+    key_heads: int = 2
+    """Heads of queries and keys."""
+    value_heads: int = 4
+    """Heads of values, a multiple of key_heads."""
+    key_dim: int = 16
+    """Width of a query and of a key of one head."""
+    value_dim: int = 16
+    """Width of a value of one head."""
+    conv_width: int = 4
+    """Tokens that the causal convolution before the rule sums over, the token itself among them."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        heads = dict.fromkeys(("key_heads", "value_heads"), MAX_HEADS)
+        within(self, heads | dict.fromkeys(("key_dim", "value_dim"), MAX_WIDTH) | {"conv_width": MAX_SIDE})
+        within(self, {"conv_width": MAX_SIDE}, least=2)
+        divides = self.value_heads % self.key_heads == 0
+        require(divides, "value_heads", self.value_heads, f"a multiple of key_heads {self.key_heads}")
+        ordered = self.layers == tuple(sorted(set(self.layers)))
+        require(len(self.layers) > 0 and ordered, "layers", self.layers, "numbers of layers, each once and in order")
+
+    @property
+    def channels(self) -> int:
+        """Numbers of a token's queries, keys and values."""
+        return 2 * self.key_heads * self.key_dim + self.value_heads * self.value_dim
+
+
+@dataclass(frozen=True)
 class LinearRope:
     """Every rotary frequency is divided by one factor: positions are interpolated (arXiv 2306.15595)."""
 
@@ -95,9 +128,11 @@ class LayerKind(NamedTuple):
 
     Fields:
         mlp: one mlp for all tokens, or experts that a router chooses.
+        mixer: what tokens learn of each other by: softmax attention, or the gated delta rule.
     """
 
     mlp: Literal["dense", "experts"] = "dense"
+    mixer: Literal["attention", "delta"] = "attention"
 
 
 @dataclass(frozen=True)
@@ -154,14 +189,20 @@ class TextConfig:
     rope_scaling: RopeScaling | None = None
     """How the rotary frequencies are scaled for longer contexts; None: not at all."""
     mrope_section: tuple[int, ...] = ()
-    """Frequencies, of head_dim / 2, that turn with the temporal, height, width position in turn; empty: all turn
+    """Frequencies, of rotary_dim / 2, that turn with the temporal, height, width position in turn; empty: all turn
     with the temporal one, which is 1-D RoPE."""
     mrope_interleaved: bool = False
     """Do the frequencies of `mrope_section` take turns, temporal, height, width, instead of standing side by side?"""
+    rotary_part: int | None = None
+    """Numbers of a head that turn, the first of them, even; None: all of head_dim."""
     qkv_bias: bool = True
     """Do the query, key and value projections have a bias?"""
     qk_norm: bool = False
     """Is an RMSNorm over head_dim applied to queries and keys before RoPE?"""
+    output_gate: bool = False
+    """Are the heads' outputs multiplied by a sigmoid of numbers that the query projection gives beside the queries?"""
+    norm_plus_one: bool = False
+    """Do RMSNorms multiply by 1 + weight?"""
     tie_embeddings: bool = True
     """Is the embedding table the output head too?"""
     sliding_window: int | None = None
@@ -175,6 +216,8 @@ class TextConfig:
     own family does."""
     experts: ExpertsConfig | None = None
     """Experts in place of the mlp of some layers or all; None: every layer has one mlp."""
+    delta: DeltaConfig | None = None
+    """Layers with the gated delta rule; None: every layer attends."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -186,13 +229,31 @@ class TextConfig:
         require(divides, "num_heads", self.num_heads, f"a multiple of num_kv_heads {self.num_kv_heads}")
         require(self.head_dim % 2 == 0, "head_dim", self.head_dim, "an even number, for rotary halves")
         section = self.mrope_section
-        covers = not section or (sum(section) == self.head_dim // 2 and min(section) >= 0)
-        require(covers, "mrope_section", section, f"numbers that add up to head_dim / 2 = {self.head_dim // 2}")
+        part, half = self.rotary_part, self.rotary_dim // 2
+        turns = part is None or (2 <= part <= self.head_dim and part % 2 == 0)
+        require(turns, "rotary_part", part, f"an even number from 2 to head_dim {self.head_dim}, or None")
+        covers = not section or (sum(section) == half and min(section) >= 0)
+        require(covers, "mrope_section", section, f"numbers that add up to rotary_dim / 2 = {half}")
         three = not self.mrope_interleaved or len(section) == 3
         require(three, "mrope_section", section, "three numbers where mrope_interleaved is true")
         check_norm_and_rope(self)
         window_ok = self.sliding_window is None or 1 <= self.sliding_window <= MAX_INT32
         require(window_ok, "sliding_window", self.sliding_window, f"1 to {MAX_INT32:,}, or None")
+        if self.delta is not None:
+            known = all(0 <= n < self.num_layers for n in self.delta.layers)
+            require(known, "delta.layers", self.delta.layers, f"numbers from 0 to {self.num_layers - 1}")
+            some = len(self.delta.layers) < self.num_layers
+            require(some, "delta.layers", self.delta.layers, "at least one layer less than the model has")
+
+    @property
+    def rotary_dim(self) -> int:
+        """Numbers of a head that turn with positions."""
+        return self.head_dim if self.rotary_part is None else self.rotary_part
+
+    @property
+    def attention_layers(self) -> tuple[int, ...]:
+        """Numbers of the layers that attend: those that mechanisms may be in."""
+        return tuple(n for n, kind in enumerate(self.layer_kinds) if kind.mixer == "attention")
 
     @property
     def longest(self) -> int | None:
@@ -202,9 +263,14 @@ class TextConfig:
     @property
     def layer_kinds(self) -> tuple[LayerKind, ...]:
         """The kind of each decoder layer."""
-        experts = self.experts
-        with_experts = (experts is not None and experts.in_layer(n) for n in range(self.num_layers))
-        return tuple(LayerKind("experts" if has else "dense") for has in with_experts)
+        experts, deltas = self.experts, () if self.delta is None else self.delta.layers
+        return tuple(
+            LayerKind(
+                "experts" if experts is not None and experts.in_layer(n) else "dense",
+                "delta" if n in deltas else "attention",
+            )
+            for n in range(self.num_layers)
+        )
 
 
 def check_norm_and_rope(config: Any) -> None:

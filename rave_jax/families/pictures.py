@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from rave_jax.batch import Patches
+from rave_jax.config import require
 from rave_jax.families.config import PatchSizes, VlmConfig
 from rave_jax.layout import Grid
 from rave_jax.typing import Int, NpArray
@@ -23,6 +24,11 @@ from rave_jax.typing import Int, NpArray
 VisualKind = Literal["image", "video"]
 Encode = Callable[[str], list[int]]
 """Token ids of a text."""
+
+
+Form = Any
+"""What a family says of a size of pictures or videos: the merged grid (t, h, w), or what else its `expand` and
+`count_patches` take."""
 
 
 class PictureError(ValueError):
@@ -50,12 +56,12 @@ class CutPicture(NamedTuple):
         patches: its patches, frame after frame.
         order: merge unit, counted from 0 over the whole, of each unit of the merged grid read frame, row, column. Where
             units are mixed, which of `patches.source` each visual token is.
-        grid: size of the merged grid (t, h, w), or what else says it to `expand` and `count_patches`.
+        grid: size of the merged grid (t, h, w), or what else the family says of the size.
     """
 
     patches: Patches
     order: Int[NpArray, "N"]
-    grid: Grid
+    grid: Form
 
 
 class Frames(NamedTuple):
@@ -145,11 +151,18 @@ class PictureRules:
         """The rules with other limits of a resized picture's pixels, where they are given.
 
         Raises:
-            ConfigError: limits that cannot be kept.
+            ConfigError: limits that cannot be kept, or a family whose pictures have sizes of their own.
         """
+        for name, given in (("min_pixels", min_pixels), ("max_pixels", max_pixels)):
+            own = f"null: the sizes of pictures are those of {self.config.family}"
+            require(given is None or not self.has_vision, name, given, own)
         return self
 
-    def image_grid(self, height: int, width: int) -> Grid:
+    def among(self, pictures: int) -> Self:
+        """The rules for a conversation of so many pictures, where they differ."""
+        return self
+
+    def image_grid(self, height: int, width: int) -> Form:
         """Merged grid (1, h, w) of a picture of this size.
 
         Raises:
@@ -157,7 +170,7 @@ class PictureRules:
         """
         raise PictureError(NO_PICTURES)
 
-    def count_patches(self, grid: Grid) -> int:
+    def count_patches(self, grid: Form) -> int:
         """Patches of a picture or video of this merged grid, with all that the tower reads beside those of the grid."""
         return math.prod(grid) * self.patch_sizes.merge
 
@@ -181,7 +194,7 @@ class PictureRules:
         """
         raise PictureError(NO_VIDEOS)
 
-    def video_grid(self, height: int, width: int, frames: Frames) -> Grid:
+    def video_grid(self, height: int, width: int, frames: Frames) -> Form:
         """Merged grid (t, h, w) of a video of these frames, each of this size.
 
         Raises:
@@ -197,7 +210,7 @@ class PictureRules:
         """
         raise PictureError(NO_VIDEOS)
 
-    def expand(self, kind: VisualKind, grid: Grid, frames: Frames | None, encode: Encode) -> tuple[Piece, ...]:
+    def expand(self, kind: VisualKind, grid: Form, frames: Frames | None, encode: Encode) -> tuple[Piece, ...]:
         """What stands in a prompt in place of a placeholder.
 
         Args:

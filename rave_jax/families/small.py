@@ -95,12 +95,18 @@ def small_text(sizes: SmallSizes, vocab_size: int, **other: Any) -> TextConfig:
     )
 
 
-def small_text_models(family: str, render: Callable[[VlmConfig], dict[str, Any]], **other: Any) -> SmallModels:
-    """Small models of a text family, with what it states beside sizes. Their chat format is ChatML."""
+def small_text_models(
+    family: str,
+    render: Callable[[VlmConfig], dict[str, Any]],
+    decoder: Callable[..., TextConfig] = small_text,
+    **other: Any,
+) -> SmallModels:
+    """Small models of a text family, whose `decoder` takes sizes, rows of the embedding and what the family states
+    beside them. Their chat format is ChatML."""
 
     def config(sizes: SmallSizes, vocab_size: int, ids: Mapping[str, int]) -> VlmConfig:
         ends = (ids["<|im_end|>"], ids["<|endoftext|>"])
-        return VlmConfig(small_text(sizes, vocab_size, **other), eos_token_ids=ends, family=family)
+        return VlmConfig(decoder(sizes, vocab_size, **other), eos_token_ids=ends, family=family)
 
     def files(config: VlmConfig, ids: Mapping[str, int]) -> dict[str, dict[str, Any]]:
         return model_files(render(config), config.eos_token_ids, ids, chatml(), config.text.max_position)

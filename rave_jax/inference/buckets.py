@@ -78,8 +78,8 @@ class Buckets:
     Attributes:
         lengths: of prompts, ascending. The last holds `max_length`. Up to a chunk there are two to a doubling, beyond
             it one.
-        reaches: how many slots of the cache a program reads and writes, ascending: those of the lengths, or with
-            regions, whose slots are apart, of tokens of no region.
+        reaches: how many entries of a row of the cache a program reads and writes, ascending: those of the lengths, or
+            with regions, whose entries are apart, of tokens of no region.
         chunk: tokens of a prompt read at once.
         patches: sizes of the tower's input, ascending; empty without a tower.
         regions: how many regions a prompt's chunks see, ascending, doubled each time; empty without regions.
@@ -104,7 +104,7 @@ class Buckets:
 
     @property
     def size(self) -> int:
-        """Slots per row of the cache, those of regions not counted."""
+        """Entries per row of the cache, those of regions not counted."""
         return self.reaches[-1]
 
     def reach(self, length: int) -> int:

@@ -57,7 +57,7 @@ class Completion:
 
 
 class Piece(NamedTuple):
-    """Something that became known of a request: more text, and at the end the whole answer or what went wrong.
+    """What came of a request: more text, and at the end the whole answer or what went wrong.
 
     Fields:
         request: the number that `submit` gave; of a stream, its place in the order in which requests were given, from
@@ -91,7 +91,7 @@ class _Answer:
 class Generator:
     """Answers requests with a model, many at once.
 
-    `submit` puts a request in the line, `poll` lets all answers grow by a step and gives what became known, and
+    `submit` puts a request in the line, `poll` lets all answers grow by a step and gives what came of it, and
     `cancel` ends a request. `stream` and `answers` do so for all requests of a source.
 
     `submit` and `cancel` may be called from any thread, `poll` from one at a time. In a job of several processes all
@@ -188,7 +188,7 @@ class Generator:
         return number
 
     def poll(self, wait: float | None = 0.0) -> list[Piece]:
-        """What became known, after at most one step of all answers. Errors of requests come without a step.
+        """What came since the last call, after at most one step of all answers. Errors of requests come without a step.
 
         Ctrl-C raises KeyboardInterrupt when the step is done. Nothing is lost: the next `poll` gives what it made. A
         second Ctrl-C, like an error of the device, raises at once and ends all requests.
@@ -226,7 +226,7 @@ class Generator:
     ) -> abc.Generator[Piece]:
         """Pieces of all answers as they come. A request that cannot be answered ends with its error; others go on.
 
-        Requests are taken when there is room for them. A sequence is read as it stands. Any other iterable is read on
+        Requests are taken when there is room for them. A sequence is read directly. Any other iterable is read on
         a thread of its own, so a source that takes its time holds no answer; what it raises is raised here, and ends
         what runs. So does closing the iterator. In a job of several processes all must give the same requests.
 

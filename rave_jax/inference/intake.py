@@ -1,4 +1,4 @@
-"""Where the requests of a stream come from: a list, which is at hand, or an iterator, which is read on a thread.
+"""Where the requests of a stream come from: a list, which is read directly, or an iterator, which is read on a thread.
 
 A source may be slow: a pipe, a queue, a folder on a network. While its thread waits for the next request, or cuts the
 pictures of one, answers go on to grow.
@@ -29,11 +29,11 @@ class Intake[Given, Ready](Protocol):
         ...
 
     def take(self, room: int, wait: bool) -> list[Ready]:
-        """Those that are at hand, at most `room`.
+        """The requests that have come, at most `room`.
 
         Args:
             room: requests that may be taken.
-            wait: for one, if none is at hand. Several processes may get none all the same.
+            wait: for one, if none has come. In a job of several processes there may still be none.
 
         Raises:
             BaseException: what the source raised, when the requests before it are taken.

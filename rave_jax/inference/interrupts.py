@@ -16,7 +16,7 @@ def remembered(*, replace: bool = True) -> Generator[Callable[[], bool]]:
     Python takes signals in the main thread alone; elsewhere nothing comes.
 
     Args:
-        replace: take Ctrl-C from whoever handles it already; otherwise only from Python itself.
+        replace: replace a handler of Ctrl-C that is there already; otherwise only from Python itself.
     """
     came = False
 

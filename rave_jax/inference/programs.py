@@ -169,7 +169,7 @@ def prefill(
         state: of the slots.
         chunk: the tokens; the slots they go to have room for T more within `reach`.
         admission: whose tokens they are.
-        reach: slots of the cache that the chunk may see.
+        reach: entries of each row of the cache that the chunk may see.
         regions: regions of the cache that it may see; None of a cache without.
 
     Returns:
@@ -179,7 +179,7 @@ def prefill(
     B = state.seen.shape[0]
     begins = admission.begins
     part = state.cache.take(admission.slot, reach, regions)
-    # From slot 0 on: what is left there of who had the slot before counts as not written.
+    # From entry 0 on: what is left there of the answer before counts as not written.
     part = part.emptied(begins)
 
     features = state.pictures if state.pictures.tokens.shape[1] else None
@@ -233,7 +233,7 @@ def decode(
         alive: slots whose answer nobody has ended from outside.
         steps: at most `width`.
         eager: end as soon as one answer does, so that its slot can be used.
-        reach: slots of the cache that may be read and written; the answers stay within it.
+        reach: entries of each row of the cache that may be read and written; the answers stay within it.
         width: W, columns of the result.
 
     Returns:

@@ -41,7 +41,7 @@ class Prompt(NamedTuple):
         return len(self.example.tokens)
 
     @property
-    def slots(self) -> int:
+    def entries(self) -> int:
         """Tokens of the prompt that are not kept by region."""
         return int(np.sum(self.example.info.region == 0))
 
@@ -99,7 +99,7 @@ class PromptGroup:
         batch, T = self._batch, self.width
         lengths = self._column([prompt.length for prompt in self.prompts])
         admission = self._admission(self._column(slots, no_slot))
-        # A chunk is written whole into slots that follow each other, or token by token beside regions.
+        # A chunk is written whole into entries that follow each other, or token by token beside regions.
         real, outside = (np.asarray(code) for code in (batch.info.document > 0, batch.info.region == 0))
         beside: Any = np.max(np.cumsum(real & outside, axis=1), axis=0)
         for start in range(0, batch.tokens.shape[1], T):
@@ -124,7 +124,7 @@ class PromptGroup:
             "slot": slots,
             "begins": None,
             "last": None,
-            # As text does behind whatever it follows (data/positions.py).
+            # As text does after anything that it follows (`PictureRules.positions`).
             "position": self._column([int(prompt.example.positions.max()) + 1 for prompt in self.prompts]),
             "turn": self._column([int(np.asarray(prompt.example.info.turn)[-1]) for prompt in self.prompts]),
             "limit": self._column([prompt.limit for prompt in self.prompts]),

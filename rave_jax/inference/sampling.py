@@ -1,4 +1,4 @@
-"""Which token comes next: settings of an answer, and the choice itself, for rows that know nothing of each other."""
+"""Which token comes next: settings of an answer, and the choice itself, for rows that are independent of each other."""
 
 from __future__ import annotations
 

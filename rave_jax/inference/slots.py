@@ -1,6 +1,6 @@
 """Continuous batching: prompts wait in a line, take a slot when one is free, and leave it when their answer is done.
 
-The host decides who is where; everything it decides is data to three compiled programs (`programs.py`).
+The host decides which request has which slot; everything it decides is data to three compiled programs (`programs.py`).
 """
 
 from __future__ import annotations
@@ -70,9 +70,9 @@ class _Job:
     given: int = 0
 
     def length_after(self, steps: int) -> int:
-        """Tokens in its slot after so many more, those kept by region left out; the newest answer token is never there
-        yet."""
-        return self.prompt.slots + min(self.given + steps, self.prompt.limit) - 1
+        """Entries that it takes after so many more tokens, those of regions left out. The newest token of an answer
+        has none yet."""
+        return self.prompt.entries + min(self.given + steps, self.prompt.limit) - 1
 
 
 class Engine:
@@ -181,7 +181,7 @@ class Engine:
 
         Args:
             example: the prompt.
-            sampling: how it is answered. Stop strings are not looked at here.
+            sampling: how it is answered. Stop strings are not handled here.
             name: what errors call it.
 
         Raises:
@@ -379,8 +379,8 @@ class Engine:
 
 
 def _compiled(program: FunctionType, *sizes: str) -> Any:
-    """`program` with donated state, which takes the model as its structure and its leaves: the modules of a model whose
-    layers stand apart take Python some milliseconds to walk through, which are the host's only once."""
+    """`program` with donated state, which takes the model as its structure and its leaves: Python takes some
+    milliseconds to traverse the modules of a model whose layers stand apart, and does so once."""
 
     def of_leaves(structure: Any, leaves: list[jax.Array], *arguments: Any, **given: Any) -> Any:
         return program(jax.tree.unflatten(structure, leaves), *arguments, **given)

@@ -54,9 +54,9 @@ class TextStream:
     not depend on how the text is split over tokens. Text comes as soon as it is certain. The cost of a token does not
     grow with the answer.
 
-    Bytes are put together here, and not by the `DecodeStream` of tokenizers: that one decodes everything anew since
-    the last whole character, so a long run of invalid bytes costs its length squared, and it does not tell what it
-    holds back when the tokens end.
+    Bytes are put together here, and not by the `DecodeStream` of tokenizers: that one decodes everything since the last
+    whole character again, so a long run of invalid bytes costs its length squared, and it does not tell what it holds
+    back when the tokens end.
 
     Args:
         tokenizer: a fast tokenizer of transformers that is byte-level, as Qwen's.

@@ -1,4 +1,4 @@
-"""Where a call would run, and what stands against a backend, in plain sentences."""
+"""Where a call would run, and why a backend cannot serve it, in plain sentences."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def target() -> Target:
         device = mesh.abstract_device
         if device is not None:
             return Target(device.platform or "tpu", device.device_kind)
-        # A program is lowered for other devices than those at hand on an abstract mesh alone.
+        # Only on an abstract mesh is a program lowered for devices that are not here.
         if mesh.size > 1:
             return Target("any", "")
         found = jax.devices()[0]

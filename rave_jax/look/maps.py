@@ -21,9 +21,11 @@ class Look:
         weights: attention from the queries that chose the answer's tokens, averaged over them, on each cell
             of the picture's merged grid; [layers, heads, grid rows, grid columns]. What is missing to 1
             went to text and to other pictures.
+        layers: numbers of these layers in the model; empty: they are all of its layers.
     """
 
     weights: Float[NpArray, "L H y x"]
+    layers: tuple[int, ...] = ()
 
     @property
     def on_picture(self) -> float:
@@ -32,11 +34,15 @@ class Look:
 
     def on_picture_by_head(self, layers: tuple[int, ...] = ()) -> Float[NpArray, "H"]:
         """The same of each head, averaged over `layers` (all when empty)."""
-        return self.weights[list(layers) if layers else slice(None)].sum((-2, -1)).mean(0)
+        return self._of(layers).sum((-2, -1)).mean(0)
+
+    def _of(self, layers: tuple[int, ...]) -> Float[NpArray, "L H y x"]:
+        """Weights in some layers, by their numbers in the model; of all when empty."""
+        return self.weights[[self.layers.index(n) if self.layers else n for n in layers]] if layers else self.weights
 
     def heat(self, layers: tuple[int, ...] = ()) -> Float[NpArray, "y x"]:
         """Map averaged over heads and over `layers` (all when empty), scaled to sum to 1 over the picture."""
-        heat = self.weights[list(layers) if layers else slice(None)].mean((0, 1))
+        heat = self._of(layers).mean((0, 1))
         return heat / max(float(heat.sum()), 1e-30)
 
     def times_even(self, layers: tuple[int, ...] = ()) -> Float[NpArray, "y x"]:
@@ -45,8 +51,8 @@ class Look:
         return heat * heat.size
 
     def times_even_by_head(self, layers: tuple[int, ...] = ()) -> Float[NpArray, "H y x"]:
-        """The same for each head by itself, averaged over `layers` (all when empty)."""
-        weights = self.weights[list(layers) if layers else slice(None)].mean(0)
+        """The same for each head alone, averaged over `layers` (all when empty)."""
+        weights = self._of(layers).mean(0)
         sums = weights.sum((-2, -1), keepdims=True)
         return weights / np.maximum(sums, 1e-30) * weights[0].size
 

@@ -35,12 +35,14 @@ class WordAttention:
         weights: what each word's tokens pay to every token, averaged over them; [layers, words, heads, tokens].
         tokens: ids of the conversation.
         info: token codes of the conversation.
+        layers: numbers of the layers in the model: of those that attend.
     """
 
     words: tuple[str, ...]
     weights: Float[NpArray, "L N H S"]
     tokens: Int[NpArray, "S"]
     info: TokenInfo
+    layers: tuple[int, ...] = ()
 
     def on(self, word: str | None = None, image: int = 1) -> Look:
         """Attention of a word on the cells of a picture.
@@ -59,7 +61,7 @@ class WordAttention:
         if grid is None:
             count = int(np.max(np.asarray(self.info.image), initial=0))
             raise ConfigError(f"image is {image}, expected 1 to {count}, the pictures of the conversation")
-        return Look(grid)
+        return Look(grid, self.layers)
 
 
 def word_attention(
@@ -98,7 +100,8 @@ def word_attention(
     found = attention_rows(model, batch_of(example, processor), rows, mesh)[:, 0, :, :, : len(example.tokens)]
     ends = np.cumsum([len(span) for span in spans])
     weights = np.stack([found[:, end - len(span) : end].mean(1) for span, end in zip(spans, ends, strict=True)], axis=1)
-    return WordAttention(tuple(words) or ("",), weights, example.tokens, example.info)
+    layers = model.config.text.attention_layers
+    return WordAttention(tuple(words) or ("",), weights, example.tokens, example.info, layers)
 
 
 def _spans(tokenizer: Any, tokens: NpArray, words: Sequence[str]) -> list[range]:

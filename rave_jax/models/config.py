@@ -24,7 +24,7 @@ FloatName = Literal["float32", "bfloat16"]
 Remat = Literal["none", "full", "dots"]
 
 MAX_RANK = 1 << 13
-"""The largest rank that is built; what is larger is a slip of the pen."""
+"""The largest rank that is built; a larger one is taken for a typing error."""
 
 
 def attention_dims(text: TextConfig) -> AttentionDims:

@@ -1,192 +1,34 @@
-"""The text decoder: pre-norm layers of attention and SwiGLU, in runs of layers with equal mechanisms."""
+"""The text decoder: pre-norm layers of attention or the gated delta rule and SwiGLU, in runs of equal layers."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from rave_jax import attention
-from rave_jax.attention import Cache, CacheType, Features, Keys, LayerKeys, RegionMemory
+from rave_jax.attention import Cache, CacheType, Features, Keys, RegionMemory, StoredStates
 from rave_jax.attention.plan import LayeredConfig
 from rave_jax.batch import TokenInfo
 from rave_jax.config import require
 from rave_jax.families.config import LayerKind, TextConfig
 from rave_jax.kernels.attention import MaskCodes
-from rave_jax.models import lora
 from rave_jax.models.config import ModelOptions, attention_dims, window_mechanisms
-from rave_jax.models.experts import Choice, Experts, RouterSums, balance_loss, router_sums
+from rave_jax.models.decoder_layer import Asked, DecoderLayer, DeltaLayer, Layer, LayerCache, Situation, norm
+from rave_jax.models.delta import STATE_AXES, DeltaState, in_turn
+from rave_jax.models.experts import Experts, balance_loss
 from rave_jax.models.forward import HIDDEN, Embedded, Output, Want
-from rave_jax.models.layers import Linear, RmsNorm, SwiGlu
-from rave_jax.models.rope import Rotation, rotate, text_rotation
+from rave_jax.models.rope import text_rotation
 from rave_jax.models.stack import LayerRun
 from rave_jax.parallel.sharding import current_mesh, shard
-from rave_jax.typing import Array, Bool, Float, Int
+from rave_jax.typing import Array, Float, Int
 
 ROUTER = "router"
 """Name of the routers' loss."""
-
-
-class LayerCache(NamedTuple):
-    """The keys of a whole layer run, which of its layers is meant, and how many regions a row has room for."""
-
-    stored: LayerKeys
-    layer: Int[Array, ""]
-    regions: int
-
-
-class Situation(NamedTuple):
-    """What all layers of a run share: where queries and keys stand and who may see whom."""
-
-    rotation: Rotation
-    codes: MaskCodes
-    info_q: TokenInfo
-    info_k: TokenInfo
-    slots: Any
-    """Where the queries' tokens go in the cache; None without one."""
-    queries: Int[Array, "B N"] | None
-    progress: Float[Array, ""] | None
-    wanted: Int[Array, "B N"] | None = None
-    """Tokens, by index, of which alone the layer's output is wanted; None: of all."""
-    unit: Int[Array, "B T"] | None = None
-    """As in `Embedded`."""
-
-
-class Asked(NamedTuple):
-    """What of a layer was asked for beside its output."""
-
-    attention: Float[Array, "B N H S"] | None
-    losses: dict[str, Float[Array, ""]]
-    chosen: Bool[Array, "B N H R"] | None
-    inputs: Float[Array, "B T D"] | None = None
-    """What entered the layer."""
-    router: RouterSums | None = None
-
-
-class LayerOutput(NamedTuple):
-    """What a layer gives."""
-
-    x: Float[Array, "B T D"]
-    asked: Asked
-
-
-class Attention(nnx.Module):
-    """Projections of one attention layer; what happens between them is `attention.attend`."""
-
-    def __init__(self, config: TextConfig, *, dtype: jnp.dtype, key: jax.Array):
-        D, (H, K, h) = config.hidden_size, attention_dims(config)
-        keys = jax.random.split(key, 4)
-        query_axes, kv_axes = ("heads", "head_dim", "embed"), ("kv_heads", "head_dim", "embed")
-        bias = config.qkv_bias
-        self.query = Linear((H, h), (D,), query_axes, bias=bias, dtype=dtype, key=keys[0])
-        self.key = Linear((K, h), (D,), kv_axes, bias=bias, dtype=dtype, key=keys[1])
-        self.value = Linear((K, h), (D,), kv_axes, bias=bias, dtype=dtype, key=keys[2])
-        self.output = Linear((D,), (H, h), ("embed", "heads", "head_dim"), bias=False, dtype=dtype, key=keys[3])
-        if config.qk_norm:
-            self.query_norm = RmsNorm(h, eps=config.rms_norm_eps, dtype=dtype)
-            self.key_norm = RmsNorm(h, eps=config.rms_norm_eps, dtype=dtype)
-        self.qk_norm = config.qk_norm
-
-    def features(self, x: Float[Array, "B T D"], hidden: Float[Array, "B T D"], rotation: Rotation) -> Features:
-        """q, k, v of the tokens in x, and q, k before RoPE; `hidden` is x before its norm."""
-        q0 = shard(self.query(x), "batch", "length", "heads", None)
-        k0 = shard(self.key(x), "batch", "length", "kv_heads", None)
-        v = shard(self.value(x), "batch", "length", "kv_heads", None)
-        if self.qk_norm:
-            q0, k0 = self.query_norm(q0), self.key_norm(k0)
-        return Features(rotate(q0, rotation), rotate(k0, rotation), v, q0, k0, hidden)
-
-
-class DecoderLayer(nnx.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
-
-    def __init__(
-        self,
-        config: TextConfig,
-        kind: LayerKind,
-        mechanisms: Sequence[LayeredConfig],
-        options: ModelOptions,
-        key: jax.Array,
-    ):
-        dtype, D = options.params, config.hidden_size
-        # Mechanisms take keys of their own, so that a model with and one without start with equal weights.
-        keys = jax.random.split(key, 4)
-        self.attention = Attention(config, dtype=dtype, key=keys[0])
-        self.mlp = _mlp(config, kind, dtype, keys[1])
-        self.attention_norm = RmsNorm(D, eps=config.rms_norm_eps, dtype=dtype)
-        self.mlp_norm = RmsNorm(D, eps=config.rms_norm_eps, dtype=dtype)
-        self.mechanisms = attention.build_mechanisms(mechanisms, attention_dims(config), keys[2])
-        attention.check_kernels(self.mechanisms, options.attention)
-        self.implementation = options.attention
-        self.max_regions = options.layout.max_regions
-        lora.attach(self, "decoder.", options.lora, dtype, keys[3])
-
-    def __call__(self, x: Float[Array, "B T D"], at: Situation, losses: bool = False) -> LayerOutput:
-        """The layer on whole rows. With `losses`, those of its mechanisms are computed too."""
-        found = self.attention.features(self.attention_norm(x), x, at.rotation)
-        keys = attention.remember(self.mechanisms, found)
-        seen = attention.attend(
-            found,
-            keys._replace(summary=attention.summarise(self.mechanisms, found, at.info_q.region, self.max_regions)),
-            at.codes,
-            at.info_q,
-            at.info_k,
-            self.mechanisms,
-            implementation=self.implementation,
-            queries=at.queries,
-            losses=losses,
-            regions=self.max_regions,
-            progress=at.progress,
-        )
-        out, choice = self._after(x, seen.out, at.wanted)
-        router = router_sums(choice, at.info_q.document > 0) if losses and choice is not None else None
-        return LayerOutput(out, Asked(seen.attention, seen.losses, seen.chosen, router=router))
-
-    def extend(self, x: Float[Array, "B T D"], at: Situation, cache: LayerCache) -> tuple[LayerOutput, LayerKeys]:
-        """The layer on tokens that follow what a cache holds, and what the run's layers keep, with the tokens in it."""
-        found = self.attention.features(self.attention_norm(x), x, at.rotation)
-        seen, stored = cache.stored.attend(
-            found,
-            attention.remember(self.mechanisms, found),
-            cache.layer,
-            at.slots,
-            at.codes,
-            at.info_q,
-            at.info_k,
-            self.mechanisms,
-            regions=cache.regions,
-            implementation=self.implementation,
-            queries=at.queries,
-            progress=at.progress,
-        )
-        out, _ = self._after(x, seen.out, at.wanted)
-        return LayerOutput(out, Asked(seen.attention, seen.losses, seen.chosen)), stored
-
-    def _after(
-        self, x: Float[Array, "B T D"], heads: Float[Array, "B T H h"], wanted: Int[Array, "B N"] | None
-    ) -> tuple[Float[Array, "B N D"], Choice | None]:
-        """What the layer makes of x and of what its heads read, for the wanted tokens; and the experts of each."""
-        if wanted is not None:
-            x, heads = attention.pick(x, wanted), attention.pick(heads, wanted)
-        heads = shard(heads, "batch", "length", "heads", None)
-        x = shard(x + self.attention.output(heads), "batch", "length", None)
-        hidden = self.mlp_norm(x)
-        if isinstance(self.mlp, Experts):
-            choice = self.mlp.choose(hidden)
-            return shard(x + self.mlp(hidden, choice), "batch", "length", None), choice
-        return shard(x + self.mlp(hidden), "batch", "length", None), None
-
-
-def _mlp(config: TextConfig, kind: LayerKind, dtype: jnp.dtype, key: jax.Array) -> SwiGlu | Experts:
-    """What a layer of this kind does behind its attention."""
-    if kind.mlp == "experts":
-        assert config.experts is not None
-        return Experts(config.experts, config.hidden_size, dtype=dtype, key=key)
-    return SwiGlu(config.hidden_size, config.mlp_size, bias=False, dtype=dtype, key=key)
 
 
 class Decoder(nnx.Module):
@@ -199,17 +41,27 @@ class Decoder(nnx.Module):
     def __init__(self, config: TextConfig, options: ModelOptions, deep_layers: int = 0, *, key: jax.Array):
         mechanisms = (*window_mechanisms(config), *options.mechanisms, *options.context_mechanisms)
         keys = jax.random.split(key, config.num_layers)
+        if config.delta is not None and options.context is not None:
+            expected = "None: layers with the gated delta rule let a context token read all that stands before it"
+            require(False, "context", options.context, expected)
         layer_kinds = config.layer_kinds
         kinds = [(kind, n < deep_layers) for n, kind in enumerate(layer_kinds)]
-        plans = attention.plan_layer_runs(mechanisms, config.num_layers, options.scan_layers, kinds)
-        self.layer_runs = nnx.List(
-            LayerRun(start, stop, functools.partial(DecoderLayer, config, layer_kinds[start], chosen, options), keys)
-            for start, stop, chosen in plans
+        plans = attention.plan_layer_runs(
+            mechanisms, config.num_layers, options.scan_layers, kinds, config.attention_layers
         )
-        self.norm = RmsNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=options.params)
+
+        def made(kind: LayerKind, chosen: Sequence[LayeredConfig]) -> Callable[[jax.Array], Layer]:
+            if kind.mixer == "delta":
+                return functools.partial(DeltaLayer, config, kind, options)
+            return functools.partial(DecoderLayer, config, kind, chosen, options)
+
+        self.layer_runs = nnx.List(
+            LayerRun(start, stop, made(layer_kinds[start], chosen), keys) for start, stop, chosen in plans
+        )
+        self.norm = norm(config.hidden_size, config, options.params)
         self.experts = config.experts
         self.balances = config.experts is not None and config.experts.balance > 0
-        self.head_dim = config.head_dim
+        self.head_dim, self.rotary_dim = config.head_dim, config.rotary_dim
         self.attention_dims = attention_dims(config)
         self.hidden_size = config.hidden_size
         self.rope_theta = config.rope_theta
@@ -238,7 +90,7 @@ class Decoder(nnx.Module):
                 run, base, info, info, positions, own=own, queries=want.queries, progress=want.progress
             )._replace(unit=tokens.unit)
 
-            def body(layer: DecoderLayer, x: Array, deep: Array | None, at: Situation) -> tuple[Array, Asked]:
+            def body(layer: Layer, x: Array, deep: Array | None, at: Situation) -> tuple[Array, Asked]:
                 out = layer(x, at, losses)
                 return _added_deep(out.x, deep, at), out.asked._replace(inputs=x if inputs else None)
 
@@ -292,7 +144,7 @@ class Decoder(nnx.Module):
 
         Returns:
             what was asked for, with hidden states of the wanted tokens after the final norm and the attention of
-            queries over the slots of `cache.codes`, and the cache with the tokens in it.
+            queries over the entries of `cache.codes`, and the cache with the tokens in it.
 
         Raises:
             ValueError: losses are asked for.
@@ -313,7 +165,7 @@ class Decoder(nnx.Module):
                 entered.info,
                 positions,
                 own=entered.own,
-                slots=entered.slots,
+                entries=entered.entries,
                 queries=want.queries,
                 progress=want.progress,
             )
@@ -321,7 +173,7 @@ class Decoder(nnx.Module):
             if run is self.layer_runs[-1] and run.stop - run.start == 1 and deep is None:
                 at, wanted = at._replace(wanted=wanted), None
 
-            def body(layer: DecoderLayer, carry: Any, each: Any, at: Situation) -> tuple[Any, Any]:
+            def body(layer: Layer, carry: Any, each: Any, at: Situation) -> tuple[Any, Any]:
                 x, kept = carry
                 out, kept = layer.extend(x, at, LayerCache(kept, each[0], regions))
                 asked = out.asked._replace(inputs=x if inputs else None)
@@ -339,13 +191,13 @@ class Decoder(nnx.Module):
         return _output(self.norm(x), found), entered.cache.with_layers(tuple(kept))
 
     def _summaries_of_nothing(self, regions: int) -> list[Any]:
-        """What the routers of each run's layers say of regions without a token [L,1,R,K,...]."""
+        """What the routers of each run's layers say of regions without a token [L,1,R,K,...]; None without keys."""
         return [self._summary_of_nothing(run, regions) for run in self.layer_runs]
 
-    def _summary_of_nothing(self, run: LayerRun[DecoderLayer], regions: int) -> Any:
+    def _summary_of_nothing(self, run: LayerRun[Layer], regions: int) -> Any:
         """What the router of each layer says of regions without a token [L,1,R,K,...]."""
 
-        def of_layer(layer: DecoderLayer) -> Any:
+        def of_layer(layer: Layer) -> Any:
             x = self._zeros(1, 1, jnp.dtype(jnp.float32))
             return attention.summarise(layer.mechanisms, x, jnp.zeros((1, 1), jnp.int32), regions)
 
@@ -376,21 +228,27 @@ class Decoder(nnx.Module):
         if regions is not None:
             attention.check_decoding(self.implementation, regions.tokens, self.head_dim, kind, dtype, regions_in)
 
-        def keys(layer: DecoderLayer, slots: int) -> Keys:
-            x = self._zeros(rows, slots, dtype)
+        def keys(layer: DecoderLayer, entries: int) -> Keys:
+            x = self._zeros(rows, entries, dtype)
             found = attention.remember(layer.mechanisms, x)
-            region = jnp.zeros((rows, slots), jnp.int32)
+            region = jnp.zeros((rows, entries), jnp.int32)
             summary = attention.summarise(layer.mechanisms, x, region, self.layout.max_regions)
             return found._replace(summary=summary)
 
-        def shapes(slots: int) -> tuple[Keys, ...]:
-            of = functools.partial(keys, slots=slots)
-            return tuple(jax.eval_shape(jax.vmap(of), run.layers) for run in self.layer_runs)
+        def states(layer: DeltaLayer) -> DeltaState:
+            return layer.delta.empty_state(rows, dtype)
 
-        cache = attention.empty_cache(shapes(size), kind)
+        def shapes(run: LayerRun[Layer], entries: int) -> Keys | StoredStates:
+            if isinstance(run.layers, DeltaLayer):
+                return StoredStates(jax.eval_shape(jax.vmap(states), run.layers), STATE_AXES)
+            return jax.eval_shape(jax.vmap(functools.partial(keys, entries=entries)), run.layers)
+
+        cache = attention.empty_cache(tuple(shapes(run, size) for run in self.layer_runs), kind)
         if regions is None:
             return cache
-        far = shapes(self.layout.max_regions * regions.tokens)
+        entries = self.layout.max_regions * regions.tokens
+        kept = [shapes(run, entries) for run in self.layer_runs]
+        far = tuple(None if isinstance(one, StoredStates) else one for one in kept)
         return attention.empty_region_cache(cache, far, kind, regions.tokens, regions_in)
 
     def _zeros(self, rows: int, tokens: int, dtype: jnp.dtype) -> Features:
@@ -401,14 +259,14 @@ class Decoder(nnx.Module):
 
     def _situation(
         self,
-        run: LayerRun[DecoderLayer],
+        run: LayerRun[Layer],
         base: MaskCodes,
         info_q: TokenInfo,
         info_k: TokenInfo,
         positions: Int[Array, "3 B T"],
         *,
         own: Int[Array, "B T"],
-        slots: Any = None,
+        entries: Any = None,
         queries: Int[Array, "B N"] | None = None,
         progress: Float[Array, ""] | None = None,
     ) -> Situation:
@@ -417,17 +275,19 @@ class Decoder(nnx.Module):
         placed = attention.positions(mechanisms, info_q, info_k, own, positions)
         rotation = text_rotation(
             placed,
-            self.head_dim,
+            self.rotary_dim,
             self.rope_theta,
             self.mrope_section,
             interleaved=self.mrope_interleaved,
             scaling=self.rope_scaling,
         )
         codes = attention.mask_codes(mechanisms, info_q, info_k, base)
-        return Situation(rotation, codes, info_q, info_k, slots, queries, progress)
+        delta = isinstance(run.layers, DeltaLayer)
+        turn = in_turn(info_q, by_region=self.layout.regions is not None) if delta else None
+        return Situation(rotation, codes, info_q, info_k, entries, queries, progress, turn=turn)
 
 
-def _deep_of(run: LayerRun[DecoderLayer], tokens: Embedded) -> Float[Array, "L B U D"] | None:
+def _deep_of(run: LayerRun[Layer], tokens: Embedded) -> Float[Array, "L B U D"] | None:
     """What is added behind each layer of a run; None where nothing is."""
     of_layers = tokens.deep[run.start : run.stop]
     return jnp.stack(of_layers) if of_layers else None

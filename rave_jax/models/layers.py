@@ -189,22 +189,25 @@ class ContextEmbedding(nnx.Module):
 
 
 class RmsNorm(nnx.Module):
-    """x / sqrt(mean(x^2) + eps) * weight over the last axis, in float32."""
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis, in float32; with `plus_one`, times 1 + weight."""
 
-    def __init__(self, width: int, *, eps: float, dtype: jnp.dtype):
+    def __init__(self, width: int, *, eps: float, dtype: jnp.dtype, plus_one: bool = False):
         # Whole on every device: splitting a vector this small would only add communication.
-        self.weight = nnx.Param(jnp.ones((width,), dtype), axes=(None,))
+        start = jnp.zeros if plus_one else jnp.ones
+        self.weight = nnx.Param(start((width,), dtype), axes=(None,))
         self.eps = eps
+        self.plus_one = plus_one
 
     def __call__(self, x: Array) -> Array:
         """The same shape and number type as x."""
-        return keep_inputs(functools.partial(_rms_norm, eps=self.eps))(x, self.weight[...])
+        norm = functools.partial(_rms_norm, eps=self.eps, plus_one=self.plus_one)
+        return keep_inputs(norm)(x, self.weight[...])
 
 
-def _rms_norm(x: Array, weight: Array, *, eps: float) -> Array:
-    wide = x.astype(jnp.float32)
+def _rms_norm(x: Array, weight: Array, *, eps: float, plus_one: bool) -> Array:
+    wide, weight = x.astype(jnp.float32), weight.astype(jnp.float32)
     scale = jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
-    return (wide * scale * weight.astype(jnp.float32)).astype(x.dtype)
+    return (wide * scale * (1 + weight if plus_one else weight)).astype(x.dtype)
 
 
 class LayerNorm(nnx.Module):

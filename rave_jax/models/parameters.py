@@ -11,6 +11,10 @@ front of the shape given here; biases exist where the family has them):
     decoder.layer_runs.{s}.layers.attention.{query_norm,key_norm}.weight [h]      with q/k norm
     decoder.layer_runs.{s}.layers.mlp.{gate,up}.weight [F,D]   mlp.down.weight [D,F]
     decoder.layer_runs.{s}.layers.{attention_norm,mlp_norm}.weight [D]
+    decoder.layer_runs.{s}.layers.attention.query.weight [H,2,h,D]                with an output gate
+    decoder.layer_runs.{s}.layers.delta.qkv.weight [C,D]   delta.conv [C,taps]    with the gated delta rule; C channels
+    decoder.layer_runs.{s}.layers.delta.{gate [H,v,D], strength [H,D], decay [H,D], output [D,H,v]}.weight
+    decoder.layer_runs.{s}.layers.delta.{decay_log [H], decay_bias [H], norm.weight [v]}   delta_norm.weight [D]
     decoder.layer_runs.{s}.layers.mechanisms.{i}.<parameter of the mechanism>
     decoder.norm.weight [D]
     lm_head.weight [V,D]                                                        unless tied

@@ -95,7 +95,9 @@ def _rotation(angles: Float[Array, "B T half"]) -> Rotation:
 
 
 def rotate(x: Float[Array, "B T H h"], rotation: Rotation) -> Float[Array, "B T H h"]:
-    """Turn each pair of x by its angle, in float32; x's number type comes back."""
+    """Turn each pair of x by its angle, in float32; x's number type comes back. Numbers of x behind the pairs that the
+    rotation has angles for stay as they are."""
     cos, sin = rotation.cos[..., None, :], rotation.sin[..., None, :]
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+    half = cos.shape[-1]
+    first, second, rest = jnp.split(x.astype(jnp.float32), [half, 2 * half], axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1).astype(x.dtype)

@@ -145,7 +145,7 @@ class _Found(NamedTuple):
 
 
 def _read(path: Path) -> _Found:
-    if path.exists() and not path.is_file():  # a pipe would be waited on for ever
+    if path.exists() and not path.is_file():  # reading a pipe could wait forever
         raise OSError(errno.EINVAL, "it is not a regular file", str(path))
     found = _Found([], [])
     lines = path.read_bytes().split(b"\n")

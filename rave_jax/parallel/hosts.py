@@ -69,7 +69,7 @@ def start(config: HostsConfig, simulated_devices: int = 0) -> None:
         simulated_devices: CPU devices of this process; 0 uses the real accelerators.
 
     Raises:
-        ConfigError: the number of the process or the coordinator is missing, or nonsense.
+        ConfigError: the number of the process or the coordinator is missing, or cannot be one.
         HostsError: the coordinator cannot be started here.
     """
     require(0 <= simulated_devices <= MOST_SIMULATED, "simulated_devices", simulated_devices, f"0 to {MOST_SIMULATED}")

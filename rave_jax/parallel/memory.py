@@ -1,4 +1,4 @@
-"""Does a tree of arrays fit into memory? Said before the first byte of it is taken."""
+"""Does a tree of arrays fit into memory? Checked before the first byte of it is taken."""
 
 from __future__ import annotations
 

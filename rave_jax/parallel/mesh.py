@@ -149,8 +149,8 @@ def _lay_out_slice(sizes: tuple[int, int, int], devices: Sequence[jax.Device]) -
     for split in (False, True):
         try:
             array = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=split)
-        # jax raises any of these, by chip and version, for sizes that it cannot lay along the links. The order of
-        # device numbers serves all sizes, and the returned words say that it was taken.
+        # Depending on chip and version, jax raises any of these for sizes that it cannot lay along the links. The order
+        # of device numbers serves all sizes, and the returned words say that it was taken.
         except (NotImplementedError, ValueError, AssertionError, IndexError):
             continue
         if devices[0].platform != "tpu":

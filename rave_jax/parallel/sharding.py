@@ -26,6 +26,7 @@ RULES: Mapping[str, str | tuple[str, ...] | None] = {
     "heads": "tensor",
     "kv_heads": "tensor",
     "mlp": "tensor",
+    "channels": "tensor",
     "experts": "tensor",
     "head_dim": None,
     "rank": None,

@@ -30,7 +30,7 @@ NOTHING = -1
 
 
 class Interrupted(BaseException):
-    """The job was asked to end. Not an Exception, as KeyboardInterrupt is none: nothing on the way may swallow it."""
+    """The job was asked to end. Not an Exception, like KeyboardInterrupt, so that no handler on the way swallows it."""
 
     def __init__(self, message: str, exit_code: int):
         super().__init__(message)

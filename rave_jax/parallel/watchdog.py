@@ -1,6 +1,6 @@
 """A watchdog: ends the process, and says why, when something it waits for takes far too long.
 
-A process that hangs keeps its heartbeat, so nothing else would end a job in which one process waits for ever.
+A process that hangs keeps its heartbeat, so nothing else would end a job in which one process waits forever.
 """
 
 from __future__ import annotations

@@ -58,6 +58,12 @@ def calibrate(arguments: argparse.Namespace) -> None:
         changes = {"param_dtype": arguments.dtype, "compute_dtype": arguments.dtype}
     model, _, mesh, _ = sources.load(arguments.model, changes=changes)
     mesh = make_mesh(MeshConfig()) if mesh is None else mesh
+    text = model.config.text
+    if len(text.attention_layers) < text.num_layers:
+        raise ConfigError(
+            f"{arguments.model}: only layers {', '.join(map(str, text.attention_layers))} of {text.num_layers} attend, "
+            "and the search tries heads in every layer; expected a model whose layers all attend"
+        )
     measure = CalibrationSet(model, processor, examples, search.criterion, mesh, arguments.rows)
     layers, heads = model.config.text.num_layers, model.config.text.num_heads
     console = Console(stderr=True)

@@ -12,6 +12,7 @@ from rave_jax.checkpoint.card import LoraForm, Origin, beyond_backbone, notes
 from rave_jax.checkpoint.hf_export import copy_small_files, export_hf, key_style, rounding, tensor_layout
 from rave_jax.checkpoint.hf_files import has_weights, hf_config, is_peft
 from rave_jax.checkpoint.kinds import other_config
+from rave_jax.checkpoint.original import convert_original
 from rave_jax.checkpoint.peft_export import export_peft
 from rave_jax.checkpoint.peft_import import base_of, import_peft
 from rave_jax.checkpoint.safetensors_file import CheckpointError
@@ -76,6 +77,21 @@ def from_hf(source: Path, destination: Path, dtype: str | None = None, base: Pat
             copy_small_files(directory, folder, model.options)
             native.write_into(folder, model, key_style(model, directory), tensor_layout(model, directory))
     print(f"{destination}: native checkpoint, {num_bytes(model):,} bytes of parameters")
+
+
+def from_original(source: Path, destination: Path, tower: Path | None = None) -> None:
+    """Write a HuggingFace directory of a checkpoint in the layout of its authors.
+
+    Args:
+        source: the checkpoint.
+        destination: not there yet.
+        tower: HuggingFace directory of its vision tower.
+
+    Raises:
+        ConfigError: the source cannot be read, the tower is not given, or the destination cannot be written.
+    """
+    convert_original(source, tower, destination)
+    print(f"{destination}: HuggingFace format, the tower from {tower}")
 
 
 def to_hf(source: Path, destination: Path, form: HfForm, step: int | None = None) -> None:
@@ -155,6 +171,7 @@ def _base(source: Path, directory: Path, origin: Origin | None) -> Path:
     """
     if origin is not None and origin.base:
         return Path(origin.base).expanduser()
-    if not native.is_native(source) and has_weights(directory):  # of a run that started by itself, or as it lies here
+    # Of a run that began with random weights, or a HuggingFace directory.
+    if not native.is_native(source) and has_weights(directory):
         return directory
     raise CheckpointError(f"{source}: does not name the base model of its adapter: give its directory (--base)")

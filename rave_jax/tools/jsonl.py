@@ -161,8 +161,8 @@ def _request(data: Any, folder: PictureFolder, sampling: Sampling, where: str) -
 def written(out: Path) -> abc.Generator[Write]:
     """Lines go to OUT.part as they come and are seen under the name of OUT when all are there.
 
-    A job of hours that is killed so leaves what it had, and no file that looks complete and is not. The same job again
-    would begin anew over it, so it refuses until somebody has looked.
+    A job of hours that is killed so leaves what it had, and no file that looks complete and is not. The same job would
+    then write over it from the start, so it refuses until somebody has moved the file.
 
     Raises:
         ConfigError: the file cannot be written.

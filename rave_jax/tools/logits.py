@@ -1,4 +1,4 @@
-"""`rave-jax logits`: what a model says of one conversation, for comparison with other implementations."""
+"""`rave-jax logits`: the logits of a model for one conversation, for comparison with other implementations."""
 
 from __future__ import annotations
 

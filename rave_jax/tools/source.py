@@ -1,4 +1,4 @@
-"""Whatever a path holds: a HuggingFace directory, a native checkpoint or a run directory."""
+"""A model from a path, of any kind: a HuggingFace directory, a native checkpoint or a run directory."""
 
 from __future__ import annotations
 

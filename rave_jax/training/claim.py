@@ -113,7 +113,7 @@ class Claim:
             prepare(self._config.init, directory.model)
 
     def take_back(self) -> None:
-        """After an error: leave no trace of a start that got nowhere."""
+        """After an error: remove what a start wrote that did not get to its first step."""
         if not self._locked:  # nothing was written, and what lies here can be another job's
             return
         directory = self._directory

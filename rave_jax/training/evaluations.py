@@ -262,4 +262,4 @@ def _put_in_place(folder: Path) -> Generator[Path]:
 
 
 def _nothing(_line: str) -> None:
-    """Says nothing."""
+    """Discards a line."""

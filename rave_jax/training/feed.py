@@ -1,7 +1,7 @@
 """Batches ahead of the step that needs them: threads load rows, and one of them puts batches on the devices.
 
-This is the only place where data is made ahead. Threads serve: Pillow and the tokenizer let go of the interpreter's
-lock, and nothing has to be copied between processes. Grain's iterators would add a state of their own to rows that are
+This is the only place where data is made ahead. Threads serve: Pillow and the tokenizer release the interpreter's lock,
+and nothing has to be copied between processes. Grain's iterators would add a state of their own to rows that are
 already a function of the step.
 """
 
@@ -61,7 +61,7 @@ class Ahead(NamedTuple):
 
 
 AHEAD = Ahead()
-"""What a config has that says nothing else."""
+"""The default of a config."""
 
 
 class Fed(NamedTuple):

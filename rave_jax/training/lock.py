@@ -1,6 +1,6 @@
 """One job at a time in a run directory.
 
-The lock is `flock` on a file, which the system lets go of when the process ends, however it ends. It holds between
+The lock is `flock` on a file, which the system releases when the process ends, however it ends. It holds between
 processes of one machine, and between machines on file systems that pass locks on: NFS, and Lustre mounted with `flock`.
 Where a file system has no locks, a warning says so.
 """
@@ -41,7 +41,7 @@ def only_job(directory: Path) -> Generator[None]:
         yield
     finally:
         with contextlib.suppress(OSError):  # the directory may be gone
-            path.unlink()  # while it is held: whoever locks it next looks whether it is still there
+            path.unlink()  # while it is held: the next process that locks it checks that it is still there
         os.close(file)
 
 

@@ -25,6 +25,7 @@ from rave_jax.evaluation.config import Eval, Report
 from rave_jax.evaluation.report import write_report
 from rave_jax.evaluation.suites import evaluate, open_checked
 from rave_jax.evaluation.summary import print_summary
+from rave_jax.families.config import TextConfig
 from rave_jax.models.vlm import Vlm
 from rave_jax.observe.metrics import JsonlWriter, MetricsWriter, TensorBoardWriter
 from rave_jax.observe.progress import ProgressReport
@@ -72,7 +73,7 @@ def train(config: TrainConfig, stop: StopRequest | None = None) -> None:
 
     Args:
         config: what to run.
-        stop: says whether the job is to end; None: nobody asks.
+        stop: says whether the job is to end; None: it runs to its last step.
 
     Raises:
         ConfigError: the config does not fit the machine, the checkpoint, the data or the run directory.
@@ -94,7 +95,7 @@ def _run(config: TrainConfig, watchdog: Watchdog, stop: StopRequest) -> None:
     with use_mesh(mesh), claimed(directory, config) as claim:
         vlm = model_config(config.init, claim.model)
         with watchdog.during("the data of evaluations to open", Watchdog.LONG):
-            sampled = _check_final(config, vlm.text.num_layers)
+            sampled = _check_final(config, vlm.text)
         model = abstract_model(vlm, config.model)
         session = make_session(
             model,
@@ -136,13 +137,13 @@ def _run(config: TrainConfig, watchdog: Watchdog, stop: StopRequest) -> None:
                 raise StoreError(f"training is done and saved, but the evaluation or report failed: {error}") from error
 
 
-def _check_final(config: TrainConfig, num_layers: int) -> dict[int, Source]:
+def _check_final(config: TrainConfig, text: TextConfig) -> dict[int, Source]:
     """What follows the last step is known to be possible before the first; the samples of evaluations by place."""
     sources = {}
     for number, stage in enumerate(config.final):
         if isinstance(stage, Eval):
             try:
-                sources[number] = open_checked(stage, num_layers)
+                sources[number] = open_checked(stage, text)
             except ConfigError as error:
                 raise ConfigError(f"final.{number}: {error}") from error
     return sources

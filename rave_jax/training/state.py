@@ -83,7 +83,7 @@ def init_state(
 
 
 def state_shardings(abstract: TrainState, params: Mapping[str, NamedSharding], mesh: Mesh) -> TrainState:
-    """Where each array of a state goes: optimizer state lies with its parameter, counters everywhere."""
+    """Where each array of a state goes: optimizer state lies with its parameter, and counters are replicated."""
 
     def place(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> NamedSharding:
         # Optimizer state repeats the dict of trained parameters, so the last key of a path names one.

@@ -73,7 +73,7 @@ def test_block_diagonal_codes_see_their_own_frame_and_nothing_of_padding():
     assert np.array_equal(seen, (document[0][:, None] == document[0]) & (document[0] > 0)[:, None])
 
 
-def test_cached_codes_see_places_up_to_their_own_and_no_empty_slot():
+def test_cached_codes_see_places_up_to_their_own_and_no_empty_entry():
     held = info_of([[1, 1, 1, 1, 0, 0], [1, 0, 1, 1, 0, 0]])._replace(
         offset=jnp.array([[0, 1, 2, 3, 0, 0], [2, 0, 0, 1, 0, 0]])
     )

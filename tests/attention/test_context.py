@@ -210,7 +210,7 @@ def test_rings_leave_one_position_to_each_context_token(row: list[Token], tokens
 
 @given(row=rows, tokens=tokens_of_context, cut=st.sampled_from((1, 14, 30, 46, SIZE - 1)))  # few shapes of chunks
 def test_a_cache_gives_the_same_rule(row: list[Token], tokens: ContextTokens, cut: int) -> None:
-    """The first document in two chunks, with empty slots behind."""
+    """The first document in two chunks, with empty entries behind."""
     info = info_of([token if token.get("document") == 1 else {} for token in with_context(row, tokens)])
     mechanisms = sights(tokens)
     whole = allowed(mechanisms, info)

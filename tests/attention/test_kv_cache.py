@@ -1,4 +1,4 @@
-"""The cache: runs land in their slots and nowhere else, views go back where they came from, int8 loses little."""
+"""The cache: runs land in their entries and nowhere else, views go back where they came from, int8 loses little."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def filled(kind: at.CacheType = "compute") -> kv.KvCache:
 
 
 @given(st.integers(1, S), st.lists(st.integers(0, S + 2), min_size=B, max_size=B), st.integers(0, L - 1))
-def test_a_run_is_written_to_its_slots_of_its_layer_or_not_at_all(T: int, starts: list[int], layer: int) -> None:
+def test_a_run_is_written_to_its_entries_of_its_layer_or_not_at_all(T: int, starts: list[int], layer: int) -> None:
     before, new = filled().layer_runs[0], keys(T, seed=7)
     after = write(before, jnp.int32(layer), jnp.array(starts, jnp.int32), new)
     for n in range(L):

@@ -106,13 +106,13 @@ def test_attention_choices_and_inputs_are_given_beside_a_cache_too(mechanism) ->
         info = jax.tree.map(lambda code, cut=cut: code[:, cut], given.info)
         read = x[:, cut], info, given.positions[:, :, cut], cache
         out, cache = extend(vlm, *read, places[:, cut] if n == 0 else None)
-        slots = jax.tree.map(lambda code: np.asarray(code)[0], cache.codes)
-        there = slots.document > 0
-        assert sorted(slots.offset[there]) == list(range(cut.stop))
+        entries = jax.tree.map(lambda code: np.asarray(code)[0], cache.codes)
+        there = entries.document > 0
+        assert sorted(entries.offset[there]) == list(range(cut.stop))
         attention = np.asarray(out.attention)[0, 0, 0]
         assert not attention[:, ~there].any()
         np.testing.assert_allclose(
-            attention[:, there], np.asarray(whole.attention)[0, 0, n][:, slots.offset[there]], atol=2e-5
+            attention[:, there], np.asarray(whole.attention)[0, 0, n][:, entries.offset[there]], atol=2e-5
         )
         if vlm.options.layout.regions is None:
             assert out.chosen is None and whole.chosen is None
@@ -222,7 +222,7 @@ def test_a_cache_that_the_asked_for_kernel_cannot_read_is_refused_at_once() -> N
 
     empty(FixedRegions(4, 4))
     for wrong, message in (
-        ({"regions": FixedRegions(6, 6)}, "multiple of 8 slots.*not 36"),
+        ({"regions": FixedRegions(6, 6)}, "multiple of 8 entries.*not 36"),
         ({"regions": FixedRegions(4, 4), "head_dim": 64}, "multiple of 128 channels, not 16 and 64"),
         ({"regions": FixedRegions(4, 4), "kind": "int8"}, "the cache is int8, and the model computes in float32"),
     ):

@@ -95,7 +95,7 @@ def test_the_first_token_of_a_document_is_found_among_the_keys() -> None:
         [0] * 8 + [8] * 3 + [11] * 3 + [0] * 2,
         [0] * 7 + [7] * 7 + [0] * 2,
     ]
-    # A cache: slots that hold nothing are all zeros, and are no first tokens.
+    # A cache: entries that hold nothing are all zeros, and are no first tokens.
     held = jax.tree.map(lambda code: code[1:, :5].at[:, 4:].set(0), info)
     assert first_of(info.document[1:, 3:4], held).tolist() == [[0]]
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer, models
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from rave_jax.batch import Role
@@ -197,6 +199,47 @@ def test_pictures_may_stand_anywhere_in_a_message(around: tuple[str, str], proce
         assert [text.partition("\n")[0] for text in texts] == ["<|im_start|>user", "<|im_start|>assistant"] * 2
         assert [len(run.visuals) for run in runs] == [content.count(picture), 0] * 2
         assert processor.tokenizer.decode(runs[1].ids[slice(*runs[1].learn)]) == around[1] + "A<|im_end|>"
+
+
+def test_marked_answers_need_no_token_behind_them(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Of a template that marks answers and ends none, the last answer that is learned ends with `eos_token`, as
+    generation would end it. Answers before it are learned as they stand in the prompts of generation."""
+    template = (
+        "{% for m in messages %}{{ m.role.upper() + ': ' }}{% if m.role == 'assistant' %}{% generation %}"
+        "{{ m.content + ' ' }}{% endgeneration %}{% else %}{{ m.content + ' ' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+    )
+    chat = ChatTemplate(tokenizer, template)
+    assert chat.end_id == tokenizer.eos_token_id
+    talk = [{"role": role, "content": text} for role, text in (("user", "a"), ("assistant", "b c"), ("user", "d"))]
+    end = tokenizer.eos_token
+
+    def said(messages: list, asks: bool = False) -> tuple[str, list[str]]:
+        runs = chat.runs(messages, add_generation_prompt=asks)
+        learned = [tokenizer.decode(run.ids[slice(*run.learn)]) for run in runs if run.learn != (0, 0)]
+        return "".join(tokenizer.decode(run.ids) for run in runs), learned
+
+    assert said(talk[:2]) == (f"USER: a ASSISTANT: b c{end}", [f" b c{end}"])
+    assert said(talk, asks=True) == ("USER: a ASSISTANT: b c USER: d ASSISTANT:", [" b c"])
+    twice = [*talk, {"role": "assistant", "content": "e"}]
+    assert said(twice) == (f"USER: a ASSISTANT: b c USER: d ASSISTANT: e{end}", [" b c", f" e{end}"])
+
+
+def test_a_tokenizer_may_begin_every_text(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Processors of pictures put it in front of a conversation that does not begin with `bos_token` yet."""
+    begun = copy.deepcopy(tokenizer)
+    first = ("<s>", begun.convert_tokens_to_ids("<s>"))
+    begun.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[first])
+    begun.bos_token = "<s>"
+    style = STYLES["marked"].template
+    talk = [{"role": "user", "content": "a"}]
+    ids = [run.ids for run in ChatTemplate(begun, style, leading=True).runs(talk)]
+    assert ids == [[first[1]], *(run.ids for run in ChatTemplate(begun, style).runs(talk))]
+    already = ChatTemplate(begun, "{{ bos_token }}" + style, leading=True).runs(talk)
+    assert [id for run in already for id in run.ids].count(first[1]) == 1
+    begun.backend_tokenizer.post_processor = TemplateProcessing(single="$A <s>", special_tokens=[first])
+    with pytest.raises(ConfigError, match="the tokenizer puts '<s>' behind every text"):
+        ChatTemplate(begun, style, leading=True)
 
 
 @pytest.mark.parametrize(

@@ -118,7 +118,7 @@ def test_text_only_batches_have_no_patches(processor: Processor) -> None:
 def test_types() -> None:
     batch = empty_batch(BatchShape(2, 3, 4), 5)
     assert batch.patches.pixels.dtype == np.uint8
-    assert batch.loss_weights.dtype == np.float32
-    codes = (batch.tokens, batch.targets, batch.positions, batch.visual_index, *batch.info, *batch.patches[1:])
+    assert batch.loss_weights.dtype == batch.patches.weight.dtype == np.float32
+    codes = (batch.tokens, batch.targets, batch.positions, batch.visual_index, *batch.info, *batch.patches[1:-1])
     assert {array.dtype for array in codes} == {np.dtype(np.int32)}
     assert batch.positions.shape == (3, 2, 3)

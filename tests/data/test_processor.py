@@ -66,7 +66,7 @@ def test_a_visual_token_is_its_patches(processor: Processor, sizes: list[tuple[i
     info = example.info
     for name, array in example._asdict().items():
         for part, item in array._asdict().items() if isinstance(array, tuple) else [(name, array)]:
-            expected = {"loss_mask": np.float32, "pixels": np.uint8}.get(part, np.int32)
+            expected = {"loss_mask": np.float32, "weight": np.float32, "pixels": np.uint8}.get(part, np.int32)
             assert item.dtype == expected, part
     merge = processor.rules.config.vision.merge_size
     place = example.patches.place.reshape(-1, merge**2, 2)

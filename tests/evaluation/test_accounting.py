@@ -15,7 +15,7 @@ from rave_jax.data.layout import lay_out
 from rave_jax.data.patches import empty_patches
 from rave_jax.data.sample import Example
 from rave_jax.evaluation.accounting import Reading, account, mean_reading
-from rave_jax.families.config import TextConfig
+from rave_jax.families.config import DeltaConfig, TextConfig
 from rave_jax.families.qwen2_5_vl.presets import qwen2_5_vl_7b
 from rave_jax.layout import AdaptiveRegions, ContextTokens, FixedRegions, VisualLayout
 from rave_jax.models.config import ModelOptions
@@ -87,6 +87,15 @@ def test_plain_attention_reads_every_visual_token_and_context_adds_its_own() -> 
     more = reading([(1, 4, 4)], text, ModelOptions(context=ContextTokens(2)))
     assert (more.entries, more.most) == (18, 18) and more.context == 4 * 4 * 8 * 3 * 2
     assert more.dense_attention == plain.attention
+
+
+def test_layers_that_do_not_attend_read_nothing() -> None:
+    text = TextConfig(num_layers=3, num_heads=4, num_kv_heads=2, head_dim=8)
+    delta = DeltaConfig(layers=(0, 2), key_heads=2, value_heads=2, key_dim=8, value_dim=8)
+    gaze = ModelOptions((Gaze(FixedRegions(2, 2), 16, top_k=1),))
+    for options in (ModelOptions(), gaze):
+        found = reading([(1, 4, 4)], dataclasses.replace(text, delta=delta), options)
+        assert found == reading([(1, 4, 4)], dataclasses.replace(text, num_layers=1), options)
 
 
 def test_ragged_regions_are_counted_by_their_sizes_and_read_with_their_padding() -> None:

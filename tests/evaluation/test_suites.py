@@ -23,9 +23,10 @@ from rave_jax.evaluation.grounding import TaskAim
 from rave_jax.evaluation.looking import Looking
 from rave_jax.evaluation.report import write_report
 from rave_jax.evaluation.subject import Answer, PromptOverBudget
-from rave_jax.evaluation.suites import run
+from rave_jax.evaluation.suites import open_checked, run
 from rave_jax.evaluation.summary import BY_TEMPLATE, BY_TEXT, GREY, OF_ALL, REDEALT, print_summary
 from rave_jax.evaluation.vas import Vas
+from rave_jax.families.config import DeltaConfig, TextConfig
 from tests.evaluation.toy import Fake, Toy, any_source, read
 
 SAMPLES = 200
@@ -233,6 +234,15 @@ def test_attention_in_the_box() -> None:
     assert looking.on_picture == pytest.approx(0.4)
     assert looking.boxes.in_box == pytest.approx(0.75) and looking.boxes.area == 0.5
     assert looking.by_layer == pytest.approx((0.75, 0.75)) and set(looking.by_task) == {"odd", "even"}
+
+
+def test_a_layer_that_does_not_attend_cannot_be_looked_at() -> None:
+    delta = DeltaConfig(layers=(0, 1), key_heads=1, value_heads=1, key_dim=8, value_dim=8)
+    text = TextConfig(num_layers=4, delta=delta)
+    assert open_checked(Eval(layers=(2, 3)), text).name
+    for layer, found in ((1, "which does not attend; the model's layers that do are 2, 3"), (4, "layers are 0 to 3")):
+        with pytest.raises(ConfigError, match=f"^layers has {layer}, .*{found}"):
+            open_checked(Eval(layers=(layer,)), text)
 
 
 def test_vas_is_one_mean_over_the_samples_asked_for(tmp_path: Path) -> None:

@@ -37,6 +37,8 @@ SIZES: dict[str, Any] = {
 }
 OTHER: dict[str, dict[str, Any]] = {}
 """Where a family needs other sizes than these."""
+WITHOUT_CONTEXT = ("qwen3_5",)
+"""Families that refuse context tokens: some of their layers show a token all that stands before it."""
 
 
 class Small(NamedTuple):

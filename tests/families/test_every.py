@@ -24,7 +24,16 @@ from rave_jax.models.vlm import Vlm
 from rave_jax.parallel.mesh import MeshConfig, make_mesh
 from rave_jax.parallel.rows import global_batch
 from rave_jax.parallel.sharding import use_mesh
-from tests.families.every import EVERY, Small, answer, largest_difference, question, small, with_pictures
+from tests.families.every import (
+    EVERY,
+    WITHOUT_CONTEXT,
+    Small,
+    answer,
+    largest_difference,
+    question,
+    small,
+    with_pictures,
+)
 from tests.families.test_families import abstract, assert_one_to_one
 
 MECHANISMS = (Rave(rank=2), Gaze(top_k=2, max_regions=64))
@@ -34,7 +43,8 @@ EACH = pytest.mark.parametrize("family", EVERY)
 
 def options_of(family: str) -> ModelOptions:
     """All of this project's own mechanisms, which are about pictures."""
-    return ModelOptions(MECHANISMS, context=ContextTokens(2)) if with_pictures(family) else ModelOptions()
+    context = None if family in WITHOUT_CONTEXT else ContextTokens(2)
+    return ModelOptions(MECHANISMS, context=context) if with_pictures(family) else ModelOptions()
 
 
 @jax.jit

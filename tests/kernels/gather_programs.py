@@ -18,7 +18,7 @@ def decode(
     place: Any,
     *,
     regions: int,
-    slots: int,
+    entries: int,
     most: int,
     group: int = 7,
     apart: bool = False,
@@ -32,16 +32,16 @@ def decode(
     layers: int = 3,
 ) -> tuple[Any, tuple[Any, ...]]:
     """The kernel and what is made for it; form None has no gate. Gate keys are kept flat, a region in a row."""
-    heads, cache, f32 = kv_heads * group, (rows, kv_heads, regions, slots), jnp.float32
+    heads, cache, f32 = kv_heads * group, (rows, kv_heads, regions, entries), jnp.float32
     bias = None
     if form is not None:
-        floats = [(rows, heads, rank), (*cache[:3], slots * rank), (rows, heads), cache, (heads,)]
+        floats = [(rows, heads, rank), (*cache[:3], entries * rank), (rows, heads), cache, (heads,)]
         bias = RegionBias(*(place(shape, f32) for shape in floats), place((rows, heads), jnp.bool_))
     widths = head_dim, value_dim or head_dim
     operands = Operands(
         place((rows, kv_heads, group, head_dim), dtype),
         *(Stack(place((layers, *cache, width), dtype), None, place((), jnp.int32)) for width in widths),
-        place((rows, regions, slots), jnp.bool_),
+        place((rows, regions, entries), jnp.bool_),
         place((rows, kv_heads, group if apart else 1, regions), jnp.bool_),
         bias,
     )
@@ -61,7 +61,7 @@ def decode_from_host(
     place: Any,
     *,
     regions: int,
-    slots: int,
+    entries: int,
     most: int,
     group: int = 7,
     head_dim: int = 128,
@@ -71,11 +71,11 @@ def decode_from_host(
     layers: int = 3,
 ) -> tuple[Any, tuple[Any, ...]]:
     """A step's attention over regions in host memory, layer after layer as a decoder goes through them."""
-    cache, heads = (rows, kv_heads, regions, slots), kv_heads * group
+    cache, heads = (rows, kv_heads, regions, entries), kv_heads * group
     kept = _on_host(place, (layers, *cache, head_dim), dtype)
     scale = place((layers, *cache), jnp.float32) if dtype == "int8" else None
     q = place((rows, heads, head_dim), jnp.bfloat16)
-    real, chosen = place((rows, regions, slots), jnp.bool_), place((rows, kv_heads, group, regions), jnp.bool_)
+    real, chosen = place((rows, regions, entries), jnp.bool_), place((rows, kv_heads, group, regions), jnp.bool_)
 
     def run(q: Any, k: HostRegions, v: HostRegions, scale: Any, real: Any, chosen: Any) -> Any:
         def layer(carry: Any, n: Any) -> Any:
@@ -93,10 +93,10 @@ def decode_from_host(
 
 
 def read_from_host(
-    place: Any, *, regions: int, slots: int, reach: int, dtype: str = "bfloat16", rows: int = 4, head_dim: int = 128
+    place: Any, *, regions: int, entries: int, reach: int, dtype: str = "bfloat16", rows: int = 4, head_dim: int = 128
 ) -> tuple[Any, tuple[Any, ...]]:
     """One row's first regions, as a prompt is read: brought, and put back changed."""
-    kept = _on_host(place, (3, rows, 2, regions, slots, head_dim), dtype)
+    kept = _on_host(place, (3, rows, 2, regions, entries, head_dim), dtype)
 
     def run(kept: HostRegions, row: Any) -> Any:
         kept = _marked(kept)

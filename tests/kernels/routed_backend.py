@@ -36,7 +36,7 @@ HARD = st.tuples(st.integers(0, 10_000), st.booleans(), st.sampled_from([0.0, 0.
 
 
 class Sizes(NamedTuple):
-    """Of one call. Regions have at most `slots` keys."""
+    """Of one call. Regions have at most `most_keys` keys."""
 
     B: int
     T: int
@@ -45,7 +45,7 @@ class Sizes(NamedTuple):
     G: int
     h: int
     R: int
-    slots: int
+    most_keys: int
 
 
 class Drawn(NamedTuple):
@@ -70,7 +70,7 @@ def drawn_for(d: Sizes, seed: int, *, cut: bool = True, part: float = 0.75, dens
 
     keys, at = np.zeros((d.B, d.S), int), int(rng.integers(0, 4))
     for r in range(d.R):
-        size = min(int(rng.integers(0, d.slots + 1)), d.S - at)
+        size = min(int(rng.integers(0, d.most_keys + 1)), d.S - at)
         keys[:, at : at + size] = r + 1
         at = min(d.S, at + size + int(rng.integers(0, 3)))
     keys = keys * (rng.random((d.B, d.S)) < 0.9)
@@ -111,7 +111,7 @@ def by_name(name: str, d: Sizes, drawn: Drawn, rule: RouteRule) -> Any:
     q, k, v, codes, routes, bias, _ = drawn
     if rule.with_bias and bias is not None:
         routes = routes._replace(bias=RankBias.of(bias, routes.keys, d.R))
-    routing = Routing(routes, rule, d.slots)
+    routing = Routing(routes, rule, d.most_keys)
     with interpreted():
         return routed.attention(q, k, v, codes, bias, FORM, routing=routing, scale=d.h**-0.5, implementation=name)
 

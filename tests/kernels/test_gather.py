@@ -75,7 +75,7 @@ def wide_mesh(implementation: str, mesh: str, apart: str) -> bool:
 
 def operands(seed: int, apart: bool, kind: str) -> dict[str, Any]:
     """Everything but the settings. Some heads choose fewer than `most` or nothing, some regions are ragged, some have
-    no key at all; slots without one hold large numbers."""
+    no key at all; entries without one hold large numbers."""
     rng = np.random.default_rng(seed)
 
     def normal(*shape: int) -> np.ndarray:

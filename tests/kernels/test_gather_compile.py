@@ -11,15 +11,15 @@ from rave_jax.tools.tpu import TOPOLOGIES, Case, compile_cases
 
 LONG = 2048
 CASES: dict[str, dict[str, Any]] = {
-    "per group": {"regions": LONG, "slots": 40, "most": 64},
-    "per head": {"regions": LONG, "slots": 40, "most": 64, "apart": True, "form": "log_gate"},
-    "one region": {"regions": 1, "slots": 8, "most": 1, "group": 1, "kv_heads": 1},
-    "large regions": {"regions": 16, "slots": 1024, "most": 4, "form": "tanh"},
-    "largest regions": {"regions": 4, "slots": 4096, "most": 2, "dtype": "float32"},
-    "longest list": {"regions": 256, "slots": 8, "most": 256, "rows": 64, "kv_heads": 4, "group": 1},
-    "small regions": {"regions": 64, "slots": 8, "most": 40, "form": "linear", "rank": 8, "rows": 2},
-    "wide values": {"regions": 64, "slots": 48, "most": 8, "value_dim": 256, "group": 3},
-    "float32": {"regions": 64, "slots": 40, "most": 8, "dtype": "float32", "apart": True, "form": "centered_sigmoid"},
+    "per group": {"regions": LONG, "entries": 40, "most": 64},
+    "per head": {"regions": LONG, "entries": 40, "most": 64, "apart": True, "form": "log_gate"},
+    "one region": {"regions": 1, "entries": 8, "most": 1, "group": 1, "kv_heads": 1},
+    "large regions": {"regions": 16, "entries": 1024, "most": 4, "form": "tanh"},
+    "largest regions": {"regions": 4, "entries": 4096, "most": 2, "dtype": "float32"},
+    "longest list": {"regions": 256, "entries": 8, "most": 256, "rows": 64, "kv_heads": 4, "group": 1},
+    "small regions": {"regions": 64, "entries": 8, "most": 40, "form": "linear", "rank": 8, "rows": 2},
+    "wide values": {"regions": 64, "entries": 48, "most": 8, "value_dim": 256, "group": 3},
+    "float32": {"regions": 64, "entries": 40, "most": 8, "dtype": "float32", "apart": True, "form": "centered_sigmoid"},
 }
 
 

@@ -30,7 +30,7 @@ def operands(
     dtype: str = "float32",
     int8: bool = False,
     regions: int = 12,
-    slots: int = 9,
+    entries: int = 9,
     most: int = 7,
     group: int = 3,
     kv_heads: int = 2,
@@ -38,9 +38,9 @@ def operands(
     widths: tuple[int, int] = (64, 64),
     rank: int = 4,
 ) -> Operands:
-    """Every choice is full, a fifth of the slots empty. The second of two layers is meant; the first holds NaN."""
+    """Every choice is full, a fifth of the entries empty. The second of two layers is meant; the first holds NaN."""
     rng = np.random.default_rng(0)
-    cache = (rows, kv_heads, regions, slots)
+    cache = (rows, kv_heads, regions, entries)
 
     def normal(*shape: int) -> np.ndarray:
         return np.float32(rng.normal(size=shape))
@@ -63,18 +63,18 @@ def operands(
         bias = RegionBias(*map(jnp.asarray, parts), jnp.asarray(rng.random(heads) < 0.7))
     q = jnp.asarray(normal(rows, kv_heads, group, widths[0]), dtype)
     k, v = map(stack, widths)
-    real = jnp.asarray(rng.random((rows, regions, slots)) < 0.8)
+    real = jnp.asarray(rng.random((rows, regions, entries)) < 0.8)
     return Operands(q, k, v, real, jnp.asarray(chosen), bias)
 
 
 CASES: dict[str, dict[str, Any]] = {
-    "per group": {"dtype": "bfloat16", "widths": (128, 128), "slots": 36, "group": 7},
+    "per group": {"dtype": "bfloat16", "widths": (128, 128), "entries": 36, "group": 7},
     "per head": {"dtype": "bfloat16", "widths": (128, 128), "apart": True, "form": "log_gate", "rank": 16},
     "a small head": {"dtype": "bfloat16", "widths": (64, 64), "form": "tanh", "group": 1},
     "a large head": {"dtype": "bfloat16", "widths": (256, 128), "form": "linear", "group": 32},
     "float32": {"widths": (128, 256), "apart": True, "form": "centered_sigmoid"},
     "int8": {"dtype": "bfloat16", "widths": (128, 128), "int8": True, "apart": True},
-    "no power of two": {"widths": (80, 96), "slots": 5, "int8": True, "rows": 2},
+    "no power of two": {"widths": (80, 96), "entries": 5, "int8": True, "rows": 2},
 }
 
 
@@ -113,9 +113,9 @@ def test_it_lowers_for_gpus_and_reads_the_cache_where_it_lies(case: dict[str, An
 
 
 EXAMPLES: dict[str, tuple[int, dict[str, Any]]] = {
-    "slots as they come": (6, {"slots": 7, "widths": (64, 48), "form": "log_gate", "apart": True}),
-    "large regions, no split": (1, {"slots": 150, "most": 2, "regions": 3}),
-    "int8": (4, {"slots": 36, "int8": True, "apart": True, "dtype": "bfloat16", "widths": (16, 16)}),
+    "entries as they come": (6, {"entries": 7, "widths": (64, 48), "form": "log_gate", "apart": True}),
+    "large regions, no split": (1, {"entries": 150, "most": 2, "regions": 3}),
+    "int8": (4, {"entries": 36, "int8": True, "apart": True, "dtype": "bfloat16", "widths": (16, 16)}),
 }
 
 

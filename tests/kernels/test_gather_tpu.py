@@ -121,7 +121,7 @@ def test_what_it_cannot_do_is_said() -> None:
     short["real"] = given.real[..., :7]
     with interpreted():
         run("pallas_tpu")
-        with pytest.raises(ValueError, match=r"multiple of 8 slots, .* 128 channels, not 7 and 128 and 128"):
+        with pytest.raises(ValueError, match=r"multiple of 8 entries, .* 128 channels, not 7 and 128 and 128"):
             run("pallas_tpu", **short)
         with pytest.raises(ValueError, match="one dtype"):
             run("pallas_tpu", **changed("v", lambda x: x.astype(jnp.bfloat16)))

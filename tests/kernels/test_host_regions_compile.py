@@ -11,10 +11,10 @@ from rave_jax.tools.tpu import Case, compile_cases
 
 MANY = 2048
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
-    "bfloat16": ("decode_from_host", {"regions": MANY, "slots": 36, "most": 16}),
+    "bfloat16": ("decode_from_host", {"regions": MANY, "entries": 36, "most": 16}),
     # Arrays of int8 whose tiles are not 8 x 128 would be reordered on the device.
-    "int8": ("decode_from_host", {"regions": MANY, "slots": 32, "most": 16, "dtype": "int8"}),
-    "a prompt": ("read_from_host", {"regions": MANY, "slots": 36, "reach": 64}),
+    "int8": ("decode_from_host", {"regions": MANY, "entries": 32, "most": 16, "dtype": "int8"}),
+    "a prompt": ("read_from_host", {"regions": MANY, "entries": 36, "reach": 64}),
 }
 
 

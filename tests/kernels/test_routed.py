@@ -14,7 +14,7 @@ from rave_jax.parallel.mesh import MeshConfig, make_mesh
 from rave_jax.parallel.sharding import use_mesh
 from tests.kernels.routed_backend import BesideTheOracle, FurtherChoices, Sizes, by_name, drawn_for, near, program
 
-SIZES = Sizes(B=2, T=24, S=56, K=2, G=2, h=8, R=6, slots=14)
+SIZES = Sizes(B=2, T=24, S=56, K=2, G=2, h=8, R=6, most_keys=14)
 RULES = (
     RouteRule(2),
     RouteRule(0.5, share="group"),

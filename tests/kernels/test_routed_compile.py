@@ -11,8 +11,15 @@ from tests.kernels.test_tpu_compile import KINDS
 
 LONG = 2048
 CASES: dict[str, dict[str, Any]] = {
-    "training": {"tokens": LONG, "regions": 8, "slots": 128, "group": 7},
-    "what is left over": {"tokens": 300, "regions": 12, "slots": 36, "group": 2, "head_dim": 64, "dtype": "float32"},
+    "training": {"tokens": LONG, "regions": 8, "most_keys": 128, "group": 7},
+    "what is left over": {
+        "tokens": 300,
+        "regions": 12,
+        "most_keys": 36,
+        "group": 2,
+        "head_dim": 64,
+        "dtype": "float32",
+    },
 }
 
 

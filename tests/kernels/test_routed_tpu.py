@@ -36,7 +36,7 @@ from tests.kernels.routed_backend import (
     routes_of,
 )
 
-SIZES = Sizes(B=1, T=24, S=72, K=1, G=20, h=16, R=6, slots=20)
+SIZES = Sizes(B=1, T=24, S=72, K=1, G=20, h=16, R=6, most_keys=20)
 """20 heads are 32 rows of a query, so that few queries fill a line: what an interpreter takes to compile grows with
 the queries of an item."""
 ITEMS = pallas_tpu.ItemSizes(queries=16, item=4, chunks=(4, 4))
@@ -45,7 +45,7 @@ ITEMS = pallas_tpu.ItemSizes(queries=16, item=4, chunks=(4, 4))
 def with_items(name: str, d: Sizes, drawn: Drawn, rule: RouteRule, interpret: Any = True) -> Any:
     """The kernels, with few queries in an item."""
     with interpreted(interpret):
-        return pallas_tpu.attention(*drawn[:4], d.h**-0.5, drawn.routes, rule, d.slots, ITEMS)
+        return pallas_tpu.attention(*drawn[:4], d.h**-0.5, drawn.routes, rule, d.most_keys, ITEMS)
 
 
 class TestPallasTpu(BesideTheOracle):
@@ -83,7 +83,7 @@ def test_scores_far_from_a_regions_mean_go_the_other_way() -> None:
 def test_a_row_with_too_large_a_region_is_no_number() -> None:
     given = drawn(5)
     keys = np.zeros((SIZES.B, SIZES.S), int)
-    keys[:, : SIZES.slots + 1] = 1
+    keys[:, : SIZES.most_keys + 1] = 1
     routes = routes_of(given.routes.query, given.routes.descriptor, keys, np.asarray(given.codes.hi))
     out, lse, _ = run(given._replace(routes=routes))
     assert bool(jnp.isnan(out).all()) and bool(jnp.isnan(lse).all())
@@ -115,8 +115,8 @@ def test_every_pair_is_listed_once(seed: int, sizes: tuple[int, int]) -> None:
     """Each open (query, region) pair is in the lists of all tiles that hold the region's keys, once, and no other is;
     and every key of a region lies in one lane."""
     rng = np.random.default_rng(seed)
-    slots, lanes = sizes
-    tiling, queries, item, rows = Tiling(5, slots, lanes), 16, 8, 16
+    most_keys, lanes = sizes
+    tiling, queries, item, rows = Tiling(5, most_keys, lanes), 16, 8, 16
     pairs = rng.random((1, 2, 32, 5)) < rng.choice([0.0, 0.3, 1.0])
     whole, full = rng.random((1, 32, 5)) < 0.9, rng.random((1, tiling.tiles)) < 0.7
     made = work(pairs, whole, full, tiling, queries, item, rows)
@@ -145,7 +145,7 @@ def test_every_pair_is_listed_once(seed: int, sizes: tuple[int, int]) -> None:
             else:
                 assert all(wanted.get(int(x & 0xFFFF) // rows, 0) == x >> 16 for x in listed)
     for r in range(5):
-        assert sorted(place[region == r]) == list(range(slots))
+        assert sorted(place[region == r]) == list(range(most_keys))
 
 
 def test_the_fill_is_what_lanes_hold() -> None:
@@ -161,7 +161,7 @@ def test_the_fill_is_what_lanes_hold() -> None:
 
 def test_a_tile_or_query_that_is_not_there_is_an_error() -> None:
     """Numbers behind the last tile, and places behind the last query, are found by the interpreter."""
-    given, tiling = drawn(7, cut=False), Tiling(SIZES.R, SIZES.slots)
+    given, tiling = drawn(7, cut=False), Tiling(SIZES.R, SIZES.most_keys)
     B, K = SIZES.B, SIZES.K
     call = pallas_tpu.make_call(given.q, given.k, tiling, ITEMS, 1.0, interpret=pltpu.InterpretParams())
     pairs, full = np.ones((B, K, call.T, SIZES.R), bool), np.ones((B, tiling.tiles), bool)
@@ -199,9 +199,9 @@ def test_what_it_cannot_do_is_said() -> None:
     q, k, v, codes, routes, *_ = given
     chosen: dict[str, Any] = {"scale": 0.1, "implementation": "pallas_tpu"}
 
-    def attempt(rule: RouteRule = GROUP, slots: int | None = SIZES.slots, k: Any = k, **more: Any) -> Any:
+    def attempt(rule: RouteRule = GROUP, most_keys: int | None = SIZES.most_keys, k: Any = k, **more: Any) -> Any:
         return jax.eval_shape(
-            lambda: routed.attention(q, k, v, codes, routing=Routing(routes, rule, slots), **chosen, **more)
+            lambda: routed.attention(q, k, v, codes, routing=Routing(routes, rule, most_keys), **chosen, **more)
         )
 
     with pytest.raises(ValueError, match="its kernels run on TPUs, and the devices are cpu"):
@@ -211,10 +211,10 @@ def test_what_it_cannot_do_is_said() -> None:
         for message, changed in {
             "a choice for each query head": {"rule": RouteRule(2)},
             "choices must be hard": {"rule": RouteRule(2, share="group", choice="soft_bias")},
-            "the most keys of a region": {"slots": None},
+            "the most keys of a region": {"most_keys": None},
             "a pair bias, a key bias and key groups": {"key_bias": jnp.zeros((SIZES.B, SIZES.S, SIZES.K * SIZES.G))},
             "one dtype": {"k": k.astype(jnp.bfloat16)},
-            "do not fit into the chip's memory": {"slots": 10**6},
+            "do not fit into the chip's memory": {"most_keys": 10**6},
         }.items():
             with pytest.raises(ValueError, match=re.escape(message)):
                 attempt(**changed)

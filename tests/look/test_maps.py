@@ -64,6 +64,10 @@ def test_share_in_a_box_by_hand() -> None:
     assert look.in_box(box, layers=(1,)) == 0.0
     assert look.in_box((0.25, 0.0, 0.75, 0.5), layers=(0,)) == pytest.approx(0.25)
     assert look.heat((1,)).tolist() == [[0, 0], [0, 1]]
+    # Of a model in which layers 3 and 7 attend and the others do not.
+    some = Look(weights, (3, 7))
+    assert some.in_box(box) == look.in_box(box) and some.heat((7,)).tolist() == look.heat((1,)).tolist()
+    assert some.on_picture_by_head((3,)).tolist() == look.on_picture_by_head((0,)).tolist()
 
 
 def test_multiples_of_even_attention_by_hand() -> None:

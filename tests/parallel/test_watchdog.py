@@ -59,3 +59,17 @@ def test_where_the_job_can_save_it_is_asked_to_stop():
     assert stop.asked is not None
     assert stop.asked.startswith("waited 0 s for the data of step 3, so the watchdog ends the job")
     assert not stop.is_wanted(0)
+
+
+def test_work_in_pieces_has_its_time_for_each_of_them():
+    """As an evaluation, which may take as long as it takes while its programs come back."""
+    stop = StopRequest()
+    with Watchdog(1.0, stop, poll=0.02) as dog, dog.during("an evaluation", save=True):
+        for _ in range(12):
+            time.sleep(0.1)
+            dog.again()
+        assert stop.asked is None
+        time.sleep(1.3)
+        assert stop.asked is not None, "one piece that takes too long is noticed"
+    dog.again()
+    assert stop.doing() == "the step under way", "nothing is waited for outside"

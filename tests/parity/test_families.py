@@ -58,6 +58,7 @@ class Case:
         frames: height and width of the frames of its video, which its processor takes as they are; None: no videos.
         pictures: (height, width) of the pictures of each conversation.
         seed: of the weights.
+        limit: most that logits may differ by, as a part of the largest.
     """
 
     family: str
@@ -65,8 +66,11 @@ class Case:
     frames: tuple[int, int] | None = None
     pictures: tuple[tuple[tuple[int, int], ...], ...] = ((), ((61, 90),), ((17, 120), (64, 40), (33, 33)))
     seed: int = 0
+    limit: float = LIMIT
 
 
+# In float32 transformers' gated delta rule by chunks is up to 2e-4 from its own float64, which ours is within 5e-5 of.
+BY_CHUNKS = 2e-4
 TEXT = ((), (), ())
 CASES = {
     case.family: case
@@ -76,11 +80,14 @@ CASES = {
         Case("qwen3_vl_moe", frames=(56, 84)),
         Case("qwen2_vl", frames=(56, 84)),
         Case("llava"),
+        Case("llava_onevision", frames=(21, 21)),
         Case("internvl", {"patch_size": 8}, pictures=((), ((61, 90),), ((17, 120), (64, 40), (33, 33), (20, 100)))),
         Case("smolvlm", {"patch_size": 8}, pictures=((), ((61, 90),), ((17, 120), (64, 40), (33, 33), (20, 100)))),
         Case("llama", pictures=TEXT),
         Case("qwen2", pictures=TEXT),
         Case("qwen3", pictures=TEXT),
+        Case("qwen3_5_text", {"num_layers": 4}, pictures=TEXT, limit=BY_CHUNKS),
+        Case("qwen3_5", frames=(56, 84), limit=BY_CHUNKS),
         Case("qwen3_moe", pictures=TEXT),
     )
 }
@@ -174,7 +181,7 @@ def test_tokens_and_logits_are_those_of_transformers(folder: Path, family: str) 
         our, their = ours[number, : len(example.tokens)], theirs[f"logits{number}"].astype(np.float64)
         assert np.abs(their).max() > 0.5, "logits near zero would prove nothing"
         error = np.abs(our - their).max() / max(1.0, np.abs(their).max())
-        assert error <= LIMIT, f"conversation {number}: {error:.1e}"
+        assert error <= CASES[family].limit, f"conversation {number}: {error:.1e}"
         assert divergence(their, our) <= KL_LIMIT
         best, our_best = (np.argsort(-x, axis=-1)[:, :5] for x in (their, our))
         certain = np.diff(-np.sort(-their, axis=-1)[:, :6]).max(axis=-1) < -LEAST_GAP

@@ -12,8 +12,11 @@ import numpy as np
 import pytest
 
 from rave_jax.checkpoint.hf_import import import_hf
+from rave_jax.families import FAMILIES
 from rave_jax.inference import Engine, Sampling, SlotConfig
 from rave_jax.models.config import ModelOptions
+from rave_jax.models.forward import Want
+from rave_jax.models.parameters import locate, named_parameters
 from rave_jax.models.vlm import Vlm
 from tests.models.layout import batch, document
 from tests.parity.test_generation import example
@@ -23,6 +26,15 @@ SCRIPT = Path(__file__).with_name("text_torch.py")
 LIMIT = 2e-5
 LENGTH, NEW, PENALTY = 29, 16, 1.3
 SIZES = {"vocab_size": 96, "hidden_size": 48, "intermediate_size": 72, "num_hidden_layers": 3}
+
+EXPERTS = {
+    "model_type": "qwen3_moe",
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "moe_intermediate_size": 20,
+    "router_aux_loss_coef": 0.3,
+}
 
 
 class Case(NamedTuple):
@@ -79,7 +91,20 @@ CASES = [
             "max_window_layers": 1,
         },
     ),
+    Case(
+        "qwen3_moe_some_layers",
+        EXPERTS | {"mlp_only_layers": [1], "norm_topk_prob": True, "num_experts": 6, "num_experts_per_tok": 3},
+    ),
+    Case(
+        "qwen3_moe_every_second_layer",
+        EXPERTS | {"decoder_sparse_step": 2, "norm_topk_prob": False, "num_experts": 8, "num_experts_per_tok": 2},
+    ),
+    Case(
+        "qwen3_moe_window",
+        EXPERTS | {"num_experts": 2, "num_experts_per_tok": 1, "use_sliding_window": True, "sliding_window": 6},
+    ),
 ]
+WITH_EXPERTS = [case for case in CASES if case.config["model_type"] == "qwen3_moe"]
 
 
 def tokens_of(seed: int) -> list[int]:
@@ -98,6 +123,7 @@ def folder(torch_python: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
             "tokens": tokens_of(seed),
             "new_tokens": NEW,
             "penalty": PENALTY,
+            "router": config["model_type"] == "qwen3_moe",
         }
         for seed, (name, config) in enumerate(CASES)
     ]
@@ -141,3 +167,37 @@ def greedy(model: Vlm, tokens: list[int]) -> list[int]:
             assert progress.error is None, progress.error
             made.extend(progress.tokens)
     return made
+
+
+@pytest.mark.parametrize("case", WITH_EXPERTS, ids=lambda case: case.name)
+def test_the_loss_of_routers_and_its_gradients_equal_those_of_torch(folder: Path, case: Case) -> None:
+    """Of two rows, the second half of the other one padding."""
+    theirs = np.load(folder / f"{case.name}.out.npz")
+    model = import_hf(folder / case.name, ModelOptions())
+    docs = [document([length], model.config, np.random.default_rng(0)) for length in (LENGTH, LENGTH // 2)]
+    for doc in docs:
+        doc.tokens = tokens_of(CASES.index(case))[: len(doc.tokens)]
+    rows = batch([[doc] for doc in docs], model.config, tokens=LENGTH, patches=0)
+
+    @jax.jit
+    @jax.value_and_grad
+    def loss(model: Vlm) -> jax.Array:
+        with jax.default_matmul_precision("highest"):
+            return model.forward(rows, Want(losses=True)).losses["router"] / model.loss_weights(rows.info)["router"]
+
+    value, gradient = loss(model)
+    np.testing.assert_allclose(value, theirs["loss"], rtol=1e-5)
+    ours = {path: np.asarray(x[...]) for path, x in named_parameters(gradient).items()}
+    compared = 0
+    for rule in FAMILIES[model.config.family].layouts[1](model.config):
+        key = f"grad {rule.hf_key}"
+        path, layer = locate(model, rule)
+        found = ours[path] if layer is None else ours[path][layer]
+        if key not in theirs:  # what stands behind the last router
+            assert not found.any()
+            continue
+        cut = rule.cut
+        wanted = theirs[key] if cut is None else np.split(theirs[key], cut.count, cut.axis)[cut.number]
+        np.testing.assert_allclose(found.reshape(wanted.shape), wanted, atol=2e-5 * max(np.abs(wanted).max(), 1e-3))
+        compared += wanted.any()
+    assert compared > 10

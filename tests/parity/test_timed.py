@@ -1,14 +1,17 @@
-"""Videos with times between their frames against transformers: which frames, their times, sizes and positions."""
+"""Videos with times between their frames against transformers: which frames, their times, sizes and positions; and what
+becomes of conversations by the files of a released model."""
 
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from rave_jax.batch import Kind
 from rave_jax.data.processor import Processor
@@ -16,6 +19,7 @@ from rave_jax.families.position_table.pictures import FrameLimits, TimedPictures
 from rave_jax.families.qwen3_vl.presets import qwen3_vl_4b, tiny
 from tests.data.conftest import TEMPLATE, byte_tokenizer
 from tests.data.pictures import noise
+from tests.parity.test_families import with_files
 
 pytestmark = pytest.mark.parity
 SCRIPT = Path(__file__).with_name("timed_torch.py")
@@ -86,7 +90,7 @@ def test_frames_times_sizes_and_positions(processor: Processor, torch_python: st
     sizes = [case for case in sizes if case["shortest"] <= case["longest"]]
     talks = [as_case(processor, conversation(rng)) for _ in range(40)]
     ours = [case.pop("ours") for case in talks]
-    cases = {"frames": frames, "sizes": sizes, "positions": talks}
+    cases = {"frames": frames, "sizes": sizes, "positions": talks, "talks": []}
     (tmp_path / "cases.json").write_text(json.dumps(cases))
     subprocess.run([torch_python, SCRIPT, tmp_path], check=True, timeout=300)
     theirs = np.load(tmp_path / "out.npz")
@@ -104,3 +108,55 @@ def test_frames_times_sizes_and_positions(processor: Processor, torch_python: st
     assert sum(bool(case["videos"]) for case in talks) > 10
     for number, positions in enumerate(ours):
         np.testing.assert_array_equal(positions, theirs[f"positions{number}"])
+
+
+def talks_in(folder: Path) -> list[list[dict]]:
+    """Conversations with pictures of odd sizes and videos, which are written to the folder."""
+
+    def text(words: str) -> dict:
+        return {"type": "text", "text": words}
+
+    def written(name: str, size: tuple[int, int], seed: int) -> str:
+        Image.fromarray(noise(*size, seed=seed)).save(folder / name)
+        return name
+
+    def image(size: tuple[int, int], seed: int) -> dict:
+        return {"type": "image", "image": written(f"{seed}.png", size, seed)}
+
+    def video(count: int, size: tuple[int, int], fps: float, seed: int) -> dict:
+        # Sizes that the model takes as they are: Pillow and torch make pictures smaller with a shade of difference.
+        return {
+            "type": "video",
+            "video": [written(f"{seed + n}.png", size, seed + n) for n in range(count)],
+            "fps": fps,
+        }
+
+    return [
+        [
+            {"role": "system", "content": [text("Sei knapp.")]},
+            {"role": "user", "content": [image((333, 517), 1), text(" what?!!<"), image((60, 900), 2)]},
+            {"role": "assistant", "content": [text("Nothing.")]},
+            {"role": "user", "content": [text("Sure?")]},
+        ],
+        [{"role": "user", "content": [video(19, (96, 128), 8.0, 100), video(5, (64, 160), 1.5, 200), text("alike?")]}],
+    ]
+
+
+def test_conversations_by_the_files_of_a_released_model(shared_data: Path, torch_python: str, tmp_path: Path) -> None:
+    """Ids and pixels are those of its own processor."""
+    words = shared_data / "tokenizer_qwen"
+    released = (words / "qwen3_vl").iterdir(), (shared_data / "configs/qwen3-vl-4b-instruct").iterdir()
+    for path in (words / "vocab.json", words / "merges.txt", *released[0], *released[1]):
+        shutil.copyfile(path, tmp_path / path.name)
+    talks = talks_in(tmp_path)
+    (tmp_path / "cases.json").write_text(json.dumps({"frames": [], "sizes": [], "positions": [], "talks": talks}))
+    subprocess.run([torch_python, SCRIPT, tmp_path], check=True, timeout=300)
+    theirs, processor = np.load(tmp_path / "out.npz"), Processor.from_hf(tmp_path)
+    vision = processor.settings.config.vision
+    assert vision is not None
+    for number, (messages, name) in enumerate(zip(talks, ("pixel_values", "pixel_values_videos"), strict=True)):
+        example = processor.encode(with_files(messages, tmp_path), add_generation_prompt=True)
+        np.testing.assert_array_equal(example.tokens, theirs[f"input_ids:{number}"][0])
+        # The mean and deviation are those of every channel.
+        pixels = (example.patches.pixels.astype(np.float32) / 255 - vision.pixel_mean[0]) / vision.pixel_std[0]
+        np.testing.assert_allclose(pixels, theirs[f"{name}:{number}"], atol=1e-5)

@@ -2,8 +2,10 @@
 
     python text_torch.py FOLDER
 
-FOLDER/cases.json lists cases {name, config, seed, tokens, new_tokens, penalty}. Writes a random checkpoint to
-FOLDER/NAME/, and to FOLDER/NAME.out.npz the logits of the tokens and the greedy answer to them.
+FOLDER/cases.json lists cases {name, config, seed, tokens, new_tokens, penalty,
+router}. Writes a random checkpoint to
+FOLDER/NAME/, and to FOLDER/NAME.out.npz the logits of the tokens, the greedy answer to them, and with `router` the
+routers' loss and its gradients.
 """
 
 import json
@@ -34,7 +36,20 @@ def run(folder: Path, case: dict) -> None:
             pad_token_id=0,
             repetition_penalty=case["penalty"],
         )[0, tokens.shape[1] :]
-    np.savez(folder / f"{case['name']}.out.npz", logits=logits.float().numpy(), answer=answer.numpy())
+    results = {"logits": logits.float().numpy(), "answer": answer.numpy()}
+    np.savez(folder / f"{case['name']}.out.npz", **results, **(router(model, tokens) if case["router"] else {}))
+
+
+def router(model: torch.nn.Module, tokens: torch.Tensor) -> dict[str, np.ndarray]:
+    """The routers' loss of the tokens and of their first half, padded, weighted; and its gradients, by name."""
+    rows = torch.cat([tokens, tokens])
+    mask = torch.ones_like(rows)
+    mask[1, tokens.shape[1] // 2 :] = 0
+    out = model(rows, attention_mask=mask, output_router_logits=True, use_cache=False)
+    loss = model.config.router_aux_loss_coef * out.aux_loss
+    loss.backward()
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {"loss": loss.detach().numpy()} | {f"grad {name}": grad.numpy() for name, grad in found.items()}
 
 
 if __name__ == "__main__":

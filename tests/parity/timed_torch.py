@@ -2,10 +2,12 @@
 
     python timed_torch.py FOLDER
 
-FOLDER/cases.json holds three lists; FOLDER/out.npz gets an array per case and list:
+FOLDER/cases.json holds four lists, each of which may be empty; FOLDER/out.npz gets an array per case and list:
 - frames: {total, fps, wanted, least, most}, the frames that are used, and their times with one decimal
 - sizes: {frames, height, width, cap, shortest, longest, patch_size}, the size of a resized frame
 - positions: {types (0 text, 1 image, 2 video), images, videos (patch grids t, h, w)}
+- talks: conversations as in families_torch.py, their pictures in FOLDER, which is a model's directory without weights.
+  The arrays of its processor are called NAME:NUMBER, such as input_ids:0.
 """
 
 import json
@@ -15,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import vision_torch
+from families_torch import inputs_of
 from transformers import Qwen3VLConfig, Qwen3VLModel
 from transformers.image_utils import SizeDict
 from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
@@ -65,4 +68,6 @@ if __name__ == "__main__":
         for kind, answer in (("frames", frames), ("sizes", sizes), ("positions", positions))
         for number, case in enumerate(cases[kind])
     }
+    for number, messages in enumerate(cases["talks"]):
+        results |= {f"{name}:{number}": value.numpy() for name, value in inputs_of(messages, folder, True).items()}
     np.savez(folder / "out.npz", **results)

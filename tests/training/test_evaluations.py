@@ -26,7 +26,6 @@ from rave_jax.evaluation.suites import Evaluation
 from rave_jax.models.parameters import named_parameters
 from rave_jax.observe.metrics import Row, read_jsonl
 from rave_jax.parallel.stopping import Interrupted, StopRequest
-from rave_jax.parallel.watchdog import Watchdog
 from rave_jax.training.config import TrainConfig
 from rave_jax.training.run import load_run, train
 from tests.resume.small_run import get_config
@@ -270,15 +269,3 @@ def test_caches_that_do_not_fit_beside_training_are_refused_before_the_first_ste
     with pytest.raises(ConfigError, match=said):
         train(config(tmp_path / "run", final=(large,)))
     assert not (tmp_path / "run").exists()
-
-
-def test_the_time_of_a_watchdog_begins_anew_with_each_piece() -> None:
-    dog = Watchdog(1.0)
-    with dog.during("an evaluation"):
-        before = dog._now
-        time.sleep(0.01)
-        dog.again()
-        assert before is not None and dog._now is not None and dog._now.since > before.since
-        assert dog._now._replace(since=before.since) == before
-    dog.again()
-    assert dog._now is None

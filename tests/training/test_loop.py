@@ -268,6 +268,7 @@ def test_an_evaluation_that_cannot_go_on_ends_the_run_with_its_state_saved(sessi
 
 
 def test_a_signal_during_an_evaluation_ends_it_and_saves(session, tmp_path):
+    """Also before the first step of a run that continues, where nothing is to be saved."""
     went_on = []
 
     def work(step, model, check, write):
@@ -277,16 +278,13 @@ def test_a_signal_during_an_evaluation_ends_it_and_saves(session, tmp_path):
             check()
             went_on.append(n)
 
-    evaluations = Evaluations(work)
+    source, evaluations = RandomSource(ROWS, patches=0), Evaluations(work)
     with pytest.raises(Interrupted, match="SIGTERM: stopped after step 2, which is saved"):
-        run(
-            session,
-            tmp_path,
-            first_state(session, TEXT),
-            RandomSource(ROWS, patches=0),
-            save_every=100,
-            evaluations=evaluations,
-        )
+        run(session, tmp_path, first_state(session, TEXT), source, save_every=100, evaluations=evaluations)
     assert evaluations.ran == [2] and len(went_on) < 900
     state, data = restored(session, tmp_path / "checkpoints")
     assert state.step == 2 and data == {"step": 2}
+    with pytest.raises(Interrupted, match="SIGTERM: stopped after step 2, which is saved"):
+        run(session, tmp_path / "again", state, source, save_every=100, evaluations=evaluations)
+    assert evaluations.ran == [2, 2] and len(went_on) < 900
+    assert not list((tmp_path / "again").glob("checkpoints/*"))

@@ -21,7 +21,7 @@ SyntheticTask = DigitMosaic | MosaicList | PositionMosaic | BarChart | Counting 
 
 @dataclass(frozen=True)
 class Synthetic:
-    """Pictures and questions made in code; the two splits share no digit picture, word, price or layout."""
+    """Pictures and questions made in code; the two splits share no digit picture, word, price or arrangement."""
 
     tasks: tuple[SyntheticTask, ...] = (DigitMosaic(), BarChart(), Counting())
     """The mixture; each task carries its weight and its options."""

@@ -21,18 +21,17 @@ from rave_jax.families.pictures import (
     CutPicture,
     Encode,
     Frames,
-    PictureError,
     PictureRules,
     Piece,
     ProcessorFiles,
     VisualKind,
 )
 from rave_jax.families.processor_files import BICUBIC, bilinear_or_bicubic, number_or_none, sides, steps
+from rave_jax.families.squares import check_aspect, middle, squared
 from rave_jax.families.vit import VitConfig, cut_pictures
 from rave_jax.layout import Grid
 from rave_jax.typing import NpArray, UInt8
 
-MAX_ASPECT = 200
 CLIP, LLAVA, SIGLIP = "CLIP", "Llava", "Siglip"
 KINDS = (CLIP, LLAVA, SIGLIP)
 PROCESSORS = {f"{kind}ImageProcessor{end}": kind for kind in KINDS for end in ("", "Fast", "Pil")}
@@ -94,44 +93,6 @@ class Pictures(PictureRules):
         short, long = self.shortest_edge, int(self.shortest_edge * max(width, height) / min(width, height))
         size = (short, long) if width <= height else (long, short)
         return middle(np.asarray(image.resize(size, Image.Resampling(self.resample))), side)
-
-
-def check_aspect(height: int, width: int) -> None:
-    """Refuse an empty picture and one that is much longer than wide: it would be resized to very many pixels.
-
-    Raises:
-        PictureError: it is one.
-    """
-    if min(height, width) < 1 or max(height, width) > MAX_ASPECT * min(height, width):
-        raise PictureError(
-            f"{width} x {height} pixels: the sides must be within a factor of {MAX_ASPECT} of each other"
-        )
-
-
-def squared(image: Image.Image, mean: tuple[float, ...]) -> Image.Image:
-    """The picture in the middle of a square of its longer side, which has the mean colour."""
-    side = max(image.size)
-    colour = tuple(int(x * 255) for x in mean)
-    square = Image.new("RGB", (side, side), (colour[0], colour[1], colour[2]))
-    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
-    return square
-
-
-def middle(pixels: UInt8[NpArray, "H W 3"], side: int) -> UInt8[NpArray, "side side 3"]:
-    """The square in the middle of a picture, with black where the picture is smaller."""
-    whole = np.zeros((side, side, 3), np.uint8)
-    into, out = zip(*(_middle(length, side) for length in pixels.shape[:2]), strict=True)
-    whole[into] = pixels[out]
-    return whole
-
-
-def _middle(length: int, side: int) -> tuple[slice, slice]:
-    """Which part of the square is filled, from which part of the picture."""
-    if length >= side:
-        start = (length - side) // 2
-        return slice(0, side), slice(start, start + side)
-    start = -(-(side - length) // 2)
-    return slice(start, start + length), slice(0, length)
 
 
 def pictures(config: VlmConfig, files: ProcessorFiles) -> Pictures:

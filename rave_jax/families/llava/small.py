@@ -16,19 +16,18 @@ SIDE = 4
 
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
-  {%- if message.role == 'assistant' -%}{{- 'ASSISTANT: ' -}}
-  {%- elif message.role == 'user' -%}{{- 'USER: ' -}}
-  {%- endif -%}
-  {%- if message.content is string -%}{{- message.content -}}
-  {%- else -%}
-    {%- for part in message.content if part.type == 'image' -%}{{- '<image>\\n' -}}{%- endfor -%}
-    {%- for part in message.content if part.type == 'text' -%}{{- part.text -}}{%- endfor -%}
-  {%- endif -%}
-  {%- if message.role == 'assistant' -%}{{- eos_token -}}{%- else -%}{{- ' ' -}}{%- endif -%}
+  {%- if message.role != 'system' -%}{{- message.role.upper() + ': ' -}}{%- endif -%}
+  {%- for part in message.content if part.type == 'image' -%}{{- '<image>\\n' -}}{%- endfor -%}
+  {%- for part in message.content if part.type == 'text' -%}
+    {%- if message.role == 'assistant' -%}
+      {%- generation -%}{{- part.text + ' ' -}}{%- endgeneration -%}
+    {%- else -%}{{- part.text + ' ' -}}
+    {%- endif -%}
+  {%- endfor -%}
 {%- endfor -%}
-{%- if add_generation_prompt -%}{{- 'ASSISTANT: ' -}}{%- endif -%}
+{%- if add_generation_prompt -%}{{- 'ASSISTANT:' -}}{%- endif -%}
 """
-"""In the format of Vicuna v1.1."""
+"""In the format of the released models, which put no token behind an answer."""
 
 
 def config(sizes: SmallSizes, vocab_size: int, ids: Mapping[str, int]) -> VlmConfig:

@@ -7,6 +7,7 @@ Defaults of absent keys are those of transformers' config classes.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from rave_jax.config import ConfigError
@@ -58,9 +59,9 @@ def needed(hf: HfConfig, key: str) -> HfConfig:
     return found
 
 
-def markers(hf: HfConfig) -> dict[str, int]:
-    """Ids of the placeholders and of what stands around them."""
-    return {key: integer(hf, key, MAX_INT32, default=default, least=0) for key, default in MARKER_IDS.items()}
+def markers(hf: HfConfig, released: Mapping[str, int] = MARKER_IDS) -> dict[str, int]:
+    """Ids of the placeholders and of what stands around them; those of the released models where none are stated."""
+    return {key: integer(hf, key, MAX_INT32, default=default, least=0) for key, default in released.items()}
 
 
 def parse_model(hf: HfConfig, family: str, head_dim: int | None = 128) -> VlmConfig:

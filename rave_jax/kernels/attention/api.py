@@ -61,7 +61,7 @@ def attention(
     Args:
         q, k, v: of one number type; H must be a multiple of K; keys and values are never repeated. Values may have a
             width of their own. Gradients are made from score - log-sum-exp: where all scores of a row are beyond 10^5
-            they lose the digits that such numbers have not (weights of 10^6 sum to 1.002).
+            they lose precision (weights from scores of 10^6 sum to 1.002).
         codes: who may see whom.
         bias: operands of the additive pair bias, or None.
         form: how the pair bias grows from its operands.

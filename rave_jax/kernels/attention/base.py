@@ -31,8 +31,8 @@ LOG_GATE_FLOOR = -69.0
 
 
 class MaskCodes(NamedTuple):
-    """Who may see whom, as data. Closings intersect [lo, hi]; one rule may own the opening (-1 and -2: none). The least
-    and the largest int32 are no openings."""
+    """Who may see whom, as data. Rules that hide keys narrow [lo, hi]; one rule may own the opening (-1 and -2 open
+    nothing). The least and the largest int32 are no openings."""
 
     lo: Int[Array, "B T"]
     hi: Int[Array, "B T"]

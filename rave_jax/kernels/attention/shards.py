@@ -1,8 +1,8 @@
 """The Pallas kernels on a mesh: each device takes its rows and its heads.
 
-The compiler cannot split a kernel by itself, so the split is said: rows as `batch`, query heads as `heads`, kv heads as
-`kv_heads` of the sharding rules. Where the mesh splits query heads finer than there are kv heads, a device takes the
-one kv head that its queries read.
+The compiler cannot split a kernel by itself, so this file states the split: rows as `batch`, query heads as `heads`, kv
+heads as `kv_heads` of the sharding rules. Where the mesh splits query heads finer than there are kv heads, a device
+takes the one kv head that its queries read.
 """
 
 from __future__ import annotations

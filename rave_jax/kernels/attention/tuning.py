@@ -3,7 +3,7 @@
 From `benchmarks/tune_kernels.py`: the TPU compiler's static cycles for one kv group (head_dim 128, rank 16, bfloat16).
 **No entry has been verified on hardware**, and TPU7x has the blocks of v5p, which were only seen to compile: the
 estimator has numbers for few of its kernels. Where two choices are within 3 % the kernels get equal blocks of queries:
-the layout's parts are then whole blocks. What is best for two heads need not be for seven: on v6e, T 4096,
+the arrays are then cut at whole blocks of both. What is best for two heads need not be for seven: on v6e, T 4096,
 blocks of 1024 take 4 % off log_gate's backward pass with two, and add 9 % with seven. They also take long to compile.
 
 A linear gate rides in further channels of <q, k> where the matrix unit is 256 deep and a head fills 128 of it: the

@@ -204,8 +204,8 @@ def _backward(form: PairForm, scale: float, block: int, saved, cotangents):
         weights = jnp.exp(scores - lse_g)
         if gate is not None and gate.factor is not None:
             weights = weights * gate.factor
-        # Three products need the weights. Without the barrier XLA makes them anew for each, of all that they come from:
-        # on a CPU, where every reading of a tile counts, a step with a gate takes longer, one without as long.
+        # Three products need the weights. Without the barrier XLA computes them again for each product. On a CPU this
+        # makes a step with a gate slower, and leaves one without a gate as fast.
         weights = jax.lax.optimization_barrier(jnp.where(tile_allow(codes_tile), weights, 0.0))
         d_weights = jnp.einsum("BKGTc,BSKc->BKGTS", d_outg, v_tile, preferred_element_type=jnp.float32)
         d_scores = weights * (d_weights + shift)

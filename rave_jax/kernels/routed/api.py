@@ -17,14 +17,14 @@ def _against_pallas_tpu(
     q: Array, k: Array, v: Array, terms: Terms, key_groups: KeyGroups | None, routing: Routing
 ) -> str | None:
     regions, sizes = routing.routes.first.shape[1], pallas_tpu.item_sizes(support.target().device_kind)
-    return pallas_tpu.against(q, k, v, terms, key_groups, routing.rule, regions, routing.slots, sizes)
+    return pallas_tpu.against(q, k, v, terms, key_groups, routing.rule, regions, routing.most_keys, sizes)
 
 
 def _pallas_tpu(
     q: Array, k: Array, v: Array, codes: MaskCodes, terms: Terms, form: PairForm, scale: float, routing: Routing
 ) -> tuple[Array, Array]:
-    assert routing.slots is not None  # `against` refuses it
-    return pallas_tpu.attention(q, k, v, codes, scale, routing.routes, routing.rule, routing.slots)
+    assert routing.most_keys is not None  # `against` refuses it
+    return pallas_tpu.attention(q, k, v, codes, scale, routing.routes, routing.rule, routing.most_keys)
 
 
 OPERATION = Operation(

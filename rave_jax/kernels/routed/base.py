@@ -129,12 +129,12 @@ class Routes(NamedTuple):
 
 
 class Routing(NamedTuple):
-    """What queries choose from, and how. `slots` is the most keys that a region may have, where that is known: kernels
-    that skip regions get their shapes from it."""
+    """What queries choose from, and how. `most_keys` is the most keys that a region may have, where that is known:
+    kernels that skip regions get their shapes from it."""
 
     routes: Routes
     rule: RouteRule
-    slots: int | None = None
+    most_keys: int | None = None
 
 
 class Choice(NamedTuple):

@@ -2,8 +2,8 @@
 
 A region's numbers lie end to end in whole tiles of 8 x 128, whatever their type: then the host and a TPU keep them in
 one order, and a region, or a run of them, is one copy between the two. In other shapes the compiler brings the whole
-array to the device to reorder it. A gather that the host computes is no way out: by its source, XLA rewrites all of
-its operands, chosen or not, for each call.
+array to the device to reorder it. A gather that the host computes does not help: according to its source, XLA rewrites
+all of its operands, chosen or not, for each call.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ AT_ONCE = 8
 """Regions whose copies may be under way together."""
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["tiles"], meta_fields=["slots", "channels"])
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["tiles"], meta_fields=["entries", "channels"])
 @dataclass(frozen=True)
 class HostRegions:
     """Keys or values of several layers, by region, in host memory: [L,B,K,R,m,h]. What it gives lies on the device."""
 
     tiles: Float[Array, "L B K R X 8 128"] | Int8[Array, "L B K R X 8 128"]
-    """The numbers; behind the m-th slot of a region there is nothing of meaning."""
-    slots: int
+    """The numbers; behind the m-th entry of a region there is nothing of meaning."""
+    entries: int
     """m, of a region."""
     channels: int
     """h."""
@@ -38,7 +38,7 @@ class HostRegions:
     @property
     def shape(self) -> tuple[int, ...]:
         """[L,B,K,R,m,h]."""
-        return (*self.tiles.shape[:4], self.slots, self.channels)
+        return (*self.tiles.shape[:4], self.entries, self.channels)
 
     @property
     def dtype(self) -> jnp.dtype:
@@ -88,10 +88,10 @@ class HostRegions:
         return self._numbers(out.reshape(L, len(rows), K, *out.shape[1:]))
 
     def with_row(self, row: Int[Array, ""], new: Float[Array, "L K r m h"] | Int8[Array, "L K r m h"]) -> HostRegions:
-        """With the first regions of one row, in all layers, replaced; in place where the array is nobody else's."""
+        """With the first regions of one row, in all layers, replaced; in place where nothing else uses the array."""
         L, B, K, R, X = self.tiles.shape[:5]
         room = X * math.prod(TILE) // self.channels
-        pieces = jnp.pad(new, [(0, 0)] * 3 + [(0, room - self.slots), (0, 0)])
+        pieces = jnp.pad(new, [(0, 0)] * 3 + [(0, room - self.entries), (0, 0)])
         pieces = pieces.reshape(L * K, new.shape[2], X, *TILE)
 
         def one(i: Array, run: Array) -> Array:
@@ -107,13 +107,13 @@ class HostRegions:
 
     def _numbers(self, tiles: Array) -> Array:
         """Tiles [...,X,8,128] as [...,m,h]."""
-        return tiles.reshape(*tiles.shape[:-3], -1, self.channels)[..., : self.slots, :]
+        return tiles.reshape(*tiles.shape[:-3], -1, self.channels)[..., : self.entries, :]
 
 
 def empty(shape: tuple[int, ...], dtype: jnp.dtype) -> HostRegions:
     """Zeros [L,B,K,R,m,h], made on the host: a device need not have room for them."""
     *axes, m, h = shape
-    # Whole tiles, and whole slots in them.
+    # Whole tiles, and whole entries in them.
     step = math.prod(TILE) // math.gcd(math.prod(TILE), h)
     X = -(-m // step) * step * h // math.prod(TILE)
 

@@ -73,7 +73,7 @@ def attention(
     if block >= T:
         # A map that is one tile may be kept for the backward pass; a larger one is made again there.
         return of_block(mine) if T * S <= support.SMALL else jax.checkpoint(of_block)(mine)
-    # Rows that are filled up see nothing: their interval is empty and their opening nobody's.
+    # Rows that are filled up see nothing: their interval is empty, and they have no opening.
     fill = {"lo": 1, "hi": 0, "open_q": -1}
     padded = jax.tree.map(lambda x: jnp.pad(x, [(0, 0), (0, -T % block)] + [(0, 0)] * (x.ndim - 2)), mine)
     padded[1].update({n: jnp.pad(x, [(0, 0), (0, -T % block)], constant_values=fill[n]) for n, x in mine[1].items()})

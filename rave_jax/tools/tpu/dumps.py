@@ -1,6 +1,6 @@
 """Reads what libtpu's compiler dumps beside a program: cycle estimates and instruction bundles.
 
-The flags and formats are libtpu's own and promised by nobody; 0.0.48 to 0.0.51 have these.
+The flags and formats are libtpu's own and may change without notice; 0.0.48 to 0.0.51 have these.
 """
 
 from __future__ import annotations

@@ -64,8 +64,8 @@ class Compiled:
         seconds: of tracing, lowering and compiling.
         memory: of the program on one chip.
         hlo: text of the optimised program; "" unless asked for.
-        cycles: HLO op -> the compiler's static estimate; empty unless asked for. It takes branches on data known at
-            run time alone as not taken, and says nothing of contention: compare within a chip.
+        cycles: HLO op -> the compiler's static estimate; empty unless asked for. It counts branches on data that is
+            known only at run time as not taken, and leaves out contention: compare within a chip.
         bundles: HLO op -> its bundles; empty unless asked for.
     """
 

@@ -22,7 +22,7 @@ from rave_jax.tools.tpu.result import Compiled, Memory
 
 
 def compiled(case: Case, device: Any, hlo: bool, folder: Path) -> Compiled:
-    """One case, whatever comes of it."""
+    """The result of one case; a failure is a result too."""
     module, function = case.make.split(":")
     sharding = SingleDeviceSharding(device)
 

@@ -39,7 +39,7 @@ class Crops(PictureRules):
 
     def cut_video(self, images, frames):
         cuts = [self.cut_image(image) for image in images]
-        pixels, _, place, _ = (np.concatenate(parts) for parts in zip(*(cut.patches for cut in cuts), strict=True))
+        pixels, place = (np.concatenate([getattr(cut.patches, n) for cut in cuts]) for n in ("pixels", "place"))
         number = np.repeat(np.arange(1, len(cuts) + 1, dtype=np.int32), len(cuts[0].order))
         grid = self.video_grid(images[0].height, images[0].width, frames)
         return CutPicture(Patches(pixels, number, place, number), np.arange(len(number), dtype=np.int32), grid)

@@ -1,8 +1,8 @@
 """Blocks of queries and keys: their sizes, what is known of each from minima and maxima, and which pairs are visited.
 
 A pair of blocks is *live* when some query may see some key, *full* when every query sees every key, and *gated* when
-some query and some key of it are switched on. Live may be said too often and full too seldom; neither is ever wrong
-the other way.
+some query and some key of it are switched on. A pair may be called live although nothing is seen, and not full although
+everything is, but never the other way round.
 """
 
 from __future__ import annotations

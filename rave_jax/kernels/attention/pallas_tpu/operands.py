@@ -109,7 +109,7 @@ class Packed(NamedTuple):
     k: Float[Array, "B K S h"]
     v: Float[Array, "B K S c"]
     u: Float[Array, "B K G r T"] | None = None
-    """As given: the kernels switch and scale it, or there would be a second one."""
+    """As given. The kernels apply switch and scale, which saves a second copy."""
     rows: Float[Array, "B K 2*G T"] | None = None
     """Row terms, then switches times the scale of z'; each padded to whole sublanes."""
     w: Float[Array, "B K r S"] | None = None
@@ -154,14 +154,14 @@ def pad_codes(codes: MaskCodes, T: int, S: int) -> MaskCodes:
 
 
 def pack_codes(codes: MaskCodes) -> Codes:
-    """Codes, padded already, in the kernels' layout."""
+    """Codes, padded already, as the kernels read them."""
     queries = jnp.stack([codes.lo, codes.hi, codes.open_q], axis=1).astype(jnp.int32)
     keys = jnp.stack([codes.order, codes.open_k], axis=1).astype(jnp.int32)
     return Codes(pad(queries, 1, SUBLANES), pad(keys, 1, SUBLANES))
 
 
 def pack(q: Array, k: Array, v: Array, terms: Terms, call: Call) -> Packed:
-    """The float operands in the kernels' layout. Plain jnp: jax differentiates it, switches and scales included."""
+    """The float operands as the kernels read them. Plain jnp: jax differentiates it, switches and scales included."""
     packed = Packed(
         q=pad(heads_first(q, call), 4, call.h),
         k=pad(pad(jnp.moveaxis(k, 2, 1), 2, call.S), 3, call.h),

@@ -198,8 +198,8 @@ OF_ALL_HEADS = ("codes_q", "codes_k")
 
 
 def _copies(name: str, grid: tuple[int, ...]) -> int:
-    """How often an input's block is another one than in the step before: with the quickest grid axis that it follows
-    and that has more than one step, and so with every step of those outside."""
+    """How often the block of an input changes between two steps of the grid: it changes with the innermost axis that
+    selects it and has more than one step, and with every step of the axes outside of that."""
     follows = [0, 3 if name in OF_KEYS else 2]
     if name not in OF_ALL_HEADS:
         follows.append(1)

@@ -67,7 +67,7 @@ def gate_shift(z: Array, form: PairForm, gain: Array | None) -> Array:
 
 
 def bounded(form: PairForm) -> bool:
-    """Is the shift so small that a row's maximum may leave it out? Then nothing waits for the gate but the weight."""
+    """Is the shift so small that a row's maximum may leave it out? Then only the weight depends on the gate."""
     return form.kind == "log_gate" or (form.kind == "tanh" and form.limit <= 40)
 
 

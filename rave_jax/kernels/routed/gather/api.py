@@ -15,7 +15,7 @@ from rave_jax.typing import Array, Bool, Float
 OPERATION = Operation(
     "attention to chosen regions",
     {
-        "reference": Backend(reference.attention, "every slot of every region"),
+        "reference": Backend(reference.attention, "every entry of every region"),
         "xla": Backend(xla.attention, "a loop over the chosen regions"),
         "pallas_tpu": Backend(pallas_tpu.attention, "chosen regions alone", ("tpu",), pallas_tpu.against),
         "pallas_gpu": Backend(pallas_gpu.attention, "chosen regions alone", ("gpu",), pallas_gpu.against),
@@ -43,9 +43,9 @@ def gather_attention(
 
     Args:
         q: the new token's query heads; H must be a multiple of K.
-        k, v: keys and values by region, m slots each; values may have a width of their own. Of a stack of layers, int8
-            perhaps, one is read, in q's dtype, and only its chosen regions.
-        real: slots that hold a key. The others must hold finite numbers.
+        k, v: keys and values by region, m entries each; values may have a width of their own. Of a stack of layers,
+            int8 perhaps, one is read, in q's dtype, and only its chosen regions.
+        real: entries that hold a key. The others must hold finite numbers.
         chosen: the regions of each query head (N = G, H/K) or of each kv head with all that read it (N = 1).
         most: no head, or group, chooses more regions than this. A number: shapes come from it.
         bias: operands of the additive pair bias, or None.
@@ -66,7 +66,7 @@ def gather_attention(
     (B, H, h), K = q.shape, k.shape[1]
     operands = Operands(q.reshape(B, K, H // K, h), k, v, real, chosen, bias)
     out, lse = OPERATION.backends[OPERATION.choose(implementation, operands, most)].run(operands, most, form, scale)
-    # Heads of a kv head share a list, which has no room for more than all of them were to choose.
+    # Heads of a kv head share a list. It has room for `most` regions of each of them and no more.
     listed = jnp.sum(union(chosen), axis=-1) <= chosen.shape[2] * most
     kept = (jnp.sum(chosen, axis=-1) <= most) & listed[..., None]
     out, lse = jnp.where(kept[..., None], out, jnp.nan), jnp.where(kept, lse, jnp.nan)

@@ -1,4 +1,4 @@
-"""What attention to chosen regions means. R regions of m slots each; one query a row.
+"""What attention to chosen regions means. R regions of m entries each; one query a row.
 
     score_irj = scale * <q_i, k_rj> + bias_irj
     bias_irj  = f(<u_i, w_rj> + row_i + key_rj)   where head i is switched on, else 0
@@ -69,10 +69,10 @@ class Stack(NamedTuple):
     def regions(
         self, index: Int[Array, "B K n"], count: Int[Array, "B K"], dtype: jnp.dtype
     ) -> Float[Array, "B K nm h"]:
-        """The listed regions' slots, end to end, in `dtype`; any finite numbers behind the first `count` of them."""
+        """The listed regions' entries, end to end, in `dtype`; any finite numbers behind the first `count` of them."""
         (B, K, n), m = index.shape, self.shape[3]
 
-        def slots(x: Array) -> Array:
+        def entries(x: Array) -> Array:
             # A layer is an index like a region's: no slice that the compiler would have to see through.
             of_head = jax.vmap(lambda mine, at: mine.at[self.layer, at].get(mode="promise_in_bounds"), (1, 0))
             return jax.vmap(of_head, (1, 0))(x, index).astype(dtype).reshape(B, K, n * m, *x.shape[5:])
@@ -80,8 +80,8 @@ class Stack(NamedTuple):
         if isinstance(self.values, HostRegions):
             values = self.values.listed(self.layer, index, count).astype(dtype).reshape(B, K, n * m, -1)
         else:
-            values = slots(self.values)
-        return values if self.scale is None else values * slots(self.scale)[..., None]
+            values = entries(self.values)
+        return values if self.scale is None else values * entries(self.scale)[..., None]
 
 
 class Operands(NamedTuple):
@@ -112,16 +112,16 @@ def listed(chosen: Bool[Array, "B K R"], length: int) -> tuple[Int[Array, "B K n
 
 
 def taken(x: Array, index: Int[Array, "B K n"], *, flat: bool = False) -> Array:
-    """The listed regions' slots of x [B,K,R,m,...]: [B,K,n*m,...]. Flat, a region is taken as one run of numbers: so a
-    TPU lays out what has few channels, where a cache that is kept flat is not copied first."""
+    """The listed regions' entries of x [B,K,R,m,...]: [B,K,n*m,...]. Flat, a region is taken as one run of numbers: so
+    a TPU lays out what has few channels, where a cache that is kept flat is not copied first."""
     (B, K, n), (R, m), rest = index.shape, x.shape[2:4], x.shape[4:]
     source = x.reshape(B, K, R, -1) if flat else x
     regions = jax.vmap(jax.vmap(lambda x, at: x.at[at].get(mode="promise_in_bounds")))(source, index)
     return regions.reshape(B, K, n * m, *rest)
 
 
-def open_slots(operands: Operands, index: Int[Array, "B K n"], count: Int[Array, "B K"]) -> Bool[Array, "B K #G nm"]:
-    """Which slots of the listed regions each head may see; `count` of the list are meant."""
+def open_entries(operands: Operands, index: Int[Array, "B K n"], count: Int[Array, "B K"]) -> Bool[Array, "B K #G nm"]:
+    """Which entries of the listed regions each head may see; `count` of the list are meant."""
     B, K, n = index.shape
     live = jnp.arange(n) < count[..., None]
     mine = jax.vmap(lambda rows, at: rows[at])(operands.real, index) & live[..., None]
@@ -132,7 +132,7 @@ def open_slots(operands: Operands, index: Int[Array, "B K n"], count: Int[Array,
 
 
 def bias_of(bias: RegionBias, index: Int[Array, "B K n"], form: PairForm) -> Float[Array, "B K G nm"]:
-    """The pair bias of the listed regions' slots."""
+    """The pair bias of the listed regions' entries."""
     B, K, _ = index.shape
 
     def heads(x: Array) -> Array:

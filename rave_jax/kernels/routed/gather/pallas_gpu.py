@@ -1,9 +1,9 @@
 """Chosen regions by a Triton kernel for GPUs: each program reads its share of the listed regions where they lie.
 
-Programs are (row, kv head, split), the splits as many as fill the device (flash decoding). The slots of the listed
+Programs are (row, kv head, split), the splits as many as fill the device (flash decoding). The entries of the listed
 regions, end to end, are the keys of a kv head; a turn of a program's loop takes a tile of them, several regions or a
-part of one, so regions may have any number of slots. Turns go round the splits: they share evenly what the list holds,
-which is known at run time only. Each program gives the sums of its softmax, and those are merged by XLA.
+part of one, so regions may have any number of entries. Turns go round the splits: they share evenly what the list
+holds, which is known at run time only. Each program gives the sums of its softmax, and those are merged by XLA.
 
 All query heads of a kv head are rows of one matrix, filled up to the 16 that a matrix unit takes; channels are filled
 up to a power of two. What is filled up, and what lies behind the list's end, is masked in the loads and not read.
@@ -40,7 +40,7 @@ TILE_BYTES = 40 << 10
 """Of a turn's keys, values and gate keys: a processor of compute capability 8.9 has 99 KB for these and the rest."""
 TILE_KEYS = 128
 PROGRAMS = 264
-"""About how many there are to be: two for each processor of an H100."""
+"""Programs to aim for: two for each processor of an H100."""
 CAPABILITY = 80
 """Of a GPU, at least: Ampere brought bfloat16 and copies that go on beside the arithmetic."""
 
@@ -174,25 +174,25 @@ def _gather_attention(*refs: Any, names: tuple[str, ...], tile: int, form: PairF
         part, top, total = sums
         at = (s + i * splits) * tile + jnp.arange(tile)
         live = at < keys
-        region, slot = _numbers(given["index"], (b, g, lax.div(at, m)), live), lax.rem(at, m)
-        open_ = _numbers(given["real"], (b, region, slot), live)[None]
+        region, entry = _numbers(given["index"], (b, g, lax.div(at, m)), live), lax.rem(at, m)
+        open_ = _numbers(given["real"], (b, region, entry), live)[None]
         if "chosen" in given:
             open_ = open_ & _numbers(given["chosen"], (b, g, heads[:, None], region[None]), is_head[:, None] & live)
-        k = _rows(given["k"], (*lead["k"], region, slot), live)
+        k = _rows(given["k"], (*lead["k"], region, entry), live)
         scores = _product(q, k.astype(q.dtype), 1) * scale
         if "k_scale" in given:
-            scores = scores * _numbers(given["k_scale"], (*lead["k"], region, slot), live)
+            scores = scores * _numbers(given["k_scale"], (*lead["k"], region, entry), live)
         if bias is not None:
-            scores = scores + bias(region, slot, live)
-        # Chosen, not added: slots without a key may hold anything finite.
+            scores = scores + bias(region, entry, live)
+        # Chosen, not added: entries without a key may hold anything finite.
         scores = jnp.where(open_, scores, -jnp.inf)
         new_top = jnp.maximum(top, jnp.max(scores, axis=1))
         anchor = jnp.where(new_top == -jnp.inf, 0.0, new_top)
         weights, shrink = jnp.exp(scores - anchor[:, None]), jnp.exp(top - anchor)
         total = shrink * total + jnp.sum(weights, axis=1)
         if "v_scale" in given:
-            weights = weights * _numbers(given["v_scale"], (*lead["v"], region, slot), live)
-        v = _rows(given["v"], (*lead["v"], region, slot), live)
+            weights = weights * _numbers(given["v_scale"], (*lead["v"], region, entry), live)
+        v = _rows(given["v"], (*lead["v"], region, entry), live)
         part = shrink[:, None] * part + _product(weights.astype(q.dtype), v.astype(q.dtype), 0)
         return part, new_top, total
 
@@ -216,9 +216,9 @@ def _bias(
     gain = _numbers(given["gain"], (g, heads), is_head)[:, None]
     u = _rows(given["u"], (b, g, heads), is_head)
 
-    def of_keys(region: Int[Array, "S"], slot: Int[Array, "S"], live: Bool[Array, "S"]) -> Array:
-        w = _rows(given["w"], (b, g, region, slot), live)
-        z = _product(u, w, 1) + row + _numbers(given["key"], (b, g, region, slot), live)
+    def of_keys(region: Int[Array, "S"], entry: Int[Array, "S"], live: Bool[Array, "S"]) -> Array:
+        w = _rows(given["w"], (b, g, region, entry), live)
+        z = _product(u, w, 1) + row + _numbers(given["key"], (b, g, region, entry), live)
         return jnp.where(on, form(z, gain), 0.0)
 
     return of_keys

@@ -5,8 +5,9 @@ prefetched list; so copies are double-buffered, go on from one kv head to the ne
 copied again. All query heads of the kv head are in one step. Where heads choose apart, the list is that of the regions
 that some head of the group chose, and steps behind its end do nothing.
 
-What is added to the scores is made before the kernel and gathered as the regions are: a number for each listed slot (is
-it real?), one for each head and listed region (did it choose?), and with a pair bias one for each head and listed slot.
+What is added to the scores is made before the kernel and gathered as the regions are: a number for each listed entry
+(is it real?), one for each head and listed region (did it choose?), and with a pair bias one for each head and listed
+entry.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ from rave_jax.kernels.routed.host import HostRegions
 from rave_jax.typing import Array, Float, Int
 
 SUBLANES = 8
-"""Slots come in so many: else the compiler keeps the cache in an order of axes that wastes no padding, and copies all
-of it for every call of a kernel."""
+"""A region has a multiple of so many entries. Otherwise the compiler keeps the cache in an order of axes that wastes no
+padding, and copies all of it for every call of a kernel."""
 KEYS = 512
 """About how many keys a grid step takes."""
 MOST_REGIONS = 16
@@ -60,15 +61,15 @@ def against(operands: Operands, most: int) -> str | None:
 
 
 def against_shapes(m: int, widths: tuple[int, int], dtype: jnp.dtype) -> str | None:
-    """Why this kernel cannot serve regions of m slots, with keys and values of these widths; or None."""
+    """Why this kernel cannot serve regions of m entries, with keys and values of these widths; or None."""
     if m % SUBLANES or any(width % LANES for width in widths):
         return (
-            f"regions must have a multiple of {SUBLANES} slots, and keys and values a multiple of {LANES} channels, "
+            f"regions must have a multiple of {SUBLANES} entries, and keys and values a multiple of {LANES} channels, "
             f"not {m} and {' and '.join(map(str, widths))}"
         )
     step = 2 * regions_of_step(m) * m * sum(widths) * dtype.itemsize
     if step > MOST_BYTES:
-        return f"regions of {m} slots take {step} bytes of the chip's own memory, at most {MOST_BYTES} are for them"
+        return f"regions of {m} entries take {step} bytes of the chip's own memory, at most {MOST_BYTES} are for them"
     return None
 
 
@@ -154,7 +155,7 @@ def over(
 
 
 def regions_of_step(m: int) -> int:
-    """Regions of m slots that a grid step takes."""
+    """Regions of m entries that a grid step takes."""
     return max(1, min(MOST_REGIONS, KEYS // m))
 
 
@@ -191,8 +192,8 @@ def _step(axes: int, n: int, K: int) -> Callable[..., tuple[Any, ...]]:
 def _extras(operands: Operands, index: Int[Array, "B K n"], form: PairForm, n: int) -> dict[str, Array]:
     """What the kernel needs beside q, k and v, step by step: float32 masks, 1 where open, and the pair bias."""
     (B, K, length), m = index.shape, operands.k.shape[3]
-    slots = jax.vmap(lambda rows, at: rows[at])(operands.real, index)
-    found = {"slots": slots.reshape(B, K, length // n, n, m).astype(jnp.float32)}
+    entries = jax.vmap(lambda rows, at: rows[at])(operands.real, index)
+    found = {"entries": entries.reshape(B, K, length // n, n, m).astype(jnp.float32)}
     if operands.chosen.shape[2] > 1:
         heads = jnp.take_along_axis(jnp.swapaxes(operands.chosen, 2, 3), index[..., None], axis=2)
         heads = heads.reshape(B, K, length // n, n, -1).astype(jnp.float32)
@@ -224,10 +225,10 @@ def _kernel(_index, count, _layers, q, *refs, names: tuple[str, ...], n: int, K:
             x = product(q[...], k[j][...], (1, 1)) * scale
             if "bias" in extras:
                 x = x + extras["bias"][j]
-            open_ = jnp.where(j < listed_here, extras["slots"][j : j + 1, :], 0.0)
+            open_ = jnp.where(j < listed_here, extras["entries"][j : j + 1, :], 0.0)
             if "heads" in extras:
                 open_ = open_ * extras["heads"][:, j : j + 1]
-            # Chosen, not added: slots without a key may hold anything finite.
+            # Chosen, not added: entries without a key may hold anything finite.
             scores.append(jnp.where(open_ > 0, x, MASKED))
         top = top_ref[...]
         highest = functools.reduce(jnp.maximum, scores)

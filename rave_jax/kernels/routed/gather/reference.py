@@ -1,4 +1,4 @@
-"""The oracle: the scores of every slot of every region, by the maths of `kernels.attention`, and a mask."""
+"""The oracle: the scores of every entry of every region, by the maths of `kernels.attention`, and a mask."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from rave_jax.typing import Array
 
 def split(on_device: Callable[[Operands], tuple[Array, Array]], operands: Operands) -> tuple[Array, Array]:
     """`on_device` of each device's rows and kv heads: output [B,K,G,c] and log-sum-exp [B,K,G]. Kv heads that the mesh
-    does not divide are everywhere."""
+    does not divide are replicated."""
     mesh = current_mesh()
     if mesh is None or mesh.size == 1:
         return on_device(operands)

@@ -18,7 +18,7 @@ from rave_jax.kernels.routed.gather.base import (
     key_products,
     listed,
     nothing,
-    open_slots,
+    open_entries,
     softmax_over,
     union,
 )
@@ -58,4 +58,4 @@ def _over(
     scores = scale * key_products(k, operands.q)
     if operands.bias is not None:
         scores = scores + bias_of(operands.bias, index, form)
-    return softmax_over(scores, open_slots(operands, index, count), v)
+    return softmax_over(scores, open_entries(operands, index, count), v)

@@ -49,19 +49,19 @@ def attention(
     scale: float,
     routes: Routes,
     rule: RouteRule,
-    slots: int,
+    most_keys: int,
     sizes: ItemSizes | None = None,
 ) -> tuple[Float[Array, "B T H h"], Float[Array, "B T H"]]:
     """Routed attention, over the current mesh where there is one; see `api.attention` and `against`."""
     kind, interpret = support.target().device_kind, support.interpreter()
     sizes, blocks = sizes or item_sizes(kind), block_sizes(kind)
     run = functools.partial(
-        on_device, scale=scale, rule=rule, slots=slots, sizes=sizes, blocks=blocks, interpret=interpret
+        on_device, scale=scale, rule=rule, most_keys=most_keys, sizes=sizes, blocks=blocks, interpret=interpret
     )
     mesh = current_mesh()
     if mesh is None or mesh.size == 1:
         return run(q, k, v, codes, routes)
-    # Kv heads that the mesh does not divide are everywhere, with their query heads.
+    # Kv heads that the mesh does not divide are replicated, with their query heads.
     rows, heads = partition_spec(("batch", "kv_heads"), (q.shape[0], k.shape[2]), mesh)
     row: Any = PartitionSpec(rows)
     of_heads: Any = PartitionSpec(rows, None, heads)
@@ -86,7 +86,7 @@ def on_device(
     *,
     scale: float,
     rule: RouteRule,
-    slots: int,
+    most_keys: int,
     sizes: ItemSizes,
     blocks: BlockSizes,
     interpret: Any,
@@ -96,7 +96,7 @@ def on_device(
         dense.attention, terms=Terms(None, None), form=PairForm(), scale=scale, blocks=blocks, interpret=interpret
     )
     parts = [plain(q, k, v, codes) for codes in dense_codes(codes, routes)]
-    tiling = tiling_of(routes.first.shape[1], slots)
+    tiling = tiling_of(routes.first.shape[1], most_keys)
     call = make_call(q, k, tiling, sizes, scale, interpret=interpret)
     assert call is not None
     parts.append(of_regions(q, k, v, codes, routes, rule, call))
@@ -153,7 +153,7 @@ def of_regions(
     call: Call,
 ) -> tuple[Float[Array, "B T H h"], Float[Array, "B T H"]]:
     """Attention of routed queries to regions; 0 and -inf for the others. NaN in both for a row with a region of more
-    keys than `slots`."""
+    keys than `most_keys`."""
     T, h, tiling = q.shape[1], q.shape[3], call.tiling
     placed = lists.place(routes.keys, tiling)
     tiles = [_tiles(x, placed.source, placed.lane, tiling) for x in (k, v)]

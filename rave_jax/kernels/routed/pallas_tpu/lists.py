@@ -2,7 +2,7 @@
 
 Keys that have a region are laid out in tiles of `lanes` keys. A region fills as many whole tiles as it can; what is
 left over of it shares a tile with what is left over of its neighbours, so that lanes are filled. Where a region's keys
-lie is known from `slots`, the most keys a region may have, so shapes and the map of the lanes are static; a smaller
+lie is known from `most_keys`, the most keys a region may have, so shapes and the map of the lanes are static; a smaller
 region leaves lanes empty.
 
 Queries are taken in super-blocks. For each super-block and tile there is a list of the queries that may see a key of
@@ -42,25 +42,25 @@ class Tiling:
     """Where the keys of regions lie."""
 
     regions: int
-    slots: int
+    most_keys: int
     """The most keys of a region."""
     lanes: int = LANES
     """Keys of a tile."""
 
     def __post_init__(self) -> None:
         require(self.regions >= 1, "regions", self.regions, "at least 1")
-        require(self.slots >= 1, "slots", self.slots, "at least 1")
+        require(self.most_keys >= 1, "most_keys", self.most_keys, "at least 1")
         require(self.lanes % LANES == 0 and self.lanes > 0, "lanes", self.lanes, f"a multiple of {LANES}")
 
     @property
     def full(self) -> int:
         """Tiles that a region has for itself."""
-        return self.slots // self.lanes
+        return self.most_keys // self.lanes
 
     @property
     def rest(self) -> int:
         """Keys of a region that do not fill a tile."""
-        return self.slots % self.lanes
+        return self.most_keys % self.lanes
 
     @property
     def sharing(self) -> int:
@@ -74,14 +74,14 @@ class Tiling:
 
     @property
     def fill(self) -> float:
-        """Share of the lanes that hold a key where every region has `slots` keys."""
-        return self.regions * self.slots / (self.tiles * self.lanes)
+        """Share of the lanes that hold a key where every region has `most_keys` keys."""
+        return self.regions * self.most_keys / (self.tiles * self.lanes)
 
     def visits(self, share: float) -> float:
         """Lanes that a query visits for each key there is, if it chooses each region with this chance by itself:
         `share` where no lane is empty and none is shared."""
         shared = 0.0 if not self.rest else (1 - (1 - share) ** self.sharing) / self.sharing
-        return (share * self.full + shared) * self.lanes / self.slots
+        return (share * self.full + shared) * self.lanes / self.most_keys
 
     def lane_map(self) -> tuple[Int[NpArray, "tiles lanes"], Int[NpArray, "tiles lanes"]]:
         """(region, number of the key in it) of every lane; -1 and 0 where it is empty."""
@@ -115,7 +115,7 @@ class Placed(NamedTuple):
         source: the key in each lane; S where it is empty.
         lane: the lane of each key, counted over all tiles; tiles * lanes for a key without one.
         held: is a key in the lane?
-        overfull: does a region of the row have more than `slots` keys?
+        overfull: does a region of the row have more than `most_keys` keys?
     """
 
     source: Int[Array, "B tiles*lanes"]
@@ -144,10 +144,10 @@ def place(keys: Int[Array, "B S"], tiling: Tiling) -> Placed:
     if tiling.rest:
         tile, turn = tiling.regions * tiling.full + own // tiling.sharing, own % tiling.sharing
         lane = jnp.where(rank < alone, lane, tile * tiling.lanes + turn * tiling.rest + rank - alone)
-    lane = jnp.where((own < R) & (rank < tiling.slots), lane, len(region))
+    lane = jnp.where((own < R) & (rank < tiling.most_keys), lane, len(region))
     # Keys without a lane are many, and all drop out behind the last.
     put = jax.vmap(lambda at: jnp.full(len(region), S).at[at].set(jnp.arange(S), mode="drop"))
-    return Placed(put(lane), lane, held, jnp.any(count[:, :R] > tiling.slots, axis=1))
+    return Placed(put(lane), lane, held, jnp.any(count[:, :R] > tiling.most_keys, axis=1))
 
 
 def _running(x: Bool[Array, "B S n"]) -> Int[Array, "B S n"]:
@@ -162,8 +162,8 @@ def _running(x: Bool[Array, "B S n"]) -> Int[Array, "B S n"]:
 
 def open_pairs(choice: Choice, codes: MaskCodes, routes: Routes, openings: Int[Array, "B R"]) -> Bool[Array, "B K T R"]:
     """Which routed queries may see a key of which regions: all they chose, and of those that they cannot choose the
-    ones that the mask may reach (`openings` as `region_openings` gives them). Never too few; a pair too many is masked
-    key by key."""
+    ones that the mask may reach (`openings` as `region_openings` gives them). No pair is missing; one that is listed
+    without need is masked key by key."""
     first, last = routes.first[:, None], routes.last[:, None]
     reached = (codes.lo[..., None] <= last) & (first <= codes.hi[..., None])
     bits_q = 1 << (codes.open_q & 31)

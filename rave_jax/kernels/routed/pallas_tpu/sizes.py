@@ -1,4 +1,4 @@
-"""Which tiling and super-block a call gets, and what stands against the kernels."""
+"""Which tiling and super-block a call gets, and what the kernels cannot serve."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ SHARE = 0.25
 """Chance that a query chooses a region, by which tilings are compared: the default of `RouteRule.top_k`."""
 
 
-def tiling_of(regions: int, slots: int) -> Tiling:
+def tiling_of(regions: int, most_keys: int) -> Tiling:
     """The cheaper of tiles of 128 and of 256 keys; 128 where these fill lanes better: memory bounds the super-block."""
-    narrow, wide = (Tiling(regions, slots, lanes) for lanes in (LANES, 2 * LANES))
+    narrow, wide = (Tiling(regions, most_keys, lanes) for lanes in (LANES, 2 * LANES))
     cheaper = WIDE * wide.visits(SHARE) < 0.97 * narrow.visits(SHARE)
     return wide if cheaper and wide.fill >= 0.9 * narrow.fill else narrow
 
@@ -88,7 +88,7 @@ def against(
     key_groups: KeyGroups | None,
     rule: RouteRule,
     regions: int,
-    slots: int | None,
+    most_keys: int | None,
     sizes: ItemSizes,
 ) -> str | None:
     """Why the kernels cannot serve, or None."""
@@ -110,8 +110,8 @@ def against(
         return f"keys and values must have one width of at most {LANES}, not {q.shape[-1]} and {v.shape[-1]}"
     if G > MOST_HEADS:
         return f"at most {MOST_HEADS} query heads may share a kv head, not {G}"
-    if slots is None:
-        return "the most keys of a region must be known (Routing.slots)"
-    if make_call(q, k, tiling_of(regions, slots), sizes, 1.0, interpret=False) is None:
-        return f"{regions} regions of {slots} keys do not fit into the chip's memory"
+    if most_keys is None:
+        return "the most keys of a region must be known (Routing.most_keys)"
+    if make_call(q, k, tiling_of(regions, most_keys), sizes, 1.0, interpret=False) is None:
+        return f"{regions} regions of {most_keys} keys do not fit into the chip's memory"
     return None

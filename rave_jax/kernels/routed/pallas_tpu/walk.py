@@ -99,7 +99,7 @@ class Call:
 
     @property
     def places(self) -> int:
-        """Rows of an array that holds a tile of `rows` for each query, and one for slots of an item without a query."""
+        """Rows of an array that holds a tile of `rows` for each query, and one for what fills an item up."""
         return (self.queries + 1) * self.rows
 
     @property
@@ -159,23 +159,23 @@ def walk(
     live = info[0, 0] if call.fixed is None else call.fixed[0]
     low = (1 << TILE_BITS) - 1
 
-    def copy(t: Any, slot: Any) -> Any:
+    def copy(t: Any, half: Any) -> Any:
         first = (step * call.tiling.tiles + (info[0, 1 + t] & low)) * call.length
         source = lists.at[pl.ds(pl.multiple_of(first, call.length), call.length)]
-        target = buffer.at[pl.ds(pl.multiple_of(slot * call.length, call.length), call.length)]
-        return pltpu.make_async_copy(source, target, copied.at[slot])
+        target = buffer.at[pl.ds(pl.multiple_of(half * call.length, call.length), call.length)]
+        return pltpu.make_async_copy(source, target, copied.at[half])
 
     @pl.when(live > 0)
     def _first() -> None:
         copy(0, 0).start()
 
     def visit_tile(t: Any, _: None) -> None:
-        slot = t & 1
-        copy(t, slot).wait()
+        half = t & 1
+        copy(t, half).wait()
 
         @pl.when(t + 1 < live)
         def _next() -> None:
-            copy(t + 1, 1 - slot).start()
+            copy(t + 1, 1 - half).start()
 
         word = info[0, 1 + t]
         tile, kind = word & low, (word >> TILE_BITS) & ((1 << KIND_BITS) - 1)
@@ -185,7 +185,7 @@ def walk(
             part = call.item if brisk and static != CUT else short_part(call.item, call.chunks)
 
             def one(number: Any, _: None) -> None:
-                first = slot * call.length + number * part
+                first = half * call.length + number * part
                 visit(tile, [buffer[first + j] for j in range(part)], static)
 
             jax.lax.fori_loop(0, items * (call.item // part), one, None)

@@ -1,0 +1,182 @@
+"""The rules of LLaVA-OneVision's pictures and videos, as transformers' processors have them, without torch.
+
+The pixels of pictures are those of `LlavaOnevisionImageProcessorPil` (5.23.0), bit for bit. Its video processor resizes
+in torch, which differs from Pillow in the last bits of some pixels; ours is Pillow's throughout.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+from PIL import Image
+
+from rave_jax.config import ConfigError
+from rave_jax.families.config import VlmConfig, tower_of
+from rave_jax.families.llava_onevision.anyres import (
+    ONE_TILE,
+    Mixes,
+    Tiled,
+    best_size,
+    fitted,
+    picture_mixes,
+    tiled,
+    video_mixes,
+)
+from rave_jax.families.llava_onevision.config import AnyresConfig
+from rave_jax.families.pictures import (
+    CutPicture,
+    Encode,
+    Form,
+    Frames,
+    PictureError,
+    PictureRules,
+    Piece,
+    ProcessorFiles,
+    VisualKind,
+)
+from rave_jax.families.processor_files import bicubic, sides, steps
+from rave_jax.families.squares import check_aspect, squared
+from rave_jax.families.vit import cut_pictures
+from rave_jax.layout import Grid
+from rave_jax.typing import NpArray, UInt8
+
+UNKNOWN_FPS = 24.0
+STEPS = ("do_resize", "do_rescale", "do_normalize")
+
+
+@dataclass(frozen=True)
+class Pictures(PictureRules):
+    """One picture in tiles, several as a tile each, and videos."""
+
+    in_tiles: bool = True
+    """Is a picture cut into tiles? It is where it is the only one of its conversation."""
+
+    @property
+    def vision(self) -> AnyresConfig:
+        """The tower, which sets the sizes of tiles and patches."""
+        return tower_of(self.config, AnyresConfig)
+
+    def among(self, pictures: int) -> Self:
+        """The rules for a conversation of so many pictures."""
+        return dataclasses.replace(self, in_tiles=pictures == 1)
+
+    def image_grid(self, height: int, width: int) -> Tiled:
+        """How a picture is cut."""
+        check_aspect(height, width)
+        tower = self.vision
+        if not self.in_tiles:
+            return ONE_TILE
+        return tiled(height, width, tower.pinpoints, tower.image_size, tower.side, tower.most_tiles)
+
+    def count_patches(self, grid: Form) -> int:
+        """Patches of all tiles, or of all frames of a video."""
+        tiles = 1 + grid.rows * grid.cols if isinstance(grid, Tiled) else grid[0]
+        return tiles * self.vision.places
+
+    def cut_image(self, image: Image.Image) -> CutPicture:
+        """Patches of a picture: of the whole, and of its tiles."""
+        form, side = self.image_grid(image.height, image.width), self.vision.image_size
+        if form == ONE_TILE:
+            tiles = [stretched(squared(image, self.vision.pixel_mean), side)]
+        else:
+            pixels = self._fitted(image)
+            parts = pixels.reshape(form.rows, side, form.cols, side, 3).transpose(0, 2, 1, 3, 4)
+            tiles = [stretched(image, side), *parts.reshape(-1, side, side, 3)]
+        return self._cut(tiles, picture_mixes(form, self.vision.side), form)
+
+    def frames(self, total: int, fps: float | None) -> Frames:
+        """All frames are used."""
+        return Frames(np.arange(total, dtype=np.int64), total, UNKNOWN_FPS if fps is None else fps)
+
+    def video_grid(self, height: int, width: int, frames: Frames) -> Grid:
+        """Merged grid (t, h, w) of a video."""
+        check_aspect(height, width)
+        half = -(-self.vision.side // 2)
+        return len(frames.indices), half, half
+
+    def cut_video(self, images: Sequence[Image.Image], frames: Frames) -> CutPicture:
+        """Patches of all frames."""
+        grid = self.video_grid(images[0].height, images[0].width, frames)
+        tiles = [stretched(image, self.vision.image_size) for image in images]
+        return self._cut(tiles, video_mixes(len(tiles), self.vision.side), grid)
+
+    def expand(self, kind: VisualKind, grid: Form, frames: Frames | None, encode: Encode) -> tuple[Piece, ...]:
+        """The placeholder once for each visual token. The whole picture, the grid of its tiles with the ends of lines
+        as its last column, and an end that stands alone each count as a picture."""
+        side, end = self.vision.side, (1, 1, 1)
+        if kind == "video":
+            if frames is None:
+                raise PictureError("a video without frames")
+            return self._piece(kind, grid, 1 / frames.used_rate), self._piece(kind, end, None)
+        whole = self._piece(kind, (1, side, side))
+        if grid == ONE_TILE:
+            return whole, self._piece(kind, end)
+        return whole, self._piece(kind, (1, grid.kept[0], grid.kept[1] + 1))
+
+    def _piece(self, kind: VisualKind, grid: Grid, seconds: float | None = None) -> Piece:
+        placeholder = self.image_token_id if kind == "image" else self.video_token_id
+        return Piece(np.full(math.prod(grid), placeholder, np.int32), grid, seconds)
+
+    def _fitted(self, image: Image.Image) -> UInt8[NpArray, "H W 3"]:
+        """The picture in the middle of the size that it is fitted into."""
+        size = best_size(image.height, image.width, self.vision.pinpoints)
+        height, width = fitted(image.height, image.width, size)
+        whole: Any = np.zeros((*size, 3), np.uint8)
+        top, left = (size[0] - height) // 2, (size[1] - width) // 2
+        whole[top : top + height, left : left + width] = image.resize((width, height), Image.Resampling.BICUBIC)
+        return whole
+
+    def _cut(self, tiles: Sequence[Any], mixes: Mixes, form: Form) -> CutPicture:
+        patches = cut_pictures(tiles, self.vision)
+        # All tiles of a picture, and all frames of a video, go through the tower together.
+        window: Any = np.ones(patches.length, np.int32)
+        patches = patches._replace(window=window, source=mixes.source, weight=mixes.weight)
+        return CutPicture(patches, np.arange(len(mixes.source), dtype=np.int32), form)
+
+
+def stretched(image: Image.Image, side: int) -> UInt8[NpArray, "side side 3"]:
+    """A picture as a square."""
+    return np.asarray(image.resize((side, side), Image.Resampling.BICUBIC))
+
+
+def pictures(config: VlmConfig, files: ProcessorFiles) -> Pictures:
+    """The rules of a model, from the files of its processors.
+
+    Raises:
+        ConfigError: they ask for processing that is not done here.
+    """
+    tower = tower_of(config, AnyresConfig)
+    _check(files.image_file, files.image, tower)
+    _check(files.video_file, files.video, tower)
+    stated = files.image.get("image_grid_pinpoints")
+    if stated is not None and stated != [list(pair) for pair in tower.pinpoints]:
+        raise ConfigError(
+            f"{files.image_file}: image_grid_pinpoints are {stated!s:.60}, expected those of config.json: the model "
+            "puts tiles together as it says"
+        )
+    for key in ("image_mean", "image_std"):
+        if files.video.get(key, files.image.get(key)) != files.image.get(key):
+            raise ConfigError(f"{files.video_file}: {key} is {files.video[key]}, expected {files.image.get(key)}")
+    if files.video.get("do_sample_frames"):
+        raise ConfigError(f"{files.video_file}: do_sample_frames is True, expected False: every frame is used")
+    return Pictures(config)
+
+
+def _check(file: Path, stated: Mapping[str, Any], tower: AnyresConfig) -> None:
+    """Refuse a processor that makes other squares."""
+    steps(file, stated, STEPS)
+    bicubic(file, stated)
+    if stated.get("do_center_crop"):
+        raise ConfigError(f"{file}: do_center_crop is {stated['do_center_crop']!r}, expected False")
+    made = sides(file, "size", stated.get("size") or 384)
+    if made != (tower.image_size, tower.image_size):
+        raise ConfigError(
+            f"{file}: size is {stated.get('size')!r}, expected {tower.image_size} x {tower.image_size}, the image_size "
+            "of vision_config"
+        )
