@@ -1,4 +1,4 @@
-"""`rave-jax convert`: a HuggingFace directory or a PEFT adapter to a native checkpoint, and back; and two as one."""
+"""`rave-jax convert`: HuggingFace directories and PEFT adapters to native checkpoints and back, others to those."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import NamedTuple
 from rave_jax.checkpoint import join as joining
 from rave_jax.checkpoint import native
 from rave_jax.checkpoint.card import LoraForm, Origin, beyond_backbone, notes
+from rave_jax.checkpoint.gguf_file import open_gguf
+from rave_jax.checkpoint.gguf_import import write_hf
 from rave_jax.checkpoint.hf_export import copy_small_files, export_hf, key_style, rounding, tensor_layout
 from rave_jax.checkpoint.hf_files import has_weights, hf_config, is_peft
 from rave_jax.checkpoint.kinds import other_config
@@ -77,6 +79,23 @@ def from_hf(source: Path, destination: Path, dtype: str | None = None, base: Pat
             copy_small_files(directory, folder, model.options)
             native.write_into(folder, model, key_style(model, directory), tensor_layout(model, directory))
     print(f"{destination}: native checkpoint, {num_bytes(model):,} bytes of parameters")
+
+
+def from_gguf(source: Path, destination: Path, dtype: str = "float32") -> None:
+    """Write a HuggingFace directory of a GGUF file.
+
+    Args:
+        source: the file.
+        destination: not there yet.
+        dtype: number type of the weights.
+
+    Raises:
+        ConfigError: the file is of another architecture or cannot be read, or the destination cannot be written.
+    """
+    file = open_gguf(source)
+    kinds = ", ".join(sorted({tensor.kind for tensor in file.tensors.values()}))
+    files = write_hf(file, destination, dtype)
+    print(f"{destination}: HuggingFace format, {files} weight file{'s' if files > 1 else ''}, of {kinds} in {source}")
 
 
 def from_original(source: Path, destination: Path, tower: Path | None = None) -> None:
