@@ -108,16 +108,16 @@ def shardings[M: nnx.Module](module: M, mesh: Mesh) -> M:
     return jax.tree.map(place, module, is_leaf=_is_variable)
 
 
-def mark_unread(module: nnx.Module) -> None:
+def mark_unused(module: nnx.Module) -> None:
     """Mark every parameter of a module as one that nothing is computed with. Checkpoints have them, so they are kept as
     they are: no training changes them, weight decay included."""
     for param in named_parameters(module).values():
-        param.set_metadata(unread=True)
+        param.set_metadata(unused=True)
 
 
-def is_unread(param: nnx.Param) -> bool:
-    """Was the parameter marked by `mark_unread`?"""
-    return bool(param.get_metadata().get("unread"))
+def is_unused(param: nnx.Param) -> bool:
+    """Was the parameter marked by `mark_unused`?"""
+    return bool(param.get_metadata().get("unused"))
 
 
 def count(module: nnx.Module) -> int:
