@@ -2,11 +2,12 @@
 
 from rave_jax.families.base import Family
 from rave_jax.families.llava.config import ARCHITECTURE, MODEL_TYPE, parse, render
+from rave_jax.families.llava.join import JOIN
 from rave_jax.families.llava.original import ORIGINAL
 from rave_jax.families.llava.pictures import pictures
 from rave_jax.families.llava.small import SMALL
 from rave_jax.families.llava.tensors import tensors
-from rave_jax.families.vit_keys import STYLES
+from rave_jax.families.shared.vit_keys import STYLES
 
 FAMILY = Family(
     model_type=MODEL_TYPE,
@@ -17,6 +18,7 @@ FAMILY = Family(
     pictures=pictures,
     tower=f"{__name__}.tower",
     small=SMALL,
+    join=JOIN,
     prefixes=STYLES[0],
     more_prefixes=STYLES[1:],
     original=ORIGINAL,

@@ -11,11 +11,11 @@ from typing import Any
 from rave_jax.config import ConfigError
 from rave_jax.families.config import MAX_INT32, VlmConfig, tower_of
 from rave_jax.families.hf import HfConfig, integer, only, section
-from rave_jax.families.inner import parse_inner, render_inner
-from rave_jax.families.vit import VitConfig, feature_layers, parse_vit, render_feature_layers, render_vit
+from rave_jax.families.shared.inner import parse_inner, render_inner
+from rave_jax.families.shared.vit import VitConfig, feature_layers, parse_vit, render_feature_layers, render_vit
 
 MODEL_TYPE, ARCHITECTURE = "llava", "LlavaForConditionalGeneration"
-TEXT_FAMILIES = ("llama", "qwen2")
+TEXT_FAMILIES = ("llama", "qwen2", "qwen3")
 IMAGE_TOKEN_ID = 32000
 """Id of `<image>` in the released models, which a config may leave out."""
 FEATURE_LAYER = -2
