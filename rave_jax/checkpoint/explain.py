@@ -20,12 +20,13 @@ from rave_jax.files import LFS_POINTER
 LFS_LARGEST = 1024
 """Bytes of the largest pointer."""
 CHECKED_FOR_LFS = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
+GGUF = "GGUF files"
 OTHER_FORMATS = {
     "*.bin": "pickles",
     "*.pt": "pickles",
     "*.pth": "pickles",
     "*.ckpt": "pickles",
-    "*.gguf": "GGUF files",
+    "*.gguf": GGUF,
     "*.h5": "TensorFlow's files",
     "*.msgpack": "Flax's files",
     "*.onnx": "ONNX programs",
@@ -121,6 +122,11 @@ def no_weights(directory: Path) -> str:
             return (
                 f"{directory}: the weights are pickles ({_some(files)}), which can run code when read and are never "
                 "loaded: convert them to safetensors first"
+            )
+        if files and kind == GGUF:
+            return (
+                f"{directory}: the weights are {kind} ({_some(files)}): make a model directory of one of them with "
+                "`rave-jax convert from-gguf FILE DIR`"
             )
         if files:
             return (

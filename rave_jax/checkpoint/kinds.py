@@ -55,7 +55,7 @@ def what_is(path: Path) -> str:
         more = ", ..." if len(inner) > MOST_NAMED else ""
         found = f"holds no config.json itself, but {', '.join(inner[:MOST_NAMED])}{more} inside does; give one of those"
     elif any(path.glob("*.gguf")):
-        found = "holds GGUF files, which are not read; give the directory of safetensors files that they were made from"
+        found = "holds GGUF files; give a model directory that `rave-jax convert from-gguf FILE DIR` makes of one"
     elif any(path.glob("*.safetensors")):
         found = "holds weights but no config.json; copy it from where the weights are from"
     else:

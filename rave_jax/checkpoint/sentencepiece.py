@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
@@ -50,7 +50,7 @@ def _model(file: Path) -> tuple[models.BPE, Sequence[str]]:
     """The model, and its special tokens."""
     try:
         data = file.read_bytes()
-        pieces = list(_pieces(data))
+        pieces = pieces_of(file)
         trained = dict(next((_fields(value) for n, value in _fields(data) if n == 2 and isinstance(value, bytes)), ()))
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read: {error.strerror or error}") from error
@@ -59,14 +59,27 @@ def _model(file: Path) -> tuple[models.BPE, Sequence[str]]:
     if not pieces or trained.get(3, 1) != BPE:
         raise CheckpointError(f"{file}: expected a SentencePiece file of byte pair encoding")
     vocab = {text: number for number, (text, _, _) in enumerate(pieces)}
-    scores = {text: score for text, score, _ in pieces}
-    splits = ((piece, piece[:n], piece[n:]) for piece in vocab for n in range(1, len(piece)))
-    merges = [(scores[whole], left, right) for whole, left, right in splits if left in vocab and right in vocab]
-    merges.sort(key=lambda merge: (-merge[0], vocab[merge[1]], vocab[merge[2]]))
-    pairs = [(left, right) for _, left, right in merges]
+    pairs = merges_of({text: score for text, score, _ in pieces})
     unknown = next((text for text, _, kind in pieces if kind == 2), None)
     model = models.BPE(vocab, pairs, unk_token=unknown, fuse_unk=True, byte_fallback=True)
     return model, [text for text, _, kind in pieces if kind in CONTROL]
+
+
+def merges_of(scores: Mapping[str, float]) -> list[tuple[str, str]]:
+    """The merges of a vocabulary: pairs of tokens that make a token, in the order of its score.
+
+    Args:
+        scores: of every token, in the order of their ids.
+    """
+    place = {text: number for number, text in enumerate(scores)}
+    splits = ((whole, whole[:n], whole[n:]) for whole in scores for n in range(1, len(whole)))
+    merges = [(-scores[whole], place[a], place[b], a, b) for whole, a, b in splits if a in place and b in place]
+    return [(a, b) for *_, a, b in sorted(merges)]
+
+
+def pieces_of(file: Path) -> list[tuple[str, float, int]]:
+    """Text, score and type of each piece of a file."""
+    return list(_pieces(file.read_bytes()))
 
 
 def _pieces(data: bytes) -> Iterator[tuple[str, float, int]]:

@@ -11,7 +11,9 @@ from typing import Any, Literal, NamedTuple
 
 from rave_jax.config import ConfigError
 from rave_jax.families.config import VlmConfig
+from rave_jax.families.gguf import GgufModels
 from rave_jax.families.hf import HfConfig
+from rave_jax.families.joining import Join
 from rave_jax.families.pictures import PictureRules, ProcessorFiles
 from rave_jax.families.small import SmallModels
 
@@ -129,6 +131,10 @@ class Family:
     a model is built."""
     small: SmallModels | None = None
     """What makes a small random model of the family a whole HF directory (`checkpoint/tiny.py`); None: nothing does."""
+    join: Join | None = None
+    """How a vision tower and a text model become a model of the family (`checkpoint/join.py`); None: they do not."""
+    gguf: GgufModels | None = None
+    """GGUF files of its models, which `rave-jax convert from-gguf` reads; None: it reads none."""
     prefixes: tuple[tuple[str, str], ...] = ()
     """(other, canonical) beginnings of keys: checkpoints in the other style load too. Where there are several other
     styles, this is the one in which transformers 5 names its modules."""

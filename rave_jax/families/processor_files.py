@@ -9,8 +9,8 @@ from typing import Any, TypeGuard
 from rave_jax.config import ConfigError
 from rave_jax.families.config import MAX_WIDTH
 
-BICUBIC = 3
-"""Pillow's number of the filter."""
+BILINEAR, BICUBIC = 2, 3
+"""Pillow's numbers of filters."""
 
 
 def steps(file: Path, image: Mapping[str, Any], names: Sequence[str]) -> None:
@@ -37,6 +37,19 @@ def bicubic(file: Path, image: Mapping[str, Any]) -> None:
     """
     if image.get("resample", BICUBIC) != BICUBIC:
         raise ConfigError(f"{file}: resample is {image['resample']!r}, expected {BICUBIC} (bicubic)")
+
+
+def bilinear_or_bicubic(file: Path, image: Mapping[str, Any]) -> int:
+    """Pillow's number of the filter.
+
+    Raises:
+        ConfigError: the file names another.
+    """
+    stated = image.get("resample", BICUBIC)
+    if stated not in (BILINEAR, BICUBIC):
+        expected = f"{BICUBIC} (bicubic) or {BILINEAR} (bilinear)"
+        raise ConfigError(f"{file}: resample is {stated!r}, expected {expected}")
+    return stated
 
 
 def number_or_none(file: Path, key: str, size: Any, name: str) -> int | None:

@@ -79,16 +79,13 @@ def render_dynamic(text: TextConfig) -> dict[str, Any]:
     return {"rope_scaling": {"rope_type": "dynamic", "factor": scaling.factor}}
 
 
-def text_fields(
-    hf: HfConfig, defaults: TextDefaults, where: str = "config.json", tied: bool | None = None
-) -> dict[str, Any]:
+def text_fields(hf: HfConfig, defaults: TextDefaults, where: str = "config.json") -> dict[str, Any]:
     """Fields of a `TextConfig` that every such decoder states.
 
     Args:
         hf: the decoder's config.
         defaults: for keys that it leaves out.
         where: names the config in messages.
-        tied: is the embedding table the output head? None: what this config says of it.
 
     Raises:
         ConfigError: a key is missing, of the wrong kind or out of range, or asks for what is not computed.
@@ -113,7 +110,7 @@ def text_fields(
         "mlp_size": integer(hf, "intermediate_size", MAX_WIDTH, default=defaults.intermediate_size, where=where),
         "rms_norm_eps": norm_eps(hf, defaults.rms_norm_eps, where),
         "rope_theta": rope_theta(hf, rope_section(hf, where), defaults.rope_theta, where),
-        "tie_embeddings": flag(hf, "tie_word_embeddings", where) if tied is None else tied,
+        "tie_embeddings": flag(hf, "tie_word_embeddings", where),
         "max_position": integer(
             hf, "max_position_embeddings", MAX_INT32, default=defaults.max_position_embeddings, where=where
         ),

@@ -14,12 +14,14 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 
 from rave_jax.families.config import ExpertsConfig
 from rave_jax.kernels.grouped import grouped_product
 from rave_jax.models.initial import normal
 from rave_jax.models.layers import Axes, keep_inputs, product
+from rave_jax.models.stack import GROUPED
 from rave_jax.parallel.sharding import current_mesh, partition_spec, shard
 from rave_jax.typing import Array, Bool, Float, Int
 
@@ -171,7 +173,8 @@ def _of_experts(
     def rest(gated: Array, upped: Array) -> Array:
         return own(grouped_product(jax.nn.silu(gated) * upped * counts, down, sizes))
 
-    made = keep_inputs(rest)(own(grouped_product(rows, gate, sizes)), own(grouped_product(rows, up, sizes)))
+    both = (checkpoint_name(own(grouped_product(rows, weight, sizes)), GROUPED) for weight in (gate, up))
+    made = keep_inputs(rest)(*both)
     return _to_tokens(made, order, place, N).reshape(x.shape)
 
 

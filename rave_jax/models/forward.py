@@ -80,7 +80,8 @@ class Output(NamedTuple):
 
     Fields:
         hidden: hidden states after the final norm.
-        attention: float32 attention of the asked-for queries over all keys in every layer; None if not asked for.
+        attention: float32 attention of the asked-for queries over all keys, in the layers that have attention; None if
+            not asked for.
         chosen: which regions these queries chose, in the layers that route, in order; None if not asked for, or where
             no layer routes.
         losses: what the mechanisms add to the training loss, by name: sums over these rows and all layers, to be

@@ -10,6 +10,8 @@ front of the shape given here; biases exist where the family has them):
     decoder.layer_runs.{s}.layers.attention.output.weight [D,H,h]
     decoder.layer_runs.{s}.layers.attention.{query_norm,key_norm}.weight [h]      with q/k norm
     decoder.layer_runs.{s}.layers.mlp.{gate,up}.weight [F,D]   mlp.down.weight [D,F]
+    decoder.layer_runs.{s}.layers.mlp.router.weight [E,D]                         with experts, and then
+    decoder.layer_runs.{s}.layers.mlp.{gate,up}.weight [E,F,D]   mlp.down.weight [E,D,F]
     decoder.layer_runs.{s}.layers.{attention_norm,mlp_norm}.weight [D]
     decoder.layer_runs.{s}.layers.attention.query.weight [H,2,h,D]                with an output gate
     decoder.layer_runs.{s}.layers.delta.qkv.weight [C,D]   delta.conv [C,taps]    with the gated delta rule; C channels
@@ -106,16 +108,16 @@ def shardings[M: nnx.Module](module: M, mesh: Mesh) -> M:
     return jax.tree.map(place, module, is_leaf=_is_variable)
 
 
-def mark_unread(module: nnx.Module) -> None:
+def mark_unused(module: nnx.Module) -> None:
     """Mark every parameter of a module as one that nothing is computed with. Checkpoints have them, so they are kept as
     they are: no training changes them, weight decay included."""
     for param in named_parameters(module).values():
-        param.set_metadata(unread=True)
+        param.set_metadata(unused=True)
 
 
-def is_unread(param: nnx.Param) -> bool:
-    """Was the parameter marked by `mark_unread`?"""
-    return bool(param.get_metadata().get("unread"))
+def is_unused(param: nnx.Param) -> bool:
+    """Was the parameter marked by `mark_unused`?"""
+    return bool(param.get_metadata().get("unused"))
 
 
 def count(module: nnx.Module) -> int:

@@ -10,6 +10,9 @@ from flax import nnx
 
 from rave_jax.models.config import Remat
 
+GROUPED = "grouped_product"
+"""Name of the results of grouped matmuls, which "dots" keeps as it keeps those of others."""
+
 
 class LayerRun[Layer: nnx.Module](nnx.Module):
     """Layers start .. stop - 1 (global numbers): every parameter has a layer axis in front.
@@ -58,7 +61,11 @@ def rematerialised(step: Callable, remat: Remat) -> Callable:
     undoing it."""
     if remat == "none":
         return step
-    policy = None if remat == "full" else jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+    policies = jax.checkpoint_policies
+    dots = policies.save_from_both_policies(
+        policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(GROUPED)
+    )
+    policy = None if remat == "full" else dots
     return jax.checkpoint(step, policy=policy, prevent_cse=False)
 
 

@@ -24,7 +24,7 @@ from rave_jax.models import lora
 from rave_jax.models.config import ModelOptions
 from rave_jax.models.initial import normal
 from rave_jax.models.layers import LayerNorm, Linear, Mlp
-from rave_jax.models.parameters import mark_unread
+from rave_jax.models.parameters import mark_unused
 from rave_jax.models.stack import LayerRun
 from rave_jax.models.tower import check_patches, mixed_units, normalised
 from rave_jax.parallel.sharding import shard
@@ -105,8 +105,8 @@ class VitTower(nnx.Module):
         )
         self.post_norm = LayerNorm(D, eps=eps, dtype=dtype)
         self.read = max(config.feature_layers)
-        for unread in (self.post_norm, *(run for run in self.layer_runs if run.start >= self.read)):
-            mark_unread(unread)
+        for unused in (self.post_norm, *(run for run in self.layer_runs if run.start >= self.read)):
+            mark_unused(unused)
         joined = D * len(config.feature_layers)
         self.projector = Projector(joined, config.out_size, bias=config.projector_bias, dtype=dtype, key=keys[4])
         self.config = config

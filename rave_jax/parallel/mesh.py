@@ -1,7 +1,7 @@
 """The device mesh: three named axes, always all three, so that one set of sharding rules serves any sizes.
 
 `data` replicates parameters and splits rows, `fsdp` splits both rows and parameters, `tensor` splits heads,
-mlp width and vocabulary. Axes of size 1 cost nothing.
+mlp width, experts and vocabulary. Axes of size 1 cost nothing.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class MeshConfig:
     fsdp: int = -1
     """Number of shards of parameters, optimizer state and rows; -1 takes all remaining devices."""
     tensor: int = 1
-    """Number of shards of heads, mlp width and vocabulary; rows are not split by it."""
+    """Number of shards of heads, mlp width, experts and vocabulary; rows are not split by it."""
 
     def __post_init__(self) -> None:
         sizes = (self.data, self.fsdp, self.tensor)

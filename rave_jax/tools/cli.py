@@ -59,11 +59,14 @@ def _parser() -> argparse.ArgumentParser:
             program.description = "`rave-jax eval RUN_OR_HF_DIR --help` lists the fields."
 
     convert = commands.add_parser("convert", help="convert checkpoints between HuggingFace format and ours")
-    ways = convert.add_subparsers(dest="way", required=True, metavar="from-hf|from-original|to-hf")
+    ways = convert.add_subparsers(dest="way", required=True, metavar="from-hf|from-original|from-gguf|to-hf|join")
     from_hf = ways.add_parser("from-hf", help="make a native checkpoint of a HuggingFace directory")
     from_hf.add_argument("source", type=Path, help="directory with config.json and safetensors")
     from_hf.add_argument("--dtype", choices=DTYPES, help="number type of the parameters (default: as stored)")
     from_hf.add_argument("--base", type=Path, help="directory of a PEFT adapter's base model (default: what it names)")
+    from_gguf = ways.add_parser("from-gguf", help="make a HuggingFace directory of a GGUF file, dequantized")
+    from_gguf.add_argument("source", type=Path, help="a .gguf file")
+    from_gguf.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights (default: float32)")
     from_original = ways.add_parser(
         "from-original", help="make a HuggingFace directory of a checkpoint in the layout of its authors"
     )
@@ -90,7 +93,13 @@ def _parser() -> argparse.ArgumentParser:
     to_hf.add_argument(
         "--base", type=Path, help="the model that a PEFT adapter is of (default: what the run began with)"
     )
-    for way in (from_hf, from_original, to_hf):
+    join = ways.add_parser("join", help="make a model with pictures of a vision tower and a text model")
+    join.add_argument("tower", type=Path, help="HuggingFace directory of SigLIP or SigLIP2")
+    join.add_argument("text", type=Path, help="HuggingFace directory of a text model")
+    join.add_argument(
+        "--seed", type=int, default=0, help="of the mlp between them, in which nothing is learned yet (default: 0)"
+    )
+    for way in (from_hf, from_original, from_gguf, to_hf, join):
         way.add_argument("destination", type=Path, help="directory to make; it must not exist or must be empty")
 
     inspect = commands.add_parser("inspect", help="print a model's config and parameters without loading it")
@@ -263,9 +272,13 @@ def _run(arguments: argparse.Namespace) -> int:
 
             return evaluate(arguments.words, "rave-jax eval")
         case "convert":
-            from rave_jax.tools.convert import HfForm, from_hf, from_original, to_hf
+            from rave_jax.tools.convert import HfForm, from_gguf, from_hf, from_original, join, to_hf
 
-            if arguments.way == "from-hf":
+            if arguments.way == "join":
+                join(arguments.tower, arguments.text, arguments.destination, arguments.seed)
+            elif arguments.way == "from-gguf":
+                from_gguf(arguments.source, arguments.destination, arguments.dtype)
+            elif arguments.way == "from-hf":
                 from_hf(arguments.source, arguments.destination, arguments.dtype, arguments.base)
             elif arguments.way == "from-original":
                 from_original(arguments.source, arguments.destination, arguments.tower)

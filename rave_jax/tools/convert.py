@@ -1,4 +1,4 @@
-"""`rave-jax convert`: a HuggingFace directory or a PEFT adapter to a native checkpoint, and back."""
+"""`rave-jax convert`: HuggingFace directories and PEFT adapters to native checkpoints and back, others to those."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import dataclasses
 from pathlib import Path
 from typing import NamedTuple
 
+from rave_jax.checkpoint import join as joining
 from rave_jax.checkpoint import native
 from rave_jax.checkpoint.card import LoraForm, Origin, beyond_backbone, notes
+from rave_jax.checkpoint.gguf_file import open_gguf
+from rave_jax.checkpoint.gguf_import import write_hf
 from rave_jax.checkpoint.hf_export import copy_small_files, export_hf, key_style, rounding, tensor_layout
 from rave_jax.checkpoint.hf_files import has_weights, hf_config, is_peft
 from rave_jax.checkpoint.kinds import other_config
@@ -18,6 +21,7 @@ from rave_jax.checkpoint.safetensors_file import CheckpointError
 from rave_jax.checkpoint.sidecar import saved_options
 from rave_jax.checkpoint.store import StoreError
 from rave_jax.checkpoint.written_whole import written_whole
+from rave_jax.config import require
 from rave_jax.models.config import ModelOptions
 from rave_jax.models.parameters import num_bytes
 from rave_jax.models.vlm import Vlm
@@ -77,6 +81,23 @@ def from_hf(source: Path, destination: Path, dtype: str | None = None, base: Pat
     print(f"{destination}: native checkpoint, {num_bytes(model):,} bytes of parameters")
 
 
+def from_gguf(source: Path, destination: Path, dtype: str = "float32") -> None:
+    """Write a HuggingFace directory of a GGUF file.
+
+    Args:
+        source: the file.
+        destination: not there yet.
+        dtype: number type of the weights.
+
+    Raises:
+        ConfigError: the file is of another architecture or cannot be read, or the destination cannot be written.
+    """
+    file = open_gguf(source)
+    kinds = ", ".join(sorted({tensor.kind for tensor in file.tensors.values()}))
+    files = write_hf(file, destination, dtype)
+    print(f"{destination}: HuggingFace format, {files} weight file{'s' if files > 1 else ''}, of {kinds} in {source}")
+
+
 def from_original(source: Path, destination: Path, tower: Path | None = None) -> None:
     """Write a HuggingFace directory of a checkpoint in the layout of its authors.
 
@@ -126,6 +147,26 @@ def to_hf(source: Path, destination: Path, form: HfForm, step: int | None = None
     beside = model.options if form.lora == "beside" else dataclasses.replace(model.options, lora=None)
     for sentence in notes(beside, model.options.lora, form.lora, rounding(model, form.dtype)):
         print(sentence)
+
+
+def join(tower: Path, text: Path, destination: Path, seed: int) -> None:
+    """Write a HuggingFace directory of a model whose tower and decoder are those of two others, and say what is in it.
+
+    Args:
+        tower: HuggingFace directory of a vision tower.
+        text: HuggingFace directory of a text model.
+        destination: not there yet.
+        seed: of what joins them.
+
+    Raises:
+        ConfigError: the two make no model, a seed that is none, or the destination cannot be written.
+    """
+    require(0 <= seed < 2**32, "--seed", seed, "0 to 2^32 - 1")
+    made = joining.join(tower, text, destination, seed)
+    print(f"{destination}: {made.family} in HuggingFace format, with the tower of {tower} and the decoder of {text}")
+    print(f"nothing is learned yet in what joins them, {', '.join(made.fresh)}: random numbers of seed {seed}")
+    if made.left_out:
+        print(f"left out of the two, since the model does not compute it: {len(made.left_out)} tensors")
 
 
 def _load(source: Path, step: int | None) -> tuple[Vlm, Path, Origin | None]:

@@ -50,8 +50,8 @@ class ParameterGroup:
 
 
 REST = ParameterGroup(name="rest", pattern="")
-UNREAD = ParameterGroup(name="unread", frozen=True)
-"""Parameters that nothing is computed with (`models.parameters.mark_unread`)."""
+UNUSED = ParameterGroup(name="unused", frozen=True)
+"""Parameters that nothing is computed with (`models.parameters.mark_unused`)."""
 
 
 @dataclass(frozen=True)

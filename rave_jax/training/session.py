@@ -17,7 +17,7 @@ from rave_jax.observe.tables import GroupRow
 from rave_jax.parallel.rows import batch_shardings, row_ways
 from rave_jax.parallel.sharding import replicated
 from rave_jax.training.optimizers import (
-    UNREAD,
+    UNUSED,
     OptimizerConfig,
     ParameterGroup,
     Schedule,
@@ -70,7 +70,7 @@ def make_session(
     what = f"a multiple of {ways}: row shards of the mesh ({row_ways(mesh)}) times accumulation ({config.accumulation})"
     require(rows % ways == 0, "data rows", rows, what)
     graph = ModelGraph(model)
-    groups = assign_groups(graph.names, config) | dict.fromkeys(graph.unread, UNREAD)
+    groups = assign_groups(graph.names, config) | dict.fromkeys(graph.unused, UNUSED)
     trained = {name: group for name, group in groups.items() if not group.frozen}
     require(
         bool(trained),

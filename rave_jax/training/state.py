@@ -15,7 +15,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 
-from rave_jax.models.parameters import is_unread, named_parameters, param_axes
+from rave_jax.models.parameters import is_unused, named_parameters, param_axes
 from rave_jax.parallel.sharding import named_sharding, replicated
 from rave_jax.training.optimizers import ParameterGroup
 from rave_jax.typing import Array, Int
@@ -53,7 +53,7 @@ class ModelGraph[M: nnx.Module]:
         self.axes = {name: param_axes(param) for name, param in named.items()}
         self.logical_ndims = {name: len(param.get_metadata()["axes"]) for name, param in named.items()}
         self.names = tuple(named)
-        self.unread = frozenset(name for name, param in named.items() if is_unread(param))
+        self.unused = frozenset(name for name, param in named.items() if is_unused(param))
         """Parameters that nothing is computed with."""
         leaves, self._treedef = jax.tree.flatten(model)
         assert len(leaves) == len(self.names), "a model holds parameters and nothing else"

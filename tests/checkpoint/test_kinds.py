@@ -50,7 +50,7 @@ def home(tmp_path: Path) -> Path:
         ("run/checkpoints/100", "is a part of the training run .*/run; give the run"),
         ("runs", "holds no config.json itself, but a inside does; give one of those"),
         ("adapter", "is a PEFT adapter and not a whole model"),
-        ("gguf", "holds GGUF files, which are not read"),
+        ("gguf", "holds GGUF files; give a model directory that `rave-jax convert from-gguf FILE DIR` makes of one"),
         ("weights", "holds weights but no config.json"),
         ("other", "other: holds no config.json; expected a model directory in HuggingFace format, or a training run"),
         ("empty", "empty: is an empty directory; expected a model"),

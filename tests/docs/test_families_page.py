@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
+import inspect
 import json
+import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -44,3 +48,28 @@ def test_its_tensors_are_the_parameters_of_its_model(family: families.Family) ->
     model = jax.eval_shape(lambda: Vlm(config, ModelOptions(), key=jax.random.key(0)))
     rules = family.tensors(config)
     assert {locate(model, rule)[0] for rule in rules} == set(named_parameters(model))
+
+
+def test_its_table_has_every_family_and_the_parameters_of_every_preset() -> None:
+    lines = [line.split("|") for line in PAGE.splitlines() if line.startswith("| `")]
+    rows = {row[1].strip("` "): row for row in lines}
+    assert [name for name in families.FAMILIES if name not in rows] == []
+    for name, family in families.FAMILIES.items():
+        stated = re.findall(r"\d+(?:,\d{3})+", rows[name][3])
+        counts = [f"{parameters(family, make()):,}" for make in presets(name)]
+        assert sorted(counts) == sorted(stated), name
+
+
+def presets(name: str) -> list[Callable[[], VlmConfig]]:
+    """The released sizes of a family: functions of its presets that ask for nothing."""
+    spec = importlib.util.find_spec(f"rave_jax.families.{name}.presets")
+    if spec is None:
+        return []
+    made = [f for f in vars(importlib.import_module(spec.name)).values() if inspect.isfunction(f)]
+    made = [f for f in made if f.__module__ == spec.name and not inspect.signature(f).parameters]
+    return [f for f in made if not f.__name__.startswith("_")]
+
+
+def parameters(family: families.Family, config: VlmConfig) -> int:
+    """Numbers in all tensors of a checkpoint, some of which hold two parameters."""
+    return sum({rule.hf_key: math.prod(rule.shape) for rule in family.tensors(config)}.values())

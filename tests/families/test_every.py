@@ -19,7 +19,7 @@ from rave_jax.families import FAMILIES
 from rave_jax.inference import Completion, Generator, Request, Sampling, SlotConfig
 from rave_jax.layout import ContextTokens
 from rave_jax.models.config import ModelOptions
-from rave_jax.models.parameters import is_unread, named_parameters, shardings
+from rave_jax.models.parameters import is_unused, named_parameters, shardings
 from rave_jax.models.vlm import Vlm
 from rave_jax.parallel.mesh import MeshConfig, make_mesh
 from rave_jax.parallel.rows import global_batch
@@ -147,4 +147,4 @@ def test_every_parameter_learns(family: str) -> None:
     for path, gradient in gradients.items():
         values = np.asarray(gradient[...])
         assert np.isfinite(values).all(), path
-        assert values.any() != is_unread(gradient), path
+        assert values.any() != is_unused(gradient), path

@@ -13,7 +13,6 @@ from rave_jax.config import ConfigError
 from rave_jax.families import FAMILIES, family_for
 from rave_jax.families.config import DynamicRope, LinearRope, SmoothRope, TextConfig, VlmConfig
 from rave_jax.families.llama import presets as llama
-from rave_jax.families.llama.config import parse_text
 from rave_jax.families.qwen2 import presets as qwen2
 from rave_jax.families.qwen3_moe import presets as qwen3_moe
 from rave_jax.models.config import ModelOptions
@@ -83,7 +82,7 @@ def test_keys_that_a_config_leaves_out_are_those_of_the_class_in_transformers() 
         hf = {"model_type": model_type}
         assert family_for(hf).parse(hf) == family_for(hf).parse(json.loads(made.to_json_string()))
     # The decoder of llava-1.5-7b-hf says no more than this.
-    text = parse_text({"max_position_embeddings": 4096, "rms_norm_eps": 1e-05, "vocab_size": 32064}, tied=False)
+    text = FAMILIES["llama"].parse({"max_position_embeddings": 4096, "rms_norm_eps": 1e-05, "vocab_size": 32064}).text
     assert (text.hidden_size, text.num_layers, text.num_kv_heads, text.head_dim) == (4096, 32, 32, 128)
 
 

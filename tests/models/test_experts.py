@@ -11,10 +11,11 @@ import pytest
 
 from rave_jax.config import ConfigError
 from rave_jax.families.config import ExpertsConfig, LayerKind, TextConfig, VlmConfig
-from rave_jax.models.config import Lora, ModelOptions
+from rave_jax.models.config import Lora, ModelOptions, Remat
 from rave_jax.models.experts import Choice, Experts, balance_loss, router_sums
 from rave_jax.models.forward import Want
 from rave_jax.models.parameters import named_parameters, param_axes, shardings
+from rave_jax.models.stack import rematerialised
 from rave_jax.models.vlm import Vlm
 from rave_jax.parallel.mesh import MeshConfig, make_mesh
 from rave_jax.parallel.sharding import use_mesh
@@ -103,6 +104,19 @@ def test_half_precision_is_near_float32() -> None:
     # A token whose choice is nearly a tie may go elsewhere; the others are as near as the number type allows.
     close = np.abs(np.asarray(half, np.float32) - exact).max(-1) < 0.05 * np.abs(exact).max()
     assert close.mean() > 0.9
+
+
+@pytest.mark.parametrize(("remat", "products"), [("none", 9), ("full", 11), ("dots", 9)])
+def test_rematerialisation_multiplies_again_only_where_it_should(remat: Remat, products: int) -> None:
+    """Three products forward and six backward; with "full" those of gate and up once more. As a TPU gets them."""
+    layer = a_layer()
+
+    def run(layer: Experts, x: jax.Array) -> jax.Array:
+        step = rematerialised(lambda layer, x: layer(x, layer.choose(x)), remat)
+        return jnp.sum(jnp.sin(step(layer, x)))
+
+    lowered = jax.jit(jax.grad(run, argnums=(0, 1))).trace(layer, arrays(0)[0]).lower(lowering_platforms=("tpu",))
+    assert lowered.as_text().count('"chlo.ragged_dot"(') == products
 
 
 def test_the_loss_of_routers_counts_tokens_that_are_no_padding() -> None:

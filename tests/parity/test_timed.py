@@ -152,7 +152,7 @@ def test_conversations_by_the_files_of_a_released_model(shared_data: Path, torch
     (tmp_path / "cases.json").write_text(json.dumps({"frames": [], "sizes": [], "positions": [], "talks": talks}))
     subprocess.run([torch_python, SCRIPT, tmp_path], check=True, timeout=300)
     theirs, processor = np.load(tmp_path / "out.npz"), Processor.from_hf(tmp_path)
-    vision = processor.settings.config.vision
+    vision = processor.rules.config.vision
     assert vision is not None
     for number, (messages, name) in enumerate(zip(talks, ("pixel_values", "pixel_values_videos"), strict=True)):
         example = processor.encode(with_files(messages, tmp_path), add_generation_prompt=True)

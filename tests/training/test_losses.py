@@ -14,6 +14,7 @@ import pytest
 
 from rave_jax.attention import Avar, MechanismConfig, SlidingWindow, ZeroTuning
 from rave_jax.batch import Batch, Kind, Role
+from rave_jax.families.config import ExpertsConfig
 from rave_jax.models.config import ModelOptions, Remat
 from rave_jax.models.forward import Embedded, Want
 from rave_jax.models.vlm import Vlm
@@ -23,7 +24,7 @@ from rave_jax.parallel.sharding import use_mesh
 from rave_jax.training.loop import named_values
 from rave_jax.training.objective import chunked_cross_entropy
 from rave_jax.training.optimizers import OptimizerConfig
-from rave_jax.training.step import StepMetrics
+from rave_jax.training.step import StepMetrics, micro_batches
 from tests.models.made import model as made
 from tests.training.small import (
     CONFIG,
@@ -107,6 +108,29 @@ def test_accumulation_and_meshes_change_nothing(mesh: MeshConfig | None) -> None
     place = None if mesh is None else make_mesh(mesh, jax.devices()[:4])
     _, metrics = one_step(session_of(optimizer, place, config=TEXT, options=OPTIONS))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5), metrics, whole()[1])
+
+
+def test_routers_of_experts_add_the_mean_of_the_losses_of_micro_batches() -> None:
+    """Weighted by tokens. What an expert is chosen for is counted within a micro-batch."""
+    experts = ExpertsConfig(count=4, chosen=2, mlp_size=8, balance=0.5)
+    config = dataclasses.replace(TEXT, text=dataclasses.replace(TEXT.text, experts=experts))
+    session = session_of(OptimizerConfig(decay="none", accumulation=2), config=config, options=ModelOptions())
+    state = first_state(session, config, ModelOptions())
+    batch = jax.tree.map(jnp.asarray, told())
+
+    @jax.jit
+    def by_hand(trained: Any) -> jax.Array:
+        model = session.graph.merge(trained)
+        halves = [jax.tree.map(lambda x, n=n: x[n], micro_batches(batch, 2)) for n in range(2)]
+        sums = [model.forward(half, Want(losses=True)).losses["router"] for half in halves]
+        return sum(sums) / model.loss_weights(batch.info)["router"]
+
+    wanted = by_hand(state.trained)
+    with use_mesh(session.mesh):
+        metrics = session.step(state, batch)[1]
+    # Balanced experts would have a loss of 0.5 * chosen.
+    assert set(metrics.losses) == {"router"} and float(wanted) > 1.0
+    np.testing.assert_allclose(metrics.losses["router"], wanted, rtol=1e-5)
 
 
 def test_a_mechanism_without_losses_adds_nothing_to_the_metrics() -> None:

@@ -8,7 +8,7 @@ import pytest
 from rave_jax.checkpoint.tiny import Tiny, tiny_config
 from rave_jax.config import ConfigError
 from rave_jax.models.config import ModelOptions
-from rave_jax.models.parameters import is_unread, named_parameters
+from rave_jax.models.parameters import is_unused, named_parameters
 from rave_jax.models.vlm import Vlm
 from rave_jax.parallel.mesh import MeshConfig, make_mesh
 from rave_jax.training.optimizers import OptimizerConfig, ParameterGroup
@@ -22,12 +22,12 @@ def test_parameters_that_nothing_is_computed_with_are_frozen() -> None:
     mesh = make_mesh(MeshConfig(), devices=jax.devices()[:1])
     optimizer = OptimizerConfig(weight_decay=0.1, groups=(ParameterGroup("tower", "^vision"),))
     session = make_session(model, optimizer, mesh, steps=10, rows=1, loss_chunk=8)
-    unread = {name for name, param in named_parameters(model).items() if is_unread(param)}
-    assert unread and set(session.state.frozen) == unread
+    unused = {name for name, param in named_parameters(model).items() if is_unused(param)}
+    assert unused and set(session.state.frozen) == unused
     assert {row.group: row.state for row in group_rows(session, optimizer)} == {
         "tower": "trained",
         "rest": "trained",
-        "unread": "frozen",
+        "unused": "frozen",
     }
     everything = OptimizerConfig(groups=(ParameterGroup("all", "", frozen=True),))
     with pytest.raises(ConfigError, match="expected groups that leave something to train"):

@@ -39,25 +39,12 @@ def parse(hf: HfConfig) -> VlmConfig:
     Raises:
         ConfigError: a key asks for what this model does not compute.
     """
-    return VlmConfig(text=parse_text(hf), vision=None, eos_token_ids=eos_ids(hf, EOS_ID), family=MODEL_TYPE)
-
-
-def parse_text(hf: HfConfig, where: str = "config.json", tied: bool | None = None) -> TextConfig:
-    """The decoder of an HF config, which may be a `text_config` inside another.
-
-    Args:
-        hf: the config.
-        where: names it in messages.
-        tied: is the embedding table the output head? None: what this config says of it.
-
-    Raises:
-        ConfigError: a key asks for what this model does not compute.
-    """
-    only(hf, "attention_bias", (False,), where)
-    only(hf, "mlp_bias", (False,), where)
-    fields = text_fields(hf, DEFAULTS, where, tied)
-    scaling = parse_rope(rope_section(hf, where), fields["max_position"], where)
-    return TextConfig(**fields, qkv_bias=False, rope_scaling=scaling)
+    only(hf, "attention_bias", (False,))
+    only(hf, "mlp_bias", (False,))
+    fields = text_fields(hf, DEFAULTS)
+    scaling = parse_rope(rope_section(hf), fields["max_position"])
+    text = TextConfig(**fields, qkv_bias=False, rope_scaling=scaling)
+    return VlmConfig(text=text, vision=None, eos_token_ids=eos_ids(hf, EOS_ID), family=MODEL_TYPE)
 
 
 def parse_rope(rope: HfConfig, max_position: int, where: str = "config.json") -> RopeScaling | None:
@@ -92,14 +79,17 @@ def _factor(rope: HfConfig, name: str, where: str) -> float:
 
 def render(config: VlmConfig) -> dict[str, Any]:
     """An HF config that `parse` and transformers read."""
-    eos = render_eos(config.eos_token_ids)
-    return {"architectures": [ARCHITECTURE], **render_decoder(config.text), "eos_token_id": eos}
-
-
-def render_decoder(text: TextConfig) -> dict[str, Any]:
-    """The HF config of the decoder alone, as it stands in a `text_config`."""
+    text = config.text
     rope = {} if text.rope_scaling is None else {"rope_scaling": render_rope(text.rope_scaling)}
-    return {"model_type": MODEL_TYPE, "attention_bias": False, "mlp_bias": False, **render_text(text), **rope}
+    return {
+        "architectures": [ARCHITECTURE],
+        "model_type": MODEL_TYPE,
+        "attention_bias": False,
+        "mlp_bias": False,
+        **render_text(text),
+        **rope,
+        "eos_token_id": render_eos(config.eos_token_ids),
+    }
 
 
 def render_rope(scaling: RopeScaling) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from rave_jax.families.base import Family
 from rave_jax.families.llava.config import ARCHITECTURE, MODEL_TYPE, parse, render
+from rave_jax.families.llava.join import JOIN
 from rave_jax.families.llava.original import ORIGINAL
 from rave_jax.families.llava.pictures import pictures
 from rave_jax.families.llava.small import SMALL
@@ -17,6 +18,7 @@ FAMILY = Family(
     pictures=pictures,
     tower=f"{__name__}.tower",
     small=SMALL,
+    join=JOIN,
     prefixes=STYLES[0],
     more_prefixes=STYLES[1:],
     original=ORIGINAL,

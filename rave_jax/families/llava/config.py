@@ -15,7 +15,7 @@ from rave_jax.families.inner import parse_inner, render_inner
 from rave_jax.families.vit import VitConfig, feature_layers, parse_vit, render_feature_layers, render_vit
 
 MODEL_TYPE, ARCHITECTURE = "llava", "LlavaForConditionalGeneration"
-TEXT_FAMILIES = ("llama", "qwen2")
+TEXT_FAMILIES = ("llama", "qwen2", "qwen3")
 IMAGE_TOKEN_ID = 32000
 """Id of `<image>` in the released models, which a config may leave out."""
 FEATURE_LAYER = -2

@@ -26,7 +26,7 @@ from rave_jax.families.pictures import (
     ProcessorFiles,
     VisualKind,
 )
-from rave_jax.families.processor_files import bicubic, number_or_none, sides, steps
+from rave_jax.families.processor_files import BICUBIC, bilinear_or_bicubic, number_or_none, sides, steps
 from rave_jax.families.squares import check_aspect, middle, squared
 from rave_jax.families.vit import VitConfig, cut_pictures
 from rave_jax.layout import Grid
@@ -47,6 +47,8 @@ class Pictures(PictureRules):
     """What the shorter side is resized to before the middle is cut out; None: the picture is stretched to a square."""
     squared: bool = False
     """Is a picture first made a square, with stripes of the mean colour at its longer sides?"""
+    resample: int = BICUBIC
+    """Pillow's number of the filter that resizes pictures."""
 
     @property
     def vision(self) -> VitConfig:
@@ -86,11 +88,11 @@ class Pictures(PictureRules):
         if self.squared:
             image = squared(image, self.vision.pixel_mean)
         if self.shortest_edge is None:
-            return np.asarray(image.resize((side, side), Image.Resampling.BICUBIC))
+            return np.asarray(image.resize((side, side), Image.Resampling(self.resample)))
         width, height = image.size
         short, long = self.shortest_edge, int(self.shortest_edge * max(width, height) / min(width, height))
         size = (short, long) if width <= height else (long, short)
-        return middle(np.asarray(image.resize(size, Image.Resampling.BICUBIC)), side)
+        return middle(np.asarray(image.resize(size, Image.Resampling(self.resample))), side)
 
 
 def pictures(config: VlmConfig, files: ProcessorFiles) -> Pictures:
@@ -102,7 +104,7 @@ def pictures(config: VlmConfig, files: ProcessorFiles) -> Pictures:
     file, image = files.image_file, files.image
     kind = _kind(file, image)
     steps(file, image, ("do_resize", "do_rescale", "do_normalize"))
-    bicubic(file, image)
+    resample = bilinear_or_bicubic(file, image)
     size, crop = image.get("size"), image.get("crop_size")
     tower = tower_of(config, VitConfig)
     default = None if kind == SIGLIP else {"shortest_edge": 224}
@@ -119,7 +121,7 @@ def pictures(config: VlmConfig, files: ProcessorFiles) -> Pictures:
             f"{file}: {name} is {found!r}, expected {tower.image_size} x {tower.image_size}, the image_size of "
             "vision_config"
         )
-    return Pictures(config, edge, kind == LLAVA and bool(image.get("do_pad", False)))
+    return Pictures(config, edge, kind == LLAVA and bool(image.get("do_pad", False)), resample)
 
 
 def _kind(file: Path, image: Mapping[str, Any]) -> str:

@@ -14,7 +14,7 @@ from rave_jax.families.config import VlmConfig
 from rave_jax.families.llava import presets
 from rave_jax.families.vit import VitConfig
 from rave_jax.models.config import ModelOptions
-from rave_jax.models.parameters import is_unread, named_parameters
+from rave_jax.models.parameters import is_unused, named_parameters
 from rave_jax.models.vlm import Vlm
 from tests.families.test_families import assert_one_to_one, released
 
@@ -79,10 +79,10 @@ def test_the_styles_are_those_that_transformers_has_written() -> None:
 def test_blocks_behind_the_last_that_is_read_are_marked() -> None:
     """They have their parameters, which nothing is computed with and no training changes."""
     params = named_parameters(model_of(changed(feature_layers=(1, 2))))
-    unread = {name for name, param in params.items() if is_unread(param)}
-    runs = {name.split(".")[2] for name in unread if "layer_runs" in name}
+    unused = {name for name, param in params.items() if is_unused(param)}
+    runs = {name.split(".")[2] for name in unused if "layer_runs" in name}
     assert runs == {"2"}, "runs are blocks 0, 1 and 2 to 3"
-    assert {name for name in unread if "layer_runs" not in name} == {"vision.post_norm.weight", "vision.post_norm.bias"}
+    assert {name for name in unused if "layer_runs" not in name} == {"vision.post_norm.weight", "vision.post_norm.bias"}
 
 
 @pytest.mark.parametrize(

@@ -102,7 +102,7 @@ def test_a_placeholder_becomes_the_tokens_of_a_picture(directory: Path, full: bo
     ("change", "message"),
     [
         ({"image_processor_type": "ViTImageProcessor"}, "image_processor_type is 'ViTImageProcessor', expected one of"),
-        ({"resample": 2}, r"resample is 2, expected 3 \(bicubic\)"),
+        ({"resample": 1}, r"resample is 1, expected 3 \(bicubic\) or 2 \(bilinear\)"),
         ({"do_normalize": False}, "do_normalize is False, expected True"),
         ({"do_convert_rgb": False}, "do_convert_rgb is False, expected True"),
         ({"rescale_factor": 1}, "rescale_factor is 1, expected 1/255"),
