@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,8 +34,6 @@ from rave_jax.typing import Int, NpArray
 BICUBIC = 3
 STEPS = ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb")
 """Keys of an image processor's file that say what is done with a picture; here it always is."""
-PROCESSOR = re.compile(r"Qwen(2|2_5_|3)VLImageProcessor(Fast|Pil)?")
-"""Classes in transformers that process pictures as is done here, those of earlier versions among them."""
 
 
 @dataclass(frozen=True)
@@ -148,12 +145,6 @@ def image_limits(files: ProcessorFiles) -> tuple[int, int]:
         ConfigError: the image processor's file asks for processing that is not done here.
     """
     image = files.image
-    kind = image.get("image_processor_type")
-    if kind is not None and not (isinstance(kind, str) and PROCESSOR.fullmatch(kind)):
-        raise ConfigError(
-            f"{files.image_file}: image_processor_type is {kind!r}, expected 'Qwen2VLImageProcessor': this is the file "
-            "of another model"
-        )
     for key in STEPS:
         if image.get(key, True) is not True:
             raise ConfigError(f"{files.image_file}: {key} is {image[key]!r}, expected True")
