@@ -34,8 +34,8 @@ from safetensors.numpy import load_file, save_file
 from rave_jax.checkpoint.hf_import import import_hf
 from rave_jax.families import family_named
 from rave_jax.families.config import TextConfig, VlmConfig
-from rave_jax.families.grids.hf import EOS_ID, MARKER_IDS
 from rave_jax.families.qwen2_5_vl.config import MODEL_TYPE, VisionConfig
+from rave_jax.families.shared.grids.hf import EOS_ID, MARKER_IDS
 from rave_jax.models.config import ModelOptions
 from rave_jax.models.parameters import named_parameters
 from rave_jax.parallel.mesh import MeshConfig, make_mesh

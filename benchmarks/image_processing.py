@@ -23,8 +23,8 @@ from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from rave_jax.data.images import cut_image
-from rave_jax.families.grids.pictures import Pictures
 from rave_jax.families.qwen2_5_vl.presets import qwen2_5_vl_7b
+from rave_jax.families.shared.grids.pictures import Pictures
 
 RULES = Pictures(qwen2_5_vl_7b())
 SIZES = ((84, 84), (224, 224), (480, 640), (1080, 1920))

@@ -21,10 +21,10 @@ from rave_jax.data.images import cut_image
 from rave_jax.data.patches import join_patches
 from rave_jax.data.sample import Example
 from rave_jax.families.config import PatchSizes
-from rave_jax.families.grids.pictures import Pictures
-from rave_jax.families.grids.positions import mrope_positions
 from rave_jax.families.pictures import Visual, grid_coordinates
 from rave_jax.families.qwen2_5_vl.presets import qwen2_5_vl_7b
+from rave_jax.families.shared.grids.pictures import Pictures
+from rave_jax.families.shared.grids.positions import mrope_positions
 from rave_jax.models.config import FloatName, ModelOptions
 from rave_jax.models.vlm import Vlm
 

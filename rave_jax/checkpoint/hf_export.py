@@ -116,7 +116,7 @@ def export_hf(
         return Item(planned, location, adapter_of(location.path, params) if merges else None, rules)
 
     extras = [path for path in extra_parameters(model) if not (merges and is_adapter(path))]
-    rules = rules_of(model, tensor_layout(model, source))
+    rules = rules_of(model, tensor_format(model, source))
     backbone = [item(tuple(group)) for _, group in itertools.groupby(rules, lambda rule: rule.hf_key)]
     beside = beside_items(model, extras)
     files = divide(backbone, max_shard_bytes) | ({SIDECAR: beside} if beside else {})
@@ -145,16 +145,16 @@ def key_style(model: Vlm, source: Path | None) -> int:
     return family_named(model.config.family).style_of(index_of(source) or read_weights(source).tensors)
 
 
-def tensor_layout(model: Vlm, source: Path | None) -> int:
-    """Number of the layout (`Family.layouts`) of the tensors in the directory that the model came from."""
+def tensor_format(model: Vlm, source: Path | None) -> int:
+    """Number of the format (`Family.formats`) of the tensors in the directory that the model came from."""
     if source is not None and native.is_native(source):
-        return native.tensor_layout(source)
+        return native.tensor_format(source)
     family = family_named(model.config.family)
-    if source is None or len(family.layouts) == 1 or not has_weights(source):
+    if source is None or len(family.formats) == 1 or not has_weights(source):
         return 0
-    # From the headers of all files: tensors of two layouts may differ in nothing but their shapes.
+    # From the headers of all files: tensors of two formats may differ in nothing but their shapes.
     shapes = {family.canonical_key(key): stored.shape for key, stored in read_weights(source).tensors.items()}
-    return family.layout_of(model.config, shapes)
+    return family.format_of(model.config, shapes)
 
 
 def beside_items(model: Vlm, paths: list[str]) -> list[Item]:

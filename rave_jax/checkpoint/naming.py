@@ -37,9 +37,9 @@ def locations(model: Vlm) -> dict[str, Location]:
     return found
 
 
-def rules_of(model: Vlm, layout: int = 0) -> tuple[TensorRule, ...]:
-    """Every tensor that the model's family has in a HuggingFace checkpoint of this layout (`Family.layouts`)."""
-    return family_named(model.config.family).layouts[layout](model.config)
+def rules_of(model: Vlm, format: int = 0) -> tuple[TensorRule, ...]:
+    """Every tensor that the model's family has in a HuggingFace checkpoint of this format (`Family.formats`)."""
+    return family_named(model.config.family).formats[format](model.config)
 
 
 def extra_parameters(model: Vlm) -> list[str]:

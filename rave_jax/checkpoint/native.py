@@ -53,14 +53,14 @@ def key_style(directory: Path) -> int:
     return style if isinstance(style, int) else 0
 
 
-def tensor_layout(directory: Path) -> int:
-    """Number of the layout (`Family.layouts`) of the tensors in the HuggingFace files that it came from.
+def tensor_format(directory: Path) -> int:
+    """Number of the format (`Family.formats`) of the tensors in the HuggingFace files that it came from.
 
     Raises:
         CheckpointError: written in another format.
     """
-    layout = _stated(directory).get("tensor_layout")
-    return layout if isinstance(layout, int) else 0
+    format = _stated(directory).get("tensor_format")
+    return format if isinstance(format, int) else 0
 
 
 def _stated(directory: Path) -> dict[str, Any]:
@@ -70,14 +70,14 @@ def _stated(directory: Path) -> dict[str, Any]:
     return data
 
 
-def write_into(folder: Path, model: Vlm, other_key_style: int, layout: int = 0) -> None:
+def write_into(folder: Path, model: Vlm, other_key_style: int, format: int = 0) -> None:
     """Fill a folder with a native checkpoint, but for the files that are carried along. For one process.
 
     Args:
         folder: it is there.
         model: whose parameters are written.
         other_key_style: what `key_style` will give.
-        layout: what `tensor_layout` will give.
+        format: what `tensor_format` will give.
     """
     values = {path: param[...] for path, param in named_parameters(model).items()}
     ocp.save(str(folder.resolve() / PARAMETERS), values)
@@ -85,7 +85,7 @@ def write_into(folder: Path, model: Vlm, other_key_style: int, layout: int = 0) 
     # The first two styles are written as false and true.
     style = bool(other_key_style) if other_key_style < 2 else other_key_style
     stated = {"format": FORMAT, "other_key_style": style, DIGESTS: True}
-    stated |= {"tensor_layout": layout} if layout else {}
+    stated |= {"tensor_format": format} if format else {}
     text = json.dumps(stated, indent=2) + "\n"
     (folder / NATIVE).write_text(text)
     if sidecar.needs_sidecar(model.options):

@@ -1,6 +1,6 @@
-"""A checkpoint in the layout of a model's authors, with the directory of its tower, as a HuggingFace directory.
+"""A checkpoint in the format of a model's authors, with the directory of its tower, as a HuggingFace directory.
 
-What the layout is stands in the family (`families.base.Original`). Tensors are copied, each with its numbers and number
+What the format is stands in the family (`families.base.Original`). Tensors are copied, each with its numbers and number
 type as they are. Rows for the tokens that are added, and for padding, are the mean of the rows that are there: they are
 no word, so their logits should stand out in no direction.
 """
@@ -60,7 +60,7 @@ def convert_original(source: Path, tower: Path | None, destination: Path) -> Pat
         destination: not there yet, or empty.
 
     Raises:
-        CheckpointError: the source is in no such layout, the tower is not given or not the one that it was trained
+        CheckpointError: the source is in no such format, the tower is not given or not the one that it was trained
             with, a tensor is missing or of another shape, or the destination cannot be written.
     """
     stated = hf_config(source)
@@ -68,7 +68,7 @@ def convert_original(source: Path, tower: Path | None, destination: Path) -> Pat
     if original is None:
         found = stated.get("model_type")
         raise CheckpointError(
-            f"{source / CONFIG}: 'model_type' is {found!r}: no checkpoint in the layout of its authors that is known; "
+            f"{source / CONFIG}: 'model_type' is {found!r}: no checkpoint in the format of its authors that is known; "
             "`rave-jax convert from-hf` takes HuggingFace directories"
         )
     name = stated[original.tower_key]

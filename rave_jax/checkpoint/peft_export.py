@@ -13,7 +13,7 @@ import numpy as np
 
 from rave_jax.checkpoint import sidecar
 from rave_jax.checkpoint.card import Origin, adapter_card, notes, write_card
-from rave_jax.checkpoint.hf_export import DTYPE_NAMES, Item, beside_items, gather, tensor_layout, write_tensors
+from rave_jax.checkpoint.hf_export import DTYPE_NAMES, Item, beside_items, gather, tensor_format, write_tensors
 from rave_jax.checkpoint.hf_files import ADAPTER, ADAPTER_CONFIG, SIDECAR, SIDECAR_JSON
 from rave_jax.checkpoint.hf_import import load_config
 from rave_jax.checkpoint.merging import adapter_of, is_adapter
@@ -105,7 +105,7 @@ def check_base(model: Vlm, base: Path) -> None:
     sources = {(path, part.index): part for path, parts in found.items() for part in parts}
     params = named_parameters(model)
     differing = []
-    for rule in rules_of(model, tensor_layout(model, base)):
+    for rule in rules_of(model, tensor_format(model, base)):
         location, there = locate(model, rule), locate(plain, rule)
         ours = gather(params[location.path][...], location.index, rule.entry)
         theirs = part_numbers(sources[there.path, place_of(there.index, rule.entry)], ours.shape).astype(ours.dtype)

@@ -55,7 +55,7 @@ def match(directory: Path, model: Vlm, with_sidecar: bool) -> Match:
     sources: dict[str, list[Source]] = {}
     broken = _files_without_keys(weights)
     stored_shapes = {key: stored.shape for key, stored in found.items()}
-    rules = rules_of(model, family_named(model.config.family).layout_of(model.config, stored_shapes))
+    rules = rules_of(model, family_named(model.config.family).format_of(model.config, stored_shapes))
     embedding = next(rule.hf_key for rule in rules if rule.path == "embed.weight")
     head = found.pop(embedding.replace(EMBEDDING, HEAD), None) if model.config.text.tie_embeddings else None
     if head is not None and embedding not in found:

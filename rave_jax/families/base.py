@@ -83,7 +83,7 @@ class TensorSource(NamedTuple):
 
 
 class Original(NamedTuple):
-    """How checkpoints in the layout of a model's authors become HuggingFace's (`checkpoint/original.py`).
+    """How checkpoints in the format of a model's authors become HuggingFace's (`checkpoint/original.py`).
 
     Fields:
         recognises: is this the config of one?
@@ -141,7 +141,7 @@ class Family:
     more_prefixes: tuple[tuple[tuple[str, str], ...], ...] = ()
     """The same of further styles."""
     original: Original | None = None
-    """How checkpoints in the layout of the model's authors become HuggingFace's; None: there is no other layout."""
+    """How checkpoints in the format of the model's authors become HuggingFace's; None: there is no other format."""
     unread: tuple[str, ...] = ()
     """Beginnings of keys of tensors that a checkpoint may hold and that are no part of the model: they are not read,
     and not exported."""
@@ -171,20 +171,20 @@ class Family:
         return key
 
     @property
-    def layouts(self) -> tuple[Callable[[VlmConfig], tuple[TensorRule, ...]], ...]:
-        """Tensors of a checkpoint in each layout: `tensors` is layout 0."""
+    def formats(self) -> tuple[Callable[[VlmConfig], tuple[TensorRule, ...]], ...]:
+        """Tensors of a checkpoint in each format: `tensors` is format 0."""
         return (self.tensors, *self.other_tensors)
 
-    def layout_of(self, config: VlmConfig, shapes: Mapping[str, tuple[int, ...]]) -> int:
-        """The layout that most of these tensors belong to, by canonical key and shape; of several the first."""
-        if len(self.layouts) == 1:
+    def format_of(self, config: VlmConfig, shapes: Mapping[str, tuple[int, ...]]) -> int:
+        """The format that most of these tensors belong to, by canonical key and shape; of several the first."""
+        if len(self.formats) == 1:
             return 0
 
-        def fitting(layout: Callable[[VlmConfig], tuple[TensorRule, ...]]) -> int:
-            wanted = {rule.hf_key: rule.shape for rule in layout(config)}
+        def fitting(format: Callable[[VlmConfig], tuple[TensorRule, ...]]) -> int:
+            wanted = {rule.hf_key: rule.shape for rule in format(config)}
             return sum((key in shapes) + (shapes.get(key) == shape) for key, shape in wanted.items())
 
-        counts = [fitting(layout) for layout in self.layouts]
+        counts = [fitting(format) for format in self.formats]
         return counts.index(max(counts))
 
     @property

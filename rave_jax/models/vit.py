@@ -1,4 +1,4 @@
-"""Plain vision transformers with a two-layer projector behind them (`families/vit.py` says which).
+"""Plain vision transformers with a two-layer projector behind them (`families/shared/vit.py` says which).
 
     x = patches W^T + position;  x = norm(x) for CLIP;  each block: x + attention(norm(x)), then x + mlp(norm(x))
     visual token = W2 gelu(W1 [x after the blocks `feature_layers`, side by side])
@@ -17,7 +17,7 @@ from flax import nnx
 
 from rave_jax.attention import block_diagonal_codes
 from rave_jax.batch import Patches
-from rave_jax.families.vit import VitConfig
+from rave_jax.families.shared.vit import VitConfig
 from rave_jax.kernels import attention as attention_kernels
 from rave_jax.kernels.attention import Implementation, MaskCodes
 from rave_jax.models import lora

@@ -68,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     from_gguf.add_argument("source", type=Path, help="a .gguf file")
     from_gguf.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights (default: float32)")
     from_original = ways.add_parser(
-        "from-original", help="make a HuggingFace directory of a checkpoint in the layout of its authors"
+        "from-original", help="make a HuggingFace directory of a checkpoint in the format of its authors"
     )
     from_original.add_argument("source", type=Path, help="directory of the checkpoint")
     from_original.add_argument("--tower", type=Path, help="HuggingFace directory of its vision tower")

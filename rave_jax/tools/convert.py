@@ -11,7 +11,7 @@ from rave_jax.checkpoint import native
 from rave_jax.checkpoint.card import LoraForm, Origin, beyond_backbone, notes
 from rave_jax.checkpoint.gguf_file import open_gguf
 from rave_jax.checkpoint.gguf_import import write_hf
-from rave_jax.checkpoint.hf_export import copy_small_files, export_hf, key_style, rounding, tensor_layout
+from rave_jax.checkpoint.hf_export import copy_small_files, export_hf, key_style, rounding, tensor_format
 from rave_jax.checkpoint.hf_files import has_weights, hf_config, is_peft
 from rave_jax.checkpoint.kinds import other_config
 from rave_jax.checkpoint.original import convert_original
@@ -77,7 +77,7 @@ def from_hf(source: Path, destination: Path, dtype: str | None = None, base: Pat
     with written_whole(destination, num_bytes(model)) as folder:
         if folder is not None:
             copy_small_files(directory, folder, model.options)
-            native.write_into(folder, model, key_style(model, directory), tensor_layout(model, directory))
+            native.write_into(folder, model, key_style(model, directory), tensor_format(model, directory))
     print(f"{destination}: native checkpoint, {num_bytes(model):,} bytes of parameters")
 
 
@@ -99,7 +99,7 @@ def from_gguf(source: Path, destination: Path, dtype: str = "float32") -> None:
 
 
 def from_original(source: Path, destination: Path, tower: Path | None = None) -> None:
-    """Write a HuggingFace directory of a checkpoint in the layout of its authors.
+    """Write a HuggingFace directory of a checkpoint in the format of its authors.
 
     Args:
         source: the checkpoint.

@@ -22,8 +22,8 @@ from rave_jax.checkpoint.safetensors_file import CheckpointError, Slice, read_he
 from rave_jax.families import FAMILIES
 from rave_jax.families.base import Cut, TensorRule
 from rave_jax.families.config import ExpertsConfig, TextConfig, VlmConfig
-from rave_jax.families.decoder import decoder_tensors
-from rave_jax.families.experts import fused_swapped
+from rave_jax.families.shared.decoder import decoder_tensors
+from rave_jax.families.shared.experts import fused_swapped
 from rave_jax.models.config import Lora, ModelOptions
 from rave_jax.models.parameters import named_parameters, with_values
 from rave_jax.parallel.mesh import MeshConfig, make_mesh
@@ -50,8 +50,8 @@ LAYER = "model.layers.0.mlp.experts"
 
 
 @pytest.fixture
-def layout(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A layout that the family reads; the third is that of another family."""
+def format(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A format that the family reads; the third is that of another family."""
     if request.param == "fused_swapped":
         swapped = dataclasses.replace(FAMILY, other_tensors=(swapped_tensors,))
         monkeypatch.setitem(FAMILIES, "qwen3_moe", swapped)
@@ -67,8 +67,8 @@ def released(tmp_path: Path) -> Path:
     return export_hf(made(CONFIG), tmp_path / "released")
 
 
-def layer_in(layout: str, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """A checkpoint with a tensor for each expert in another layout, by numpy."""
+def layer_in(format: str, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """A checkpoint with a tensor for each expert in another format, by numpy."""
     found = {key: value for key, value in tensors.items() if ".experts." not in key}
     for n in (0, 2):
         key = f"model.layers.{n}.mlp.experts"
@@ -77,29 +77,29 @@ def layer_in(layout: str, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarra
             for name in ("gate", "up", "down")
         }
         both, down = np.concatenate([each["gate"], each["up"]], axis=1), each["down"]
-        swap = layout == "fused_swapped"
+        swap = format == "fused_swapped"
         found[f"{key}.gate_up_proj"] = np.ascontiguousarray(both.swapaxes(1, 2) if swap else both)
         found[f"{key}.down_proj"] = np.ascontiguousarray(down.swapaxes(1, 2) if swap else down)
     return found
 
 
-def directory(folder: Path, released: Path, layout: str) -> Path:
+def directory(folder: Path, released: Path, format: str) -> Path:
     folder.mkdir()
     (folder / "config.json").write_text((released / "config.json").read_text())
     tensors = load_file(released / "model.safetensors")
-    tensors = tensors if layout == "separate" else layer_in(layout, tensors)
+    tensors = tensors if format == "separate" else layer_in(format, tensors)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     return folder
 
 
-LAYOUTS = pytest.mark.parametrize("layout", ["separate", "fused", "fused_swapped"], indirect=True)
+FORMATS = pytest.mark.parametrize("format", ["separate", "fused", "fused_swapped"], indirect=True)
 
 
-@LAYOUTS
-def test_every_layout_is_read_as_the_same_model_and_written_as_it_was(
-    tmp_path: Path, released: Path, layout: str
+@FORMATS
+def test_every_format_is_read_as_the_same_model_and_written_as_it_was(
+    tmp_path: Path, released: Path, format: str
 ) -> None:
-    given = directory(tmp_path / layout, released, layout)
+    given = directory(tmp_path / format, released, format)
     model = import_hf(given)
     for path, param in named_parameters(made(CONFIG)).items():
         np.testing.assert_array_equal(named_parameters(model)[path][...], param[...])
@@ -109,22 +109,22 @@ def test_every_layout_is_read_as_the_same_model_and_written_as_it_was(
     assert all(after[key].tobytes() == value.tobytes() for key, value in before.items())
 
 
-@LAYOUTS
-def test_a_native_checkpoint_knows_the_layout_it_came_from(tmp_path: Path, released: Path, layout: str) -> None:
-    given = directory(tmp_path / layout, released, layout)
+@FORMATS
+def test_a_native_checkpoint_knows_the_format_it_came_from(tmp_path: Path, released: Path, format: str) -> None:
+    given = directory(tmp_path / format, released, format)
     from_hf(given, tmp_path / "native")
     stated = json.loads((tmp_path / "native/native.json").read_text())
-    number = int(layout != "separate")
-    assert stated.get("tensor_layout", 0) == native.tensor_layout(tmp_path / "native") == number
+    number = int(format != "separate")
+    assert stated.get("tensor_format", 0) == native.tensor_format(tmp_path / "native") == number
     written = export_hf(import_hf(tmp_path / "native"), tmp_path / "written", tmp_path / "native")
     before, after = load_file(given / "model.safetensors"), load_file(written / "model.safetensors")
     assert before.keys() == after.keys()
     assert all(after[key].tobytes() == value.tobytes() for key, value in before.items())
 
 
-@LAYOUTS
-def test_a_mesh_takes_its_own_experts(tmp_path: Path, released: Path, layout: str) -> None:
-    given = directory(tmp_path / layout, released, layout)
+@FORMATS
+def test_a_mesh_takes_its_own_experts(tmp_path: Path, released: Path, format: str) -> None:
+    given = directory(tmp_path / format, released, format)
     mesh = make_mesh(MeshConfig(data=1, fsdp=2, tensor=4), jax.devices()[:8])
     whole, split = (named_parameters(m) for m in (made(CONFIG), import_hf(given, mesh=mesh)))
     assert split[GATE][...].addressable_shards[0].data.shape == (1, 1, F, D // 2)
@@ -180,7 +180,7 @@ def test_what_does_not_fit_is_named(
 
 
 def test_adapters_are_merged_and_written_beside_experts(tmp_path: Path, released: Path) -> None:
-    """Those of attention; the base may have either layout."""
+    """Those of attention; the base may have either format."""
     options = ModelOptions(lora=Lora(rank=2, targets=("decoder.attention.query",)))
     adapters = {path: x[...] for path, x in named_parameters(made(CONFIG, options)).items() if ".adapter." in path}
     for made_as in ("separate", "fused"):

@@ -15,7 +15,7 @@ from rave_jax.checkpoint.join import join
 from rave_jax.checkpoint.safetensors_file import CheckpointError
 from rave_jax.checkpoint.tiny import Tiny, byte_tokenizer, write_tiny
 from rave_jax.data.processor import Processor
-from rave_jax.families.vit import VitConfig, vit_tensors
+from rave_jax.families.shared.vit import VitConfig, vit_tensors
 from rave_jax.inference import Completion, Generator, Request, Sampling, SlotConfig
 from rave_jax.models.parameters import named_parameters
 from rave_jax.tools.cli import main

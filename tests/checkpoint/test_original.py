@@ -21,7 +21,7 @@ from rave_jax.families.config import VlmConfig, tower_of
 from rave_jax.families.llava.config import parse, render
 from rave_jax.families.llava.presets import llava_1_5_7b
 from rave_jax.families.llava.tensors import tensors
-from rave_jax.families.vit import VitConfig
+from rave_jax.families.shared.vit import VitConfig
 from rave_jax.models.config import ModelOptions
 from rave_jax.models.parameters import named_parameters
 from rave_jax.tools import cli

@@ -12,7 +12,7 @@ from tests.contracts.test_imports import imports
 
 PACKAGE = Path(__file__).resolve().parents[2] / "rave_jax"
 REGISTRY = PACKAGE / "families/__init__.py"
-SHARED = {"grids", "position_table"}  # what several families share, and no family itself
+SHARED = {"shared"}  # what several families share, and no family itself
 FOLDERS = [path.parent for path in (PACKAGE / "families").glob("*/__init__.py") if path.parent.name not in SHARED]
 # Beginnings of names: of folders, of `model_type`s and of classes in transformers.
 NAMES = sorted({re.split(r"[\d_]", name.lower())[0] for name in (*FAMILIES, *(folder.name for folder in FOLDERS))})

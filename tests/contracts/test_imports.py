@@ -100,7 +100,7 @@ def part_named(names: list[str]) -> str:
     """The part that a module belongs to, from its names behind `rave_jax`."""
     if not names:
         return "__init__"
-    return "towers" if names[0] == "families" and "tower" in names[2:3] else names[0]
+    return "towers" if names[0] == "families" and "tower" in names[2:4] else names[0]
 
 
 def faults_of_file(path: Path, part: str) -> Iterator[str]:

@@ -14,9 +14,9 @@ from transformers import PreTrainedTokenizerFast
 
 from rave_jax.data.processor import Processor
 from rave_jax.families.config import TextConfig, VlmConfig
-from rave_jax.families.grids.pictures import Pictures
 from rave_jax.families.pictures import PictureRules
 from rave_jax.families.qwen2_5_vl.presets import tiny
+from rave_jax.families.shared.grids.pictures import Pictures
 from tests.data.pictures import noise
 
 SPECIAL = (

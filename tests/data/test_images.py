@@ -18,8 +18,8 @@ from rave_jax.data.images import cut_image, image_grid, image_size, read_image
 from rave_jax.data.processor import Processor
 from rave_jax.data.sample import ImageError
 from rave_jax.data.video import cut_video
-from rave_jax.families.grids.pictures import Pictures
 from rave_jax.families.qwen2_5_vl.presets import qwen2_5_vl_7b
+from rave_jax.families.shared.grids.pictures import Pictures
 from tests.data.pictures import noise
 
 RULES = Pictures(qwen2_5_vl_7b())

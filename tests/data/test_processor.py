@@ -21,7 +21,7 @@ from rave_jax.data.sample import ImageError, OverBudget, SampleError
 from rave_jax.data.vocabulary import check_directory
 from rave_jax.families import family_for
 from rave_jax.families.directory import picture_rules
-from rave_jax.families.grids.pictures import Pictures
+from rave_jax.families.shared.grids.pictures import Pictures
 from rave_jax.layout import VisualLayout
 from tests.data.conftest import TEMPLATE, TEXT_ALONE, byte_tokenizer, tiny_settings
 from tests.data.pictures import noise

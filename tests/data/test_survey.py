@@ -13,7 +13,7 @@ from rave_jax.data.processor import Processor
 from rave_jax.data.sample import Message, SampleError
 from rave_jax.data.sources import QaJsonl, Synthetic
 from rave_jax.data.survey import Need, measure, survey
-from rave_jax.families.grids.video import VideoLimits
+from rave_jax.families.shared.grids.video import VideoLimits
 from rave_jax.layout import ContextTokens, VisualLayout
 from tests.data.conftest import TEXT_ALONE
 from tests.data.pictures import noise

@@ -15,8 +15,8 @@ from rave_jax.data.processor import Processor
 from rave_jax.data.sample import Sample, SampleError
 from rave_jax.evaluation.subject import Answer, ModelSubject, PromptOverBudget, with_answer
 from rave_jax.evaluation.vas import with_vas
-from rave_jax.families.grids.video import VideoLimits
 from rave_jax.families.qwen2_5_vl.presets import tiny
+from rave_jax.families.shared.grids.video import VideoLimits
 from rave_jax.inference import Completion, Generator, Request, Sampling
 from rave_jax.inference.slots import compilations
 from rave_jax.models.config import ModelOptions

@@ -22,8 +22,8 @@ from rave_jax.data.collate import BatchShape, collate
 from rave_jax.data.processor import Processor
 from rave_jax.data.sample import ImageError, OverBudget, SampleError
 from rave_jax.families.config import TextConfig, VlmConfig
-from rave_jax.families.grids.video import VideoLimits
 from rave_jax.families.qwen2_5_vl.presets import tiny
+from rave_jax.families.shared.grids.video import VideoLimits
 from rave_jax.inference import Completion, Generator, Request, Sampling, SlotConfig, generate
 from rave_jax.layout import ContextTokens, VisualLayout
 from rave_jax.models.config import ModelOptions

@@ -11,7 +11,7 @@ import numpy as np
 
 from rave_jax.batch import Batch, Kind, Patches, Role, TokenInfo
 from rave_jax.families.config import VlmConfig
-from rave_jax.families.grids.config import GridTowerConfig
+from rave_jax.families.shared.grids.config import GridTowerConfig
 from rave_jax.layout import ContextTokens
 
 

@@ -18,10 +18,10 @@ import pytest
 from rave_jax.batch import Kind
 from rave_jax.data.processor import Processor
 from rave_jax.data.sample import Example
-from rave_jax.families.grids.images import window_order
-from rave_jax.families.grids.positions import mrope_positions
-from rave_jax.families.grids.video import VideoLimits, sample_frames
 from rave_jax.families.pictures import Visual
+from rave_jax.families.shared.grids.images import window_order
+from rave_jax.families.shared.grids.positions import mrope_positions
+from rave_jax.families.shared.grids.video import VideoLimits, sample_frames
 from tests.data.conftest import TEMPLATE, byte_tokenizer, tiny_settings
 from tests.data.pictures import noise
 

@@ -189,7 +189,7 @@ def test_the_loss_of_routers_and_its_gradients_equal_those_of_torch(folder: Path
     np.testing.assert_allclose(value, theirs["loss"], rtol=1e-5)
     ours = {path: np.asarray(x[...]) for path, x in named_parameters(gradient).items()}
     compared = 0
-    for rule in FAMILIES[model.config.family].layouts[1](model.config):
+    for rule in FAMILIES[model.config.family].formats[1](model.config):
         key = f"grad {rule.hf_key}"
         path, layer = locate(model, rule)
         found = ours[path] if layer is None else ours[path][layer]

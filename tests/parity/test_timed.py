@@ -15,8 +15,8 @@ from PIL import Image
 
 from rave_jax.batch import Kind
 from rave_jax.data.processor import Processor
-from rave_jax.families.position_table.pictures import FrameLimits, TimedPictures, times
 from rave_jax.families.qwen3_vl.presets import qwen3_vl_4b, tiny
+from rave_jax.families.shared.position_table.pictures import FrameLimits, TimedPictures, times
 from tests.data.conftest import TEMPLATE, byte_tokenizer
 from tests.data.pictures import noise
 from tests.parity.test_families import with_files

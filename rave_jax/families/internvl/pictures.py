@@ -27,8 +27,8 @@ from rave_jax.families.pictures import (
     ProcessorFiles,
     VisualKind,
 )
-from rave_jax.families.processor_files import bicubic, sides, steps
-from rave_jax.families.tiles import cut_tiles
+from rave_jax.families.shared.processor_files import bicubic, sides, steps
+from rave_jax.families.shared.tiles import cut_tiles
 from rave_jax.layout import Grid
 from rave_jax.typing import NpArray, UInt8
 

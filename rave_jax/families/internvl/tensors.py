@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from rave_jax.families.base import TensorRule
 from rave_jax.families.config import VlmConfig, tower_of
-from rave_jax.families.decoder import decoder_tensors
 from rave_jax.families.internvl.config import VisionConfig
-from rave_jax.families.tower_tensors import layer_norm, linear, plain, rms_norm, weight
+from rave_jax.families.shared.decoder import decoder_tensors
+from rave_jax.families.shared.tower_tensors import layer_norm, linear, plain, rms_norm, weight
 
 PREFIXES = (
     ("model.language_model.", "language_model.model."),

@@ -16,7 +16,7 @@ from flax import nnx
 from rave_jax.attention import block_diagonal_codes
 from rave_jax.batch import Patches
 from rave_jax.families.internvl.config import VisionConfig
-from rave_jax.families.tiles import tile_places
+from rave_jax.families.shared.tiles import tile_places
 from rave_jax.kernels import attention as attention_kernels
 from rave_jax.kernels.attention import Implementation, MaskCodes
 from rave_jax.models import lora

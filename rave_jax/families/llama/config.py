@@ -10,7 +10,7 @@ from typing import Any
 
 from rave_jax.families.config import MAX_INT32, DynamicRope, LinearRope, RopeScaling, SmoothRope, TextConfig, VlmConfig
 from rave_jax.families.hf import HfConfig, eos_ids, integer, need, number, only
-from rave_jax.families.text import (
+from rave_jax.families.shared.text import (
     TextDefaults,
     dynamic_rope,
     render_eos,

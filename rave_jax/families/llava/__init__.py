@@ -7,7 +7,7 @@ from rave_jax.families.llava.original import ORIGINAL
 from rave_jax.families.llava.pictures import pictures
 from rave_jax.families.llava.small import SMALL
 from rave_jax.families.llava.tensors import tensors
-from rave_jax.families.vit_keys import STYLES
+from rave_jax.families.shared.vit_keys import STYLES
 
 FAMILY = Family(
     model_type=MODEL_TYPE,

@@ -11,8 +11,8 @@ from typing import Any
 from rave_jax.config import ConfigError
 from rave_jax.families.config import MAX_INT32, VlmConfig, tower_of
 from rave_jax.families.hf import HfConfig, integer, only, section
-from rave_jax.families.inner import parse_inner, render_inner
-from rave_jax.families.vit import VitConfig, feature_layers, parse_vit, render_feature_layers, render_vit
+from rave_jax.families.shared.inner import parse_inner, render_inner
+from rave_jax.families.shared.vit import VitConfig, feature_layers, parse_vit, render_feature_layers, render_vit
 
 MODEL_TYPE, ARCHITECTURE = "llava", "LlavaForConditionalGeneration"
 TEXT_FAMILIES = ("llama", "qwen2", "qwen3")

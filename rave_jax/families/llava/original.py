@@ -17,8 +17,8 @@ from rave_jax.families.config import VlmConfig, tower_of
 from rave_jax.families.hf import HfConfig, integer, only, section
 from rave_jax.families.llava.config import ARCHITECTURE, MODEL_TYPE
 from rave_jax.families.llava.tensors import tensors
-from rave_jax.families.vit import VitConfig
-from rave_jax.families.vit_keys import DECODER, PROJECTOR, VISION
+from rave_jax.families.shared.vit import VitConfig
+from rave_jax.families.shared.vit_keys import DECODER, PROJECTOR, VISION
 
 MODEL_TYPES = ("llava", "llava_llama")
 TOWER = "mm_vision_tower"

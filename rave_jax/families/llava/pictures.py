@@ -26,9 +26,9 @@ from rave_jax.families.pictures import (
     ProcessorFiles,
     VisualKind,
 )
-from rave_jax.families.processor_files import BICUBIC, bilinear_or_bicubic, number_or_none, sides, steps
-from rave_jax.families.squares import check_aspect, middle, squared
-from rave_jax.families.vit import VitConfig, cut_pictures
+from rave_jax.families.shared.processor_files import BICUBIC, bilinear_or_bicubic, number_or_none, sides, steps
+from rave_jax.families.shared.squares import check_aspect, middle, squared
+from rave_jax.families.shared.vit import VitConfig, cut_pictures
 from rave_jax.layout import Grid
 from rave_jax.typing import NpArray, UInt8
 

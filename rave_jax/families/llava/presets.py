@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from rave_jax.families.config import TextConfig, VlmConfig
 from rave_jax.families.llava.config import IMAGE_TOKEN_ID, MODEL_TYPE
-from rave_jax.families.vit import VitConfig
+from rave_jax.families.shared.vit import VitConfig
 
 VOCAB_SIZE = 32064
 EOS_ID = 2

@@ -7,8 +7,8 @@ from typing import Any
 
 from rave_jax.families.config import VlmConfig, tower_of
 from rave_jax.families.llava.config import MODEL_TYPE, render
+from rave_jax.families.shared.vit import VitConfig
 from rave_jax.families.small import SmallModels, SmallSizes, small_text
-from rave_jax.families.vit import VitConfig
 
 SPECIAL_TOKENS = ("<unk>", "<s>", "</s>", "<pad>", "<image>")
 SIDE = 4

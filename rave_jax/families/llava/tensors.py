@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from rave_jax.families.base import TensorRule
 from rave_jax.families.config import VlmConfig, tower_of
-from rave_jax.families.vit import VitConfig
-from rave_jax.families.vit_keys import vit_and_decoder
+from rave_jax.families.shared.vit import VitConfig
+from rave_jax.families.shared.vit_keys import vit_and_decoder
 
 
 def tensors(config: VlmConfig) -> tuple[TensorRule, ...]:

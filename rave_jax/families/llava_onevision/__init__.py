@@ -5,7 +5,7 @@ from rave_jax.families.llava_onevision.config import ARCHITECTURE, MODEL_TYPE, p
 from rave_jax.families.llava_onevision.pictures import pictures
 from rave_jax.families.llava_onevision.small import SMALL
 from rave_jax.families.llava_onevision.tensors import tensors
-from rave_jax.families.vit_keys import STYLES
+from rave_jax.families.shared.vit_keys import STYLES
 
 FAMILY = Family(
     model_type=MODEL_TYPE,

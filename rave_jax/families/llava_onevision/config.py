@@ -13,8 +13,15 @@ from typing import Any
 from rave_jax.config import ConfigError, require
 from rave_jax.families.config import MAX_INT32, MAX_WIDTH, VlmConfig, tower_of
 from rave_jax.families.hf import HfConfig, integer, only, section
-from rave_jax.families.inner import parse_inner, render_inner
-from rave_jax.families.vit import VitConfig, VitKind, feature_layers, parse_vit, render_feature_layers, render_vit
+from rave_jax.families.shared.inner import parse_inner, render_inner
+from rave_jax.families.shared.vit import (
+    VitConfig,
+    VitKind,
+    feature_layers,
+    parse_vit,
+    render_feature_layers,
+    render_vit,
+)
 
 MODEL_TYPE, ARCHITECTURE = "llava_onevision", "LlavaOnevisionForConditionalGeneration"
 TEXT_FAMILIES = ("qwen2", "llama")

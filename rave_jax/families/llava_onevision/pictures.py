@@ -40,9 +40,9 @@ from rave_jax.families.pictures import (
     ProcessorFiles,
     VisualKind,
 )
-from rave_jax.families.processor_files import bicubic, sides, steps
-from rave_jax.families.squares import check_aspect, squared
-from rave_jax.families.vit import cut_pictures
+from rave_jax.families.shared.processor_files import bicubic, sides, steps
+from rave_jax.families.shared.squares import check_aspect, squared
+from rave_jax.families.shared.vit import cut_pictures
 from rave_jax.layout import Grid
 from rave_jax.typing import NpArray, UInt8
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from rave_jax.families.base import TensorRule
 from rave_jax.families.config import VlmConfig, tower_of
 from rave_jax.families.llava_onevision.config import AnyresConfig
-from rave_jax.families.vit_keys import NEWLINE, vit_and_decoder
+from rave_jax.families.shared.vit_keys import NEWLINE, vit_and_decoder
 
 
 def tensors(config: VlmConfig) -> tuple[TensorRule, ...]:

@@ -16,8 +16,6 @@ from rave_jax.families.config import (
     tower_of,
     within,
 )
-from rave_jax.families.grids.config import GridTowerConfig
-from rave_jax.families.grids.hf import VISION, parse_model, render_model, vision_section
 from rave_jax.families.hf import (
     HfConfig,
     integer,
@@ -27,6 +25,8 @@ from rave_jax.families.hf import (
     rope_theta,
     section,
 )
+from rave_jax.families.shared.grids.config import GridTowerConfig
+from rave_jax.families.shared.grids.hf import VISION, parse_model, render_model, vision_section
 
 MODEL_TYPE, ARCHITECTURE = "qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration"
 

@@ -7,8 +7,8 @@ them with the files. 32B and 72B are left out: their files were not at hand, and
 from __future__ import annotations
 
 from rave_jax.families.config import TextConfig, VlmConfig
-from rave_jax.families.grids.hf import EOS_ID, MARKER_IDS
 from rave_jax.families.qwen2_5_vl.config import MODEL_TYPE, VisionConfig
+from rave_jax.families.shared.grids.hf import EOS_ID, MARKER_IDS
 
 
 def _tower(out_size: int) -> VisionConfig:

@@ -18,9 +18,9 @@ from rave_jax.families.config import (
     VlmConfig,
     tower_of,
 )
-from rave_jax.families.grids.config import GridTowerConfig
-from rave_jax.families.grids.hf import VISION, parse_model, render_model, vision_section
 from rave_jax.families.hf import HfConfig, integer, only, rope_theta, section
+from rave_jax.families.shared.grids.config import GridTowerConfig
+from rave_jax.families.shared.grids.hf import VISION, parse_model, render_model, vision_section
 
 MODEL_TYPE, ARCHITECTURE = "qwen2_vl", "Qwen2VLForConditionalGeneration"
 REPEATED = {"in_chans": "in_channels", "spatial_patch_size": "patch_size"}

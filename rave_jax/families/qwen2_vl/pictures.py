@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from rave_jax.families.config import VlmConfig
-from rave_jax.families.grids.pictures import Pictures, pictures_as
-from rave_jax.families.grids.positions import mrope_positions
 from rave_jax.families.pictures import ProcessorFiles, Visual
+from rave_jax.families.shared.grids.pictures import Pictures, pictures_as
+from rave_jax.families.shared.grids.positions import mrope_positions
 from rave_jax.typing import Int, NpArray
 
 

@@ -7,8 +7,8 @@ Qwen/Qwen2-VL-2B-Instruct without its quantisation; a test compares them with th
 from __future__ import annotations
 
 from rave_jax.families.config import TextConfig, VlmConfig
-from rave_jax.families.grids.hf import EOS_ID, MARKER_IDS
 from rave_jax.families.qwen2_vl.config import MODEL_TYPE, VisionConfig
+from rave_jax.families.shared.grids.hf import EOS_ID, MARKER_IDS
 
 
 def _released(text: TextConfig) -> VlmConfig:

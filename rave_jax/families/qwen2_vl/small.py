@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from rave_jax.families.config import VlmConfig
-from rave_jax.families.grids import small
 from rave_jax.families.qwen2_vl.config import MODEL_TYPE, VisionConfig, render
+from rave_jax.families.shared.grids import small
 from rave_jax.families.small import SmallModels, SmallSizes
 
 PROCESSORS = {"image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen2VLProcessor"}

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from rave_jax.families.base import TensorRule
 from rave_jax.families.config import VlmConfig, tower_of
-from rave_jax.families.decoder import decoder_tensors
-from rave_jax.families.grids.tensors import attention_tensors, merger_tensors, patch_tensors
 from rave_jax.families.qwen2_vl.config import VisionConfig
-from rave_jax.families.tower_tensors import layer_norm, linear
+from rave_jax.families.shared.decoder import decoder_tensors
+from rave_jax.families.shared.grids.tensors import attention_tensors, merger_tensors, patch_tensors
+from rave_jax.families.shared.tower_tensors import layer_norm, linear
 
 
 def tensors(config: VlmConfig) -> tuple[TensorRule, ...]:

@@ -6,7 +6,7 @@ from typing import Any
 
 from rave_jax.families.config import TextConfig, VlmConfig
 from rave_jax.families.hf import HfConfig, check_layer_types, eos_ids, only
-from rave_jax.families.text import (
+from rave_jax.families.shared.text import (
     TextDefaults,
     dynamic_rope,
     render_dynamic,

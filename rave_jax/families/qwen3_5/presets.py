@@ -6,9 +6,9 @@
 from __future__ import annotations
 
 from rave_jax.families.config import DeltaConfig, TextConfig, VlmConfig
-from rave_jax.families.gated_delta import MROPE_SECTION
-from rave_jax.families.position_table.config import TableTowerConfig
 from rave_jax.families.qwen3_5.config import EOS_ID, MARKER_IDS, MODEL_TYPE
+from rave_jax.families.shared.gated_delta import MROPE_SECTION
+from rave_jax.families.shared.position_table.config import TableTowerConfig
 
 HALVES = (0.5, 0.5, 0.5)
 

@@ -6,9 +6,9 @@ import dataclasses
 from collections.abc import Mapping
 
 from rave_jax.families.config import VlmConfig
-from rave_jax.families.gated_delta import small_text
-from rave_jax.families.position_table.small import small_models, tower
 from rave_jax.families.qwen3_5.config import MODEL_TYPE, render
+from rave_jax.families.shared.gated_delta import small_text
+from rave_jax.families.shared.position_table.small import small_models, tower
 from rave_jax.families.small import SmallModels, SmallSizes
 
 IMAGES = {"image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen3VLProcessor"}

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from rave_jax.families.config import VlmConfig
-from rave_jax.families.gated_delta import parse_text, render_text
 from rave_jax.families.hf import HfConfig, eos_ids, flag
+from rave_jax.families.shared.gated_delta import parse_text, render_text
 
 MODEL_TYPE, ARCHITECTURE = "qwen3_5_text", "Qwen3_5ForCausalLM"
 

@@ -2,9 +2,9 @@
 
 from rave_jax.families.base import Family
 from rave_jax.families.config import ExpertsConfig
-from rave_jax.families.decoder import decoder_tensors
-from rave_jax.families.experts import fused
 from rave_jax.families.qwen3_moe.config import ARCHITECTURE, MODEL_TYPE, parse, render
+from rave_jax.families.shared.decoder import decoder_tensors
+from rave_jax.families.shared.experts import fused
 from rave_jax.families.small import small_text_models
 
 FAMILY = Family(

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from rave_jax.families.config import MAX_INT32, TextConfig, VlmConfig
-from rave_jax.families.experts import parse_experts, render_experts
 from rave_jax.families.hf import HfConfig, eos_ids, flag, integer, only
-from rave_jax.families.text import TextDefaults, render_eos, render_text, rope_section, rope_type, text_fields
+from rave_jax.families.shared.experts import parse_experts, render_experts
+from rave_jax.families.shared.text import TextDefaults, render_eos, render_text, rope_section, rope_type, text_fields
 
 MODEL_TYPE, ARCHITECTURE = "qwen3_moe", "Qwen3MoeForCausalLM"
 DEFAULTS = TextDefaults(

@@ -6,7 +6,7 @@ from typing import Any
 
 from rave_jax.families.config import VlmConfig
 from rave_jax.families.hf import HfConfig
-from rave_jax.families.position_table.hf import parse_model, render_model
+from rave_jax.families.shared.position_table.hf import parse_model, render_model
 
 MODEL_TYPE, ARCHITECTURE = "qwen3_vl", "Qwen3VLForConditionalGeneration"
 

@@ -7,9 +7,9 @@
 from __future__ import annotations
 
 from rave_jax.families.config import TextConfig, VlmConfig
-from rave_jax.families.position_table.config import TableTowerConfig
-from rave_jax.families.position_table.hf import EOS_ID, MARKER_IDS, MROPE_SECTION
 from rave_jax.families.qwen3_vl.config import MODEL_TYPE
+from rave_jax.families.shared.position_table.config import TableTowerConfig
+from rave_jax.families.shared.position_table.hf import EOS_ID, MARKER_IDS, MROPE_SECTION
 
 HALVES = (0.5, 0.5, 0.5)
 

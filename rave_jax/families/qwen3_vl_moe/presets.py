@@ -7,9 +7,9 @@ of Qwen3-235B-A22B and its tower those of 30B-A3B's.
 from __future__ import annotations
 
 from rave_jax.families.config import ExpertsConfig, TextConfig, VlmConfig
-from rave_jax.families.position_table.config import TableTowerConfig
-from rave_jax.families.position_table.hf import EOS_ID, MARKER_IDS, MROPE_SECTION
 from rave_jax.families.qwen3_vl_moe.config import MODEL_TYPE
+from rave_jax.families.shared.position_table.config import TableTowerConfig
+from rave_jax.families.shared.position_table.hf import EOS_ID, MARKER_IDS, MROPE_SECTION
 
 HALVES = (0.5, 0.5, 0.5)
 

@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Mapping
 
 from rave_jax.families.config import ExpertsConfig, VlmConfig
-from rave_jax.families.position_table.small import small_models
 from rave_jax.families.qwen3_vl_moe.config import MODEL_TYPE, render
+from rave_jax.families.shared.position_table.small import small_models
 from rave_jax.families.small import SmallSizes
 
 IMAGES = {"image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen3VLProcessor"}

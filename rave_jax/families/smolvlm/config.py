@@ -11,9 +11,9 @@ from typing import Any
 from rave_jax.config import ConfigError
 from rave_jax.families.config import MAX_HEADS, MAX_INT32, MAX_LAYERS, MAX_SIDE, MAX_WIDTH, VlmConfig, tower_of
 from rave_jax.families.hf import HfConfig, flag, integer, number, only, section
-from rave_jax.families.inner import parse_inner, render_inner
-from rave_jax.families.tiles import TileTowerConfig
-from rave_jax.families.vit import VitConfig
+from rave_jax.families.shared.inner import parse_inner, render_inner
+from rave_jax.families.shared.tiles import TileTowerConfig
+from rave_jax.families.shared.vit import VitConfig
 
 MODEL_TYPE, ARCHITECTURE = "smolvlm", "SmolVLMForConditionalGeneration"
 TEXT_FAMILIES = ("llama",)

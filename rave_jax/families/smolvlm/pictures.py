@@ -25,9 +25,9 @@ from rave_jax.families.pictures import (
     ProcessorFiles,
     VisualKind,
 )
-from rave_jax.families.processor_files import number_or_none, steps
+from rave_jax.families.shared.processor_files import number_or_none, steps
+from rave_jax.families.shared.tiles import TileGrid, cut_tiles
 from rave_jax.families.smolvlm.config import VisionConfig
-from rave_jax.families.tiles import TileGrid, cut_tiles
 from rave_jax.layout import Grid
 
 LANCZOS = 1

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from rave_jax.families.base import TensorRule
 from rave_jax.families.config import VlmConfig, tower_of
-from rave_jax.families.decoder import decoder_tensors
+from rave_jax.families.shared.decoder import decoder_tensors
+from rave_jax.families.shared.tower_tensors import weight
+from rave_jax.families.shared.vit import vit_tensors
 from rave_jax.families.smolvlm.config import VisionConfig
-from rave_jax.families.tower_tensors import weight
-from rave_jax.families.vit import vit_tensors
 
 CONNECTOR = "model.connector.modality_projection.proj"
 

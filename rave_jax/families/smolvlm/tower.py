@@ -17,8 +17,8 @@ from flax import nnx
 
 from rave_jax.attention import block_diagonal_codes
 from rave_jax.batch import Patches
+from rave_jax.families.shared.tiles import tile_places
 from rave_jax.families.smolvlm.config import VisionConfig
-from rave_jax.families.tiles import tile_places
 from rave_jax.kernels.attention import MaskCodes
 from rave_jax.models.config import ModelOptions
 from rave_jax.models.initial import normal

@@ -12,7 +12,7 @@ from rave_jax.config import ConfigError
 from rave_jax.families import family_for, family_named
 from rave_jax.families.config import VlmConfig
 from rave_jax.families.llava import presets
-from rave_jax.families.vit import VitConfig
+from rave_jax.families.shared.vit import VitConfig
 from rave_jax.models.config import ModelOptions
 from rave_jax.models.parameters import is_unused, named_parameters
 from rave_jax.models.vlm import Vlm

@@ -1,4 +1,4 @@
-"""Qwen3-VL with experts: its config, and the two layouts that checkpoints hold its experts in."""
+"""Qwen3-VL with experts: its config, and the two formats that checkpoints hold its experts in."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_a_large_model_has_its_parameters_each_in_one_place(config: VlmConfig, p
 
 
 def test_experts_load_as_released_and_as_transformers_5_saves_them(tmp_path: Path) -> None:
-    """Two layouts whose keys are alike; what came in one goes out in it, byte for byte."""
+    """Two formats whose keys are alike; what came in one goes out in it, byte for byte."""
     ours = export_hf(small(NAME, ModelOptions()).model(ModelOptions()), tmp_path / "released")
     tensors = load_file(ours / "model.safetensors")
     swapped = {key: np.ascontiguousarray(x.swapaxes(1, 2)) if EXPERTS in key else x for key, x in tensors.items()}

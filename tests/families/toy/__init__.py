@@ -2,7 +2,7 @@
 tower without windows, text stands between the frames of a video, and positions are one number for all three axes."""
 
 from rave_jax.families.base import Family
-from rave_jax.families.decoder import decoder_tensors
+from rave_jax.families.shared.decoder import decoder_tensors
 from tests.families.toy.config import ARCHITECTURE, MODEL_TYPE, parse, render, tower_tensors
 from tests.families.toy.pictures import pictures
 

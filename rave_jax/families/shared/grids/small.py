@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rave_jax.families.config import TowerConfig, VlmConfig, tower_of
-from rave_jax.families.grids.config import GridTowerConfig
+from rave_jax.families.shared.grids.config import GridTowerConfig
 from rave_jax.families.small import CHATML_TOKENS, SmallSizes, chatml, model_files, small_text
 
 SPECIAL_TOKENS = (

@@ -22,9 +22,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rave_jax.families.grids.config import GridTowerConfig
-from rave_jax.families.grids.images import smart_resize
 from rave_jax.families.pictures import PictureError
+from rave_jax.families.shared.grids.config import GridTowerConfig
+from rave_jax.families.shared.grids.images import smart_resize
 from rave_jax.typing import Int, NpArray
 
 UNKNOWN_FPS = 24.0

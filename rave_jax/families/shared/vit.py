@@ -19,7 +19,7 @@ from rave_jax.config import ConfigError, require
 from rave_jax.families.base import TensorRule
 from rave_jax.families.config import MAX_HEADS, MAX_LAYERS, MAX_SIDE, MAX_WIDTH, TowerConfig, within
 from rave_jax.families.hf import HfConfig, integer, number, only
-from rave_jax.families.tower_tensors import layer_norm, linear
+from rave_jax.families.shared.tower_tensors import layer_norm, linear
 from rave_jax.typing import NpArray, UInt8
 
 VitKind = Literal["clip", "siglip"]

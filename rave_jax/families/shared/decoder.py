@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from rave_jax.families.base import LayerTensor, TensorRule
 from rave_jax.families.config import DeltaConfig, LayerKind, TextConfig
-from rave_jax.families.experts import ExpertLayout, separate
+from rave_jax.families.shared.experts import ExpertFormat, separate
 
 
-def decoder_tensors(text: TextConfig, experts: ExpertLayout = separate) -> list[TensorRule]:
+def decoder_tensors(text: TextConfig, experts: ExpertFormat = separate) -> list[TensorRule]:
     """Every tensor of the decoder, its embedding and its head, under the keys of Llama's checkpoints. Layers with the
     gated delta rule have those of Qwen3-Next's.
 
@@ -65,7 +65,7 @@ def _delta(delta: DeltaConfig, D: int) -> list[LayerTensor]:
     return [LayerTensor(f"linear_attn.{key}", f"delta.{path}", shape) for key, path, shape in inside]
 
 
-def _mlp(text: TextConfig, kind: LayerKind, experts: ExpertLayout) -> list[LayerTensor]:
+def _mlp(text: TextConfig, kind: LayerKind, experts: ExpertFormat) -> list[LayerTensor]:
     D, F = text.hidden_size, text.mlp_size
     if kind.mlp == "experts" and text.experts is not None:
         router = LayerTensor("mlp.gate.weight", "mlp.router.weight", (text.experts.count, D))

@@ -13,7 +13,7 @@ from flax import nnx
 
 from rave_jax.attention import block_diagonal_codes
 from rave_jax.batch import Patches
-from rave_jax.families.position_table.config import NORM_EPS, TableTowerConfig
+from rave_jax.families.shared.position_table.config import NORM_EPS, TableTowerConfig
 from rave_jax.kernels.attention import MaskCodes
 from rave_jax.models import lora
 from rave_jax.models.config import ModelOptions

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from rave_jax.families.config import VlmConfig, tower_of
-from rave_jax.families.grids import small
-from rave_jax.families.position_table.config import TableTowerConfig
+from rave_jax.families.shared.grids import small
+from rave_jax.families.shared.position_table.config import TableTowerConfig
 from rave_jax.families.small import SmallModels, SmallSizes
 
 DEEP = 3

@@ -33,7 +33,7 @@ from rave_jax.families.hf import (
     rope_theta,
     section,
 )
-from rave_jax.families.position_table.config import TableTowerConfig
+from rave_jax.families.shared.position_table.config import TableTowerConfig
 
 EOS_ID = 151645
 MARKER_IDS = {

@@ -23,10 +23,10 @@ import numpy as np
 
 from rave_jax.config import ConfigError
 from rave_jax.families.config import VlmConfig
-from rave_jax.families.grids.images import smart_resize
-from rave_jax.families.grids.pictures import Pictures, image_limits, pixel_limits
-from rave_jax.families.grids.video import UNKNOWN_FPS, VideoLimits
 from rave_jax.families.pictures import Encode, Frames, PictureError, Piece, ProcessorFiles, VisualKind
+from rave_jax.families.shared.grids.images import smart_resize
+from rave_jax.families.shared.grids.pictures import Pictures, image_limits, pixel_limits
+from rave_jax.families.shared.grids.video import UNKNOWN_FPS, VideoLimits
 from rave_jax.layout import Grid
 from rave_jax.typing import Int, NpArray
 

@@ -11,8 +11,8 @@ import pytest
 
 from rave_jax.config import ConfigError
 from rave_jax.families.pictures import PictureError, ProcessorFiles
-from rave_jax.families.position_table.pictures import FrameLimits, TimedPictures, timed_pictures
 from rave_jax.families.qwen3_vl.presets import qwen3_vl_4b
+from rave_jax.families.shared.position_table.pictures import FrameLimits, TimedPictures, timed_pictures
 
 CONFIG = qwen3_vl_4b()
 RULES = TimedPictures(CONFIG)

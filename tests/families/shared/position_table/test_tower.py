@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rave_jax.families.position_table.tower import PositionTable, Tower, block_runs, frame_sizes
 from rave_jax.families.qwen3_vl.presets import tiny
+from rave_jax.families.shared.position_table.tower import PositionTable, Tower, block_runs, frame_sizes
 from rave_jax.models.config import ModelOptions
 from tests.models.layout import Visual, batch, document
 from tests.models.made import model as made

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from rave_jax.families.base import TensorRule
-from rave_jax.families.grids.config import GridTowerConfig
-from rave_jax.families.tower_tensors import linear
+from rave_jax.families.shared.grids.config import GridTowerConfig
+from rave_jax.families.shared.tower_tensors import linear
 
 
 def patch_tensors(vision: GridTowerConfig) -> list[TensorRule]:

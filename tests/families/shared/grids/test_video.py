@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from rave_jax.data.images import cut_image
 from rave_jax.data.sample import ImageError
 from rave_jax.data.video import cut_video
-from rave_jax.families.grids.images import smart_resize
-from rave_jax.families.grids.pictures import Pictures
-from rave_jax.families.grids.video import VideoLimits, frame_size, sample_frames
 from rave_jax.families.qwen2_5_vl.presets import qwen2_5_vl_7b
+from rave_jax.families.shared.grids.images import smart_resize
+from rave_jax.families.shared.grids.pictures import Pictures
+from rave_jax.families.shared.grids.video import VideoLimits, frame_size, sample_frames
 from tests.data.pictures import noise
 
 CONFIG = qwen2_5_vl_7b()

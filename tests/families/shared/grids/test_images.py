@@ -16,11 +16,11 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from rave_jax.data.images import cut_image
-from rave_jax.families.grids.images import smart_resize, window_order
-from rave_jax.families.grids.pictures import Pictures
 from rave_jax.families.pictures import CutPicture, PictureError
 from rave_jax.families.qwen2_5_vl.config import VisionConfig
 from rave_jax.families.qwen2_5_vl.presets import qwen2_5_vl_7b
+from rave_jax.families.shared.grids.images import smart_resize, window_order
+from rave_jax.families.shared.grids.pictures import Pictures
 from tests.data.pictures import noise
 
 CONFIG = qwen2_5_vl_7b()

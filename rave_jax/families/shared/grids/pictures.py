@@ -13,10 +13,6 @@ from PIL import Image
 
 from rave_jax.config import ConfigError, require
 from rave_jax.families.config import VlmConfig, tower_of
-from rave_jax.families.grids.config import GridTowerConfig
-from rave_jax.families.grids.images import cut, resize, smart_resize
-from rave_jax.families.grids.positions import mrope_positions
-from rave_jax.families.grids.video import UNKNOWN_FPS, VideoLimits, frame_size, sample_frames
 from rave_jax.families.pictures import (
     CutPicture,
     Encode,
@@ -28,6 +24,10 @@ from rave_jax.families.pictures import (
     Visual,
     VisualKind,
 )
+from rave_jax.families.shared.grids.config import GridTowerConfig
+from rave_jax.families.shared.grids.images import cut, resize, smart_resize
+from rave_jax.families.shared.grids.positions import mrope_positions
+from rave_jax.families.shared.grids.video import UNKNOWN_FPS, VideoLimits, frame_size, sample_frames
 from rave_jax.layout import Grid
 from rave_jax.typing import Int, NpArray
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from rave_jax.families.base import TensorRule
 from rave_jax.families.config import TextConfig
-from rave_jax.families.decoder import decoder_tensors
-from rave_jax.families.vit import VitConfig, projector_tensors, vit_tensors
+from rave_jax.families.shared.decoder import decoder_tensors
+from rave_jax.families.shared.vit import VitConfig, projector_tensors, vit_tensors
 
 DECODER, VISION, PROJECTOR = "language_model.", "vision_tower.vision_model.", "multi_modal_projector."
 NEWLINE = "image_newline"

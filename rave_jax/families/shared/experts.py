@@ -10,7 +10,7 @@ from rave_jax.families.base import Cut, LayerTensor
 from rave_jax.families.config import MAX_EXPERTS, MAX_LAYERS, MAX_WIDTH, ExpertsConfig
 from rave_jax.families.hf import HfConfig, flag, integer, integers, number
 
-ExpertLayout = Callable[[ExpertsConfig, int], list[LayerTensor]]
+ExpertFormat = Callable[[ExpertsConfig, int], list[LayerTensor]]
 """(experts, width D) to the tensors of a layer's experts, without the router."""
 
 

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from rave_jax.families.base import TensorRule
 from rave_jax.families.config import VlmConfig, tower_of
-from rave_jax.families.decoder import decoder_tensors
-from rave_jax.families.experts import ExpertLayout, separate
-from rave_jax.families.grids.tensors import attention_tensors, patch_tensors
-from rave_jax.families.position_table.config import TableTowerConfig
-from rave_jax.families.tower_tensors import layer_norm, linear
+from rave_jax.families.shared.decoder import decoder_tensors
+from rave_jax.families.shared.experts import ExpertFormat, separate
+from rave_jax.families.shared.grids.tensors import attention_tensors, patch_tensors
+from rave_jax.families.shared.position_table.config import TableTowerConfig
+from rave_jax.families.shared.tower_tensors import layer_norm, linear
 
 TEXT, INSIDE = "model.", "model.language_model."
 """Beginning of the decoder's keys, as text models and as these models have it."""
 
 
-def model_tensors(config: VlmConfig, experts: ExpertLayout = separate) -> tuple[TensorRule, ...]:
+def model_tensors(config: VlmConfig, experts: ExpertFormat = separate) -> tuple[TensorRule, ...]:
     """Every tensor of a model with such a tower.
 
     Args:

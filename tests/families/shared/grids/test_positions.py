@@ -6,8 +6,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rave_jax.families.grids.positions import mrope_positions
 from rave_jax.families.pictures import Visual
+from rave_jax.families.shared.grids.positions import mrope_positions
 
 GRIDS = st.tuples(st.integers(1, 4), st.integers(1, 9), st.integers(1, 9))
 LAYOUT = st.lists(st.one_of(st.integers(1, 12), st.tuples(GRIDS, st.sampled_from([None, 0.25, 1.0, 2.0]))), max_size=9)

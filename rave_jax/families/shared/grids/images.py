@@ -14,8 +14,8 @@ import numpy as np
 from PIL import Image
 
 from rave_jax.batch import Patches
-from rave_jax.families.grids.config import GridTowerConfig
 from rave_jax.families.pictures import CutPicture, PictureError
+from rave_jax.families.shared.grids.config import GridTowerConfig
 from rave_jax.typing import Int, NpArray, UInt8
 
 MAX_ASPECT = 200

@@ -18,7 +18,6 @@ from rave_jax.families.config import (
     TextConfig,
     VlmConfig,
 )
-from rave_jax.families.grids.config import GridTowerConfig
 from rave_jax.families.hf import (
     HfConfig,
     check_layer_types,
@@ -31,6 +30,7 @@ from rave_jax.families.hf import (
     rope_theta,
     section,
 )
+from rave_jax.families.shared.grids.config import GridTowerConfig
 
 EOS_ID = 151645
 MARKER_IDS = {

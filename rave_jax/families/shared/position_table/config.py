@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from rave_jax.config import require
 from rave_jax.families.config import MAX_SIDE, ROPE_THETA, within
-from rave_jax.families.grids.config import GridTowerConfig
+from rave_jax.families.shared.grids.config import GridTowerConfig
 
 NORM_EPS = 1e-6
 """Added to the variance in every LayerNorm of the tower."""
