@@ -68,7 +68,10 @@ def parse(hf: HfConfig) -> VlmConfig:
     only(hf, "vision_feature_layer", (-1,))
     only(hf, "vision_feature_select_strategy", ("default",))
     only(hf, "projector_hidden_act", ACTIVATIONS)
-    text, eos = parse_inner(hf, TEXT_FAMILIES)
+    # What `text_config` says of the head counts where the whole config says nothing. Configs of the released models say
+    # nothing at all, and their heads are their own.
+    stated = hf.get("tie_word_embeddings") is not None
+    text, eos = parse_inner(hf, TEXT_FAMILIES, flag(hf, "tie_word_embeddings") if stated else None)
     ratio = number(hf, "downsample_ratio", 0.5, 1 / MAX_SIDE, 1)
     merge = round(1 / ratio)
     if merge * ratio != 1:

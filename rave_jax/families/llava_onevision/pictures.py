@@ -48,6 +48,7 @@ from rave_jax.typing import NpArray, UInt8
 
 UNKNOWN_FPS = 24.0
 STEPS = ("do_resize", "do_rescale", "do_normalize")
+PROCESSOR = "LlavaOnevisionImageProcessor"
 
 
 @dataclass(frozen=True)
@@ -152,6 +153,9 @@ def pictures(config: VlmConfig, files: ProcessorFiles) -> Pictures:
         ConfigError: they ask for processing that is not done here.
     """
     tower = tower_of(config, AnyresConfig)
+    kind = files.image.get("image_processor_type", PROCESSOR)
+    if kind not in {f"{PROCESSOR}{end}" for end in ("", "Fast", "Pil")}:
+        raise ConfigError(f"{files.image_file}: image_processor_type is {kind!r}, expected {PROCESSOR!r}")
     _check(files.image_file, files.image, tower)
     _check(files.video_file, files.video, tower)
     stated = files.image.get("image_grid_pinpoints")

@@ -11,8 +11,8 @@ from rave_jax.families.shared.experts import parse_experts, render_experts
 from rave_jax.families.shared.position_table.hf import TEXT, needed, parse_model, render_model
 
 MODEL_TYPE, ARCHITECTURE = "qwen3_vl_moe", "Qwen3VLMoeForConditionalGeneration"
-EXPERTS = 60
-"""Experts of a config that does not say it."""
+EXPERTS, CHOSEN, EXPERT_SIZE = 60, 4, 1408
+"""Experts, experts of a token and width of an expert of a config that does not say it."""
 
 
 def parse(hf: HfConfig) -> VlmConfig:
@@ -23,7 +23,8 @@ def parse(hf: HfConfig) -> VlmConfig:
     """
     config = parse_model(hf, MODEL_TYPE, head_dim=None)
     # transformers' router divides by the sum whatever the config says.
-    experts = parse_experts(needed(hf, "text_config"), TEXT, count=EXPERTS, normalise=True)
+    text = needed(hf, "text_config")
+    experts = parse_experts(text, TEXT, count=EXPERTS, chosen=CHOSEN, mlp_size=EXPERT_SIZE, normalise=True)
     return dataclasses.replace(config, text=dataclasses.replace(config.text, experts=experts))
 
 

@@ -15,7 +15,13 @@ ExpertFormat = Callable[[ExpertsConfig, int], list[LayerTensor]]
 
 
 def parse_experts(
-    hf: HfConfig, where: str = "config.json", *, count: int | None, normalise: bool | None = None
+    hf: HfConfig,
+    where: str = "config.json",
+    *,
+    count: int | None,
+    chosen: int = 8,
+    mlp_size: int = 768,
+    normalise: bool | None = None,
 ) -> ExpertsConfig:
     """The experts of a config in the style of Qwen's.
 
@@ -23,6 +29,7 @@ def parse_experts(
         hf: the decoder's config.
         where: names it in messages.
         count: experts of a config that does not say it; None: it has to.
+        chosen, mlp_size: experts of a token, and the width of each, of a config that does not say it.
         normalise: what the model does with probabilities of chosen experts, whatever the config says; None: what
             `norm_topk_prob` says.
 
@@ -36,8 +43,8 @@ def parse_experts(
     experts = both[0] if both else integer(hf, "num_experts", MAX_EXPERTS, default=count, where=where)
     return ExpertsConfig(
         count=experts,
-        chosen=integer(hf, "num_experts_per_tok", experts, default=8, where=where),
-        mlp_size=integer(hf, "moe_intermediate_size", MAX_WIDTH, default=768, where=where),
+        chosen=integer(hf, "num_experts_per_tok", experts, default=chosen, where=where),
+        mlp_size=integer(hf, "moe_intermediate_size", MAX_WIDTH, default=mlp_size, where=where),
         normalise=flag(hf, "norm_topk_prob", where) if normalise is None else normalise,
         balance=number(hf, "router_aux_loss_coef", 0.001, 0, 1e6, where),
         every=integer(hf, "decoder_sparse_step", MAX_LAYERS, default=1, where=where),

@@ -45,7 +45,8 @@ def parse_text(hf: HfConfig, tied: bool, where: str = "config.json") -> TextConf
     only(hf, "attn_output_gate", (True,), where)
     only(hf, "mlp_only_layers", ([], None), where)
     only(hf, "mamba_ssm_dtype", ("float32", None), where)
-    rope = section(hf, "rope_parameters", where) or section(hf, "rope_scaling", where)
+    # As in transformers: where both are stated, `rope_scaling` counts.
+    rope = section(hf, "rope_scaling", where) or section(hf, "rope_parameters", where)
     only({"rope_type": rope.get("rope_type", rope.get("type", "default"))}, "rope_type", ("default", "mrope"), where)
     only(rope, "mrope_interleaved", (True,), where)
     head_dim = integer(hf, "head_dim", MAX_WIDTH, default=256, where=where)

@@ -13,13 +13,14 @@ from rave_jax.families.hf import HfConfig, flag, only, section
 KEY = "text_config"
 
 
-def parse_inner(hf: HfConfig, families: Sequence[str]) -> tuple[TextConfig, tuple[int, ...]]:
-    """The text decoder of an HF config, and the ids that end an answer. The head is tied where either of the two
-    configs says so, as in transformers.
+def parse_inner(hf: HfConfig, families: Sequence[str], tied: bool | None = None) -> tuple[TextConfig, tuple[int, ...]]:
+    """The text decoder of an HF config, and the ids that end an answer.
 
     Args:
         hf: the whole config.
         families: text families that are computed; the first is what a config without `model_type` means.
+        tied: is the embedding table the output head? None: it is where the whole config or `text_config` says so, as
+            transformers reads configs of some models.
 
     Raises:
         ConfigError: the decoder is of another family, or asks for what is not computed.
@@ -35,7 +36,8 @@ def parse_inner(hf: HfConfig, families: Sequence[str]) -> tuple[TextConfig, tupl
         config = family.parse(stated)
     except ConfigError as error:
         raise ConfigError(str(error).replace("config.json", where, 1)) from error
-    tied = config.text.tie_embeddings or flag(hf, "tie_word_embeddings")
+    if tied is None:
+        tied = config.text.tie_embeddings or flag(hf, "tie_word_embeddings")
     return dataclasses.replace(config.text, tie_embeddings=tied, family=family.model_type), config.eos_token_ids
 
 

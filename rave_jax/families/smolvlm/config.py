@@ -10,7 +10,7 @@ from typing import Any
 
 from rave_jax.config import ConfigError
 from rave_jax.families.config import MAX_HEADS, MAX_INT32, MAX_LAYERS, MAX_SIDE, MAX_WIDTH, VlmConfig, tower_of
-from rave_jax.families.hf import HfConfig, integer, number, only, section
+from rave_jax.families.hf import HfConfig, flag, integer, number, only, section
 from rave_jax.families.shared.inner import parse_inner, render_inner
 from rave_jax.families.shared.tiles import TileTowerConfig
 from rave_jax.families.shared.vit import VitConfig
@@ -49,7 +49,8 @@ def parse(hf: HfConfig) -> VlmConfig:
         raise ConfigError("config.json: 'vision_config' is missing")
     only(vision, "model_type", (f"{MODEL_TYPE}_vision",), VISION)
     only(vision, "hidden_act", ACTIVATIONS, VISION)
-    text, eos = parse_inner(hf, TEXT_FAMILIES)
+    # As in transformers: what `text_config` says of the head counts for nothing.
+    text, eos = parse_inner(hf, TEXT_FAMILIES, flag(hf, "tie_word_embeddings"))
     sizes: dict[str, Any] = {
         field: integer(vision, key, most, default=default, where=VISION)
         for field, (key, most, default) in SIZES.items()

@@ -64,6 +64,17 @@ def test_the_config_of_a_released_model() -> None:
     assert not config.text.tie_embeddings
 
 
+@pytest.mark.parametrize("top", [True, False])
+@pytest.mark.parametrize("inner", [True, False])
+def test_the_head_is_tied_where_transformers_ties_it(top: bool, inner: bool) -> None:
+    from transformers import InternVLConfig
+
+    hf = json.loads(json.dumps(FAMILY.render(SMALL)))
+    hf["text_config"]["tie_word_embeddings"] = inner
+    hf["tie_word_embeddings"] = top
+    assert FAMILY.parse(hf).text.tie_embeddings is InternVLConfig(**hf).tie_word_embeddings
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

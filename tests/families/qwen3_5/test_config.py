@@ -57,6 +57,13 @@ def dtype_of(model: Vlm, rule: TensorRule) -> Any:
     return named_parameters(model)[locate(model, rule).path].dtype
 
 
+def test_rope_scaling_counts_where_rope_parameters_are_stated_too() -> None:
+    """As in transformers, so that a scaling that we do not compute is never passed over."""
+    text = text_alone(presets.qwen3_5_800m()) | {"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}
+    with pytest.raises(ConfigError, match="'rope_type' is 'yarn', expected 'default'"):
+        family_for(text).parse(text)
+
+
 def test_configs_as_transformers_5_saves_them() -> None:
     from transformers import Qwen3_5Config, Qwen3_5TextConfig
 

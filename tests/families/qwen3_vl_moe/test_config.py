@@ -40,6 +40,19 @@ def test_the_preset_is_the_released_config(shared_data: Path) -> None:
     assert with_statistics(config, preset) == preset
 
 
+def test_numbers_of_experts_that_a_config_leaves_out_are_those_of_transformers() -> None:
+    from transformers.models.qwen3_vl_moe.configuration_qwen3_vl_moe import Qwen3VLMoeTextConfig
+
+    family = family_named(NAME)
+    hf = family.render(presets.qwen3_vl_30b_a3b())
+    for key in ("num_experts", "num_experts_per_tok", "moe_intermediate_size"):
+        del hf["text_config"][key]
+    experts, theirs = family.parse(hf).text.experts, Qwen3VLMoeTextConfig()
+    assert experts is not None
+    wanted = (theirs.num_experts, theirs.num_experts_per_tok, theirs.moe_intermediate_size)
+    assert (experts.count, experts.chosen, experts.mlp_size) == wanted
+
+
 @pytest.mark.parametrize(
     ("config", "parameters", "tensors"),
     [(presets.qwen3_vl_30b_a3b(), 31_070_754_032, 882), (presets.qwen3_vl_235b_a22b(), 235_670_022_896, 1388)],

@@ -43,6 +43,19 @@ def test_a_config_comes_back_from_us_and_from_transformers() -> None:
     assert FAMILY.parse(json.loads(SmolVLMConfig(**rendered).to_json_string())) == SMALL
 
 
+@pytest.mark.parametrize("top", [True, False, None])
+@pytest.mark.parametrize("inner", [True, False])
+def test_the_head_is_tied_where_transformers_ties_it(top: bool | None, inner: bool) -> None:
+    from transformers import SmolVLMConfig
+
+    hf = json.loads(json.dumps(FAMILY.render(SMALL)))
+    hf["text_config"]["tie_word_embeddings"] = inner
+    hf |= {"tie_word_embeddings": top}
+    if top is None:
+        del hf["tie_word_embeddings"]
+    assert FAMILY.parse(hf).text.tie_embeddings is SmolVLMConfig(**hf).tie_word_embeddings
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
