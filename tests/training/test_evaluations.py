@@ -102,6 +102,8 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Generator[list[int]]:
 def evaluated(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[int]]:
     """A run with evaluations between steps, and the number of programs that each of them compiled."""
     folder = tmp_path_factory.mktemp("evaluated") / "run"
+    # The run may not find programs that an earlier one left: with slow tests beside, there is one.
+    jax.clear_caches()
     with pytest.MonkeyPatch.context() as patch, counted(patch) as compiled:
         train(config(folder))
     return folder, compiled
