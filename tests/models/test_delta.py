@@ -170,6 +170,7 @@ def test_rows_taken_out_of_a_cache_keep_their_states() -> None:
                 assert float(jnp.abs(b[:, 1]).max()) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "mechanisms", [pytest.param(RAVE, id="rave", marks=pytest.mark.slow), pytest.param(GAZE, id="gaze")]
 )
