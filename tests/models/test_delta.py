@@ -171,9 +171,7 @@ def test_rows_taken_out_of_a_cache_keep_their_states() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "mechanisms", [pytest.param(RAVE, id="rave", marks=pytest.mark.slow), pytest.param(GAZE, id="gaze")]
-)
+@pytest.mark.parametrize("mechanisms", [pytest.param(RAVE, id="rave"), pytest.param(GAZE, id="gaze")])
 def test_answers_in_slots_are_those_of_whole_passes(mechanisms: tuple[MechanismConfig, ...]) -> None:
     """More prompts than slots, in several chunks, next to answers that grow: rows are used again."""
     model = a_model(*mechanisms)
