@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rave_jax.config import ConfigError
-from rave_jax.families.config import MAX_INT32, ROPE_THETA, TextConfig
+from rave_jax.families.config import MAX_HEADS, MAX_INT32, ROPE_THETA, TextConfig
 
 HfConfig = Mapping[str, Any]
 """What a JSON file of an HF directory holds."""
@@ -148,3 +148,9 @@ def eos_ids(config: HfConfig, default: int | None = None, where: str = "config.j
     if not all(type(i) is int and 0 <= i <= MAX_INT32 for i in ids):
         raise ConfigError(f"{where}: 'eos_token_id' is {_short(value)}, expected a token id or a list of them")
     return ids
+
+
+def kv_heads(hf: HfConfig, absent: int, heads: int, where: str = "config.json") -> int:
+    """`num_key_value_heads`: `absent` where a config leaves it out, as many as query heads where it is null."""
+    default = heads if "num_key_value_heads" in hf else absent
+    return integer(hf, "num_key_value_heads", MAX_HEADS, default=default, where=where)

@@ -13,6 +13,8 @@ from rave_jax.config import ConfigError
 from rave_jax.families import FAMILIES, family_for, family_named
 from rave_jax.families.config import VlmConfig
 from rave_jax.families.qwen2_5_vl import presets
+from rave_jax.families.qwen3_vl.presets import qwen3_vl_8b
+from rave_jax.families.qwen3_vl_moe.presets import qwen3_vl_30b_a3b
 from rave_jax.models.config import FloatName, ModelOptions
 from rave_jax.models.parameters import locate, named_parameters, num_bytes
 from rave_jax.models.vlm import Vlm
@@ -197,3 +199,19 @@ def test_a_token_of_the_7b_takes_the_cache_that_the_page_says(
     assert sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(made.layer_runs)) == expected
     page = (repo / "docs" / "generation.md").read_text()
     assert all(f"{number:,}" in page for number in ({expected} if not mechanisms else {7_616}))
+
+
+@pytest.mark.parametrize(
+    ("config", "absent"), [(presets.qwen2_5_vl_3b(), 8), (qwen3_vl_8b(), 32), (qwen3_vl_30b_a3b(), 16)]
+)
+def test_kv_heads_that_a_config_leaves_out_are_those_of_the_class_in_transformers(
+    config: VlmConfig, absent: int
+) -> None:
+    """And null means as many as query heads."""
+    record = family_named(config.family)
+    rendered = json.loads(json.dumps(record.render(config)))
+    text = rendered.get("text_config", rendered)
+    text["num_key_value_heads"] = None
+    assert record.parse(rendered).text.num_kv_heads == config.text.num_heads
+    del text["num_key_value_heads"]
+    assert record.parse(rendered).text.num_kv_heads == absent

@@ -11,8 +11,8 @@ from rave_jax.families.shared.experts import parse_experts, render_experts
 from rave_jax.families.shared.position_table.hf import TEXT, needed, parse_model, render_model
 
 MODEL_TYPE, ARCHITECTURE = "qwen3_vl_moe", "Qwen3VLMoeForConditionalGeneration"
-EXPERTS, CHOSEN, EXPERT_SIZE = 60, 4, 1408
-"""Experts, experts of a token and width of an expert of a config that does not say it."""
+EXPERTS, CHOSEN, EXPERT_SIZE, KV_HEADS = 60, 4, 1408, 16
+"""Experts, experts of a token, width of an expert and kv heads of a config that does not say it."""
 
 
 def parse(hf: HfConfig) -> VlmConfig:
@@ -21,7 +21,7 @@ def parse(hf: HfConfig) -> VlmConfig:
     Raises:
         ConfigError: a key is missing or asks for what this model does not compute.
     """
-    config = parse_model(hf, MODEL_TYPE, head_dim=None)
+    config = parse_model(hf, MODEL_TYPE, head_dim=None, absent_kv_heads=KV_HEADS)
     # transformers' router divides by the sum whatever the config says.
     text = needed(hf, "text_config")
     experts = parse_experts(text, TEXT, count=EXPERTS, chosen=CHOSEN, mlp_size=EXPERT_SIZE, normalise=True)

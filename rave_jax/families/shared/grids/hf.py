@@ -25,6 +25,7 @@ from rave_jax.families.hf import (
     flag,
     integer,
     integers,
+    kv_heads,
     norm_eps,
     only,
     rope_theta,
@@ -40,6 +41,8 @@ MARKER_IDS = {
     "vision_end_token_id": 151653,
 }
 """Ids of the released models, which a config may leave out."""
+KV_HEADS = 8
+"""Of a config that does not say it."""
 VISION = "config.json: vision_config"
 PREFIXES = (("model.visual.", "visual."), ("model.language_model.", "model."))
 """Keys as transformers 5 saves them, and as released."""
@@ -93,7 +96,7 @@ def _parse_text(text: HfConfig, tied: bool, where: str) -> TextConfig:
         hidden_size=D,
         num_layers=integer(text, "num_hidden_layers", MAX_LAYERS, where=where),
         num_heads=H,
-        num_kv_heads=integer(text, "num_key_value_heads", MAX_HEADS, default=H, where=where),
+        num_kv_heads=kv_heads(text, KV_HEADS, H, where),
         head_dim=D // H,
         mlp_size=integer(text, "intermediate_size", MAX_WIDTH, where=where),
         rms_norm_eps=norm_eps(text, 1e-5, where),

@@ -28,6 +28,7 @@ from rave_jax.families.hf import (
     flag,
     integer,
     integers,
+    kv_heads,
     norm_eps,
     only,
     rope_theta,
@@ -64,13 +65,14 @@ def markers(hf: HfConfig, released: Mapping[str, int] = MARKER_IDS) -> dict[str,
     return {key: integer(hf, key, MAX_INT32, default=default, least=0) for key, default in released.items()}
 
 
-def parse_model(hf: HfConfig, family: str, head_dim: int | None = 128) -> VlmConfig:
+def parse_model(hf: HfConfig, family: str, head_dim: int | None = 128, absent_kv_heads: int = 32) -> VlmConfig:
     """An HF config with a `text_config` of this decoder, whose mlps are dense.
 
     Args:
         hf: the config.
         family: name of the family.
         head_dim: what an absent `head_dim` means; None: the width divided by the number of heads.
+        absent_kv_heads: what an absent `num_key_value_heads` means.
 
     Raises:
         ConfigError: a key is missing or asks for what is not computed.
@@ -78,7 +80,7 @@ def parse_model(hf: HfConfig, family: str, head_dim: int | None = 128) -> VlmCon
     text = needed(hf, "text_config")
     return VlmConfig(
         # As in transformers: what `text_config` says of the head counts for nothing.
-        text=parse_text(text, flag(hf, "tie_word_embeddings"), head_dim),
+        text=parse_text(text, flag(hf, "tie_word_embeddings"), head_dim, absent_kv_heads),
         vision=parse_vision(needed(hf, "vision_config")),
         **markers(hf),
         eos_token_ids=eos_ids(text, EOS_ID, TEXT),
@@ -86,7 +88,7 @@ def parse_model(hf: HfConfig, family: str, head_dim: int | None = 128) -> VlmCon
     )
 
 
-def parse_text(text: HfConfig, tied: bool, head_dim: int | None) -> TextConfig:
+def parse_text(text: HfConfig, tied: bool, head_dim: int | None, absent_kv_heads: int) -> TextConfig:
     """The decoder: q/k norm, no qkv bias, M-RoPE whose frequencies take turns."""
     only(text, "hidden_act", ("silu",), TEXT)
     only(text, "attention_bias", (False,), TEXT)
@@ -100,7 +102,7 @@ def parse_text(text: HfConfig, tied: bool, head_dim: int | None) -> TextConfig:
         hidden_size=width,
         num_layers=integer(text, "num_hidden_layers", MAX_LAYERS, where=TEXT),
         num_heads=heads,
-        num_kv_heads=integer(text, "num_key_value_heads", MAX_HEADS, default=heads, where=TEXT),
+        num_kv_heads=kv_heads(text, absent_kv_heads, heads, TEXT),
         head_dim=integer(text, "head_dim", MAX_WIDTH, default=head_dim or width // heads, where=TEXT),
         mlp_size=integer(text, "intermediate_size", MAX_WIDTH, where=TEXT),
         rms_norm_eps=norm_eps(text, 1e-6, TEXT),
