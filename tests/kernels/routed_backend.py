@@ -243,11 +243,11 @@ class RoutedBackend:
     @pytest.mark.parametrize("mesh", [(1, 2, 2), (1, 1, 4)], ids=["rows and kv heads", "more devices than kv heads"])
     def test_a_mesh_changes_nothing(self, mesh):
         """Two rows and two kv heads, each of draws of its own."""
-        d = self.sizes._replace(B=2, K=2)
+        d, call = self.sizes._replace(B=2, K=2), type(self).call
         given_ = drawn_for(d, 8, biased=self.biased)
-        alone = program(by_name, self.name, d, GROUP)(given_)
+        alone = program(call, self.name, d, GROUP)(given_)
         with use_mesh(make_mesh(MeshConfig(*mesh), jax.devices()[: math.prod(mesh)])):
-            split = program.__wrapped__(by_name, self.name, d, GROUP)(given_)
+            split = program.__wrapped__(call, self.name, d, GROUP)(given_)
         near(split, alone)
 
     def test_operands_that_do_not_fit_are_named(self):
