@@ -36,6 +36,18 @@ def section(config: HfConfig, key: str, where: str = "config.json") -> HfConfig:
     return value or {}
 
 
+def needed(config: HfConfig, key: str) -> HfConfig:
+    """An object that config.json must have.
+
+    Raises:
+        ConfigError: it has none.
+    """
+    found = section(config, key)
+    if not found:
+        raise ConfigError(f"config.json: {key!r} is missing")
+    return found
+
+
 def integer(
     config: HfConfig, key: str, most: int, *, default: int | None = None, least: int = 1, where: str = "config.json"
 ) -> int:

@@ -17,8 +17,10 @@ from rave_jax.batch import Patches
 from rave_jax.families.config import TowerConfig
 from rave_jax.kernels import attention as attention_kernels
 from rave_jax.kernels.attention import Implementation, MaskCodes
+from rave_jax.models import lora
+from rave_jax.models.config import ModelOptions
 from rave_jax.models.forward import ImageFeatures
-from rave_jax.models.layers import Linear
+from rave_jax.models.layers import LayerNorm, Linear, Mlp
 from rave_jax.models.rope import Rotation, rotate
 from rave_jax.models.stack import LayerRun
 from rave_jax.parallel.sharding import shard
@@ -96,6 +98,33 @@ class JointAttention(nnx.Module):
         """Queries, keys and values; the first two rotated."""
         q, k, v = (shard(self.qkv.part(x, n), "batch", "length", "heads", None) for n in range(3))
         return rotate(q, rotation), rotate(k, rotation), v
+
+
+class FrameBlock(nnx.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)), with LayerNorm and one mlp.
+
+    Args:
+        config: sizes of the tower.
+        activation: between the two linears of the mlp.
+        eps: added to the variance in the norms.
+        options: number types, adapters and the attention backend.
+    """
+
+    def __init__(self, config: TowerConfig, activation: str, eps: float, options: ModelOptions, key: jax.Array):
+        dtype, D = options.params, config.hidden_size
+        keys = jax.random.split(key, 3)
+        self.attention = JointAttention(D, config.num_heads, dtype=dtype, key=keys[0])
+        self.mlp = Mlp(D, config.mlp_size, activation, dtype=dtype, key=keys[1])
+        self.attention_norm = LayerNorm(D, eps=eps, dtype=dtype)
+        self.mlp_norm = LayerNorm(D, eps=eps, dtype=dtype)
+        self.implementation = options.attention
+        lora.attach(self, "vision.", options.lora, dtype, keys[2])
+
+    def __call__(self, x: Float[Array, "B P D"], rotation: Rotation, codes: MaskCodes) -> Float[Array, "B P D"]:
+        """The same shape as x."""
+        x = x + self.attention(self.attention_norm(x), rotation, codes, self.implementation)
+        x = shard(x, "batch", "length", None)
+        return shard(x + self.mlp(self.mlp_norm(x)), "batch", "length", None)
 
 
 class Merger(nnx.Module):

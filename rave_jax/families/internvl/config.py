@@ -10,7 +10,7 @@ from typing import Any
 
 from rave_jax.config import ConfigError, require
 from rave_jax.families.config import MAX_HEADS, MAX_INT32, MAX_LAYERS, MAX_SIDE, MAX_WIDTH, VlmConfig, tower_of
-from rave_jax.families.hf import HfConfig, flag, integer, number, only, section
+from rave_jax.families.hf import HfConfig, flag, integer, needed, number, only
 from rave_jax.families.shared.inner import parse_inner, render_inner
 from rave_jax.families.shared.tiles import TileTowerConfig
 
@@ -62,9 +62,7 @@ def parse(hf: HfConfig) -> VlmConfig:
     Raises:
         ConfigError: a key is missing or asks for what this model does not compute.
     """
-    vision = section(hf, "vision_config")
-    if not vision:
-        raise ConfigError("config.json: 'vision_config' is missing")
+    vision = needed(hf, "vision_config")
     only(hf, "vision_feature_layer", (-1,))
     only(hf, "vision_feature_select_strategy", ("default",))
     only(hf, "projector_hidden_act", ACTIVATIONS)

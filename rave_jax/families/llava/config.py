@@ -10,7 +10,7 @@ from typing import Any
 
 from rave_jax.config import ConfigError
 from rave_jax.families.config import MAX_INT32, VlmConfig, tower_of
-from rave_jax.families.hf import HfConfig, integer, only, section
+from rave_jax.families.hf import HfConfig, integer, needed, only
 from rave_jax.families.shared.inner import parse_inner, render_inner
 from rave_jax.families.shared.vit import VitConfig, feature_layers, parse_vit, render_feature_layers, render_vit
 
@@ -28,9 +28,7 @@ def parse(hf: HfConfig) -> VlmConfig:
     Raises:
         ConfigError: a key is missing or asks for what this model does not compute.
     """
-    vision = section(hf, "vision_config")
-    if not vision:
-        raise ConfigError("config.json: 'vision_config' is missing")
+    vision = needed(hf, "vision_config")
     only(hf, "projector_hidden_act", ("gelu",))
     only(hf, "multimodal_projector_bias", (True, False))
     only(hf, "vision_feature_select_strategy", ("default", "full"))

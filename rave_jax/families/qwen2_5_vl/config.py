@@ -20,13 +20,14 @@ from rave_jax.families.hf import (
     HfConfig,
     integer,
     integers,
+    needed,
     number,
     only,
     rope_theta,
     section,
 )
 from rave_jax.families.shared.grids.config import GridTowerConfig
-from rave_jax.families.shared.grids.hf import VISION, parse_model, render_model, vision_section
+from rave_jax.families.shared.grids.hf import VISION, parse_model, render_model
 
 MODEL_TYPE, ARCHITECTURE = "qwen2_5_vl", "Qwen2_5_VLForConditionalGeneration"
 
@@ -70,7 +71,7 @@ def parse(hf: HfConfig) -> VlmConfig:
     Raises:
         ConfigError: a key is missing or asks for what this model does not compute.
     """
-    vision = vision_section(hf)
+    vision = needed(hf, "vision_config")
     per_second = number(vision, "tokens_per_second", 4, 1e-6, 1e6, VISION)
     return parse_model(hf, _parse_vision(vision), MODEL_TYPE, per_second)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from rave_jax.families.config import TextConfig, VlmConfig
 from rave_jax.families.qwen2_5_vl.config import MODEL_TYPE, VisionConfig
 from rave_jax.families.shared.grids.hf import EOS_ID, MARKER_IDS
+from rave_jax.families.shared.grids.tiny import mrope_thirds, tiny_model
 
 
 def _tower(out_size: int) -> VisionConfig:
@@ -84,18 +85,6 @@ def tiny(
     have several.
     """
     half = width // num_heads // 2
-    height = (half + 1) // 3
-    text = TextConfig(
-        vocab_size=vocab_size,
-        hidden_size=width,
-        num_layers=num_layers,
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=width // num_heads,
-        mlp_size=2 * width,
-        mrope_section=(half - 2 * height, height, height),
-        tie_embeddings=tie_embeddings,
-    )
     vision = VisionConfig(
         depth=vision_depth,
         hidden_size=16,
@@ -106,13 +95,14 @@ def tiny(
         full_attention_blocks=full_attention_blocks,
         out_size=width,
     )
-    return VlmConfig(
-        text=text,
-        vision=vision,
-        image_token_id=vocab_size - 1,
-        video_token_id=vocab_size - 2,
-        vision_start_token_id=vocab_size - 3,
-        vision_end_token_id=vocab_size - 4,
-        eos_token_ids=(vocab_size - 5,),
-        family=MODEL_TYPE,
+    return tiny_model(
+        MODEL_TYPE,
+        vision,
+        vocab_size=vocab_size,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=width // num_heads,
+        mrope_section=mrope_thirds(half, (half + 1) // 3),
+        tie_embeddings=tie_embeddings,
     )

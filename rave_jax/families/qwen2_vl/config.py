@@ -18,9 +18,9 @@ from rave_jax.families.config import (
     VlmConfig,
     tower_of,
 )
-from rave_jax.families.hf import HfConfig, integer, only, rope_theta, section
+from rave_jax.families.hf import HfConfig, integer, needed, only, rope_theta, section
 from rave_jax.families.shared.grids.config import GridTowerConfig
-from rave_jax.families.shared.grids.hf import VISION, parse_model, render_model, vision_section
+from rave_jax.families.shared.grids.hf import VISION, parse_model, render_model
 
 MODEL_TYPE, ARCHITECTURE = "qwen2_vl", "Qwen2VLForConditionalGeneration"
 REPEATED = {"in_chans": "in_channels", "spatial_patch_size": "patch_size"}
@@ -48,7 +48,7 @@ def parse(hf: HfConfig) -> VlmConfig:
     Raises:
         ConfigError: a key is missing or asks for what this model does not compute.
     """
-    return parse_model(hf, _parse_vision(vision_section(hf)), MODEL_TYPE)
+    return parse_model(hf, _parse_vision(needed(hf, "vision_config")), MODEL_TYPE)
 
 
 def _parse_vision(vision: HfConfig) -> VisionConfig:

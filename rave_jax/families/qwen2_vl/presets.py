@@ -9,6 +9,7 @@ from __future__ import annotations
 from rave_jax.families.config import TextConfig, VlmConfig
 from rave_jax.families.qwen2_vl.config import MODEL_TYPE, VisionConfig
 from rave_jax.families.shared.grids.hf import EOS_ID, MARKER_IDS
+from rave_jax.families.shared.grids.tiny import mrope_thirds, tiny_model
 
 
 def _released(text: TextConfig) -> VlmConfig:
@@ -63,26 +64,15 @@ def tiny(
     Placeholder and marker ids are the last five of the vocabulary.
     """
     half = width // num_heads // 2
-    height = (half + 1) // 3
-    text = TextConfig(
+    vision = VisionConfig(depth=vision_depth, hidden_size=16, num_heads=2, mlp_size=32, patch_size=4, out_size=width)
+    return tiny_model(
+        MODEL_TYPE,
+        vision,
         vocab_size=vocab_size,
-        hidden_size=width,
         num_layers=num_layers,
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=width // num_heads,
-        mlp_size=2 * width,
-        mrope_section=(half - 2 * height, height, height),
+        mrope_section=mrope_thirds(half, (half + 1) // 3),
         tie_embeddings=tie_embeddings,
-    )
-    vision = VisionConfig(depth=vision_depth, hidden_size=16, num_heads=2, mlp_size=32, patch_size=4, out_size=width)
-    return VlmConfig(
-        text=text,
-        vision=vision,
-        image_token_id=vocab_size - 1,
-        video_token_id=vocab_size - 2,
-        vision_start_token_id=vocab_size - 3,
-        vision_end_token_id=vocab_size - 4,
-        eos_token_ids=(vocab_size - 5,),
-        family=MODEL_TYPE,
     )

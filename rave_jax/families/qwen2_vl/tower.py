@@ -13,37 +13,16 @@ from rave_jax.attention import block_diagonal_codes
 from rave_jax.batch import Patches
 from rave_jax.families.qwen2_vl.config import VisionConfig
 from rave_jax.kernels.attention import MaskCodes
-from rave_jax.models import lora
 from rave_jax.models.config import ModelOptions
-from rave_jax.models.layers import LayerNorm, Linear, Mlp
+from rave_jax.models.layers import LayerNorm, Linear
 from rave_jax.models.rope import Rotation, patch_rotation
 from rave_jax.models.stack import LayerRun, equal_runs
-from rave_jax.models.tower import JointAttention, Merger, check_patches, normalised
+from rave_jax.models.tower import FrameBlock, Merger, check_patches, normalised
 from rave_jax.parallel.sharding import shard
 from rave_jax.typing import Array, Float
 
 NORM_EPS = 1e-6
 """Added to the variance in every LayerNorm."""
-
-
-class VisionBlock(nnx.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
-
-    def __init__(self, config: VisionConfig, options: ModelOptions, key: jax.Array):
-        dtype, D, eps = options.params, config.hidden_size, NORM_EPS
-        keys = jax.random.split(key, 3)
-        self.attention = JointAttention(D, config.num_heads, dtype=dtype, key=keys[0])
-        self.mlp = Mlp(D, config.mlp_size, "quick_gelu", dtype=dtype, key=keys[1])
-        self.attention_norm = LayerNorm(D, eps=eps, dtype=dtype)
-        self.mlp_norm = LayerNorm(D, eps=eps, dtype=dtype)
-        self.implementation = options.attention
-        lora.attach(self, "vision.", options.lora, dtype, keys[2])
-
-    def __call__(self, x: Float[Array, "B P D"], rotation: Rotation, codes: MaskCodes) -> Float[Array, "B P D"]:
-        """The same shape as x."""
-        x = x + self.attention(self.attention_norm(x), rotation, codes, self.implementation)
-        x = shard(x, "batch", "length", None)
-        return shard(x + self.mlp(self.mlp_norm(x)), "batch", "length", None)
 
 
 class Tower(nnx.Module):
@@ -55,7 +34,7 @@ class Tower(nnx.Module):
         self.patch = Linear((D,), (config.patch_width,), ("embed", "patch"), bias=False, dtype=dtype, key=patch_key)
         keys = jax.random.split(blocks_key, config.depth)
         self.layer_runs = nnx.List(
-            LayerRun(*run, lambda k: VisionBlock(config, options, k), keys)
+            LayerRun(*run, lambda k: FrameBlock(config, "quick_gelu", NORM_EPS, options, k), keys)
             for run in equal_runs(config.depth, options.scan_layers)
         )
         norm = LayerNorm(D, eps=NORM_EPS, dtype=dtype)
@@ -75,7 +54,7 @@ class Tower(nnx.Module):
         shared = rotation, block_diagonal_codes(patches.frame)
         x = shard(self.patch(normalised(patches.pixels, self.config, self.compute)), "batch", "length", None)
 
-        def body(block: VisionBlock, x: Array, _: None, at: tuple[Rotation, MaskCodes]) -> tuple[Array, None]:
+        def body(block: FrameBlock, x: Array, _: None, at: tuple[Rotation, MaskCodes]) -> tuple[Array, None]:
             return block(x, *at), None
 
         for run in self.layer_runs:

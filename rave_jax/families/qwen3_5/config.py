@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from rave_jax.families.config import VlmConfig, tower_of
-from rave_jax.families.hf import HfConfig, eos_ids, flag, only
+from rave_jax.families.hf import HfConfig, eos_ids, flag, needed, only
 from rave_jax.families.shared.gated_delta import parse_text, render_text
 from rave_jax.families.shared.position_table.config import TableTowerConfig
-from rave_jax.families.shared.position_table.hf import TEXT, VISION, markers, needed, parse_vision, render_vision
+from rave_jax.families.shared.position_table.hf import TEXT, VISION, markers, parse_vision, render_vision
 
 MODEL_TYPE, ARCHITECTURE = "qwen3_5", "Qwen3_5ForConditionalGeneration"
 EOS_ID = 248044

@@ -6,62 +6,22 @@
 
 from __future__ import annotations
 
-from rave_jax.families.config import TextConfig, VlmConfig
+from rave_jax.families.config import VlmConfig
 from rave_jax.families.qwen3_vl.config import MODEL_TYPE
+from rave_jax.families.shared.grids.tiny import mrope_thirds, tiny_model
 from rave_jax.families.shared.position_table.config import TableTowerConfig
-from rave_jax.families.shared.position_table.hf import EOS_ID, MARKER_IDS, MROPE_SECTION
-
-HALVES = (0.5, 0.5, 0.5)
+from rave_jax.families.shared.position_table.released import large_tower, released, released_tower
 
 
 def small_tower(out_size: int) -> TableTowerConfig:
     """The tower of 2B and 4B."""
-    return TableTowerConfig(
-        depth=24,
-        hidden_size=1024,
-        num_heads=16,
-        mlp_size=4096,
-        out_size=out_size,
-        table_side=48,
-        deep_blocks=(5, 11, 17),
-        pixel_mean=HALVES,
-        pixel_std=HALVES,
-    )
-
-
-def large_tower(out_size: int) -> TableTowerConfig:
-    """The tower of the larger ones."""
-    return TableTowerConfig(
-        depth=27,
-        hidden_size=1152,
-        num_heads=16,
-        mlp_size=4304,
-        out_size=out_size,
-        table_side=48,
-        deep_blocks=(8, 16, 24),
-        pixel_mean=HALVES,
-        pixel_std=HALVES,
-    )
+    return released_tower(depth=24, hidden_size=1024, mlp_size=4096, deep_blocks=(5, 11, 17), out_size=out_size)
 
 
 def _released(tower: TableTowerConfig, layers: int, heads: int, mlp_size: int, tied: bool) -> VlmConfig:
-    text = TextConfig(
-        vocab_size=151936,
-        hidden_size=tower.out_size,
-        num_layers=layers,
-        num_heads=heads,
-        num_kv_heads=8,
-        head_dim=128,
-        mlp_size=mlp_size,
-        rope_theta=5e6,
-        mrope_section=MROPE_SECTION,
-        mrope_interleaved=True,
-        qkv_bias=False,
-        qk_norm=True,
-        tie_embeddings=tied,
-        max_position=262144,
+    return released(
+        tower, MODEL_TYPE, num_layers=layers, num_heads=heads, num_kv_heads=8, mlp_size=mlp_size, tie_embeddings=tied
     )
-    return VlmConfig(text=text, vision=tower, **MARKER_IDS, eos_token_ids=(EOS_ID,), family=MODEL_TYPE)
 
 
 def qwen3_vl_2b() -> VlmConfig:
@@ -100,21 +60,6 @@ def tiny(
     """A model of the same architecture that runs in milliseconds. Placeholder and marker ids are the last five of the
     vocabulary."""
     half = head_dim // 2
-    side = half // 3
-    text = TextConfig(
-        vocab_size=vocab_size,
-        hidden_size=width,
-        num_layers=num_layers,
-        num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        head_dim=head_dim,
-        mlp_size=2 * width,
-        mrope_section=(half - 2 * side, side, side),
-        mrope_interleaved=True,
-        qkv_bias=False,
-        qk_norm=True,
-        tie_embeddings=tie_embeddings,
-    )
     vision = TableTowerConfig(
         depth=vision_depth,
         hidden_size=16,
@@ -125,13 +70,17 @@ def tiny(
         table_side=table_side,
         deep_blocks=deep_blocks,
     )
-    return VlmConfig(
-        text=text,
-        vision=vision,
-        image_token_id=vocab_size - 1,
-        video_token_id=vocab_size - 2,
-        vision_start_token_id=vocab_size - 3,
-        vision_end_token_id=vocab_size - 4,
-        eos_token_ids=(vocab_size - 5,),
-        family=MODEL_TYPE,
+    return tiny_model(
+        MODEL_TYPE,
+        vision,
+        vocab_size=vocab_size,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        mrope_section=mrope_thirds(half, half // 3),
+        mrope_interleaved=True,
+        qkv_bias=False,
+        qk_norm=True,
+        tie_embeddings=tie_embeddings,
     )

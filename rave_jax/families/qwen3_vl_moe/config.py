@@ -6,9 +6,9 @@ import dataclasses
 from typing import Any
 
 from rave_jax.families.config import VlmConfig
-from rave_jax.families.hf import HfConfig
+from rave_jax.families.hf import HfConfig, needed
 from rave_jax.families.shared.experts import parse_experts, render_experts
-from rave_jax.families.shared.position_table.hf import TEXT, needed, parse_model, render_model
+from rave_jax.families.shared.position_table.hf import TEXT, parse_model, render_model
 
 MODEL_TYPE, ARCHITECTURE = "qwen3_vl_moe", "Qwen3VLMoeForConditionalGeneration"
 EXPERTS, CHOSEN, EXPERT_SIZE, KV_HEADS = 60, 4, 1408, 16

@@ -8,9 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from rave_jax.config import ConfigError
 from rave_jax.families.config import MAX_HEADS, MAX_INT32, MAX_LAYERS, MAX_SIDE, MAX_WIDTH, VlmConfig, tower_of
-from rave_jax.families.hf import HfConfig, flag, integer, number, only, section
+from rave_jax.families.hf import HfConfig, flag, integer, needed, number, only
 from rave_jax.families.shared.inner import parse_inner, render_inner
 from rave_jax.families.shared.tiles import TileTowerConfig
 from rave_jax.families.shared.vit import VitConfig
@@ -44,9 +43,7 @@ def parse(hf: HfConfig) -> VlmConfig:
     Raises:
         ConfigError: a key is missing or asks for what this model does not compute.
     """
-    vision = section(hf, "vision_config")
-    if not vision:
-        raise ConfigError("config.json: 'vision_config' is missing")
+    vision = needed(hf, "vision_config")
     only(vision, "model_type", (f"{MODEL_TYPE}_vision",), VISION)
     only(vision, "hidden_act", ACTIVATIONS, VISION)
     # As in transformers: what `text_config` says of the head counts for nothing.

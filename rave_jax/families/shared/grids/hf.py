@@ -48,18 +48,6 @@ PREFIXES = (("model.visual.", "visual."), ("model.language_model.", "model."))
 """Keys as transformers 5 saves them, and as released."""
 
 
-def vision_section(hf: HfConfig) -> HfConfig:
-    """`vision_config` of an HF config.
-
-    Raises:
-        ConfigError: it is missing.
-    """
-    vision = section(hf, "vision_config")
-    if not vision:
-        raise ConfigError("config.json: 'vision_config' is missing")
-    return vision
-
-
 def parse_model(hf: HfConfig, vision: GridTowerConfig, family: str, tokens_per_second: float = 2.0) -> VlmConfig:
     """The config of a model with this tower.
 

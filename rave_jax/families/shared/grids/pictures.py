@@ -28,11 +28,11 @@ from rave_jax.families.shared.grids.config import GridTowerConfig
 from rave_jax.families.shared.grids.images import cut, resize, smart_resize
 from rave_jax.families.shared.grids.positions import mrope_positions
 from rave_jax.families.shared.grids.video import UNKNOWN_FPS, VideoLimits, frame_size, sample_frames
+from rave_jax.families.shared.processor_files import bicubic, steps
 from rave_jax.layout import Grid
 from rave_jax.typing import Int, NpArray
 
-BICUBIC = 3
-STEPS = ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb")
+STEPS = ("do_resize", "do_rescale", "do_normalize")
 """Keys of an image processor's file that say what is done with a picture; here it always is."""
 
 
@@ -145,13 +145,8 @@ def image_limits(files: ProcessorFiles) -> tuple[int, int]:
         ConfigError: the image processor's file asks for processing that is not done here.
     """
     image = files.image
-    for key in STEPS:
-        if image.get(key, True) is not True:
-            raise ConfigError(f"{files.image_file}: {key} is {image[key]!r}, expected True")
-    if image.get("resample", BICUBIC) != BICUBIC:
-        raise ConfigError(f"{files.image_file}: resample is {image['resample']!r}, expected {BICUBIC} (bicubic)")
-    if abs(image.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-6:
-        raise ConfigError(f"{files.image_file}: rescale_factor is {image['rescale_factor']!r}, expected 1/255")
+    steps(files.image_file, image, STEPS)
+    bicubic(files.image_file, image)
     return pixel_limits(files.image_file, image, Pictures.min_pixels, Pictures.max_pixels)
 
 

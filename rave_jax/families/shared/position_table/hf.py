@@ -29,35 +29,17 @@ from rave_jax.families.hf import (
     integer,
     integers,
     kv_heads,
+    needed,
     norm_eps,
     only,
     rope_theta,
     section,
 )
+from rave_jax.families.shared.grids.hf import EOS_ID, MARKER_IDS
 from rave_jax.families.shared.position_table.config import TableTowerConfig
 
-EOS_ID = 151645
-MARKER_IDS = {
-    "image_token_id": 151655,
-    "video_token_id": 151656,
-    "vision_start_token_id": 151652,
-    "vision_end_token_id": 151653,
-}
-"""Ids of the released models, which a config may leave out."""
 TEXT, VISION = "config.json: text_config", "config.json: vision_config"
 MROPE_SECTION = (24, 20, 20)
-
-
-def needed(hf: HfConfig, key: str) -> HfConfig:
-    """An object that the HF config must have.
-
-    Raises:
-        ConfigError: it has none.
-    """
-    found = section(hf, key)
-    if not found:
-        raise ConfigError(f"config.json: {key!r} is missing")
-    return found
 
 
 def markers(hf: HfConfig, released: Mapping[str, int] = MARKER_IDS) -> dict[str, int]:

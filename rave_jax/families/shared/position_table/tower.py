@@ -15,14 +15,13 @@ from rave_jax.attention import block_diagonal_codes
 from rave_jax.batch import Patches
 from rave_jax.families.shared.position_table.config import NORM_EPS, TableTowerConfig
 from rave_jax.kernels.attention import MaskCodes
-from rave_jax.models import lora
 from rave_jax.models.config import ModelOptions
 from rave_jax.models.forward import ImageFeatures
 from rave_jax.models.initial import normal
-from rave_jax.models.layers import LayerNorm, Linear, Mlp
+from rave_jax.models.layers import LayerNorm, Linear
 from rave_jax.models.rope import Rotation, patch_rotation
 from rave_jax.models.stack import LayerRun
-from rave_jax.models.tower import JointAttention, Merger, check_patches, normalised
+from rave_jax.models.tower import FrameBlock, Merger, check_patches, normalised
 from rave_jax.parallel.sharding import shard
 from rave_jax.typing import Array, Float, Int
 
@@ -53,26 +52,6 @@ class PositionTable(nnx.Module):
         return total
 
 
-class TableBlock(nnx.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
-
-    def __init__(self, config: TableTowerConfig, options: ModelOptions, key: jax.Array):
-        dtype, D = options.params, config.hidden_size
-        keys = jax.random.split(key, 3)
-        self.attention = JointAttention(D, config.num_heads, dtype=dtype, key=keys[0])
-        self.mlp = Mlp(D, config.mlp_size, "gelu_pytorch_tanh", dtype=dtype, key=keys[1])
-        self.attention_norm = LayerNorm(D, eps=NORM_EPS, dtype=dtype)
-        self.mlp_norm = LayerNorm(D, eps=NORM_EPS, dtype=dtype)
-        self.implementation = options.attention
-        lora.attach(self, "vision.", options.lora, dtype, keys[2])
-
-    def __call__(self, x: Float[Array, "B P D"], rotation: Rotation, codes: MaskCodes) -> Float[Array, "B P D"]:
-        """The same shape as x."""
-        x = x + self.attention(self.attention_norm(x), rotation, codes, self.implementation)
-        x = shard(x, "batch", "length", None)
-        return shard(x + self.mlp(self.mlp_norm(x)), "batch", "length", None)
-
-
 class Tower(nnx.Module):
     """Patches of a row to visual tokens of the decoder's width, and to what is added behind its first layers."""
 
@@ -83,7 +62,7 @@ class Tower(nnx.Module):
         self.table = PositionTable(config.table_side, D, dtype=dtype, key=table_key)
         keys = jax.random.split(blocks_key, config.depth)
         self.layer_runs = nnx.List(
-            LayerRun(start, stop, lambda k: TableBlock(config, options, k), keys)
+            LayerRun(start, stop, lambda k: FrameBlock(config, "gelu_pytorch_tanh", NORM_EPS, options, k), keys)
             for start, stop in block_runs(config.depth, config.deep_blocks, options.scan_layers)
         )
         merger_key, *deep_keys = jax.random.split(merger_key, 1 + len(config.deep_blocks))
@@ -113,7 +92,7 @@ class Tower(nnx.Module):
         deep, mergers = [], iter(self.deep_mergers)
         for run in self.layer_runs:
 
-            def body(block: TableBlock, x: Array, _: None, at: tuple[Rotation, MaskCodes]) -> tuple[Array, None]:
+            def body(block: FrameBlock, x: Array, _: None, at: tuple[Rotation, MaskCodes]) -> tuple[Array, None]:
                 return block(x, *at), None
 
             x, _ = run.scan(body, x, None, (rotation, codes), self.remat)
