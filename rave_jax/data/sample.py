@@ -121,6 +121,20 @@ def message_text(message: Message) -> str:
     return "".join(part["text"] for part in content if part["type"] == "text")
 
 
+class Part(NamedTuple):
+    """Samples of a source that lie together, such as those of a file.
+
+    Fields:
+        length: how many.
+        fingerprint: of what they hold, in their order.
+        data: the file or folder that holds them; what is made from them once lies beside it. Empty: nowhere.
+    """
+
+    length: int
+    fingerprint: str
+    data: str = ""
+
+
 class Source(Protocol):
     """Samples by index: random access, the same sample for the same index whoever asks."""
 
@@ -130,6 +144,11 @@ class Source(Protocol):
     @property
     def fingerprint(self) -> str:
         """Of what the source holds, in its order; empty where its config says it all."""
+        ...
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The samples in their order, in parts that change apart from each other."""
         ...
 
     def __len__(self) -> int: ...

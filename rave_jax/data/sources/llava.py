@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from rave_jax.data.sample import Sample, SampleError
+from rave_jax.data.sample import Part, Sample, SampleError
 from rave_jax.data.sources.conversation import conversation, last_answer
 from rave_jax.data.sources.files import open_records
 from rave_jax.data.sources.keys import take
@@ -56,6 +56,11 @@ class LlavaSource:
     def fingerprint(self) -> str:
         """Of the records and their order."""
         return self._records.fingerprint
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The file is one part."""
+        return (Part(len(self), self.fingerprint, str(self._records.path)),)
 
     def __getitem__(self, index: int) -> Sample:
         record, where = self._records[index], self._records.where(index)

@@ -23,7 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from rave_jax.config import ConfigError, require
-from rave_jax.data.sample import METRICS, Sample, SampleError
+from rave_jax.data.sample import METRICS, Part, Sample, SampleError
 from rave_jax.data.sources.columns import Named, class_names, columns_of
 from rave_jax.data.sources.conversation import conversation, last_answer
 from rave_jax.data.sources.files import fingerprint_of_files, open_file, other_kind
@@ -153,6 +153,11 @@ class ParquetSource:
             raise ConfigError(
                 f"{error.filename or self._paths[0]}: cannot be read: {error.strerror or error}"
             ) from error
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """All files are one part."""
+        return (Part(len(self), self.fingerprint, str(self._paths[0])),)
 
     def __getitem__(self, index: int) -> Sample:
         if not 0 <= index < self._length:

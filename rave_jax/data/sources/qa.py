@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rave_jax.config import require, shown
-from rave_jax.data.sample import METRICS, Message, Sample, SampleError
+from rave_jax.data.sample import METRICS, Message, Part, Sample, SampleError
 from rave_jax.data.sources.conversation import PLACEHOLDER, conversation
 from rave_jax.data.sources.files import open_records
 from rave_jax.data.sources.keys import is_empty, take
@@ -65,6 +65,11 @@ class QaSource:
     def fingerprint(self) -> str:
         """Of the records and their order."""
         return self._records.fingerprint
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The file is one part."""
+        return (Part(len(self), self.fingerprint, str(self._records.path)),)
 
     def __getitem__(self, index: int) -> Sample:
         record, where = self._records[index], self._records.where(index)
