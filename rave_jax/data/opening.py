@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from rave_jax.data.places import scheme_of, stream
 from rave_jax.data.sample import ImageError
 from rave_jax.files import LFS_ADVICE, LFS_POINTER, open_regular
 
@@ -86,6 +87,8 @@ def _bytes_of(source: Any) -> BinaryIO:
     path = text.removeprefix("file://")
     if not path.strip():
         raise ImageError("the path of a picture is empty")
+    if scheme_of(path):
+        return stream(path)
     if is_address(path):
         raise ImageError("a URL: pictures are not downloaded; save the picture and give the path of the file")
     if len(path) > LONGEST_PATH:
