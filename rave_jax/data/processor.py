@@ -132,7 +132,7 @@ class Processor:
 
     def need(self, part: Message, pictures: int = 1) -> tuple[int, int]:
         """(tokens, patches) of a picture or video part in a conversation of so many pictures, from the header of the
-        picture or of its first frame.
+        picture, of a video's first frame or of its file.
 
         Raises:
             ImageError: no picture, or a video without frames.
@@ -174,13 +174,13 @@ class Processor:
 
         Raises:
             SampleError: a message, a picture or a placeholder that cannot be used. Says which sample and file.
-            OverBudget: a text that is too long for `most_tokens`, or longer than any model reads.
+            OverBudget: a text or videos that are too long for `most_tokens`, or a text longer than any model reads.
         """
         try:
             self._check_length(messages, most_tokens)
-            return self._encode(messages, add_generation_prompt)
+            return self._encode(messages, add_generation_prompt, most_tokens)
         except SampleError as error:
-            raise (type(error)(f"{name}: {error}") if name else error) from error
+            raise (error.at(name) if name else error) from error
 
     def _check_length(self, messages: Sequence[Message], most_tokens: int | None) -> None:
         texts = [text for message in messages for text in _texts(message)]
@@ -201,7 +201,18 @@ class Processor:
         """Characters of the longest token of the vocabulary. Where tokens are written in bytes, these are no fewer."""
         return max(map(len, self.tokenizer.get_vocab()))
 
-    def _encode(self, messages: Sequence[Message], add_generation_prompt: bool) -> Example:
+    def _check_videos(self, parts: Sequence[Message], most_tokens: int) -> None:
+        """A long video is refused before it is decoded."""
+        pictures = count_pictures(parts)
+        needs = [self.need(part, pictures) for part in parts if part["type"] == "video"]
+        tokens, patches = (sum(need[i] for need in needs) for i in (0, 1))
+        if tokens > most_tokens:
+            whose = "the video takes" if len(needs) == 1 else f"the {len(needs)} videos take"
+            raise OverBudget(f"{whose} {tokens} tokens, over the budget of {most_tokens} tokens", tokens, patches)
+
+    def _encode(
+        self, messages: Sequence[Message], add_generation_prompt: bool, most_tokens: int | None = None
+    ) -> Example:
         runs = self.chat.runs(messages, add_generation_prompt)
         parts = [part for run in runs for part in run.visuals]
         if parts and not self.rules.has_vision:
@@ -209,6 +220,8 @@ class Processor:
         if self.rules.video_token_id < 0 and any(part["type"] == "video" for part in parts):
             raise SampleError(NO_VIDEOS)
         places = self._placeholders(runs, parts)
+        if most_tokens is not None:
+            self._check_videos(parts, most_tokens)
         rules = self.rules.among(count_pictures(parts))
         cuts, pieces = [], []
         for part in parts:
