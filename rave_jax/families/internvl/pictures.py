@@ -28,7 +28,7 @@ from rave_jax.families.pictures import (
     VisualKind,
 )
 from rave_jax.families.shared.processor_files import bicubic, count, sides, stated, steps
-from rave_jax.families.shared.tiles import cut_tiles
+from rave_jax.families.shared.tiles import cut_tiles, tile_boxes
 from rave_jax.layout import Grid
 from rave_jax.typing import NpArray, UInt8
 
@@ -72,7 +72,8 @@ class Pictures(PictureRules):
         ]
         if len(tiles) > 1:
             tiles.append(resized(image, side, side))
-        return cut_tiles(tiles, self.vision)
+        boxes = tile_boxes(rows, cols, len(tiles) > 1, self.vision)
+        return cut_tiles(tiles, self.vision)._replace(shown=boxes)
 
     def expand(self, kind: VisualKind, grid: Grid, frames: Frames | None, encode: Encode) -> tuple[Piece, ...]:
         """The tiles of a picture between its marks. Each tile counts as a picture of its own."""

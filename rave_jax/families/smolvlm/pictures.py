@@ -26,7 +26,7 @@ from rave_jax.families.pictures import (
     VisualKind,
 )
 from rave_jax.families.shared.processor_files import flag, number_or_none, resampling, stated, steps
-from rave_jax.families.shared.tiles import TileGrid, cut_tiles
+from rave_jax.families.shared.tiles import TileGrid, cut_tiles, tile_boxes
 from rave_jax.families.smolvlm.config import VisionConfig
 from rave_jax.layout import Grid
 
@@ -73,7 +73,8 @@ class Pictures(PictureRules):
         ]
         if len(tiles) > 1:
             tiles.append(np.asarray(resized(whole, side, side)))
-        return cut_tiles(tiles, self.vision)._replace(grid=grid)
+        boxes = tile_boxes(rows, cols, len(tiles) > 1, self.vision)
+        return cut_tiles(tiles, self.vision)._replace(grid=grid, shown=boxes)
 
     def expand(self, kind: VisualKind, grid: Grid, frames: Frames | None, encode: Encode) -> tuple[Piece, ...]:
         """Each tile behind its place, every row on a line of its own. Each tile counts as a picture of its own."""
