@@ -127,6 +127,8 @@ class ChatTemplate:
     def __init__(
         self, tokenizer: Any, template: str, special_tokens_in_text: SpecialTokens = "text", leading: bool = False
     ):
+        self.settings = (template, special_tokens_in_text, leading)
+        """What it was made with, beside the tokenizer."""
         self._tokenizer = tokenizer
         self._template = template
         self._literal = special_tokens_in_text == "text"
