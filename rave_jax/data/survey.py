@@ -76,7 +76,7 @@ def measure(processor: Processor, messages: Sequence[Message]) -> Need:
     Raises:
         SampleError: a message or the header of a picture that cannot be used.
     """
-    runs = processor.chat.runs(messages)
+    runs = processor.runs(messages)
     parts = [part for run in runs for part in run.visuals]
     if parts and not processor.rules.has_vision:
         raise SampleError("the conversation has pictures, but the model is for text only")

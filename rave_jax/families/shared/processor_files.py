@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from rave_jax.config import ConfigError
-from rave_jax.families.config import MAX_WIDTH
+from rave_jax.families.config import MAX_WIDTH, TowerConfig
 
+Pixel = tuple[float, ...]
+"""A number for each channel."""
 BILINEAR, BICUBIC = 2, 3
 """Pillow's numbers of filters."""
 
@@ -80,3 +82,53 @@ def sides(file: Path, key: str, size: Any) -> tuple[int, int]:
 
 def _is_side(value: Any) -> TypeGuard[int]:
     return type(value) is int and 1 <= value <= MAX_WIDTH
+
+
+def flag_or(file: Path, stated: Mapping[str, Any], key: str, default: bool) -> bool:
+    """A flag, or the default where none is stated.
+
+    Raises:
+        ConfigError: it is no flag.
+    """
+    value = stated.get(key)
+    if value is None:
+        return default
+    if not isinstance(value, bool):
+        raise ConfigError(f"{file}: {key} is {value!r}, expected true or false")
+    return value
+
+
+def positive_or_none(file: Path, stated: Mapping[str, Any], key: str) -> int | float | None:
+    """A number above 0, such as of frames in a second; None where none is stated.
+
+    Raises:
+        ConfigError: it is no such number.
+    """
+    value = stated.get(key)
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e9):
+        raise ConfigError(f"{file}: {key} is {value!r}, expected a number above 0")
+    return value
+
+
+def same_normalisation(
+    file: Path,
+    video: Mapping[str, Any],
+    vision: TowerConfig,
+    mean: Pixel = TowerConfig.pixel_mean,
+    std: Pixel = TowerConfig.pixel_std,
+) -> None:
+    """Refuse frames of videos that are normalised in another way than pictures: a tower has one.
+
+    Args:
+        file: of the video processor.
+        video: what it says.
+        vision: with the mean and deviation of pictures.
+        mean, std: of a file that states none; if not given, those of CLIP.
+
+    Raises:
+        ConfigError: they are.
+    """
+    for key, default, ours in (("image_mean", mean, vision.pixel_mean), ("image_std", std, vision.pixel_std)):
+        stated = video.get(key)
+        if tuple(map(float, default if stated is None else stated)) != ours:
+            raise ConfigError(f"{file}: {key} is {stated}, expected {list(ours)}, as pictures have it")
