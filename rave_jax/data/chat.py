@@ -134,6 +134,8 @@ class ChatTemplate:
         leading: bool = False,
         videos: VideoText | None = None,
     ):
+        self.settings = (template, special_tokens_in_text, leading)
+        """What it was made with, beside the tokenizer."""
         self._tokenizer = tokenizer
         self._template = template
         self._literal = special_tokens_in_text == "text"

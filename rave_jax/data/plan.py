@@ -1,7 +1,7 @@
-"""The plan of rows: which draws stand in which row of which step, and how much each may take of its row.
+"""The plan of rows: which samples stand in which row of which step, and how much each may take of its row.
 
-A plan reads no sample. It is plain data, a pure function of its settings and the step, so every process and every
-resumed run has the same one.
+A plan has the order of the samples (`order.py`) and reads none. It is plain data, a pure function of its settings and
+the step, so every process and every resumed run has the same one.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 from rave_jax.data.collate import BatchShape
+from rave_jax.data.order import Order
 
 
 class Budget(NamedTuple):
@@ -31,16 +32,18 @@ class PlannedDocument(NamedTuple):
     """A document of a row.
 
     Fields:
-        draw: the number of the draw (`order.py`) whose sample it is.
+        source: number of the source of its sample.
+        index: of the sample in its source.
         budget: what the sample may take of the row.
     """
 
-    draw: int
+    source: int
+    index: int
     budget: Budget
 
 
 class RowPlan(Protocol):
-    """Which draws stand in which rows. Called from several threads, for any step, in any order."""
+    """Which samples stand in which rows. Called from several threads, for any step, in any order; it can be pickled."""
 
     def shape(self, step: int) -> BatchShape:
         """Shape of the whole batch of a step, over all hosts."""
@@ -49,16 +52,13 @@ class RowPlan(Protocol):
     def row(self, step: int, row: int) -> tuple[PlannedDocument, ...]:
         """The documents of a row, in the order in which they stand in it.
 
-        The budgets of a row are together at most its tokens and patches. A draw stands in one row of one step.
+        The budgets of a row are together at most its tokens and patches. The sample of a draw stands in one row of one
+        step, so that each sample comes once in an epoch.
 
         Args:
             step: from 0.
             row: of the whole batch of the step, from 0.
         """
-        ...
-
-    def first_draw(self, step: int) -> int:
-        """The least draw that no step before this one has; a stage that begins here changes the order from it on."""
         ...
 
     def facts(self) -> dict[str, Any]:
@@ -78,7 +78,7 @@ class RowPlan(Protocol):
 class EqualRows:
     """The plan in which every row has the same number of documents, each with an equal part of the row.
 
-    Document d of row r at step s is draw (s * rows + r) * documents + d, so a state is the step alone.
+    Document d of row r at step s is the sample of draw (s * rows + r) * documents + d, so a state is the step alone.
     """
 
     rows: int
@@ -89,6 +89,8 @@ class EqualRows:
     """Documents of a row."""
     regions: int
     """Regions of a row; not read where the visual layout has none."""
+    order: Order
+    """Of the samples."""
 
     def shape(self, step: int) -> BatchShape:
         """Shape of the whole batch of a step, over all hosts."""
@@ -96,15 +98,15 @@ class EqualRows:
         return BatchShape(self.rows, tokens, patches)
 
     def row(self, step: int, row: int) -> tuple[PlannedDocument, ...]:
-        """The documents of a row: consecutive draws with equal budgets."""
+        """The documents of a row: the samples of consecutive draws, with equal budgets."""
         _, tokens, patches = self.shape(step)
         budget = Budget(tokens // self.documents, patches // self.documents, self.regions // self.documents)
-        first = self.first_draw(step) + row * self.documents
-        return tuple(PlannedDocument(draw, budget) for draw in range(first, first + self.documents))
-
-    def first_draw(self, step: int) -> int:
-        """The least draw of a step."""
-        return step * self.rows * self.documents
+        first = (step * self.rows + row) * self.documents
+        sources, indices = self.order.draws(first, first + self.documents)
+        return tuple(
+            PlannedDocument(source, index, budget)
+            for source, index in zip(sources.tolist(), indices.tolist(), strict=True)
+        )
 
     def facts(self) -> dict[str, Any]:
         """Rows of a batch and documents of a row: they say which draws a step has."""

@@ -12,7 +12,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol
 
@@ -22,7 +22,6 @@ from jax.sharding import Mesh
 
 from rave_jax.batch import Batch
 from rave_jax.data.pipeline import Rows
-from rave_jax.data.skips import Skip
 from rave_jax.parallel.rows import global_batch, owned_rows
 from rave_jax.parallel.stopping import StopRequest
 
@@ -39,7 +38,7 @@ class RowSource(Protocol):
         """Rows start..stop-1 of the global batch of `step`, as numpy. Called from several threads."""
         ...
 
-    def count(self, skips: Sequence[Skip]) -> None:
+    def count(self, rows: Rows) -> None:
         """Count the skips of rows that a step is given, in the order of the steps, before its `state` is asked for."""
         ...
 
@@ -154,7 +153,7 @@ class Feed:
             with contextlib.closing(self._loaded()) as loaded:
                 for step, parts in zip(self._steps, loaded, strict=False):
                     for part in parts:
-                        self._source.count(part.skips)
+                        self._source.count(part)
                     rows = dict(zip(self._spans, (part.batch for part in parts), strict=True))
                     batch = global_batch(rows.__getitem__, self._mesh, self._rows)
                     if not self._offer(Fed(batch, self._source.state(step + 1), 0.0)):

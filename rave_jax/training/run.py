@@ -119,7 +119,7 @@ def _run(config: TrainConfig, watchdog: Watchdog, stop: StopRequest) -> None:
             check_memory(held, f"parameters, optimizer state and the slots of final.{number} (rows, tokens, patches)")
         if not claim.steps:
             with watchdog.during("the first sample", Watchdog.LONG):
-                pipeline.samples(0, 0)  # budgets that no sample fits are known before anything is written
+                pipeline.check_samples()  # budgets that no sample fits are known before anything is written
         if hosts.is_first():
             log.info(mesh_line(config.mesh))
             print_parameters(group_rows(session, config.optimizer))

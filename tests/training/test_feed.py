@@ -39,8 +39,8 @@ class Skipping(RandomSource):
         time.sleep(0.01 * (step % 2))
         return Rows(super().load(step, start, stop).batch, (Skip("a", 0, "over budget", ""),) * step)
 
-    def count(self, skips) -> None:
-        self.skipped += len(skips)
+    def count(self, rows: Rows) -> None:
+        self.skipped += len(rows.skips)
 
     def state(self, step: int) -> dict:
         return {"step": step, "skipped": self.skipped}

@@ -12,21 +12,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from rave_jax.config import ConfigError
-from rave_jax.families.config import VlmConfig, tower_of
+from rave_jax.families.config import TowerConfig, VlmConfig, tower_of
 from rave_jax.families.internvl.config import VisionConfig
 from rave_jax.families.pictures import PictureError, ProcessorFiles
-from rave_jax.families.shared.processor_files import (
-    bicubic,
-    flag_or,
-    positive_or_none,
-    same_normalisation,
-    sides,
-    steps,
-)
+from rave_jax.families.shared.processor_files import bicubic, count, flag, rate, same_pixels, sides, stated, steps
 from rave_jax.typing import Int, NpArray
 
 UNKNOWN_FPS = 24.0
-PROCESSOR = "InternVLVideoProcessor"
 
 
 @dataclass(frozen=True)
@@ -72,26 +64,23 @@ def sampling_of(config: VlmConfig, files: ProcessorFiles) -> Sampling | None:
         ConfigError: it asks for processing that is not done here.
     """
     file, video, vision = files.video_file, files.video, tower_of(config, VisionConfig)
-    stated = video.get("video_processor_type", PROCESSOR)
-    if stated != PROCESSOR:
-        raise ConfigError(f"{file}: video_processor_type is {stated!r}, expected {PROCESSOR!r}")
     steps(file, video, ("do_resize", "do_rescale", "do_normalize"))
     bicubic(file, video)
-    if video.get("do_center_crop"):
-        raise ConfigError(f"{file}: do_center_crop is {video['do_center_crop']!r}, expected False")
-    size = video.get("size", {"height": 384, "width": 384})
+    if flag(file, video, "do_center_crop", False):
+        raise ConfigError(f"{file}: do_center_crop is True, expected False")
+    size = stated(video, "size", {"height": 384, "width": 384})
     if sides(file, "size", size) != (vision.image_size, vision.image_size):
         side = vision.image_size
         raise ConfigError(f"{file}: size is {size!r}, expected {side} x {side}, the image_size of vision_config")
-    same_normalisation(file, video, vision)
-    if not flag_or(file, video, "do_sample_frames", False):
+    # A file that states none has CLIP's.
+    same_pixels(file, video, vision.pixel_mean, vision.pixel_std, (TowerConfig.pixel_mean, TowerConfig.pixel_std))
+    if not flag(file, video, "do_sample_frames", False):
         return None
-    count, fps = (positive_or_none(file, video, key) for key in ("num_frames", "fps"))
-    if count is None and fps is None:
+    frames = None if video.get("num_frames") is None else count(file, video, "num_frames", 1)
+    fps = None if video.get("fps") is None else rate(file, video, "fps")
+    if frames is None and fps is None:
         raise ConfigError(f"{file}: do_sample_frames is True, expected num_frames or fps beside it")
-    if count is not None and count != int(count):
-        raise ConfigError(f"{file}: num_frames is {count!r}, expected a whole number")
-    shift = video.get("initial_shift", True)
+    shift = stated(video, "initial_shift", True)
     if shift is not True and (not isinstance(shift, int | float) or not 0 <= shift < math.inf):
         raise ConfigError(f"{file}: initial_shift is {shift!r}, expected true or a number of frames, 0 or more")
-    return Sampling(None if count is None else int(count), fps, None if shift is True else float(shift))
+    return Sampling(frames, fps, None if shift is True else float(shift))

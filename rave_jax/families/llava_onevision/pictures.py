@@ -40,7 +40,7 @@ from rave_jax.families.pictures import (
     ProcessorFiles,
     VisualKind,
 )
-from rave_jax.families.shared.processor_files import bicubic, sides, steps
+from rave_jax.families.shared.processor_files import bicubic, flag, same_pixels, sides, stated, steps
 from rave_jax.families.shared.squares import check_aspect, squared
 from rave_jax.families.shared.vit import cut_pictures
 from rave_jax.layout import Grid
@@ -48,7 +48,6 @@ from rave_jax.typing import NpArray, UInt8
 
 UNKNOWN_FPS = 24.0
 STEPS = ("do_resize", "do_rescale", "do_normalize")
-PROCESSOR = "LlavaOnevisionImageProcessor"
 
 
 @dataclass(frozen=True)
@@ -153,34 +152,29 @@ def pictures(config: VlmConfig, files: ProcessorFiles) -> Pictures:
         ConfigError: they ask for processing that is not done here.
     """
     tower = tower_of(config, AnyresConfig)
-    kind = files.image.get("image_processor_type", PROCESSOR)
-    if kind not in {f"{PROCESSOR}{end}" for end in ("", "Fast", "Pil")}:
-        raise ConfigError(f"{files.image_file}: image_processor_type is {kind!r}, expected {PROCESSOR!r}")
     _check(files.image_file, files.image, tower)
     _check(files.video_file, files.video, tower)
-    stated = files.image.get("image_grid_pinpoints")
-    if stated is not None and stated != [list(pair) for pair in tower.pinpoints]:
+    pinpoints = files.image.get("image_grid_pinpoints")
+    if pinpoints is not None and pinpoints != [list(pair) for pair in tower.pinpoints]:
         raise ConfigError(
-            f"{files.image_file}: image_grid_pinpoints are {stated!s:.60}, expected those of config.json: the model "
+            f"{files.image_file}: image_grid_pinpoints are {pinpoints!s:.60}, expected those of config.json: the model "
             "puts tiles together as it says"
         )
-    for key in ("image_mean", "image_std"):
-        if files.video.get(key, files.image.get(key)) != files.image.get(key):
-            raise ConfigError(f"{files.video_file}: {key} is {files.video[key]}, expected {files.image.get(key)}")
-    if files.video.get("do_sample_frames"):
+    same_pixels(files.video_file, files.video, tower.pixel_mean, tower.pixel_std)
+    if flag(files.video_file, files.video, "do_sample_frames", False):
         raise ConfigError(f"{files.video_file}: do_sample_frames is True, expected False: every frame is used")
     return Pictures(config)
 
 
-def _check(file: Path, stated: Mapping[str, Any], tower: AnyresConfig) -> None:
+def _check(file: Path, processor: Mapping[str, Any], tower: AnyresConfig) -> None:
     """Refuse a processor that makes other squares."""
-    steps(file, stated, STEPS)
-    bicubic(file, stated)
-    if stated.get("do_center_crop"):
-        raise ConfigError(f"{file}: do_center_crop is {stated['do_center_crop']!r}, expected False")
-    made = sides(file, "size", stated.get("size") or 384)
+    steps(file, processor, STEPS)
+    bicubic(file, processor)
+    if flag(file, processor, "do_center_crop", False):
+        raise ConfigError(f"{file}: do_center_crop is True, expected False")
+    made = sides(file, "size", stated(processor, "size", 384))
     if made != (tower.image_size, tower.image_size):
         raise ConfigError(
-            f"{file}: size is {stated.get('size')!r}, expected {tower.image_size} x {tower.image_size}, the image_size "
-            "of vision_config"
+            f"{file}: size is {processor.get('size')!r}, expected {tower.image_size} x {tower.image_size}, the "
+            "image_size of vision_config"
         )

@@ -28,7 +28,7 @@ from rave_jax.families.pictures import (
     ProcessorFiles,
     VisualKind,
 )
-from rave_jax.families.shared.processor_files import number_or_none, steps
+from rave_jax.families.shared.processor_files import flag, number_or_none, resampling, stated, steps
 from rave_jax.families.shared.resampling import resized as resampled
 from rave_jax.families.shared.tiles import TileGrid, cut_tiles
 from rave_jax.families.smolvlm.config import VisionConfig
@@ -49,7 +49,6 @@ LANCZOS = 1
 """Pillow's number of the filter."""
 MAX_ASPECT = 200
 AROUND, WHOLE = "<fake_token_around_image>", "<global-img>"
-PROCESSORS = {"SmolVLMImageProcessor", "SmolVLMImageProcessorFast", "SmolVLMImageProcessorPil"}
 
 
 @dataclass(frozen=True)
@@ -114,9 +113,12 @@ class Pictures(PictureRules):
 
     def cut_video(self, images: Sequence[Image.Image], frames: Frames) -> CutPicture:
         """Patches of the used frames, each a tile."""
-        side, size = self.vision.image_size, self.video.frame_size(images[0].height, images[0].width)
-        tiles = [resampled(resampled(np.asarray(image), *size, "lanczos"), side, side, "lanczos") for image in images]
-        return cut_tiles(tiles, self.vision)
+        return cut_tiles([self._framed(image) for image in images], self.vision)
+
+    def _framed(self, image: Image.Image) -> UInt8[NpArray, "S S 3"]:
+        """A frame as a tile."""
+        side, size = self.vision.image_size, self.video.frame_size(image.height, image.width)
+        return resampled(resampled(np.asarray(image), *size, "lanczos"), side, side, "lanczos")
 
     def beside(self, frames: Frames) -> tuple[str, str]:
         """How many frames there are and how long the video is, with the time of the first frame; and a line behind the
@@ -178,22 +180,18 @@ def pictures(config: VlmConfig, files: ProcessorFiles) -> Pictures:
         ConfigError: it asks for processing that is not done here.
     """
     file, image, side = files.image_file, files.image, tower_of(config, VisionConfig).image_size
-    stated = image.get("image_processor_type", "SmolVLMImageProcessor")
-    if stated not in PROCESSORS:
-        raise ConfigError(f"{file}: image_processor_type is {stated!r}, expected 'SmolVLMImageProcessor'")
     steps(file, image, ("do_resize", "do_rescale", "do_normalize"))
-    if image.get("resample", LANCZOS) != LANCZOS:
-        raise ConfigError(f"{file}: resample is {image['resample']!r}, expected {LANCZOS} (Lanczos)")
-    tile = number_or_none(file, "max_image_size", image.get("max_image_size", {"longest_edge": 364}), "longest_edge")
+    resampling(file, image, {LANCZOS: "Lanczos"})
+    tile = number_or_none(
+        file, "max_image_size", stated(image, "max_image_size", {"longest_edge": 364}), "longest_edge"
+    )
     if tile != side:
         found = image.get("max_image_size")
         raise ConfigError(
             f"{file}: max_image_size is {found!r}, expected {{'longest_edge': {side}}}, the image_size of vision_config"
         )
-    edge = number_or_none(file, "size", image.get("size", {"longest_edge": 4 * 364}), "longest_edge")
+    edge = number_or_none(file, "size", stated(image, "size", {"longest_edge": 4 * 364}), "longest_edge")
     if edge is None:
         raise ConfigError(f"{file}: size is {image['size']!r}, expected {{'longest_edge': pixels}}")
-    split = image.get("do_image_splitting", True)
-    if not isinstance(split, bool):
-        raise ConfigError(f"{file}: do_image_splitting is {split!r}, expected true or false")
+    split = flag(file, image, "do_image_splitting", True)
     return Pictures(config, edge, split, video_limits(config, files))

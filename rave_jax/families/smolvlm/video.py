@@ -22,11 +22,14 @@ from rave_jax.config import ConfigError
 from rave_jax.families.config import VlmConfig, tower_of
 from rave_jax.families.pictures import Frames, PictureError, ProcessorFiles
 from rave_jax.families.shared.processor_files import (
-    flag_or,
+    count,
+    flag,
     number_or_none,
-    positive_or_none,
-    same_normalisation,
+    rate,
+    resampling,
+    same_pixels,
     sides,
+    stated,
     steps,
 )
 from rave_jax.families.smolvlm.config import VisionConfig
@@ -37,7 +40,6 @@ from rave_jax.typing import Int, NpArray
 UNKNOWN_FPS = 24.0
 SKIPPED = 1
 """Seconds that are left out at each end of a long video."""
-PROCESSOR = "SmolVLMVideoProcessor"
 LANCZOS = 1
 """Pillow's number of the filter."""
 OUTRO = "\n\n"
@@ -118,34 +120,31 @@ def video_limits(config: VlmConfig, files: ProcessorFiles) -> VideoLimits:
         ConfigError: it asks for processing that is not done here.
     """
     file, video, vision = files.video_file, files.video, tower_of(config, VisionConfig)
-    stated = video.get("video_processor_type", PROCESSOR)
-    if stated != PROCESSOR:
-        raise ConfigError(f"{file}: video_processor_type is {stated!r}, expected {PROCESSOR!r}")
     steps(file, video, ("do_resize", "do_rescale", "do_normalize"))
-    if video.get("resample", LANCZOS) != LANCZOS:
-        raise ConfigError(f"{file}: resample is {video['resample']!r}, expected {LANCZOS} (Lanczos)")
+    resampling(file, video, {LANCZOS: "Lanczos"})
     half = (0.5, 0.5, 0.5)
-    same_normalisation(file, video, vision, half, half)
-    largest = video.get("max_image_size", {"longest_edge": 364})
+    same_pixels(file, video, vision.pixel_mean, vision.pixel_std, (half, half))
+    largest = stated(video, "max_image_size", {"longest_edge": 364})
     if number_or_none(file, "max_image_size", largest, "longest_edge") != vision.image_size:
         expected = f"{{'longest_edge': {vision.image_size}}}, the image_size of vision_config"
         raise ConfigError(f"{file}: max_image_size is {largest!r}, expected {expected}")
     # An older way to state the same three; `size` counts where both say it.
-    older = video.get("video_sampling") or {}
+    older = stated(video, "video_sampling", {})
     if not isinstance(older, dict):
         raise ConfigError(f"{file}: video_sampling is {older!r}, expected {{'fps': ..., 'max_frames': ...}}")
-    sampled = {"num_frames": older.get("max_frames"), "fps": older.get("fps")} if older else video
-    size = video.get("size", older.get("video_size", {"longest_edge": VideoLimits.longest}))
+    sampled = {"num_frames": older.get("max_frames"), "fps": older.get("fps")}
+    if not older:
+        sampled = {key: video.get(key) for key in sampled}
+    size = stated(video, "size", stated(older, "video_size", {"longest_edge": VideoLimits.longest}))
     longest = number_or_none(file, "size", size, "longest_edge") if isinstance(size, dict) else None
     made = VideoLimits(size=sides(file, "size", size)) if longest is None else VideoLimits(longest=longest)
-    count, fps = (positive_or_none(file, sampled, key) for key in ("num_frames", "fps"))
-    if not flag_or(file, video, "do_sample_frames", count is not None or fps is not None):
+    missing = [key for key, value in sampled.items() if value is None]
+    if not flag(file, video, "do_sample_frames", len(missing) < 2):
         return made
-    for key, value in (("num_frames", count), ("fps", fps)):
-        if value is None or (key == "num_frames" and value != int(value)):
-            raise ConfigError(
-                f"{file}: {key} is {value!r}, expected a number: frames are sampled by num_frames and fps; "
-                "to use every frame, set do_sample_frames to false"
-            )
-    assert count is not None and fps is not None
-    return dataclasses.replace(made, fps=float(fps), count=int(count))
+    if missing:
+        raise ConfigError(
+            f"{file}: {missing[0]} is missing: frames are sampled by num_frames and fps; to use every frame, set "
+            "do_sample_frames to false"
+        )
+    fps, most = rate(file, sampled, "fps"), count(file, sampled, "num_frames", 1)
+    return dataclasses.replace(made, fps=fps, count=most)
