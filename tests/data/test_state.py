@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from rave_jax.config import ConfigError
 from rave_jax.data.config import DataConfig, Stage
@@ -62,6 +66,39 @@ def test_the_next_batch_is_the_one_that_would_have_come(make: Callable[..., Pipe
         assert again.restore(state) == step
         assert ids(again, step, 14) == expected[step * ROWS :]
         assert state_at(again, step) == state
+
+
+@given(st.lists(st.tuples(st.integers(1, 7), st.sampled_from([1, 2, 4])), min_size=1, max_size=6))
+@settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_killed_and_continued_on_other_hosts(make: Callable[..., Pipeline], lives: list[tuple[int, int]]) -> None:
+    """Each sample comes once in each of three epochs, or is skipped by name, on however many hosts and after any kill.
+
+    A life is some steps on some hosts, after which the newest state is that of its last step.
+    """
+    long, epochs = 99999999999999999999999999999999, 3  # has more tokens than its row
+    numbers = [*A[:-1], long]
+    stages = (Stage(epochs=(1, 1)),)
+    alone, steps = make(numbers, B, stages=stages), epochs * 16 // ROWS
+    expected = [alone.rows(step, 0, ROWS).tokens for step in range(steps)]
+    found: Counter[tuple[str, int, int]] = Counter()
+    step, state = 0, state_at(alone, 0)
+    for life, hosts in [*lives, (steps, 1)]:
+        spans = [range(host * ROWS // hosts, (host + 1) * ROWS // hosts) for host in range(hosts)]
+        pipelines = [make(numbers, B, stages=stages) for _ in spans]
+        assert [pipeline.restore(state) for pipeline in pipelines] == [step] * hosts
+        last = min(step + life, steps)
+        while step < last:
+            rows = [own.load(step, span.start, span.stop) for own, span in zip(pipelines, spans, strict=True)]
+            np.testing.assert_array_equal(np.concatenate([part.batch.tokens for part in rows]), expected[step])
+            documents = [skip for part in rows for skip in part.documents]
+            planned = [each for row in range(ROWS) for each in alone.plan.row(step, row)]
+            for document, skip in zip(planned, documents, strict=True):
+                assert (document.source, document.index) == (0, 9) or skip is None
+                found["skipped" if skip else "used", document.source, document.index] += 1
+            step += 1
+            state = state_at(pipelines[-1], step)
+    used = {("used", 0, index): epochs for index in range(9)} | {("used", 1, index): epochs for index in range(6)}
+    assert found == used | {("skipped", 0, 9): epochs}
 
 
 def test_another_seed_and_damaged_states_are_refused(make: Callable[..., Pipeline]) -> None:
