@@ -16,8 +16,12 @@ from rave_jax.batch import Batch
 from rave_jax.config import ConfigError, require
 from rave_jax.data.collate import BatchShape, collate, round_up
 from rave_jax.data.config import DataConfig, Stage, check_takes
+from rave_jax.data.filters import LIMITS
 from rave_jax.data.loading import Loader
 from rave_jax.data.order import Order
+from rave_jax.data.packing.packed import packed_rows
+from rave_jax.data.packing.plan import PackedRows
+from rave_jax.data.packing.report import StepReport
 from rave_jax.data.plan import EqualRows, RowPlan
 from rave_jax.data.processor import Processor
 from rave_jax.data.sample import Sample, SampleError, Source
@@ -31,15 +35,17 @@ class Rows(NamedTuple):
         batch: the rows, as numpy arrays.
         documents: for each planned document, in the order of the rows: None where it is in its row, and else why its
             sample could not be used.
+        left_out: samples that the plan leaves out.
     """
 
     batch: Batch
     documents: tuple[Skip | None, ...] = ()
+    left_out: tuple[Skip, ...] = ()
 
     @property
     def skips(self) -> tuple[Skip, ...]:
         """Samples that could not be used."""
-        return tuple(skip for skip in self.documents if skip is not None)
+        return (*self.left_out, *(skip for skip in self.documents if skip is not None))
 
 
 class Pipeline:
@@ -62,6 +68,7 @@ class Pipeline:
         processor: Processor,
         sources: Sequence[Source] | None = None,
         plan: RowPlan | None = None,
+        keeps: bool = True,
     ):
         self.config = config
         self.processor = processor
@@ -69,6 +76,8 @@ class Pipeline:
         for number, source in enumerate(self.sources):
             check_takes(processor.rules.config, source, f"data.sources.{number}")
         lengths = [len(source) for source in self.sources]
+        if plan is None and config.packing is not None:
+            plan = packed_rows(config, processor, self.sources, keeps)
         self.plan: RowPlan = equal_rows(config, processor, lengths) if plan is None else plan
         self._loader = Loader(config, self.sources, processor)
         self.skip_log = SkipLog()
@@ -97,7 +106,8 @@ class Pipeline:
             shape._replace(rows=stop - start),
             self.processor.rules.patch_sizes,
         )
-        return Rows(batch, tuple(each if isinstance(each, Skip) else None for row in rows for each in row))
+        documents = tuple(each if isinstance(each, Skip) else None for row in rows for each in row)
+        return Rows(batch, documents, self.plan.left_out(step) if start == 0 else ())
 
     def count(self, rows: Rows) -> None:
         """Count the skips of rows that are used, and say them: what is loaded ahead and not used does not count.
@@ -105,12 +115,13 @@ class Pipeline:
         Raises:
             SampleError: more than `max_skips` samples one after another cannot be used.
         """
+        for skip in rows.skips:
+            self.skip_log.add(skip)
+            self.skipped[skip.reason] += 1
         for skip in rows.documents:
             if skip is None:
                 self._in_a_row.clear()
-            else:
-                self.skip_log.add(skip)
-                self.skipped[skip.reason] += 1
+            elif skip.reason not in LIMITS:
                 self._in_a_row.append(skip)
                 self._check_skips(self._in_a_row)
 
@@ -131,7 +142,11 @@ class Pipeline:
         """The samples of the documents that `load` puts in a row, for pictures and tables."""
         planned = self.plan.row(step, row)
         used = [each for each in planned if not isinstance(self._loader.load(each), Skip)]
-        return [self.sources[each.source][each.index] for each in used]
+        return [self._loader.sample(each) for each in used]
+
+    def report(self, step: int) -> StepReport:
+        """How well the rows of a step are packed; of no step where they are not."""
+        return self.plan.report(step) if isinstance(self.plan, PackedRows) else StepReport()
 
     def check_samples(self) -> None:
         """See that one of the first samples of the run can be used.
@@ -146,8 +161,9 @@ class Pipeline:
                     loaded = self._loader.load(document)
                     if not isinstance(loaded, Skip):
                         return
-                    skips.append(loaded)
-                    self._check_skips(skips)
+                    if loaded.reason not in LIMITS:
+                        skips.append(loaded)
+                        self._check_skips(skips)
 
     def state(self, step: int) -> dict[str, Any]:
         """What to save with a checkpoint before `step` is taken: JSON-ready."""
