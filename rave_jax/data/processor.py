@@ -35,7 +35,7 @@ from rave_jax.families.pictures import (
     grid_coordinates,
 )
 from rave_jax.files import check_folder
-from rave_jax.layout import VisualLayout
+from rave_jax.layout import WHOLE, Shown, VisualLayout
 from rave_jax.typing import NpArray
 
 MOST_BYTES = 2**22
@@ -163,7 +163,7 @@ class Processor:
 
     def need(self, part: Message, pictures: int = 1) -> tuple[int, int]:
         """(tokens, patches) of a picture or video part in a conversation of so many pictures, from the header of the
-        picture or of its first frame.
+        picture, of a video's first frame or of its file.
 
         Raises:
             ImageError: no picture, or a video without frames.
@@ -231,13 +231,13 @@ class Processor:
 
         Raises:
             SampleError: a message, a picture or a placeholder that cannot be used. Says which sample and file.
-            OverBudget: a text that is too long for `most_tokens`, or longer than any model reads.
+            OverBudget: a text or videos that are too long for `most_tokens`, or a text longer than any model reads.
         """
         try:
             self._check_length(messages, most_tokens)
-            return self._encode(messages, add_generation_prompt)
+            return self._encode(messages, add_generation_prompt, most_tokens)
         except SampleError as error:
-            raise (type(error)(f"{name}: {error}") if name else error) from error
+            raise (error.at(name) if name else error) from error
 
     def _check_length(self, messages: Sequence[Message], most_tokens: int | None) -> None:
         texts = [text for message in messages for text in _texts(message)]
@@ -258,8 +258,21 @@ class Processor:
         """Characters of the longest token of the vocabulary. Where tokens are written in bytes, these are no fewer."""
         return max(map(len, self.tokenizer.get_vocab()))
 
-    def _encode(self, messages: Sequence[Message], add_generation_prompt: bool) -> Example:
+    def _check_videos(self, parts: Sequence[Message], most_tokens: int) -> None:
+        """A long video is refused before it is decoded."""
+        pictures = count_pictures(parts)
+        needs = [self.need(part, pictures) for part in parts if part["type"] == "video"]
+        tokens, patches = (sum(need[i] for need in needs) for i in (0, 1))
+        if tokens > most_tokens:
+            whose = "the video takes" if len(needs) == 1 else f"the {len(needs)} videos take"
+            raise OverBudget(f"{whose} {tokens} tokens, over the budget of {most_tokens} tokens", tokens, patches)
+
+    def _encode(
+        self, messages: Sequence[Message], add_generation_prompt: bool, most_tokens: int | None = None
+    ) -> Example:
         runs, parts, places = self._prepared(messages, add_generation_prompt)
+        if most_tokens is not None:
+            self._check_videos(parts, most_tokens)
         rules = self.rules.among(count_pictures(parts))
         cuts, pieces = [], []
         for part in parts:
@@ -295,6 +308,11 @@ class Processor:
             positions=self.rules.positions(len(tokens), visuals),
             visual_index=visual_index,
             patches=join_patches([cut.patches for cut in cuts], self.rules.patch_sizes),
+            shown=tuple(
+                Shown(number, box)
+                for number, (cut, mine) in enumerate(zip(cuts, pieces, strict=True), start=1)
+                for box in cut.shown or [WHOLE for piece in mine if piece.grid is not None]
+            ),
         )
         return lay_out(example, self.layout, one_axis=not self.rules.config.text.mrope_section)
 

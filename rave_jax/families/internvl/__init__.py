@@ -14,6 +14,7 @@ FAMILY = Family(
     render=render,
     tensors=tensors,
     pictures=pictures,
+    image_processors=("GotOcr2ImageProcessor",),
     tower=f"{__name__}.tower",
     small=SMALL,
     prefixes=PREFIXES,

@@ -27,15 +27,14 @@ from rave_jax.families.pictures import (
     ProcessorFiles,
     VisualKind,
 )
-from rave_jax.families.shared.processor_files import bicubic, sides, steps
-from rave_jax.families.shared.tiles import cut_tiles
+from rave_jax.families.shared.processor_files import bicubic, count, sides, stated, steps
+from rave_jax.families.shared.tiles import cut_tiles, tile_boxes
 from rave_jax.layout import Grid
 from rave_jax.typing import NpArray, UInt8
 
 MAX_ASPECT = 200
 MAX_TILES = 1 << 10
 START, END = "<img>", "</img>"
-PROCESSORS = {"GotOcr2ImageProcessor", "GotOcr2ImageProcessorFast", "GotOcr2ImageProcessorPil"}
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,8 @@ class Pictures(PictureRules):
         ]
         if len(tiles) > 1:
             tiles.append(resized(image, side, side))
-        return cut_tiles(tiles, self.vision)
+        boxes = tile_boxes(rows, cols, len(tiles) > 1, self.vision)
+        return cut_tiles(tiles, self.vision)._replace(shown=boxes)
 
     def expand(self, kind: VisualKind, grid: Grid, frames: Frames | None, encode: Encode) -> tuple[Piece, ...]:
         """The tiles of a picture between its marks. Each tile counts as a picture of its own."""
@@ -135,24 +135,14 @@ def pictures(config: VlmConfig, files: ProcessorFiles) -> Pictures:
         ConfigError: it asks for processing that is not done here.
     """
     file, image, side = files.image_file, files.image, tower_of(config, VisionConfig).image_size
-    stated = image.get("image_processor_type", "GotOcr2ImageProcessor")
-    if stated not in PROCESSORS:
-        raise ConfigError(
-            f"{file}: image_processor_type is {stated!r}, expected 'GotOcr2ImageProcessor', as in the checkpoints "
-            "whose name ends in -hf"
-        )
     steps(file, image, ("do_resize", "do_rescale", "do_normalize"))
     bicubic(file, image)
-    size = sides(file, "size", image.get("size", {"height": 384, "width": 384}))
+    size = sides(file, "size", stated(image, "size", {"height": 384, "width": 384}))
     if size != (side, side):
         raise ConfigError(
             f"{file}: size is {image.get('size')!r}, expected {side} x {side}, the image_size of vision_config"
         )
-    limits = []
-    for key, default in (("min_patches", 1), ("max_patches", 12)):
-        limits.append(image.get(key, default))
-        if type(limits[-1]) is not int:
-            raise ConfigError(f"{file}: {key} is {limits[-1]!r}, expected a number of tiles")
+    limits = [count(file, image, key, n, "number of tiles") for key, n in (("min_patches", 1), ("max_patches", 12))]
     try:
         return Pictures(config, *limits)
     except ConfigError as error:

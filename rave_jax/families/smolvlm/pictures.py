@@ -25,8 +25,8 @@ from rave_jax.families.pictures import (
     ProcessorFiles,
     VisualKind,
 )
-from rave_jax.families.shared.processor_files import number_or_none, steps
-from rave_jax.families.shared.tiles import TileGrid, cut_tiles
+from rave_jax.families.shared.processor_files import flag, number_or_none, resampling, stated, steps
+from rave_jax.families.shared.tiles import TileGrid, cut_tiles, tile_boxes
 from rave_jax.families.smolvlm.config import VisionConfig
 from rave_jax.layout import Grid
 
@@ -36,7 +36,6 @@ MAX_ASPECT = 200
 LONGEST = 4096
 """Most pixels of a resized picture's longer side, whatever is asked."""
 AROUND, WHOLE = "<fake_token_around_image>", "<global-img>"
-PROCESSORS = {"SmolVLMImageProcessor", "SmolVLMImageProcessorFast", "SmolVLMImageProcessorPil"}
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,8 @@ class Pictures(PictureRules):
         ]
         if len(tiles) > 1:
             tiles.append(np.asarray(resized(whole, side, side)))
-        return cut_tiles(tiles, self.vision)._replace(grid=grid)
+        boxes = tile_boxes(rows, cols, len(tiles) > 1, self.vision)
+        return cut_tiles(tiles, self.vision)._replace(grid=grid, shown=boxes)
 
     def expand(self, kind: VisualKind, grid: Grid, frames: Frames | None, encode: Encode) -> tuple[Piece, ...]:
         """Each tile behind its place, every row on a line of its own. Each tile counts as a picture of its own."""
@@ -138,22 +138,17 @@ def pictures(config: VlmConfig, files: ProcessorFiles) -> Pictures:
         ConfigError: it asks for processing that is not done here.
     """
     file, image, side = files.image_file, files.image, tower_of(config, VisionConfig).image_size
-    stated = image.get("image_processor_type", "SmolVLMImageProcessor")
-    if stated not in PROCESSORS:
-        raise ConfigError(f"{file}: image_processor_type is {stated!r}, expected 'SmolVLMImageProcessor'")
     steps(file, image, ("do_resize", "do_rescale", "do_normalize"))
-    if image.get("resample", LANCZOS) != LANCZOS:
-        raise ConfigError(f"{file}: resample is {image['resample']!r}, expected {LANCZOS} (Lanczos)")
-    tile = number_or_none(file, "max_image_size", image.get("max_image_size", {"longest_edge": 364}), "longest_edge")
+    resampling(file, image, {LANCZOS: "Lanczos"})
+    tile = number_or_none(
+        file, "max_image_size", stated(image, "max_image_size", {"longest_edge": 364}), "longest_edge"
+    )
     if tile != side:
         found = image.get("max_image_size")
         raise ConfigError(
             f"{file}: max_image_size is {found!r}, expected {{'longest_edge': {side}}}, the image_size of vision_config"
         )
-    edge = number_or_none(file, "size", image.get("size", {"longest_edge": 4 * 364}), "longest_edge")
+    edge = number_or_none(file, "size", stated(image, "size", {"longest_edge": 4 * 364}), "longest_edge")
     if edge is None:
         raise ConfigError(f"{file}: size is {image['size']!r}, expected {{'longest_edge': pixels}}")
-    split = image.get("do_image_splitting", True)
-    if not isinstance(split, bool):
-        raise ConfigError(f"{file}: do_image_splitting is {split!r}, expected true or false")
-    return Pictures(config, edge, split)
+    return Pictures(config, edge, flag(file, image, "do_image_splitting", True))
