@@ -19,9 +19,9 @@ from rave_jax.data.config import DataConfig, Stage, check_takes
 from rave_jax.data.filters import LIMITS
 from rave_jax.data.loading import Loader
 from rave_jax.data.order import Order
+from rave_jax.data.packing.index import Progress
 from rave_jax.data.packing.packed import packed_rows
 from rave_jax.data.packing.plan import PackedRows
-from rave_jax.data.packing.report import StepReport
 from rave_jax.data.plan import EqualRows, RowPlan
 from rave_jax.data.processor import Processor
 from rave_jax.data.sample import Sample, SampleError, Source
@@ -55,7 +55,8 @@ class Pipeline:
         config: what to read.
         processor: the model's processor; `DataConfig.processor` gives it.
         sources: of `DataConfig.open_sources`, where they are open already.
-        plan: which samples stand in which row; None for equal parts of `documents_per_row` samples.
+        plan: which samples stand in which row; None for that of the config.
+        keeps: does this process keep what packing measures of samples beside the data? One of a job is enough.
 
     Raises:
         ConfigError: a source cannot be opened, is empty or has pictures for a text model, or `equal_rows` refuses the
@@ -144,9 +145,15 @@ class Pipeline:
         used = [each for each in planned if not isinstance(self._loader.load(each), Skip)]
         return [self._loader.sample(each) for each in used]
 
-    def report(self, step: int) -> StepReport:
-        """How well the rows of a step are packed; of no step where they are not."""
-        return self.plan.report(step) if isinstance(self.plan, PackedRows) else StepReport()
+    def tell(self, progress: Progress | None) -> None:
+        """Whom to tell how far measuring is, while rows wait for it."""
+        if isinstance(self.plan, PackedRows):
+            self.plan.tell(progress)
+
+    def close(self) -> None:
+        """Keep what was measured of samples, where that is done."""
+        if isinstance(self.plan, PackedRows):
+            self.plan.close()
 
     def check_samples(self) -> None:
         """See that one of the first samples of the run can be used.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import multiprocessing
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -125,7 +126,8 @@ class Choice:
                 self._cuts[key] = cut = longest_cut(sample, self._processor, room)
             except SampleError:
                 self._cuts[key] = cut = None
-            if cut is not None and (source, "cut") not in self._said:
+            here = multiprocessing.parent_process() is None  # processes that load say nothing
+            if cut is not None and here and (source, "cut") not in self._said:
                 self._said.add((source, "cut"))
                 log.warning(
                     "cut %s: %d of its %d messages are kept; further ones are only counted",

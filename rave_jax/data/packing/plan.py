@@ -21,6 +21,7 @@ from rave_jax.data.order import Order
 from rave_jax.data.packing.choice import Choice
 from rave_jax.data.packing.config import Packing
 from rave_jax.data.packing.fit import fit
+from rave_jax.data.packing.index import Progress
 from rave_jax.data.packing.report import StepReport, report
 from rave_jax.data.packing.sizes import Room, Sizes
 from rave_jax.data.packing.steps import arrange, group, shuffled
@@ -120,6 +121,13 @@ class PackedRows:
         self._asked = 0
         """Draws before it were asked for ahead."""
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._lock = threading.RLock()
+
     def shape(self, step: int) -> BatchShape:
         """Shape of the whole batch of a step, over all hosts."""
         room = self._stage(step).room
@@ -140,6 +148,14 @@ class PackedRows:
         """Samples that no row has because they cannot be used, said at the first step of their window."""
         window = self._window(step)
         return window.skips if step == window.begin.step else ()
+
+    def tell(self, progress: Progress | None) -> None:
+        """Whom to tell how far measuring is, while rows wait for it."""
+        self._choice.index.progress = progress
+
+    def close(self) -> None:
+        """Stop measuring samples ahead, and keep what was measured."""
+        self._choice.index.close()
 
     def report(self, step: int) -> StepReport:
         """How well the rows of a step are packed."""

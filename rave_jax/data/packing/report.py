@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections import Counter
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
 from rave_jax.data.packing.sizes import Room, Sizes
+from rave_jax.data.skips import Skip
 from rave_jax.typing import Int, NpArray
 
 
@@ -90,3 +92,54 @@ def report(sizes: Sizes, row: Int[NpArray, "N"], rows: int, room: Room, cut: int
     sums = [int(column.sum()) for column in sizes[:3]]
     rooms = [rows * room.tokens, rows * room.patches, rows * room.regions * regions]
     return StepReport(1, rows, len(row), *sums, *rooms, cut, balance, balance)
+
+
+class Reports(Protocol):
+    """A plan that says how well it packs."""
+
+    def report(self, step: int) -> StepReport: ...
+
+    def left_out(self, step: int) -> tuple[Skip, ...]: ...
+
+
+class PackingMeter:
+    """How well the rows of a run are packed, since it was last asked and since the run began or was continued."""
+
+    def __init__(self, plan: Reports):
+        self._plan = plan
+        self._since, self._whole = StepReport(), StepReport()
+        self._tokens, self._all_tokens = 0, 0
+        self._left_out: Counter[str] = Counter()
+        self._all_left_out: Counter[str] = Counter()
+
+    def add(self, step: int, tokens: int) -> None:
+        """Count a step that was taken; `tokens` are those of its rows that are no padding."""
+        self._since = self._since.also(self._plan.report(step))
+        self._tokens += tokens
+        self._left_out.update(skip.reason for skip in self._plan.left_out(step))
+
+    def take(self) -> dict[str, float]:
+        """The numbers of the steps since the last time, by the names under which a run writes them down."""
+        found = self._since.values()
+        if found:
+            found["packing/padding"] = round(1 - self._tokens / self._since.room_tokens, 4)
+        for reason, count in sorted(self._left_out.items()):
+            found[f"packing/left_out/{reason.replace(' ', '_')}"] = float(count)
+        self._gather()
+        return found
+
+    def summary(self) -> str:
+        """One line about the whole run; "" where no step was taken."""
+        self._gather()
+        whole = self._whole
+        if not whole.steps:
+            return ""
+        line = f"{whole.summary()}; {1 - self._all_tokens / whole.room_tokens:.1%} of the tokens were padding"
+        reasons = [f"{count:,} {reason}" for reason, count in self._all_left_out.most_common()]
+        return line + (f"; left out: {', '.join(reasons)}" if reasons else "")
+
+    def _gather(self) -> None:
+        self._whole = self._whole.also(self._since)
+        self._all_tokens += self._tokens
+        self._all_left_out.update(self._left_out)
+        self._since, self._tokens, self._left_out = StepReport(), 0, Counter()
