@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from rave_jax.config import ConfigError
 from rave_jax.data.config import DataConfig, Stage
+from rave_jax.data.packing.config import Packing
 from rave_jax.data.pipeline import Pipeline
 from rave_jax.data.processor import Processor
 from rave_jax.data.sources import QaJsonl
@@ -26,7 +27,7 @@ ROWS = 4
 def make(tmp_path: Path, processor: Processor) -> Callable[..., Pipeline]:
     """Pipelines over two sources of texts: the ids of their records, as they are written just before."""
 
-    def pipeline(a: list[int], b: list[int], **changes: object) -> Pipeline:
+    def pipeline(a: Sequence[int], b: Sequence[int], **changes: object) -> Pipeline:
         for name, numbers in (("a", a), ("b", b)):
             lines = (json.dumps({"id": f"{name}{n}", "question": "q", "answers": [str(n)]}) for n in numbers)
             (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
@@ -156,6 +157,29 @@ def test_or_begins_a_new_epoch_and_the_others_go_on(
     third.restore(state_at(changed, step + 7))
     ours = [name for name in ids(third, step + 7, 40) if name[0] == "a"]
     assert sorted(ours[: len(A)]) == sorted(f"a{n}" for n in A)
+
+
+def test_a_packed_plan_goes_on_and_begins_new_epochs_too(make: Callable[..., Pipeline]) -> None:
+    """Rows of steps that were planned together with the last one are planned anew."""
+    packed = {"packing": Packing(lookahead=2), "tokens": 200}
+    alone = make(A, B, **packed)
+    expected = ids(alone, 0, 12)
+    for step in (0, 3, 5):
+        again = make(A, B, **packed)
+        assert again.restore(state_at(alone, step)) == step
+        assert ids(again, step, 12) == expected[len(ids(alone, 0, step)) :]
+        with pytest.raises(ConfigError, match="has grown: it holds 12 samples, and 10 in the run"):
+            make(range(12), B, **packed).restore(state_at(alone, step))
+        changed = make(range(12), B, on_change="continue", **packed)
+        assert changed.restore(state_at(alone, step)) == step
+        begin = changed.plan.state(step)["window"]["step"]
+        ours = [name for name in ids(changed, begin, 20) if name[0] == "a"]
+        counts = Counter(ours)
+        assert counts.keys() == {f"a{n}" for n in range(12)}
+        assert max(counts.values()) - min(counts.values()) <= 2  # of two epochs that are not over, one waits for rows
+        later = make(range(12), B, **packed)
+        assert later.restore(state_at(changed, step + 4)) == step + 4
+        assert ids(later, step + 4, 20) == ids(changed, step + 4, 20)
 
 
 def test_epochs_mix_as_when_the_run_began(make: Callable[..., Pipeline]) -> None:
