@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from rave_jax.data.places import scheme_of, stream
 from rave_jax.data.sample import ImageError
 from rave_jax.files import LFS_ADVICE, LFS_POINTER, open_regular
 
@@ -93,6 +94,8 @@ def open_encoded(source: Any, what: str = "picture") -> BinaryIO:
     path = text.removeprefix("file://")
     if not path.strip():
         raise ImageError(f"the path of a {what} is empty")
+    if scheme_of(path):
+        return stream(path)
     if is_address(path):
         raise ImageError(f"a URL: {what}s are not downloaded; save the {what} and give the path of the file")
     if len(path) > LONGEST_PATH:

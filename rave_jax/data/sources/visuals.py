@@ -9,6 +9,7 @@ from typing import Any
 
 from rave_jax.config import shown
 from rave_jax.data.opening import LONGEST_PATH, from_data_uri, is_address, is_data
+from rave_jax.data.places import Place, inside, scheme_of
 from rave_jax.data.sample import Message, SampleError
 from rave_jax.data.sources.keys import is_empty, take
 
@@ -19,7 +20,7 @@ FORMS = ("bytes", "path", "url")
 """What an object may give a picture as; the first of them that holds something counts."""
 
 
-def picture(value: Any, folder: Path, name: str = "") -> Message:
+def picture(value: Any, folder: Place, name: str = "") -> Message:
     """An image part of what a record gives as a picture.
 
     Args:
@@ -39,7 +40,7 @@ def picture(value: Any, folder: Path, name: str = "") -> Message:
     return {"type": "image", "image": local_path(value, folder, "a picture")}
 
 
-def local_path(value: Any, folder: Path, what: str) -> str:
+def local_path(value: Any, folder: Place, what: str) -> str:
     """The path of a local file.
 
     Raises:
@@ -50,17 +51,17 @@ def local_path(value: Any, folder: Path, what: str) -> str:
     text = value.removeprefix("file://")
     if not text.strip():
         raise SampleError(f"{what} is {value!r}: expected a path; leave the key out of a record without a picture")
-    if is_address(text):
+    if is_address(text) and not scheme_of(text):
         raise SampleError(f"{what} is {shown(value)}; files are not downloaded: save it and give its path")
     if len(text) > LONGEST_PATH:
         raise SampleError(
             f"{what} is a text of {len(text)} characters, which is too long for a path; write base64 as "
             "data:image/png;base64,..."
         )
-    return str(folder / text)
+    return inside(folder, text)
 
 
-def video(value: Any, fps: Any, folder: Path, name: str = "") -> Message:
+def video(value: Any, fps: Any, folder: Place, name: str = "") -> Message:
     """A video part: a video file, a list of frames, or a folder whose pictures are its frames in the order of their
     names.
 
@@ -112,7 +113,7 @@ def _alike(paths: list[str]) -> bool:
     return len({os.path.isabs(path) for path in paths}) == 1
 
 
-def own_visual(kind: str, part: Mapping[str, Any], folder: Path, ignored: Collection[str]) -> Message | None:
+def own_visual(kind: str, part: Mapping[str, Any], folder: Place, ignored: Collection[str]) -> Message | None:
     """The picture or video that a message's part names itself; None where it is one of the record's own.
 
     Raises:
@@ -138,7 +139,7 @@ def own_visual(kind: str, part: Mapping[str, Any], folder: Path, ignored: Collec
     return picture(value, folder)
 
 
-def visual_parts(record: Mapping[str, Any], folder: Path, where: str = "") -> list[Message]:
+def visual_parts(record: Mapping[str, Any], folder: Place, where: str = "") -> list[Message]:
     """The picture parts of a record: its `image` or `images`, then its `video` or `videos` with `fps` where given.
 
     A picture is what `picture` takes, and a video what `video` takes. `videos` is a list of videos, `fps` then one
@@ -164,7 +165,7 @@ def _is_none(value: Any) -> bool:
     return value is None or value == []
 
 
-def _videos(record: Mapping[str, Any], folder: Path, where: str) -> list[Message]:
+def _videos(record: Mapping[str, Any], folder: Place, where: str) -> list[Message]:
     one, many, fps = (record.get(key) for key in VIDEO_KEYS)
     if not _is_none(one) and not _is_none(many):
         raise SampleError("'video' and 'videos' both hold videos: keep one of them")
