@@ -81,6 +81,11 @@ class FixedRegions:
         frame, row, col = places
         return frame // self.frames, row // self.height, col // self.width
 
+    def largest(self, grid: Grid) -> int:
+        """Tokens of the largest region of a grid."""
+        t, h, w = grid
+        return min(t, self.frames) * min(h, self.height) * min(w, self.width)
+
 
 @dataclass(frozen=True)
 class AdaptiveRegions:
@@ -111,6 +116,11 @@ class AdaptiveRegions:
         frame, row, col = places
         _, down, across = self.shape(grid)
         return frame // self.frames, row * down // grid[1], col * across // grid[2]
+
+    def largest(self, grid: Grid) -> int:
+        """Tokens of the largest region of a grid."""
+        _, down, across = self.shape(grid)
+        return min(grid[0], self.frames) * -(-grid[1] // down) * -(-grid[2] // across)
 
 
 Regions = FixedRegions | AdaptiveRegions
