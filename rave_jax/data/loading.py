@@ -1,78 +1,48 @@
-"""The sample of a draw, encoded: its own, or the next of its source's order where that cannot be used."""
+"""The sample of a planned document, encoded, or why it cannot be used."""
 
 from __future__ import annotations
 
 import threading
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
-from typing import NamedTuple
 
 from rave_jax.data.collate import check_fits
 from rave_jax.data.config import DataConfig
 from rave_jax.data.layout import check_regions, region_major
-from rave_jax.data.order import Order
 from rave_jax.data.plan import Budget, PlannedDocument
 from rave_jax.data.processor import Processor
 from rave_jax.data.sample import EmptyAnswer, Example, Sample, SampleError, Source, message_text
-from rave_jax.data.skips import Skip, SkipLog, describe, skip_of
-
-
-class Loaded(NamedTuple):
-    """What a draw gives.
-
-    Fields:
-        source: number of the source.
-        index: of the sample in its source.
-        example: the sample, encoded.
-        skips: samples before it that cannot be used.
-    """
-
-    source: int
-    index: int
-    example: Example
-    skips: tuple[Skip, ...]
+from rave_jax.data.skips import Skip, skip_of
 
 
 class Loader:
-    """Loads the documents of a plan. Which sample it finds depends on the document alone; use it from any thread."""
+    """Loads the documents of a plan, each from its own sample alone. Use it from any thread; it can be pickled."""
 
-    def __init__(self, config: DataConfig, sources: Sequence[Source], order: Order, processor: Processor):
+    def __init__(self, config: DataConfig, sources: Sequence[Source], processor: Processor):
         """
         Args:
             config: says what becomes of samples that cannot be used, and how much memory keeps examples.
             sources: where samples come from.
-            order: which sample each draw takes.
             processor: encodes samples.
         """
-        self._sources, self._order, self._processor = tuple(sources), order, processor
-        self._skip, self._max_skips = config.on_error == "skip", config.max_skips
+        self._sources, self._processor = tuple(sources), processor
+        self._skip = config.on_error == "skip"
         self._cache = _Cache(config.cache_mb * 2**20)
-        self.skip_log = SkipLog()
-        """Says which samples are not used."""
 
-    def load(self, document: PlannedDocument) -> Loaded:
-        """The sample of a document's draw, or the first after it in the order that can be used and fits the budget.
+    def load(self, document: PlannedDocument) -> Example | Skip:
+        """The sample of a document, encoded; or why it cannot be used, which leaves its place in the row empty.
+
+        No other sample takes its place: each comes once in an epoch.
 
         Raises:
-            SampleError: a sample cannot be used and `on_error` is "fail", or more than `max_skips` one after
-                another cannot.
+            SampleError: the sample cannot be used and `on_error` is "fail".
         """
-        number, before = self._order.source_of(document.draw)
-        source = self._sources[number]
-        skips: list[Skip] = []
-        for attempt in range(self._max_skips + 1):
-            index = self._order.index(number, before + attempt)
-            try:
-                return Loaded(number, index, self._example(number, index, document.budget), tuple(skips))
-            except SampleError as error:
-                if not self._skip:
-                    raise
-                skips.append(skip_of(source.name, index, error))
-                self.skip_log.add(skips[-1])
-        raise SampleError(
-            f"{source.name}: {self._max_skips + 1} consecutive samples cannot be used: "
-            f"{describe(skips)}; the last: {skips[-1].message}"
-        )
+        try:
+            return self._example(document.source, document.index, document.budget)
+        except SampleError as error:
+            if not self._skip:
+                raise
+            return skip_of(self._sources[document.source].name, document.index, error)
 
     def _example(self, number: int, index: int, budget: Budget) -> Example:
         key = (number, index, budget)  # what fits one budget need not fit another
@@ -114,6 +84,9 @@ class _Cache:
         self._used = 0
         self._items: OrderedDict[Hashable, tuple[Example, int]] = OrderedDict()
         self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[type[_Cache], tuple[int]]:
+        return _Cache, (self._limit,)  # empty: another process makes its own examples
 
     def get(self, key: Hashable) -> Example | None:
         with self._lock:

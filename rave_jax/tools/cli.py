@@ -131,6 +131,14 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="picture before the prompt; may be given several times",
     )
+    generate.add_argument(
+        "--video",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="video file before the prompt; may be given several times",
+    )
     generate.add_argument("--system", metavar="TEXT", help="system message of every conversation")
     generate.add_argument(
         "--requests",
