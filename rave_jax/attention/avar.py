@@ -1,29 +1,34 @@
-"""AVAR's training losses: answers should look at the picture, and less at the system prompt.
+"""AVAR's training losses: what follows a picture should look at it, and less at the system prompt.
 
-Source: arXiv 2603.03825 and its released code (the AGTO losses, weights 0.15 each, eps 1e-6). For a sample whose answer
-rows are R, visual keys V and system keys SYS, with P the attention of one layer and head:
+Source: arXiv 2603.03825 and its released code (the AGTO losses, weights 0.15 each, eps 1e-6). For a sample whose rows
+are R, visual keys V and system keys SYS, with P the attention of one layer and head:
 
     L_enh = - mean over layers and heads of  log( 1 / (|R| |V|)   sum over R and V of P )
     L_sup =   mean over layers and heads of  log( 1 / (|R| |SYS|) sum over R and SYS of P  + eps )
 
 averaged over samples. Sums of P come from the log-sum-exps of the key groups V, SYS and the rest, so no map is made.
 
-Our reading: a sample is a document of a packed row, and one with several pictures or answers has all of them in V and
-R; R is every token of role response, the answer's header too, and SYS the text of role system. A document without
-answer or picture has no L_enh, and one without answer or system prompt no L_sup: the means are over those that have.
-Where no answer row sees any of the picture, as under a window, L_enh is 0. P is the attention after all mechanisms of
-the layer, and layers that do not use it do not count. At inference it does nothing and costs nothing.
+R is the user's turn, from the first user message to the answer, its picture among it: so it is in the code that was
+released for training. What the paper says R is could not be read; with `rows="response"` R is the answer.
+
+Our reading: a sample is a document of a packed row, and one with several pictures, questions or answers has all of them
+in V and R. R is every token of role question, or of role response, the answer's header too, and SYS the text of role
+system. A document without rows or picture has no L_enh, and one without rows or system prompt no L_sup: the means are
+over those that have. Where no row sees any of the picture, as under a window, L_enh is 0. P is the attention after all
+mechanisms of the layer, and layers that do not use it do not count. At inference it does nothing and costs nothing.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
 from rave_jax.attention.base import AttentionDims, Features, Mechanism, Parts
 from rave_jax.attention.declared import Layers, MechanismConfig
+from rave_jax.attention.masks import sums_by_document
 from rave_jax.batch import Kind, Role, TokenInfo
 from rave_jax.config import check_fields, require
 from rave_jax.kernels.attention import KeyGroups
@@ -35,7 +40,8 @@ VISUAL, SYSTEM, COUNT = 1, 2, 3
 
 @dataclass(frozen=True)
 class Avar(MechanismConfig):
-    """Two terms of the training loss on how much answers attend to the picture and to the system prompt."""
+    """Two terms of the training loss on how much questions, or answers, attend to the picture and to the system
+    prompt."""
 
     enhance: float = 0.15
     """Weight of L_enh, which raises attention to the picture."""
@@ -43,6 +49,8 @@ class Avar(MechanismConfig):
     """Weight of L_sup, which lowers attention to the system prompt."""
     eps: float = 1e-6
     """Added to the mean attention to the system prompt before its logarithm."""
+    rows: Literal["prompt", "response"] = "prompt"
+    """Whose attention counts: of the user's turns with their pictures, as in the released code, or of the answers."""
     layers: Layers = "all"
     """Decoder layers whose attention counts, by global number, or all."""
 
@@ -63,6 +71,7 @@ class AvarLosses(Mechanism):
 
     def __init__(self, config: Avar, num_heads: int):
         self.config = config
+        self.role = Role.QUESTION if config.rows == "prompt" else Role.RESPONSE
         self.num_heads = num_heads
 
     def key_groups(self, x: Features, remembered: None, info_k: TokenInfo) -> KeyGroups:
@@ -71,14 +80,14 @@ class AvarLosses(Mechanism):
 
     def losses(self, x: Features, parts: Parts, info_q: TokenInfo, info_k: TokenInfo) -> dict[str, Float[Array, ""]]:
         """Both losses, summed over documents and heads."""
-        config, answer = self.config, info_q.role == Role.RESPONSE
-        mass = _by_document(jnp.where(answer[..., None, None], parts.mass, 0.0), info_q.document)
-        picture = _mean_attention(mass[:, :, VISUAL], _pairs(info_q, info_k, VISUAL))
-        prompt = _mean_attention(mass[:, :, SYSTEM], _pairs(info_q, info_k, SYSTEM))
+        config, rows = self.config, info_q.role == self.role
+        mass = sums_by_document(jnp.where(rows[..., None, None], parts.mass, 0.0), info_q.document)
+        picture = _mean_attention(mass[:, :, VISUAL], self._pairs(info_q, info_k, VISUAL))
+        prompt = _mean_attention(mass[:, :, SYSTEM], self._pairs(info_q, info_k, SYSTEM))
         seen = picture > 0
         enhance = -jnp.log(jnp.where(seen, picture, 1.0))
         suppress = jnp.log(prompt + config.eps)
-        has_prompt = _pairs(info_q, info_k, SYSTEM)[..., None] > 0
+        has_prompt = self._pairs(info_q, info_k, SYSTEM)[..., None] > 0
         return {
             "avar_enhance": config.enhance * jnp.sum(enhance),
             "avar_suppress": config.suppress * jnp.sum(jnp.where(has_prompt, suppress, 0.0)),
@@ -88,30 +97,23 @@ class AvarLosses(Mechanism):
         """How many documents have each loss, times heads."""
 
         def count(group: int) -> Float[Array, ""]:
-            return jnp.sum(_pairs(info, info, group) > 0, dtype=jnp.float32) * self.num_heads
+            return jnp.sum(self._pairs(info, info, group) > 0, dtype=jnp.float32) * self.num_heads
 
         return {"avar_enhance": count(VISUAL), "avar_suppress": count(SYSTEM)}
+
+    def _pairs(self, info_q: TokenInfo, info_k: TokenInfo, group: int) -> Float[Array, "B N"]:
+        """Rows times keys of the key group, for each document; 0 for padding."""
+
+        def count(which: Bool[Array, "B T"], info: TokenInfo) -> Float[Array, "B N"]:
+            return sums_by_document((which & (info.document > 0)).astype(jnp.float32), info.document)
+
+        return count(info_q.role == self.role, info_q) * count(key_group_of(info_k) == group, info_k)
 
 
 def key_group_of(info: TokenInfo) -> Int[Array, "B S"]:
     """The picture, the system prompt, the rest."""
     prompt = (info.kind == Kind.TEXT) & (info.role == Role.SYSTEM)
     return jnp.where(info.kind == Kind.VISUAL, VISUAL, jnp.where(prompt, SYSTEM, 0))
-
-
-def _by_document(values: Float[Array, "B T *rest"], document: Int[Array, "B T"]) -> Float[Array, "B N *rest"]:
-    """Sums over the tokens of each document, by its number; N is as many as a row can hold, and 0 is padding."""
-    most = document.shape[1] + 1
-    return jax.vmap(lambda x, number: jax.ops.segment_sum(x, number, num_segments=most))(values, document)
-
-
-def _pairs(info_q: TokenInfo, info_k: TokenInfo, group: int) -> Float[Array, "B N"]:
-    """Answer rows times keys of the key group, for each document; 0 for padding."""
-
-    def count(which: Bool[Array, "B T"], info: TokenInfo) -> Float[Array, "B N"]:
-        return _by_document((which & (info.document > 0)).astype(jnp.float32), info.document)
-
-    return count(info_q.role == Role.RESPONSE, info_q) * count(key_group_of(info_k) == group, info_k)
 
 
 def _mean_attention(mass: Float[Array, "B N H"], pairs: Float[Array, "B N"]) -> Float[Array, "B N H"]:

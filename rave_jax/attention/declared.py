@@ -7,6 +7,7 @@ each other declaration has a default that fits a mechanism which asks for nothin
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Literal
 
 import jax
@@ -23,10 +24,14 @@ class LayeredConfig(ABC):
     """What stands in some layers of a decoder."""
 
     @property
-    def layers(self) -> Layers:
-        """Global numbers of the decoder layers that use it, or "all"; most configs have a field of this name. Read by
-        `plan_layer_runs`."""
+    def layers(self) -> str | tuple[int, ...]:
+        """Global numbers of the decoder layers that use it, or a word that `layers_of` knows; most configs have a field
+        of this name."""
         return "all"
+
+    def layers_of(self, attending: Sequence[int]) -> Sequence[int]:
+        """Those layers by global number, in a decoder whose layers `attending` attend. Read by `plan_layer_runs`."""
+        return attending if isinstance(self.layers, str) else self.layers
 
     @abstractmethod
     def build(self, dims: AttentionDims, key: jax.Array) -> Mechanism:

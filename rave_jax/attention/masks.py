@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from rave_jax.batch import TokenInfo
 from rave_jax.kernels.attention import MaskCodes
 from rave_jax.kernels.attention.base import NOWHERE
-from rave_jax.typing import Array, Int
+from rave_jax.typing import Array, Float, Int
 
 NO_OPEN_Q, NO_OPEN_K = -1, -2
 
@@ -59,3 +59,9 @@ def cached_codes(info: TokenInfo, held: TokenInfo) -> MaskCodes:
     """
     lo = jnp.where(info.document > 0, 0, info.offset + 1)
     return codes_from_bounds(lo, info.offset, jnp.where(held.document > 0, held.offset, NOWHERE))
+
+
+def sums_by_document(values: Float[Array, "B T *rest"], document: Int[Array, "B T"]) -> Float[Array, "B N *rest"]:
+    """Sums over the tokens of each document, by its number; N is as many as a row can hold, and 0 is padding."""
+    most = document.shape[1] + 1
+    return jax.vmap(lambda x, number: jax.ops.segment_sum(x, number, num_segments=most))(values, document)

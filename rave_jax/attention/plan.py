@@ -44,16 +44,18 @@ def plan_layer_runs(
     """
     every = range(num_layers) if attending is None else attending
     for config in configs:
-        missing = [] if config.layers == "all" else [n for n in config.layers if not 0 <= n < num_layers]
+        named = () if isinstance(config.layers, str) else config.layers
+        missing = [n for n in named if not 0 <= n < num_layers]
         if missing:
             raise ConfigError(f"{config.called}.layers names {missing}, expected numbers from 0 to {num_layers - 1}")
-        elsewhere = [] if config.layers == "all" else sorted({*config.layers} - {*every})
+        elsewhere = sorted({*named} - {*every})
         if elsewhere:
             raise ConfigError(
                 f"{config.called}.layers names {elsewhere}, layers without attention, which a mechanism changes; "
                 f"expected some of the layers that attend, {[*every]}, or 'all' of them"
             )
-    used = [tuple(c for c in configs if n in (every if c.layers == "all" else c.layers)) for n in range(num_layers)]
+    chosen = [config.layers_of(tuple(every)) for config in configs]
+    used = [tuple(c for c, own in zip(configs, chosen, strict=True) if n in own) for n in range(num_layers)]
     plans: list[LayerRunPlan] = []
     for n, mechanisms in enumerate(used):
         alike = n > 0 and plans[-1].mechanisms == mechanisms and (kinds is None or kinds[n - 1] == kinds[n])

@@ -23,16 +23,18 @@ too. "No visual sink in the layer, nothing changes" is asked of what a row sees,
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
 from rave_jax.attention.base import AttentionDims, Features, Mechanism, Parts
-from rave_jax.attention.declared import Layers, MechanismConfig
+from rave_jax.attention.declared import MechanismConfig
 from rave_jax.attention.merge import log_sum_exp
 from rave_jax.batch import Kind, Role, TokenInfo
-from rave_jax.config import check_fields, require
+from rave_jax.config import ConfigError, check_fields, require
 from rave_jax.kernels.attention import KeyGroups
 from rave_jax.typing import Array, Bool, Float
 
@@ -56,8 +58,9 @@ class Var(MechanismConfig):
     """A row and head is changed where visual tokens, sinks too, have at least this share of all attention."""
     move_fraction: float = 0.4
     """Share of the sinks' attention that is moved; 0 changes nothing."""
-    layers: Layers = "all"
-    """Decoder layers that use it, by global number, or all. The source leaves out the first two and the last."""
+    layers: Literal["inner", "all"] | tuple[int, ...] = "inner"
+    """Decoder layers that use it, by global number, or all, or inner: all but the first two and the last, as in the
+    source."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -65,6 +68,21 @@ class Var(MechanismConfig):
         require(0 < self.tau <= 1e30, "tau", self.tau, "a positive number, at most 1e30")
         for name in ("rho", "summ", "move_fraction"):
             require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "a share between 0 and 1")
+
+    def layers_of(self, attending: Sequence[int]) -> Sequence[int]:
+        """Of the layers that attend, those that the config means.
+
+        Raises:
+            ConfigError: no layer is an inner one.
+        """
+        if self.layers != "inner":
+            return super().layers_of(attending)
+        if len(attending) < 4:
+            raise ConfigError(
+                f"Var.layers is 'inner', all layers that attend but the first two and the last, and the model has only "
+                f"{len(attending)} of them; expected numbers of layers, or 'all'"
+            )
+        return attending[2:-1]
 
     def build(self, dims: AttentionDims, key: jax.Array) -> Mechanism:
         """The mechanism of one layer; one that changes nothing if nothing is moved.

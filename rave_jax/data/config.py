@@ -14,6 +14,7 @@ from rave_jax.data.chat import SpecialTokens
 from rave_jax.data.processor import Processor
 from rave_jax.data.sample import SampleError, Source
 from rave_jax.data.sources import SourceConfig, Synthetic
+from rave_jax.data.state import OnChange
 from rave_jax.families.config import VlmConfig
 from rave_jax.layout import VisualLayout
 
@@ -95,9 +96,15 @@ class DataConfig:
     prefetch: int = 2
     """Batches loaded ahead in the background, besides the two that wait on the devices; 0 loads one at a time."""
     workers: int = 1
-    """Threads that load them, for each device that has rows of its own."""
+    """Threads that load them, for each device that has rows of its own; with `processes`, threads of each process."""
+    processes: int = 0
+    """Processes that load them in place of threads, for each process of the job; worth it where threads cannot keep up
+    although cores are idle."""
+    on_change: OnChange = "refuse"
+    """What to do when a run goes on and a source has grown, shrunk or been reordered: refuse, or continue: the source
+    then begins a new epoch of what it holds, and a line says so."""
     cache_mb: int = 256
-    """Memory that keeps processed samples for reuse, in MB; 0 keeps none."""
+    """Memory that keeps processed samples for reuse, in MB, of each process that loads; 0 keeps none."""
 
     def __post_init__(self) -> None:
         require(len(self.sources) > 0, "sources", self.sources, "at least one source, as --data.sources LlavaJson")
@@ -120,7 +127,7 @@ class DataConfig:
         check_ranges(self, rows=(1, MOST_ROWS), tokens=(1, MOST_TOKENS), patches=(0, MOST_PATCHES))
         check_ranges(self, documents_per_row=(1, self.tokens), max_skips=(0, 10**6))
         check_ranges(self, min_pixels=(1, MOST_PIXELS), max_pixels=(1, MOST_PIXELS))
-        check_ranges(self, prefetch=(0, 1024), workers=(1, 1024), cache_mb=(0, 10**7))
+        check_ranges(self, prefetch=(0, 1024), workers=(1, 1024), processes=(0, 1024), cache_mb=(0, 10**7))
         for name in ("tokens", "patches"):
             most = max(getattr(part, name) or 0 for part in (self, *self.stages))
             in_batch = f"{name} of a whole batch: rows {self.rows} times {name} {most}"

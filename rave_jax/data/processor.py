@@ -36,7 +36,7 @@ from rave_jax.families.pictures import (
     grid_coordinates,
 )
 from rave_jax.files import check_folder
-from rave_jax.layout import VisualLayout
+from rave_jax.layout import WHOLE, Shown, VisualLayout
 from rave_jax.typing import NpArray
 
 MOST_BYTES = 2**22
@@ -343,6 +343,11 @@ class Processor:
             positions=self.rules.positions(len(tokens), visuals),
             visual_index=visual_index,
             patches=join_patches([cut.patches for cut in cuts], self.rules.patch_sizes),
+            shown=tuple(
+                Shown(number, box)
+                for number, (cut, mine) in enumerate(zip(cuts, pieces, strict=True), start=1)
+                for box in cut.shown or [WHOLE for piece in mine if piece.grid is not None]
+            ),
         )
         return lay_out(example, self.layout, one_axis=not self.rules.config.text.mrope_section)
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 from rave_jax.batch import Patches, TokenInfo
+from rave_jax.layout import Shown
 from rave_jax.typing import Float, Int, NpArray
 
 Message = Mapping[str, Any]
@@ -177,6 +178,7 @@ class Example(NamedTuple):
         positions: rotary positions: temporal, height, width.
         visual_index: which merged patch of the document a visual token is; 0 for text.
         patches: patches of the document's pictures.
+        shown: for each number of `info.image`, from 1, what its tokens show; empty: each is a whole picture.
     """
 
     tokens: Int[NpArray, "T"]
@@ -185,3 +187,4 @@ class Example(NamedTuple):
     positions: Int[NpArray, "3 T"]
     visual_index: Int[NpArray, "T"]
     patches: Patches
+    shown: tuple[Shown, ...] = ()

@@ -122,7 +122,7 @@ def account(info: TokenInfo, text: TextConfig, options: ModelOptions, number_byt
     before = PicturesBefore(row.visual, row.sizes, row.candidates)
     for mechanism in options.mechanisms:
         reading = mechanism.reading(before, dims, number_bytes)
-        for n in layers if mechanism.layers == "all" else mechanism.layers:
+        for n in mechanism.layers_of(text.attention_layers):
             layers[n] = layers[n] if reading is None else reading
     mean, routing, read = (
         np.sum([getattr(layer, name) for layer in layers.values()], axis=0) for name in ("mean", "routing", "bytes")

@@ -18,7 +18,7 @@ from PIL import Image
 from rave_jax.batch import Patches
 from rave_jax.config import require
 from rave_jax.families.config import PatchSizes, VlmConfig
-from rave_jax.layout import Grid
+from rave_jax.layout import Box, Grid
 from rave_jax.typing import Int, NpArray
 
 VisualKind = Literal["image", "video"]
@@ -57,11 +57,14 @@ class CutPicture(NamedTuple):
         order: merge unit, counted from 0 over the whole, of each unit of the merged grid read frame, row, column. Where
             units are mixed, which of `patches.source` each visual token is.
         grid: size of the merged grid (t, h, w), or what else the family says of the size.
+        shown: for each grid of its pieces, the part of the picture that it stands for, as `layout.Shown.box` is; empty:
+            each of them shows the whole picture.
     """
 
     patches: Patches
     order: Int[NpArray, "N"]
     grid: Form
+    shown: tuple[Box | None, ...] = ()
 
 
 class Frames(NamedTuple):

@@ -31,7 +31,7 @@ class SlotConfig:
     """Most patches of a prompt's pictures; None: as many as its tokens allow."""
     chunk: int = 512
     """Most tokens of a prompt that are read at once; a longer prompt is read in several chunks. With a mechanism whose
-    tokens see later ones (Mma, Croc, Cca) a longer prompt is refused."""
+    tokens see later ones (Mma, Croc, Cca) every prompt is read at once, and a longer one needs more memory."""
     smallest: int = 64
     """Smallest number of tokens that a program is compiled for; from there up there are two sizes for each doubling."""
     patches: int = 4096
@@ -80,23 +80,26 @@ class Buckets:
             it one.
         reaches: how many entries of a row of the cache a program reads and writes, ascending: those of the lengths, or
             with regions, whose entries are apart, of tokens of no region.
-        chunk: tokens of a prompt read at once.
+        chunk: most tokens of a prompt read at once.
         patches: sizes of the tower's input, ascending; empty without a tower.
         regions: how many regions a prompt's chunks see, ascending, doubled each time; empty without regions.
     """
 
-    def __init__(self, config: SlotConfig, sizes: PatchSizes | None, layout: VisualLayout):
-        """`sizes` is None for a model without a tower; else inputs of the tower are multiples of its window."""
-        self.chunk = min(config.chunk, config.max_length)
-        self.lengths = _lengths(config.smallest, self.chunk, config.max_length)
+    def __init__(self, config: SlotConfig, sizes: PatchSizes | None, layout: VisualLayout, whole: bool = False):
+        """`sizes` is None for a model without a tower; else inputs of the tower are multiples of its window. With
+        `whole`, prompts are read at once, however long they are."""
+        self.chunk = chunk = min(config.chunk, config.max_length)
+        self.lengths = _lengths(config.smallest, chunk, config.max_length)
+        if whole:
+            self.chunk = self.lengths[-1]
         self.reaches = self.lengths
         if config.max_text is not None:
             require(layout.regions is not None, "max_text", config.max_text, "None: the model keeps no regions")
-            self.reaches = _lengths(config.smallest, self.chunk, config.max_text)
-        whole = self.lengths[-1]
+            self.reaches = _lengths(config.smallest, chunk, config.max_text)
+        longest = self.lengths[-1]
         self.patches: tuple[int, ...] = ()
         if sizes is not None:
-            windows = -(-sizes.merge * sizes.spread * whole // sizes.window)
+            windows = -(-sizes.merge * sizes.spread * longest // sizes.window)
             self.patches = tuple(n * sizes.window for n in _grown(1, windows))
         self._layout = layout
         most = layout.max_regions

@@ -112,7 +112,8 @@ class Engine:
         if len(self._stop_ids) > config.max_stop_ids:
             raise ConfigError(_too_many(len(self._stop_ids), "an answer of the model", config.max_stop_ids))
         self._sizes = model.config.patch_sizes
-        self._buckets = Buckets(config, None if model.vision is None else self._sizes, model.options.layout)
+        sizes, whole = None if model.vision is None else self._sizes, bool(model.decoder.looks_ahead)
+        self._buckets = Buckets(config, sizes, model.options.layout, whole)
         self._waiting: deque[_Job] = deque()
         self._slots: list[_Job | None] = [None] * config.slots
         self._requests = 0
@@ -185,8 +186,7 @@ class Engine:
             name: what errors call it.
 
         Raises:
-            OverBudget: the prompt is too long, has too many patches or regions, or leaves no room for an answer; or it
-                is longer than `chunk` and the model has a mechanism that looks ahead.
+            OverBudget: the prompt is too long, has too many patches or regions, or leaves no room for an answer.
             SampleError: too many stop ids, token ids beyond the embedding, or pictures for a model that takes none.
         """
         called = f"{name}: " if name else ""
@@ -206,12 +206,6 @@ class Engine:
         beyond = example.tokens[(example.tokens < 0) | (example.tokens >= rows)]
         if len(beyond):
             raise SampleError(f"{called}the prompt holds the token id {beyond[0]}: the embedding has {rows} rows")
-        ahead = self._model.decoder.looks_ahead
-        if ahead and len(example.tokens) > self._buckets.chunk:
-            raise OverBudget(
-                f"{called}the prompt has {len(example.tokens)} tokens, over the budget of chunk {self._buckets.chunk}: "
-                f"with {' and '.join(ahead)} tokens see later ones, so a prompt is read whole"
-            )
         if example.patches.length and not self._buckets.patches:
             raise SampleError(f"{called}the prompt has pictures, but the model is for text only")
         stops = tuple(sorted(self._stop_ids.union(sampling.stop_ids)))

@@ -69,8 +69,9 @@ def calibrate(arguments: argparse.Namespace) -> None:
     console = Console(stderr=True)
     with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
         # Without labels both types of heads meet the grid; fewer runs where one of them is empty.
+        profiled = layers if search.profile == "head" else 1
         types = 1 if search.criterion == "accuracy" else 2
-        task = progress.add_task("runs", total=1 + layers * heads + types * (len(set(search.grid)) - 1))
+        task = progress.add_task("runs", total=1 + profiled * heads + types * (len(set(search.grid)) - 1))
 
         def counted(gammas: np.ndarray) -> np.ndarray:
             values = measure(gammas)
@@ -117,15 +118,16 @@ def show(found: Tuned, search: ZeroTuningSearch, samples: int, console: Console)
     """The table of what was tried, and what single heads do."""
     profile = found.profile
     up, total = int(profile.of_type("up").sum()), profile.effect.size
+    what = "heads" if search.profile == "head" else "numbers of heads"
     console.print(
-        f"{samples:,} samples, {search.criterion} {profile.neutral:.4f} as the model is. Of {total:,} heads {up:,} "
+        f"{samples:,} samples, {search.criterion} {profile.neutral:.4f} as the model is. Of {total:,} {what} {up:,} "
         f"are up-effective, {total - up:,} down-effective; {profile.dominant} is dominant.",
         highlight=False,
         soft_wrap=True,
     )
     table = Table(box=SIMPLE_HEAD)
-    for name in ("heads", "tuned", "gamma", search.criterion, ""):
-        table.add_column(name, justify="right" if name not in ("heads", "") else "left")
+    for name in (what, "tuned", "gamma", search.criterion, ""):
+        table.add_column(name, justify="right" if name not in (what, "") else "left")
     for trial in found.trials:
         tuned = profile.chosen(trial.kind, search.fraction).sum()
         mark = "kept" if trial == found.best else ""

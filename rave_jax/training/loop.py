@@ -11,6 +11,7 @@ import jax
 
 from rave_jax.checkpoint.store import PARAMETERS, Store, StoreError
 from rave_jax.config import ConfigError
+from rave_jax.data.ahead import AHEAD, Ahead
 from rave_jax.data.sample import SampleError
 from rave_jax.observe.metrics import MetricsWriter
 from rave_jax.observe.progress import ProgressReport
@@ -19,7 +20,7 @@ from rave_jax.parallel import agree, hosts, notes
 from rave_jax.parallel.sharding import use_mesh
 from rave_jax.parallel.stopping import StopRequest
 from rave_jax.parallel.watchdog import Watchdog
-from rave_jax.training.feed import AHEAD, Ahead, Fed, Feed, RowSource
+from rave_jax.training.feed import Fed, Feed, RowSource
 from rave_jax.training.session import Session
 from rave_jax.training.state import TrainState, parameters_of
 from rave_jax.training.step import StepMetrics

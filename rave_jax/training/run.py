@@ -18,6 +18,7 @@ from rave_jax.checkpoint.store import Store, StoreError, check_room, local_bytes
 from rave_jax.checkpoint.target import abstract_model
 from rave_jax.checkpoint.tiny import Tiny
 from rave_jax.config import ConfigError
+from rave_jax.data.ahead import Ahead
 from rave_jax.data.config import check_takes
 from rave_jax.data.pipeline import Pipeline
 from rave_jax.data.processor import Processor
@@ -41,7 +42,6 @@ from rave_jax.training.claim import Claim, claimed
 from rave_jax.training.config import TrainConfig, check_can_be_read_again
 from rave_jax.training.directory import RunDirectory, run_directory
 from rave_jax.training.evaluations import Evaluations, part_named
-from rave_jax.training.feed import Ahead
 from rave_jax.training.footprint import least_activations, least_spread
 from rave_jax.training.init import model_config, source_of
 from rave_jax.training.loop import Loop, Schedule
@@ -199,7 +199,7 @@ def _train(
             progress.say(f"continuing after step {start} of {config.steps}")
         schedule = Schedule(config.steps, config.log_every, config.save_every)
         loop = Loop(session, schedule, store, directory.bad_step, writers, progress, watchdog, stop, evaluations)
-        ahead = Ahead(config.data.prefetch, config.data.workers)
+        ahead = Ahead(config.data.prefetch, config.data.workers, config.data.processes)
         return loop.run(state, pipeline, config.data.rows, lambda step: _describe(config, step), ahead)
 
 

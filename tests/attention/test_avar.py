@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -14,34 +16,38 @@ from rave_jax.batch import TokenInfo
 from rave_jax.config import ConfigError
 from tests.attention.packed import DIMS, KEY, ROWS, attend, dense_map, features, info_of
 
-CONFIG = at.Avar(enhance=0.15, suppress=0.4)
+CONFIG = at.Avar(enhance=0.15, suppress=0.4, rows="response")
+PROMPT = dataclasses.replace(CONFIG, rows="prompt")
 GATE = at.Rave(rank=4, start="random")
 H = DIMS.num_heads
 
 
-def by_hand(plain: Any, rows: tuple[tuple[str, ...], ...], log: Any = np.log) -> dict[str, tuple[Any, int]]:
-    """(sum, how many) of each loss over documents and heads, from the map [B,T,H,S]."""
+def by_hand(
+    plain: Any, rows: tuple[tuple[str, ...], ...], log: Any = np.log, of: str = "a"
+) -> dict[str, tuple[Any, int]]:
+    """(sum, how many) of each loss over documents and heads, from the map [B,T,H,S]; `of`: letters of its rows."""
     found: dict[str, tuple[Any, int]] = {"avar_enhance": (0.0, 0), "avar_suppress": (0.0, 0)}
     for b, documents in enumerate(rows):
         start = 0
         for document in documents:
             where = {k: [start + i for i, letter in enumerate(document) if letter == k] for k in "svqa"}
             start += len(document)
+            own = sorted(i for letter in of for i in where[letter])
             for name, keys in (("avar_enhance", where["v"]), ("avar_suppress", where["s"])):
-                if not where["a"] or not keys:
+                if not own or not keys:
                     continue
                 for head in range(H):
-                    block = plain[b][np.array(where["a"])][:, head][:, np.array(keys)]
-                    mean = block.sum() / (len(where["a"]) * len(keys))
+                    block = plain[b][np.array(own)][:, head][:, np.array(keys)]
+                    mean = block.sum() / (len(own) * len(keys))
                     loss = -0.15 * log(mean) if name == "avar_enhance" else 0.4 * log(mean + 1e-6)
                     found[name] = (found[name][0] + loss, found[name][1] + 1)
     return found
 
 
-@jax.jit
-def losses(x: at.Features, info: TokenInfo) -> Any:
+@functools.partial(jax.jit, static_argnames="config")
+def losses(x: at.Features, info: TokenInfo, config: at.Avar = CONFIG) -> Any:
     """The losses, their weights, and the gradient of their means."""
-    mechanisms = at.build_mechanisms((GATE, CONFIG), DIMS, KEY)
+    mechanisms = at.build_mechanisms((GATE, config), DIMS, KEY)
 
     def mean(x: at.Features) -> Any:
         said = attend(x, info, mechanisms, losses=True).losses
@@ -58,6 +64,17 @@ def test_losses_are_the_stated_means_over_documents_and_heads() -> None:
     said, weights, _ = losses(x, info)
     wanted = by_hand(dense_map((GATE,), x, info), ROWS)
     assert {name: count for name, (_, count) in wanted.items()} == {"avar_enhance": 2 * H, "avar_suppress": 3 * H}
+    for name, (total, count) in wanted.items():
+        np.testing.assert_allclose(said[name], total, rtol=1e-5)
+        assert weights[name] == count
+
+
+def test_rows_of_the_released_code_are_the_users_turns_with_their_pictures() -> None:
+    x, info = features(), info_of(*ROWS)
+    assert at.Avar().rows == "prompt", "the released code's is the default"
+    said, weights, _ = losses(x, info, PROMPT)
+    wanted = by_hand(dense_map((GATE,), x, info), ROWS, of="vq")
+    assert {name: count for name, (_, count) in wanted.items()} == {"avar_enhance": 3 * H, "avar_suppress": 3 * H}
     for name, (total, count) in wanted.items():
         np.testing.assert_allclose(said[name], total, rtol=1e-5)
         assert weights[name] == count

@@ -201,6 +201,16 @@ def test_sink_dimensions_of_a_model_are_found_from_its_first_tokens() -> None:
             sink_dimensions(inputs, count)
 
 
+def test_by_default_it_leaves_out_the_first_two_layers_and_the_last() -> None:
+    used = [plan[:2] for plan in at.plan_layer_runs((VAR,), 6) if plan.mechanisms]
+    assert used == [(2, 5)]
+    hybrid = at.plan_layer_runs((VAR,), 12, attending=(1, 3, 5, 7, 9, 11))
+    assert [n for plan in hybrid if plan.mechanisms for n in range(plan.start, plan.stop)] == [5, 7, 9]
+    assert [plan[:2] for plan in at.plan_layer_runs((dataclasses.replace(VAR, layers="all"),), 3)] == [(0, 3)]
+    with pytest.raises(ConfigError, match=r"Var.layers is 'inner', .* only 3 of them; expected numbers of layers"):
+        at.plan_layer_runs((VAR,), 3)
+
+
 def test_a_config_survives_its_json_and_bad_ones_name_the_field() -> None:
     options = ModelOptions(mechanisms=(dataclasses.replace(VAR, layers=(1,)),))
     assert machinery.loads(ModelOptions, machinery.dumps(options)) == options

@@ -92,7 +92,10 @@ SETTINGS: dict[str, tuple[MechanismConfig, ...]] = {
         SlidingWindow(window=30, layers=(2,)),
     ),
     # By these dimensions one token in seven or more is a sink, of answers too; long prompts and their answers change.
-    "sinks": (Var(dims=(3, 11, 20), tau=1.8, summ=0.05, rho=0.3, move_fraction=0.9), Rave(rank=4, layers=(1,))),
+    "sinks": (
+        Var(dims=(3, 11, 20), tau=1.8, summ=0.05, rho=0.3, move_fraction=0.9, layers="all"),
+        Rave(rank=4, layers=(1,)),
+    ),
     "gaze": (
         Gaze(FixedRegions(2, 2), max_regions=12, top_k=2, layers=(1,)),
         Gaze(FixedRegions(2, 2), max_regions=12, top_k=2, rank_with_bias=True, layers=(0,)),

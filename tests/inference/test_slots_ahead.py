@@ -1,4 +1,4 @@
-"""Slots with mechanisms whose tokens see later ones: answers are a whole forward's, long prompts are refused."""
+"""Slots with mechanisms whose tokens see later ones: answers are a whole forward's, and a prompt is read at once."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import pytest
 
 from rave_jax.attention import Cca, Croc, MechanismConfig, Mma, Rave
 from rave_jax.batch import Role
-from rave_jax.data.sample import SampleError
-from rave_jax.inference import Sampling
+from rave_jax.inference.buckets import Buckets
+from rave_jax.layout import VisualLayout
 from rave_jax.models.config import ModelOptions
 from rave_jax.models.vlm import Vlm
-from tests.inference.prompts import example_of, whole_forward
-from tests.inference.test_slots import CONFIG, NEW, SIZES, engine, prompts, run
+from tests.inference.prompts import whole_forward
+from tests.inference.test_slots import CONFIG, NEW, SIZES, engine, run
 from tests.models.layout import Document, Visual, document
 from tests.models.made import model
 
@@ -64,8 +64,19 @@ def test_each_token_is_the_argmax_of_a_whole_forward(name: str) -> None:
         assert (best[:, -1] - best[:, -2]).min() > 1e-4, "no tie decides"
 
 
-def test_a_prompt_of_several_chunks_is_refused() -> None:
-    slots = engine(a_model("mma and croc"))
-    with pytest.raises(SampleError, match="x: the prompt has 44 tokens, over the budget of chunk 20: with Mma and"):
-        slots.submit(example_of(prompts()[3], CONFIG), Sampling(), "x")
-    slots.submit(example_of(prompts()[0], CONFIG), Sampling())
+@pytest.mark.slow
+def test_a_prompt_longer_than_a_chunk_is_read_at_once() -> None:
+    """As by a chunk that holds it; prompts that fit are read by the sizes of the chunk."""
+    vlm = a_model("mma and croc")
+    expected = run(engine(vlm, WHOLE), asked())
+    slots = engine(vlm, dataclasses.replace(WHOLE, chunk=20, smallest=20))
+    assert run(slots, asked()) == expected
+    assert {size[1] for name, size in slots.usage.programs if name == "prefill"} == {40}
+
+
+def test_the_sizes_of_whole_prompts_grow_to_the_longest() -> None:
+    sizes = dataclasses.replace(SIZES, max_length=900, chunk=128, smallest=64)
+    apart, whole = (Buckets(sizes, None, VisualLayout(), whole) for whole in (False, True))
+    assert whole.lengths == apart.lengths == (64, 96, 128, 256, 512, 1024)
+    assert [apart.chunk_of(n) for n in (1, 90, 129, 900)] == [64, 96, 128, 128]
+    assert [whole.chunk_of(n) for n in (1, 90, 129, 900)] == [64, 96, 256, 1024]

@@ -63,7 +63,7 @@ PARTS: dict[str, MechanismConfig] = {
     "a key bias": ZeroTuning(gamma=(1.5, 0.4), heads=(0, 3)),
     "a channel": ZeroTuning(gamma=3.0, heads=(1,), route="channel"),
     "a factor": ZeroTuning(gamma=0.3, heads=(2,), route="after"),
-    "weighed key groups": Var(dims=(3,), tau=1.8, summ=0.05),
+    "weighed key groups": Var(dims=(3,), tau=1.8, summ=0.05, layers="all"),
 }
 
 

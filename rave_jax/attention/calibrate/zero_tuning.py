@@ -1,8 +1,9 @@
 """Finds the heads and the gamma of ZeroTuning by running a model on a calibration set.
 
-Source: arXiv 2505.11739.
+Source: arXiv 2505.11739 and its released code.
 - Profile: the set is run with gamma 1.5 on one head alone, for every head. A head is up-effective if the result gets
   better when its first token gets more attention, and down-effective otherwise.
+  The released code also has a cheaper profile: one head number in all layers at once.
 - One type is tuned, the dominant one: both at once were not better. 40 to 70 % of the heads were best.
 - One gamma for these heads comes from a grid: with labels by accuracy, without by the least mean entropy of the
   answers, which also chooses the type.
@@ -13,8 +14,8 @@ the type first; a head whose effect is exactly 0 is down-effective, and last. Wi
 entropy too. Gamma 1 is always tried and needs no run of its own; among equal results the gamma nearest to 1 is kept, so
 that a search in which nothing helps changes nothing.
 
-The model runs once without a change, once for every head, and once for every gamma of the grid but 1, twice that
-without labels.
+The model runs once without a change, once for every head (or number of a head), and once for every gamma of the grid
+but 1, twice that without labels.
 """
 
 from __future__ import annotations
@@ -45,6 +46,9 @@ class ZeroTuningSearch:
     """What is made better: accuracy, which needs labels, goes up; entropy of the answers, which needs none, down."""
     probe: float = 1.5
     """Factor of a single head's first-token weight while heads are profiled, above 1."""
+    profile: Literal["head", "number"] = "head"
+    """What is profiled at a time: one head of one layer, in L H runs, or the heads of one number in all layers
+    together, in H runs; they are then of one type and chosen together."""
     fraction: float = 0.5
     """Most heads that are tuned, as a part of all heads of the model; 0.4 to 0.7 were best in the paper."""
     grid: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8, 1.0, 1.25, 1.5, 2.0, 3.0, 5.0)
@@ -64,13 +68,13 @@ class Profile(NamedTuple):
     Fields:
         neutral: mean of what is measured with every gamma 1.
         effect: how much better the mean gets where a head's first token gets more attention, whether better is more or
-            less of it.
+            less of it. N is L, or 1 where all layers were profiled together.
     """
 
     neutral: float
-    effect: Float[NpArray, "L H"]
+    effect: Float[NpArray, "N H"]
 
-    def of_type(self, kind: Type) -> Bool[NpArray, "L H"]:
+    def of_type(self, kind: Type) -> Bool[NpArray, "N H"]:
         """Heads of a type; each head has one."""
         up = self.effect > 0
         return up if kind == "up" else ~up
@@ -84,7 +88,7 @@ class Profile(NamedTuple):
     def _weight(self, heads: Bool[NpArray, "L H"]) -> tuple[float, int]:
         return float(np.abs(self.effect[heads]).sum()), int(heads.sum())
 
-    def chosen(self, kind: Type, fraction: float) -> Bool[NpArray, "L H"]:
+    def chosen(self, kind: Type, fraction: float) -> Bool[NpArray, "N H"]:
         """The most effective heads of a type, at most a fraction of all heads and at least one of them."""
         strength = np.where(self.of_type(kind), np.abs(self.effect), -1.0).ravel()
         count = max(1, round(fraction * strength.size))
@@ -124,7 +128,7 @@ class Tuned(NamedTuple):
 
 
 def tune(search: ZeroTuningSearch, measure: Measure, layers: int, heads: int) -> Tuned:
-    """Profile every head of a model, then find one gamma for the chosen ones.
+    """Profile every head of a model, or every number of a head, then find one gamma for the chosen ones.
 
     Args:
         search: how.
@@ -140,31 +144,35 @@ def tune(search: ZeroTuningSearch, measure: Measure, layers: int, heads: int) ->
     require(heads >= 1, "heads", heads, "at least 1")
     profile = profiled(search, measure, layers, heads)
     sign = _sign(search)
+
+    def table(chosen: Bool[NpArray, "N H"], gamma: float) -> Float[NpArray, "L H"]:
+        return np.array(np.broadcast_to(np.where(chosen, gamma, 1.0), (layers, heads)))
+
     trials: list[Trial] = []
     for kind in (profile.dominant,) if search.criterion == "accuracy" else ("up", "down"):
         chosen = profile.chosen(kind, search.fraction)
         for gamma in dict.fromkeys(search.grid) if chosen.any() else ():
             unchanged = gamma == 1
-            mean = profile.neutral if unchanged else _mean(measure, np.where(chosen, gamma, 1.0))
+            mean = profile.neutral if unchanged else _mean(measure, table(chosen, gamma))
             trials.append(Trial(kind, gamma, mean))
     best = max(trials, key=lambda trial: (sign * trial.mean, -abs(math.log(trial.gamma))))
-    gammas = np.where(profile.chosen(best.kind, search.fraction), best.gamma, 1.0)
-    return Tuned(profile, tuple(trials), best, gammas)
+    return Tuned(profile, tuple(trials), best, table(profile.chosen(best.kind, search.fraction), best.gamma))
 
 
 def profiled(search: ZeroTuningSearch, measure: Measure, layers: int, heads: int) -> Profile:
     """What each head does alone. Arguments and errors are those of `tune`."""
     values = _values(measure, np.ones((layers, heads)))
     samples, neutral = len(values), float(values.mean())
-    effect = np.zeros((layers, heads))
-    for place in np.ndindex(layers, heads):
+    effect = np.zeros((layers if search.profile == "head" else 1, heads))
+    for place in np.ndindex(*effect.shape):
         gammas = np.ones((layers, heads))
-        gammas[place] = search.probe
+        gammas[place if search.profile == "head" else (slice(None), place[1])] = search.probe
         values = _values(measure, gammas)
         if len(values) != samples:
+            where = f"layer {place[0]}" if search.profile == "head" else "all layers"
             raise ConfigError(
-                f"the calibration set has {len(values)} samples with gamma {search.probe} of head {place[1]} in layer "
-                f"{place[0]}, and had {samples} before: every run has to measure the same samples"
+                f"the calibration set has {len(values)} samples with gamma {search.probe} of head {place[1]} in "
+                f"{where}, and had {samples} before: every run has to measure the same samples"
             )
         effect[place] = _sign(search) * (float(values.mean()) - neutral)
     return Profile(neutral, effect)

@@ -51,6 +51,23 @@ class Blocks:
             self._count(len(some))
             first += len(some)
 
+    def add_lines(self, at: int, starts: Int[NpArray, "N"], lines: bytes) -> None:
+        """Take up whole records that stand as they count: no blanks around them, a line end behind each.
+
+        Args:
+            at: byte at which the first begins.
+            starts: where each begins in `lines`.
+            lines: all of them.
+        """
+        self._starts.append(starts + at)
+        self.count += len(starts)
+        view, first = memoryview(lines), 0
+        while first < len(starts):
+            last = min(len(starts), first + BLOCK - self._in_open)
+            self._open.update(view[int(starts[first]) : int(starts[last]) if last < len(starts) else len(lines)])
+            self._count(last - first)
+            first = last
+
     def begin_long(self, start: int) -> None:
         """Take up a record that is longer than `LONGEST`; `extend_long` brings its pieces, `end_long` its end."""
         self._starts.append(np.array([start], np.int64))

@@ -22,8 +22,11 @@ from rave_jax.data.sources.files import check_text, checked, open_file, parse
 from rave_jax.typing import Int, NpArray
 
 VERSION = 1
-LOOKED_AT = 8
+LOOKED_AT = 4
 """Old blocks that are read again when a file has grown."""
+
+_BLANK = np.zeros(256, bool)
+_BLANK[list(b" \t\n\r\v\f")] = True
 
 
 class JsonLines:
@@ -196,7 +199,13 @@ class _Scan:
     def _lines(self, data: bytes, at: int) -> None:
         if not data:
             return
-        ends = np.flatnonzero(np.frombuffer(data, np.uint8) == ord("\n"))
+        bytes_of = np.frombuffer(data, np.uint8)
+        ends = np.flatnonzero(bytes_of == ord("\n"))
+        if data.endswith(b"\n"):
+            starts = np.concatenate([[0], ends[:-1] + 1])
+            if not (_BLANK[bytes_of[starts]].any() or _BLANK[bytes_of[ends - 1]].any()):
+                self._blocks.add_lines(at, starts, data)
+                return
         lines = data.split(b"\n")
         if data.endswith(b"\n"):
             lines.pop()

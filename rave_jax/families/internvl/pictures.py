@@ -31,7 +31,7 @@ from rave_jax.families.pictures import (
 )
 from rave_jax.families.shared.processor_files import bicubic, count, sides, stated, steps
 from rave_jax.families.shared.resampling import resized as resampled
-from rave_jax.families.shared.tiles import cut_tiles
+from rave_jax.families.shared.tiles import cut_tiles, tile_boxes
 from rave_jax.layout import Grid
 from rave_jax.typing import NpArray, UInt8
 
@@ -77,7 +77,8 @@ class Pictures(PictureRules):
         ]
         if len(tiles) > 1:
             tiles.append(resized(image, side, side))
-        return cut_tiles(tiles, self.vision)
+        boxes = tile_boxes(rows, cols, len(tiles) > 1, self.vision)
+        return cut_tiles(tiles, self.vision)._replace(shown=boxes)
 
     @property
     def video_placeholder(self) -> str:

@@ -34,9 +34,9 @@ from rave_jax.families.shared.processor_files import (
     stated,
     steps,
 )
-from rave_jax.families.shared.squares import check_aspect, middle, squared
+from rave_jax.families.shared.squares import check_aspect, middle, middle_of, square_of, squared
 from rave_jax.families.shared.vit import VitConfig, cut_pictures
-from rave_jax.layout import Grid
+from rave_jax.layout import WHOLE, Box, Grid, inside
 from rave_jax.typing import NpArray, UInt8
 
 CLIP, LLAVA, SIGLIP = (f"{kind}ImageProcessor" for kind in ("CLIP", "Llava", "Siglip"))
@@ -77,7 +77,8 @@ class Pictures(PictureRules):
             source: Any = np.arange(tower.places - count, tower.places, dtype=np.int32)[:, None]
             weight: Any = np.ones(source.shape, np.float32)
             patches = patches._replace(source=source, weight=weight)
-        return CutPicture(patches, np.arange(count, dtype=np.int32), grid)
+        shown = (*[None] * tower.class_feature, self.shown(image.height, image.width))
+        return CutPicture(patches, np.arange(count, dtype=np.int32), grid, shown)
 
     def expand(self, kind: VisualKind, grid: Grid, frames: Frames | None, encode: Encode) -> tuple[Piece, ...]:
         """The placeholder once for each visual token; the class token, where it is one, counts as a picture of its
@@ -86,6 +87,21 @@ class Pictures(PictureRules):
         own = (Piece(one, (1, 1, 1)),) if self.vision.class_feature else ()
         return (*own, Piece(one.repeat(math.prod(grid)), grid))
 
+    def shown(self, height: int, width: int) -> Box:
+        """The part of a picture of this size that the grid of its tokens stands for."""
+        square = square_of(height, width) if self.squared else WHOLE
+        if self.shortest_edge is None:
+            return inside(square, self.vision.seen)
+        sides = (max(height, width),) * 2 if self.squared else (height, width)
+        cut = middle_of(*self._shortened(*sides), self.vision.image_size)
+        return inside(inside(square, cut), self.vision.seen)
+
+    def _shortened(self, height: int, width: int) -> tuple[int, int]:
+        """Size of a picture whose shorter side is `shortest_edge`."""
+        assert self.shortest_edge is not None
+        short, long = self.shortest_edge, int(self.shortest_edge * max(width, height) / min(width, height))
+        return (long, short) if width <= height else (short, long)
+
     def resized(self, image: Image.Image) -> UInt8[NpArray, "H W 3"]:
         """The pixels of a picture in the size of the tower."""
         side = self.vision.image_size
@@ -93,10 +109,8 @@ class Pictures(PictureRules):
             image = squared(image, self.vision.pixel_mean)
         if self.shortest_edge is None:
             return np.asarray(image.resize((side, side), Image.Resampling(self.resample)))
-        width, height = image.size
-        short, long = self.shortest_edge, int(self.shortest_edge * max(width, height) / min(width, height))
-        size = (short, long) if width <= height else (long, short)
-        return middle(np.asarray(image.resize(size, Image.Resampling(self.resample))), side)
+        height, width = self._shortened(image.height, image.width)
+        return middle(np.asarray(image.resize((width, height), Image.Resampling(self.resample))), side)
 
 
 def pictures(config: VlmConfig, files: ProcessorFiles) -> Pictures:

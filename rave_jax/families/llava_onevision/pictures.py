@@ -24,6 +24,7 @@ from rave_jax.families.llava_onevision.anyres import (
     Tiled,
     best_size,
     fitted,
+    kept_part,
     picture_mixes,
     tiled,
     video_mixes,
@@ -41,9 +42,9 @@ from rave_jax.families.pictures import (
     VisualKind,
 )
 from rave_jax.families.shared.processor_files import bicubic, flag, same_pixels, sides, stated, steps
-from rave_jax.families.shared.squares import check_aspect, squared
+from rave_jax.families.shared.squares import check_aspect, square_of, squared
 from rave_jax.families.shared.vit import cut_pictures
-from rave_jax.layout import Grid
+from rave_jax.layout import Box, Grid, inside
 from rave_jax.typing import NpArray, UInt8
 
 UNKNOWN_FPS = 24.0
@@ -88,7 +89,14 @@ class Pictures(PictureRules):
             pixels = self._fitted(image)
             parts = pixels.reshape(form.rows, side, form.cols, side, 3).transpose(0, 2, 1, 3, 4)
             tiles = [stretched(image, side), *parts.reshape(-1, side, side, 3)]
-        return self._cut(tiles, picture_mixes(form, self.vision.side), form)
+        shown = self.shown(image.height, image.width, form)
+        return self._cut(tiles, picture_mixes(form, self.vision.side), form, shown)
+
+    def shown(self, height: int, width: int, form: Tiled) -> tuple[Box | None, ...]:
+        """The part of a picture of this size that each of its two grids stands for; the end that stands alone, none."""
+        if form == ONE_TILE:
+            return inside(square_of(height, width), self.vision.seen), None
+        return self.vision.seen, kept_part(height, width, form, self.vision.pinpoints, self.vision.side)
 
     def frames(self, total: int, fps: float | None) -> Frames:
         """All frames are used."""
@@ -104,7 +112,7 @@ class Pictures(PictureRules):
         """Patches of all frames."""
         grid = self.video_grid(images[0].height, images[0].width, frames)
         tiles = [stretched(image, self.vision.image_size) for image in images]
-        return self._cut(tiles, video_mixes(len(tiles), self.vision.side), grid)
+        return self._cut(tiles, video_mixes(len(tiles), self.vision.side), grid, (self.vision.seen, None))
 
     def expand(self, kind: VisualKind, grid: Form, frames: Frames | None, encode: Encode) -> tuple[Piece, ...]:
         """The placeholder once for each visual token. The whole picture, the grid of its tiles with the ends of lines
@@ -132,12 +140,12 @@ class Pictures(PictureRules):
         whole[top : top + height, left : left + width] = image.resize((width, height), Image.Resampling.BICUBIC)
         return whole
 
-    def _cut(self, tiles: Sequence[Any], mixes: Mixes, form: Form) -> CutPicture:
+    def _cut(self, tiles: Sequence[Any], mixes: Mixes, form: Form, shown: tuple[Box | None, ...]) -> CutPicture:
         patches = cut_pictures(tiles, self.vision)
         # All tiles of a picture, and all frames of a video, go through the tower together.
         window: Any = np.ones(patches.length, np.int32)
         patches = patches._replace(window=window, source=mixes.source, weight=mixes.weight)
-        return CutPicture(patches, np.arange(len(mixes.source), dtype=np.int32), form)
+        return CutPicture(patches, np.arange(len(mixes.source), dtype=np.int32), form, shown)
 
 
 def stretched(image: Image.Image, side: int) -> UInt8[NpArray, "side side 3"]:

@@ -30,7 +30,7 @@ from rave_jax.families.pictures import (
 )
 from rave_jax.families.shared.processor_files import flag, number_or_none, resampling, stated, steps
 from rave_jax.families.shared.resampling import resized as resampled
-from rave_jax.families.shared.tiles import TileGrid, cut_tiles
+from rave_jax.families.shared.tiles import TileGrid, cut_tiles, tile_boxes
 from rave_jax.families.smolvlm.config import VisionConfig
 from rave_jax.families.smolvlm.sizes import LONGEST, bounded, longer_side
 from rave_jax.families.smolvlm.video import (
@@ -89,7 +89,8 @@ class Pictures(PictureRules):
         ]
         if len(tiles) > 1:
             tiles.append(np.asarray(resized(whole, side, side)))
-        return cut_tiles(tiles, self.vision)._replace(grid=grid)
+        boxes = tile_boxes(rows, cols, len(tiles) > 1, self.vision)
+        return cut_tiles(tiles, self.vision)._replace(grid=grid, shown=boxes)
 
     @property
     def video_placeholder(self) -> str:

@@ -85,6 +85,22 @@ def test_the_supervised_search_finds_the_gamma_of_the_dominant_heads(kind: str, 
     }
 
 
+def test_heads_of_one_number_are_profiled_in_all_layers_together() -> None:
+    """H runs for the profile; and what is chosen is chosen in every layer."""
+    runs = []
+
+    def measure(gammas: np.ndarray) -> np.ndarray:
+        runs.append(gammas)
+        return accuracy({(n, 1): 0.125 for n in range(L)}, {(n, 2): 0.0625 for n in range(L)}, 2.0)(gammas)
+
+    search = ZeroTuningSearch(profile="number", fraction=1 / H)
+    found = tune(search, measure, L, H)
+    assert len(runs) == 1 + H + len(search.grid) - 1 and found.profile.effect.shape == (1, H)
+    for head, gammas in enumerate(runs[1 : 1 + H]):
+        assert [tuple(place) for place in np.argwhere(gammas == search.probe)] == [(n, head) for n in range(L)]
+    assert found.configs == (ZeroTuning(2.0, heads=(1,)),)
+
+
 def test_the_fraction_is_of_all_heads_and_takes_one_type_alone() -> None:
     effect = np.array([[3.0, -1.0], [2.0, 0.0]])
     profile = Profile(0.5, effect)
