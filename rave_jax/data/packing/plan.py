@@ -294,7 +294,7 @@ class PackedRows:
         rows, sizes = self._rows, draws.sizes
         need = room.rows(sizes) if len(draws.draw) else 0
         count = max(-int(-need // rows) if last else int(need // rows), 1) * rows
-        row = fit(sizes, draws.waited >= PRIORITY, room, count, rows)
+        row = fit(sizes, draws.waited >= PRIORITY, room, count, rows, last=last)
         placed = np.flatnonzero(row >= 0)
         sums = Sizes(*(np.bincount(row[placed], column[placed], count).astype(np.int64) for column in sizes))
         work = sums.patches

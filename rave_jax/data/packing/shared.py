@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import uuid
 from typing import Any
 
 import numpy as np
@@ -21,29 +22,33 @@ class SharedTables:
 
     def __init__(self, length: int):
         self._length, self._path, self._file = length, "", -1
+        self._name = f"rave_jax sizes {uuid.uuid4().hex}"
         self._map: Any = None
         size = max(length, 1) * (4 * COLUMNS + 1)
         if hasattr(os, "memfd_create"):
-            self._file = os.memfd_create("rave_jax sizes")
+            self._file = os.memfd_create(self._name)
             os.ftruncate(self._file, size)
             self._path = f"/proc/{os.getpid()}/fd/{self._file}"
             self._map = mmap.mmap(self._file, size)
         else:
             self._map = mmap.mmap(-1, size)
 
-    def __getstate__(self) -> tuple[int, str]:
-        return self._length, self._path
+    def __getstate__(self) -> tuple[int, str, str]:
+        return self._length, self._path, self._name
 
-    def __setstate__(self, state: tuple[int, str]) -> None:
-        length, path = state
-        self.__init__(length)
+    def __setstate__(self, state: tuple[int, str, str]) -> None:
+        length, path, name = state
         try:
-            found = os.open(path, os.O_RDWR)
-            os.close(self._file)
-            self._file, self._path = found, path
-            self._map = mmap.mmap(found, self._map.size())
+            file = os.open(path, os.O_RDWR)
         except OSError:
+            self.__init__(length)
             return
+        if not os.readlink(f"/proc/self/fd/{file}").startswith(f"/memfd:{name}"):  # of something else by now
+            os.close(file)
+            self.__init__(length)
+            return
+        self._length, self._path, self._name, self._file = length, path, name, file
+        self._map = mmap.mmap(file, max(length, 1) * (4 * COLUMNS + 1))
 
     def __del__(self) -> None:
         if self._file >= 0:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import pickle
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from rave_jax.data.loading import check_answers
 from rave_jax.data.packing import index as indexing
 from rave_jax.data.packing.index import USABLE, SizeIndex
 from rave_jax.data.packing.measuring import measure
+from rave_jax.data.packing.shared import SharedTables
 from rave_jax.data.processor import Processor
 from rave_jax.data.sample import Message, OverBudget, Sample, SampleError
 from rave_jax.data.sources import QaJsonl
@@ -182,6 +184,27 @@ def test_processes_of_a_host_share_what_is_measured(qa_folder: Path, processor: 
     copy.close()
     assert not list((qa_folder / FOLDER).glob("sizes-*"))  # its process keeps nothing
     index.close()
+
+
+def test_memory_that_is_gone_is_begun_anew(tmp_path: Path) -> None:
+    """Its file may be another one by then, of which nothing is read or written."""
+    made = SharedTables(3)
+    made.tables()[1][:] = 7
+    same = pickle.loads(pickle.dumps(made))
+    assert same.tables()[1].tolist() == [7, 7, 7]
+    state, file = made.__getstate__(), made._file
+    del made, same
+    other = tmp_path / "other"
+    other.write_bytes(b"\1" * 100)
+    taken = os.open(other, os.O_RDWR)
+    os.dup2(taken, file)
+    again = SharedTables.__new__(SharedTables)
+    again.__setstate__(state)
+    for each in {taken, file}:
+        os.close(each)
+    assert again.tables()[1].tolist() == [0, 0, 0]
+    again.tables()[1][:] = 5
+    assert other.read_bytes() == b"\1" * 100
 
 
 def test_measuring_says_how_far_it_is(qa_folder: Path, processor: Processor) -> None:
