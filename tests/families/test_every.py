@@ -173,3 +173,18 @@ def brightness(of: Small, example: Example) -> np.ndarray:
         source = example.patches.source
         units = (np.where(source < 0, 0, units[source]) * example.patches.weight).sum(-1)
     return np.where(example.info.kind == Kind.VISUAL, units[example.visual_index], 0)
+
+
+@pytest.mark.parametrize("family", WITH_PICTURES)
+def test_pixels_go_to_the_devices_as_bytes(family: str) -> None:
+    """Only the tower makes numbers of them, inside the program, by the mean and the spread of its model."""
+    of, mesh = small(family, ModelOptions()), make_mesh(MeshConfig())
+    example = of.encode(question("12?", *with_pictures(family)), answer("56"))
+    batch = batch_of(of, [[example]])
+    given = global_batch(lambda span: batch_of(of, [[example]] * len(span)), mesh, mesh.size).patches
+    assert example.patches.pixels.dtype == batch.patches.pixels.dtype == given.pixels.dtype == np.uint8
+    model = abstract(of.config, ModelOptions())
+    made = jax.make_jaxpr(lambda model, patches: model.embed_images(patches))(model, given)
+    inputs = [value.aval for value in made.jaxpr.invars if value.aval.dtype == np.uint8]
+    assert [value.shape for value in inputs] == [given.pixels.shape]
+    assert all(np.size(constant) < given.pixels.size for constant in made.consts), "pixels are no part of the program"
