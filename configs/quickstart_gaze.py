@@ -8,6 +8,7 @@ docs/results.md has the figures.
 """
 
 import dataclasses
+from functools import partial
 
 import quickstart
 
@@ -21,7 +22,7 @@ from rave_jax.training.config import TrainConfig
 from rave_jax.training.init import Tiny
 
 SIZE, FRAME, SMALL = 128, 8, 48
-SMALL_ROWS = {"tokens": 50, "patches": 12}
+SmallRows = partial(Stage, tokens=50, patches=12)
 QUESTIONS = DigitMosaic(frame=FRAME)
 
 
@@ -54,8 +55,8 @@ def get_config() -> TrainConfig:
                 Synthetic(tasks=(QUESTIONS,), image_size=SIZE),
             ),
             stages=(
-                Stage(0, (1, 0, 0), **SMALL_ROWS),
-                Stage(180, (0, 1, 0), **SMALL_ROWS),
+                SmallRows(0, (1, 0, 0)),
+                SmallRows(180, (0, 1, 0)),
                 Stage(400, (0, 0, 1)),
             ),
             tokens=108,

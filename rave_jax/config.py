@@ -75,8 +75,10 @@ def local_path(path: str | Path, field: str) -> Path:
 def check_paths(config: Any, where: str = "") -> None:
     """Raise ConfigError where a field of a config, or of one inside it, names a place that is not a local path.
 
-    Paths are the texts in fields whose names end in `path` or `dir`.
+    Paths are the texts in fields whose names end in `path` or `dir`. A config whose class has `url_schemes` takes URLs
+    of those schemes too.
     """
+    schemes = getattr(type(config), "url_schemes", ())
     for f in dataclasses.fields(config):
         value, field = getattr(config, f.name), f"{where}{f.name}"
         items = enumerate(value) if isinstance(value, tuple) else [(None, value)]
@@ -84,8 +86,12 @@ def check_paths(config: Any, where: str = "") -> None:
             name = field if number is None else f"{field}.{number}"
             if dataclasses.is_dataclass(item) and not isinstance(item, type):
                 check_paths(item, f"{name}.")
-            elif isinstance(item, str) and f.name.endswith(("path", "dir")):
+            elif isinstance(item, str) and f.name.endswith(("path", "dir")) and _scheme(item) not in schemes:
                 local_path(item, name)
+
+
+def _scheme(text: str) -> str:
+    return text.partition("://")[0]
 
 
 def check_ranges(config: Any, **ranges: tuple[float, float]) -> None:

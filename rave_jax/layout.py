@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from rave_jax.config import check_fields, require
 from rave_jax.typing import Int, NpArray
@@ -18,6 +18,36 @@ MAX_CONTEXT = 1 << 14
 """Most context tokens behind a picture or frame: more than a picture has tokens."""
 Grid = tuple[int, int, int]
 """Frames, rows and columns of a merged grid."""
+Box = tuple[float, float, float, float]
+"""x1, y1, x2, y2; far edges excluded."""
+WHOLE: Box = (0.0, 0.0, 1.0, 1.0)
+"""All of a picture, in fractions of its width and height."""
+
+
+class Shown(NamedTuple):
+    """What the visual tokens of one grid show.
+
+    Fields:
+        picture: number of the picture or video in the conversation, from 1.
+        box: the part of it that their grid stands for, in fractions of its width and height. It reaches beyond the
+            picture where that has a border or ends of lines. None: no part of it, as of a class token.
+    """
+
+    picture: int
+    box: Box | None
+
+
+def inside(part: Box, box: Box) -> Box:
+    """A box that is given in fractions of a part of a picture, in fractions of the picture."""
+    width, height = part[2] - part[0], part[3] - part[1]
+    return part[0] + box[0] * width, part[1] + box[1] * height, part[0] + box[2] * width, part[1] + box[3] * height
+
+
+def seen_from(part: Box, box: Box) -> Box:
+    """A box that is given in fractions of a picture, in fractions of a part of it: the inverse of `inside`."""
+    width, height = part[2] - part[0], part[3] - part[1]
+    x1, y1, x2, y2 = box
+    return (x1 - part[0]) / width, (y1 - part[1]) / height, (x2 - part[0]) / width, (y2 - part[1]) / height
 
 
 @dataclass(frozen=True)
@@ -51,6 +81,11 @@ class FixedRegions:
         frame, row, col = places
         return frame // self.frames, row // self.height, col // self.width
 
+    def largest(self, grid: Grid) -> int:
+        """Tokens of the largest region of a grid."""
+        t, h, w = grid
+        return min(t, self.frames) * min(h, self.height) * min(w, self.width)
+
 
 @dataclass(frozen=True)
 class AdaptiveRegions:
@@ -81,6 +116,11 @@ class AdaptiveRegions:
         frame, row, col = places
         _, down, across = self.shape(grid)
         return frame // self.frames, row * down // grid[1], col * across // grid[2]
+
+    def largest(self, grid: Grid) -> int:
+        """Tokens of the largest region of a grid."""
+        _, down, across = self.shape(grid)
+        return min(grid[0], self.frames) * -(-grid[1] // down) * -(-grid[2] // across)
 
 
 Regions = FixedRegions | AdaptiveRegions

@@ -96,7 +96,8 @@ def _strangers(missing: list[str], unknown: dict[str, Stored], weights: Weights,
         unknown = {key: stored for key, stored in unknown.items() if not explain.QUANTIZED.fullmatch(key)}
     files = " or ".join(weights.files) if len(weights.files) <= FILES else f"{len(weights.files)} files"
     tie = {
-        key: f"; config.json does not tie it to {key.replace(HEAD, EMBEDDING)} (tie_word_embeddings)"
+        key: f". If {key.replace(HEAD, EMBEDDING)} is the head too, set tie_word_embeddings to true at the top of "
+        "config.json; a checkpoint without any head, such as one that makes embeddings, writes no text"
         for key in missing
         if key.endswith(f"{HEAD}weight")
     }

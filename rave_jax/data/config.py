@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Literal
 
 from rave_jax.config import ConfigError, check_ranges, require
 from rave_jax.data.chat import SpecialTokens
+from rave_jax.data.filters import SizeFilter
+from rave_jax.data.packing.config import Packing
 from rave_jax.data.processor import Processor
 from rave_jax.data.sample import SampleError, Source
 from rave_jax.data.sources import SourceConfig, Synthetic
+from rave_jax.data.state import OnChange
+from rave_jax.data.weighting import Weighting
 from rave_jax.families.config import VlmConfig
 from rave_jax.layout import VisualLayout
 
@@ -27,7 +34,10 @@ class Stage:
     step: int = 0
     """First step of the stage."""
     weights: tuple[float, ...] = ()
-    """Share of each source, in the order of `sources`; empty for equal shares."""
+    """Share of each source in the samples of the stage, in the order of `sources`; empty for equal shares."""
+    epochs: tuple[float, ...] = ()
+    """In place of `weights`: how often each source is gone through in one pass of the mixture, as (1, 0.5) for all of
+    the first and half of the second. Shares are epochs times lengths."""
     tokens: int | None = None
     """Tokens of a row in this stage; None for those of `data`. Each size of rows is compiled once."""
     patches: int | None = None
@@ -35,8 +45,26 @@ class Stage:
 
     def __post_init__(self) -> None:
         check_ranges(self, step=(0, 2**31 - 1), tokens=(1, MOST_TOKENS), patches=(0, MOST_PATCHES))
-        good = all(weight >= 0 for weight in self.weights) and (not self.weights or sum(self.weights) > 0)
-        require(good, "weights", self.weights, "numbers of 0 or more, not all 0")
+        for name in ("weights", "epochs"):
+            given = getattr(self, name)
+            good = not given or (all(0 <= number < math.inf for number in given) and any(given))
+            require(good, name, given, "numbers of 0 or more, not all 0")
+        alone = "empty where weights are given: a stage mixes its sources by one or by the other"
+        require(not (self.weights and self.epochs), "epochs", self.epochs, alone)
+
+    def shares(self, lengths: Sequence[int]) -> tuple[Fraction, ...]:
+        """Share of each source in the samples of the stage, as decimals say it.
+
+        Args:
+            lengths: samples of each source.
+        """
+        if self.epochs:
+            return tuple(_exact(number) * length for number, length in zip(self.epochs, lengths, strict=True))
+        return tuple(map(_exact, self.weights or (1.0,) * len(lengths)))
+
+
+def _exact(number: float) -> Fraction:
+    return Fraction(repr(float(number)))
 
 
 @dataclass(frozen=True)
@@ -56,6 +84,13 @@ class DataConfig:
     """Patches of a row, rounded up to whole windows of the tower; 0 for text only."""
     documents_per_row: int = 1
     """Samples packed into a row; each may take an equal part of the row's tokens and patches."""
+    packing: Packing | None = None
+    """Rows of as many samples as fit, planned by their sizes; None for `documents_per_row` equal parts."""
+    weighting: Weighting = "token"
+    """What samples count in the loss: as their learned tokens ("token"), each the same ("sample"), or as the square
+    root of their learned tokens ("sqrt")."""
+    filters: tuple[SizeFilter, ...] = ()
+    """Limits of size: samples outside them are left out and counted."""
     seed: int = 0
     """Seed of the order of samples, 0 or more."""
     min_pixels: int | None = None
@@ -67,33 +102,47 @@ class DataConfig:
     on_error: Literal["skip", "fail"] = "skip"
     """What to do with a broken picture, an empty answer, a sample over budget: skip and count it, or fail."""
     max_skips: int = 100
-    """Consecutive samples that may be skipped for one document of a row; with more, the run stops."""
+    """Consecutive samples of a process that may be skipped; with more, the run stops."""
     prefetch: int = 2
     """Batches loaded ahead in the background, besides the two that wait on the devices; 0 loads one at a time."""
     workers: int = 1
-    """Threads that load them, for each device that has rows of its own."""
+    """Threads that load them, for each device that has rows of its own; with `processes`, threads of each process."""
+    processes: int = 0
+    """Processes that load them in place of threads, for each process of the job; worth it where threads cannot keep up
+    although cores are idle."""
+    on_change: OnChange = "refuse"
+    """What to do when a run goes on and a source has grown, shrunk or been reordered: refuse, or continue: the source
+    then begins a new epoch of what it holds, and a line says so."""
     cache_mb: int = 256
-    """Memory that keeps processed samples for reuse, in MB; 0 keeps none."""
+    """Memory that keeps processed samples for reuse, in MB, of each process that loads; 0 keeps none."""
 
     def __post_init__(self) -> None:
         require(len(self.sources) > 0, "sources", self.sources, "at least one source, as --data.sources LlavaJson")
         if not self.stages:
             object.__setattr__(self, "stages", (Stage(),))
+        alone = "1 with packing: data.packing.documents says how many samples a row has"
+        require(self.packing is None or self.documents_per_row == 1, "documents_per_row", self.documents_per_row, alone)
+        for number, each in enumerate(self.filters):
+            known = each.source is None or each.source < len(self.sources)
+            require(known, f"filters.{number}.source", each.source, f"less than the {len(self.sources)} sources")
         require(self.seed >= 0, "seed", self.seed, "0 or more")
         steps = [stage.step for stage in self.stages]
         require(steps[:1] == [0], "stages", steps, "a first stage at step 0")
         require(steps == sorted(set(steps)), "stages", steps, "ascending steps")
         for number, stage in enumerate(self.stages):
             count = len(self.sources)
-            expected = (
-                f"one weight for each of {count} source{'s' * (count != 1)}; --data.stages [] makes one stage with "
-                f"equal shares, --data.stages.{number}.weights sets those of this stage"
-            )
-            require(len(stage.weights) in (0, count), f"stages.{number}.weights", stage.weights, expected)
+            for name, what in (("weights", "weight"), ("epochs", "number of epochs")):
+                expected = (
+                    f"one {what} for each of {count} source{'s' * (count != 1)}; --data.stages [] makes one stage "
+                    f"with equal shares, --data.stages.{number}.{name} sets those of this stage"
+                )
+                require(
+                    len(getattr(stage, name)) in (0, count), f"stages.{number}.{name}", getattr(stage, name), expected
+                )
         check_ranges(self, rows=(1, MOST_ROWS), tokens=(1, MOST_TOKENS), patches=(0, MOST_PATCHES))
         check_ranges(self, documents_per_row=(1, self.tokens), max_skips=(0, 10**6))
         check_ranges(self, min_pixels=(1, MOST_PIXELS), max_pixels=(1, MOST_PIXELS))
-        check_ranges(self, prefetch=(0, 1024), workers=(1, 1024), cache_mb=(0, 10**7))
+        check_ranges(self, prefetch=(0, 1024), workers=(1, 1024), processes=(0, 1024), cache_mb=(0, 10**7))
         for name in ("tokens", "patches"):
             most = max(getattr(part, name) or 0 for part in (self, *self.stages))
             in_batch = f"{name} of a whole batch: rows {self.rows} times {name} {most}"

@@ -3,7 +3,7 @@ region side by side."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -57,9 +57,22 @@ def region_major(example: Example) -> Example:
 
 def check_regions(example: Example, most: int, name: str = "") -> None:
     """Raise OverBudget, naming the sample, if it has more than `most` regions."""
-    found = int(np.max(example.info.region, initial=0))
+    _check_regions(int(np.max(example.info.region, initial=0)), most, name)
+
+
+def _check_regions(found: int, most: int, name: str = "") -> None:
     if found > most:
         raise OverBudget(f"{name + ': ' if name else ''}{found} regions, over the budget of max_regions {most}")
+
+
+def check_region_sizes(grids: Sequence[Grid], layout: VisualLayout) -> None:
+    """Raise OverBudget if pictures of these merged grids have regions of more tokens, or more of them, than the layout
+    allows: what `lay_out` refuses."""
+    if layout.regions is None:
+        return
+    for grid in grids:
+        _check_region_size(grid, layout.regions.largest(grid), layout.regions.tokens)
+    _check_regions(sum(map(layout.count_regions, grids)), layout.max_regions)
 
 
 def pictures(info: TokenInfo) -> Iterator[tuple[slice, Grid]]:
@@ -82,6 +95,14 @@ def offsets_in_region(region: Int[NpArray, "T"]) -> Int[NpArray, "T"]:
     return np.where(region > 0, places, 0)
 
 
+def _check_region_size(grid: Grid, largest: int, most: int) -> None:
+    if largest > most:
+        raise OverBudget(
+            f"a picture of {grid[1]} x {grid[2]} tokens has regions of {largest} tokens, "
+            f"over the budget of regions.tokens {most}"
+        )
+
+
 def _with_regions(example: Example, layout: VisualLayout) -> Example:
     regions = layout.regions
     assert regions is not None
@@ -94,12 +115,7 @@ def _with_regions(example: Example, layout: VisualLayout) -> Example:
         frame, row, col = regions.coordinates(places, grid)
         local = (frame * shape[1] + row) * shape[2] + col
         seen = info.kind[span] == Kind.VISUAL
-        largest = int(np.bincount(local[seen]).max())
-        if largest > regions.tokens:
-            raise OverBudget(
-                f"a picture of {grid[1]} x {grid[2]} tokens has regions of {largest} tokens, "
-                f"over the budget of regions.tokens {regions.tokens}"
-            )
+        _check_region_size(grid, int(np.bincount(local[seen]).max()), regions.tokens)
         number[span] = np.where(seen, total + 1 + local, 0)
         total += layout.count_regions(grid)
     example = example._replace(info=info._replace(region=number))

@@ -26,6 +26,8 @@ FIRST = 0xF0000
 
 
 HALF_PAIR = re.compile("[\ud800-\udfff]")
+_COPYING = threading.Lock()
+"""Held while a tokenizer is copied. Of the module, so that a tokenizer can be pickled."""
 
 
 class Encoded(NamedTuple):
@@ -54,7 +56,6 @@ class LiteralTokenizer:
         longest_first = sorted(special, key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
         self._literal: Tokenizer | None = None
-        self._lock = threading.Lock()
         self._cuts_spaces = self._does_cut_spaces()
 
     @property
@@ -100,7 +101,7 @@ class LiteralTokenizer:
         Raises:
             SampleError: the text holds half a surrogate pair, or the tokenizer cannot be copied.
         """
-        with self._lock:
+        with _COPYING:
             if self._literal is None:
                 self._literal = self._copy()
         return self._encode(self._literal, text)

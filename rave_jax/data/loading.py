@@ -1,93 +1,94 @@
-"""The sample of a draw, encoded: its own, or the next of its source's order where that cannot be used."""
+"""The sample of a planned document, encoded, or why it cannot be used."""
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
-from typing import NamedTuple
 
 from rave_jax.data.collate import check_fits
 from rave_jax.data.config import DataConfig
 from rave_jax.data.layout import check_regions, region_major
-from rave_jax.data.order import Order
-from rave_jax.data.plan import Budget, PlannedDocument
-from rave_jax.data.processor import Processor
+from rave_jax.data.plan import PlannedDocument
+from rave_jax.data.processor import Processor, Size
 from rave_jax.data.sample import EmptyAnswer, Example, Sample, SampleError, Source, message_text
-from rave_jax.data.skips import Skip, SkipLog, describe, skip_of
-
-
-class Loaded(NamedTuple):
-    """What a draw gives.
-
-    Fields:
-        source: number of the source.
-        index: of the sample in its source.
-        example: the sample, encoded.
-        skips: samples before it that cannot be used.
-    """
-
-    source: int
-    index: int
-    example: Example
-    skips: tuple[Skip, ...]
+from rave_jax.data.skips import Skip, skip_of
+from rave_jax.data.weighting import weighted
 
 
 class Loader:
-    """Loads the documents of a plan. Which sample it finds depends on the document alone; use it from any thread."""
+    """Loads the documents of a plan, each from its own sample alone. Use it from any thread; it can be pickled."""
 
-    def __init__(self, config: DataConfig, sources: Sequence[Source], order: Order, processor: Processor):
+    def __init__(self, config: DataConfig, sources: Sequence[Source], processor: Processor):
         """
         Args:
             config: says what becomes of samples that cannot be used, and how much memory keeps examples.
             sources: where samples come from.
-            order: which sample each draw takes.
             processor: encodes samples.
         """
-        self._sources, self._order, self._processor = tuple(sources), order, processor
-        self._skip, self._max_skips = config.on_error == "skip", config.max_skips
+        self._sources, self._processor = tuple(sources), processor
+        self._skip, self._filters, self._weighting = config.on_error == "skip", config.filters, config.weighting
         self._cache = _Cache(config.cache_mb * 2**20)
-        self.skip_log = SkipLog()
-        """Says which samples are not used."""
 
-    def load(self, document: PlannedDocument) -> Loaded:
-        """The sample of a document's draw, or the first after it in the order that can be used and fits the budget.
+    def load(self, document: PlannedDocument) -> Example | Skip:
+        """The sample of a document, encoded; or why it cannot be used, which leaves its place in the row empty.
+
+        No other sample takes its place: each comes once in an epoch.
 
         Raises:
-            SampleError: a sample cannot be used and `on_error` is "fail", or more than `max_skips` one after
-                another cannot.
+            SampleError: the sample cannot be used and `on_error` is "fail".
         """
-        number, before = self._order.source_of(document.draw)
-        source = self._sources[number]
-        skips: list[Skip] = []
-        for attempt in range(self._max_skips + 1):
-            index = self._order.index(number, before + attempt)
-            try:
-                return Loaded(number, index, self._example(number, index, document.budget), tuple(skips))
-            except SampleError as error:
-                if not self._skip:
-                    raise
-                skips.append(skip_of(source.name, index, error))
-                self.skip_log.add(skips[-1])
-        raise SampleError(
-            f"{source.name}: {self._max_skips + 1} consecutive samples cannot be used: "
-            f"{describe(skips)}; the last: {skips[-1].message}"
-        )
+        try:
+            return self._example(document)
+        except SampleError as error:
+            if not self._skip:
+                raise
+            return skip_of(self._sources[document.source].name, document.index, error)
 
-    def _example(self, number: int, index: int, budget: Budget) -> Example:
-        key = (number, index, budget)  # what fits one budget need not fit another
-        if (cached := self._cache.get(key)) is not None:
+    def sample(self, document: PlannedDocument) -> Sample:
+        """The sample of a document, with the part of its conversation that is used.
+
+        Raises:
+            SampleError: its record cannot be used.
+        """
+        sample = self._sources[document.source][document.index]
+        return sample if document.messages is None else cut_to(sample, document.messages)
+
+    def _example(self, document: PlannedDocument) -> Example:
+        # What fits one budget need not fit another.
+        if (cached := self._cache.get(document)) is not None:
             return cached
-        sample = self._sources[number][index]
+        sample, budget = self.sample(document), document.budget
         name = sample.called
         check_answers(sample, name)
         example = self._processor.encode(sample.messages, name=name, most_tokens=budget.tokens)
         check_fits(example, budget.tokens, budget.patches, name)
         if self._processor.layout.regions is not None:
             check_regions(example, budget.regions, name)
+        self._check_filters(document.source, sample, example)
+        example = example._replace(loss_mask=weighted(example.loss_mask, self._weighting))
+        if self._processor.layout.regions is not None:
             example = region_major(example)
-        self._cache.put(key, example)
+        self._cache.put(document, example)
         return example
+
+    def _check_filters(self, source: int, sample: Sample, example: Example) -> None:
+        for each in self._filters:
+            if each.source in (None, source):
+                size = Size(len(example.tokens), example.patches.length, 0, count_visuals(sample))
+                each.check(size, sample.called)
+
+
+def cut_to(sample: Sample, messages: int) -> Sample:
+    """The sample with so many messages of its conversation. `answers` stay those of the whole."""
+    return dataclasses.replace(sample, messages=sample.messages[:messages])
+
+
+def count_visuals(sample: Sample) -> int:
+    """Pictures and videos of a sample."""
+    parts = (part for m in sample.messages if not isinstance(m["content"], str) for part in m["content"])
+    return sum(part["type"] != "text" for part in parts)
 
 
 def check_answers(sample: Sample, name: str) -> None:
@@ -114,6 +115,9 @@ class _Cache:
         self._used = 0
         self._items: OrderedDict[Hashable, tuple[Example, int]] = OrderedDict()
         self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[type[_Cache], tuple[int]]:
+        return _Cache, (self._limit,)  # empty: another process makes its own examples
 
     def get(self, key: Hashable) -> Example | None:
         with self._lock:

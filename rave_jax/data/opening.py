@@ -1,4 +1,5 @@
-"""What a picture is given as (path, URI, bytes, picture in memory), opened by Pillow; no pixels are decoded yet."""
+"""What a picture or video is given as (path, URI, bytes, picture in memory); pictures opened by Pillow, no pixels
+decoded yet."""
 
 from __future__ import annotations
 
@@ -14,6 +15,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from rave_jax.data.places import scheme_of, stream
 from rave_jax.data.sample import ImageError
 from rave_jax.files import LFS_ADVICE, LFS_POINTER, open_regular
 
@@ -64,7 +66,7 @@ def opened(source: Any) -> Generator[Image.Image]:
     elif isinstance(source, np.ndarray):
         yield _of_array(source)
     elif is_encoded(source):
-        with _bytes_of(source) as file:
+        with open_encoded(source) as file:
             yield _identified(file)
     else:
         raise ImageError(f"{type(source).__name__}: expected a path, bytes, a PIL image or a uint8 array")
@@ -77,7 +79,13 @@ def _of_array(pixels: np.ndarray) -> Image.Image:
     return Image.fromarray(pixels[..., 0] if pixels.ndim == 3 and channels == 1 else pixels)
 
 
-def _bytes_of(source: Any) -> BinaryIO:
+def open_encoded(source: Any, what: str = "picture") -> BinaryIO:
+    """The bytes of a picture or video file, given as path, file: or data: URI, or bytes.
+
+    Raises:
+        ImageError: an address on the net, or a text that is no path.
+        OSError: the file cannot be opened, or is no regular file.
+    """
     if isinstance(source, bytes):
         return io.BytesIO(source)
     text = os.fsdecode(source)
@@ -85,11 +93,14 @@ def _bytes_of(source: Any) -> BinaryIO:
         return io.BytesIO(from_data_uri(text))
     path = text.removeprefix("file://")
     if not path.strip():
-        raise ImageError("the path of a picture is empty")
+        raise ImageError(f"the path of a {what} is empty")
+    if scheme_of(path):
+        return stream(path)
     if is_address(path):
-        raise ImageError("a URL: pictures are not downloaded; save the picture and give the path of the file")
+        raise ImageError(f"a URL: {what}s are not downloaded; save the {what} and give the path of the file")
     if len(path) > LONGEST_PATH:
-        raise ImageError("too long for a path; write base64 of a picture as data:image/png;base64,...")
+        kind = "video/mp4" if what == "video" else "image/png"
+        raise ImageError(f"too long for a path; write base64 of a {what} as data:{kind};base64,...")
     return open_regular(path)
 
 

@@ -1,90 +1,221 @@
-"""Which sample each draw of a run takes: a pure function of the seed and the draw's number, the same on every host.
+"""Which sample each draw of a run takes: a pure function of lengths, weights and the seed, the same on every host.
 
-The draws of a run are numbered from 0; the plan (`plan.py`) says in which row a draw stands. Within a stage of the
-curriculum, draws come in blocks; a block holds a fixed number of draws from each source, nearest to the weights, in a
-shuffled order. So it is known without drawing them how many samples of a source come before a draw, and a source gives
-all its samples once in an epoch, in an order of its own.
+The draws of a run are numbered from 0; the plan (`plan.py`) says in which row the sample of a draw stands. Sources are
+grain's: each is shuffled anew for every epoch, and gives each of its samples once in an epoch. A stage mixes them by
+its weights, and goes on in each source where the stage before it stopped. No list of samples is held, whatever their
+number.
 """
 
 from __future__ import annotations
 
 import functools
+import math
+import sys
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from rave_jax.config import require
 from rave_jax.typing import Int, NpArray
 
-BLOCK = 1024
-"""Draws in a block: weights are kept to one part in this many."""
+MOST_SAMPLES = 2**32
+"""Samples of a source: grain shuffles numbers of 32 bits."""
+WALK, FEW = 2**16, 2**10
+"""The least range that grain shuffles, and samples of a source from which on it is shuffled as it is."""
 
 
-def shuffled(length: int, *seed: int) -> Int[NpArray, "N"]:
-    """A shuffled range(length): the ranks of counter-based random bits, which no release of numpy changes."""
-    bits = np.random.Philox(np.random.SeedSequence(seed)).random_raw(length)
-    order = np.argsort(bits, kind="stable").astype(np.int32 if length < 2**31 else np.int64)
-    order.setflags(write=False)
-    return order
+class Stage(NamedTuple):
+    """Draws that mix the sources in one way.
+
+    Fields:
+        first: its first draw.
+        shares: draws of each source among every `sum(shares)` draws of the stage, in lowest terms.
+        taken: samples that were drawn of each source before it.
+    """
+
+    first: int
+    shares: tuple[int, ...]
+    taken: tuple[int, ...]
 
 
-def shares(weights: Sequence[float]) -> Int[NpArray, "N"]:
-    """Draws from each source in a block, by largest remainders of the weights.
+class Restart(NamedTuple):
+    """Where a source that has changed began anew.
+
+    Fields:
+        taken: samples that were drawn of it before.
+        number: the number, from then on, of its next draw; a multiple of its length, so that an epoch begins.
+    """
+
+    taken: int = 0
+    number: int = 0
+
+    def number_of(self, taken: int) -> int:
+        """The number, counted in samples of its epochs, of the draw before which so many were drawn of the source."""
+        return taken if taken < self.taken else taken - self.taken + self.number
+
+
+@dataclass(frozen=True)
+class Order:
+    """What every draw of a run takes. Plain data: it can be compared, pickled and used from any thread."""
+
+    lengths: tuple[int, ...]
+    """Samples of each source."""
+    seed: int
+    """Of all shuffles."""
+    stages: tuple[Stage, ...] = ()
+    """In the order of their first draws; `then` adds one."""
+    restarts: tuple[Restart, ...] = ()
+    """Of each source; empty where none has changed since the run began (`state.py`)."""
+
+    def __post_init__(self) -> None:
+        for number, length in enumerate(self.lengths):
+            require(0 <= length <= MOST_SAMPLES, f"samples of source {number}", length, f"at most {MOST_SAMPLES}")
+
+    def then(self, first: int, weights: Sequence[float | Fraction]) -> Order:
+        """The same order up to draw `first`, and from there on sources mixed by other weights.
+
+        After any n draws of a stage each source has given its share of them, to within one draw for each source.
+        Weights count as they are written in decimals: 0.1 and 0.3 mix exactly 1 to 3.
+
+        Args:
+            first: a draw, not before the first of the last stage.
+            weights: of each source, 0 or more, not all 0.
+
+        Raises:
+            ConfigError: weights that are not so, or a source without samples has a weight.
+        """
+        shares = whole_shares(weights)
+        require(
+            len(shares) == len(self.lengths), "weights", tuple(weights), f"{len(self.lengths)}, one for each source"
+        )
+        for number, (share, length) in enumerate(zip(shares, self.lengths, strict=True)):
+            require(share == 0 or length > 0, f"samples of source {number}", length, "at least one: it has a weight")
+        last = self.stages[-1].first if self.stages else 0
+        require(first >= last, "first draw of a stage", first, f"at least {last}, where the stage before it begins")
+        return replace(self, stages=(*self.stages, Stage(first, shares, self.taken(first))))
+
+    def taken(self, draw: int) -> tuple[int, ...]:
+        """Samples drawn of each source before a draw."""
+        if not self.stages:
+            return (0,) * len(self.lengths)
+        stage = self._stage(draw)
+        counts = given(draw - stage.first, stage.shares)
+        return tuple(taken + count for taken, count in zip(stage.taken, counts, strict=True))
+
+    def draws(self, first: int, stop: int) -> tuple[Int[NpArray, "N"], Int[NpArray, "N"]]:
+        """The samples of draws first..stop-1: the source of each, and the index in it.
+
+        Raises:
+            ConfigError: a draw before the first stage.
+        """
+        samples = np.empty(stop - first, np.int64)
+        for place, draw in enumerate(range(first, stop)):
+            stage = self._stage(draw)
+            mixture = _mixture(self.lengths, self.seed, stage.shares, stage.taken, self.restarts)
+            samples[place] = mixture[draw - stage.first]
+        begins = np.cumsum((0, *self.lengths[:-1]))
+        sources = np.searchsorted(begins, samples, side="right") - 1
+        return sources, samples - begins[sources]
+
+    def _stage(self, draw: int) -> Stage:
+        for stage in reversed(self.stages):
+            if stage.first <= draw:
+                return stage
+        begin = self.stages[0].first if self.stages else None
+        require(False, "draw", draw, f"one of the order, which begins at draw {begin}")
+        raise AssertionError
+
+
+def whole_shares(weights: Sequence[float | Fraction]) -> tuple[int, ...]:
+    """Weights as whole numbers in lowest terms, each in its exact proportion to the others.
 
     Raises:
-        ConfigError: a weight that is not 0 is too small to get a draw.
+        ConfigError: a weight is negative or not finite, or all are 0.
     """
-    parts = np.asarray(weights, np.float64) / np.sum(weights) * BLOCK
-    counts = np.floor(parts).astype(np.int64)
-    # A stable sort, so equal remainders are settled by the order of the sources on every machine.
-    counts[np.argsort(counts - parts, kind="stable")[: BLOCK - counts.sum()]] += 1
-    for weight, count in zip(weights, counts, strict=True):
-        require(weight == 0 or count > 0, "weights", tuple(weights), f"each 0 or at least 1/{BLOCK} of the whole")
-    return counts
+    good = all(0 <= weight < math.inf for weight in weights) and any(weights)
+    require(good, "weights", tuple(weights), "numbers of 0 or more, not all 0")
+    exact = [weight if isinstance(weight, Fraction) else Fraction(repr(float(weight))) for weight in weights]
+    scale = math.lcm(*(weight.denominator for weight in exact))
+    whole = [int(weight * scale) for weight in exact]
+    return tuple(number // math.gcd(*whole) for number in whole)
 
 
-class Order:
-    """What every draw of a run takes.
+def given(draws: int, shares: Sequence[int]) -> tuple[int, ...]:
+    """Samples that each source has given after so many draws: the rule of `grain.MapDataset.mix`, with exact shares.
 
-    Args:
-        lengths: samples of each source.
-        stages: (first draw, weight of each source), ascending, the first at draw 0.
-        seed: of all shuffles.
+    The first source has its share of the draws, rounded up; the next has its share of what is left, and so on.
+    """
+    counts, left, of = [], draws, sum(shares)
+    for share in shares:
+        rest = left * (of - share) // of if of else 0
+        counts.append(left - rest)
+        left, of = rest, of - share
+    return tuple(counts)
+
+
+class _Turns:
+    """Which source a draw of a stage takes, and how many samples of that source come before: for grain's mixture.
+
+    `grain.MapDataset.mix` rounds the weights to 1 % of the least one, with which the sources would not end their
+    epochs together where the config says so. This is its rule without the rounding.
     """
 
-    def __init__(self, lengths: Sequence[int], stages: Sequence[tuple[int, Sequence[float]]], seed: int):
-        self._lengths = tuple(lengths)
-        # Neighbouring draws share a block and an epoch; two epochs of each source are in use where one ends.
-        self._block = functools.lru_cache(maxsize=16)(self._make_block)
-        self._epoch = functools.lru_cache(maxsize=2 * len(lengths))(self._make_epoch)
-        self._seed = seed
-        self._firsts = [first for first, _ in stages]
-        self._shares = [shares(weights) for _, weights in stages]
-        self._drawn = [np.zeros(len(lengths), np.int64)]
-        for number in range(1, len(stages)):
-            self._drawn.append(self._before(number - 1, self._firsts[number]))
+    def __init__(self, shares: tuple[int, ...], taken: tuple[int, ...], restarts: tuple[Restart, ...]):
+        self._shares, self._taken = shares, taken
+        self._restarts = restarts or (Restart(),) * len(shares)
 
-    def _make_block(self, stage: int, block: int) -> Int[NpArray, "N"]:
-        sources = np.repeat(np.arange(len(self._lengths)), self._shares[stage])
-        return sources[shuffled(BLOCK, self._seed, 1, stage, block)]
+    def __len__(self) -> int:
+        return sys.maxsize
 
-    def _make_epoch(self, source: int, epoch: int) -> Int[NpArray, "N"]:
-        return shuffled(self._lengths[source], self._seed, 2, source, epoch)
+    def __getitem__(self, draw: int) -> tuple[int, int]:
+        before, after, of = draw, draw + 1, sum(self._shares)
+        for source, share in enumerate(self._shares):
+            rest, rest_after = before * (of - share) // of, after * (of - share) // of
+            if before - rest != after - rest_after:
+                return source, self._restarts[source].number_of(self._taken[source] + before - rest)
+            before, after, of = rest, rest_after, of - share
+        raise IndexError(draw)
 
-    def _before(self, stage: int, draw: int) -> Int[NpArray, "N"]:
-        """Samples drawn from each source before `draw` of `stage`."""
-        block, inside = divmod(draw - self._firsts[stage], BLOCK)
-        part = np.bincount(self._block(stage, block)[:inside], minlength=len(self._lengths))
-        return self._drawn[stage] + block * self._shares[stage] + part
 
-    def source_of(self, draw: int) -> tuple[int, int]:
-        """(source, how many draws from it come before) of a draw."""
-        stage = int(np.searchsorted(self._firsts, draw, side="right")) - 1
-        block, inside = divmod(draw - self._firsts[stage], BLOCK)
-        source = int(self._block(stage, block)[inside])
-        return source, int(self._before(stage, draw)[source])
+@functools.lru_cache(maxsize=64)
+def _mixture(
+    lengths: tuple[int, ...],
+    seed: int,
+    shares: tuple[int, ...],
+    taken: tuple[int, ...],
+    restarts: tuple[Restart, ...],
+) -> Any:
+    """A stage as a data set of grain: its element d is the sample of draw d of the stage, numbered over all sources."""
+    import grain  # it imports jax, which not all users of this file do
 
-    def index(self, source: int, number: int) -> int:
-        """Index in its source of the sample that its draw `number` takes: one shuffled epoch after another."""
-        epoch, inside = divmod(number, self._lengths[source])
-        return int(self._epoch(source, epoch)[inside])
+    sources, begin = [], 0
+    for number, length in enumerate(lengths):
+        of_source = int(np.random.SeedSequence((seed, number)).generate_state(1)[0])
+        sources.append(_shuffled(begin, max(length, 1), of_source))  # a source without samples is never asked
+        begin += length
+    turns: Any = _Turns(shares, taken, restarts)
+    return grain.MapDataset.select_from_datasets(sources, turns)
+
+
+def _shuffled(begin: int, length: int, seed: int) -> Any:
+    """The numbers from `begin` on, so many, shuffled anew for every epoch without end.
+
+    grain finds the place of a number by walking through at least 2^16 others until one is below the length. Few samples
+    take the order of as many of 2^16 shuffled numbers instead, which walks nowhere.
+    """
+    import grain
+
+    if length >= FEW:
+        return grain.MapDataset.range(begin, begin + length).shuffle(seed).repeat()
+    keys = grain.MapDataset.range(WALK).shuffle(seed)
+
+    @functools.lru_cache(maxsize=4)
+    def epoch(number: int) -> list[int]:
+        ranked = np.argsort([keys[number * WALK + place] for place in range(length)])
+        return (begin + ranked).tolist()
+
+    places = grain.MapDataset.range(length).repeat()
+    return places.map_with_index(lambda draw, place: epoch(draw // length)[place])

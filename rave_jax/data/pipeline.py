@@ -1,26 +1,35 @@
 """Rows of a run: any rows of any step, as a pure function of the config and the step.
 
-The plan says which draws stand in which row, the loader finds the sample of a draw, and collation packs
-them. Nothing is remembered between steps: a process asks for the rows its devices own, a resumed run for the step it
-stopped at, and both get what an undisturbed single process would have got.
+The plan says which samples stand in which row, the loader encodes them, and collation packs them. Nothing is remembered
+between steps: a process asks for the rows its devices own, a resumed run for the step it stopped at, and both get what
+an undisturbed single process would have got.
 """
 
 from __future__ import annotations
 
+import itertools
+import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from rave_jax.batch import Batch
-from rave_jax.config import ConfigError, require
+from rave_jax.config import require
 from rave_jax.data.collate import BatchShape, collate, round_up
 from rave_jax.data.config import DataConfig, Stage, check_takes
+from rave_jax.data.filters import LIMITS
 from rave_jax.data.loading import Loader
 from rave_jax.data.order import Order
+from rave_jax.data.packing.index import Progress
+from rave_jax.data.packing.packed import packed_rows
+from rave_jax.data.packing.plan import PackedRows
 from rave_jax.data.plan import EqualRows, RowPlan
 from rave_jax.data.processor import Processor
-from rave_jax.data.sample import Sample, Source
-from rave_jax.data.skips import Skip
+from rave_jax.data.sample import Sample, SampleError, Source
+from rave_jax.data.skips import Skip, SkipLog, describe
+from rave_jax.data.state import Origin, resumed, saved
+
+log = logging.getLogger(__name__)
 
 
 class Rows(NamedTuple):
@@ -28,11 +37,19 @@ class Rows(NamedTuple):
 
     Fields:
         batch: the rows, as numpy arrays.
-        skips: samples that could not be used for them.
+        documents: for each planned document, in the order of the rows: None where it is in its row, and else why its
+            sample could not be used.
+        left_out: samples that the plan leaves out.
     """
 
     batch: Batch
-    skips: tuple[Skip, ...]
+    documents: tuple[Skip | None, ...] = ()
+    left_out: tuple[Skip, ...] = ()
+
+    @property
+    def skips(self) -> tuple[Skip, ...]:
+        """Samples that could not be used."""
+        return (*self.left_out, *(skip for skip in self.documents if skip is not None))
 
 
 class Pipeline:
@@ -42,7 +59,8 @@ class Pipeline:
         config: what to read.
         processor: the model's processor; `DataConfig.processor` gives it.
         sources: of `DataConfig.open_sources`, where they are open already.
-        plan: which draws stand in which row; None for equal parts of `documents_per_row` samples.
+        plan: which samples stand in which row; None for that of the config.
+        keeps: does this process keep what packing measures of samples beside the data? One of a job is enough.
 
     Raises:
         ConfigError: a source cannot be opened, is empty or has pictures for a text model, or `equal_rows` refuses the
@@ -55,21 +73,30 @@ class Pipeline:
         processor: Processor,
         sources: Sequence[Source] | None = None,
         plan: RowPlan | None = None,
+        keeps: bool = True,
     ):
         self.config = config
         self.processor = processor
         self.sources: tuple[Source, ...] = config.open_sources() if sources is None else tuple(sources)
         for number, source in enumerate(self.sources):
             check_takes(processor.rules.config, source, f"data.sources.{number}")
-        self.plan: RowPlan = equal_rows(config, processor) if plan is None else plan
-        equal = (1.0,) * len(self.sources)
-        stages = [(self.plan.first_draw(stage.step), stage.weights or equal) for stage in config.stages]
-        order = Order([len(source) for source in self.sources], stages, config.seed)
-        self._loader = Loader(config, self.sources, order, processor)
-        self.skip_log = self._loader.skip_log
+        self._given, self._keeps = plan, keeps
+        self._origin = Origin(tuple(len(source) for source in self.sources))
+        self.plan: RowPlan = self._planned(self._origin)
+        self._loader = Loader(config, self.sources, processor)
+        self.skip_log = SkipLog()
         """Says which samples are not used."""
         self.skipped: Counter[str] = Counter()
         """Samples skipped so far in rows that were counted, by reason."""
+        self._in_a_row: list[Skip] = []
+
+    def _planned(self, origin: Origin) -> RowPlan:
+        if self._given is not None:
+            return self._given
+        order = Order(tuple(len(source) for source in self.sources), self.config.seed, restarts=origin.restarts)
+        if self.config.packing is not None:
+            return packed_rows(self.config, self.processor, self.sources, order, origin.lengths, self._keeps)
+        return equal_rows(self.config, self.processor, order, origin.lengths)
 
     def shape(self, step: int) -> BatchShape:
         """Shape of the whole batch of a step, over all hosts."""
@@ -78,77 +105,119 @@ class Pipeline:
     def load(self, step: int, start: int, stop: int) -> Rows:
         """Rows start..stop-1 of the batch of a step, and no others are loaded. Use it from any thread.
 
+        A sample that cannot be used leaves a hole: its row has that much more padding.
+
         Raises:
-            SampleError: a sample cannot be used and `on_error` is "fail", or too many one after another cannot.
+            SampleError: a sample cannot be used and `on_error` is "fail".
         """
         shape = self.plan.shape(step)
         require(0 <= start < stop <= shape.rows, "rows", (start, stop), f"a range within {shape.rows} rows")
         rows = [[self._loader.load(each) for each in self.plan.row(step, row)] for row in range(start, stop)]
-        rules = self.processor.rules
         batch = collate(
-            [[each.example for each in row] for row in rows],
+            [[each for each in row if not isinstance(each, Skip)] for row in rows],
             shape._replace(rows=stop - start),
-            rules.patch_sizes,
+            self.processor.rules.patch_sizes,
         )
-        return Rows(batch, tuple(skip for row in rows for each in row for skip in each.skips))
+        documents = tuple(each if isinstance(each, Skip) else None for row in rows for each in row)
+        return Rows(batch, documents, self.plan.left_out(step) if start == 0 else ())
 
-    def count(self, skips: Sequence[Skip]) -> None:
-        """Count the skips of rows that are used: what is loaded ahead and not used does not count."""
-        self.skipped.update(skip.reason for skip in skips)
+    def count(self, rows: Rows) -> None:
+        """Count the skips of rows that are used, and say them: what is loaded ahead and not used does not count.
+
+        Raises:
+            SampleError: more than `max_skips` samples one after another cannot be used.
+        """
+        for skip in rows.skips:
+            self.skip_log.add(skip)
+            self.skipped[skip.reason] += 1
+        for skip in rows.documents:
+            if skip is None:
+                self._in_a_row.clear()
+            elif skip.reason not in LIMITS:
+                self._in_a_row.append(skip)
+                self._check_skips(self._in_a_row)
+
+    def _check_skips(self, skips: Sequence[Skip]) -> None:
+        if len(skips) > self.config.max_skips:
+            raise SampleError(
+                f"{len(skips)} consecutive samples cannot be used: {describe(skips)}; "
+                f"the last: {skips[-1].source}: {skips[-1].message}"
+            )
 
     def rows(self, step: int, start: int, stop: int) -> Batch:
         """Rows start..stop-1 of the batch of a step, as `load` gives them, counted."""
         rows = self.load(step, start, stop)
-        self.count(rows.skips)
+        self.count(rows)
         return rows.batch
 
     def samples(self, step: int, row: int) -> list[Sample]:
-        """The samples of one row, replacements made, for pictures and tables."""
-        found = [self._loader.load(each) for each in self.plan.row(step, row)]
-        return [self.sources[each.source][each.index] for each in found]
+        """The samples of the documents that `load` puts in a row, for pictures and tables."""
+        planned = self.plan.row(step, row)
+        used = [each for each in planned if not isinstance(self._loader.load(each), Skip)]
+        return [self._loader.sample(each) for each in used]
+
+    def tell(self, progress: Progress | None) -> None:
+        """Whom to tell how far measuring is, while rows wait for it."""
+        if isinstance(self.plan, PackedRows):
+            self.plan.tell(progress)
+
+    def close(self) -> None:
+        """Keep what was measured of samples, where that is done."""
+        if isinstance(self.plan, PackedRows):
+            self.plan.close()
+
+    def check_samples(self) -> None:
+        """See that one of the first samples of the run can be used.
+
+        Raises:
+            SampleError: none of the first `max_skips` + 1 can, or the first cannot and `on_error` is "fail".
+        """
+        skips: list[Skip] = []
+        for step in itertools.count():
+            for row in range(self.shape(step).rows):
+                for document in self.plan.row(step, row):
+                    loaded = self._loader.load(document)
+                    if not isinstance(loaded, Skip):
+                        return
+                    if loaded.reason not in LIMITS:
+                        skips.append(loaded)
+                        self._check_skips(skips)
 
     def state(self, step: int) -> dict[str, Any]:
         """What to save with a checkpoint before `step` is taken: JSON-ready."""
-        return {**self.plan.state(step), "skipped": dict(self.skipped), **self._facts()}
+        own = saved(self._origin, self._facts(), self.sources)
+        return {**self.plan.state(step), "skipped": dict(self.skipped), **own}
 
     def _facts(self) -> dict[str, Any]:
-        """What the samples of a step depend on, besides the curriculum."""
-        lengths = [len(source) for source in self.sources]
-        facts = {"seed": self.config.seed, **self.plan.facts(), "samples": lengths}
-        return {**facts, "fingerprints": [source.fingerprint for source in self.sources]}
+        """What the samples of a step depend on, besides the sources and the curriculum."""
+        return {"seed": self.config.seed, **self.plan.facts()}
 
     def restore(self, state: Mapping[str, Any]) -> int:
         """Take up a saved state; returns the step to go on with.
 
         Raises:
-            ConfigError: the state was saved under another seed, or by a run with another number of rows or samples, or
-                with other samples or another order of them: its step would not be where it stopped.
+            ConfigError: the state was saved under another seed, or by a run with another number of rows: its step would
+                not be where it stopped. Or a source has changed, and `on_change` is "refuse".
         """
-        facts = self._facts()
-        found = facts.pop("fingerprints")
-        saved = state.get("fingerprints", found)  # states of old runs have none
-        for name, value in facts.items():
-            if name not in state:
-                raise ConfigError(
-                    f"the data state of the checkpoint has no entry {name}: it is damaged; delete the checkpoint, "
-                    "so that the one before it is taken"
-                )
-            require(
-                state.get(name) == value, f"data.{name}", value, f"{state.get(name)!r} as in the run that was saved"
-            )
-        for number, source in enumerate(self.sources):
-            if found[number] != saved[number]:
-                raise ConfigError(
-                    f"data.sources.{number} ({source.name}) holds other records than in the run that was saved, or the "
-                    f"same in another order (fingerprint {found[number]}, expected {saved[number]}): put the data back "
-                    "as it was, or start a new run in another output_dir"
-                )
+        found = resumed(state, self._facts(), self.sources, self.config.on_change)
+        if found.origin != self._origin:
+            self._origin = found.origin
+            self.plan = self._planned(found.origin)
+        step = self.plan.restore(state, found.changed)
         self.skipped = Counter(state.get("skipped", {}))
-        return self.plan.restore(state)
+        for line in found.says:
+            log.warning("after step %d: %s", step, line)
+        return step
 
 
-def equal_rows(config: DataConfig, processor: Processor) -> EqualRows:
+def equal_rows(config: DataConfig, processor: Processor, order: Order, lengths: Sequence[int]) -> EqualRows:
     """The plan of a config: each row in `documents_per_row` equal parts.
+
+    Args:
+        config: the data.
+        processor: says how many patches and regions there are.
+        order: of the samples, without stages.
+        lengths: samples of each source by which `Stage.epochs` mixes.
 
     Raises:
         ConfigError: the visual layout has fewer regions than a row has documents.
@@ -162,4 +231,6 @@ def equal_rows(config: DataConfig, processor: Processor) -> EqualRows:
         patches = config.patches if stage.patches is None else stage.patches
         return stage.step, tokens, round_up(patches, processor.rules.patch_sizes.window)
 
-    return EqualRows(config.rows, tuple(map(size, config.stages)), each, most)
+    for stage in config.stages:
+        order = order.then(stage.step * config.rows * each, stage.shares(lengths))
+    return EqualRows(config.rows, tuple(map(size, config.stages)), each, most, order)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -15,10 +16,11 @@ from rave_jax.batch import Kind, Role, TokenInfo
 from rave_jax.config import ConfigError
 from rave_jax.data.chat import ChatTemplate, Run, SpecialTokens, read_template
 from rave_jax.data.images import cut_image, image_grid
-from rave_jax.data.layout import lay_out
+from rave_jax.data.layout import check_region_sizes, lay_out
 from rave_jax.data.patches import join_patches
 from rave_jax.data.sample import Example, ImageError, Message, OverBudget, SampleError
-from rave_jax.data.video import cut_video, video_grid
+from rave_jax.data.video import cut_video, used_frames, video_grid
+from rave_jax.data.video_text import VideoText
 from rave_jax.data.vocabulary import check_directory
 from rave_jax.families.directory import picture_rules
 from rave_jax.families.pictures import (
@@ -34,7 +36,7 @@ from rave_jax.families.pictures import (
     grid_coordinates,
 )
 from rave_jax.files import check_folder
-from rave_jax.layout import VisualLayout
+from rave_jax.layout import WHOLE, Shown, VisualLayout
 from rave_jax.typing import NpArray
 
 MOST_BYTES = 2**22
@@ -43,6 +45,22 @@ SHRINKING = 4
 """Characters that a tokenizer's normaliser may make one of, as NFC does with a letter and its accents."""
 TOKENIZER_FILES = ("*token*", "vocab*", "merges*", "*.jinja", "*.model", "*config.json")
 """Names of the files that transformers opens for a tokenizer."""
+
+
+class Size(NamedTuple):
+    """What a conversation takes of a row.
+
+    Fields:
+        tokens: text and visual together.
+        patches: of all its pictures and videos.
+        regions: of its pictures; 0 where the visual layout has none.
+        pictures: pictures and videos.
+    """
+
+    tokens: int
+    patches: int
+    regions: int
+    pictures: int
 
 
 class Processor:
@@ -70,7 +88,8 @@ class Processor:
         self.tokenizer = tokenizer
         self.rules = rules
         self.layout = layout or VisualLayout()
-        self.chat = ChatTemplate(tokenizer, chat_template, special_tokens_in_text, leading=rules.has_vision)
+        self._special_tokens_in_text: SpecialTokens = special_tokens_in_text
+        self.chat = self._chat(chat_template)
 
     @classmethod
     def from_hf(
@@ -109,10 +128,34 @@ class Processor:
         except ConfigError as error:
             raise ConfigError(f"{directory}: {error}") from error
 
+    def _chat(self, template: str) -> ChatTemplate:
+        placeholder = self.rules.video_placeholder
+        videos = VideoText(placeholder, self._spelled) if placeholder else None
+        return ChatTemplate(self.tokenizer, template, self._special_tokens_in_text, self.rules.has_vision, videos)
+
+    @functools.cached_property
+    def _video_chat(self) -> ChatTemplate:
+        """The chat template of conversations with videos."""
+        return self._chat(self.rules.video_template) if self.rules.video_template else self.chat
+
     @property
     def end_id(self) -> int:
         """The token that ends an answer."""
         return self.chat.end_id
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Of everything that the tokens and patches of a conversation depend on, beside the conversation."""
+        tokenizer = self.tokenizer
+        said = (
+            tokenizer.backend_tokenizer.to_str(),
+            tokenizer.special_tokens_map,
+            self.chat.settings,
+            type(self.rules).__qualname__,
+            self.rules,
+            self.layout,
+        )
+        return hashlib.blake2b(repr(said).encode(errors="surrogatepass"), digest_size=16).hexdigest()
 
     def decode(self, tokens: Sequence[int] | NpArray) -> str:
         """The text of token ids, special tokens left out."""
@@ -130,20 +173,69 @@ class Processor:
             raise ImageError(str(error)) from error
         return self._count(self._pieces("image", grid, None))
 
+    def runs(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> list[Run]:
+        """The conversation as runs of tokens (`ChatTemplate.runs`), in which a placeholder stands once for each picture
+        and video. Of a video, its number of frames and its fps are read.
+
+        Raises:
+            SampleError: a message, a video or a placeholder that cannot be used.
+        """
+        if not _has_videos(messages):
+            return self.chat.runs(messages, add_generation_prompt)
+        if self.rules.has_vision and not self.rules.takes_videos:
+            raise SampleError(NO_VIDEOS)
+        try:
+            chat = self._video_chat
+        except ConfigError as error:
+            raise SampleError(f"the tokenizer does not fit the chat template of videos: {error}") from error
+        return chat.runs(messages, add_generation_prompt)
+
+    def _spelled(self, part: Message) -> str:
+        """A video part as text: one placeholder of a picture for all of its visual tokens, and the texts beside it."""
+        frames = used_frames(part["video"], part.get("fps"), self.rules, part.get("name", ""))
+        before, behind = self.rules.beside(frames)
+        return before + self.tokenizer.convert_ids_to_tokens(self.rules.image_token_id) + behind
+
     def need(self, part: Message, pictures: int = 1) -> tuple[int, int]:
         """(tokens, patches) of a picture or video part in a conversation of so many pictures, from the header of the
-        picture or of its first frame.
+        picture, of a video's first frame or of its file. Text beside a video that `runs` gives is not among them.
 
         Raises:
             ImageError: no picture, or a video without frames.
         """
+        pieces, patches = self._measured(part, self.rules.among(pictures))
+        return self._count(pieces), patches
+
+    def size(self, messages: Sequence[Message], name: str = "") -> Size:
+        """What `encode` makes of a conversation, counted from its texts and the headers of its pictures.
+
+        Raises:
+            SampleError: whatever `encode` raises but for what only the pixels of a picture show.
+        """
+        try:
+            self._check_length(messages, None)
+            runs, parts, _ = self._prepared(messages)
+            rules = self.rules.among(count_pictures(parts))
+            measured = [self._measured(part, rules) for part in parts]
+            pieces = [piece for mine, _ in measured for piece in mine]
+            text = sum(len(run.ids) for run in runs) - len(parts)  # a placeholder stands once for each
+            self._check_longest(text + sum(len(piece.tokens) for piece in pieces))
+            grids = [piece.grid for piece in pieces if piece.grid is not None]
+            check_region_sizes(grids, self.layout)
+            regions = sum(map(self.layout.count_regions, grids))
+            patches = sum(count for _, count in measured)
+            return Size(text + self._count(pieces), patches, regions, len(parts))
+        except SampleError as error:
+            raise (error.at(name) if name else error) from error
+
+    def _measured(self, part: Message, rules: PictureRules) -> tuple[tuple[Piece, ...], int]:
+        """What stands in a prompt for a picture or video, and its patches."""
         kind, name = part["type"], part.get("name", "")
-        rules = self.rules.among(pictures)
         if kind == "video":
             grid, frames = video_grid(part["video"], part.get("fps"), rules, name)
         else:
             grid, frames = image_grid(part["image"], rules, name), None
-        return self._count(self._pieces(kind, grid, frames)), self.rules.count_patches(grid)
+        return self._pieces(kind, grid, frames), self.rules.count_patches(grid)
 
     def _count(self, pieces: Sequence[Piece]) -> int:
         grids = (piece.grid for piece in pieces if piece.grid is not None)
@@ -174,13 +266,13 @@ class Processor:
 
         Raises:
             SampleError: a message, a picture or a placeholder that cannot be used. Says which sample and file.
-            OverBudget: a text that is too long for `most_tokens`, or longer than any model reads.
+            OverBudget: a text or videos that are too long for `most_tokens`, or a text longer than any model reads.
         """
         try:
             self._check_length(messages, most_tokens)
-            return self._encode(messages, add_generation_prompt)
+            return self._encode(messages, add_generation_prompt, most_tokens)
         except SampleError as error:
-            raise (type(error)(f"{name}: {error}") if name else error) from error
+            raise (error.at(name) if name else error) from error
 
     def _check_length(self, messages: Sequence[Message], most_tokens: int | None) -> None:
         texts = [text for message in messages for text in _texts(message)]
@@ -201,14 +293,21 @@ class Processor:
         """Characters of the longest token of the vocabulary. Where tokens are written in bytes, these are no fewer."""
         return max(map(len, self.tokenizer.get_vocab()))
 
-    def _encode(self, messages: Sequence[Message], add_generation_prompt: bool) -> Example:
-        runs = self.chat.runs(messages, add_generation_prompt)
-        parts = [part for run in runs for part in run.visuals]
-        if parts and not self.rules.has_vision:
-            raise SampleError("the conversation has pictures, but the model is for text only")
-        if self.rules.video_token_id < 0 and any(part["type"] == "video" for part in parts):
-            raise SampleError(NO_VIDEOS)
-        places = self._placeholders(runs, parts)
+    def _check_videos(self, parts: Sequence[Message], most_tokens: int) -> None:
+        """A long video is refused before it is decoded."""
+        pictures = count_pictures(parts)
+        needs = [self.need(part, pictures) for part in parts if part["type"] == "video"]
+        tokens, patches = (sum(need[i] for need in needs) for i in (0, 1))
+        if tokens > most_tokens:
+            whose = "the video takes" if len(needs) == 1 else f"the {len(needs)} videos take"
+            raise OverBudget(f"{whose} {tokens} tokens, over the budget of {most_tokens} tokens", tokens, patches)
+
+    def _encode(
+        self, messages: Sequence[Message], add_generation_prompt: bool, most_tokens: int | None = None
+    ) -> Example:
+        runs, parts, places = self._prepared(messages, add_generation_prompt)
+        if most_tokens is not None:
+            self._check_videos(parts, most_tokens)
         rules = self.rules.among(count_pictures(parts))
         cuts, pieces = [], []
         for part in parts:
@@ -234,9 +333,7 @@ class Processor:
                 if piece.grid is not None:
                     visuals.append(Visual(start, piece.grid, piece.seconds))
                 start += len(piece.tokens)
-        longest = self.rules.config.text.longest
-        if longest is not None and len(tokens) > longest:
-            raise OverBudget(f"{len(tokens)} tokens; the model's longest text is {longest} (RoPE of type 'dynamic')")
+        self._check_longest(len(tokens))
         info, visual_index = _visual_codes(len(tokens), visuals, cuts)
         info = info._replace(role=spread([int(run.role) for run in runs]), turn=spread(turn))
         example = Example(
@@ -246,14 +343,35 @@ class Processor:
             positions=self.rules.positions(len(tokens), visuals),
             visual_index=visual_index,
             patches=join_patches([cut.patches for cut in cuts], self.rules.patch_sizes),
+            shown=tuple(
+                Shown(number, box)
+                for number, (cut, mine) in enumerate(zip(cuts, pieces, strict=True), start=1)
+                for box in cut.shown or [WHOLE for piece in mine if piece.grid is not None]
+            ),
         )
         return lay_out(example, self.layout, one_axis=not self.rules.config.text.mrope_section)
+
+    def _prepared(
+        self, messages: Sequence[Message], add_generation_prompt: bool = False
+    ) -> tuple[list[Run], list[Message], NpArray]:
+        """The runs of a conversation, its pictures and videos, and where their placeholders stand."""
+        runs = self.runs(messages, add_generation_prompt)
+        parts = [part for run in runs for part in run.visuals]
+        if parts and not self.rules.has_vision:
+            raise SampleError("the conversation has pictures, but the model is for text only")
+        return runs, parts, self._placeholders(runs, parts)
+
+    def _check_longest(self, tokens: int) -> None:
+        longest = self.rules.config.text.longest
+        if longest is not None and tokens > longest:
+            raise OverBudget(f"{tokens} tokens; the model's longest text is {longest} (RoPE of type 'dynamic')")
 
     def _placeholders(self, runs: Sequence[Run], parts: Sequence[Message]) -> NpArray:
         """Index of each picture's placeholder in the runs' tokens put end to end."""
         kinds = {self.rules.image_token_id: "image", self.rules.video_token_id: "video"}
         found = [(index, kinds[i]) for index, i in enumerate(i for run in runs for i in run.ids) if i in kinds]
-        wanted = [part["type"] for part in parts]
+        # Where videos were written as text, the placeholder of each is that of a picture.
+        wanted = ["image" if self.rules.video_placeholder else part["type"] for part in parts]
         if [kind for _, kind in found] != wanted:
             raise SampleError(
                 f"the rendered text has the placeholders {[kind for _, kind in found]}, but the pictures are {wanted}; "
@@ -265,6 +383,13 @@ class Processor:
 def count_pictures(parts: Sequence[Message]) -> int:
     """Pictures among the picture and video parts of a conversation."""
     return sum(part["type"] == "image" for part in parts)
+
+
+def _has_videos(messages: Sequence[Message]) -> bool:
+    """Has a message a video part? Messages may be of any form: what is wrong with one is said where it is read."""
+    contents = [message.get("content") for message in messages if hasattr(message, "get")]
+    lists = (content for content in contents if isinstance(content, Sequence) and not isinstance(content, str | bytes))
+    return any(part.get("type") == "video" for parts in lists for part in parts if hasattr(part, "get"))
 
 
 def _cut(part: Message, rules: PictureRules) -> tuple[CutPicture, Frames | None]:

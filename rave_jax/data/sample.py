@@ -7,15 +7,16 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 from rave_jax.batch import Patches, TokenInfo
+from rave_jax.layout import Shown
 from rave_jax.typing import Float, Int, NpArray
 
 Message = Mapping[str, Any]
 """A chat message in HF form: `{"role": "system" | "user" | "assistant", "content": text or list of parts}`.
 
 A part is `{"type": "text", "text": str}`, `{"type": "image", "image": path | bytes | PIL image | uint8 array}` or
-`{"type": "video", "video": [frames, each as an image], "fps": frames per second}`. An image or video part may carry a
-`name` that errors then say in place of a path. An answer may carry a `weight`, which its tokens have in the loss: 1
-where there is none, 0 for an answer that is not learned.
+`{"type": "video", "video": [frames, each as an image], "fps": frames per second}`, or a video file's path or bytes in
+place of the list. An image or video part may carry a `name` that errors then say in place of a path. An answer may
+carry a `weight`, which its tokens have in the loss: 1 where there is none, 0 for an answer that is not learned.
 """
 
 METRICS = ("exact_match", "relaxed_accuracy", "anls")
@@ -44,6 +45,12 @@ class ImageError(SampleError):
     reason = "broken image"
 
 
+class VideoError(ImageError):
+    """A video file that cannot be read: broken, cut off, without frames, or no video."""
+
+    reason = "broken video"
+
+
 class EmptyAnswer(SampleError):
     """A conversation with nothing to learn: an answer is missing or blank."""
 
@@ -59,6 +66,10 @@ class OverBudget(SampleError):
         """`tokens` and `patches` are what the sample needs; 0 where that is not known."""
         super().__init__(message)
         self.tokens, self.patches = tokens, patches
+
+    def at(self, where: str) -> OverBudget:
+        """The same error, `where` in front of what it says."""
+        return type(self)(f"{where}: {self}", self.tokens, self.patches)
 
 
 @dataclass(frozen=True)
@@ -167,6 +178,7 @@ class Example(NamedTuple):
         positions: rotary positions: temporal, height, width.
         visual_index: which merged patch of the document a visual token is; 0 for text.
         patches: patches of the document's pictures.
+        shown: for each number of `info.image`, from 1, what its tokens show; empty: each is a whole picture.
     """
 
     tokens: Int[NpArray, "T"]
@@ -175,3 +187,4 @@ class Example(NamedTuple):
     positions: Int[NpArray, "3 T"]
     visual_index: Int[NpArray, "T"]
     patches: Patches
+    shown: tuple[Shown, ...] = ()

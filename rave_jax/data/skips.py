@@ -58,6 +58,9 @@ class SkipLog:
         self._groups: dict[tuple[str, str], _Group] = {}
         self._lock = threading.Lock()
 
+    def __reduce__(self) -> tuple[type[SkipLog], tuple[()]]:
+        return SkipLog, ()  # another process says nothing
+
     def add(self, skip: Skip) -> None:
         """Take up a skip, and say what is to be said of it."""
         with self._lock:

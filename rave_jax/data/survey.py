@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from rave_jax.data.loading import check_answers
-from rave_jax.data.processor import Processor, count_pictures
+from rave_jax.data.processor import Processor
 from rave_jax.data.sample import Message, SampleError, Source
 from rave_jax.data.skips import Skip, skip_of
 from rave_jax.typing import Int, NpArray
@@ -76,13 +76,5 @@ def measure(processor: Processor, messages: Sequence[Message]) -> Need:
     Raises:
         SampleError: a message or the header of a picture that cannot be used.
     """
-    runs = processor.chat.runs(messages)
-    parts = [part for run in runs for part in run.visuals]
-    if parts and not processor.rules.has_vision:
-        raise SampleError("the conversation has pictures, but the model is for text only")
-    tokens = sum(len(run.ids) for run in runs) - len(parts)  # a placeholder stands once for each
-    patches = 0
-    for part in parts:
-        more, cut = processor.need(part, count_pictures(parts))
-        tokens, patches = tokens + more, patches + cut
-    return Need(tokens, patches)
+    found = processor.size(messages)
+    return Need(found.tokens, found.patches)

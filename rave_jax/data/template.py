@@ -29,6 +29,10 @@ MEMORY = 1 << 30
 WAIT = 60
 """Seconds after which a trial is ended, whatever it waits for."""
 
+_MARKING = threading.Lock()
+"""transformers keeps what it found marked in the compiled template, which all threads share. Of the module, so that a
+template can be pickled."""
+
 
 class Rendered(NamedTuple):
     """The text of a conversation, and (start, stop) of what `{% generation %}` marks in it, in characters."""
@@ -57,8 +61,6 @@ class Template:
         self._variables: dict[str, Any] = dict(tokenizer.special_tokens_map)
         self.marks_answers = re.search(r"\{%-?\s*generation\s*-?%\}", text) is not None
         """Does the template say with `{% generation %}` what an answer is?"""
-        # transformers keeps what it found marked in the compiled template, which all threads share.
-        self._lock = threading.Lock()
         _try(text, tuple(sorted((k, v) for k, v in self._variables.items() if isinstance(v, str))))
 
     def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = False) -> Rendered:
@@ -70,7 +72,7 @@ class Template:
         options = {**self._variables, "return_assistant_tokens_mask": self.marks_answers}
         try:
             if self.marks_answers:
-                with self._lock:
+                with _MARKING:
                     text, answers = self._rendered(messages, add_generation_prompt, options)
             else:
                 text, answers = self._rendered(messages, add_generation_prompt, options)

@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from PIL import Image
 
 from rave_jax.data.images import image_size
 from rave_jax.data.sample import Message, Sample
+from rave_jax.data.video import grey_frames
 from rave_jax.evaluation.metrics import normalise
 
 GREY = (128, 128, 128)
@@ -120,23 +121,21 @@ def grey(sample: Sample) -> Sample:
         ImageError: a picture whose size cannot be read.
     """
 
-    def blank(source: Any, name: str) -> Image.Image:
-        height, width = image_size(source, name)
-        return Image.new("RGB", (width, height), GREY)
-
-    return dataclasses.replace(sample, messages=tuple(_with_pictures(m, blank) for m in sample.messages))
+    return dataclasses.replace(sample, messages=tuple(map(_grey_message, sample.messages)))
 
 
-def _with_pictures(message: Message, change: Callable[[Any, str], Any]) -> Message:
+def _grey_message(message: Message) -> Message:
     if isinstance(message["content"], str):
         return message
+    return {**message, "content": [_grey_part(part) for part in message["content"]]}
 
-    def changed(part: Mapping[str, Any]) -> Mapping[str, Any]:
-        name = part.get("name", "")
-        if part["type"] == "image":
-            return {**part, "image": change(part["image"], name)}
-        if part["type"] == "video":
-            return {**part, "video": [change(frame, name) for frame in part["video"]]}
-        return part
 
-    return {**message, "content": [changed(part) for part in message["content"]]}
+def _grey_part(part: Mapping[str, Any]) -> Mapping[str, Any]:
+    name = part.get("name", "")
+    if part["type"] == "image":
+        height, width = image_size(part["image"], name)
+        return {**part, "image": Image.new("RGB", (width, height), GREY)}
+    if part["type"] == "video":
+        frames, fps = grey_frames(part["video"], part.get("fps"), GREY, name)
+        return {**part, "video": frames} | ({} if fps is None else {"fps": fps})
+    return part

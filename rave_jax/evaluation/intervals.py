@@ -96,7 +96,8 @@ def picture_key(sample: Sample, index: int) -> str:
     seen = False
     for message in sample.messages:
         for part in () if isinstance(message["content"], str) else message["content"]:
-            for source in {"image": [part.get("image")], "video": part.get("video")}.get(part["type"]) or ():
+            given = part.get(part["type"]) if part["type"] in ("image", "video") else []
+            for source in given if isinstance(given, (list, tuple)) else [given]:  # a video may be a file
                 digest.update(_identity(source))
                 seen = True
     return digest.hexdigest() if seen else f"{NO_PICTURE} {index}"

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
@@ -20,8 +20,21 @@ from rave_jax.data.sample import Sample
 from rave_jax.evaluation.accounting import Reading, mean_reading
 from rave_jax.evaluation.markdown import table
 from rave_jax.evaluation.probe import Answered, Found
-from rave_jax.look.maps import Box, coverage, relative_box
+from rave_jax.layout import WHOLE, Box, Shown, seen_from
+from rave_jax.look.maps import coverage, relative_box
 from rave_jax.typing import Bool, Float, Int, NpArray
+
+
+class Cells(NamedTuple):
+    """Where the regions of one grid lie.
+
+    Fields:
+        regions: number of the region, from 0, that each cell of the grid is in.
+        box: the part of the picture that the grid stands for, in fractions of the picture.
+    """
+
+    regions: Int[NpArray, "y x"]
+    box: Box = WHOLE
 
 
 @dataclass(frozen=True)
@@ -31,12 +44,12 @@ class Route:
     Attributes:
         chosen: share of them that chose each region, [layers that route, heads, regions]; None where nothing routes,
             or where the first visual is a video.
-        cells: number of the region, from 0, that each cell of the first picture's merged grid is in.
+        cells: of each grid that shows the first picture, the numbers of its regions.
         reading: what text queries of the prompt read, and what that costs; None without pictures.
     """
 
     chosen: Float[NpArray, "L H R"] | None
-    cells: Int[NpArray, "y x"] | None
+    cells: tuple[Cells, ...] | None
     reading: Reading | None
 
 
@@ -93,22 +106,30 @@ class RoutingSummary:
         return said
 
 
-def cells_of(info: TokenInfo) -> Int[NpArray, "y x"] | None:
-    """Number of the region, from 0, of each cell of the first picture; None without a picture or regions."""
+def cells_of(info: TokenInfo, shown: Sequence[Shown] = ()) -> tuple[Cells, ...] | None:
+    """Where the regions of the first picture lie; None without a picture or regions.
+
+    Args:
+        info: token codes of one row (arrays [S]).
+        shown: for each image number of `info`, from 1, what its tokens show; empty: each is a whole picture.
+    """
     codes = {name: np.asarray(code) for name, code in info._asdict().items()}
-    tokens = np.flatnonzero((codes["image"] == 1) & (codes["kind"] == Kind.VISUAL))
-    if not len(tokens) or not codes["region"].any():
-        return None
-    cells = np.zeros((codes["grid_h"][tokens[0]], codes["grid_w"][tokens[0]]), np.int32)
-    cells[codes["row"][tokens], codes["col"][tokens]] = codes["region"][tokens] - 1
-    return cells
+    found = []
+    for number, one in enumerate(shown or [Shown(1, WHOLE)], start=1):
+        tokens = np.flatnonzero((codes["image"] == number) & (codes["kind"] == Kind.VISUAL))
+        if one.picture != 1 or one.box is None or not len(tokens):
+            continue
+        cells = np.zeros((codes["grid_h"][tokens[0]], codes["grid_w"][tokens[0]]), np.int32)
+        cells[codes["row"][tokens], codes["col"][tokens]] = codes["region"][tokens] - 1
+        found.append(Cells(cells, one.box))
+    return tuple(found) if found and codes["region"].any() else None
 
 
-def overlapping(cells: Int[NpArray, "y x"], regions: int, box: Box) -> Bool[NpArray, "R"]:
+def overlapping(cells: Cells, regions: int, box: Box) -> Bool[NpArray, "R"]:
     """Which of so many regions a box, in fractions of the picture, overlaps."""
-    shape = cells.shape[0], cells.shape[1]
+    shape = cells.regions.shape[0], cells.regions.shape[1]
     # Edges that only touch cover nothing but rounding.
-    touched = np.unique(cells[coverage(box, shape) > 1e-6])
+    touched = np.unique(cells.regions[coverage(seen_from(cells.box, box), shape) > 1e-6])
     return np.isin(np.arange(regions), touched)
 
 
@@ -123,7 +144,7 @@ def hits(sample: Sample, route: Route, box: Box) -> Hits | None:
     if route.chosen is None or route.cells is None:
         return None
     regions = route.chosen.shape[-1]
-    evidence = overlapping(route.cells, regions, box)
+    evidence = np.any([overlapping(cells, regions, box) for cells in route.cells], axis=0)
     shares = route.chosen[..., evidence].sum(-1) / np.maximum(route.chosen.sum(-1), 1e-30)
     return Hits(sample.task, tuple(shares.mean(axis=1).tolist()), float(evidence.mean()))
 

@@ -20,7 +20,7 @@ from rave_jax.evaluation.routing import Route, cells_of
 from rave_jax.evaluation.vas import VasSums, vas_sums, with_vas
 from rave_jax.inference import Completion, Generator, Request, Sampling, SlotConfig
 from rave_jax.inference.programs import SlotState
-from rave_jax.look.maps import Look, on_grid
+from rave_jax.look.maps import Look, over_picture
 from rave_jax.models.forward import Want
 from rave_jax.models.vlm import Vlm
 from rave_jax.parallel.rows import batch_shardings, global_batch
@@ -207,7 +207,8 @@ class ModelSubject:
             found = np.asarray(self._answer_attention(self._model, block.batch, block.queries, block.weights))
         looks: list[Look | None] = []
         for i, example in enumerate(block.examples):
-            grid = None if self._has_video(example) else on_grid(example.info, found[:, i, :, : len(example.tokens)])
+            mine = found[:, i, :, : len(example.tokens)]
+            grid = None if self._has_video(example) else over_picture(example.info, mine, example.shown)
             looks.append(None if grid is None else Look(grid, self._model.config.text.attention_layers))
         return looks
 
@@ -220,7 +221,7 @@ class ModelSubject:
         routes: list[Route | None] = []
         for i, prompt in enumerate(block.prompts):
             reading = account(prompt.info, self._model.config.text, self._model.options)
-            cells = None if self._has_video(prompt) else cells_of(prompt.info)
+            cells = None if self._has_video(prompt) else cells_of(prompt.info, prompt.shown)
             if found is None or cells is None:
                 routes.append(Route(None, None, reading))
             else:

@@ -126,6 +126,11 @@ class Family:
     """The same of checkpoints that hold the parameters in other tensors: they load too."""
     pictures: Callable[[VlmConfig, ProcessorFiles], PictureRules] = lambda config, files: PictureRules(config)
     """The rules of a model's pictures, videos and positions, from its config and the files of its processors."""
+    image_processors: tuple[str, ...] = ()
+    """Names in transformers, without `Fast` and `Pil`, of the image processors that `pictures` computes. A model whose
+    files name another is refused."""
+    video_processors: tuple[str, ...] = ()
+    """The same of videos; empty where the family takes none."""
     tower: str = ""
     """Name of the module that has its `Tower`; empty for text families. The module imports jax, so it is imported when
     a model is built."""

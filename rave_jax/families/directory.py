@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from rave_jax.config import ConfigError
-from rave_jax.families import family_for
+from rave_jax.families import Family, family_for
 from rave_jax.families.config import VlmConfig
 from rave_jax.families.pictures import PictureRules, ProcessorFiles
+from rave_jax.families.shared.processor_files import bare, channels, check_name, image_processor, stated
 from rave_jax.files import read_text
 
 SHARED = ("patch_size", "temporal_patch_size", "merge_size")
@@ -31,6 +32,8 @@ def picture_rules(directory: str | Path) -> PictureRules:
         config, files = family.parse(hf), processor_files(directory)
         if config.vision is not None and not files.image:
             raise ConfigError(f"{files.image_file}: no such file; a vision-language model needs it")
+        if config.vision is not None:
+            check_processors(family, files)
         return family.pictures(with_processor(config, files), files)
     except ConfigError as error:
         said = str(error)
@@ -60,6 +63,19 @@ def processor_files(directory: Path) -> ProcessorFiles:
     return ProcessorFiles(image_file, image, *((video_file, video) if video else (image_file, image)))
 
 
+def check_processors(family: Family, files: ProcessorFiles) -> None:
+    """Refuse image and video processors that the family's rules do not compute. A file may name none.
+
+    Raises:
+        ConfigError: a file names such a processor.
+    """
+    key = "feature_extractor_type" if files.image.get("image_processor_type") is None else "image_processor_type"
+    check_name(files.image_file, key, image_processor(files.image), family.image_processors)
+    if family.video_processors:
+        key = "video_processor_type"
+        check_name(files.video_file, key, bare(files.video.get(key)), family.video_processors)
+
+
 def with_processor(config: VlmConfig, files: ProcessorFiles) -> VlmConfig:
     """The config with the mean and deviation of pixels that the image processor's file states, where there are any.
 
@@ -70,15 +86,18 @@ def with_processor(config: VlmConfig, files: ProcessorFiles) -> VlmConfig:
         return config
     for key in SHARED:
         wanted = getattr(config.vision, key, None)
-        if wanted is not None and files.image.get(key, wanted) != wanted:
-            found = files.image[key]
+        found = stated(files.image, key, wanted)
+        if wanted is not None and (type(found) is not int or found != wanted):
             raise ConfigError(f"{files.image_file}: {key} is {found!r}, expected {wanted} as config.json has it")
-    stated = {
-        ours: tuple(float(n) for n in files.image[theirs])
-        for ours, theirs in (("pixel_mean", "image_mean"), ("pixel_std", "image_std"))
-        if files.image.get(theirs) is not None
+    vision = config.vision
+    pixels = {
+        "pixel_mean": channels(files.image_file, files.image, "image_mean", vision.pixel_mean),
+        "pixel_std": channels(files.image_file, files.image, "image_std", vision.pixel_std),
     }
-    return dataclasses.replace(config, vision=dataclasses.replace(config.vision, **stated))
+    if min(pixels["pixel_std"]) <= 0:
+        found = files.image.get("image_std")
+        raise ConfigError(f"{files.image_file}: image_std is {found!r}, expected numbers above 0")
+    return dataclasses.replace(config, vision=dataclasses.replace(vision, **pixels))
 
 
 def read_json(path: Path, optional: bool = False) -> dict[str, Any]:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from rave_jax.batch import Kind, TokenInfo
+from rave_jax.layout import WHOLE, Box, Shown
 from rave_jax.typing import Float, NpArray
-
-Box = tuple[float, float, float, float]
-"""x1, y1, x2, y2; far edges excluded."""
 
 
 @dataclass(frozen=True)
@@ -19,8 +18,8 @@ class Look:
 
     Attributes:
         weights: attention from the queries that chose the answer's tokens, averaged over them, on each cell
-            of the picture's merged grid; [layers, heads, grid rows, grid columns]. What is missing to 1
-            went to text and to other pictures.
+            of a grid over the picture (`over_picture`); [layers, heads, grid rows, grid columns]. What is missing to 1
+            went to text, to other pictures, and to visual tokens that show no part of the picture.
         layers: numbers of these layers in the model; empty: they are all of its layers.
     """
 
@@ -62,13 +61,55 @@ class Look:
         return float((heat * coverage(box, heat.shape)).sum())
 
 
-def on_grid(info: TokenInfo, weights: Float[NpArray, "L H S"], image: int = 1) -> Float[NpArray, "L H y x"] | None:
-    """Weights of the tokens of one image on its grid; None where the row has no such image.
+def over_picture(
+    info: TokenInfo, weights: Float[NpArray, "L H S"], shown: Sequence[Shown] = (), picture: int = 1
+) -> Float[NpArray, "L H y x"] | None:
+    """Weights of the visual tokens that show a picture, on one grid over it; None where the row has no such picture.
+
+    The grid has the smallest cells that any of the picture's grids has. Where grids lie over each other, as tiles and
+    the whole picture do, their weights add up. The weight of a token is spread evenly over the part that it shows, and
+    the part beyond the picture is left out.
 
     Args:
         info: token codes of one row (arrays [S]).
         weights: attention to each token.
-        image: number of the image in the row. The frames of a video are summed; context tokens are in no cell.
+        shown: for each image number of `info`, from 1, what its tokens show; empty: each is a whole picture.
+        picture: number of the picture or video in the conversation, from 1.
+    """
+    shown = shown or [Shown(n, WHOLE) for n in range(1, int(np.max(np.asarray(info.image), initial=0)) + 1)]
+    found = [(n, one.box) for n, one in enumerate(shown, 1) if one.picture == picture and one.box is not None]
+    grids = [(grid, box) for n, box in found if (grid := on_grid(info, weights, n)) is not None]
+    if not grids:
+        return None
+    rows = max(round(grid.shape[-2] / (box[3] - box[1])) for grid, box in grids)
+    cols = max(round(grid.shape[-1] / (box[2] - box[0])) for grid, box in grids)
+    spread = [_spread(grid, box, max(rows, 1), max(cols, 1)) for grid, box in grids]
+    return np.sum(spread, axis=0) if len(spread) > 1 else spread[0]
+
+
+def _spread(grid: Float[NpArray, "L H h w"], box: Box, rows: int, cols: int) -> Float[NpArray, "L H y x"]:
+    """Weights on the cells of a part of a picture, on a grid over the whole of it."""
+    if box == WHOLE and grid.shape[-2:] == (rows, cols):
+        return grid
+    down = _shares(grid.shape[-2], box[1], box[3], rows)
+    across = _shares(grid.shape[-1], box[0], box[2], cols)
+    return (down @ grid @ across.T).astype(np.float32)
+
+
+def _shares(cells: int, low: float, high: float, made: int) -> Float[NpArray, "made cells"]:
+    """How much of each of so many cells between `low` and `high` lies in each of `made` cells between 0 and 1."""
+    edges, into = low + (high - low) * np.arange(cells + 1) / cells, np.arange(made + 1) / made
+    over = np.minimum(into[1:, None], edges[None, 1:]) - np.maximum(into[:-1, None], edges[None, :-1])
+    return np.clip(over, 0.0, None) * cells / (high - low)
+
+
+def on_grid(info: TokenInfo, weights: Float[NpArray, "L H S"], image: int = 1) -> Float[NpArray, "L H y x"] | None:
+    """Weights of the tokens of one image number on its grid; None where the row has no such number.
+
+    Args:
+        info: token codes of one row (arrays [S]).
+        weights: attention to each token.
+        image: the number. The frames of a video are summed; context tokens are in no cell.
     """
     codes = {name: np.asarray(code) for name, code in info._asdict().items()}
     tokens = np.flatnonzero((codes["image"] == image) & (codes["kind"] != Kind.CONTEXT))

@@ -16,7 +16,8 @@ from rave_jax.data.processor import Processor
 from rave_jax.data.sample import Message
 from rave_jax.inference.forward import attention_rows, batch_of
 from rave_jax.inference.text import TokenBytes
-from rave_jax.look.maps import Look, on_grid
+from rave_jax.layout import Shown
+from rave_jax.look.maps import Look, over_picture
 from rave_jax.models.vlm import Vlm
 from rave_jax.typing import Float, Int, NpArray
 
@@ -36,6 +37,7 @@ class WordAttention:
         tokens: ids of the conversation.
         info: token codes of the conversation.
         layers: numbers of the layers in the model: of those that attend.
+        shown: what the tokens of each image number of `info` show, from 1.
     """
 
     words: tuple[str, ...]
@@ -43,6 +45,7 @@ class WordAttention:
     tokens: Int[NpArray, "S"]
     info: TokenInfo
     layers: tuple[int, ...] = ()
+    shown: tuple[Shown, ...] = ()
 
     def on(self, word: str | None = None, image: int = 1) -> Look:
         """Attention of a word on the cells of a picture.
@@ -57,9 +60,9 @@ class WordAttention:
         if word is not None and word not in self.words:
             raise ConfigError(f"word is {word!r}, expected one that was asked for: {', '.join(map(repr, self.words))}")
         row = 0 if word is None else self.words.index(word)
-        grid = on_grid(self.info, self.weights[:, row], image)
+        grid = over_picture(self.info, self.weights[:, row], self.shown, image)
         if grid is None:
-            count = int(np.max(np.asarray(self.info.image), initial=0))
+            count = max((one.picture for one in self.shown), default=0)
             raise ConfigError(f"image is {image}, expected 1 to {count}, the pictures of the conversation")
         return Look(grid, self.layers)
 
@@ -101,7 +104,7 @@ def word_attention(
     ends = np.cumsum([len(span) for span in spans])
     weights = np.stack([found[:, end - len(span) : end].mean(1) for span, end in zip(spans, ends, strict=True)], axis=1)
     layers = model.config.text.attention_layers
-    return WordAttention(tuple(words) or ("",), weights, example.tokens, example.info, layers)
+    return WordAttention(tuple(words) or ("",), weights, example.tokens, example.info, layers, example.shown)
 
 
 def _spans(tokenizer: Any, tokens: NpArray, words: Sequence[str]) -> list[range]:

@@ -131,6 +131,14 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="picture before the prompt; may be given several times",
     )
+    generate.add_argument(
+        "--video",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="video file before the prompt; may be given several times",
+    )
     generate.add_argument("--system", metavar="TEXT", help="system message of every conversation")
     generate.add_argument(
         "--requests",
@@ -168,7 +176,8 @@ def _parser() -> argparse.ArgumentParser:
         search.late = late
 
     data = commands.add_parser(
-        "data", help="print the tokens and patches that a config's data needs, and which samples cannot be used"
+        "data",
+        help="print the tokens and patches that a config's data needs, and which samples cannot be used, or show rows",
     )
     data.add_argument("words", nargs=argparse.REMAINDER, metavar="CONFIG [--field.name value ...]")
     data.late = _data_flags

@@ -53,12 +53,12 @@ def generate(arguments: argparse.Namespace) -> int:
         )
         return SOME_REFUSED if tally.refused else 0
     system = [] if arguments.system is None else [{"role": "system", "content": arguments.system}]
-    pictures = tuple(map(str, arguments.image))
+    pictures, videos = tuple(map(str, arguments.image)), tuple(map(str, arguments.video))
     if arguments.interactive:
         folder = PictureFolder.of(Path(), arguments.image_dir)
         whole = chat(generator, sampling, folder, system, pictures, arguments.prompt, arguments.verbose)
         return 0 if whole else SOME_REFUSED
-    request = Request([*system, question(arguments.prompt, pictures)], sampling, "--prompt")
+    request = Request([*system, question(arguments.prompt, pictures, videos)], sampling, "--prompt")
     try:
         # Before the weights are read, which may take minutes.
         processor.encode(request.messages, add_generation_prompt=True, name=request.name)
@@ -76,6 +76,7 @@ def _check(arguments: argparse.Namespace) -> None:
             "--prompt": arguments.prompt is not None,
             "--interactive": arguments.interactive,
             "--image": bool(arguments.image),
+            "--video": bool(arguments.video),
             "--system": arguments.system is not None,
         }
         for flag in (flag for flag, given in having.items() if given):
@@ -84,6 +85,8 @@ def _check(arguments: argparse.Namespace) -> None:
         raise ConfigError("--out needs --requests; an answer to --prompt goes to stdout")
     elif arguments.prompt is None and not arguments.interactive:
         raise ConfigError("there is no question: give --prompt TEXT, --requests FILE or --interactive")
+    elif arguments.interactive and arguments.video:
+        raise ConfigError("--video cannot be used with --interactive: give --prompt, or a video in --requests")
     elif arguments.image_dir is not None and not arguments.interactive:
         raise ConfigError("--image-dir needs --requests or --interactive; --image FILE may be anywhere")
 

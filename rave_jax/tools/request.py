@@ -18,7 +18,7 @@ PART_KEYS = {
     "text": ("type", "text"),
     "image": ("type", "image", "path", "url"),
     "image_url": ("type", "image_url"),
-    "video": ("type", "video", "fps"),
+    "video": ("type", "video", "path", "url", "fps"),
 }
 """Kinds of message parts, and the keys of each."""
 
@@ -46,8 +46,9 @@ def resolved(data: Any, folder: PictureFolder, where: str) -> list[dict[str, Any
     """Messages as they stand in JSON, image paths made absolute.
 
     A picture is given as `{"type": "image", "image": PATH}` or, as HF also has it, under `path` or `url`, or as
-    `{"type": "image_url", "image_url": {"url": PATH}}`; a video as
-    `{"type": "video", "video": [PATH of each frame], "fps": NUMBER}`. A data: URI may stand in place of a path.
+    `{"type": "image_url", "image_url": {"url": PATH}}`; a video as `{"type": "video", "video": PATH}`, also under
+    `path` or `url`, or as `{"type": "video", "video": [PATH of each frame], "fps": NUMBER}`. A data: URI may stand in
+    place of a path.
 
     Args:
         data: what was read.
@@ -68,11 +69,12 @@ def resolved(data: Any, folder: PictureFolder, where: str) -> list[dict[str, Any
     return messages
 
 
-def question(text: str, pictures: tuple[Any, ...]) -> dict[str, Any]:
-    """What a user asks, pictures before the text."""
-    if not pictures:  # plain, for templates of text models that know no parts
+def question(text: str, pictures: tuple[Any, ...], videos: tuple[Any, ...] = ()) -> dict[str, Any]:
+    """What a user asks, pictures and then videos before the text."""
+    if not pictures and not videos:  # plain, for templates of text models that know no parts
         return {"role": "user", "content": text}
     parts: list[dict[str, Any]] = [{"type": "image", "image": picture} for picture in pictures]
+    parts += [{"type": "video", "video": video} for video in videos]
     return {"role": "user", "content": [*parts, {"type": "text", "text": text}]}
 
 
@@ -110,21 +112,23 @@ def _part(part: Any, folder: PictureFolder, where: str) -> dict[str, Any]:
             raise ConfigError(f"{where}: a text part's text is {shown(part.get('text'))}, expected a string")
         return {"type": "text", "text": part["text"]}
     if kind == "video":
-        frames = part.get("video")
-        if not isinstance(frames, list):
-            raise ConfigError(f"{where}: video is {shown(frames)}, expected a list of paths, one per frame")
-        paths = [_picture(frame, folder, f"{where}.video[{number}]") for number, frame in enumerate(frames)]
-        return {"type": "video", "video": paths} | ({"fps": part["fps"]} if part.get("fps") is not None else {})
+        video = _given(part, where)
+        if isinstance(video, list):
+            video = [_picture(frame, folder, f"{where}.video[{number}]") for number, frame in enumerate(video)]
+        else:
+            video = _picture(video, folder, where, "video")
+        return {"type": "video", "video": video} | ({"fps": part["fps"]} if part.get("fps") is not None else {})
     return {"type": "image", "image": _picture(_given(part, where), folder, where)}
 
 
 def _given(part: Mapping[str, Any], where: str) -> Any:
-    """What an image part names as its picture."""
-    keys = [key for key in ("image", "path", "url", "image_url") if part.get(key) is not None]
+    """What an image or video part names as its picture or video."""
+    kind, what = part["type"], "video" if part["type"] == "video" else "picture"
+    keys = [key for key in ("image", "video", "path", "url", "image_url") if part.get(key) is not None]
     if len(keys) != 1:
         found = f"under {' and '.join(map(repr, keys))}" if keys else "under none of its keys"
-        expected = "'image_url'" if part["type"] == "image_url" else "'image', 'path' or 'url'"
-        raise ConfigError(f"{where}: the part names a picture {found}, expected it under one of {expected}")
+        expected = "'image_url'" if kind == "image_url" else f"{kind!r}, 'path' or 'url'"
+        raise ConfigError(f"{where}: the part names a {what} {found}, expected it under one of {expected}")
     given = part[keys[0]]
     if keys == ["image_url"] and isinstance(given, dict):
         # `detail` asks OpenAI's models for a size; here a picture keeps its own.
@@ -133,18 +137,19 @@ def _given(part: Mapping[str, Any], where: str) -> Any:
     return given
 
 
-def _picture(given: Any, folder: PictureFolder, where: str) -> str:
-    """The absolute path of a picture, or its data: URI."""
+def _picture(given: Any, folder: PictureFolder, where: str, what: str = "picture") -> str:
+    """The absolute path of a picture or video file, or its data: URI."""
     if not isinstance(given, str):
-        raise ConfigError(f"{where}: a picture is {shown(given)}, expected the path of a file or a data: URI")
+        expected = "the path of a file or a data: URI" + (", or a list of frames" if what == "video" else "")
+        raise ConfigError(f"{where}: a {what} is {shown(given)}, expected {expected}")
     if is_data(given):
         return given
     path = given.removeprefix("file://")
     if not path.strip():
-        raise ConfigError(f"{where}: the path of a picture is empty")
+        raise ConfigError(f"{where}: the path of a {what} is empty")
     if is_address(path):
         raise ConfigError(
-            f"{where}: {shown(given)} is a URL: pictures are not downloaded; save it below "
+            f"{where}: {shown(given)} is a URL: {what}s are not downloaded; save it below "
             f"{folder.root} and give its path"
         )
     try:

@@ -1,8 +1,6 @@
-"""Batches ahead of the step that needs them: threads load rows, and one of them puts batches on the devices.
+"""Batches ahead of the step that needs them: rows come from grain (`data/ahead.py`), a thread puts them on the devices.
 
-This is the only place where data is made ahead. Threads serve: Pillow and the tokenizer release the interpreter's lock,
-and nothing has to be copied between processes. Grain's iterators would add a state of their own to rows that are
-already a function of the step.
+This is the only place where batches are made ahead.
 """
 
 from __future__ import annotations
@@ -11,9 +9,6 @@ import contextlib
 import queue
 import threading
 import time
-from collections import deque
-from collections.abc import Generator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -21,8 +16,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from rave_jax.batch import Batch
+from rave_jax.data.ahead import AHEAD, Ahead, rows_ahead
 from rave_jax.data.pipeline import Rows
-from rave_jax.data.skips import Skip
 from rave_jax.parallel.rows import global_batch, owned_rows
 from rave_jax.parallel.stopping import StopRequest
 
@@ -36,32 +31,17 @@ class RowSource(Protocol):
     """What the feed needs of a data pipeline."""
 
     def load(self, step: int, start: int, stop: int) -> Rows:
-        """Rows start..stop-1 of the global batch of `step`, as numpy. Called from several threads."""
+        """Rows start..stop-1 of the global batch of `step`, as numpy. Called from several threads, and in processes of
+        its own, to which the source is sent, where `Ahead.processes` says so."""
         ...
 
-    def count(self, skips: Sequence[Skip]) -> None:
+    def count(self, rows: Rows) -> None:
         """Count the skips of rows that a step is given, in the order of the steps, before its `state` is asked for."""
         ...
 
     def state(self, step: int) -> dict[str, Any]:
         """JSON-ready state before `step` is taken."""
         ...
-
-
-class Ahead(NamedTuple):
-    """How far loading runs ahead, and with how many threads.
-
-    Fields:
-        batches: loaded ahead, besides the `ON_DEVICES` that wait there; 0 loads one at a time.
-        workers: threads for each range of rows that this process owns.
-    """
-
-    batches: int = 2
-    workers: int = 1
-
-
-AHEAD = Ahead()
-"""The default of a config."""
 
 
 class Fed(NamedTuple):
@@ -145,41 +125,26 @@ class Feed:
                     continue
                 return Fed(_void(self._last.batch), self._source.state(step), time.monotonic() - asked, void=True)
             if isinstance(item, BaseException):
+                # What ends a job may end a process that loads before it has learned to leave signals to this one.
+                if isinstance(item, ChildProcessError) and stop.asked is not None and not stop.is_wanted(step):
+                    return None
                 raise item
             self._last = item._replace(waited=time.monotonic() - asked)
             return self._last
 
     def _fill(self) -> None:
         try:
-            with contextlib.closing(self._loaded()) as loaded:
-                for step, parts in zip(self._steps, loaded, strict=False):
+            loaded = rows_ahead(self._source.load, self._steps, self._spans, self._ahead)
+            with contextlib.closing(loaded):
+                for step, parts in zip(self._steps, loaded, strict=True):
                     for part in parts:
-                        self._source.count(part.skips)
+                        self._source.count(part)
                     rows = dict(zip(self._spans, (part.batch for part in parts), strict=True))
                     batch = global_batch(rows.__getitem__, self._mesh, self._rows)
                     if not self._offer(Fed(batch, self._source.state(step + 1), 0.0)):
                         return
         except BaseException as error:  # libraries in Rust panic with one that is no Exception
             self._offer(error)
-
-    def _loaded(self) -> Generator[list[Rows]]:
-        """The rows of each step, for each span of this process."""
-        load, spans = self._source.load, self._spans
-        if self._ahead.batches == 0:
-            for step in self._steps:
-                yield [load(step, span.start, span.stop) for span in spans]
-            return
-        batches, workers = self._ahead
-        pool = ThreadPoolExecutor(workers * len(spans), thread_name_prefix="data")
-        waiting: deque[list[Future[Rows]]] = deque()
-        following = iter(self._steps)
-        try:
-            for _ in self._steps:
-                while len(waiting) < max(batches, workers) and (step := next(following, None)) is not None:
-                    waiting.append([pool.submit(load, step, span.start, span.stop) for span in spans])
-                yield [future.result() for future in waiting.popleft()]
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
 
     def _offer(self, item: Fed | BaseException) -> bool:
         while not self._stop.is_set():

@@ -14,6 +14,7 @@ from safetensors.numpy import load_file
 from rave_jax.attention import Rave
 from rave_jax.checkpoint.hf_import import import_hf, load_config
 from rave_jax.checkpoint.safetensors_file import CheckpointError
+from rave_jax.checkpoint.tiny import Tiny, tiny_config, write_tiny_files
 from rave_jax.config import ConfigError
 from rave_jax.families import family_named
 from rave_jax.families.config import VlmConfig
@@ -23,6 +24,7 @@ from rave_jax.models.parameters import locate, named_parameters
 from rave_jax.models.vlm import Vlm
 from rave_jax.parallel.mesh import MeshConfig, make_mesh
 from tests.checkpoint.conftest import Tensors, Write, save
+from tests.families.every import EVERY, OTHER, SIZES
 
 
 def check_numbers(model: Vlm, tensors: Tensors) -> None:
@@ -224,9 +226,29 @@ def test_a_tied_head_may_be_repeated_but_not_differ(write: Write) -> None:
         import_hf(write(differ, config=tied, name="other"))
 
 
-def test_an_untied_head_must_be_there(write: Write) -> None:
-    with pytest.raises(CheckpointError, match=r"lm_head.weight: missing"):
-        import_hf(write(lambda tensors: tensors.pop("lm_head.weight")))
+@pytest.mark.parametrize("name", EVERY)
+def test_a_checkpoint_without_a_head_is_refused_until_its_config_ties_it(tmp_path: Path, name: str) -> None:
+    """Where a config says nothing of the head, as released ones of InternVL, or denies that it is tied, as those of
+    models that make embeddings."""
+    sizes = Tiny(**{**SIZES, **OTHER.get(name, {}), "family": name})
+    config, family = tiny_config(sizes), family_named(name)
+    write_tiny_files(tmp_path, sizes)
+    tensors = {rule.hf_key: np.zeros(rule.shape, np.float32) for rule in family.tensors(config)}
+    head = next(key for key in tensors if key.endswith("lm_head.weight"))
+    save(tmp_path, {key: tensor for key, tensor in tensors.items() if key != head})
+    path = tmp_path / "config.json"
+    stated = json.loads(path.read_text())
+    said = rf"does not fit: {head}: missing \(not in model.safetensors\). If .*embed_tokens.weight is the head too, set"
+    for tie in ({}, {"tie_word_embeddings": False}):
+        silent = {key: value for key, value in stated.items() if key != "tie_word_embeddings"} | tie
+        if "text_config" in silent:
+            inner = {key: value for key, value in silent["text_config"].items() if key != "tie_word_embeddings"}
+            silent["text_config"] = inner
+        path.write_text(json.dumps(silent))
+        with pytest.raises(CheckpointError, match=said):
+            import_hf(tmp_path)
+    path.write_text(json.dumps(silent | {"tie_word_embeddings": True}))
+    assert import_hf(tmp_path).lm_head is None
 
 
 def test_a_text_model_of_another_family(tmp_path: Path, config: VlmConfig) -> None:

@@ -70,6 +70,8 @@ ONLY: dict[str, set[str]] = {
     "PIL": {"families", "data", "look", "evaluation", "tools"},
     "sklearn": {"data"},
     "tyro": {"command_line"},
+    "grain": {"data"},
+    "absl": {"data"},
     "jaxtyping": {"typing"},
     "tensorboardX": {"observe"},
     "matplotlib": {"look"},
@@ -79,7 +81,7 @@ ONLY: dict[str, set[str]] = {
 }
 
 # Import name -> distribution, where they differ.
-DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn", "orbax": "orbax-checkpoint"}
+DISTRIBUTIONS = {"absl": "absl-py", "PIL": "pillow", "sklearn": "scikit-learn", "orbax": "orbax-checkpoint"}
 
 
 def imports(path: Path) -> Iterator[tuple[int, str]]:

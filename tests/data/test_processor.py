@@ -22,7 +22,7 @@ from rave_jax.data.vocabulary import check_directory
 from rave_jax.families import family_for
 from rave_jax.families.directory import picture_rules
 from rave_jax.families.shared.grids.pictures import Pictures
-from rave_jax.layout import VisualLayout
+from rave_jax.layout import WHOLE, Shown, VisualLayout
 from tests.data.conftest import TEMPLATE, TEXT_ALONE, byte_tokenizer, tiny_settings
 from tests.data.pictures import noise
 
@@ -64,7 +64,8 @@ def test_a_visual_token_is_its_patches(processor: Processor, sizes: list[tuple[i
     messages = [{"role": "user", "content": [*(image(h, w) for h, w in sizes), text("?")]}]
     example = processor.encode(messages, prompt)
     info = example.info
-    for name, array in example._asdict().items():
+    assert example.shown == tuple(Shown(number, WHOLE) for number in range(1, len(sizes) + 1))
+    for name, array in zip(example._fields[:-1], example, strict=False):
         for part, item in array._asdict().items() if isinstance(array, tuple) else [(name, array)]:
             expected = {"loss_mask": np.float32, "weight": np.float32, "pixels": np.uint8}.get(part, np.int32)
             assert item.dtype == expected, part

@@ -18,10 +18,11 @@ from PIL import Image
 
 from rave_jax.config import ConfigError
 from rave_jax.data.processor import Processor
-from rave_jax.data.sample import SampleError
+from rave_jax.data.sample import SampleError, VideoError
 from rave_jax.data.sources import HfParquet, LlavaJson, QaJsonl, files
 from rave_jax.data.sources.conversation import conversation
 from rave_jax.data.sources.turns import turns_of
+from tests.data.films import film
 from tests.data.pictures import noise
 
 
@@ -118,10 +119,29 @@ def test_a_folder_of_frames(shared_data: Path) -> None:
     assert text["text"].startswith("Can you describe")
 
 
-def test_a_video_that_is_no_folder(tmp_path: Path) -> None:
-    (tmp_path / "qa.jsonl").write_text('{"question": "Q", "answers": ["A"], "video": "clip.mp4"}')
-    with pytest.raises(SampleError, match=r"qa\.jsonl:1: .*clip\.mp4: not a folder; a video is"):
-        QaJsonl(str(tmp_path / "qa.jsonl")).build()[0]
+def test_video_files(tmp_path: Path, processor: Processor) -> None:
+    """A path, bytes in a table, several of them; a file that is not there is found when it is read."""
+    film(tmp_path / "clip.mp4", 4)
+    (tmp_path / "qa.jsonl").write_text(
+        '{"question": "Q", "answers": ["A"], "video": "clip.mp4"}\n'
+        '{"question": "Q", "answers": ["A"], "video": "gone.mp4"}\n'
+    )
+    source = QaJsonl(str(tmp_path / "qa.jsonl")).build()
+    assert source[0].messages[0]["content"][0]["video"] == str(tmp_path / "clip.mp4")
+    assert processor.encode(source[0].messages).patches.length
+    with pytest.raises(VideoError, match=r"gone\.mp4: No such file"):
+        processor.encode(source[1].messages)
+    data = (tmp_path / "clip.mp4").read_bytes()
+    rows = [{"question": "Q", "answers": ["A"], "videos": [{"bytes": data, "path": None}] * 2}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "v.parquet")
+    table = HfParquet(str(tmp_path / "v.parquet")).build()
+    parts = table[0].messages[0]["content"][:2]
+    assert [part["video"] for part in parts] == [data, data]
+    assert [part["name"].split()[-2:] for part in parts] == [["video", "0"], ["video", "1"]]
+    said = [{"role": "user", "content": [{"type": "video", "path": "clip.mp4"}]}, {"role": "assistant", "content": "A"}]
+    (tmp_path / "m.json").write_text(json.dumps([{"messages": said}]))
+    (part,) = LlavaJson(str(tmp_path / "m.json")).build()[0].messages[0]["content"]
+    assert part == {"type": "video", "video": str(tmp_path / "clip.mp4"), "name": str(tmp_path / "clip.mp4")}
 
 
 def test_threads_read_the_same_lines(folder: Path) -> None:

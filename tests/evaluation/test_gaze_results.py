@@ -17,7 +17,7 @@ from rave_jax.data.pipeline import Pipeline
 from rave_jax.data.synthetic import DigitMosaic, Synthetic
 from rave_jax.evaluation.accounting import account
 from rave_jax.evaluation.config import Eval
-from rave_jax.evaluation.routing import cells_of, overlapping
+from rave_jax.evaluation.routing import Cells, cells_of, overlapping
 from rave_jax.families.config import TextConfig
 from rave_jax.look.maps import relative_box
 from rave_jax.training.config import TrainConfig
@@ -58,10 +58,12 @@ def test_a_cell_of_the_pictures_is_a_token_and_a_quarter_of_them_is_read(config:
     for index in range(20):
         sample = source[index]
         prompt = processor.encode(sample.prompt, add_generation_prompt=True)
-        cells = cells_of(prompt.info)
-        assert cells is not None and sample.evidence is not None
+        found = cells_of(prompt.info, prompt.shown)
+        assert found is not None and sample.evidence is not None
+        (cells,) = found
         box = relative_box(sample.evidence, 128, 128)
-        assert overlapping(cells, 16, box).sum() == 1 and overlapping(np.arange(64).reshape(8, 8), 64, box).sum() == 1
+        apart = Cells(np.arange(64).reshape(8, 8))
+        assert overlapping(cells, 16, box).sum() == overlapping(apart, 64, box).sum() == 1
         reading = account(prompt.info, TextConfig(), config.model)
         assert reading is not None and (reading.entries, reading.visual) == (4 * 4 + 4, 64)
         longest = max(longest, len(prompt.tokens))

@@ -130,3 +130,5 @@ def test_samples_of_one_picture_are_known_as_such(tmp_path: Path, monkeypatch: p
     assert picture_key(sample(), 0) != picture_key(sample(), 1), "questions without a picture stand alone"
     video = Sample("v", ({"role": "user", "content": [{"type": "video", "video": ["a.png", "b.png"]}]},), ("a",))
     assert picture_key(video, 0) == picture_key(video, 1) == picture_key(sample("a.png", "b.png"), 2)
+    file = Sample("v", ({"role": "user", "content": [{"type": "video", "video": "b.mp4"}]},), ("a",))
+    assert picture_key(file, 0) == picture_key(file, 1) == picture_key(sample("b.mp4"), 2)

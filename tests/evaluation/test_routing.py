@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -11,16 +12,17 @@ import pytest
 
 from benchmarks import routing_accuracy
 from rave_jax.attention import Gaze, Rave
+from rave_jax.batch import Kind, TokenInfo
 from rave_jax.config import ConfigError
 from rave_jax.data.collate import BatchShape, collate
 from rave_jax.data.processor import Processor
 from rave_jax.data.sample import Sample
 from rave_jax.evaluation.config import Eval
-from rave_jax.evaluation.routing import Route, RoutingSummary, hits, overlapping, summarise
+from rave_jax.evaluation.routing import Cells, Route, RoutingSummary, cells_of, hits, overlapping, summarise
 from rave_jax.evaluation.subject import Answer, ModelSubject, with_answer
 from rave_jax.evaluation.suites import run
 from rave_jax.families.qwen2_5_vl.presets import tiny
-from rave_jax.layout import AdaptiveRegions, FixedRegions
+from rave_jax.layout import WHOLE, AdaptiveRegions, FixedRegions, Shown
 from rave_jax.models.config import ModelOptions
 from rave_jax.models.forward import Want
 from rave_jax.models.vlm import Vlm
@@ -71,7 +73,8 @@ def test_a_route_is_what_the_models_queries_chose_and_hits_are_counted_by_pixels
     route = routes[0]
     assert route is not None and route.chosen is not None and route.cells is not None and route.reading is not None
     np.testing.assert_allclose(route.chosen, chosen.mean(1)[..., :6])
-    np.testing.assert_array_equal(route.cells, np.repeat(np.repeat([[0, 1, 2], [3, 4, 5]], 2, 0), 2, 1))
+    (cells,) = route.cells
+    np.testing.assert_array_equal(cells.regions, np.repeat(np.repeat([[0, 1, 2], [3, 4, 5]], 2, 0), 2, 1))
     assert (route.reading.entries, route.reading.visual) == (8, 24)
 
     # The picture's pixels, each with the number of its region.
@@ -97,13 +100,30 @@ def test_a_model_that_does_not_route_is_counted_and_has_no_hits() -> None:
 
 
 def test_boxes_that_touch_an_edge_do_not_reach_over_it() -> None:
-    cells = np.repeat(np.repeat(np.arange(16).reshape(4, 4), 2, 0), 2, 1)
+    cells = Cells(np.repeat(np.repeat(np.arange(16).reshape(4, 4), 2, 0), 2, 1))
     for size in (112, 84, 100):
         step = size / 4
         box = (step / size, 2 * step / size, 2 * step / size, 3 * step / size)
         np.testing.assert_array_equal(np.flatnonzero(overlapping(cells, 16, box)), [9])
     assert overlapping(cells, 16, (0, 0, 1, 1)).all()
     assert overlapping(cells, 20, (0, 0, 1, 1)).sum() == 16, "regions of other pictures hold no evidence of the first"
+
+
+def test_regions_of_tiles_hold_what_their_part_of_the_picture_holds() -> None:
+    """Two tiles side by side, each one region, then the whole picture in two regions."""
+    codes: dict[str, Any] = {name: np.zeros(6, np.int32) for name in TokenInfo._fields}
+    codes |= {"image": [1, 1, 2, 2, 3, 3], "kind": [Kind.VISUAL] * 6, "col": [0, 1] * 3, "region": [1, 1, 2, 2, 3, 4]}
+    codes |= {"grid_h": [1] * 6, "grid_w": [2] * 6}
+    info = TokenInfo(*(np.asarray(code, np.int32) for code in codes.values()))
+    shown = [Shown(1, (0, 0, 0.5, 1)), Shown(1, (0.5, 0, 1, 1)), Shown(1, WHOLE)]
+    cells = cells_of(info, shown)
+    assert cells is not None
+    for box, holding in (((0.1, 0, 0.4, 1), [0, 2]), ((0.6, 0, 0.9, 1), [1, 3]), ((0.4, 0, 0.6, 1), [0, 1, 2, 3])):
+        route = Route(np.eye(4, dtype=np.float32)[None], cells, None)
+        found = hits(ask("Where?", None), route, box)
+        assert found is not None and found.chance == len(holding) / 4
+        np.testing.assert_array_equal(np.flatnonzero(np.any([overlapping(c, 4, box) for c in cells], 0)), holding)
+    assert cells_of(info, [Shown(2, WHOLE)] * 3) is None
 
 
 def test_an_evaluation_says_it(tmp_path) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 
 from rave_jax.data.images import read_image
 from rave_jax.data.sample import ImageError, OverBudget, Sample, SampleError
-from rave_jax.evaluation.routing import Route
+from rave_jax.evaluation.routing import Cells, Route
 from rave_jax.evaluation.subject import Answer
 from rave_jax.evaluation.vas import VasSums
 from rave_jax.look.maps import Look
@@ -114,7 +114,7 @@ class Fake:
         self._note(samples)
         chosen = np.array([[1.0, 0.0], [1.0, 1.0]] * 2, np.float32).reshape(2, 2, 2)
         cells = np.array([[0, 1], [0, 1]], np.int32)
-        return [Route(chosen, cells, None) for _ in samples]
+        return [Route(chosen, (Cells(cells),), None) for _ in samples]
 
 
 def any_source(source: Toy) -> Any:

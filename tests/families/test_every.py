@@ -6,26 +6,28 @@ import dataclasses
 import json
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from rave_jax.attention import Gaze, Rave
-from rave_jax.batch import Batch
+from rave_jax.batch import Batch, Kind
 from rave_jax.data.collate import BatchShape, collate, smallest_shape
 from rave_jax.data.sample import Example
 from rave_jax.evaluation.subject import with_answer
 from rave_jax.families import FAMILIES
 from rave_jax.inference import Completion, Generator, Request, Sampling, SlotConfig
 from rave_jax.layout import ContextTokens
+from rave_jax.look.maps import Look, over_picture, relative_box
 from rave_jax.models.config import ModelOptions
-from rave_jax.models.parameters import is_unused, named_parameters, shardings
+from rave_jax.models.parameters import shardings
 from rave_jax.models.vlm import Vlm
 from rave_jax.parallel.mesh import MeshConfig, make_mesh
 from rave_jax.parallel.rows import global_batch
 from rave_jax.parallel.sharding import use_mesh
 from tests.families.every import (
     EVERY,
+    WITH_PICTURES,
     WITHOUT_CONTEXT,
     Small,
     answer,
@@ -129,22 +131,45 @@ def test_eight_devices_compute_what_one_does(family: str) -> None:
     assert largest_difference(np.asarray(found), alone) < 2e-5
 
 
-@pytest.mark.slow
-@EACH
-def test_every_parameter_learns(family: str) -> None:
-    """Gradients of a loss are finite, and none is zero but of what the family keeps and does not compute."""
-    options = options_of(family)
-    of, sizes = small(family, options), with_pictures(family)
-    model = of.model(options)
-    batch = batch_of(of, [[of.encode(question("Which of these?", *sizes), answer("both"))]])
+@pytest.mark.parametrize("family", WITH_PICTURES)
+@pytest.mark.parametrize("size", [(30, 44), (64, 21), (100, 30), (17, 130)], ids=str)
+def test_tokens_lie_over_the_part_of_a_picture_that_they_show(family: str, size: tuple[int, int]) -> None:
+    """Light on the tokens that show a white place of a black picture lies on that place, however pictures are cropped,
+    padded and cut into tiles."""
+    of = small(family, ModelOptions())
+    height, width = size
+    place = (int(width * 0.44), int(height * 0.36), int(width * 0.78), int(height * 0.7))
+    picture = Image.new("RGB", (width, height))
+    picture.paste((255, 255, 255), place)
+    text = {"type": "text", "text": "Where?"}
+    example = of.encode({"role": "user", "content": [{"type": "image", "image": picture}, text]})
+    found = over_picture(example.info, brightness(of, example)[None, None], example.shown)
+    assert found is not None
+    look, box = Look(found), relative_box(place, width, height)
+    # Half a token is as near as a grid of few tokens tells, and filters blur.
+    rows, cols = found.shape[-2:]
+    around = (box[0] - 1 / cols, box[1] - 1 / rows, box[2] + 1 / cols, box[3] + 1 / rows)
+    assert look.in_box(around) > 0.9
+    lit = look.heat()
+    centre = [float((lit.sum(axis) * (np.arange(n) + 0.5)).sum() / n) for axis, n in ((0, cols), (1, rows))]
+    # Of a picture that is cropped, what is left of the place.
+    left = np.clip(np.reshape(box, (2, 2)), *np.reshape(seen_of(example), (2, 2)))
+    middle = left.mean(0)
+    assert abs(centre[0] - middle[0]) < 0.75 / cols and abs(centre[1] - middle[1]) < 0.75 / rows, (centre, middle)
 
-    def loss(model: Vlm) -> jax.Array:
-        scores = jax.nn.log_softmax(model.logits(model.forward(batch).hidden))
-        following = np.roll(batch.tokens, -1, axis=1)[..., None]
-        return -jnp.take_along_axis(scores, following, axis=-1).mean()
 
-    gradients = named_parameters(jax.jit(jax.grad(loss))(model))
-    for path, gradient in gradients.items():
-        values = np.asarray(gradient[...])
-        assert np.isfinite(values).all(), path
-        assert values.any() != is_unused(gradient), path
+def seen_of(example: Example) -> tuple[float, ...]:
+    """The part of the first picture that its tokens show."""
+    boxes = np.array([one.box for one in example.shown if one.box is not None])
+    return (*np.clip(boxes[:, :2].min(0), 0, 1), *np.clip(boxes[:, 2:].max(0), 0, 1))
+
+
+def brightness(of: Small, example: Example) -> np.ndarray:
+    """How bright the patches of each visual token are."""
+    sizes = of.processor.rules.patch_sizes
+    patches = example.patches.pixels.astype(np.float32).mean(-1)
+    units = patches.reshape(-1, sizes.merge).mean(-1)
+    if sizes.mixed:
+        source = example.patches.source
+        units = (np.where(source < 0, 0, units[source]) * example.patches.weight).sum(-1)
+    return np.where(example.info.kind == Kind.VISUAL, units[example.visual_index], 0)

@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rave_jax.batch import Kind, TokenInfo
-from rave_jax.look.maps import Look, area, coverage, on_grid, relative_box
+from rave_jax.layout import WHOLE, Shown
+from rave_jax.look.maps import Look, area, coverage, on_grid, over_picture, relative_box
 
 FRACTION = st.floats(0, 1)
 
@@ -34,6 +35,35 @@ def test_weights_land_on_their_cells() -> None:
     second = on_grid(codes, weights, image=2)
     assert second is not None and second[0, 0].tolist() == [[8]]
     assert on_grid(codes, weights, image=3) is None
+
+
+def test_tiles_and_the_whole_picture_add_up() -> None:
+    """Two tiles of one row and two columns, side by side, then the whole picture on such a grid, then a learned end."""
+    codes = info(image=[1, 1, 2, 2, 3, 3, 4], col=[0, 1] * 3 + [0], grid_h=[1] * 7, grid_w=[2] * 6 + [1])
+    weights = np.array([[[1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0]]], np.float32)
+    shown = [Shown(1, (0, 0, 0.5, 1)), Shown(1, (0.5, 0, 1, 1)), Shown(1, WHOLE), Shown(1, None)]
+    found = over_picture(codes, weights, shown)
+    assert found is not None and found[0, 0].tolist() == [[1 + 8, 2 + 8, 4 + 16, 8 + 16]]
+    assert over_picture(codes, weights, shown, picture=2) is None
+    second = over_picture(codes, weights, [*shown[:3], Shown(2, WHOLE)], picture=2)
+    assert second is not None and second[0, 0].tolist() == [[64]]
+
+
+def test_what_lies_beyond_a_picture_is_left_out_and_what_is_cropped_gets_nothing() -> None:
+    codes = info(image=[1] * 4, col=[0, 1, 2, 3], grid_h=[1] * 4, grid_w=[4] * 4)
+    weights = np.array([[[1.0, 2.0, 4.0, 8.0]]], np.float32)
+    padded = over_picture(codes, weights, [Shown(1, (-0.5, 0, 1.5, 1))])
+    assert padded is not None and padded[0, 0].tolist() == [[2, 4]]
+    cropped = over_picture(codes, weights, [Shown(1, (0.25, 0, 0.75, 1))])
+    assert cropped is not None and cropped[0, 0].tolist() == [[0, 0, 1, 2, 4, 8, 0, 0]]
+
+
+@given(st.floats(-1, 0.4), st.floats(0.6, 3), st.integers(1, 9))
+def test_a_part_of_a_picture_keeps_what_lies_on_the_picture(low: float, high: float, cells: int) -> None:
+    codes = info(image=[1] * cells, col=list(range(cells)), grid_h=[1] * cells, grid_w=[cells] * cells)
+    found = over_picture(codes, np.ones((1, 1, cells), np.float32), [Shown(1, (low, 0, high, 1))])
+    on = (min(high, 1) - max(low, 0)) / (high - low)
+    assert found is not None and found.sum() == pytest.approx(cells * on, rel=1e-4)
 
 
 def test_frames_of_a_video_add_up() -> None:

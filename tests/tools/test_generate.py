@@ -29,6 +29,7 @@ from rave_jax.tools import source as sources
 from rave_jax.tools.answer import show
 from rave_jax.tools.cli import main
 from rave_jax.tools.jsonl import written
+from tests.data.films import film
 from tests.tools.test_cli import SMALL
 
 SIZES = SlotConfig(slots=2, max_length=128, chunk=64)
@@ -81,6 +82,23 @@ def test_a_prompt_from_directory_and_flags_to_stdout(
     assert main(["generate", str(folder), "--prompt", ASKED, *FLAGS]) == 0
     printed = capsys.readouterr()
     assert printed.out == answer(generator, user(ASKED)).text + "\n" and printed.err == ""
+
+
+def test_a_video_file_on_the_command_line_and_in_a_request(
+    folder: Path, generator: Generator, loaded: list[tuple], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path = film(tmp_path / "clip.mp4", 4, size=(56, 84))
+    content = [{"type": "video", "video": str(path)}, {"type": "text", "text": ASKED}]
+    wanted = answer(generator, {"role": "user", "content": content})
+    assert main(["generate", str(folder), "--prompt", ASKED, "--video", str(path), *FLAGS]) == 0
+    assert capsys.readouterr().out == wanted.text + "\n"
+    requests = [[{"type": "video", "video": name}, content[1]] for name in ("clip.mp4", "gone.mp4")]
+    lines = [json.dumps({"messages": [{"role": "user", "content": parts}]}) for parts in requests]
+    (tmp_path / "r.jsonl").write_text("\n".join(lines))
+    assert main(["generate", str(folder), "--requests", str(tmp_path / "r.jsonl"), *FLAGS]) == 1
+    first, second = map(json.loads, capsys.readouterr().out.splitlines())
+    assert first["text"] == wanted.text
+    assert "gone.mp4: No such file" in second["error"]
 
 
 @pytest.mark.slow
@@ -412,6 +430,8 @@ def test_interrupting_an_answer_keeps_what_was_said(
         (["--requests", "{home}/pipe"], "Save the requests, or pipe them to `--requests -`"),
         (["--requests", "{home}/broken.png", "--image-dir", "{tmp}/nowhere"], "nowhere: no such folder"),
         (["--prompt", "a", "--image-dir", "{tmp}"], "--image-dir needs --requests or --interactive"),
+        (["--interactive", "--video", "a.mp4"], "--video cannot be used with --interactive: give --prompt"),
+        (["--prompt", "a", "--video", "{home}/one.png"], "one.png: not a video file that is read, such as mp4"),
         (["--prompt", "a", "--image", "{home}/pipe"], "pipe: it is a named pipe"),
         (["--prompt", "a", "--request-timeout", "-1"], "request_timeout is -1.0"),
         (["--requests", "{home}"], "it is a directory; only regular files are read"),

@@ -53,6 +53,12 @@ def test_pictures_in_every_form_become_one_form() -> None:
     assert found == {"role": "user", "content": [image] * 5 + [data, video | {"video": [file, file]}, text]}
 
 
+def test_a_video_is_a_file_in_every_form() -> None:
+    parts = [{"type": "video", key: "a.mp4"} for key in ("video", "path", "url")]
+    (found,) = resolved([{"role": "user", "content": parts}], HERE, "x: messages")
+    assert found["content"] == [{"type": "video", "video": "/pictures/mine/a.mp4"}] * 3
+
+
 @pytest.mark.parametrize(
     ("messages", "says"),
     [
@@ -75,7 +81,10 @@ def test_pictures_in_every_form_become_one_form() -> None:
         (user({"type": "image", "image": "https://a.org/b.png"}), "pictures are not downloaded; save it below /pictur"),
         (user({"type": "image", "image": "a\0b"}), "no file can have the path"),
         (user({"type": "image", "image": "\ud800"}), "no file can have the path"),
-        (user({"type": "video", "video": "a.mp4"}), "video is 'a.mp4', expected a list of paths"),
+        (user({"type": "video", "video": 7}), "a video is 7, expected the path of a file or a data: URI, or a list of"),
+        (user({"type": "video"}), "names a video under none of its keys, expected it under one of 'video', 'path'"),
+        (user({"type": "video", "url": "http://b.org/c"}), "is a URL: videos are not downloaded; save it below"),
+        (user({"type": "video", "video": "../a.mp4"}), "lies outside of /pictures/mine"),
         (user({"type": "video", "video": ["a", "http://b.org/c"]}), "content[0].video[1]: 'http://b.org/c' is a URL"),
     ],
 )

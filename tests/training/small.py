@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -14,7 +13,6 @@ from jax.sharding import Mesh
 from rave_jax.attention import Rave
 from rave_jax.batch import Batch, Kind, Patches, Role, TokenInfo
 from rave_jax.data.pipeline import Rows
-from rave_jax.data.skips import Skip
 from rave_jax.families.config import TextConfig, VlmConfig
 from rave_jax.families.qwen2_5_vl.config import VisionConfig
 from rave_jax.models.config import ModelOptions
@@ -108,9 +106,9 @@ class RandomSource:
         batch = random_batch(step, self._rows, self._patches)
         if step == self._poison:
             batch.loss_weights[0, -2] = np.inf
-        return Rows(rows_of(batch, start, stop), ())
+        return Rows(rows_of(batch, start, stop))
 
-    def count(self, skips: Sequence[Skip]) -> None:
+    def count(self, rows: Rows) -> None:
         """Nothing is skipped."""
 
     def state(self, step: int) -> dict[str, Any]:

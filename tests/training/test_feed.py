@@ -12,12 +12,13 @@ import numpy as np
 import pytest
 
 from rave_jax.config import ConfigError
+from rave_jax.data.ahead import Ahead
 from rave_jax.data.pipeline import Rows
 from rave_jax.data.skips import Skip
 from rave_jax.parallel.mesh import MeshConfig, make_mesh
 from rave_jax.parallel.rows import batch_shardings
 from rave_jax.parallel.stopping import StopRequest
-from rave_jax.training.feed import ON_DEVICES, Ahead, Feed
+from rave_jax.training.feed import ON_DEVICES, Feed
 from tests.training.small import RandomSource, random_batch
 
 ROWS, STEPS = 8, 12
@@ -39,8 +40,8 @@ class Skipping(RandomSource):
         time.sleep(0.01 * (step % 2))
         return Rows(super().load(step, start, stop).batch, (Skip("a", 0, "over budget", ""),) * step)
 
-    def count(self, skips) -> None:
-        self.skipped += len(skips)
+    def count(self, rows: Rows) -> None:
+        self.skipped += len(rows.skips)
 
     def state(self, step: int) -> dict:
         return {"step": step, "skipped": self.skipped}
@@ -73,8 +74,8 @@ def test_batches_come_in_order_and_states_count_what_was_given(ahead: Ahead, dev
 def test_loading_runs_ahead_within_bounds_and_ends_with_the_feed(ahead: Ahead) -> None:
     source, before = Skipping(), threading.active_count()
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    # On the devices, and those that are loaded, being loaded or on their way to the devices.
-    most = ON_DEVICES + (max(ahead) if ahead.batches else 1)
+    # On the devices, on the way there, and those that are loaded or being loaded.
+    most = ON_DEVICES + 1 + (max(ahead) if ahead.batches else 0)
     with Feed(source, mesh, ROWS, 0, 100, ahead) as feed:
         wait_until(lambda: len(source.loads) >= most)
         time.sleep(0.2)
@@ -97,6 +98,23 @@ def test_an_error_comes_behind_the_batches_before_it(ahead: Ahead) -> None:
         assert all(feed.next(step, stop) is not None for step in range(3))
         with pytest.raises(OSError, match=r"broken\.jpg"):
             feed.next(3, stop)
+
+
+def test_a_signal_that_ended_loading_too_is_no_error() -> None:
+    class Ended(RandomSource):
+        def load(self, step, start, stop):
+            raise ChildProcessError("a process that loads rows has ended: exit code -15")
+
+    class Asked(StopRequest):
+        def is_wanted(self, step):
+            return False
+
+    mesh, asked = make_mesh(MeshConfig(), jax.devices()[:1]), Asked()
+    asked.asked = "SIGTERM"
+    with Feed(Ended(ROWS), mesh, ROWS, 0, STEPS) as feed:
+        assert feed.next(0, asked) is None
+    with Feed(Ended(ROWS), mesh, ROWS, 0, STEPS) as feed, pytest.raises(ChildProcessError, match="exit code -15"):
+        feed.next(0, StopRequest())
 
 
 def test_an_error_of_the_state_arrives_too() -> None:

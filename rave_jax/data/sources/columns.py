@@ -40,8 +40,14 @@ class Named(NamedTuple):
     ignored: tuple[str, ...] = ()
 
 
-def columns_of(schema: pa.Schema, config: Named, where: str) -> dict[str, str]:
+def columns_of(schema: pa.Schema, config: Named, where: str, known: Collection[str] = ()) -> dict[str, str]:
     """The columns that are read, and the key of a record that each stands for.
+
+    Args:
+        schema: of the file.
+        config: which columns the config names.
+        where: what errors call the file.
+        known: columns that choose rows, which may pass unread.
 
     Raises:
         ConfigError: no known set of columns, or a column that would pass unread and could be learned from.
@@ -79,10 +85,42 @@ def columns_of(schema: pa.Schema, config: Named, where: str) -> dict[str, str]:
     # Who names a column says that the others of its kind are not meant.
     kinds = ((config.image, IMAGES), (config.turns, TURNS), (config.question, QUESTIONS), (config.answer, ANSWERS))
     meant = {name for given, usual in kinds if given for name in usual}
-    names |= _others(schema, [name for name in columns if name not in names], read, meant, where)
+    others = [name for name in columns if name not in names and name not in known]
+    names |= _others(schema, others, read, meant, where)
     if twice := [name for name in names if schema.names.count(name) > 1]:
         raise ConfigError(f"{where}: {schema.names.count(twice[0])} columns have the name {twice[0]!r}: rename them")
     return names
+
+
+KINDS = (
+    ("text", (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view)),
+    ("bytes", BYTES),
+    ("number", (pa.types.is_integer, pa.types.is_floating, pa.types.is_decimal)),
+    ("truth value", (pa.types.is_boolean,)),
+    ("list", LISTS),
+    ("object", (pa.types.is_struct,)),
+)
+
+
+def other_type(kind: pa.DataType, first: pa.DataType) -> bool:
+    """Do two columns hold different kinds of values? Widths and views of one kind are the same; a column of nulls is
+    of any kind."""
+    kind, first = (each.value_type if pa.types.is_dictionary(each) else each for each in (kind, first))
+    if kind == first or pa.types.is_null(kind) or pa.types.is_null(first):
+        return False
+    if _kind(kind) != _kind(first):
+        return True
+    if _is_list(kind):
+        return other_type(kind.value_type, first.value_type)
+    if pa.types.is_struct(kind):
+        fields = {kind.field(number).name: kind.field(number).type for number in range(kind.num_fields)}
+        both = [first.field(number) for number in range(first.num_fields)]
+        return any(other_type(fields[field.name], field.type) for field in both if field.name in fields)
+    return False
+
+
+def _kind(kind: pa.DataType) -> str:
+    return next((name for name, tests in KINDS if any(test(kind) for test in tests)), str(kind))
 
 
 def _one_of_pictures(schema: pa.Schema, columns: Sequence[str], names: dict[str, str], where: str) -> str:

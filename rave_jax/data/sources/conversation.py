@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from rave_jax.config import shown
+from rave_jax.data.places import Place
 from rave_jax.data.sample import Message, SampleError, message_text
 from rave_jax.data.sources.keys import take
 from rave_jax.data.sources.turns import Turn
@@ -21,7 +21,7 @@ PARTS = ("text", "image", "image_url", "video")
 
 
 def conversation(
-    turns: Sequence[Turn], visuals: Sequence[Message], folder: Path, ignored: Collection[str] = ()
+    turns: Sequence[Turn], visuals: Sequence[Message], folder: Place, ignored: Collection[str] = ()
 ) -> tuple[Message, ...]:
     """Turns as chat messages, the record's pictures put where the texts have `<image>` or `<video>`.
 
@@ -67,7 +67,7 @@ class _Places:
         own: pictures that parts name themselves.
     """
 
-    def __init__(self, visuals: Sequence[Message], folder: Path, ignored: Collection[str]):
+    def __init__(self, visuals: Sequence[Message], folder: Place, ignored: Collection[str]):
         self.waiting = list(visuals)
         self.found = 0
         self.own: list[Message] = []

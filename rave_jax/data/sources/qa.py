@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from rave_jax.config import require, shown
-from rave_jax.data.sample import METRICS, Message, Part, Sample, SampleError
+from rave_jax.data.places import SCHEMES, place
+from rave_jax.data.sample import METRICS, Message, Sample, SampleError
 from rave_jax.data.sources.conversation import PLACEHOLDER, conversation
-from rave_jax.data.sources.files import open_records
+from rave_jax.data.sources.filters import FieldIs
 from rave_jax.data.sources.keys import is_empty, take
+from rave_jax.data.sources.records import RecordSource, open_records
 from rave_jax.data.sources.turns import SYSTEM, Turn, answer_texts, is_number, record_id
 from rave_jax.data.sources.visuals import IMAGE_KEYS, VIDEO_KEYS, visual_parts
 
@@ -25,7 +27,7 @@ class QaJsonl:
     """Questions about pictures, with the answers that count and how they are scored."""
 
     path: str = ""
-    """The file: JSON Lines, or a JSON list if its name ends in .json."""
+    """The file: JSON Lines, or a JSON list if its name ends in .json. It may be a URL, gs://... or s3://..."""
     image_dir: str = ""
     """Folder that picture paths are relative to; empty for the file's own folder."""
     suffix: str = ""
@@ -36,6 +38,10 @@ class QaJsonl:
     """Name in tables; empty for the name of the file's folder."""
     ignored: tuple[str, ...] = ()
     """Keys of records that are left out: nothing is learned from them."""
+    where: tuple[FieldIs, ...] = ()
+    """Which records are used; all of these hold. Empty for every record."""
+
+    url_schemes: ClassVar = tuple(SCHEMES)
 
     def __post_init__(self) -> None:
         require(self.metric in METRICS, "metric", self.metric, f"one of {', '.join(METRICS)}")
@@ -49,46 +55,41 @@ class QaJsonl:
         return QaSource(self)
 
 
-class QaSource:
+class QaSource(RecordSource):
     """Samples of a question file, by record number."""
 
     def __init__(self, config: QaJsonl):
-        self._config = config
-        self._records = open_records(config.path)
-        self._folder = Path(config.image_dir) if config.image_dir else self._records.path.parent
-        self.name = config.name or self._records.path.resolve().parent.name
+        records = open_records(config.path)
+        super().__init__(config, records, place(config.image_dir) if config.image_dir else records.path.parent)
+        self._metric, self._suffix = config.metric, config.suffix
+        self.name = config.name or records.path.resolve().parent.name
 
-    def __len__(self) -> int:
-        return len(self._records)
+    def sample(self, record: dict[str, Any], index: int, where: str) -> Sample:
+        """The question of a record."""
+        return question_of(record, index, where, self, self._metric, self._suffix)
 
-    @property
-    def fingerprint(self) -> str:
-        """Of the records and their order."""
-        return self._records.fingerprint
 
-    @property
-    def parts(self) -> tuple[Part, ...]:
-        """The file is one part."""
-        return (Part(len(self), self.fingerprint, str(self._records.path)),)
+def question_of(
+    record: dict[str, Any], index: int, where: str, source: RecordSource, metric: str, suffix: str
+) -> Sample:
+    """The question of a record with its answers.
 
-    def __getitem__(self, index: int) -> Sample:
-        record, where = self._records[index], self._records.where(index)
-        try:
-            check_question(record)
-            record = take(record, KEYS, self._config.ignored, "the record")
-            messages, answers = question(record, visual_parts(record, self._folder, where), self._config.suffix)
-            return Sample(
-                id=record_id(record, index),
-                messages=messages,
-                answers=answers,
-                metric=_metric(record.get("metric", self._config.metric)),
-                source=self.name,
-                evidence=_box(record.get("evidence")),
-                template=record["question"],
-                task=self.name,
-            )
-        except SampleError as error:
-            raise error.at(where) from error
+    Raises:
+        SampleError: the record cannot be used.
+    """
+    check_question(record)
+    record = take(record, KEYS, source.unread(KEYS), "the record")
+    messages, answers = question(record, visual_parts(record, source.folder, where), suffix)
+    return Sample(
+        id=record_id(record, index),
+        messages=messages,
+        answers=answers,
+        metric=_metric(record.get("metric", metric)),
+        source=source.name,
+        evidence=_box(record.get("evidence")),
+        template=record["question"],
+        task=source.name,
+    )
 
 
 def check_question(record: Mapping[str, Any]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from rave_jax.config import shown
 from rave_jax.data.opening import LONGEST_PATH, from_data_uri, is_address, is_data
+from rave_jax.data.places import Place, inside, scheme_of
 from rave_jax.data.sample import Message, SampleError
 from rave_jax.data.sources.keys import is_empty, take
 
@@ -19,7 +20,7 @@ FORMS = ("bytes", "path", "url")
 """What an object may give a picture as; the first of them that holds something counts."""
 
 
-def picture(value: Any, folder: Path, name: str = "") -> Message:
+def picture(value: Any, folder: Place, name: str = "") -> Message:
     """An image part of what a record gives as a picture.
 
     Args:
@@ -39,7 +40,7 @@ def picture(value: Any, folder: Path, name: str = "") -> Message:
     return {"type": "image", "image": local_path(value, folder, "a picture")}
 
 
-def local_path(value: Any, folder: Path, what: str) -> str:
+def local_path(value: Any, folder: Place, what: str) -> str:
     """The path of a local file.
 
     Raises:
@@ -50,60 +51,80 @@ def local_path(value: Any, folder: Path, what: str) -> str:
     text = value.removeprefix("file://")
     if not text.strip():
         raise SampleError(f"{what} is {value!r}: expected a path; leave the key out of a record without a picture")
-    if is_address(text):
+    if is_address(text) and not scheme_of(text):
         raise SampleError(f"{what} is {shown(value)}; files are not downloaded: save it and give its path")
     if len(text) > LONGEST_PATH:
         raise SampleError(
             f"{what} is a text of {len(text)} characters, which is too long for a path; write base64 as "
             "data:image/png;base64,..."
         )
-    return str(folder / text)
+    return inside(folder, text)
 
 
-def video(value: Any, fps: Any, folder: Path) -> Message:
-    """A video part: a list of frames, or a folder whose pictures are its frames in the order of their names.
+def video(value: Any, fps: Any, folder: Place, name: str = "") -> Message:
+    """A video part: a video file, a list of frames, or a folder whose pictures are its frames in the order of their
+    names.
+
+    Args:
+        value: path, file:// or data: URI, the bytes of a file, an object with `bytes`, `path` or `url`, or a list of
+            what `picture` takes.
+        fps: how many of the frames a second holds; None if not given. A file says it itself.
+        folder: what paths are relative to.
+        name: what errors call a file that has no path.
 
     Raises:
-        SampleError: neither, or no such folder.
+        SampleError: none of these, or a folder without pictures.
     """
-    if isinstance(value, str):
-        if is_data(value):
-            raise SampleError(f"a video is {shown(value)}: a data URI is one picture; a video is a list of frames")
-        path = Path(local_path(value, folder, "a video"))
-        name = str(path)
-        try:
-            if not path.is_dir():
-                raise SampleError(f"{path}: not a folder; a video is a folder of frames or a list of frames")
-            frames: list[Any] = sorted(str(file) for file in path.iterdir() if file.suffix.lower() in FRAMES)
-        except (OSError, ValueError) as error:
-            if isinstance(error, SampleError):
-                raise
-            raise SampleError(f"{shown(str(path))}: the frames of a video cannot be listed: {error}") from error
-        if not frames:
-            raise SampleError(f"{path}: this folder of a video holds no picture ({', '.join(FRAMES)})")
+    if isinstance(value, Mapping):
+        value = next((value[key] for key in FORMS if not is_empty(value.get(key))), value)
+    given: Any
+    if isinstance(value, bytes) and value:
+        given, called = value, name or "a video in the record"
+    elif isinstance(value, str) and is_data(value):
+        if value[5:].lower().startswith("image/"):
+            raise SampleError(f"a video is {shown(value)}: this data URI is one picture; a video is a list of frames")
+        given, called = from_data_uri(value), name or "a video in a data URI"
+    elif isinstance(value, str):
+        given = called = local_path(value, folder, "a video")
+        if os.path.isdir(given):
+            given = _frames_in(Path(given))
     elif isinstance(value, list) and value:
-        frames = [picture(frame, folder)["image"] for frame in value]
-        paths = [frame for frame in frames if isinstance(frame, str)]
-        name = os.path.commonpath(paths) if len(paths) == len(frames) and _alike(paths) else "a video"
+        given = [picture(frame, folder)["image"] for frame in value]
+        paths = [frame for frame in given if isinstance(frame, str)]
+        called = os.path.commonpath(paths) if len(paths) == len(given) and _alike(paths) else "a video"
     else:
-        raise SampleError(f"a video is {shown(value)}, expected a folder of frames or a list of them")
-    part = {"type": "video", "video": frames, "name": name}
+        raise SampleError(f"a video is {shown(value)}, expected a video file, a folder of frames or a list of them")
+    part = {"type": "video", "video": given, "name": called}
     return part if fps is None else {**part, "fps": fps}
+
+
+def _frames_in(folder: Path) -> list[str]:
+    """The pictures of a folder in the order of their names."""
+    try:
+        frames = sorted(str(file) for file in folder.iterdir() if file.suffix.lower() in FRAMES)
+    except OSError as error:
+        raise SampleError(f"{shown(str(folder))}: the frames of a video cannot be listed: {error}") from error
+    if not frames:
+        raise SampleError(f"{folder}: this folder of a video holds no picture ({', '.join(FRAMES)})")
+    return frames
 
 
 def _alike(paths: list[str]) -> bool:
     return len({os.path.isabs(path) for path in paths}) == 1
 
 
-def own_visual(kind: str, part: Mapping[str, Any], folder: Path, ignored: Collection[str]) -> Message | None:
+def own_visual(kind: str, part: Mapping[str, Any], folder: Place, ignored: Collection[str]) -> Message | None:
     """The picture or video that a message's part names itself; None where it is one of the record's own.
 
     Raises:
         SampleError: what it names is none, or it has a key that is not read.
     """
     if kind == "video":
-        given = take(part, ("type", "video", "fps"), ignored, "a video part")
-        return video(given["video"], given.get("fps"), folder) if "video" in given else None
+        given = take(part, ("type", "video", "path", "url", "fps"), ignored, "a video part")
+        found = [key for key in ("video", "path", "url") if key in given]
+        if len(found) > 1:
+            raise SampleError(f"a video part names a video under {' and '.join(map(repr, found))}; keep one of them")
+        return video(given[found[0]], given.get("fps"), folder) if found else None
     given = take(part, ("type", "image", "path", "url", "image_url"), ignored, f"an {kind} part")
     found = [key for key in ("image", "path", "url", "image_url") if key in given]
     if len(found) > 1:
@@ -118,11 +139,11 @@ def own_visual(kind: str, part: Mapping[str, Any], folder: Path, ignored: Collec
     return picture(value, folder)
 
 
-def visual_parts(record: Mapping[str, Any], folder: Path, where: str = "") -> list[Message]:
+def visual_parts(record: Mapping[str, Any], folder: Place, where: str = "") -> list[Message]:
     """The picture parts of a record: its `image` or `images`, then its `video` or `videos` with `fps` where given.
 
-    A picture is what `picture` takes. `video` is one video, a list of frames or a folder of them; `videos` is a list of
-    videos, `fps` then one number or one for each.
+    A picture is what `picture` takes, and a video what `video` takes. `videos` is a list of videos, `fps` then one
+    number or one for each.
 
     Raises:
         SampleError: values that are none of these.
@@ -134,7 +155,7 @@ def visual_parts(record: Mapping[str, Any], folder: Path, where: str = "") -> li
     if isinstance(images[0] if images else "", (bool, int, float)):
         raise SampleError(f"pictures are {shown(images[0])}, expected a path or a list of paths")
     parts = [picture(value, folder, f"{where} image {number}".strip()) for number, value in enumerate(values)]
-    return [*parts, *_videos(record, folder)]
+    return [*parts, *_videos(record, folder, where)]
 
 
 def _is_none(value: Any) -> bool:
@@ -144,16 +165,19 @@ def _is_none(value: Any) -> bool:
     return value is None or value == []
 
 
-def _videos(record: Mapping[str, Any], folder: Path) -> list[Message]:
+def _videos(record: Mapping[str, Any], folder: Place, where: str) -> list[Message]:
     one, many, fps = (record.get(key) for key in VIDEO_KEYS)
-    if one not in (None, []) and many not in (None, []):
+    if not _is_none(one) and not _is_none(many):
         raise SampleError("'video' and 'videos' both hold videos: keep one of them")
     if many is not None and not isinstance(many, list):
         raise SampleError(f"videos is {shown(many)}, expected a list of videos")
-    videos = [one] if one not in (None, []) else many or []
+    videos = many or [] if _is_none(one) else [one]
     if fps is not None and not videos:
         raise SampleError("'fps' is given but no video: add the video or leave 'fps' out")
     rates = fps if isinstance(fps, list) else [fps] * len(videos)
     if len(rates) != len(videos):
         raise SampleError(f"fps has {len(rates)} numbers for {len(videos)} videos")
-    return [video(value, rate, folder) for value, rate in zip(videos, rates, strict=True)]
+    return [
+        video(value, rate, folder, f"{where} video {number}".strip())
+        for number, (value, rate) in enumerate(zip(videos, rates, strict=True))
+    ]

@@ -16,6 +16,7 @@ FAMILY = Family(
     render=render,
     tensors=tensors,
     pictures=pictures,
+    image_processors=("CLIPImageProcessor", "LlavaImageProcessor", "SiglipImageProcessor"),
     tower=f"{__name__}.tower",
     small=SMALL,
     join=JOIN,

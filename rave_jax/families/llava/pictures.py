@@ -7,9 +7,7 @@ The pixels are those of transformers' `CLIPImageProcessorPil`, `LlavaImageProces
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,17 +24,23 @@ from rave_jax.families.pictures import (
     ProcessorFiles,
     VisualKind,
 )
-from rave_jax.families.shared.processor_files import BICUBIC, bilinear_or_bicubic, number_or_none, sides, steps
-from rave_jax.families.shared.squares import check_aspect, middle, squared
+from rave_jax.families.shared.processor_files import (
+    BICUBIC,
+    bilinear_or_bicubic,
+    flag,
+    image_processor,
+    number_or_none,
+    sides,
+    stated,
+    steps,
+)
+from rave_jax.families.shared.squares import check_aspect, middle, middle_of, square_of, squared
 from rave_jax.families.shared.vit import VitConfig, cut_pictures
-from rave_jax.layout import Grid
+from rave_jax.layout import WHOLE, Box, Grid, inside
 from rave_jax.typing import NpArray, UInt8
 
-CLIP, LLAVA, SIGLIP = "CLIP", "Llava", "Siglip"
-KINDS = (CLIP, LLAVA, SIGLIP)
-PROCESSORS = {f"{kind}ImageProcessor{end}": kind for kind in KINDS for end in ("", "Fast", "Pil")}
-PROCESSORS["CLIPFeatureExtractor"] = CLIP
-"""Classes in transformers to what they do."""
+CLIP, LLAVA, SIGLIP = (f"{kind}ImageProcessor" for kind in ("CLIP", "Llava", "Siglip"))
+"""Classes in transformers; a file that names none means the first."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,8 @@ class Pictures(PictureRules):
             source: Any = np.arange(tower.places - count, tower.places, dtype=np.int32)[:, None]
             weight: Any = np.ones(source.shape, np.float32)
             patches = patches._replace(source=source, weight=weight)
-        return CutPicture(patches, np.arange(count, dtype=np.int32), grid)
+        shown = (*[None] * tower.class_feature, self.shown(image.height, image.width))
+        return CutPicture(patches, np.arange(count, dtype=np.int32), grid, shown)
 
     def expand(self, kind: VisualKind, grid: Grid, frames: Frames | None, encode: Encode) -> tuple[Piece, ...]:
         """The placeholder once for each visual token; the class token, where it is one, counts as a picture of its
@@ -82,6 +87,21 @@ class Pictures(PictureRules):
         own = (Piece(one, (1, 1, 1)),) if self.vision.class_feature else ()
         return (*own, Piece(one.repeat(math.prod(grid)), grid))
 
+    def shown(self, height: int, width: int) -> Box:
+        """The part of a picture of this size that the grid of its tokens stands for."""
+        square = square_of(height, width) if self.squared else WHOLE
+        if self.shortest_edge is None:
+            return inside(square, self.vision.seen)
+        sides = (max(height, width),) * 2 if self.squared else (height, width)
+        cut = middle_of(*self._shortened(*sides), self.vision.image_size)
+        return inside(inside(square, cut), self.vision.seen)
+
+    def _shortened(self, height: int, width: int) -> tuple[int, int]:
+        """Size of a picture whose shorter side is `shortest_edge`."""
+        assert self.shortest_edge is not None
+        short, long = self.shortest_edge, int(self.shortest_edge * max(width, height) / min(width, height))
+        return (long, short) if width <= height else (short, long)
+
     def resized(self, image: Image.Image) -> UInt8[NpArray, "H W 3"]:
         """The pixels of a picture in the size of the tower."""
         side = self.vision.image_size
@@ -89,10 +109,8 @@ class Pictures(PictureRules):
             image = squared(image, self.vision.pixel_mean)
         if self.shortest_edge is None:
             return np.asarray(image.resize((side, side), Image.Resampling(self.resample)))
-        width, height = image.size
-        short, long = self.shortest_edge, int(self.shortest_edge * max(width, height) / min(width, height))
-        size = (short, long) if width <= height else (long, short)
-        return middle(np.asarray(image.resize(size, Image.Resampling(self.resample))), side)
+        height, width = self._shortened(image.height, image.width)
+        return middle(np.asarray(image.resize((width, height), Image.Resampling(self.resample))), side)
 
 
 def pictures(config: VlmConfig, files: ProcessorFiles) -> Pictures:
@@ -102,31 +120,24 @@ def pictures(config: VlmConfig, files: ProcessorFiles) -> Pictures:
         ConfigError: it asks for processing that is not done here.
     """
     file, image = files.image_file, files.image
-    kind = _kind(file, image)
+    kind = image_processor(image) or CLIP
     steps(file, image, ("do_resize", "do_rescale", "do_normalize"))
     resample = bilinear_or_bicubic(file, image)
     size, crop = image.get("size"), image.get("crop_size")
     tower = tower_of(config, VitConfig)
     default = None if kind == SIGLIP else {"shortest_edge": 224}
     edge = number_or_none(file, "size", default if size is None else size, "shortest_edge")
-    crops = image.get("do_center_crop", kind != SIGLIP)
+    crops = flag(file, image, "do_center_crop", kind != SIGLIP)
     if edge is not None and not crops:
         raise ConfigError(f"{file}: do_center_crop is {crops!r}, expected True where size is the shortest edge alone")
-    made = sides(file, "crop_size", 224 if crop is None else crop) if crops else sides(file, "size", size or 224)
-    if edge is None and sides(file, "size", size or 224) != made:
+    name = "crop_size" if crops else "size"
+    made = sides(file, name, stated(image, name, 224))
+    if edge is None and sides(file, "size", stated(image, "size", 224)) != made:
         raise ConfigError(f"{file}: size is {size!r}, expected that of crop_size {crop!r}: pictures are not cut twice")
     if made != (tower.image_size, tower.image_size):
-        name, found = ("crop_size", crop) if crops else ("size", size)
         raise ConfigError(
-            f"{file}: {name} is {found!r}, expected {tower.image_size} x {tower.image_size}, the image_size of "
-            "vision_config"
+            f"{file}: {name} is {image.get(name)!r}, expected {tower.image_size} x {tower.image_size}, the "
+            "image_size of vision_config"
         )
-    return Pictures(config, edge, kind == LLAVA and bool(image.get("do_pad", False)), resample)
-
-
-def _kind(file: Path, image: Mapping[str, Any]) -> str:
-    stated = image.get("image_processor_type") or image.get("feature_extractor_type") or "CLIPImageProcessor"
-    if stated not in PROCESSORS:
-        names = ", ".join(f"{kind}ImageProcessor" for kind in KINDS)
-        raise ConfigError(f"{file}: image_processor_type is {stated!r}, expected one of {names}")
-    return PROCESSORS[stated]
+    pads = flag(file, image, "do_pad", False)
+    return Pictures(config, edge, kind == LLAVA and pads, resample)

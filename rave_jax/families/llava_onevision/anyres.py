@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from rave_jax.layout import Box
 from rave_jax.typing import NpArray
 
 NEWLINE = -1
@@ -95,6 +96,29 @@ def tiled(height: int, width: int, sizes: tuple[tuple[int, int], ...], tile: int
     ratio = math.sqrt(down * across / (most * side**2))
     kept = (int(down // ratio), int(across // ratio)) if ratio > RATIO else (down, across)
     return Tiled(rows, cols, down, across, kept)
+
+
+def kept_part(height: int, width: int, form: Tiled, sizes: tuple[tuple[int, int], ...], side: int) -> Box:
+    """The part of a picture that the kept grid of its tiles stands for, in fractions of the picture. It reaches beyond
+    the picture by the column of ends, and by what was rounded. (What is over at the edges of a tile is not counted.)
+
+    Args:
+        height, width: of the picture in pixels.
+        form: how it is cut into tiles.
+        sizes: that it may be fitted into.
+        side: of a tile in units.
+    """
+    size = best_size(height, width, sizes)
+    edges = []
+    for whole, made, tiles, seen, kept, ends in (
+        (size[1], fitted(height, width, size)[1], form.cols, form.width, form.kept[1], 1),
+        (size[0], fitted(height, width, size)[0], form.rows, form.height, form.kept[0], 0),
+    ):
+        unit = whole / (tiles * side)
+        first = (tiles * side - seen) // 2 * unit - (whole - made) // 2
+        edges.append((first / made, (first + seen * unit * (kept + ends) / kept) / made))
+    (left, right), (top, bottom) = edges
+    return left, top, right, bottom
 
 
 @functools.lru_cache(maxsize=64)

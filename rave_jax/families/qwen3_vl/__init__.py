@@ -13,6 +13,8 @@ FAMILY = Family(
     render=render,
     tensors=model_tensors,
     pictures=timed_pictures,
+    image_processors=("Qwen2VLImageProcessor",),
+    video_processors=("Qwen3VLVideoProcessor",),
     tower="rave_jax.families.shared.position_table.tower",
     small=SMALL,
 )

@@ -15,6 +15,8 @@ FAMILY = Family(
     tensors=lambda config: model_tensors(config, fused_swapped),
     other_tensors=(lambda config: model_tensors(config, fused),),
     pictures=timed_pictures,
+    image_processors=("Qwen2VLImageProcessor",),
+    video_processors=("Qwen3VLVideoProcessor",),
     tower="rave_jax.families.shared.position_table.tower",
     small=SMALL,
 )

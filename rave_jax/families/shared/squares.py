@@ -6,6 +6,7 @@ import numpy as np
 from PIL import Image
 
 from rave_jax.families.pictures import PictureError
+from rave_jax.layout import Box
 from rave_jax.typing import NpArray, UInt8
 
 MAX_ASPECT = 200
@@ -30,6 +31,19 @@ def squared(image: Image.Image, mean: tuple[float, ...]) -> Image.Image:
     square = Image.new("RGB", (side, side), (colour[0], colour[1], colour[2]))
     square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
     return square
+
+
+def square_of(height: int, width: int) -> Box:
+    """The square that `squared` makes of a picture, in fractions of the picture."""
+    side = max(height, width)
+    left, top = (side - width) // 2, (side - height) // 2
+    return -left / width, -top / height, (side - left) / width, (side - top) / height
+
+
+def middle_of(height: int, width: int, side: int) -> Box:
+    """The square that `middle` cuts out of a picture, in fractions of the picture."""
+    top, left = (out.start - into.start for into, out in (_middle(length, side) for length in (height, width)))
+    return left / width, top / height, (left + side) / width, (top + side) / height
 
 
 def middle(pixels: UInt8[NpArray, "H W 3"], side: int) -> UInt8[NpArray, "side side 3"]:

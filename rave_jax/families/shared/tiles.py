@@ -17,6 +17,7 @@ from rave_jax.batch import Patches
 from rave_jax.config import require
 from rave_jax.families.config import MAX_SIDE, MAX_WIDTH, TowerConfig, within
 from rave_jax.families.pictures import CutPicture
+from rave_jax.layout import WHOLE, Box, inside
 from rave_jax.typing import Int, NpArray, UInt8
 
 
@@ -79,6 +80,12 @@ class TileTowerConfig(TowerConfig):
         """Patches of a tile; those of a row are whole tiles."""
         return self.side**2
 
+    @property
+    def seen(self) -> Box:
+        """The part of a tile that its patches cover."""
+        covered = self.side * self.patch_size / self.image_size
+        return 0.0, 0.0, covered, covered
+
 
 @functools.lru_cache(maxsize=256)
 def tile_places(side: int, merge: int) -> Int[NpArray, "S 2"]:
@@ -99,4 +106,10 @@ def cut_tiles(tiles: Sequence[UInt8[NpArray, "H W 3"]], vision: TileTowerConfig)
     frame: Any = np.repeat(np.arange(1, count + 1, dtype=np.int32), vision.side**2)
     place: Any = np.tile(tile_places(vision.side, merge), (count, 1))
     order = np.arange(count * units**2, dtype=np.int32)
-    return CutPicture(Patches(pixels, frame, place, frame), order, (count, units, units))
+    return CutPicture(Patches(pixels, frame, place, frame), order, (count, units, units), (vision.seen,) * count)
+
+
+def tile_boxes(rows: int, cols: int, whole: bool, vision: TileTowerConfig) -> tuple[Box, ...]:
+    """The part of a picture in each of its tiles, row by row, and in the whole picture where that follows them."""
+    boxes = [(x / cols, y / rows, (x + 1) / cols, (y + 1) / rows) for y in range(rows) for x in range(cols)]
+    return tuple(inside(box, vision.seen) for box in (*boxes, *[WHOLE] * whole))

@@ -20,6 +20,7 @@ from rave_jax.families.base import TensorRule
 from rave_jax.families.config import MAX_HEADS, MAX_LAYERS, MAX_SIDE, MAX_WIDTH, TowerConfig, within
 from rave_jax.families.hf import HfConfig, integer, number, only
 from rave_jax.families.shared.tower_tensors import layer_norm, linear
+from rave_jax.layout import Box
 from rave_jax.typing import NpArray, UInt8
 
 VitKind = Literal["clip", "siglip"]
@@ -102,6 +103,12 @@ class VitConfig(TowerConfig):
     def places(self) -> int:
         """Patches of a picture, the class token among them."""
         return self.side**2 + self.class_token
+
+    @property
+    def seen(self) -> Box:
+        """The part of a square picture that its patches cover."""
+        covered = self.side * self.patch_size / self.image_size
+        return 0.0, 0.0, covered, covered
 
 
 def parse_vit(hf: HfConfig, where: str) -> dict[str, Any]:

@@ -14,6 +14,8 @@ FAMILY = Family(
     render=render,
     tensors=tensors,
     pictures=pictures,
+    image_processors=("SmolVLMImageProcessor",),
+    video_processors=("SmolVLMVideoProcessor",),
     tower=f"{__name__}.tower",
     small=SMALL,
 )

@@ -128,11 +128,6 @@ def test_one_picture_is_tiled_and_several_are_not(directory: Path) -> None:
             "image_grid_pinpoints are .*, expected",
         ),
         ("preprocessor_config.json", {"size": {"height": 20, "width": 21}}, "size is .*, expected 21 x 21"),
-        (
-            "preprocessor_config.json",
-            {"image_processor_type": "CLIPImageProcessor"},
-            "image_processor_type is 'CLIPImageProcessor', expected 'LlavaOnevisionImageProcessor'",
-        ),
         ("preprocessor_config.json", {"do_center_crop": True}, "do_center_crop is True, expected False"),
         ("video_preprocessor_config.json", {"do_sample_frames": True}, "do_sample_frames is True, expected False"),
         ("video_preprocessor_config.json", {"image_mean": [0, 0, 0]}, r"image_mean is \[0, 0, 0\], expected \[0.5"),

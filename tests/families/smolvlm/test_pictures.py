@@ -80,7 +80,6 @@ def test_stripes_are_refused(size: tuple[int, int]) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"image_processor_type": "Idefics3ImageProcessor"}, "image_processor_type is 'Idefics3ImageProcessor', expec"),
         (
             {"max_image_size": {"longest_edge": 364}},
             "max_image_size is .*, expected {'longest_edge': 24}, the",

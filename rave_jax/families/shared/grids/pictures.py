@@ -28,7 +28,7 @@ from rave_jax.families.shared.grids.config import GridTowerConfig
 from rave_jax.families.shared.grids.images import cut, resize, smart_resize
 from rave_jax.families.shared.grids.positions import mrope_positions
 from rave_jax.families.shared.grids.video import UNKNOWN_FPS, VideoLimits, frame_size, sample_frames
-from rave_jax.families.shared.processor_files import bicubic, steps
+from rave_jax.families.shared.processor_files import bicubic, count, flag, rate, same_pixels, stated, steps
 from rave_jax.layout import Grid
 from rave_jax.typing import Int, NpArray
 
@@ -124,16 +124,21 @@ def pictures(config: VlmConfig, files: ProcessorFiles) -> Pictures:
 def pictures_as[P: Pictures](kind: type[P], config: VlmConfig, files: ProcessorFiles) -> P:
     """The same as a family's own kind of rules."""
     low, high = image_limits(files)
-    video = files.video
-    video_low, video_high = pixel_limits(files.video_file, video, VideoLimits.min_pixels, VideoLimits.max_pixels)
-    sampled = {key: video[key] for key in ("min_frames", "max_frames") if video.get(key) is not None}
+    file, video = files.video_file, files.video
+    check_frames(config, files)
+    samples = flag(file, video, "do_sample_frames", False)
+    fps = None if video.get("fps") is None else rate(file, video, "fps")
+    if samples and video.get("num_frames") is not None:
+        raise ConfigError(f"{file}: num_frames is {video['num_frames']!r}, expected null: frames are sampled by fps")
+    video_low, video_high = pixel_limits(file, video, VideoLimits.min_pixels, VideoLimits.max_pixels)
     limits = VideoLimits(
         min_pixels=video_low,
         max_pixels=video_high,
-        fps=video.get("fps") if video.get("do_sample_frames") else None,
-        cap_total=bool(video.get("cap_pixels_per_frame")),
-        max_tokens=video.get("max_video_tokens", VideoLimits.max_tokens),
-        **sampled,
+        fps=fps if samples else None,
+        min_frames=count(file, video, "min_frames", VideoLimits.min_frames),
+        max_frames=count(file, video, "max_frames", VideoLimits.max_frames),
+        cap_total=flag(file, video, "cap_pixels_per_frame", False),
+        max_tokens=count(file, video, "max_video_tokens", VideoLimits.max_tokens),
     )
     return kind(config, low, high, limits)
 
@@ -150,25 +155,47 @@ def image_limits(files: ProcessorFiles) -> tuple[int, int]:
     return pixel_limits(files.image_file, image, Pictures.min_pixels, Pictures.max_pixels)
 
 
+def check_frames(config: VlmConfig, files: ProcessorFiles) -> None:
+    """Refuse a file of a video processor that asks of a frame what is not done with a picture.
+
+    Raises:
+        ConfigError: it does.
+    """
+    file, video = files.video_file, files.video
+    assert config.vision is not None
+    steps(file, video, STEPS)
+    bicubic(file, video)
+    same_pixels(file, video, config.vision.pixel_mean, config.vision.pixel_std)
+
+
+EDGES = {"min_pixels": "shortest_edge", "max_pixels": "longest_edge"}
+"""Limits of pixels, and their names in `size`."""
+
+
 def pixel_limits(file: Path, config: Mapping[str, Any], low: int, high: int) -> tuple[int, int]:
     """Least and most pixels of a resized picture: `min_pixels` and `max_pixels`, or else the entries of `size`.
 
     Entries of `size` may also have these names, as older versions of transformers wrote them. Where `size` is stated,
     it has to give what the other two do not, as in transformers.
+
+    Raises:
+        ConfigError: `size` is something else, a limit is missing or no number of pixels, or they cross.
     """
-    size = config.get("size")
-    size = {"shortest_edge": low, "longest_edge": high} if size is None else size
-    given = size if isinstance(size, dict) else {}
+    size = stated(config, "size", {"shortest_edge": low, "longest_edge": high})
+    expected = (
+        "{'shortest_edge': least pixels, 'longest_edge': most pixels} or the keys min_pixels and max_pixels: "
+        "pictures are resized between these limits"
+    )
+    if not isinstance(size, Mapping) or not size.keys() <= {*EDGES, *EDGES.values()}:
+        raise ConfigError(f"{file}: size is {size!r}, expected {expected}")
     limits = []
-    for key, edge in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
-        value = next((v for v in (config.get(key), given.get(edge), given.get(key)) if v is not None), None)
+    for key, edge in EDGES.items():
+        for name, value in ((key, config.get(key)), (f"size.{edge}", size.get(edge)), (f"size.{key}", size.get(key))):
+            if value is not None and (type(value) is not int or value < 1):
+                raise ConfigError(f"{file}: {name} is {value!r}, expected a number of pixels, 1 or more")
+        value = next((v for v in (config.get(key), size.get(edge), size.get(key)) if v is not None), None)
         if value is None:
-            raise ConfigError(
-                f"{file}: size is {size!r}, expected {{'shortest_edge': least pixels, 'longest_edge': most pixels}} or "
-                f"the keys min_pixels and max_pixels, but {key} is missing: pictures are resized between these limits"
-            )
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ConfigError(f"{file}: {key} is {value!r}, expected a number of pixels, 1 or more")
+            raise ConfigError(f"{file}: size is {size!r} and {key} is missing, expected {expected}")
         limits.append(value)
     if limits[0] > limits[1]:
         raise ConfigError(f"{file}: min_pixels is {limits[0]}, above max_pixels {limits[1]}")
