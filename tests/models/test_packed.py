@@ -61,9 +61,6 @@ CONTEXT = {"masks": ContextTokens(2), "regions": ContextTokens(1, per="image")}
 STACKS = {"masks": MASKS, "regions": REGIONS}
 FAMILIES = ("qwen2_5_vl", "qwen3_5")
 """One whose layers all attend, and one with layers of the gated delta rule between them."""
-DELTA = 3e-4
-"""Tolerance of the second: a layer of the gated delta rule with random numbers makes a wrong last bit of what enters it
-thirty times as large, in a document alone too. `tests/families/test_packed.py` has its gradients."""
 EACH = pytest.mark.parametrize(("family", "stack"), [(family, stack) for family in FAMILIES for stack in STACKS])
 
 
@@ -76,13 +73,19 @@ def placed(stack: tuple[tuple[MechanismConfig, ...], ...], first: int) -> tuple[
 def documents_of(family: str, stack: str) -> Documents:
     """Documents of a small model with a stack."""
     hybrid = family == "qwen3_5"
-    options = ModelOptions(placed(STACKS[stack], int(hybrid)), context=None if hybrid else CONTEXT[stack])
+    options = ModelOptions(
+        placed(STACKS[stack], int(hybrid)),
+        context=None if hybrid else CONTEXT[stack],
+        attention="reference" if hybrid else "xla",
+    )
     of = small(family, options)
     text: Any = dataclasses.replace(of.config.text, num_layers=len(STACKS[stack]) + hybrid)
     of = of._replace(config=dataclasses.replace(of.config, text=text))
     assert text.attention_layers == tuple(range(int(hybrid), text.num_layers))
     told = packing.conversations(pictures=True, videos=True)
-    return Documents(of, of.model(options), told, tolerance=DELTA if hybrid else packing.TOLERANCE, learning=not hybrid)
+    return Documents(
+        of, of.model(options), told, tolerance=packing.DELTA if hybrid else packing.TOLERANCE, learning=not hybrid
+    )
 
 
 def test_the_stacks_have_every_mechanism() -> None:
@@ -92,7 +95,7 @@ def test_the_stacks_have_every_mechanism() -> None:
 
 @pytest.mark.slow
 @EACH
-@settings(max_examples=3)
+@settings(max_examples=1)
 @given(rows=packing.arrangements(6))
 @example(rows=[[0], [MANY]]).via("text alone beside a row of nine pictures")
 @example(rows=[[], [4, MANY, 1, 5, 0, 2]]).via("all in one row")
