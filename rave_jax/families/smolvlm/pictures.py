@@ -44,6 +44,7 @@ from rave_jax.families.smolvlm.video import (
     video_limits,
 )
 from rave_jax.layout import Grid
+from rave_jax.typing import NpArray, UInt8
 
 LANCZOS = 1
 """Pillow's number of the filter."""
