@@ -66,7 +66,9 @@ def test_frames_stand_upright(matrix: tuple[int, int, int, int], tmp_path: Path)
 
 def test_a_turn_that_is_no_quarter(tmp_path: Path) -> None:
     path = film(tmp_path / "a.mp4", 3, matrix=(1, 1, -1, 1))
-    with pytest.raises(VideoError, match=r"a\.mp4: its frames are turned by .*, expected a multiple of 90"):
+    with pytest.raises(
+        VideoError, match=r"a\.mp4: its frames are to be turned by .* or stretched, expected quarter turns"
+    ):
         read_header(str(path))
 
 
@@ -117,6 +119,25 @@ def test_files_that_cannot_be_used(tmp_path: Path) -> None:
         read_header(str(tmp_path))
     with pytest.raises(VideoError, match="a URL: videos are not downloaded; save the video"):
         read_header("https://here/a.mp4")
+
+
+@pytest.mark.parametrize(("ending", "codec"), [("mp4", "mpeg4"), ("mkv", "mpeg4"), ("ts", "mpeg2video")])
+def test_damage_anywhere_is_a_skipped_sample(ending: str, codec: str, tmp_path: Path) -> None:
+    """Whatever bytes are wrong, the frames are there or the error is one that skips the sample."""
+    whole = film(tmp_path / f"a.{ending}", codec=codec).read_bytes()
+    rng, read = np.random.default_rng(0), 0
+    for _ in range(40):
+        data = bytearray(whole)
+        for place in rng.integers(0, len(data), rng.integers(1, 12)):
+            data[place] = rng.integers(0, 256)
+        data = data[: rng.integers(len(data) // 3, 2 * len(data))]
+        try:
+            header = read_header(bytes(data), "x")
+            assert len(list(decoded(bytes(data), [0, header.frames - 1], "x"))) == 2
+            read += 1
+        except VideoError as error:
+            assert str(error).startswith("x: ") and "\n" not in str(error)
+    assert 0 < read < 40
 
 
 def test_a_file_with_fewer_frames_than_it_says(tmp_path: Path) -> None:
