@@ -15,6 +15,8 @@ import threading
 from collections.abc import Callable, Generator, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from rave_jax.data.pipeline import Rows
 
 Load = Callable[[int, int, int], Rows]
@@ -125,7 +127,16 @@ def _next(iterator: Any, processes: int) -> Rows:
         raise ChildProcessError(_died(error, processes)) from error
     if isinstance(rows, _Failed):
         raise rows.error
-    return rows
+    return _copied(rows)
+
+
+def _copied(tree: Any) -> Any:
+    """The arrays of a tree in memory of this process, so that shared memory is free for the next."""
+    if isinstance(tree, np.ndarray):
+        return np.array(tree)
+    if isinstance(tree, tuple) and hasattr(tree, "_make"):
+        return tree._make(map(_copied, tree))
+    return tree
 
 
 def _died(error: Exception, processes: int) -> str:
