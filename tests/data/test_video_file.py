@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import importlib
-import tracemalloc
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,14 +12,16 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 from transformers.video_utils import load_video
 
 from rave_jax.config import ConfigError
 from rave_jax.data.processor import Processor
 from rave_jax.data.sample import ImageError, OverBudget, VideoError
 from rave_jax.data.survey import measure
-from rave_jax.data.video import cut_video, grey_frames, video_grid
+from rave_jax.data.video import cut_video, grey_frames
 from rave_jax.data.video_file import TURNS, decoded, read_header
+from rave_jax.families.shared.grids import pictures
 from tests.data.films import film, shown, sound
 
 
@@ -66,9 +68,7 @@ def test_frames_stand_upright(matrix: tuple[int, int, int, int], tmp_path: Path)
 
 def test_a_turn_that_is_no_quarter(tmp_path: Path) -> None:
     path = film(tmp_path / "a.mp4", 3, matrix=(1, 1, -1, 1))
-    with pytest.raises(
-        VideoError, match=r"a\.mp4: its frames are to be turned by .* or stretched, expected quarter turns"
-    ):
+    with pytest.raises(VideoError, match=r"a\.mp4: its frames are to be turned by .* or stretched, expected quarter"):
         read_header(str(path))
 
 
@@ -222,16 +222,25 @@ def test_a_video_over_budget_is_not_decoded(
     assert caught.value.patches == need.patches
 
 
-def test_a_long_video_takes_the_memory_of_what_is_used(processor: Processor, tmp_path: Path) -> None:
-    """One frame of full size at a time: 60 of them would take 60 times as much."""
+def test_frames_of_full_size_do_not_wait_for_each_other(
+    processor: Processor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each is cut and forgotten before the next one is decoded, so a long video takes the memory of what is used."""
     rules: Any = with_video(processor).rules
-    path = film(tmp_path / "a.mp4", 60, size=(480, 640))
-    video_grid(str(path), None, rules)
-    tracemalloc.start()
-    cut_video(str(path), None, rules)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 12 * 480 * 640 * 3
+    seen: list[weakref.ref[Image.Image]] = []
+    most = 0
+    resized = pictures.resize
+
+    def counting(image: Image.Image, height: int, width: int) -> np.ndarray:
+        nonlocal most
+        seen.append(weakref.ref(image))
+        most = max(most, sum(one() is not None for one in seen))
+        return resized(image, height, width)
+
+    monkeypatch.setattr(pictures, "resize", counting)
+    cut_video(str(film(tmp_path / "a.mp4", 30)), None, rules)
+    assert len(seen) == 30
+    assert most <= 2
 
 
 def test_a_grey_video(tmp_path: Path) -> None:
