@@ -220,6 +220,15 @@ def test_a_video_over_budget_is_not_decoded(
         made.encode(asked(str(path)), name="x", most_tokens=50)
     assert 50 < caught.value.tokens < need.tokens
     assert caught.value.patches == need.patches
+    monkeypatch.setattr("rave_jax.data.processor.MOST_TOKENS", 60)
+    with pytest.raises(OverBudget, match="over the budget of 60 tokens"):
+        made.encode(asked(str(path)))
+
+
+def test_a_header_may_claim_any_number_of_frames(processor: Processor, tmp_path: Path) -> None:
+    data, made = claims(film(tmp_path / "a.avi"), 4_000_000), with_video(processor)
+    with pytest.raises(OverBudget, match=r"film: \d+ patches, expected at most 16777216"):
+        made.encode(asked(data, name="film"))
 
 
 def test_frames_of_full_size_do_not_wait_for_each_other(
