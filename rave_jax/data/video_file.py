@@ -91,6 +91,8 @@ def read_header(source: Any, name: str = "") -> VideoHeader:
 
 def _stamp(source: Any) -> tuple[str, int, int] | None:
     """A local file and its state; None for what is none."""
+    if isinstance(source, bytes):
+        return None
     try:
         path = os.fsdecode(source).removeprefix("file://")
         stat = os.stat(path)
@@ -175,6 +177,8 @@ def _opened(source: Any, name: str) -> Generator[tuple[Any, Any]]:
                 if not streams:
                     what = ", ".join(sorted({stream.type for stream in container.streams})) or "nothing"
                     raise VideoError(f"no video in it, only {what}")
+                if streams[0].codec_context is None:
+                    raise VideoError("its video is of a format that cannot be decoded here")
                 streams[0].codec_context.options = {"max_pixels": str(MOST_PIXELS)}
                 yield container, streams[0]
     except (ImageError, av.error.FFmpegError, OSError, ValueError) as error:
@@ -213,7 +217,9 @@ def _upright(image: Image.Image, frame: Any) -> Image.Image:
     a, b, _, c, d, *_ = (int(n) for n in np.frombuffer(bytes(matrix), np.int32))
     signs = (_sign(a), _sign(b), _sign(c), _sign(d))
     if signs not in TURNS:
-        raise VideoError(f"its frames are turned by {frame.rotation} degrees, expected a multiple of 90")
+        raise VideoError(
+            f"its frames are to be turned by {frame.rotation} degrees or stretched, expected quarter turns"
+        )
     turn = TURNS[signs]
     return image if turn is None else image.transpose(turn)
 
