@@ -24,6 +24,7 @@ from rave_jax.data.marks import Marked, Scanned, View, mark, scan, texts_of
 from rave_jax.data.sample import Message, SampleError
 from rave_jax.data.template import Rendered, Template
 from rave_jax.data.turns import Trial, find_turns, learn_turns
+from rave_jax.data.video_text import VideoText, spell_videos, videos_of
 from rave_jax.files import read_text
 from rave_jax.typing import NpArray
 
@@ -119,13 +120,19 @@ class ChatTemplate:
         special_tokens_in_text: what special tokens are that a message spells out.
         leading: do the tokens that the tokenizer puts in front of a text stand before a conversation whose text does
             not begin with `bos_token`? In transformers they do for processors of pictures, and not for tokenizers.
+        videos: how videos become text first; None: their placeholders are tokens.
 
     Raises:
         ConfigError: the template asks for too much time or memory, or does not show where an answer begins and ends.
     """
 
     def __init__(
-        self, tokenizer: Any, template: str, special_tokens_in_text: SpecialTokens = "text", leading: bool = False
+        self,
+        tokenizer: Any,
+        template: str,
+        special_tokens_in_text: SpecialTokens = "text",
+        leading: bool = False,
+        videos: VideoText | None = None,
     ):
         self.settings = (template, special_tokens_in_text, leading)
         """What it was made with, beside the tokenizer."""
@@ -134,6 +141,7 @@ class ChatTemplate:
         self._literal = special_tokens_in_text == "text"
         self._words = LiteralTokenizer(tokenizer)
         self._leading = self._words.leading if leading else []
+        self._videos = videos
         self._jinja = Template(tokenizer, template)
         self._header = ""
         try:
@@ -170,7 +178,8 @@ class ChatTemplate:
         roles = [view["role"] for view in views]
         if roles[0] == "assistant":
             raise SampleError("the conversation starts with an answer")
-        scanned, marked, answers = self._scan(views, add_generation_prompt)
+        texts = None if self._videos is None else [self._videos.spelled(part) for part in videos_of(messages)]
+        scanned, marked, answers = self._scan(views, add_generation_prompt, texts)
         spans = find_turns(self._turns, roles, scanned, marked, add_generation_prompt)
         learn = spans.learn
         if self._marks_answers:
@@ -208,8 +217,11 @@ class ChatTemplate:
         rendered = self._jinja.render(views, asks)
         return rendered._replace(text=rendered.text + self._header) if asks else rendered
 
-    def _scan(self, views: Sequence[View], asks: bool) -> tuple[Scanned, Marked, list[tuple[int, int]]]:
-        """The conversation as rendered, the marks in it, and what the template says are answers.
+    def _scan(
+        self, views: Sequence[View], asks: bool, videos: Sequence[str] | None = None
+    ) -> tuple[Scanned, Marked, list[tuple[int, int]]]:
+        """The conversation as rendered, with these texts for its videos, the marks in it, and what the template says
+        are answers.
 
         Marks must not change what the template writes. Where they do, texts are looked for as they are.
         """
@@ -222,6 +234,14 @@ class ChatTemplate:
                 continue  # the template refuses a text that has marks in it
             scanned = scan(rendered.text, marked, self._words)
             if scanned.written == plain:
+                if self._videos is not None and videos is not None:
+                    if videos and not around:
+                        raise SampleError(
+                            "the chat template looks into the texts of this conversation, so they cannot be told from "
+                            "those of its videos"
+                        )
+                    rendered = spell_videos(rendered, marked, self._videos.placeholder, videos, self._literal)
+                    scanned = scan(rendered.text, marked, self._words)
                 answers = [(scanned.in_text(start), scanned.in_text(stop)) for start, stop in rendered.answers]
                 return (scanned, marked, answers) if around else (*_searched(views, marked, scanned), answers)
         raise SampleError("the chat template changes the text of a message that spells out a special token")

@@ -16,6 +16,7 @@ from rave_jax.data.packing.config import Packing
 from rave_jax.data.processor import Processor
 from rave_jax.data.sample import SampleError, Source
 from rave_jax.data.sources import SourceConfig, Synthetic
+from rave_jax.data.state import OnChange
 from rave_jax.data.weighting import Weighting
 from rave_jax.families.config import VlmConfig
 from rave_jax.layout import VisualLayout
@@ -109,6 +110,9 @@ class DataConfig:
     processes: int = 0
     """Processes that load them in place of threads, for each process of the job; worth it where threads cannot keep up
     although cores are idle."""
+    on_change: OnChange = "refuse"
+    """What to do when a run goes on and a source has grown, shrunk or been reordered: refuse, or continue: the source
+    then begins a new epoch of what it holds, and a line says so."""
     cache_mb: int = 256
     """Memory that keeps processed samples for reuse, in MB, of each process that loads; 0 keeps none."""
 

@@ -41,6 +41,22 @@ class Stage(NamedTuple):
     taken: tuple[int, ...]
 
 
+class Restart(NamedTuple):
+    """Where a source that has changed began anew.
+
+    Fields:
+        taken: samples that were drawn of it before.
+        number: the number, from then on, of its next draw; a multiple of its length, so that an epoch begins.
+    """
+
+    taken: int = 0
+    number: int = 0
+
+    def number_of(self, taken: int) -> int:
+        """The number, counted in samples of its epochs, of the draw before which so many were drawn of the source."""
+        return taken if taken < self.taken else taken - self.taken + self.number
+
+
 @dataclass(frozen=True)
 class Order:
     """What every draw of a run takes. Plain data: it can be compared, pickled and used from any thread."""
@@ -51,6 +67,8 @@ class Order:
     """Of all shuffles."""
     stages: tuple[Stage, ...] = ()
     """In the order of their first draws; `then` adds one."""
+    restarts: tuple[Restart, ...] = ()
+    """Of each source; empty where none has changed since the run began (`state.py`)."""
 
     def __post_init__(self) -> None:
         for number, length in enumerate(self.lengths):
@@ -96,7 +114,8 @@ class Order:
         samples = np.empty(stop - first, np.int64)
         for place, draw in enumerate(range(first, stop)):
             stage = self._stage(draw)
-            samples[place] = _mixture(self.lengths, self.seed, stage.shares, stage.taken)[draw - stage.first]
+            mixture = _mixture(self.lengths, self.seed, stage.shares, stage.taken, self.restarts)
+            samples[place] = mixture[draw - stage.first]
         begins = np.cumsum((0, *self.lengths[:-1]))
         sources = np.searchsorted(begins, samples, side="right") - 1
         return sources, samples - begins[sources]
@@ -144,8 +163,9 @@ class _Turns:
     epochs together where the config says so. This is its rule without the rounding.
     """
 
-    def __init__(self, shares: tuple[int, ...], taken: tuple[int, ...]):
+    def __init__(self, shares: tuple[int, ...], taken: tuple[int, ...], restarts: tuple[Restart, ...]):
         self._shares, self._taken = shares, taken
+        self._restarts = restarts or (Restart(),) * len(shares)
 
     def __len__(self) -> int:
         return sys.maxsize
@@ -155,13 +175,19 @@ class _Turns:
         for source, share in enumerate(self._shares):
             rest, rest_after = before * (of - share) // of, after * (of - share) // of
             if before - rest != after - rest_after:
-                return source, self._taken[source] + before - rest
+                return source, self._restarts[source].number_of(self._taken[source] + before - rest)
             before, after, of = rest, rest_after, of - share
         raise IndexError(draw)
 
 
 @functools.lru_cache(maxsize=64)
-def _mixture(lengths: tuple[int, ...], seed: int, shares: tuple[int, ...], taken: tuple[int, ...]) -> Any:
+def _mixture(
+    lengths: tuple[int, ...],
+    seed: int,
+    shares: tuple[int, ...],
+    taken: tuple[int, ...],
+    restarts: tuple[Restart, ...],
+) -> Any:
     """A stage as a data set of grain: its element d is the sample of draw d of the stage, numbered over all sources."""
     import grain  # it imports jax, which not all users of this file do
 
@@ -170,7 +196,7 @@ def _mixture(lengths: tuple[int, ...], seed: int, shares: tuple[int, ...], taken
         of_source = int(np.random.SeedSequence((seed, number)).generate_state(1)[0])
         sources.append(_shuffled(begin, max(length, 1), of_source))  # a source without samples is never asked
         begin += length
-    turns: Any = _Turns(shares, taken)
+    turns: Any = _Turns(shares, taken, restarts)
     return grain.MapDataset.select_from_datasets(sources, turns)
 
 

@@ -8,12 +8,13 @@ an undisturbed single process would have got.
 from __future__ import annotations
 
 import itertools
+import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from rave_jax.batch import Batch
-from rave_jax.config import ConfigError, require
+from rave_jax.config import require
 from rave_jax.data.collate import BatchShape, collate, round_up
 from rave_jax.data.config import DataConfig, Stage, check_takes
 from rave_jax.data.filters import LIMITS
@@ -26,6 +27,9 @@ from rave_jax.data.plan import EqualRows, RowPlan
 from rave_jax.data.processor import Processor
 from rave_jax.data.sample import Sample, SampleError, Source
 from rave_jax.data.skips import Skip, SkipLog, describe
+from rave_jax.data.state import Origin, resumed, saved
+
+log = logging.getLogger(__name__)
 
 
 class Rows(NamedTuple):
@@ -76,16 +80,23 @@ class Pipeline:
         self.sources: tuple[Source, ...] = config.open_sources() if sources is None else tuple(sources)
         for number, source in enumerate(self.sources):
             check_takes(processor.rules.config, source, f"data.sources.{number}")
-        lengths = [len(source) for source in self.sources]
-        if plan is None and config.packing is not None:
-            plan = packed_rows(config, processor, self.sources, keeps)
-        self.plan: RowPlan = equal_rows(config, processor, lengths) if plan is None else plan
+        self._given, self._keeps = plan, keeps
+        self._origin = Origin(tuple(len(source) for source in self.sources))
+        self.plan: RowPlan = self._planned(self._origin)
         self._loader = Loader(config, self.sources, processor)
         self.skip_log = SkipLog()
         """Says which samples are not used."""
         self.skipped: Counter[str] = Counter()
         """Samples skipped so far in rows that were counted, by reason."""
         self._in_a_row: list[Skip] = []
+
+    def _planned(self, origin: Origin) -> RowPlan:
+        if self._given is not None:
+            return self._given
+        order = Order(tuple(len(source) for source in self.sources), self.config.seed, restarts=origin.restarts)
+        if self.config.packing is not None:
+            return packed_rows(self.config, self.processor, self.sources, order, origin.lengths, self._keeps)
+        return equal_rows(self.config, self.processor, order, origin.lengths)
 
     def shape(self, step: int) -> BatchShape:
         """Shape of the whole batch of a step, over all hosts."""
@@ -174,51 +185,39 @@ class Pipeline:
 
     def state(self, step: int) -> dict[str, Any]:
         """What to save with a checkpoint before `step` is taken: JSON-ready."""
-        return {**self.plan.state(step), "skipped": dict(self.skipped), **self._facts()}
+        own = saved(self._origin, self._facts(), self.sources)
+        return {**self.plan.state(step), "skipped": dict(self.skipped), **own}
 
     def _facts(self) -> dict[str, Any]:
-        """What the samples of a step depend on, besides the curriculum."""
-        lengths = [len(source) for source in self.sources]
-        facts = {"seed": self.config.seed, **self.plan.facts(), "samples": lengths}
-        return {**facts, "fingerprints": [source.fingerprint for source in self.sources]}
+        """What the samples of a step depend on, besides the sources and the curriculum."""
+        return {"seed": self.config.seed, **self.plan.facts()}
 
     def restore(self, state: Mapping[str, Any]) -> int:
         """Take up a saved state; returns the step to go on with.
 
         Raises:
-            ConfigError: the state was saved under another seed, or by a run with another number of rows or samples, or
-                with other samples or another order of them: its step would not be where it stopped.
+            ConfigError: the state was saved under another seed, or by a run with another number of rows: its step would
+                not be where it stopped. Or a source has changed, and `on_change` is "refuse".
         """
-        facts = self._facts()
-        found = facts.pop("fingerprints")
-        saved = state.get("fingerprints", found)  # states of old runs have none
-        for name, value in facts.items():
-            if name not in state:
-                raise ConfigError(
-                    f"the data state of the checkpoint has no entry {name}: it is damaged; delete the checkpoint, "
-                    "so that the one before it is taken"
-                )
-            require(
-                state.get(name) == value, f"data.{name}", value, f"{state.get(name)!r} as in the run that was saved"
-            )
-        for number, source in enumerate(self.sources):
-            if found[number] != saved[number]:
-                raise ConfigError(
-                    f"data.sources.{number} ({source.name}) holds other records than in the run that was saved, or the "
-                    f"same in another order (fingerprint {found[number]}, expected {saved[number]}): put the data back "
-                    "as it was, or start a new run in another output_dir"
-                )
+        found = resumed(state, self._facts(), self.sources, self.config.on_change)
+        if found.origin != self._origin:
+            self._origin = found.origin
+            self.plan = self._planned(found.origin)
+        step = self.plan.restore(state, found.changed)
         self.skipped = Counter(state.get("skipped", {}))
-        return self.plan.restore(state)
+        for line in found.says:
+            log.warning("after step %d: %s", step, line)
+        return step
 
 
-def equal_rows(config: DataConfig, processor: Processor, lengths: Sequence[int]) -> EqualRows:
+def equal_rows(config: DataConfig, processor: Processor, order: Order, lengths: Sequence[int]) -> EqualRows:
     """The plan of a config: each row in `documents_per_row` equal parts.
 
     Args:
         config: the data.
         processor: says how many patches and regions there are.
-        lengths: samples of each source.
+        order: of the samples, without stages.
+        lengths: samples of each source by which `Stage.epochs` mixes.
 
     Raises:
         ConfigError: the visual layout has fewer regions than a row has documents.
@@ -232,7 +231,6 @@ def equal_rows(config: DataConfig, processor: Processor, lengths: Sequence[int])
         patches = config.patches if stage.patches is None else stage.patches
         return stage.step, tokens, round_up(patches, processor.rules.patch_sizes.window)
 
-    order = Order(tuple(lengths), config.seed)
     for stage in config.stages:
         order = order.then(stage.step * config.rows * each, stage.shares(lengths))
     return EqualRows(config.rows, tuple(map(size, config.stages)), each, most, order)

@@ -35,7 +35,7 @@ class Url:
 
     def __init__(self, text: str):
         self._scheme, _, inner = text.partition("://")
-        self._inner = PurePosixPath(inner)
+        self._inner = PurePosixPath(inner.lstrip("/"))
 
     def __str__(self) -> str:
         return f"{self._scheme}://{self._inner}"
@@ -271,19 +271,37 @@ def find_files(where: str, suffix: str) -> list[Place]:
     Raises:
         OSError: a place cannot be listed.
     """
-    if not scheme_of(where):
-        path = Path(where.removeprefix("file://"))
-        if path.is_dir():
-            return list(sorted(file for file in path.rglob(f"*{suffix}") if FOLDER not in file.parts))
-        if path.exists():
-            return [path]
-        return list(sorted(Path(name) for name in glob.glob(str(path), recursive=True)))
-    system = _system(where)
+    return [place(name) for name in list_files(where, suffix)]
+
+
+def list_files(where: str, suffix: str = "") -> list[str]:
+    """The names that `find_files` gives places of."""
+    if scheme_of(where):
+        return _list_remote(where, suffix)
+    path = Path(where.removeprefix("file://"))
+    if path.is_dir():
+        found = []
+        for folder, folders, names in os.walk(path, onerror=_raise):
+            folders[:] = [name for name in folders if name != FOLDER]
+            found += [os.path.join(folder, name) for name in names if name.endswith(suffix)]
+    elif path.exists():
+        found = [str(path)]
+    else:
+        found = glob.glob(str(path), recursive=True)
+    return sorted(found, key=lambda name: name.split(os.sep))
+
+
+def _list_remote(where: str, suffix: str) -> list[str]:
+    system, scheme = _system(where), where.partition("://")[0]
     with _OsErrors(where):
         if any(sign in where for sign in "*?["):
             names = system.glob(where)
         elif system.isdir(where):
             names = [name for name in system.find(where) if name.endswith(suffix)]
         else:
-            names = [where] if system.exists(where) else []
-    return [Url(system.unstrip_protocol(name)) for name in sorted(names)]
+            names = [where.partition("://")[2]] if system.exists(where) else []
+    return sorted((f"{scheme}://{name.lstrip('/')}" for name in names), key=lambda name: name.split("/"))
+
+
+def _raise(error: OSError) -> None:
+    raise error

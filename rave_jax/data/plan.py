@@ -6,7 +6,7 @@ the step, so every process and every resumed run has the same one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -73,11 +73,20 @@ class RowPlan(Protocol):
         ...
 
     def state(self, step: int) -> dict[str, Any]:
-        """What the plan needs besides its facts to go on with `step`: JSON-ready."""
+        """What the plan needs besides its facts to go on with `step`: JSON-ready.
+
+        Its entry `step` is the step, and `taken` the samples of each source that were drawn before the draws that it
+        takes up next.
+        """
         ...
 
-    def restore(self, state: Mapping[str, Any]) -> int:
-        """Take up what `state` gave, among other keys; returns the step to go on with."""
+    def restore(self, state: Mapping[str, Any], changed: Collection[int] = ()) -> int:
+        """Take up what `state` gave, among other keys; returns the step to go on with.
+
+        Args:
+            state: a state.
+            changed: numbers of sources that hold other samples than when it was saved.
+        """
         ...
 
 
@@ -124,9 +133,9 @@ class EqualRows:
         return {"rows": self.rows, "documents_per_row": self.documents}
 
     def state(self, step: int) -> dict[str, Any]:
-        """The step."""
-        return {"step": step}
+        """The step, and the samples drawn of each source before it."""
+        return {"step": step, "taken": list(self.order.taken(step * self.rows * self.documents))}
 
-    def restore(self, state: Mapping[str, Any]) -> int:
+    def restore(self, state: Mapping[str, Any], changed: Collection[int] = ()) -> int:
         """The step of a state."""
         return int(state["step"])

@@ -19,7 +19,8 @@ from rave_jax.data.images import cut_image, image_grid
 from rave_jax.data.layout import check_region_sizes, lay_out
 from rave_jax.data.patches import join_patches
 from rave_jax.data.sample import Example, ImageError, Message, OverBudget, SampleError
-from rave_jax.data.video import cut_video, video_grid
+from rave_jax.data.video import cut_video, used_frames, video_grid
+from rave_jax.data.video_text import VideoText
 from rave_jax.data.vocabulary import check_directory
 from rave_jax.families.directory import picture_rules
 from rave_jax.families.pictures import (
@@ -87,7 +88,8 @@ class Processor:
         self.tokenizer = tokenizer
         self.rules = rules
         self.layout = layout or VisualLayout()
-        self.chat = ChatTemplate(tokenizer, chat_template, special_tokens_in_text, leading=rules.has_vision)
+        self._special_tokens_in_text: SpecialTokens = special_tokens_in_text
+        self.chat = self._chat(chat_template)
 
     @classmethod
     def from_hf(
@@ -126,6 +128,16 @@ class Processor:
         except ConfigError as error:
             raise ConfigError(f"{directory}: {error}") from error
 
+    def _chat(self, template: str) -> ChatTemplate:
+        placeholder = self.rules.video_placeholder
+        videos = VideoText(placeholder, self._spelled) if placeholder else None
+        return ChatTemplate(self.tokenizer, template, self._special_tokens_in_text, self.rules.has_vision, videos)
+
+    @functools.cached_property
+    def _video_chat(self) -> ChatTemplate:
+        """The chat template of conversations with videos."""
+        return self._chat(self.rules.video_template) if self.rules.video_template else self.chat
+
     @property
     def end_id(self) -> int:
         """The token that ends an answer."""
@@ -161,9 +173,32 @@ class Processor:
             raise ImageError(str(error)) from error
         return self._count(self._pieces("image", grid, None))
 
+    def runs(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> list[Run]:
+        """The conversation as runs of tokens (`ChatTemplate.runs`), in which a placeholder stands once for each picture
+        and video. Of a video, its number of frames and its fps are read.
+
+        Raises:
+            SampleError: a message, a video or a placeholder that cannot be used.
+        """
+        if not _has_videos(messages):
+            return self.chat.runs(messages, add_generation_prompt)
+        if self.rules.has_vision and not self.rules.takes_videos:
+            raise SampleError(NO_VIDEOS)
+        try:
+            chat = self._video_chat
+        except ConfigError as error:
+            raise SampleError(f"the tokenizer does not fit the chat template of videos: {error}") from error
+        return chat.runs(messages, add_generation_prompt)
+
+    def _spelled(self, part: Message) -> str:
+        """A video part as text: one placeholder of a picture for all of its visual tokens, and the texts beside it."""
+        frames = used_frames(part["video"], part.get("fps"), self.rules, part.get("name", ""))
+        before, behind = self.rules.beside(frames)
+        return before + self.tokenizer.convert_ids_to_tokens(self.rules.image_token_id) + behind
+
     def need(self, part: Message, pictures: int = 1) -> tuple[int, int]:
         """(tokens, patches) of a picture or video part in a conversation of so many pictures, from the header of the
-        picture, of a video's first frame or of its file.
+        picture, of a video's first frame or of its file. Text beside a video that `runs` gives is not among them.
 
         Raises:
             ImageError: no picture, or a video without frames.
@@ -320,12 +355,10 @@ class Processor:
         self, messages: Sequence[Message], add_generation_prompt: bool = False
     ) -> tuple[list[Run], list[Message], NpArray]:
         """The runs of a conversation, its pictures and videos, and where their placeholders stand."""
-        runs = self.chat.runs(messages, add_generation_prompt)
+        runs = self.runs(messages, add_generation_prompt)
         parts = [part for run in runs for part in run.visuals]
         if parts and not self.rules.has_vision:
             raise SampleError("the conversation has pictures, but the model is for text only")
-        if self.rules.video_token_id < 0 and any(part["type"] == "video" for part in parts):
-            raise SampleError(NO_VIDEOS)
         return runs, parts, self._placeholders(runs, parts)
 
     def _check_longest(self, tokens: int) -> None:
@@ -337,7 +370,8 @@ class Processor:
         """Index of each picture's placeholder in the runs' tokens put end to end."""
         kinds = {self.rules.image_token_id: "image", self.rules.video_token_id: "video"}
         found = [(index, kinds[i]) for index, i in enumerate(i for run in runs for i in run.ids) if i in kinds]
-        wanted = [part["type"] for part in parts]
+        # Where videos were written as text, the placeholder of each is that of a picture.
+        wanted = ["image" if self.rules.video_placeholder else part["type"] for part in parts]
         if [kind for _, kind in found] != wanted:
             raise SampleError(
                 f"the rendered text has the placeholders {[kind for _, kind in found]}, but the pictures are {wanted}; "
@@ -349,6 +383,13 @@ class Processor:
 def count_pictures(parts: Sequence[Message]) -> int:
     """Pictures among the picture and video parts of a conversation."""
     return sum(part["type"] == "image" for part in parts)
+
+
+def _has_videos(messages: Sequence[Message]) -> bool:
+    """Has a message a video part? Messages may be of any form: what is wrong with one is said where it is read."""
+    contents = [message.get("content") for message in messages if hasattr(message, "get")]
+    lists = (content for content in contents if isinstance(content, Sequence) and not isinstance(content, str | bytes))
+    return any(part.get("type") == "video" for parts in lists for part in parts if hasattr(part, "get"))
 
 
 def _cut(part: Message, rules: PictureRules) -> tuple[CutPicture, Frames | None]:

@@ -71,6 +71,15 @@ def cut_video(video: Any, fps: float | None, rules: PictureRules, name: str = ""
         raise ImageError(f"{called}: {error}") from error
 
 
+def used_frames(video: Any, fps: float | None, rules: PictureRules, name: str = "") -> Frames:
+    """Which frames of a video are used, from its first frame and the header of its file.
+
+    Raises:
+        ImageError: as `video_grid`.
+    """
+    return _used(video, fps, rules, name).frames
+
+
 def video_grid(video: Any, fps: float | None, rules: PictureRules, name: str = "") -> tuple[Form, Frames]:
     """The merged grid that a video has by the rules of a model, from its first frame and the header of its file.
 

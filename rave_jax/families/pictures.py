@@ -74,11 +74,13 @@ class Frames(NamedTuple):
         indices: of the frames, ascending.
         total: frames that the video has.
         rate: how many of those a second holds; the family's guess where it is not known.
+        guessed: is the rate a guess?
     """
 
     indices: Int[NpArray, "N"]
     total: int
     rate: float
+    guessed: bool = False
 
     @property
     def used_rate(self) -> float:
@@ -144,6 +146,22 @@ class PictureRules:
     def video_token_id(self) -> int:
         """Placeholder that the chat template writes for a video; -1: none."""
         return self.config.video_token_id
+
+    @property
+    def takes_videos(self) -> bool:
+        """Does the model take videos?"""
+        return self.video_token_id >= 0 or bool(self.video_placeholder)
+
+    @property
+    def video_placeholder(self) -> str:
+        """What the chat template writes for a video where that is no token of config.json, such as `<video>`. It is
+        replaced by the token `image_token_id` and the texts of `beside` before the prompt becomes tokens."""
+        return ""
+
+    @property
+    def video_template(self) -> str:
+        """The chat template of conversations with videos; empty: that of the model's files."""
+        return ""
 
     @property
     def patch_sizes(self) -> PatchSizes:
@@ -212,6 +230,14 @@ class PictureRules:
             PictureError: a size that is not taken.
         """
         raise PictureError(NO_VIDEOS)
+
+    def beside(self, frames: Frames) -> tuple[str, str]:
+        """Text before and behind all that `expand` gives for a video, where the template writes `video_placeholder`.
+
+        It becomes tokens together with the text around the video, since a tokenizer may join the two. What `expand`
+        gives begins and ends with special tokens there.
+        """
+        return "", ""
 
     def expand(self, kind: VisualKind, grid: Form, frames: Frames | None, encode: Encode) -> tuple[Piece, ...]:
         """What stands in a prompt in place of a placeholder.

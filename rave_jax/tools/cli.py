@@ -183,7 +183,8 @@ def _parser() -> argparse.ArgumentParser:
     zero.late = _calibration_flags
 
     data = commands.add_parser(
-        "data", help="print the tokens and patches that a config's data needs, and which samples cannot be used"
+        "data",
+        help="print the tokens and patches that a config's data needs, and which samples cannot be used, or show rows",
     )
     data.add_argument("words", nargs=argparse.REMAINDER, metavar="CONFIG [--field.name value ...]")
     data.late = _data_flags

@@ -32,6 +32,8 @@ OPERATIONAL = frozenset(
         "extended",
     }
 )
+# Those of the data: how it is loaded, and what a run does that finds it changed.
+OPERATIONAL_DATA = frozenset({"prefetch", "workers", "processes", "cache_mb", "on_change"})
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,8 @@ def check_same_run(old: TrainConfig, new: TrainConfig, directory: str) -> None:
 def differences(old: TrainConfig, new: TrainConfig) -> list[str]:
     """The fields that would make another run of it, each as `FIELD is NEW, was OLD`."""
     before, after = (configs.without_folders(configs.to_json(config)) for config in (old, new))
+    for config in (before, after):
+        config["data"] = {name: value for name, value in config["data"].items() if name not in OPERATIONAL_DATA}
     names = [f.name for f in dataclasses.fields(TrainConfig) if f.name not in OPERATIONAL | {"steps"}]
     return [line for name in names for line in _differences(name, before[name], after[name])]
 

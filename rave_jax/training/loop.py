@@ -101,7 +101,7 @@ class Loop:
         self._writers, self._progress, self._watchdog, self._stop = writers, progress, watchdog, stop
         self._evaluations = evaluations
         self._wait = WaitMeter()
-        self._tokens, self._clock = 0, time.monotonic()
+        self._tokens, self._waited, self._clock = 0, 0.0, time.monotonic()
         self._saved = -1
 
     def run(
@@ -142,6 +142,7 @@ class Loop:
                 if following is None or not self._stop.may_begin(step):
                     break
                 fed, done = following, step + 1
+                self._waited += fed.waited
                 if fed.void:
                     notes.leave(f"stop/void/{step}", str(step))
                 sizes = (*fed.batch.tokens.shape, *fed.batch.patches.pixels.shape)
@@ -283,8 +284,10 @@ class Loop:
         logged = done == 1 or done % self._schedule.log_every == 0 or done == self._schedule.steps
         if logged:
             now = time.monotonic()
-            values["tokens_per_second"] = round(self._tokens / max(now - self._clock, 1e-9), 1)
-            self._tokens, self._clock = 0, now
+            elapsed = max(now - self._clock, 1e-9)
+            values["tokens_per_second"] = round(self._tokens / elapsed, 1)
+            values["waited_for_data"] = round(min(self._waited / elapsed, 1.0), 4)
+            self._tokens, self._waited, self._clock = 0, 0.0, now
             if self._packing is not None:
                 values |= self._packing.take()
             self._write(done, values)

@@ -79,7 +79,8 @@ class OptimizerConfig:
     first_moment: Literal["float32", "bfloat16"] = "float32"
     """Number type of the first moment (the mean of gradients)."""
     accumulation: int = 1
-    """Micro-batches of one step; the result is that of the whole batch."""
+    """Micro-batches of one step; the result is that of the whole batch, but for the loss of routers of experts, which
+    is of each micro-batch."""
     groups: tuple[ParameterGroup, ...] = ()
     """Parameter groups; the first whose pattern matches owns a parameter."""
 

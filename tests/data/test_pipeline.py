@@ -139,24 +139,6 @@ def test_state_is_json_and_restores(qa_folder: Path, processor: Processor) -> No
         second.restore({name: value for name, value in state.items() if name != "rows"})
     with pytest.raises(ConfigError, match=r"data\.seed is 1"):
         Pipeline(data(qa_folder, seed=1), processor).restore(state)
-    with (qa_folder / "qa.jsonl").open("a") as file:
-        file.write("{}\n")
-    with pytest.raises(ConfigError, match=r"data\.samples is \[11\], expected \[10\] as in the run"):
-        Pipeline(data(qa_folder), processor).restore(state)
-
-
-def test_other_records_or_another_order_are_other_data(qa_folder: Path, processor: Processor) -> None:
-    state = json.loads(json.dumps(Pipeline(data(qa_folder), processor).state(4)))
-    lines = (qa_folder / "qa.jsonl").read_text().splitlines()
-    old = {name: value for name, value in state.items() if name != "fingerprints"}
-    for changed in (lines[::-1], [lines[0].replace("Which?", "What?"), *lines[1:]]):
-        (qa_folder / "qa.jsonl").write_text("\n".join(changed))
-        pipeline = Pipeline(data(qa_folder), processor)
-        with pytest.raises(ConfigError, match=r"data\.sources\.0 \(.*\) holds other records .* or the same in another"):
-            pipeline.restore(state)
-        assert pipeline.restore(old) == 4  # a state that was saved without fingerprints
-    (qa_folder / "qa.jsonl").write_text("\n".join(lines))
-    assert Pipeline(data(qa_folder), processor).restore(state) == 4
 
 
 def test_skips_are_summed_up(qa_folder: Path, processor: Processor, caplog: pytest.LogCaptureFixture) -> None:
@@ -209,7 +191,7 @@ def test_too_many_skips_say_what_they_were(qa_folder: Path, processor: Processor
     pipeline.rows(0, 0, 6)
     with pytest.raises(SampleError, match=says):
         pipeline.rows(1, 0, 6)
-    assert sum(pipeline.skipped.values()) == 9
+    assert sum(pipeline.skipped.values()) == 12  # all of these rows
 
 
 def test_skips_that_are_not_one_after_another_do_not_end_the_run(qa_folder: Path, processor: Processor) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import pickle
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from rave_jax.data.order import Order
 from rave_jax.data.pipeline import Pipeline, equal_rows
 from rave_jax.data.plan import Budget, EqualRows, PlannedDocument, RowPlan
 from rave_jax.data.processor import Processor
+from rave_jax.data.skips import Skip
 from rave_jax.data.sources import QaJsonl
 
 
@@ -39,13 +40,15 @@ def test_each_draw_stands_once_and_budgets_fit_the_row(rows: int, documents: int
 
 
 def test_the_plan_of_a_config(processor: Processor) -> None:
-    stages = (Stage(tokens=96, patches=50), Stage(4))
-    plan = equal_rows(DataConfig(rows=6, tokens=192, patches=64, documents_per_row=2, stages=stages), processor, [99])
+    stages, order = (Stage(tokens=96, patches=50), Stage(4)), Order((99,), 0)
+    plan = equal_rows(
+        DataConfig(rows=6, tokens=192, patches=64, documents_per_row=2, stages=stages), processor, order, [99]
+    )
     assert [plan.shape(step) for step in (0, 3, 4)] == [(6, 96, 64), (6, 96, 64), (6, 192, 64)]
     assert [document.index for document in plan.row(1, 2)] == plan.order.draws(16, 18)[1].tolist()
     assert plan.row(1, 2)[0].budget == (48, 32, plan.regions // 2)
     state = json.loads(json.dumps(plan.state(7)))
-    assert (state, plan.restore(state)) == ({"step": 7}, 7)
+    assert (state, plan.restore(state)) == ({"step": 7, "taken": [84]}, 7)
     assert plan.facts() == {"rows": 6, "documents_per_row": 2}
 
 
@@ -68,13 +71,16 @@ class Unequal:
     def first_draw(self, step: int) -> int:
         return step * self.size.rows // 2 * 5
 
+    def left_out(self, step: int) -> tuple[Skip, ...]:
+        return ()
+
     def facts(self) -> dict[str, Any]:
         return {"rows": self.size.rows}
 
     def state(self, step: int) -> dict[str, Any]:
         return {"step": step, "next_draw": self.first_draw(step)}
 
-    def restore(self, state: Mapping[str, Any]) -> int:
+    def restore(self, state: Mapping[str, Any], changed: Collection[int] = ()) -> int:
         assert state["next_draw"] == self.first_draw(state["step"])
         return state["step"]
 

@@ -52,9 +52,11 @@ def inputs_of(messages: list, folder: Path, vision: bool) -> dict[str, torch.Ten
     processor = AutoProcessor.from_pretrained(folder)
     # Pictures are made smaller by PIL, as models of these families were trained; the other way differs in a shade.
     processor.image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
-    template = processor if processor.chat_template else processor.tokenizer
-    text = template.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     parts = [part for m in messages if isinstance(m["content"], list) for part in m["content"]]
+    # SmolVLM's processor has a template of its own for videos.
+    own = type(processor).__name__ == "SmolVLMProcessor" and any(part["type"] == "video" for part in parts)
+    template = processor if processor.chat_template or own else processor.tokenizer
+    text = template.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     images = [Image.open(folder / part["image"]).convert("RGB") for part in parts if part["type"] == "image"]
     videos, metadata = [], []
     for part in parts:
@@ -76,7 +78,19 @@ def inputs_of(messages: list, folder: Path, vision: bool) -> dict[str, torch.Ten
     begun = text.startswith(processor.tokenizer.bos_token or "\0")
     if videos:
         seen |= {"videos": videos, "video_metadata": metadata}
-    return dict(processor(text=[text], add_special_tokens=not begun, return_tensors="pt", **seen))
+    found = dict(processor(text=[text], add_special_tokens=not begun, return_tensors="pt", **seen))
+    return found | (side_by_side(processor, parts, seen) if own and images else {})
+
+
+def side_by_side(processor, parts: list, seen: dict) -> dict[str, torch.Tensor]:
+    """Tiles and frames in their order. SmolVLM's processor loses the tiles of pictures beside a video."""
+    images = processor.image_processor(seen["images"], return_row_col_info=True, return_tensors="pt")
+    videos = processor.video_processor(**{k: seen[k] for k in ("videos", "video_metadata")}, return_tensors="pt")
+    counts = [max(rows * cols + 1, 1) for rows, cols in zip(images["rows"][0], images["cols"][0], strict=True)]
+    tiles, clips = iter(images["pixel_values"][0].split(counts)), iter(videos["pixel_values"])
+    kinds = [part["type"] for part in parts]
+    pixels = torch.cat([next(tiles if kind == "image" else clips) for kind in kinds if kind != "text"])[None]
+    return {"pixel_values": pixels, "pixel_attention_mask": torch.ones_like(pixels[:, :, 0], dtype=torch.int64)}
 
 
 def logits(model, inputs: dict[str, torch.Tensor]) -> torch.Tensor:

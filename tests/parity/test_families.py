@@ -48,6 +48,9 @@ LEAST_GAP = 1e-4
 LIMIT, KL_LIMIT = 2e-5, 3e-7
 
 
+Visual = tuple[int, int] | tuple[int, int, int, float]
+
+
 @dataclass(frozen=True)
 class Case:
     """One small model and what it is asked.
@@ -56,7 +59,7 @@ class Case:
         family: its name.
         sizes: changes to `SIZES`.
         frames: height and width of the frames of its video, which its processor takes as they are; None: no videos.
-        pictures: (height, width) of the pictures of each conversation.
+        pictures: (height, width) of the pictures of each conversation; (frames, height, width, fps) is a video.
         seed: of the weights.
         limit: most that logits may differ by, as a part of the largest.
     """
@@ -64,7 +67,7 @@ class Case:
     family: str
     sizes: dict[str, Any] = field(default_factory=dict)
     frames: tuple[int, int] | None = None
-    pictures: tuple[tuple[tuple[int, int], ...], ...] = ((), ((61, 90),), ((17, 120), (64, 40), (33, 33)))
+    pictures: tuple[tuple[Visual, ...], ...] = ((), ((61, 90),), ((17, 120), (64, 40), (33, 33)))
     seed: int = 0
     limit: float = LIMIT
 
@@ -72,6 +75,13 @@ class Case:
 # transformers computes the gated delta rule by chunks in float32, which rounds by up to 2e-4 on these models.
 BY_CHUNKS = 2e-4
 TEXT = ((), (), ())
+IN_TILES: tuple[tuple[Visual, ...], ...] = ((), ((61, 90),), ((17, 120), (64, 40), (33, 33), (20, 100)))
+VIDEOS: tuple[tuple[Visual, ...], ...] = (
+    ((16, 37, 50, 4.0),),
+    ((1, 20, 90, 2.0), (1, 60, 31, 0.5)),
+    ((40, 30), (3, 70, 21, 1.0), (50, 81)),
+)
+"""Of odd sizes. transformers takes several in a conversation where they have one number of frames."""
 CASES = {
     case.family: case
     for case in (
@@ -81,8 +91,8 @@ CASES = {
         Case("qwen2_vl", frames=(56, 84)),
         Case("llava"),
         Case("llava_onevision", frames=(21, 21)),
-        Case("internvl", {"patch_size": 8}, pictures=((), ((61, 90),), ((17, 120), (64, 40), (33, 33), (20, 100)))),
-        Case("smolvlm", {"patch_size": 8}, pictures=((), ((61, 90),), ((17, 120), (64, 40), (33, 33), (20, 100)))),
+        Case("internvl", {"patch_size": 8}, pictures=(*IN_TILES, *VIDEOS)),
+        Case("smolvlm", {"patch_size": 8}, pictures=(*IN_TILES, *VIDEOS)),
         Case("llama", pictures=TEXT),
         Case("qwen2", pictures=TEXT),
         Case("qwen3", pictures=TEXT),
@@ -107,12 +117,18 @@ def conversations(case: Case, folder: Path) -> list[list[dict[str, Any]]]:
     def said(text: str) -> dict[str, str]:
         return {"type": "text", "text": text}
 
+    def visual(name: str, size: Visual, seed: int) -> dict[str, Any]:
+        if len(size) == 2:
+            return {"type": "image", "image": write(f"{name}.png", size, seed)}
+        count, height, width, fps = size
+        files = [write(f"{name}_{n}.png", (height, width), 1000 * (seed + 1) + n) for n in range(count)]
+        return {"type": "video", "video": files, "fps": fps}
+
     asked = []
     for number, sizes in enumerate(case.pictures):
         parts: list[dict[str, Any]] = [said(f"Question {number}: what is it?")]
         for n, size in enumerate(sizes):
-            image = {"type": "image", "image": write(f"{number}_{n}.png", size, 10 * number + n)}
-            parts.insert(n // 2, image)
+            parts.insert(n // 2, visual(f"{number}_{n}", size, 10 * number + n))
         asked.append([{"role": "user", "content": parts}])
     turns = [said("seven")], [said("And how many are there?")]
     asked[-1] += [{"role": role, "content": c} for role, c in zip(("assistant", "user"), turns, strict=True)]

@@ -124,7 +124,6 @@ def talks_in(folder: Path) -> list[list[dict]]:
         return {"type": "image", "image": written(f"{seed}.png", size, seed)}
 
     def video(count: int, size: tuple[int, int], fps: float, seed: int) -> dict:
-        # Sizes that the model takes as they are: Pillow and torch make pictures smaller with a shade of difference.
         return {
             "type": "video",
             "video": [written(f"{seed + n}.png", size, seed + n) for n in range(count)],
@@ -138,7 +137,14 @@ def talks_in(folder: Path) -> list[list[dict]]:
             {"role": "assistant", "content": [text("Nothing.")]},
             {"role": "user", "content": [text("Sure?")]},
         ],
+        # Sizes that the model takes as they are.
         [{"role": "user", "content": [video(19, (96, 128), 8.0, 100), video(5, (64, 160), 1.5, 200), text("alike?")]}],
+        [
+            {
+                "role": "user",
+                "content": [video(4, (205, 333), 2.0, 300), video(4, (70, 45), 2.0, 400), text("made fit?")],
+            }
+        ],
     ]
 
 
@@ -154,9 +160,16 @@ def test_conversations_by_the_files_of_a_released_model(shared_data: Path, torch
     theirs, processor = np.load(tmp_path / "out.npz"), Processor.from_hf(tmp_path)
     vision = processor.rules.config.vision
     assert vision is not None
-    for number, (messages, name) in enumerate(zip(talks, ("pixel_values", "pixel_values_videos"), strict=True)):
+    names = ("pixel_values", "pixel_values_videos", "pixel_values_videos")
+    for number, (messages, name) in enumerate(zip(talks, names, strict=True)):
         example = processor.encode(with_files(messages, tmp_path), add_generation_prompt=True)
         np.testing.assert_array_equal(example.tokens, theirs[f"input_ids:{number}"][0])
         # The mean and deviation are those of every channel.
         pixels = (example.patches.pixels.astype(np.float32) / 255 - vision.pixel_mean[0]) / vision.pixel_std[0]
-        np.testing.assert_allclose(pixels, theirs[f"{name}:{number}"], atol=1e-5)
+        off = np.abs(pixels - theirs[f"{name}:{number}"])
+        if number < 2:
+            assert off.max() <= 1e-5
+            continue
+        # Frames that are resized: torch rounds its weights to 16 bits, and Pillow keeps more of them.
+        levels = off * vision.pixel_std[0] * 255
+        assert levels.max() < 2.01 and (levels > 0.01).mean() < 0.01, (levels.max(), (levels > 0.01).mean())

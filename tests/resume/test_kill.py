@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from rave_jax.observe.metrics import read_jsonl
+from rave_jax.observe.metrics import OF_TIME, read_jsonl
 
 CONFIG = "tests/resume/small_run.py"
 
@@ -44,46 +44,35 @@ def signal_at(job: subprocess.Popen, folder: Path, step: int, delay: float, name
 
 def curve(folder: Path) -> list[dict]:
     return [
-        {name: value for name, value in row.items() if name != "tokens_per_second"}
+        {name: value for name, value in row.items() if name not in OF_TIME}
         for row in read_jsonl(folder / "metrics.jsonl")
     ]
 
 
-@pytest.mark.slow
-def test_a_killed_run_continues_bit_for_bit(repo, tmp_path):
-    finish(start(repo, tmp_path / "alone"))
-    job = start(repo, tmp_path / "killed")
-    signal_at(job, tmp_path / "killed", random.Random(0).randint(2, 6), 0.0)
-    job.wait()
-    output = finish(start(repo, tmp_path / "killed"))
-    assert "continuing after step" in output
-    rows = curve(tmp_path / "alone")
-    assert [row["step"] for row in rows] == list(range(1, 11))
-    assert curve(tmp_path / "killed") == rows
-
-
-LONGER = ("--steps", "45")
+STEPS = ("--steps", "45")
 
 
 @pytest.fixture(scope="module")
-def longer_alone(repo, tmp_path_factory):
-    """The loss curve of a longer run that was left alone."""
-    folder = tmp_path_factory.mktemp("longer") / "alone"
-    finish(start(repo, folder, *LONGER))
-    return curve(folder)
+def left_alone(repo, tmp_path_factory):
+    """The loss curve of a run that was left alone."""
+    folder = tmp_path_factory.mktemp("left") / "alone"
+    finish(start(repo, folder, *STEPS))
+    rows = curve(folder)
+    assert [row["step"] for row in rows] == list(range(1, 46))
+    return rows
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(2))
-def test_killed_again_and_again(repo, tmp_path, longer_alone, seed):
-    """Longer, at moments that fall into steps and saves alike."""
+def test_killed_again_and_again(repo, tmp_path, left_alone, seed):
+    """At moments that fall into steps and saves alike."""
     chance = random.Random(seed)
     for lowest in (1, 11, 22):
-        job = start(repo, tmp_path / "killed", *LONGER)
+        job = start(repo, tmp_path / "killed", *STEPS)
         signal_at(job, tmp_path / "killed", chance.randint(lowest, lowest + 15), chance.random() * 0.05)
         job.wait()
-    finish(start(repo, tmp_path / "killed", *LONGER))
-    assert curve(tmp_path / "killed") == longer_alone
+    assert "continuing after step" in finish(start(repo, tmp_path / "killed", *STEPS))
+    assert curve(tmp_path / "killed") == left_alone
 
 
 OF_EVAL = {"every": 3, "samples": 8, "rows": 8, "looks": 0, "pictures": 0}
@@ -114,10 +103,9 @@ def test_killed_in_evaluations_it_continues_bit_for_bit(repo, tmp_path):
 
 
 @pytest.mark.slow
-def test_told_to_end_while_it_saves_it_ends_with_a_whole_checkpoint(repo, tmp_path):
+def test_told_to_end_while_it_saves_it_ends_with_a_whole_checkpoint(repo, tmp_path, left_alone):
     """Each step is saved, and the signal comes a moment after a step: the save under way is finished first."""
-    often = ("--steps", "24", "--save_every", "1")
-    finish(start(repo, tmp_path / "alone", *often))
+    often = (*STEPS, "--save_every", "1")
     chance = random.Random(0)
     for lowest in (2, 10):
         job = start(repo, tmp_path / "stopped", *often)
@@ -129,4 +117,4 @@ def test_told_to_end_while_it_saves_it_ends_with_a_whole_checkpoint(repo, tmp_pa
         assert names == set(map(str, steps)), "nothing is half-written"
         assert f"stopped after step {max(steps)}, which is saved" in output
     finish(start(repo, tmp_path / "stopped", *often))
-    assert curve(tmp_path / "stopped") == curve(tmp_path / "alone")
+    assert curve(tmp_path / "stopped") == left_alone

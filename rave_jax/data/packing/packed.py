@@ -18,13 +18,22 @@ from rave_jax.data.sample import Source
 MOST_REGIONS = 2**30
 
 
-def packed_rows(config: DataConfig, processor: Processor, sources: Sequence[Source], keeps: bool = True) -> PackedRows:
+def packed_rows(
+    config: DataConfig,
+    processor: Processor,
+    sources: Sequence[Source],
+    order: Order,
+    lengths: Sequence[int],
+    keeps: bool = True,
+) -> PackedRows:
     """The plan of a config with packing.
 
     Args:
         config: the data, with `packing`.
         processor: of the model.
         sources: of the config.
+        order: of the samples, without stages.
+        lengths: samples of each source by which `Stage.epochs` mixes.
         keeps: are measured sizes kept beside the data? One process of a job is enough.
 
     Raises:
@@ -35,7 +44,6 @@ def packed_rows(config: DataConfig, processor: Processor, sources: Sequence[Sour
     has_regions = layout.regions is not None
     if has_regions:
         require(layout.max_regions > 0, "max_regions", layout.max_regions, "at least 1")
-    lengths = tuple(len(source) for source in sources)
 
     def planned(stage: Stage) -> PackedStage:
         tokens = config.tokens if stage.tokens is None else stage.tokens
@@ -48,4 +56,4 @@ def packed_rows(config: DataConfig, processor: Processor, sources: Sequence[Sour
     fails = config.on_error == "fail"
     choice = Choice(index, sources, processor, config.filters, packing.long, fails=fails, max_skips=config.max_skips)
     stages = [planned(stage) for stage in config.stages]
-    return PackedRows(packing, config.rows, stages, Order(lengths, config.seed), choice, has_regions)
+    return PackedRows(packing, config.rows, stages, order, choice, has_regions)

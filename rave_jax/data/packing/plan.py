@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from fractions import Fraction
 from typing import Any, NamedTuple
 
@@ -176,11 +176,13 @@ class PackedRows:
     def state(self, step: int) -> dict[str, Any]:
         """Where the window of a step begins: its first step and draw, and the draws that were carried over to it."""
         begin = self._window(step).begin
+        order, _ = self._ordered(begin)
         by_wait: dict[str, list[int]] = {}
         for draw, waited in zip(begin.waiting.draw.tolist(), begin.waiting.waited.tolist(), strict=True):
             by_wait.setdefault(str(waited), []).append(draw)
         return {
             "step": step,
+            "taken": list(order.taken(begin.next_draw)),
             "window": {
                 "step": begin.step,
                 "next_draw": begin.next_draw,
@@ -191,8 +193,8 @@ class PackedRows:
             "row_size": list(self._stage(begin.step).room[:3]),
         }
 
-    def restore(self, state: Mapping[str, Any]) -> int:
-        """Take up a state.
+    def restore(self, state: Mapping[str, Any], changed: Collection[int] = ()) -> int:
+        """Take up a state. Of sources that have changed no draw is carried over.
 
         Raises:
             ConfigError: it is of a run without packing, or one with rows of another size.
@@ -205,7 +207,9 @@ class PackedRows:
             )
         begin = State(window["step"], window["next_draw"], tuple(window["stages"]), NOTHING, window["unusable"])
         waiting = sorted((draw, int(waited)) for waited, draws in window["waiting"].items() for draw in draws)
-        begin = begin._replace(waiting=waiting_again(waiting, self._ordered(begin)[0]))
+        again = waiting_again(waiting, self._ordered(begin)[0])
+        kept = ~np.isin(again.source, list(changed))
+        begin = begin._replace(waiting=Waiting(*(column[kept] for column in again)))
         size = list(self._stage(begin.step).room[:3])
         if state["row_size"] != size:
             raise ConfigError(

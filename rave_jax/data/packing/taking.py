@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from rave_jax.data.order import Order
+from rave_jax.data.order import Order, Restart
 from rave_jax.data.packing.choice import Choice
 from rave_jax.data.packing.sizes import Room, Sizes
 from rave_jax.data.sample import SampleError
@@ -161,7 +161,9 @@ class Taking:
     def _end_of_epoch(self, carried: bool) -> int | None:
         """The draw that begins the next epoch; the same as `next_draw` where draws of the last one still wait."""
         stage = self._order.stages[-1]
-        found = epoch_length(self._order.lengths, stage.shares, stage.taken)
+        restarts = self._order.restarts or (Restart(),) * len(stage.taken)
+        taken = [count - restart.taken for count, restart in zip(stage.taken, restarts, strict=True)]
+        found = epoch_length(self._order.lengths, stage.shares, taken)
         if found is None:
             return None
         first, each = found
@@ -218,7 +220,7 @@ def epoch_length(lengths: Sequence[int], shares: Sequence[int], taken: Sequence[
     Args:
         lengths: samples of each source.
         shares: draws of each source among every `sum(shares)` draws of the stage.
-        taken: samples drawn of each source before the stage.
+        taken: samples drawn of each source before the stage, counted from where an epoch of it begins.
 
     Returns:
         (draws of the stage up to the first such place, draws from one to the next); None where there is none that

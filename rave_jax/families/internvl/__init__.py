@@ -15,6 +15,7 @@ FAMILY = Family(
     tensors=tensors,
     pictures=pictures,
     image_processors=("GotOcr2ImageProcessor",),
+    video_processors=("InternVLVideoProcessor",),
     tower=f"{__name__}.tower",
     small=SMALL,
     prefixes=PREFIXES,

@@ -1,7 +1,8 @@
-"""The rules of InternVL's pictures: tiles of one size, as many as fit the picture's aspect, and a thumbnail.
+"""The rules of InternVL's pictures: tiles of one size, as many as fit the picture's aspect, and a thumbnail; each frame
+of a video is one tile.
 
-The pixels are those of transformers' `GotOcr2ImageProcessorPil` (5.23.0), bit for bit, and the tokens those of its
-`InternVLProcessor`.
+The pixels are those of transformers' `GotOcr2ImageProcessorPil` and `InternVLVideoProcessor` (5.23.0), bit for bit, and
+the tokens those of its `InternVLProcessor`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from PIL import Image
 from rave_jax.config import ConfigError, require
 from rave_jax.families.config import VlmConfig, tower_of
 from rave_jax.families.internvl.config import VisionConfig
+from rave_jax.families.internvl.video import UNKNOWN_FPS, Sampling, sampling_of
 from rave_jax.families.pictures import (
     CutPicture,
     Encode,
@@ -28,6 +30,7 @@ from rave_jax.families.pictures import (
     VisualKind,
 )
 from rave_jax.families.shared.processor_files import bicubic, count, sides, stated, steps
+from rave_jax.families.shared.resampling import resized as resampled
 from rave_jax.families.shared.tiles import cut_tiles, tile_boxes
 from rave_jax.layout import Grid
 from rave_jax.typing import NpArray, UInt8
@@ -45,6 +48,8 @@ class Pictures(PictureRules):
     """Least tiles of a picture, the thumbnail not counted."""
     max_tiles: int = 12
     """Most tiles of a picture, the thumbnail not counted."""
+    sampling: Sampling | None = None
+    """Which frames of a video are used; None: all."""
 
     def __post_init__(self) -> None:
         low, high = self.min_tiles, self.max_tiles
@@ -75,11 +80,39 @@ class Pictures(PictureRules):
         boxes = tile_boxes(rows, cols, len(tiles) > 1, self.vision)
         return cut_tiles(tiles, self.vision)._replace(shown=boxes)
 
+    @property
+    def video_placeholder(self) -> str:
+        """What the chat template writes for a video."""
+        return "<video>"
+
+    def frames(self, total: int, fps: float | None) -> Frames:
+        """Which frames are used of a video."""
+        rate = UNKNOWN_FPS if fps is None else fps
+        indices = np.arange(total, dtype=np.int64) if self.sampling is None else self.sampling.indices(total, fps)
+        return Frames(indices, total, rate, guessed=fps is None)
+
+    def video_grid(self, height: int, width: int, frames: Frames) -> Grid:
+        """Merged grid of a video, whatever the size of its frames."""
+        return self._grid(len(frames.indices))
+
+    def cut_video(self, images: Sequence[Image.Image], frames: Frames) -> CutPicture:
+        """Patches of the used frames, each a tile."""
+        side = self.vision.image_size
+        return cut_tiles([resampled(np.asarray(image), side, side, "bicubic") for image in images], self.vision)
+
+    def beside(self, frames: Frames) -> tuple[str, str]:
+        """The name of the first frame."""
+        return _name(1), ""
+
     def expand(self, kind: VisualKind, grid: Grid, frames: Frames | None, encode: Encode) -> tuple[Piece, ...]:
-        """The tiles of a picture between its marks. Each tile counts as a picture of its own."""
+        """The tiles of a picture between its marks, or each frame of a video between them and behind its name. Each
+        tile counts as a picture of its own."""
         tiles, rows, cols = grid
         one = Piece(np.full(rows * cols, self.image_token_id, np.int32), (1, rows, cols))
-        return (_text(START, encode), *[one] * tiles, _text(END, encode))
+        if kind == "image":
+            return (_text(START, encode), *[one] * tiles, _text(END, encode))
+        before = [START, *(f"{END}\n{_name(number)}{START}" for number in range(2, tiles + 1))]
+        return (*(piece for text in before for piece in (_text(text, encode), one)), _text(END, encode))
 
     def _arrangement(self, height: int, width: int) -> tuple[int, int]:
         if min(height, width) < 1 or max(height, width) > MAX_ASPECT * min(height, width):
@@ -90,6 +123,10 @@ class Pictures(PictureRules):
 
     def _grid(self, tiles: int) -> Grid:
         return tiles, self.vision.token_side, self.vision.token_side
+
+
+def _name(number: int) -> str:
+    return f"Frame{number}: "
 
 
 def _text(text: str, encode: Encode) -> Piece:
@@ -144,6 +181,6 @@ def pictures(config: VlmConfig, files: ProcessorFiles) -> Pictures:
         )
     limits = [count(file, image, key, n, "number of tiles") for key, n in (("min_patches", 1), ("max_patches", 12))]
     try:
-        return Pictures(config, *limits)
+        return Pictures(config, *limits, sampling_of(config, files))
     except ConfigError as error:
-        raise ConfigError(f"{file}: {error}") from error
+        raise error if str(error).startswith(str(files.video_file)) else ConfigError(f"{file}: {error}") from error

@@ -13,7 +13,7 @@ SPECIAL_TOKENS = (*CHATML_TOKENS, "<img>", "</img>", "<IMG_CONTEXT>", "<video>")
 SIDE = 2
 """Visual tokens along the side of a tile."""
 
-CHAT_TEMPLATE = chatml(image="<IMG_CONTEXT>\\n")
+CHAT_TEMPLATE = chatml(image="{{- '<IMG_CONTEXT>\\n' -}}", video="{{- '<video>\\n' -}}")
 
 
 def config(sizes: SmallSizes, vocab_size: int, ids: Mapping[str, int]) -> VlmConfig:
@@ -42,7 +42,11 @@ def files(config: VlmConfig, ids: Mapping[str, int]) -> dict[str, dict[str, Any]
     """What its JSON files hold, by name."""
     vision = tower_of(config, VisionConfig)
     stated = model_files(render(config), config.eos_token_ids, ids, CHAT_TEMPLATE, config.text.max_position)
-    size = {"height": vision.image_size, "width": vision.image_size}
+    shared = {
+        "size": {"height": vision.image_size, "width": vision.image_size},
+        "image_mean": list(vision.pixel_mean),
+        "image_std": list(vision.pixel_std),
+    }
     stated["tokenizer_config.json"] |= {
         "start_image_token": "<img>",
         "end_image_token": "</img>",
@@ -56,12 +60,10 @@ def files(config: VlmConfig, ids: Mapping[str, int]) -> dict[str, dict[str, Any]
             "crop_to_patches": True,
             "min_patches": 1,
             "max_patches": 12,
-            "size": size,
-            "image_mean": list(vision.pixel_mean),
-            "image_std": list(vision.pixel_std),
+            **shared,
         },
         "processor_config.json": {"processor_class": "InternVLProcessor", "image_seq_length": vision.token_side**2},
-        "video_preprocessor_config.json": {"video_processor_type": "InternVLVideoProcessor", "size": size},
+        "video_preprocessor_config.json": {"video_processor_type": "InternVLVideoProcessor", **shared},
     }
 
 

@@ -152,15 +152,27 @@ def channels(file: Path, config: Mapping[str, Any], key: str, default: Sequence[
     return tuple(map(float, value))
 
 
-def same_pixels(file: Path, video: Mapping[str, Any], mean: Sequence[float], std: Sequence[float]) -> None:
+def same_pixels(
+    file: Path,
+    video: Mapping[str, Any],
+    mean: Sequence[float],
+    std: Sequence[float],
+    unstated: tuple[Sequence[float], Sequence[float]] | None = None,
+) -> None:
     """Refuse a file of a video processor that shifts and scales pixels otherwise than those of pictures.
+
+    Args:
+        file, video: where it may be stated.
+        mean, std: of pictures.
+        unstated: mean and deviation of a file that states none; None: those of pictures.
 
     Raises:
         ConfigError: it does.
     """
-    for key, ours in (("image_mean", mean), ("image_std", std)):
-        if channels(file, video, key, ours) != tuple(ours):
-            raise ConfigError(f"{file}: {key} is {video[key]}, expected {list(ours)}, as pictures have it")
+    own = unstated or (mean, std)
+    for key, default, ours in zip(("image_mean", "image_std"), own, (mean, std), strict=True):
+        if channels(file, video, key, default) != tuple(ours):
+            raise ConfigError(f"{file}: {key} is {video.get(key)}, expected {list(ours)}, as pictures have it")
 
 
 def number_or_none(file: Path, key: str, size: Any, name: str) -> int | None:

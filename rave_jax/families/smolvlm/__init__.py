@@ -15,6 +15,7 @@ FAMILY = Family(
     tensors=tensors,
     pictures=pictures,
     image_processors=("SmolVLMImageProcessor",),
+    video_processors=("SmolVLMVideoProcessor",),
     tower=f"{__name__}.tower",
     small=SMALL,
 )

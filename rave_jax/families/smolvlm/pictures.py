@@ -1,14 +1,17 @@
-"""The rules of SmolVLM's pictures: rows and columns of tiles, each with its place as text, and the whole picture last.
+"""The rules of SmolVLM's pictures: rows and columns of tiles, each with its place as text, and the whole picture last;
+each frame of a video is one tile, with its time as text.
 
-The pixels are those of transformers' `SmolVLMImageProcessorPil` (5.23.0), bit for bit, and the tokens those of its
-`SmolVLMProcessor`.
+The pixels are those of transformers' `SmolVLMImageProcessorPil` and `SmolVLMVideoProcessor` (5.23.0), bit for bit, and
+the tokens those of its `SmolVLMProcessor`. Of several videos in a conversation, that one names the frames of the
+longest in front of each; ours names each video's own.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 from PIL import Image
@@ -26,15 +29,26 @@ from rave_jax.families.pictures import (
     VisualKind,
 )
 from rave_jax.families.shared.processor_files import flag, number_or_none, resampling, stated, steps
+from rave_jax.families.shared.resampling import resized as resampled
 from rave_jax.families.shared.tiles import TileGrid, cut_tiles, tile_boxes
 from rave_jax.families.smolvlm.config import VisionConfig
+from rave_jax.families.smolvlm.sizes import LONGEST, bounded, longer_side
+from rave_jax.families.smolvlm.video import (
+    OUTRO,
+    UNKNOWN_FPS,
+    VIDEO_TEMPLATE,
+    VideoLimits,
+    at_time,
+    introduction,
+    times,
+    video_limits,
+)
 from rave_jax.layout import Grid
+from rave_jax.typing import NpArray, UInt8
 
 LANCZOS = 1
 """Pillow's number of the filter."""
 MAX_ASPECT = 200
-LONGEST = 4096
-"""Most pixels of a resized picture's longer side, whatever is asked."""
 AROUND, WHOLE = "<fake_token_around_image>", "<global-img>"
 
 
@@ -46,6 +60,8 @@ class Pictures(PictureRules):
     """What the longer side of a picture is resized to before it is cut into tiles."""
     split: bool = True
     """Are pictures cut into tiles? Else each is one tile."""
+    video: VideoLimits = field(default_factory=VideoLimits)
+    """Which frames of a video are used, and their size before they become tiles."""
 
     def __post_init__(self) -> None:
         edge = self.longest_edge
@@ -76,8 +92,46 @@ class Pictures(PictureRules):
         boxes = tile_boxes(rows, cols, len(tiles) > 1, self.vision)
         return cut_tiles(tiles, self.vision)._replace(grid=grid, shown=boxes)
 
+    @property
+    def video_placeholder(self) -> str:
+        """What the chat template writes for a video."""
+        return "<video>"
+
+    @property
+    def video_template(self) -> str:
+        """The chat template of conversations with videos, as transformers has it: that of released models writes
+        nothing for a video."""
+        return VIDEO_TEMPLATE
+
+    def frames(self, total: int, fps: float | None) -> Frames:
+        """Which frames are used of a video."""
+        indices = self.video.indices(total, fps)
+        return Frames(indices, total, UNKNOWN_FPS if fps is None else fps, guessed=fps is None)
+
+    def video_grid(self, height: int, width: int, frames: Frames) -> Grid:
+        """Merged grid of a video, whatever the size of its frames."""
+        side = self.vision.token_side
+        return len(frames.indices), side, side
+
+    def cut_video(self, images: Sequence[Image.Image], frames: Frames) -> CutPicture:
+        """Patches of the used frames, each a tile."""
+        return cut_tiles([self._framed(image) for image in images], self.vision)
+
+    def _framed(self, image: Image.Image) -> UInt8[NpArray, "S S 3"]:
+        """A frame as a tile."""
+        side, size = self.vision.image_size, self.video.frame_size(image.height, image.width)
+        return resampled(resampled(np.asarray(image), *size, "lanczos"), side, side, "lanczos")
+
+    def beside(self, frames: Frames) -> tuple[str, str]:
+        """How many frames there are and how long the video is, with the time of the first frame; and a line behind the
+        last."""
+        return introduction(frames) + at_time(times(frames)[0]), OUTRO
+
     def expand(self, kind: VisualKind, grid: Grid, frames: Frames | None, encode: Encode) -> tuple[Piece, ...]:
-        """Each tile behind its place, every row on a line of its own. Each tile counts as a picture of its own."""
+        """Each tile of a picture behind its place, every row on a line of its own, or each frame of a video behind its
+        time. Each tile counts as a picture of its own."""
+        if frames is not None:
+            return self._expand_video(grid, frames, encode)
         assert isinstance(grid, TileGrid), "it is from image_grid"
         count, rows, cols = grid
         one = Piece(np.full(rows * cols, self.image_token_id, np.int32), (1, rows, cols))
@@ -86,6 +140,14 @@ class Pictures(PictureRules):
         before = [f"\n{text}" if n and n % grid.tiles[1] == 0 else text for n, text in enumerate(before)]
         before.append(f"\n\n{AROUND}{WHOLE}" if before else f"{AROUND}{WHOLE}")
         pieces = [piece for text in before for piece in (Piece(np.asarray(encode(text), np.int32)), one)]
+        return (*pieces, Piece(np.asarray(encode(AROUND), np.int32)))
+
+    def _expand_video(self, grid: Grid, frames: Frames, encode: Encode) -> tuple[Piece, ...]:
+        _, rows, cols = grid
+        one = Piece(np.full(rows * cols, self.image_token_id, np.int32), (1, rows, cols))
+        texts = ["", *(f"{AROUND}{at_time(seconds)}" for seconds in times(frames)[1:])]
+        before = [np.asarray(encode(f"{text}{AROUND}{WHOLE}"), np.int32) for text in texts]
+        pieces = [piece for text in before for piece in (Piece(text), one)]
         return (*pieces, Piece(np.asarray(encode(AROUND), np.int32)))
 
     def _resized(self, height: int, width: int) -> tuple[int, int]:
@@ -106,24 +168,6 @@ class Pictures(PictureRules):
             return math.ceil(int(longer / (width / height)) / side), longer // side
         longer = math.ceil(height / side) * side
         return longer // side, math.ceil(int(longer * (width / height)) / side)
-
-
-def longer_side(height: int, width: int, most: int) -> tuple[int, int]:
-    """Size with a longer side of `most` and the same aspect; the shorter one is made even."""
-    if width >= height:
-        shorter = int(most / (width / height))
-        return max(shorter + shorter % 2, 1), most
-    shorter = int(most * (width / height))
-    return most, max(shorter + shorter % 2, 1)
-
-
-def bounded(height: int, width: int, most: int) -> tuple[int, int]:
-    """Size whose longer side is at most `most`, with the same aspect."""
-    if max(height, width) <= most:
-        return height, width
-    if width >= height:
-        return max(int(most / (width / height)), 1), most
-    return most, max(int(most * (width / height)), 1)
 
 
 def resized(image: Image.Image, height: int, width: int) -> Image.Image:
@@ -151,4 +195,5 @@ def pictures(config: VlmConfig, files: ProcessorFiles) -> Pictures:
     edge = number_or_none(file, "size", stated(image, "size", {"longest_edge": 4 * 364}), "longest_edge")
     if edge is None:
         raise ConfigError(f"{file}: size is {image['size']!r}, expected {{'longest_edge': pixels}}")
-    return Pictures(config, edge, flag(file, image, "do_image_splitting", True))
+    split = flag(file, image, "do_image_splitting", True)
+    return Pictures(config, edge, split, video_limits(config, files))

@@ -72,15 +72,26 @@ def files(config: VlmConfig, ids: Mapping[str, int]) -> dict[str, dict[str, Any]
     vision = tower_of(config, VisionConfig)
     stated = model_files(render(config), config.eos_token_ids, ids, CHAT_TEMPLATE, config.text.max_position)
     stated["tokenizer_config.json"] |= {"eos_token": "<end_of_utterance>"}
+    shared = {
+        "processor_class": "SmolVLMProcessor",
+        "max_image_size": {"longest_edge": vision.image_size},
+        "image_mean": list(vision.pixel_mean),
+        "image_std": list(vision.pixel_std),
+    }
     return stated | {
         "preprocessor_config.json": {
             "image_processor_type": "SmolVLMImageProcessor",
-            "processor_class": "SmolVLMProcessor",
             "do_image_splitting": True,
-            "max_image_size": {"longest_edge": vision.image_size},
             "size": {"longest_edge": 3 * vision.image_size},
-            "image_mean": list(vision.pixel_mean),
-            "image_std": list(vision.pixel_std),
+            **shared,
+        },
+        "video_preprocessor_config.json": {
+            "video_processor_type": "SmolVLMVideoProcessor",
+            "do_sample_frames": True,
+            "num_frames": 16,
+            "fps": 2,
+            "size": {"longest_edge": 2 * vision.image_size},
+            **shared,
         },
         "processor_config.json": {"processor_class": "SmolVLMProcessor", "image_seq_len": vision.token_side**2},
     }

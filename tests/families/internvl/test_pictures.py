@@ -17,7 +17,7 @@ from rave_jax.checkpoint.tiny import Tiny, tiny_config, token_ids, write_tiny_fi
 from rave_jax.config import ConfigError
 from rave_jax.data.images import cut_image
 from rave_jax.data.processor import Processor
-from rave_jax.data.sample import ImageError, OverBudget
+from rave_jax.data.sample import OverBudget
 from rave_jax.families.internvl import FAMILY
 from rave_jax.families.internvl.config import VisionConfig
 from rave_jax.families.internvl.pictures import Pictures, pictures
@@ -109,10 +109,3 @@ def test_a_text_longer_than_the_model_computes_is_refused(tmp_path: Path) -> Non
     assert len(processor.encode([message]).tokens) <= 40
     with pytest.raises(OverBudget, match=r"\d+ tokens; the model's longest text is 40 \(RoPE of type 'dynamic'\)"):
         processor.encode([message, {"role": "assistant", "content": "b" * 30}])
-
-
-def test_videos_are_refused_by_name(tmp_path: Path) -> None:
-    write_tiny_files(tmp_path, SIZES)
-    video = {"type": "video", "video": [noise(8, 8)], "name": "clip"}
-    with pytest.raises(ImageError, match="clip: the model takes no videos"):
-        Processor.from_hf(tmp_path).need(video)

@@ -14,6 +14,7 @@ from rave_jax.families import family_for
 from rave_jax.families.directory import processor_files
 from rave_jax.families.smolvlm import FAMILY, presets
 from rave_jax.families.smolvlm.pictures import Pictures, pictures
+from rave_jax.families.smolvlm.video import VideoLimits
 from rave_jax.models.config import ModelOptions
 from tests.families.test_families import abstract, assert_one_to_one, released
 
@@ -30,7 +31,7 @@ def test_the_released_processor(shared_data: Path) -> None:
     """A large picture becomes 4 x 4 tiles of 64 visual tokens and the whole."""
     folder = shared_data / "configs" / "smolvlm2-500m-video-instruct"
     rules = pictures(presets.smolvlm2_500m(), processor_files(folder))
-    assert rules == Pictures(presets.smolvlm2_500m(), 2048, True)
+    assert rules == Pictures(presets.smolvlm2_500m(), 2048, True, VideoLimits(1.0, 64, 2048))
     assert rules.image_grid(3000, 3000) == (17, 8, 8)
     assert rules.image_grid(600, 900).tiles == (3, 4)
 

@@ -10,7 +10,8 @@ They are those of transformers' `Qwen3VLProcessor` and `Qwen3VLVideoProcessor` (
 - The time of a temporal patch is the mean of those of its first and last frame. It is written with one decimal.
 - A last temporal patch that is not full repeats the last frame.
 
-Their resize runs in torch and differs from Pillow's in the last bits of some pixels; ours is Pillow's throughout.
+Their resize runs in torch, and ours is Pillow's throughout. Of the values of a resized frame fewer than one in a
+hundred differ, by one or two of 255 levels; a frame that keeps its size is the same.
 """
 
 from __future__ import annotations
