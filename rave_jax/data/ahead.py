@@ -6,6 +6,7 @@ saved nowhere. Whatever the number of threads and processes, the same rows come 
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import pickle
@@ -81,6 +82,9 @@ def rows_ahead(load: Load, steps: range, spans: Sequence[range], ahead: Ahead = 
             yield [_next(iterator, processes) for _ in spans]
     finally:
         iterator.close()
+        if processes:
+            del iterator
+            gc.collect()  # cycles of grain's hold the last rows, and so shared memory that is to be given back
 
 
 class _Loads(NamedTuple):
