@@ -37,15 +37,18 @@ from rave_jax.attention.gaze import Gaze, TopKSchedule
 from rave_jax.attention.kv_cache import KvCache, empty_cache
 from rave_jax.attention.masks import block_diagonal_codes, cached_codes, causal_codes
 from rave_jax.attention.mma import Mma
+from rave_jax.attention.moh import Moh
 from rave_jax.attention.plan import LayerRunPlan, build_mechanisms, plan_layer_runs
 from rave_jax.attention.rave import Rave
 from rave_jax.attention.region_cache import check_decoding
 from rave_jax.attention.region_entries import RegionCache, empty_region_cache
+from rave_jax.attention.sads import Sads
 from rave_jax.attention.scores import pick
 from rave_jax.attention.sliding_window import SlidingWindow
 from rave_jax.attention.states import StoredStates
 from rave_jax.attention.text_positions import TextPositions
 from rave_jax.attention.var import Var
+from rave_jax.attention.vhr import Vhr
 from rave_jax.attention.zero_tuning import ZeroTuning
 
 __all__ = [
@@ -72,6 +75,7 @@ __all__ = [
     "Mechanism",
     "MechanismConfig",
     "Mma",
+    "Moh",
     "OtherQuery",
     "Owned",
     "Parts",
@@ -80,12 +84,14 @@ __all__ = [
     "RegionCache",
     "RegionMemory",
     "RegionReach",
+    "Sads",
     "Score",
     "SlidingWindow",
     "StoredStates",
     "TextPositions",
     "TopKSchedule",
     "Var",
+    "Vhr",
     "ZeroTuning",
     "attend",
     "block_diagonal_codes",

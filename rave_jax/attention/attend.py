@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from rave_jax.attention.base import Features, KeyFactor, Keys, Mechanism, Parts, overrides
+from rave_jax.attention.heads import head_gates, scaled
 from rave_jax.attention.merge import log_weights, merged, partition_of, parts_of, with_factor
 from rave_jax.attention.queries import attention_of, choice_of_queries, chosen_regions
 from rave_jax.attention.scores import Scores, scores_of
@@ -22,13 +23,14 @@ from rave_jax.typing import Array, Bool, Float, Int
 
 class AttentionOutput(NamedTuple):
     """What `attend` gives: heads' outputs, of the asked-for queries the attention over all keys and which regions
-    they chose (None if not asked, or where nothing routes), and the sums of the mechanisms' losses by name (none if not
-    asked)."""
+    they chose (None if not asked, or where nothing routes), the sums of the mechanisms' losses by name (none if not
+    asked), and what heads were multiplied by (None if not asked)."""
 
     out: Float[Array, "B T H h"]
     attention: Float[Array, "B N H S"] | None
     losses: dict[str, Float[Array, ""]]
     chosen: Bool[Array, "B N H R"] | None = None
+    gates: Float[Array, "B T H"] | None = None
 
 
 def positions(
@@ -84,6 +86,7 @@ def attend(
     implementation: Implementation = "auto",
     queries: Int[Array, "B N"] | None = None,
     losses: bool = False,
+    gates: bool = False,
     regions: int = 0,
     progress: Float[Array, ""] | None = None,
 ) -> AttentionOutput:
@@ -98,11 +101,13 @@ def attend(
         implementation: kernel backend.
         queries: queries, by index, whose attention over all keys is wanted. Costs O(N S).
         losses: are the mechanisms' losses wanted? Costs one run of the kernel for each key group they ask for.
+        gates: is it wanted what the outputs of heads are multiplied by?
         regions: R, the most regions that keys can be in.
         progress: of the training run, 0 to 1, for what is scheduled; None is its end.
 
     Returns:
-        outputs before the output projection, the queries' attention and the regions they chose, and the losses.
+        outputs before the output projection, the queries' attention and the regions they chose, the losses and the
+        gates.
     """
     losses = losses and any(overrides(mechanism, "losses") for mechanism in mechanisms)
     scores = scores_of(x, keys, codes, info_q, info_k, mechanisms)
@@ -133,11 +138,15 @@ def attend(
         lse = lse if weights is None else lse + weights
         found = named_losses(mechanisms, x, parts_of(lse, partition), info_q, info_k) if losses else {}
         out, lse = (out[:, :, 0], lse[:, :, 0]) if groups is None else merged(out, lse)
+    gate = head_gates(mechanisms, x, out, info_q)
+    of_heads = jnp.broadcast_to(jnp.float32(1) if gate is None else gate, out.shape[:3]) if gates else None
+    out = scaled(out, gate)
     if queries is None:
-        return AttentionOutput(out, None, found)
+        return AttentionOutput(out, None, found, None, of_heads)
     asked = None if routing is None else choice_of_queries(scores, queries, routing)
     wanted = attention_of(scores, lse, queries, factor, groups, weights, asked)
-    return AttentionOutput(out, wanted, found, None if asked is None else chosen_regions(asked, scores.q.shape[2]))
+    chosen = None if asked is None else chosen_regions(asked, scores.q.shape[2])
+    return AttentionOutput(out, wanted, found, chosen, of_heads)
 
 
 def routing_of(

@@ -21,11 +21,12 @@ if TYPE_CHECKING:
 
 
 class AttentionDims(NamedTuple):
-    """Sizes of one attention layer."""
+    """Sizes of one attention layer; `hidden_size`, of what enters it, is 0 where nobody said it."""
 
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    hidden_size: int = 0
 
 
 class Features(NamedTuple):
@@ -193,6 +194,11 @@ class Mechanism(nnx.Module):
 
         `parts` is of the scores with all terms, before any `merge`. Factors of several mechanisms multiply.
         """
+        return None
+
+    def head_gate(self, x: Features, out: Float[Array, "B T H h"], info_q: TokenInfo) -> Float[Array, "#B #T H"] | None:
+        """What the outputs of heads are multiplied by before the output projection, float32, for each token or, with
+        axes of 1, for all of a row or of all rows. `out` is before any gate; gates of several mechanisms multiply."""
         return None
 
     def losses(self, x: Features, parts: Parts, info_q: TokenInfo, info_k: TokenInfo) -> dict[str, Float[Array, ""]]:

@@ -95,7 +95,7 @@ class RaveGate(Mechanism):
     OWNS = ("pair",)
 
     def __init__(self, config: Rave, dims: AttentionDims, key: jax.Array):
-        H, K, h = dims
+        H, K, h, _ = dims
         self.config = config
         keys = jax.random.split(key, 5)
         random = config.start == "random"

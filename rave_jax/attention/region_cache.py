@@ -19,6 +19,7 @@ from rave_jax.attention.attend import AttentionOutput, attend, combine, router_o
 from rave_jax.attention.base import Features, Keys, Mechanism, overrides
 from rave_jax.attention.cache import CacheType, RegionMemory
 from rave_jax.attention.checks import name_of
+from rave_jax.attention.heads import head_gates, scaled
 from rave_jax.attention.kv_cache import Quantised, StoredKeys, quantise
 from rave_jax.attention.merge import merged
 from rave_jax.attention.scores import scores_of
@@ -108,7 +109,7 @@ class LayerRegions(NamedTuple):
             against = against_gathering(mechanisms, x, queries, progress)
             if against is None:
                 out = _gathered(x, stored, layer, codes, info_q, info_k, mechanisms, regions, implementation)
-                return AttentionOutput(out, None, {}), stored
+                return AttentionOutput(scaled(out, head_gates(mechanisms, x, out, info_q)), None, {}), stored
             _say_once(f"decoding reads all visual keys: {against}")
         else:
             summary = combine(mechanisms, _summary(far, layer), summarise(mechanisms, x, info_q.region, regions))

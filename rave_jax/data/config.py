@@ -11,10 +11,13 @@ from typing import Literal
 
 from rave_jax.config import ConfigError, check_ranges, require
 from rave_jax.data.chat import SpecialTokens
+from rave_jax.data.filters import SizeFilter
+from rave_jax.data.packing.config import Packing
 from rave_jax.data.processor import Processor
 from rave_jax.data.sample import SampleError, Source
 from rave_jax.data.sources import SourceConfig, Synthetic
 from rave_jax.data.state import OnChange
+from rave_jax.data.weighting import Weighting
 from rave_jax.families.config import VlmConfig
 from rave_jax.layout import VisualLayout
 
@@ -81,6 +84,13 @@ class DataConfig:
     """Patches of a row, rounded up to whole windows of the tower; 0 for text only."""
     documents_per_row: int = 1
     """Samples packed into a row; each may take an equal part of the row's tokens and patches."""
+    packing: Packing | None = None
+    """Rows of as many samples as fit, planned by their sizes; None for `documents_per_row` equal parts."""
+    weighting: Weighting = "token"
+    """What samples count in the loss: as their learned tokens ("token"), each the same ("sample"), or as the square
+    root of their learned tokens ("sqrt")."""
+    filters: tuple[SizeFilter, ...] = ()
+    """Limits of size: samples outside them are left out and counted."""
     seed: int = 0
     """Seed of the order of samples, 0 or more."""
     min_pixels: int | None = None
@@ -110,6 +120,11 @@ class DataConfig:
         require(len(self.sources) > 0, "sources", self.sources, "at least one source, as --data.sources LlavaJson")
         if not self.stages:
             object.__setattr__(self, "stages", (Stage(),))
+        alone = "1 with packing: data.packing.documents says how many samples a row has"
+        require(self.packing is None or self.documents_per_row == 1, "documents_per_row", self.documents_per_row, alone)
+        for number, each in enumerate(self.filters):
+            known = each.source is None or each.source < len(self.sources)
+            require(known, f"filters.{number}.source", each.source, f"less than the {len(self.sources)} sources")
         require(self.seed >= 0, "seed", self.seed, "0 or more")
         steps = [stage.step for stage in self.stages]
         require(steps[:1] == [0], "stages", steps, "a first stage at step 0")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
@@ -9,10 +10,11 @@ from collections.abc import Hashable, Sequence
 from rave_jax.data.collate import check_fits
 from rave_jax.data.config import DataConfig
 from rave_jax.data.layout import check_regions, region_major
-from rave_jax.data.plan import Budget, PlannedDocument
-from rave_jax.data.processor import Processor
+from rave_jax.data.plan import PlannedDocument
+from rave_jax.data.processor import Processor, Size
 from rave_jax.data.sample import EmptyAnswer, Example, Sample, SampleError, Source, message_text
 from rave_jax.data.skips import Skip, skip_of
+from rave_jax.data.weighting import weighted
 
 
 class Loader:
@@ -26,7 +28,7 @@ class Loader:
             processor: encodes samples.
         """
         self._sources, self._processor = tuple(sources), processor
-        self._skip = config.on_error == "skip"
+        self._skip, self._filters, self._weighting = config.on_error == "skip", config.filters, config.weighting
         self._cache = _Cache(config.cache_mb * 2**20)
 
     def load(self, document: PlannedDocument) -> Example | Skip:
@@ -38,26 +40,55 @@ class Loader:
             SampleError: the sample cannot be used and `on_error` is "fail".
         """
         try:
-            return self._example(document.source, document.index, document.budget)
+            return self._example(document)
         except SampleError as error:
             if not self._skip:
                 raise
             return skip_of(self._sources[document.source].name, document.index, error)
 
-    def _example(self, number: int, index: int, budget: Budget) -> Example:
-        key = (number, index, budget)  # what fits one budget need not fit another
-        if (cached := self._cache.get(key)) is not None:
+    def sample(self, document: PlannedDocument) -> Sample:
+        """The sample of a document, with the part of its conversation that is used.
+
+        Raises:
+            SampleError: its record cannot be used.
+        """
+        sample = self._sources[document.source][document.index]
+        return sample if document.messages is None else cut_to(sample, document.messages)
+
+    def _example(self, document: PlannedDocument) -> Example:
+        # What fits one budget need not fit another.
+        if (cached := self._cache.get(document)) is not None:
             return cached
-        sample = self._sources[number][index]
+        sample, budget = self.sample(document), document.budget
         name = sample.called
         check_answers(sample, name)
         example = self._processor.encode(sample.messages, name=name, most_tokens=budget.tokens)
         check_fits(example, budget.tokens, budget.patches, name)
         if self._processor.layout.regions is not None:
             check_regions(example, budget.regions, name)
+        self._check_filters(document.source, sample, example)
+        example = example._replace(loss_mask=weighted(example.loss_mask, self._weighting))
+        if self._processor.layout.regions is not None:
             example = region_major(example)
-        self._cache.put(key, example)
+        self._cache.put(document, example)
         return example
+
+    def _check_filters(self, source: int, sample: Sample, example: Example) -> None:
+        for each in self._filters:
+            if each.source in (None, source):
+                size = Size(len(example.tokens), example.patches.length, 0, count_visuals(sample))
+                each.check(size, sample.called)
+
+
+def cut_to(sample: Sample, messages: int) -> Sample:
+    """The sample with so many messages of its conversation. `answers` stay those of the whole."""
+    return dataclasses.replace(sample, messages=sample.messages[:messages])
+
+
+def count_visuals(sample: Sample) -> int:
+    """Pictures and videos of a sample."""
+    parts = (part for m in sample.messages if not isinstance(m["content"], str) for part in m["content"])
+    return sum(part["type"] != "text" for part in parts)
 
 
 def check_answers(sample: Sample, name: str) -> None:

@@ -17,8 +17,12 @@ from rave_jax.batch import Batch
 from rave_jax.config import require
 from rave_jax.data.collate import BatchShape, collate, round_up
 from rave_jax.data.config import DataConfig, Stage, check_takes
+from rave_jax.data.filters import LIMITS
 from rave_jax.data.loading import Loader
 from rave_jax.data.order import Order
+from rave_jax.data.packing.index import Progress
+from rave_jax.data.packing.packed import packed_rows
+from rave_jax.data.packing.plan import PackedRows
 from rave_jax.data.plan import EqualRows, RowPlan
 from rave_jax.data.processor import Processor
 from rave_jax.data.sample import Sample, SampleError, Source
@@ -35,15 +39,17 @@ class Rows(NamedTuple):
         batch: the rows, as numpy arrays.
         documents: for each planned document, in the order of the rows: None where it is in its row, and else why its
             sample could not be used.
+        left_out: samples that the plan leaves out.
     """
 
     batch: Batch
     documents: tuple[Skip | None, ...] = ()
+    left_out: tuple[Skip, ...] = ()
 
     @property
     def skips(self) -> tuple[Skip, ...]:
         """Samples that could not be used."""
-        return tuple(skip for skip in self.documents if skip is not None)
+        return (*self.left_out, *(skip for skip in self.documents if skip is not None))
 
 
 class Pipeline:
@@ -53,7 +59,8 @@ class Pipeline:
         config: what to read.
         processor: the model's processor; `DataConfig.processor` gives it.
         sources: of `DataConfig.open_sources`, where they are open already.
-        plan: which samples stand in which row; None for equal parts of `documents_per_row` samples.
+        plan: which samples stand in which row; None for that of the config.
+        keeps: does this process keep what packing measures of samples beside the data? One of a job is enough.
 
     Raises:
         ConfigError: a source cannot be opened, is empty or has pictures for a text model, or `equal_rows` refuses the
@@ -66,13 +73,14 @@ class Pipeline:
         processor: Processor,
         sources: Sequence[Source] | None = None,
         plan: RowPlan | None = None,
+        keeps: bool = True,
     ):
         self.config = config
         self.processor = processor
         self.sources: tuple[Source, ...] = config.open_sources() if sources is None else tuple(sources)
         for number, source in enumerate(self.sources):
             check_takes(processor.rules.config, source, f"data.sources.{number}")
-        self._given = plan
+        self._given, self._keeps = plan, keeps
         self._origin = Origin(tuple(len(source) for source in self.sources))
         self.plan: RowPlan = self._planned(self._origin)
         self._loader = Loader(config, self.sources, processor)
@@ -86,6 +94,8 @@ class Pipeline:
         if self._given is not None:
             return self._given
         order = Order(tuple(len(source) for source in self.sources), self.config.seed, restarts=origin.restarts)
+        if self.config.packing is not None:
+            return packed_rows(self.config, self.processor, self.sources, order, origin.lengths, self._keeps)
         return equal_rows(self.config, self.processor, order, origin.lengths)
 
     def shape(self, step: int) -> BatchShape:
@@ -108,7 +118,8 @@ class Pipeline:
             shape._replace(rows=stop - start),
             self.processor.rules.patch_sizes,
         )
-        return Rows(batch, tuple(each if isinstance(each, Skip) else None for row in rows for each in row))
+        documents = tuple(each if isinstance(each, Skip) else None for row in rows for each in row)
+        return Rows(batch, documents, self.plan.left_out(step) if start == 0 else ())
 
     def count(self, rows: Rows) -> None:
         """Count the skips of rows that are used, and say them: what is loaded ahead and not used does not count.
@@ -116,12 +127,13 @@ class Pipeline:
         Raises:
             SampleError: more than `max_skips` samples one after another cannot be used.
         """
+        for skip in rows.skips:
+            self.skip_log.add(skip)
+            self.skipped[skip.reason] += 1
         for skip in rows.documents:
             if skip is None:
                 self._in_a_row.clear()
-            else:
-                self.skip_log.add(skip)
-                self.skipped[skip.reason] += 1
+            elif skip.reason not in LIMITS:
                 self._in_a_row.append(skip)
                 self._check_skips(self._in_a_row)
 
@@ -142,7 +154,17 @@ class Pipeline:
         """The samples of the documents that `load` puts in a row, for pictures and tables."""
         planned = self.plan.row(step, row)
         used = [each for each in planned if not isinstance(self._loader.load(each), Skip)]
-        return [self.sources[each.source][each.index] for each in used]
+        return [self._loader.sample(each) for each in used]
+
+    def tell(self, progress: Progress | None) -> None:
+        """Whom to tell how far measuring is, while rows wait for it."""
+        if isinstance(self.plan, PackedRows):
+            self.plan.tell(progress)
+
+    def close(self) -> None:
+        """Keep what was measured of samples, where that is done."""
+        if isinstance(self.plan, PackedRows):
+            self.plan.close()
 
     def check_samples(self) -> None:
         """See that one of the first samples of the run can be used.
@@ -157,8 +179,9 @@ class Pipeline:
                     loaded = self._loader.load(document)
                     if not isinstance(loaded, Skip):
                         return
-                    skips.append(loaded)
-                    self._check_skips(skips)
+                    if loaded.reason not in LIMITS:
+                        skips.append(loaded)
+                        self._check_skips(skips)
 
     def state(self, step: int) -> dict[str, Any]:
         """What to save with a checkpoint before `step` is taken: JSON-ready."""
@@ -177,8 +200,9 @@ class Pipeline:
                 not be where it stopped. Or a source has changed, and `on_change` is "refuse".
         """
         found = resumed(state, self._facts(), self.sources, self.config.on_change)
-        self._origin = found.origin
-        self.plan = self._planned(found.origin)
+        if found.origin != self._origin:
+            self._origin = found.origin
+            self.plan = self._planned(found.origin)
         step = self.plan.restore(state, found.changed)
         self.skipped = Counter(state.get("skipped", {}))
         for line in found.says:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol
 
 from rave_jax.data.collate import BatchShape
 from rave_jax.data.order import Order
+from rave_jax.data.skips import Skip
 
 
 class Budget(NamedTuple):
@@ -35,11 +36,13 @@ class PlannedDocument(NamedTuple):
         source: number of the source of its sample.
         index: of the sample in its source.
         budget: what the sample may take of the row.
+        messages: how many of its conversation are used, from the first on; None for all.
     """
 
     source: int
     index: int
     budget: Budget
+    messages: int | None = None
 
 
 class RowPlan(Protocol):
@@ -59,6 +62,10 @@ class RowPlan(Protocol):
             step: from 0.
             row: of the whole batch of the step, from 0.
         """
+        ...
+
+    def left_out(self, step: int) -> tuple[Skip, ...]:
+        """Samples that no row has because they cannot be used, said at one step each."""
         ...
 
     def facts(self) -> dict[str, Any]:
@@ -116,6 +123,10 @@ class EqualRows:
             PlannedDocument(source, index, budget)
             for source, index in zip(sources.tolist(), indices.tolist(), strict=True)
         )
+
+    def left_out(self, step: int) -> tuple[Skip, ...]:
+        """None: what cannot be used is known when it is loaded."""
+        return ()
 
     def facts(self) -> dict[str, Any]:
         """Rows of a batch and documents of a row: they say which draws a step has."""

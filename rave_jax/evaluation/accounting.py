@@ -116,7 +116,7 @@ def account(info: TokenInfo, text: TextConfig, options: ModelOptions, number_byt
     if not len(row.queries):
         return None
     dims = attention_dims(text)
-    H, K, h = dims
+    H, K, h, _ = dims
     plain = LayerReading(row.visual, row.visual, np.zeros(len(row.queries)), 2 * h * number_bytes * K * row.visual)
     layers = dict.fromkeys(text.attention_layers, plain)
     before = PicturesBefore(row.visual, row.sizes, row.candidates)

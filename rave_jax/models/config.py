@@ -29,7 +29,7 @@ MAX_RANK = 1 << 13
 
 def attention_dims(text: TextConfig) -> AttentionDims:
     """Sizes of one attention layer."""
-    return AttentionDims(text.num_heads, text.num_kv_heads, text.head_dim)
+    return AttentionDims(text.num_heads, text.num_kv_heads, text.head_dim, text.hidden_size)
 
 
 def window_mechanisms(text: TextConfig) -> tuple[MechanismConfig, ...]:

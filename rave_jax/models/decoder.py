@@ -83,7 +83,7 @@ class Decoder(nnx.Module):
             want: what is asked for beside hidden states.
         """
         base, own = attention.causal_codes(info), _indices(info)
-        losses, inputs = want.losses, want.inputs
+        losses, inputs, gates = want.losses, want.inputs, want.gates
         x, found = tokens.x, []
         for run in self.layer_runs:
             at = self._situation(
@@ -91,7 +91,7 @@ class Decoder(nnx.Module):
             )._replace(unit=tokens.unit)
 
             def body(layer: Layer, x: Array, deep: Array | None, at: Situation) -> tuple[Array, Asked]:
-                out = layer(x, at, losses)
+                out = layer(x, at, losses, gates)
                 return _added_deep(out.x, deep, at), out.asked._replace(inputs=x if inputs else None)
 
             x, of_run = run.scan(body, x, _deep_of(run, tokens), at, self.remat)
@@ -147,11 +147,11 @@ class Decoder(nnx.Module):
             queries over the entries of `cache.codes`, and the cache with the tokens in it.
 
         Raises:
-            ValueError: losses are asked for.
+            ValueError: losses or gates are asked for.
         """
-        if want.losses:
+        if want.losses or want.gates:
             raise ValueError(
-                "the losses of mechanisms were asked for beside a cache; they are of whole documents: call forward"
+                "losses or gates of mechanisms were asked for beside a cache; they are of whole documents: call forward"
             )
         entered = cache.admit(info, region_offset, self._summaries_of_nothing)
         base = attention.cached_codes(info, entered.info)
@@ -253,7 +253,7 @@ class Decoder(nnx.Module):
 
     def _zeros(self, rows: int, tokens: int, dtype: jnp.dtype) -> Features:
         """Features of nothing, for their shapes."""
-        H, K, h = self.attention_dims
+        H, K, h, _ = self.attention_dims
         q, k = jnp.zeros((rows, tokens, H, h), dtype), jnp.zeros((rows, tokens, K, h), dtype)
         return Features(q, k, k, q, k, jnp.zeros((rows, tokens, self.hidden_size), dtype))
 
@@ -312,10 +312,10 @@ def _output(hidden: Float[Array, "B N D"], found: Sequence[Asked]) -> Output:
     total: dict[str, Array] = {}
     for one in found:
         total = _added(total, jax.tree.map(jnp.sum, one.losses))
-    attention, chosen, inputs = (
-        joined([getattr(one, name) for one in found]) for name in ("attention", "chosen", "inputs")
+    attention, chosen, inputs, gates = (
+        joined([getattr(one, name) for one in found]) for name in ("attention", "chosen", "inputs", "gates")
     )
-    return Output(hidden, attention, chosen, total, inputs)
+    return Output(hidden, attention, chosen, total, inputs, gates)
 
 
 def _indices(info: TokenInfo) -> Int[Array, "B T"]:

@@ -68,6 +68,8 @@ class Asked(NamedTuple):
     inputs: Float[Array, "B T D"] | None = None
     """What entered the layer."""
     router: RouterSums | None = None
+    gates: Float[Array, "B T H"] | None = None
+    """What heads' outputs were multiplied by."""
 
 
 class LayerOutput(NamedTuple):
@@ -84,7 +86,7 @@ class Attention(nnx.Module):
     """
 
     def __init__(self, config: TextConfig, *, dtype: jnp.dtype, key: jax.Array):
-        D, (H, K, h) = config.hidden_size, attention_dims(config)
+        H, K, h, D = attention_dims(config)
         keys = jax.random.split(key, 4)
         query_axes, kv_axes = ("heads", "head_dim", "embed"), ("kv_heads", "head_dim", "embed")
         bias, query = config.qkv_bias, (H, h)
@@ -105,11 +107,16 @@ class Attention(nnx.Module):
         if self.output_gate:
             both, gate = both[..., 0, :], jax.nn.sigmoid(both[..., 1, :])
         q0 = shard(both, "batch", "length", "heads", None)
-        k0 = shard(self.key(x), "batch", "length", "kv_heads", None)
+        k0 = self.keys(x)
         v = shard(self.value(x), "batch", "length", "kv_heads", None)
         if self.qk_norm:
-            q0, k0 = self.query_norm(q0), self.key_norm(k0)
+            q0 = self.query_norm(q0)
         return Projected(Features(rotate(q0, rotation), rotate(k0, rotation), v, q0, k0, hidden), gate)
+
+    def keys(self, x: Float[Array, "B T D"]) -> Float[Array, "B T K h"]:
+        """Keys before RoPE."""
+        keys = shard(self.key(x), "batch", "length", "kv_heads", None)
+        return self.key_norm(keys) if self.qk_norm else keys
 
     def gated(self, heads: Float[Array, "B T H h"], gate: Float[Array, "B T H h"] | None) -> Float[Array, "B T H h"]:
         """What goes into the output projection."""
@@ -139,8 +146,10 @@ class DecoderLayer(nnx.Module):
         self.max_regions = options.layout.max_regions
         lora.attach(self, "decoder.", options.lora, dtype, keys[3])
 
-    def __call__(self, x: Float[Array, "B T D"], at: Situation, losses: bool = False) -> LayerOutput:
-        """The layer on whole rows. With `losses`, those of its mechanisms are computed too."""
+    def __call__(
+        self, x: Float[Array, "B T D"], at: Situation, losses: bool = False, gates: bool = False
+    ) -> LayerOutput:
+        """The layer on whole rows. With `losses` and `gates`, those of its mechanisms are given too."""
         found, gate = self.attention.project(self.attention_norm(x), x, at.rotation)
         keys = attention.remember(self.mechanisms, found)
         seen = attention.attend(
@@ -153,13 +162,14 @@ class DecoderLayer(nnx.Module):
             implementation=self.implementation,
             queries=at.queries,
             losses=losses,
+            gates=gates,
             regions=self.max_regions,
             progress=at.progress,
         )
         heads = self.attention.gated(seen.out, gate)
         out, choice = _after(self, self.attention.output, x, heads, at.wanted)
         router = router_sums(choice, at.info_q.document > 0) if losses and choice is not None else None
-        return LayerOutput(out, Asked(seen.attention, seen.losses, seen.chosen, router=router))
+        return LayerOutput(out, Asked(seen.attention, seen.losses, seen.chosen, router=router, gates=seen.gates))
 
     def extend(self, x: Float[Array, "B T D"], at: Situation, cache: LayerCache) -> tuple[LayerOutput, LayerKeys]:
         """The layer on tokens that follow what a cache holds, and what the run's layers keep, with the tokens in it."""
@@ -197,8 +207,10 @@ class DeltaLayer(nnx.Module):
         self.mechanisms = nnx.List([])
         lora.attach(self, "decoder.", options.lora, dtype, keys[3])
 
-    def __call__(self, x: Float[Array, "B T D"], at: Situation, losses: bool = False) -> LayerOutput:
-        """The layer on whole rows. With `losses`, those of its router are computed too."""
+    def __call__(
+        self, x: Float[Array, "B T D"], at: Situation, losses: bool = False, gates: bool = False
+    ) -> LayerOutput:
+        """The layer on whole rows. With `losses`, those of its router are computed too; it has no gates."""
         out, choice, _ = self._read(x, at, self.delta.empty_state(x.shape[0], x.dtype))
         router = router_sums(choice, at.info_q.document > 0) if losses and choice is not None else None
         return LayerOutput(out, Asked(None, {}, None, router=router))

@@ -67,6 +67,8 @@ class Want:
     """Are the mechanisms' losses wanted?"""
     inputs: bool = field(default=False, metadata={"static": True})
     """Are the hidden states wanted that enter each layer?"""
+    gates: bool = field(default=False, metadata={"static": True})
+    """Is it wanted what the outputs of heads are multiplied by?"""
     progress: Float[Array, ""] | None = None
     """How far the training run is, 0 to 1, for what mechanisms schedule; None is its end."""
 
@@ -87,6 +89,8 @@ class Output(NamedTuple):
         losses: what the mechanisms add to the training loss, by name: sums over these rows and all layers, to be
             divided by `loss_weights` of all rows that are averaged over; empty if not asked for.
         inputs: hidden states that enter each layer; None if not asked for.
+        gates: what the mechanisms multiply the outputs of heads by, in the layers that have attention; None if not
+            asked for.
     """
 
     hidden: Float[Array, "B T D"]
@@ -94,3 +98,4 @@ class Output(NamedTuple):
     chosen: Bool[Array, "L B N H R"] | None
     losses: dict[str, Float[Array, ""]]
     inputs: Float[Array, "L B T D"] | None
+    gates: Float[Array, "L B T H"] | None = None

@@ -23,6 +23,10 @@ log = logging.getLogger(__name__)
 
 _BEGIN = b'{"step": '
 
+OF_TIME = ("tokens_per_second", "waited_for_data")
+"""Metrics of how long steps took: tokens in a second, and the share of the time, 0 to 1, that steps waited for data.
+They alone differ when a run is repeated."""
+
 
 class MetricsWriter(Protocol):
     """Where metrics go."""

@@ -78,3 +78,42 @@ class ProgressReport:
         if self.enabled:
             self.console.print(text, markup=False, highlight=False)
             sys.stderr.flush()
+
+
+class CountBar:
+    """Shows how far something is that is done before the steps of a run. Use as a context manager, and call it with
+    (done, total)."""
+
+    def __init__(self, what: str, *, enabled: bool = True, console: Console | None = None, every: float = 30.0):
+        """
+        Args:
+            what: is counted, as "measuring samples".
+            enabled: False on all but one process of a job.
+            console: where to write; standard error by default.
+            every: seconds between two lines where there is no bar.
+        """
+        self.console = console or Console(stderr=True, soft_wrap=True)
+        self._what, self._enabled, self._every, self._said = what, enabled, every, time.monotonic()
+        self._bar: Progress | None = None
+
+    def __enter__(self) -> CountBar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def __call__(self, done: int, total: int) -> None:
+        """Show that so many of a total are done; the first call begins."""
+        if not self._enabled:
+            return
+        if self.console.is_terminal:
+            if self._bar is None:
+                columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
+                self._bar = Progress(*columns, console=self.console, transient=True)
+                self._task = self._bar.add_task(self._what, total=total)
+                self._bar.start()
+            self._bar.update(self._task, completed=done, total=total)
+        elif time.monotonic() - self._said >= self._every:
+            self._said = time.monotonic()
+            self.console.print(f"{self._what}: {done:,} of {total:,}", markup=False, highlight=False)

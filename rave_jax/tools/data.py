@@ -1,4 +1,5 @@
-"""`rave-jax data`: what the data of a config needs, before a run is started with budgets that were guessed."""
+"""`rave-jax data`: what the data of a config needs, before a run is started with budgets that were guessed; with
+`--show`, a page of its rows."""
 
 from __future__ import annotations
 
@@ -17,11 +18,13 @@ from rich.console import Console
 from rich.table import Table
 
 from rave_jax.command_line import load_command_line
+from rave_jax.config import ConfigError
 from rave_jax.data.collate import round_up
 from rave_jax.data.config import DataConfig
 from rave_jax.data.processor import Processor
 from rave_jax.data.skips import shortened
 from rave_jax.data.survey import Need, Survey, survey
+from rave_jax.tools.rows import show_rows
 from rave_jax.training.config import TrainConfig
 from rave_jax.training.directory import run_directory
 from rave_jax.training.init import FromHF, prepare, source_of
@@ -29,6 +32,8 @@ from rave_jax.training.init import FromHF, prepare, source_of
 PERCENTS = (50, 90, 99, 100)
 NARROW = 150
 """Columns where the output is no terminal."""
+MOST_ROWS = 256
+"""Of one page."""
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -39,12 +44,32 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--every", action="store_true", help="list every sample that cannot be used, not only one of each kind"
     )
+    parser.add_argument(
+        "--show",
+        type=_rows,
+        metavar="ROWS",
+        help="write a page of so many rows as the model sees them, and nothing else",
+    )
+    parser.add_argument("--step", type=_step, help="of the run, whose rows are shown (default: 0)")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="the page (default: rows.html)")
 
 
 def _count(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} is not a count, expected a number of at least 1")
     return int(text)
+
+
+def _step(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a step, expected a number of at least 0")
+    return int(text)
+
+
+def _rows(text: str) -> int:
+    if (count := _count(text)) > MOST_ROWS:
+        raise argparse.ArgumentTypeError(f"{text!r} rows are more than a page holds, expected at most {MOST_ROWS}")
+    return count
 
 
 def look_at_data(arguments: argparse.Namespace) -> int:
@@ -60,10 +85,17 @@ def look_at_data(arguments: argparse.Namespace) -> int:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     parser = argparse.ArgumentParser("rave-jax data", add_help=False, allow_abbrev=False)
     add_flags(parser)
-    parser.set_defaults(samples=arguments.samples)
+    parser.set_defaults(**{name: getattr(arguments, name) for name in ("samples", "show", "step", "html")})
     flags, words = parser.parse_known_args(arguments.words)
     every = arguments.every or flags.every
+    for name in ("step", "html"):
+        if flags.show is None and getattr(flags, name) is not None:
+            raise ConfigError(f"--{name} needs --show ROWS")
     config = load_command_line(TrainConfig, words, "rave-jax data")
+    if flags.show is not None:
+        with _processor(config) as processor:
+            print(show_rows(config.data, processor, flags.show, flags.step or 0, flags.html or Path("rows.html")))
+        return 0
     sources = config.data.open_sources(readable_among=0)
     with _processor(config) as processor:
         found = [survey(source, processor, flags.samples) for source in sources]

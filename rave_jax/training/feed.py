@@ -125,6 +125,9 @@ class Feed:
                     continue
                 return Fed(_void(self._last.batch), self._source.state(step), time.monotonic() - asked, void=True)
             if isinstance(item, BaseException):
+                # What ends a job may end a process that loads before it has learned to leave signals to this one.
+                if isinstance(item, ChildProcessError) and stop.asked is not None and not stop.is_wanted(step):
+                    return None
                 raise item
             self._last = item._replace(waited=time.monotonic() - asked)
             return self._last

@@ -12,6 +12,7 @@ import jax
 from rave_jax.checkpoint.store import PARAMETERS, Store, StoreError
 from rave_jax.config import ConfigError
 from rave_jax.data.ahead import AHEAD, Ahead
+from rave_jax.data.packing.report import PackingMeter
 from rave_jax.data.sample import SampleError
 from rave_jax.observe.metrics import MetricsWriter
 from rave_jax.observe.progress import ProgressReport
@@ -80,6 +81,7 @@ class Loop:
         watchdog: Watchdog,
         stop: StopRequest,
         evaluations: StepEvaluations | None = None,
+        packing: PackingMeter | None = None,
     ):
         """
         Args:
@@ -92,12 +94,14 @@ class Loop:
             watchdog: told what is waited for.
             stop: whether the job is to end.
             evaluations: what is evaluated between steps.
+            packing: counts how well rows are packed, where they are.
         """
+        self._packing = packing
         self._session, self._schedule, self._store, self._bad_directory = session, schedule, store, bad_directory
         self._writers, self._progress, self._watchdog, self._stop = writers, progress, watchdog, stop
         self._evaluations = evaluations
         self._wait = WaitMeter()
-        self._tokens, self._clock = 0, time.monotonic()
+        self._tokens, self._waited, self._clock = 0, 0.0, time.monotonic()
         self._saved = -1
 
     def run(
@@ -138,6 +142,7 @@ class Loop:
                 if following is None or not self._stop.may_begin(step):
                     break
                 fed, done = following, step + 1
+                self._waited += fed.waited
                 if fed.void:
                     notes.leave(f"stop/void/{step}", str(step))
                 sizes = (*fed.batch.tokens.shape, *fed.batch.patches.pixels.shape)
@@ -274,11 +279,17 @@ class Loop:
         if bad >= 0:
             self._stop_bad(bad, values, state, source, describe)
         self._tokens += values["tokens"]
+        if self._packing is not None:
+            self._packing.add(step, values["tokens"])
         logged = done == 1 or done % self._schedule.log_every == 0 or done == self._schedule.steps
         if logged:
             now = time.monotonic()
-            values["tokens_per_second"] = round(self._tokens / max(now - self._clock, 1e-9), 1)
-            self._tokens, self._clock = 0, now
+            elapsed = max(now - self._clock, 1e-9)
+            values["tokens_per_second"] = round(self._tokens / elapsed, 1)
+            values["waited_for_data"] = round(min(self._waited / elapsed, 1.0), 4)
+            self._tokens, self._waited, self._clock = 0, 0.0, now
+            if self._packing is not None:
+                values |= self._packing.take()
             self._write(done, values)
         self._progress.update(done, values, line=logged)
 

@@ -20,6 +20,8 @@ from rave_jax.checkpoint.tiny import Tiny
 from rave_jax.config import ConfigError
 from rave_jax.data.ahead import Ahead
 from rave_jax.data.config import check_takes
+from rave_jax.data.packing.plan import PackedRows
+from rave_jax.data.packing.report import PackingMeter
 from rave_jax.data.pipeline import Pipeline
 from rave_jax.data.processor import Processor
 from rave_jax.data.sample import Source
@@ -30,7 +32,7 @@ from rave_jax.evaluation.summary import print_summary
 from rave_jax.families.config import VlmConfig
 from rave_jax.models.vlm import Vlm
 from rave_jax.observe.metrics import JsonlWriter, MetricsWriter, TensorBoardWriter
-from rave_jax.observe.progress import ProgressReport
+from rave_jax.observe.progress import CountBar, ProgressReport
 from rave_jax.observe.tables import print_parameters
 from rave_jax.parallel import hosts
 from rave_jax.parallel.memory import check_memory
@@ -112,14 +114,17 @@ def _run(config: TrainConfig, watchdog: Watchdog, stop: StopRequest) -> None:
         present = sum(f.stat().st_size for s in claim.steps for f in directory.checkpoint(s).rglob("*") if f.is_file())
         check_room(directory.checkpoints, kept * local_bytes(session.state) - present)
         processor = config.data.processor(claim.model, config.model.layout)
-        pipeline = Pipeline(config.data, processor, sources)
+        pipeline = Pipeline(config.data, processor, sources, keeps=hosts.is_first())
         evaluations = Evaluations(config, sampled, model, processor, mesh, directory)
         for number, shapes in evaluations.shapes().items():
             held = (session.state, least_spread(shapes, mesh))
             check_memory(held, f"parameters, optimizer state and the slots of final.{number} (rows, tokens, patches)")
         if not claim.steps:
-            with watchdog.during("the first sample", Watchdog.LONG):
+            first = watchdog.during("the first sample", Watchdog.LONG)
+            with first, CountBar("measuring samples", enabled=hosts.is_first()) as bar:
+                pipeline.tell(bar)
                 pipeline.check_samples()  # budgets that no sample fits are known before anything is written
+                pipeline.tell(None)
         if hosts.is_first():
             log.info(mesh_line(config.mesh))
             print_parameters(group_rows(session, config.optimizer))
@@ -192,15 +197,22 @@ def _train(
         _writers(config, directory, start) as writers,
         ProgressReport(config.steps, start, enabled=first) as progress,
         contextlib.closing(pipeline.skip_log),
+        contextlib.closing(pipeline),
     ):
         if claim.past is not None and config.steps > claim.past.steps:
             progress.say(_extended(config, claim.past.steps, start))
         elif start:
             progress.say(f"continuing after step {start} of {config.steps}")
         schedule = Schedule(config.steps, config.log_every, config.save_every)
-        loop = Loop(session, schedule, store, directory.bad_step, writers, progress, watchdog, stop, evaluations)
+        packing = PackingMeter(pipeline.plan) if isinstance(pipeline.plan, PackedRows) else None
+        loop = Loop(
+            session, schedule, store, directory.bad_step, writers, progress, watchdog, stop, evaluations, packing
+        )
         ahead = Ahead(config.data.prefetch, config.data.workers, config.data.processes)
-        return loop.run(state, pipeline, config.data.rows, lambda step: _describe(config, step), ahead)
+        state = loop.run(state, pipeline, config.data.rows, lambda step: _describe(config, step), ahead)
+        if packing is not None and (summary := packing.summary()):
+            progress.say(summary)
+        return state
 
 
 def _extended(config: TrainConfig, before: int, start: int) -> str:

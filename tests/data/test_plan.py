@@ -20,6 +20,7 @@ from rave_jax.data.order import Order
 from rave_jax.data.pipeline import Pipeline, equal_rows
 from rave_jax.data.plan import Budget, EqualRows, PlannedDocument, RowPlan
 from rave_jax.data.processor import Processor
+from rave_jax.data.skips import Skip
 from rave_jax.data.sources import QaJsonl
 
 
@@ -69,6 +70,9 @@ class Unequal:
 
     def first_draw(self, step: int) -> int:
         return step * self.size.rows // 2 * 5
+
+    def left_out(self, step: int) -> tuple[Skip, ...]:
+        return ()
 
     def facts(self) -> dict[str, Any]:
         return {"rows": self.size.rows}

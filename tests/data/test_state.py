@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from rave_jax.config import ConfigError
 from rave_jax.data.config import DataConfig, Stage
+from rave_jax.data.packing.config import Packing
 from rave_jax.data.pipeline import Pipeline
 from rave_jax.data.processor import Processor
 from rave_jax.data.sources import QaJsonl
@@ -22,7 +27,7 @@ ROWS = 4
 def make(tmp_path: Path, processor: Processor) -> Callable[..., Pipeline]:
     """Pipelines over two sources of texts: the ids of their records, as they are written just before."""
 
-    def pipeline(a: list[int], b: list[int], **changes: object) -> Pipeline:
+    def pipeline(a: Sequence[int], b: Sequence[int], **changes: object) -> Pipeline:
         for name, numbers in (("a", a), ("b", b)):
             lines = (json.dumps({"id": f"{name}{n}", "question": "q", "answers": [str(n)]}) for n in numbers)
             (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
@@ -62,6 +67,39 @@ def test_the_next_batch_is_the_one_that_would_have_come(make: Callable[..., Pipe
         assert again.restore(state) == step
         assert ids(again, step, 14) == expected[step * ROWS :]
         assert state_at(again, step) == state
+
+
+@given(st.lists(st.tuples(st.integers(1, 7), st.sampled_from([1, 2, 4])), min_size=1, max_size=6))
+@settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_killed_and_continued_on_other_hosts(make: Callable[..., Pipeline], lives: list[tuple[int, int]]) -> None:
+    """Each sample comes once in each of three epochs, or is skipped by name, on however many hosts and after any kill.
+
+    A life is some steps on some hosts, after which the newest state is that of its last step.
+    """
+    long, epochs = 99999999999999999999999999999999, 3  # has more tokens than its row
+    numbers = [*A[:-1], long]
+    stages = (Stage(epochs=(1, 1)),)
+    alone, steps = make(numbers, B, stages=stages), epochs * 16 // ROWS
+    expected = [alone.rows(step, 0, ROWS).tokens for step in range(steps)]
+    found: Counter[tuple[str, int, int]] = Counter()
+    step, state = 0, state_at(alone, 0)
+    for life, hosts in [*lives, (steps, 1)]:
+        spans = [range(host * ROWS // hosts, (host + 1) * ROWS // hosts) for host in range(hosts)]
+        pipelines = [make(numbers, B, stages=stages) for _ in spans]
+        assert [pipeline.restore(state) for pipeline in pipelines] == [step] * hosts
+        last = min(step + life, steps)
+        while step < last:
+            rows = [own.load(step, span.start, span.stop) for own, span in zip(pipelines, spans, strict=True)]
+            np.testing.assert_array_equal(np.concatenate([part.batch.tokens for part in rows]), expected[step])
+            documents = [skip for part in rows for skip in part.documents]
+            planned = [each for row in range(ROWS) for each in alone.plan.row(step, row)]
+            for document, skip in zip(planned, documents, strict=True):
+                assert (document.source, document.index) == (0, 9) or skip is None
+                found["skipped" if skip else "used", document.source, document.index] += 1
+            step += 1
+            state = state_at(pipelines[-1], step)
+    used = {("used", 0, index): epochs for index in range(9)} | {("used", 1, index): epochs for index in range(6)}
+    assert found == used | {("skipped", 0, 9): epochs}
 
 
 def test_another_seed_and_damaged_states_are_refused(make: Callable[..., Pipeline]) -> None:
@@ -119,6 +157,29 @@ def test_or_begins_a_new_epoch_and_the_others_go_on(
     third.restore(state_at(changed, step + 7))
     ours = [name for name in ids(third, step + 7, 40) if name[0] == "a"]
     assert sorted(ours[: len(A)]) == sorted(f"a{n}" for n in A)
+
+
+def test_a_packed_plan_goes_on_and_begins_new_epochs_too(make: Callable[..., Pipeline]) -> None:
+    """Rows of steps that were planned together with the last one are planned anew."""
+    packed = {"packing": Packing(lookahead=2), "tokens": 200}
+    alone = make(A, B, **packed)
+    expected = ids(alone, 0, 12)
+    for step in (0, 3, 5):
+        again = make(A, B, **packed)
+        assert again.restore(state_at(alone, step)) == step
+        assert ids(again, step, 12) == expected[len(ids(alone, 0, step)) :]
+        with pytest.raises(ConfigError, match="has grown: it holds 12 samples, and 10 in the run"):
+            make(range(12), B, **packed).restore(state_at(alone, step))
+        changed = make(range(12), B, on_change="continue", **packed)
+        assert changed.restore(state_at(alone, step)) == step
+        begin = changed.plan.state(step)["window"]["step"]
+        ours = [name for name in ids(changed, begin, 20) if name[0] == "a"]
+        counts = Counter(ours)
+        assert counts.keys() == {f"a{n}" for n in range(12)}
+        assert max(counts.values()) - min(counts.values()) <= 2  # of two epochs that are not over, one waits for rows
+        later = make(range(12), B, **packed)
+        assert later.restore(state_at(changed, step + 4)) == step + 4
+        assert ids(later, step + 4, 20) == ids(changed, step + 4, 20)
 
 
 def test_epochs_mix_as_when_the_run_began(make: Callable[..., Pipeline]) -> None:

@@ -20,10 +20,13 @@ from rave_jax.attention import (
     Decomposed,
     Gaze,
     MechanismConfig,
+    Moh,
     Rave,
+    Sads,
     SlidingWindow,
     TextPositions,
     Var,
+    Vhr,
     ZeroTuning,
 )
 from rave_jax.config import ConfigError
@@ -79,6 +82,9 @@ SETTINGS: dict[str, tuple[MechanismConfig, ...]] = {
         ZeroTuning((6.0, 0.5), heads=(0, 2), layers=(1,), route="after"),
         SlidingWindow(window=20, layers=(1,)),
         Decomposed(layers=(1,)),
+        Moh("learned", layers=(0,)),
+        Sads(heads=(2,), layers=(1,)),
+        Vhr(heads=(0, 3), layers=(1,)),
     ),
     "first token, bias and after": (
         ZeroTuning(0.2),
@@ -101,6 +107,7 @@ SETTINGS: dict[str, tuple[MechanismConfig, ...]] = {
         Gaze(FixedRegions(2, 2), max_regions=12, top_k=2, rank_with_bias=True, layers=(0,)),
         Rave(rank=4, layers=(0,)),
         SlidingWindow(window=40, layers=(1,)),
+        Moh(layers=(0, 1)),
     ),
     "gaze of groups": (
         Gaze(AdaptiveRegions(1, 2, frames=2, tokens=8), max_regions=9, top_k=0.5, share="group", descriptor="min_max"),

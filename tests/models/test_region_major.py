@@ -36,7 +36,13 @@ SETTINGS: dict[str, tuple[at.MechanismConfig, ...]] = {
     "prefix": (at.Croc("prefix"),),
     "cca": (at.Cca(),),
     "first token": (at.ZeroTuning(3.0), at.ZeroTuning(0.5, route="after"), at.ZeroTuning(2.0, route="merge")),
-    "sinks and losses": (at.Var(dims=(3, 11, 20), tau=1.8, summ=0.05, rho=0.3, layers="all"), at.Avar()),
+    "sinks and losses": (
+        at.Var(dims=(3, 11, 20), tau=1.8, summ=0.05, rho=0.3, layers="all"),
+        at.Avar(),
+        at.Moh(balance=0.5),
+        at.Sads(heads=(1,)),
+        at.Vhr(heads=(0,)),
+    ),
     "decomposed": (at.Decomposed(),),
     "gaze": (at.Gaze(REGIONS, 64, top_k=2, layers=(0,)), at.Gaze(REGIONS, 64, top_k=2, share="group", layers=(1,))),
 }

@@ -161,7 +161,14 @@ def test_waiting_for_data_is_said_once_per_window():
     assert quick == [None] * 4
     assert slow[:3] == [None] * 3
     assert slow[3] is not None
-    assert slow[3].startswith("warning: the last 4 steps waited for data 50% of the time; the loader is the bottleneck")
+    assert slow[3].startswith("warning: the last 4 steps waited for data 50% of the time; loading is the bottleneck: ")
+    assert all(f"data.{field}" in slow[3] for field in ("workers", "prefetch", "processes"))
+
+
+def test_it_is_said_less_and_less_often():
+    meter = WaitMeter(window=2, share=0.2)
+    said = [meter.add(waited=1.0, elapsed=1.0) is not None for _ in range(2 * 120)]
+    assert [number // 2 + 1 for number, yes in enumerate(said) if yes] == [1, 10, 100]
 
 
 def test_warnings_are_their_text_alone(monkeypatch):

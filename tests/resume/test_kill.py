@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from rave_jax.observe.metrics import read_jsonl
+from rave_jax.observe.metrics import OF_TIME, read_jsonl
 
 CONFIG = "tests/resume/small_run.py"
 
@@ -44,7 +44,7 @@ def signal_at(job: subprocess.Popen, folder: Path, step: int, delay: float, name
 
 def curve(folder: Path) -> list[dict]:
     return [
-        {name: value for name, value in row.items() if name != "tokens_per_second"}
+        {name: value for name, value in row.items() if name not in OF_TIME}
         for row in read_jsonl(folder / "metrics.jsonl")
     ]
 

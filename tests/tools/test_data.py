@@ -75,3 +75,65 @@ def test_a_source_that_cannot_be_opened_is_one_line(config: Path, capsys: pytest
     line = capsys.readouterr().err
     assert line.startswith("rave-jax: data.sources.0: ") and "it is a directory; only regular files are read" in line
     assert line.count("\n") == 1
+
+
+def test_a_page_of_rows(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Rows of the next step follow where one has too few; samples that cannot be used are named on the page."""
+    page = config.parent / "page.html"
+    more = ["--data.tokens", "600", "--data.patches", "600", "--data.rows", "2", "--data.stages", "[]"]
+    assert main(["data", str(config), "--show", "3", "--html", str(page), "--step", "7", *more]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"{page}: 3 rows with ") and "samples skipped" in out and out.count("\n") == 1
+    text = page.read_text()
+    assert text.count('<section class="row"') == 3
+    assert "step 7, row 1" in text and "step 8, row 0" in text and "step 8, row 1" not in text
+    assert "Rows of steps 7 to 8" in text
+    assert text.count("data:image/png;base64,") >= 1
+    assert not (config.parent / "run").exists()
+
+
+def test_a_page_of_packed_rows(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Several samples in a row, and what the plan leaves out is named."""
+    page = config.parent / "page.html"
+    more = ["--data.packing", "Packing", "--data.documents_per_row", "1", "--data.stages", "[]"]
+    more += [
+        "--data.tokens",
+        "600",
+        "--data.patches",
+        "600",
+        "--data.rows",
+        "1",
+        "--data.packing.whole_epochs",
+        "False",
+    ]
+    assert main(["data", str(config), "--show", "1", "--html", str(page), *more]) == 0
+    text = page.read_text()
+    assert text.count('<section class="document"') > 1
+    assert "gone.png: No such file" in text and "tool calls are not supported" in text
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--show", "0"], "'0' is not a count, expected a number of at least 1"),
+        (["--show", "1000"], "'1000' rows are more than a page holds, expected at most 256"),
+        (["--show", "2", "--step", "-1"], "'-1' is not a step, expected a number of at least 0"),
+        (["--step", "2"], "--step needs --show ROWS"),
+        (["--html", "a.html"], "--html needs --show ROWS"),
+        (["--show", "2", "--html", "{folder}"], "it is a directory, expected the name of a file"),
+        (["--show", "2", "--html", "{folder}/no/a.html"], "there is no folder"),
+        (["--show", "2", "--html", "{folder}/a.html", "--data.on_error", "fail"], "rave-jax: "),
+    ],
+)
+def test_what_no_page_can_be_made_of_is_one_line(
+    flags: list[str], says: str, config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = [flag.replace("{folder}", str(config.parent)) for flag in flags]
+    try:
+        code: object = main(["data", str(config), *given])
+    except SystemExit as end:
+        code = end.code
+    err = capsys.readouterr().err
+    assert code == 2
+    assert says in err.splitlines()[-1]
+    assert "Traceback" not in err

@@ -15,7 +15,7 @@ import rave_jax
 from rave_jax.checkpoint.store import StoreError
 from rave_jax.config import ConfigError
 from rave_jax.models.parameters import named_parameters
-from rave_jax.observe.metrics import read_jsonl
+from rave_jax.observe.metrics import OF_TIME, read_jsonl
 from rave_jax.parallel.mesh import MeshConfig, abstract_mesh
 from rave_jax.tools import cli, train
 from rave_jax.tools import eval as evaluate
@@ -28,7 +28,7 @@ CONFIG = str(Path(__file__).parents[1] / "resume" / "small_run.py")
 
 def curve(folder: Path) -> list[dict]:
     return [
-        {name: value for name, value in row.items() if name != "tokens_per_second"}
+        {name: value for name, value in row.items() if name not in OF_TIME}
         for row in read_jsonl(folder / "metrics.jsonl")
     ]
 

@@ -24,7 +24,7 @@ from rave_jax.evaluation.report import write_report
 from rave_jax.evaluation.subject import ModelSubject
 from rave_jax.evaluation.suites import Evaluation
 from rave_jax.models.parameters import named_parameters
-from rave_jax.observe.metrics import Row, read_jsonl
+from rave_jax.observe.metrics import OF_TIME, Row, read_jsonl
 from rave_jax.parallel.stopping import Interrupted, StopRequest
 from rave_jax.training.config import TrainConfig
 from rave_jax.training.run import load_run, train
@@ -47,7 +47,7 @@ def config(folder: Path, **changes: Any) -> TrainConfig:
 
 def rows(folder: Path) -> list[Row]:
     return [
-        {name: value for name, value in row.items() if name != "tokens_per_second"}
+        {name: value for name, value in row.items() if name not in OF_TIME}
         for row in read_jsonl(folder / "metrics.jsonl")
     ]
 

@@ -100,6 +100,23 @@ def test_an_error_comes_behind_the_batches_before_it(ahead: Ahead) -> None:
             feed.next(3, stop)
 
 
+def test_a_signal_that_ended_loading_too_is_no_error() -> None:
+    class Ended(RandomSource):
+        def load(self, step, start, stop):
+            raise ChildProcessError("a process that loads rows has ended: exit code -15")
+
+    class Asked(StopRequest):
+        def is_wanted(self, step):
+            return False
+
+    mesh, asked = make_mesh(MeshConfig(), jax.devices()[:1]), Asked()
+    asked.asked = "SIGTERM"
+    with Feed(Ended(ROWS), mesh, ROWS, 0, STEPS) as feed:
+        assert feed.next(0, asked) is None
+    with Feed(Ended(ROWS), mesh, ROWS, 0, STEPS) as feed, pytest.raises(ChildProcessError, match="exit code -15"):
+        feed.next(0, StopRequest())
+
+
 def test_an_error_of_the_state_arrives_too() -> None:
     class Failing(RandomSource):
         def state(self, step):

@@ -20,7 +20,7 @@ from rave_jax.batch import Patches
 from rave_jax.checkpoint.store import Store
 from rave_jax.config import ConfigError
 from rave_jax.data.pipeline import Rows
-from rave_jax.observe.metrics import JsonlWriter, TensorBoardWriter, read_jsonl
+from rave_jax.observe.metrics import OF_TIME, JsonlWriter, TensorBoardWriter, read_jsonl
 from rave_jax.observe.progress import ProgressReport
 from rave_jax.parallel.stopping import EXIT_CODES, Interrupted, StopRequest
 from rave_jax.parallel.watchdog import Watchdog
@@ -68,7 +68,7 @@ def restored(session, folder: Path, step: int | None = None) -> tuple[TrainState
 
 
 def without_time(rows: list[dict]) -> list[dict]:
-    return [{name: value for name, value in row.items() if name != "tokens_per_second"} for row in rows]
+    return [{name: value for name, value in row.items() if name not in OF_TIME} for row in rows]
 
 
 def scalars(directory: Path) -> dict[str, dict[int, float]]:
@@ -96,9 +96,8 @@ def test_metrics_read_back_and_a_resumed_run_reads_as_one(session, tmp_path):
         writer.close()
     rows = read_jsonl(unbroken / "metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
-    assert {"loss", "accuracy", "grad_norm", "learning_rate", "tokens", "target_tokens", "tokens_per_second"} < set(
-        rows[0]
-    )
+    assert {"loss", "accuracy", "grad_norm", "learning_rate", "tokens", "target_tokens", *OF_TIME} < set(rows[0])
+    assert all(0 <= row["waited_for_data"] <= 1 for row in rows)
     events = scalars(unbroken / "events")
     for name in ("loss", "learning_rate", "grad_norm"):
         np.testing.assert_allclose([events[name][row["step"]] for row in rows], [row[name] for row in rows], rtol=1e-6)

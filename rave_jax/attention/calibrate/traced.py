@@ -1,21 +1,23 @@
-"""ZeroTuning's factors as an array, so that one compiled program serves every head and every gamma of a search.
+"""Settings of a mechanism as an array, so that one compiled program serves every head and every number of a search.
 
-A built model has its gammas as constants: each other table would be another program. Here the mechanism is put into a
-copy of the decoder while a program is traced, with the table as an argument of that program. Nothing is kept: the
-decoder that is given, its parameters and its checkpoints do not change.
+A built model has its gammas and scales as constants: each other table would be another program. Here the mechanism is
+put into a copy of the decoder while a program is traced, with the table as an argument of that program. Nothing is
+kept: the decoder that is given, its parameters and its checkpoints do not change.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from rave_jax.attention.base import AttentionDims
+from rave_jax.attention.base import AttentionDims, Features, Mechanism
+from rave_jax.attention.heads import ScaledHeads
 from rave_jax.attention.zero_tuning import FirstTokenBias
+from rave_jax.batch import TokenInfo
 from rave_jax.config import ConfigError
 from rave_jax.typing import Array, Float
 
@@ -71,12 +73,37 @@ def with_gammas[S: Stack](decoder: S, gammas: Float[Array, "L H"]) -> S:
     Raises:
         ConfigError: the table is not of this decoder's layers and heads.
     """
-    copy = jax.tree.map(lambda leaf: leaf, decoder)
-    runs = list(copy.layer_runs)
-    wanted = (runs[-1].stop, copy.attention_dims.num_heads)
+    wanted = (list(decoder.layer_runs)[-1].stop, decoder.attention_dims.num_heads)
     if gammas.shape != wanted:
         raise ConfigError(f"gammas is a table of shape {gammas.shape}, expected (layers, heads) of {wanted}")
     logs = jnp.log(gammas.astype(jnp.float32))
-    for run in runs:
-        run.layers.mechanisms.append(FirstTokenTraced(logs[run.start : run.stop]))
+    return with_mechanism(decoder, lambda run: FirstTokenTraced(logs[run.start : run.stop]))
+
+
+class ScaledHeadsTraced(ScaledHeads):
+    """Heads times numbers, where these are an array: [L,B,H] in a stack, [B,H] in its scan; B is rows, or 1."""
+
+    def __init__(self, scales: Float[Array, "*L B H"]):
+        self.given = nnx.data(scales)
+
+    def head_gate(self, x: Features, out: Float[Array, "B T H h"], info_q: TokenInfo) -> Float[Array, "#B 1 H"]:
+        """The numbers, for every token of a row."""
+        return self.given[:, None]
+
+
+def with_scales[S: Stack](decoder: S, scales: Float[Array, "L B H"]) -> S:
+    """The decoder with the outputs of heads multiplied, for all rows (B is 1) or for each: as `with_gammas`."""
+    return with_mechanism(decoder, lambda run: ScaledHeadsTraced(scales[run.start : run.stop]))
+
+
+def with_mechanism[S: Stack](decoder: S, make: Callable[[Run], Mechanism]) -> S:
+    """The decoder with one more mechanism in each layer. To be called inside the program that uses the result.
+
+    Args:
+        decoder: all of whose layers attend; it is left as it is.
+        make: the mechanism of a layer run, every array with the layer axis in front.
+    """
+    copy = jax.tree.map(lambda leaf: leaf, decoder)
+    for run in copy.layer_runs:
+        run.layers.mechanisms.append(make(run))
     return copy

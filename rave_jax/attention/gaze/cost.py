@@ -26,7 +26,7 @@ def reading(gaze: Gaze, pictures: PicturesBefore, dims: AttentionDims, number_by
         dims: of the layer.
         number_bytes: of a number in the cache.
     """
-    H, K, h = dims
+    H, K, h, _ = dims
     visual, sizes, candidates = pictures
     found = candidates.sum(1)
     # Tokens of regions that are no candidates stay under the plain mask; behind whole pictures there are none.

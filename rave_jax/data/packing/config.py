@@ -21,6 +21,9 @@ class Packing:
     drawn."""
     long: Literal["skip", "cut"] = "skip"
     """What becomes of a conversation that no row holds: it is skipped, or cut behind the last answer that fits."""
+    whole_epochs: bool = True
+    """Does a row or step never have samples of two epochs? The last step of each epoch is then filled up with padding,
+    so data of few steps wants False. It says nothing where sources do not end their epochs together."""
     workers: int = 4
     """Threads that measure samples ahead."""
 

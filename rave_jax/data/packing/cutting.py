@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from typing import NamedTuple
 
+from rave_jax.data.loading import cut_to
 from rave_jax.data.packing.measuring import size_of
 from rave_jax.data.packing.sizes import Room
 from rave_jax.data.processor import Processor, Size
@@ -22,11 +22,6 @@ class Cut(NamedTuple):
 
     messages: int
     size: Size
-
-
-def cut_to(sample: Sample, messages: int) -> Sample:
-    """The sample with so many messages of its conversation. `answers` stay those of the whole."""
-    return dataclasses.replace(sample, messages=sample.messages[:messages])
 
 
 def longest_cut(sample: Sample, processor: Processor, room: Room) -> Cut | None:

@@ -33,7 +33,9 @@ FULL = 0.8
 """Part of a row that its pictures may fill, by plan."""
 
 
-def fit(sizes: Sizes, due: Bool[NpArray, "N"], room: Room, rows: int, group: int) -> Int[NpArray, "N"]:
+def fit(
+    sizes: Sizes, due: Bool[NpArray, "N"], room: Room, rows: int, group: int, *, last: bool = False
+) -> Int[NpArray, "N"]:
     """The row of each document, or -1 for those that are left over.
 
     Args:
@@ -42,6 +44,7 @@ def fit(sizes: Sizes, due: Bool[NpArray, "N"], room: Room, rows: int, group: int
         room: of a row.
         rows: how many there are.
         group: rows of a step. Of rows with pictures and of rows without there are whole steps, where that can be.
+        last: do no rows follow, so that documents stand where they fit rather than wait?
     """
     found = np.full(len(sizes.tokens), -1, np.int32)
     seen = sizes.patches > 0
@@ -49,7 +52,8 @@ def fit(sizes: Sizes, due: Bool[NpArray, "N"], room: Room, rows: int, group: int
     share = -(-int(sizes.patches.sum()) // held) if held else 0
     beside = room.tokens - int(sizes.tokens[seen].sum()) // max(held, 1)
     # Few patches for its length: less than the mean, compared without a division.
-    sparse = sizes.patches * int(sizes.tokens.sum()) <= sizes.tokens * int(sizes.patches.sum())
+    wide = Sizes(*(column.astype(np.int64) for column in sizes))
+    sparse = wide.patches * wide.tokens.sum() <= wide.tokens * wide.patches.sum()
     early = due | ((sizes.tokens > beside) & sparse) if held else due
     filling = _Rows(room, rows, held)
     columns = list(zip(*(column.tolist() for column in sizes[:3]), strict=True))
@@ -71,6 +75,9 @@ def fit(sizes: Sizes, due: Bool[NpArray, "N"], room: Room, rows: int, group: int
     late = np.concatenate([np.array(later, np.int64), np.flatnonzero(~seen & ~early)])
     for place in ordered(late, -sizes.tokens):
         found[place] = filling.tightly(*columns[place], share + share // SLACK)
+    if last:
+        for place in ordered(np.flatnonzero(found < 0), -sizes.tokens):
+            found[place] = filling.anywhere(*columns[place])
     return found
 
 
@@ -173,6 +180,14 @@ class _Rows:
         self._put(row, tokens, patches, regions)
         if self._documents[row] < self._room.documents:
             insort(self._tight, key - (tokens << self._bits))
+        return row
+
+    def anywhere(self, tokens: int, patches: int, regions: int) -> int:
+        """Put a document into the first row that holds it; -1: none does."""
+        found = (row for row in range(len(self._tokens)) if self._holds(row, tokens, patches, regions))
+        row = next(found, -1)
+        if row >= 0:
+            self._put(row, tokens, patches, regions)
         return row
 
     def _near(self, first: int, last: int, tokens: int, patches: int, regions: int, most: int, step: int = 1) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -17,6 +18,7 @@ from rave_jax.config import to_json
 from rave_jax.data.beside import folder_beside
 from rave_jax.data.packing.kept import BLOCK, COLUMNS, block_path, read_block, write_block
 from rave_jax.data.packing.measuring import Measured, measure
+from rave_jax.data.packing.shared import SharedTables
 from rave_jax.data.packing.sizes import Sizes
 from rave_jax.data.processor import Processor
 from rave_jax.data.sample import Part, Source
@@ -26,8 +28,10 @@ log = logging.getLogger(__name__)
 
 VERSION = 1
 """Of how samples are measured: another one measures anew."""
-UNMEASURED, USABLE, REASONS = 0, 1, 2
-"""What is known of a sample: nothing, that it can be used, or from `REASONS` on the number of why it cannot."""
+UNMEASURED, USABLE, FIRST_REASON = 0, 1, 2
+"""What is known of a sample: nothing, that it can be used, or from `FIRST_REASON` on why it cannot."""
+REASONS = ("bad record", "unread key", "broken image", "broken video", "empty answer", "over budget")
+"""Why samples cannot be used; a reason that is not here counts as the first one."""
 CHUNK = 64
 """Samples that a thread measures in one go."""
 EVERY, SHARE = 20.0, 20
@@ -42,7 +46,7 @@ class Known(NamedTuple):
 
     Fields:
         sizes: of each sample; 0 where it cannot be used.
-        status: of each: `USABLE`, or `REASONS` and on.
+        status: of each: `USABLE`, or `FIRST_REASON` and on.
     """
 
     sizes: Sizes
@@ -77,35 +81,40 @@ class SizeIndex:
             _Table(source, f"{VERSION} {processor.fingerprint} {to_json(config)}", writes)
             for source, config in zip(sources, configs, strict=True)
         ]
-        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="sizes")
+        self._workers = workers
+        self.progress: Progress | None = None
+        """Told how far measuring is while `known` waits for it."""
+        self._start()
+        for table in self._tables:
+            table.read()
+
+    def _start(self) -> None:
+        self._pool = ThreadPoolExecutor(self._workers, thread_name_prefix="sizes")
         self._lock, self._writing = threading.Lock(), threading.Lock()
         self._running: dict[tuple[int, int], Future[None]] = {}
-        self._reasons: list[str] = []
         self._written, self._pause = time.monotonic(), EVERY
-        self.progress: Progress = lambda done, total: None
-        """Told how far measuring is while `known` waits for it."""
         self.measured = 0
         """Samples that this process measured."""
-        for table in self._tables:
-            table.read(self._number)
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = ("_sources", "_processor", "_tables", "_workers")
+        return {name: getattr(self, name) for name in kept} | {"progress": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._start()
 
     def reason(self, status: int) -> str:
         """Why samples of a status cannot be used."""
-        return self._reasons[status - REASONS]
-
-    def status_of(self, reason: str) -> int:
-        """The status of samples that cannot be used for a reason."""
-        with self._lock:
-            return self._number(reason)
+        return REASONS[status - FIRST_REASON]
 
     def known(self, sources: Int[NpArray, "N"], indices: Int[NpArray, "N"]) -> Known:
         """What is known of these samples, measured if need be: waits for it."""
         waiting = self._ask(sources, indices)
-        for done, future in enumerate(waiting):
-            self.progress(done * CHUNK, len(waiting) * CHUNK)
+        for done, future in enumerate(waiting, start=1):
             future.result()
-        if waiting:
-            self.progress(len(waiting) * CHUNK, len(waiting) * CHUNK)
+            if self.progress is not None:
+                self.progress(min(done * CHUNK, len(indices)), len(indices))
         columns = np.zeros((COLUMNS, len(indices)), np.int32)
         status = np.zeros(len(indices), np.uint8)
         for number, table in enumerate(self._tables):
@@ -132,7 +141,7 @@ class SizeIndex:
         with self._writing:
             began = time.monotonic()
             for table in self._tables:
-                table.write(self._reasons)
+                table.write()
             self._written = time.monotonic()
             self._pause = max(EVERY, SHARE * (self._written - began))
 
@@ -142,13 +151,16 @@ class SizeIndex:
         with self._lock:
             for number, table in enumerate(self._tables):
                 mine = np.unique(indices[sources == number])
-                fresh = []
+                fresh: list[int] = []
                 for index in mine[table.status[mine] == UNMEASURED].tolist():
                     running = self._running.get((number, index))
                     if running is None:
                         fresh.append(index)
                     else:
                         futures[id(running)] = running
+                # Each process of a host begins elsewhere: they see what the others have measured.
+                turn = os.getpid() * CHUNK % max(len(fresh), 1)
+                fresh = [*fresh[turn:], *fresh[:turn]]
                 for first in range(0, len(fresh), CHUNK):
                     part = fresh[first : first + CHUNK]
                     future = self._pool.submit(self._measure, number, part)
@@ -157,29 +169,21 @@ class SizeIndex:
         return list(futures.values())
 
     def _measure(self, number: int, indices: list[int]) -> None:
+        table = self._tables[number]
         try:
-            found = [measure(self._sources[number], index, self._processor) for index in indices]
-        except BaseException:
+            for index in indices:
+                if table.status[index] == UNMEASURED:
+                    table.put(index, measure(self._sources[number], index, self._processor))
+        finally:
             with self._lock:
                 for index in indices:
                     self._running.pop((number, index), None)
-            raise
-        with self._lock:
-            table = self._tables[number]
-            for index, each in zip(indices, found, strict=True):
-                table.put(index, each, self._number(each.reason) if each.reason else USABLE)
-                self._running.pop((number, index), None)
-            self.measured += len(indices)
-            due = time.monotonic() - self._written > self._pause
-            if due:
-                self._written = time.monotonic()
+                self.measured += len(indices)
+                due = time.monotonic() - self._written > self._pause
+                if due:
+                    self._written = time.monotonic()
         if due:
             self.write()
-
-    def _number(self, reason: str) -> int:
-        if reason not in self._reasons:
-            self._reasons.append(reason)
-        return REASONS + self._reasons.index(reason)
 
 
 class _Table:
@@ -187,9 +191,8 @@ class _Table:
 
     def __init__(self, source: Source, settings: str, writes: bool):
         length = len(source)
-        # Memory is taken when a page is written to: a source of which little is drawn takes little.
-        self.sizes = np.zeros((COLUMNS, length), np.int32)
-        self.status = np.zeros(length, np.uint8)
+        self._memory = SharedTables(length)
+        self.sizes, self.status = self._memory.tables()
         self._settings = hashlib.blake2b(settings.encode(), digest_size=16).hexdigest()
         self._writes, self._name = writes, source.name
         self._blocks = [
@@ -201,25 +204,30 @@ class _Table:
         self._changed: set[int] = set()
         self._folders: dict[str, Path | None] = {}
 
-    def read(self, number_of: Callable[[str], int]) -> None:
-        """Take up what is kept beside the data; `number_of` gives the status of a reason."""
+    def __getstate__(self) -> dict[str, Any]:
+        # Another process of this host reads and writes the same memory, and keeps nothing beside the data.
+        return self.__dict__ | {"sizes": None, "status": None, "_writes": False, "_changed": set()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.sizes, self.status = self._memory.tables()
+
+    def read(self) -> None:
+        """Take up what is kept beside the data."""
         for block in self._blocks:
             path = self._path(block)
             found = None if path is None else read_block(path, block.stop - block.first, self._settings)
-            if found is None:
-                continue
-            sizes, status, reasons = found
-            numbers = np.array([UNMEASURED, USABLE, *map(number_of, reasons)], np.uint8)
-            self.sizes[:, block.first : block.stop] = sizes
-            self.status[block.first : block.stop] = numbers[status]
+            if found is not None:
+                self.sizes[:, block.first : block.stop], self.status[block.first : block.stop] = found
 
-    def put(self, index: int, measured: Measured, status: int) -> None:
+    def put(self, index: int, measured: Measured) -> None:
         """Take up a sample that was measured."""
         self.sizes[:, index] = measured.size
-        self.status[index] = status
+        place = REASONS.index(measured.reason) if measured.reason in REASONS else 0
+        self.status[index] = FIRST_REASON + place if measured.reason else USABLE  # last: then the sizes are there
         self._changed.add(int(np.searchsorted(self._firsts, index, side="right")) - 1)
 
-    def write(self, reasons: list[str]) -> None:
+    def write(self) -> None:
         """Keep the blocks that changed."""
         if not self._writes:
             return
@@ -231,7 +239,7 @@ class _Table:
             span = slice(block.first, block.stop)
             status = self.status[span].copy()  # before the sizes: other threads may put samples meanwhile
             try:
-                write_block(path, self.sizes[:, span], status, list(reasons), self._settings)
+                write_block(path, self.sizes[:, span], status, self._settings)
             except OSError as error:
                 log.warning(
                     "warning: sizes of the samples of %s cannot be kept in %s: %s; the next run measures them again",

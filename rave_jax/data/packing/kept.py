@@ -36,40 +36,34 @@ def block_path(folder: Path, settings: str, fingerprint: str, block: int) -> Pat
     return folder / f"sizes-{of}-{block}"
 
 
-def write_block(
-    path: Path, sizes: Int[NpArray, "4 N"], status: Int[NpArray, "N"], reasons: list[str], settings: str
-) -> None:
+def write_block(path: Path, sizes: Int[NpArray, "4 N"], status: Int[NpArray, "N"], settings: str) -> None:
     """Write a block.
 
     Args:
         path: of `block_path`.
         sizes: the columns of `Sizes`.
-        status: of each sample: 0 not measured, 1 usable, or 2 + the place in `reasons` of why it cannot be used.
-        reasons: names of reasons.
+        status: of each sample (`index.py`).
         settings: as in `block_path`; a file says for which ones it holds.
 
     Raises:
         OSError: it cannot be written.
     """
     payload = sizes.astype("<i4").tobytes() + status.astype(np.uint8).tobytes()
-    header = {"settings": settings, "samples": len(status), "reasons": reasons, "check": _check(payload)}
+    header = {"settings": settings, "samples": len(status), "check": _check(payload)}
     write_whole(path, lambda file: file.write(json.dumps(header).encode() + b"\n" + payload))
 
 
-def read_block(path: Path, samples: int, settings: str) -> tuple[Any, Any, list[str]] | None:
-    """The sizes [4, N], status [N] and reasons of a block, or None where there is no sound file of it."""
+def read_block(path: Path, samples: int, settings: str) -> tuple[Any, Any] | None:
+    """The sizes [4, N] and status [N] of a block, or None where there is no sound file of it."""
     try:
         head, _, payload = path.read_bytes().partition(b"\n")
-        header = json.loads(head)
-        reasons = header["reasons"]
-        sound = header["settings"] == settings and header["samples"] == samples and header["check"] == _check(payload)
-        if not sound or not all(isinstance(reason, str) for reason in reasons):
+        expected = {"settings": settings, "samples": samples, "check": _check(payload)}
+        if json.loads(head) != expected or len(payload) != samples * (4 * COLUMNS + 1):
             return None
-        numbers = np.frombuffer(payload, "<i4", COLUMNS * samples).reshape(COLUMNS, samples)
-        status = np.frombuffer(payload, np.uint8, samples, COLUMNS * samples * 4)
-        return (numbers, status, reasons) if int(status.max(initial=0)) < 2 + len(reasons) else None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    except (OSError, ValueError):
         return None
+    numbers = np.frombuffer(payload, "<i4", COLUMNS * samples).reshape(COLUMNS, samples)
+    return numbers, np.frombuffer(payload, np.uint8, samples, COLUMNS * samples * 4)
 
 
 def _check(payload: bytes) -> str:

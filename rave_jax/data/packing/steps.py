@@ -99,3 +99,9 @@ def _factors(number: int) -> tuple[int, ...]:
             found.append(factor)
             number //= factor
     return tuple(found)
+
+
+def shuffled(length: int, *seed: int) -> list[int]:
+    """A shuffled range(length): the ranks of counter-based random bits, which no release of numpy changes."""
+    bits = np.random.Philox(np.random.SeedSequence(seed)).random_raw(length)
+    return np.argsort(bits, kind="stable").tolist()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -103,7 +104,13 @@ def _again(config: RecordsConfig, length: int, fingerprint: str) -> Source:
     Raises:
         ConfigError: its files have changed since.
     """
-    source = config.build()
+    log = logging.getLogger(__package__)
+    before = log.level
+    log.setLevel(logging.ERROR)  # what there is to say of the files was said when they were opened first
+    try:
+        source = config.build()
+    finally:
+        log.setLevel(before)
     if (len(source), source.fingerprint) != (length, fingerprint):
         raise ConfigError(f"the files of {source.name} changed while a run reads them: put them back, and start again")
     return source

@@ -191,7 +191,7 @@ class Rows:
         try:
             found = self._table(group).slice(row, 1).to_pylist()[0]
         except UNREADABLE as error:
-            raise SampleError(f"{self.where(index)}: {error}") from error
+            raise SampleError(f"{self.where(index)}: {' '.join(str(error).split())}") from error
         return {self._names[name]: self._named(name, value) for name, value in found.items()}
 
     def rows(self, fields: Sequence[str], start: int, stop: int) -> Iterator[dict[str, Any] | None]:

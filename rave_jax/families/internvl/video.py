@@ -1,7 +1,8 @@
 """Which frames of a video are used, as transformers' `InternVLVideoProcessor` (5.23.0, `sample_frames`) has it.
 
 Frame i of n is floor(shift + i * total / n), in float32. Where the file does not say the shift, it is half a step, and
-frames lie in the middle of n equal parts.
+frames lie in the middle of n equal parts. (For some shifts theirs gives one index more, that of a frame behind the
+last; ours never does.)
 """
 
 from __future__ import annotations

@@ -1,0 +1,123 @@
+"""For every mechanism: documents packed into rows give what each gives alone, with every gradient.
+
+A stack has another mechanism, or another set of them, in each layer, so that one program serves many. The first layer
+that lets something through is named.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+
+from rave_jax.attention import (
+    Avar,
+    Cca,
+    Croc,
+    Decomposed,
+    Gaze,
+    MechanismConfig,
+    Mma,
+    Moh,
+    Rave,
+    Sads,
+    SlidingWindow,
+    TextPositions,
+    Var,
+    Vhr,
+    ZeroTuning,
+)
+from rave_jax.layout import ContextTokens, FixedRegions
+from rave_jax.models.config import ModelOptions
+from rave_jax.models.parameters import named_parameters
+from tests import packing
+from tests.attention.built_in import BUILT_IN
+from tests.families.every import small
+from tests.packing import MANY, Documents
+
+GAMMA = (0.5, 3.0)
+ZERO = functools.partial(ZeroTuning, gamma=GAMMA, heads=(0, 3))
+SINKS = Var(dims=(0, 1, 2), tau=1.0, rho=0.2, summ=0.05)
+"""A third of all tokens are sinks, and most rows move their attention."""
+GAZE = functools.partial(Gaze, FixedRegions(2, 1), 96, top_k=2)
+MASKS = (
+    (Rave(rank=2), Croc(), Vhr(heads=(0, 2))),
+    (Croc(rule="prefix"), ZERO(), Sads(heads=(1,))),
+    (Decomposed(), ZERO(route="after"), Moh("learned", balance=0.5)),
+    (Decomposed(rope="kept"), SlidingWindow(9), Mma(), SINKS),
+    (TextPositions(), ZERO(route="merge"), Avar()),
+    (Cca(), ZERO(route="channel"), Rave(rank=2, form="centered_sigmoid", queries="text")),
+)
+"""The mechanisms of each layer that attends."""
+REGIONS = (
+    (GAZE(descriptor="min_max", rank_with_bias=True, choice="straight_through"), Rave(rank=2, form="tanh"), Mma()),
+    (GAZE(descriptor="learned", choice="soft_bias", visual_queries="frame+routed", share="group"), SlidingWindow(20)),
+    (GAZE(top_k=0.3, descriptor="spread", descriptor_keys="pre_rope"), Avar()),
+    (GAZE(descriptor="oracle"), ZERO(route="channel"), Moh(balance=0.5)),
+    (GAZE(descriptor="random"), TextPositions(), SINKS),
+)
+CONTEXT = {"masks": ContextTokens(2), "regions": ContextTokens(1, per="image")}
+STACKS = {"masks": MASKS, "regions": REGIONS}
+FAMILIES = ("qwen2_5_vl", "qwen3_5")
+"""One whose layers all attend, and one with layers of the gated delta rule between them."""
+EACH = pytest.mark.parametrize(("family", "stack"), [(family, stack) for family in FAMILIES for stack in STACKS])
+
+
+def placed(stack: tuple[tuple[MechanismConfig, ...], ...], first: int) -> tuple[MechanismConfig, ...]:
+    """The mechanisms of a stack in the layers from `first` on."""
+    return tuple(dataclasses.replace(one, layers=(first + n,)) for n, layer in enumerate(stack) for one in layer)
+
+
+@functools.cache
+def documents_of(family: str, stack: str) -> Documents:
+    """Documents of a small model with a stack."""
+    hybrid = family == "qwen3_5"
+    options = ModelOptions(
+        placed(STACKS[stack], int(hybrid)),
+        context=None if hybrid else CONTEXT[stack],
+        attention="reference" if hybrid else "xla",
+    )
+    of = small(family, options)
+    text: Any = dataclasses.replace(of.config.text, num_layers=len(STACKS[stack]) + hybrid)
+    of = of._replace(config=dataclasses.replace(of.config, text=text))
+    assert text.attention_layers == tuple(range(int(hybrid), text.num_layers))
+    told = packing.conversations(pictures=True, videos=True)
+    return Documents(
+        of, of.model(options), told, tolerance=packing.DELTA if hybrid else packing.TOLERANCE, learning=not hybrid
+    )
+
+
+def test_the_stacks_have_every_mechanism() -> None:
+    found = {type(one) for stack in STACKS.values() for layer in stack for one in layer}
+    assert found == set(BUILT_IN)
+
+
+@pytest.mark.slow
+@EACH
+@settings(max_examples=1)
+@given(rows=packing.arrangements(6))
+@example(rows=[[0], [MANY]]).via("text alone beside a row of nine pictures")
+@example(rows=[[], [4, MANY, 1, 5, 0, 2]]).via("all in one row")
+def test_packed_documents_are_each_alone(family: str, stack: str, rows: list[list[int]]) -> None:
+    packing.check(documents_of(family, stack), rows)
+
+
+@pytest.mark.slow
+@EACH
+def test_neighbours_change_no_bit(family: str, stack: str) -> None:
+    packing.check_neighbours(documents_of(family, stack))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stack", STACKS)
+def test_every_mechanism_learns(stack: str) -> None:
+    """Its losses are there, and each of its parameters has a gradient."""
+    documents = documents_of("qwen2_5_vl", stack)
+    found = documents.of_rows([range(len(documents.examples)), []])
+    assert {name for name, value in found.losses.items() if value} == {"avar_enhance", "avar_suppress", "moh_balance"}
+    own = [path for path in named_parameters(documents.model) if ".mechanisms." in path]
+    assert own and [path for path in own if not np.abs(found.gradients[path]).max() > 0] == []
