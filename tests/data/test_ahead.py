@@ -46,6 +46,7 @@ def test_processes_give_the_same_rows_and_what_loading_raises() -> None:
     with pytest.raises(OverBudget, match="step 5 is over budget") as raised:
         for parts in loaded:
             for rows in parts:
+                assert type(rows.batch.tokens) is np.ndarray
                 found.append(int(rows.batch.tokens[0, 0]))
                 process, backend = rows.skips[0].message.split()
                 assert int(process) != here

@@ -176,5 +176,17 @@ def test_another_number_of_processes_or_another_place_is_the_same_run(directory,
         assert claim.steps == [6]
 
 
+def test_how_data_is_loaded_may_change(directory, config):
+    """What a warning or an error says to change, when the run goes on."""
+    begin(directory, config)
+    (directory.checkpoints / "6").mkdir(parents=True)
+    loading = {"workers": 3, "prefetch": 5, "processes": 2, "cache_mb": 9, "on_change": "continue"}
+    with claimed(directory, dataclasses.replace(config, data=dataclasses.replace(config.data, **loading))) as claim:
+        assert claim.past == config
+    other = dataclasses.replace(config, data=dataclasses.replace(config.data, seed=config.data.seed + 1, workers=3))
+    with pytest.raises(ConfigError, match=r"another run \(data.seed is 1, was 0\)"), claimed(directory, other):
+        pass
+
+
 def test_config_json_reads_back(config):
     assert configs.loads(TrainConfig, configs.dumps(config)) == config
