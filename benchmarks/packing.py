@@ -51,8 +51,8 @@ from rave_jax.training.init import prepare
 from rave_jax.training.optimizers import OptimizerConfig
 from rave_jax.training.session import Session, make_session
 
-ROWS, TOKENS, PATCHES = 4, 1024, 2048
-CONVERSATIONS, STEPS = 1200, 6
+ROWS, TOKENS, PATCHES = 4, 512, 1024
+CONVERSATIONS, STEPS = 1200, 3
 WORDS = (
     "the",
     "red",
@@ -76,7 +76,7 @@ def write_corpus(folder: Path) -> Path:
     """Conversations of three kinds, and their pictures."""
     rng = np.random.default_rng(0)
     for number in range(24):
-        height, width = rng.integers(56, 170, 2)
+        height, width = rng.integers(56, 120, 2)
         pixels = rng.integers(0, 255, (height, width, 3)).astype(np.uint8)
         Image.fromarray(pixels).save(folder / f"{number}.png")
     records = []
