@@ -133,6 +133,8 @@ def main() -> None:
             kinds = make_pictures(folder)
         else:
             files = sorted(path for path in args.images.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg", ".png"))
+            if len(files) < BATCH:
+                raise SystemExit(f"{args.images}: {len(files)} JPEG and PNG files, expected at least {BATCH}")
             kinds = {f"the pictures of {args.images.name}": files[: len(files) // BATCH * BATCH]}
         processor = Processor.from_hf(folder)
         sides: dict[str, OurSide] = {}

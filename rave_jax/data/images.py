@@ -40,8 +40,9 @@ def image_size(source: Any, name: str = "") -> tuple[int, int]:
 def _to_rgb(image: Image.Image) -> Image.Image:
     if "A" in image.getbands() or image.info.get("transparency") is not None:
         image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        image = Image.alpha_composite(white, image)
+        if image.getchannel("A").getextrema() != (255, 255):  # charts are often saved with a channel that hides nothing
+            white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+            image = Image.alpha_composite(white, image)
     # `convert` copies a picture that is RGB already, which takes a tenth of the time of a large photo.
     return image if image.mode == "RGB" else image.convert("RGB")
 
