@@ -53,7 +53,7 @@ from rave_jax.training.session import Session, make_session
 
 ROWS, TOKENS, PATCHES = 4, 1024, 2048
 CONVERSATIONS, STEPS = 1200, 6
-WORDS = [
+WORDS = (
     "the",
     "red",
     "cat",
@@ -62,19 +62,14 @@ WORDS = [
     "small",
     "house",
     "by",
-    "the",
     "river",
     "and",
     "ran",
     "home",
     "over",
     "green",
-    "hills",
-    "before",
-    "rain",
-    "came",
-    "down",
-]
+    "hill",
+)
 
 
 def write_corpus(folder: Path) -> Path:
@@ -213,7 +208,7 @@ def planning(samples: int, processor: Any) -> list[dict[str, Any]]:
         data = str(Path(name) / "data.jsonl")
         index = SizeIndex([Sized(samples, data)], [None], processor)
         table = index._tables[0]
-        table.sizes[:] = np.minimum(visual + text, 4096), 4 * visual, 0, visual > 0
+        table.sizes[:] = np.stack([np.minimum(visual + text, 4096), 4 * visual, 0 * visual, visual > 0])
         table.status[:] = USABLE
         table._changed.update(range(len(table._blocks)))
         index.close()

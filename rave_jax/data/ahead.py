@@ -105,9 +105,10 @@ class _Failed:
     def __init__(self, error: BaseException):
         try:
             pickle.loads(pickle.dumps(error))
+            sound = isinstance(error, Exception)  # the others would end this process, or a thread, without a word
         except Exception:
-            error = RuntimeError(f"{type(error).__name__}: {error}")
-        self.error = error
+            sound = False
+        self.error = error if sound else RuntimeError(f"{type(error).__name__}: {error}")
 
 
 class _Caught(NamedTuple):

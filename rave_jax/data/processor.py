@@ -157,6 +157,8 @@ class Processor:
             self.chat.settings,
             type(self.rules).__qualname__,
             self.rules,
+            self.rules.video_template,
+            self.rules.video_placeholder,
             self.layout,
         )
         return hashlib.blake2b(repr(said).encode(errors="surrogatepass"), digest_size=16).hexdigest()

@@ -1,4 +1,4 @@
-"""What the heads of a model do on a calibration set: what SADS and VHR are calibrated by.
+"""What the heads of a model do on a calibration set: what SADS, VHR and the heads of RAVE are calibrated by.
 
 Samples are read in blocks of one shape, one document a row, so that each measurement is one compiled program.
 """
@@ -99,17 +99,29 @@ def head_stats(model: Vlm, processor: Processor, examples: Sequence[Example], me
         for span, batch in _blocks(processor, examples, mesh, rows):
             B = batch.tokens.shape[0]
             at, answer = np.zeros((B, width), np.int32), np.full((B, width), NOTHING, np.int32)
-            queries, asked = np.zeros((B, MOST_QUERIES), np.int32), np.zeros((B, MOST_QUERIES), bool)
-            for row, example in enumerate(examples[span]):
-                here, tokens = places[span.start + row]
+            for row, (here, tokens) in enumerate(places[span]):
                 at[row, : len(here)], answer[row, : len(tokens)] = here, tokens
-                text = _text_queries(example)
-                queries[row, : len(text)], asked[row, : len(text)] = text, True
-            arrays = jax.device_put((at, answer, queries, asked), batch_shardings(mesh, B).tokens)
+            arrays = jax.device_put((at, answer, *_queries(examples[span], B)), batch_shardings(mesh, B).tokens)
             peak, entropy, gradient, variance = map(np.asarray, _stats(model, batch, *arrays))
             some = slice(None, len(examples[span]))
             found.append([peak[:, some], entropy[:, some], hoyer(gradient[:, some]), variance[:, some]])
     return HeadStats(*(np.mean(np.concatenate(parts, axis=1), axis=1) for parts in zip(*found, strict=True)))
+
+
+def visual_mass(
+    model: Vlm, processor: Processor, examples: Sequence[Example], mesh: Mesh, rows: int
+) -> Float[NpArray, "L H"]:
+    """How much of its attention each head gives to visual tokens: the mean over text queries, and over samples.
+
+    Arguments and errors are those of `head_stats`.
+    """
+    found = []
+    with use_mesh(mesh):
+        for span, batch in _blocks(processor, examples, mesh, rows):
+            B = batch.tokens.shape[0]
+            arrays = jax.device_put(_queries(examples[span], B), batch_shardings(mesh, B).tokens)
+            found.append(np.asarray(_mass(model, batch, *arrays))[:, : len(examples[span])])
+    return np.mean(np.concatenate(found, axis=1), axis=1)
 
 
 def reinforced(
@@ -175,6 +187,16 @@ def _stats(
     return shard(peak, None, None, None), shard(entropy, None, None, None), shard(gradient, None, None, None), variance
 
 
+@jax.jit
+def _mass(model: Vlm, batch: Batch, queries: Int[Array, "B M"], asked: Bool[Array, "B M"]) -> Float[Array, "L B H"]:
+    """The mean over the asked queries of their attention to visual tokens."""
+    out = model.decoder(model.embedded(batch), batch.info, batch.positions, Want(queries=queries))
+    assert out.attention is not None
+    weights = asked / jnp.maximum(jnp.sum(asked, axis=1, keepdims=True), 1)
+    visual = (batch.info.kind == Kind.VISUAL).astype(jnp.float32)
+    return shard(jnp.einsum("BN,BS,LBNHS->LBH", weights, visual, out.attention), None, None, None)
+
+
 def _variance(keys: Float[Array, "L B T K h"], visual: Bool[Array, "B T"]) -> Float[Array, "L B"]:
     """Over visual tokens, the mean over kv heads and channels."""
     share = visual / jnp.maximum(jnp.sum(visual, axis=1, keepdims=True), 1)
@@ -190,6 +212,15 @@ def _reinforced(model: Vlm, batch: Batch, on: Bool[Array, "L"], alpha: float) ->
     gates = decoder(model.embedded(batch), batch.info, batch.positions, Want(gates=True)).gates
     assert gates is not None
     return shard(jnp.swapaxes(jnp.split(gates[:, :, 0], 2, axis=1)[0] != 1, 0, 1), None, None, None)
+
+
+def _queries(examples: Sequence[Example], rows: int) -> tuple[Int[NpArray, "B M"], Bool[NpArray, "B M"]]:
+    """Text queries of so many rows, and which of these places hold one."""
+    queries, asked = np.zeros((rows, MOST_QUERIES), np.int32), np.zeros((rows, MOST_QUERIES), bool)
+    for row, example in enumerate(examples):
+        text = _text_queries(example)
+        queries[row, : len(text)], asked[row, : len(text)] = text, True
+    return queries, asked
 
 
 def _text_queries(example: Example) -> Int[NpArray, "N"]:

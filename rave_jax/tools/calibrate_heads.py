@@ -1,4 +1,4 @@
-"""`rave-jax calibrate sads` and `vhr`: which heads to drop or to multiply, from what they do on a calibration set."""
+"""`rave-jax calibrate sads`, `vhr` and `rave`: which heads to change, from what they do on a calibration set."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import argparse
 
 import numpy as np
 
-from rave_jax.attention import Sads, Vhr
+from rave_jax.attention import Rave, Sads, Vhr
+from rave_jax.attention.calibrate import rave, vhr
 from rave_jax.attention.calibrate.sads import SadsSearch, Sparsified, sparsify
-from rave_jax.attention.calibrate.vhr import VhrSearch, configs_of
-from rave_jax.evaluation.heads import head_stats, reinforced, with_and_without, with_answer
+from rave_jax.evaluation.heads import head_stats, reinforced, visual_mass, with_and_without, with_answer
 from rave_jax.tools.calibrate import Subject
 from rave_jax.tools.flags import add_fields, given_fields
 
@@ -21,7 +21,12 @@ def add_sads_flags(parser: argparse.ArgumentParser) -> None:
 
 def add_vhr_flags(parser: argparse.ArgumentParser) -> None:
     """Which layers are reinforced."""
-    add_fields(parser, VhrSearch, "the search", notes={"first": "may be given several times; default: 1"})
+    add_fields(parser, vhr.VhrSearch, "the search", notes={"first": "may be given several times; default: 1"})
+
+
+def add_rave_flags(parser: argparse.ArgumentParser) -> None:
+    """How many heads get a gate."""
+    add_fields(parser, rave.RaveSearch, "the search")
 
 
 def calibrate_sads(arguments: argparse.Namespace) -> None:
@@ -44,7 +49,7 @@ def calibrate_vhr(arguments: argparse.Namespace) -> None:
     Raises:
         ConfigError: the flags, the model or the samples cannot be used, or the file cannot be written.
     """
-    search = VhrSearch(**given_fields(arguments, VhrSearch))
+    search = vhr.VhrSearch(**given_fields(arguments, vhr.VhrSearch))
     subject = Subject(arguments, Vhr, with_and_without)
     on = search.layers(subject.sizes[0])
     chosen = reinforced(
@@ -56,7 +61,24 @@ def calibrate_vhr(arguments: argparse.Namespace) -> None:
         f"{len(chosen):,} samples, {int(on.sum())} layers. More than half of the samples choose {np.sum(often > 0.5)} "
         f"heads; a head that any sample chooses is chosen by {agreed:.0%} of them."
     )
-    subject.write(configs_of(search, chosen))
+    subject.write(vhr.configs_of(search, chosen))
+
+
+def calibrate_rave(arguments: argparse.Namespace) -> None:
+    """Run the command: print what was found and write the mechanisms as JSON.
+
+    Raises:
+        ConfigError: the flags, the model or the samples cannot be used, or the file cannot be written.
+    """
+    search = rave.RaveSearch(**given_fields(arguments, rave.RaveSearch))
+    subject = Subject(arguments, Rave, with_answer)
+    mass = visual_mass(subject.model, subject.processor, subject.samples, subject.mesh, arguments.rows)
+    chosen = search.chosen(mass)
+    print(
+        f"{len(subject.samples):,} samples. {int(chosen.sum()):,} of {chosen.size:,} heads get a gate: text gives "
+        f"{mass[chosen].mean():.1%} of their attention to visual tokens, and {mass.mean():.1%} of that of all heads."
+    )
+    subject.write(rave.configs_of(chosen))
 
 
 def show(found: Sparsified, samples: int) -> None:

@@ -165,11 +165,12 @@ def _parser() -> argparse.ArgumentParser:
     generate.late = _generation_flags
 
     calibrate = commands.add_parser("calibrate", help="find settings of a mechanism by running a model")
-    kinds = calibrate.add_subparsers(dest="mechanism", required=True, metavar="zero-tuning|sads|vhr")
+    kinds = calibrate.add_subparsers(dest="mechanism", required=True, metavar="zero-tuning|sads|vhr|rave")
     for name, summary, late in (
         ("zero-tuning", "find heads and gamma of ZeroTuning", _calibration_flags),
         ("sads", "find the heads that SADS drops", _sads_flags),
         ("vhr", "find the heads that VHR multiplies", _vhr_flags),
+        ("rave", "choose the heads that get a RAVE gate", _rave_flags),
     ):
         search = kinds.add_parser(name, help=summary)
         _add_calibration(search)
@@ -234,6 +235,12 @@ def _vhr_flags(parser: argparse.ArgumentParser) -> None:
     from rave_jax.tools.calibrate_heads import add_vhr_flags
 
     add_vhr_flags(parser)
+
+
+def _rave_flags(parser: argparse.ArgumentParser) -> None:
+    from rave_jax.tools.calibrate_heads import add_rave_flags
+
+    add_rave_flags(parser)
 
 
 def _data_flags(parser: argparse.ArgumentParser) -> None:
@@ -340,8 +347,13 @@ def _run(arguments: argparse.Namespace) -> int:
         case "calibrate":
             from rave_jax.tools import calibrate, calibrate_heads
 
-            searches = {"sads": calibrate_heads.calibrate_sads, "vhr": calibrate_heads.calibrate_vhr}
-            searches.get(arguments.mechanism, calibrate.calibrate)(arguments)
+            searches = {
+                "zero-tuning": calibrate.calibrate,
+                "sads": calibrate_heads.calibrate_sads,
+                "vhr": calibrate_heads.calibrate_vhr,
+                "rave": calibrate_heads.calibrate_rave,
+            }
+            searches[arguments.mechanism](arguments)
         case "data":
             from rave_jax.tools.data import look_at_data
 

@@ -29,6 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from rave_jax.attention.calibrate.mixture import valley
+from rave_jax.attention.calibrate.tables import heads_and_layers
 from rave_jax.attention.sads import Sads
 from rave_jax.config import ConfigError, check_fields, require
 from rave_jax.typing import Array, Bool, Float, NpArray
@@ -88,11 +89,7 @@ class Sparsified(NamedTuple):
     @property
     def configs(self) -> tuple[Sads, ...]:
         """The mechanisms to put into a model's config, one for all layers that drop the same heads."""
-        layers_of: dict[tuple[int, ...], list[int]] = {}
-        for layer, row in enumerate(self.dropped):
-            if row.any():
-                layers_of.setdefault(tuple(int(n) for n in np.flatnonzero(row)), []).append(layer)
-        return tuple(Sads(heads, layers=tuple(layers)) for heads, layers in layers_of.items())
+        return tuple(Sads(heads, layers=layers) for heads, layers in heads_and_layers(self.dropped))
 
 
 def sparsify(search: SadsSearch, stats: HeadStats, kv_heads: int) -> Sparsified:

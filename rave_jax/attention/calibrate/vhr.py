@@ -27,6 +27,7 @@ import numpy as np
 from flax import nnx
 
 from rave_jax.attention.base import Features, Mechanism
+from rave_jax.attention.calibrate.tables import heads_and_layers
 from rave_jax.attention.calibrate.traced import Stack, with_mechanism
 from rave_jax.attention.scores import pick
 from rave_jax.attention.vhr import Vhr
@@ -101,9 +102,5 @@ def reinforcing[S: Stack](decoder: S, alpha: float, on: Bool[Array, "L"]) -> S:
 
 def configs_of(search: VhrSearch, chosen: Bool[NpArray, "N L H"]) -> tuple[Vhr, ...]:
     """The heads that more than half of the samples choose, as mechanisms: one for all layers with equal heads."""
-    layers_of: dict[tuple[int, ...], list[int]] = {}
     often: Any = np.mean(chosen, axis=0) > 0.5
-    for layer, row in enumerate(often):
-        if row.any():
-            layers_of.setdefault(tuple(int(n) for n in np.flatnonzero(row)), []).append(layer)
-    return tuple(Vhr(heads, search.alpha, tuple(layers)) for heads, layers in layers_of.items())
+    return tuple(Vhr(heads, search.alpha, layers) for heads, layers in heads_and_layers(often))
