@@ -20,6 +20,7 @@ from rave_jax.attention import (
     Croc,
     Decomposed,
     Gaze,
+    LogN,
     MechanismConfig,
     Mma,
     Moh,
@@ -49,7 +50,7 @@ MASKS = (
     (Croc(rule="prefix"), ZERO(), Sads(heads=(1,))),
     (Decomposed(), ZERO(route="after"), Moh("learned", balance=0.5)),
     (Decomposed(rope="kept"), SlidingWindow(9), Mma(), SINKS),
-    (TextPositions(), ZERO(route="merge"), Avar()),
+    (TextPositions(), ZERO(route="merge"), Avar(), LogN(length=5)),
     (Cca(), ZERO(route="channel"), Rave(rank=2, form="centered_sigmoid", queries="text")),
 )
 """The mechanisms of each layer that attends."""
