@@ -38,17 +38,20 @@ READS = 2000
 MOST_MB = 1024
 
 
-def record(number: int) -> dict[str, object]:
-    """A question of about 300 bytes; no two are the same."""
-    words = " ".join(f"{(number * 2654435761 + n * 40503) % 99991:05}" for n in range(36))
-    return {"id": f"q{number}", "question": f"What follows {words}?", "answer": str(number)}
+WORDS = " ".join(f"{n * 40503 % 99991:05}" for n in range(99991))
+
+
+def text(number: int) -> str:
+    """A question of about 230 bytes."""
+    first = number * 7919 % (len(WORDS) - 220)
+    return f"What follows {WORDS[first : first + 210]}?"
 
 
 def write_lines(path: Path, first: int, count: int) -> None:
     """Append records to a JSON Lines file."""
-    with path.open("a") as file:
-        for number in range(first, first + count):
-            file.write(json.dumps(record(number)) + "\n")
+    with path.open("a", buffering=2**20) as file:
+        for n in range(first, first + count):
+            file.write(f'{{"id": "q{n}", "question": "{text(n)}", "answer": "{n}"}}\n')
 
 
 def write_parquet(folder: Path, count: int) -> None:
@@ -58,7 +61,9 @@ def write_parquet(folder: Path, count: int) -> None:
     for shard in range(SHARDS):
         writer = None
         for first in range(shard * each, (shard + 1) * each, GROUP):
-            table = pa.Table.from_pylist([record(n) for n in range(first, min(first + GROUP, (shard + 1) * each))])
+            numbers = range(first, min(first + GROUP, (shard + 1) * each))
+            names = [str(n) for n in numbers]
+            table = pa.table({"id": names, "question": [text(n) for n in numbers], "answer": names})
             writer = writer or pq.ParquetWriter(folder / f"{shard:02}.parquet", table.schema)
             writer.write_table(table)
         if writer:

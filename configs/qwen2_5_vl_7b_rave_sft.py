@@ -7,6 +7,7 @@ at zero, so the first step computes exactly the released model, and learns at fi
 
 from rave_jax.attention import Rave
 from rave_jax.data.config import DataConfig
+from rave_jax.data.packing.config import Packing
 from rave_jax.data.sources import LlavaJson
 from rave_jax.models.config import ModelOptions
 from rave_jax.parallel.mesh import MeshConfig
@@ -16,7 +17,7 @@ from rave_jax.training.optimizers import OptimizerConfig, ParameterGroup
 
 
 def get_config() -> TrainConfig:
-    """One row is one conversation of at most 4,096 tokens with pictures of at most 1,024 visual tokens."""
+    """A row is packed with conversations, at most 4,096 tokens with pictures of at most 1,024 visual tokens each."""
     return TrainConfig(
         output_dir="runs/qwen2_5_vl_7b_rave_sft",
         init=FromHF("checkpoints/Qwen2.5-VL-7B-Instruct"),
@@ -26,6 +27,7 @@ def get_config() -> TrainConfig:
             rows=128,
             tokens=4096,
             patches=8192,
+            packing=Packing(long="cut"),
             max_pixels=1024 * 28 * 28,
             workers=8,
             prefetch=4,

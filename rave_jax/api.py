@@ -27,7 +27,8 @@ from rave_jax.tools import source
 GREEDY, ONE = Sampling(), SlotConfig(slots=1)
 DTYPES = ("float32", "bfloat16")
 Conversation = str | Sequence[Message]
-"""Messages in HF chat format, or the text of a single question. Pictures are paths, bytes, arrays or PIL images."""
+"""Messages in HF chat format, or the text of a single question. Pictures are paths, bytes, arrays or PIL images; videos
+are files or lists of pictures."""
 
 
 @dataclass(frozen=True)

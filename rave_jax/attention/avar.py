@@ -20,8 +20,9 @@ mechanisms of the layer, and layers that do not use it do not count. At inferenc
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -60,6 +61,11 @@ class Avar(MechanismConfig):
             require(0 <= getattr(self, name) <= 1e6, name, getattr(self, name), "a number from 0 to 1e6")
         # At least what float32 holds.
         require(1e-37 <= self.eps <= 1, "eps", self.eps, "a small positive number, from 1e-37 to 1")
+
+    @classmethod
+    def from_older(cls, data: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The JSON of one as it is written, from one without rows, which were those of the answers."""
+        return {"rows": "response", **data}
 
     def build(self, dims: AttentionDims, key: jax.Array) -> AvarLosses:
         """The mechanism of one layer."""

@@ -71,12 +71,14 @@ class OtherQuery(NamedTuple):
 
 class Score(NamedTuple):
     """What a mechanism changes of the scores before the softmax. Key biases (float32, finite) and channels of several
-    mechanisms add up; the pair term and the other query have one owner each."""
+    mechanisms add up, and scales, which <q, k> of a query is multiplied by before they are added, multiply; the pair
+    term and the other query have one owner each."""
 
     pair: tuple[PairBias, PairForm] | None = None
     key_bias: Float[Array, "B S H"] | None = None
     channels: Channels | None = None
     query: OtherQuery | None = None
+    scale: Float[Array, "B T"] | None = None
 
 
 class KeyFactor(NamedTuple):
@@ -113,7 +115,7 @@ class Mechanism(nnx.Module):
 
     OWNS: ClassVar[tuple[Owned, ...]] = ()
     """What no other mechanism of the layer may own."""
-    NEEDS: ClassVar[tuple[Owned, ...]] = ()
+    NEEDS: tuple[Owned, ...] = ()
     """What no other mechanism of the layer may own, although this one does not change it."""
     WANTS: tuple[Owned, ...] = ()
     """What another mechanism of the layer has to own."""

@@ -38,7 +38,7 @@ def scores_of(
 ) -> Scores:
     """The scores with what every mechanism adds to them; at most one gives a pair term, and one a query
     (`check_owners`)."""
-    pair, form, query, key_bias, channels = None, PairForm(), None, None, []
+    pair, form, query, key_bias, row, channels = None, PairForm(), None, None, None, []
     q, k, scale = x.q, keys.k, x.q.shape[-1] ** -0.5
     for mechanism, remembered in zip(mechanisms, keys.remembered, strict=True):
         added = mechanism.score(x, remembered, info_q, info_k)
@@ -59,6 +59,10 @@ def scores_of(
         if added.query is not None:
             query = added.query
             q, k = _doubled(q, k, query)
+        if added.scale is not None:
+            row = added.scale if row is None else row * added.scale
+    if row is not None:
+        q = (q.astype(jnp.float32) * row[..., None, None]).astype(q.dtype)
     for columns in channels:
         q, k = _widened(q, k, columns, scale)
     return Scores(q, k, codes, Terms(pair, key_bias), form, scale)

@@ -6,6 +6,7 @@ saved nowhere. Whatever the number of threads and processes, the same rows come 
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import pickle
@@ -14,6 +15,8 @@ import signal
 import threading
 from collections.abc import Callable, Generator, Sequence
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from rave_jax.data.pipeline import Rows
 
@@ -79,6 +82,9 @@ def rows_ahead(load: Load, steps: range, spans: Sequence[range], ahead: Ahead = 
             yield [_next(iterator, processes) for _ in spans]
     finally:
         iterator.close()
+        if processes:
+            del iterator
+            gc.collect()  # cycles of grain's hold the last rows, and so shared memory that is to be given back
 
 
 class _Loads(NamedTuple):
@@ -99,9 +105,10 @@ class _Failed:
     def __init__(self, error: BaseException):
         try:
             pickle.loads(pickle.dumps(error))
+            sound = isinstance(error, Exception)  # the others would end this process, or a thread, without a word
         except Exception:
-            error = RuntimeError(f"{type(error).__name__}: {error}")
-        self.error = error
+            sound = False
+        self.error = error if sound else RuntimeError(f"{type(error).__name__}: {error}")
 
 
 class _Caught(NamedTuple):
@@ -125,7 +132,16 @@ def _next(iterator: Any, processes: int) -> Rows:
         raise ChildProcessError(_died(error, processes)) from error
     if isinstance(rows, _Failed):
         raise rows.error
-    return rows
+    return _copied(rows)
+
+
+def _copied(tree: Any) -> Any:
+    """The arrays of a tree in memory of this process, so that shared memory is free for the next."""
+    if isinstance(tree, np.ndarray):
+        return np.array(tree)
+    if isinstance(tree, tuple) and hasattr(tree, "_make"):
+        return tree._make(map(_copied, tree))
+    return tree
 
 
 def _died(error: Exception, processes: int) -> str:

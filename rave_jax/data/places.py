@@ -160,8 +160,11 @@ class _Remote(File):
             raise NotAFile(LFS_ADVICE, str(url))
 
     def read(self, start: int, length: int) -> bytes:
+        stop = min(start + length, self.size)
+        if start >= stop:
+            return b""  # of no bytes a bucket would give all
         with _OsErrors(str(self.place)):
-            return self._system.cat_file(str(self.place), start, min(start + length, self.size))
+            return self._system.cat_file(str(self.place), start, stop)
 
 
 def _mark(facts: dict[str, Any]) -> str:

@@ -41,6 +41,10 @@ from rave_jax.typing import NpArray
 
 MOST_BYTES = 2**22
 """Of a conversation's text: about a million tokens, more than models read."""
+MOST_TOKENS = 2**20
+"""Of a conversation's videos, where the caller sets no budget."""
+MOST_PATCHES = 2**24
+"""Of a video. Its header may claim any number of frames, and tokens are counted by making them."""
 SHRINKING = 4
 """Characters that a tokenizer's normaliser may make one of, as NFC does with a letter and its accents."""
 TOKENIZER_FILES = ("*token*", "vocab*", "merges*", "*.jinja", "*.model", "*config.json")
@@ -153,6 +157,8 @@ class Processor:
             self.chat.settings,
             type(self.rules).__qualname__,
             self.rules,
+            self.rules.video_template,
+            self.rules.video_placeholder,
             self.layout,
         )
         return hashlib.blake2b(repr(said).encode(errors="surrogatepass"), digest_size=16).hexdigest()
@@ -202,6 +208,7 @@ class Processor:
 
         Raises:
             ImageError: no picture, or a video without frames.
+            OverBudget: a video with more patches than any row holds.
         """
         pieces, patches = self._measured(part, self.rules.among(pictures))
         return self._count(pieces), patches
@@ -235,7 +242,10 @@ class Processor:
             grid, frames = video_grid(part["video"], part.get("fps"), rules, name)
         else:
             grid, frames = image_grid(part["image"], rules, name), None
-        return self._pieces(kind, grid, frames), self.rules.count_patches(grid)
+        patches = self.rules.count_patches(grid)
+        if patches > MOST_PATCHES:
+            raise OverBudget(f"{name or kind}: {patches} patches, expected at most {MOST_PATCHES}", 0, patches)
+        return self._pieces(kind, grid, frames), patches
 
     def _count(self, pieces: Sequence[Piece]) -> int:
         grids = (piece.grid for piece in pieces if piece.grid is not None)
@@ -293,12 +303,12 @@ class Processor:
         """Characters of the longest token of the vocabulary. Where tokens are written in bytes, these are no fewer."""
         return max(map(len, self.tokenizer.get_vocab()))
 
-    def _check_videos(self, parts: Sequence[Message], most_tokens: int) -> None:
+    def _check_videos(self, parts: Sequence[Message], most_tokens: int | None) -> None:
         """A long video is refused before it is decoded."""
         pictures = count_pictures(parts)
         needs = [self.need(part, pictures) for part in parts if part["type"] == "video"]
         tokens, patches = (sum(need[i] for need in needs) for i in (0, 1))
-        if tokens > most_tokens:
+        if tokens > (most_tokens := MOST_TOKENS if most_tokens is None else most_tokens):
             whose = "the video takes" if len(needs) == 1 else f"the {len(needs)} videos take"
             raise OverBudget(f"{whose} {tokens} tokens, over the budget of {most_tokens} tokens", tokens, patches)
 
@@ -306,8 +316,7 @@ class Processor:
         self, messages: Sequence[Message], add_generation_prompt: bool, most_tokens: int | None = None
     ) -> Example:
         runs, parts, places = self._prepared(messages, add_generation_prompt)
-        if most_tokens is not None:
-            self._check_videos(parts, most_tokens)
+        self._check_videos(parts, most_tokens)
         rules = self.rules.among(count_pictures(parts))
         cuts, pieces = [], []
         for part in parts:

@@ -8,7 +8,9 @@ header has no number of frames, as in Matroska and WebM, the packets of the file
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
+import os
 from collections.abc import Generator, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -83,6 +85,29 @@ def read_header(source: Any, name: str = "") -> VideoHeader:
         VideoError: no video that can be read, one without frames, or a header that claims what cannot be.
         ConfigError: PyAV is not installed.
     """
+    known = _stamp(source)
+    return _read_header(source, name) if known is None else _kept_header(known, name)
+
+
+def _stamp(source: Any) -> tuple[str, int, int] | None:
+    """A local file and its state; None for what is none."""
+    if isinstance(source, bytes):
+        return None
+    try:
+        path = os.fsdecode(source).removeprefix("file://")
+        stat = os.stat(path)
+    except (TypeError, ValueError, OSError):
+        return None
+    return path, stat.st_mtime_ns, stat.st_size
+
+
+@functools.lru_cache(maxsize=256)
+def _kept_header(stamp: tuple[str, int, int], name: str) -> VideoHeader:
+    """A video is asked for its header several times on its way into a row."""
+    return _read_header(stamp[0], name)
+
+
+def _read_header(source: Any, name: str) -> VideoHeader:
     with _opened(source, name) as (container, stream):
         frames, rate = int(stream.frames), stream.average_rate
         fps = float(rate) if rate else None
@@ -152,6 +177,8 @@ def _opened(source: Any, name: str) -> Generator[tuple[Any, Any]]:
                 if not streams:
                     what = ", ".join(sorted({stream.type for stream in container.streams})) or "nothing"
                     raise VideoError(f"no video in it, only {what}")
+                if streams[0].codec_context is None:
+                    raise VideoError("its video is of a format that cannot be decoded here")
                 streams[0].codec_context.options = {"max_pixels": str(MOST_PIXELS)}
                 yield container, streams[0]
     except (ImageError, av.error.FFmpegError, OSError, ValueError) as error:
@@ -190,7 +217,9 @@ def _upright(image: Image.Image, frame: Any) -> Image.Image:
     a, b, _, c, d, *_ = (int(n) for n in np.frombuffer(bytes(matrix), np.int32))
     signs = (_sign(a), _sign(b), _sign(c), _sign(d))
     if signs not in TURNS:
-        raise VideoError(f"its frames are turned by {frame.rotation} degrees, expected a multiple of 90")
+        raise VideoError(
+            f"its frames are to be turned by {frame.rotation} degrees or stretched, expected quarter turns"
+        )
     turn = TURNS[signs]
     return image if turn is None else image.transpose(turn)
 

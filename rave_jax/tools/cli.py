@@ -165,22 +165,16 @@ def _parser() -> argparse.ArgumentParser:
     generate.late = _generation_flags
 
     calibrate = commands.add_parser("calibrate", help="find settings of a mechanism by running a model")
-    kinds = calibrate.add_subparsers(dest="mechanism", required=True, metavar="zero-tuning")
-    zero = kinds.add_parser("zero-tuning", help="find heads and gamma of ZeroTuning")
-    zero.add_argument("model", type=Path, help="HuggingFace directory, native checkpoint or run directory")
-    zero.add_argument("out", type=Path, help="JSON to write: a list for `mechanisms` of a model's options")
-    zero.add_argument(
-        "--data",
-        type=Path,
-        metavar="FILE",
-        help="JSON Lines with question, answers and image (default: held-out synthetic pictures)",
-    )
-    zero.add_argument("--samples", type=_count, default=200, help="number of samples, from the first on (default: 200)")
-    zero.add_argument("--rows", type=_count, default=16, help="samples run at once (default: 16)")
-    zero.add_argument(
-        "--dtype", choices=DTYPES, help="number type to compute in (default: that of the model's options)"
-    )
-    zero.late = _calibration_flags
+    kinds = calibrate.add_subparsers(dest="mechanism", required=True, metavar="zero-tuning|sads|vhr|rave")
+    for name, summary, late in (
+        ("zero-tuning", "find heads and gamma of ZeroTuning", _calibration_flags),
+        ("sads", "find the heads that SADS drops", _sads_flags),
+        ("vhr", "find the heads that VHR multiplies", _vhr_flags),
+        ("rave", "choose the heads that get a RAVE gate", _rave_flags),
+    ):
+        search = kinds.add_parser(name, help=summary)
+        _add_calibration(search)
+        search.late = late
 
     data = commands.add_parser(
         "data",
@@ -189,6 +183,25 @@ def _parser() -> argparse.ArgumentParser:
     data.add_argument("words", nargs=argparse.REMAINDER, metavar="CONFIG [--field.name value ...]")
     data.late = _data_flags
     return parser
+
+
+def _add_calibration(parser: argparse.ArgumentParser) -> None:
+    """What every search takes."""
+    parser.add_argument("model", type=Path, help="HuggingFace directory, native checkpoint or run directory")
+    parser.add_argument("out", type=Path, help="JSON to write: a list for `mechanisms` of a model's options")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        metavar="FILE",
+        help="JSON Lines with question, answers and image (default: held-out synthetic pictures)",
+    )
+    parser.add_argument(
+        "--samples", type=_count, default=200, help="number of samples, from the first on (default: 200)"
+    )
+    parser.add_argument("--rows", type=_count, default=16, help="samples run at once (default: 16)")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="number type to compute in (default: that of the model's options)"
+    )
 
 
 def _add_special_tokens(parser: argparse.ArgumentParser) -> None:
@@ -210,6 +223,24 @@ def _calibration_flags(parser: argparse.ArgumentParser) -> None:
     from rave_jax.tools.calibrate import add_flags
 
     add_flags(parser)
+
+
+def _sads_flags(parser: argparse.ArgumentParser) -> None:
+    from rave_jax.tools.calibrate_heads import add_sads_flags
+
+    add_sads_flags(parser)
+
+
+def _vhr_flags(parser: argparse.ArgumentParser) -> None:
+    from rave_jax.tools.calibrate_heads import add_vhr_flags
+
+    add_vhr_flags(parser)
+
+
+def _rave_flags(parser: argparse.ArgumentParser) -> None:
+    from rave_jax.tools.calibrate_heads import add_rave_flags
+
+    add_rave_flags(parser)
 
 
 def _data_flags(parser: argparse.ArgumentParser) -> None:
@@ -314,9 +345,15 @@ def _run(arguments: argparse.Namespace) -> int:
 
             return generate(arguments)
         case "calibrate":
-            from rave_jax.tools.calibrate import calibrate
+            from rave_jax.tools import calibrate, calibrate_heads
 
-            calibrate(arguments)
+            searches = {
+                "zero-tuning": calibrate.calibrate,
+                "sads": calibrate_heads.calibrate_sads,
+                "vhr": calibrate_heads.calibrate_vhr,
+                "rave": calibrate_heads.calibrate_rave,
+            }
+            searches[arguments.mechanism](arguments)
         case "data":
             from rave_jax.tools.data import look_at_data
 

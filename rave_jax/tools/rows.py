@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 from rave_jax.config import ConfigError
@@ -28,17 +29,17 @@ def show_rows(config: DataConfig, processor: Processor, count: int, step: int, p
         ConfigError: the page cannot be written, or rows cannot be made.
     """
     _check_writable(path)
-    pipeline = Pipeline(config, processor)
     spelling, rows, skips = Spelling(processor.tokenizer), list[PackedRow](), list[Skip]()
-    while len(rows) < count:
-        at = step if not rows else rows[-1].step + 1
-        stop = min(pipeline.shape(at).rows, count - len(rows))
-        try:
-            loaded = pipeline.load(at, 0, stop)
-        except SampleError as error:
-            raise ConfigError(str(error)) from error
-        rows += packed_rows(loaded.batch, processor.rules.config, spelling, at)
-        skips += loaded.skips
+    with contextlib.closing(Pipeline(config, processor)) as pipeline:
+        while len(rows) < count:
+            at = step if not rows else rows[-1].step + 1
+            stop = min(pipeline.shape(at).rows, count - len(rows))
+            try:
+                loaded = pipeline.load(at, 0, stop)
+            except SampleError as error:
+                raise ConfigError(str(error)) from error
+            rows += packed_rows(loaded.batch, processor.rules.config, spelling, at)
+            skips += loaded.skips
     title = f"Rows of step {step}" if rows[-1].step == step else f"Rows of steps {step} to {rows[-1].step}"
     lines = list(dict.fromkeys(f"{skip.source}[{skip.index}] ({skip.reason}): {skip.message}" for skip in skips))
     _write(path, page(rows, title, lines))

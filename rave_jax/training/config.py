@@ -129,6 +129,8 @@ def differences(old: TrainConfig, new: TrainConfig) -> list[str]:
     before, after = (configs.without_folders(configs.to_json(config)) for config in (old, new))
     for config in (before, after):
         config["data"] = {name: value for name, value in config["data"].items() if name not in OPERATIONAL_DATA}
+        if config["data"]["packing"] is not None:
+            del config["data"]["packing"]["workers"]
     names = [f.name for f in dataclasses.fields(TrainConfig) if f.name not in OPERATIONAL | {"steps"}]
     return [line for name in names for line in _differences(name, before[name], after[name])]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 from rave_jax import attention as at
+from rave_jax import config as machinery
 from rave_jax.batch import TokenInfo
 from rave_jax.config import ConfigError
 from tests.attention.packed import DIMS, KEY, ROWS, attend, dense_map, features, info_of
@@ -139,6 +141,14 @@ def test_it_costs_nothing_where_no_loss_is_asked() -> None:
         return str(jax.make_jaxpr(lambda x: attend(x, info, mechanisms, losses=losses).out)(x))
 
     assert program(mechanism, False) == program([], False) == program([], True) != program(mechanism, True)
+
+
+def test_a_saved_config_without_rows_keeps_those_of_the_answers() -> None:
+    saved = machinery.to_json(dataclasses.replace(CONFIG, layers=(1,)))
+    assert machinery.loads(at.Avar, json.dumps(saved)).rows == "response"
+    del saved["rows"]
+    assert machinery.loads(at.Avar, json.dumps(saved)) == dataclasses.replace(CONFIG, layers=(1,))
+    assert machinery.loads(at.Avar, machinery.dumps(at.Avar())) == at.Avar()
 
 
 def test_bad_configs_name_the_field() -> None:

@@ -247,6 +247,19 @@ def test_without_pictures_or_regions_it_is_plain_attention() -> None:
         np.testing.assert_array_equal(hidden(a_model(gaze()), found), hidden(a_model(), found))
 
 
+@pytest.mark.slow
+def test_regions_are_ranked_without_rope_where_text_meets_them_without() -> None:
+    """Beside Decomposed: all regions are its dense model, and few are those with the largest <q0, mean k0>."""
+    given, keys = rows(), {"descriptor_keys": "pre_rope"}
+    dense = np.asarray(hidden(a_model(Decomposed()), given))
+    np.testing.assert_allclose(hidden(a_model(gaze(top_k=16, **keys), Decomposed()), given), dense, atol=2e-5)
+    few = a_model(gaze(top_k=1, **keys), Decomposed())
+    assert np.abs(np.asarray(hidden(few, given)) - dense).max() > 1e-2
+    # In the first layer queries and keys before RoPE are those of a model whose layers all have it.
+    plain = a_model(gaze(top_k=1, **keys))
+    np.testing.assert_array_equal(chosen_of(few, given)[0], chosen_of(plain, given)[0])
+
+
 @pytest.mark.parametrize(("keys", "same"), [("pre_rope", True), ("post_rope", False)])
 def test_keys_before_rotary_positions_rank_alike_wherever_a_picture_stands(keys, same: bool) -> None:
     """In the first layer, whose keys know nothing else of positions."""
@@ -405,6 +418,7 @@ def test_wrong_settings_and_company_are_refused() -> None:
         a_model(gaze(), ZeroTuning(2.0, route="after"))
     with pytest.raises(ConfigError, match="Gaze cannot share a layer with Decomposed, which lets other queries"):
         a_model(gaze(), Decomposed())
+    a_model(gaze(descriptor_keys="pre_rope"), Decomposed())
     with pytest.raises(
         ConfigError,
         match="'pallas_tpu', which cannot serve Gaze: it has share 'head', and the kernels",

@@ -59,7 +59,10 @@ def learned(weights: dict[str, Any], hidden: Any, shared: int, active: int) -> A
     return jnp.concatenate([first * both[..., :1], rest * both[..., 1:]], axis=-1)
 
 
-@pytest.mark.parametrize("counts", [(2, 1), (1, 2), (0, 3)], ids=str)
+COUNTS = [(2, 1), pytest.param((1, 2), marks=pytest.mark.slow), pytest.param((0, 3), marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("counts", COUNTS, ids=str)
 def test_the_learned_router_is_the_stated_formula_with_its_gradients(counts: tuple[int, int]) -> None:
     x, info, (shared, active) = features(), info_of(*ROWS), counts
     ct = np.random.default_rng(1).normal(size=(*x.q.shape[:2], 4))

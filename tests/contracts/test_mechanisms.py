@@ -30,6 +30,8 @@ BY_NAME: dict[str, set[str]] = {
     "models/config.py": {"SlidingWindow"},
     # What a search of ZeroTuning's gammas starts from and returns.
     "tools/calibrate.py": {"ZeroTuning"},
+    # Which heads are dropped, multiplied, or get a gate.
+    "tools/calibrate_heads.py": {"Rave", "Sads", "Vhr"},
 }
 """Files outside of attention/ that are about one mechanism."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rave_jax.data.ahead import Ahead, rows_ahead
+from rave_jax.data.ahead import Ahead, _Failed, rows_ahead
 from rave_jax.data.sample import OverBudget
 from tests.data.loads import Loads
 
@@ -46,6 +47,7 @@ def test_processes_give_the_same_rows_and_what_loading_raises() -> None:
     with pytest.raises(OverBudget, match="step 5 is over budget") as raised:
         for parts in loaded:
             for rows in parts:
+                assert type(rows.batch.tokens) is np.ndarray
                 found.append(int(rows.batch.tokens[0, 0]))
                 process, backend = rows.skips[0].message.split()
                 assert int(process) != here
@@ -63,6 +65,31 @@ def test_a_process_that_is_killed_ends_the_run_with_one_line() -> None:
         list(loaded)
 
 
+@pytest.mark.parametrize("error", [OverBudget("too long", 7, 9), OSError(2, "gone", "a.jpg")])
+def test_errors_come_back_as_they_were(error: Exception) -> None:
+    back = pickle.loads(pickle.dumps(_Failed(error))).error
+    assert (type(back), str(back)) == (type(error), str(error))
+
+
+class Panic(BaseException):
+    """As a library in Rust raises it."""
+
+
+class Held(Exception):
+    """Which cannot be pickled."""
+
+    def __init__(self) -> None:
+        super().__init__("held")
+        self.lock = threading.Lock()
+
+
+@pytest.mark.parametrize(("error", "says"), [(Panic("at 7"), "Panic: at 7"), (SystemExit(0), "SystemExit: 0")])
+def test_errors_that_would_end_the_run_without_a_word_are_said(error: BaseException, says: str) -> None:
+    for each, said in ((error, says), (Held(), "Held: held")):
+        back = pickle.loads(pickle.dumps(_Failed(each))).error
+        assert (type(back), str(back)) == (RuntimeError, said)
+
+
 def test_what_cannot_be_sent_to_a_process_is_named() -> None:
     held = threading.Lock()
 
@@ -77,7 +104,7 @@ def test_what_cannot_be_sent_to_a_process_is_named() -> None:
 
 ALONE = """
 import sys
-from rave_jax.data.ahead import Ahead, rows_ahead
+from rave_jax.data.ahead import Ahead, _Failed, rows_ahead
 from tests.data.loads import Loads
 if __name__ == "__main__":
     loaded = rows_ahead(Loads(), range(10**6), (range(2),), Ahead(2, processes=2))

@@ -158,3 +158,18 @@ def test_too_thin_a_picture_names_its_file(tmp_path: Path) -> None:
 def test_too_thin_a_size_is_not_counted(processor: Processor) -> None:
     with pytest.raises(ImageError, match=r"^1000 x 2 pixels: the sides must be within a factor of 200"):
         processor.count_tokens(2, 1000)
+
+
+def test_a_channel_that_hides_nothing_changes_nothing() -> None:
+    """Laying such a picture over white is left out; it would give its own pixels."""
+    pixels = np.dstack([noise(40, 50), np.full((40, 50), 255, np.uint8)])
+    laid = Image.alpha_composite(Image.new("RGBA", (50, 40), (255, 255, 255, 255)), Image.fromarray(pixels))
+    np.testing.assert_array_equal(np.asarray(read_image(pixels)), np.asarray(laid)[..., :3])
+    pixels[0, 0, 3] = 0
+    np.testing.assert_array_equal(np.asarray(read_image(pixels))[0, 0], (255, 255, 255))
+
+
+def test_a_picture_in_memory_is_not_handed_on_itself() -> None:
+    given = Image.fromarray(noise(4, 4))
+    read_image(given).putpixel((0, 0), (1, 2, 3))
+    np.testing.assert_array_equal(np.asarray(given), noise(4, 4))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import pickle
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from rave_jax import config as configs
 from rave_jax.batch import Batch
 from rave_jax.config import ConfigError
 from rave_jax.data.config import DataConfig, Stage
+from rave_jax.data.packing.config import Packing
 from rave_jax.data.pipeline import Pipeline
 from rave_jax.data.processor import Processor
 from rave_jax.data.sample import EmptyAnswer, ImageError, OverBudget, SampleError
@@ -124,6 +126,20 @@ def test_threads_may_load_ahead_and_what_is_not_used_is_not_counted(qa_folder: P
         assert ahead.skipped != plain.skipped or not rows.skips
         ahead.count(rows)
         assert ahead.state(step + 1) == plain.state(step + 1)
+
+
+@pytest.mark.parametrize("packing", [None, Packing(lookahead=2)])
+def test_it_can_be_sent_to_a_process_that_loads(qa_folder: Path, processor: Processor, packing: Packing | None) -> None:
+    """Which gets what was planned, but neither what was counted nor what is kept of samples."""
+    sources = (QaJsonl(str(qa_folder / "qa.jsonl")), Synthetic(length=20))
+    config = data(qa_folder, sources=sources, packing=packing, tokens=400, patches=144, max_pixels=48 * 48)
+    first = Pipeline(config, Processor(processor.tokenizer, _limited(processor, config), processor.chat._template))
+    expected = [first.rows(step, 0, 6) for step in range(4)]
+    second = pickle.loads(pickle.dumps(first))
+    assert sum(first.skipped.values()) > 0
+    assert not second.skip_log.summary()
+    for step in (3, 1):
+        assert_same(second.load(step, 0, 6).batch, expected[step])
 
 
 def test_state_is_json_and_restores(qa_folder: Path, processor: Processor) -> None:

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import base64
 import importlib
-import tracemalloc
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
+from PIL import Image
 from transformers.video_utils import load_video
 
 from rave_jax.config import ConfigError
 from rave_jax.data.processor import Processor
 from rave_jax.data.sample import ImageError, OverBudget, VideoError
 from rave_jax.data.survey import measure
-from rave_jax.data.video import cut_video, grey_frames, video_grid
+from rave_jax.data.video import cut_video, grey_frames
 from rave_jax.data.video_file import TURNS, decoded, read_header
+from rave_jax.families.shared.grids import pictures
 from tests.data.films import film, shown, sound
 
 
@@ -65,7 +68,7 @@ def test_frames_stand_upright(matrix: tuple[int, int, int, int], tmp_path: Path)
 
 def test_a_turn_that_is_no_quarter(tmp_path: Path) -> None:
     path = film(tmp_path / "a.mp4", 3, matrix=(1, 1, -1, 1))
-    with pytest.raises(VideoError, match=r"a\.mp4: its frames are turned by .*, expected a multiple of 90"):
+    with pytest.raises(VideoError, match=r"a\.mp4: its frames are to be turned by .* or stretched, expected quarter"):
         read_header(str(path))
 
 
@@ -116,6 +119,25 @@ def test_files_that_cannot_be_used(tmp_path: Path) -> None:
         read_header(str(tmp_path))
     with pytest.raises(VideoError, match="a URL: videos are not downloaded; save the video"):
         read_header("https://here/a.mp4")
+
+
+@pytest.mark.parametrize(("ending", "codec"), [("mp4", "mpeg4"), ("mkv", "mpeg4"), ("ts", "mpeg2video")])
+def test_damage_anywhere_is_a_skipped_sample(ending: str, codec: str, tmp_path: Path) -> None:
+    """Whatever bytes are wrong, the frames are there or the error is one that skips the sample."""
+    whole = film(tmp_path / f"a.{ending}", codec=codec).read_bytes()
+    rng, read = np.random.default_rng(0), 0
+    for _ in range(40):
+        data = bytearray(whole)
+        for place in rng.integers(0, len(data), rng.integers(1, 12)):
+            data[place] = rng.integers(0, 256)
+        data = data[: rng.integers(len(data) // 3, 2 * len(data))]
+        try:
+            header = read_header(bytes(data), "x")
+            assert len(list(decoded(bytes(data), [0, header.frames - 1], "x"))) == 2
+            read += 1
+        except VideoError as error:
+            assert str(error).startswith("x: ") and "\n" not in str(error)
+    assert 0 < read < 40
 
 
 def test_a_file_with_fewer_frames_than_it_says(tmp_path: Path) -> None:
@@ -175,9 +197,7 @@ def test_a_file_is_its_frames(limits: dict[str, Any], processor: Processor, tmp_
     path, made = film(tmp_path / "a.mp4"), with_video(processor, **limits)
     ours = made.encode(asked(str(path)))
     theirs = made.encode(asked(shown(path), fps=6.0))
-    for one, other in zip(ours, theirs, strict=True):
-        for x, y in zip(one, other, strict=True) if isinstance(one, tuple) else [(one, other)]:
-            np.testing.assert_array_equal(x, y)
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
     assert measure(made, asked(str(path))) == (len(ours.tokens), ours.patches.length)
 
 
@@ -200,18 +220,36 @@ def test_a_video_over_budget_is_not_decoded(
         made.encode(asked(str(path)), name="x", most_tokens=50)
     assert 50 < caught.value.tokens < need.tokens
     assert caught.value.patches == need.patches
+    monkeypatch.setattr("rave_jax.data.processor.MOST_TOKENS", 60)
+    with pytest.raises(OverBudget, match="over the budget of 60 tokens"):
+        made.encode(asked(str(path)))
 
 
-def test_a_long_video_takes_the_memory_of_what_is_used(processor: Processor, tmp_path: Path) -> None:
-    """One frame of full size at a time: 60 of them would take 60 times as much."""
+def test_a_header_may_claim_any_number_of_frames(processor: Processor, tmp_path: Path) -> None:
+    data, made = claims(film(tmp_path / "a.avi"), 4_000_000), with_video(processor)
+    with pytest.raises(OverBudget, match=r"film: \d+ patches, expected at most 16777216"):
+        made.encode(asked(data, name="film"))
+
+
+def test_frames_of_full_size_do_not_wait_for_each_other(
+    processor: Processor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each is cut and forgotten before the next one is decoded, so a long video takes the memory of what is used."""
     rules: Any = with_video(processor).rules
-    path = film(tmp_path / "a.mp4", 60, size=(480, 640))
-    video_grid(str(path), None, rules)
-    tracemalloc.start()
-    cut_video(str(path), None, rules)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 12 * 480 * 640 * 3
+    seen: list[weakref.ref[Image.Image]] = []
+    most = 0
+    resized = pictures.resize
+
+    def counting(image: Image.Image, height: int, width: int) -> np.ndarray:
+        nonlocal most
+        seen.append(weakref.ref(image))
+        most = max(most, sum(one() is not None for one in seen))
+        return resized(image, height, width)
+
+    monkeypatch.setattr(pictures, "resize", counting)
+    cut_video(str(film(tmp_path / "a.mp4", 30)), None, rules)
+    assert len(seen) == 30
+    assert most <= 2
 
 
 def test_a_grey_video(tmp_path: Path) -> None:

@@ -39,6 +39,10 @@ OTHER: dict[str, dict[str, Any]] = {}
 """Where a family needs other sizes than these."""
 WITHOUT_CONTEXT = ("qwen3_5",)
 """Families that refuse context tokens: some of their layers show a token all that stands before it."""
+WITHOUT_VIDEOS = ("llava",)
+"""Families that refuse videos."""
+Visual = tuple[int, int] | tuple[int, int, int, float]
+"""(height, width) of a picture; (frames, height, width, frames per second) of a video."""
 
 
 class Small(NamedTuple):
@@ -65,10 +69,19 @@ def small(family: str, options: ModelOptions) -> Small:
     return Small(tiny_config(sizes), processor)
 
 
-def question(text: str, *pictures: tuple[int, int], seed: int = 0) -> Message:
-    """A question of a user behind pictures of these sizes, from noise."""
-    parts = [{"type": "image", "image": noise(*size, seed=seed + n)} for n, size in enumerate(pictures)]
+def question(text: str, *visuals: Visual, seed: int = 0) -> Message:
+    """A question of a user behind pictures and videos of these sizes, from noise."""
+    parts = [visual(size, seed + n) for n, size in enumerate(visuals)]
     return {"role": "user", "content": [*parts, {"type": "text", "text": text}]}
+
+
+def visual(size: Visual, seed: int) -> dict[str, Any]:
+    """A picture or a video from noise, as a part of a message."""
+    if len(size) == 2:
+        return {"type": "image", "image": noise(*size, seed=seed)}
+    frames, height, width, fps = size
+    video = [noise(height, width, seed=100 * (seed + 1) + n) for n in range(frames)]
+    return {"type": "video", "video": video, "fps": fps}
 
 
 def answer(text: str) -> Message:
@@ -76,9 +89,11 @@ def answer(text: str) -> Message:
     return {"role": "assistant", "content": text}
 
 
-def with_pictures(family: str) -> tuple[tuple[int, int], ...]:
-    """Sizes of two odd pictures; none for a text family."""
-    return ((30, 44), (21, 64)) if family in WITH_PICTURES else ()
+def with_pictures(family: str) -> tuple[Visual, ...]:
+    """Sizes of two odd pictures, and of a video between them where the family takes videos; none for a text family."""
+    if family not in WITH_PICTURES:
+        return ()
+    return ((30, 44), (21, 64)) if family in WITHOUT_VIDEOS else ((30, 44), (4, 22, 31, 2.0), (21, 64))
 
 
 def largest_difference(a: np.ndarray, b: np.ndarray) -> float:

@@ -13,7 +13,7 @@ from PIL import Image
 from rave_jax.attention import Gaze, Rave
 from rave_jax.batch import Batch, Kind
 from rave_jax.data.collate import BatchShape, collate, smallest_shape
-from rave_jax.data.sample import Example
+from rave_jax.data.sample import Example, SampleError
 from rave_jax.evaluation.subject import with_answer
 from rave_jax.families import FAMILIES
 from rave_jax.inference import Completion, Generator, Request, Sampling, SlotConfig
@@ -29,6 +29,7 @@ from tests.families.every import (
     EVERY,
     WITH_PICTURES,
     WITHOUT_CONTEXT,
+    WITHOUT_VIDEOS,
     Small,
     answer,
     largest_difference,
@@ -80,7 +81,7 @@ def test_a_packed_document_is_the_document_alone(family: str) -> None:
     of, sizes = small(family, options), with_pictures(family)
     first = of.encode(question("12?", *sizes), answer("56"))
     other = of.encode(question("34?", *sizes, seed=7), answer("78"))
-    second = of.encode(question("And here?", *sizes[:1], seed=3), answer("none"))
+    second = of.encode(question("And here?", *sizes[1:2], seed=3), answer("none"))
     assert len(first.tokens) == len(other.tokens)
     found = np.asarray(hidden_states(of.model(options), batch_of(of, [[first, second], [other, second], [second]])))
     start, stop = len(first.tokens), len(first.tokens) + len(second.tokens)
@@ -98,7 +99,7 @@ def test_answers_in_slots_are_those_of_whole_passes(family: str) -> None:
     of, sizes = small(family, options), with_pictures(family)
     model = of.model(options)
     asked = [question("Where is it?", *sizes), question("Is it?"), question("How many are there?", *sizes[::-1])]
-    slots = SlotConfig(slots=2, max_length=512, chunk=32, smallest=32, patches=256)
+    slots = SlotConfig(slots=2, max_length=512, chunk=32, smallest=32, patches=512)
     with jax.default_matmul_precision("highest"):
         ends = list(Generator(model, of.processor, slots).answers([Request([m], Sampling(6)) for m in asked]))
     prompts = [of.encode(message, generation=True) for message in asked]
@@ -173,3 +174,30 @@ def brightness(of: Small, example: Example) -> np.ndarray:
         source = example.patches.source
         units = (np.where(source < 0, 0, units[source]) * example.patches.weight).sum(-1)
     return np.where(example.info.kind == Kind.VISUAL, units[example.visual_index], 0)
+
+
+@pytest.mark.parametrize("family", WITH_PICTURES)
+def test_pixels_go_to_the_devices_as_bytes(family: str) -> None:
+    """Only the tower makes numbers of them, inside the program, by the mean and the spread of its model."""
+    of, mesh = small(family, ModelOptions()), make_mesh(MeshConfig())
+    example = of.encode(question("12?", *with_pictures(family)), answer("56"))
+    batch = batch_of(of, [[example]])
+    given = global_batch(lambda span: batch_of(of, [[example]] * len(span)), mesh, mesh.size).patches
+    assert example.patches.pixels.dtype == batch.patches.pixels.dtype == given.pixels.dtype == np.uint8
+    model = abstract(of.config, ModelOptions())
+    made = jax.make_jaxpr(lambda model, patches: model.embed_images(patches))(model, given)
+    inputs = [value.aval for value in made.jaxpr.invars if value.aval.dtype == np.uint8]
+    assert [value.shape for value in inputs] == [given.pixels.shape]
+    assert all(np.size(constant) < given.pixels.size for constant in made.consts), "pixels are no part of the program"
+
+
+@pytest.mark.parametrize("family", WITH_PICTURES)
+def test_a_family_takes_videos_or_refuses_them(family: str) -> None:
+    """Sizes from headers are those of the encoded conversation, a video beside pictures."""
+    of, talk = small(family, options_of(family)), [question("And?", (4, 22, 31, 2.0), (30, 44)), answer("none")]
+    if family in WITHOUT_VIDEOS:
+        with pytest.raises(SampleError, match="the model takes no videos"):
+            of.encode(*talk)
+        return
+    example, size = of.encode(*talk), of.processor.size(talk)
+    assert (len(example.tokens), example.patches.length) == (size.tokens, size.patches)

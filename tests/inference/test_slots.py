@@ -19,6 +19,7 @@ from rave_jax.attention import (
     CacheType,
     Decomposed,
     Gaze,
+    LogN,
     MechanismConfig,
     Moh,
     Rave,
@@ -85,6 +86,7 @@ SETTINGS: dict[str, tuple[MechanismConfig, ...]] = {
         Moh("learned", layers=(0,)),
         Sads(heads=(2,), layers=(1,)),
         Vhr(heads=(0, 3), layers=(1,)),
+        LogN(length=4),
     ),
     "first token, bias and after": (
         ZeroTuning(0.2),
@@ -118,6 +120,7 @@ SETTINGS: dict[str, tuple[MechanismConfig, ...]] = {
         Gaze(FixedRegions(1, 3), 16, top_k=1, descriptor="spread", layers=(0,)),
         Gaze(FixedRegions(1, 3), 16, top_k=1, descriptor="oracle", layers=(1,)),
         Gaze(FixedRegions(1, 3), 16, top_k=1, descriptor="learned", descriptor_keys="pre_rope", layers=(2,)),
+        Decomposed(layers=(2,)),
     ),
     "decomposed": (
         Decomposed(layers=(0, 1)),

@@ -54,6 +54,7 @@ def outcome(model: Vlm, batch: Batch) -> Any:
     return jax.grad(loss, has_aux=True)(model)
 
 
+@pytest.mark.slow
 def test_gates_are_given_of_every_layer() -> None:
     gates = np.asarray(jax.jit(lambda m, b: m.forward(b, Want(gates=True)).gates)(made(CONFIG, OPTIONS), rows()))
     assert gates.shape == (4, 8, 24, 4)

@@ -137,7 +137,7 @@ def talks_in(folder: Path) -> list[list[dict]]:
             {"role": "assistant", "content": [text("Nothing.")]},
             {"role": "user", "content": [text("Sure?")]},
         ],
-        # Sizes that the model takes as they are.
+        # Sizes that the model takes as they are, and others.
         [{"role": "user", "content": [video(19, (96, 128), 8.0, 100), video(5, (64, 160), 1.5, 200), text("alike?")]}],
         [
             {
@@ -166,10 +166,4 @@ def test_conversations_by_the_files_of_a_released_model(shared_data: Path, torch
         np.testing.assert_array_equal(example.tokens, theirs[f"input_ids:{number}"][0])
         # The mean and deviation are those of every channel.
         pixels = (example.patches.pixels.astype(np.float32) / 255 - vision.pixel_mean[0]) / vision.pixel_std[0]
-        off = np.abs(pixels - theirs[f"{name}:{number}"])
-        if number < 2:
-            assert off.max() <= 1e-5
-            continue
-        # Frames that are resized: torch rounds its weights to 16 bits, and Pillow keeps more of them.
-        levels = off * vision.pixel_std[0] * 255
-        assert levels.max() < 2.01 and (levels > 0.01).mean() < 0.01, (levels.max(), (levels > 0.01).mean())
+        np.testing.assert_allclose(pixels, theirs[f"{name}:{number}"], atol=1e-5)

@@ -83,13 +83,33 @@ def test_a_page_of_rows(config: Path, capsys: pytest.CaptureFixture[str]) -> Non
     more = ["--data.tokens", "600", "--data.patches", "600", "--data.rows", "2", "--data.stages", "[]"]
     assert main(["data", str(config), "--show", "3", "--html", str(page), "--step", "7", *more]) == 0
     out = capsys.readouterr().out
-    assert out.startswith(f"{page}: 3 rows with 6 documents, ") and "samples skipped" in out and out.count("\n") == 1
+    assert out.startswith(f"{page}: 3 rows with ") and "samples skipped" in out and out.count("\n") == 1
     text = page.read_text()
     assert text.count('<section class="row"') == 3
     assert "step 7, row 1" in text and "step 8, row 0" in text and "step 8, row 1" not in text
     assert "Rows of steps 7 to 8" in text
     assert text.count("data:image/png;base64,") >= 1
     assert not (config.parent / "run").exists()
+
+
+def test_a_page_of_packed_rows(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Several samples in a row, and what the plan leaves out is named."""
+    page = config.parent / "page.html"
+    more = ["--data.packing", "Packing", "--data.documents_per_row", "1", "--data.stages", "[]"]
+    more += [
+        "--data.tokens",
+        "600",
+        "--data.patches",
+        "600",
+        "--data.rows",
+        "1",
+        "--data.packing.whole_epochs",
+        "False",
+    ]
+    assert main(["data", str(config), "--show", "1", "--html", str(page), *more]) == 0
+    text = page.read_text()
+    assert text.count('<section class="document"') > 1
+    assert "gone.png: No such file" in text and "tool calls are not supported" in text
 
 
 @pytest.mark.parametrize(
@@ -102,7 +122,7 @@ def test_a_page_of_rows(config: Path, capsys: pytest.CaptureFixture[str]) -> Non
         (["--html", "a.html"], "--html needs --show ROWS"),
         (["--show", "2", "--html", "{folder}"], "it is a directory, expected the name of a file"),
         (["--show", "2", "--html", "{folder}/no/a.html"], "there is no folder"),
-        (["--show", "2", "--html", "{folder}/a.html", "--data.on_error", "fail"], "over the budget"),
+        (["--show", "2", "--html", "{folder}/a.html", "--data.on_error", "fail"], "rave-jax: "),
     ],
 )
 def test_what_no_page_can_be_made_of_is_one_line(

@@ -14,6 +14,7 @@ import pytest
 from rave_jax import config as configs
 from rave_jax.checkpoint.hf_import import load_config
 from rave_jax.config import ConfigError
+from rave_jax.data.packing.config import Packing
 from rave_jax.training.claim import claimed
 from rave_jax.training.config import Extension, TrainConfig
 from rave_jax.training.directory import RunDirectory, run_directory
@@ -174,6 +175,26 @@ def test_another_number_of_processes_or_another_place_is_the_same_run(directory,
     with claimed(directory, dataclasses.replace(config, keep=7, log_every=3, output_dir="elsewhere")) as claim:
         assert claim.past == config
         assert claim.steps == [6]
+
+
+def test_how_data_is_loaded_may_change(directory, config):
+    """What a warning or an error says to change, when the run goes on."""
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, packing=Packing(workers=1)))
+    begin(directory, config)
+    (directory.checkpoints / "6").mkdir(parents=True)
+    loading = {
+        "workers": 3,
+        "prefetch": 5,
+        "processes": 2,
+        "cache_mb": 9,
+        "on_change": "continue",
+        "packing": Packing(),
+    }
+    with claimed(directory, dataclasses.replace(config, data=dataclasses.replace(config.data, **loading))) as claim:
+        assert claim.past == config
+    other = dataclasses.replace(config, data=dataclasses.replace(config.data, seed=config.data.seed + 1, workers=3))
+    with pytest.raises(ConfigError, match=r"another run \(data.seed is 1, was 0\)"), claimed(directory, other):
+        pass
 
 
 def test_config_json_reads_back(config):

@@ -82,7 +82,8 @@ class Gaze(MechanismConfig):
     (spread); a learned pooling, which learns under a soft choice alone; for study noise, by the places of query and
     region (random), or the true attention mass (oracle)."""
     descriptor_keys: Literal["post_rope", "pre_rope"] = "post_rope"
-    """Keys (and queries) that rank regions: as the cache holds them, or before rotary positions."""
+    """Keys (and queries) that rank regions: as the cache holds them, or before rotary positions, as Decomposed in the
+    same layer asks for."""
     rank_with_bias: bool = False
     """Are regions ranked with the bias that RAVE gives their mean gate key, beside the descriptor? Needs RAVE in the
     same layers."""
@@ -145,12 +146,12 @@ class GazeRouter(Mechanism):
     a hard choice gives it no gradient."""
 
     OWNS = ("route",)
-    # A key whose weight is multiplied after the kernel may be one that was not chosen; and regions are ranked by the
-    # query that meets their keys.
-    NEEDS = ("order", "hi", "factor", "query")
 
     def __init__(self, config: Gaze, dims: AttentionDims):
         self.config = config
+        # A key whose weight is multiplied after the kernel may be one that was not chosen; and regions are ranked by
+        # the query that meets their keys, which another mechanism may make the one before RoPE.
+        self.NEEDS = ("order", "hi", "factor") + (() if config.descriptor_keys == "pre_rope" else ("query",))
         self.WANTS = ("pair",) if config.rank_with_bias else ()
         if config.descriptor == "learned":
             pooling = jnp.zeros((dims.num_kv_heads, dims.head_dim))

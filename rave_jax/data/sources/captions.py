@@ -16,6 +16,8 @@ CAPTIONS = ("caption", "text", "txt", "label")
 """Keys of a caption, or of the name of a class."""
 EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm")
 """How names of pictures end."""
+FILMS = ("mp4", "m4v", "mov", "mkv", "webm", "avi")
+"""How names of video files end."""
 
 
 def sample_of(

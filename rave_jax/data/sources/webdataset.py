@@ -1,4 +1,4 @@
-"""WebDataset: tar files in which members of one key are a sample, pictures beside JSON or a text."""
+"""WebDataset: tar files in which members of one key are a sample, pictures and videos beside JSON or a text."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any, ClassVar
 from rave_jax.config import ConfigError, require, shown
 from rave_jax.data.places import SCHEMES, Place, find_files
 from rave_jax.data.sample import METRICS, Sample, SampleError
-from rave_jax.data.sources.captions import CAPTIONS, EXTENSIONS, sample_of
+from rave_jax.data.sources.captions import CAPTIONS, EXTENSIONS, FILMS, sample_of
 from rave_jax.data.sources.files import parse
 from rave_jax.data.sources.filters import FieldIs
 from rave_jax.data.sources.keys import is_empty
 from rave_jax.data.sources.records import RecordSource
 from rave_jax.data.sources.tar import Member, Tars
-from rave_jax.data.sources.visuals import IMAGE_KEYS
+from rave_jax.data.sources.visuals import IMAGE_KEYS, VIDEO_KEYS
 
 RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 CHOICE = re.compile(r"\{([^{}]*,[^{}]*)\}")
@@ -104,18 +104,20 @@ def in_braces(path: str) -> list[str]:
 
 
 def record_of(key: str, members: Sequence[Member]) -> dict[str, Any]:
-    """The record of a sample: its JSON, its caption, its pictures in the order of the tar, and its key as `id`.
+    """The record of a sample: its JSON, its caption, its pictures and videos in the order of the tar, and its key as
+    `id`.
 
     Raises:
-        SampleError: JSON that is broken or no object, two members that say the same, or pictures that the JSON does not
-            name although it names some.
+        SampleError: JSON that is broken or no object, two members that say the same, or pictures or videos that the
+            JSON does not name although it names some.
     """
     record: dict[str, Any] = {}
     pictures: dict[str, bytes] = {}
+    videos: dict[str, bytes] = {}
     for member in members:
         kind = member.extension.rpartition(".")[2]
-        if kind in EXTENSIONS:
-            pictures[member.name.rpartition("/")[2]] = member.data
+        if kind in (*EXTENSIONS, *FILMS):
+            (videos if kind in FILMS else pictures)[member.name.rpartition("/")[2]] = member.data
             continue
         if kind == "json":
             try:
@@ -135,15 +137,22 @@ def record_of(key: str, members: Sequence[Member]) -> dict[str, Any]:
             raise SampleError(f"two members of the sample give {twice[0]!r}, and they differ")
         record |= more
     record.setdefault("id", key)
-    named = next((name for name in IMAGE_KEYS if not is_empty(record.get(name))), "")
-    if not pictures:
+    record = _with_members(record, pictures, IMAGE_KEYS, "pictures")
+    return _with_members(record, videos, VIDEO_KEYS[:2], "videos")
+
+
+def _with_members(record: dict[str, Any], members: dict[str, bytes], keys: Sequence[str], what: str) -> dict[str, Any]:
+    """The record with the members where it names them, and else under the last of the keys."""
+    if not members:
         return record
+    named = next((name for name in keys if not is_empty(record.get(name))), "")
     if not named:
-        return {**record, "images": [*pictures.values()]}
-    return {**record, named: _by_name(record[named], pictures)}
+        return {**record, keys[-1]: [*members.values()]}
+    found = _by_name(record[named], members, what)
+    return {**record, named: found if isinstance(record[named], list) or what == "pictures" else found[0]}
 
 
-def _by_name(given: Any, pictures: dict[str, bytes]) -> list[bytes]:
+def _by_name(given: Any, pictures: dict[str, bytes], what: str) -> list[bytes]:
     names = [str(name).rpartition("/")[2] for name in (given if isinstance(given, list) else [given])]
     ends = {name.partition(".")[2]: data for name, data in pictures.items()}
     lacking = [name for name in names if name not in pictures and name not in ends]
@@ -151,7 +160,7 @@ def _by_name(given: Any, pictures: dict[str, bytes]) -> list[bytes]:
     lacking += [name for name, data in pictures.items() if id(data) not in used]
     if lacking:
         raise SampleError(
-            f"the record names the pictures {shown(names)}, and the members are {shown([*pictures])}: {lacking[0]!r} "
+            f"the record names the {what} {shown(names)}, and the members are {shown([*pictures])}: {lacking[0]!r} "
             "is only in one of them; name all, or none for their order in the tar"
         )
     return [pictures[name] if name in pictures else ends[name] for name in names]

@@ -1,7 +1,6 @@
 """The rules of LLaVA-OneVision's pictures and videos, as transformers' processors have them, without torch.
 
-The pixels of pictures are those of `LlavaOnevisionImageProcessorPil` (5.23.0), bit for bit. Its video processor resizes
-in torch, and ours is Pillow's throughout: fewer than one in a hundred values differ, by one or two of 255 levels.
+The pixels are those of `LlavaOnevisionImageProcessorPil` and `LlavaOnevisionVideoProcessor` (5.23.0), bit for bit.
 """
 
 from __future__ import annotations
@@ -42,6 +41,7 @@ from rave_jax.families.pictures import (
     VisualKind,
 )
 from rave_jax.families.shared.processor_files import bicubic, flag, same_pixels, sides, stated, steps
+from rave_jax.families.shared.resampling import resized
 from rave_jax.families.shared.squares import check_aspect, square_of, squared
 from rave_jax.families.shared.vit import cut_pictures
 from rave_jax.layout import Box, Grid, inside
@@ -111,7 +111,8 @@ class Pictures(PictureRules):
     def cut_video(self, images: Sequence[Image.Image], frames: Frames) -> CutPicture:
         """Patches of all frames."""
         grid = self.video_grid(images[0].height, images[0].width, frames)
-        tiles = [stretched(image, self.vision.image_size) for image in images]
+        side = self.vision.image_size
+        tiles = [resized(np.asarray(image), side, side, "bicubic") for image in images]
         return self._cut(tiles, video_mixes(len(tiles), self.vision.side), grid, (self.vision.seen, None))
 
     def expand(self, kind: VisualKind, grid: Form, frames: Frames | None, encode: Encode) -> tuple[Piece, ...]:

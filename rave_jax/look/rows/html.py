@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from PIL import Image
 
 from rave_jax.batch import Kind, Role
-from rave_jax.look.rows.pictures import Cell, Shown
+from rave_jax.look.rows.pictures import Cell, FrameView
 from rave_jax.look.rows.row import PackedRow, Run, Token
 
 HUES = (212, 32, 140, 330, 268, 85, 8, 182)
@@ -150,7 +150,7 @@ def _visuals(row: PackedRow, run: Run, shown: set[int]) -> str:
     return f'<div class="named">{of}</div>' + (f'<div class="pictures">{figures}</div>' if figures else "")
 
 
-def _figure(frame: Shown, tokens: dict[int, Token]) -> str:
+def _figure(frame: FrameView, tokens: dict[int, Token]) -> str:
     width, height = frame.pixels[0].size
     wide = min(max(width, NARROWEST), WIDEST)
     cells = "".join(_cell(cell, tokens[cell.token]) for cell in frame.cells)

@@ -26,7 +26,7 @@ class Cell(NamedTuple):
     region: int
 
 
-class Shown(NamedTuple):
+class FrameView(NamedTuple):
     """A frame of the tower: a picture, a tile of one, or a temporal step of a video.
 
     Fields:
@@ -44,7 +44,7 @@ class Shown(NamedTuple):
     cells: tuple[Cell, ...]
 
 
-def shown_frames(batch: Batch, row: int, tower: TowerConfig) -> list[Shown]:
+def shown_frames(batch: Batch, row: int, tower: TowerConfig) -> list[FrameView]:
     """The frames of a row, in the order of its patches.
 
     Args:
@@ -68,7 +68,7 @@ def shown_frames(batch: Batch, row: int, tower: TowerConfig) -> list[Shown]:
                 cells.append(Cell(token, (left, top, right, bottom), int(batch.info.region[row, token])))
         image = int(batch.info.image[row, cells[0].token]) if cells else 0
         pixels = _put_together(np.asarray(batch.patches.pixels[row])[seen], place[seen], tower)
-        shown.append(Shown(number, image, pixels, len(mine), tuple(cells)))
+        shown.append(FrameView(number, image, pixels, len(mine), tuple(cells)))
     return shown
 
 

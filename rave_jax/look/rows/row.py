@@ -11,7 +11,7 @@ import numpy as np
 
 from rave_jax.batch import Batch, Kind, Role
 from rave_jax.families.config import VlmConfig
-from rave_jax.look.rows.pictures import Shown, shown_frames
+from rave_jax.look.rows.pictures import FrameView, shown_frames
 from rave_jax.look.rows.spelling import Spelling, Spelt
 
 
@@ -72,7 +72,7 @@ class PackedRow:
     step: int
     number: int
     runs: tuple[Run, ...]
-    frames: tuple[Shown, ...]
+    frames: tuple[FrameView, ...]
     patches: int
 
     @property

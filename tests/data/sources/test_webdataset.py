@@ -15,6 +15,7 @@ from rave_jax.data.processor import Processor
 from rave_jax.data.sample import SampleError, UnreadKey
 from rave_jax.data.sources import FieldIs, WebDataset, tar
 from rave_jax.data.sources.webdataset import in_braces
+from tests.data.films import film
 from tests.data.test_sources import png
 
 TALK = {"conversations": [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A cat."}]}
@@ -59,6 +60,28 @@ def test_samples_are_members_of_one_key(kind: int, tmp_path: Path, processor: Pr
     assert [s.answers for s in samples] == [("A cat.",), ("no", "No"), ("Three.",), ("No picture.",)]
     assert samples[1].metric == "anls"
     assert all(processor.encode(s.messages).loss_mask.sum() for s in samples)
+
+
+def test_members_may_be_videos(tmp_path: Path, processor: Processor) -> None:
+    clip = film(tmp_path / "a.mp4", 4).read_bytes()
+    pair = {"question": "Q", "answer": "A"}
+    members = {
+        "1.mp4": clip,
+        "1.txt": "A column moves.",
+        "2.clip.mp4": clip,
+        "2.png": png(1),
+        "2.json": {**pair, "question": "<video><image>Q", "video": "clip.mp4"},
+        "3.mp4": clip,
+        "3.json": {**pair, "video": "other.mp4"},
+    }
+    source = WebDataset(write(tmp_path / "s.tar", members), question="What happens?").build()
+    for index, kinds in ((0, ["video", "text"]), (1, ["video", "image", "text"])):
+        parts = source[index].messages[0]["content"]
+        assert [part["type"] for part in parts] == kinds
+        assert parts[0]["video"] == clip
+        assert processor.encode(source[index].messages).patches.length
+    with pytest.raises(SampleError, match=r"the record names the videos \['other.mp4'\], and the members are"):
+        source[2]
 
 
 def test_json_may_name_the_pictures(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from rave_jax.families.shared.grids.images import cut, resize, smart_resize
 from rave_jax.families.shared.grids.positions import mrope_positions
 from rave_jax.families.shared.grids.video import UNKNOWN_FPS, VideoLimits, frame_size, sample_frames
 from rave_jax.families.shared.processor_files import bicubic, count, flag, rate, same_pixels, stated, steps
+from rave_jax.families.shared.resampling import resized
 from rave_jax.layout import Grid
 from rave_jax.typing import Int, NpArray
 
@@ -87,7 +88,7 @@ class Pictures(PictureRules):
     def cut_video(self, images: Sequence[Image.Image], frames: Frames) -> CutPicture:
         """Patches of the used frames; the last frame is repeated where it does not fill its patches."""
         height, width = self.frame_size(images[0].height, images[0].width, len(images))
-        pixels = [resize(image, height, width) for image in images]
+        pixels = [resized(np.asarray(image), height, width, "bicubic") for image in images]
         pixels += [pixels[-1]] * (-len(pixels) % self.vision.temporal_patch_size)
         return cut(pixels, self.vision)
 

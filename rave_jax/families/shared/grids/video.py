@@ -11,9 +11,6 @@ The rules are those of transformers' `Qwen2VLVideoProcessor` (5.23.0, `sample_fr
   below 1.05 * min_pixels.
 - A last group that is not full repeats the last frame.
 - Seconds between groups = temporal patch / rate of the frames used (24 frames per second where it is not known).
-
-Their resize runs in torch, and ours is Pillow's throughout. Of the values of a resized frame fewer than one in a
-hundred differ, by one or two of 255 levels; a frame that keeps its size is the same.
 """
 
 from __future__ import annotations

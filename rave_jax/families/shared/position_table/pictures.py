@@ -9,9 +9,6 @@ They are those of transformers' `Qwen3VLProcessor` and `Qwen3VLVideoProcessor` (
   tokens and its even share of the most pixels, but not less than 1.05 * min_pixels.
 - The time of a temporal patch is the mean of those of its first and last frame. It is written with one decimal.
 - A last temporal patch that is not full repeats the last frame.
-
-Their resize runs in torch, and ours is Pillow's throughout. Of the values of a resized frame fewer than one in a
-hundred differ, by one or two of 255 levels; a frame that keeps its size is the same.
 """
 
 from __future__ import annotations
