@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -25,6 +24,9 @@ MOST_SAMPLES = 2**32
 """Samples of a source: grain shuffles numbers of 32 bits."""
 WALK, FEW = 2**16, 2**10
 """The least range that grain shuffles, and samples of a source from which on it is shuffled as it is."""
+
+ROUNDS = 4
+"""Of grain's shuffle."""
 
 
 class Stage(NamedTuple):
@@ -111,14 +113,27 @@ class Order:
         Raises:
             ConfigError: a draw before the first stage.
         """
-        samples = np.empty(stop - first, np.int64)
-        for place, draw in enumerate(range(first, stop)):
-            stage = self._stage(draw)
-            mixture = _mixture(self.lengths, self.seed, stage.shares, stage.taken, self.restarts)
-            samples[place] = mixture[draw - stage.first]
-        begins = np.cumsum((0, *self.lengths[:-1]))
-        sources = np.searchsorted(begins, samples, side="right") - 1
-        return sources, samples - begins[sources]
+        if first >= stop:
+            return np.zeros(0, np.int64), np.zeros(0, np.int64)
+        parts = []
+        while first < stop:
+            stage = self._stage(first)
+            end = min([stop, *(each.first for each in self.stages if each.first > first)])
+            parts.append(self._of_stage(stage, first, end))
+            first = end
+        sources, indices = (np.concatenate(column) for column in zip(*parts, strict=True))
+        return sources, indices
+
+    def _of_stage(self, stage: Stage, first: int, stop: int) -> tuple[Int[NpArray, "N"], Int[NpArray, "N"]]:
+        """The samples of draws of one stage."""
+        sources, taken = turns(first - stage.first, stop - stage.first, stage.shares)
+        indices = np.zeros(stop - first, np.int64)
+        for source, length in enumerate(self.lengths):
+            restart = self.restarts[source] if self.restarts else Restart()
+            mine = np.flatnonzero(sources == source)
+            numbers = [restart.number_of(stage.taken[source] + count) for count in taken[mine].tolist()]
+            indices[mine] = _shuffled(length, _seed(self.seed, source), numbers)
+        return sources, indices
 
     def _stage(self, draw: int) -> Stage:
         for stage in reversed(self.stages):
@@ -156,66 +171,53 @@ def given(draws: int, shares: Sequence[int]) -> tuple[int, ...]:
     return tuple(counts)
 
 
-class _Turns:
-    """Which source a draw of a stage takes, and how many samples of that source come before: for grain's mixture.
+def turns(first: int, stop: int, shares: Sequence[int]) -> tuple[Int[NpArray, "N"], Any]:
+    """Which source each of draws first..stop-1 of a stage takes, and how many samples that source has given before.
 
     `grain.MapDataset.mix` rounds the weights to 1 % of the least one, with which the sources would not end their
-    epochs together where the config says so. This is its rule without the rounding.
+    epochs together where the config says so. This is its rule (`given`) without the rounding.
     """
+    of = sum(shares)
+    wide = stop * of >= 2**63
+    before: Any = np.array(range(first, stop), object) if wide else np.arange(first, stop)
+    after = before + 1
+    sources, counts = np.full(stop - first, -1, np.int64), np.zeros_like(before)
+    for source, share in enumerate(shares):
+        rest, rest_after = before * (of - share) // of, after * (of - share) // of
+        own = (sources < 0) & (before - rest != after - rest_after).astype(bool)
+        sources[own], counts[own] = source, (before - rest)[own]
+        before, after, of = rest, rest_after, of - share
+        if not of:
+            break
+    return sources, counts
 
-    def __init__(self, shares: tuple[int, ...], taken: tuple[int, ...], restarts: tuple[Restart, ...]):
-        self._shares, self._taken = shares, taken
-        self._restarts = restarts or (Restart(),) * len(shares)
 
-    def __len__(self) -> int:
-        return sys.maxsize
+def _seed(seed: int, source: int) -> int:
+    return int(np.random.SeedSequence((seed, source)).generate_state(1)[0])
 
-    def __getitem__(self, draw: int) -> tuple[int, int]:
-        before, after, of = draw, draw + 1, sum(self._shares)
-        for source, share in enumerate(self._shares):
-            rest, rest_after = before * (of - share) // of, after * (of - share) // of
-            if before - rest != after - rest_after:
-                return source, self._restarts[source].number_of(self._taken[source] + before - rest)
-            before, after, of = rest, rest_after, of - share
-        raise IndexError(draw)
+
+def _shuffled(length: int, seed: int, numbers: Sequence[int]) -> list[int]:
+    """What stands at these places of range(length), shuffled anew for every epoch without end.
+
+    It is `grain.MapDataset.range(length).shuffle(seed).repeat()`, whose rule is taken because a call of the data sets
+    for each number takes ten times as long. Few samples take the order of as many of 2^16 shuffled numbers instead,
+    since grain finds the place of a number by walking through at least 2^16 others until one is below the length.
+    """
+    from grain.experimental import index_shuffle  # grain imports jax, which not all users of this file do
+
+    if length < FEW:
+        return [_epoch(length, seed, number // length)[number % length] for number in numbers]
+    last = length - 1
+    return [
+        index_shuffle(number % length, max_index=last, seed=(seed + number // length) % 2**32, rounds=ROUNDS)
+        for number in numbers
+    ]
 
 
 @functools.lru_cache(maxsize=64)
-def _mixture(
-    lengths: tuple[int, ...],
-    seed: int,
-    shares: tuple[int, ...],
-    taken: tuple[int, ...],
-    restarts: tuple[Restart, ...],
-) -> Any:
-    """A stage as a data set of grain: its element d is the sample of draw d of the stage, numbered over all sources."""
-    import grain  # it imports jax, which not all users of this file do
+def _epoch(length: int, seed: int, epoch: int) -> list[int]:
+    """The order of an epoch of few samples."""
+    from grain.experimental import index_shuffle
 
-    sources, begin = [], 0
-    for number, length in enumerate(lengths):
-        of_source = int(np.random.SeedSequence((seed, number)).generate_state(1)[0])
-        sources.append(_shuffled(begin, max(length, 1), of_source))  # a source without samples is never asked
-        begin += length
-    turns: Any = _Turns(shares, taken, restarts)
-    return grain.MapDataset.select_from_datasets(sources, turns)
-
-
-def _shuffled(begin: int, length: int, seed: int) -> Any:
-    """The numbers from `begin` on, so many, shuffled anew for every epoch without end.
-
-    grain finds the place of a number by walking through at least 2^16 others until one is below the length. Few samples
-    take the order of as many of 2^16 shuffled numbers instead, which walks nowhere.
-    """
-    import grain
-
-    if length >= FEW:
-        return grain.MapDataset.range(begin, begin + length).shuffle(seed).repeat()
-    keys = grain.MapDataset.range(WALK).shuffle(seed)
-
-    @functools.lru_cache(maxsize=4)
-    def epoch(number: int) -> list[int]:
-        ranked = np.argsort([keys[number * WALK + place] for place in range(length)])
-        return (begin + ranked).tolist()
-
-    places = grain.MapDataset.range(length).repeat()
-    return places.map_with_index(lambda draw, place: epoch(draw // length)[place])
+    keys = [index_shuffle(n, max_index=WALK - 1, seed=(seed + epoch) % 2**32, rounds=ROUNDS) for n in range(length)]
+    return np.argsort(keys).tolist()

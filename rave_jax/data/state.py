@@ -135,8 +135,8 @@ def _change(number: int, source: Source, state: Mapping[str, Any]) -> str:
     """What has changed in a source, in words; "" if nothing has."""
     name, length, before = f"data.sources.{number} ({source.name})", len(source), state["samples"][number]
     if length != before:
-        grown = "grown" if length > before else "shrunk"
-        return f"{name} has {grown}: it holds {length} samples, and {before} in the run that was saved"
+        how = "has grown" if length > before else "has shrunk"
+        return f"{name} {how}: it holds {length} samples, and {before} in the run that was saved"
     fingerprint = state["fingerprints"][number]
     if source.fingerprint == fingerprint:
         return ""

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from rave_jax.config import ConfigError
 from rave_jax.data.config import Stage
-from rave_jax.data.order import FEW, MOST_SAMPLES, Order, whole_shares
+from rave_jax.data.order import FEW, MOST_SAMPLES, Order, _seed, turns, whole_shares
+from rave_jax.data.order import given as given_samples
 
 LENGTHS = st.lists(st.integers(1, 40), min_size=1, max_size=4)
 
@@ -39,6 +40,24 @@ def test_few_and_many_samples_come_once_per_epoch(length: int) -> None:
     _, indices = Order((length,), 1).then(0, (1,)).draws(0, 2 * length)
     assert sorted(indices[:length]) == sorted(indices[length:]) == list(range(length))
     assert (indices[:length] != indices[length:]).mean() > 0.9
+
+
+@pytest.mark.parametrize("length", [FEW, 70_000])
+def test_many_samples_stand_as_grain_shuffles_them(length: int) -> None:
+    import grain
+
+    _, indices = Order((length,), 4).then(0, (1,)).draws(length - 30, length + 30)
+    shuffled = grain.MapDataset.range(length).shuffle(_seed(4, 0)).repeat()
+    assert indices.tolist() == [shuffled[draw] for draw in range(length - 30, length + 30)]
+
+
+def test_turns_are_exact_for_any_shares() -> None:
+    """Also where products do not fit 64 bits."""
+    for shares in ((3, 0, 2), (10**17 + 3, 7, 10**17 - 1)):
+        sources, before = turns(10**9, 10**9 + 200, shares)
+        for place, (source, count) in enumerate(zip(sources.tolist(), before.tolist(), strict=True)):
+            counts, after = given_samples(10**9 + place, shares), given_samples(10**9 + place + 1, shares)
+            assert count == counts[source] and after[source] == count + 1 and sum(after) == sum(counts) + 1
 
 
 def test_each_epoch_and_each_source_has_an_order_of_its_own() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import importlib
 import weakref
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,14 @@ from PIL import Image
 from transformers.video_utils import load_video
 
 from rave_jax.config import ConfigError
+from rave_jax.data.patches import empty_patches
 from rave_jax.data.processor import Processor
 from rave_jax.data.sample import ImageError, OverBudget, VideoError
 from rave_jax.data.survey import measure
 from rave_jax.data.video import cut_video, grey_frames
 from rave_jax.data.video_file import TURNS, decoded, read_header
-from rave_jax.families.shared.grids import pictures
+from rave_jax.families.pictures import CutPicture, Frames, PictureRules
+from tests.data.conftest import TEXT_ALONE
 from tests.data.films import film, shown, sound
 
 
@@ -231,25 +234,31 @@ def test_a_header_may_claim_any_number_of_frames(processor: Processor, tmp_path:
         made.encode(asked(data, name="film"))
 
 
-def test_frames_of_full_size_do_not_wait_for_each_other(
-    processor: Processor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Each is cut and forgotten before the next one is decoded, so a long video takes the memory of what is used."""
-    rules: Any = with_video(processor).rules
-    seen: list[weakref.ref[Image.Image]] = []
+class Watching(PictureRules):
+    """Rules that take every frame, and see how many frames are held at a time."""
+
     most = 0
-    resized = pictures.resize
 
-    def counting(image: Image.Image, height: int, width: int) -> np.ndarray:
-        nonlocal most
-        seen.append(weakref.ref(image))
-        most = max(most, sum(one() is not None for one in seen))
-        return resized(image, height, width)
+    def frames(self, total: int, fps: float | None) -> Frames:
+        return Frames(np.arange(total), total, 1.0)
 
-    monkeypatch.setattr(pictures, "resize", counting)
-    cut_video(str(film(tmp_path / "a.mp4", 30)), None, rules)
-    assert len(seen) == 30
-    assert most <= 2
+    def cut_video(self, images: Sequence[Image.Image], frames: Frames) -> CutPicture:
+        seen: list[weakref.ref[Image.Image]] = []
+        for image in images:
+            seen.append(weakref.ref(image))
+            Watching.most = max(Watching.most, sum(one() is not None for one in seen))
+        assert len(seen) == len(images)
+        return CutPicture(UNCUT, np.arange(0), (len(images), 1, 1))
+
+
+UNCUT = empty_patches((0,), 1)
+
+
+def test_frames_of_full_size_do_not_wait_for_each_other(tmp_path: Path) -> None:
+    """A family gets them one by one, so a long video takes the memory of what is made of it."""
+    cut, _ = cut_video(str(film(tmp_path / "a.mp4", 30)), None, Watching(TEXT_ALONE.config))
+    assert cut.grid == (30, 1, 1)
+    assert 0 < Watching.most <= 2
 
 
 def test_a_grey_video(tmp_path: Path) -> None:

@@ -65,10 +65,10 @@ def left_alone(repo, tmp_path_factory):
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(2))
 def test_killed_again_and_again(repo, tmp_path, left_alone, seed):
-    """At moments that fall into steps and saves alike."""
+    """At moments that fall into steps and saves alike, whether threads load rows or a process of its own."""
     chance = random.Random(seed)
-    for lowest in (1, 11, 22):
-        job = start(repo, tmp_path / "killed", *STEPS)
+    for lowest, processes in ((1, "0"), (11, "1"), (22, "0")):
+        job = start(repo, tmp_path / "killed", *STEPS, "--data.processes", processes)
         signal_at(job, tmp_path / "killed", chance.randint(lowest, lowest + 15), chance.random() * 0.05)
         job.wait()
     assert "continuing after step" in finish(start(repo, tmp_path / "killed", *STEPS))

@@ -21,8 +21,8 @@ from rave_jax.data import flat
 from rave_jax.data.places import File, Place, open_place, stream
 from rave_jax.data.sample import Part, SampleError
 from rave_jax.data.sources.blocks import digest
+from rave_jax.data.sources.captions import EXTENSIONS
 from rave_jax.data.sources.files import fingerprint_of_file, open_file, other_kind
-from rave_jax.data.sources.lines import readable
 
 log = logging.getLogger(__name__)
 
@@ -201,8 +201,12 @@ class Tars:
         number, inside = self._at(index)
         return split_name(self._tars[number].members(inside)[0][0])[0]
 
-    def members(self, index: int) -> list[Member]:
+    def members(self, index: int, pictures: bool = True) -> list[Member]:
         """The members of a sample; those with an extension that is ignored are left out.
+
+        Args:
+            index: of the sample.
+            pictures: False leaves out pictures too.
 
         Raises:
             SampleError: one cannot be read.
@@ -213,7 +217,7 @@ class Tars:
             raise SampleError(f"{self.where(index)}: {tar.facts['broken']}")
         for name, offset, size in tar.members(inside):
             extension = split_name(name)[1]
-            if extension in self._ignored:
+            if extension in self._ignored or (not pictures and extension.rpartition(".")[2] in EXTENSIONS):
                 continue
             if size == NO_FILE:
                 raise SampleError(f"{tar.place}/{name}: a link or a device; only files are read")
@@ -250,5 +254,9 @@ class Tars:
             raise error.at(self.where(index)) from error
 
     def rows(self, fields: Sequence[str], start: int, stop: int) -> Iterator[dict[str, Any] | None]:
-        """The records from `start` to `stop`; None for one that cannot be read."""
-        return readable(self, start, stop)
+        """The records from `start` to `stop` without their pictures; None for one that cannot be read."""
+        for index in range(start, stop):
+            try:
+                yield self._read(self.key(index), self.members(index, pictures=False))
+            except SampleError:
+                yield None

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from rave_jax.data.order import Order
-from rave_jax.data.packing.choice import Choice, Chosen
+from rave_jax.data.packing.choice import Chosen
 from rave_jax.data.packing.config import Packing
 from rave_jax.data.packing.plan import PackedRows, PackedStage
 from rave_jax.data.packing.sizes import Room, Sizes
@@ -78,6 +78,6 @@ def plan(
     """The plan of samples of these sizes; one stage of equal shares unless stages are given."""
     given = stages or ((0, (1,) * len(sources), room),)
     made = [PackedStage(step, tuple(map(Fraction, shares)), of) for step, shares, of in given]
-    chosen: Choice = Sized(sources, **choice)  # type: ignore
+    chosen: Any = Sized(sources, **choice)
     order = Order(tuple(len(of.tokens) for of in sources), seed)
     return PackedRows(packing or Packing(), rows, made, order, chosen)

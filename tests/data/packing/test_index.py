@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import pickle
+from collections.abc import Sized
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +18,10 @@ from rave_jax.data.beside import FOLDER
 from rave_jax.data.loading import check_answers
 from rave_jax.data.packing import index as indexing
 from rave_jax.data.packing.index import USABLE, SizeIndex
-from rave_jax.data.packing.measuring import measure
+from rave_jax.data.packing.measuring import Measured, measure
 from rave_jax.data.packing.shared import SharedTables
 from rave_jax.data.processor import Processor
-from rave_jax.data.sample import Message, OverBudget, Sample, SampleError
+from rave_jax.data.sample import Message, OverBudget, Sample, SampleError, Source
 from rave_jax.data.sources import QaJsonl
 from rave_jax.families.shared.grids.video import VideoLimits
 from rave_jax.layout import AdaptiveRegions, ContextTokens, FixedRegions, VisualLayout
@@ -61,7 +62,7 @@ def test_sizes_are_what_encoding_gives(processor: Processor, turns: list, layout
     rules = dataclasses.replace(processor.rules, video=VideoLimits(64, 1024))
     made = Processor(processor.tokenizer, rules, processor.chat._template, layout)
     if short:
-        made._check_longest = lambda tokens: _refuse(tokens, 150)  # type: ignore
+        vars(made)["_check_longest"] = lambda tokens: _refuse(tokens, 150)
     sample = sample_of(turns)
     found = measure(Listed([sample]), 0, made)
     try:
@@ -80,8 +81,8 @@ def _refuse(tokens: int, most: int) -> None:
         raise OverBudget(f"{tokens} tokens")
 
 
-def everything(source: object) -> tuple[np.ndarray, np.ndarray]:
-    count = len(source)  # type: ignore
+def everything(source: Sized) -> tuple[np.ndarray, np.ndarray]:
+    count = len(source)
     return np.zeros(count, np.int64), np.arange(count)
 
 
@@ -90,9 +91,9 @@ def count(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Indices of the samples that are measured from here on."""
     found: list[int] = []
 
-    def counted(source: object, index: int, processor: Processor) -> object:
+    def counted(source: Source, index: int, processor: Processor) -> Measured:
         found.append(index)
-        return measure(source, index, processor)  # type: ignore
+        return measure(source, index, processor)
 
     monkeypatch.setattr(indexing, "measure", counted)
     return found
