@@ -68,10 +68,11 @@ def test_the_budget_of_the_whole_video() -> None:
 
 
 def test_frames_have_the_pixels_of_pictures() -> None:
-    """A video is its frames, two to a patch, the last one repeated."""
-    frames = [noise(60, 90, seed=n) for n in range(3)]
+    """A video is its frames, two to a patch, the last one repeated. They keep their size: to another one, frames are
+    resized as torch does, and pictures as Pillow does."""
+    frames = [noise(56, 84, seed=n) for n in range(3)]
     cut, used = cut_video(frames, 2.0, RULES)
-    assert cut.grid == RULES.video_grid(60, 90, used)
+    assert cut.grid == RULES.video_grid(56, 84, used)
     assert [piece.seconds for piece in RULES.expand("video", cut.grid, used, list)] == [1.0]
     video, pictures = cut.patches, [cut_image(frame, RULES) for frame in frames]
     singles = [picture.patches for picture in pictures]
