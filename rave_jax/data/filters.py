@@ -12,7 +12,6 @@ from rave_jax.data.sample import SampleError
 
 MOST = 2**31 - 1
 COUNTED = ("tokens", "patches", "pictures")
-SIDES = ("least", "most")
 LIMITS = frozenset(f"{side}_{name}" for name in COUNTED for side in ("under least", "over most"))
 """Reasons under which samples outside a filter are counted."""
 
@@ -60,34 +59,32 @@ class SizeFilter:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        check_ranges(self, source=(0, 10**6), **{f"{side}_{name}": (0, MOST) for side in SIDES for name in COUNTED})
-        for name, least, most in self._limits():
-            require(least <= most, f"least_{name}", least, f"a number from 0 to most_{name} {most}")
+        check_ranges(self, source=(0, 10**6), most_tokens=(0, MOST), most_patches=(0, MOST), most_pictures=(0, MOST))
+        for name, (least, most) in self._limits.items():
+            require(0 <= least <= most, f"least_{name}", least, f"a number from 0 to most_{name} {most}")
 
-    def _limits(self) -> tuple[tuple[str, int, int], ...]:
-        """(what, least, most) of each thing that is counted."""
-        return (
-            ("tokens", self.least_tokens, self.most_tokens),
-            ("patches", self.least_patches, self.most_patches),
-            ("pictures", self.least_pictures, self.most_pictures),
-        )
+    @property
+    def _limits(self) -> dict[str, tuple[int, int]]:
+        return {
+            "tokens": (self.least_tokens, self.most_tokens),
+            "patches": (self.least_patches, self.most_patches),
+            "pictures": (self.least_pictures, self.most_pictures),
+        }
 
     def faults(self, sizes: HasSizes) -> dict[str, Any]:
         """Which samples are outside each limit, by reason."""
         found = {}
-        for name, least, most in self._limits():
-            found[f"under least_{name}"] = np.less(getattr(sizes, name), least)
-            found[f"over most_{name}"] = np.greater(getattr(sizes, name), most)
+        for name, (least, most) in self._limits.items():
+            numbers = getattr(sizes, name)
+            found[f"under least_{name}"] = np.less(numbers, least)
+            found[f"over most_{name}"] = np.greater(numbers, most)
         return found
 
     def check(self, sizes: HasSizes, name: str) -> None:
         """Raise Filtered, naming the sample, unless it is within all limits."""
-        for what, least, most in self._limits():
-            number = getattr(sizes, what)
-            if number < least:
-                raise Filtered(
-                    f"{name}: {number} {what}, under the filter's least_{what} {least}", f"under least_{what}"
-                )
-            if number > most:
-                message = f"{name}: {number} {what}, over the filter's most_{what} {most}"
-                raise Filtered(message, f"over most_{what}")
+        for reason, outside in self.faults(sizes).items():
+            if outside:
+                limit = reason.split()[1]
+                what = limit.split("_")[1]
+                number, most = getattr(sizes, what), getattr(self, limit)
+                raise Filtered(f"{name}: {number} {what}, {reason.split()[0]} the filter's {limit} {most}", reason)
