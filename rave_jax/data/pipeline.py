@@ -215,6 +215,8 @@ class Pipeline:
         self.skipped = Counter(state.get("skipped", {}))
         for line in found.says:
             log.warning("after step %d: %s", step, line)
+        if found.changed and isinstance(self.plan, PackedRows):
+            log.warning("after step %d: samples of the steps that were planned together may come again", step)
         return step
 
 
