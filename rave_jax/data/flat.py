@@ -1,7 +1,7 @@
 """Arrays in one file that is mapped into memory: indices of data, kept beside it.
 
-An index names the file it is of, with its size, its time and its ends. One of another file, of another version of the
-format, or a damaged one is as good as none.
+An index names its kind and the file it is of, with its size, its time and its ends. One of another kind or file, of
+another version of the format, or a damaged one is as good as none.
 """
 
 from __future__ import annotations
@@ -64,6 +64,8 @@ def load(data: str, kind: str) -> Flat | None:
         if magic != MAGIC or zlib.crc32(header) != checksum:
             return None
         found = json.loads(header)
+        if found["kind"] != kind:
+            return None
         arrays = {}
         for name, kind_of, count, offset, crc in found["arrays"]:
             dtype = np.dtype(kind_of)
@@ -84,20 +86,20 @@ def keep(data: str, kind: str, facts: Mapping[str, Any], arrays: Mapping[str, Np
     Where it cannot be written it stays in memory, and one line says so.
     """
     try:
-        write_whole(folder_beside(data) / _name(data, kind), lambda file: _write(file, facts, arrays))
+        write_whole(folder_beside(data) / _name(data, kind), lambda file: _write(file, kind, facts, arrays))
     except OSError as error:
         log.warning("%s: its index is not kept (%s) and is made again by each run", data, error.strerror or error)
         return Flat(dict(facts), dict(arrays))
     return load(data, kind) or Flat(dict(facts), dict(arrays))
 
 
-def _write(file: BinaryIO, facts: Mapping[str, Any], arrays: Mapping[str, NpArray]) -> None:
+def _write(file: BinaryIO, kind: str, facts: Mapping[str, Any], arrays: Mapping[str, NpArray]) -> None:
     def header(offset: int) -> bytes:
         rows = []
         for name, array in arrays.items():
             rows.append([name, array.dtype.str, len(array), offset, zlib.crc32(np.ascontiguousarray(array).data)])
             offset += -(-array.nbytes // ALIGNED) * ALIGNED
-        return json.dumps({"facts": dict(facts), "arrays": rows}).encode()
+        return json.dumps({"kind": kind, "facts": dict(facts), "arrays": rows}).encode()
 
     # Offsets stand in the header, whose length they change: there is room for their digits.
     first = -(-(START.size + len(header(0)) + 20 * len(arrays)) // ALIGNED) * ALIGNED

@@ -170,9 +170,11 @@ class Pipeline:
         """See that one of the first samples of the run can be used.
 
         Raises:
-            SampleError: none of the first `max_skips` + 1 can, or the first cannot and `on_error` is "fail".
+            SampleError: none of the first `max_skips` + 1 can, or the first cannot and `on_error` is "fail". Or the
+                filters leave no sample over.
         """
         skips: list[Skip] = []
+        filtered, most = 0, sum(len(source) for source in self.sources)
         for step in itertools.count():
             for row in range(self.shape(step).rows):
                 for document in self.plan.row(step, row):
@@ -182,6 +184,12 @@ class Pipeline:
                     if loaded.reason not in LIMITS:
                         skips.append(loaded)
                         self._check_skips(skips)
+                        continue
+                    filtered += 1
+                    if filtered > most:
+                        raise SampleError(
+                            f"no sample is left over by the filters of data.filters; the last: {loaded.message}"
+                        )
 
     def state(self, step: int) -> dict[str, Any]:
         """What to save with a checkpoint before `step` is taken: JSON-ready."""
@@ -207,6 +215,8 @@ class Pipeline:
         self.skipped = Counter(state.get("skipped", {}))
         for line in found.says:
             log.warning("after step %d: %s", step, line)
+        if found.changed and isinstance(self.plan, PackedRows):
+            log.warning("after step %d: samples of the steps that were planned together may come again", step)
         return step
 
 

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from rave_jax.config import to_json
-from rave_jax.data.filters import SizeFilter
+from rave_jax.data.filters import LIMITS, SizeFilter
 from rave_jax.data.packing.cutting import Cut, longest_cut
 from rave_jax.data.packing.index import USABLE, SizeIndex
 from rave_jax.data.packing.sizes import Room, Sizes
@@ -116,7 +116,9 @@ class Choice:
             message += f", over the budget of {room.tokens} tokens and {room.patches} patches"
             message += f" or {room.regions} regions" if size.regions > room.regions else ""
             return Skip(name, index, reason, message, size.tokens, size.patches)
-        return Skip(name, index, reason, f"{message}, {reason} of a filter")
+        if reason in LIMITS:
+            return Skip(name, index, reason, f"{message}, {reason} of a filter")
+        return Skip(name, index, reason, f"{called}: it was mended after it was measured; the next run uses it")
 
     def _cut(self, source: int, index: int, room: Room) -> Cut | None:
         key = source, index, room

@@ -32,6 +32,8 @@ UNMEASURED, USABLE, FIRST_REASON = 0, 1, 2
 """What is known of a sample: nothing, that it can be used, or from `FIRST_REASON` on why it cannot."""
 REASONS = ("bad record", "unread key", "broken image", "broken video", "empty answer", "over budget")
 """Why samples cannot be used; a reason that is not here counts as the first one."""
+BROKEN = tuple(FIRST_REASON + REASONS.index(reason) for reason in ("broken image", "broken video"))
+"""What a run measures again: a file that was missing or damaged may have been mended since."""
 CHUNK = 64
 """Samples that a thread measures in one go."""
 EVERY, SHARE = 20.0, 20
@@ -223,8 +225,11 @@ class _Table:
             path = self._path(block)
             found = None if path is None else read_block(path, block.stop - block.first, self._settings)
             if found is not None:
-                self.sizes[:, block.first : block.stop], self.status[block.first : block.stop] = found
-                self._kept[number] = np.count_nonzero(found[1])
+                sizes, status = found
+                span = slice(block.first, block.stop)
+                self.sizes[:, span] = sizes
+                self.status[span] = np.where(np.isin(status, BROKEN), UNMEASURED, status)
+                self._kept[number] = np.count_nonzero(self.status[span])
 
     def put(self, index: int, measured: Measured) -> None:
         """Take up a sample that was measured."""

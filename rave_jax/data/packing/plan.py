@@ -194,7 +194,8 @@ class PackedRows:
         }
 
     def restore(self, state: Mapping[str, Any], changed: Collection[int] = ()) -> int:
-        """Take up a state. Of sources that have changed no draw is carried over.
+        """Take up a state. Of sources that have changed no draw is carried over, and the draws of the window are dealt
+        again to steps from the one to go on with: some come again, and none of the other sources is lost.
 
         Raises:
             ConfigError: it is of a run without packing, or one with rows of another size.
@@ -219,7 +220,7 @@ class PackedRows:
             )
         with self._lock:
             self._windows.clear()
-            self._base = begin
+            self._base = begin._replace(step=step) if changed else begin
         return step
 
     def _stage(self, step: int) -> PackedStage:

@@ -107,6 +107,20 @@ def test_a_plan_goes_on_after_a_stop_at_any_step(seed: int, stop: int, again: in
     assert len(json.dumps(state)) < 10_000
 
 
+@pytest.mark.parametrize("stop", [2, 5, 8])
+def test_a_source_that_has_changed_takes_no_sample_of_another_with_it(stop: int) -> None:
+    """What was planned together is dealt again: samples of the others may come again, and none is lost."""
+    same, before, after = mixed(120, 256), mixed(120, 256, seed=1), mixed(120, 256, seed=2)
+    packing = Packing(lookahead=4)
+    first = plan(same, before, rows=2, room=ROOM, packing=packing)
+    seen = Counter(document for step in rows_of(first, range(stop)) for row in step for document in row)
+    assert first.state(stop)["window"]["step"] < stop
+    second = plan(same, after, rows=2, room=ROOM, packing=packing)
+    assert second.restore(json.loads(json.dumps(first.state(stop))), changed={1}) == stop
+    later = Counter(document for step in rows_of(second, range(stop, 24)) for row in step for document in row)
+    assert {each.index for each in seen | later if each.source == 0} == set(range(120))
+
+
 def test_rows_do_not_depend_on_the_order_in_which_they_are_asked_for() -> None:
     samples = mixed(300, 256)
     expected = rows_of(plan(samples, rows=4, room=ROOM), range(40))
