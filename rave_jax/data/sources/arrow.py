@@ -23,6 +23,8 @@ VERSION = 1
 CONTINUES = 0xFFFFFFFF
 SCHEMA, DICTIONARY, BATCH = 1, 2, 3
 """Kinds of messages, as Arrow's Message.fbs numbers them."""
+MOST_ROWS = 2**31 - 1
+"""Of a batch."""
 
 
 class ArrowFile:
@@ -102,6 +104,8 @@ def _batches(file: File) -> dict[str, Any]:
             raise ValueError(f"it is cut off at byte {file.size:,}: a part of {end - at:,} bytes begins at byte {at:,}")
         if kind == DICTIONARY:
             raise ValueError("it has columns of dictionaries, which are not read: save them as plain values")
+        if kind == BATCH and not 0 <= count <= MOST_ROWS:
+            raise ValueError(f"it is damaged: the batch at byte {at:,} says that it has {count:,} rows")
         if kind == BATCH:
             offsets.append(at)
             rows.append(count)

@@ -37,6 +37,8 @@ def open_file(path: str | Place) -> File:
     Raises:
         ConfigError: it is none, or it cannot be read.
     """
+    if not str(path):
+        raise ConfigError("path is empty, expected a file of records")
     found = place(path)
     try:
         return open_place(found)

@@ -159,6 +159,8 @@ def _footer(where: Place) -> dict[str, Any]:
         with stream(where) as opened:
             metadata = pq.read_metadata(opened)
         groups = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+        if any(rows < 0 for rows in groups):
+            raise ConfigError(f"{where}: the parquet file is damaged: a group says it has {min(groups):,} rows")
         schema = metadata.schema.to_arrow_schema()
         return {"groups": groups, "schema": base64.b64encode(schema.serialize().to_pybytes()).decode()}
     except (OSError, pa.ArrowException) as error:

@@ -130,3 +130,13 @@ def test_offsets_that_lead_out_of_a_batch_are_bad_records(tmp_path: Path) -> Non
     source = HfDataset(path).build()
     with pytest.raises(SampleError, match=r"\.arrow:0: "):
         source[0]
+
+
+@pytest.mark.parametrize("rows", [-7, 2**40])
+def test_a_batch_with_an_impossible_number_of_rows_is_damage(rows: int, tmp_path: Path) -> None:
+    path = save(tmp_path / "set", [{"question": ["Q"] * 7919, "answer": ["A"] * 7919}], batch=7919)
+    (file,) = Path(path).glob("*.arrow")
+    found = np.array([7919], "<i8").tobytes()
+    file.write_bytes(file.read_bytes().replace(found, np.array([rows], "<i8").tobytes()))
+    with pytest.raises(ConfigError, match=r"\.arrow: .*it is damaged: the batch at byte [\d,]+ says that it has"):
+        HfDataset(path).build()

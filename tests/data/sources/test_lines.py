@@ -200,3 +200,8 @@ def test_what_is_no_json_lines_says_so(data: str, says: str, tmp_path: Path) -> 
     path.write_bytes(data.encode("utf-16" if "UTF-16" in says else "utf-8"))
     with pytest.raises(ConfigError, match=rf"x\.jsonl: expected JSON Lines.*{says}"):
         JsonLines(path)
+
+
+def test_an_empty_path_is_called_empty() -> None:
+    with pytest.raises(ConfigError, match="path is empty, expected a file of records"):
+        JsonLines("")
