@@ -234,7 +234,7 @@ class ChatTemplate:
                 continue  # the template refuses a text that has marks in it
             scanned = scan(rendered.text, marked, self._words)
             if scanned.written == plain:
-                if self._videos is not None and videos is not None:
+                if self._videos is not None and videos is not None and (videos or not self._literal):
                     if videos and not around:
                         raise SampleError(
                             "the chat template looks into the texts of this conversation, so they cannot be told from "

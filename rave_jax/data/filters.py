@@ -59,18 +59,25 @@ class SizeFilter:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        check_ranges(self, source=(0, 10**6))
-        for name in COUNTED:
-            least, most = getattr(self, f"least_{name}"), getattr(self, f"most_{name}")
+        check_ranges(self, source=(0, 10**6), most_tokens=(0, MOST), most_patches=(0, MOST), most_pictures=(0, MOST))
+        for name, (least, most) in self._limits.items():
             require(0 <= least <= most, f"least_{name}", least, f"a number from 0 to most_{name} {most}")
+
+    @property
+    def _limits(self) -> dict[str, tuple[int, int]]:
+        return {
+            "tokens": (self.least_tokens, self.most_tokens),
+            "patches": (self.least_patches, self.most_patches),
+            "pictures": (self.least_pictures, self.most_pictures),
+        }
 
     def faults(self, sizes: HasSizes) -> dict[str, Any]:
         """Which samples are outside each limit, by reason."""
         found = {}
-        for name in COUNTED:
+        for name, (least, most) in self._limits.items():
             numbers = getattr(sizes, name)
-            found[f"under least_{name}"] = np.less(numbers, getattr(self, f"least_{name}"))
-            found[f"over most_{name}"] = np.greater(numbers, getattr(self, f"most_{name}"))
+            found[f"under least_{name}"] = np.less(numbers, least)
+            found[f"over most_{name}"] = np.greater(numbers, most)
         return found
 
     def check(self, sizes: HasSizes, name: str) -> None:

@@ -125,7 +125,7 @@ class Processor:
             raise ConfigError(f"{directory}: no tokenizer could be read: {error}") from error
         if not getattr(tokenizer, "is_fast", False):
             raise ConfigError(f"{directory}: {type(tokenizer).__name__} is not a fast tokenizer (tokenizer.json)")
-        check_directory(Path(directory), rules.config, tokenizer)
+        check_directory(Path(directory), rules.config, tokenizer, rules.video_placeholder)
         template = read_template(directory, tokenizer)
         try:
             return cls(tokenizer, rules, template, layout, special_tokens_in_text)

@@ -18,7 +18,9 @@ PLACEHOLDERS = tuple(f"{name}_token_id" for name in MARKERS)
 """Ids of config.json that stand in prompts."""
 
 
-def check_vocabulary(tokenizer: Any, rows: int, name: str = "the model", files: str = "the tokenizer") -> None:
+def check_vocabulary(
+    tokenizer: Any, rows: int, name: str = "the model", files: str = "the tokenizer", replaced: str = ""
+) -> None:
     """Refuse a tokenizer with ids that an embedding has no rows for.
 
     Args:
@@ -26,11 +28,13 @@ def check_vocabulary(tokenizer: Any, rows: int, name: str = "the model", files: 
         rows: of the embedding.
         name: what an error calls the model.
         files: what it calls the tokenizer.
+        replaced: a token that needs no row, as it never stands in a prompt (`PictureRules.video_placeholder`).
 
     Raises:
         ConfigError: names the first token without a row.
     """
-    beyond = sorted((number, token) for token, number in tokenizer.get_vocab().items() if number >= rows)
+    ids = ((number, token) for token, number in tokenizer.get_vocab().items() if token != replaced)
+    beyond = sorted(pair for pair in ids if pair[0] >= rows)
     if not beyond:
         return
     number, token = beyond[0]
@@ -41,13 +45,14 @@ def check_vocabulary(tokenizer: Any, rows: int, name: str = "the model", files: 
     )
 
 
-def check_directory(directory: Path, config: VlmConfig, tokenizer: Any) -> None:
+def check_directory(directory: Path, config: VlmConfig, tokenizer: Any, replaced: str = "") -> None:
     """Refuse an HF directory whose tokenizer or placeholders have ids beyond the embedding that config.json states.
 
     Args:
         directory: with the files.
         config: what config.json says.
         tokenizer: what was read from the directory.
+        replaced: as in `check_vocabulary`.
 
     Raises:
         ConfigError: names the files and the first token or placeholder without a row.
@@ -55,7 +60,7 @@ def check_directory(directory: Path, config: VlmConfig, tokenizer: Any) -> None:
     rows = config.text.vocab_size
     file = directory / "config.json"
     names = [name for name in FILES if (directory / name).is_file()]
-    check_vocabulary(tokenizer, rows, str(file), f"the tokenizer of {', '.join(names)}")
+    check_vocabulary(tokenizer, rows, str(file), f"the tokenizer of {', '.join(names)}", replaced)
     for key in PLACEHOLDERS:
         number = getattr(config, key)
         if number >= rows:

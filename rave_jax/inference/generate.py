@@ -113,7 +113,7 @@ class Generator:
     def __init__(self, model: Vlm, processor: Processor, config: SlotConfig, mesh: Mesh | None = None):
         TextStream(processor.tokenizer)  # refuses the tokenizer now rather than every request later
         wanted = model.options.layout
-        check_vocabulary(processor.tokenizer, model.config.text.vocab_size)
+        check_vocabulary(processor.tokenizer, model.config.text.vocab_size, replaced=processor.rules.video_placeholder)
         require(processor.layout == wanted, "processor.layout", processor.layout, f"{wanted}, as the model wants it")
         self._prepare = functools.partial(_prepared, processor, config.max_length)
         # As many as there are slots, and a group that waits for the next free ones.

@@ -14,6 +14,7 @@ from rave_jax.families import FAMILIES, family_for
 from rave_jax.families.config import DynamicRope, LinearRope, SmoothRope, TextConfig, VlmConfig
 from rave_jax.families.llama import presets as llama
 from rave_jax.families.qwen2 import presets as qwen2
+from rave_jax.families.qwen3 import presets as qwen3
 from rave_jax.families.qwen3_moe import presets as qwen3_moe
 from rave_jax.models.config import ModelOptions
 from rave_jax.models.parameters import count, num_bytes
@@ -35,6 +36,12 @@ RELEASED = {
     "Llama-2-7b": (llama.llama_2_7b(), 6_738_415_616, 291),
     "Qwen2-0.5B": (qwen2.qwen2_0_5b(), 494_032_768, 290),
     "Qwen2-7B": (qwen2.qwen2_7b(), 7_615_616_512, 339),
+    "Qwen3-0.6B": (qwen3.qwen3_0_6b(), 596_049_920, 310),
+    "Qwen3-1.7B": (qwen3.qwen3_1_7b(), 1_720_574_976, 310),
+    "Qwen3-4B": (qwen3.qwen3_4b(), 4_022_468_096, 398),
+    "Qwen3-8B": (qwen3.qwen3_8b(), 8_190_735_360, 399),
+    "Qwen3-14B": (qwen3.qwen3_14b(), 14_768_307_200, 443),
+    "Qwen3-32B": (qwen3.qwen3_32b(), 32_762_123_264, 707),
     "Qwen3-30B-A3B": (qwen3_moe.qwen3_30b_a3b(), 30_532_122_624, 18_867),
     "Qwen3-235B-A22B": (qwen3_moe.qwen3_235b_a22b(), 235_093_634_560, 36_945),
 }
@@ -48,6 +55,26 @@ def test_a_preset_has_the_parameters_of_the_release(name: str) -> None:
     rules = FAMILIES[config.family].tensors(config)
     assert len(rules) == tensors
     assert_one_to_one(model, rules)
+
+
+@pytest.mark.parametrize(
+    ("name", "all_of_them", "but_embeddings"),
+    [
+        ("Qwen3-0.6B", 0.6, 0.44),
+        ("Qwen3-1.7B", 1.7, 1.4),
+        ("Qwen3-4B", 4.0, 3.6),
+        ("Qwen3-8B", 8.2, 6.95),
+        ("Qwen3-14B", 14.8, 13.2),
+        ("Qwen3-32B", 32.8, 31.2),
+    ],
+)
+def test_billions_of_parameters_are_those_of_the_model_cards(
+    name: str, all_of_them: float, but_embeddings: float
+) -> None:
+    config, parameters, _ = RELEASED[name]
+    tables = config.text.vocab_size * config.text.hidden_size * (1 if config.text.tie_embeddings else 2)
+    assert parameters / 1e9 == pytest.approx(all_of_them, abs=0.05)
+    assert (parameters - tables) / 1e9 == pytest.approx(but_embeddings, abs=0.05)
 
 
 @pytest.mark.parametrize("name", RELEASED)

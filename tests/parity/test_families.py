@@ -59,8 +59,6 @@ class Case:
         family: its name.
         sizes: changes to `SIZES`.
         frames: height and width of the frames of its video; None: no videos.
-        frames: height and width of the frames of a video; None: there is none. Those of the Qwen families are taken as
-            they are, since they are resized with a shade of difference.
         pictures: (height, width) of the pictures of each conversation; (frames, height, width, fps) is a video.
         seed: of the weights.
         limit: most that logits may differ by, as a part of the largest.
@@ -93,7 +91,6 @@ CASES = {
         Case("qwen2_vl", frames=(50, 90)),
         Case("llava"),
         Case("llava_onevision", frames=(33, 47)),
-        Case("llava_onevision", frames=(57, 20)),
         Case("internvl", {"patch_size": 8}, pictures=(*IN_TILES, *VIDEOS)),
         Case("smolvlm", {"patch_size": 8}, pictures=(*IN_TILES, *VIDEOS)),
         Case("llama", pictures=TEXT),

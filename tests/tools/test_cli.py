@@ -164,7 +164,7 @@ def test_an_output_that_cannot_be_written(folder: Path, tmp_path: Path, capsys: 
         ("config.json", "vision_config", [1]),
         ("preprocessor_config.json", "min_pixels", "5"),
         ("preprocessor_config.json", "image_mean", 5),
-        ("preprocessor_config.json", "rescale_factor", None),
+        ("preprocessor_config.json", "rescale_factor", "x"),
         ("preprocessor_config.json", "patch_size", 0),
         ("preprocessor_config.json", "merge_size", 1),
         ("tokenizer_config.json", "chat_template", "{% if %}"),

@@ -121,6 +121,7 @@ class SizeIndex:
             mine = np.flatnonzero(sources == number)
             columns[:, mine] = table.sizes[:, indices[mine]]
             status[mine] = table.status[indices[mine]]
+        self._write_if_due()
         return Known(Sizes(*columns), status)
 
     def ahead(self, sources: Int[NpArray, "N"], indices: Int[NpArray, "N"]) -> None:
@@ -179,9 +180,13 @@ class SizeIndex:
                 for index in indices:
                     self._running.pop((number, index), None)
                 self.measured += len(indices)
-                due = time.monotonic() - self._written > self._pause
-                if due:
-                    self._written = time.monotonic()
+        self._write_if_due()
+
+    def _write_if_due(self) -> None:
+        with self._lock:
+            due = time.monotonic() - self._written > self._pause
+            if due:
+                self._written = time.monotonic()
         if due:
             self.write()
 
@@ -200,13 +205,13 @@ class _Table:
             for begin, part in _begins(source.parts)
             for first in range(0, part.length, BLOCK)
         ]
-        self._firsts = np.array([block.first for block in self._blocks], np.int64)
-        self._changed: set[int] = set()
+        self._kept = np.zeros(len(self._blocks), np.int64)
+        """Samples of each block that were measured when it was last read or written."""
         self._folders: dict[str, Path | None] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         # Another process of this host reads and writes the same memory, and keeps nothing beside the data.
-        return self.__dict__ | {"sizes": None, "status": None, "_writes": False, "_changed": set()}
+        return self.__dict__ | {"sizes": None, "status": None, "_writes": False}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -214,30 +219,30 @@ class _Table:
 
     def read(self) -> None:
         """Take up what is kept beside the data."""
-        for block in self._blocks:
+        for number, block in enumerate(self._blocks):
             path = self._path(block)
             found = None if path is None else read_block(path, block.stop - block.first, self._settings)
             if found is not None:
                 self.sizes[:, block.first : block.stop], self.status[block.first : block.stop] = found
+                self._kept[number] = np.count_nonzero(found[1])
 
     def put(self, index: int, measured: Measured) -> None:
         """Take up a sample that was measured."""
         self.sizes[:, index] = measured.size
         place = REASONS.index(measured.reason) if measured.reason in REASONS else 0
         self.status[index] = FIRST_REASON + place if measured.reason else USABLE  # last: then the sizes are there
-        self._changed.add(int(np.searchsorted(self._firsts, index, side="right")) - 1)
 
     def write(self) -> None:
-        """Keep the blocks that changed."""
+        """Keep the blocks of which more is known, whichever process of the host measured it."""
         if not self._writes:
             return
-        while self._changed:
-            block = self._blocks[self._changed.pop()]
-            path = self._path(block)
+        for number, block in enumerate(self._blocks):
+            span = slice(block.first, block.stop)
+            status = self.status[span].copy()  # before the sizes: others may put samples meanwhile
+            measured = np.count_nonzero(status)
+            path = None if measured == self._kept[number] else self._path(block)
             if path is None:
                 continue
-            span = slice(block.first, block.stop)
-            status = self.status[span].copy()  # before the sizes: other threads may put samples meanwhile
             try:
                 write_block(path, self.sizes[:, span], status, self._settings)
             except OSError as error:
@@ -249,6 +254,7 @@ class _Table:
                 )
                 self._writes = False
                 return
+            self._kept[number] = measured
 
     def _path(self, block: _Block) -> Path | None:
         """The file of a block; None where nothing can be kept."""

@@ -156,11 +156,9 @@ def _figure(frame: FrameView, tokens: dict[int, Token]) -> str:
     cells = "".join(_cell(cell, tokens[cell.token]) for cell in frame.cells)
     named = "".join(_region_name(cells) for cells in _by_region(frame.cells))
     overlay = f'<svg viewBox="0 0 {width} {height}" preserveAspectRatio="none">{cells}{named}</svg>'
-    first = f'<div class="frame" style="width:{wide}px"><img src="{data_uri(frame.pixels[0])}" alt="">{overlay}</div>'
-    later = "".join(
-        f'<div class="frame" style="width:{wide}px"><img src="{data_uri(image)}" alt=""></div>'
-        for image in frame.pixels[1:]
-    )
+    look = f'class="frame{" enlarged" if wide > width else ""}" style="width:{wide}px"'
+    first = f'<div {look}><img src="{data_uri(frame.pixels[0])}" alt="">{overlay}</div>'
+    later = "".join(f'<div {look}><img src="{data_uri(image)}" alt=""></div>' for image in frame.pixels[1:])
     steps = f", {len(frame.pixels)} steps of time in each patch" if later else ""
     caption = f"frame {frame.number}: {width} &times; {height} pixels, {counted(frame.patches, 'patch', 'patches')}"
     pictures = f'<div class="later">{first}{later}</div>' if later else first

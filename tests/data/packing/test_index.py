@@ -185,6 +185,8 @@ def test_processes_of_a_host_share_what_is_measured(qa_folder: Path, processor: 
     copy.close()
     assert not list((qa_folder / FOLDER).glob("sizes-*"))  # its process keeps nothing
     index.close()
+    opened(qa_folder, processor).known(*everything(range(10)))
+    assert len(count) == 10
 
 
 def test_memory_that_is_gone_is_begun_anew(tmp_path: Path) -> None:

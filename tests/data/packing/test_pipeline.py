@@ -10,11 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
-from rave_jax.batch import Kind
+from rave_jax.batch import Batch, Kind
 from rave_jax.config import ConfigError
 from rave_jax.data.config import DataConfig, Stage
 from rave_jax.data.filters import SizeFilter
@@ -225,3 +226,33 @@ def test_settings_that_exclude_each_other(chats: Path) -> None:
         data(chats, filters=(SizeFilter(source=3),))
     with pytest.raises(ConfigError, match=r"least_tokens is 9, expected a number from 0 to most_tokens 3"):
         SizeFilter(least_tokens=9, most_tokens=3)
+
+
+def test_fifty_odd_sizes_are_one_program(tmp_path: Path, processor: Processor) -> None:
+    """Rows of texts alone beside rows of nine pictures, and the last step of an epoch: all batches have one shape, so a
+    jitted function of them is compiled once."""
+    pictures = [0, 1, 2, 9, 0]
+    records = []
+    for n in range(51):
+        names = [f"{n}_{k}.png" for k in range(pictures[n % 5])]
+        for k, name in enumerate(names):
+            Image.fromarray(noise(9 + n % 23, 8 + (n + k) % 31, seed=n)).save(tmp_path / name)
+        records.append(record(n, [("Why?", "a" * (n + 1))], len(names)) | ({"image": names} if names else {}))
+    (tmp_path / "1_0.png").write_bytes((tmp_path / "1_0.png").read_bytes()[:-60])
+    (tmp_path / "chat.json").write_text(json.dumps(records))
+    pipeline = Pipeline(data(tmp_path, tokens=700, patches=512), processor)
+
+    @jax.jit
+    def program(batch: Batch) -> jax.Array:
+        return batch.loss_weights.sum() + batch.patches.frame.max()
+
+    steps = 0
+    sizes: set[tuple[int, int]] = set()
+    while len(sizes) < 50 and steps < 60:
+        assert np.isfinite(program(pipeline.rows(steps, 0, 2)))
+        rows = [plan_of(pipeline).row(steps, row) for row in range(2)]
+        sizes |= {(document.index, document.budget.tokens) for row in rows for document in row}
+        steps += 1
+    assert len(sizes) == 50
+    assert pipeline.skipped["broken image"] >= 1
+    assert program._cache_size() == 1

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +13,7 @@ import pytest
 from rave_jax.checkpoint.tiny import Tiny, tiny_config
 from rave_jax.config import ConfigError
 from rave_jax.families.config import VlmConfig
-from rave_jax.families.internvl import FAMILY
+from rave_jax.families.internvl import FAMILY, presets
 from rave_jax.families.internvl.config import VisionConfig
 from rave_jax.models.config import ModelOptions
 from tests.families.test_families import abstract, assert_one_to_one
@@ -56,12 +58,42 @@ def test_the_config_of_a_released_model() -> None:
         "eos_token_id": 151645,
     }
     config = FAMILY.parse({"model_type": "internvl", "text_config": text, "vision_config": {"attention_bias": True}})
+    assert config == presets.internvl3_1b()
     vision = config.vision
     assert isinstance(vision, VisionConfig)
     assert (vision.depth, vision.hidden_size, vision.side, vision.token_side) == (24, 1024, 32, 16)
     assert config.patch_sizes[:3] == (3 * 14 * 14, 4, 1024)
     assert (config.image_token_id, config.eos_token_ids, config.text.longest) == (151667, (151645,), 32768)
     assert not config.text.tie_embeddings
+
+
+@pytest.mark.parametrize(
+    ("preset", "parameters"),
+    [
+        (presets.internvl3_1b, 938_193_024),
+        (presets.internvl3_2b, 2_088_957_440),
+        (presets.internvl3_8b, 7_944_373_760),
+    ],
+)
+def test_presets_have_the_parameters_of_the_releases(preset: Callable[[], VlmConfig], parameters: int) -> None:
+    """Counted by others: in the -hf checkpoint of 1B once loaded, in the header of 2B's original, and in the headers of
+    two fine-tuned 8B."""
+    assert_one_to_one(abstract(preset(), ModelOptions()), FAMILY.tensors(preset()))
+    assert sum(math.prod(rule.shape) for rule in FAMILY.tensors(preset())) == parameters
+
+
+def test_the_tensors_of_1b_are_those_of_the_released_file() -> None:
+    """`model.safetensors` of InternVL3-1B-hf has 733 tensors and 1,876,478,048 bytes, of which the header, with every
+    key, shape and place, takes 92,000: as many as one with our keys takes."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    stop = 0
+    for rule in sorted(FAMILY.tensors(presets.internvl3_1b()), key=lambda rule: rule.hf_key):
+        start, stop = stop, stop + 2 * math.prod(rule.shape)
+        header[rule.hf_key] = {"dtype": "BF16", "shape": rule.shape, "data_offsets": [start, stop]}
+    written = len(json.dumps(header, separators=(",", ":")))
+    assert len(header) - 1 == 733
+    assert 8 + math.ceil(written / 8) * 8 == 92_000
+    assert stop + 92_000 == 1_876_478_048
 
 
 @pytest.mark.parametrize("top", [True, False])

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import Tokenizer
 
 from rave_jax.checkpoint.tiny import Tiny, tiny_config, token_ids, write_tiny_files
 from rave_jax.config import ConfigError
@@ -93,6 +94,28 @@ def test_what_is_measured_is_what_is_encoded(processor: Processor, frames: int) 
 def test_a_placeholder_in_a_message_is_text(processor: Processor) -> None:
     example = processor.encode(said("What is <video> or <img>?", [noise(8, 8)]))
     assert "What is <video> or <img>?Frame1: <img>" in processor.tokenizer.decode(example.tokens)
+
+
+def test_the_placeholder_of_videos_needs_no_row_of_the_embedding(tmp_path: Path) -> None:
+    """It never stands in a prompt, and a tokenizer may have it behind the tokens that the model was trained with."""
+    write_tiny_files(tmp_path, SIZES)
+    file, words = tmp_path / "config.json", tmp_path / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(words))
+    rows, number = tokenizer.get_vocab_size(), tokenizer.token_to_id("<video>")
+    text = words.read_text().replace(f'"<video>": {number}', f'"<video>": {rows}')
+    words.write_text(text.replace(f'"id": {number},', f'"id": {rows},'))
+    config = json.loads(file.read_text())
+    config["text_config"]["vocab_size"] = rows
+    file.write_text(json.dumps(config))
+    processor = Processor.from_hf(tmp_path)
+    assert processor.tokenizer.convert_tokens_to_ids("<video>") == rows
+    assert processor.encode(said("See", [noise(8, 8)] * 2, "<video>?")).tokens.max() < rows
+    processor = Processor.from_hf(tmp_path, special_tokens_in_text="tokens")
+    for messages, found, videos in ((said([noise(8, 8)], "<video>?"), 2, 1), (said("<video>?"), 1, 0)):
+        with pytest.raises(
+            SampleError, match=f"has {found} placeholders '<video>', but the conversation has {videos} "
+        ):
+            processor.encode(messages)
 
 
 def test_a_chat_template_without_videos_is_refused_for_them(processor: Processor) -> None:
