@@ -53,9 +53,13 @@ def show_rows(config: DataConfig, processor: Processor, count: int, step: int, p
 
 def _check_writable(path: Path) -> None:
     """Before the rows are loaded, which may take a while."""
-    if path.is_dir():
+    try:
+        is_folder, has_folder = path.is_dir(), path.parent.is_dir()
+    except OSError as error:
+        raise ConfigError(f"--html {path}: cannot be written: {error.strerror or error}") from error
+    if is_folder:
         raise ConfigError(f"--html {path}: it is a directory, expected the name of a file")
-    if not path.parent.is_dir():
+    if not has_folder:
         raise ConfigError(f"--html {path}: there is no folder {path.parent}: make it first")
 
 

@@ -122,6 +122,7 @@ def test_a_page_of_packed_rows(config: Path, capsys: pytest.CaptureFixture[str])
         (["--html", "a.html"], "--html needs --show ROWS"),
         (["--show", "2", "--html", "{folder}"], "it is a directory, expected the name of a file"),
         (["--show", "2", "--html", "{folder}/no/a.html"], "there is no folder"),
+        (["--show", "2", "--html", "x" * 300], "cannot be written: File name too long"),
         (["--show", "2", "--html", "{folder}/a.html", "--data.on_error", "fail"], "rave-jax: "),
     ],
 )

@@ -23,6 +23,8 @@ VERSION = 1
 CONTINUES = 0xFFFFFFFF
 SCHEMA, DICTIONARY, BATCH = 1, 2, 3
 """Kinds of messages, as Arrow's Message.fbs numbers them."""
+MOST_ROWS = 2**31 - 1
+"""Of a batch."""
 
 
 class ArrowFile:
@@ -57,7 +59,8 @@ class ArrowFile:
                 raise
             start = file.read(0, 64) if file.size else b""
             kind = "" if start.startswith(b"\xff\xff\xff\xff") else other_kind(start)
-            why = f"this is {kind}" if kind else getattr(error, "strerror", None) or error
+            damaged = "the headers of its batches are damaged" if isinstance(error, struct.error) else ""
+            why = f"this is {kind}" if kind else damaged or getattr(error, "strerror", None) or error
             raise ConfigError(f"{where}: expected an Arrow stream, as `datasets` saves it: {why}") from error
         finally:
             file.close()
@@ -67,6 +70,7 @@ class ArrowFile:
         """Columns of a batch; those of a local file stay in it until their values are asked for."""
         start, stop = int(self._offsets[group]), int(self._offsets[group + 1])
         batch = pa.ipc.read_record_batch(pa.py_buffer(self._bytes(start, stop)), self.schema)
+        batch.validate(full=True)  # else damaged offsets lead out of the buffers, which ends the process
         return pa.Table.from_batches([batch]).select([name for name in columns if name in self.schema.names])
 
     def _bytes(self, start: int, stop: int) -> Any:
@@ -100,6 +104,8 @@ def _batches(file: File) -> dict[str, Any]:
             raise ValueError(f"it is cut off at byte {file.size:,}: a part of {end - at:,} bytes begins at byte {at:,}")
         if kind == DICTIONARY:
             raise ValueError("it has columns of dictionaries, which are not read: save them as plain values")
+        if kind == BATCH and not 0 <= count <= MOST_ROWS:
+            raise ValueError(f"it is damaged: the batch at byte {at:,} says that it has {count:,} rows")
         if kind == BATCH:
             offsets.append(at)
             rows.append(count)

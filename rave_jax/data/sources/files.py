@@ -37,6 +37,8 @@ def open_file(path: str | Place) -> File:
     Raises:
         ConfigError: it is none, or it cannot be read.
     """
+    if not str(path):
+        raise ConfigError("path is empty, expected a file of records")
     found = place(path)
     try:
         return open_place(found)
@@ -55,10 +57,16 @@ def other_kind(start: bytes) -> str:
     return "binary data" if b"\0" in start else ""
 
 
-def check_text(file: File) -> None:
-    """Raise ConfigError, saying what the file is, unless it starts as a text does."""
-    if kind := other_kind(file.read(0, 4096)):
+def check_text(file: File) -> bytes:
+    """Up to 4096 bytes of the start of a text file.
+
+    Raises:
+        ConfigError: the file starts otherwise than a text does; says what it is.
+    """
+    start = file.read(0, 4096)
+    if kind := other_kind(start):
         raise ConfigError(f"{file.place}: expected JSON, and this is {kind}")
+    return start
 
 
 def parse(data: bytes | str) -> Any:

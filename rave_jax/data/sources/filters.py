@@ -103,7 +103,7 @@ def choose(records: Records, where: Sequence[FieldIs]) -> Chosen:
         if len(records) and not any(each.field in fact["found"] for fact in facts):
             raise ConfigError(
                 f"{records.path}: no record has the field {each.field!r}, which `where` names; the first records have "
-                f"{', '.join(facts[0]['keys']) or 'no field'}"
+                f"{', '.join(getattr(records, 'columns', ()) or facts[0]['keys']) or 'no field'}"
             )
     indices = np.flatnonzero(np.concatenate(masks))
     said = " and ".join(map(str, where))
@@ -173,7 +173,6 @@ def _look(
                 values |= dict.fromkeys(f"{each.field} {text:.60}" for text in texts)
             if bool(among.intersection(texts)) != each.keep:
                 mask[number] = False
-                break
     seen = {"keys": list(keys)[:40], "found": sorted(found), "values": list(values)}
     return mask, {"fingerprint": part.fingerprint, "length": part.length, **seen}
 

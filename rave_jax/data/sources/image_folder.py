@@ -87,8 +87,11 @@ def _records(config: ImageFolder) -> Records:
     if not files or files == [str(root)]:
         raise ConfigError(f"{config.path!r}: no folder with files there")
     if tables := [place(name) for name in files if name.endswith(TABLES) and place(name).name in TABLES]:
+        folders = [file.parent for file in tables]
+        if twice := [folder for folder in folders if folders.count(folder) > 1]:
+            raise ConfigError(f"{twice[0]}: it holds {' and '.join(TABLES)}: move one of them elsewhere")
         return Joined([Listed(CsvRows(file) if file.suffix == ".csv" else JsonLines(str(file))) for file in tables])
-    pictures = [name for name in files if name.rpartition(".")[2].lower() in EXTENSIONS]
+    pictures = [name for name in files if name.rpartition(".")[2].lower() in EXTENSIONS and not _hidden(name, root)]
     if not pictures:
         raise ConfigError(
             f"{config.path!r}: it holds no {' and no '.join(TABLES)}, and no pictures ({', '.join(EXTENSIONS)})"
@@ -106,6 +109,11 @@ def _records(config: ImageFolder) -> Records:
     return Classes(root, pictures)
 
 
+def _hidden(name: str, root: Place) -> bool:
+    """Is a file, or a folder of it, what programs leave behind (.ipynb_checkpoints, __MACOSX, ._a.png)?"""
+    return any(part.startswith((".", "__")) for part in name[len(str(root)) + 1 :].split("/"))
+
+
 class CsvRows:
     """Rows of a table in a text, which are held in memory."""
 
@@ -117,6 +125,8 @@ class CsvRows:
             self.fingerprint: str = digest(data).hexdigest()
             reader = csv.reader(io.StringIO(data.decode("utf-8-sig"), newline=""), strict=True)
             self._names = next(reader, [])
+            if twice := [name for name in self._names if self._names.count(name) > 1]:
+                raise ConfigError(f"{path}:1: two columns have the name {twice[0]!r}: rename or remove one of them")
             self._rows = []
             for row in reader:
                 if row and len(row) != len(self._names):

@@ -14,7 +14,7 @@ import numpy as np
 
 from rave_jax.config import ConfigError
 from rave_jax.data import flat
-from rave_jax.data.places import CHUNK, File
+from rave_jax.data.places import CHUNK, File, Place
 from rave_jax.data.sample import Part, SampleError
 from rave_jax.data.sources import blocks
 from rave_jax.data.sources.blocks import Blocks, together
@@ -39,7 +39,7 @@ class JsonLines:
     def __init__(self, path: str | Path):
         self._file = open_file(path)
         self.path = self._file.place
-        check_text(self._file)
+        _check_lines(self.path, check_text(self._file))
         try:
             facts, arrays = _index(self._file)
         except OSError as error:
@@ -78,6 +78,17 @@ class JsonLines:
     def rows(self, fields: Sequence[str], start: int, stop: int) -> Iterator[dict[str, Any] | None]:
         """The records from `start` to `stop`; None for one that cannot be read."""
         return readable(self, start, stop)
+
+
+def _check_lines(path: Place, start: bytes) -> None:
+    """Raise ConfigError where a file starts as a JSON list over several lines does, or in UTF-16."""
+    if start.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise ConfigError(f"{path}: expected JSON Lines in UTF-8, and this is UTF-16: save it as UTF-8")
+    first, end, _ = start.removeprefix(b"\xef\xbb\xbf").lstrip().partition(b"\n")
+    if first.startswith(b"[") and end and not first.rstrip().endswith(b"]"):
+        raise ConfigError(
+            f"{path}: expected JSON Lines, an object a line, and this is a JSON list: give its name the ending .json"
+        )
 
 
 def readable(records: Any, start: int, stop: int) -> Iterator[dict[str, Any] | None]:

@@ -93,10 +93,11 @@ class ParquetFile:
 
     def read(self, group: int, columns: Sequence[str]) -> pa.Table:
         """Columns of a row group."""
+        where = open_place(self.place)
+        where.close()
+        if (where.size, where.stamp) != (self.facts["is"]["size"], self.facts["is"]["stamp"]):
+            raise OSError("the file has changed since it was opened: put it back as it was")
         with stream(self.place) as file, pq.ParquetFile(file) as opened:
-            found = opened.metadata
-            if group >= found.num_row_groups or found.row_group(group).num_rows != self.groups[group]:
-                raise OSError("the file has changed since it was opened: put it back as it was")
             return opened.read_row_group(group, columns=list(columns))
 
 
@@ -158,10 +159,12 @@ def _footer(where: Place) -> dict[str, Any]:
         with stream(where) as opened:
             metadata = pq.read_metadata(opened)
         groups = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+        if any(rows < 0 for rows in groups):
+            raise ConfigError(f"{where}: the parquet file is damaged: a group says it has {min(groups):,} rows")
         schema = metadata.schema.to_arrow_schema()
         return {"groups": groups, "schema": base64.b64encode(schema.serialize().to_pybytes()).decode()}
     except (OSError, pa.ArrowException) as error:
-        raise ConfigError(f"{where}: the parquet file cannot be read: {error}") from error
+        raise ConfigError(f"{where}: the parquet file cannot be read: {' '.join(str(error).split())}") from error
 
 
 def _found(path: str) -> list[Place]:

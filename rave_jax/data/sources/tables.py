@@ -114,6 +114,7 @@ class Rows:
             config.image_column, config.turns_column, config.question_column, config.answer_column, config.ignored
         )
         schema = files[0].schema
+        self.columns: tuple[str, ...] = tuple(schema.names)
         self._names = columns_of(schema, named, str(self.path), fields)
         self.keys: tuple[str, ...] = QUESTION_KEYS if self.has_questions else RECORD_KEYS
         self._labels = {name: found for name in self._names if (found := class_names(schema, name))}

@@ -117,7 +117,10 @@ def record_of(key: str, members: Sequence[Member]) -> dict[str, Any]:
     for member in members:
         kind = member.extension.rpartition(".")[2]
         if kind in (*EXTENSIONS, *FILMS):
-            (videos if kind in FILMS else pictures)[member.name.rpartition("/")[2]] = member.data
+            held, name = videos if kind in FILMS else pictures, member.name.rpartition("/")[2]
+            if held.get(name, member.data) != member.data:
+                raise SampleError(f"two members of the sample have the name {name!r}, and they differ")
+            held[name] = member.data
             continue
         if kind == "json":
             try:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
@@ -116,3 +117,26 @@ def test_a_file_that_is_cut_while_it_is_used_is_one_bad_record(tmp_path: Path) -
     file.write_bytes(file.read_bytes()[:2000])
     with pytest.raises(SampleError, match=r"arrow:8: .*the file (became shorter|has changed)"):
         source[8]
+
+
+def test_offsets_that_lead_out_of_a_batch_are_bad_records(tmp_path: Path) -> None:
+    """Unseen they end the process."""
+    path = save(tmp_path / "set", [pa.table({"question": ["A" * 9, "B" * 9], "answer": ["a", "b"]})])
+    (file,) = Path(path).glob("*.arrow")
+    offsets = np.array([0, 9, 18], np.int32).tobytes()
+    data = file.read_bytes()
+    assert data.count(offsets) == 1
+    file.write_bytes(data.replace(offsets, np.array([0, 2**30, 18], np.int32).tobytes()))
+    source = HfDataset(path).build()
+    with pytest.raises(SampleError, match=r"\.arrow:0: "):
+        source[0]
+
+
+@pytest.mark.parametrize("rows", [-7, 2**40])
+def test_a_batch_with_an_impossible_number_of_rows_is_damage(rows: int, tmp_path: Path) -> None:
+    path = save(tmp_path / "set", [{"question": ["Q"] * 7919, "answer": ["A"] * 7919}], batch=7919)
+    (file,) = Path(path).glob("*.arrow")
+    found = np.array([7919], "<i8").tobytes()
+    file.write_bytes(file.read_bytes().replace(found, np.array([rows], "<i8").tobytes()))
+    with pytest.raises(ConfigError, match=r"\.arrow: .*it is damaged: the batch at byte [\d,]+ says that it has"):
+        HfDataset(path).build()

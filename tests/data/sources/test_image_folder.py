@@ -88,3 +88,18 @@ def test_folders_that_cannot_be_read_say_why(tmp_path: Path) -> None:
     pictures(tmp_path, "a.png")
     with pytest.raises(ConfigError, match=r"a\.png: without metadata\.jsonl or metadata\.csv, pictures lie in folders"):
         ImageFolder(str(tmp_path), question="Q").build()
+
+
+def test_tables_that_say_something_twice_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "metadata.csv").write_text("file_name,text,text\n1.png,a,b\n")
+    with pytest.raises(ConfigError, match=r"metadata\.csv:1: two columns have the name 'text'"):
+        ImageFolder(str(tmp_path)).build()
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "1.png", "text": "a"}\n')
+    with pytest.raises(ConfigError, match=r"it holds metadata\.jsonl and metadata\.csv: move one of them"):
+        ImageFolder(str(tmp_path)).build()
+
+
+def test_what_programs_leave_behind_is_no_class(tmp_path: Path) -> None:
+    pictures(tmp_path, "cat/1.png", "cat/._1.png", ".ipynb_checkpoints/1.png", "__MACOSX/cat/1.png")
+    source = ImageFolder(str(tmp_path), question="Q").build()
+    assert [source[n].answers for n in range(len(source))] == [("cat",)]

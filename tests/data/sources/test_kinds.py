@@ -227,3 +227,14 @@ def test_values_of_filters_are_those_of_json(tmp_path: Path) -> None:
     assert kept("n", "null", keep=False) == [1, 2, 4]
     assert kept("ok", "true") == [1, 4]
     assert kept("meta.license", "cc") == [2, 4]
+
+
+def test_a_field_of_records_that_another_filter_leaves_out_is_known(tmp_path: Path) -> None:
+    filters_of = (FieldIs("language", ("fr",)), FieldIs("answer", ("1",)))
+    with pytest.raises(ConfigError, match="keeps none of 6 records"):
+        replace(KINDS["lines"](tmp_path), where=filters_of).build()
+
+
+def test_of_a_table_all_columns_are_listed_where_a_field_is_unknown(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="the first records have id, image, question, answer, language"):
+        replace(KINDS["parquet"](tmp_path), where=(FieldIs("lang", ("de",)),)).build()

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rave_jax.config import ConfigError
 from rave_jax.data import beside, flat, places
 from rave_jax.data.sample import SampleError
 from rave_jax.data.sources import QaJsonl, blocks, lines
@@ -189,3 +190,23 @@ def test_a_file_that_is_cut_while_it_is_used_is_named(tmp_path: Path) -> None:
     assert source[1].id == "1"
     with pytest.raises(SampleError, match=r"qa\.jsonl:50: the file became shorter while it was in use"):
         source[49]
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        ('[\n {"question": "Q"}\n]', "this is a JSON list: give its name the ending .json"),
+        ('[{"question": "Q"},\n{"question": "R"}]', "this is a JSON list"),
+        ('{"question": "Q"}\n{"question": "R"}\n', "this is UTF-16: save it as UTF-8"),
+    ],
+)
+def test_what_is_no_json_lines_says_so(data: str, says: str, tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(data.encode("utf-16" if "UTF-16" in says else "utf-8"))
+    with pytest.raises(ConfigError, match=rf"x\.jsonl: expected JSON Lines.*{says}"):
+        JsonLines(path)
+
+
+def test_an_empty_path_is_called_empty() -> None:
+    with pytest.raises(ConfigError, match="path is empty, expected a file of records"):
+        JsonLines("")

@@ -131,3 +131,12 @@ def test_threads_read_a_group_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     for thread in threads:
         thread.join()
     assert sorted(read) == [0, 1]
+
+
+def test_a_file_that_is_replaced_while_it_is_used_is_named(tmp_path: Path) -> None:
+    """Even by one with as many groups and rows."""
+    write(tmp_path / "x.parquet", 0, 6)
+    source = HfParquet(str(tmp_path / "x.parquet")).build()
+    write(tmp_path / "x.parquet", 100, 6)
+    with pytest.raises(SampleError, match="has changed since it was opened: put it back as it was"):
+        source[0]

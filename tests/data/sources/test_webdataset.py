@@ -210,3 +210,15 @@ def test_samples_are_chosen_by_fields_of_their_json(tmp_path: Path) -> None:
     path = write(tmp_path / "s.tar", members)
     source = WebDataset(path, where=(FieldIs("language", ("de",)),)).build()
     assert [source[n].answers[0] for n in range(len(source))] == ["1", "3", "5"]
+
+
+def test_a_picture_that_stands_twice_is_not_dropped(tmp_path: Path) -> None:
+    """As `tar --append` leaves it: two members of one name."""
+    path = tmp_path / "s.tar"
+    write(path, {"1.png": png(1), "1.txt": "t"})
+    with tarfile.open(path, "a") as tar:
+        member = tarfile.TarInfo("1.png")
+        member.size = len(png(2))
+        tar.addfile(member, io.BytesIO(png(2)))
+    with pytest.raises(SampleError, match=r"s\.tar/1: two members of the sample have the name '1\.png'"):
+        WebDataset(str(path)).build()[0]
