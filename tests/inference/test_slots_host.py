@@ -83,8 +83,10 @@ def test_each_token_is_the_argmax_of_a_whole_forward_and_nothing_is_compiled_twi
         assert len(answer) == NEW and answer == logits.argmax(-1).tolist()
         best = np.sort(logits, axis=-1)
         assert (best[:, -1] - best[:, -2]).min() > 1e-4, "no tie decides"
+    compiled = compilations()
     assert run(slots, prompts()[::-1]) == answers[::-1], "used slots remember nothing of who was there"
-    assert compilations() - before == len(slots.usage.programs)
+    # Fewer where other tests of this process have compiled some.
+    assert compilations() == compiled and compiled - before <= len(slots.usage.programs)
 
 
 @pytest.mark.slow
