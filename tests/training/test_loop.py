@@ -19,7 +19,6 @@ import pytest
 from rave_jax.batch import Patches
 from rave_jax.checkpoint.store import Store
 from rave_jax.config import ConfigError
-from rave_jax.data.pipeline import Rows
 from rave_jax.observe.metrics import OF_TIME, JsonlWriter, TensorBoardWriter, read_jsonl
 from rave_jax.observe.progress import ProgressReport
 from rave_jax.parallel.stopping import EXIT_CODES, Interrupted, StopRequest
@@ -183,9 +182,10 @@ def test_what_the_source_raises_reaches_the_caller(session, tmp_path, kind):
 def test_a_step_that_compiles_has_the_time_of_the_first(session, tmp_path):
     class Growing(RandomSource):
         def load(self, step, start, stop):
-            batch, skips = super().load(step, start, stop)
+            rows = super().load(step, start, stop)
             most = 8 if step in (2, 3) else None
-            return Rows(batch._replace(patches=Patches(*(x[:, :most] for x in batch.patches))), skips)
+            patches = Patches(*(x[:, :most] for x in rows.batch.patches))
+            return rows._replace(batch=rows.batch._replace(patches=patches))
 
     class Noting(Watchdog):
         given: ClassVar[list[tuple[str, float]]] = []

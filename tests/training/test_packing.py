@@ -13,7 +13,7 @@ from rave_jax.config import ConfigError
 from rave_jax.data.config import DataConfig, Stage
 from rave_jax.data.packing.config import Packing
 from rave_jax.data.synthetic import Counting, DigitMosaic, Synthetic
-from rave_jax.observe.metrics import Row, read_jsonl
+from rave_jax.observe.metrics import OF_TIME, Row, read_jsonl
 from rave_jax.training.config import TrainConfig
 from rave_jax.training.run import train
 from tests.resume.small_run import get_config
@@ -38,7 +38,7 @@ def config(folder: Path, **changes: Any) -> TrainConfig:
 
 def rows_of(folder: Path) -> list[Row]:
     found = read_jsonl(folder / "metrics.jsonl")
-    return [{name: row[name] for name in row if name != "tokens_per_second"} for row in found]
+    return [{name: row[name] for name in row if name not in OF_TIME} for row in found]
 
 
 def test_a_killed_run_goes_on_as_if_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
