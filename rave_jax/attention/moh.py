@@ -22,6 +22,7 @@ saved.
 
 from __future__ import annotations
 
+import abc
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -107,9 +108,9 @@ class HeadRouter(Mechanism):
         self.config = config
         self.counts = counts
 
+    @abc.abstractmethod
     def routed(self, x: Features) -> Routed:
         """The choice of every token."""
-        raise NotImplementedError
 
     def losses(self, x: Features, parts: Parts, info_q: TokenInfo, info_k: TokenInfo) -> dict[str, Float[Array, ""]]:
         """The loss, summed over documents."""

@@ -6,6 +6,7 @@ path. Addresses of the web are not downloaded.
 
 from __future__ import annotations
 
+import abc
 import errno
 import glob
 import io
@@ -88,7 +89,7 @@ def inside(folder: Place, name: str) -> str:
     return name if scheme_of(name) else str(folder / name)
 
 
-class File:
+class File(abc.ABC):
     """Bytes of one file. Any thread may read.
 
     Attributes:
@@ -101,14 +102,15 @@ class File:
     size: int
     stamp: str
 
+    @abc.abstractmethod
     def read(self, start: int, length: int) -> bytes:
         """Bytes from `start` on: as many as asked for, unless the file ends before.
 
         Raises:
             OSError: they cannot be read.
         """
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def close(self) -> None:
         """Let go of the file."""
 
@@ -165,6 +167,9 @@ class _Remote(File):
             return b""  # of no bytes a bucket would give all
         with _OsErrors(str(self.place)):
             return self._system.cat_file(str(self.place), start, stop)
+
+    def close(self) -> None:
+        """Nothing is held open between reads."""
 
 
 def _mark(facts: dict[str, Any]) -> str:

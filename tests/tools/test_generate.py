@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,10 +15,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
 from safetensors.numpy import load_file, save_file
 
-from rave_jax.checkpoint.tiny import write_tiny
 from rave_jax.config import ConfigError
 from rave_jax.data.sample import SampleError
 from rave_jax.inference import Completion, Generator, NotFinite, Piece, Request, Sampling, SlotConfig
@@ -30,50 +27,9 @@ from rave_jax.tools.answer import show
 from rave_jax.tools.cli import main
 from rave_jax.tools.jsonl import written
 from tests.data.films import film
-from tests.tools.test_cli import SMALL
+from tests.tools.generating import FLAGS, SAMPLING, SIZES, answer, user
 
-SIZES = SlotConfig(slots=2, max_length=128, chunk=64)
-FLAGS = ("--slots", "2", "--max-length", "128", "--chunk", "64", "--max-new-tokens", "8")
-SAMPLING = Sampling(max_new_tokens=8)
 ASKED = "Which digit is on the red cell?"
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model, and two pictures beside it."""
-    home = tmp_path_factory.mktemp("generate")
-    rng = np.random.default_rng(0)
-    for name in ("one.png", "two.png"):
-        Image.fromarray(rng.integers(0, 256, (56, 84, 3), np.uint8)).save(home / name)
-    Image.new("RGB", (3000, 10)).save(home / "thin.png")  # a picture, but of no shape that a model takes
-    (home / "broken.png").write_bytes(b"no picture")
-    os.mkfifo(home / "pipe")
-    return write_tiny(home / "model", SMALL)
-
-
-@pytest.fixture(scope="module")
-def generator(folder: Path) -> Generator:
-    """What the commands below are compared with; nothing is left running in it."""
-    return command.load(folder, sources.processor_of(folder), SIZES)
-
-
-@pytest.fixture
-def loaded(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> list[tuple]:
-    """The command gets the generator that is there already; the list has what it asked for."""
-    calls: list[tuple] = []
-    monkeypatch.setattr(command, "load", lambda *given: calls.append(given) or generator)
-    return calls
-
-
-def user(text: str, *pictures: Path | str) -> dict[str, Any]:
-    parts: list[dict[str, str]] = [{"type": "image", "image": str(picture)} for picture in pictures]
-    return {"role": "user", "content": [*parts, {"type": "text", "text": text}]}
-
-
-def answer(generator: Generator, *messages: dict[str, Any], sampling: Sampling = SAMPLING) -> Completion:
-    (end,) = generator.answers([Request(messages, sampling)])
-    assert isinstance(end, Completion)
-    return end
 
 
 def test_a_prompt_from_directory_and_flags_to_stdout(
@@ -317,99 +273,6 @@ def test_an_output_is_whole_or_under_another_name(tmp_path: Path, capsys: pytest
         pass
     with pytest.raises(ConfigError, match="cannot write"), written(out / "below"):
         pass
-
-
-def talk(folder: Path, monkeypatch: pytest.MonkeyPatch, *lines: str, more: tuple[str, ...] = ()) -> None:
-    monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
-    more = ("--image-dir", str(folder.parent), *more)
-    assert main(["generate", str(folder), "--interactive", *FLAGS, *more]) == 0
-
-
-def test_a_conversation_is_kept(
-    folder: Path,
-    generator: Generator,
-    loaded: list[tuple],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    one, two = folder.parent / "one.png", folder.parent / "two.png"
-    first = answer(generator, user("What?")).text
-    said = [user("What?"), {"role": "assistant", "content": first}]
-    second = answer(generator, *said, user("Which?", one, two)).text
-    alone = answer(generator, user("Which?")).text
-    assert len({second, alone}) == 2
-    lines = (
-        "What?",
-        "",
-        f"/image {one}",
-        f"/image {two}",
-        "Which?",
-        f"/image {one}",
-        "/clear",
-        "Which?",
-        "/exit",
-        "What?",
-    )
-    talk(folder, monkeypatch, *lines)
-    printed = capsys.readouterr()
-    assert printed.out == f"{first}\n{second}\n{alone}\n" and printed.err == ""
-    talk(folder, monkeypatch, "Which?", more=("--prompt", "What?", "--image", str(one)))
-    opened = answer(generator, user("What?", one)).text
-    after = answer(generator, user("What?", one), {"role": "assistant", "content": opened}, user("Which?")).text
-    assert capsys.readouterr().out == f"{opened}\n{after}\n"
-
-
-def test_a_turn_that_cannot_be_used_changes_nothing(
-    folder: Path,
-    generator: Generator,
-    loaded: list[tuple],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    first = answer(generator, user("What?")).text
-    second = answer(generator, user("What?"), {"role": "assistant", "content": first}, user("Which?")).text
-    bad = (f"/image {folder.parent / 'broken.png'}", "/image", "/help me", "word " * 200)
-    thin = (f"/image {folder.parent / 'thin.png'}", "What is on it?")
-    talk(folder, monkeypatch, "What?", *bad, *thin, "Which?")
-    printed = capsys.readouterr()
-    assert printed.out == f"{first}\n{second}\n"
-    errors = printed.err.splitlines()
-    assert len(errors) == len(bad) + 1
-    expected = (
-        "broken.png: cannot",
-        "/image needs the path of a picture: expected /image PATH",
-        "/help is not a command: expected /image PATH",
-        "budget of max_length 128",
-        "; its pictures are dropped too",
-    )
-    assert all(part in line for part, line in zip(expected, errors, strict=True)), errors
-
-
-def test_interrupting_an_answer_keeps_what_was_said(
-    folder: Path,
-    generator: Generator,
-    loaded: list[tuple],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    """Ctrl-C at the first piece of an answer that would go on."""
-    pieces = [piece.text for piece in generator.stream([Request([user("What?")], Sampling(max_new_tokens=64))])]
-    assert len(pieces) > 3
-    stream, turns = generator.stream, []
-
-    def interrupted(requests: list[Request]) -> Any:
-        turns.append(requests[0].messages)
-        for piece in stream(requests):
-            if len(turns) == 1:
-                signal.raise_signal(signal.SIGINT)
-            yield piece
-
-    before = signal.getsignal(signal.SIGINT)
-    monkeypatch.setattr(generator, "stream", interrupted)
-    talk(folder, monkeypatch, "What?", "Which?", more=("--max-new-tokens", "64"))
-    assert signal.getsignal(signal.SIGINT) is before
-    assert turns[1][1] == {"role": "assistant", "content": pieces[0]}
-    assert capsys.readouterr().out.startswith(pieces[0] + "\n")
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import logging
 from pathlib import Path
 from typing import Any, Protocol
@@ -35,7 +36,7 @@ class RecordsConfig(Protocol):
     def build(self) -> Source: ...
 
 
-class RecordSource:
+class RecordSource(abc.ABC):
     """Samples of records, by index among the records that are used.
 
     A copy in another process opens the files again; indices are mapped there and not copied.
@@ -81,6 +82,7 @@ class RecordSource:
         """Keys that may pass unread: those the config names, and fields of filters that are not read."""
         return self.ignored | (self._fields - frozenset(read))
 
+    @abc.abstractmethod
     def sample(self, record: dict[str, Any], index: int, where: str) -> Sample:
         """The sample of a record.
 
@@ -92,7 +94,6 @@ class RecordSource:
         Raises:
             SampleError: the record cannot be used.
         """
-        raise NotImplementedError
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _again, (self._config, len(self), self.fingerprint)
