@@ -25,7 +25,6 @@ from rave_jax.models.vlm import Vlm
 from rave_jax.parallel.mesh import MeshConfig, make_mesh
 from rave_jax.parallel.rows import global_batch
 from rave_jax.parallel.sharding import use_mesh
-from tests import packing
 from tests.families.every import (
     EVERY,
     WITH_PICTURES,
@@ -131,7 +130,7 @@ def test_eight_devices_compute_what_one_does(family: str) -> None:
     with use_mesh(mesh):
         found = hidden_states(jax.device_put(model, shardings(model, mesh)), global_batch(load, mesh, len(rows)))
     # The norm behind the gated delta rule enlarges rounding (tests/packing.py).
-    assert largest_difference(np.asarray(found), alone) < (2e-5 if of.config.text.delta is None else packing.DELTA)
+    assert largest_difference(np.asarray(found), alone) < (2e-5 if of.config.text.delta is None else 1e-4)
 
 
 @pytest.mark.parametrize("family", WITH_PICTURES)

@@ -73,6 +73,7 @@ def test_keys_and_values_of_regions_alone_are_on_the_host() -> None:
 
 @pytest.mark.slow
 def test_each_token_is_the_argmax_of_a_whole_forward_and_nothing_is_compiled_twice() -> None:
+    jax.clear_caches()  # other tests may have compiled some of these programs
     before = compilations()
     slots = engine(a_model(), SIZES)
     check_memory(slots)
@@ -83,10 +84,8 @@ def test_each_token_is_the_argmax_of_a_whole_forward_and_nothing_is_compiled_twi
         assert len(answer) == NEW and answer == logits.argmax(-1).tolist()
         best = np.sort(logits, axis=-1)
         assert (best[:, -1] - best[:, -2]).min() > 1e-4, "no tie decides"
-    compiled = compilations()
     assert run(slots, prompts()[::-1]) == answers[::-1], "used slots remember nothing of who was there"
-    # Fewer where other tests of this process have compiled some.
-    assert compilations() == compiled and compiled - before <= len(slots.usage.programs)
+    assert compilations() - before == len(slots.usage.programs)
 
 
 @pytest.mark.slow
