@@ -32,6 +32,8 @@ Check = Callable[[], None]
 Reading = Callable[[Vlm, Batch, Bool[Array, "B T"]], Any]
 """A function of a model, prompts with their answers, one a row, and which tokens are the answers. It gives a tree of
 arrays that begin with B, and runs under `jax.jit`."""
+Glances = Float[NpArray, "L N y x"]
+"""Attention of the row that chose each of N tokens over the cells of the first picture, averaged over heads."""
 CHUNK = 512
 """Tokens of a prompt that are read at once; of a model whose tokens see later ones, all of them."""
 
@@ -83,6 +85,14 @@ class Subject(Protocol):
         None for a subject without a model."""
         ...
 
+    def glances(
+        self, samples: Sequence[Sample], answers: Sequence[Answer], layers: tuple[int, ...]
+    ) -> list[Glances | SampleError | None]:
+        """Where each token of an answer was chosen by looking at the first picture, in some layers by global number.
+        The last is what followed the answer, where it was not cut off. None for a sample without a picture, or with a
+        video; an error for one that cannot be asked."""
+        ...
+
 
 class _Answered(NamedTuple):
     """A block of samples with their answers: in numbers, on the mesh, and the queries that chose the answers' tokens
@@ -130,6 +140,7 @@ class ModelSubject:
         self._vas_sums = jax.jit(vas_sums, out_shardings=replicated(mesh))
         self._answer_routes = jax.jit(answer_routes, out_shardings=replicated(mesh))
         self._readings: dict[Reading, Any] = {}
+        self._answer_glances = jax.jit(answer_glances, static_argnames="layers", out_shardings=replicated(mesh))
 
     def shapes(self) -> SlotState:
         """Shapes of what is kept on the devices to answer."""
@@ -228,6 +239,31 @@ class ModelSubject:
             found += [jax.tree.map(lambda x, row=row: x[row], tree) for row in range(len(block.examples))]
         return found
 
+    def glances(
+        self, samples: Sequence[Sample], answers: Sequence[Answer], layers: tuple[int, ...]
+    ) -> list[Glances | SampleError | None]:
+        found: list[Glances | SampleError | None] = [self.why_not(sample) for sample in samples]
+        good = [n for n, error in enumerate(found) if error is None]
+        attending = self._model.config.text.attention_layers
+        places = tuple(attending.index(layer) for layer in layers)
+        for start in range(0, len(good), self._shape.rows):
+            self._check()
+            some = good[start : start + self._shape.rows]
+            block = self._answered([samples[n] for n in some], [answers[n] for n in some])
+            # The queries that chose the answer's tokens, and the one behind them.
+            first = np.array([len(prompt.tokens) - 1 for prompt in block.prompts], np.int32)
+            queries = np.zeros(block.queries.shape, np.int32)
+            queries[: len(some)] = first[:, None] + np.arange(queries.shape[1])
+            queries = np.minimum(queries, block.batch.tokens.shape[1] - 1)
+            with use_mesh(self._mesh):
+                placed = jax.device_put(queries, batch_shardings(self._mesh, len(queries)).tokens)
+                weights = np.asarray(self._answer_glances(self._model, block.batch, placed, layers=places))
+            for row, (n, example) in enumerate(zip(some, block.examples, strict=True)):
+                steps = min(len(answers[n].tokens) + 1, queries.shape[1])
+                mine = weights[:, row, :steps, : len(example.tokens)]
+                found[n] = None if self._has_video(example) else over_picture(example.info, mine, example.shown)
+        return found
+
     def _look_chunk(self, samples: Sequence[Sample], answers: Sequence[Answer]) -> list[Look | None]:
         block = self._answered(samples, answers)
         with use_mesh(self._mesh):
@@ -321,6 +357,20 @@ def answer_attention(
     found = model.forward(batch, Want(queries=queries)).attention
     assert found is not None
     return jnp.einsum("LBNHS,BN->LBHS", found.astype(jnp.float32), weights)
+
+
+def answer_glances(
+    model: Vlm, batch: Batch, queries: Int[Array, "B N"], layers: tuple[int, ...]
+) -> Float[Array, "M B N S"]:
+    """Attention of queries, averaged over heads, in M of the layers that attend, by their places among these.
+
+    Args:
+        model, batch, queries: as in `answer_attention`.
+        layers: which layers.
+    """
+    found = model.forward(batch, Want(queries=queries)).attention
+    assert found is not None
+    return jnp.mean(found[jnp.array(layers)].astype(jnp.float32), axis=3)
 
 
 def answer_routes(

@@ -175,6 +175,21 @@ def test_vas_is_that_of_every_prompt_alone_written_out_densely(
     assert asked.vas(SAMPLES[1:2]) == (0, 0), "without a picture there is nothing to read"
 
 
+def test_glances_are_the_rows_behind_a_look(subject: ModelSubject) -> None:
+    """One more than the answer has tokens where there is room, averaged over heads, of the layers asked for."""
+    answers = [Answer("", (70, 71, 72)), Answer("", ()), Answer("", (70, 71, 72, 73))]
+    looks = subject.look(SAMPLES, answers)
+    found = subject.glances(SAMPLES, answers, (1,))
+    assert found[1] is None, "no picture"
+    for look, glances, answer in zip(looks, found, answers, strict=True):
+        if look is not None:
+            assert isinstance(glances, np.ndarray) and glances.shape[:2] == (1, 4)
+            mean = glances[0, : len(answer.tokens)].mean(0)
+            np.testing.assert_allclose(mean, look.weights[1].mean(0), atol=1e-6)
+    long = ask("word " * 40, (24, 16))
+    assert isinstance(subject.glances([long], answers[:1], (0,))[0], PromptOverBudget)
+
+
 def test_a_reading_gets_prompts_with_their_answers(subject: ModelSubject, processor: Processor) -> None:
     """In batches of two, of which the last has a row without a sample."""
     said = [(70, 71, 72), (), (73,)]
