@@ -3,6 +3,7 @@
 One line per mechanism below makes it known to configs.
 """
 
+from rave_jax.attention.arrow import Arrow
 from rave_jax.attention.attend import (
     AttentionOutput,
     attend,
@@ -53,6 +54,7 @@ from rave_jax.attention.vhr import Vhr
 from rave_jax.attention.zero_tuning import ZeroTuning
 
 __all__ = [
+    "Arrow",
     "AttentionDims",
     "AttentionOutput",
     "Avar",
