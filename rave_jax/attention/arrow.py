@@ -1,14 +1,14 @@
 """Arrow mask: a sliding window, and the first tokens of the document, which stay in sight.
 
-Source: the arrow attention of SeNER, arXiv 2502.07286, a global first token beside a local window; with a causal decoder
-and a handful of first tokens it is the mask of StreamingLLM (arXiv 2309.17453), which keeps the tokens that attention
-falls back on:
+Source: the arrow attention of SeNER, arXiv 2502.07286, a global first token beside a local window; with a causal
+decoder and a handful of first tokens it is the mask of StreamingLLM (arXiv 2309.17453), which keeps the tokens that
+attention falls back on:
 
     allow(i, j) = (i - window < j <= i)  or  (j < first <= i)
 
 For long videos: what a token sees does not grow, and the first tokens, which hold much of the attention that goes to
-nothing, are never lost. It is a mask alone: the cache keeps all keys. In SeNER the first token also sees all later ones,
-which a causal decoder cannot do.
+nothing, are never lost. It is a mask alone: the cache keeps all keys. In SeNER the first token also sees all later
+ones, which a causal decoder cannot do.
 """
 
 from __future__ import annotations
