@@ -48,6 +48,7 @@ from rave_jax.attention.sads import Sads
 from rave_jax.attention.scores import pick
 from rave_jax.attention.sliding_window import SlidingWindow
 from rave_jax.attention.states import StoredStates
+from rave_jax.attention.statistics import Statistics, WantedStatistics
 from rave_jax.attention.text_positions import TextPositions
 from rave_jax.attention.var import Var
 from rave_jax.attention.vhr import Vhr
@@ -91,11 +92,13 @@ __all__ = [
     "Sads",
     "Score",
     "SlidingWindow",
+    "Statistics",
     "StoredStates",
     "TextPositions",
     "TopKSchedule",
     "Var",
     "Vhr",
+    "WantedStatistics",
     "ZeroTuning",
     "attend",
     "block_diagonal_codes",
