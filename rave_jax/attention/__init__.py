@@ -50,6 +50,7 @@ from rave_jax.attention.states import StoredStates
 from rave_jax.attention.text_positions import TextPositions
 from rave_jax.attention.var import Var
 from rave_jax.attention.vhr import Vhr
+from rave_jax.attention.visual_bias import VisualBias
 from rave_jax.attention.zero_tuning import ZeroTuning
 
 __all__ = [
@@ -94,6 +95,7 @@ __all__ = [
     "TopKSchedule",
     "Var",
     "Vhr",
+    "VisualBias",
     "ZeroTuning",
     "attend",
     "block_diagonal_codes",
