@@ -52,6 +52,7 @@ from rave_jax.attention.statistics import Statistics, WantedStatistics
 from rave_jax.attention.text_positions import TextPositions
 from rave_jax.attention.var import Var
 from rave_jax.attention.vhr import Vhr
+from rave_jax.attention.visual_bias import VisualBias
 from rave_jax.attention.zero_tuning import ZeroTuning
 
 __all__ = [
@@ -98,6 +99,7 @@ __all__ = [
     "TopKSchedule",
     "Var",
     "Vhr",
+    "VisualBias",
     "WantedStatistics",
     "ZeroTuning",
     "attend",

@@ -289,6 +289,8 @@ def test_first_tokens_are_weighed_where_context_tokens_see_them(route, sees) -> 
 def test_every_mechanism_is_tried_beside_context_tokens() -> None:
     tried = {type(config) for configs, _ in BESIDE.values() for config in configs}
     tried |= {at.SlidingWindow, at.ZeroTuning, at.Avar, at.Var}
+    # They are no visual keys.
+    tried |= {at.VisualBias}
     # It counts every token of a document.
     tried |= {at.LogN}
     # What heads give is scaled token by token, whatever a token is.
