@@ -3,6 +3,7 @@
 One line per mechanism below makes it known to configs.
 """
 
+from rave_jax.attention.arrow import Arrow
 from rave_jax.attention.attend import (
     AttentionOutput,
     attend,
@@ -51,9 +52,11 @@ from rave_jax.attention.statistics import Statistics, WantedStatistics
 from rave_jax.attention.text_positions import TextPositions
 from rave_jax.attention.var import Var
 from rave_jax.attention.vhr import Vhr
+from rave_jax.attention.visual_bias import VisualBias
 from rave_jax.attention.zero_tuning import ZeroTuning
 
 __all__ = [
+    "Arrow",
     "AttentionDims",
     "AttentionOutput",
     "Avar",
@@ -96,6 +99,7 @@ __all__ = [
     "TopKSchedule",
     "Var",
     "Vhr",
+    "VisualBias",
     "WantedStatistics",
     "ZeroTuning",
     "attend",

@@ -15,7 +15,7 @@ from rave_jax.attention.plan import LayeredConfig
 from rave_jax.batch import TokenInfo
 from rave_jax.families.config import LayerKind, TextConfig
 from rave_jax.kernels.attention import MaskCodes
-from rave_jax.models import lora
+from rave_jax.models import extra_mlp, lora
 from rave_jax.models.config import ModelOptions, attention_dims
 from rave_jax.models.delta import Delta, DeltaState, InTurn
 from rave_jax.models.experts import Choice, Experts, RouterSums, router_sums
@@ -148,6 +148,7 @@ class DecoderLayer(nnx.Module):
         attention.check_kernels(self.mechanisms, options.attention)
         self.implementation = options.attention
         self.max_regions = options.layout.max_regions
+        self.extra_mlp = nnx.data(extra_mlp.made(options.extra_mlp, D, dtype, keys[3]))
         lora.attach(self, "decoder.", options.lora, dtype, keys[3])
 
     def __call__(
@@ -211,6 +212,7 @@ class DeltaLayer(nnx.Module):
         self.mlp = _mlp(config, kind, dtype, keys[1])
         self.delta_norm, self.mlp_norm = norm(D, config, dtype), norm(D, config, dtype)
         self.mechanisms = nnx.List([])
+        self.extra_mlp = nnx.data(extra_mlp.made(options.extra_mlp, D, dtype, keys[3]))
         lora.attach(self, "decoder.", options.lora, dtype, keys[3])
 
     def __call__(
@@ -256,6 +258,8 @@ def _after(
     heads = shard(heads, "batch", "length", "heads", None)
     x = shard(x + output(heads), "batch", "length", None)
     hidden, mlp = layer.mlp_norm(x), layer.mlp
+    if layer.extra_mlp is not None:
+        x = x + layer.extra_mlp(hidden)
     if isinstance(mlp, Experts):
         choice = mlp.choose(hidden)
         return shard(x + mlp(hidden, choice), "batch", "length", None), choice
