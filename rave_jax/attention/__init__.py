@@ -47,6 +47,7 @@ from rave_jax.attention.sads import Sads
 from rave_jax.attention.scores import pick
 from rave_jax.attention.sliding_window import SlidingWindow
 from rave_jax.attention.states import StoredStates
+from rave_jax.attention.steer import Steer
 from rave_jax.attention.text_positions import TextPositions
 from rave_jax.attention.var import Var
 from rave_jax.attention.vhr import Vhr
@@ -89,6 +90,7 @@ __all__ = [
     "Sads",
     "Score",
     "SlidingWindow",
+    "Steer",
     "StoredStates",
     "TextPositions",
     "TopKSchedule",

@@ -25,6 +25,7 @@ from rave_jax.attention import (
     Rave,
     Sads,
     SlidingWindow,
+    Steer,
     TextPositions,
     Var,
     Vhr,
@@ -87,6 +88,7 @@ SETTINGS: dict[str, tuple[MechanismConfig, ...]] = {
         Sads(heads=(2,), layers=(1,)),
         Vhr(heads=(0, 3), layers=(1,)),
         LogN(length=4),
+        Steer(image=0.7, system=0.3, layers=(0,)),
     ),
     "first token, bias and after": (
         ZeroTuning(0.2),
