@@ -58,14 +58,17 @@ def terms_of(mechanism: Mechanism, dims: AttentionDims) -> tuple[Term, ...]:
         return jax.ShapeDtypeStruct((1, TOKENS, *shape), jnp.float32)
 
     queries, keys = of(H, h), of(K, h)
-    info = TokenInfo(*[jax.ShapeDtypeStruct((1, TOKENS), jnp.int32)] * len(TokenInfo._fields))
+    codes = {name: jax.ShapeDtypeStruct((1, TOKENS), jnp.int32) for name in TokenInfo._fields}
 
-    def added(q: Array, k: Array, v: Array, q0: Array, k0: Array, hidden: Array, info: TokenInfo) -> tuple[Term, ...]:
+    def added(
+        q: Array, k: Array, v: Array, q0: Array, k0: Array, hidden: Array, codes: dict[str, Array]
+    ) -> tuple[Term, ...]:
+        info = TokenInfo(**codes)
         x = Features(q, k, v, q0, k0, hidden)
         score = mechanism.score(x, mechanism.remember(x), info, info)
         return () if score is None else tuple(spread(term, H, K) for term in score.terms)
 
-    terms = jax.eval_shape(added, queries, keys, keys, queries, keys, of(max(D, 1)), info)
+    terms = jax.eval_shape(added, queries, keys, keys, queries, keys, of(max(D, 1)), codes)
     check_terms(
         "the", terms, TermShapes((1, TOKENS, H), (1, TOKENS, K), (1, TOKENS), H), f"in a layer of {TOKENS} tokens"
     )
