@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import get_args
 
-from rave_jax.attention.base import Mechanism, Owned, Wanted, overrides
-from rave_jax.attention.functions import reads_score
+from rave_jax.attention.base import AttentionDims, Mechanism, Owned, Wanted, overrides
+from rave_jax.attention.functions import against_tpu, reads_score, terms_of
 from rave_jax.config import ConfigError
+from rave_jax.kernels import support
 from rave_jax.kernels.attention import Implementation, Term
 
 DOES: dict[Owned | Wanted, str] = {
@@ -74,12 +75,27 @@ def _remedy(mechanisms: Sequence[Mechanism]) -> str:
     return f"remove one of them, or {own[0] if own else 'give them different layers (their field `layers`)'}"
 
 
-def check_kernels(mechanisms: Sequence[Mechanism], implementation: Implementation) -> None:
-    """Refuse, in a layer that routes, what its fused kernels do not serve where these alone are asked for.
+def check_kernels(mechanisms: Sequence[Mechanism], implementation: Implementation, dims: AttentionDims) -> None:
+    """Refuse what the fused kernels do not serve, where these are asked for or, on a TPU, taken by themselves: a score
+    function that they cannot run; and in a layer that routes, where these alone are asked for, all that adds to scores.
+
+    Args:
+        mechanisms: of the layer.
+        implementation: of all attention.
+        dims: sizes of the layer.
 
     Raises:
         ConfigError: names the configs.
     """
+    if implementation == "pallas_tpu" or (implementation == "auto" and support.target().platform == "tpu"):
+        for mechanism in mechanisms:
+            against = against_tpu(terms_of(mechanism, dims))
+            if against is not None:
+                raise ConfigError(
+                    f"attention is {implementation!r}, whose kernels on TPUs cannot serve {name_of(mechanism)}: "
+                    f"{against}; write the function with other operations, or set attention to 'xla', which computes "
+                    "every pair of a row"
+                )
     routing = [mechanism for mechanism in mechanisms if overrides(mechanism, "route")]
     if implementation != "pallas_tpu" or not routing:
         return
