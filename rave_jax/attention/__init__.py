@@ -49,6 +49,7 @@ from rave_jax.attention.scores import pick
 from rave_jax.attention.sliding_window import SlidingWindow
 from rave_jax.attention.states import StoredStates
 from rave_jax.attention.statistics import Statistics, WantedStatistics
+from rave_jax.attention.steer import Steer
 from rave_jax.attention.text_positions import TextPositions
 from rave_jax.attention.var import Var
 from rave_jax.attention.vhr import Vhr
@@ -94,6 +95,7 @@ __all__ = [
     "Score",
     "SlidingWindow",
     "Statistics",
+    "Steer",
     "StoredStates",
     "TextPositions",
     "TopKSchedule",

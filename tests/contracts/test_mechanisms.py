@@ -15,7 +15,7 @@ from flax import nnx
 from rave_jax import attention as at
 from rave_jax.attention.base import Owned
 from rave_jax.attention.checks import DOES
-from rave_jax.batch import TokenInfo
+from rave_jax.batch import Kind, TokenInfo
 from rave_jax.config import ConfigError
 from rave_jax.layout import ContextTokens, VisualLayout
 from rave_jax.models.config import ModelOptions
@@ -124,19 +124,18 @@ class Silent(at.Mechanism):
         return None
 
 
-class Biased(at.Mechanism):
-    """Gives a pair bias, and does not say so."""
+class Asking(at.Mechanism):
+    """Gives another query, and does not say so."""
 
     def score(self, x: at.Features, remembered: None, info_q: TokenInfo, info_k: TokenInfo) -> at.Score:
-        gate = at.Rave(rank=1).build(DIMS, KEY)
-        return gate.score(x, gate.remember(x), info_q, info_k)
+        return at.Score(query=at.OtherQuery(x.q0, info_k.kind == Kind.VISUAL))
 
 
 def test_who_overrides_what_one_may_has_to_own_it() -> None:
     with pytest.raises(ConfigError, match=r"Odd: Silent overrides the hook 'factor', .* OWNS = \('factor',\)"):
         at.build_mechanisms((Odd(lambda dims: Silent()),), DIMS, KEY)
-    x, info, mechanisms = features(), info_of(("qva",), ("qva",)), [Biased(), Biased()]
-    with pytest.raises(ConfigError, match="Biased adds a query-key bias to the scores, and so does another mechanism"):
+    x, info, mechanisms = features(), info_of(("qva",), ("qva",)), [Asking(), Asking()]
+    with pytest.raises(ConfigError, match="Asking lets other queries meet some of the keys, and so does another"):
         attend(x, info, mechanisms)
 
 

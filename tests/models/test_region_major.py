@@ -31,7 +31,7 @@ REGIONS = FixedRegions(2, 2, frames=2)
 SETTINGS: dict[str, tuple[at.MechanismConfig, ...]] = {
     "plain": (),
     "rave and window": (at.Rave(rank=4), at.SlidingWindow(7)),
-    "text positions": (at.TextPositions(), at.LogN(length=4)),
+    "text positions": (at.TextPositions(), at.LogN(length=4), at.Steer(image=0.7, by="score", rows="all")),
     "mma and croc": (at.Mma(), at.Croc()),
     "prefix": (at.Croc("prefix"),),
     "cca": (at.Cca(),),
