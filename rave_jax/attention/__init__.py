@@ -35,6 +35,7 @@ from rave_jax.attention.croc import Croc
 from rave_jax.attention.declared import LayeredConfig, Layers, MechanismConfig
 from rave_jax.attention.decomposed import Decomposed
 from rave_jax.attention.gaze import Gaze, TopKSchedule
+from rave_jax.attention.gift import Gift
 from rave_jax.attention.kv_cache import KvCache, empty_cache
 from rave_jax.attention.log_n import LogN
 from rave_jax.attention.masks import block_diagonal_codes, cached_codes, causal_codes
@@ -70,6 +71,7 @@ __all__ = [
     "Decomposed",
     "Features",
     "Gaze",
+    "Gift",
     "KeyFactor",
     "Keys",
     "KvCache",

@@ -205,6 +205,16 @@ class Mechanism(nnx.Module):
         """
         return None
 
+    def reweighs(self, info_q: TokenInfo) -> Bool[Array, "B T"]:
+        """Which queries have weights that `reweigh` changes; called for mechanisms that override that."""
+        return jnp.zeros(info_q.document.shape, bool)
+
+    def reweigh(self, rows: Float[Array, "B N H S"], info_q: TokenInfo, info_k: TokenInfo) -> Float[Array, "B N H S"]:
+        """Other attention weights of N rows, float32, of which those count that `reweighs` names; `rows` is after
+        everything that changes weights within the kernel or by key groups. It costs O(N S) for each block of queries
+        in which a row is changed, so it is for decoding, where that is one row."""
+        return rows
+
     def head_gate(self, x: Features, out: Float[Array, "B T H h"], info_q: TokenInfo) -> Float[Array, "#B #T H"] | None:
         """What the outputs of heads are multiplied by before the output projection, float32, for each token or, with
         axes of 1, for all of a row or of all rows. `out` is before any gate; gates of several mechanisms multiply."""

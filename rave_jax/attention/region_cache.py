@@ -158,7 +158,7 @@ def against_gathering(
     if router_of(mechanisms) is None:
         return "nothing routes in the layer"
     for mechanism in mechanisms:
-        reads = any(overrides(mechanism, hook) for hook in ("score", "merge", "factor", "route"))
+        reads = any(overrides(mechanism, hook) for hook in ("score", "merge", "factor", "route", "reweigh"))
         if reads and not _skips_keys(mechanism):
             return f"{name_of(mechanism)} needs them"
     return None

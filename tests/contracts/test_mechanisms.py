@@ -65,7 +65,7 @@ def test_a_mechanism_that_declares_nothing_asks_for_nothing() -> None:
 
     quiet = Quiet()
     assert quiet.layers == "all" and quiet.layout == VisualLayout() and quiet.against_kernels is None
-    assert not (quiet.looks_ahead or quiet.needs_order or quiet.skips_keys)
+    assert not (quiet.looks_ahead or quiet.needs_order or quiet.skips_keys or quiet.of_prompt)
 
 
 @pytest.mark.parametrize("kind", BUILT_IN, ids=lambda kind: kind.__name__)
