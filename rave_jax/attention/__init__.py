@@ -15,6 +15,7 @@ from rave_jax.attention.attend import (
 from rave_jax.attention.avar import Avar
 from rave_jax.attention.base import (
     AttentionDims,
+    Candidates,
     Channels,
     Features,
     KeyFactor,
@@ -33,6 +34,7 @@ from rave_jax.attention.cost import LayerReading, PicturesBefore
 from rave_jax.attention.croc import Croc
 from rave_jax.attention.declared import LayeredConfig, Layers, MechanismConfig
 from rave_jax.attention.decomposed import Decomposed
+from rave_jax.attention.dyvte import Dyvte
 from rave_jax.attention.gaze import Gaze, TopKSchedule
 from rave_jax.attention.kv_cache import KvCache, empty_cache
 from rave_jax.attention.log_n import LogN
@@ -40,11 +42,13 @@ from rave_jax.attention.masks import block_diagonal_codes, cached_codes, causal_
 from rave_jax.attention.mma import Mma
 from rave_jax.attention.moh import Moh
 from rave_jax.attention.plan import LayerRunPlan, build_mechanisms, plan_layer_runs
+from rave_jax.attention.pruning import Pruning
 from rave_jax.attention.rave import Rave
 from rave_jax.attention.region_cache import check_decoding
 from rave_jax.attention.region_entries import RegionCache, empty_region_cache
 from rave_jax.attention.sads import Sads
 from rave_jax.attention.scores import pick
+from rave_jax.attention.short_keys import ShortKeys, with_short_keys
 from rave_jax.attention.sliding_window import SlidingWindow
 from rave_jax.attention.states import StoredStates
 from rave_jax.attention.text_positions import TextPositions
@@ -58,11 +62,13 @@ __all__ = [
     "Avar",
     "Cache",
     "CacheType",
+    "Candidates",
     "Cca",
     "Channels",
     "ContextSight",
     "Croc",
     "Decomposed",
+    "Dyvte",
     "Features",
     "Gaze",
     "KeyFactor",
@@ -82,12 +88,14 @@ __all__ = [
     "Owned",
     "Parts",
     "PicturesBefore",
+    "Pruning",
     "Rave",
     "RegionCache",
     "RegionMemory",
     "RegionReach",
     "Sads",
     "Score",
+    "ShortKeys",
     "SlidingWindow",
     "StoredStates",
     "TextPositions",
@@ -112,4 +120,5 @@ __all__ = [
     "positions",
     "remember",
     "summarise",
+    "with_short_keys",
 ]

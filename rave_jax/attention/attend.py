@@ -6,6 +6,7 @@ import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from rave_jax.attention.base import Features, KeyFactor, Keys, Mechanism, Parts, overrides
@@ -13,6 +14,7 @@ from rave_jax.attention.heads import head_gates, scaled
 from rave_jax.attention.merge import log_weights, merged, partition_of, parts_of, with_factor
 from rave_jax.attention.queries import attention_of, choice_of_queries, chosen_regions
 from rave_jax.attention.scores import Scores, scores_of
+from rave_jax.attention.tokens import Deciding, received
 from rave_jax.batch import TokenInfo
 from rave_jax.kernels import attention as attention_kernels
 from rave_jax.kernels import routed
@@ -24,13 +26,15 @@ from rave_jax.typing import Array, Bool, Float, Int
 class AttentionOutput(NamedTuple):
     """What `attend` gives: heads' outputs, of the asked-for queries the attention over all keys and which regions
     they chose (None if not asked, or where nothing routes), the sums of the mechanisms' losses by name (none if not
-    asked), and what heads were multiplied by (None if not asked)."""
+    asked), what heads were multiplied by (None if not asked), and the attention that tokens get from those that decide
+    about them (None where no mechanism ranks by it)."""
 
     out: Float[Array, "B T H h"]
     attention: Float[Array, "B N H S"] | None
     losses: dict[str, Float[Array, ""]]
     chosen: Bool[Array, "B N H R"] | None = None
     gates: Float[Array, "B T H"] | None = None
+    received: Float[Array, "B T"] | None = None
 
 
 def positions(
@@ -89,6 +93,7 @@ def attend(
     gates: bool = False,
     regions: int = 0,
     progress: Float[Array, ""] | None = None,
+    deciding: Deciding | None = None,
 ) -> AttentionOutput:
     """Attention of one layer under its mechanisms.
 
@@ -104,6 +109,7 @@ def attend(
         gates: is it wanted what the outputs of heads are multiplied by?
         regions: R, the most regions that keys can be in.
         progress: of the training run, 0 to 1, for what is scheduled; None is its end.
+        deciding: which tokens decide about which, where some may leave after the layer.
 
     Returns:
         outputs before the output projection, the queries' attention and the regions they chose, the losses and the
@@ -141,12 +147,20 @@ def attend(
     gate = head_gates(mechanisms, x, out, info_q)
     of_heads = jnp.broadcast_to(jnp.float32(1) if gate is None else gate, out.shape[:3]) if gates else None
     out = scaled(out, gate)
+    ranked = None
+    if deciding is not None and any(mechanism.RANKS for mechanism in mechanisms):
+        of, norm, key, parts, logs = _without_gradient((scores, lse, factor, groups, weights))
+        ranked = received(lambda some: attention_of(of, norm, some, key, parts, logs), deciding)
     if queries is None:
-        return AttentionOutput(out, None, found, None, of_heads)
+        return AttentionOutput(out, None, found, None, of_heads, ranked)
     asked = None if routing is None else choice_of_queries(scores, queries, routing)
     wanted = attention_of(scores, lse, queries, factor, groups, weights, asked)
     chosen = None if asked is None else chosen_regions(asked, scores.q.shape[2])
-    return AttentionOutput(out, wanted, found, chosen, of_heads)
+    return AttentionOutput(out, wanted, found, chosen, of_heads, ranked)
+
+
+def _without_gradient(tree: Any) -> Any:
+    return jax.tree.map(lambda x: jax.lax.stop_gradient(x) if isinstance(x, jax.Array) else x, tree)
 
 
 def routing_of(

@@ -18,6 +18,7 @@ DOES: dict[Owned, str] = {
     "opening": "shows keys to queries beyond the causal mask",
     "factor": "changes the weight of a key after the softmax",
     "route": "chooses the regions that a query reads",
+    "tokens": "lets tokens leave after the layer",
 }
 """What a mechanism does that owns this."""
 

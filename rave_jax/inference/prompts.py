@@ -28,12 +28,14 @@ class Prompt(NamedTuple):
         sampling: how tokens are chosen.
         stops: ids that end the answer.
         limit: most tokens of the answer.
+        kept: bounds of its tokens behind each layer after which tokens leave; empty where none do.
     """
 
     example: Example
     sampling: Sampling
     stops: tuple[int, ...]
     limit: int
+    kept: tuple[tuple[int, ...], ...] = ()
 
     @property
     def length(self) -> int:
@@ -69,6 +71,8 @@ class PromptGroup:
         regions = max(int(np.max(prompt.example.info.region, initial=0)) for prompt in prompts)
         self.region_reach = buckets.region_reach(regions)
         """Regions that the prompts' chunks see; None for a model without."""
+        self.lengths = buckets.behind(largest([prompt.kept for prompt in prompts]), self.width) or None
+        """What tokens are gathered into behind layers after which some leave; None where none do."""
         self._region_offset: Any = np.stack([offsets_in_region(np.asarray(row)) for row in self._batch.info.region])
 
     def pictures(self, most: int) -> Iterator[Pictures]:
@@ -134,6 +138,11 @@ class PromptGroup:
 
     def _column(self, values: Sequence[int], fill: int = 0) -> NpArray:
         return np.array([*values, *[fill] * (self.rows - len(values))], np.int32)
+
+
+def largest(counts: Sequence[tuple[tuple[int, ...], ...]]) -> tuple[tuple[int, ...], ...]:
+    """The largest of each of the numbers that all have."""
+    return tuple(tuple(map(max, zip(*bounds, strict=True))) for bounds in zip(*counts, strict=True))
 
 
 def _groups(number: Any, most: int) -> list[range]:

@@ -12,6 +12,7 @@ from flax import nnx
 from rave_jax import attention
 from rave_jax.attention import Features, LayerKeys, StoredStates
 from rave_jax.attention.plan import LayeredConfig
+from rave_jax.attention.tokens import Deciding
 from rave_jax.batch import TokenInfo
 from rave_jax.families.config import LayerKind, TextConfig
 from rave_jax.kernels.attention import MaskCodes
@@ -50,6 +51,8 @@ class Situation(NamedTuple):
     """As in `Embedded`."""
     turn: InTurn | None = None
     """How layers with the gated delta rule go through the tokens; None where none is in the run."""
+    deciding: Deciding | None = None
+    """Which tokens decide about which; None where none leaves after the run."""
 
 
 class Projected(NamedTuple):
@@ -70,6 +73,10 @@ class Asked(NamedTuple):
     router: RouterSums | None = None
     gates: Float[Array, "B T H"] | None = None
     """What heads' outputs were multiplied by."""
+    received: Float[Array, "B T"] | None = None
+    """As in `AttentionOutput`."""
+    kept: Bool[Array, "B T"] | None = None
+    """Which tokens stay behind the layer; None where all do."""
 
 
 class LayerOutput(NamedTuple):
@@ -165,11 +172,13 @@ class DecoderLayer(nnx.Module):
             gates=gates,
             regions=self.max_regions,
             progress=at.progress,
+            deciding=at.deciding,
         )
         heads = self.attention.gated(seen.out, gate)
         out, choice = _after(self, self.attention.output, x, heads, at.wanted)
         router = router_sums(choice, at.info_q.document > 0) if losses and choice is not None else None
-        return LayerOutput(out, Asked(seen.attention, seen.losses, seen.chosen, router=router, gates=seen.gates))
+        asked = Asked(seen.attention, seen.losses, seen.chosen, router=router, gates=seen.gates, received=seen.received)
+        return LayerOutput(out, asked)
 
     def extend(self, x: Float[Array, "B T D"], at: Situation, cache: LayerCache) -> tuple[LayerOutput, LayerKeys]:
         """The layer on tokens that follow what a cache holds, and what the run's layers keep, with the tokens in it."""
@@ -188,10 +197,12 @@ class DecoderLayer(nnx.Module):
             implementation=self.implementation,
             queries=at.queries,
             progress=at.progress,
+            deciding=at.deciding,
         )
         heads = self.attention.gated(seen.out, gate)
         out, _ = _after(self, self.attention.output, x, heads, at.wanted)
-        return LayerOutput(out, Asked(seen.attention, seen.losses, seen.chosen)), stored
+        asked = Asked(seen.attention, seen.losses, seen.chosen, received=seen.received)
+        return LayerOutput(out, asked), stored
 
 
 class DeltaLayer(nnx.Module):

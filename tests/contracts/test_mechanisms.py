@@ -65,7 +65,7 @@ def test_a_mechanism_that_declares_nothing_asks_for_nothing() -> None:
 
     quiet = Quiet()
     assert quiet.layers == "all" and quiet.layout == VisualLayout() and quiet.against_kernels is None
-    assert not (quiet.looks_ahead or quiet.needs_order or quiet.skips_keys)
+    assert not (quiet.looks_ahead or quiet.needs_order or quiet.skips_keys or quiet.drops)
 
 
 @pytest.mark.parametrize("kind", BUILT_IN, ids=lambda kind: kind.__name__)
@@ -76,7 +76,7 @@ def test_declarations_agree_with_the_hooks(kind: type[at.MechanismConfig]) -> No
     routes = "route" in mechanism.OWNS
     assert (config.layout.regions is not None) == routes == (kind.reading is not at.MechanismConfig.reading)
     assert config.needs_order == bool({"order", "hi"} & set(mechanism.OWNS))
-    assert config.looks_ahead == bool({"hi", "opening"} & set(mechanism.OWNS))
+    assert config.looks_ahead == bool({"hi", "opening", "tokens"} & set(mechanism.OWNS))
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,69 @@
+"""The routers' lesson: which answers stay as they are, and that routers learn it, one layer at a time."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from rave_jax.attention.calibrate.dyvte import DyvteTraining, learned, may_leave, new_routers
+from rave_jax.attention.dyvte import router_logits
+from rave_jax.config import ConfigError
+
+TRAINING = DyvteTraining()
+
+
+def test_an_answer_stays_where_its_guesses_and_its_loss_do() -> None:
+    """Agreement above 0.99 over the answer's tokens, and a loss below 1.03 times the one with the picture."""
+    rng = np.random.default_rng(0)
+    answer = np.array([[3, 1, -1], [2, 2, 2], [0, 4, 1], [1, 1, -1]])
+    plain = rng.normal(size=(4, 3, 5)).astype(np.float32)
+    hidden = plain.copy()
+    hidden[0, 2] = rng.normal(size=5)  # beyond the answer: says nothing
+    hidden[1, 1] = np.roll(hidden[1, 1], 1)  # another first guess
+    hidden[2] *= 0.2  # the same guesses, less sure
+    hidden[3] += 7  # the same distribution
+
+    def loss(logits: np.ndarray, row: int) -> float:
+        chosen = [np.log(np.exp(logits[row, n]).sum()) - logits[row, n, t] for n, t in enumerate(answer[row]) if t >= 0]
+        return float(np.mean(chosen))
+
+    expected = [
+        bool(
+            all(plain[b, n].argmax() == hidden[b, n].argmax() for n, t in enumerate(answer[b]) if t >= 0)
+            and loss(hidden, b) < 1.03 * loss(plain, b)
+        )
+        for b in range(4)
+    ]
+    found = may_leave(TRAINING, jnp.asarray(plain), jnp.asarray(hidden), jnp.asarray(answer))
+    assert found.tolist() == expected and expected[0] and expected[3] and not expected[1]
+
+
+def test_a_router_learns_and_the_others_stay() -> None:
+    """Samples whose last token points one way may leave."""
+    rng = np.random.default_rng(1)
+    x = jnp.asarray(rng.normal(size=(64, 2, 4)), jnp.float32)
+    leaves, real = x[:, 1, 0] > 0, jnp.arange(64) < 60
+    optimizer = optax.adam(0.03)
+    start = new_routers(jax.random.key(0), 3, 16, 4)
+    assert not np.any(start.second), "at the start nothing leaves"
+    state = start, jax.vmap(optimizer.init)(start)
+    step = jax.jit(lambda routers, moments: learned(routers, moments, optimizer, jnp.int32(1), x, leaves, real))
+    for _ in range(60):
+        *state, right = step(*state)
+    routers = state[0]
+    assert float(right) > 0.95
+    z = np.asarray(router_logits(x, routers.first[1], routers.second[1]))[:60]
+    assert np.mean((z[:, 1] > z[:, 0]) == np.asarray(leaves)[:60]) > 0.95
+    for old, new in zip(start, routers, strict=True):
+        np.testing.assert_array_equal(np.asarray(new)[[0, 2]], np.asarray(old)[[0, 2]])
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("steps", 0), ("rate", 0.0), ("agreement", 1.0), ("worse", 0.0), ("width", 0)]
+)
+def test_training_that_cannot_be_is_refused(name: str, value: float) -> None:
+    with pytest.raises(ConfigError, match=f"{name} is"):
+        DyvteTraining(**{name: value})
