@@ -14,6 +14,7 @@ from rave_jax.attention.heads import head_gates, scaled
 from rave_jax.attention.merge import log_weights, merged, partition_of, parts_of, with_factor
 from rave_jax.attention.queries import attention_of, choice_of_queries, chosen_regions
 from rave_jax.attention.scores import Scores, scores_of
+from rave_jax.attention.statistics import Statistics, WantedStatistics, statistics_of
 from rave_jax.attention.tokens import Deciding, received
 from rave_jax.batch import TokenInfo
 from rave_jax.kernels import attention as attention_kernels
@@ -26,14 +27,16 @@ from rave_jax.typing import Array, Bool, Float, Int
 class AttentionOutput(NamedTuple):
     """What `attend` gives: heads' outputs, of the asked-for queries the attention over all keys and which regions
     they chose (None if not asked, or where nothing routes), the sums of the mechanisms' losses by name (none if not
-    asked), what heads were multiplied by (None if not asked), and the attention that tokens get from those that decide
-    about them (None where no mechanism ranks by it)."""
+    asked), what heads were multiplied by (None if not asked), sums over rows and columns of the map (None if not
+    asked), and the attention that tokens get from those that decide about them (None where no mechanism ranks by it).
+    """
 
     out: Float[Array, "B T H h"]
     attention: Float[Array, "B N H S"] | None
     losses: dict[str, Float[Array, ""]]
     chosen: Bool[Array, "B N H R"] | None = None
     gates: Float[Array, "B T H"] | None = None
+    statistics: Statistics | None = None
     received: Float[Array, "B T"] | None = None
 
 
@@ -91,6 +94,7 @@ def attend(
     queries: Int[Array, "B N"] | None = None,
     losses: bool = False,
     gates: bool = False,
+    statistics: WantedStatistics | None = None,
     regions: int = 0,
     progress: Float[Array, ""] | None = None,
     deciding: Deciding | None = None,
@@ -107,6 +111,7 @@ def attend(
         queries: queries, by index, whose attention over all keys is wanted. Costs O(N S).
         losses: are the mechanisms' losses wanted? Costs one run of the kernel for each key group they ask for.
         gates: is it wanted what the outputs of heads are multiplied by?
+        statistics: which sums over rows and columns of the map are wanted; None: none.
         regions: R, the most regions that keys can be in.
         progress: of the training run, 0 to 1, for what is scheduled; None is its end.
         deciding: which tokens decide about which, where some may leave after the layer.
@@ -147,16 +152,24 @@ def attend(
     gate = head_gates(mechanisms, x, out, info_q)
     of_heads = jnp.broadcast_to(jnp.float32(1) if gate is None else gate, out.shape[:3]) if gates else None
     out = scaled(out, gate)
-    ranked = None
+    given = AttentionOutput(out, None, found, None, of_heads)
+    if statistics is not None:
+
+        def rows_of(some: Int[Array, "B N"]) -> Float[Array, "B N H S"]:
+            choice = None if routing is None else choice_of_queries(scores, some, routing)
+            return attention_of(scores, lse, some, factor, groups, weights, choice)
+
+        given = given._replace(statistics=statistics_of(rows_of, info_q, info_k, statistics, scores.q.shape[2]))
     if deciding is not None and any(mechanism.RANKS for mechanism in mechanisms):
         of, norm, key, parts, logs = _without_gradient((scores, lse, factor, groups, weights))
         ranked = received(lambda some: attention_of(of, norm, some, key, parts, logs), deciding)
+        given = given._replace(received=ranked)
     if queries is None:
-        return AttentionOutput(out, None, found, None, of_heads, ranked)
+        return given
     asked = None if routing is None else choice_of_queries(scores, queries, routing)
     wanted = attention_of(scores, lse, queries, factor, groups, weights, asked)
     chosen = None if asked is None else chosen_regions(asked, scores.q.shape[2])
-    return AttentionOutput(out, wanted, found, chosen, of_heads, ranked)
+    return given._replace(attention=wanted, chosen=chosen)
 
 
 def _without_gradient(tree: Any) -> Any:
