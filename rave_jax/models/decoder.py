@@ -15,7 +15,7 @@ from rave_jax import attention
 from rave_jax.attention import Cache, CacheType, Features, Keys, RegionMemory, ShortKeys, StoredStates
 from rave_jax.attention.plan import LayeredConfig
 from rave_jax.batch import TokenInfo
-from rave_jax.config import require
+from rave_jax.config import ConfigError, require
 from rave_jax.families.config import LayerKind, TextConfig
 from rave_jax.kernels.attention import MaskCodes
 from rave_jax.models import leaving
@@ -45,8 +45,10 @@ class Decoder(nnx.Module):
         keys = jax.random.split(key, config.num_layers)
         leaves = next((one.called for one in options.mechanisms if one.drops), None)
         if config.delta is not None and leaves is not None:
-            expected = f"none with {leaves}: every token writes to the state of layers with the gated delta rule"
-            require(False, "mechanisms", leaves, expected)
+            raise ConfigError(
+                f"mechanisms: {leaves} lets tokens leave, and every token writes to the state of this model's layers "
+                f"with the gated delta rule; remove {leaves}"
+            )
         if config.delta is not None and options.context is not None:
             expected = "None: layers with the gated delta rule let a context token read all that stands before it"
             require(False, "context", options.context, expected)

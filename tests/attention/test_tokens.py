@@ -17,7 +17,7 @@ from rave_jax.attention.attend import mask_codes
 from rave_jax.attention.base import Candidates
 from rave_jax.attention.dyvte import router_input, router_logits
 from rave_jax.attention.plan import plan_layer_runs
-from rave_jax.attention.pruning import place_of, ranks
+from rave_jax.attention.pruning import place_of
 from rave_jax.batch import Kind, TokenInfo
 from rave_jax.config import ConfigError
 from rave_jax.kernels.attention.base import tile_allow
@@ -64,7 +64,7 @@ def test_the_last_token_before_the_next_answer_decides() -> None:
     expected[0, [9, 10]] = 11
     expected[0, 14] = 15
     expected[1, [9, 10, 11]] = 12
-    np.testing.assert_array_equal(tokens.deciders(rows()), expected)
+    np.testing.assert_array_equal(jax.jit(tokens.deciders)(rows()), expected)
 
 
 def deciding(info: TokenInfo) -> tokens.Deciding:
@@ -87,7 +87,7 @@ def test_pruning_ranks_by_the_last_row_without_the_bias_of_places() -> None:
     x, info = features(rows=2, length=T), rows()
     configs = (at.Rave(rank=2), at.SlidingWindow(6), PRUNING)
     found, stays = kept(configs, x, info)
-    by = np.asarray(tokens.deciders(info))
+    by = np.asarray(jax.jit(tokens.deciders)(info))
     dense = dense_map(configs, x, info).mean(axis=2)
     expected = np.ones((2, T), bool)
     for b in range(2):
@@ -127,18 +127,6 @@ def _alone(x: at.Features, b: int, start: int, length: int) -> tuple[at.Features
     return jax.tree.map(moved, x), info._replace(document=np.where(here, 1, 0) * np.ones((2, 1), np.int32))
 
 
-def test_ranks_are_those_of_a_sort_within_each_group() -> None:
-    rng = np.random.default_rng(0)
-    score, by = rng.integers(0, 4, (3, 30)).astype(np.float32), rng.integers(0, 4, (3, 30)) * 10
-    rank, count = jax.jit(ranks)(jnp.asarray(score), jnp.asarray(by, jnp.int32))
-    for b in range(3):
-        for number in range(0, 40, 10):
-            mine = np.flatnonzero(by[b] == number)
-            order = mine[np.argsort(-score[b, mine], kind="stable")]
-            np.testing.assert_array_equal(rank[b, order], np.arange(len(mine)))
-            assert np.all(np.asarray(count)[b, mine] == len(mine))
-
-
 def test_places_count_by_frame_row_and_column() -> None:
     zero = jnp.zeros((1, 1), jnp.int32)
     info = TokenInfo(*[zero] * len(TokenInfo._fields))
@@ -151,11 +139,18 @@ def test_a_router_reads_the_text_behind_the_picture_and_lets_all_leave_or_none()
     rng, info = np.random.default_rng(1), rows()
     hidden = jnp.asarray(rng.normal(size=(2, T, 6)), jnp.float32)
     router = at.Dyvte(width=5).build(at.AttentionDims(4, 2, 8, 6), KEY)
-    by = tokens.deciders(info)
+    by = jax.jit(tokens.deciders)(info)
     given = Candidates(hidden, None, by, info)
-    assert np.asarray(router.tokens(given)).all(), "nothing leaves at the start"
+    stay = jax.jit(lambda router, given: tokens.kept([router], given))
+    assert np.asarray(stay(router, given)).all(), "nothing leaves at the start"
     router.second = type(router.second)(jnp.asarray(rng.normal(size=(2, 5)), jnp.float32))
     first, second = (np.float64(w[...]) for w in (router.first, router.second))
+
+    @jax.jit
+    def said(router: Any, given: Candidates, decider: Any) -> Any:
+        x = router_input(given.hidden, given.info, given.by, decider)
+        return router_logits(x, router.first[...], router.second[...])
+
     between = {(0, 6): [5], (0, 11): [], (0, 15): [], (1, 12): []}
     stays = np.ones((2, T), bool)
     for (b, decider), text in between.items():
@@ -163,11 +158,10 @@ def test_a_router_reads_the_text_behind_the_picture_and_lets_all_leave_or_none()
         x = np.stack([mean, np.float64(hidden)[b, decider]])
         inner = np.einsum("fnd,nd->f", first, x)
         z = second @ (inner * 0.5 * (1 + np.vectorize(math.erf)(inner / 2**0.5)))
-        at_row = jnp.full((2, 1), decider)
-        mine = router_logits(router_input(hidden, info, by, at_row), router.first[...], router.second[...])[b]
+        mine = said(router, given, np.full((2, 1), decider))[b]
         np.testing.assert_allclose(mine, z, atol=1e-5)
         stays[b, np.asarray(by)[b] == decider] = z[1] <= z[0]
-    np.testing.assert_array_equal(tokens.kept([router], given), stays)
+    np.testing.assert_array_equal(stay(router, given), stays)
     assert not stays.all() and stays[np.asarray(by) < T].any()
 
 
