@@ -10,8 +10,8 @@ with i the place of the token among the L of its picture. mu changes no rank. `r
 (`rave_jax/attention/calibrate/debias.py`); sigma 0 is FastV.
 
 Ours: which token is the last one of a prompt (`tokens.py`); several pictures of a prompt are ranked together, each
-by its own places; places count frame by frame and row by row. The source sets padding of pictures to 0; the families
-here give the decoder no visual token of padding alone.
+by its own places; places count frame by frame and row by row. Left out: the source also sets the padding of pictures to
+0. Of the families here LLaVA alone pads (`do_pad`), and token codes do not say which visual tokens that made.
 """
 
 from __future__ import annotations
