@@ -18,11 +18,12 @@ from rave_jax.checkpoint.hf_export import export_hf
 from rave_jax.checkpoint.recut import recut
 from rave_jax.config import ConfigError
 from rave_jax.evaluation.heads import with_answer
-from rave_jax.evaluation.leaving import Trained, attention_by_place, train_routers
+from rave_jax.evaluation.leaving import attention_by_place
 from rave_jax.models.vlm import Vlm
 from rave_jax.tools import source as sources
 from rave_jax.tools.calibrate import Subject
 from rave_jax.tools.flags import add_fields, given_fields
+from rave_jax.training.routers import Trained, train_routers
 from rave_jax.typing import NpArray
 
 

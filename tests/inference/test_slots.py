@@ -232,6 +232,19 @@ def test_layers_apart_say_the_same(expected: list[list[int]]) -> None:
     assert run(engine(apart, FEW), prompts()[:2]) == expected[:2]
 
 
+@pytest.mark.slow
+def test_less_room_behind_a_drop_says_the_same() -> None:
+    """Text and the visual tokens that stay need fewer entries in the layers behind."""
+    vlm, few = a_model("pruned"), dataclasses.replace(FEW, max_kept=56)
+    whole, less = engine(vlm, FEW), engine(vlm, few)
+    assert run(less, prompts()) == run(whole, prompts())
+    sizes = [[run.size for run in slots._state.cache.layer_runs[1:]] for slots in (whole, less)]
+    assert sizes == [[80, 80], [56, 56]]
+    text = document([56], CONFIG, np.random.default_rng(0))
+    with pytest.raises(OverBudget, match="57 tokens that stay, with one token of the answer, over the budget"):
+        less.submit(example_of(text, CONFIG), Sampling(NEW))
+
+
 def test_stop_tokens_end_a_row_and_only_that_row(expected: list[list[int]]) -> None:
     stop, own = expected[0][2], expected[3][1]
     samplings = [Sampling(NEW), Sampling(NEW), Sampling(1), Sampling(NEW, stop_ids=(own,)), Sampling(NEW)]
@@ -330,6 +343,8 @@ def test_what_does_not_fit_is_refused_and_nothing_is_lost(expected: list[list[in
             slots.submit(odd, Sampling(), "x")
     with pytest.raises(SampleError, match="3 ids end its answer, but max_stop_ids is 2"):
         slots.submit(example_of(prompts()[0], CONFIG), Sampling(stop_ids=(1, 2, 3)))
+    with pytest.raises(ConfigError, match="max_kept is 40, expected None: no mechanism of the model lets tokens leave"):
+        engine(a_model(), dataclasses.replace(SIZES, max_kept=40))
     with pytest.raises(ConfigError, match="3 ids end an answer"):
         engine(a_model(), stop_ids=(1, 2, 3))
     text = VlmConfig(text=TextConfig(), family="qwen3")

@@ -1,4 +1,4 @@
-"""Trains the routers of DyVTE, with the backbone frozen.
+"""What the routers of DyVTE learn, with the backbone frozen; `rave_jax/training/routers.py` has the steps.
 
 Source: github DoubtedSteam/DyVTE b4a3396. At each step a layer l is drawn, every one as often. The batch is read twice:
 as it is, and with the visual tokens hidden behind layer l. A sample may leave there if its answer does not change: more
@@ -13,11 +13,10 @@ layers. The optimizer is Adam; the paper's own settings were not found.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from flax import nnx
 
 from rave_jax.attention.base import Features, Mechanism, Score
@@ -106,40 +105,31 @@ def may_leave(
     same = jnp.sum((jnp.argmax(plain, axis=-1) == jnp.argmax(hidden, axis=-1)) & given, axis=1) / count
 
     def loss(logits: Array) -> Float[Array, "B"]:
-        chosen = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), jnp.maximum(answer, 0))
+        chosen = cross_entropy(logits, jnp.maximum(answer, 0))
         return jnp.sum(jnp.where(given, chosen, 0.0), axis=1) / count
 
     return (same > training.agreement) & (loss(hidden) < training.worse * loss(plain))
 
 
-def learned(
-    routers: Routers,
-    moments: Any,
-    optimizer: optax.GradientTransformation,
-    layer: Int[Array, ""],
-    x: Float[Array, "B 2 D"],
-    leaves: Bool[Array, "B"],
-    real: Bool[Array, "B"],
-) -> tuple[Routers, Any, Float[Array, ""]]:
-    """The routers after a step of one layer's, and how often that one was right before it.
+def lesson(
+    router: Routers, x: Float[Array, "B 2 D"], leaves: Bool[Array, "B"], real: Bool[Array, "B"]
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """The loss of one layer's router, and how often it is right.
 
     Args:
-        routers, moments, optimizer: so far; the moments of each layer by itself, as the routers.
-        layer: whose router learns.
+        router: without the layer axis.
         x: what it reads.
         leaves: what it should say.
         real: which rows hold a sample.
     """
     weight = real / jnp.maximum(jnp.sum(real), 1)
-    mine, own = jax.tree.map(lambda kept: kept[layer], (routers, moments))
+    z = router_logits(x, router.first, router.second)
+    return jnp.sum(weight * cross_entropy(z, leaves.astype(jnp.int32))), jnp.sum(
+        weight * ((z[:, 1] > z[:, 0]) == leaves)
+    )
 
-    def loss(router: Routers) -> tuple[Array, Array]:
-        z = router_logits(x, router.first, router.second)
-        each = optax.softmax_cross_entropy_with_integer_labels(z, leaves.astype(jnp.int32))
-        return jnp.sum(weight * each), jnp.sum(weight * ((z[:, 1] > z[:, 0]) == leaves))
 
-    gradient, right = jax.grad(loss, has_aux=True)(mine)
-    updates, own = optimizer.update(gradient, own, mine)
-    after = (optax.apply_updates(mine, updates), own)
-    routers, moments = jax.tree.map(lambda kept, new: kept.at[layer].set(new), (routers, moments), after)
-    return routers, moments, right
+def cross_entropy(logits: Float[Array, "*rows V"], wanted: Int[Array, "*rows"]) -> Float[Array, "*rows"]:
+    """Of the softmax, float32."""
+    log_probs = jax.nn.log_softmax(logits.astype(jnp.float32))
+    return -jnp.take_along_axis(log_probs, wanted[..., None], axis=-1)[..., 0]

@@ -1,17 +1,14 @@
-"""The routers' lesson: which answers stay as they are, and that routers learn it, one layer at a time."""
+"""The routers' lesson: which answers stay as they are."""
 
 from __future__ import annotations
 
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
-from rave_jax.attention.calibrate.dyvte import DyvteTraining, learned, may_leave, new_routers
-from rave_jax.attention.dyvte import router_logits
+from rave_jax.attention.calibrate.dyvte import DyvteTraining, may_leave
 from rave_jax.config import ConfigError
 
 TRAINING = DyvteTraining()
@@ -41,26 +38,6 @@ def test_an_answer_stays_where_its_guesses_and_its_loss_do() -> None:
     ]
     found = jax.jit(functools.partial(may_leave, TRAINING))(plain, hidden, answer)
     assert found.tolist() == expected and expected[0] and expected[3] and not expected[1]
-
-
-def test_a_router_learns_and_the_others_stay() -> None:
-    """Samples whose last token points one way may leave."""
-    rng = np.random.default_rng(1)
-    x = jnp.asarray(rng.normal(size=(64, 2, 4)), jnp.float32)
-    leaves, real = x[:, 1, 0] > 0, jnp.arange(64) < 60
-    optimizer = optax.adam(0.03)
-    start = new_routers(jax.random.key(0), 3, 16, 4)
-    assert not np.any(start.second), "at the start nothing leaves"
-    state = start, jax.vmap(optimizer.init)(start)
-    step = jax.jit(lambda routers, moments: learned(routers, moments, optimizer, jnp.int32(1), x, leaves, real))
-    for _ in range(60):
-        *state, right = step(*state)
-    routers = state[0]
-    assert float(right) > 0.95
-    z = np.asarray(router_logits(x, routers.first[1], routers.second[1]))[:60]
-    assert np.mean((z[:, 1] > z[:, 0]) == np.asarray(leaves)[:60]) > 0.95
-    for old, new in zip(start, routers, strict=True):
-        np.testing.assert_array_equal(np.asarray(new)[[0, 2]], np.asarray(old)[[0, 2]])
 
 
 @pytest.mark.parametrize(
