@@ -124,9 +124,8 @@ def lesson(
     """
     weight = real / jnp.maximum(jnp.sum(real), 1)
     z = router_logits(x, router.first, router.second)
-    return jnp.sum(weight * cross_entropy(z, leaves.astype(jnp.int32))), jnp.sum(
-        weight * ((z[:, 1] > z[:, 0]) == leaves)
-    )
+    right = (z[:, 1] > z[:, 0]) == leaves
+    return jnp.sum(weight * cross_entropy(z, leaves.astype(jnp.int32))), jnp.sum(weight * right)
 
 
 def cross_entropy(logits: Float[Array, "*rows V"], wanted: Int[Array, "*rows"]) -> Float[Array, "*rows"]:
