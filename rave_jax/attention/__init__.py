@@ -16,6 +16,7 @@ from rave_jax.attention.attend import (
 from rave_jax.attention.avar import Avar
 from rave_jax.attention.base import (
     AttentionDims,
+    Candidates,
     Channels,
     Features,
     KeyFactor,
@@ -34,6 +35,7 @@ from rave_jax.attention.cost import LayerReading, PicturesBefore
 from rave_jax.attention.croc import Croc
 from rave_jax.attention.declared import LayeredConfig, Layers, MechanismConfig
 from rave_jax.attention.decomposed import Decomposed
+from rave_jax.attention.dyvte import Dyvte
 from rave_jax.attention.gaze import Gaze, TopKSchedule
 from rave_jax.attention.gift import Gift
 from rave_jax.attention.kv_cache import KvCache, empty_cache
@@ -42,11 +44,13 @@ from rave_jax.attention.masks import block_diagonal_codes, cached_codes, causal_
 from rave_jax.attention.mma import Mma
 from rave_jax.attention.moh import Moh
 from rave_jax.attention.plan import LayerRunPlan, build_mechanisms, plan_layer_runs
+from rave_jax.attention.pruning import Pruning
 from rave_jax.attention.rave import Rave
 from rave_jax.attention.region_cache import check_decoding
 from rave_jax.attention.region_entries import RegionCache, empty_region_cache
 from rave_jax.attention.sads import Sads
 from rave_jax.attention.scores import pick
+from rave_jax.attention.short_keys import ShortKeys, with_short_keys
 from rave_jax.attention.sliding_window import SlidingWindow
 from rave_jax.attention.states import StoredStates
 from rave_jax.attention.statistics import Statistics, WantedStatistics
@@ -64,11 +68,13 @@ __all__ = [
     "Avar",
     "Cache",
     "CacheType",
+    "Candidates",
     "Cca",
     "Channels",
     "ContextSight",
     "Croc",
     "Decomposed",
+    "Dyvte",
     "Features",
     "Gaze",
     "Gift",
@@ -89,12 +95,14 @@ __all__ = [
     "Owned",
     "Parts",
     "PicturesBefore",
+    "Pruning",
     "Rave",
     "RegionCache",
     "RegionMemory",
     "RegionReach",
     "Sads",
     "Score",
+    "ShortKeys",
     "SlidingWindow",
     "Statistics",
     "Steer",
@@ -123,4 +131,5 @@ __all__ = [
     "positions",
     "remember",
     "summarise",
+    "with_short_keys",
 ]

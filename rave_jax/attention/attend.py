@@ -6,6 +6,7 @@ import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from rave_jax.attention.base import Features, KeyFactor, Keys, Mechanism, Parts, overrides
@@ -15,6 +16,7 @@ from rave_jax.attention.queries import QueryChoice, attention_of, choice_of_quer
 from rave_jax.attention.reweigh import reweighed, reweighing, with_reweighed
 from rave_jax.attention.scores import Scores, scores_of
 from rave_jax.attention.statistics import Statistics, WantedStatistics, statistics_of
+from rave_jax.attention.tokens import Deciding, received
 from rave_jax.batch import TokenInfo
 from rave_jax.kernels import attention as attention_kernels
 from rave_jax.kernels import routed
@@ -26,8 +28,9 @@ from rave_jax.typing import Array, Bool, Float, Int
 class AttentionOutput(NamedTuple):
     """What `attend` gives: heads' outputs, of the asked-for queries the attention over all keys and which regions
     they chose (None if not asked, or where nothing routes), the sums of the mechanisms' losses by name (none if not
-    asked), what heads were multiplied by (None if not asked), and sums over rows and columns of the map (None if not
-    asked)."""
+    asked), what heads were multiplied by (None if not asked), sums over rows and columns of the map (None if not
+    asked), and the attention that tokens get from those that decide about them (None where no mechanism ranks by it).
+    """
 
     out: Float[Array, "B T H h"]
     attention: Float[Array, "B N H S"] | None
@@ -35,6 +38,7 @@ class AttentionOutput(NamedTuple):
     chosen: Bool[Array, "B N H R"] | None = None
     gates: Float[Array, "B T H"] | None = None
     statistics: Statistics | None = None
+    received: Float[Array, "B T"] | None = None
 
 
 def positions(
@@ -94,6 +98,7 @@ def attend(
     statistics: WantedStatistics | None = None,
     regions: int = 0,
     progress: Float[Array, ""] | None = None,
+    deciding: Deciding | None = None,
 ) -> AttentionOutput:
     """Attention of one layer under its mechanisms.
 
@@ -110,6 +115,7 @@ def attend(
         statistics: which sums over rows and columns of the map are wanted; None: none.
         regions: R, the most regions that keys can be in.
         progress: of the training run, 0 to 1, for what is scheduled; None is its end.
+        deciding: which tokens decide about which, where some may leave after the layer.
 
     Returns:
         outputs before the output projection, the queries' attention and the regions they chose, the losses and the
@@ -159,12 +165,20 @@ def attend(
     given = AttentionOutput(out, None, found, None, of_heads)
     if statistics is not None:
         given = given._replace(statistics=statistics_of(rows_of, info_q, info_k, statistics, scores.q.shape[2]))
+    if deciding is not None and any(mechanism.RANKS for mechanism in mechanisms):
+        of, norm, key, parts, logs = _without_gradient((scores, lse, factor, groups, weights))
+        ranked = received(lambda some: attention_of(of, norm, some, key, parts, logs), deciding)
+        given = given._replace(received=ranked)
     if queries is None:
         return given
     asked = choice_of(queries)
     wanted = rows_of(queries, asked)
     chosen = None if asked is None else chosen_regions(asked, scores.q.shape[2])
     return given._replace(attention=wanted, chosen=chosen)
+
+
+def _without_gradient(tree: Any) -> Any:
+    return jax.tree.map(lambda x: jax.lax.stop_gradient(x) if isinstance(x, jax.Array) else x, tree)
 
 
 def routing_of(

@@ -20,6 +20,7 @@ DOES: dict[Owned | Wanted, str] = {
     "factor": "changes the weight of a key after the softmax",
     "route": "chooses the regions that a query reads",
     "terms": "adds score terms",
+    "tokens": "lets tokens leave after the layer",
 }
 """What a mechanism does that owns or adds this."""
 

@@ -32,6 +32,8 @@ BY_NAME: dict[str, set[str]] = {
     "tools/calibrate.py": {"ZeroTuning"},
     # Which heads are dropped, multiplied, or get a gate.
     "tools/calibrate_heads.py": {"Rave", "Sads", "Vhr"},
+    # What takes out the bias for places, and what the routers are of.
+    "tools/calibrate_tokens.py": {"Dyvte", "Pruning"},
 }
 """Files outside of attention/ that are about one mechanism."""
 
@@ -65,7 +67,7 @@ def test_a_mechanism_that_declares_nothing_asks_for_nothing() -> None:
 
     quiet = Quiet()
     assert quiet.layers == "all" and quiet.layout == VisualLayout() and quiet.against_kernels is None
-    assert not (quiet.looks_ahead or quiet.needs_order or quiet.skips_keys or quiet.of_prompt)
+    assert not (quiet.looks_ahead or quiet.needs_order or quiet.skips_keys or quiet.of_prompt or quiet.drops)
 
 
 @pytest.mark.parametrize("kind", BUILT_IN, ids=lambda kind: kind.__name__)
@@ -77,7 +79,8 @@ def test_declarations_agree_with_the_hooks(kind: type[at.MechanismConfig]) -> No
     assert (config.layout.regions is not None) == routes == (kind.reading is not at.MechanismConfig.reading)
     assert config.needs_order == bool({"order", "hi"} & set(mechanism.OWNS))
     # Arrow opens what stands before a query.
-    assert config.looks_ahead == (bool({"hi", "opening"} & set(mechanism.OWNS)) and kind is not at.Arrow)
+    ahead = bool({"hi", "opening", "tokens"} & set(mechanism.OWNS)) and kind is not at.Arrow
+    assert config.looks_ahead == ahead
 
 
 @dataclass(frozen=True)
