@@ -55,8 +55,8 @@ class LayeredConfig(ABC):
 
     @property
     def needs_order(self) -> bool:
-        """Does it look keys up by their place in the row? A cache that keeps keys by region cannot serve it, so
-        `ModelOptions` refuses it beside a mechanism whose `layout` has regions."""
+        """Does it look keys up by their place in the row, and not by their order? A cache that keeps keys by region
+        cannot serve it, so `ModelOptions` refuses it beside a mechanism whose `layout` has regions."""
         return False
 
     @property

@@ -68,6 +68,24 @@ def choice_of_queries(scores: Scores, queries: Int[Array, "B N"], routing: Routi
     return QueryChoice(choice_of(found, codes, mine, rule, scores.form, scores.scale), routes.keys)
 
 
+def at_key(
+    asked: QueryChoice, key: Int[Array, "B T"], num_heads: int
+) -> tuple[Bool[Array, "B T H"], Float[Array, "B T H"] | None]:
+    """Of all T queries and one key of each: is its region open to them, and what is added to its score?"""
+    choice, keys = asked
+    region = pick(keys, key)[:, None, None, :, None]
+
+    def of_region(x: Array) -> Array:
+        B, T = key.shape
+        x = jnp.broadcast_to(x, (*choice.chosen.shape[:4], x.shape[-1]))
+        found = jnp.take_along_axis(x, jnp.maximum(region - 1, 0), axis=-1, mode="clip")
+        return _by_head(found, (B, T, num_heads, 1))[..., 0]
+
+    beside = (pick(keys, key) == 0)[..., None]
+    open_ = beside | of_region(choice.chosen | ~choice.candidate)
+    return open_, None if choice.bias is None else jnp.where(beside, 0.0, of_region(choice.bias))
+
+
 def chosen_regions(asked: QueryChoice, num_heads: int) -> Bool[Array, "B N H R"]:
     """Which regions the queries chose, for each of H heads."""
     B, _, _, N, R = asked.choice.chosen.shape

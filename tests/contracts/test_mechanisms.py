@@ -70,12 +70,12 @@ def test_a_mechanism_that_declares_nothing_asks_for_nothing() -> None:
 
 @pytest.mark.parametrize("kind", BUILT_IN, ids=lambda kind: kind.__name__)
 def test_declarations_agree_with_the_hooks(kind: type[at.MechanismConfig]) -> None:
-    """Who routes wants regions and says what a query then reads; who changes the order needs it in the cache."""
+    """Who routes wants regions and says what a query then reads; nobody of the package needs keys in a row's order."""
     config = kind(dims=(1,)) if kind is at.Var else kind()
     mechanism = config.build(at.AttentionDims(4, 2, 8), jax.random.key(0))
     routes = "route" in mechanism.OWNS
     assert (config.layout.regions is not None) == routes == (kind.reading is not at.MechanismConfig.reading)
-    assert config.needs_order == bool({"order", "hi"} & set(mechanism.OWNS))
+    assert not config.needs_order
     assert config.looks_ahead == bool({"hi", "opening"} & set(mechanism.OWNS))
 
 
