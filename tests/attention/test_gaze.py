@@ -473,9 +473,10 @@ def test_wrong_settings_and_company_are_refused() -> None:
     a_model(gaze(descriptor_keys="pre_rope"), Decomposed())
     with pytest.raises(
         ConfigError,
-        match="'pallas_tpu', which cannot serve Gaze: it has share 'head', and the kernels",
+        match="'pallas_tpu', which cannot serve Gaze: it has choice 'soft_bias', and the kernels",
     ):
-        ModelOptions(mechanisms=(gaze(),), attention="pallas_tpu")
+        ModelOptions(mechanisms=(gaze(choice="soft_bias"),), attention="pallas_tpu")
+    ModelOptions(mechanisms=(gaze(),), attention="pallas_tpu")
     with pytest.raises(ConfigError, match="'pallas_tpu', which cannot serve Rave in a layer with Gaze: its kernels"):
         made(CONFIG, ModelOptions((gaze(share="group", layers=(0,)), Rave(rank=4)), attention="pallas_tpu"))
     made(CONFIG, ModelOptions((gaze(share="group", layers=(0,)), Rave(rank=4, layers=(1,))), attention="pallas_tpu"))

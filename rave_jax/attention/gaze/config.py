@@ -126,11 +126,10 @@ class Gaze(MechanismConfig):
 
     @property
     def against_kernels(self) -> str | None:
-        """The kernels serve one choice for each group of heads, a hard one, by descriptors."""
-        wrong = [("share", self.share != "group"), ("choice", self.choice != "hard")]
-        wrong += [("descriptor", self.descriptor == "oracle")]
+        """The kernels serve hard choices by descriptors."""
+        wrong = [("choice", self.choice != "hard"), ("descriptor", self.descriptor == "oracle")]
         found = [f"{name} {getattr(self, name)!r}" for name, is_wrong in wrong if is_wrong]
-        served = "the kernels serve share 'group' and choice 'hard' with any descriptor but 'oracle'"
+        served = "the kernels serve choice 'hard' with any descriptor but 'oracle'"
         return f"it has {' and '.join(found)}, and {served}" if found else None
 
     def reading(self, pictures: PicturesBefore, dims: AttentionDims, number_bytes: int) -> LayerReading:
