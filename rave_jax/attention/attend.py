@@ -161,7 +161,9 @@ def attend(
         return given
     asked = None if routing is None else choice_of_queries(scores, queries, routing)
     wanted = attention_of(scores, lse, queries, factor, groups, weights, asked)
-    chosen = None if asked is None else chosen_regions(asked, scores.q.shape[2])
+    router = router_of(mechanisms)
+    of_layout = asked is not None and router is not None and not router.OWN_REGIONS
+    chosen = chosen_regions(asked, scores.q.shape[2]) if of_layout else None
     return given._replace(attention=wanted, chosen=chosen)
 
 
@@ -180,7 +182,9 @@ def routing_of(
     router = router_of(mechanisms)
     if router is None:
         return None
-    routing = router.route(x, keys.summary, info_q, info_k, scores.codes, regions, progress)
+    own = next(n for n, one in enumerate(mechanisms) if one is router)
+    summary = router.pool(keys, own, info_k) if router.OWN_REGIONS else keys.summary
+    routing = router.route(x, summary, info_q, info_k, scores.codes, regions, progress)
     if routing is None or not routing.rule.with_bias:
         return routing
     assert scores.terms.pair is not None  # `check_owners`

@@ -106,7 +106,12 @@ class BlockRouter(Mechanism):
 
     def blocks(self, info: TokenInfo) -> Blocks | None:
         """The blocks of rows, or None where every block is read."""
-        return None if self.rule is None else blocks_of(info, self.size, read_whole(self.rule, self.size))
+        return None if self.rule is None else blocks_of(info, self.size, self.whole)
+
+    @property
+    def whole(self) -> int:
+        """The most tokens of a document that is read whole."""
+        return self.size if self.rule is None else read_whole(self.rule, self.size)
 
     def route(
         self,

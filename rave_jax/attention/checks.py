@@ -22,6 +22,13 @@ DOES: dict[Owned, str] = {
 """What a mechanism does that owns this."""
 
 
+USES = {
+    "key_groups": "weighs or measures groups of keys from their log-sum-exps",
+    "factor": DOES["factor"],
+}
+"""What a mechanism does that overrides this hook."""
+
+
 def name_of(mechanism: Mechanism) -> str:
     """What errors call a mechanism: the class in the config that it was built from."""
     return type(mechanism).__name__ if mechanism.declared is None else mechanism.declared.called
@@ -53,6 +60,22 @@ def check_owners(mechanisms: Sequence[Mechanism]) -> None:
                 f"that {DOES[thing]}, and a layer has none; add one to these layers (docs/attention.md lists what each "
                 "mechanism does)"
             )
+
+
+def check_hooks(mechanisms: Sequence[Mechanism]) -> None:
+    """Refuse a mechanism that overrides a hook which another of the layer shuts.
+
+    Raises:
+        ConfigError: names the configs, says why, and what to do.
+    """
+    for mechanism in mechanisms:
+        for other in mechanisms:
+            hook = next((hook for hook in mechanism.SHUTS if other is not mechanism and overrides(other, hook)), None)
+            if hook is not None:
+                raise ConfigError(
+                    f"{name_of(mechanism)} cannot share a layer with {name_of(other)}, which {USES[hook]}; "
+                    f"{_remedy((mechanism, other))}"
+                )
 
 
 def _remedy(mechanisms: Sequence[Mechanism]) -> str:

@@ -48,11 +48,6 @@ class Moba(MechanismConfig):
         what = "a number of blocks from 2 to 2147483647: its own and at least one before it"
         require(2 <= self.top_k < 2**31, "top_k", self.top_k, what)
 
-    @property
-    def against_kernels(self) -> str | None:
-        """What the kernels for chosen regions do not serve."""
-        return None if self.share == "group" else "it has share 'head', and the kernels serve share 'group'"
-
     def build(self, dims: AttentionDims, key: jax.Array) -> MobaRouter:
         """The mechanism of one layer."""
         return MobaRouter(self.block, RouteRule(self.top_k - 1, self.share), self.queries)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from rave_jax.attention.base import KeyFactor
-from rave_jax.attention.scores import Scores, of_queries, pick
+from rave_jax.attention.scores import Scores, map_queries, of_queries, pick
 from rave_jax.kernels.attention import KeyGroups
 from rave_jax.kernels.attention.base import group_heads
 from rave_jax.kernels.routed import Choice, Routing, choice_of, of_keys, open_keys
@@ -61,9 +61,9 @@ def choice_of_queries(scores: Scores, queries: Int[Array, "B N"], routing: Routi
     """The choice of some queries, by index."""
     routes, rule, _ = routing
     mine = routes.with_queries(jax.tree.map(lambda x: pick(x, queries), routes.queries()))
-    codes = scores.codes._replace(lo=pick(scores.codes.lo, queries))
+    codes = map_queries(scores.codes, queries)
     found = None
-    if rule.by == "mass":
+    if rule.reads_scores:
         found = group_heads(of_queries(scores, queries)[0], scores.k.shape[2])
     return QueryChoice(choice_of(found, codes, mine, rule, scores.form, scores.scale), routes.keys)
 

@@ -514,6 +514,7 @@ def beside(gaze: Gaze, company: tuple[MechanismConfig, ...], x: Features, info: 
     return found.out, found.attention, codes
 
 
+FAST = {("cca", "frame+routed"), ("after", "dense")}
 BEGINS = ((PARTS[0][0], PARTS[0][1][1:]), (PARTS[1][0], PARTS[1][1][1:]))
 """Two documents begin with a picture, so that their first token is in a region."""
 
@@ -521,9 +522,7 @@ BEGINS = ((PARTS[0][0], PARTS[0][1][1:]), (PARTS[1][0], PARTS[1][1][1:]))
 @pytest.mark.parametrize(
     ("name", "visual_queries"),
     [
-        pytest.param(
-            name, who, marks=[pytest.mark.slow] * ((name, who) not in {("cca", "frame+routed"), ("after", "dense")})
-        )
+        pytest.param(name, who, marks=[pytest.mark.slow] * ((name, who) not in FAST))
         for name in COMPANY
         for who in ("dense", "frame+routed")
     ],

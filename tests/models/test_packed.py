@@ -17,6 +17,7 @@ from hypothesis import example, given, settings
 from rave_jax.attention import (
     Arrow,
     Avar,
+    BiFormer,
     Cca,
     Croc,
     Decomposed,
@@ -24,10 +25,13 @@ from rave_jax.attention import (
     LogN,
     MechanismConfig,
     Mma,
+    Moba,
     Moh,
     Rave,
     Sads,
     SlidingWindow,
+    Sparsifiner,
+    Superlinear,
     TextPositions,
     Var,
     Vhr,
@@ -55,6 +59,9 @@ MASKS = (
     (TextPositions(), ZERO(route="merge"), Avar(), LogN(length=5)),
     (Cca(), ZERO(route="channel"), Rave(rank=2, form="centered_sigmoid", queries="text")),
     (Arrow(9, 2), ZERO(), Moh()),
+    (Moba(3, top_k=2), Croc(), Rave(rank=2), SINKS),
+    (Sparsifiner(3, keep=0.4, rank=2, every=2), Avar()),
+    (Superlinear(3, spans=2, rank=2), Rave(rank=2)),
 )
 """The mechanisms of each layer that attends."""
 REGIONS = (
@@ -63,13 +70,18 @@ REGIONS = (
     (GAZE(top_k=0.3, descriptor="spread", descriptor_keys="pre_rope"), Avar()),
     (GAZE(descriptor="oracle"), ZERO(route="channel")),
     (GAZE(descriptor="random"), TextPositions(), SINKS),
+    (GAZE(normalise="keys", visual_queries="frame+routed"), Cca(), ZERO(route="after")),
+    (BiFormer(FixedRegions(2, 1), 96, top_k=2), Croc()),
 )
 WITH_SIZES = (*REGIONS[:3], (*REGIONS[3], Moh(balance=0.5)), *REGIONS[4:])
 """Also heads that are chosen by the sizes of their queries over their spread. Where two sizes are nearly equal the
 gradient of that is rounding, so it stands where gradients are not compared."""
 CONTEXT = {"masks": ContextTokens(2), "regions": ContextTokens(1, per="image")}
 STACKS = {"masks": MASKS, "regions": REGIONS}
-LOSSES = {"masks": {"avar_enhance", "avar_suppress", "moh_balance"}, "regions": {"avar_enhance", "avar_suppress"}}
+LOSSES = {
+    "masks": {"avar_enhance", "avar_suppress", "moh_balance", "sparsifiner"},
+    "regions": {"avar_enhance", "avar_suppress"},
+}
 FAMILIES = ("qwen2_5_vl", "qwen3_5")
 """One whose layers all attend, and one with layers of the gated delta rule between them."""
 EACH = pytest.mark.parametrize(("family", "stack"), [(family, stack) for family in FAMILIES for stack in STACKS])
