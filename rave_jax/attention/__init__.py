@@ -27,6 +27,7 @@ from rave_jax.attention.base import (
     Parts,
     Score,
 )
+from rave_jax.attention.biformer import BiFormer
 from rave_jax.attention.cache import Cache, CacheType, LayerKeys, RegionMemory, RegionReach
 from rave_jax.attention.cca import Cca
 from rave_jax.attention.checks import check_kernels, check_owners
@@ -42,6 +43,7 @@ from rave_jax.attention.kv_cache import KvCache, empty_cache
 from rave_jax.attention.log_n import LogN
 from rave_jax.attention.masks import block_diagonal_codes, cached_codes, causal_codes
 from rave_jax.attention.mma import Mma
+from rave_jax.attention.moba import Moba
 from rave_jax.attention.moh import Moh
 from rave_jax.attention.plan import LayerRunPlan, build_mechanisms, plan_layer_runs
 from rave_jax.attention.pruning import Pruning
@@ -52,9 +54,11 @@ from rave_jax.attention.sads import Sads
 from rave_jax.attention.scores import pick
 from rave_jax.attention.short_keys import ShortKeys, with_short_keys
 from rave_jax.attention.sliding_window import SlidingWindow
+from rave_jax.attention.sparsifiner import Sparsifiner
 from rave_jax.attention.states import StoredStates
 from rave_jax.attention.statistics import Statistics, WantedStatistics
 from rave_jax.attention.steer import Steer
+from rave_jax.attention.superlinear import Superlinear
 from rave_jax.attention.text_positions import TextPositions
 from rave_jax.attention.var import Var
 from rave_jax.attention.vhr import Vhr
@@ -66,6 +70,7 @@ __all__ = [
     "AttentionDims",
     "AttentionOutput",
     "Avar",
+    "BiFormer",
     "Cache",
     "CacheType",
     "Candidates",
@@ -90,6 +95,7 @@ __all__ = [
     "Mechanism",
     "MechanismConfig",
     "Mma",
+    "Moba",
     "Moh",
     "OtherQuery",
     "Owned",
@@ -104,9 +110,11 @@ __all__ = [
     "Score",
     "ShortKeys",
     "SlidingWindow",
+    "Sparsifiner",
     "Statistics",
     "Steer",
     "StoredStates",
+    "Superlinear",
     "TextPositions",
     "TopKSchedule",
     "Var",

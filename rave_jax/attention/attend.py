@@ -143,7 +143,10 @@ def attend(
         if groups is None:
             out, lse = out[:, :, None], lse[:, :, None]
         if factor is not None:
-            out, lse = with_factor(out, lse, keys.v, scores, factor, None if groups is None else groups.of)
+            every = jnp.broadcast_to(jnp.arange(x.q.shape[1]), x.q.shape[:2])
+            choice = None if routing is None else choice_of_queries(scores, every, routing)
+            of = None if groups is None else groups.of
+            out, lse = with_factor(out, lse, keys.v, scores, factor, of, choice)
         if groups is not None:
             weights = log_weights(mechanisms, x, parts_of(lse, partition), partition, info_q, info_k)
         lse = lse if weights is None else lse + weights
@@ -173,7 +176,9 @@ def attend(
         return given
     asked = choice_of(queries)
     wanted = rows_of(queries, asked)
-    chosen = None if asked is None else chosen_regions(asked, scores.q.shape[2])
+    router = router_of(mechanisms)
+    of_layout = asked is not None and router is not None and not router.OWN_REGIONS
+    chosen = chosen_regions(asked, scores.q.shape[2]) if of_layout else None
     return given._replace(attention=wanted, chosen=chosen)
 
 
@@ -196,7 +201,9 @@ def routing_of(
     router = router_of(mechanisms)
     if router is None:
         return None
-    routing = router.route(x, keys.summary, info_q, info_k, scores.codes, regions, progress)
+    own = next(n for n, one in enumerate(mechanisms) if one is router)
+    summary = router.pool(keys, own, info_k) if router.OWN_REGIONS else keys.summary
+    routing = router.route(x, summary, info_q, info_k, scores.codes, regions, progress)
     if routing is None or not routing.rule.with_bias:
         return routing
     bias = of_regions(scores.terms.parts, routing.routes.keys, regions)

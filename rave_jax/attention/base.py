@@ -146,6 +146,10 @@ class Mechanism(nnx.Module):
     """What another mechanism of the layer has to add."""
     RANKS: ClassVar[bool] = False
     """Does `tokens` read the attention that tokens get?"""
+    SHUTS: ClassVar[tuple[str, ...]] = ()
+    """Hooks that no other mechanism of the layer may override."""
+    OWN_REGIONS: ClassVar[bool] = False
+    """Does it route over regions of its own (`pool`), and not over those of the model's layout (`summarise`)?"""
     declared: LayeredConfig | None = None
     """The config that it was built from; None where it was made by hand."""
 
@@ -177,6 +181,11 @@ class Mechanism(nnx.Module):
     def summarise(self, x: Features, region: Int[Array, "B T"], regions: int) -> Any:
         """What `route` will want to know of the R (`regions`) regions that these tokens are in, from these tokens
         alone: a pytree of arrays [B,R,K,...], float32. A cache keeps it for each region."""
+        return None
+
+    def pool(self, keys: Keys, own: int, info_k: TokenInfo) -> Any:
+        """What `route` will want to know of regions that are the mechanism's own, from all keys; what it remembers of
+        them is `keys.remembered[own]`. It is called where `OWN_REGIONS` says so, in place of `summarise`."""
         return None
 
     def combine(self, old: Any, new: Any) -> Any:

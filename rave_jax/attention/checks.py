@@ -25,6 +25,13 @@ DOES: dict[Owned | Wanted, str] = {
 """What a mechanism does that owns or adds this."""
 
 
+USES = {
+    "key_groups": "weighs or measures groups of keys from their log-sum-exps",
+    "factor": DOES["factor"],
+}
+"""What a mechanism does that overrides this hook."""
+
+
 def name_of(mechanism: Mechanism) -> str:
     """What errors call a mechanism: the class in the config that it was built from."""
     return type(mechanism).__name__ if mechanism.declared is None else mechanism.declared.called
@@ -68,6 +75,22 @@ def _check_alone(owners: Sequence[Mechanism], does: str) -> None:
     if len(set(names)) == 1:
         share = f"{names[0]} cannot stand {'twice' if len(names) == 2 else f'{len(names)} times'} in a layer"
     raise ConfigError(f"{share}: each {does}, and only one mechanism of a layer may; {_remedy(owners)}")
+
+
+def check_hooks(mechanisms: Sequence[Mechanism]) -> None:
+    """Refuse a mechanism that overrides a hook which another of the layer shuts.
+
+    Raises:
+        ConfigError: names the configs, says why, and what to do.
+    """
+    for mechanism in mechanisms:
+        for other in mechanisms:
+            hook = next((hook for hook in mechanism.SHUTS if other is not mechanism and overrides(other, hook)), None)
+            if hook is not None:
+                raise ConfigError(
+                    f"{name_of(mechanism)} cannot share a layer with {name_of(other)}, which {USES[hook]}; "
+                    f"{_remedy((mechanism, other))}"
+                )
 
 
 def _remedy(mechanisms: Sequence[Mechanism]) -> str:

@@ -56,8 +56,8 @@ class LayeredConfig(ABC):
 
     @property
     def needs_order(self) -> bool:
-        """Does it look keys up by their place in the row? A cache that keeps keys by region cannot serve it, so
-        `ModelOptions` refuses it beside a mechanism whose `layout` has regions."""
+        """Does it look keys up by their place in the row, and not by their order? A cache that keeps keys by region
+        cannot serve it, so `ModelOptions` refuses it beside a mechanism whose `layout` has regions."""
         return False
 
     def stays(self, visual: int, pictures: int) -> tuple[int, ...] | None:

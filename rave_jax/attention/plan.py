@@ -9,7 +9,7 @@ import jax
 from flax import nnx
 
 from rave_jax.attention.base import AttentionDims, Mechanism, overrides
-from rave_jax.attention.checks import check_owners, name_of
+from rave_jax.attention.checks import check_hooks, check_owners, name_of
 from rave_jax.attention.declared import LayeredConfig
 from rave_jax.attention.functions import terms_of
 from rave_jax.config import ConfigError
@@ -87,6 +87,7 @@ def build_mechanisms(configs: Sequence[LayeredConfig], dims: AttentionDims, key:
     keys = jax.random.split(key, max(len(configs), 1))
     mechanisms = [_built(config, dims, k) for config, k in zip(configs, keys, strict=False)]
     check_owners(mechanisms, [_terms(mechanism, dims) for mechanism in mechanisms])
+    check_hooks(mechanisms)
     return nnx.List(mechanisms)
 
 

@@ -17,6 +17,7 @@ from hypothesis import example, given, settings
 from rave_jax.attention import (
     Arrow,
     Avar,
+    BiFormer,
     Cca,
     Croc,
     Decomposed,
@@ -25,12 +26,15 @@ from rave_jax.attention import (
     LogN,
     MechanismConfig,
     Mma,
+    Moba,
     Moh,
     Pruning,
     Rave,
     Sads,
     SlidingWindow,
+    Sparsifiner,
     Steer,
+    Superlinear,
     TextPositions,
     Var,
     Vhr,
@@ -58,6 +62,9 @@ MASKS = (
     (TextPositions(), ZERO(route="merge"), Avar(), LogN(length=5)),
     (Cca(), ZERO(route="channel"), Rave(rank=2, form="centered_sigmoid", queries="text")),
     (Arrow(9, 2), ZERO(), Moh()),
+    (Moba(3, top_k=2), Croc(), Rave(rank=2), SINKS),
+    (Sparsifiner(3, keep=0.4, rank=2, every=2), Avar()),
+    (Superlinear(3, spans=2, rank=2), Rave(rank=2)),
 )
 """The mechanisms of each layer that attends."""
 REGIONS = (
@@ -66,6 +73,8 @@ REGIONS = (
     (GAZE(top_k=0.3, descriptor="spread", descriptor_keys="pre_rope"), Avar()),
     (GAZE(descriptor="oracle"), ZERO(route="channel")),
     (GAZE(descriptor="random"), TextPositions(), SINKS),
+    (GAZE(normalise="keys", visual_queries="frame+routed"), Cca(), ZERO(route="after")),
+    (BiFormer(FixedRegions(2, 1), 96, top_k=2), Croc()),
 )
 DROPS = (
     (Pruning(keep=0.6, slope=1.0), Rave(rank=2)),
@@ -79,7 +88,7 @@ gradient of that is rounding, so it stands where gradients are not compared."""
 CONTEXT = {"masks": ContextTokens(2), "regions": ContextTokens(1, per="image"), "drops": ContextTokens(1)}
 STACKS = {"masks": MASKS, "regions": REGIONS, "drops": DROPS}
 LOSSES = {
-    "masks": {"avar_enhance", "avar_suppress", "moh_balance"},
+    "masks": {"avar_enhance", "avar_suppress", "moh_balance", "sparsifiner"},
     "regions": {"avar_enhance", "avar_suppress"},
     "drops": set(),
 }
