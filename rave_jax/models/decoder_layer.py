@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from rave_jax import attention
-from rave_jax.attention import Features, LayerKeys, StoredStates
+from rave_jax.attention import Features, LayerKeys, Statistics, StoredStates, WantedStatistics
 from rave_jax.attention.plan import LayeredConfig
 from rave_jax.batch import TokenInfo
 from rave_jax.families.config import LayerKind, TextConfig
@@ -50,6 +50,8 @@ class Situation(NamedTuple):
     """As in `Embedded`."""
     turn: InTurn | None = None
     """How layers with the gated delta rule go through the tokens; None where none is in the run."""
+    statistics: WantedStatistics | None = None
+    """As in `Want`."""
 
 
 class Projected(NamedTuple):
@@ -70,6 +72,8 @@ class Asked(NamedTuple):
     router: RouterSums | None = None
     gates: Float[Array, "B T H"] | None = None
     """What heads' outputs were multiplied by."""
+    statistics: Statistics | None = None
+    """Sums over rows and columns of the map."""
 
 
 class LayerOutput(NamedTuple):
@@ -164,13 +168,15 @@ class DecoderLayer(nnx.Module):
             queries=at.queries,
             losses=losses,
             gates=gates,
+            statistics=at.statistics,
             regions=self.max_regions,
             progress=at.progress,
         )
         heads = self.attention.gated(seen.out, gate)
         out, choice = _after(self, self.attention.output, x, heads, at.wanted)
         router = router_sums(choice, at.info_q.document > 0) if losses and choice is not None else None
-        return LayerOutput(out, Asked(seen.attention, seen.losses, seen.chosen, router=router, gates=seen.gates))
+        asked = Asked(seen.attention, seen.losses, seen.chosen, None, router, seen.gates, seen.statistics)
+        return LayerOutput(out, asked)
 
     def extend(self, x: Float[Array, "B T D"], at: Situation, cache: LayerCache) -> tuple[LayerOutput, LayerKeys]:
         """The layer on tokens that follow what a cache holds, and what the run's layers keep, with the tokens in it."""

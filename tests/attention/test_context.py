@@ -118,10 +118,11 @@ BESIDE: dict[str, tuple[tuple[at.MechanismConfig, ...], Rule]] = {
     "croc prefix": ((at.Croc("prefix"),), croc_prefix),
     "cca": ((at.Cca(),), cca_and_context),
     "mma": ((at.Mma(),), mma),
+    "arrow": ((at.Arrow(SIZE, 2),), causal),
     "decomposed": ((at.Decomposed("kept"),), itself),
     "decomposed without rope": ((at.Decomposed(),), itself),
 }
-OPENING = {"mma", "decomposed without rope"}
+OPENING = {"mma", "arrow", "decomposed without rope"}
 """What own+first is refused beside."""
 
 

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import example, given, settings
 
 from rave_jax.attention import (
+    Arrow,
     Avar,
     Cca,
     Croc,
@@ -53,6 +54,7 @@ MASKS = (
     (Decomposed(rope="kept"), SlidingWindow(9), Mma(), SINKS),
     (TextPositions(), ZERO(route="merge"), Avar(), LogN(length=5)),
     (Cca(), ZERO(route="channel"), Rave(rank=2, form="centered_sigmoid", queries="text")),
+    (Arrow(9, 2), ZERO(), Moh()),
 )
 """The mechanisms of each layer that attends."""
 REGIONS = (
