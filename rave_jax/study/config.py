@@ -6,7 +6,7 @@ import dataclasses
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from rave_jax.config import ConfigError, check_paths, check_ranges, require
 from rave_jax.data.config import MOST_PATCHES, MOST_TOKENS, DataConfig
@@ -234,11 +234,10 @@ class Study:
         return _seeded(task.data, seed)
 
 
-def _seeded[T](config: T, seed: int) -> T:
+def _seeded(config: Any, seed: int) -> Any:
     """A config with this seed, where it has one."""
-    if not any(f.name == "seed" for f in dataclasses.fields(config)):  # ty: ignore[invalid-argument-type]
-        return config
-    return dataclasses.replace(config, seed=seed)  # ty: ignore[invalid-argument-type]
+    has = any(f.name == "seed" for f in dataclasses.fields(config))
+    return dataclasses.replace(config, seed=seed) if has else config
 
 
 def _check_name(field: str, name: str) -> None:
