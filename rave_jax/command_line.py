@@ -400,7 +400,8 @@ def load_command_line[T](cls: type[T], argv: Sequence[str], prog: str) -> T:
 def config_names(under: str = "") -> list[str]:
     """Names of the configs that come with the package, or of those in a folder below, as `studies/rave`."""
     folder = next((folder for folder in CONFIGS if folder.is_dir()), None)
-    return sorted((Path(under) / path.stem).as_posix() for path in (folder / under).glob("*.py")) if folder else []
+    files = [] if folder is None else (folder / under).glob("*.py")
+    return sorted((Path(under) / path.stem).as_posix() for path in files if "def get_config(" in path.read_text())
 
 
 def config_file(given: str) -> Path:

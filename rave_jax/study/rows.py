@@ -166,7 +166,7 @@ def claim(folder: Path) -> Generator[bool]:
     with contextlib.ExitStack() as held:
         try:
             held.enter_context(only_job(folder))
-        except InUse:
+        except (InUse, FileNotFoundError):  # or the job that held it has finished and removed it since
             yield False
             return
         yield True

@@ -7,8 +7,6 @@ import dataclasses
 from pathlib import Path
 
 import jax
-from rich.console import Console
-from rich.markdown import Markdown
 
 from rave_jax.checkpoint.store import StoreError
 from rave_jax.command_line import config_file
@@ -62,8 +60,7 @@ def study_command(arguments: argparse.Namespace) -> int:
                 text = write(folder, study, summarise(study, rows.all()))
             except OSError as error:
                 raise StoreError(f"cannot write to {error.filename or folder}: {error.strerror or error}") from error
-            Console().print(Markdown(text))
-            print(f"{folder / MARKDOWN}\n{folder / HTML}")
+            print(f"{text}\n{folder / MARKDOWN}\n{folder / HTML}")
 
     code = run_job(PROGRAM, study.hosts, study.simulated_devices, work)
     for what, names in (("another job runs", outcome.elsewhere), ("not finite", outcome.failed)):
