@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 
 from rave_jax.config import ConfigError
 from rave_jax.data.collate import BatchShape, round_up
+from rave_jax.data.images import read_image
 from rave_jax.data.processor import Processor
 from rave_jax.data.sample import EmptyAnswer, Example, Sample, SampleError
 from rave_jax.evaluation.accounting import account
@@ -107,12 +108,14 @@ class Judge:
             return found
         subject = ModelSubject(model, self._processor, self._mesh, asked.shape, asked.task.answer_tokens)
         answers = [Answer(s.answers[0], tuple(self._processor.tokenizer.encode(s.answers[0]))) for s in samples]
-        routes = [route for route in subject.route(samples, answers) if route is not None]
-        counted = []
-        for sample, route in zip(samples, routes, strict=True):
-            if sample.evidence:
-                width, height = sample.images[0].shape[:2][::-1]
-                counted.append(hits(sample, route, relative_box(sample.evidence, width, height)))
+        routes, counted = [], []
+        for sample, route in zip(samples, subject.route(samples, answers), strict=True):
+            if route is None:
+                continue
+            routes.append(route)
+            if sample.evidence is not None and route.chosen is not None:
+                box = relative_box(sample.evidence, *read_image(sample.evidence_picture, sample.called).size)
+                counted.append(hits(sample, route, box))
         summary = summarise(routes, [one for one in counted if one is not None])
         if summary is None or summary.hits is None:
             return found

@@ -2,7 +2,7 @@
 
     OUT/rows/ARM-SEED.json    a finished run: scores, curves, what it was made with
     OUT/work/ARM-SEED/        an unfinished one: its run directory, and a lock held by the job that trains it
-    OUT/starts/NAME-SEED/     phases that arms share, and a lock while they are made
+    OUT/starts/NAME-SEED/     phases that arms share and what they are, and a lock while they are made
 
 A row says what it was made with, and one of another recipe is refused: rows of one table must be of one study. Jobs on
 any number of machines share the work by locks on these folders, where the file system has locks (training/lock.py).
@@ -22,11 +22,13 @@ from typing import Any
 from rave_jax import config as configs
 from rave_jax.config import ConfigError, require
 from rave_jax.files import read_text
-from rave_jax.study.config import Cell, Judged, Study
+from rave_jax.study.config import Cell, Judged, Start, Study
 from rave_jax.training.config import TrainConfig, differences, differing
 from rave_jax.training.lock import InUse, only_job
 
 FORMAT = 1
+PHASES = "phases.json"
+"""What the phases of a start are, beside what they gave."""
 ELSEWHERE = "the start's phases"
 """In place of the directory that a run's weights come from, in what a row says: a study may be moved."""
 
@@ -65,16 +67,21 @@ class Row:
 def made_with(study: Study, cell: Cell) -> dict[str, Any]:
     """What a row of this cell is made with: everything that changes a number of it."""
     start = study.start_of(cell.arm)
-    phases = [study.phase_of(start, n, cell.seed, ELSEWHERE) for n in range(len(start.phases))]
     tasks = [_task_json(task) for task in study.tasks]
     return {
-        "phases": [configs.to_json(phase) for phase in phases],
+        "phases": phases_json(study, start, cell.seed),
         "run": configs.to_json(study.run_of(cell, ELSEWHERE)),
         "trained": cell.arm.trained,
         "tasks": tasks,
         "score_every": study.score_every,
         "score_samples": study.score_samples,
     }
+
+
+def phases_json(study: Study, start: Start, seed: int) -> list[dict[str, Any]]:
+    """The phases of a start under a seed, as JSON."""
+    numbers = range(len(start.phases))
+    return [configs.to_json(study.phase_of(start, number, seed, ELSEWHERE)) for number in numbers]
 
 
 def _task_json(task: Judged) -> dict[str, Any]:
@@ -135,11 +142,28 @@ class Rows:
         Raises:
             OSError: it cannot be written.
         """
-        file = self.file(cell)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        part = file.with_name(f".{file.name}.{os.getpid()}")
-        part.write_text(json.dumps({"format": FORMAT, **dataclasses.asdict(row)}) + "\n", encoding="utf-8")
-        os.replace(part, file)
+        _write(self.file(cell), json.dumps({"format": FORMAT, **dataclasses.asdict(row)}))
+
+    def begin_start(self, start: Start, seed: int) -> None:
+        """Say in the folder of a start what its phases are, or check that it is what stands there.
+
+        Raises:
+            ConfigError: the folder is of other phases.
+            OSError: it cannot be written.
+        """
+        file = self.start(start.name, seed) / PHASES
+        phases = {"phases": phases_json(self._study, start, seed), "run": configs.to_json(TrainConfig())}
+        if not file.exists():
+            _write(file, json.dumps(phases))
+            return
+        try:
+            fault = _other(json.loads(read_text(file)), phases, str(file))
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{file}: cannot be read ({error}); remove its folder to make the start again") from error
+        if fault:
+            raise ConfigError(
+                f"{file.parent} holds what other phases gave ({fault}); give another --out, or remove the folder"
+            )
 
     def all(self) -> dict[str, dict[int, Row]]:
         """The finished rows of every arm, by seed.
@@ -153,6 +177,14 @@ class Rows:
             if row is not None:
                 found[cell.arm.name][cell.seed] = row
         return found
+
+
+def _write(file: Path, text: str) -> None:
+    """Put a file in place, in one step."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(f".{file.name}.{os.getpid()}")
+    part.write_text(f"{text}\n", encoding="utf-8")
+    os.replace(part, file)
 
 
 @contextlib.contextmanager

@@ -125,6 +125,8 @@ def start_from(study: Study, start: Start, seed: int, rows: Rows) -> Path:
     there yet; where another job makes it, this waits. Without phases nothing is there, and nothing will be read."""
     folder = rows.start(start.name, seed)
     made = folder / f"exported-{len(start.phases) - 1}"
+    if start.phases:
+        agree.on_first(lambda: rows.begin_start(start, seed), ConfigError, OSError)
     while start.phases and not agree.on_first(made.is_dir):
         with _claimed(folder) as mine:
             if mine:

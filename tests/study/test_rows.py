@@ -77,6 +77,18 @@ def test_a_row_that_lacks_its_phases_is_named(tmp_path: Path) -> None:
         rows.read(cell)
 
 
+def test_what_other_phases_gave_is_not_gone_on_from(tmp_path: Path) -> None:
+    study = small()
+    Rows(tmp_path, study).begin_start(study.starts[1], 0)
+    Rows(tmp_path, study).begin_start(study.starts[1], 0)
+    other = dataclasses.replace(study.starts[1], phases=(dataclasses.replace(RECIPE, steps=9),))
+    with pytest.raises(ConfigError, match=r"learned-0 holds what other phases gave \(phases.0.steps is 9, was 3\)"):
+        Rows(tmp_path, study).begin_start(other, 0)
+    (tmp_path / "starts" / "learned-0" / "phases.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"phases.json: cannot be read"):
+        Rows(tmp_path, study).begin_start(study.starts[1], 0)
+
+
 def test_one_job_at_a_time_has_a_folder(tmp_path: Path) -> None:
     with claim(tmp_path / "work" / "off-0") as first, claim(tmp_path / "work" / "off-0") as second:
         assert first and not second
