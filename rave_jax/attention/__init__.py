@@ -35,6 +35,7 @@ from rave_jax.attention.croc import Croc
 from rave_jax.attention.declared import LayeredConfig, Layers, MechanismConfig
 from rave_jax.attention.decomposed import Decomposed
 from rave_jax.attention.gaze import Gaze, TopKSchedule
+from rave_jax.attention.gift import Gift
 from rave_jax.attention.kv_cache import KvCache, empty_cache
 from rave_jax.attention.log_n import LogN
 from rave_jax.attention.masks import block_diagonal_codes, cached_codes, causal_codes
@@ -49,6 +50,7 @@ from rave_jax.attention.scores import pick
 from rave_jax.attention.sliding_window import SlidingWindow
 from rave_jax.attention.states import StoredStates
 from rave_jax.attention.statistics import Statistics, WantedStatistics
+from rave_jax.attention.steer import Steer
 from rave_jax.attention.text_positions import TextPositions
 from rave_jax.attention.var import Var
 from rave_jax.attention.vhr import Vhr
@@ -69,6 +71,7 @@ __all__ = [
     "Decomposed",
     "Features",
     "Gaze",
+    "Gift",
     "KeyFactor",
     "Keys",
     "KvCache",
@@ -94,6 +97,7 @@ __all__ = [
     "Score",
     "SlidingWindow",
     "Statistics",
+    "Steer",
     "StoredStates",
     "TextPositions",
     "TopKSchedule",

@@ -11,14 +11,15 @@ import jax.numpy as jnp
 from rave_jax.attention.base import Features, KeyFactor, Keys, Mechanism, Parts, overrides
 from rave_jax.attention.heads import head_gates, scaled
 from rave_jax.attention.merge import log_weights, merged, partition_of, parts_of, with_factor
-from rave_jax.attention.queries import attention_of, choice_of_queries, chosen_regions
+from rave_jax.attention.queries import QueryChoice, attention_of, choice_of_queries, chosen_regions
+from rave_jax.attention.reweigh import reweighed, reweighing, with_reweighed
 from rave_jax.attention.scores import Scores, scores_of
 from rave_jax.attention.statistics import Statistics, WantedStatistics, statistics_of
 from rave_jax.batch import TokenInfo
 from rave_jax.kernels import attention as attention_kernels
 from rave_jax.kernels import routed
 from rave_jax.kernels.attention import Implementation, MaskCodes
-from rave_jax.kernels.routed import RankBias, Routing
+from rave_jax.kernels.routed import Routing, of_regions
 from rave_jax.typing import Array, Bool, Float, Int
 
 
@@ -125,8 +126,7 @@ def attend(
         scores.k,
         keys.v,
         codes,
-        scores.terms.pair,
-        scores.form,
+        scores.terms.parts,
         scale=scores.scale,
         key_bias=scores.terms.per_key,
         key_groups=groups,
@@ -143,21 +143,26 @@ def attend(
         lse = lse if weights is None else lse + weights
         found = named_losses(mechanisms, x, parts_of(lse, partition), info_q, info_k) if losses else {}
         out, lse = (out[:, :, 0], lse[:, :, 0]) if groups is None else merged(out, lse)
+    changing = reweighing(mechanisms)
+
+    def choice_of(some: Int[Array, "B N"]) -> QueryChoice | None:
+        return None if routing is None else choice_of_queries(scores, some, routing)
+
+    def rows_of(some: Int[Array, "B N"], choice: QueryChoice | None = None) -> Float[Array, "B N H S"]:
+        rows = attention_of(scores, lse, some, factor, groups, weights, choice or choice_of(some))
+        return reweighed(changing, rows, some, info_q, info_k) if changing else rows
+
+    out = with_reweighed(changing, rows_of, out, keys.v, info_q) if changing else out
     gate = head_gates(mechanisms, x, out, info_q)
     of_heads = jnp.broadcast_to(jnp.float32(1) if gate is None else gate, out.shape[:3]) if gates else None
     out = scaled(out, gate)
     given = AttentionOutput(out, None, found, None, of_heads)
     if statistics is not None:
-
-        def rows_of(some: Int[Array, "B N"]) -> Float[Array, "B N H S"]:
-            choice = None if routing is None else choice_of_queries(scores, some, routing)
-            return attention_of(scores, lse, some, factor, groups, weights, choice)
-
         given = given._replace(statistics=statistics_of(rows_of, info_q, info_k, statistics, scores.q.shape[2]))
     if queries is None:
         return given
-    asked = None if routing is None else choice_of_queries(scores, queries, routing)
-    wanted = attention_of(scores, lse, queries, factor, groups, weights, asked)
+    asked = choice_of(queries)
+    wanted = rows_of(queries, asked)
     chosen = None if asked is None else chosen_regions(asked, scores.q.shape[2])
     return given._replace(attention=wanted, chosen=chosen)
 
@@ -172,7 +177,7 @@ def routing_of(
     regions: int,
     progress: Float[Array, ""] | None,
 ) -> Routing | None:
-    """What the layer's router says, with the pair bias of the scores where its rule asks for it; None where nothing
+    """What the layer's router says, with the terms of the scores where its rule asks for it; None where nothing
     routes."""
     router = router_of(mechanisms)
     if router is None:
@@ -180,8 +185,7 @@ def routing_of(
     routing = router.route(x, keys.summary, info_q, info_k, scores.codes, regions, progress)
     if routing is None or not routing.rule.with_bias:
         return routing
-    assert scores.terms.pair is not None  # `check_owners`
-    bias = RankBias.of(scores.terms.pair, routing.routes.keys, regions)
+    bias = of_regions(scores.terms.parts, routing.routes.keys, regions)
     return routing._replace(routes=routing.routes._replace(bias=bias))
 
 

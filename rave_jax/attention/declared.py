@@ -65,6 +65,12 @@ class LayeredConfig(ABC):
         is a pair term, or regions are ranked without their keys' scores. Read by `region_cache.against_gathering`."""
         return False
 
+    @property
+    def of_prompt(self) -> bool:
+        """Are its numbers found for each prompt before it is read (`attention/prompted.py`)? Generation does so,
+        and evaluations with it; training and other passes over whole rows refuse it."""
+        return False
+
 
 class MechanismConfig(LayeredConfig, OpenUnion):
     """What a config names among `ModelOptions.mechanisms`: a union of all frozen dataclasses that derive from it, those

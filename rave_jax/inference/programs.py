@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from rave_jax.attention import Cache, CacheType, RegionMemory, RegionReach
 from rave_jax.batch import Kind, Patches, Role, TokenInfo
+from rave_jax.inference.prompted import PromptNumbers, empty_numbers, found_numbers, with_numbers
 from rave_jax.inference.sampling import RowSampling, choose
 from rave_jax.models.forward import Chunk, ImageFeatures
 from rave_jax.models.vlm import Vlm
@@ -40,6 +41,7 @@ class SlotState(NamedTuple):
         active: is the answer unfinished?
         stops: ids that end the answer; -1 fills up.
         sampling: how tokens are chosen.
+        numbers: what mechanisms asked of the slot's prompt.
     """
 
     cache: Cache
@@ -53,6 +55,7 @@ class SlotState(NamedTuple):
     active: Bool[Array, "B"]
     stops: Int[Array, "B E"]
     sampling: RowSampling
+    numbers: PromptNumbers = PromptNumbers()
 
 
 class Pictures(NamedTuple):
@@ -127,6 +130,7 @@ def empty_state(
             repetition_penalty=ones,
             seed=jnp.zeros(slots, jnp.uint32),
         ),
+        numbers=empty_numbers(model, slots, size),
     )
     return settled(state)
 
@@ -159,6 +163,23 @@ def encode_images(model: Vlm, state: SlotState, pictures: Pictures) -> tuple[Slo
     return (settled(state._replace(pictures=kept)),)
 
 
+def study(model: Vlm, state: SlotState, seen: Chunk, blind: Chunk | None, slot: Int[Array, "N"]) -> tuple[SlotState]:
+    """Find what mechanisms ask of N prompts whose pictures are seen.
+
+    Args:
+        model: the model.
+        state: of the slots.
+        seen: the prompts, whole.
+        blind: the same without their pictures; None where nothing asks for them.
+        slot: where each will go; rows that hold no prompt have the number of slots.
+    """
+    features = state.pictures if state.pictures.tokens.shape[1] else None
+    size = 0 if state.numbers.saliency is None else state.numbers.saliency.shape[1]
+    found = found_numbers(model, seen, blind, features, size)
+    kept = jax.tree.map(lambda old, new: old.at[slot].set(new, mode="drop"), state.numbers, found)
+    return (settled(state._replace(numbers=kept)),)
+
+
 def prefill(
     model: Vlm, state: SlotState, chunk: Chunk, admission: Admission, *, reach: int, regions: RegionReach | None = None
 ) -> tuple[SlotState, Int[Array, "N"]]:
@@ -183,7 +204,8 @@ def prefill(
     part = part.emptied(begins)
 
     features = state.pictures if state.pictures.tokens.shape[1] else None
-    last, part = model.extend(chunk, part, features, admission.last[:, None])
+    mine = jax.tree.map(lambda x: jnp.take(x, admission.slot, axis=0, mode="clip"), state.numbers)
+    last, part = with_numbers(model, mine).extend(chunk, part, features, admission.last[:, None])
     cache = state.cache.put(part, admission.slot)
 
     rows = jnp.arange(len(begins))
@@ -241,6 +263,7 @@ def decode(
         answer, and how many steps were run.
     """
     begun, whole = state.active & alive, state.cache
+    numbered = with_numbers(model, state.numbers)
     state = state._replace(active=begun, cache=whole.take(None, reach))
     out = jnp.full((len(begun), width), NOTHING, jnp.int32)
 
@@ -252,7 +275,7 @@ def decode(
         step, out, now = carry
         info = _answer_info(now)
         positions = jnp.broadcast_to(now.position[None, :, None], (3, len(begun), 1))
-        last, cache = model.extend(Chunk(now.token[:, None], info, positions), now.cache)
+        last, cache = numbered.extend(Chunk(now.token[:, None], info, positions), now.cache)
         logits = model.logits(last.hidden[:, 0])
         chosen, sound = choose(logits, now.sampling, now.seen, now.count), finite(logits)
         given = now.active & sound & ~jnp.any(chosen[:, None] == now.stops, axis=1)

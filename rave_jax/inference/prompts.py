@@ -28,12 +28,14 @@ class Prompt(NamedTuple):
         sampling: how tokens are chosen.
         stops: ids that end the answer.
         limit: most tokens of the answer.
+        blind: the prompt without its pictures; None where nothing asks for it.
     """
 
     example: Example
     sampling: Sampling
     stops: tuple[int, ...]
     limit: int
+    blind: Example | None = None
 
     @property
     def length(self) -> int:
@@ -89,6 +91,16 @@ class PromptGroup:
                     part[row, : one.shape[0]] = one
             yield Pictures(cut, offset)
 
+    def whole(self, slots: Sequence[int], no_slot: int) -> tuple[Chunk, Chunk | None, NpArray]:
+        """All prompts at once, the same without their pictures where these were given, and where they go; arguments as
+        in `chunks`."""
+        blind = [prompt.blind for prompt in self.prompts if prompt.blind is not None]
+        without = None
+        if blind:
+            shape = BatchShape(self.rows, self._batch.tokens.shape[1], 0)
+            without = _whole(collate([[example] for example in blind], shape, self._sizes))
+        return _whole(self._batch), without, self._column(slots, no_slot)
+
     def chunks(self, slots: Sequence[int], no_slot: int) -> Iterator[tuple[int, Chunk, Admission]]:
         """(reach, tokens, who they belong to) of each pass over the prompts.
 
@@ -134,6 +146,10 @@ class PromptGroup:
 
     def _column(self, values: Sequence[int], fill: int = 0) -> NpArray:
         return np.array([*values, *[fill] * (self.rows - len(values))], np.int32)
+
+
+def _whole(batch: Batch) -> Chunk:
+    return Chunk(batch.tokens, batch.info, batch.positions, batch.visual_index)
 
 
 def _groups(number: Any, most: int) -> list[range]:

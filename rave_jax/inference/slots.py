@@ -23,7 +23,18 @@ from rave_jax.data.layout import check_regions
 from rave_jax.data.sample import Example, OverBudget, SampleError
 from rave_jax.inference.buckets import Buckets, SlotConfig
 from rave_jax.inference.faults import not_finite, timed_out
-from rave_jax.inference.programs import BROKEN, NOTHING, SlotState, clear, decode, empty_state, encode_images, prefill
+from rave_jax.inference.programs import (
+    BROKEN,
+    NOTHING,
+    SlotState,
+    clear,
+    decode,
+    empty_state,
+    encode_images,
+    prefill,
+    study,
+)
+from rave_jax.inference.prompted import asking
 from rave_jax.inference.prompts import Prompt, PromptGroup
 from rave_jax.inference.sampling import Sampling
 from rave_jax.models.vlm import Vlm
@@ -111,6 +122,8 @@ class Engine:
             require(config.max_length <= longest, "max_length", config.max_length, allowed)
         if len(self._stop_ids) > config.max_stop_ids:
             raise ConfigError(_too_many(len(self._stop_ids), "an answer of the model", config.max_stop_ids))
+        self.asking = asking(model)
+        """What mechanisms ask of each prompt before it is read."""
         self._sizes = model.config.patch_sizes
         sizes, whole = None if model.vision is None else self._sizes, bool(model.decoder.looks_ahead)
         self._buckets = Buckets(config, sizes, model.options.layout, whole)
@@ -177,20 +190,24 @@ class Engine:
         """Answers that grow."""
         return sum(job is not None for job in self._slots)
 
-    def submit(self, example: Example, sampling: Sampling, name: str = "") -> int:
+    def submit(self, example: Example, sampling: Sampling, name: str = "", blind: Example | None = None) -> int:
         """Put a prompt in the line; returns the request's number.
 
         Args:
             example: the prompt.
             sampling: how it is answered. Stop strings are not handled here.
             name: what errors call it.
+            blind: the prompt without its pictures, where `asking.blind`.
 
         Raises:
+            ValueError: `blind` is missing.
             OverBudget: the prompt is too long, has too many patches or regions, or leaves no room for an answer.
             SampleError: too many stop ids, token ids beyond the embedding, or pictures for a model that takes none.
         """
         called = f"{name}: " if name else ""
         config = self.config
+        if self.asking.blind and blind is None:
+            raise ValueError("a mechanism of the model asks for the prompt without its pictures: give `blind`")
         beside = int(np.sum(example.info.region == 0))
         for given, what, most, field_name in (
             (len(example.tokens), "tokens", config.max_prompt, "max_prompt"),
@@ -216,7 +233,7 @@ class Engine:
         # The last token of an answer needs no room: nothing follows that would look at it.
         limit = min(sampling.max_new_tokens, config.max_length - len(example.tokens) + 1)
         limit = limit if config.max_text is None else min(limit, config.max_text - beside + 1)
-        self._waiting.append(_Job(self._requests, Prompt(example, sampling, stops + fill, limit), called))
+        self._waiting.append(_Job(self._requests, Prompt(example, sampling, stops + fill, limit, blind), called))
         return self._requests
 
     def _check_layout(self, example: Example, called: str) -> None:
@@ -305,6 +322,9 @@ class Engine:
         group = PromptGroup([job.prompt for job in jobs], rows, self._buckets, self._sizes)
         for pictures in group.pictures(self.config.patches):
             self._run("encode_images", pictures.patches.length, _encode_images, pictures)
+        if self.asking.anything:
+            seen, blind, where = group.whole(slots, no_slot=self.config.slots)
+            self._run("study", seen.tokens.shape[1], _study, seen, blind, where)
         regions = group.region_reach
         given = []
         for reach, chunk, admission in group.chunks(slots, no_slot=self.config.slots):
@@ -384,6 +404,7 @@ def _compiled(program: FunctionType, *sizes: str) -> Any:
 
 
 _encode_images = _compiled(encode_images)
+_study = _compiled(study)
 _prefill = _compiled(prefill, "reach", "regions")
 _decode = _compiled(decode, "reach", "width")
 _clear = _compiled(clear)
@@ -403,7 +424,7 @@ def _too_many(stops: int, answer: str, most: int) -> str:
 
 def compilations() -> int:
     """Programs of slots that this process holds compiled, of all models and sizes."""
-    return sum(program._cache_size() for program in (_encode_images, _prefill, _decode, _clear))
+    return sum(program._cache_size() for program in (_encode_images, _study, _prefill, _decode, _clear))
 
 
 def _everywhere(arguments: Any, mesh: Mesh) -> Any:

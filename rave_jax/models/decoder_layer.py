@@ -145,7 +145,7 @@ class DecoderLayer(nnx.Module):
         self.mlp = _mlp(config, kind, dtype, keys[1])
         self.attention_norm, self.mlp_norm = norm(D, config, dtype), norm(D, config, dtype)
         self.mechanisms = attention.build_mechanisms(mechanisms, attention_dims(config), keys[2])
-        attention.check_kernels(self.mechanisms, options.attention)
+        attention.check_kernels(self.mechanisms, options.attention, attention_dims(config))
         self.implementation = options.attention
         self.max_regions = options.layout.max_regions
         self.extra_mlp = nnx.data(extra_mlp.made(options.extra_mlp, D, dtype, keys[3]))

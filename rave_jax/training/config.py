@@ -95,6 +95,9 @@ class TrainConfig:
         require(0 <= self.seed < 2**32, "seed", self.seed, "0 to 2^32 - 1")
         warmup = self.optimizer.warmup
         require(warmup < self.steps, "optimizer.warmup", warmup, f"fewer than the run's {self.steps} steps")
+        for number, mechanism in enumerate(self.model.mechanisms):
+            allowed = "a mechanism that training can use: this one is decided for each prompt that is answered"
+            require(not mechanism.of_prompt, f"model.mechanisms.{number}", mechanism, allowed)
         self._check_evaluations()
 
     def _check_evaluations(self) -> None:

@@ -266,7 +266,7 @@ def test_mechanisms_say_what_they_own() -> None:
     for config in (at.Rave(), at.SlidingWindow(4), at.TextPositions(), at.Mma(), at.Croc(), at.Cca()):
         mechanism = config.build(DIMS, KEY)
         kind = type(mechanism)
-        for hook, thing in (("positions", "positions"), ("score", "pair"), ("factor", "factor")):
+        for hook, thing in (("positions", "positions"), ("factor", "factor")):
             assert (thing in kind.OWNS) == (getattr(kind, hook) is not getattr(at.Mechanism, hook))
         changed = mechanism.mask(info, info, plain)
         differs = {name for name in plain._fields if not np.array_equal(getattr(plain, name), getattr(changed, name))}

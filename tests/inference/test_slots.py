@@ -26,6 +26,7 @@ from rave_jax.attention import (
     Rave,
     Sads,
     SlidingWindow,
+    Steer,
     TextPositions,
     Var,
     Vhr,
@@ -89,6 +90,7 @@ SETTINGS: dict[str, tuple[MechanismConfig, ...]] = {
         Sads(heads=(2,), layers=(1,)),
         Vhr(heads=(0, 3), layers=(1,)),
         LogN(length=4),
+        Steer(image=0.7, system=0.3, layers=(0,)),
         VisualBias(0.7, layers=(1,)),
     ),
     "first token, bias and after": (
