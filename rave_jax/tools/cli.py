@@ -1,4 +1,4 @@
-"""`rave-jax`: train, eval, convert, inspect, logits, generate, calibrate, data.
+"""`rave-jax`: train, eval, convert, inspect, logits, generate, calibrate, data, study.
 
 Each subcommand imports what it needs when it runs, so that --help is quick.
 """
@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from rave_jax.command_line import config_names
+from rave_jax.command_line import STUDIES, config_names
 from rave_jax.config import ConfigError, local_path
 from rave_jax.observe.messages import plain_messages
 
@@ -184,6 +184,19 @@ def _parser() -> argparse.ArgumentParser:
     )
     data.add_argument("words", nargs=argparse.REMAINDER, metavar="CONFIG [--field.name value ...]")
     data.late = _data_flags
+
+    study = commands.add_parser(
+        "study", help="run what is missing of a study, and say what its arms' differences decide"
+    )
+    study.description = (
+        "CONFIG is a Python file whose get_config() returns a Study, or one of: "
+        f"{', '.join(config_names(STUDIES))}. Several jobs may run one study at the same time (docs/studies.md)."
+    )
+    study.add_argument("config", metavar="CONFIG", help="file or name of the study")
+    study.add_argument("--arm", action="append", default=[], metavar="NAME", help="run this arm; may be given again")
+    study.add_argument("--seed", action="append", default=[], type=int, metavar="N", help="run this seed; the same")
+    study.add_argument("--out", type=Path, metavar="FOLDER", help="folder of the study (default: what it says)")
+    study.add_argument("--report", action="store_true", help="run nothing; print and write the page")
     return parser
 
 
@@ -372,6 +385,10 @@ def _run(arguments: argparse.Namespace) -> int:
                 "dyvte": calibrate_tokens.calibrate_dyvte,
             }
             searches[arguments.mechanism](arguments)
+        case "study":
+            from rave_jax.tools.study import study_command
+
+            return study_command(arguments)
         case "data":
             from rave_jax.tools.data import look_at_data
 
@@ -382,7 +399,7 @@ def _run(arguments: argparse.Namespace) -> int:
 def program() -> NoReturn:
     """Run the command line of this process, and end it with the exit code."""
     code = main()
-    if sys.argv[1:2] in (["train"], ["eval"]):
+    if sys.argv[1:2] in (["train"], ["eval"], ["study"]):
         from rave_jax.parallel.stopping import leave
 
         leave(code)
