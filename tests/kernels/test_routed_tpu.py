@@ -41,7 +41,7 @@ SIZES = Sizes(B=1, T=24, S=72, K=1, G=20, h=16, R=6, most_keys=20)
 """20 heads are 32 rows of a query, so that few queries fill a line: what an interpreter takes to compile grows with
 the queries of an item."""
 HEADS = RouteRule(2, share="head")
-ITEMS = pallas_tpu.ItemSizes(queries=16, item=4, chunks=(4, 4))
+ITEMS = pallas_tpu.ItemSizes(queries=16, item=4, together=8, chunks=(4, 4))
 
 
 def with_items(name: str, d: Sizes, drawn: Drawn, rule: RouteRule, interpret: Any = True) -> Any:
@@ -110,7 +110,7 @@ def test_nothing_of_float32_as_large_as_the_output_waits_for_the_backward_pass()
     assert len(large) <= 9 and all(x.dtype == jnp.bfloat16 for x in large)
 
 
-work = jax.jit(lists.work, static_argnums=range(3, 7))
+work = jax.jit(lists.work, static_argnums=range(3, 8))
 
 
 @settings(max_examples=15, deadline=None)
@@ -123,7 +123,7 @@ def test_every_pair_is_listed_once(seed: int, sizes: tuple[int, int]) -> None:
     tiling, queries, item, rows = Tiling(5, most_keys, lanes), 16, 8, 16
     pairs = (rng.random((1, 2, 32, 5)) < rng.choice([0.0, 0.3, 1.0])).astype(np.int32)
     whole, full = rng.random((1, 32, 5)) < 0.9, rng.random((1, tiling.tiles)) < 0.7
-    made = work(pairs, whole, full, tiling, queries, item, rows)
+    made = work(pairs, whole, full, tiling, queries, item, 2 * item, rows)
     info, queued = np.asarray(made.info), np.asarray(made.lists)
     region, place = tiling.lane_map()
     of_tile = tiling.tile_regions()
@@ -192,7 +192,7 @@ def test_a_tile_or_query_that_is_not_there_is_an_error() -> None:
     B, K = SIZES.B, SIZES.K
     call = pallas_tpu.make_call(given.q, given.k, tiling, ITEMS, 1.0, interpret=pltpu.InterpretParams())
     pairs, full = np.ones((B, K, call.T, SIZES.R), np.int32), np.ones((B, tiling.tiles), bool)
-    made = work(pairs, pairs[:, 0] > 0, full, tiling, call.queries, call.item, 2 * call.rows)
+    made = work(pairs, pairs[:, 0] > 0, full, tiling, call.queries, call.item, call.length, 2 * call.rows)
 
     @jax.jit
     def compute(lists: Any, info: Any) -> Any:

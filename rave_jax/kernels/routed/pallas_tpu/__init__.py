@@ -181,7 +181,7 @@ def _ints(q: Array, k: Array, codes: MaskCodes, routes: Routes, rule: RouteRule,
     whole = lists.whole_pairs(codes._replace(**codes_q), routes)
     held = placed.held.reshape(B, tiling.tiles, tiling.lanes)
     words = call.words.pack(open_, tiling) if call.words.count else None
-    sizes = call.queries, call.item, 2 * call.rows, call.choices
+    sizes = call.queries, call.item, call.length, 2 * call.rows, call.choices
     made = lists.work(open_, whole, held.all(-1), tiling, *sizes, words)
 
     region, _ = tiling.lane_map()

@@ -22,7 +22,6 @@ import numpy as np
 
 from rave_jax.config import require
 from rave_jax.kernels.attention.base import MaskCodes
-from rave_jax.kernels.attention.pallas_tpu.operands import up
 from rave_jax.kernels.attention.pallas_tpu.tile import LANES
 from rave_jax.kernels.routed.base import Choice, Routes
 from rave_jax.typing import Array, Bool, Int, NpArray
@@ -216,6 +215,7 @@ def work(
     tiling: Tiling,
     queries: int,
     item: int,
+    length: int,
     rows: int,
     choices: int = 1,
     words: Int[Array, "B K T tiles words"] | None = None,
@@ -229,6 +229,7 @@ def work(
         tiling: of the tiles.
         queries: of a super-block.
         item: queries of a work item.
+        length: of a list, at least `queries`.
         rows: that an entry's number is multiplied by, so that it is an address.
         choices: of a query: the bits of `open_`.
         words: of `HeadWords.pack`, where a query has several.
@@ -263,7 +264,7 @@ def work(
     entry = jnp.where(listed.reshape(entry.shape), entry, NOBODY)
     ranked = jnp.sort(jnp.moveaxis(entry, 4, 3), axis=-1)
     lists = jnp.where(ranked == NOBODY, queries * rows, ranked)
-    lists = jnp.pad(lists, [(0, 0)] * 4 + [(0, up(queries, item) - queries)], constant_values=queries * rows)
+    lists = jnp.pad(lists, [(0, 0)] * 4 + [(0, length - queries)], constant_values=queries * rows)
     if words is not None:
         mine = jnp.moveaxis(words.reshape(B, K, blocks, queries, tiling.tiles, -1), 3, 5)
         lists = jnp.concatenate([mine.reshape(B, K, blocks, tiling.tiles, -1), lists], axis=-1)

@@ -69,6 +69,7 @@ def make_call(
             tiling=tiling,
             queries=queries,
             item=sizes.item,
+            together=sizes.together,
             chunks=sizes.chunks,
             scale=scale,
             dtype=str(q.dtype),

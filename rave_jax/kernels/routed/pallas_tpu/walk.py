@@ -42,8 +42,10 @@ class ItemSizes:
 
     queries: int = 2048
     """Of a super-block, at most: as many as fit beside the keys are taken."""
-    item: int = 128
+    item: int = 64
     """Of a work item."""
+    together: int = 256
+    """Of so many items as are taken as one while a list has them: a visit has a cost of its own beside its queries'."""
     chunks: tuple[int, int] = (16, 16)
     """Whose scores are made at once, in the forward and in the backward kernel."""
     vmem_bytes: int = 96 << 20
@@ -51,6 +53,9 @@ class ItemSizes:
 
     def __post_init__(self) -> None:
         require(self.queries % self.item == 0, "queries", self.queries, f"a multiple of {self.item}")
+        several, rest = divmod(self.together, self.item)
+        doubled = rest == 0 and several > 0 and several & (several - 1) == 0
+        require(doubled, "together", self.together, f"{self.item} times a power of two")
         for chunk in self.chunks:
             require(chunk > 0 and self.item % chunk == 0, "chunks", chunk, f"divisors of {self.item}")
         part = short_part(self.item, self.chunks)
@@ -76,6 +81,7 @@ class Call:
     queries: int
     """Of a super-block."""
     item: int
+    together: int
     chunks: tuple[int, int]
     scale: float
     dtype: str
@@ -98,12 +104,27 @@ class Call:
     @property
     def length(self) -> int:
         """Of a list."""
-        return up(self.queries, self.item)
+        return up(self.queries, self.together)
 
     @property
     def words(self) -> HeadWords:
         """Of a query's heads, for each tile."""
         return HeadWords.of(self.choices, self.rows, self.tiling)
+
+    def runs(self, items: Any) -> tuple[Any, Any]:
+        """How many visits of `together` queries, and then of an item each, a list of so many items takes; a negative
+        number is none. Three quarters of a visit are taken as one."""
+        several = self.together // self.item
+        # Not //, which asks for the sign.
+        long = (items + several // 4) >> (several.bit_length() - 1)
+        return long, items - long * several
+
+    def common(self, kind: int) -> bool:
+        """Is this what many visits are?"""
+        masked = self.choices > 1
+        return (kind == WHOLE and self.tiling.full > 0 and not masked) or (
+            kind == SHARED and (self.tiling.rest > 0 or masked)
+        )
 
     @property
     def record(self) -> int:
@@ -169,8 +190,8 @@ def walk(
         lists: all lists, one after the other, where the compiler put them.
         buffer, copied: of `list_scratch`.
         visit: does the work.
-        brisk: a whole item at a time. What is rare (visits of kind CUT, a kernel with `online`) goes in smaller parts:
-            programs are a quarter as long then, and take less time to compile.
+        brisk: many queries at a time. What is rare (a kernel with `online`, and the kinds of visit that are) goes in
+            smaller parts: programs are shorter then, and take less time to compile.
     """
     b, n, i = (pl.program_id(axis) for axis in range(3))
     step = (b * call.K + n) * call.blocks + i
@@ -205,13 +226,21 @@ def walk(
             return [buffer[at + n * call.queries] for n in range(call.words.count)]
 
         def visit_items(static: int) -> None:
-            part = call.item if brisk and static != CUT else short_part(call.item, call.chunks)
+            start = half * call.record + call.record - call.length
 
-            def one(number: Any, _: None) -> None:
-                first = half * call.record + call.record - call.length + number * part
-                visit(tile, [buffer[first + j] for j in range(part)], static, words)
+            def several(first: Any, part: int, count: Any) -> None:
+                def one(number: Any, _: None) -> None:
+                    visit(tile, [buffer[first + number * part + j] for j in range(part)], static, words)
 
-            jax.lax.fori_loop(0, items * (call.item // part), one, None)
+                jax.lax.fori_loop(0, count, one, None)
+
+            if brisk and call.common(static):
+                long, single = call.runs(items)
+                several(start, call.together, long)
+                several(start + long * call.together, call.item, single)
+            else:
+                part = short_part(call.item, call.chunks)
+                several(start, part, items * (call.item // part))
 
         if call.fixed is not None:
             visit_items(call.fixed[2])
