@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from rave_jax.kernels.attention import KeyGroups, MaskCodes, PairBias, PairForm, attention
+from rave_jax.kernels.attention import KeyGroups, MaskCodes, attention
 from rave_jax.kernels.support import interpreted
 from rave_jax.parallel.mesh import MeshConfig, make_mesh
 from rave_jax.parallel.sharding import use_mesh
@@ -30,12 +30,14 @@ from tests.kernels.drawn import (
     FORMS,
     MASKS,
     Dims,
+    Gate,
     codes_of,
     drawn_codes,
     random_codes,
     random_cotangents,
     random_key_bias,
     random_operands,
+    terms_of,
 )
 
 NUM_GROUPS = 4
@@ -48,6 +50,7 @@ class Case(NamedTuple):
 
     dims: Dims
     form: str | None = "log_gate"
+    """Names of the terms' functions, joined by +; None has none."""
     dtype: str = "float32"
     key_bias: bool = False
     settings: Any = None
@@ -61,7 +64,7 @@ class Drawn(NamedTuple):
     k: Any
     v: Any
     codes: MaskCodes
-    bias: PairBias
+    bias: Gate
     key_bias: Any
     ct: Any
 
@@ -169,7 +172,7 @@ class AttentionBackend:
         zero = bias._replace(w=bias.w * 0, row=bias.row * 0, key=bias.key * 0)
         codes = random_codes(rng, dims.B, dims.T, dims.S)
         run = forward_of(self.name)
-        for a, b in zip(run(q, k, v, codes, None, FORMS[0]), run(q, k, v, codes, zero, form), strict=True):
+        for a, b in zip(run(q, k, v, codes, None, form), run(q, k, v, codes, zero, form), strict=True):
             np.testing.assert_array_equal(a, b)
 
     def test_bfloat16_keeps_float32_statistics(self):
@@ -210,9 +213,10 @@ class AttentionBackend:
             self.run(q, k, v > 0, codes, scale=1.0)
         with pytest.raises(ValueError, match="k is bfloat16, expected float32 as q"):
             self.run(q, k.astype(jnp.bfloat16), v, codes, scale=1.0)
-        for name, wrong in (("codes", tuple(codes)), ("bias", tuple(bias)), ("form", "tanh")):
-            with pytest.raises(ValueError, match=f"operand {name} is of type (tuple|str), expected (MaskCodes|Pair)"):
-                self.run(q, k, v, **{"codes": codes, "bias": bias, name: wrong}, scale=1.0)
+        with pytest.raises(ValueError, match="operand codes is of type tuple, expected MaskCodes"):
+            self.run(q, k, v, tuple(codes), scale=1.0)
+        with pytest.raises(ValueError, match=r"operand terms\[0\] is of type Gate, expected Term"):
+            self.run(q, k, v, codes, [bias], scale=1.0)
 
     def test_an_array_of_queries_by_keys_is_made_where_it_is_said_and_nowhere_else(self):
         """The oracle, which makes one, shows that this test sees it."""
@@ -336,9 +340,9 @@ def program(call: Callable[..., Any], name: str, case: Case) -> Callable[..., An
     def everything(drawn: Drawn) -> Any:
         def of(floats: dict[str, Any]) -> Any:
             moved = with_floats(drawn, floats)
-            form = PairForm(case.form or "linear", limit=3.0)
+            terms = terms_of(moved.bias, case.form) if case.form else ()
             more = {"scale": case.dims.h**-0.5, "key_bias": moved.key_bias}
-            return call(name, case, *moved[:4], moved.bias if case.form else None, form, **more)
+            return call(name, case, *moved[:4], terms, **more)
 
         (out, lse), pull = jax.vjp(of, floats_of(drawn))
         return out, lse, pull((drawn.ct[0].astype(out.dtype), jnp.where(jnp.isfinite(lse), drawn.ct[1], 0.0)))[0]
@@ -369,11 +373,12 @@ def grouped(name: str) -> Callable[..., Any]:
 
 @functools.cache
 def forward_of(name: str) -> Callable[..., Any]:
-    """Output and log-sum-exp of (q, k, v, codes, bias, form)."""
+    """Output and log-sum-exp of (q, k, v, codes, gate, form)."""
 
-    def run(q: Any, k: Any, v: Any, codes: MaskCodes, bias: PairBias | None, form: str) -> Any:
+    def run(q: Any, k: Any, v: Any, codes: MaskCodes, bias: Gate | None, form: str) -> Any:
+        terms = () if bias is None else terms_of(bias, form)
         with interpreted():
-            return attention(q, k, v, codes, bias, PairForm(form), scale=SCALE, implementation=name)
+            return attention(q, k, v, codes, terms, scale=SCALE, implementation=name)
 
     return jax.jit(run, static_argnames="form")
 
