@@ -26,6 +26,7 @@ from rave_jax.kernels.attention.pallas_tpu.operands import up
 from rave_jax.kernels.attention.pallas_tpu.tile import LANES
 from rave_jax.kernels.routed.pallas_tpu.heads import HeadWords
 from rave_jax.kernels.routed.pallas_tpu.lists import CUT, KIND_BITS, PLACE_BITS, SHARED, TILE_BITS, WHOLE, Tiling
+from rave_jax.kernels.routed.pallas_tpu.terms import NO_TERMS, RowTerms
 from rave_jax.typing import Array
 
 ROWS = 8
@@ -53,14 +54,14 @@ class ItemSizes:
 
     def __post_init__(self) -> None:
         require(self.queries % self.item == 0, "queries", self.queries, f"a multiple of {self.item}")
-        several, rest = divmod(self.together, self.item)
-        doubled = rest == 0 and several > 0 and several & (several - 1) == 0
-        require(doubled, "together", self.together, f"{self.item} times a power of two")
         for chunk in self.chunks:
             require(chunk > 0 and self.item % chunk == 0, "chunks", chunk, f"divisors of {self.item}")
         part = short_part(self.item, self.chunks)
         fits = self.item % part == 0 and all(part % chunk == 0 for chunk in self.chunks)
         require(fits, "chunks", self.chunks, f"divisors of {part}, and that a divisor of {self.item}")
+        several, rest = divmod(self.together, self.item)
+        doubled = rest == 0 and several > 0 and several & (several - 1) == 0
+        require(doubled, "together", self.together, f"{self.item} times a power of two")
 
 
 def short_part(item: int, chunks: tuple[int, int]) -> int:
@@ -88,6 +89,8 @@ class Call:
     interpret: Any
     choices: int = 1
     """Of a query: one, or G where each head has its own."""
+    terms: RowTerms = NO_TERMS
+    """What is added to scores."""
     fixed: tuple[int, int, int] | None = None
     """(tiles, items of each, kind of each) instead of what the lists say: for estimates, which cannot know data."""
 
@@ -270,6 +273,11 @@ def behind(entry: Any, call: Call) -> Any:
 def tile_at(place: Any, rows: int, offset: int = 0) -> Any:
     """The rows from `offset` on behind a place."""
     return pl.ds(pl.multiple_of(place + offset, ROWS) if offset else place, rows)
+
+
+def rows_at(ref: Any, entries: Sequence[Any], call: Call) -> Array:
+    """The rows of each entry's query in an array [queries, rows, lanes], one below the other."""
+    return jnp.concatenate([ref[number_of(entry, call)] for entry in entries], axis=0)
 
 
 def gathered(ref: Any, at: Sequence[Any], rows: int, offset: int = 0) -> Array:
