@@ -94,12 +94,12 @@ class Tanh(Form):
     def __call__(self, tile: Tile) -> Array:
         """The bent z."""
         assert tile.pair is not None
-        return self.limit * jnp.tanh(tile.pair)
+        return self.limit * bend(tile.pair)
 
     def log2(self, tile: Tile) -> Array:
         """The same in log2 by one product."""
         assert tile.pair is not None
-        return (self.limit * LOG2E) * jnp.tanh(tile.pair)
+        return (self.limit * LOG2E) * bend(tile.pair)
 
 
 @dataclass(frozen=True)
@@ -126,12 +126,24 @@ class CenteredSigmoid(Form):
     def __call__(self, tile: Tile) -> Array:
         """gain * tanh of the pair product."""
         assert tile.pair is not None
-        return tile.head["gain"] * jnp.tanh(tile.pair)
+        return tile.head["gain"] * bend(tile.pair)
 
     def log2(self, tile: Tile) -> Array:
         """The constant joins the gain, a number of the head."""
         assert tile.pair is not None
-        return (LOG2E * tile.head["gain"]) * jnp.tanh(tile.pair)
+        return (LOG2E * tile.head["gain"]) * bend(tile.pair)
+
+
+@jax.custom_jvp
+def bend(z: Array) -> Array:
+    """tanh, with a slope of fewer operations than jax's."""
+    return jnp.tanh(z)
+
+
+@bend.defjvp
+def _bend_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    bent = jnp.tanh(primals[0])
+    return bent, tangents[0] * (1.0 - bent * bent)
 
 
 @jax.custom_jvp

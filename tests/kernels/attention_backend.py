@@ -30,14 +30,14 @@ from tests.kernels.drawn import (
     FORMS,
     MASKS,
     Dims,
-    Gate,
+    PairBias,
     codes_of,
     drawn_codes,
     random_codes,
     random_cotangents,
     random_key_bias,
     random_operands,
-    terms_of,
+    term_of,
 )
 
 NUM_GROUPS = 4
@@ -50,7 +50,6 @@ class Case(NamedTuple):
 
     dims: Dims
     form: str | None = "log_gate"
-    """Names of the terms' functions, joined by +; None has none."""
     dtype: str = "float32"
     key_bias: bool = False
     settings: Any = None
@@ -64,7 +63,7 @@ class Drawn(NamedTuple):
     k: Any
     v: Any
     codes: MaskCodes
-    bias: Gate
+    bias: PairBias
     key_bias: Any
     ct: Any
 
@@ -172,7 +171,7 @@ class AttentionBackend:
         zero = bias._replace(w=bias.w * 0, row=bias.row * 0, key=bias.key * 0)
         codes = random_codes(rng, dims.B, dims.T, dims.S)
         run = forward_of(self.name)
-        for a, b in zip(run(q, k, v, codes, None, form), run(q, k, v, codes, zero, form), strict=True):
+        for a, b in zip(run(q, k, v, codes, None, FORMS[0]), run(q, k, v, codes, zero, form), strict=True):
             np.testing.assert_array_equal(a, b)
 
     def test_bfloat16_keeps_float32_statistics(self):
@@ -213,10 +212,11 @@ class AttentionBackend:
             self.run(q, k, v > 0, codes, scale=1.0)
         with pytest.raises(ValueError, match="k is bfloat16, expected float32 as q"):
             self.run(q, k.astype(jnp.bfloat16), v, codes, scale=1.0)
-        with pytest.raises(ValueError, match="operand codes is of type tuple, expected MaskCodes"):
-            self.run(q, k, v, tuple(codes), scale=1.0)
-        with pytest.raises(ValueError, match=r"operand terms\[0\] is of type Gate, expected Term"):
-            self.run(q, k, v, codes, [bias], scale=1.0)
+        for name, wrong in (("codes", tuple(codes)), ("terms", (tuple(bias),))):
+            with pytest.raises(
+                ValueError, match=rf"operand {name}(\[0\])? is of type tuple, expected (MaskCodes|Term)"
+            ):
+                self.run(q, k, v, **{"codes": codes, "terms": (), name: wrong}, scale=1.0)
 
     def test_an_array_of_queries_by_keys_is_made_where_it_is_said_and_nowhere_else(self):
         """The oracle, which makes one, shows that this test sees it."""
@@ -340,9 +340,8 @@ def program(call: Callable[..., Any], name: str, case: Case) -> Callable[..., An
     def everything(drawn: Drawn) -> Any:
         def of(floats: dict[str, Any]) -> Any:
             moved = with_floats(drawn, floats)
-            terms = terms_of(moved.bias, case.form) if case.form else ()
-            more = {"scale": case.dims.h**-0.5, "key_bias": moved.key_bias}
-            return call(name, case, *moved[:4], terms, **more)
+            terms = (term_of(moved.bias, case.form),) if case.form else ()
+            return call(name, case, *moved[:4], terms, scale=case.dims.h**-0.5, key_bias=moved.key_bias)
 
         (out, lse), pull = jax.vjp(of, floats_of(drawn))
         return out, lse, pull((drawn.ct[0].astype(out.dtype), jnp.where(jnp.isfinite(lse), drawn.ct[1], 0.0)))[0]
@@ -373,11 +372,11 @@ def grouped(name: str) -> Callable[..., Any]:
 
 @functools.cache
 def forward_of(name: str) -> Callable[..., Any]:
-    """Output and log-sum-exp of (q, k, v, codes, gate, form)."""
+    """Output and log-sum-exp of (q, k, v, codes, bias, form)."""
 
-    def run(q: Any, k: Any, v: Any, codes: MaskCodes, bias: Gate | None, form: str) -> Any:
-        terms = () if bias is None else terms_of(bias, form)
+    def run(q: Any, k: Any, v: Any, codes: MaskCodes, bias: PairBias | None, form: str) -> Any:
         with interpreted():
+            terms = () if bias is None else (term_of(bias, form),)
             return attention(q, k, v, codes, terms, scale=SCALE, implementation=name)
 
     return jax.jit(run, static_argnames="form")

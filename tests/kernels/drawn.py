@@ -1,20 +1,70 @@
-"""Random operands of attention with score terms, by seed, the functions and the masks that tests draw from."""
+"""Random operands of the pair-bias attention, by seed, and the masks that tests draw from."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rave_jax.attention.rave_forms import CenteredSigmoid, Linear, LogGate, Tanh, key_side, query_side
+from rave_jax.attention.rave_forms import CenteredSigmoid, Form, Linear, LogGate, Tanh, key_side, query_side
 from rave_jax.kernels.attention import MaskCodes, Term
 
-RAVE = {"log_gate": LogGate(), "tanh": Tanh(limit=3.0), "linear": Linear(), "centered_sigmoid": CenteredSigmoid()}
-FORMS = tuple(RAVE)
+FORMS = ("log_gate", "tanh", "linear", "centered_sigmoid")
 FLOATS = ("u", "w", "row", "key", "gain")
 MASKS = ("random", "packed", "window", "opened", "nobody")
+
+
+class PairBias(NamedTuple):
+    """Operands of RAVE's gate, float32, before they are a score term."""
+
+    u: Any
+    w: Any
+    row: Any
+    key: Any
+    gain: Any
+    query_on: Any
+    key_on: Any
+
+
+def form_of(kind: str) -> Form:
+    """A form by name; tanh is bounded by 3."""
+    return {
+        "log_gate": LogGate(),
+        "tanh": Tanh(3.0),
+        "linear": Linear(),
+        "centered_sigmoid": CenteredSigmoid(),
+    }[kind]
+
+
+def term_of(bias: PairBias, kind: str) -> Term:
+    """The gate as a score term, as RAVE makes it."""
+    form = form_of(kind)
+    return Term(
+        form,
+        u=query_side(form, bias.u, bias.row, key_term=True),
+        w=key_side(bias.w, bias.key, row_term=True),
+        head={"gain": bias.gain} if kind == "centered_sigmoid" else {},
+        query_on=bias.query_on,
+        key_on=bias.key_on,
+    )
+
+
+class RegionBias(NamedTuple):
+    """The same of one query and keys in regions."""
+
+    u: Any
+    w: Any
+    row: Any
+    key: Any
+    gain: Any
+    query_on: Any
+
+
+def region_term_of(bias: RegionBias, kind: str) -> Term:
+    """The gate as a score term of `gather_attention`."""
+    ones = jnp.ones(bias.w.shape[:1] + bias.w.shape[2:4], bool)
+    return term_of(PairBias(*bias, key_on=ones), kind).replace(key_on=None)
 
 
 class Dims(NamedTuple):
@@ -28,53 +78,6 @@ class Dims(NamedTuple):
     h: int
     c: int
     r: int
-
-
-class Gate(NamedTuple):
-    """Operands from which terms are made, float32: those of RAVE's gate, which other functions read as features."""
-
-    u: jax.Array
-    w: jax.Array
-    row: jax.Array
-    key: jax.Array
-    gain: jax.Array
-    query_on: jax.Array
-    key_on: jax.Array
-
-
-def distance(tile):
-    """A head's slope times the distance of numbers of query and key, as ALiBi has it."""
-    return -tile.head["gain"] * jnp.abs(tile.query["row"] - tile.key["key"])
-
-
-def bent_score(tile):
-    """s + a |s| with a of the pair, and a query's number: it reads the score itself."""
-    return 0.3 * tile.dot * jnp.abs(tile.dot) * jax.nn.sigmoid(tile.pair) + tile.query["row"]
-
-
-def soft_cap(tile):
-    """A score of at most 2, everywhere."""
-    return 2.0 * jnp.tanh(tile.dot / 2.0) - tile.dot
-
-
-def terms_of(gate: Gate, names: str) -> tuple[Term, ...]:
-    """Terms by the names of their functions, "log_gate+distance"; each is switched in its own way."""
-    return tuple(_term(gate, name) for name in names.split("+"))
-
-
-def _term(gate: Gate, name: str) -> Term:
-    row, key, gain = {"row": gate.row}, {"key": gate.key}, {"gain": gate.gain}
-    if name == "distance":
-        return Term(distance, query=row, key=key, head=gain, key_on=gate.key_on)
-    if name == "bent_score":
-        return Term(bent_score, gate.u, gate.w, query=row, query_on=gate.query_on)
-    if name == "soft_cap":
-        return Term(soft_cap)
-    form = RAVE[name]
-    u = query_side(form, gate.u, gate.row, key_term=True)
-    w = key_side(gate.w, gate.key, row_term=True)
-    head = gain if name == "centered_sigmoid" else {}
-    return Term(form, u, w, head=head, query_on=gate.query_on, key_on=gate.key_on)
 
 
 def codes_of(B: int, *vectors: np.ndarray) -> MaskCodes:
@@ -117,13 +120,13 @@ def drawn_codes(rng: np.random.Generator, mask: str, B: int, T: int, S: int, len
 
 
 def random_operands(rng: np.random.Generator, d: Dims, visual: float, dtype: str = "float32"):
-    """(q, k, v, gate) of normal numbers, `visual` of the keys and most of the queries switched on."""
+    """(q, k, v, pair bias) of normal numbers, `visual` of the keys and most of the queries switched on."""
     H = d.K * d.G
 
     def normal(*shape):
         return jnp.asarray(rng.normal(size=shape), jnp.float32)
 
-    gate = Gate(
+    bias = PairBias(
         u=normal(d.B, d.T, H, d.r) * 0.5,
         w=normal(d.B, d.S, d.K, d.r),
         row=normal(d.B, d.T, H),
@@ -133,7 +136,7 @@ def random_operands(rng: np.random.Generator, d: Dims, visual: float, dtype: str
         key_on=jnp.asarray(rng.random((d.B, d.S)) < visual),
     )
     q, k, v = normal(d.B, d.T, H, d.h), normal(d.B, d.S, d.K, d.h), normal(d.B, d.S, d.K, d.c)
-    return *(x.astype(dtype) for x in (q, k, v)), gate
+    return *(x.astype(dtype) for x in (q, k, v)), bias
 
 
 def random_key_bias(rng: np.random.Generator, d: Dims):

@@ -16,7 +16,8 @@ from rave_jax.kernels.attention.pallas_tpu.backward import backward
 from rave_jax.kernels.attention.pallas_tpu.blocks import BlockSizes, block_facts
 from rave_jax.kernels.attention.pallas_tpu.forward import forward
 from rave_jax.tools.tpu import Operand, copied_bytes
-from tests.kernels.drawn import Gate, terms_of
+from tests.kernels.drawn import PairBias
+from tests.kernels.score_terms import terms_of
 
 
 class Called(Exception):
@@ -62,7 +63,7 @@ def test_declared_bytes_are_those_copied(instead: None, names: Any, shape: str, 
     T, S = SHAPES[shape]["T"], SHAPES[shape]["S"]
     q, k, v = (jax.ShapeDtypeStruct((B, n, m, h), jnp.bfloat16) for n, m in ((T, H), (S, K), (S, K)))
     shapes = ((B, T, H, r), (B, S, K, r), (B, T, H), (B, S, K), (H,))
-    gate = Gate(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes), None, None)  # type: ignore[arg-type]
+    gate = PairBias(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes), None, None)  # type: ignore[arg-type]
     gate = gate._replace(query_on=jax.ShapeDtypeStruct((B, T, H), bool), key_on=jax.ShapeDtypeStruct((B, S), bool))
     parts = () if names is None else jax.eval_shape(lambda gate: terms_of(gate, names), gate)
     terms = Terms(parts, jax.ShapeDtypeStruct((B, S, H), jnp.float32))

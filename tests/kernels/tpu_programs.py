@@ -9,7 +9,8 @@ import jax.numpy as jnp
 
 from rave_jax.kernels.attention import MaskCodes, Terms, pallas_tpu
 from rave_jax.kernels.attention.tuning import block_sizes
-from tests.kernels.drawn import Gate, terms_of
+from tests.kernels.drawn import PairBias
+from tests.kernels.score_terms import terms_of
 
 
 def step(
@@ -28,8 +29,8 @@ def step(
     kv_heads: int = 1,
     forward_only: bool = False,
 ) -> tuple[Any, tuple[Any, ...]]:
-    """Forward and backward pass of the kernels with the blocks of a device kind; `form` as in `drawn.terms_of`, None has
-    no term."""
+    """Forward and backward pass of the kernels with the blocks of a device kind; `form` as `score_terms` has it, None
+    has no term."""
     heads, f32 = kv_heads * group, jnp.float32
     q = place((rows, queries, heads, head_dim), dtype)
     kv = place((rows, keys, kv_heads, head_dim), dtype)
@@ -41,7 +42,7 @@ def step(
         "gain": place((heads,), f32),
     }
     on = {"query_on": place((rows, queries, heads), jnp.bool_), "key_on": place((rows, keys), jnp.bool_)}
-    made = () if form is None else jax.eval_shape(lambda gate: terms_of(gate, form), Gate(**floats, **on))
+    made = () if form is None else jax.eval_shape(lambda gate: terms_of(gate, form), PairBias(**floats, **on))
     parts = jax.tree.map(lambda x: place(x.shape, x.dtype), made)
     per_key = place((rows, keys, heads), f32) if key_bias else None
     lengths = MaskCodes(lo=queries, hi=queries, order=keys, open_q=queries, open_k=keys)

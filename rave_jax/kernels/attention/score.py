@@ -4,8 +4,8 @@
                                                                                          else exactly 0
 
 A function is jax operations, elementwise in the tile. It is computed at every pair of a tile, those that are switched
-off or masked included, and has to be finite there, and so has its slope. Gradients of all float operands come from its
-vjp, which is traced into the tile as well.
+off, masked or padding (whose features are 0) included: it has to be finite there, and so has its slope. Gradients of
+all float operands come from its vjp, which is traced into the tile as well.
 """
 
 from __future__ import annotations
@@ -230,6 +230,15 @@ def check(function: ScoreFunction, shape: Shape) -> None:
             raise ValueError(
                 f"score function {called} declares bounds {function.bounds}, but gives {float(found.min())} to "
                 f"{float(found.max())} on a tile of random numbers"
+            )
+        nothing = {
+            side: {name: jnp.zeros_like(x) for name, x in getattr(tile, side).items()} for side in ("query", "key")
+        }
+        empty, pull = jax.vjp(lambda tile: function(tile), tile._replace(**nothing))
+        if not all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves((empty, pull(jnp.ones_like(empty))))):
+            raise ValueError(
+                f"score function {called} or its slope is not finite where all features are 0, as those of empty "
+                "entries of a cache are; bound what it divides by, and what it takes roots and logarithms of"
             )
         if function.ZERO_OFF:
             if tile.pair is None:

@@ -144,7 +144,8 @@ class Part:
         """Its side of the block of keys at hand."""
         term, W, rounded, columns = self.term, None, None, ()
         if term.r is not None:
-            rows = _with_channel(self.ref("w")[0, 0], term.channels, 1.0 if term.function.OFFSET else 0.0)
+            # A one against the function's offset, which may be 0.
+            rows = _with_channel(self.ref("w")[0, 0], term.channels, 1.0)
             W, rounded = tile.channels(rows, "key", self.dtype), tile.rounded_rows(rows, self.dtype)
         if term.columns:
             columns = tuple(self.ref("keys")[0, 0, n : n + 1] for n in range(term.columns))
