@@ -67,10 +67,10 @@ def program(
     )
     if which == "forward":
         reference = place((1, 1, queries * call.rows // LANES, LANES), f32)
-        made = captured(lambda *args: forward(*args, call, online=online), q, reference, kv, kv, *ints)
+        made = captured(lambda *args: forward(*args, (), call, online=online), q, reference, kv, kv, *ints)
     else:
         numbers = place((1, 1, 2 * queries, LANES), f32)
-        made = captured(lambda *args: backward(*args, call), q, kv, kv, q, numbers, *ints)
+        made = captured(lambda *args: backward(*args, (), call), q, kv, kv, q, numbers, *ints)
     return _alone(made, place)
 
 

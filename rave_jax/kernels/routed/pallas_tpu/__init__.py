@@ -31,7 +31,7 @@ from rave_jax.kernels.routed.pallas_tpu.backward import backward, numbers_of
 from rave_jax.kernels.routed.pallas_tpu.forward import forward
 from rave_jax.kernels.routed.pallas_tpu.lists import Placed, Tiling, Work
 from rave_jax.kernels.routed.pallas_tpu.sizes import against, choices_of, item_sizes, make_call, tiling_of
-from rave_jax.kernels.routed.pallas_tpu.terms import RowTerms, TermRows
+from rave_jax.kernels.routed.pallas_tpu.terms import RowTerms, TermRows, without_key_bias
 from rave_jax.kernels.routed.pallas_tpu.walk import Call, ItemSizes
 from rave_jax.parallel.sharding import current_mesh, partition_spec
 from rave_jax.typing import Array, Bool, Float, Int
@@ -81,11 +81,12 @@ def attention(
             for term in parts
         )
 
+    added = Terms(of_terms(terms.parts), None if terms.per_key is None else of_heads)
     specs = Routes(of_heads, of_heads, row, row, row, row, dense, of_terms(routes.bias))
     split = jax.shard_map(
         run,
         mesh=mesh,
-        in_specs=(of_heads, of_heads, of_heads, MaskCodes(*(row,) * len(codes)), Terms(of_terms(terms.parts)), specs),
+        in_specs=(of_heads, of_heads, of_heads, MaskCodes(*(row,) * len(codes)), added, specs),
         out_specs=(of_heads, of_heads),
         check_vma=False,  # kernels do not say how their outputs vary
     )
@@ -112,6 +113,7 @@ def on_device(
     parts = [plain(q, k, v, codes) for codes in dense_codes(codes, routes)]
     tiling = tiling_of(routes.first.shape[1], most_keys)
     choices = choices_of(rule, q.shape[2] // k.shape[2])
+    terms = without_key_bias(terms, q.shape[1], k.shape[2])
     of_rows = RowTerms.of(terms, str(q.dtype))
     call = make_call(q, k, tiling, sizes, scale, interpret=interpret, choices=choices, terms=of_rows)
     assert call is not None
@@ -214,9 +216,8 @@ def _ints(
     }
     whole = lists.whole_pairs(codes._replace(**codes_q), routes)
     held = placed.held.reshape(B, tiling.tiles, tiling.lanes)
-    words = call.words.pack(open_, tiling) if call.words.count else None
-    sizes = call.queries, call.item, call.length, 2 * call.rows, call.choices
-    made = lists.work(open_, whole, held.all(-1), tiling, *sizes, words)
+    sizes = call.queries, call.item, call.length, 2 * call.rows
+    made = lists.work(open_, whole, held.all(-1), tiling, *sizes, call.words)
 
     region, _ = tiling.lane_map()
     bit = np.where(np.arange(tiling.tiles)[:, None] < R * tiling.full, 0, region % max(tiling.sharing, 1))

@@ -246,7 +246,7 @@ def _seen(
     zero = jnp.zeros((1, LANES), jnp.int32)
     keys = codes_k[tile]
     bit, order, open_k = (column(keys[n : n + 1]) for n in range(3))
-    if call.words.count:
+    if call.choices > 1:
         bits = call.words.lanes_of([words(x) for x in entries], line_of)
     else:
         bits = line_of([zero + (x >> PLACE_BITS) for x in entries])

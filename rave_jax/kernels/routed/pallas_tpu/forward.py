@@ -208,7 +208,7 @@ def _kernel(info, codes_q, lists, q, reference, k, v, codes_k, *refs, call: Call
 def _seen(codes_k: Any, codes_q: Any, tile: Any, entry: Any, kind: int, call: Call, words: Words) -> Array:
     """Which lanes of a tile the entry's query sees, [1, lanes], or its rows do, [rows, lanes]."""
     keys = codes_k[tile]
-    mine = call.words.rows_of(words(entry), call.tiling.lanes) if call.words.count else entry >> PLACE_BITS
+    mine = call.words.rows_of(words(entry), call.tiling.lanes) if call.choices > 1 else entry >> PLACE_BITS
     open_ = (keys[0:1] & mine) != 0
     if kind != CUT:
         return open_

@@ -13,7 +13,7 @@ from rave_jax.kernels.attention.pallas_tpu.operands import up
 from rave_jax.kernels.attention.pallas_tpu.tile import LANES
 from rave_jax.kernels.routed.base import RouteRule
 from rave_jax.kernels.routed.pallas_tpu.lists import PLACE_BITS, Tiling
-from rave_jax.kernels.routed.pallas_tpu.terms import NO_TERMS, RowTerms
+from rave_jax.kernels.routed.pallas_tpu.terms import NO_TERMS, RowTerms, without_key_bias
 from rave_jax.kernels.routed.pallas_tpu.walk import Call, ItemSizes
 from rave_jax.typing import Array
 
@@ -123,9 +123,9 @@ def against(
     G = q.shape[2] // k.shape[2]
     if rule.choice != "hard" or rule.by != "descriptor":
         return f"choices must be hard and by descriptors, not {rule.choice} by {rule.by}"
-    if terms.per_key is not None or key_groups is not None:
-        return "a key bias and key groups are not supported"
-    row_terms = RowTerms.of(terms, str(q.dtype))
+    if key_groups is not None:
+        return "key groups are not supported"
+    row_terms = RowTerms.of(without_key_bias(terms, q.shape[1], k.shape[2]), str(q.dtype))
     if row_terms.numbers > LANES:
         return (
             f"score terms read {row_terms.numbers} numbers of a query and a key together, and at most {LANES} fit "

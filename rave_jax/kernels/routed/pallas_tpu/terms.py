@@ -15,7 +15,7 @@ import functools
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,11 +25,34 @@ from rave_jax.kernels.attention.base import Terms, group_heads
 from rave_jax.kernels.attention.pallas_tpu.padding import extend, pad
 from rave_jax.kernels.attention.pallas_tpu.terms import TermCall, term_calls
 from rave_jax.kernels.attention.pallas_tpu.tile import LANES, LOG2E, product
-from rave_jax.kernels.attention.score import Tile
+from rave_jax.kernels.attention.score import ScoreFunction, Term, Tile
 from rave_jax.typing import Array, Float
 
 TermRows = tuple[Array, Array] | tuple[()]
 """Rows of queries [B,K,T,rows,128] and of keys by tile [B,K,tiles,lanes,128]; nothing without terms."""
+
+
+@dataclass(frozen=True)
+class PairItself(ScoreFunction):
+    """The pair product as a bias."""
+
+    ZERO_OFF: ClassVar[bool] = True
+    LINEAR: ClassVar[bool] = True
+
+    def __call__(self, tile: Tile) -> Array:
+        """<u, w>."""
+        assert tile.pair is not None
+        return tile.pair
+
+
+def without_key_bias(terms: Terms, T: int, K: int) -> Terms:
+    """The same with a key bias as a term: a one for the query's head in its group, times the biases of its heads."""
+    if terms.per_key is None:
+        return terms
+    B, S, H = terms.per_key.shape
+    head = jnp.tile(jnp.eye(H // K), (K, 1))
+    by_head = Term(PairItself(), jnp.broadcast_to(head, (B, T, H, H // K)), terms.per_key.reshape(B, S, K, H // K))
+    return Terms((*terms.parts, by_head))
 
 
 class Lanes(NamedTuple):

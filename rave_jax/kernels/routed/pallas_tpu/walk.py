@@ -112,7 +112,7 @@ class Call:
     @property
     def words(self) -> HeadWords:
         """Of a query's heads, for each tile."""
-        return HeadWords.of(self.choices, self.rows, self.tiling)
+        return HeadWords.of(self.choices, self.rows, self.tiling.sharing)
 
     def runs(self, items: Any) -> tuple[Any, Any]:
         """How many visits of `together` queries, and then of an item each, a list of so many items takes; a negative
@@ -224,6 +224,8 @@ def walk(
         items = word >> (TILE_BITS + KIND_BITS) if call.fixed is None else call.fixed[1]
 
         def words(entry: Any) -> list[Any]:
+            if call.words.inside:
+                return [entry >> PLACE_BITS]
             # What fills an item up is behind the last query: it finds what is there, and nobody reads its rows.
             at = half * call.record + behind(entry, call)
             return [buffer[at + n * call.queries] for n in range(call.words.count)]
