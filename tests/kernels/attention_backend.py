@@ -39,6 +39,7 @@ from tests.kernels.drawn import (
     random_operands,
     term_of,
 )
+from tests.kernels.score_terms import terms_of
 
 NUM_GROUPS = 4
 EVERY_GRADIENT = "test_every_result_and_gradient_is_the_oracles"
@@ -50,6 +51,7 @@ class Case(NamedTuple):
 
     dims: Dims
     form: str | None = "log_gate"
+    """Names of the terms' functions joined by +, see `score_terms`; None has no term."""
     dtype: str = "float32"
     key_bias: bool = False
     settings: Any = None
@@ -340,7 +342,7 @@ def program(call: Callable[..., Any], name: str, case: Case) -> Callable[..., An
     def everything(drawn: Drawn) -> Any:
         def of(floats: dict[str, Any]) -> Any:
             moved = with_floats(drawn, floats)
-            terms = (term_of(moved.bias, case.form),) if case.form else ()
+            terms = terms_of(moved.bias, case.form) if case.form else ()
             return call(name, case, *moved[:4], terms, scale=case.dims.h**-0.5, key_bias=moved.key_bias)
 
         (out, lse), pull = jax.vjp(of, floats_of(drawn))

@@ -1,4 +1,4 @@
-"""Attention with score terms: the oracle against formulas, the blockwise backend against the oracle, and the operands."""
+"""Attention with score terms: the oracle against formulas, the blockwise backend against it, and the operands."""
 
 from __future__ import annotations
 

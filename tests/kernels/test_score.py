@@ -11,6 +11,7 @@ import pytest
 
 from rave_jax.kernels.attention import ScoreFunction, Term, Tile, attention
 from rave_jax.kernels.attention.score import Shape, function_of, reads_dot
+from rave_jax.kernels.support import interpreted
 from tests.kernels.drawn import Dims, drawn_codes, random_cotangents, random_operands, term_of
 
 DIMS = Dims(2, 70, 300, 2, 2, 8, 6, 4)
@@ -107,7 +108,7 @@ def moved(terms, x):
     return far, loud.replace(u=x["u"], w=x["w"], key={"loud": x["loud"]})
 
 
-@pytest.mark.parametrize("name", ["reference", "xla"])
+@pytest.mark.parametrize("name", ["reference", "xla", pytest.param("pallas_tpu", marks=pytest.mark.slow)])
 def test_two_functions_of_a_user_and_their_slopes_are_the_formula(name):
     """Features of queries, keys and heads, a pair product, the score itself and switches, all at once; the slope of
     every float operand along a random line, by differences."""
@@ -116,7 +117,8 @@ def test_two_functions_of_a_user_and_their_slopes_are_the_formula(name):
     @jax.jit
     def run(x):
         def of(x):
-            return attention(x["q"], x["k"], x["v"], codes, moved(terms, x), scale=SCALE, implementation=name)
+            with interpreted():
+                return attention(x["q"], x["k"], x["v"], codes, moved(terms, x), scale=SCALE, implementation=name)
 
         (out, lse), pull = jax.vjp(of, x)
         return out, lse, pull(ct)[0]

@@ -99,7 +99,8 @@ def _joined(grads: list[Packed]) -> Packed:
     for name, first in grads[0].items():
         parts, axis = [g[name] for g in grads], keys_axis(name)
         if axis is None:
-            found[name] = sum(x.astype(jnp.float32) for x in parts).astype(first.dtype)
+            total = sum((x.astype(jnp.float32) for x in parts[1:]), first.astype(jnp.float32))
+            found[name] = total.astype(first.dtype)
         else:
             found[name] = jnp.concatenate(parts, axis=axis)
     return found

@@ -63,9 +63,9 @@ def backward_scratch(call: Call, block_q: int, block_k: int) -> Scratch:
 class Keys(NamedTuple):
     """A term's side of a block of keys."""
 
-    W: Float[Array, "channels keys"] | None
-    """Channels of the pair product, float32 numbers that its type holds exactly."""
-    rounded: Float[Array, "channels keys"] | None
+    W: Any
+    """Channels of the pair product [channels, keys], float32 numbers that its type holds exactly; None without one."""
+    rounded: Any
     """Channels of the products that make gradients."""
     columns: tuple[Float[Array, "1 keys"], ...]
     """Features, then the switch."""
@@ -158,11 +158,10 @@ class Part:
 
     def pair(self, keys: Keys, n: Any, heads: int) -> Array:
         """<u, w> + OFFSET."""
-        assert keys.W is not None
         U = self.of_queries(n, heads)[:, : self.term.split_channels]
         return tile.product(U, keys.W.astype(U.dtype), (1, 0), interpreted=bool(self.call.interpret))
 
-    def _tile(self, dot: Array | None, keys: Keys, n: Any, heads: int, size: tuple[int, int]) -> Tile:
+    def _tile(self, dot: Any, keys: Keys, n: Any, heads: int, size: tuple[int, ...]) -> Tile:
         """What the function reads; `dot` None where it does not."""
         shape = self.term.shape
 
@@ -172,9 +171,9 @@ class Part:
 
         pair = self.pair(keys, n, heads) if shape.pair else None
         of_key = {name: jnp.broadcast_to(x, size) for name, x in zip(shape.key, keys.columns, strict=False)}
-        return Tile(dot, pair, columns("rows", shape.query), of_key, columns("heads", shape.head))  # type: ignore[arg-type]
+        return Tile(dot, pair, columns("rows", shape.query), of_key, columns("heads", shape.head))
 
-    def _on(self, keys: Keys, n: Any, heads: int, size: tuple[int, int]) -> Array | None:
+    def _on(self, keys: Keys, n: Any, heads: int, size: tuple[int, ...]) -> Array | None:
         """Where its bias is not set to 0; None is everywhere."""
         term, found = self.term, None
         if not term.masks:
@@ -188,7 +187,7 @@ class Part:
         assert found is not None
         return found > 0.5
 
-    def shift(self, dot: Array | None, keys: Keys, n: Any, heads: int, size: tuple[int, int]) -> Array:
+    def shift(self, dot: Array | None, keys: Keys, n: Any, heads: int, size: tuple[int, ...]) -> Array:
         """What it adds to the exponents."""
         if self.term.linear:
             found = self.pair(keys, n, heads)
@@ -197,7 +196,7 @@ class Part:
         on = self._on(keys, n, heads, size)
         return found if on is None else jnp.where(on, found, 0.0)
 
-    def added(self, dot: Array | None, keys: Keys, n: Any, size: tuple[int, int], exact: bool) -> Added:
+    def added(self, dot: Array | None, keys: Keys, n: Any, size: tuple[int, ...], exact: bool) -> Added:
         """The bias and its slopes of one head."""
         term, on = self.term, self._on(keys, n, 1, size)
 
@@ -205,7 +204,7 @@ class Part:
             return x if on is None else jnp.where(on, x, otherwise)
 
         if term.linear:
-            return Added(self.pair(keys, n, 1), None, lambda d: Tile(None, d, {}, {}, {}))  # type: ignore[arg-type]
+            return Added(self.pair(keys, n, 1), None, of_pair)
         given = self._tile(dot, keys, n, 1, size)
         if term.factored:
             found = term.function.factored(given, functools.partial(pltpu.reciprocal, approx=not exact))
@@ -230,7 +229,6 @@ class Part:
         shape, product = self.term.shape, functools.partial(tile.product, interpreted=bool(self.call.interpret))
         if gradients.pair is not None:
             d_pair = gradients.pair.astype(self.dtype)
-            assert keys.rounded is not None
             if not self.term.folded:
                 self.kept("d_U")[n] += product(keys.rounded, d_pair, (1, 1))
             self.kept("d_W")[j] += product(self.kept("U_rows")[n], d_pair, (1, 0))
@@ -261,6 +259,12 @@ class Part:
             outputs[f"w.{self.number}"][0, 0] = _times(self.kept("d_W")[j, : term.r], term.unit)
         if term.shape.key:
             outputs[f"keys.{self.number}"][0, 0] = _times(self.kept("d_keys")[j], term.unit)
+
+
+def of_pair(gradient: Array) -> Tile:
+    """The gradient of a pair product alone."""
+    nothing: Any = None
+    return Tile(nothing, gradient, {}, {}, {})
 
 
 def parts_of(call: Call, inputs: Inputs, scratch: Scratch) -> list[Part]:

@@ -22,13 +22,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from rave_jax.kernels.attention.pallas_tpu import tile
-from rave_jax.kernels.attention.pallas_tpu.added import backward_scratch, parts_of
+from rave_jax.kernels.attention.pallas_tpu.added import backward_scratch, of_pair, parts_of
 from rave_jax.kernels.attention.pallas_tpu.blocks import when_each
 from rave_jax.kernels.attention.pallas_tpu.operands import Call, Codes, Packed, kind
 from rave_jax.kernels.attention.pallas_tpu.padding import pad
 from rave_jax.kernels.attention.pallas_tpu.specs import Inputs, compiler_params, cost, input_specs
 from rave_jax.kernels.attention.pallas_tpu.tile import LANES
-from rave_jax.kernels.attention.score import Tile
 from rave_jax.typing import Array, Float, Int
 
 OF_KEYS = ("d_k", "d_v", "d_W", "d_keys", "d_key_bias")
@@ -246,7 +245,7 @@ def _kernel(
                 part.add_gradients(of_reader if part.term.reads_dot else slopes(d_scores), keys, n, j)
             for part, keys in active:
                 if part is folded:
-                    part.add_gradients(Tile(None, d_dots, {}, {}, {}), keys, n, j)  # type: ignore[arg-type]
+                    part.add_gradients(of_pair(d_dots), keys, n, j)
 
         jax.lax.fori_loop(0, call.G, visit_head, None, unroll=True)
 

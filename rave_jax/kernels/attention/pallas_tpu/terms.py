@@ -163,7 +163,8 @@ def switched(terms: Terms, calls: tuple[TermCall, ...]) -> Iterator[tuple[int, T
 
 
 def _abstract(shape: Shape) -> Any:
-    return shape.tile(lambda size: jax.ShapeDtypeStruct(size, jnp.float32))
+    make: Any = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+    return shape.tile(make)
 
 
 @functools.cache
