@@ -344,4 +344,4 @@ def _total(parts: list[Array], shape: tuple[int, ...]) -> Array:
 
 def _ones(lane: int, rows: int, dtype: jnp.dtype) -> Array:
     """Rows with a one in one lane: a product with them sums, and puts the sums into this lane."""
-    return (jax.lax.broadcasted_iota(jnp.int32, (rows, LANES), 1) == lane).astype(dtype)
+    return jnp.where(jax.lax.broadcasted_iota(jnp.int32, (rows, LANES), 1) == lane, 1.0, 0.0).astype(dtype)
