@@ -124,9 +124,9 @@ def check_kernels(mechanisms: Sequence[Mechanism], implementation: Implementatio
     if implementation != "pallas_tpu" or not routing:
         return
     for mechanism in mechanisms:
-        if overrides(mechanism, "score") or overrides(mechanism, "key_groups"):
+        if overrides(mechanism, "key_groups"):
             raise ConfigError(
                 f"attention is 'pallas_tpu', which cannot serve {name_of(mechanism)} in a layer with "
-                f"{name_of(routing[0])}: its kernels for chosen regions add nothing to scores and know no key groups; "
+                f"{name_of(routing[0])}: its kernels for chosen regions know no key groups; "
                 "set attention to 'auto' or 'xla', or give them different layers"
             )

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 
 from rave_jax.attention import (
     AttentionDims,
+    Avar,
     Cca,
     Croc,
     Decomposed,
@@ -164,13 +165,16 @@ def test_tokens_may_lie_region_by_region(config: Gaze) -> None:
 
 
 @pytest.mark.slow
-def test_the_fused_kernels_are_the_blockwise_attention() -> None:
+@pytest.mark.parametrize(
+    "mechanisms", [(gaze(share="group"),), (gaze(rank_with_bias=True), Rave(rank=4))], ids=["group", "heads and a gate"]
+)
+def test_the_fused_kernels_are_the_blockwise_attention(mechanisms: tuple[MechanismConfig, ...]) -> None:
     """Hidden states and gradients, half way through the schedule and at its end, compiled once."""
     given = rows(order="region")
     real = (given.info.document > 0)[..., None]
 
     def of(attention: Implementation) -> list[tuple[jax.Array, Vlm]]:
-        model = made(CONFIG, ModelOptions((gaze(share="group"),), attention=attention))
+        model = made(CONFIG, ModelOptions(mechanisms, attention=attention))
 
         @jax.jit
         def both(model: Vlm, progress: jax.Array) -> tuple[jax.Array, Vlm]:
@@ -477,9 +481,9 @@ def test_wrong_settings_and_company_are_refused() -> None:
     ):
         ModelOptions(mechanisms=(gaze(choice="soft_bias"),), attention="pallas_tpu")
     ModelOptions(mechanisms=(gaze(),), attention="pallas_tpu")
-    with pytest.raises(ConfigError, match="'pallas_tpu', which cannot serve Rave in a layer with Gaze: its kernels"):
-        made(CONFIG, ModelOptions((gaze(share="group", layers=(0,)), Rave(rank=4)), attention="pallas_tpu"))
-    made(CONFIG, ModelOptions((gaze(share="group", layers=(0,)), Rave(rank=4, layers=(1,))), attention="pallas_tpu"))
+    with pytest.raises(ConfigError, match="'pallas_tpu', which cannot serve Avar in a layer with Gaze: its kernels"):
+        made(CONFIG, ModelOptions((gaze(layers=(0,)), Avar()), attention="pallas_tpu"))
+    made(CONFIG, ModelOptions((gaze(rank_with_bias=True), Rave(rank=4)), attention="pallas_tpu"))
     with pytest.raises(
         ConfigError,
         match="Gaze, with the fields that it has, needs in each of its layers another",
