@@ -70,7 +70,8 @@ class Subject(Protocol):
         ...
 
     def look(self, samples: Sequence[Sample], answers: Sequence[Answer]) -> list[Look | None]:
-        """Where each answer looked in the first picture; None for a sample without one, or with a video."""
+        """Where each answer looked in the picture with the evidence, the first where none is known; None for a sample
+        without a picture, or with a video."""
         ...
 
     def vas(self, samples: Sequence[Sample]) -> VasSums:
@@ -279,9 +280,10 @@ class ModelSubject:
                 self._answer_attention(self._model, block.numbers, block.batch, block.queries, block.weights)
             )
         looks: list[Look | None] = []
-        for i, example in enumerate(block.examples):
+        for i, (sample, example) in enumerate(zip(samples, block.examples, strict=True)):
             mine = found[:, i, :, : len(example.tokens)]
-            grid = None if self._has_video(example) else over_picture(example.info, mine, example.shown)
+            picture = sample.evidence_image + 1
+            grid = None if self._has_video(example) else over_picture(example.info, mine, example.shown, picture)
             looks.append(None if grid is None else Look(grid, self._model.config.text.attention_layers))
         return looks
 
@@ -294,9 +296,9 @@ class ModelSubject:
                     self._answer_routes(self._model, block.numbers, block.batch, block.queries, block.weights)
                 )
         routes: list[Route | None] = []
-        for i, prompt in enumerate(block.prompts):
+        for i, (sample, prompt) in enumerate(zip(samples, block.prompts, strict=True)):
             reading = account(prompt.info, self._model.config.text, self._model.options)
-            cells = None if self._has_video(prompt) else cells_of(prompt.info, prompt.shown)
+            cells = None if self._has_video(prompt) else cells_of(prompt.info, prompt.shown, sample.evidence_image + 1)
             if found is None or cells is None:
                 routes.append(Route(None, None, reading))
             else:
@@ -304,7 +306,7 @@ class ModelSubject:
         return routes
 
     def _has_video(self, example: Example) -> bool:
-        """With a video in it, the first visual of a prompt need not be its first picture."""
+        """With a video in it, the visuals of a prompt are not counted as its pictures are."""
         return bool(np.any(example.tokens == self._processor.rules.video_token_id))
 
     def _answered(self, samples: Sequence[Sample], answers: Sequence[Answer]) -> _Answered:
