@@ -22,6 +22,7 @@ from rave_jax.evaluation.vas import with_vas
 from rave_jax.families.qwen2_5_vl.presets import tiny
 from rave_jax.families.shared.grids.video import VideoLimits
 from rave_jax.inference import Completion, Generator, Request, Sampling
+from rave_jax.inference.content import content_tokens
 from rave_jax.inference.prompted import with_numbers
 from rave_jax.inference.slots import compilations
 from rave_jax.look.funnel import VisualFunnel
@@ -216,10 +217,14 @@ def test_looks_have_the_numbers_that_generation_finds_for_each_prompt(vlm: Vlm, 
         for one, shown in ((whole, 1), (seen, 1), (blind, 0))
     ]
     queries = np.array([len(seen.tokens) - 1 + np.arange(3)], np.int32)
+    words = np.zeros((1, 100), bool)
+    words[0, : len(seen.tokens)] = content_tokens(processor.tokenizer, seen.tokens)
 
     @jax.jit
     def expected(m: Vlm, whole: Batch, seen: Batch, blind: Batch) -> jax.Array | None:
-        return with_numbers(m, prompt_numbers(m, seen, blind, 100)).forward(whole, Want(queries=queries)).attention
+        return (
+            with_numbers(m, prompt_numbers(m, seen, blind, words, 100)).forward(whole, Want(queries=queries)).attention
+        )
 
     found = np.asarray(expected(prompted, *rows))[:, 0].mean(1)[..., np.flatnonzero(whole.info.image == 1)]
     assert looks[2] is not None
