@@ -1,4 +1,5 @@
-"""The three programs of generation, each pure: pictures are seen, prompts are read, answers are written.
+"""The programs of generation, each pure: pictures are seen, prompts are read, answers are written; and before a prompt
+is read, what mechanisms ask of it is found.
 
 All take the state of the slots and give it back changed; the host calls them with donated state. Their shapes are the
 buckets', so what is compiled does not depend on what is asked.

@@ -1,6 +1,6 @@
 """Continuous batching: prompts wait in a line, take a slot when one is free, and leave it when their answer is done.
 
-The host decides which request has which slot; everything it decides is data to three compiled programs (`programs.py`).
+The host decides which request has which slot; everything it decides is data to a few compiled programs (`programs.py`).
 """
 
 from __future__ import annotations

@@ -25,6 +25,7 @@ from rave_jax.inference import Completion, Generator, Request, Sampling
 from rave_jax.inference.content import content_tokens
 from rave_jax.inference.prompted import with_numbers
 from rave_jax.inference.slots import compilations
+from rave_jax.look.carve import Carve
 from rave_jax.look.funnel import VisualFunnel
 from rave_jax.models.config import ModelOptions
 from rave_jax.models.forward import Want
@@ -241,6 +242,8 @@ def test_crops_are_asked_beside_the_picture(subject: ModelSubject) -> None:
     assert asked[1] == text and asked[0] != plain
     none = AskedAgain(subject, dataclasses.replace(how, views=("whole",)), Task()).answer(SAMPLES[:2])
     assert none == [plain, text]
+    carved = AskedAgain(subject, Carve(general="?", layers=(1,), fraction=0.9), Task()).answer(SAMPLES[:2])
+    assert isinstance(carved[0], Answer) and carved[0] != plain and carved[1] == text
 
 
 def test_a_reading_gets_prompts_with_their_answers(subject: ModelSubject, processor: Processor) -> None:
