@@ -25,6 +25,7 @@ from rave_jax.attention.base import (
     Owned,
     Parts,
     Score,
+    Views,
 )
 from rave_jax.attention.cache import Cache, CacheType, LayerKeys, RegionMemory, RegionReach
 from rave_jax.attention.cca import Cca
@@ -40,6 +41,7 @@ from rave_jax.attention.log_n import LogN
 from rave_jax.attention.masks import block_diagonal_codes, cached_codes, causal_codes
 from rave_jax.attention.mma import Mma
 from rave_jax.attention.moh import Moh
+from rave_jax.attention.pine import Pine
 from rave_jax.attention.plan import LayerRunPlan, build_mechanisms, plan_layer_runs
 from rave_jax.attention.rave import Rave
 from rave_jax.attention.region_cache import check_decoding
@@ -84,6 +86,7 @@ __all__ = [
     "Owned",
     "Parts",
     "PicturesBefore",
+    "Pine",
     "Rave",
     "RegionCache",
     "RegionMemory",
@@ -96,6 +99,7 @@ __all__ = [
     "TopKSchedule",
     "Var",
     "Vhr",
+    "Views",
     "ZeroTuning",
     "attend",
     "block_diagonal_codes",

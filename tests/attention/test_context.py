@@ -119,10 +119,12 @@ BESIDE: dict[str, tuple[tuple[at.MechanismConfig, ...], Rule]] = {
     "cca": ((at.Cca(),), cca_and_context),
     "mma": ((at.Mma(),), mma),
     "arrow": ((at.Arrow(SIZE, 2),), causal),
+    # What pictures see of each other is opened by view, and never to context tokens.
+    "pine": ((at.Pine(2),), causal),
     "decomposed": ((at.Decomposed("kept"),), itself),
     "decomposed without rope": ((at.Decomposed(),), itself),
 }
-OPENING = {"mma", "arrow", "decomposed without rope"}
+OPENING = {"mma", "arrow", "pine", "decomposed without rope"}
 """What own+first is refused beside."""
 
 
