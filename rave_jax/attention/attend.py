@@ -17,7 +17,7 @@ from rave_jax.batch import TokenInfo
 from rave_jax.kernels import attention as attention_kernels
 from rave_jax.kernels import routed
 from rave_jax.kernels.attention import Implementation, MaskCodes
-from rave_jax.kernels.routed import RankBias, Routing
+from rave_jax.kernels.routed import Routing, of_regions
 from rave_jax.typing import Array, Bool, Float, Int
 
 
@@ -121,8 +121,7 @@ def attend(
             view.k,
             keys.v,
             view.codes,
-            view.terms.pair,
-            view.form,
+            view.terms.parts,
             scale=view.scale,
             key_bias=view.terms.per_key,
             key_groups=groups,
@@ -163,7 +162,7 @@ def routing_of(
     regions: int,
     progress: Float[Array, ""] | None,
 ) -> Routing | None:
-    """What the layer's router says, with the pair bias of the scores where its rule asks for it; None where nothing
+    """What the layer's router says, with the terms of the scores where its rule asks for it; None where nothing
     routes."""
     router = router_of(mechanisms)
     if router is None:
@@ -171,8 +170,7 @@ def routing_of(
     routing = router.route(x, keys.summary, info_q, info_k, scores.codes, regions, progress)
     if routing is None or not routing.rule.with_bias:
         return routing
-    assert scores.terms.pair is not None  # `check_owners`
-    bias = RankBias.of(scores.terms.pair, routing.routes.keys, regions)
+    bias = of_regions(scores.terms.parts, routing.routes.keys, regions)
     return routing._replace(routes=routing.routes._replace(bias=bias))
 
 

@@ -13,7 +13,7 @@ from flax import nnx
 
 from rave_jax.attention.rotation import Rope
 from rave_jax.batch import TokenInfo
-from rave_jax.kernels.attention import KeyGroups, MaskCodes, PairBias, PairForm
+from rave_jax.kernels.attention import KeyGroups, MaskCodes, Term
 from rave_jax.kernels.routed import Routing
 from rave_jax.typing import Array, Bool, Float, Int
 
@@ -88,10 +88,15 @@ class Views(NamedTuple):
 
 class Score(NamedTuple):
     """What a mechanism changes of the scores before the softmax. Key biases (float32, finite) and channels of several
-    mechanisms add up, and scales, which <q, k> of a query is multiplied by before they are added, multiply; the pair
-    term and the other query, or the views, have one owner each."""
+    mechanisms add up, and scales, which <q, k> of a query is multiplied by before they are added, multiply; the other
+    query, or the views, have one owner.
 
-    pair: tuple[PairBias, PairForm] | None = None
+    Score terms add too (`kernels.attention.Term`). Their operands may be of any type, and what has no axis of heads is
+    for all heads: query features [B,T], key features [B,S], switches of queries [B,T]. All functions read the same
+    `dot`: <q, k> under the row's scale and the other query, with all channels. One mechanism of a layer may read it.
+    """
+
+    terms: tuple[Term, ...] = ()
     key_bias: Float[Array, "B S H"] | None = None
     channels: Channels | None = None
     query: OtherQuery | None = None
@@ -120,11 +125,13 @@ class Parts(NamedTuple):
         return jnp.exp(self.groups - whole[:, :, None])
 
 
-Owned = Literal["positions", "query", "pair", "order", "hi", "opening", "factor", "route"]
-"""What one mechanism of a layer may own: rotary positions; the query that some keys meet instead; the pair term before
-the softmax; of the mask codes the order of keys, how far up it a query sees, and the opening; the key whose weight is
-changed after the softmax; which regions a query reads. Any number may close the interval further, add key biases and
-channels, and weigh key groups."""
+Owned = Literal["positions", "query", "order", "hi", "opening", "factor", "route"]
+"""What one mechanism of a layer may own: rotary positions; the query that some keys meet instead; of the mask codes the
+order of keys, how far up it a query sees, and the opening; the key whose weight is changed after the softmax; which
+regions a query reads. A score term that reads <q, k> has one owner too, which is found in its function. Any number may
+close the interval further, add other score terms, key biases and channels, and weigh key groups."""
+Wanted = Literal["terms"]
+"""What a mechanism may want others of its layer to add: score terms."""
 
 
 class Mechanism(nnx.Module):
@@ -135,8 +142,8 @@ class Mechanism(nnx.Module):
     """What no other mechanism of the layer may own."""
     NEEDS: tuple[Owned, ...] = ()
     """What no other mechanism of the layer may own, although this one does not change it."""
-    WANTS: tuple[Owned, ...] = ()
-    """What another mechanism of the layer has to own."""
+    WANTS: tuple[Wanted, ...] = ()
+    """What another mechanism of the layer has to add."""
     declared: LayeredConfig | None = None
     """The config that it was built from; None where it was made by hand."""
 

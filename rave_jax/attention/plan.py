@@ -9,9 +9,11 @@ import jax
 from flax import nnx
 
 from rave_jax.attention.base import AttentionDims, Mechanism, overrides
-from rave_jax.attention.checks import check_owners
+from rave_jax.attention.checks import check_owners, name_of
 from rave_jax.attention.declared import LayeredConfig
+from rave_jax.attention.functions import terms_of
 from rave_jax.config import ConfigError
+from rave_jax.kernels.attention import Term
 from rave_jax.parallel.sharding import RULES
 
 
@@ -70,12 +72,20 @@ def build_mechanisms(configs: Sequence[LayeredConfig], dims: AttentionDims, key:
     """The mechanisms of one layer, in the order of their configs.
 
     Raises:
-        ConfigError: two of them cannot share a layer (`check_owners`), or `build` of a config gave no mechanism.
+        ConfigError: two of them cannot share a layer (`check_owners`), `build` of a config gave no mechanism, or one
+            adds a score term that does not fit (`terms_of`).
     """
     keys = jax.random.split(key, max(len(configs), 1))
     mechanisms = [_built(config, dims, k) for config, k in zip(configs, keys, strict=False)]
-    check_owners(mechanisms)
+    check_owners(mechanisms, [_terms(mechanism, dims) for mechanism in mechanisms])
     return nnx.List(mechanisms)
+
+
+def _terms(mechanism: Mechanism, dims: AttentionDims) -> tuple[Term, ...]:
+    try:
+        return terms_of(mechanism, dims)
+    except ValueError as error:
+        raise ConfigError(f"{name_of(mechanism)}: {error}") from error
 
 
 def _built(config: LayeredConfig, dims: AttentionDims, key: jax.Array) -> Mechanism:

@@ -65,7 +65,7 @@ def choice_of_queries(scores: Scores, queries: Int[Array, "B N"], routing: Routi
     found = None
     if rule.by == "mass":
         found = group_heads(of_queries(scores, queries)[0], scores.k.shape[2])
-    return QueryChoice(choice_of(found, codes, mine, rule, scores.form, scores.scale), routes.keys)
+    return QueryChoice(choice_of(found, codes, mine, rule, scores.scale), routes.keys)
 
 
 def chosen_regions(asked: QueryChoice, num_heads: int) -> Bool[Array, "B N H R"]:

@@ -152,7 +152,7 @@ class GazeRouter(Mechanism):
         # A key whose weight is multiplied after the kernel may be one that was not chosen; and regions are ranked by
         # the query that meets their keys, which another mechanism may make the one before RoPE.
         self.NEEDS = ("order", "hi", "factor") + (() if config.descriptor_keys == "pre_rope" else ("query",))
-        self.WANTS = ("pair",) if config.rank_with_bias else ()
+        self.WANTS = ("terms",) if config.rank_with_bias else ()
         if config.descriptor == "learned":
             pooling = jnp.zeros((dims.num_kv_heads, dims.head_dim))
             self.pooling = nnx.Param(pooling, axes=("kv_heads", "head_dim"))

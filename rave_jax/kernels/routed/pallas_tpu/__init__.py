@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec
 from rave_jax.kernels import support
 from rave_jax.kernels.attention import KeyGroups, MaskCodes
 from rave_jax.kernels.attention import pallas_tpu as dense
-from rave_jax.kernels.attention.base import NOWHERE, PairForm, Terms, group_heads, of_key_group, ungroup_heads
+from rave_jax.kernels.attention.base import NOWHERE, Terms, group_heads, of_key_group, ungroup_heads
 from rave_jax.kernels.attention.pallas_tpu.blocks import BlockSizes
 from rave_jax.kernels.attention.pallas_tpu.operands import pad
 from rave_jax.kernels.attention.pallas_tpu.tile import LANES, LOG2E, UNSEEN
@@ -92,9 +92,7 @@ def on_device(
     interpret: Any,
 ) -> tuple[Float[Array, "B T H h"], Float[Array, "B T H"]]:
     """All three parts on one device."""
-    plain = functools.partial(
-        dense.attention, terms=Terms(None, None), form=PairForm(), scale=scale, blocks=blocks, interpret=interpret
-    )
+    plain = functools.partial(dense.attention, terms=Terms(), scale=scale, blocks=blocks, interpret=interpret)
     parts = [plain(q, k, v, codes) for codes in dense_codes(codes, routes)]
     tiling = tiling_of(routes.first.shape[1], most_keys)
     call = make_call(q, k, tiling, sizes, scale, interpret=interpret)
@@ -215,7 +213,7 @@ def _choices(
     def of_block(mine: Any) -> tuple[Array, Array]:
         q, codes_q, routes_q = mine
         own, given = codes._replace(**codes_q), routes._replace(**routes_q)
-        choice = choose(region_scores(given, PairForm(), call.scale), candidates(own, given), given.dense, rule)
+        choice = choose(region_scores(given, call.scale), candidates(own, given), given.dense, rule)
         pairs = lists.open_pairs(choice, own, given, openings)
         scores = jnp.einsum("BKGTh,BKRh->BKGTR", group_heads(q, call.K), means.astype(q.dtype), precision="highest")
         best = jnp.max(jnp.where(pairs[:, :, None], scores.astype(jnp.float32), -jnp.inf), axis=-1)
