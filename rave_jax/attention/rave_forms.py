@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from rave_jax.kernels.attention import ScoreFunction, Tile
-from rave_jax.kernels.attention.score import LOG2E
+from rave_jax.kernels.attention.score import LOG2E, Slopes
 from rave_jax.typing import Array, Float
 
 FLOOR = -69.0
@@ -66,13 +66,13 @@ class LogGate(Form):
         assert tile.pair is not None
         return -jnp.log2(0.5 + jnp.exp2(jnp.minimum(tile.pair, SHUT)))
 
-    def factored(self, tile: Tile, reciprocal: Callable[[Array], Array]) -> tuple[Array, Tile]:
+    def factored(self, tile: Tile, reciprocal: Callable[[Array], Array]) -> tuple[Array, Slopes]:
         """2 sigmoid(z) = 1 / (1/2 + e) and its log's slope sigmoid(-z) = e / (1/2 + e) by one reciprocal, e = 2^pair;
         SHUT bounds e."""
         assert tile.pair is not None
         shut = jnp.exp2(jnp.minimum(tile.pair, SHUT))
         factor = reciprocal(0.5 + shut)
-        return factor, tile._replace(dot=None, pair=(shut * factor) * (-1 / LOG2E), query={}, key={}, head={})
+        return factor, Slopes(pair=(shut * factor) * (-1 / LOG2E))
 
 
 @dataclass(frozen=True)
@@ -94,12 +94,12 @@ class Tanh(Form):
     def __call__(self, tile: Tile) -> Array:
         """The bent z."""
         assert tile.pair is not None
-        return self.limit * jnp.tanh(tile.pair)
+        return self.limit * bend(tile.pair)
 
     def log2(self, tile: Tile) -> Array:
         """The same in log2 by one product."""
         assert tile.pair is not None
-        return (self.limit * LOG2E) * jnp.tanh(tile.pair)
+        return (self.limit * LOG2E) * bend(tile.pair)
 
 
 @dataclass(frozen=True)
@@ -126,12 +126,24 @@ class CenteredSigmoid(Form):
     def __call__(self, tile: Tile) -> Array:
         """gain * tanh of the pair product."""
         assert tile.pair is not None
-        return tile.head["gain"] * jnp.tanh(tile.pair)
+        return tile.head["gain"] * bend(tile.pair)
 
     def log2(self, tile: Tile) -> Array:
         """The constant joins the gain, a number of the head."""
         assert tile.pair is not None
-        return (LOG2E * tile.head["gain"]) * jnp.tanh(tile.pair)
+        return (LOG2E * tile.head["gain"]) * bend(tile.pair)
+
+
+@jax.custom_jvp
+def bend(z: Array) -> Array:
+    """tanh, with a slope of fewer operations than jax's."""
+    return jnp.tanh(z)
+
+
+@bend.defjvp
+def _bend_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    bent = jnp.tanh(primals[0])
+    return bent, tangents[0] * (1.0 - bent * bent)
 
 
 @jax.custom_jvp

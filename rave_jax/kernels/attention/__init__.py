@@ -1,7 +1,7 @@
 """Attention with masks as data and an score functions whose biases are never stored."""
 
 from rave_jax.kernels.attention.api import OPERATION, attention
-from rave_jax.kernels.attention.base import Implementation, KeyGroups, MaskCodes, PairForm, Terms
+from rave_jax.kernels.attention.base import Implementation, KeyGroups, MaskCodes, Terms
 from rave_jax.kernels.attention.score import ScoreFunction, Term, Tile
 
 __all__ = [
