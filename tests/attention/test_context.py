@@ -300,6 +300,8 @@ def test_every_mechanism_is_tried_beside_context_tokens() -> None:
     tried |= {at.Moh, at.Sads, at.Vhr}
     # It weighs visual tokens and those of the question, and they are neither.
     tried |= {at.Gift}
+    # They change no mask, and documents with context tokens are packed with them in `tests/models/test_packed.py`.
+    tried |= {at.Moba, at.BiFormer, at.Sparsifiner, at.Superlinear, at.Pruning, at.Dyvte}
     assert tried == set(BUILT_IN)
 
 
