@@ -55,6 +55,7 @@ from rave_jax.attention.var import Var
 from rave_jax.attention.vhr import Vhr
 from rave_jax.attention.visual_bias import VisualBias
 from rave_jax.attention.zero_tuning import ZeroTuning
+from rave_jax.kernels.attention import ScoreFunction, Term, Tile
 
 __all__ = [
     "Arrow",
@@ -93,11 +94,14 @@ __all__ = [
     "RegionReach",
     "Sads",
     "Score",
+    "ScoreFunction",
     "SlidingWindow",
     "Statistics",
     "Steer",
     "StoredStates",
+    "Term",
     "TextPositions",
+    "Tile",
     "TopKSchedule",
     "Var",
     "Vhr",

@@ -87,7 +87,5 @@ def test_a_function_that_tpu_kernels_cannot_run_is_refused_by_its_config_and_ope
     at.check_kernels(at.build_mechanisms((Far(),), DIMS, KEY), "pallas_tpu", DIMS)
     mechanisms = at.build_mechanisms((Far("of_ranks"),), DIMS, KEY)
     at.check_kernels(mechanisms, "xla", DIMS)
-    with pytest.raises(
-        ConfigError, match=r"cannot serve Far: its score function ranked does not fit: .* sort"
-    ):
+    with pytest.raises(ConfigError, match=r"cannot serve Far: its score function ranked does not fit: .* sort"):
         at.check_kernels(mechanisms, "pallas_tpu", DIMS)

@@ -13,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import types
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
@@ -54,9 +53,9 @@ class Slopes(NamedTuple):
 
     dot: Array | None = None
     pair: Array | None = None
-    query: Mapping[str, Array] = types.MappingProxyType({})
-    key: Mapping[str, Array] = types.MappingProxyType({})
-    head: Mapping[str, Array] = types.MappingProxyType({})
+    query: dict[str, Array] = {}
+    key: dict[str, Array] = {}
+    head: dict[str, Array] = {}
 
 
 @dataclasses.dataclass(frozen=True)
