@@ -51,11 +51,11 @@ class Slopes(NamedTuple):
     """A number of each pair, or cotangent, for the fields of a `Tile`; a field that the bias does not depend on is None
     or absent."""
 
-    dot: Array | None = None
-    pair: Array | None = None
-    query: dict[str, Array] = {}
-    key: dict[str, Array] = {}
-    head: dict[str, Array] = {}
+    dot: Array | None
+    pair: Array | None
+    query: dict[str, Array]
+    key: dict[str, Array]
+    head: dict[str, Array]
 
 
 @dataclasses.dataclass(frozen=True)
