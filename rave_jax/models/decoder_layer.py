@@ -12,6 +12,7 @@ from flax import nnx
 from rave_jax import attention
 from rave_jax.attention import Features, LayerKeys, Statistics, StoredStates, WantedStatistics
 from rave_jax.attention.plan import LayeredConfig
+from rave_jax.attention.tokens import Deciding
 from rave_jax.batch import TokenInfo
 from rave_jax.families.config import LayerKind, TextConfig
 from rave_jax.kernels.attention import MaskCodes
@@ -50,6 +51,8 @@ class Situation(NamedTuple):
     """As in `Embedded`."""
     turn: InTurn | None = None
     """How layers with the gated delta rule go through the tokens; None where none is in the run."""
+    deciding: Deciding | None = None
+    """Which tokens decide about which; None where none leaves after the run."""
     statistics: WantedStatistics | None = None
     """As in `Want`."""
 
@@ -74,6 +77,10 @@ class Asked(NamedTuple):
     """What heads' outputs were multiplied by."""
     statistics: Statistics | None = None
     """Sums over rows and columns of the map."""
+    received: Float[Array, "B T"] | None = None
+    """As in `AttentionOutput`."""
+    kept: Bool[Array, "B T"] | None = None
+    """Which tokens stay behind the layer; None where all do."""
 
 
 class LayerOutput(NamedTuple):
@@ -171,11 +178,13 @@ class DecoderLayer(nnx.Module):
             statistics=at.statistics,
             regions=self.max_regions,
             progress=at.progress,
+            deciding=at.deciding,
         )
         heads = self.attention.gated(seen.out, gate)
         out, choice = _after(self, self.attention.output, x, heads, at.wanted)
         router = router_sums(choice, at.info_q.document > 0) if losses and choice is not None else None
         asked = Asked(seen.attention, seen.losses, seen.chosen, None, router, seen.gates, seen.statistics)
+        asked = asked._replace(received=seen.received)
         return LayerOutput(out, asked)
 
     def extend(self, x: Float[Array, "B T D"], at: Situation, cache: LayerCache) -> tuple[LayerOutput, LayerKeys]:
@@ -195,10 +204,12 @@ class DecoderLayer(nnx.Module):
             implementation=self.implementation,
             queries=at.queries,
             progress=at.progress,
+            deciding=at.deciding,
         )
         heads = self.attention.gated(seen.out, gate)
         out, _ = _after(self, self.attention.output, x, heads, at.wanted)
-        return LayerOutput(out, Asked(seen.attention, seen.losses, seen.chosen)), stored
+        asked = Asked(seen.attention, seen.losses, seen.chosen, received=seen.received)
+        return LayerOutput(out, asked), stored
 
 
 class DeltaLayer(nnx.Module):

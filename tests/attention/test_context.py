@@ -296,6 +296,8 @@ def test_every_mechanism_is_tried_beside_context_tokens() -> None:
     tried |= {at.Steer}
     # What heads give is scaled token by token, whatever a token is.
     tried |= {at.Moh, at.Sads, at.Vhr}
+    # It weighs visual tokens and those of the question, and they are neither.
+    tried |= {at.Gift}
     assert tried == set(BUILT_IN)
 
 
