@@ -251,8 +251,10 @@ def test_the_fill_is_what_lanes_hold() -> None:
     ragged = Tiling(8, 144)
     assert (ragged.tiles, ragged.sharing, ragged.fill) == (9, 8, 1.0)
     assert Tiling(6, 36).fill == 6 * 36 / (2 * 128)
-    small = tiling_of(448, 36)
+    sizes = pallas_tpu.ItemSizes(wide=0.6)
+    small = tiling_of(448, 36, sizes)
     assert (small.lanes, small.sharing) == (256, 7)
+    assert tiling_of(448, 36, pallas_tpu.ItemSizes(wide=0.8)).sharing == 3
     assert small.visits(0.25) == pytest.approx((1 - 0.75**7) * 256 / 7 / 36)
     assert Tiling(8, 128).visits(0.25) == 0.25 and abs(Tiling(2, 64).visits(0.25) - 0.4375) < 1e-9
 
