@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import types
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
@@ -47,6 +48,17 @@ class Tile(NamedTuple):
     head: dict[str, Array]
 
 
+class Slopes(NamedTuple):
+    """A number of each pair, or cotangent, for the fields of a `Tile`; a field that the bias does not depend on is None
+    or absent."""
+
+    dot: Array | None = None
+    pair: Array | None = None
+    query: Mapping[str, Array] = types.MappingProxyType({})
+    key: Mapping[str, Array] = types.MappingProxyType({})
+    head: Mapping[str, Array] = types.MappingProxyType({})
+
+
 @dataclasses.dataclass(frozen=True)
 class ScoreFunction:
     """A score function with what kernels may know of it beforehand. A frozen dataclass whose fields are numbers or
@@ -74,7 +86,7 @@ class ScoreFunction:
         """The bias in units of log2; a function may save the constant."""
         return LOG2E * self(tile)
 
-    def factored(self, tile: Tile, reciprocal: Callable[[Array], Array]) -> tuple[Array, Tile] | None:
+    def factored(self, tile: Tile, reciprocal: Callable[[Array], Array]) -> tuple[Array, Slopes] | None:
         """exp(bias) and the slopes d bias / d each field, where both come cheaper than the bias and its vjp; the
         default None has the vjp of `__call__` traced. Asked of functions within `LEAST` and `MOST` alone.
 
@@ -83,8 +95,7 @@ class ScoreFunction:
             reciprocal: 1 / x, perhaps approximate.
 
         Returns:
-            (exp(bias), slopes), or None. The slopes stand in the fields of a `Tile`: a field that the bias does not
-            depend on is absent (`dot` and `pair`: None).
+            (exp(bias), slopes), or None.
         """
         return None
 
@@ -172,7 +183,7 @@ class Shape(NamedTuple):
         """Of a term."""
         return cls(term.u is not None, *(tuple(sorted(names)) for names in (term.query, term.key, term.head)))
 
-    def tile(self, make: Callable[..., Array], queries: int = 8, keys: int = 8) -> Tile:
+    def tile(self, make: Callable[..., Any], queries: int = 8, keys: int = 8) -> Tile:
         """A tile [queries, keys] of what `make` gives for each shape."""
         dot, pair = make((queries, keys)), make((queries, keys)) if self.pair else None
         parts = ((self.query, (queries, 1)), (self.key, (1, keys)), (self.head, (1, 1)))
@@ -184,10 +195,8 @@ def reads_dot(function: ScoreFunction, shape: Shape) -> bool:
     """Does the function read the scaled product <q, k>? Found in its trace."""
     tile = shape.tile(lambda size: jax.ShapeDtypeStruct(size, jnp.float32))
 
-    def of(dot: Array, rest: Tile) -> Array:
-        return function(rest._replace(dot=dot))
-
-    jaxpr = jax.make_jaxpr(of)(tile.dot, tile._replace(dot=None)).jaxpr
+    # The first input is dot, the first field of a tile.
+    jaxpr = jax.make_jaxpr(function)(tile).jaxpr
     dot = jaxpr.invars[0]
     return any(x is dot for x in [*jaxpr.outvars, *(x for step in jaxpr.eqns for x in step.invars)])
 
@@ -231,10 +240,8 @@ def check(function: ScoreFunction, shape: Shape) -> None:
                 f"score function {called} declares bounds {function.bounds}, but gives {float(found.min())} to "
                 f"{float(found.max())} on a tile of random numbers"
             )
-        nothing = {
-            side: {name: jnp.zeros_like(x) for name, x in getattr(tile, side).items()} for side in ("query", "key")
-        }
-        empty, pull = jax.vjp(lambda tile: function(tile), tile._replace(**nothing))
+        query, key = ({name: jnp.zeros_like(x) for name, x in side.items()} for side in (tile.query, tile.key))
+        empty, pull = jax.vjp(lambda tile: function(tile), tile._replace(query=query, key=key))
         if not all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves((empty, pull(jnp.ones_like(empty))))):
             raise ValueError(
                 f"score function {called} or its slope is not finite where all features are 0, as those of empty "

@@ -192,7 +192,7 @@ class Part:
         if self.term.linear:
             found = self.pair(keys, n, heads)
         else:
-            found = jnp.broadcast_to(self.term.function.log2(self._tile(dot, keys, n, heads, size)), size)
+            found = _whole(self.term.function.log2, size)(self._tile(dot, keys, n, heads, size))
         on = self._on(keys, n, heads, size)
         return found if on is None else jnp.where(on, found, 0.0)
 
@@ -207,15 +207,15 @@ class Part:
             return Added(self.pair(keys, n, 1), None, of_pair)
         given = self._tile(dot, keys, n, 1, size)
         if term.factored:
-            found = term.function.factored(given, functools.partial(pltpu.reciprocal, approx=not exact))
+            found = term.function.factored(
+                _with_dot(given, size), functools.partial(pltpu.reciprocal, approx=not exact)
+            )
             assert found is not None
             factor, slopes = found
             return Added(
                 None, seen(factor, 1.0), lambda d: jax.tree.map(lambda x: jnp.broadcast_to(seen(d) * x, size), slopes)
             )
-        shift, pull = jax.vjp(
-            lambda given: jnp.broadcast_to((term.function.log2 if term.own_log2 else term.function)(given), size), given
-        )
+        shift, pull = jax.vjp(_whole(term.function.log2 if term.own_log2 else term.function, size), given)
         if not term.own_log2:
             shift = shift * LOG2E
         return Added(seen(shift), None, lambda d: pull(seen(d))[0])
@@ -270,6 +270,16 @@ def of_pair(gradient: Array) -> Tile:
 def parts_of(call: Call, inputs: Inputs, scratch: Scratch) -> list[Part]:
     """The call's terms in a kernel."""
     return [Part(n, term, call, inputs, scratch) for n, term in enumerate(call.terms)]
+
+
+def _with_dot(given: Tile, size: tuple[int, ...]) -> Tile:
+    """A function that does not read <q, k> may ask for its shape all the same."""
+    return given if given.dot is not None else given._replace(dot=jnp.zeros(size, jnp.float32))
+
+
+def _whole(function: Callable[[Tile], Array], size: tuple[int, ...]) -> Callable[[Tile], Array]:
+    """A function that gives whole tiles."""
+    return lambda given: jnp.broadcast_to(function(_with_dot(given, size)), size)
 
 
 def _with_channel(rows: Float[Array, "r n"], channels: int, value: float) -> Float[Array, "channels n"]:
