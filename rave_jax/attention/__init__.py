@@ -64,6 +64,7 @@ from rave_jax.attention.var import Var
 from rave_jax.attention.vhr import Vhr
 from rave_jax.attention.visual_bias import VisualBias
 from rave_jax.attention.zero_tuning import ZeroTuning
+from rave_jax.kernels.attention import ScoreFunction, Term, Tile
 
 __all__ = [
     "Arrow",
@@ -108,6 +109,7 @@ __all__ = [
     "RegionReach",
     "Sads",
     "Score",
+    "ScoreFunction",
     "ShortKeys",
     "SlidingWindow",
     "Sparsifiner",
@@ -115,7 +117,9 @@ __all__ = [
     "Steer",
     "StoredStates",
     "Superlinear",
+    "Term",
     "TextPositions",
+    "Tile",
     "TopKSchedule",
     "Var",
     "Vhr",
