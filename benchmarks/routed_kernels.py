@@ -186,8 +186,9 @@ def call_of(chip: str, heads: int, most_keys: int, choices: int = 1) -> Call:
     """The kernels' call for regions of so many keys."""
     visual = int(LENGTH * VISUAL)
     q, k = (jnp.empty((1, LENGTH, n, 128), jnp.bfloat16) for n in (heads, 1))
-    tiling = tiling_of(visual // most_keys, most_keys)
-    call = make_call(q, k, tiling, item_sizes(KINDS[chip]), 1.0, interpret=False, choices=choices)
+    sizes = item_sizes(KINDS[chip])
+    tiling = tiling_of(visual // most_keys, most_keys, sizes)
+    call = make_call(q, k, tiling, sizes, 1.0, interpret=False, choices=choices)
     assert call is not None
     return call
 

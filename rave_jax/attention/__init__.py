@@ -26,6 +26,7 @@ from rave_jax.attention.base import (
     Owned,
     Parts,
     Score,
+    Views,
 )
 from rave_jax.attention.biformer import BiFormer
 from rave_jax.attention.cache import Cache, CacheType, LayerKeys, RegionMemory, RegionReach
@@ -45,6 +46,7 @@ from rave_jax.attention.masks import block_diagonal_codes, cached_codes, causal_
 from rave_jax.attention.mma import Mma
 from rave_jax.attention.moba import Moba
 from rave_jax.attention.moh import Moh
+from rave_jax.attention.pine import Pine
 from rave_jax.attention.plan import LayerRunPlan, build_mechanisms, plan_layer_runs
 from rave_jax.attention.pruning import Pruning
 from rave_jax.attention.rave import Rave
@@ -102,6 +104,7 @@ __all__ = [
     "Owned",
     "Parts",
     "PicturesBefore",
+    "Pine",
     "Pruning",
     "Rave",
     "RegionCache",
@@ -123,6 +126,7 @@ __all__ = [
     "TopKSchedule",
     "Var",
     "Vhr",
+    "Views",
     "VisualBias",
     "WantedStatistics",
     "ZeroTuning",

@@ -100,7 +100,7 @@ def _remedy(mechanisms: Sequence[Mechanism]) -> str:
 
 def check_kernels(mechanisms: Sequence[Mechanism], implementation: Implementation, dims: AttentionDims) -> None:
     """Refuse what the fused kernels do not serve, where these are asked for or, on a TPU, taken by themselves: a score
-    function that they cannot run; and in a layer that routes, where these alone are asked for, all that adds to scores.
+    function that they cannot run; and in a layer that routes, where these alone are asked for, key groups.
 
     Args:
         mechanisms: of the layer.

@@ -111,7 +111,7 @@ def on_device(
     """All three parts on one device."""
     plain = functools.partial(dense.attention, terms=terms, scale=scale, blocks=blocks, interpret=interpret)
     parts = [plain(q, k, v, codes) for codes in dense_codes(codes, routes)]
-    tiling = tiling_of(routes.first.shape[1], most_keys)
+    tiling = tiling_of(routes.first.shape[1], most_keys, sizes)
     choices = choices_of(rule, q.shape[2] // k.shape[2])
     terms = without_key_bias(terms, q.shape[1], k.shape[2])
     of_rows = RowTerms.of(terms, str(q.dtype))

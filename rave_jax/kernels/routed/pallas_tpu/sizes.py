@@ -18,7 +18,7 @@ from rave_jax.kernels.routed.pallas_tpu.walk import Call, ItemSizes
 from rave_jax.typing import Array
 
 BY_DEVICE_KIND = {
-    "TPU v5 lite": ItemSizes(),
+    "TPU v5 lite": ItemSizes(wide=0.83),
     "TPU v6 lite": ItemSizes(chunks=(16, 32)),
 }
 """From `benchmarks/routed_kernels.py`, unverified on hardware."""
@@ -28,16 +28,14 @@ MOST_HEADS = 64
 """Query heads of a kv head."""
 MOST_CHOICES = 32
 """The same where each has a choice of its own: a bit of a number for each."""
-WIDE = 0.6
-"""Cost of 128 lanes in a tile of 256, which share a gathering, to that in one of 128."""
 SHARE = 0.25
 """Chance that a query chooses a region, by which tilings are compared: the default of `RouteRule.top_k`."""
 
 
-def tiling_of(regions: int, most_keys: int) -> Tiling:
+def tiling_of(regions: int, most_keys: int, sizes: ItemSizes) -> Tiling:
     """The cheaper of tiles of 128 and of 256 keys; 128 where these fill lanes better: memory bounds the super-block."""
     narrow, wide = (Tiling(regions, most_keys, lanes) for lanes in (LANES, 2 * LANES))
-    cheaper = WIDE * wide.visits(SHARE) < 0.97 * narrow.visits(SHARE)
+    cheaper = sizes.wide * wide.visits(SHARE) < 0.97 * narrow.visits(SHARE)
     return wide if cheaper and wide.fill >= 0.9 * narrow.fill else narrow
 
 
@@ -138,7 +136,7 @@ def against(
         return f"at most {most} query heads{own} may share a kv head, not {G}"
     if most_keys is None:
         return "the most keys of a region must be known (Routing.most_keys)"
-    tiling = tiling_of(regions, most_keys)
+    tiling = tiling_of(regions, most_keys, sizes)
     if make_call(q, k, tiling, sizes, 1.0, interpret=False, terms=row_terms) is None:
         return f"{regions} regions of {most_keys} keys do not fit into the chip's memory"
     return None

@@ -49,6 +49,8 @@ class ItemSizes:
     """Of so many items as are taken as one while a list has them: a visit has a cost of its own beside its queries'."""
     chunks: tuple[int, int] = (16, 16)
     """Whose scores are made at once, in the forward and in the backward kernel."""
+    wide: float = 0.65
+    """Cost of 128 lanes in a tile of 256, which share a gathering, to that in one of 128."""
     vmem_bytes: int = 96 << 20
     """Of the chip's memory that a kernel may fill."""
 
