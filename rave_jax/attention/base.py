@@ -107,11 +107,29 @@ class Parts(NamedTuple):
         return jnp.exp(self.groups - whole[:, :, None])
 
 
-Owned = Literal["positions", "query", "order", "hi", "opening", "factor", "route"]
+class Candidates(NamedTuple):
+    """Tokens behind a layer, of which some may leave.
+
+    Fields:
+        hidden: what the layer gives.
+        received: the attention of the layer that each token gets from the one that decides about it, as a mean over
+            heads; 0 where nothing decides. None where no mechanism says `RANKS`.
+        by: which token decides about each, by index; T for tokens that stay whatever is said.
+        info: token codes; padding in place of tokens that left before.
+    """
+
+    hidden: Float[Array, "B T D"]
+    received: Float[Array, "B T"] | None
+    by: Int[Array, "B T"]
+    info: TokenInfo
+
+
+Owned = Literal["positions", "query", "order", "hi", "opening", "factor", "route", "tokens"]
 """What one mechanism of a layer may own: rotary positions; the query that some keys meet instead; of the mask codes the
 order of keys, how far up it a query sees, and the opening; the key whose weight is changed after the softmax; which
-regions a query reads. A score term that reads <q, k> has one owner too, which is found in its function. Any number may
-close the interval further, add other score terms, key biases and channels, and weigh key groups."""
+regions a query reads; which tokens leave. A score term that reads <q, k> has one owner too, which is found in its
+function. Any number may close the interval further, add other score terms, key biases and channels, and weigh key
+groups."""
 Wanted = Literal["terms"]
 """What a mechanism may want others of its layer to add: score terms."""
 
@@ -126,6 +144,12 @@ class Mechanism(nnx.Module):
     """What no other mechanism of the layer may own, although this one does not change it."""
     WANTS: tuple[Wanted, ...] = ()
     """What another mechanism of the layer has to add."""
+    RANKS: ClassVar[bool] = False
+    """Does `tokens` read the attention that tokens get?"""
+    SHUTS: ClassVar[tuple[str, ...]] = ()
+    """Hooks that no other mechanism of the layer may override."""
+    OWN_REGIONS: ClassVar[bool] = False
+    """Does it route over regions of its own (`pool`), and not over those of the model's layout (`summarise`)?"""
     declared: LayeredConfig | None = None
     """The config that it was built from; None where it was made by hand."""
 
@@ -157,6 +181,11 @@ class Mechanism(nnx.Module):
     def summarise(self, x: Features, region: Int[Array, "B T"], regions: int) -> Any:
         """What `route` will want to know of the R (`regions`) regions that these tokens are in, from these tokens
         alone: a pytree of arrays [B,R,K,...], float32. A cache keeps it for each region."""
+        return None
+
+    def pool(self, keys: Keys, own: int, info_k: TokenInfo) -> Any:
+        """What `route` will want to know of regions that are the mechanism's own, from all keys; what it remembers of
+        them is `keys.remembered[own]`. It is called where `OWN_REGIONS` says so, in place of `summarise`."""
         return None
 
     def combine(self, old: Any, new: Any) -> Any:
@@ -205,10 +234,26 @@ class Mechanism(nnx.Module):
         """
         return None
 
+    def reweighs(self, info_q: TokenInfo) -> Bool[Array, "B T"]:
+        """Which queries have weights that `reweigh` changes; called for mechanisms that override that."""
+        return jnp.zeros(info_q.document.shape, bool)
+
+    def reweigh(self, rows: Float[Array, "B N H S"], info_q: TokenInfo, info_k: TokenInfo) -> Float[Array, "B N H S"]:
+        """Other attention weights of N rows, float32, of which those count that `reweighs` names; `rows` is after
+        everything that changes weights within the kernel or by key groups. It costs O(N S) for each block of queries
+        in which a row is changed, so it is for decoding, where that is one row."""
+        return rows
+
     def head_gate(self, x: Features, out: Float[Array, "B T H h"], info_q: TokenInfo) -> Float[Array, "#B #T H"] | None:
         """What the outputs of heads are multiplied by before the output projection, float32, for each token or, with
         axes of 1, for all of a row or of all rows. `out` is before any gate; gates of several mechanisms multiply."""
         return None
+
+    def tokens(self, given: Candidates) -> Bool[Array, "B T"]:
+        """Which tokens stay behind the layer, in training, prefill and evaluation; nothing of it has a gradient. Only
+        visual tokens of a prompt can leave, and all of a prompt's are decided about by its last token (`tokens.py`).
+        The config says in `stays` how many there can be."""
+        return jnp.ones(given.by.shape, bool)
 
     def losses(self, x: Features, parts: Parts, info_q: TokenInfo, info_k: TokenInfo) -> dict[str, Float[Array, ""]]:
         """Terms of the training loss by name, weighted already: float32 sums over rows and whatever else they average.

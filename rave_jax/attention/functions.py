@@ -3,6 +3,7 @@ built, so that nothing is computed."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -10,9 +11,10 @@ import jax.numpy as jnp
 
 from rave_jax.attention.base import AttentionDims, Features, Mechanism, overrides
 from rave_jax.batch import TokenInfo
-from rave_jax.kernels.attention import Term
+from rave_jax.kernels import support
+from rave_jax.kernels.attention import ScoreFunction, Term
 from rave_jax.kernels.attention.checks import TermShapes, check_terms
-from rave_jax.kernels.attention.score import Shape, function_of, reads_dot
+from rave_jax.kernels.attention.score import Shape, function_of, name_of, reads_dot
 from rave_jax.typing import Array
 
 TOKENS = 8
@@ -58,20 +60,34 @@ def terms_of(mechanism: Mechanism, dims: AttentionDims) -> tuple[Term, ...]:
         return jax.ShapeDtypeStruct((1, TOKENS, *shape), jnp.float32)
 
     queries, keys = of(H, h), of(K, h)
-    info = TokenInfo(*[jax.ShapeDtypeStruct((1, TOKENS), jnp.int32)] * len(TokenInfo._fields))
+    codes = {name: jax.ShapeDtypeStruct((1, TOKENS), jnp.int32) for name in TokenInfo._fields}
 
-    def added(q: Array, k: Array, v: Array, q0: Array, k0: Array, hidden: Array, info: TokenInfo) -> tuple[Term, ...]:
-        x = Features(q, k, v, q0, k0, hidden)
+    def added(codes: dict[str, Array], *features: Array) -> tuple[Term, ...]:
+        info, x = TokenInfo(**codes), Features(*features)
         score = mechanism.score(x, mechanism.remember(x), info, info)
         return () if score is None else tuple(spread(term, H, K) for term in score.terms)
 
-    terms = jax.eval_shape(added, queries, keys, keys, queries, keys, of(max(D, 1)), info)
-    check_terms(
-        "the", terms, TermShapes((1, TOKENS, H), (1, TOKENS, K), (1, TOKENS), H), f"in a layer of {TOKENS} tokens"
-    )
+    terms = jax.eval_shape(added, codes, queries, keys, keys, queries, keys, of(max(D, 1)))
+    shapes = TermShapes((1, TOKENS, H), (1, TOKENS, K), (1, TOKENS), H)
+    check_terms("score", terms, shapes, f"for {TOKENS} tokens, {H} query heads and {K} kv heads")
     return terms
 
 
 def reads_score(terms: tuple[Term, ...]) -> bool:
     """Does one of the functions read <q, k>?"""
     return any(reads_dot(function_of(term.function), Shape.of(term)) for term in terms)
+
+
+def against_tpu(terms: tuple[Term, ...]) -> str | None:
+    """Why the TPU kernels cannot run one of the functions, as a sentence that names it; None where they can."""
+    for term in terms:
+        function = function_of(term.function)
+        against = _against_tpu(function, Shape.of(term))
+        if against is not None:
+            return f"its score function {name_of(function)} does not fit: {against}"
+    return None
+
+
+@functools.cache
+def _against_tpu(function: ScoreFunction, shape: Shape) -> str | None:
+    return support.against_lowering(function, shape.tile(lambda size: jax.ShapeDtypeStruct(size, jnp.float32)))

@@ -8,10 +8,12 @@ model. Its functional form is not public to us; everything below that sentence i
     z_ij = <u_i, w_j> + <a, q0_i> + c + <e, k0_j>
     bias_ij = f(z_ij)                               f: see `rave_forms`
 
+With `features="post_rope"`, a control, q_i and k_j after RoPE stand in place of q0_i and k0_j.
+
 A is per query head and B per kv head. z is one pair product: what a cache keeps of a key is w, a one where there is a
-query term, and <e, k0> where there is a key term, at most r + 2 numbers per kv head. B, a,
-c and e start at zero and A at random: the gate starts as exactly nothing, learns from the first step, and never dies.
-The query term moves attention between text and image, the key and pair terms move it within the image.
+query term, and <e, k0> where there is a key term, at most r + 2 numbers per kv head. B, a, c and e start at zero and A
+at random: the gate starts as exactly nothing, learns from the first step, and never dies. The query term moves
+attention between text and image, the key and pair terms move it within the image.
 """
 
 from __future__ import annotations
@@ -54,6 +56,8 @@ class Rave(MechanismConfig):
     """Decoder layers that get the bias, by global number, or all."""
     queries: Literal["all", "text"] = "all"
     """Which queries get the bias: all, or text tokens only."""
+    features: Literal["pre_rope", "post_rope"] = "pre_rope"
+    """What the gate reads: queries and keys before RoPE, or after it, which is a control: z then knows places too."""
     start: Literal["zero", "random"] = "zero"
     """Zero starts bit-equal to the backbone; random is for controls with a frozen random gate."""
 
@@ -121,7 +125,8 @@ class RaveGate(Mechanism):
 
     def remember(self, x: Features) -> Float[Array, "B S K channels"]:
         """The key's side of z, in float32."""
-        k0, key = x.k0.astype(jnp.float32), None
+        k0 = (x.k0 if self.config.features == "pre_rope" else x.k).astype(jnp.float32)
+        key = None
         if self.config.terms in ("pair+k", "all"):
             key = jnp.einsum("BSKh,Kh->BSK", k0, _f32(self.key_term))
         w = jnp.einsum("BSKh,Khr->BSKr", k0, _f32(self.key_proj))
@@ -129,8 +134,9 @@ class RaveGate(Mechanism):
 
     def score(self, x: Features, remembered: Array, info_q: TokenInfo, info_k: TokenInfo) -> Score:
         """The gate on visual keys."""
-        q0, row = x.q0.astype(jnp.float32), None
-        config, H = self.config, q0.shape[2]
+        config, row = self.config, None
+        q0 = (x.q0 if config.features == "pre_rope" else x.q).astype(jnp.float32)
+        H = q0.shape[2]
         if config.terms in ("pair+q", "all"):
             row = jnp.einsum("BTHh,Hh->BTH", q0, _f32(self.query_term)) + _f32(self.constant)
         u = jnp.einsum("BTHh,Hhr->BTHr", q0, _f32(self.query_proj)) * config.rank**-0.5

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from rave_jax.kernels.attention import ScoreFunction, Tile
-from rave_jax.kernels.attention.score import LOG2E
+from rave_jax.kernels.attention.score import LOG2E, Slopes
 from rave_jax.typing import Array, Float
 
 FLOOR = -69.0
@@ -66,13 +66,13 @@ class LogGate(Form):
         assert tile.pair is not None
         return -jnp.log2(0.5 + jnp.exp2(jnp.minimum(tile.pair, SHUT)))
 
-    def factored(self, tile: Tile, reciprocal: Callable[[Array], Array]) -> tuple[Array, Tile]:
+    def factored(self, tile: Tile, reciprocal: Callable[[Array], Array]) -> tuple[Array, Slopes]:
         """2 sigmoid(z) = 1 / (1/2 + e) and its log's slope sigmoid(-z) = e / (1/2 + e) by one reciprocal, e = 2^pair;
         SHUT bounds e."""
         assert tile.pair is not None
         shut = jnp.exp2(jnp.minimum(tile.pair, SHUT))
         factor = reciprocal(0.5 + shut)
-        return factor, tile._replace(dot=None, pair=(shut * factor) * (-1 / LOG2E), query={}, key={}, head={})
+        return factor, Slopes(None, (shut * factor) * (-1 / LOG2E), {}, {}, {})
 
 
 @dataclass(frozen=True)

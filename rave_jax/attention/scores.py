@@ -86,7 +86,7 @@ def pick(x: Array, index: Int[Array, "B N"]) -> Array:
 
 def of_queries(scores: Scores, rows: Int[Array, "B N"]) -> tuple[Float[Array, "B N H S"], Bool[Array, "B N 1 S"]]:
     """Scores of chosen queries and all keys, and which of those they may see."""
-    codes = _map_queries(scores.codes, rows)
+    codes = map_queries(scores.codes, rows)
     terms = scores.terms.map_queries(lambda x: pick(x, rows))
     q = group_heads(pick(scores.q, rows), scores.k.shape[2])
     found = tile_scores(q, scores.k, terms, scores.scale)
@@ -114,5 +114,6 @@ def of_keys(scores: Scores, key: Int[Array, "B T"]) -> tuple[Float[Array, "B T H
     return found.reshape(B, T, H), tile_allow(codes).reshape(B, T, 1)
 
 
-def _map_queries(codes: MaskCodes, rows: Array) -> MaskCodes:
+def map_queries(codes: MaskCodes, rows: Array) -> MaskCodes:
+    """The codes of some queries, by index."""
     return codes._replace(lo=pick(codes.lo, rows), hi=pick(codes.hi, rows), open_q=pick(codes.open_q, rows))

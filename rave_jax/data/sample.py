@@ -87,11 +87,13 @@ class Sample:
     source: str = ""
     """Name of the source."""
     evidence: tuple[float, float, float, float] | None = None
-    """Pixel box x1, y1, x2, y2 of the answer's evidence in the first picture, if known."""
+    """Pixel box x1, y1, x2, y2 of the answer's evidence in the picture `evidence_image`, if known."""
     template: str = ""
     """The question with its contents left out: samples of one template ask the same kind of thing."""
     task: str = ""
     """The task the sample belongs to, for tables."""
+    evidence_image: int = 0
+    """Number of the picture with the evidence, from 0."""
 
     @property
     def called(self) -> str:
@@ -118,6 +120,11 @@ class Sample:
         return tuple(part["image"] for part in parts if part["type"] == "image")
 
     @property
+    def evidence_picture(self) -> Any:
+        """The picture with the evidence, as it stands in the messages; the first where none is known."""
+        return self.images[self.evidence_image]
+
+    @property
     def has_visuals(self) -> bool:
         """Has the conversation pictures or videos?"""
         parts = (part for m in self.messages if not isinstance(m["content"], str) for part in m["content"])
@@ -130,6 +137,14 @@ def message_text(message: Message) -> str:
     if isinstance(content, str):
         return content
     return "".join(part["text"] for part in content if part["type"] == "text")
+
+
+def without_pictures(message: Message) -> Message:
+    """A message with its text alone."""
+    content = message["content"]
+    if isinstance(content, str):
+        return message
+    return {**message, "content": [part for part in content if part["type"] == "text"]}
 
 
 class Part(NamedTuple):

@@ -12,6 +12,8 @@ from rave_jax.data.config import MOST_PATCHES, MOST_PIXELS, MOST_TOKENS
 from rave_jax.data.sources import SourceConfig, Synthetic
 from rave_jax.evaluation.grounding import TaskAim
 from rave_jax.evaluation.task import Task
+from rave_jax.look.carve import Carve
+from rave_jax.look.funnel import VisualFunnel
 from rave_jax.models.config import ModelOptions
 from rave_jax.parallel.hosts import HostsConfig
 from rave_jax.parallel.mesh import MeshConfig
@@ -61,6 +63,9 @@ class Eval:
     """The samples to ask."""
     task: Task = field(default_factory=Task)
     """How they are asked and their answers scored."""
+    again: Carve | VisualFunnel | None = None
+    """Ask each sample again, with views of its picture that first passes of the model point to; None asks once. The
+    views need room in `tokens` and `patches`."""
     samples: int = 1000
     """Number of samples, from the first on; fewer if the source has fewer."""
     rows: int = 64
@@ -86,6 +91,12 @@ class Eval:
     routes: int = 128
     """Samples, spread evenly over the tasks, for which is counted what questions and answers read of the picture and,
     with Gaze, how many chosen regions overlap the evidence. 0 counts none."""
+    spans: int = 0
+    """Samples, spread evenly over the tasks, of which is measured how far back their answers attend and what later
+    tokens give to each (WAAD and FAI, `evaluation/spans.py`); 0 measures none. It costs a forward pass."""
+    sinks: int = 0
+    """Samples, spread evenly over the tasks, whose secondary sinks are counted (`evaluation/sinks.py`); 0 counts none.
+    It costs a forward pass that keeps what enters every layer, and needs a model of at least 20 layers."""
     layers: tuple[int, ...] = ()
     """Decoder layers averaged in the pictures and in the share inside the evidence box; empty takes all."""
     on_error: Literal["skip", "fail"] = "skip"
@@ -103,7 +114,7 @@ class Eval:
         require(bool(self.name) and "/" not in self.name, "name", self.name, "the name of a folder")
         check_ranges(self, samples=(1, MOST_SAMPLES), rows=(1, MOST_AT_ONCE), max_new_tokens=(1, MOST_TOKENS))
         check_ranges(self, tokens=(1, MOST_TOKENS), patches=(0, MOST_PATCHES), every=(1, 2**31 - 1))
-        check_ranges(self, **dict.fromkeys(("looks", "vas", "routes"), (0, MOST_SAMPLES)))
+        check_ranges(self, **dict.fromkeys(("looks", "vas", "routes", "spans", "sinks"), (0, MOST_SAMPLES)))
         require(0 <= self.pictures <= self.looks, "pictures", self.pictures, f"0 to looks ({self.looks})")
         compared = self.grounding is None or self.floor is not None
         require(

@@ -22,7 +22,7 @@ from rave_jax.look.overlay import Caption, save_heads, save_overlay
 
 @dataclass(frozen=True)
 class Looked:
-    """One answer's look at the first picture of its sample.
+    """One answer's look at the picture of its sample that holds the evidence (the first where nobody knows).
 
     Attributes:
         on_picture: share of all attention that went to the picture.
@@ -153,7 +153,7 @@ def draw(
         number: of the picture, the start of its name.
     """
     name = f"{number:03d}_{''.join(c if c.isalnum() or c in '-_.' else '_' for c in sample.id)[:80]}"
-    source = sample.images[0]
+    source = sample.evidence_picture
     image = read_image(source, sample.called)
     note = f"{looked.on_picture:.0%} of the attention is on the picture"
     if looked.box is not None:
@@ -200,7 +200,7 @@ class Looks:
             for record, sample, look in zip(block.records, block.samples, found, strict=True):
                 if look is None:
                     continue
-                looked = measure(sample, look, read_image(sample.images[0], sample.called), self.drawing.layers)
+                looked = measure(sample, look, read_image(sample.evidence_picture, sample.called), self.drawing.layers)
                 looks.append(looked)
                 if drawn_so_far < self.pictures:
                     answered.check()

@@ -106,18 +106,19 @@ class RoutingSummary:
         return said
 
 
-def cells_of(info: TokenInfo, shown: Sequence[Shown] = ()) -> tuple[Cells, ...] | None:
-    """Where the regions of the first picture lie; None without a picture or regions.
+def cells_of(info: TokenInfo, shown: Sequence[Shown] = (), picture: int = 1) -> tuple[Cells, ...] | None:
+    """Where the regions of one picture lie; None without such a picture or regions.
 
     Args:
         info: token codes of one row (arrays [S]).
         shown: for each image number of `info`, from 1, what its tokens show; empty: each is a whole picture.
+        picture: number of the picture in the conversation, from 1.
     """
     codes = {name: np.asarray(code) for name, code in info._asdict().items()}
     found = []
-    for number, one in enumerate(shown or [Shown(1, WHOLE)], start=1):
+    for number, one in enumerate(shown or [Shown(n, WHOLE) for n in range(1, picture + 1)], start=1):
         tokens = np.flatnonzero((codes["image"] == number) & (codes["kind"] == Kind.VISUAL))
-        if one.picture != 1 or one.box is None or not len(tokens):
+        if one.picture != picture or one.box is None or not len(tokens):
             continue
         cells = np.zeros((codes["grid_h"][tokens[0]], codes["grid_w"][tokens[0]]), np.int32)
         cells[codes["row"][tokens], codes["col"][tokens]] = codes["region"][tokens] - 1
@@ -188,7 +189,7 @@ class Routes:
                     continue
                 routes.append(route)
                 if sample.evidence is not None and route.chosen is not None:
-                    box = relative_box(sample.evidence, *read_image(sample.images[0], sample.called).size)
+                    box = relative_box(sample.evidence, *read_image(sample.evidence_picture, sample.called).size)
                     found.append(hits(sample, route, box))
         return Found(summarise(routes, [one for one in found if one is not None]))
 

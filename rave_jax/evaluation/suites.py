@@ -18,6 +18,7 @@ from rave_jax.config import ConfigError
 from rave_jax.data.collate import BatchShape, round_up
 from rave_jax.data.processor import Processor
 from rave_jax.data.sample import SampleError, Source
+from rave_jax.evaluation.again import AskedAgain
 from rave_jax.evaluation.asking import AskedByTask
 from rave_jax.evaluation.config import Eval
 from rave_jax.evaluation.grounding import Verdict, judge
@@ -25,6 +26,7 @@ from rave_jax.evaluation.intervals import score_interval
 from rave_jax.evaluation.probe import Answered
 from rave_jax.evaluation.probes import probes_of
 from rave_jax.evaluation.records import Record, TrainingAnswers, add_frequent_answers, ask, redealing
+from rave_jax.evaluation.sinks import check_depth
 from rave_jax.evaluation.subject import Check, ModelSubject, PromptOverBudget, Subject, no_check
 from rave_jax.evaluation.summary import FLOORS, HEADINGS, REDEALT, Summary, TaskRow, above_floor, mean
 from rave_jax.families.config import TextConfig
@@ -41,7 +43,10 @@ class Evaluation:
 
     def __init__(self, config: Eval, source: Source, subject: Subject):
         self.config = config
-        self._source, self._subject = source, AskedByTask(subject, config.task)
+        self._source = source
+        self._subject: Subject = AskedByTask(subject, config.task)
+        if config.again is not None:
+            self._subject = AskedAgain(subject, config.again, config.task)
         self._training = TrainingAnswers(config.floor)
 
     def run(self, out: Path | None, log: Log = print, check: Check = no_check, bar: bool = True) -> Summary:
@@ -125,14 +130,21 @@ def open_checked(config: Eval, text: TextConfig) -> Source:
         text: the decoder of the model.
 
     Raises:
-        ConfigError: data cannot be opened, evidence cannot be changed, or a layer does not exist.
+        ConfigError: data cannot be opened, evidence cannot be changed, a layer does not exist, or sinks are counted in
+            a model of too few layers.
     """
-    for layer in config.layers:
+    if config.sinks:
+        check_depth(text.num_layers)
+    named = [("layers", layer) for layer in config.layers]
+    named += (
+        [] if config.again is None else [(f"again ({type(config.again).__name__})", n) for n in config.again.layers]
+    )
+    for name, layer in named:
         if not 0 <= layer < text.num_layers:
-            raise ConfigError(f"layers has {layer}, but the model's layers are 0 to {text.num_layers - 1}")
+            raise ConfigError(f"{name} has {layer}, but the model's layers are 0 to {text.num_layers - 1}")
         if layer not in text.attention_layers:
             attending = ", ".join(map(str, text.attention_layers))
-            raise ConfigError(f"layers has {layer}, which does not attend; the model's layers that do are {attending}")
+            raise ConfigError(f"{name} has {layer}, which does not attend; the model's layers that do are {attending}")
     source = config.data.build()
     redealing(config, source)
     if config.floor is not None and config.floor.train is not None:

@@ -14,7 +14,7 @@ from rave_jax.typing import Float, NpArray
 
 @dataclass(frozen=True)
 class Look:
-    """Where the answer to one question looked in the first picture.
+    """Where the answer to one question looked in one picture.
 
     Attributes:
         weights: attention from the queries that chose the answer's tokens, averaged over them, on each cell

@@ -5,19 +5,21 @@ from __future__ import annotations
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rave_jax.attention import Mma, Rave
-from rave_jax.batch import Kind, Role
+from rave_jax.attention import Gift, Mma, Rave, Vhr
+from rave_jax.batch import Batch, Kind, Role
 from rave_jax.data.collate import BatchShape, collate
 from rave_jax.data.processor import Processor
-from rave_jax.data.sample import Sample, SampleError
-from rave_jax.evaluation.subject import Answer, ModelSubject, PromptOverBudget, with_answer
+from rave_jax.data.sample import Sample, SampleError, without_pictures
+from rave_jax.evaluation.subject import Answer, ModelSubject, PromptOverBudget, prompt_numbers, with_answer
 from rave_jax.evaluation.vas import with_vas
 from rave_jax.families.qwen2_5_vl.presets import tiny
 from rave_jax.families.shared.grids.video import VideoLimits
 from rave_jax.inference import Completion, Generator, Request, Sampling
+from rave_jax.inference.prompted import with_numbers
 from rave_jax.inference.slots import compilations
 from rave_jax.models.config import ModelOptions
 from rave_jax.models.forward import Want
@@ -172,6 +174,66 @@ def test_vas_is_that_of_every_prompt_alone_written_out_densely(
     assert sums.ratios == len(ratios)
     np.testing.assert_allclose(sums.total, np.sum(ratios), rtol=1e-4)
     assert asked.vas(SAMPLES[1:2]) == (0, 0), "without a picture there is nothing to read"
+
+
+def test_glances_are_the_rows_behind_a_look(subject: ModelSubject) -> None:
+    """One more than the answer has tokens where there is room, averaged over heads, of the layers asked for."""
+    answers = [Answer("", (70, 71, 72)), Answer("", ()), Answer("", (70, 71, 72, 73))]
+    looks = subject.look(SAMPLES, answers)
+    found = subject.glances(SAMPLES, answers, (1,))
+    assert found[1] is None, "no picture"
+    for look, glances, answer in zip(looks, found, answers, strict=True):
+        if look is not None:
+            assert isinstance(glances, np.ndarray) and glances.shape[:2] == (1, 4)
+            mean = glances[0, : len(answer.tokens)].mean(0)
+            np.testing.assert_allclose(mean, look.weights[1].mean(0), atol=1e-6)
+    long = ask("word " * 40, (24, 16))
+    assert isinstance(subject.glances([long], answers[:1], (0,))[0], PromptOverBudget)
+
+
+@pytest.mark.slow
+def test_looks_have_the_numbers_that_generation_finds_for_each_prompt(vlm: Vlm, processor: Processor) -> None:
+    mechanisms = (Vhr(choose="prompt", layers=(0,)), Gift(saliency_layer=0, layers=(1,)))
+    prompted = model(vlm.config, ModelOptions(mechanisms=mechanisms), seed=1)
+    subject = on(1, prompted, processor)
+    answers = [Answer("", (70, 71, 72))] * 3
+    looks, sums = subject.look(SAMPLES, answers), subject.vas(SAMPLES)
+    assert sums.ratios > 0 and all(isinstance(one, Answer) for one in subject.answer(SAMPLES))
+    sample = SAMPLES[2]
+    seen, blind = (
+        processor.encode(messages, add_generation_prompt=True)
+        for messages in (sample.prompt, tuple(map(without_pictures, sample.prompt)))
+    )
+    whole = with_answer(seen, (70, 71, 72))
+    rows = [
+        collate([[one]], BatchShape(1, 100, 64 * shown), processor.rules.patch_sizes)
+        for one, shown in ((whole, 1), (seen, 1), (blind, 0))
+    ]
+    queries = np.array([len(seen.tokens) - 1 + np.arange(3)], np.int32)
+
+    @jax.jit
+    def expected(m: Vlm, whole: Batch, seen: Batch, blind: Batch) -> jax.Array | None:
+        return with_numbers(m, prompt_numbers(m, seen, blind, 100)).forward(whole, Want(queries=queries)).attention
+
+    found = np.asarray(expected(prompted, *rows))[:, 0].mean(1)[..., np.flatnonzero(whole.info.image == 1)]
+    assert looks[2] is not None
+    np.testing.assert_allclose(looks[2].weights.reshape(found.shape), found, atol=1e-5)
+
+
+def test_a_reading_gets_prompts_with_their_answers(subject: ModelSubject, processor: Processor) -> None:
+    """In batches of two, of which the last has a row without a sample."""
+    said = [(70, 71, 72), (), (73,)]
+    answers = [Answer("", tokens) for tokens in said]
+    found = subject.per_sample(tokens_and_answer, SAMPLES, answers)
+    assert len(found) == len(SAMPLES)
+    for sample, mine, (tokens, answer) in zip(SAMPLES, said, found, strict=True):
+        prompt = processor.encode(sample.prompt, add_generation_prompt=True).tokens
+        np.testing.assert_array_equal(tokens[: len(prompt) + len(mine)], [*prompt, *mine])
+        np.testing.assert_array_equal(np.flatnonzero(answer), len(prompt) + np.arange(len(mine)))
+
+
+def tokens_and_answer(model: Vlm, batch: Batch, answer: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return jnp.asarray(batch.tokens), answer
 
 
 def test_a_video_is_asked_but_not_looked_at(subject: ModelSubject) -> None:

@@ -16,15 +16,19 @@ from jax.experimental.pallas import tpu as pltpu
 
 from rave_jax.config import ConfigError
 from rave_jax.kernels import routed
-from rave_jax.kernels.attention import MaskCodes
-from rave_jax.kernels.routed import RouteRule, Routes, Routing, pallas_tpu
+from rave_jax.kernels.attention import KeyGroups, MaskCodes, Term, Terms
+from rave_jax.kernels.routed import RouteRule, Routes, Routing, of_regions, pallas_tpu
 from rave_jax.kernels.routed.base import Choice
 from rave_jax.kernels.routed.pallas_tpu import lists
 from rave_jax.kernels.routed.pallas_tpu.forward import forward
+from rave_jax.kernels.routed.pallas_tpu.heads import HeadWords
 from rave_jax.kernels.routed.pallas_tpu.lists import Tiling
 from rave_jax.kernels.routed.pallas_tpu.sizes import tiling_of
+from rave_jax.kernels.routed.pallas_tpu.terms import PairItself
 from rave_jax.kernels.support import interpreted
+from tests.kernels.drawn import PairBias, term_of
 from tests.kernels.routed_backend import (
+    FORM,
     GROUP,
     BesideTheOracle,
     Drawn,
@@ -35,23 +39,36 @@ from tests.kernels.routed_backend import (
     program,
     routes_of,
 )
+from tests.kernels.score_terms import terms_of
 
 SIZES = Sizes(B=1, T=24, S=72, K=1, G=20, h=16, R=6, most_keys=20)
 """20 heads are 32 rows of a query, so that few queries fill a line: what an interpreter takes to compile grows with
 the queries of an item."""
-ITEMS = pallas_tpu.ItemSizes(queries=16, item=4, chunks=(4, 4))
+HEADS = RouteRule(2, share="head")
+ITEMS = pallas_tpu.ItemSizes(queries=16, item=4, together=8, chunks=(4, 4))
 
 
 def with_items(name: str, d: Sizes, drawn: Drawn, rule: RouteRule, interpret: Any = True) -> Any:
-    """The kernels, with few queries in an item."""
+    """The kernels, with few queries in an item, and a gate where the operands have one."""
+    return with_terms(Terms(() if drawn.bias is None else (term_of(drawn.bias, FORM),)), d, drawn, rule, interpret)
+
+
+def with_terms(terms: Terms, d: Sizes, drawn: Drawn, rule: RouteRule, interpret: Any = True) -> Any:
+    """The same with these score terms."""
+    routes = drawn.routes
+    if rule.with_bias:
+        routes = routes._replace(bias=of_regions(terms.parts, routes.keys, d.R))
     with interpreted(interpret):
-        return pallas_tpu.attention(*drawn[:4], d.h**-0.5, drawn.routes, rule, d.most_keys, ITEMS)
+        return pallas_tpu.attention(*drawn[:4], terms, d.h**-0.5, routes, rule, d.most_keys, ITEMS)
 
 
 class TestPallasTpu(BesideTheOracle):
     name = "pallas_tpu"
     sizes = SIZES
+    rules = (GROUP, HEADS)
+    biased = True
     call = staticmethod(with_items)
+    slow = tuple(f"{test}[{HEADS}]" for test in ("test_it_is_the_stated_rule", "test_every_gradient_is_the_oracles"))
 
     @pytest.mark.slow
     def test_the_interpreter_that_watches_memory_finds_the_same(self) -> None:
@@ -61,8 +78,65 @@ class TestPallasTpu(BesideTheOracle):
         near(found, program(by_name, "reference", SIZES, GROUP)(given))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("names", "rule"),
+    [
+        ("", HEADS),
+        ("log_gate", RouteRule(2, with_bias=True)),
+        ("bent_score+log_gate+distance", GROUP),
+        ("tanh+linear+centered_sigmoid", HEADS),
+        ("soft_cap", GROUP),
+    ],
+)
+def test_score_terms_are_the_oracles(names: str, rule: RouteRule) -> None:
+    """Every gradient of every term: of pair products, of features of queries, keys and heads, and through the score
+    itself; and of a bias by key and head. Each term is switched in its own way; none is no terms at all."""
+    given = drawn(11)
+    assert given.bias is not None
+    on = jax.random.bernoulli(jax.random.key(0), 0.7, given.bias.query_on.shape)
+    bias = given.bias._replace(query_on=on, gain=jnp.linspace(0.5, 1.5, SIZES.K * SIZES.G))
+    floats = {"q": given.q, "k": given.k, "v": given.v, "bias": bias._asdict()}
+    if names == "soft_cap":
+        floats["key_bias"] = jax.random.normal(jax.random.key(1), (SIZES.B, SIZES.S, SIZES.K * SIZES.G))
+    switches = {name: floats["bias"].pop(name) for name in ("query_on", "key_on")}
+
+    def results(call: Any) -> Any:
+        def of(floats: Any) -> Any:
+            mine = given._replace(q=floats["q"], k=floats["k"], v=floats["v"])
+            bias = PairBias(**floats["bias"], **switches)
+            return call(Terms(terms_of(bias, names) if names else (), floats.get("key_bias")), mine)
+
+        out, pull = jax.vjp(of, floats)
+        return out, pull((given.ct[0], jnp.where(jnp.isfinite(out[1]), given.ct[1], 0.0)))[0]
+
+    def oracle(terms: Terms, mine: Drawn) -> Any:
+        routes = mine.routes
+        if rule.with_bias:
+            routes = routes._replace(bias=of_regions(terms.parts, routes.keys, SIZES.R))
+        how = {"routing": Routing(routes, rule), "scale": SIZES.h**-0.5, "implementation": "reference"}
+        return routed.attention(*mine[:4], terms.parts, key_bias=terms.per_key, **how)
+
+    found = jax.jit(lambda: results(lambda terms, mine: with_terms(terms, SIZES, mine, rule)))()
+    expected = jax.jit(lambda: results(oracle))()
+    near(found, expected, atol=5e-5)
+    moved = {x for name in names.split("+") for x in MOVED.get(name, "").split()}
+    assert {name for name, x in expected[1]["bias"].items() if bool((x != 0).any())} == moved
+
+
+MOVED = {
+    "log_gate": "u w row key",
+    "tanh": "u w row key",
+    "linear": "u w row key",
+    "centered_sigmoid": "u w row key gain",
+    "distance": "row key gain",
+    "bent_score": "u w row",
+}
+"""What each term reads of the operands."""
+
+
 def drawn(seed: int, **how: Any) -> Drawn:
-    return drawn_for(SIZES, seed, **how, biased=False)
+    return drawn_for(SIZES, seed, **how, biased=True)
 
 
 def run(given: Drawn, oracle: bool = False) -> Any:
@@ -100,13 +174,14 @@ def test_nothing_of_float32_as_large_as_the_output_waits_for_the_backward_pass()
 
     def kept(q: Any, k: Any, v: Any, codes: MaskCodes, routes: Routes) -> Any:
         with interpreted():
-            return jax.vjp(lambda *x: pallas_tpu.attention(*x, codes, 0.1, routes, GROUP, 128), q, k, v)[1]
+            return jax.vjp(lambda *x: pallas_tpu.attention(*x, codes, Terms(), 0.1, routes, GROUP, 128), q, k, v)[1]
 
     large = [x for x in jax.tree.leaves(jax.eval_shape(kept, q, kv, kv, codes, routes)) if x.size >= q.size]
     assert len(large) <= 9 and all(x.dtype == jnp.bfloat16 for x in large)
 
 
-work = jax.jit(lists.work, static_argnums=range(3, 7))
+ONE = HeadWords.of(1, 8, 1)
+work = jax.jit(lists.work, static_argnums=range(3, 9))
 
 
 @settings(max_examples=15, deadline=None)
@@ -117,9 +192,9 @@ def test_every_pair_is_listed_once(seed: int, sizes: tuple[int, int]) -> None:
     rng = np.random.default_rng(seed)
     most_keys, lanes = sizes
     tiling, queries, item, rows = Tiling(5, most_keys, lanes), 16, 8, 16
-    pairs = rng.random((1, 2, 32, 5)) < rng.choice([0.0, 0.3, 1.0])
+    pairs = (rng.random((1, 2, 32, 5)) < rng.choice([0.0, 0.3, 1.0])).astype(np.int32)
     whole, full = rng.random((1, 32, 5)) < 0.9, rng.random((1, tiling.tiles)) < 0.7
-    made = work(pairs, whole, full, tiling, queries, item, rows)
+    made = work(pairs, whole, full, tiling, queries, item, 2 * item, rows, ONE)
     info, queued = np.asarray(made.info), np.asarray(made.lists)
     region, place = tiling.lane_map()
     of_tile = tiling.tile_regions()
@@ -148,6 +223,29 @@ def test_every_pair_is_listed_once(seed: int, sizes: tuple[int, int]) -> None:
         assert sorted(place[region == r]) == list(range(most_keys))
 
 
+@pytest.mark.parametrize(("heads", "most_keys"), [(7, 128), (8, 36), (20, 20)])
+def test_every_head_sees_the_lanes_of_its_own_regions(heads: int, most_keys: int) -> None:
+    """The bits of heads and regions, as rows of a query and as lanes, are what each head opened."""
+    tiling, rows, rng = Tiling(19, most_keys), max(8, 1 << (heads - 1).bit_length()), np.random.default_rng(heads)
+    words = HeadWords.of(heads, rows, tiling.sharing)
+    pairs = rng.random((1, 1, heads, 3, 19)) < 0.4
+    packed = words.pack(lists.open_heads(jnp.asarray(pairs)), tiling.tile_regions())
+    assert packed.shape == (1, 1, 3, tiling.tiles, max(words.count, 1)) and words.inside == (most_keys == 128)
+    region, _ = tiling.lane_map()
+    bits = np.where(region < 0, 0, 1 << region % max(tiling.sharing, 1))
+
+    def line_of(values: Any) -> Any:
+        return jnp.concatenate([x[:, :rows] for x in values], axis=1)
+
+    for tile in range(tiling.tiles):
+        mine = [list(packed[0, 0, t, tile]) for t in range(3)]
+        seen = np.stack([np.asarray(words.rows_of(x, 128)) & bits[tile] for x in mine]) != 0
+        lanes = np.asarray(words.lanes_of(mine, line_of)).reshape(3, rows, 1)
+        expected = pairs[0, 0][:, :, region[tile]] & (region[tile] >= 0)
+        np.testing.assert_array_equal(np.moveaxis(seen[:, :heads], 0, 1), expected)
+        np.testing.assert_array_equal((lanes & bits[tile]) != 0, seen)
+
+
 def test_the_fill_is_what_lanes_hold() -> None:
     assert (Tiling(8, 128).fill, Tiling(8, 256, 256).fill, Tiling(8, 16).fill) == (1.0, 1.0, 1.0)
     ragged = Tiling(8, 144)
@@ -164,8 +262,8 @@ def test_a_tile_or_query_that_is_not_there_is_an_error() -> None:
     given, tiling = drawn(7, cut=False), Tiling(SIZES.R, SIZES.most_keys)
     B, K = SIZES.B, SIZES.K
     call = pallas_tpu.make_call(given.q, given.k, tiling, ITEMS, 1.0, interpret=pltpu.InterpretParams())
-    pairs, full = np.ones((B, K, call.T, SIZES.R), bool), np.ones((B, tiling.tiles), bool)
-    made = work(pairs, pairs[:, 0], full, tiling, call.queries, call.item, 2 * call.rows)
+    pairs, full = np.ones((B, K, call.T, SIZES.R), np.int32), np.ones((B, tiling.tiles), bool)
+    made = work(pairs, pairs[:, 0] > 0, full, tiling, call.queries, call.item, call.length, 2 * call.rows, call.words)
 
     @jax.jit
     def compute(lists: Any, info: Any) -> Any:
@@ -174,7 +272,7 @@ def test_a_tile_or_query_that_is_not_there_is_an_error() -> None:
         reference = jnp.zeros((B, K, call.T * call.rows // 128, 128))
         codes_q = jnp.zeros((B, call.blocks, 1, 3 * call.queries), jnp.int32)
         codes_k = jnp.zeros((B, tiling.tiles, 8, 128), jnp.int32)
-        return forward(rows, reference, kv, kv, codes_q, codes_k, lists.reshape(-1), info, call, online=False)
+        return forward(rows, reference, kv, kv, codes_q, codes_k, lists.reshape(-1), info, (), call, online=False)
 
     def with_info(change: Any) -> None:
         changed = change(made)
@@ -197,6 +295,7 @@ def test_items_are_whole_parts() -> None:
 def test_what_it_cannot_do_is_said() -> None:
     given = drawn(8)
     q, k, v, codes, routes, *_ = given
+    wide = jnp.zeros((*q.shape[:3], 129)), jnp.zeros((*k.shape[:3], 129))
     chosen: dict[str, Any] = {"scale": 0.1, "implementation": "pallas_tpu"}
 
     def attempt(rule: RouteRule = GROUP, most_keys: int | None = SIZES.most_keys, k: Any = k, **more: Any) -> Any:
@@ -209,10 +308,10 @@ def test_what_it_cannot_do_is_said() -> None:
     with interpreted():
         attempt()
         for message, changed in {
-            "a choice for each query head": {"rule": RouteRule(2)},
             "choices must be hard": {"rule": RouteRule(2, share="group", choice="soft_bias")},
             "the most keys of a region": {"most_keys": None},
-            "a pair bias, a key bias and key groups": {"key_bias": jnp.zeros((SIZES.B, SIZES.S, SIZES.K * SIZES.G))},
+            "key groups": {"key_groups": KeyGroups(jnp.zeros((SIZES.B, SIZES.S), jnp.int32), 1)},
+            "score terms read 129 numbers": {"terms": [Term(PairItself(), *wide)]},
             "one dtype": {"k": k.astype(jnp.bfloat16)},
             "do not fit into the chip's memory": {"most_keys": 10**6},
         }.items():
@@ -226,7 +325,7 @@ def test_choices_without_candidates_are_left_to_the_mask() -> None:
     routes = given.routes._replace(before=jnp.zeros_like(given.routes.before))
     choice = Choice(*(jnp.zeros((SIZES.B, 1, 1, SIZES.T, SIZES.R), bool),) * 2, None)
     openings = lists.region_openings(given.codes.open_k, routes.keys, SIZES.R)
-    found = lists.open_pairs(choice, given.codes, routes, openings)[:, 0]
+    found = lists.open_pairs(choice, given.codes, routes, openings)[:, 0, 0]
     seen = (routes.first[:, None] <= given.codes.hi[..., None]) & (routes.first <= routes.last)[:, None]
     np.testing.assert_array_equal(found, seen)
     near(run(given._replace(routes=routes)), run(given._replace(routes=routes), oracle=True))

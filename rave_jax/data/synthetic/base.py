@@ -23,6 +23,8 @@ SPLITS: tuple[Split, ...] = ("train", "heldout")
 Box = tuple[float, float, float, float]
 Metric = Literal["exact_match", "relaxed_accuracy", "anls"]
 Scene = TypeVar("Scene")
+LABELS = "ABCDEFGH"
+"""What several pictures of one sample are called, in their order."""
 _HELDOUT_ONE_IN = 5
 
 
@@ -35,12 +37,14 @@ class Question:
         template: what is asked, without the particulars; the question-only floor groups by it.
         metric: how an answer is scored.
         target: what the question points at, in the task's own terms.
+        picture: number of the picture that shows the answer, from 0; the first where several do.
     """
 
     text: str
     template: str
     metric: Metric
     target: Any
+    picture: int = 0
 
 
 class Task(Protocol[Scene]):
@@ -75,15 +79,15 @@ class Task(Protocol[Scene]):
         ...
 
     def evidence(self, scene: Scene, question: Question, image_size: int) -> Box:
-        """Pixel box (x1, y1, x2, y2; the far edges excluded) of what carries the answer."""
+        """Pixel box (x1, y1, x2, y2; the far edges excluded) of what carries the answer, in `question.picture`."""
         ...
 
     def redeal(self, rng: np.random.Generator, split: Split, scene: Scene, question: Question) -> Scene:
         """The scene changed only so far that the answer to `question` is another one."""
         ...
 
-    def paint(self, scene: Scene, image_size: int) -> UInt8[NpArray, "S S 3"]:
-        """The picture of a scene, `image_size` pixels square."""
+    def paint(self, scene: Scene, image_size: int) -> UInt8[NpArray, "*N S X 3"]:
+        """The picture of a scene, or N of them: `image_size` pixels high, and as wide where the task says no other."""
         ...
 
 
@@ -128,10 +132,10 @@ def make_sample(
     last = asked[-1]
     if redealt:
         scene = task.redeal(rng, split, scene, last)
-    picture = {"type": "image", "image": task.paint(scene, image_size)}
+    pictures = _shown(task.paint(scene, image_size))
     messages: list[dict[str, Any]] = []
     for number, (question, answer) in enumerate(zip(asked, answers, strict=True)):
-        content = question.text if number else [picture, {"type": "text", "text": question.text}]
+        content = question.text if number else [*pictures, {"type": "text", "text": question.text}]
         messages += [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
     return Sample(
         id=sample_id,
@@ -142,4 +146,15 @@ def make_sample(
         evidence=task.evidence(scene, last, image_size),
         template=last.template,
         task=task.name,
+        evidence_image=last.picture,
     )
+
+
+def _shown(painted: UInt8[NpArray, "*N S X 3"]) -> list[dict[str, Any]]:
+    """The pictures of a sample as parts of its first message; where a task has several, each behind its letter."""
+    if painted.ndim == 3:
+        return [{"type": "image", "image": painted}]
+    parts: list[dict[str, Any]] = []
+    for label, picture in zip(LABELS, painted, strict=False):
+        parts += [{"type": "text", "text": f"{label}:"}, {"type": "image", "image": picture}]
+    return parts

@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
-from PIL import Image, ImageDraw
 
 from rave_jax.config import require
-from rave_jax.data.synthetic import canvas, palette
+from rave_jax.data.synthetic import canvas, palette, shapes
 from rave_jax.data.synthetic.base import Box, Question, Split, in_split
 from rave_jax.typing import NpArray, UInt8
 
-KINDS = ("circle", "square", "triangle", "cross")
 _PLURALS = ("circles", "squares", "triangles", "crosses")
 _COLOURS = 8  # of the palette, without brown and gray
 Thing = tuple[int, int]  # kind, colour
@@ -115,7 +112,7 @@ class Counting:
         return Shapes(placed, sizes, shifts), asked
 
     def _wanted(self, rng: np.random.Generator, by: str, count: int) -> list[Wanted]:
-        kinds = rng.permutation(len(KINDS))[:count].tolist()
+        kinds = rng.permutation(len(shapes.KINDS))[:count].tolist()
         colours = rng.permutation(_COLOURS)[:count].tolist()
         return [
             (None if by == "colour" else kind, None if by == "kind" else colour)
@@ -123,7 +120,7 @@ class Counting:
         ]
 
     def _thing(self, rng: np.random.Generator, wanted: Wanted) -> Thing:
-        kind, colour = int(rng.integers(len(KINDS))), int(rng.integers(_COLOURS))
+        kind, colour = int(rng.integers(len(shapes.KINDS))), int(rng.integers(_COLOURS))
         return kind if wanted[0] is None else wanted[0], colour if wanted[1] is None else wanted[1]
 
     def _other(self, rng: np.random.Generator, wanted: list[Wanted]) -> Thing:
@@ -164,7 +161,7 @@ class Counting:
         for cell, thing in enumerate(scene.things):
             if thing is not None:
                 left, top, right, _ = scene.box(cell, image_size)
-                canvas.stamp(picture, _mask(thing[0], right - left), top, left, palette.RGB[thing[1]])
+                canvas.stamp(picture, shapes.mask(thing[0], right - left), top, left, palette.RGB[thing[1]])
         return picture
 
 
@@ -172,22 +169,3 @@ def _text(wanted: Wanted) -> str:
     kind, colour = wanted
     noun = "shapes" if kind is None else _PLURALS[kind]
     return f"How many {noun} are there?" if colour is None else f"How many {palette.NAMES[colour]} {noun} are there?"
-
-
-@functools.lru_cache(maxsize=1024)
-def _mask(kind: int, size: int) -> UInt8[NpArray, "size size"]:
-    """A shape that fills its square, with soft edges."""
-    n = 8 * size
-    image = Image.new("L", (n, n))
-    pen = ImageDraw.Draw(image)
-    match KINDS[kind]:
-        case "circle":
-            pen.ellipse((0, 0, n - 1, n - 1), fill=255)
-        case "square":
-            pen.rectangle((n * 0.06, n * 0.06, n * 0.94, n * 0.94), fill=255)
-        case "triangle":
-            pen.polygon(((n / 2, 0), (n, n), (0, n)), fill=255)
-        case _:
-            pen.rectangle((n * 0.34, 0, n * 0.66, n), fill=255)
-            pen.rectangle((0, n * 0.34, n, n * 0.66), fill=255)
-    return np.asarray(image.resize((size, size), Image.Resampling.BOX))

@@ -8,15 +8,20 @@ import numpy as np
 
 from rave_jax.config import check_ranges, require
 from rave_jax.data.sample import Part, Sample
+from rave_jax.data.synthetic.album import Album
 from rave_jax.data.synthetic.bar_chart import BarChart
 from rave_jax.data.synthetic.base import Split, generator, make_sample
 from rave_jax.data.synthetic.counting import Counting
 from rave_jax.data.synthetic.digit_mosaic import DigitMosaic
+from rave_jax.data.synthetic.long_receipt import LongReceipt
 from rave_jax.data.synthetic.mosaic_list import MosaicList
 from rave_jax.data.synthetic.position_mosaic import PositionMosaic
 from rave_jax.data.synthetic.receipt import Receipt
+from rave_jax.data.synthetic.scatter import Scatter
 
-SyntheticTask = DigitMosaic | MosaicList | PositionMosaic | BarChart | Counting | Receipt
+SyntheticTask = (
+    DigitMosaic | MosaicList | PositionMosaic | BarChart | Counting | Receipt | Scatter | LongReceipt | Album
+)
 
 
 @dataclass(frozen=True)

@@ -142,11 +142,3 @@ def of_key_group(codes: MaskCodes, key_groups: KeyGroups, number: int) -> MaskCo
     # An opening needs a number that no query has: the largest and one more (of -1, none, that is still no key's).
     shut = jnp.max(codes.open_q, axis=1, keepdims=True) + 1
     return codes._replace(order=jnp.where(inside, codes.order, NOWHERE), open_k=jnp.where(inside, codes.open_k, shut))
-
-
-class PairForm:
-    """Until the Pallas kernels read terms."""
-
-
-PairBias = PairForm
-LOG_GATE_FLOOR = -69.0

@@ -13,13 +13,14 @@ and that of the pair product becomes those of u and w by two more products.
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from rave_jax.kernels.attention.base import NOWHERE, MaskCodes, Terms, group_heads, tile_allow, ungroup_heads
-from rave_jax.kernels.attention.score import ScoreFunction, Shape, Term, Tile, function_of, reads_dot
+from rave_jax.kernels.attention.score import ScoreFunction, Shape, Slopes, Term, Tile, function_of, reads_dot
+from rave_jax.kernels.attention.slopes import bias_and_pull, reciprocal
 from rave_jax.typing import Array, Bool, Float
 
 
@@ -150,7 +151,7 @@ def _product(form: str, a: Array, b: Array) -> Array:
 
 def _tile(function: ScoreFunction, mine: QueryPart, of_keys: KeyPart, dot: Array) -> Tile:
     pair = None
-    if mine.pair is not None:
+    if mine.pair is not None and of_keys.pair is not None:
         pair = _product("BKGTr,BSKr->BKGTS", mine.pair, of_keys.pair) + function.OFFSET
     key = {name: jnp.moveaxis(x, 1, 2)[:, :, None, None] for name, x in of_keys.key.items()}
     return Tile(dot, pair, mine.query, key, {name: x[None] for name, x in mine.head.items()})
@@ -167,10 +168,6 @@ def _factored(static: Static) -> int | None:
     e^LEAST and e^MOST, so no row loses its weight by it. Of two that would not hold."""
     bounded = [n for n, (function, _) in enumerate(static.functions) if function.bounded]
     return bounded[0] if bounded else None
-
-
-def _reciprocal(x: Array) -> Array:
-    return 1 / x
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
@@ -203,7 +200,7 @@ def _forward(q, k, v, added: Added, of_queries: OfQueries, of_keys: OfKeys, stat
         for n, (function, _) in enumerate(static.functions):
             tile = _tile(function, added.queries[n], added_tile.keys[n], dot)
             on = _on(of_queries.on[n], keys_tile.on[n])
-            found = function.factored(tile, _reciprocal) if n == _factored(static) else None
+            found = function.factored(tile, reciprocal) if n == _factored(static) else None
             if found is not None:
                 factor = found[0] if on is None else jnp.where(on, found[0], 1.0)
             else:
@@ -231,54 +228,6 @@ def _forward(q, k, v, added: Added, of_queries: OfQueries, of_keys: OfKeys, stat
     return (out, lse), (q, k, v, added, of_queries, of_keys, out, lse)
 
 
-class Pulled(NamedTuple):
-    """Cotangents of what a tile's term reads; dot's is None where it does not read that."""
-
-    dot: Array | None
-    queries: QueryPart
-    keys: KeyPart
-
-
-def _bias_and_pull(function: ScoreFunction, reads: bool, tile: Tile, on: Array | None, factor: bool):
-    """(bias or None, exp(bias) or None, the function from the bias' cotangent to those of the tile's fields)."""
-    found = function.factored(tile, _reciprocal) if factor else None
-    fields: dict[str, Any] = {"dot": tile.dot if reads else None, "pair": tile.pair}
-    fields |= {"query": tile.query, "key": tile.key, "head": tile.head}
-    if found is not None:
-        times, slopes = found
-
-        def pull(cotangent: Array) -> dict[str, Any]:
-            mine = cotangent if on is None else jnp.where(on, cotangent, 0.0)
-
-            def of_field(x: Array, slope: Array | None) -> Array:
-                return jnp.zeros_like(x) if slope is None else _summed_to(mine * slope, x.shape)
-
-            found = {
-                name: of_field(fields[name], getattr(slopes, name))
-                for name in ("dot", "pair")
-                if fields[name] is not None
-            }
-            for name in ("query", "key", "head"):
-                found[name] = {n: of_field(x, getattr(slopes, name).get(n)) for n, x in fields[name].items()}
-            return found
-
-        return None, times if on is None else jnp.where(on, times, 1.0), pull
-
-    def bias_of(fields: dict[str, Any]) -> Array:
-        bias = function(tile._replace(**{name: x for name, x in fields.items() if x is not None}))
-        bias = bias if on is None else jnp.where(on, bias, 0.0)
-        return jnp.broadcast_to(bias, tile.dot.shape)
-
-    bias, vjp = jax.vjp(bias_of, fields)
-    return bias, None, lambda cotangent: vjp(cotangent)[0]
-
-
-def _summed_to(x: Array, shape: tuple[int, ...]) -> Array:
-    """The cotangent of an operand that was broadcast."""
-    axes = tuple(n for n, (found, wanted) in enumerate(zip(x.shape, shape, strict=True)) if found != wanted)
-    return x.sum(axes, keepdims=True)
-
-
 def _backward(static: Static, saved, cotangents):
     q, k, v, added, of_queries, of_keys, out, lse = saved
     d_out, d_lse = cotangents
@@ -295,7 +244,7 @@ def _backward(static: Static, saved, cotangents):
         for n, (function, reads) in enumerate(static.functions):
             tile = _tile(function, added.queries[n], added_tile.keys[n], dot)
             on = _on(of_queries.on[n], keys_tile.on[n])
-            bias, times, pull = _bias_and_pull(function, reads, tile, on, n == _factored(static))
+            bias, times, pull = bias_and_pull(function, reads, tile, on, factored=n == _factored(static))
             scores, factor = scores if bias is None else scores + bias, times if times is not None else factor
             pulls.append(pull)
         weights = jnp.exp(scores - lse_g)
@@ -309,10 +258,11 @@ def _backward(static: Static, saved, cotangents):
         d_v = jnp.einsum("BKGTS,BKGTc->BSKc", weights.astype(v.dtype), d_outg, preferred_element_type=jnp.float32)
         d_queries, d_keys, d_dot = [], [], d_scores
         for pull, mine, of_key in zip(pulls, added.queries, added_tile.keys, strict=True):
-            found = _pulled(pull(d_scores), mine, of_key)
-            d_queries.append(found.queries)
-            d_keys.append(found.keys)
-            d_dot = d_dot if found.dot is None else d_dot + found.dot
+            d_tile = pull(d_scores)
+            d_mine, d_of_key = _pulled(d_tile, mine, of_key)
+            d_queries.append(d_mine)
+            d_keys.append(d_of_key)
+            d_dot = d_dot if d_tile.dot is None else d_dot + d_tile.dot
         d_dot = (static.scale * d_dot).astype(q.dtype)
         d_q = jnp.einsum("BKGTS,BSKh->BKGTh", d_dot, k_tile, preferred_element_type=jnp.float32)
         d_k = jnp.einsum("BKGTS,BKGTh->BSKh", d_dot, qg, preferred_element_type=jnp.float32)
@@ -328,15 +278,15 @@ def _backward(static: Static, saved, cotangents):
     return ungroup_heads(d_q).astype(q.dtype), d_k, d_v, Added(d_queries, d_keys, d_per_key), None, None
 
 
-def _pulled(d_tile: dict[str, Any], mine: QueryPart, of_keys: KeyPart) -> Pulled:
+def _pulled(d_tile: Slopes, mine: QueryPart, of_keys: KeyPart) -> tuple[QueryPart, KeyPart]:
     """Cotangents of a term's operands from those of its tile."""
     d_u = d_w = None
-    if mine.pair is not None:
-        d_u = _product("BKGTS,BSKr->BKGTr", d_tile["pair"], of_keys.pair)
-        d_w = _product("BKGTS,BKGTr->BSKr", d_tile["pair"], mine.pair)
-    d_head = {name: x[0] for name, x in d_tile["head"].items()}
-    d_key = {name: jnp.moveaxis(x[:, :, 0, 0], 1, 2) for name, x in d_tile["key"].items()}
-    return Pulled(d_tile.get("dot"), QueryPart(d_u, d_tile["query"], d_head), KeyPart(d_w, d_key))
+    if mine.pair is not None and of_keys.pair is not None and d_tile.pair is not None:
+        d_u = _product("BKGTS,BSKr->BKGTr", d_tile.pair, of_keys.pair)
+        d_w = _product("BKGTS,BKGTr->BSKr", d_tile.pair, mine.pair)
+    d_head = {name: x[0] for name, x in d_tile.head.items()}
+    d_key = {name: jnp.moveaxis(x[:, :, 0, 0], 1, 2) for name, x in d_tile.key.items()}
+    return QueryPart(d_u, d_tile.query, d_head), KeyPart(d_w, d_key)
 
 
 def _take(operands, start, size: int):

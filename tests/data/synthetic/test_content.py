@@ -8,12 +8,15 @@ import numpy as np
 import pytest
 
 from rave_jax.data.synthetic import (
+    Album,
     BarChart,
     Counting,
     DigitMosaic,
+    LongReceipt,
     MosaicList,
     PositionMosaic,
     Receipt,
+    Scatter,
     Synthetic,
     canvas,
     digits,
@@ -56,6 +59,9 @@ def test_mosaics_share_neither_digits_nor_arrangements(task):
     [
         (BarChart(max_bars=2, max_value=4), lambda chart: [(chart.colours, chart.values)]),
         (Counting(grid=2, max_count=1), lambda shapes: [shapes.things]),
+        (Scatter(min_objects=1, max_objects=2, kinds=1, colours=4, grid=3), lambda scene: [scene.arrangement]),
+        (LongReceipt(min_lines=1, max_lines=1, digits=2), lambda scene: [(scene.codes, scene.prices)]),
+        (Album(min_pictures=1, max_pictures=2), lambda scene: [one.arrangement for one in scene]),
     ],
 )
 def test_charts_and_shapes_share_no_layout(task, content):
@@ -113,14 +119,25 @@ def test_every_receipt_has_forty_words_in_three_sizes_and_they_fit(monkeypatch):
 
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize(
-    "task", [DigitMosaic(), PositionMosaic(), BarChart(), Counting(), Counting(grid=4, max_count=9, ask=("both",))]
+    "task",
+    [
+        DigitMosaic(),
+        PositionMosaic(),
+        BarChart(),
+        Counting(),
+        Counting(grid=4, max_count=9, ask=("both",)),
+        Scatter(),
+        LongReceipt(),
+        Album(),
+    ],
 )
 def test_answers_are_balanced(task, split):
     answers = collections.defaultdict(collections.Counter)
     for scene, asked, _ in scenes(task, split, 450, count=2):
         answers[asked[-1].template][task.answer(scene, asked[-1])] += 1
     for counter in answers.values():
-        possible = {DigitMosaic: 10, PositionMosaic: 10, BarChart: 9}.get(type(task)) or task.max_count + 1
+        tens = (DigitMosaic, PositionMosaic, Scatter, LongReceipt, Album)
+        possible = 10 if isinstance(task, tens) else 9 if isinstance(task, BarChart) else task.max_count + 1
         assert len(counter) == possible
         share = counter.most_common(1)[0][1] / counter.total()
         assert share <= 1 / possible + 4.5 * (1 / possible / counter.total()) ** 0.5

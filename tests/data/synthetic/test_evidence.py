@@ -7,7 +7,20 @@ import dataclasses
 import numpy as np
 import pytest
 
-from rave_jax.data.synthetic import BarChart, Counting, DigitMosaic, PositionMosaic, Receipt, Synthetic, canvas, palette
+from rave_jax.data.synthetic import (
+    Album,
+    BarChart,
+    Counting,
+    DigitMosaic,
+    LongReceipt,
+    PositionMosaic,
+    Receipt,
+    Scatter,
+    Synthetic,
+    canvas,
+    palette,
+    shapes,
+)
 from rave_jax.data.synthetic.base import SPLITS
 from rave_jax.evaluation.metrics import score
 from tests.data.synthetic.cases import TASKS, scenes
@@ -19,6 +32,12 @@ def _outside(changed, *boxes):
     for x1, y1, x2, y2 in boxes:
         rest[int(y1) : int(y2), int(x1) : int(x2)] = False
     return rest.any()
+
+
+def _pairs(task, scene, new, image_size):
+    """The pictures of a scene, each with that of a new one."""
+    before, after = task.paint(scene, image_size), task.paint(new, image_size)
+    return [(before, after)] if before.ndim == 3 else list(zip(before, after, strict=True))
 
 
 def _changed(a, b):
@@ -33,7 +52,12 @@ def test_redealt_evidence_makes_the_old_answer_wrong(task, image_size, split):
         old = task.answer(scene, question)
         new = task.redeal(rng, split, scene, question)
         assert score(question.metric, task.answer(new, question), (old,)) == 0.0
-        changed = _changed(task.paint(scene, image_size), task.paint(new, image_size))
+        # A list of several pictures may change in another than the first.
+        changed = [_changed(a, b) for a, b in _pairs(task, scene, new, image_size)]
+        if question.template == "album.all":
+            assert sum(c.any() for c in changed) == 1
+            continue
+        changed = changed[question.picture]
         # Where a bar gets shorter or a shape goes, the change is in the old box.
         inside = np.zeros_like(changed)
         for x1, y1, x2, y2 in (task.evidence(s, question, image_size) for s in (scene, new)):
@@ -49,7 +73,8 @@ def test_redealt_sample_keeps_question_and_answer(task, image_size):
         kept = ("answers", "metric", "template", "task", "question")
         assert [getattr(sample, k) for k in kept] == [getattr(redealt, k) for k in kept]
         assert redealt.id == sample.id + "/redealt"
-        assert not np.array_equal(sample.images[0], redealt.images[0])
+        pairs = zip(sample.images, redealt.images, strict=True)
+        assert sum(not np.array_equal(*pair) for pair in pairs) == 1
 
 
 @pytest.mark.parametrize("task", [DigitMosaic(), PositionMosaic()])
@@ -151,3 +176,93 @@ def test_the_cells_of_a_wider_frame_stand_anywhere_on_it():
         assert (right - left, bottom - top) == (28, 28) and left % 28 == top % 28 == 0
         corners.add((left, top))
     assert len(corners) == 16
+
+
+NEW = [
+    pytest.param(Scatter(clutter=6), 112, id="scatter"),
+    pytest.param(Scatter(max_objects=30, kinds=4, grid=6, size=0.7, writing="handwritten"), 168, id="scatter-30"),
+    pytest.param(LongReceipt(room=20, letters=2, digits=2, other_numbers=1), 280, id="long_receipt"),
+    pytest.param(Album(max_grid=3), 84, id="album"),
+]
+
+
+@pytest.mark.parametrize(("task", "image_size"), NEW)
+def test_only_the_evidence_of_the_asked_picture_changes(task, image_size):
+    for scene, asked, rng in scenes(task, "heldout", 40, count=2):
+        for question in asked:
+            new = task.redeal(rng, "heldout", scene, question)
+            box = task.evidence(scene, question, image_size)
+            assert box == task.evidence(new, question, image_size)
+            for number, (a, b) in enumerate(_pairs(task, scene, new, image_size)):
+                changed = _changed(a, b)
+                assert changed.any() == (number == question.picture)
+                assert not _outside(changed, box)
+
+
+def test_the_asked_thing_is_the_only_one_of_its_shape_and_colour():
+    task = Scatter(min_objects=20, max_objects=30, kinds=4, grid=6)
+    for scene, (question,), _ in scenes(task, "train", 30):
+        *_, colour, kind = question.text.rstrip("?").split()
+        (target,) = (
+            number
+            for number, thing in enumerate(scene.things)
+            if (palette.NAMES[thing.colour], shapes.KINDS[thing.kind]) == (colour, kind)
+        )
+        assert question.target == (target,)
+        x1, y1, x2, y2 = map(int, task.evidence(scene, question, 168))
+        part = task.paint(scene, 168)[y1:y2, x1:x2]
+        assert (part == palette.RGB[scene.things[target].colour]).all(2).mean() > 0.2
+        assert (part == palette.INK).all(2).mean() > 0.02
+
+
+def test_a_line_has_the_asked_code_and_the_price():
+    task, height = LongReceipt(room=20, letters=2, digits=3), 320
+    size = round(height / 20 * 0.8 / 0.73)
+    for scene, (question,), _ in scenes(task, "train", 20):
+        code = question.text.rstrip("?").split()[-1]
+        x1, y1, x2, y2 = map(int, task.evidence(scene, question, height))
+        line = 255 - task.paint(scene, height)[y1:y2, x1:x2].mean(2)
+        for words, at in ((code, slice(None, 60)), (task.answer(scene, question), slice(-60, None))):
+            ink = canvas.text(words, size)
+            ink = ink[ink.any(1)]
+            seen = line[:, at] > 60
+            rows, columns = (np.flatnonzero(seen.any(axis)) for axis in (1, 0))
+            found = line[:, at][rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+            assert abs(found.shape[0] - ink.shape[0]) <= 2 and abs(found.shape[1] - ink.shape[1]) <= 2
+
+
+def test_pictures_of_an_album_have_letters_and_the_colours_of_the_first():
+    source = Synthetic((Album(),), "heldout", image_size=56, questions_per_image=1).build()
+    seen = set()
+    for index in range(40):
+        sample = source[index]
+        parts = sample.messages[0]["content"]
+        letters = [part["text"] for part in parts[:-1] if part["type"] == "text"]
+        assert letters == ["A:", "B:", "C:", "D:"][: len(sample.images)]
+        assert [part["type"] for part in parts] == ["text", "image"] * len(sample.images) + ["text"]
+        asked = parts[-1]["text"].rstrip("?").split()[-1]
+        assert "ABCD".index(asked) == sample.evidence_image
+        colours = [{tuple(picture[y, x]) for y in (0, 28) for x in (0, 28)} for picture in sample.images]
+        assert all(found == colours[0] for found in colours) and len(colours[0]) == 4
+        seen.add((len(sample.images), sample.evidence_image))
+    assert len(seen) >= 7
+
+
+@pytest.mark.parametrize("task", [Scatter(ask="all"), LongReceipt(ask="all"), Album(ask="all")])
+def test_lists_name_everything_once_with_its_answer_right_behind(task):
+    one = dataclasses.replace(task, ask="one")
+    for scene, (question,), _ in scenes(task, "train", 20):
+        listed = task.answer(scene, question)
+        _, asked = one.draw(np.random.default_rng(0), "train", 1)
+        assert asked[0].text != question.text
+        if isinstance(task, LongReceipt):
+            expected = {f"{code}{price}" for code, price in zip(scene.codes, scene.prices, strict=True)}
+            assert set(listed.split()) == expected and len(listed.split()) == len(scene.codes)
+        elif isinstance(task, Scatter):
+            expected = {(shapes.KINDS[t.kind], f"{palette.NAMES[t.colour]}{t.digit}") for t in scene.things}
+            words = listed.split()
+            assert set(zip(words[::2], words[1::2], strict=True)) == expected and len(words) == 2 * len(expected)
+        else:
+            digits = [word for word in listed.split() if len(word) > 1]
+            assert len(digits) == sum(len(mosaic.colours) for mosaic in scene)
+            assert [word for word in listed.split() if len(word) == 1] == list("ABCD"[: len(scene)])

@@ -9,15 +9,25 @@ import numpy as np
 import pytest
 
 from rave_jax.config import ConfigError, dumps, loads
-from rave_jax.data.sample import Sample
-from rave_jax.data.synthetic import BarChart, Counting, DigitMosaic, MosaicList, Receipt, Synthetic
+from rave_jax.data.sample import Sample, message_text
+from rave_jax.data.synthetic import (
+    Album,
+    BarChart,
+    Counting,
+    DigitMosaic,
+    LongReceipt,
+    MosaicList,
+    Receipt,
+    Scatter,
+    Synthetic,
+)
 from tests.data.synthetic.cases import TASKS
 
 
 def _same(a: Sample, b: Sample) -> bool:
     words = [dataclasses.replace(s, messages=()) for s in (a, b)]
-    texts = [[m["content"] for m in s.messages[1:]] + [s.messages[0]["content"][1]] for s in (a, b)]
-    return words[0] == words[1] and texts[0] == texts[1] and np.array_equal(a.images[0], b.images[0])
+    texts = [[m["content"] for m in s.messages[1:]] + [message_text(s.messages[0])] for s in (a, b)]
+    return words[0] == words[1] and texts[0] == texts[1] and all(map(np.array_equal, a.images, b.images))
 
 
 @pytest.mark.parametrize("split", ["train", "heldout"])
@@ -30,18 +40,18 @@ def test_sample(task, image_size, split):
         assert sample.task == task.name
         assert sample.template.startswith(f"{task.name}.")
         assert sample.source == source.name == "synthetic"
-        (picture,) = sample.images
-        assert picture.dtype == np.uint8
-        assert picture.shape == (image_size, image_size, 3)
+        width = round(image_size * getattr(task, "width", 1))
+        for picture in sample.images:
+            assert picture.dtype == np.uint8
+            assert picture.shape == (image_size, width, 3)
+        assert 0 <= sample.evidence_image < len(sample.images) <= getattr(task, "max_pictures", 1)
         turns = min(2, task.max_questions) if split == "train" else 1
         assert [m["role"] for m in sample.messages] == ["user", "assistant"] * turns
         assert sample.answers == (sample.messages[-1]["content"],)
-        questions = [
-            m["content"] if isinstance(m["content"], str) else m["content"][1]["text"] for m in sample.messages
-        ]
+        questions = [message_text(message) for message in sample.messages]
         assert len(set(questions[::2])) == turns
         x1, y1, x2, y2 = sample.evidence
-        assert 0 <= x1 < x2 <= image_size
+        assert 0 <= x1 < x2 <= width
         assert 0 <= y1 < y2 <= image_size
 
 
@@ -102,6 +112,22 @@ def test_config_round_trip():
         (lambda: Counting(max_count=10), "max_count is 10, expected 1 to 9"),
         (lambda: Receipt(min_lines=4), "min_lines is 4"),
         (lambda: Receipt(ask=("total", "total")), "ask is"),
+        (lambda: Scatter(min_objects=0), "min_objects is 0, expected 1 to max_objects"),
+        (lambda: Scatter(max_objects=30), "max_objects is 30, expected at most 16: a shape and colour .2 x 8. and a"),
+        (lambda: Scatter(kinds=5), "kinds is 5, expected 1 to 4"),
+        (lambda: Scatter(size=0.2), "size is 0.2, expected 0.4 to 1"),
+        (lambda: Scatter(grid=13), "grid is 13"),
+        (lambda: Scatter(clutter=-1), "clutter is -1"),
+        (lambda: Synthetic((Scatter(grid=8),)), r"image_size \(for scatter\) is 84, expected at least 125"),
+        (lambda: LongReceipt(max_lines=27), "max_lines is 27, expected at most 26: a code for each line"),
+        (lambda: LongReceipt(room=5), "room is 5, expected max_lines .12. to 100"),
+        (lambda: LongReceipt(letters=3), "letters is 3"),
+        (lambda: LongReceipt(digits=0), "digits is 0"),
+        (lambda: LongReceipt(width=2.0), "width is 2.0, expected 0.1 to 1"),
+        (lambda: Synthetic((LongReceipt(),)), r"image_size \(for long_receipt\) is 84, expected at least 108"),
+        (lambda: Album(max_pictures=9), "max_pictures is 9, expected at most 8"),
+        (lambda: Album(min_pictures=5), "min_pictures is 5"),
+        (lambda: Album(max_grid=4), "max_grid is 4"),
     ],
 )
 def test_bad_configs_are_refused(make, message):

@@ -13,6 +13,7 @@ from rave_jax.kernels.attention.pallas_tpu.operands import up
 from rave_jax.kernels.attention.pallas_tpu.tile import LANES
 from rave_jax.kernels.routed.base import RouteRule
 from rave_jax.kernels.routed.pallas_tpu.lists import PLACE_BITS, Tiling
+from rave_jax.kernels.routed.pallas_tpu.terms import NO_TERMS, RowTerms, without_key_bias
 from rave_jax.kernels.routed.pallas_tpu.walk import Call, ItemSizes
 from rave_jax.typing import Array
 
@@ -25,6 +26,8 @@ OTHER = ItemSizes(chunks=(16, 32), vmem_bytes=40 << 20)
 """For the others: v5p and TPU7x have half of the memory on the chip."""
 MOST_HEADS = 64
 """Query heads of a kv head."""
+MOST_CHOICES = 32
+"""The same where each has a choice of its own: a bit of a number for each."""
 WIDE = 0.6
 """Cost of 128 lanes in a tile of 256, which share a gathering, to that in one of 128."""
 SHARE = 0.25
@@ -44,9 +47,19 @@ def item_sizes(device_kind: str) -> ItemSizes:
 
 
 def make_call(
-    q: Array, k: Array, tiling: Tiling, sizes: ItemSizes, scale: float, *, interpret: Any, fixed: Any = None
+    q: Array,
+    k: Array,
+    tiling: Tiling,
+    sizes: ItemSizes,
+    scale: float,
+    *,
+    interpret: Any,
+    choices: int = 1,
+    terms: RowTerms = NO_TERMS,
+    fixed: Any = None,
 ) -> Call | None:
-    """Sizes of a call: the largest super-block that fits beside the keys, or None where none does."""
+    """Sizes of a call: the largest super-block that fits beside the keys, or None where none does. A query has so many
+    `choices`."""
     (B, T, H, _), K = q.shape, k.shape[2]
     queries = min(sizes.queries, up(T, sizes.item))
     while queries >= sizes.item:
@@ -58,16 +71,24 @@ def make_call(
             tiling=tiling,
             queries=queries,
             item=sizes.item,
+            together=sizes.together,
             chunks=sizes.chunks,
             scale=scale,
             dtype=str(q.dtype),
             interpret=interpret,
+            choices=choices,
+            terms=terms,
             fixed=fixed,
         )
         if vmem_bytes(call) <= sizes.vmem_bytes and 2 * call.places <= 1 << PLACE_BITS:
             return call
         queries = queries // 2 // sizes.item * sizes.item
     return None
+
+
+def choices_of(rule: RouteRule, group: int) -> int:
+    """Choices of a query, whose `group` heads read one kv head."""
+    return group if rule.share == "head" else 1
 
 
 def vmem_bytes(call: Call) -> int:
@@ -77,6 +98,10 @@ def vmem_bytes(call: Call) -> int:
     # twice, and what is gathered from in float32.
     keys = call.tiling.tiles * call.tiling.lanes * (LANES * (6 * wide + 8) + 64)
     queries = call.queries * (call.rows * LANES * (6 * wide + 12) + 6 * LANES * 4)
+    if call.terms:
+        # Rows of 128 in float32: of keys once, of queries twice, and the gradients of both twice.
+        keys += call.tiling.tiles * call.tiling.lanes * 3 * LANES * 4
+        queries += call.queries * call.rows * 4 * LANES * 4
     return keys + queries
 
 
@@ -96,22 +121,24 @@ def against(
     if found is not None:
         return found
     G = q.shape[2] // k.shape[2]
-    if rule.share == "head" and G > 1:
-        return (
-            'with a choice for each query head, gathering row by row would cost more than it saves; use share="group"'
-        )
     if rule.choice != "hard" or rule.by != "descriptor":
         return f"choices must be hard and by descriptors, not {rule.choice} by {rule.by}"
-    if rule.with_bias:
-        return "ranking regions with a pair bias is not supported"
-    if terms or key_groups is not None:
-        return "a pair bias, a key bias and key groups are not supported"
+    if key_groups is not None:
+        return "key groups are not supported"
+    row_terms = RowTerms.of(without_key_bias(terms, q.shape[1], k.shape[2]), str(q.dtype))
+    if row_terms.numbers > LANES:
+        return (
+            f"score terms read {row_terms.numbers} numbers of a query and a key together, and at most {LANES} fit "
+            "beside each (a pair product of r channels counts r, and three times that in bfloat16)"
+        )
     if max(q.shape[-1], v.shape[-1]) > LANES or q.shape[-1] != v.shape[-1]:
         return f"keys and values must have one width of at most {LANES}, not {q.shape[-1]} and {v.shape[-1]}"
-    if G > MOST_HEADS:
-        return f"at most {MOST_HEADS} query heads may share a kv head, not {G}"
+    most, own = (MOST_CHOICES, " that choose for themselves") if choices_of(rule, G) > 1 else (MOST_HEADS, "")
+    if most < G:
+        return f"at most {most} query heads{own} may share a kv head, not {G}"
     if most_keys is None:
         return "the most keys of a region must be known (Routing.most_keys)"
-    if make_call(q, k, tiling_of(regions, most_keys), sizes, 1.0, interpret=False) is None:
+    tiling = tiling_of(regions, most_keys)
+    if make_call(q, k, tiling, sizes, 1.0, interpret=False, terms=row_terms) is None:
         return f"{regions} regions of {most_keys} keys do not fit into the chip's memory"
     return None

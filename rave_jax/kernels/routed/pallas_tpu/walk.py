@@ -24,7 +24,9 @@ from jax.experimental.pallas import tpu as pltpu
 from rave_jax.config import require
 from rave_jax.kernels.attention.pallas_tpu.operands import up
 from rave_jax.kernels.attention.pallas_tpu.tile import LANES
+from rave_jax.kernels.routed.pallas_tpu.heads import HeadWords
 from rave_jax.kernels.routed.pallas_tpu.lists import CUT, KIND_BITS, PLACE_BITS, SHARED, TILE_BITS, WHOLE, Tiling
+from rave_jax.kernels.routed.pallas_tpu.terms import NO_TERMS, RowTerms
 from rave_jax.typing import Array
 
 ROWS = 8
@@ -41,8 +43,10 @@ class ItemSizes:
 
     queries: int = 2048
     """Of a super-block, at most: as many as fit beside the keys are taken."""
-    item: int = 128
+    item: int = 64
     """Of a work item."""
+    together: int = 256
+    """Of so many items as are taken as one while a list has them: a visit has a cost of its own beside its queries'."""
     chunks: tuple[int, int] = (16, 16)
     """Whose scores are made at once, in the forward and in the backward kernel."""
     vmem_bytes: int = 96 << 20
@@ -55,6 +59,9 @@ class ItemSizes:
         part = short_part(self.item, self.chunks)
         fits = self.item % part == 0 and all(part % chunk == 0 for chunk in self.chunks)
         require(fits, "chunks", self.chunks, f"divisors of {part}, and that a divisor of {self.item}")
+        several, rest = divmod(self.together, self.item)
+        doubled = rest == 0 and several > 0 and several & (several - 1) == 0
+        require(doubled, "together", self.together, f"{self.item} times a power of two")
 
 
 def short_part(item: int, chunks: tuple[int, int]) -> int:
@@ -75,10 +82,15 @@ class Call:
     queries: int
     """Of a super-block."""
     item: int
+    together: int
     chunks: tuple[int, int]
     scale: float
     dtype: str
     interpret: Any
+    choices: int = 1
+    """Of a query: one, or G where each head has its own."""
+    terms: RowTerms = NO_TERMS
+    """What is added to scores."""
     fixed: tuple[int, int, int] | None = None
     """(tiles, items of each, kind of each) instead of what the lists say: for estimates, which cannot know data."""
 
@@ -95,7 +107,32 @@ class Call:
     @property
     def length(self) -> int:
         """Of a list."""
-        return up(self.queries, self.item)
+        return up(self.queries, self.together)
+
+    @property
+    def words(self) -> HeadWords:
+        """Of a query's heads, for each tile."""
+        return HeadWords.of(self.choices, self.rows, self.tiling.sharing)
+
+    def runs(self, items: Any) -> tuple[Any, Any]:
+        """How many visits of `together` queries, and then of an item each, a list of so many items takes; a negative
+        number is none. Three quarters of a visit are taken as one."""
+        several = self.together // self.item
+        # Not //, which asks for the sign.
+        long = (items + several // 4) >> (several.bit_length() - 1)
+        return long, items - long * several
+
+    def common(self, kind: int) -> bool:
+        """Is this what many visits are?"""
+        masked = self.choices > 1
+        return (kind == WHOLE and self.tiling.full > 0 and not masked) or (
+            kind == SHARED and (self.tiling.rest > 0 or masked)
+        )
+
+    @property
+    def record(self) -> int:
+        """Numbers of a tile in the lists: the words of its queries' heads, and its list."""
+        return self.words.count * self.queries + self.length
 
     @property
     def places(self) -> int:
@@ -106,6 +143,10 @@ class Call:
     def lines(self) -> int:
         """Rows of 128 lanes that hold a number for each row of the super-block's queries."""
         return self.queries * self.rows // LANES
+
+
+Words = Callable[[Any], list[Any]]
+"""Of an entry, the words of its query's heads, scalars."""
 
 
 class BlockSpecs(NamedTuple):
@@ -137,13 +178,14 @@ def block_specs(call: Call, words: int) -> BlockSpecs:
 
 def list_scratch(call: Call) -> dict[str, Any]:
     """What `walk` needs."""
-    return {"buffer": pltpu.SMEM((2 * call.length,), jnp.int32), "copied": pltpu.SemaphoreType.DMA((2,))}
+    return {"buffer": pltpu.SMEM((2 * call.record,), jnp.int32), "copied": pltpu.SemaphoreType.DMA((2,))}
 
 
 def walk(
     call: Call, info: Any, lists: Any, buffer: Any, copied: Any, visit: Callable[..., None], *, brisk: bool = True
 ) -> None:
-    """`visit(tile, entries, kind)` for every work item of the super-block; entries are scalars, kind is a Python int.
+    """`visit(tile, entries, kind, words)` for every work item of the super-block; entries are scalars, kind is a Python
+    int, and words(entry) are those of a query's heads.
 
     Args:
         call: sizes.
@@ -151,8 +193,8 @@ def walk(
         lists: all lists, one after the other, where the compiler put them.
         buffer, copied: of `list_scratch`.
         visit: does the work.
-        brisk: a whole item at a time. What is rare (visits of kind CUT, a kernel with `online`) goes in smaller parts:
-            programs are a quarter as long then, and take less time to compile.
+        brisk: many queries at a time. What is rare (a kernel with `online`, and the kinds of visit that are) goes in
+            smaller parts: programs are shorter then, and take less time to compile.
     """
     b, n, i = (pl.program_id(axis) for axis in range(3))
     step = (b * call.K + n) * call.blocks + i
@@ -160,9 +202,9 @@ def walk(
     low = (1 << TILE_BITS) - 1
 
     def copy(t: Any, half: Any) -> Any:
-        first = (step * call.tiling.tiles + (info[0, 1 + t] & low)) * call.length
-        source = lists.at[pl.ds(pl.multiple_of(first, call.length), call.length)]
-        target = buffer.at[pl.ds(pl.multiple_of(half * call.length, call.length), call.length)]
+        first = (step * call.tiling.tiles + (info[0, 1 + t] & low)) * call.record
+        source = lists.at[pl.ds(pl.multiple_of(first, call.record), call.record)]
+        target = buffer.at[pl.ds(pl.multiple_of(half * call.record, call.record), call.record)]
         return pltpu.make_async_copy(source, target, copied.at[half])
 
     @pl.when(live > 0)
@@ -181,14 +223,29 @@ def walk(
         tile, kind = word & low, (word >> TILE_BITS) & ((1 << KIND_BITS) - 1)
         items = word >> (TILE_BITS + KIND_BITS) if call.fixed is None else call.fixed[1]
 
+        def words(entry: Any) -> list[Any]:
+            if call.words.inside:
+                return [entry >> PLACE_BITS]
+            # What fills an item up is behind the last query: it finds what is there, and nobody reads its rows.
+            at = half * call.record + behind(entry, call)
+            return [buffer[at + n * call.queries] for n in range(call.words.count)]
+
         def visit_items(static: int) -> None:
-            part = call.item if brisk and static != CUT else short_part(call.item, call.chunks)
+            start = half * call.record + call.record - call.length
 
-            def one(number: Any, _: None) -> None:
-                first = half * call.length + number * part
-                visit(tile, [buffer[first + j] for j in range(part)], static)
+            def several(first: Any, part: int, count: Any) -> None:
+                def one(number: Any, _: None) -> None:
+                    visit(tile, [buffer[first + number * part + j] for j in range(part)], static, words)
 
-            jax.lax.fori_loop(0, items * (call.item // part), one, None)
+                jax.lax.fori_loop(0, count, one, None)
+
+            if brisk and call.common(static):
+                long, single = call.runs(items)
+                several(start, call.together, long)
+                several(start + long * call.together, call.item, single)
+            else:
+                part = short_part(call.item, call.chunks)
+                several(start, part, items * (call.item // part))
 
         if call.fixed is not None:
             visit_items(call.fixed[2])
@@ -207,13 +264,22 @@ def places(entries: Sequence[Any], kind: int) -> list[Any]:
 
 def number_of(entry: Any, call: Call) -> Any:
     """The place in the super-block of an entry's query; of what fills an item up, the last one: its bits are shut."""
-    number = jax.lax.shift_right_logical(entry & ((1 << PLACE_BITS) - 1), call.rows.bit_length())
-    return jnp.minimum(number, call.queries - 1)
+    return jnp.minimum(behind(entry, call), call.queries - 1)
+
+
+def behind(entry: Any, call: Call) -> Any:
+    """The place in the super-block of an entry's query; of what fills an item up, one behind the last."""
+    return jax.lax.shift_right_logical(entry & ((1 << PLACE_BITS) - 1), call.rows.bit_length())
 
 
 def tile_at(place: Any, rows: int, offset: int = 0) -> Any:
     """The rows from `offset` on behind a place."""
     return pl.ds(pl.multiple_of(place + offset, ROWS) if offset else place, rows)
+
+
+def rows_at(ref: Any, entries: Sequence[Any], call: Call) -> Array:
+    """The rows of each entry's query in an array [queries, rows, lanes], one below the other."""
+    return jnp.concatenate([ref[number_of(entry, call)] for entry in entries], axis=0)
 
 
 def gathered(ref: Any, at: Sequence[Any], rows: int, offset: int = 0) -> Array:
