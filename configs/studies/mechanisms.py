@@ -70,7 +70,8 @@ def get_config() -> Study:
     learned, _ = base.starts()
     trained = Start("tasks", (*learned.phases, learned.recipe), learned.recipe)
     arms = [Arm(f"{OFF}@learned", "learned"), Arm(f"{OFF}@tasks", "tasks", trained=False)]
-    optimizer = base.optimizer(base.group("gate", r"\.mechanisms\."))
+    groups = (base.group("gate", r"\.mechanisms\."),)
+    optimizer = replace(learned.recipe.optimizer, groups=groups)
     for name, mechanisms in TRAINED.items():
         model = replace(base.PLAIN, mechanisms=mechanisms)
         adds = name.startswith(("rave", "moh.learned"))
@@ -89,7 +90,7 @@ def get_config() -> Study:
         starts=(learned, trained),
         arms=tuple(arms),
         tasks=base.judged(),
-        score_every=50,
+        score_every=20,
         decision=base.DECISION,
         simulated_devices=1,
     )
