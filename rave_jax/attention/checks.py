@@ -20,8 +20,16 @@ DOES: dict[Owned | Wanted, str] = {
     "factor": "changes the weight of a key after the softmax",
     "route": "chooses the regions that a query reads",
     "terms": "adds score terms",
+    "tokens": "lets tokens leave after the layer",
 }
 """What a mechanism does that owns or adds this."""
+
+
+USES = {
+    "key_groups": "weighs or measures groups of keys from their log-sum-exps",
+    "factor": DOES["factor"],
+}
+"""What a mechanism does that overrides this hook."""
 
 
 def name_of(mechanism: Mechanism) -> str:
@@ -69,6 +77,22 @@ def _check_alone(owners: Sequence[Mechanism], does: str) -> None:
     raise ConfigError(f"{share}: each {does}, and only one mechanism of a layer may; {_remedy(owners)}")
 
 
+def check_hooks(mechanisms: Sequence[Mechanism]) -> None:
+    """Refuse a mechanism that overrides a hook which another of the layer shuts.
+
+    Raises:
+        ConfigError: names the configs, says why, and what to do.
+    """
+    for mechanism in mechanisms:
+        for other in mechanisms:
+            hook = next((hook for hook in mechanism.SHUTS if other is not mechanism and overrides(other, hook)), None)
+            if hook is not None:
+                raise ConfigError(
+                    f"{name_of(mechanism)} cannot share a layer with {name_of(other)}, which {USES[hook]}; "
+                    f"{_remedy((mechanism, other))}"
+                )
+
+
 def _remedy(mechanisms: Sequence[Mechanism]) -> str:
     """What a user can do where these are in one layer."""
     own = [m.declared.apart for m in mechanisms if m.declared is not None and m.declared.apart is not None]
@@ -77,7 +101,7 @@ def _remedy(mechanisms: Sequence[Mechanism]) -> str:
 
 def check_kernels(mechanisms: Sequence[Mechanism], implementation: Implementation, dims: AttentionDims) -> None:
     """Refuse what the fused kernels do not serve, where these are asked for or, on a TPU, taken by themselves: a score
-    function that they cannot run; and in a layer that routes, where these alone are asked for, all that adds to scores.
+    function that they cannot run; and in a layer that routes, where these alone are asked for, key groups.
 
     Args:
         mechanisms: of the layer.
@@ -100,9 +124,9 @@ def check_kernels(mechanisms: Sequence[Mechanism], implementation: Implementatio
     if implementation != "pallas_tpu" or not routing:
         return
     for mechanism in mechanisms:
-        if overrides(mechanism, "score") or overrides(mechanism, "key_groups"):
+        if overrides(mechanism, "key_groups"):
             raise ConfigError(
                 f"attention is 'pallas_tpu', which cannot serve {name_of(mechanism)} in a layer with "
-                f"{name_of(routing[0])}: its kernels for chosen regions add nothing to scores and know no key groups; "
+                f"{name_of(routing[0])}: its kernels for chosen regions know no key groups; "
                 "set attention to 'auto' or 'xla', or give them different layers"
             )

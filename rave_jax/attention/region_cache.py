@@ -23,6 +23,7 @@ from rave_jax.attention.heads import head_gates, scaled
 from rave_jax.attention.kv_cache import Quantised, StoredKeys, quantise
 from rave_jax.attention.merge import merged
 from rave_jax.attention.scores import scores_of
+from rave_jax.attention.tokens import Deciding
 from rave_jax.batch import TokenInfo
 from rave_jax.config import ConfigError
 from rave_jax.kernels import attention as attention_kernels
@@ -101,6 +102,7 @@ class LayerRegions(NamedTuple):
         implementation: Implementation,
         queries: Int[Array, "B N"] | None = None,
         progress: Float[Array, ""] | None = None,
+        deciding: Deciding | None = None,
     ) -> tuple[AttentionOutput, LayerRegions]:
         """As `LayerKeys` says. `codes` and `info_k` have the entries of no region first."""
         near, far = _write_at(self.near, layer, entries.near, keys), self.far

@@ -88,7 +88,7 @@ def head_stats(model: Vlm, processor: Processor, examples: Sequence[Example], me
     width = max((len(at) for at, _ in places), default=0)
     found: list[list[NpArray]] = []
     with use_mesh(mesh):
-        for span, batch in _blocks(processor, examples, mesh, rows):
+        for span, batch in blocks(processor, examples, mesh, rows):
             B = batch.tokens.shape[0]
             at, answer = np.zeros((B, width), np.int32), np.full((B, width), NOTHING, np.int32)
             for row, (here, tokens) in enumerate(places[span]):
@@ -109,7 +109,7 @@ def visual_mass(
     """
     found = []
     with use_mesh(mesh):
-        for span, batch in _blocks(processor, examples, mesh, rows):
+        for span, batch in blocks(processor, examples, mesh, rows):
             B = batch.tokens.shape[0]
             arrays = jax.device_put(_queries(examples[span], B), batch_shardings(mesh, B).tokens)
             found.append(np.asarray(_mass(model, batch, *arrays))[:, : len(examples[span])])
@@ -222,7 +222,7 @@ def _text_queries(example: Example) -> Int[NpArray, "N"]:
     return text[np.unique(np.linspace(0, len(text) - 1, MOST_QUERIES).round().astype(int))] if len(text) else text
 
 
-def _blocks(processor: Processor, examples: Sequence[Example], mesh: Mesh, rows: int) -> Iterator[tuple[slice, Batch]]:
+def blocks(processor: Processor, examples: Sequence[Example], mesh: Mesh, rows: int) -> Iterator[tuple[slice, Batch]]:
     """Examples in blocks of one shape, one a row."""
     require(len(examples) > 0, "the calibration set", "0 samples", "at least one that can be used")
     rows = round_up(min(rows, len(examples)), row_ways(mesh))

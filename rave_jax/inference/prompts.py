@@ -29,6 +29,7 @@ class Prompt(NamedTuple):
         stops: ids that end the answer.
         limit: most tokens of the answer.
         blind: the prompt without its pictures; None where nothing asks for it.
+        kept: bounds of its tokens behind each layer after which tokens leave; empty where none do.
     """
 
     example: Example
@@ -36,6 +37,7 @@ class Prompt(NamedTuple):
     stops: tuple[int, ...]
     limit: int
     blind: Example | None = None
+    kept: tuple[tuple[int, ...], ...] = ()
 
     @property
     def length(self) -> int:
@@ -71,6 +73,8 @@ class PromptGroup:
         regions = max(int(np.max(prompt.example.info.region, initial=0)) for prompt in prompts)
         self.region_reach = buckets.region_reach(regions)
         """Regions that the prompts' chunks see; None for a model without."""
+        self.lengths = buckets.behind(largest([prompt.kept for prompt in prompts]), self.width) or None
+        """What tokens are gathered into behind layers after which some leave; None where none do."""
         self._region_offset: Any = np.stack([offsets_in_region(np.asarray(row)) for row in self._batch.info.region])
 
     def pictures(self, most: int) -> Iterator[Pictures]:
@@ -150,6 +154,11 @@ class PromptGroup:
 
 def _whole(batch: Batch) -> Chunk:
     return Chunk(batch.tokens, batch.info, batch.positions, batch.visual_index)
+
+
+def largest(counts: Sequence[tuple[tuple[int, ...], ...]]) -> tuple[tuple[int, ...], ...]:
+    """The largest of each of the numbers that all have."""
+    return tuple(tuple(map(max, zip(*bounds, strict=True))) for bounds in zip(*counts, strict=True))
 
 
 def _groups(number: Any, most: int) -> list[range]:

@@ -35,7 +35,7 @@ from rave_jax.inference.programs import (
     study,
 )
 from rave_jax.inference.prompted import asking
-from rave_jax.inference.prompts import Prompt, PromptGroup
+from rave_jax.inference.prompts import Prompt, PromptGroup, largest
 from rave_jax.inference.sampling import Sampling
 from rave_jax.models.vlm import Vlm
 from rave_jax.parallel.agree import from_first
@@ -83,7 +83,14 @@ class _Job:
     def length_after(self, steps: int) -> int:
         """Entries that it takes after so many more tokens, those of regions left out. The newest token of an answer
         has none yet."""
-        return self.prompt.entries + min(self.given + steps, self.prompt.limit) - 1
+        return self.prompt.entries + self._answer_after(steps)
+
+    def kept_after(self, steps: int) -> tuple[tuple[int, ...], ...]:
+        """Bounds of the same behind each layer after which tokens leave."""
+        return tuple(tuple(n + self._answer_after(steps) for n in bounds) for bounds in self.prompt.kept)
+
+    def _answer_after(self, steps: int) -> int:
+        return min(self.given + steps, self.prompt.limit) - 1
 
 
 class Engine:
@@ -134,7 +141,10 @@ class Engine:
         self._compiling = 0.0
         visual = self._buckets.lengths[-1] if model.vision is not None else 0
         sizes = (config.slots, self._buckets.size, config.prefill_rows, visual, config.max_stop_ids)
-        self._state_arguments = (*sizes, config.cache, config.regions_in)
+        if config.max_kept is not None:
+            expected = "None: no mechanism of the model lets tokens leave"
+            require(bool(model.decoder.stays(0, 0)), "max_kept", config.max_kept, expected)
+        self._state_arguments = (*sizes, config.cache, config.regions_in, self._buckets.kept)
         self._state: SlotState | None = None
         if self._is_abstract:
             self.shapes()  # what cannot be kept is refused here too
@@ -143,7 +153,7 @@ class Engine:
 
     def _empty_state(self) -> SlotState:
         with self._placed():
-            state = jax.jit(empty_state, static_argnums=(1, 2, 3, 4, 5, 6, 7))(self._model, *self._state_arguments)
+            state = jax.jit(empty_state, static_argnums=tuple(range(1, 9)))(self._model, *self._state_arguments)
         # Bound to its device like what the programs give back: else the first of them would be compiled twice.
         return state if self._mesh is not None else _bound(state, jax.tree.leaves(self._model)[0].sharding)
 
@@ -209,11 +219,14 @@ class Engine:
         if self.asking.blind and blind is None:
             raise ValueError("a mechanism of the model asks for the prompt without its pictures: give `blind`")
         beside = int(np.sum(example.info.region == 0))
+        kept = self._kept(example)
+        most_kept = max((bounds[-1] for bounds in kept), default=0)
         for given, what, most, field_name in (
             (len(example.tokens), "tokens", config.max_prompt, "max_prompt"),
             (example.patches.length, "patches", config.max_patches, "max_patches"),
             (len(example.tokens) + 1, "tokens, with one token of the answer", config.max_length, "max_length"),
             (beside + 1, "tokens outside regions, with one token of the answer", config.max_text, "max_text"),
+            (most_kept + 1, "tokens that stay, with one token of the answer", config.max_kept, "max_kept"),
         ):
             if most is not None and given > most:
                 raise OverBudget(f"{called}the prompt has {given} {what}, over the budget of {field_name} {most}")
@@ -233,8 +246,17 @@ class Engine:
         # The last token of an answer needs no room: nothing follows that would look at it.
         limit = min(sampling.max_new_tokens, config.max_length - len(example.tokens) + 1)
         limit = limit if config.max_text is None else min(limit, config.max_text - beside + 1)
-        self._waiting.append(_Job(self._requests, Prompt(example, sampling, stops + fill, limit, blind), called))
+        limit = limit if config.max_kept is None else min(limit, config.max_kept - most_kept + 1)
+        prompt = Prompt(example, sampling, stops + fill, limit, blind, kept)
+        self._waiting.append(_Job(self._requests, prompt, called))
         return self._requests
+
+    def _kept(self, example: Example) -> tuple[tuple[int, ...], ...]:
+        """Bounds of a prompt's tokens behind each layer after which tokens leave."""
+        visual = int(np.sum(example.info.kind == Kind.VISUAL))
+        pictures = int(np.max(example.info.image, initial=0))
+        text = len(example.tokens) - visual
+        return tuple(tuple(text + n for n in bounds) for bounds in self._model.decoder.stays(visual, pictures))
 
     def _check_layout(self, example: Example, called: str) -> None:
         """Pictures are laid out as the model wants them."""
@@ -328,8 +350,9 @@ class Engine:
         regions = group.region_reach
         given = []
         for reach, chunk, admission in group.chunks(slots, no_slot=self.config.slots):
-            size = (reach, group.width, regions)
-            given += self._run("prefill", size, _prefill, chunk, admission, reach=reach, regions=regions)
+            size = (reach, group.width, regions, *(group.lengths or ()))
+            sizes = {"reach": reach, "regions": regions, "lengths": group.lengths}
+            given += self._run("prefill", size, _prefill, chunk, admission, **sizes)
         # A prompt gives its answer's first token with its last chunk, and nothing with the others.
         first = np.full(rows, NOTHING)
         for tokens in map(np.asarray, given):
@@ -348,7 +371,9 @@ class Engine:
         alive = np.array([job is not None for job in self._slots])
         eager = np.array(self.waiting > 0)
         arguments = (alive, np.int32(steps), eager)
-        out, ran = self._run("decode", reach, _decode, *arguments, reach=reach, width=width)
+        lengths = self._buckets.behind(largest([job.kept_after(steps) for _, job in running]), reach) or None
+        size = reach if lengths is None else (reach, *lengths)
+        out, ran = self._run("decode", size, _decode, *arguments, reach=reach, width=width, lengths=lengths)
         ran = int(ran)
         done = []
         for (slot, job), tokens in zip(running, np.asarray(out)[[slot for slot, _ in running], :ran], strict=True):
@@ -405,8 +430,8 @@ def _compiled(program: FunctionType, *sizes: str) -> Any:
 
 _encode_images = _compiled(encode_images)
 _study = _compiled(study)
-_prefill = _compiled(prefill, "reach", "regions")
-_decode = _compiled(decode, "reach", "width")
+_prefill = _compiled(prefill, "reach", "regions", "lengths")
+_decode = _compiled(decode, "reach", "width", "lengths")
 _clear = _compiled(clear)
 
 

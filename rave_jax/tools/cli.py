@@ -165,12 +165,14 @@ def _parser() -> argparse.ArgumentParser:
     generate.late = _generation_flags
 
     calibrate = commands.add_parser("calibrate", help="find settings of a mechanism by running a model")
-    kinds = calibrate.add_subparsers(dest="mechanism", required=True, metavar="zero-tuning|sads|vhr|rave")
+    kinds = calibrate.add_subparsers(dest="mechanism", required=True, metavar="zero-tuning|sads|vhr|rave|debias|dyvte")
     for name, summary, late in (
         ("zero-tuning", "find heads and gamma of ZeroTuning", _calibration_flags),
         ("sads", "find the heads that SADS drops", _sads_flags),
         ("vhr", "find the heads that VHR multiplies", _vhr_flags),
         ("rave", "choose the heads that get a RAVE gate", _rave_flags),
+        ("debias", "fit the bias for places that Pruning takes out", _debias_flags),
+        ("dyvte", "train the routers of Dyvte; OUT is a new directory for the model with them", _dyvte_flags),
     ):
         search = kinds.add_parser(name, help=summary)
         _add_calibration(search)
@@ -201,7 +203,9 @@ def _parser() -> argparse.ArgumentParser:
 def _add_calibration(parser: argparse.ArgumentParser) -> None:
     """What every search takes."""
     parser.add_argument("model", type=Path, help="HuggingFace directory, native checkpoint or run directory")
-    parser.add_argument("out", type=Path, help="JSON to write: a list for `mechanisms` of a model's options")
+    parser.add_argument(
+        "out", type=Path, help="JSON to write: a list for `mechanisms` of a model's options (dyvte: a new directory)"
+    )
     parser.add_argument(
         "--data",
         type=Path,
@@ -254,6 +258,18 @@ def _rave_flags(parser: argparse.ArgumentParser) -> None:
     from rave_jax.tools.calibrate_heads import add_rave_flags
 
     add_rave_flags(parser)
+
+
+def _debias_flags(parser: argparse.ArgumentParser) -> None:
+    from rave_jax.tools.calibrate_tokens import add_debias_flags
+
+    add_debias_flags(parser)
+
+
+def _dyvte_flags(parser: argparse.ArgumentParser) -> None:
+    from rave_jax.tools.calibrate_tokens import add_dyvte_flags
+
+    add_dyvte_flags(parser)
 
 
 def _data_flags(parser: argparse.ArgumentParser) -> None:
@@ -358,13 +374,15 @@ def _run(arguments: argparse.Namespace) -> int:
 
             return generate(arguments)
         case "calibrate":
-            from rave_jax.tools import calibrate, calibrate_heads
+            from rave_jax.tools import calibrate, calibrate_heads, calibrate_tokens
 
             searches = {
                 "zero-tuning": calibrate.calibrate,
                 "sads": calibrate_heads.calibrate_sads,
                 "vhr": calibrate_heads.calibrate_vhr,
                 "rave": calibrate_heads.calibrate_rave,
+                "debias": calibrate_tokens.calibrate_debias,
+                "dyvte": calibrate_tokens.calibrate_dyvte,
             }
             searches[arguments.mechanism](arguments)
         case "study":

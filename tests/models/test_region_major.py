@@ -35,6 +35,9 @@ SETTINGS: dict[str, tuple[at.MechanismConfig, ...]] = {
     "mma and croc": (at.Mma(), at.Croc()),
     "prefix": (at.Croc("prefix"),),
     "cca": (at.Cca(),),
+    "blocks": (at.Moba(5, top_k=2, layers=(0,)), at.Sparsifiner(5, keep=0.3, rank=4, layers=(1,))),
+    "spans": (at.Superlinear(5, spans=1, rank=4),),
+    "mean queries": (at.BiFormer(REGIONS, 64, top_k=2), at.Croc(layers=(0,)), at.Cca(layers=(1,))),
     "first token": (at.ZeroTuning(3.0), at.ZeroTuning(0.5, route="after"), at.ZeroTuning(2.0, route="merge")),
     "sinks and losses": (
         at.Var(dims=(3, 11, 20), tau=1.8, summ=0.05, rho=0.3, layers="all"),

@@ -28,7 +28,7 @@ def _pallas_tpu(
     q: Array, k: Array, v: Array, codes: MaskCodes, terms: Terms, scale: float, routing: Routing
 ) -> tuple[Array, Array]:
     assert routing.most_keys is not None  # `against` refuses it
-    return pallas_tpu.attention(q, k, v, codes, scale, routing.routes, routing.rule, routing.most_keys)
+    return pallas_tpu.attention(q, k, v, codes, terms, scale, routing.routes, routing.rule, routing.most_keys)
 
 
 OPERATION = Operation(
@@ -62,8 +62,8 @@ def attention(
         q, k, v, codes, terms, scale, key_bias, key_groups: as in `kernels.attention.attention`.
         routing: what the choice is made from, and how.
         implementation: "xla" goes through blocks of queries, "reference" takes all at once, and both make every score;
-            "pallas_tpu" skips what was not chosen, and serves one hard choice for each kv head without further terms.
-            "auto" takes it on a TPU where it can serve.
+            "pallas_tpu" skips what was not chosen, and serves hard choices by descriptors. "auto" takes it on a TPU
+            where it can serve.
 
     Returns:
         output and log-sum-exp, as `kernels.attention.attention` gives them. Gradients reach every float operand of the

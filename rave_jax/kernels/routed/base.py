@@ -14,6 +14,13 @@ choice has no gradient; a soft choice adds
     soft_bias          tau * log softmax_r(s_i) over the candidates, to every key of r
     straight_through   the same in the backward pass and nothing in the forward pass
 
+and `spans` gives every region that a query reads a softmax of its own, weighted by the softmax over their scores:
+
+    out_i = sum_r softmax_r(s_i) out_ir     r over the chosen, and over those no candidates that it sees with s = 0
+
+out_ir is the attention to the keys of r alone. It needs all scores, and every key of the query in a region. A query
+that is not routed has one softmax.
+
 Source: Gaze Attention (arXiv 2605.13080) as its authors describe it: regions, TopK of <q, d>, no router parameters,
 nothing evicted; one choice for each query head, as their published demo shows. Choices for a kv group sum the scores
 of its heads. `dense` is their schedule, 1 at the start (all candidates) and 0 at its end.
@@ -44,7 +51,7 @@ class RouteRule:
     may be meant as either, is refused."""
     share: Literal["head", "group"] = "head"
     """Who has a choice of its own: each query head, or each kv head with the query heads that read it."""
-    choice: Literal["hard", "soft_bias", "straight_through"] = "hard"
+    choice: Literal["hard", "soft_bias", "straight_through", "spans"] = "hard"
     """Whether the scores of the regions get a gradient, and how."""
     tau: float = 1.0
     """Scale of the soft choices."""
@@ -60,6 +67,11 @@ class RouteRule:
         what = "a whole number of regions (1 for one; as many as there may be for all), or a fraction between 0 and 1"
         require(good, "top_k", self.top_k, what)
         require(0 < self.tau <= 1e30, "tau", self.tau, "a positive number, at most 1e30")
+
+    @property
+    def reads_scores(self) -> bool:
+        """Does a choice need the scores of all keys?"""
+        return self.by == "mass" or self.choice == "spans"
 
     def most(self, regions: int) -> int:
         """How many regions a query chooses of so many candidates, once the schedule has ended."""
@@ -210,13 +222,30 @@ def choose(
     equal = (fixed == least) & candidate
     room = count - jnp.sum(above, axis=-1, keepdims=True)
     chosen = above | (equal & (jnp.cumsum(equal, axis=-1) <= room))
-    if rule.choice == "hard":
+    if rule.choice in ("hard", "spans"):
         return Choice(chosen, candidate, None)
     # A query without candidates has no distribution, and what it would get must have no gradient either.
     some = jnp.any(candidate, axis=-1, keepdims=True)
     soft = rule.tau * jax.nn.log_softmax(jnp.where(some, scores, 0.0), axis=-1, where=candidate | ~some)
     soft = jnp.where(chosen, soft, 0.0)
     return Choice(chosen, candidate, soft if rule.choice == "soft_bias" else soft - jax.lax.stop_gradient(soft))
+
+
+def span_bias(
+    ranks: Float[Array, "B K G T R"], masses: Float[Array, "B K G T R"], choice: Choice
+) -> Float[Array, "B K G T R"]:
+    """What makes one softmax over all keys the weighted sum of those over each region.
+
+    Args:
+        ranks: the regions' scores.
+        masses: log of the attention mass that the mask allows of each region; -inf of none.
+        choice: a hard one.
+    """
+    read = (choice.chosen | ~choice.candidate) & (masses > -jnp.inf)
+    some = jnp.any(read, axis=-1, keepdims=True)
+    logits = jnp.where(choice.candidate, ranks, 0.0)
+    share = jax.nn.log_softmax(jnp.where(read, logits, 0.0), axis=-1, where=read | ~some)
+    return jnp.where(read, share - jnp.where(read, masses, 0.0), 0.0)
 
 
 def of_keys(x: Array, keys: Int[Array, "B S"], fill: float | bool) -> Array:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from rave_jax.kernels import support
 from rave_jax.kernels.attention.base import (
+    NOWHERE,
     MaskCodes,
     Terms,
     group_heads,
@@ -33,6 +34,7 @@ from rave_jax.kernels.routed.base import (
     open_keys,
     region_masses,
     region_scores,
+    span_bias,
 )
 from rave_jax.parallel.sharding import current_mesh, named_sharding
 from rave_jax.typing import Array, Float
@@ -123,11 +125,17 @@ def choice_of(
     rule: RouteRule,
     scale: float,
 ) -> Choice:
-    """Every query's choice; `scores` are of its keys, and are read where regions are ranked by mass. Biases are added
-    to `scale` <q, k>."""
+    """Every query's choice; `scores` are of its keys, and are read where `rule.reads_scores`. Biases are added to
+    `scale` <q, k>."""
     if rule.by == "mass":
         assert scores is not None
         ranks = region_masses(scores, routes)
     else:
         ranks = region_scores(routes, scale)
-    return choose(ranks, candidates(codes, routes), routes.dense, rule)
+    choice = choose(ranks, candidates(codes, routes), routes.dense, rule)
+    if rule.choice != "spans":
+        return choice
+    assert scores is not None
+    masses = region_masses(jnp.where(tile_allow(codes), scores, -jnp.inf), routes)
+    routed = (routes.before > NOWHERE)[:, None, None, :, None]
+    return choice._replace(bias=jnp.where(routed, span_bias(ranks, masses, choice), 0.0))
