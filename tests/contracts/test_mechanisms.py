@@ -78,7 +78,7 @@ def test_declarations_agree_with_the_hooks(kind: type[at.MechanismConfig]) -> No
     mechanism = config.build(at.AttentionDims(4, 2, 8), jax.random.key(0))
     routes = "route" in mechanism.OWNS and not mechanism.OWN_REGIONS
     assert (config.layout.regions is not None) == routes == (kind.reading is not at.MechanismConfig.reading)
-    assert not config.needs_order
+    assert not config.needs_order and config.needs_all == mechanism.OWN_REGIONS
     # The mean query of a region has queries of later tokens; an arrow opens earlier ones.
     ahead = bool({"hi", "opening", "tokens"} & set(mechanism.OWNS)) and kind is not at.Arrow
     assert config.looks_ahead == (ahead or kind is at.BiFormer)
