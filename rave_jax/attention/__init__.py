@@ -26,6 +26,7 @@ from rave_jax.attention.base import (
     Owned,
     Parts,
     Score,
+    Views,
 )
 from rave_jax.attention.biformer import BiFormer
 from rave_jax.attention.cache import Cache, CacheType, LayerKeys, RegionMemory, RegionReach
@@ -45,6 +46,7 @@ from rave_jax.attention.masks import block_diagonal_codes, cached_codes, causal_
 from rave_jax.attention.mma import Mma
 from rave_jax.attention.moba import Moba
 from rave_jax.attention.moh import Moh
+from rave_jax.attention.pine import Pine
 from rave_jax.attention.plan import LayerRunPlan, build_mechanisms, plan_layer_runs
 from rave_jax.attention.pruning import Pruning
 from rave_jax.attention.rave import Rave
@@ -64,6 +66,7 @@ from rave_jax.attention.var import Var
 from rave_jax.attention.vhr import Vhr
 from rave_jax.attention.visual_bias import VisualBias
 from rave_jax.attention.zero_tuning import ZeroTuning
+from rave_jax.kernels.attention import ScoreFunction, Term, Tile
 
 __all__ = [
     "Arrow",
@@ -101,6 +104,7 @@ __all__ = [
     "Owned",
     "Parts",
     "PicturesBefore",
+    "Pine",
     "Pruning",
     "Rave",
     "RegionCache",
@@ -108,6 +112,7 @@ __all__ = [
     "RegionReach",
     "Sads",
     "Score",
+    "ScoreFunction",
     "ShortKeys",
     "SlidingWindow",
     "Sparsifiner",
@@ -115,10 +120,13 @@ __all__ = [
     "Steer",
     "StoredStates",
     "Superlinear",
+    "Term",
     "TextPositions",
+    "Tile",
     "TopKSchedule",
     "Var",
     "Vhr",
+    "Views",
     "VisualBias",
     "WantedStatistics",
     "ZeroTuning",

@@ -14,7 +14,7 @@ from rave_jax.attention.heads import head_gates, scaled
 from rave_jax.attention.merge import log_weights, merged, partition_of, parts_of, with_factor
 from rave_jax.attention.queries import QueryChoice, attention_of, choice_of_queries, chosen_regions
 from rave_jax.attention.reweigh import reweighed, reweighing, with_reweighed
-from rave_jax.attention.scores import Scores, scores_of
+from rave_jax.attention.scores import Scores, by_view, scores_of
 from rave_jax.attention.statistics import Statistics, WantedStatistics, statistics_of
 from rave_jax.attention.tokens import Deciding, received
 from rave_jax.batch import TokenInfo
@@ -127,17 +127,21 @@ def attend(
     groups, factor = partition.key_groups, key_factor(mechanisms, x, info_q, info_k)
     routing = routing_of(mechanisms, x, keys, info_q, info_k, scores, regions, progress)
     attention = attention_kernels.attention if routing is None else functools.partial(routed.attention, routing=routing)
-    out, lse = attention(
-        scores.q,
-        scores.k,
-        keys.v,
-        codes,
-        scores.terms.parts,
-        scale=scores.scale,
-        key_bias=scores.terms.per_key,
-        key_groups=groups,
-        implementation=implementation,
-    )
+    of_views = [
+        attention(
+            view.q,
+            view.k,
+            keys.v,
+            view.codes,
+            view.terms.parts,
+            scale=view.scale,
+            key_bias=view.terms.per_key,
+            key_groups=groups,
+            implementation=implementation,
+        )
+        for view in by_view(scores)
+    ]
+    out, lse = of_views[0] if len(of_views) == 1 else merged(*(jnp.stack(x, 2) for x in zip(*of_views, strict=True)))
     weights, found = None, {}
     if groups is not None or factor is not None or losses:
         if groups is None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 import jax.numpy as jnp
 from flax import nnx
 
+from rave_jax.attention.rotation import Rope
 from rave_jax.batch import TokenInfo
 from rave_jax.kernels.attention import KeyGroups, MaskCodes, Term
 from rave_jax.kernels.routed import Routing
@@ -31,7 +32,8 @@ class AttentionDims(NamedTuple):
 
 class Features(NamedTuple):
     """What one layer projects of the tokens it is given. q0 and k0 are q and k before RoPE, after q/k norm where the
-    family has one; hidden is the residual stream that enters the layer, before its norm."""
+    family has one; hidden is the residual stream that enters the layer, before its norm; rope says how q and k were
+    rotated (None: they were not)."""
 
     q: Float[Array, "B T H h"]
     k: Float[Array, "B T K h"]
@@ -39,6 +41,7 @@ class Features(NamedTuple):
     q0: Float[Array, "B T H h"]
     k0: Float[Array, "B T K h"]
     hidden: Float[Array, "B T D"]
+    rope: Rope | None = None
 
 
 class Keys(NamedTuple):
@@ -69,10 +72,24 @@ class OtherQuery(NamedTuple):
     keys: Bool[Array, "B S"]
 
 
+class Views(NamedTuple):
+    """Each key group is met by a query of its own, one run of the kernel for each, and the softmax is over them all.
+
+    Fields:
+        groups: which keys each view is of; every key has to be in one.
+        q: the queries of each view, in place of the layer's own, under the same scale.
+        open_q: the mask code of each view, in place of the layer's.
+    """
+
+    groups: KeyGroups
+    q: tuple[Float[Array, "B T H h"], ...]
+    open_q: tuple[Int[Array, "B T"], ...]
+
+
 class Score(NamedTuple):
     """What a mechanism changes of the scores before the softmax. Key biases (float32, finite) and channels of several
     mechanisms add up, and scales, which <q, k> of a query is multiplied by before they are added, multiply; the other
-    query has one owner.
+    query, or the views, have one owner.
 
     Score terms add too (`kernels.attention.Term`). Their operands may be of any type, and what has no axis of heads is
     for all heads: query features [B,T], key features [B,S], switches of queries [B,T]. All functions read the same
@@ -83,6 +100,7 @@ class Score(NamedTuple):
     key_bias: Float[Array, "B S H"] | None = None
     channels: Channels | None = None
     query: OtherQuery | None = None
+    views: Views | None = None
     scale: Float[Array, "B T"] | None = None
 
 

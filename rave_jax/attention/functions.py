@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from rave_jax.attention.base import AttentionDims, Features, Mechanism, overrides
+from rave_jax.attention.rotation import Rope
 from rave_jax.batch import TokenInfo
 from rave_jax.kernels import support
 from rave_jax.kernels.attention import ScoreFunction, Term
@@ -56,18 +58,23 @@ def terms_of(mechanism: Mechanism, dims: AttentionDims) -> tuple[Term, ...]:
         return ()
     H, K, h, D = dims
 
-    def of(*shape: int) -> jax.ShapeDtypeStruct:
+    # Shapes stand in the places of arrays.
+    def of(*shape: int) -> Any:
         return jax.ShapeDtypeStruct((1, TOKENS, *shape), jnp.float32)
 
     queries, keys = of(H, h), of(K, h)
+    positions: Any = jax.ShapeDtypeStruct((3, 1, TOKENS), jnp.int32)
+    frequencies: Any = jax.ShapeDtypeStruct((h // 2,), jnp.float32)
+    rope = Rope(positions, frequencies)
+    features = Features(queries, keys, keys, queries, keys, of(max(D, 1)), rope)
     codes = {name: jax.ShapeDtypeStruct((1, TOKENS), jnp.int32) for name in TokenInfo._fields}
 
-    def added(codes: dict[str, Array], *features: Array) -> tuple[Term, ...]:
-        info, x = TokenInfo(**codes), Features(*features)
+    def added(codes: dict[str, Array], x: Features) -> tuple[Term, ...]:
+        info = TokenInfo(**codes)
         score = mechanism.score(x, mechanism.remember(x), info, info)
         return () if score is None else tuple(spread(term, H, K) for term in score.terms)
 
-    terms = jax.eval_shape(added, codes, queries, keys, keys, queries, keys, of(max(D, 1)))
+    terms = jax.eval_shape(added, codes, features)
     shapes = TermShapes((1, TOKENS, H), (1, TOKENS, K), (1, TOKENS), H)
     check_terms("score", terms, shapes, f"for {TOKENS} tokens, {H} query heads and {K} kv heads")
     return terms

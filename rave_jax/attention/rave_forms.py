@@ -72,7 +72,7 @@ class LogGate(Form):
         assert tile.pair is not None
         shut = jnp.exp2(jnp.minimum(tile.pair, SHUT))
         factor = reciprocal(0.5 + shut)
-        return factor, Slopes(pair=(shut * factor) * (-1 / LOG2E))
+        return factor, Slopes(None, (shut * factor) * (-1 / LOG2E), {}, {}, {})
 
 
 @dataclass(frozen=True)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 
-from rave_jax.attention.base import Channels, Features, Keys, Mechanism, OtherQuery
+from rave_jax.attention.base import Features, Keys, Mechanism, OtherQuery, Views
 from rave_jax.attention.checks import DOES, name_of
 from rave_jax.attention.functions import spread
 from rave_jax.batch import TokenInfo
 from rave_jax.config import ConfigError
 from rave_jax.kernels.attention import MaskCodes, Terms
-from rave_jax.kernels.attention.base import group_heads, tile_allow, tile_scores, ungroup_heads
+from rave_jax.kernels.attention.base import group_heads, of_key_group, tile_allow, tile_scores, ungroup_heads
 from rave_jax.typing import Array, Bool, Float, Int
 
 
@@ -26,6 +28,8 @@ class Scores(NamedTuple):
     codes: MaskCodes
     terms: Terms
     scale: float
+    views: Views | None = None
+    """With queries as wide as q; None where all keys are met by q."""
 
 
 def scores_of(
@@ -38,13 +42,13 @@ def scores_of(
 ) -> Scores:
     """The scores with what every mechanism adds to them; at most one gives a query, and one a term that reads <q, k>
     (`check_owners`)."""
-    query, key_bias, row, channels, terms = None, None, None, [], []
+    query, views, key_bias, row, channels, terms = None, None, None, None, [], []
     q, k, scale = x.q, keys.k, x.q.shape[-1] ** -0.5
     for mechanism, remembered in zip(mechanisms, keys.remembered, strict=True):
         added = mechanism.score(x, remembered, info_q, info_k)
         if added is None:
             continue
-        if query is not None and added.query is not None:
+        if (query or views) is not None and (added.query or added.views) is not None:
             raise ConfigError(
                 f"{name_of(mechanism)} {DOES['query']}, and so does another mechanism of its layer, but only one may: "
                 "each has to say so in its class, OWNS = ('query',), and they need different layers"
@@ -57,13 +61,20 @@ def scores_of(
         if added.query is not None:
             query = added.query
             q, k = _doubled(q, k, query)
+        if added.views is not None:
+            views = added.views
         if added.scale is not None:
             row = added.scale if row is None else row * added.scale
-    if row is not None:
-        q = (q.astype(jnp.float32) * row[..., None, None]).astype(q.dtype)
-    for columns in channels:
-        q, k = _widened(q, k, columns, scale)
-    return Scores(q, k, codes, Terms(tuple(terms), key_bias), scale)
+
+    def finished(q: Array) -> Array:
+        # What the kernel scales comes out of the scale as it was.
+        q = q if row is None else (q.astype(jnp.float32) * row[..., None, None]).astype(q.dtype)
+        return jnp.concatenate([q, *((columns.q / scale).astype(q.dtype) for columns in channels)], -1)
+
+    if views is not None:
+        views = views._replace(q=tuple(finished(q) for q in views.q))
+    k = jnp.concatenate([k, *(columns.k.astype(k.dtype) for columns in channels)], -1)
+    return Scores(finished(q), k, codes, Terms(tuple(terms), key_bias), scale, views)
 
 
 def _doubled(q: Array, k: Array, other: OtherQuery) -> tuple[Array, Array]:
@@ -73,10 +84,13 @@ def _doubled(q: Array, k: Array, other: OtherQuery) -> tuple[Array, Array]:
     return jnp.concatenate([q, other.q.astype(q.dtype)], -1), jnp.concatenate(halves, -1)
 
 
-def _widened(q: Array, k: Array, channels: Channels, scale: float) -> tuple[Array, Array]:
-    """q and k with the channels beside them: what the kernel scales comes out of the scale as it was."""
-    columns = (channels.q / scale).astype(q.dtype)
-    return jnp.concatenate([q, columns], -1), jnp.concatenate([k, channels.k.astype(k.dtype)], -1)
+def by_view(scores: Scores) -> list[Scores]:
+    """The scores of each view, with the keys of all others out of reach; of scores without views, themselves."""
+    if scores.views is None:
+        return [scores]
+    groups, q, open_q = scores.views
+    codes = [of_key_group(scores.codes._replace(open_q=one), groups, n) for n, one in enumerate(open_q)]
+    return [scores._replace(q=q[n], codes=codes[n], views=None) for n in range(groups.count)]
 
 
 def pick(x: Array, index: Int[Array, "B N"]) -> Array:
@@ -86,6 +100,14 @@ def pick(x: Array, index: Int[Array, "B N"]) -> Array:
 
 def of_queries(scores: Scores, rows: Int[Array, "B N"]) -> tuple[Float[Array, "B N H S"], Bool[Array, "B N 1 S"]]:
     """Scores of chosen queries and all keys, and which of those they may see."""
+    if scores.views is not None:
+        of_views = [of_queries(each, rows) for each in by_view(scores)]
+        number = scores.views.groups.of[:, None, None]
+        return functools.reduce(
+            lambda found, n: jax.tree.map(lambda x, y: jnp.where(number == n, y, x), found, of_views[n]),
+            range(1, len(of_views)),
+            of_views[0],
+        )
     codes = map_queries(scores.codes, rows)
     terms = scores.terms.map_queries(lambda x: pick(x, rows))
     q = group_heads(pick(scores.q, rows), scores.k.shape[2])

@@ -48,7 +48,7 @@ class VisualFunnel:
     def __post_init__(self) -> None:
         check_fields(self)
         try:
-            asked = self.where.format(question="")
+            asked = self.where.format(question="?")
         except (KeyError, IndexError, ValueError):
             asked = ""
         require(bool(asked.strip()), "where", self.where, "a text whose only name in braces is {question}")

@@ -14,6 +14,7 @@ from flax import nnx
 from rave_jax import attention
 from rave_jax.attention import Cache, CacheType, Features, Keys, RegionMemory, ShortKeys, StoredStates
 from rave_jax.attention.plan import LayeredConfig
+from rave_jax.attention.rotation import Rope
 from rave_jax.batch import TokenInfo
 from rave_jax.config import ConfigError, require
 from rave_jax.families.config import LayerKind, TextConfig
@@ -24,7 +25,7 @@ from rave_jax.models.decoder_layer import Asked, DecoderLayer, DeltaLayer, Layer
 from rave_jax.models.delta import STATE_AXES, DeltaState, in_turn
 from rave_jax.models.experts import Experts, balance_loss
 from rave_jax.models.forward import HIDDEN, Embedded, Output, Want
-from rave_jax.models.rope import text_rotation
+from rave_jax.models.rope import text_frequencies, text_rotation
 from rave_jax.models.stack import LayerRun
 from rave_jax.parallel.sharding import current_mesh, shard
 from rave_jax.typing import Array, Float, Int
@@ -327,7 +328,9 @@ class Decoder(nnx.Module):
         """Features of nothing, for their shapes."""
         H, K, h, _ = self.attention_dims
         q, k = jnp.zeros((rows, tokens, H, h), dtype), jnp.zeros((rows, tokens, K, h), dtype)
-        return Features(q, k, k, q, k, jnp.zeros((rows, tokens, self.hidden_size), dtype))
+        hidden = jnp.zeros((rows, tokens, self.hidden_size), dtype)
+        rope = Rope(jnp.zeros((3, rows, tokens), jnp.int32), jnp.zeros(self.rotary_dim // 2))
+        return Features(q, k, k, q, k, hidden, rope)
 
     def _situation(
         self,
@@ -353,10 +356,11 @@ class Decoder(nnx.Module):
             interleaved=self.mrope_interleaved,
             scaling=self.rope_scaling,
         )
+        rope = Rope(placed, text_frequencies(self.rotary_dim, self.rope_theta, self.rope_scaling))
         codes = attention.mask_codes(mechanisms, info_q, info_k, base)
         delta = isinstance(run.layers, DeltaLayer)
         turn = in_turn(info_q, by_region=self.layout.regions is not None) if delta else None
-        return Situation(rotation, codes, info_q, info_k, entries, queries, progress, turn=turn)
+        return Situation(rotation, rope, codes, info_q, info_k, entries, queries, progress, turn=turn)
 
 
 def _deep_of(run: LayerRun[Layer], tokens: Embedded) -> Float[Array, "L B U D"] | None:

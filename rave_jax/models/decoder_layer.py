@@ -12,6 +12,7 @@ from flax import nnx
 from rave_jax import attention
 from rave_jax.attention import Features, LayerKeys, Statistics, StoredStates, WantedStatistics
 from rave_jax.attention.plan import LayeredConfig
+from rave_jax.attention.rotation import Rope, Rotation, rotate
 from rave_jax.attention.tokens import Deciding
 from rave_jax.batch import TokenInfo
 from rave_jax.families.config import LayerKind, TextConfig
@@ -21,7 +22,6 @@ from rave_jax.models.config import ModelOptions, attention_dims
 from rave_jax.models.delta import Delta, DeltaState, InTurn
 from rave_jax.models.experts import Choice, Experts, RouterSums, router_sums
 from rave_jax.models.layers import Linear, RmsNorm, SwiGlu
-from rave_jax.models.rope import Rotation, rotate
 from rave_jax.parallel.sharding import shard
 from rave_jax.typing import Array, Bool, Float, Int
 
@@ -38,6 +38,8 @@ class Situation(NamedTuple):
     """What all layers of a run share: where queries and keys stand and who may see whom."""
 
     rotation: Rotation
+    rope: Rope
+    """What the rotation was made from."""
     codes: MaskCodes
     info_q: TokenInfo
     info_k: TokenInfo
@@ -112,7 +114,7 @@ class Attention(nnx.Module):
         self.qk_norm = config.qk_norm
         self.output_gate = config.output_gate
 
-    def project(self, x: Float[Array, "B T D"], hidden: Float[Array, "B T D"], rotation: Rotation) -> Projected:
+    def project(self, x: Float[Array, "B T D"], hidden: Float[Array, "B T D"], at: Situation) -> Projected:
         """q, k, v of the tokens in x, q, k before RoPE, and the gate; `hidden` is x before its norm."""
         both, gate = self.query(x), None
         if self.output_gate:
@@ -122,7 +124,8 @@ class Attention(nnx.Module):
         v = shard(self.value(x), "batch", "length", "kv_heads", None)
         if self.qk_norm:
             q0 = self.query_norm(q0)
-        return Projected(Features(rotate(q0, rotation), rotate(k0, rotation), v, q0, k0, hidden), gate)
+        q, k = rotate(q0, at.rotation), rotate(k0, at.rotation)
+        return Projected(Features(q, k, v, q0, k0, hidden, at.rope), gate)
 
     def keys(self, x: Float[Array, "B T D"]) -> Float[Array, "B T K h"]:
         """Keys before RoPE."""
@@ -162,7 +165,7 @@ class DecoderLayer(nnx.Module):
         self, x: Float[Array, "B T D"], at: Situation, losses: bool = False, gates: bool = False
     ) -> LayerOutput:
         """The layer on whole rows. With `losses` and `gates`, those of its mechanisms are given too."""
-        found, gate = self.attention.project(self.attention_norm(x), x, at.rotation)
+        found, gate = self.attention.project(self.attention_norm(x), x, at)
         keys = attention.remember(self.mechanisms, found)
         seen = attention.attend(
             found,
@@ -190,7 +193,7 @@ class DecoderLayer(nnx.Module):
     def extend(self, x: Float[Array, "B T D"], at: Situation, cache: LayerCache) -> tuple[LayerOutput, LayerKeys]:
         """The layer on tokens that follow what a cache holds, and what the run's layers keep, with the tokens in it."""
         assert not isinstance(cache.stored, StoredStates)
-        found, gate = self.attention.project(self.attention_norm(x), x, at.rotation)
+        found, gate = self.attention.project(self.attention_norm(x), x, at)
         seen, stored = cache.stored.attend(
             found,
             attention.remember(self.mechanisms, found),

@@ -119,10 +119,12 @@ BESIDE: dict[str, tuple[tuple[at.MechanismConfig, ...], Rule]] = {
     "cca": ((at.Cca(),), cca_and_context),
     "mma": ((at.Mma(),), mma),
     "arrow": ((at.Arrow(SIZE, 2),), causal),
+    # What pictures see of each other is opened by view, and never to context tokens.
+    "pine": ((at.Pine(2),), causal),
     "decomposed": ((at.Decomposed("kept"),), itself),
     "decomposed without rope": ((at.Decomposed(),), itself),
 }
-OPENING = {"mma", "arrow", "decomposed without rope"}
+OPENING = {"mma", "arrow", "pine", "decomposed without rope"}
 """What own+first is refused beside."""
 
 
@@ -298,6 +300,8 @@ def test_every_mechanism_is_tried_beside_context_tokens() -> None:
     tried |= {at.Moh, at.Sads, at.Vhr}
     # It weighs visual tokens and those of the question, and they are neither.
     tried |= {at.Gift}
+    # They change no mask, and documents with context tokens are packed with them in `tests/models/test_packed.py`.
+    tried |= {at.Moba, at.BiFormer, at.Sparsifiner, at.Superlinear, at.Pruning, at.Dyvte}
     assert tried == set(BUILT_IN)
 
 

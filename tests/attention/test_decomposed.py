@@ -13,10 +13,11 @@ import pytest
 from rave_jax import attention as at
 from rave_jax import config as machinery
 from rave_jax.attention.attend import mask_codes, positions
+from rave_jax.attention.rotation import rotate
 from rave_jax.batch import Kind, TokenInfo
 from rave_jax.config import ConfigError
 from rave_jax.models.config import ModelOptions
-from rave_jax.models.rope import rotate, text_rotation
+from rave_jax.models.rope import text_rotation
 from tests.attention.packed import DIMS, KEY, ROWS, B, T, biases, features, info_of
 
 GATE = at.Rave(rank=4, start="random")

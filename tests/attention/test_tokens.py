@@ -78,7 +78,8 @@ def kept(configs: Any, x: at.Features, info: TokenInfo) -> Any:
     mechanisms = at.build_mechanisms(configs, DIMS, KEY)
     codes = mask_codes(mechanisms, info, info, at.causal_codes(info))
     decide = deciding(info)
-    out = at.attend(x, at.remember(mechanisms, x), codes, info, info, mechanisms, deciding=decide)
+    keys = at.remember(mechanisms, x)
+    out = at.attend(x, keys, codes, info, info, mechanisms, deciding=decide, implementation="reference")
     return out.received, tokens.kept(mechanisms, Candidates(x.hidden, out.received, decide.by, info))
 
 

@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 
 from rave_jax import attention as at
-from rave_jax.attention.base import Owned
+from rave_jax.attention.base import Owned, Wanted
 from rave_jax.attention.checks import DOES
 from rave_jax.batch import Kind, TokenInfo
 from rave_jax.config import ConfigError
@@ -72,13 +72,15 @@ def test_a_mechanism_that_declares_nothing_asks_for_nothing() -> None:
 
 @pytest.mark.parametrize("kind", BUILT_IN, ids=lambda kind: kind.__name__)
 def test_declarations_agree_with_the_hooks(kind: type[at.MechanismConfig]) -> None:
-    """Who routes over regions of the layout wants them and says what a query then reads; nobody of the package needs
-    keys in a row's order."""
+    """Who routes over regions of the layout wants them and says what a query then reads; who may see later
+    tokens looks ahead."""
     config = kind(dims=(1,)) if kind is at.Var else kind()
     mechanism = config.build(at.AttentionDims(4, 2, 8), jax.random.key(0))
     routes = "route" in mechanism.OWNS and not mechanism.OWN_REGIONS
     assert (config.layout.regions is not None) == routes == (kind.reading is not at.MechanismConfig.reading)
-    assert not config.needs_order and config.needs_all == mechanism.OWN_REGIONS
+    # Pine ranks pictures by all of their keys, in one array.
+    assert config.needs_order == (kind is at.Pine)
+    assert config.needs_all == mechanism.OWN_REGIONS
     # The mean query of a region has queries of later tokens; an arrow opens earlier ones.
     ahead = bool({"hi", "opening", "tokens"} & set(mechanism.OWNS)) and kind is not at.Arrow
     assert config.looks_ahead == (ahead or kind is at.BiFormer)
@@ -160,5 +162,6 @@ def test_one_mechanism_of_a_layer_says_what_it_reads() -> None:
 
 def test_the_page_lists_what_can_be_owned_in_the_words_of_errors() -> None:
     page = (REPO / "docs" / "mechanisms.md").read_text()
-    assert [thing for thing, does in DOES.items() if f"| `{thing}` | {does} |" not in page] == []
-    assert set(DOES) == set(get_args(Owned))
+    owned = get_args(Owned)
+    assert [thing for thing in owned if f"| `{thing}` | {DOES[thing]} |" not in page] == []
+    assert set(DOES) == {*owned, *get_args(Wanted)}

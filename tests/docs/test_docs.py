@@ -110,7 +110,7 @@ def test_commands_of_a_page_run_as_they_stand(page: str, tmp_path: Path) -> None
 
 
 def test_commands_that_run_and_both_of_the_readme_are_there() -> None:
-    assert sorted(RUN) == ["checkpoints.md", "tutorial.md"], "pages have commands that a test runs"
+    assert sorted(RUN) == ["checkpoints.md", "tutorial.md", "your_attention.md"], "pages have commands that a test runs"
     first, second = (command for page, command in CHECKED if page == "README.md" and "bootstrap.py" in command)
     assert first.endswith("train.py configs/quickstart.py") and "pytest" in second
 

@@ -14,13 +14,19 @@ from rave_jax.batch import Batch, Kind, Role
 from rave_jax.data.collate import BatchShape, collate
 from rave_jax.data.processor import Processor
 from rave_jax.data.sample import Sample, SampleError, without_pictures
+from rave_jax.evaluation.again import AskedAgain
+from rave_jax.evaluation.spans import answer_spans
 from rave_jax.evaluation.subject import Answer, ModelSubject, PromptOverBudget, prompt_numbers, with_answer
+from rave_jax.evaluation.task import Task
 from rave_jax.evaluation.vas import with_vas
 from rave_jax.families.qwen2_5_vl.presets import tiny
 from rave_jax.families.shared.grids.video import VideoLimits
 from rave_jax.inference import Completion, Generator, Request, Sampling
+from rave_jax.inference.content import content_tokens
 from rave_jax.inference.prompted import with_numbers
 from rave_jax.inference.slots import compilations
+from rave_jax.look.carve import Carve
+from rave_jax.look.funnel import VisualFunnel
 from rave_jax.models.config import ModelOptions
 from rave_jax.models.forward import Want
 from rave_jax.models.vlm import Vlm
@@ -90,6 +96,8 @@ def test_answers_and_looks_do_not_depend_on_the_mesh(subject: ModelSubject, vlm:
         assert (a is None) == (b is None)
         if a is not None and b is not None:
             np.testing.assert_allclose(a.weights, b.weights, atol=1e-5)
+    read, other = (who.per_sample(answer_spans, SAMPLES, answers) for who in (one, two))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), read, other)
 
 
 def test_a_prompt_over_budget_is_an_answer_of_its_own(subject: ModelSubject, processor: Processor) -> None:
@@ -210,14 +218,32 @@ def test_looks_have_the_numbers_that_generation_finds_for_each_prompt(vlm: Vlm, 
         for one, shown in ((whole, 1), (seen, 1), (blind, 0))
     ]
     queries = np.array([len(seen.tokens) - 1 + np.arange(3)], np.int32)
+    words = np.zeros((1, 100), bool)
+    words[0, : len(seen.tokens)] = content_tokens(processor.tokenizer, seen.tokens)
 
     @jax.jit
     def expected(m: Vlm, whole: Batch, seen: Batch, blind: Batch) -> jax.Array | None:
-        return with_numbers(m, prompt_numbers(m, seen, blind, 100)).forward(whole, Want(queries=queries)).attention
+        return (
+            with_numbers(m, prompt_numbers(m, seen, blind, words, 100)).forward(whole, Want(queries=queries)).attention
+        )
 
     found = np.asarray(expected(prompted, *rows))[:, 0].mean(1)[..., np.flatnonzero(whole.info.image == 1)]
     assert looks[2] is not None
     np.testing.assert_allclose(looks[2].weights.reshape(found.shape), found, atol=1e-5)
+
+
+def test_crops_are_asked_beside_the_picture(subject: ModelSubject) -> None:
+    """Of the sample with a picture, as a conversation with two. The usual localisation prompt is over this budget."""
+    how = VisualFunnel(layer=1, base=8.0, views=("focal", "whole"), where="{question}")
+    assert isinstance(AskedAgain(subject, VisualFunnel(layer=1), Task()).answer(SAMPLES[:1])[0], PromptOverBudget)
+    plain, text = subject.answer(SAMPLES[:2])
+    asked = AskedAgain(subject, how, Task()).answer(SAMPLES[:2])
+    assert [type(answer) for answer in asked] == [Answer, Answer]
+    assert asked[1] == text and asked[0] != plain
+    none = AskedAgain(subject, dataclasses.replace(how, views=("whole",)), Task()).answer(SAMPLES[:2])
+    assert none == [plain, text]
+    carved = AskedAgain(subject, Carve(general="?", layers=(1,), fraction=0.9), Task()).answer(SAMPLES[:2])
+    assert isinstance(carved[0], Answer) and carved[0] != plain and carved[1] == text
 
 
 def test_a_reading_gets_prompts_with_their_answers(subject: ModelSubject, processor: Processor) -> None:

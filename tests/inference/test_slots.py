@@ -25,6 +25,7 @@ from rave_jax.attention import (
     MechanismConfig,
     Moba,
     Moh,
+    Pine,
     Pruning,
     Rave,
     Sads,
@@ -113,6 +114,11 @@ SETTINGS: dict[str, tuple[MechanismConfig, ...]] = {
     "sinks": (
         Var(dims=(3, 11, 20), tau=1.8, summ=0.05, rho=0.3, move_fraction=0.9, layers="all"),
         Rave(rank=4, layers=(1,)),
+    ),
+    "pictures in no order": (
+        Pine(3),
+        Rave(rank=4, layers=(0,)),
+        SlidingWindow(window=40, layers=(1,)),
     ),
     "gaze": (
         Gaze(FixedRegions(2, 2), max_regions=12, top_k=2, layers=(1,)),

@@ -28,6 +28,7 @@ from rave_jax.attention import (
     Mma,
     Moba,
     Moh,
+    Pine,
     Pruning,
     Rave,
     Sads,
@@ -62,6 +63,7 @@ MASKS = (
     (TextPositions(), ZERO(route="merge"), Avar(), LogN(length=5)),
     (Cca(), ZERO(route="channel"), Rave(rank=2, form="centered_sigmoid", queries="text")),
     (Arrow(9, 2), ZERO(), Moh()),
+    (Pine(3), Rave(rank=2), SlidingWindow(30)),
 )
 """The mechanisms of each layer that attends."""
 BLOCKS = (

@@ -65,12 +65,10 @@ def test_routers_are_trained_and_written_with_their_model(
         (["dyvte", "{tmp}"], "it exists; expected a new directory"),
     ],
 )
-def test_misuse_is_one_line(
-    words: list[str], said: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_misuse_is_one_line(words: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     name, *given = [word.format(tmp=tmp_path) for word in words]
     try:
-        code = main(["calibrate", name, str(folder), *given])
+        code = main(["calibrate", name, str(tmp_path / "never read"), *given])
     except SystemExit as stopped:
         code = stopped.code
     err = capsys.readouterr().err

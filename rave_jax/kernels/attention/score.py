@@ -10,10 +10,10 @@ all float operands come from its vjp, which is traced into the tile as well.
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import functools
 import math
-import types
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
@@ -52,11 +52,11 @@ class Slopes(NamedTuple):
     """A number of each pair, or cotangent, for the fields of a `Tile`; a field that the bias does not depend on is None
     or absent."""
 
-    dot: Array | None = None
-    pair: Array | None = None
-    query: Mapping[str, Array] = types.MappingProxyType({})
-    key: Mapping[str, Array] = types.MappingProxyType({})
-    head: Mapping[str, Array] = types.MappingProxyType({})
+    dot: Array | None
+    pair: Array | None
+    query: dict[str, Array]
+    key: dict[str, Array]
+    head: dict[str, Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,53 +208,59 @@ def check(function: ScoreFunction, shape: Shape) -> None:
     Raises:
         ValueError: names the function, what it did and what is expected.
     """
-    called = name_of(function)
-    rng = np.random.default_rng(0)
-    with jax.ensure_compile_time_eval():
+    # What jax is tracing, and on which mesh, belongs to a thread: the trial is no part of it.
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+        thread.submit(_try, function, shape).result()
 
-        def draw(size: tuple[int, int]) -> Array:
-            return jnp.asarray(rng.normal(size=size) * 10 ** rng.uniform(-2, 2, size), jnp.float32)
 
-        tile = shape.tile(draw)
-        try:
-            found = function(tile)
-        except Exception as error:
-            names = ", ".join(
-                f"{side}: {', '.join(of) or 'none'}" for side, of in zip(shape._fields[1:], shape[1:], strict=True)
-            )
-            raise ValueError(
-                f"score function {called} fails on a tile with features {names}, {'a' if shape.pair else 'no'} pair "
-                f"product: {type(error).__name__}: {error}"
-            ) from error
-        if not isinstance(found, jax.Array) or found.dtype != jnp.float32:
-            given = f"{found.dtype}" if isinstance(found, jax.Array) else type(found).__name__
-            raise ValueError(f"score function {called} gives {given}, expected a float32 array")
-        if np.broadcast_shapes(found.shape, tile.dot.shape) != tile.dot.shape:
-            raise ValueError(
-                f"score function {called} gives shape {found.shape} for a tile {tile.dot.shape}, expected one that "
-                "broadcasts to the tile"
-            )
-        (least, most), rounding = function.bounds, 1e-3
-        if (least, most) != NO_BOUNDS and not bool(((found >= least - rounding) & (found <= most + rounding)).all()):
-            raise ValueError(
-                f"score function {called} declares bounds {function.bounds}, but gives {float(found.min())} to "
-                f"{float(found.max())} on a tile of random numbers"
-            )
-        query, key = ({name: jnp.zeros_like(x) for name, x in side.items()} for side in (tile.query, tile.key))
-        empty, pull = jax.vjp(lambda tile: function(tile), tile._replace(query=query, key=key))
-        if not all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves((empty, pull(jnp.ones_like(empty))))):
-            raise ValueError(
-                f"score function {called} or its slope is not finite where all features are 0, as those of empty "
-                "entries of a cache are; bound what it divides by, and what it takes roots and logarithms of"
-            )
-        if function.ZERO_OFF:
-            if tile.pair is None:
-                raise ValueError(f"score function {called} declares ZERO_OFF, but its term has no u and w")
-            off = function(tile._replace(pair=jnp.full_like(tile.pair, function.OFFSET)))
-            if bool((off != 0).any()):
-                raise ValueError(
-                    f"score function {called} declares ZERO_OFF, but gives {float(off.ravel()[0])} where <u, w> is 0"
-                )
+def _try(function: ScoreFunction, shape: Shape) -> None:
+    called, rng = name_of(function), np.random.default_rng(0)
+
+    def draw(size: tuple[int, int]) -> np.ndarray:
+        return (rng.normal(size=size) * 10 ** rng.uniform(-2, 2, size)).astype(np.float32)
+
+    tile = shape.tile(draw)
+    try:
+        given = jax.eval_shape(function, tile)
+    except Exception as error:
+        sides = ((name, of) for name, of in shape._asdict().items() if name != "pair")
+        names = ", ".join(f"{side}: {', '.join(of) or 'none'}" for side, of in sides)
+        raise ValueError(
+            f"score function {called} fails on a tile with features {names}, {'a' if shape.pair else 'no'} pair "
+            f"product: {type(error).__name__}: {error}"
+        ) from error
+    if not isinstance(given, jax.ShapeDtypeStruct) or given.dtype != jnp.float32:
+        found = f"{given.dtype}" if isinstance(given, jax.ShapeDtypeStruct) else type(given).__name__
+        raise ValueError(f"score function {called} gives {found}, expected a float32 array")
+    if len(given.shape) > 2 or np.broadcast_shapes(given.shape, tile.dot.shape) != tile.dot.shape:
+        raise ValueError(
+            f"score function {called} gives shape {given.shape} for a tile {tile.dot.shape}, expected one that "
+            "broadcasts to the tile"
+        )
+    if function.ZERO_OFF and tile.pair is None:
+        raise ValueError(f"score function {called} declares ZERO_OFF, but its term has no u and w")
+    found, off, empty = jax.device_get(jax.jit(functools.partial(_tried, function))(tile))
+    (least, most), rounding = function.bounds, 1e-3
+    if (least, most) != NO_BOUNDS and not ((found >= least - rounding) & (found <= most + rounding)).all():
+        raise ValueError(
+            f"score function {called} declares bounds {function.bounds}, but gives {found.min()} to {found.max()} on a "
+            "tile of random numbers"
+        )
+    if not all(np.isfinite(x).all() for x in jax.tree.leaves(empty)):
+        raise ValueError(
+            f"score function {called} or its slope is not finite where all features are 0, as those of empty entries "
+            "of a cache are; bound what it divides by, and what it takes roots and logarithms of"
+        )
+    if function.ZERO_OFF and (off != 0).any():
+        raise ValueError(f"score function {called} declares ZERO_OFF, but gives {off.ravel()[0]} where <u, w> is 0")
+
+
+def _tried(function: ScoreFunction, tile: Tile) -> tuple[Array, Array, Any]:
+    """The bias of a tile; where the pair product is 0; and with its slopes where all features of tokens are 0."""
+    query, key = ({name: jnp.zeros_like(x) for name, x in side.items()} for side in (tile.query, tile.key))
+    empty, pull = jax.vjp(lambda tile: function(tile), tile._replace(query=query, key=key))
+    pair = None if tile.pair is None else jnp.full_like(tile.pair, function.OFFSET)
+    return function(tile), function(tile._replace(pair=pair)), (empty, pull(jnp.ones_like(empty)))
 
 
 def name_of(function: ScoreFunction | Callable[[Tile], Array]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -75,7 +75,7 @@ def _times(cotangent: Array, slopes: Slopes, tile: Tile, reads_dot: bool) -> Slo
         axes = tuple(n for n, size in enumerate(x.shape) if size == 1 and found.shape[n] > 1)
         return jnp.sum(found, axis=axes, keepdims=True)
 
-    def of_side(fields: dict[str, Array], own: Mapping[str, Array]) -> dict[str, Array]:
+    def of_side(fields: dict[str, Array], own: dict[str, Array]) -> dict[str, Array]:
         return {name: of_field(x, own.get(name)) for name, x in fields.items()}
 
     return Slopes(

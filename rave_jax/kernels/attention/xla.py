@@ -286,7 +286,7 @@ def _pulled(d_tile: Slopes, mine: QueryPart, of_keys: KeyPart) -> tuple[QueryPar
         d_w = _product("BKGTS,BKGTr->BSKr", d_tile.pair, mine.pair)
     d_head = {name: x[0] for name, x in d_tile.head.items()}
     d_key = {name: jnp.moveaxis(x[:, :, 0, 0], 1, 2) for name, x in d_tile.key.items()}
-    return QueryPart(d_u, dict(d_tile.query), d_head), KeyPart(d_w, d_key)
+    return QueryPart(d_u, d_tile.query, d_head), KeyPart(d_w, d_key)
 
 
 def _take(operands, start, size: int):

@@ -29,7 +29,7 @@ from rave_jax.kernels.attention.pallas_tpu.tile import (
     product,
     wide,
 )
-from rave_jax.kernels.routed.pallas_tpu.lists import CUT, PLACE_BITS, WHOLE
+from rave_jax.kernels.routed.pallas_tpu.lists import CUT, PLACE_BITS, SHARED, WHOLE
 from rave_jax.kernels.routed.pallas_tpu.terms import Sides, TermRows
 from rave_jax.kernels.routed.pallas_tpu.walk import (
     CODES,
@@ -98,7 +98,7 @@ def forward(
                 specs.keys_once,
                 specs.keys_once,
                 specs.codes_k,
-                *((specs.queries, specs.keys_once) if rows else ()),
+                *((specs.rows_q, specs.rows_k_once) if rows else ()),
             ),
             out_specs=(specs.queries, of_lines),
             scratch_shapes=tuple(scratch.values()),
@@ -143,6 +143,8 @@ def _kernel(info, codes_q, lists, q, reference, k, v, codes_k, *refs, call: Call
 
     def visit(tile: Any, entries: Sequence[Any], kind: int, words: Words) -> None:
         at = places(entries, kind)
+        # Of each key its bit, and what the mask codes of a CUT visit ask, in every row of a query.
+        keys = [jnp.broadcast_to(codes_k[tile, n : n + 1], (rows, call.tiling.lanes)) for n in range(KEY_CODES[kind])]
 
         def begin(number: int) -> Any:
             mine = slice(number * chunk, (number + 1) * chunk)
@@ -153,7 +155,7 @@ def _kernel(info, codes_q, lists, q, reference, k, v, codes_k, *refs, call: Call
                 sides = Sides(call.terms, rows_at(rows_q, entries[mine], call), rows_k[tile], False, dtype)
                 x = x + sides.shift(dot)
             if kind != WHOLE:
-                seen = [_seen(codes_k, codes_q, tile, x, kind, call, words) for x in entries[mine]]
+                seen = [_seen(keys, codes_q, x, kind, call, words) for x in entries[mine]]
                 parts = [jnp.where(there, x[n * rows : (n + 1) * rows], MASKED) for n, there in enumerate(seen)]
                 x = jnp.concatenate(parts, axis=0)
             return at[mine], x
@@ -205,13 +207,16 @@ def _kernel(info, codes_q, lists, q, reference, k, v, codes_k, *refs, call: Call
     each_line(call, finish)
 
 
-def _seen(codes_k: Any, codes_q: Any, tile: Any, entry: Any, kind: int, call: Call, words: Words) -> Array:
-    """Which lanes of a tile the entry's query sees, [1, lanes], or its rows do, [rows, lanes]."""
-    keys = codes_k[tile]
+KEY_CODES = {WHOLE: 0, SHARED: 1, CUT: 3}
+"""How many of a key's codes a visit reads: the bit of its region, its order, its opening."""
+
+
+def _seen(keys: Sequence[Array], codes_q: Any, entry: Any, kind: int, call: Call, words: Words) -> Array:
+    """Which lanes of a tile the rows of the entry's query see, [rows, lanes]."""
     mine = call.words.rows_of(words(entry), call.tiling.lanes) if call.choices > 1 else entry >> PLACE_BITS
-    open_ = (keys[0:1] & mine) != 0
+    open_ = (keys[0] & mine) != 0
     if kind != CUT:
         return open_
     number = number_of(entry, call)
     lo, hi, open_q = (codes_q[0, n * call.queries + number] for n in range(CODES))
-    return open_ & (((lo <= keys[1:2]) & (keys[1:2] <= hi)) | (open_q == keys[2:3]))
+    return open_ & (((lo <= keys[1]) & (keys[1] <= hi)) | (open_q == keys[2]))

@@ -18,7 +18,7 @@ from rave_jax.kernels.routed.pallas_tpu.walk import Call, ItemSizes
 from rave_jax.typing import Array
 
 BY_DEVICE_KIND = {
-    "TPU v5 lite": ItemSizes(),
+    "TPU v5 lite": ItemSizes(wide=0.83),
     "TPU v6 lite": ItemSizes(chunks=(16, 32)),
 }
 """From `benchmarks/routed_kernels.py`, unverified on hardware."""
@@ -28,16 +28,14 @@ MOST_HEADS = 64
 """Query heads of a kv head."""
 MOST_CHOICES = 32
 """The same where each has a choice of its own: a bit of a number for each."""
-WIDE = 0.6
-"""Cost of 128 lanes in a tile of 256, which share a gathering, to that in one of 128."""
 SHARE = 0.25
 """Chance that a query chooses a region, by which tilings are compared: the default of `RouteRule.top_k`."""
 
 
-def tiling_of(regions: int, most_keys: int) -> Tiling:
+def tiling_of(regions: int, most_keys: int, sizes: ItemSizes) -> Tiling:
     """The cheaper of tiles of 128 and of 256 keys; 128 where these fill lanes better: memory bounds the super-block."""
     narrow, wide = (Tiling(regions, most_keys, lanes) for lanes in (LANES, 2 * LANES))
-    cheaper = WIDE * wide.visits(SHARE) < 0.97 * narrow.visits(SHARE)
+    cheaper = sizes.wide * wide.visits(SHARE) < 0.97 * narrow.visits(SHARE)
     return wide if cheaper and wide.fill >= 0.9 * narrow.fill else narrow
 
 
@@ -99,9 +97,9 @@ def vmem_bytes(call: Call) -> int:
     keys = call.tiling.tiles * call.tiling.lanes * (LANES * (6 * wide + 8) + 64)
     queries = call.queries * (call.rows * LANES * (6 * wide + 12) + 6 * LANES * 4)
     if call.terms:
-        # Rows of 128 in float32: of keys once, of queries twice, and the gradients of both twice.
-        keys += call.tiling.tiles * call.tiling.lanes * 3 * LANES * 4
-        queries += call.queries * call.rows * 4 * LANES * 4
+        # Rows in float32: of keys once, of queries twice, and the gradients of both twice.
+        keys += call.tiling.tiles * call.tiling.lanes * 3 * call.terms.width * 4
+        queries += call.queries * call.rows * 4 * call.terms.width * 4
     return keys + queries
 
 
@@ -126,11 +124,6 @@ def against(
     if key_groups is not None:
         return "key groups are not supported"
     row_terms = RowTerms.of(without_key_bias(terms, q.shape[1], k.shape[2]), str(q.dtype))
-    if row_terms.numbers > LANES:
-        return (
-            f"score terms read {row_terms.numbers} numbers of a query and a key together, and at most {LANES} fit "
-            "beside each (a pair product of r channels counts r, and three times that in bfloat16)"
-        )
     if max(q.shape[-1], v.shape[-1]) > LANES or q.shape[-1] != v.shape[-1]:
         return f"keys and values must have one width of at most {LANES}, not {q.shape[-1]} and {v.shape[-1]}"
     most, own = (MOST_CHOICES, " that choose for themselves") if choices_of(rule, G) > 1 else (MOST_HEADS, "")
@@ -138,7 +131,7 @@ def against(
         return f"at most {most} query heads{own} may share a kv head, not {G}"
     if most_keys is None:
         return "the most keys of a region must be known (Routing.most_keys)"
-    tiling = tiling_of(regions, most_keys)
+    tiling = tiling_of(regions, most_keys, sizes)
     if make_call(q, k, tiling, sizes, 1.0, interpret=False, terms=row_terms) is None:
         return f"{regions} regions of {most_keys} keys do not fit into the chip's memory"
     return None
