@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -20,17 +20,23 @@ from rave_jax.evaluation.routing import Route, cells_of
 from rave_jax.evaluation.vas import VasSums, vas_sums, with_vas
 from rave_jax.inference import Completion, Generator, Request, Sampling, SlotConfig
 from rave_jax.inference.programs import SlotState
+from rave_jax.layout import Shown
+from rave_jax.look.blocks import Blocks, KnockOut, blocks_of
+from rave_jax.look.knockout import NOTHING, log_probability
 from rave_jax.look.maps import Look, over_picture
 from rave_jax.models.forward import Want
 from rave_jax.models.vlm import Vlm
 from rave_jax.parallel.rows import batch_shardings, global_batch
 from rave_jax.parallel.sharding import replicated, use_mesh
-from rave_jax.typing import Array, Float, Int, NpArray
+from rave_jax.typing import Array, Bool, Float, Int, NpArray
 
 Check = Callable[[], None]
 """Called between two pieces of work; what it raises ends the work."""
 CHUNK = 512
 """Tokens of a prompt that are read at once; of a model whose tokens see later ones, all of them."""
+
+QUESTION_ROWS = 32
+"""Most tokens of a question whose attention is read."""
 
 
 def no_check() -> None:
@@ -68,6 +74,11 @@ class Subject(Protocol):
         without a picture, or with a video."""
         ...
 
+    def knock_out(self, samples: Sequence[Sample], answers: Sequence[Answer], most: int) -> list[KnockOut | None]:
+        """How far each answer's log-probability falls when one of at most so many blocks of that picture is hidden from
+        all text; None for a sample without a picture, with a video, or with an empty answer."""
+        ...
+
     def vas(self, samples: Sequence[Sample]) -> VasSums:
         """What the samples' prompts add to the visual attention score, of `evaluation/vas.py`."""
         ...
@@ -86,6 +97,14 @@ class _Answered(NamedTuple):
     batch: Batch
     queries: Int[Array, "B N"]
     weights: Float[Array, "B N"]
+
+
+class _Hiding(NamedTuple):
+    """One row of a knock-out: a prompt with its answer, and which of its tokens are hidden."""
+
+    prompt: Example
+    answer: Answer
+    hidden: Bool[NpArray, "S"]
 
 
 class ModelSubject:
@@ -119,6 +138,7 @@ class ModelSubject:
             prefill_rows=max(1, shape.rows // 4),
         )
         self._generator = Generator(model, processor, slots, mesh)
+        self._log_probability = jax.jit(log_probability, out_shardings=replicated(mesh))
         self._answer_attention = jax.jit(answer_attention, out_shardings=replicated(mesh))
         self._vas_sums = jax.jit(vas_sums, out_shardings=replicated(mesh))
         self._answer_routes = jax.jit(answer_routes, out_shardings=replicated(mesh))
@@ -179,6 +199,38 @@ class ModelSubject:
             looks += self._look_chunk(samples[start:stop], answers[start:stop])
         return looks
 
+    def knock_out(self, samples: Sequence[Sample], answers: Sequence[Answer], most: int) -> list[KnockOut | None]:
+        rows: list[_Hiding] = []
+        blocks: list[Blocks | None] = []
+        for sample, answer in zip(samples, answers, strict=True):
+            prompt = self._prompt(sample)
+            usable = len(answer.tokens) > 0 and not self._has_video(prompt)
+            found = blocks_of(prompt.info, prompt.shown, sample.evidence_image + 1, most) if usable else None
+            blocks.append(found)
+            if found is not None:
+                every = found.shows.any(axis=0)
+                hidden = (np.zeros_like(every), *found.shows, every)
+                rows += [_Hiding(prompt, answer, of) for of in hidden]
+        said = iter(self._log_probabilities(rows))
+        return [None if found is None else _knock_out(found, said) for found in blocks]
+
+    def _log_probabilities(self, rows: Sequence[_Hiding]) -> list[float]:
+        found: list[float] = []
+        for start in range(0, len(rows), self._shape.rows):
+            self._check()
+            part = rows[start : start + self._shape.rows]
+            block = self._placed([row.prompt for row in part], [row.answer for row in part])
+            hidden = np.zeros(block.batch.tokens.shape, bool)
+            tokens = np.full(block.queries.shape, NOTHING, np.int32)
+            for i, row in enumerate(part):
+                hidden[i, : len(row.hidden)], tokens[i, : len(row.answer.tokens)] = row.hidden, row.answer.tokens
+            with use_mesh(self._mesh):
+                where = batch_shardings(self._mesh, self._shape.rows).tokens
+                placed = jax.device_put((hidden, tokens), where)
+                said = self._log_probability(self._model, block.batch, placed[0], block.queries, placed[1])
+            found += np.asarray(said)[: len(part)].tolist()
+        return found
+
     def vas(self, samples: Sequence[Sample]) -> VasSums:
         total = ratios = 0.0
         for start in range(0, len(samples), self._shape.rows):
@@ -206,13 +258,40 @@ class ModelSubject:
         block = self._answered(samples, answers)
         with use_mesh(self._mesh):
             found = np.asarray(self._answer_attention(self._model, block.batch, block.queries, block.weights))
+        asking = self._attention_of_questions(samples, block)
         looks: list[Look | None] = []
         for i, (sample, example) in enumerate(zip(samples, block.examples, strict=True)):
             mine = found[:, i, :, : len(example.tokens)]
             picture = sample.evidence_image + 1
             grid = None if self._has_video(example) else over_picture(example.info, mine, example.shown, picture)
-            looks.append(None if grid is None else Look(grid, self._model.config.text.attention_layers))
+            if grid is None:
+                looks.append(None)
+                continue
+            question = None
+            if len(question_rows(block.prompts[i].info, example.shown, picture)):
+                question = over_picture(example.info, asking[:, i, :, : len(example.tokens)], example.shown, picture)
+            looks.append(Look(grid, self._model.config.text.attention_layers, question))
         return looks
+
+    def _attention_of_questions(self, samples: Sequence[Sample], block: _Answered) -> Float[NpArray, "L B H S"]:
+        """Attention averaged over the text of each question, by the program that reads answers, a few rows at once."""
+        rows, width = block.queries.shape
+        queries, weights = np.zeros((rows, QUESTION_ROWS), np.int32), np.zeros((rows, QUESTION_ROWS), np.float32)
+        longest = 0
+        for i, (sample, prompt) in enumerate(zip(samples, block.prompts, strict=True)):
+            of = question_rows(prompt.info, prompt.shown, sample.evidence_image + 1)
+            queries[i, : len(of)], weights[i, : len(of)] = of, 1 / max(len(of), 1)
+            longest = max(longest, len(of))
+        total: Any = 0.0
+        for start in range(0, max(longest, 1), width):
+            parts = [np.zeros((rows, width), x.dtype) for x in (queries, weights)]
+            for part, x in zip(parts, (queries, weights), strict=True):
+                part[:, : x[:, start : start + width].shape[1]] = x[:, start : start + width]
+            with use_mesh(self._mesh):
+                where = batch_shardings(self._mesh, rows).tokens
+                placed = jax.device_put(tuple(parts), where)
+                total = total + np.asarray(self._answer_attention(self._model, block.batch, *placed))
+        return total
 
     def _route_chunk(self, samples: Sequence[Sample], answers: Sequence[Answer]) -> list[Route | None]:
         block = self._answered(samples, answers)
@@ -235,7 +314,9 @@ class ModelSubject:
         return bool(np.any(example.tokens == self._processor.rules.video_token_id))
 
     def _answered(self, samples: Sequence[Sample], answers: Sequence[Answer]) -> _Answered:
-        prompts = [self._prompt(sample) for sample in samples]
+        return self._placed([self._prompt(sample) for sample in samples], answers)
+
+    def _placed(self, prompts: list[Example], answers: Sequence[Answer]) -> _Answered:
         examples = [with_answer(p, a.tokens) for p, a in zip(prompts, answers, strict=True)]
         shape = BatchShape(self._shape.rows, self._shape.tokens + self._sampling.max_new_tokens, self._shape.patches)
         # A token is chosen by the query before it: the last of the prompt for the first, and so on.
@@ -258,6 +339,30 @@ class ModelSubject:
             return collate(mine, shape._replace(rows=len(span)), rules.patch_sizes)
 
         return global_batch(load, self._mesh, shape.rows)
+
+
+def _knock_out(blocks: Blocks, said: Iterator[float]) -> KnockOut:
+    """What was said of an answer with nothing hidden, with each block hidden, and with all of them."""
+    seen = next(said)
+    falls = [seen - next(said) for _ in range(blocks.rows * blocks.cols)]
+    return KnockOut(np.reshape(falls, (blocks.rows, blocks.cols)), seen - next(said), seen)
+
+
+def question_rows(info: TokenInfo, shown: Sequence[Shown], picture: int) -> Int[NpArray, "N"]:
+    """The text of the last question behind a picture, of a prompt: its last tokens, at most QUESTION_ROWS.
+
+    Args:
+        info: token codes of the prompt (arrays [S]).
+        shown: for each image number of `info`, from 1, what its tokens show; empty: each is a whole picture.
+        picture: number of the picture in the conversation, from 1.
+    """
+    codes = {name: np.asarray(code) for name, code in info._asdict().items()}
+    numbers = [n for n, one in enumerate(shown, 1) if one.picture == picture] if shown else [picture]
+    tokens = np.flatnonzero(np.isin(codes["image"], numbers))
+    if not len(tokens):
+        return np.zeros(0, np.int32)
+    text = (codes["kind"] == Kind.TEXT) & (codes["role"] == Role.QUESTION) & (codes["turn"] == codes["turn"].max())
+    return np.flatnonzero(text & (np.arange(len(text)) > tokens[-1]))[-QUESTION_ROWS:].astype(np.int32)
 
 
 def with_answer(prompt: Example, tokens: Sequence[int]) -> Example:
