@@ -3,6 +3,7 @@
 One line per mechanism below makes it known to configs.
 """
 
+from rave_jax.attention.arrow import Arrow
 from rave_jax.attention.attend import (
     AttentionOutput,
     attend,
@@ -47,12 +48,15 @@ from rave_jax.attention.sads import Sads
 from rave_jax.attention.scores import pick
 from rave_jax.attention.sliding_window import SlidingWindow
 from rave_jax.attention.states import StoredStates
+from rave_jax.attention.statistics import Statistics, WantedStatistics
 from rave_jax.attention.text_positions import TextPositions
 from rave_jax.attention.var import Var
 from rave_jax.attention.vhr import Vhr
+from rave_jax.attention.visual_bias import VisualBias
 from rave_jax.attention.zero_tuning import ZeroTuning
 
 __all__ = [
+    "Arrow",
     "AttentionDims",
     "AttentionOutput",
     "Avar",
@@ -89,11 +93,14 @@ __all__ = [
     "Sads",
     "Score",
     "SlidingWindow",
+    "Statistics",
     "StoredStates",
     "TextPositions",
     "TopKSchedule",
     "Var",
     "Vhr",
+    "VisualBias",
+    "WantedStatistics",
     "ZeroTuning",
     "attend",
     "block_diagonal_codes",

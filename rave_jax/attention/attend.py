@@ -13,6 +13,7 @@ from rave_jax.attention.heads import head_gates, scaled
 from rave_jax.attention.merge import log_weights, merged, partition_of, parts_of, with_factor
 from rave_jax.attention.queries import attention_of, choice_of_queries, chosen_regions
 from rave_jax.attention.scores import Scores, scores_of
+from rave_jax.attention.statistics import Statistics, WantedStatistics, statistics_of
 from rave_jax.batch import TokenInfo
 from rave_jax.kernels import attention as attention_kernels
 from rave_jax.kernels import routed
@@ -24,13 +25,15 @@ from rave_jax.typing import Array, Bool, Float, Int
 class AttentionOutput(NamedTuple):
     """What `attend` gives: heads' outputs, of the asked-for queries the attention over all keys and which regions
     they chose (None if not asked, or where nothing routes), the sums of the mechanisms' losses by name (none if not
-    asked), and what heads were multiplied by (None if not asked)."""
+    asked), what heads were multiplied by (None if not asked), and sums over rows and columns of the map (None if not
+    asked)."""
 
     out: Float[Array, "B T H h"]
     attention: Float[Array, "B N H S"] | None
     losses: dict[str, Float[Array, ""]]
     chosen: Bool[Array, "B N H R"] | None = None
     gates: Float[Array, "B T H"] | None = None
+    statistics: Statistics | None = None
 
 
 def positions(
@@ -87,6 +90,7 @@ def attend(
     queries: Int[Array, "B N"] | None = None,
     losses: bool = False,
     gates: bool = False,
+    statistics: WantedStatistics | None = None,
     regions: int = 0,
     progress: Float[Array, ""] | None = None,
 ) -> AttentionOutput:
@@ -102,6 +106,7 @@ def attend(
         queries: queries, by index, whose attention over all keys is wanted. Costs O(N S).
         losses: are the mechanisms' losses wanted? Costs one run of the kernel for each key group they ask for.
         gates: is it wanted what the outputs of heads are multiplied by?
+        statistics: which sums over rows and columns of the map are wanted; None: none.
         regions: R, the most regions that keys can be in.
         progress: of the training run, 0 to 1, for what is scheduled; None is its end.
 
@@ -141,12 +146,20 @@ def attend(
     gate = head_gates(mechanisms, x, out, info_q)
     of_heads = jnp.broadcast_to(jnp.float32(1) if gate is None else gate, out.shape[:3]) if gates else None
     out = scaled(out, gate)
+    given = AttentionOutput(out, None, found, None, of_heads)
+    if statistics is not None:
+
+        def rows_of(some: Int[Array, "B N"]) -> Float[Array, "B N H S"]:
+            choice = None if routing is None else choice_of_queries(scores, some, routing)
+            return attention_of(scores, lse, some, factor, groups, weights, choice)
+
+        given = given._replace(statistics=statistics_of(rows_of, info_q, info_k, statistics, scores.q.shape[2]))
     if queries is None:
-        return AttentionOutput(out, None, found, None, of_heads)
+        return given
     asked = None if routing is None else choice_of_queries(scores, queries, routing)
     wanted = attention_of(scores, lse, queries, factor, groups, weights, asked)
     chosen = None if asked is None else chosen_regions(asked, scores.q.shape[2])
-    return AttentionOutput(out, wanted, found, chosen, of_heads)
+    return given._replace(attention=wanted, chosen=chosen)
 
 
 def routing_of(

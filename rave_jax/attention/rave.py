@@ -8,6 +8,8 @@ model. Its functional form is not public to us; everything below that sentence i
     z_ij = <u_i, w_j> + <a, q0_i> + c + <e, k0_j>
     bias_ij = f(z_ij)                               f: see kernels.attention.PairForm
 
+With `features="post_rope"`, a control, q_i and k_j after RoPE stand in place of q0_i and k0_j.
+
 A is per query head and B per kv head: w and <e, k0> are what a cache keeps of a key, r + 1 numbers per kv head. B, a,
 c and e start at zero and A at random: the gate starts as exactly nothing, learns from the first step, and never dies.
 The query term moves attention between text and image, the key and pair terms move it within the image.
@@ -52,6 +54,8 @@ class Rave(MechanismConfig):
     """Decoder layers that get the bias, by global number, or all."""
     queries: Literal["all", "text"] = "all"
     """Which queries get the bias: all, or text tokens only."""
+    features: Literal["pre_rope", "post_rope"] = "pre_rope"
+    """What the gate reads: queries and keys before RoPE, or after it, which is a control: z then knows places too."""
     start: Literal["zero", "random"] = "zero"
     """Zero starts bit-equal to the backbone; random is for controls with a frozen random gate."""
 
@@ -118,7 +122,7 @@ class RaveGate(Mechanism):
 
     def remember(self, x: Features) -> GateKeys:
         """The key side of z, in float32."""
-        k0 = x.k0.astype(jnp.float32)
+        k0 = (x.k0 if self.config.features == "pre_rope" else x.k).astype(jnp.float32)
         key = jnp.zeros(k0.shape[:3])
         if self.config.terms in ("pair+k", "all"):
             key = jnp.einsum("BSKh,Kh->BSK", k0, _f32(self.key_term))
@@ -126,8 +130,9 @@ class RaveGate(Mechanism):
 
     def score(self, x: Features, remembered: GateKeys, info_q: TokenInfo, info_k: TokenInfo) -> Score:
         """Operands of the bias, in float32."""
-        q0 = x.q0.astype(jnp.float32)
-        config, H = self.config, q0.shape[2]
+        config = self.config
+        q0 = (x.q0 if config.features == "pre_rope" else x.q).astype(jnp.float32)
+        H = q0.shape[2]
         row = jnp.zeros(q0.shape[:3])
         if config.terms in ("pair+q", "all"):
             row = jnp.einsum("BTHh,Hh->BTH", q0, _f32(self.query_term)) + _f32(self.constant)

@@ -45,6 +45,8 @@ def beyond_backbone(options: ModelOptions) -> list[str]:
         found.append(f"{options.context.count} context tokens behind each picture")
     if options.lora is not None:
         found.append(lora_phrase(options.lora))
+    if options.extra_mlp is not None:
+        found.append(f"an extra mlp of width {options.extra_mlp.width} in all layers")
     return found
 
 
@@ -57,7 +59,7 @@ def stated(options: ModelOptions) -> dict[str, Any]:
     """The value of the key in config.json."""
     return {
         "note": f"transformers computes only the backbone; the parts named here are in {SIDECAR_JSON} and {SIDECAR}",
-        **{name: configs.to_json(getattr(options, name)) for name in ("mechanisms", "context", "lora")},
+        **{name: configs.to_json(getattr(options, name)) for name in ("mechanisms", "context", "lora", "extra_mlp")},
     }
 
 

@@ -100,7 +100,9 @@ def check_base(model: Vlm, base: Path) -> None:
     config, _ = load_config(base)
     if (config.text, config.vision) != (model.config.text, model.config.vision):
         raise CheckpointError(f"{base}: has other sizes than the model: {advice}")
-    plain = abstract_model(config, dataclasses.replace(model.options, mechanisms=(), context=None, lora=None))
+    plain = abstract_model(
+        config, dataclasses.replace(model.options, mechanisms=(), context=None, lora=None, extra_mlp=None)
+    )
     found = match(base, plain, with_sidecar=False).sources
     sources = {(path, part.index): part for path, parts in found.items() for part in parts}
     params = named_parameters(model)

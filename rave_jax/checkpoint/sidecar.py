@@ -1,8 +1,8 @@
 """What a HuggingFace checkpoint cannot hold, written beside it.
 
-`rave_jax.json` holds the `ModelOptions`; `rave_jax.safetensors` the parameters of mechanisms and adapters, by global
-layer number (`decoder.layers.7.mechanisms.0.key_proj`), and of context tokens (`context.weight`). transformers ignores
-both files.
+`rave_jax.json` holds the `ModelOptions`; `rave_jax.safetensors` the parameters of mechanisms, adapters and extra
+mlps, by global layer number (`decoder.layers.7.mechanisms.0.key_proj`), and of context tokens (`context.weight`).
+transformers ignores both files.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from rave_jax.checkpoint.safetensors_file import CheckpointError
 from rave_jax.models.config import ModelOptions
 
 FORMAT = 1
-PARTS = ("mechanisms", "context", "lora")
+PARTS = ("mechanisms", "context", "lora", "extra_mlp")
 """Fields of the options that make another model."""
 
 
@@ -78,14 +78,14 @@ def options_text(options: ModelOptions) -> str:
 
 def needs_sidecar(options: ModelOptions) -> bool:
     """Would reading the HuggingFace files alone give another model?"""
-    return bool(options.mechanisms) or options.context is not None or options.lora is not None
+    return any(getattr(options, name) for name in PARTS)
 
 
 def check_same(directory: Path, saved: ModelOptions | None, asked: ModelOptions) -> None:
     """Refuse to read parameters into a model that they were not trained in.
 
     Raises:
-        CheckpointError: mechanisms, context tokens or adapters differ from those written beside the checkpoint.
+        CheckpointError: what the options add to the backbone differs from what was written beside the checkpoint.
     """
     if saved is None or not needs_sidecar(saved):
         return

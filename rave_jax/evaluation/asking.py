@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from rave_jax.data.sample import Sample, SampleError
 from rave_jax.evaluation.routing import Route
-from rave_jax.evaluation.subject import Answer, Subject
+from rave_jax.evaluation.subject import Answer, Reading, Subject
 from rave_jax.evaluation.task import Task
 from rave_jax.evaluation.vas import VasSums
 from rave_jax.look.blocks import KnockOut
@@ -38,6 +39,10 @@ class AskedByTask:
     def route(self, samples: Sequence[Sample], answers: Sequence[Answer]) -> list[Route | None]:
         """As the subject, asked by the task."""
         return self._subject.route(self._asked(samples), answers)
+
+    def per_sample(self, reading: Reading, samples: Sequence[Sample], answers: Sequence[Answer]) -> list[Any] | None:
+        """As the subject, asked by the task."""
+        return self._subject.per_sample(reading, self._asked(samples), answers)
 
     def _asked(self, samples: Sequence[Sample]) -> list[Sample]:
         return [self._task.prompt(sample) for sample in samples]

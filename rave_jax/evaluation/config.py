@@ -92,6 +92,12 @@ class Eval:
     routes: int = 128
     """Samples, spread evenly over the tasks, for which is counted what questions and answers read of the picture and,
     with Gaze, how many chosen regions overlap the evidence. 0 counts none."""
+    spans: int = 0
+    """Samples, spread evenly over the tasks, of which is measured how far back their answers attend and what later
+    tokens give to each (WAAD and FAI, `evaluation/spans.py`); 0 measures none. It costs a forward pass."""
+    sinks: int = 0
+    """Samples, spread evenly over the tasks, whose secondary sinks are counted (`evaluation/sinks.py`); 0 counts none.
+    It costs a forward pass that keeps what enters every layer, and needs a model of at least 20 layers."""
     layers: tuple[int, ...] = ()
     """Decoder layers averaged in the pictures and in the share inside the evidence box; empty takes all."""
     on_error: Literal["skip", "fail"] = "skip"
@@ -110,7 +116,8 @@ class Eval:
         check_ranges(self, samples=(1, MOST_SAMPLES), rows=(1, MOST_AT_ONCE), max_new_tokens=(1, MOST_TOKENS))
         check_ranges(self, tokens=(1, MOST_TOKENS), patches=(0, MOST_PATCHES), every=(1, 2**31 - 1))
         check_ranges(self, knock_out_blocks=(1, MOST_TOKENS))
-        check_ranges(self, **dict.fromkeys(("looks", "vas", "routes", "knock_outs"), (0, MOST_SAMPLES)))
+        counts = ("looks", "knock_outs", "vas", "routes", "spans", "sinks")
+        check_ranges(self, **dict.fromkeys(counts, (0, MOST_SAMPLES)))
         require(0 <= self.pictures <= self.looks, "pictures", self.pictures, f"0 to looks ({self.looks})")
         compared = self.grounding is None or self.floor is not None
         require(

@@ -7,9 +7,11 @@ from rave_jax.evaluation.knocked import Knocks
 from rave_jax.evaluation.looking import Drawing, Looks
 from rave_jax.evaluation.probe import Probe
 from rave_jax.evaluation.routing import Routes
+from rave_jax.evaluation.sinks import SinkProbe
+from rave_jax.evaluation.spans import SpanProbe
 from rave_jax.evaluation.vas import VasProbe
 
-PROBES: tuple[type[Probe], ...] = (Looks, Knocks, VasProbe, Routes)
+PROBES: tuple[type[Probe], ...] = (Looks, Knocks, VasProbe, Routes, SpanProbe, SinkProbe)
 """In the order of the summary and of the report."""
 
 
@@ -21,4 +23,6 @@ def probes_of(config: Eval) -> tuple[Probe, ...]:
         Knocks(config.knock_outs, config.knock_out_blocks, config.pictures, config.picture_format),
         VasProbe(config.vas),
         Routes(config.routes),
+        SpanProbe(config.spans),
+        SinkProbe(config.sinks),
     )

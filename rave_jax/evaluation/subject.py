@@ -32,6 +32,9 @@ from rave_jax.typing import Array, Bool, Float, Int, NpArray
 
 Check = Callable[[], None]
 """Called between two pieces of work; what it raises ends the work."""
+Reading = Callable[[Vlm, Batch, Bool[Array, "B T"]], Any]
+"""A function of a model, prompts with their answers, one a row, and which tokens are the answers. It gives a tree of
+arrays that begin with B, and runs under `jax.jit`."""
 CHUNK = 512
 """Tokens of a prompt that are read at once; of a model whose tokens see later ones, all of them."""
 
@@ -85,6 +88,11 @@ class Subject(Protocol):
 
     def route(self, samples: Sequence[Sample], answers: Sequence[Answer]) -> list[Route | None]:
         """What each answer's queries read of the pictures; None for a subject that cannot tell."""
+        ...
+
+    def per_sample(self, reading: Reading, samples: Sequence[Sample], answers: Sequence[Answer]) -> list[Any] | None:
+        """What a function of the model gives of each sample with its answer: its trees, row by row, as numpy arrays;
+        None for a subject without a model."""
         ...
 
 
@@ -142,6 +150,7 @@ class ModelSubject:
         self._answer_attention = jax.jit(answer_attention, out_shardings=replicated(mesh))
         self._vas_sums = jax.jit(vas_sums, out_shardings=replicated(mesh))
         self._answer_routes = jax.jit(answer_routes, out_shardings=replicated(mesh))
+        self._readings: dict[Reading, Any] = {}
 
     def shapes(self) -> SlotState:
         """Shapes of what is kept on the devices to answer."""
@@ -253,6 +262,24 @@ class ModelSubject:
             stop = start + self._shape.rows
             routes += self._route_chunk(samples[start:stop], answers[start:stop])
         return routes
+
+    def per_sample(self, reading: Reading, samples: Sequence[Sample], answers: Sequence[Answer]) -> list[Any]:
+        if reading not in self._readings:
+            self._readings[reading] = jax.jit(reading, out_shardings=replicated(self._mesh))
+        found: list[Any] = []
+        for start in range(0, len(samples), self._shape.rows):
+            self._check()
+            some = slice(start, start + self._shape.rows)
+            block = self._answered(samples[some], answers[some])
+            asked = zip(block.prompts, block.examples, strict=True)
+            given = np.zeros(block.batch.tokens.shape, bool)
+            for row, (prompt, example) in enumerate(asked):
+                given[row, len(prompt.tokens) : len(example.tokens)] = True
+            with use_mesh(self._mesh):
+                placed = jax.device_put(given, batch_shardings(self._mesh, len(given)).tokens)
+                tree = jax.tree.map(np.asarray, self._readings[reading](self._model, block.batch, placed))
+            found += [jax.tree.map(lambda x, row=row: x[row], tree) for row in range(len(block.examples))]
+        return found
 
     def _look_chunk(self, samples: Sequence[Sample], answers: Sequence[Answer]) -> list[Look | None]:
         block = self._answered(samples, answers)

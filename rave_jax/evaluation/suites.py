@@ -25,6 +25,7 @@ from rave_jax.evaluation.intervals import score_interval
 from rave_jax.evaluation.probe import Answered
 from rave_jax.evaluation.probes import probes_of
 from rave_jax.evaluation.records import Record, TrainingAnswers, add_frequent_answers, ask, redealing
+from rave_jax.evaluation.sinks import check_depth
 from rave_jax.evaluation.subject import Check, ModelSubject, PromptOverBudget, Subject, no_check
 from rave_jax.evaluation.summary import FLOORS, HEADINGS, REDEALT, Summary, TaskRow, above_floor, mean
 from rave_jax.families.config import TextConfig
@@ -125,9 +126,11 @@ def open_checked(config: Eval, text: TextConfig) -> Source:
         text: the decoder of the model.
 
     Raises:
-        ConfigError: data cannot be opened, evidence cannot be changed, a layer does not exist, or tokens cannot be
-            hidden.
+        ConfigError: data cannot be opened, evidence cannot be changed, a layer does not exist, tokens cannot be hidden,
+            or sinks are counted in a model of too few layers.
     """
+    if config.sinks:
+        check_depth(text.num_layers)
     for layer in config.layers:
         if not 0 <= layer < text.num_layers:
             raise ConfigError(f"layers has {layer}, but the model's layers are 0 to {text.num_layers - 1}")

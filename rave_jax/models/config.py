@@ -60,6 +60,18 @@ class Lora:
 
 
 @dataclass(frozen=True)
+class ExtraMlp:
+    """A small mlp beside that of every decoder layer, 2 width D parameters a layer, zero at the start."""
+
+    width: int = 8
+    """Numbers between its two linears."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        require(1 <= self.width <= MAX_RANK, "extra_mlp.width", self.width, f"a number from 1 to {MAX_RANK:,}")
+
+
+@dataclass(frozen=True)
 class ModelOptions:
     """How a model is built and run."""
 
@@ -81,6 +93,8 @@ class ModelOptions:
     """Number type of activations and matmuls; softmax, norms and rotary angles are float32 always."""
     lora: Lora | None = None
     """Low-rank adapters, or None."""
+    extra_mlp: ExtraMlp | None = None
+    """A small mlp beside that of every decoder layer, or None."""
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -88,7 +88,7 @@ class Decoder(nnx.Module):
         for run in self.layer_runs:
             at = self._situation(
                 run, base, info, info, positions, own=own, queries=want.queries, progress=want.progress
-            )._replace(unit=tokens.unit)
+            )._replace(unit=tokens.unit, statistics=want.statistics)
 
             def body(layer: Layer, x: Array, deep: Array | None, at: Situation) -> tuple[Array, Asked]:
                 out = layer(x, at, losses, gates)
@@ -147,11 +147,12 @@ class Decoder(nnx.Module):
             queries over the entries of `cache.codes`, and the cache with the tokens in it.
 
         Raises:
-            ValueError: losses or gates are asked for.
+            ValueError: losses, gates or statistics are asked for.
         """
-        if want.losses or want.gates:
+        if want.losses or want.gates or want.statistics is not None:
             raise ValueError(
-                "losses or gates of mechanisms were asked for beside a cache; they are of whole documents: call forward"
+                "losses or gates of mechanisms were asked for beside a cache, or statistics of the map; they are of "
+                "whole documents: call forward"
             )
         entered = cache.admit(info, region_offset, self._summaries_of_nothing)
         base = attention.cached_codes(info, entered.info)
@@ -315,7 +316,9 @@ def _output(hidden: Float[Array, "B N D"], found: Sequence[Asked]) -> Output:
     attention, chosen, inputs, gates = (
         joined([getattr(one, name) for one in found]) for name in ("attention", "chosen", "inputs", "gates")
     )
-    return Output(hidden, attention, chosen, total, inputs, gates)
+    counted = [one.statistics for one in found if one.statistics is not None]
+    statistics = jax.tree.map(lambda *x: jnp.concatenate(x), *counted) if counted else None
+    return Output(hidden, attention, chosen, total, inputs, gates, statistics)
 
 
 def _indices(info: TokenInfo) -> Int[Array, "B T"]:

@@ -10,12 +10,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from rave_jax import attention
-from rave_jax.attention import Features, LayerKeys, StoredStates
+from rave_jax.attention import Features, LayerKeys, Statistics, StoredStates, WantedStatistics
 from rave_jax.attention.plan import LayeredConfig
 from rave_jax.batch import TokenInfo
 from rave_jax.families.config import LayerKind, TextConfig
 from rave_jax.kernels.attention import MaskCodes
-from rave_jax.models import lora
+from rave_jax.models import extra_mlp, lora
 from rave_jax.models.config import ModelOptions, attention_dims
 from rave_jax.models.delta import Delta, DeltaState, InTurn
 from rave_jax.models.experts import Choice, Experts, RouterSums, router_sums
@@ -50,6 +50,8 @@ class Situation(NamedTuple):
     """As in `Embedded`."""
     turn: InTurn | None = None
     """How layers with the gated delta rule go through the tokens; None where none is in the run."""
+    statistics: WantedStatistics | None = None
+    """As in `Want`."""
 
 
 class Projected(NamedTuple):
@@ -70,6 +72,8 @@ class Asked(NamedTuple):
     router: RouterSums | None = None
     gates: Float[Array, "B T H"] | None = None
     """What heads' outputs were multiplied by."""
+    statistics: Statistics | None = None
+    """Sums over rows and columns of the map."""
 
 
 class LayerOutput(NamedTuple):
@@ -144,6 +148,7 @@ class DecoderLayer(nnx.Module):
         attention.check_kernels(self.mechanisms, options.attention)
         self.implementation = options.attention
         self.max_regions = options.layout.max_regions
+        self.extra_mlp = nnx.data(extra_mlp.made(options.extra_mlp, D, dtype, keys[3]))
         lora.attach(self, "decoder.", options.lora, dtype, keys[3])
 
     def __call__(
@@ -163,13 +168,15 @@ class DecoderLayer(nnx.Module):
             queries=at.queries,
             losses=losses,
             gates=gates,
+            statistics=at.statistics,
             regions=self.max_regions,
             progress=at.progress,
         )
         heads = self.attention.gated(seen.out, gate)
         out, choice = _after(self, self.attention.output, x, heads, at.wanted)
         router = router_sums(choice, at.info_q.document > 0) if losses and choice is not None else None
-        return LayerOutput(out, Asked(seen.attention, seen.losses, seen.chosen, router=router, gates=seen.gates))
+        asked = Asked(seen.attention, seen.losses, seen.chosen, None, router, seen.gates, seen.statistics)
+        return LayerOutput(out, asked)
 
     def extend(self, x: Float[Array, "B T D"], at: Situation, cache: LayerCache) -> tuple[LayerOutput, LayerKeys]:
         """The layer on tokens that follow what a cache holds, and what the run's layers keep, with the tokens in it."""
@@ -205,6 +212,7 @@ class DeltaLayer(nnx.Module):
         self.mlp = _mlp(config, kind, dtype, keys[1])
         self.delta_norm, self.mlp_norm = norm(D, config, dtype), norm(D, config, dtype)
         self.mechanisms = nnx.List([])
+        self.extra_mlp = nnx.data(extra_mlp.made(options.extra_mlp, D, dtype, keys[3]))
         lora.attach(self, "decoder.", options.lora, dtype, keys[3])
 
     def __call__(
@@ -250,6 +258,8 @@ def _after(
     heads = shard(heads, "batch", "length", "heads", None)
     x = shard(x + output(heads), "batch", "length", None)
     hidden, mlp = layer.mlp_norm(x), layer.mlp
+    if layer.extra_mlp is not None:
+        x = x + layer.extra_mlp(hidden)
     if isinstance(mlp, Experts):
         choice = mlp.choose(hidden)
         return shard(x + mlp(hidden, choice), "batch", "length", None), choice

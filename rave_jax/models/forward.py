@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import jax
 
+from rave_jax.attention import Statistics, WantedStatistics
 from rave_jax.batch import TokenInfo
 from rave_jax.typing import Array, Bool, Float, Int
 
@@ -69,6 +70,8 @@ class Want:
     """Are the hidden states wanted that enter each layer?"""
     gates: bool = field(default=False, metadata={"static": True})
     """Is it wanted what the outputs of heads are multiplied by?"""
+    statistics: WantedStatistics | None = None
+    """Which sums over rows and columns of the map are wanted in every layer."""
     progress: Float[Array, ""] | None = None
     """How far the training run is, 0 to 1, for what mechanisms schedule; None is its end."""
 
@@ -91,6 +94,7 @@ class Output(NamedTuple):
         inputs: hidden states that enter each layer; None if not asked for.
         gates: what the mechanisms multiply the outputs of heads by, in the layers that have attention; None if not
             asked for.
+        statistics: sums over rows and columns of the map, in the layers that have attention; None if not asked for.
     """
 
     hidden: Float[Array, "B T D"]
@@ -99,3 +103,4 @@ class Output(NamedTuple):
     losses: dict[str, Float[Array, ""]]
     inputs: Float[Array, "L B T D"] | None
     gates: Float[Array, "L B T H"] | None = None
+    statistics: Statistics | None = None

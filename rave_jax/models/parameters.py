@@ -18,6 +18,7 @@ front of the shape given here; biases exist where the family has them):
     decoder.layer_runs.{s}.layers.delta.{gate [H,v,D], strength [H,D], decay [H,D], output [D,H,v]}.weight
     decoder.layer_runs.{s}.layers.delta.{decay_log [H], decay_bias [H], norm.weight [v]}   delta_norm.weight [D]
     decoder.layer_runs.{s}.layers.mechanisms.{i}.<parameter of the mechanism>
+    decoder.layer_runs.{s}.layers.extra_mlp.{down [W,D], up [D,W]}                with an extra mlp
     decoder.norm.weight [D]
     lm_head.weight [V,D]                                                        unless tied
     vision.patch.weight [D,C]

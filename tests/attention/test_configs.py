@@ -70,6 +70,7 @@ def test_a_value_of_another_type_is_one_error_that_names_the_field(cls: Any, nam
         (at.Rave, {"heads": ()}, "at least one head"),
         (at.Rave, {"limit": 1e300}, "a number of logits from 1e-6 to 1e6"),
         (at.SlidingWindow, {"window": -4}, "a number of tokens from 1 to"),
+        (at.Arrow, {"first": 9, "window": 8}, "a number of tokens from 1 to 8"),
         (at.SlidingWindow, {"window": 2**31}, "a number of tokens from 1 to 2,147,483,647"),
         (at.Avar, {"eps": 1e-50}, "a small positive number, from 1e-37 to 1"),
     ],

@@ -118,10 +118,11 @@ BESIDE: dict[str, tuple[tuple[at.MechanismConfig, ...], Rule]] = {
     "croc prefix": ((at.Croc("prefix"),), croc_prefix),
     "cca": ((at.Cca(),), cca_and_context),
     "mma": ((at.Mma(),), mma),
+    "arrow": ((at.Arrow(SIZE, 2),), causal),
     "decomposed": ((at.Decomposed("kept"),), itself),
     "decomposed without rope": ((at.Decomposed(),), itself),
 }
-OPENING = {"mma", "decomposed without rope"}
+OPENING = {"mma", "arrow", "decomposed without rope"}
 """What own+first is refused beside."""
 
 
@@ -288,6 +289,8 @@ def test_first_tokens_are_weighed_where_context_tokens_see_them(route, sees) -> 
 def test_every_mechanism_is_tried_beside_context_tokens() -> None:
     tried = {type(config) for configs, _ in BESIDE.values() for config in configs}
     tried |= {at.SlidingWindow, at.ZeroTuning, at.Avar, at.Var}
+    # They are no visual keys.
+    tried |= {at.VisualBias}
     # It counts every token of a document.
     tried |= {at.LogN}
     # What heads give is scaled token by token, whatever a token is.

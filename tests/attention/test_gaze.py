@@ -12,8 +12,19 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from rave_jax.attention import Croc, Decomposed, Gaze, Mechanism, MechanismConfig, Rave, TopKSchedule, ZeroTuning
+from rave_jax.attention import (
+    AttentionDims,
+    Croc,
+    Decomposed,
+    Gaze,
+    Mechanism,
+    MechanismConfig,
+    Rave,
+    TopKSchedule,
+    ZeroTuning,
+)
 from rave_jax.attention.gaze import descriptors
+from rave_jax.attention.masks import causal_codes
 from rave_jax.batch import Batch, TokenInfo
 from rave_jax.config import ConfigError
 from rave_jax.data.layout import lay_out, region_major
@@ -28,6 +39,7 @@ from rave_jax.models.forward import Embedded, Want
 from rave_jax.models.vlm import Vlm
 from rave_jax.parallel.mesh import MeshConfig, make_mesh
 from rave_jax.parallel.sharding import replicated, use_mesh
+from tests.attention.packed import features
 from tests.models.layout import Visual, batch, document
 from tests.models.made import model as made
 
@@ -376,6 +388,52 @@ def in_parts(name, k, logits, region, cut, R):
     return descriptors.describe(name, descriptors.combine(a, b), (1, R, 2, 4), jnp.zeros((1, R), jnp.int32))
 
 
+def test_small_regions_keep_their_share_where_they_are_normalised() -> None:
+    """With random keys: of the first places of a third of all regions, which have 6 keys where the others have 36."""
+    rng, R = np.random.default_rng(0), 6
+    sizes = np.array([36, 36, 6, 36, 36, 6])
+    region = jnp.asarray(np.tile(np.repeat(np.arange(1, R + 1), sizes), (300, 1)), jnp.int32)
+    k = np.float32(rng.normal(size=(*region.shape, 1, 32)) + 3 * rng.normal(size=(300, 1, 1, 32)))
+
+    @jax.jit
+    def both(k: jax.Array) -> tuple[jax.Array, jax.Array]:
+        summary = descriptors.summarise("mean", k, None, region, R)
+        mean = descriptors.describe("mean", summary, (300, R, 1, 32), jnp.zeros((300, R), jnp.int32))
+        return mean, descriptors.evened(mean, summary, jnp.broadcast_to(jnp.arange(R) == 0, (300, R)), 36)
+
+    mean, found = map(np.asarray, both(k))
+    q = rng.normal(size=(300, 64, 32))
+    share = [np.isin(np.einsum("bth,brh->btr", q, d[:, :, 0]).argmax(-1), (2, 5)).mean() for d in (mean, found)]
+    assert share[0] > 0.45 and abs(share[1] - 1 / 3) < 0.03
+    np.testing.assert_array_equal(found[:, sizes == 36], mean[:, sizes == 36])
+
+
+def test_a_normalised_mean_lies_nearer_to_that_of_its_frames() -> None:
+    """Of every region of the rows, whose frames are those of one document and picture: at the edge, by sqrt(n / m)."""
+    given, router = rows(), gaze(normalise="keys").build(AttentionDims(4, 2, 8), jax.random.key(0))
+    info, x = jax.tree.map(np.asarray, given.info), features(rows=2, length=T)
+
+    @jax.jit
+    def descriptors_of(x: Features, info: TokenInfo) -> jax.Array:
+        summary = router.summarise(x, info.region, 16)
+        return router.route(x, summary, info, info, causal_codes(info), 16, None).routes.descriptor
+
+    found = descriptors_of(x, given.info)
+    ragged = 0
+    for b, n in np.ndindex(2, 16):
+        mine = info.region[b] == n + 1
+        if not mine.any():
+            continue
+        of = mine.argmax()
+        same = ["document", "image", "frame"]
+        frames = np.all([getattr(info, name)[b] == getattr(info, name)[b, of] for name in same], axis=0)
+        frames &= info.region[b] > 0
+        mean, around = (np.float64(x.k)[b, some].mean(0) for some in (mine, frames))
+        ragged += mine.sum() < 6
+        np.testing.assert_allclose(found[b, n], around + (mine.sum() / 6) ** 0.5 * (mean - around), atol=1e-5)
+    assert ragged > 4
+
+
 def test_min_max_bounds_the_score_of_every_key() -> None:
     rng = np.random.default_rng(0)
     q, k = jnp.asarray(rng.normal(size=(1, 5, 2, 4))), jnp.asarray(rng.normal(size=(1, 6, 2, 4)))
@@ -421,9 +479,10 @@ def test_wrong_settings_and_company_are_refused() -> None:
     a_model(gaze(descriptor_keys="pre_rope"), Decomposed())
     with pytest.raises(
         ConfigError,
-        match="'pallas_tpu', which cannot serve Gaze: it has share 'head', and the kernels",
+        match="'pallas_tpu', which cannot serve Gaze: it has choice 'soft_bias', and the kernels",
     ):
-        ModelOptions(mechanisms=(gaze(),), attention="pallas_tpu")
+        ModelOptions(mechanisms=(gaze(choice="soft_bias"),), attention="pallas_tpu")
+    ModelOptions(mechanisms=(gaze(),), attention="pallas_tpu")
     with pytest.raises(ConfigError, match="'pallas_tpu', which cannot serve Rave in a layer with Gaze: its kernels"):
         made(CONFIG, ModelOptions((gaze(share="group", layers=(0,)), Rave(rank=4)), attention="pallas_tpu"))
     made(CONFIG, ModelOptions((gaze(share="group", layers=(0,)), Rave(rank=4, layers=(1,))), attention="pallas_tpu"))
@@ -432,6 +491,8 @@ def test_wrong_settings_and_company_are_refused() -> None:
         match="Gaze, with the fields that it has, needs in each of its layers another",
     ):
         a_model(gaze(rank_with_bias=True), Rave(rank=4, layers=(0,)))
+    with pytest.raises(ConfigError, match="normalise is 'keys', expected 'none' with descriptor 'spread'"):
+        gaze(descriptor="spread", normalise="keys")
     with pytest.raises(ConfigError, match="rank_with_bias"):
         gaze(descriptor="oracle", rank_with_bias=True)
     with pytest.raises(ConfigError, match="Gaze and Gaze share a layer, and each chooses what queries read"):

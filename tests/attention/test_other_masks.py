@@ -119,11 +119,17 @@ def cca(row: list[Token], i: int, j: int) -> bool:
     return j <= i
 
 
+def arrow(row: list[Token], i: int, j: int) -> bool:
+    """The last five tokens, and the first two of the document."""
+    return i - 5 < j <= i or (j <= i and row[j]["offset"] < 2)
+
+
 RULES: dict[str, tuple[at.MechanismConfig, Callable[[list[Token], int, int], bool]]] = {
     "mma": (at.Mma(), mma),
     "croc visual": (at.Croc(), croc_visual),
     "croc prefix": (at.Croc("prefix"), croc_prefix),
     "cca": (at.Cca(), cca),
+    "arrow": (at.Arrow(window=5, first=2), arrow),
 }
 
 

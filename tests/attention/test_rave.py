@@ -94,6 +94,13 @@ def test_the_bias_reads_features_before_rope_only():
     assert not np.array_equal(bias_map(config, x), bias_map(config, x._replace(q0=moved.q0)))
 
 
+def test_the_bias_after_rope_is_the_same_function_of_rotated_features():
+    x, moved = features(), features(seed=1)
+    before, after = at.Rave(start="random"), at.Rave(start="random", features="post_rope")
+    assert np.array_equal(bias_map(after, x), bias_map(before, x._replace(q0=x.q, k0=x.k)))
+    assert np.array_equal(bias_map(after, x), bias_map(after, x._replace(q0=moved.q0, k0=moved.k0)))
+
+
 def gate_gradient(gate, x, token_info):
     codes = at.causal_codes(token_info)
 

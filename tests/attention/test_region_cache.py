@@ -128,7 +128,7 @@ def test_attention_choices_and_inputs_are_given_beside_a_cache_too(mechanism) ->
 @pytest.mark.parametrize(
     ("mechanisms", "parts", "cuts"),
     [
-        ((Gaze(FixedRegions(2, 2), 16, top_k=1),), PICTURE, [9, 20, 21, 22]),
+        ((Gaze(FixedRegions(3, 2), 16, top_k=1, normalise="keys"),), PICTURE, [9, 20, 21, 22]),
         pytest.param(
             (Gaze(FixedRegions(2, 2), 16, top_k=1, choice="soft_bias"),), PICTURE, [20, 21, 22], marks=pytest.mark.slow
         ),
@@ -144,7 +144,7 @@ def test_attention_choices_and_inputs_are_given_beside_a_cache_too(mechanism) ->
         ),
     ],
     ids=[
-        "plain",
+        "regions of two sizes",
         "soft bias",
         "a window that cuts regions",
         "a chunk that ends inside regions of two frames",

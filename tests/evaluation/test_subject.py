@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -236,6 +237,22 @@ def test_vas_is_that_of_every_prompt_alone_written_out_densely(
     assert sums.ratios == len(ratios)
     np.testing.assert_allclose(sums.total, np.sum(ratios), rtol=1e-4)
     assert asked.vas(SAMPLES[1:2]) == (0, 0), "without a picture there is nothing to read"
+
+
+def test_a_reading_gets_prompts_with_their_answers(subject: ModelSubject, processor: Processor) -> None:
+    """In batches of two, of which the last has a row without a sample."""
+    said = [(70, 71, 72), (), (73,)]
+    answers = [Answer("", tokens) for tokens in said]
+    found = subject.per_sample(tokens_and_answer, SAMPLES, answers)
+    assert len(found) == len(SAMPLES)
+    for sample, mine, (tokens, answer) in zip(SAMPLES, said, found, strict=True):
+        prompt = processor.encode(sample.prompt, add_generation_prompt=True).tokens
+        np.testing.assert_array_equal(tokens[: len(prompt) + len(mine)], [*prompt, *mine])
+        np.testing.assert_array_equal(np.flatnonzero(answer), len(prompt) + np.arange(len(mine)))
+
+
+def tokens_and_answer(model: Vlm, batch: Batch, answer: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return jnp.asarray(batch.tokens), answer
 
 
 def test_a_video_is_asked_but_not_looked_at(subject: ModelSubject) -> None:

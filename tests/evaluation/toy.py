@@ -11,7 +11,7 @@ import numpy as np
 from rave_jax.data.images import read_image
 from rave_jax.data.sample import ImageError, OverBudget, Sample, SampleError
 from rave_jax.evaluation.routing import Cells, Route
-from rave_jax.evaluation.subject import Answer
+from rave_jax.evaluation.subject import Answer, Reading
 from rave_jax.evaluation.vas import VasSums
 from rave_jax.look.blocks import KnockOut
 from rave_jax.look.maps import Look
@@ -122,6 +122,10 @@ class Fake:
         chosen = np.array([[1.0, 0.0], [1.0, 1.0]] * 2, np.float32).reshape(2, 2, 2)
         cells = np.array([[0, 1], [0, 1]], np.int32)
         return [Route(chosen, (Cells(cells),), None) for _ in samples]
+
+    def per_sample(self, reading: Reading, samples: Sequence[Sample], answers: Sequence[Answer]) -> None:
+        """There is no model to read."""
+        self._note(samples)
 
 
 def any_source(source: Toy) -> Any:

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rave_jax.attention import (
+    Arrow,
     Avar,
     CacheType,
     Decomposed,
@@ -28,6 +29,7 @@ from rave_jax.attention import (
     TextPositions,
     Var,
     Vhr,
+    VisualBias,
     ZeroTuning,
 )
 from rave_jax.config import ConfigError
@@ -75,10 +77,10 @@ SETTINGS: dict[str, tuple[MechanismConfig, ...]] = {
         Rave(rank=4, layers=(0,), queries="text", form="tanh"),
         SlidingWindow(window=20, layers=(1,)),
     ),
-    "positions": (TextPositions(), SlidingWindow(window=7)),
+    "positions": (TextPositions(), SlidingWindow(window=7, layers=(0,)), Arrow(7, 2, layers=(1,))),
     "some in each layer": (
         Var(dims=(3, 11, 20), tau=1.8, summ=0.05, rho=0.3, move_fraction=0.9, layers=(0,)),
-        Rave(rank=4, layers=(0,)),
+        Rave(rank=4, layers=(0,), features="post_rope"),
         ZeroTuning(0.2, layers=(0,)),
         ZeroTuning((6.0, 0.5), heads=(0, 2), layers=(1,), route="after"),
         SlidingWindow(window=20, layers=(1,)),
@@ -87,6 +89,7 @@ SETTINGS: dict[str, tuple[MechanismConfig, ...]] = {
         Sads(heads=(2,), layers=(1,)),
         Vhr(heads=(0, 3), layers=(1,)),
         LogN(length=4),
+        VisualBias(0.7, layers=(1,)),
     ),
     "first token, bias and after": (
         ZeroTuning(0.2),

@@ -21,6 +21,7 @@ from rave_jax.kernels.routed import RouteRule, Routes, Routing, pallas_tpu
 from rave_jax.kernels.routed.base import Choice
 from rave_jax.kernels.routed.pallas_tpu import lists
 from rave_jax.kernels.routed.pallas_tpu.forward import forward
+from rave_jax.kernels.routed.pallas_tpu.heads import HeadWords
 from rave_jax.kernels.routed.pallas_tpu.lists import Tiling
 from rave_jax.kernels.routed.pallas_tpu.sizes import tiling_of
 from rave_jax.kernels.support import interpreted
@@ -39,6 +40,7 @@ from tests.kernels.routed_backend import (
 SIZES = Sizes(B=1, T=24, S=72, K=1, G=20, h=16, R=6, most_keys=20)
 """20 heads are 32 rows of a query, so that few queries fill a line: what an interpreter takes to compile grows with
 the queries of an item."""
+HEADS = RouteRule(2, share="head")
 ITEMS = pallas_tpu.ItemSizes(queries=16, item=4, chunks=(4, 4))
 
 
@@ -51,7 +53,9 @@ def with_items(name: str, d: Sizes, drawn: Drawn, rule: RouteRule, interpret: An
 class TestPallasTpu(BesideTheOracle):
     name = "pallas_tpu"
     sizes = SIZES
+    rules = (GROUP, HEADS)
     call = staticmethod(with_items)
+    slow = tuple(f"{test}[{HEADS}]" for test in ("test_it_is_the_stated_rule", "test_every_gradient_is_the_oracles"))
 
     @pytest.mark.slow
     def test_the_interpreter_that_watches_memory_finds_the_same(self) -> None:
@@ -117,7 +121,7 @@ def test_every_pair_is_listed_once(seed: int, sizes: tuple[int, int]) -> None:
     rng = np.random.default_rng(seed)
     most_keys, lanes = sizes
     tiling, queries, item, rows = Tiling(5, most_keys, lanes), 16, 8, 16
-    pairs = rng.random((1, 2, 32, 5)) < rng.choice([0.0, 0.3, 1.0])
+    pairs = (rng.random((1, 2, 32, 5)) < rng.choice([0.0, 0.3, 1.0])).astype(np.int32)
     whole, full = rng.random((1, 32, 5)) < 0.9, rng.random((1, tiling.tiles)) < 0.7
     made = work(pairs, whole, full, tiling, queries, item, rows)
     info, queued = np.asarray(made.info), np.asarray(made.lists)
@@ -148,6 +152,29 @@ def test_every_pair_is_listed_once(seed: int, sizes: tuple[int, int]) -> None:
         assert sorted(place[region == r]) == list(range(most_keys))
 
 
+@pytest.mark.parametrize(("heads", "most_keys"), [(7, 128), (8, 36), (20, 20)])
+def test_every_head_sees_the_lanes_of_its_own_regions(heads: int, most_keys: int) -> None:
+    """The bits of heads and regions, as rows of a query and as lanes, are what each head opened."""
+    tiling, rows, rng = Tiling(19, most_keys), max(8, 1 << (heads - 1).bit_length()), np.random.default_rng(heads)
+    words = HeadWords.of(heads, rows, tiling)
+    pairs = rng.random((1, 1, heads, 3, 19)) < 0.4
+    packed = words.pack(lists.open_heads(jnp.asarray(pairs)), tiling)
+    assert packed.shape == (1, 1, 3, tiling.tiles, words.count)
+    region, _ = tiling.lane_map()
+    bits = np.where(region < 0, 0, 1 << region % max(tiling.sharing, 1))
+
+    def line_of(values: Any) -> Any:
+        return jnp.concatenate([x[:, :rows] for x in values], axis=1)
+
+    for tile in range(tiling.tiles):
+        mine = [[packed[0, 0, t, tile, n] for n in range(words.count)] for t in range(3)]
+        seen = np.stack([np.asarray(words.rows_of(x, 128)) & bits[tile] for x in mine]) != 0
+        lanes = np.asarray(words.lanes_of(mine, line_of)).reshape(3, rows, 1)
+        expected = pairs[0, 0][:, :, region[tile]] & (region[tile] >= 0)
+        np.testing.assert_array_equal(np.moveaxis(seen[:, :heads], 0, 1), expected)
+        np.testing.assert_array_equal((lanes & bits[tile]) != 0, seen)
+
+
 def test_the_fill_is_what_lanes_hold() -> None:
     assert (Tiling(8, 128).fill, Tiling(8, 256, 256).fill, Tiling(8, 16).fill) == (1.0, 1.0, 1.0)
     ragged = Tiling(8, 144)
@@ -164,8 +191,8 @@ def test_a_tile_or_query_that_is_not_there_is_an_error() -> None:
     given, tiling = drawn(7, cut=False), Tiling(SIZES.R, SIZES.most_keys)
     B, K = SIZES.B, SIZES.K
     call = pallas_tpu.make_call(given.q, given.k, tiling, ITEMS, 1.0, interpret=pltpu.InterpretParams())
-    pairs, full = np.ones((B, K, call.T, SIZES.R), bool), np.ones((B, tiling.tiles), bool)
-    made = work(pairs, pairs[:, 0], full, tiling, call.queries, call.item, 2 * call.rows)
+    pairs, full = np.ones((B, K, call.T, SIZES.R), np.int32), np.ones((B, tiling.tiles), bool)
+    made = work(pairs, pairs[:, 0] > 0, full, tiling, call.queries, call.item, 2 * call.rows)
 
     @jax.jit
     def compute(lists: Any, info: Any) -> Any:
@@ -209,7 +236,6 @@ def test_what_it_cannot_do_is_said() -> None:
     with interpreted():
         attempt()
         for message, changed in {
-            "a choice for each query head": {"rule": RouteRule(2)},
             "choices must be hard": {"rule": RouteRule(2, share="group", choice="soft_bias")},
             "the most keys of a region": {"most_keys": None},
             "a pair bias, a key bias and key groups": {"key_bias": jnp.zeros((SIZES.B, SIZES.S, SIZES.K * SIZES.G))},
@@ -226,7 +252,7 @@ def test_choices_without_candidates_are_left_to_the_mask() -> None:
     routes = given.routes._replace(before=jnp.zeros_like(given.routes.before))
     choice = Choice(*(jnp.zeros((SIZES.B, 1, 1, SIZES.T, SIZES.R), bool),) * 2, None)
     openings = lists.region_openings(given.codes.open_k, routes.keys, SIZES.R)
-    found = lists.open_pairs(choice, given.codes, routes, openings)[:, 0]
+    found = lists.open_pairs(choice, given.codes, routes, openings)[:, 0, 0]
     seen = (routes.first[:, None] <= given.codes.hi[..., None]) & (routes.first <= routes.last)[:, None]
     np.testing.assert_array_equal(found, seen)
     near(run(given._replace(routes=routes)), run(given._replace(routes=routes), oracle=True))

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import example, given, settings
 
 from rave_jax.attention import (
+    Arrow,
     Avar,
     Cca,
     Croc,
@@ -30,6 +31,7 @@ from rave_jax.attention import (
     TextPositions,
     Var,
     Vhr,
+    VisualBias,
     ZeroTuning,
 )
 from rave_jax.layout import ContextTokens, FixedRegions
@@ -46,12 +48,13 @@ SINKS = Var(dims=(0, 1, 2), tau=1.0, rho=0.2, summ=0.05)
 """A third of all tokens are sinks, and most rows move their attention."""
 GAZE = functools.partial(Gaze, FixedRegions(2, 1), 96, top_k=2)
 MASKS = (
-    (Rave(rank=2), Croc(), Vhr(heads=(0, 2))),
-    (Croc(rule="prefix"), ZERO(), Sads(heads=(1,))),
+    (Rave(rank=2), Croc(), Vhr(heads=(0, 2)), VisualBias(0.7)),
+    (Croc(rule="prefix"), ZERO(), Sads(heads=(1,)), Rave(rank=2, features="post_rope")),
     (Decomposed(), ZERO(route="after"), Moh("learned", balance=0.5)),
     (Decomposed(rope="kept"), SlidingWindow(9), Mma(), SINKS),
     (TextPositions(), ZERO(route="merge"), Avar(), LogN(length=5)),
     (Cca(), ZERO(route="channel"), Rave(rank=2, form="centered_sigmoid", queries="text")),
+    (Arrow(9, 2), ZERO(), Moh()),
 )
 """The mechanisms of each layer that attends."""
 REGIONS = (

@@ -30,7 +30,7 @@ from rave_jax.kernels.attention import MaskCodes
 from rave_jax.kernels.attention.base import NOWHERE
 from rave_jax.kernels.routed import RouteRule, Routes, Routing
 from rave_jax.layout import FixedRegions, Regions, VisualLayout
-from rave_jax.typing import Array, Float, Int
+from rave_jax.typing import Array, Bool, Float, Int
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,9 @@ class Gaze(MechanismConfig):
     descriptor_keys: Literal["post_rope", "pre_rope"] = "post_rope"
     """Keys (and queries) that rank regions: as the cache holds them, or before rotary positions, as Decomposed in the
     same layer asks for."""
+    normalise: Literal["none", "keys"] = "none"
+    """keys: a region with fewer keys than a whole one, at the edge of a picture, is ranked as if its mean varied no
+    more than that of a whole region; with none, chance alone gives such regions more places. Needs descriptor mean."""
     rank_with_bias: bool = False
     """Are regions ranked with the bias that RAVE gives their mean gate key, beside the descriptor? Needs RAVE in the
     same layers."""
@@ -105,6 +108,8 @@ class Gaze(MechanismConfig):
         require(known, "max_regions", self.max_regions, f"a number from 1 to {MAX_REGIONS:,}")
         known = not (self.rank_with_bias and self.descriptor == "oracle")
         require(known, "rank_with_bias", True, "False with descriptor 'oracle', whose masses have the bias")
+        known = self.normalise == "none" or self.descriptor == "mean"
+        require(known, "normalise", self.normalise, f"'none' with descriptor {self.descriptor!r}: only means have it")
         _ = self.rule  # refuses a wrong top_k or tau
 
     @property
@@ -120,11 +125,10 @@ class Gaze(MechanismConfig):
 
     @property
     def against_kernels(self) -> str | None:
-        """The kernels serve one choice for each group of heads, a hard one, by descriptors."""
-        wrong = [("share", self.share != "group"), ("choice", self.choice != "hard")]
-        wrong += [("descriptor", self.descriptor == "oracle")]
+        """The kernels serve hard choices by descriptors."""
+        wrong = [("choice", self.choice != "hard"), ("descriptor", self.descriptor == "oracle")]
         found = [f"{name} {getattr(self, name)!r}" for name, is_wrong in wrong if is_wrong]
-        served = "the kernels serve share 'group' and choice 'hard' with any descriptor but 'oracle'"
+        served = "the kernels serve choice 'hard' with any descriptor but 'oracle'"
         return f"it has {' and '.join(found)}, and {served}" if found else None
 
     def reading(self, pictures: PicturesBefore, dims: AttentionDims, number_bytes: int) -> LayerReading:
@@ -186,9 +190,12 @@ class GazeRouter(Mechanism):
         B, _, _, h = q.shape
         first, last = bounds(codes.order, info_k.region, regions)
         place, _ = bounds(info_k.offset, info_k.region, regions)
+        descriptor = descriptors.describe(config.descriptor, summary, (B, regions, x.k.shape[2], h), place)
+        if config.normalise == "keys":
+            descriptor = descriptors.evened(descriptor, summary, _begins(info_k, place), config.regions.tokens)
         routes = Routes(
             query=descriptors.features(config.descriptor, q, info_q.offset),
-            descriptor=descriptors.describe(config.descriptor, summary, (B, regions, x.k.shape[2], h), place),
+            descriptor=descriptor,
             first=first,
             last=last,
             before=self._before(info_q, info_k, codes, first),
@@ -205,10 +212,24 @@ class GazeRouter(Mechanism):
         before = jnp.where(info_q.kind == Kind.TEXT, codes.hi, NOWHERE)
         if self.config.visual_queries == "dense":
             return before
-        # Where a region begins in its first frame, all of it that stands before a query is known, whatever the chunk.
-        corner, _ = bounds(info_k.row * info_k.grid_w + info_k.col, info_k.region, first.shape[1])
+        corner = _corner(info_k, first.shape[1])
         frames = jnp.take_along_axis(first - corner, jnp.maximum(info_q.region - 1, 0), axis=1)
         return jnp.where(info_q.kind == Kind.VISUAL, frames, before)
+
+
+def _corner(info: TokenInfo, R: int) -> Int[Array, "B R"]:
+    """How many tokens of its first frame stand before a region: known as soon as one of its tokens is, whatever the
+    chunk."""
+    return bounds(info.row * info.grid_w + info.col, info.region, R)[0]
+
+
+def _begins(info: TokenInfo, place: Int[Array, "B R"]) -> Bool[Array, "B R"]:
+    """Is a region, whose first token stands at `place`, the first of its frames?"""
+    R = place.shape[1]
+    document, _ = bounds(info.document, info.region, R)
+    start = place - _corner(info, R)
+    other = (start[:, 1:] != start[:, :-1]) | (document[:, 1:] != document[:, :-1])
+    return jnp.pad(other, ((0, 0), (1, 0)), constant_values=True)
 
 
 def bounds(order: Int[Array, "B S"], region: Int[Array, "B S"], R: int) -> tuple[Int[Array, "B R"], Int[Array, "B R"]]:

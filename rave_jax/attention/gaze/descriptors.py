@@ -10,6 +10,13 @@ that are combined from parts, so that a prompt may be read chunk by chunk and no
     random    x = q, signs by the query's place    d = noise by the region's place: a control
     nothing   no features: for a rule that ranks by attention mass, a control
 
+With random keys a mean of few keys varies more, so that small regions at the edges of a picture get more places than
+their share. `evened` takes that out of means: with n of m keys, and the mean of all keys of its frames,
+
+    d = mean_frames k + sqrt(n / m) (mean k - mean_frames k)
+
+which varies as a mean of m keys does (ours). A whole region keeps its mean.
+
 h is head_dim; `spread` is the second-order term of the log of the region's attention mass, our own.
 """
 
@@ -21,7 +28,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rave_jax.typing import Array, Float, Int
+from rave_jax.typing import Array, Bool, Float, Int
 
 DescriptorName = Literal["mean", "min_max", "spread", "learned", "random", "oracle"]
 LIMIT = 8.0
@@ -107,6 +114,28 @@ def describe(
     if summary.second is None:
         return mean
     return jnp.concatenate([mean, jnp.maximum(summary.second / weight - mean**2, 0.0)], axis=-1)
+
+
+def evened(
+    mean: Float[Array, "B R K h"], summary: Summary, begins: Bool[Array, "B R"], m: int
+) -> Float[Array, "B R K h"]:
+    """Means of regions with less than m keys, drawn towards the mean of their frames.
+
+    Args:
+        mean: `describe` of "mean".
+        summary: of the regions' keys.
+        begins: is the region the first of its frames? Those that follow share them.
+        m: keys of a whole region.
+    """
+    assert isinstance(summary, Sums)
+    group, R = jnp.cumsum(begins, axis=1), begins.shape[1]
+    first, weight = (
+        jax.vmap(lambda x, at: jax.ops.segment_sum(x, at, num_segments=R + 1)[at])(x, group)
+        for x in (summary.first, summary.weight)
+    )
+    around = first / jnp.where(weight > 0, weight, 1.0)[..., None]
+    share = jnp.sqrt(summary.weight / m)[..., None]
+    return jnp.where(summary.weight[..., None] > 0, mean + (share - 1.0) * (mean - around), mean)
 
 
 def features(name: DescriptorName, q: Float[Array, "B T H h"], place: Int[Array, "B T"]) -> Float[Array, "B T H c"]:

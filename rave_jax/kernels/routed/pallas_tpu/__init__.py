@@ -28,7 +28,7 @@ from rave_jax.kernels.routed.pallas_tpu import lists
 from rave_jax.kernels.routed.pallas_tpu.backward import backward, numbers_of
 from rave_jax.kernels.routed.pallas_tpu.forward import forward
 from rave_jax.kernels.routed.pallas_tpu.lists import Placed, Tiling, Work
-from rave_jax.kernels.routed.pallas_tpu.sizes import against, item_sizes, make_call, tiling_of
+from rave_jax.kernels.routed.pallas_tpu.sizes import against, choices_of, item_sizes, make_call, tiling_of
 from rave_jax.kernels.routed.pallas_tpu.walk import Call, ItemSizes
 from rave_jax.parallel.sharding import current_mesh, partition_spec
 from rave_jax.typing import Array, Bool, Float, Int
@@ -97,7 +97,8 @@ def on_device(
     )
     parts = [plain(q, k, v, codes) for codes in dense_codes(codes, routes)]
     tiling = tiling_of(routes.first.shape[1], most_keys)
-    call = make_call(q, k, tiling, sizes, scale, interpret=interpret)
+    choices = choices_of(rule, q.shape[2] // k.shape[2])
+    call = make_call(q, k, tiling, sizes, scale, interpret=interpret, choices=choices)
     assert call is not None
     parts.append(of_regions(q, k, v, codes, routes, rule, call))
     # Kept for the backward pass are the parts, not what merging makes of each in float32.
@@ -140,7 +141,7 @@ class Ints(NamedTuple):
     codes_q: Int[Array, "B blocks 1 codes"]
     codes_k: Int[Array, "B tiles eight lanes"]
     work: Work
-    visited: Bool[Array, "B K T"]
+    visited: Bool[Array, "B K T #rows"]
 
 
 def of_regions(
@@ -171,7 +172,7 @@ def of_regions(
 def _ints(q: Array, k: Array, codes: MaskCodes, routes: Routes, rule: RouteRule, placed: Placed, call: Call) -> Ints:
     tiling, blocks = call.tiling, call.blocks
     B, R, S = q.shape[0], tiling.regions, k.shape[1]
-    pairs, reference = _choices(q, k, codes, routes, rule, call)
+    open_, reference = _choices(q, k, codes, routes, rule, call)
     codes_q = {
         "lo": pad(codes.lo, 1, call.T, 1),
         "hi": pad(codes.hi, 1, call.T),
@@ -179,7 +180,9 @@ def _ints(q: Array, k: Array, codes: MaskCodes, routes: Routes, rule: RouteRule,
     }
     whole = lists.whole_pairs(codes._replace(**codes_q), routes)
     held = placed.held.reshape(B, tiling.tiles, tiling.lanes)
-    made = lists.work(pairs, whole, held.all(-1), tiling, call.queries, call.item, 2 * call.rows)
+    words = call.words.pack(open_, tiling) if call.words.count else None
+    sizes = call.queries, call.item, 2 * call.rows, call.choices
+    made = lists.work(open_, whole, held.all(-1), tiling, *sizes, words)
 
     region, _ = tiling.lane_map()
     bit = np.where(np.arange(tiling.tiles)[:, None] < R * tiling.full, 0, region % max(tiling.sharing, 1))
@@ -193,15 +196,23 @@ def _ints(q: Array, k: Array, codes: MaskCodes, routes: Routes, rule: RouteRule,
         per_query.reshape(B, blocks, 1, -1).astype(jnp.int32),
         pad(keys, 2, 8),
         made,
-        pairs.any(-1),
+        _visited(open_, call),
     )
+
+
+def _visited(open_: Int[Array, "B K T R"], call: Call) -> Bool[Array, "B K T #rows"]:
+    """Which rows of a query, or which queries, see anything. Rows without a head are left out."""
+    if call.choices == 1:
+        return jnp.any(open_ != 0, axis=-1, keepdims=True)
+    found = [jnp.any((open_ >> head) & 1, axis=-1) for head in range(call.choices)]
+    return pad(jnp.stack(found, axis=-1), 3, call.rows)
 
 
 def _choices(
     q: Array, k: Array, codes: MaskCodes, routes: Routes, rule: RouteRule, call: Call
-) -> tuple[Bool[Array, "B K T R"], Float[Array, "B K T rows"]]:
-    """Pairs of queries and regions, and the reference of every row: of the regions that it sees, the largest score of
-    their mean keys, in log2."""
+) -> tuple[Int[Array, "B K T R"], Float[Array, "B K T rows"]]:
+    """Which choices of queries open which regions (`lists.open_heads`), and the reference of every row: of the regions
+    that it sees, the largest score of their mean keys, in log2."""
     (B, T, H, _), R = q.shape, call.tiling.regions
     means, openings = _means(k, routes.keys, R), lists.region_openings(codes.open_k, routes.keys, R)
     block = max(8, MOST_SCORES // (B * H * R) // 8 * 8)
@@ -218,16 +229,16 @@ def _choices(
         choice = choose(region_scores(given, PairForm(), call.scale), candidates(own, given), given.dense, rule)
         pairs = lists.open_pairs(choice, own, given, openings)
         scores = jnp.einsum("BKGTh,BKRh->BKGTR", group_heads(q, call.K), means.astype(q.dtype), precision="highest")
-        best = jnp.max(jnp.where(pairs[:, :, None], scores.astype(jnp.float32), -jnp.inf), axis=-1)
+        best = jnp.max(jnp.where(pairs, scores.astype(jnp.float32), -jnp.inf), axis=-1)
         best = jnp.where(jnp.isfinite(best), best * (call.scale * LOG2E), 0.0)
-        return jnp.moveaxis(pairs, 2, 0), jnp.moveaxis(best, 3, 0)
+        return jnp.moveaxis(lists.open_heads(pairs), 2, 0), jnp.moveaxis(best, 3, 0)
 
     fill = -T % block
     padded = jax.tree.map(lambda x: jnp.pad(x, [(0, 0), (0, fill)] + [(0, 0)] * (x.ndim - 2)), mine)
     cut = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(B, -1, block, *x.shape[2:]), 1, 0), padded)
-    pairs, best = (x.reshape(-1, *x.shape[2:])[:T] for x in jax.lax.map(of_block, cut))
-    pairs = pad(jnp.moveaxis(pairs, 0, 2), 2, call.T)
-    return pairs, pad(pad(jnp.moveaxis(best, 0, 2), 2, call.T), 3, call.rows)
+    open_, best = (x.reshape(-1, *x.shape[2:])[:T] for x in jax.lax.map(of_block, cut))
+    open_ = pad(jnp.moveaxis(open_, 0, 2), 2, call.T)
+    return open_, pad(pad(jnp.moveaxis(best, 0, 2), 2, call.T), 3, call.rows)
 
 
 def _means(k: Float[Array, "B S K h"], keys: Int[Array, "B S"], R: int) -> Float[Array, "B K R h"]:
@@ -275,7 +286,7 @@ def _forward(q, k, v, ints: Ints, call: Call):
     given = (q, ints.reference, k, v, ints.codes_q, ints.codes_k, ints.work.lists.reshape(-1), ints.work.info, call)
     out, lse = forward(*given, online=False)
     far = jnp.abs(lse - ints.reference).reshape(*q.shape[:4])
-    ok = jnp.all((far < BOUND) | ~ints.visited[..., None]) & jnp.all(jnp.isfinite(out))
+    ok = jnp.all((far < BOUND) | ~ints.visited) & jnp.all(jnp.isfinite(out))
     out, lse = jax.lax.cond(ok, lambda: (out, lse), lambda: forward(*given, online=True))
     lse = lse.reshape(q.shape[:4])
     return (out, lse), (q, k, v, ints, out, lse)

@@ -11,7 +11,7 @@ needs its left side turned.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -25,6 +25,7 @@ from rave_jax.kernels.routed.pallas_tpu.walk import (
     CODES,
     ROWS,
     Call,
+    Words,
     block_specs,
     compiler_params,
     each_line,
@@ -151,7 +152,7 @@ def _kernel(info, codes_q, lists, q, d_out, numbers_in, k, v, codes_k, dq, dk, d
             lines.append(jnp.broadcast_to(line, (*jnp.shape(line)[:-1], LANES)) if jnp.ndim(line) else line)
         return lines[0] if len(lines) == 1 else jnp.concatenate(lines, axis=1)
 
-    def visit(tile: Any, entries: Sequence[Any], kind: int) -> None:
+    def visit(tile: Any, entries: Sequence[Any], kind: int, words: Words) -> None:
         two = places(entries, kind)
         at = [pl.multiple_of(x >> 1, ROWS) for x in two]
         sums: list[Any] = [0.0, 0.0]
@@ -167,7 +168,8 @@ def _kernel(info, codes_q, lists, q, d_out, numbers_in, k, v, codes_k, dq, dk, d
             both = line_of([numbers[pl.ds(place >> (rows.bit_length() - 2), 2)] for place in mine])
             weights = jnp.exp2(x - both[0:1])
             if kind != WHOLE:
-                weights = jnp.where(_seen(codes_k, codes_q, tile, listed, kind, call, line_of), weights, 0.0)
+                seen = _seen(codes_k, codes_q, tile, listed, kind, call, words, line_of)
+                weights = jnp.where(seen, weights, 0.0)
             d_scores = weights * (d_weights - both[1:2])
             return mine, own_q, own_d, weights.astype(dtype), d_scores.astype(dtype)
 
@@ -203,12 +205,24 @@ def _kernel(info, codes_q, lists, q, d_out, numbers_in, k, v, codes_k, dq, dk, d
         jax.lax.fori_loop(0, call.tiling.tiles, one, None)
 
 
-def _seen(codes_k: Any, codes_q: Any, tile: Any, entries: Sequence[Any], kind: int, call: Call, line_of: Any) -> Array:
+def _seen(
+    codes_k: Any,
+    codes_q: Any,
+    tile: Any,
+    entries: Sequence[Any],
+    kind: int,
+    call: Call,
+    words: Words,
+    line_of: Callable[[Sequence[Any]], Array],
+) -> Array:
     """Which lanes of a tile, turned into rows, the entries' queries see, [lanes, queries * rows]."""
     zero = jnp.zeros((1, LANES), jnp.int32)
     keys = codes_k[tile]
     bit, order, open_k = (column(keys[n : n + 1]) for n in range(3))
-    bits = line_of([zero + (x >> PLACE_BITS) for x in entries])
+    if call.words.count:
+        bits = call.words.lanes_of([words(x) for x in entries], line_of)
+    else:
+        bits = line_of([zero + (x >> PLACE_BITS) for x in entries])
     width = bits.shape[1]
     open_ = (wide(bit, width) & bits) != 0
     if kind != CUT:

@@ -24,6 +24,7 @@ from rave_jax.kernels.routed.pallas_tpu.lists import CUT, PLACE_BITS, WHOLE
 from rave_jax.kernels.routed.pallas_tpu.walk import (
     CODES,
     Call,
+    Words,
     block_specs,
     compiler_params,
     each_line,
@@ -124,14 +125,14 @@ def _kernel(info, codes_q, lists, q, reference, k, v, codes_k, out, lse, *scratc
     for ref in (given, made):
         ref[pl.ds(spare, pair)] = jnp.zeros((pair, LANES), jnp.float32)
 
-    def visit(tile: Any, entries: Sequence[Any], kind: int) -> None:
+    def visit(tile: Any, entries: Sequence[Any], kind: int, words: Words) -> None:
         at = places(entries, kind)
 
         def begin(number: int) -> Any:
             mine = slice(number * chunk, (number + 1) * chunk)
             x = product(gathered(given, at[mine], rows).astype(dtype), k[tile], (1, 1)) * (call.scale * LOG2E)
             if kind != WHOLE:
-                seen = [_seen(codes_k, codes_q, tile, x, kind, call) for x in entries[mine]]
+                seen = [_seen(codes_k, codes_q, tile, x, kind, call, words) for x in entries[mine]]
                 parts = [jnp.where(there, x[n * rows : (n + 1) * rows], MASKED) for n, there in enumerate(seen)]
                 x = jnp.concatenate(parts, axis=0)
             return at[mine], x
@@ -183,10 +184,11 @@ def _kernel(info, codes_q, lists, q, reference, k, v, codes_k, out, lse, *scratc
     each_line(call, finish)
 
 
-def _seen(codes_k: Any, codes_q: Any, tile: Any, entry: Any, kind: int, call: Call) -> Array:
-    """Which lanes of a tile the entry's query sees, [1, lanes]."""
+def _seen(codes_k: Any, codes_q: Any, tile: Any, entry: Any, kind: int, call: Call, words: Words) -> Array:
+    """Which lanes of a tile the entry's query sees, [1, lanes], or its rows do, [rows, lanes]."""
     keys = codes_k[tile]
-    open_ = (keys[0:1] & (entry >> PLACE_BITS)) != 0
+    mine = call.words.rows_of(words(entry), call.tiling.lanes) if call.words.count else entry >> PLACE_BITS
+    open_ = (keys[0:1] & mine) != 0
     if kind != CUT:
         return open_
     number = number_of(entry, call)

@@ -8,7 +8,7 @@ region leaves lanes empty.
 Queries are taken in super-blocks. For each super-block and tile there is a list of the queries that may see a key of
 it; a kernel takes so many of them at a time, a *work item*. A query's entry carries a bit for each of the tile's
 regions that is open to it. What shares a tile is visited by whoever chose any of it: 1 - (1 - p)^n of the queries for n
-regions.
+regions. Where each query head chooses for itself, a query is listed if any of its heads would be; see `heads`.
 """
 
 from __future__ import annotations
@@ -160,7 +160,9 @@ def _running(x: Bool[Array, "B S n"]) -> Int[Array, "B S n"]:
     return (within + before[:, :, None]).astype(jnp.int32).reshape(B, -1, n)[:, :S]
 
 
-def open_pairs(choice: Choice, codes: MaskCodes, routes: Routes, openings: Int[Array, "B R"]) -> Bool[Array, "B K T R"]:
+def open_pairs(
+    choice: Choice, codes: MaskCodes, routes: Routes, openings: Int[Array, "B R"]
+) -> Bool[Array, "B K N T R"]:
     """Which routed queries may see a key of which regions: all they chose, and of those that they cannot choose the
     ones that the mask may reach (`openings` as `region_openings` gives them). No pair is missing; one that is listed
     without need is masked key by key."""
@@ -169,8 +171,13 @@ def open_pairs(choice: Choice, codes: MaskCodes, routes: Routes, openings: Int[A
     bits_q = 1 << (codes.open_q & 31)
     reached |= (bits_q[..., None] & openings[:, None]) != 0
     routed = routes.before > jnp.iinfo(jnp.int32).min
-    open_ = choice.chosen[:, :, 0] | (~choice.candidate[:, :, 0] & reached[:, None])
-    return open_ & routed[:, None, :, None] & (first <= last)[:, None]
+    open_ = choice.chosen | (~choice.candidate & reached[:, None, None])
+    return open_ & routed[:, None, None, :, None] & (first <= last)[:, None, None]
+
+
+def open_heads(pairs: Bool[Array, "B K N T R"]) -> Int[Array, "B K T R"]:
+    """`open_pairs` as one number, with a bit for each of the N choices of a query."""
+    return jnp.sum(jnp.moveaxis(pairs, 2, -1) * (1 << jnp.arange(pairs.shape[2])), axis=-1, dtype=jnp.int32)
 
 
 def whole_pairs(codes: MaskCodes, routes: Routes) -> Bool[Array, "B T R"]:
@@ -191,9 +198,9 @@ class Work(NamedTuple):
     """The lists of all super-blocks.
 
     Fields:
-        lists: entries, those of a tile one after the other: the query's number in the super-block times `rows`, and
-            the bits of its open regions above PLACE_BITS where the tile is not WHOLE. Filled up with the number behind
-            the last query's.
+        lists: of each tile the words of its queries' heads, if any: the first word of every query, then the second.
+            Then entries: the query's number in the super-block times `rows`, and the bits of its open regions above
+            PLACE_BITS where the tile is not WHOLE. Filled up with the number behind the last query's.
         info: of each super-block the number of tiles that somebody visits, then a word for each of them: its number,
             its kind, how many items it has.
     """
@@ -203,36 +210,42 @@ class Work(NamedTuple):
 
 
 def work(
-    pairs: Bool[Array, "B K T R"],
+    open_: Int[Array, "B K T R"],
     whole: Bool[Array, "B T R"],
     full: Bool[Array, "B tiles"],
     tiling: Tiling,
     queries: int,
     item: int,
     rows: int,
+    choices: int = 1,
+    words: Int[Array, "B K T tiles words"] | None = None,
 ) -> Work:
     """The lists.
 
     Args:
-        pairs: of `open_pairs`, T a multiple of `queries`.
+        open_: of `open_heads`, T a multiple of `queries`.
         whole: of `whole_pairs`.
         full: tiles without an empty lane.
         tiling: of the tiles.
         queries: of a super-block.
         item: queries of a work item.
         rows: that an entry's number is multiplied by, so that it is an address.
+        choices: of a query: the bits of `open_`.
+        words: of `HeadWords.pack`, where a query has several.
     """
-    B, K, T, _ = pairs.shape
+    B, K, T, _ = open_.shape
     require(queries * rows < 1 << PLACE_BITS, "queries", queries, f"fewer than {(1 << PLACE_BITS) // rows}")
     blocks, of_tile = T // queries, tiling.tile_regions()
     bits = jnp.zeros((B, K, T, tiling.tiles), jnp.int32)
-    cut = jnp.zeros((B, K, T, tiling.tiles), bool)
+    cut, uneven = (jnp.zeros((B, K, T, tiling.tiles), bool) for _ in range(2))
+    pairs, every = open_ != 0, jnp.sum(1 << jnp.arange(choices), dtype=jnp.int32)
     partial = pairs & ~whole[:, None]
     for bit in range(of_tile.shape[1]):
         there = of_tile[:, bit] >= 0
         at = np.maximum(of_tile[:, bit], 0)
         bits |= jnp.where(pairs[..., at] & there, 1 << bit, 0)
         cut |= partial[..., at] & there
+        uneven |= (open_[..., at] != every) & there
     everything = jnp.asarray(sum((of_tile[:, bit] >= 0) << bit for bit in range(of_tile.shape[1])), jnp.int32)
     listed = bits > 0
 
@@ -240,7 +253,7 @@ def work(
         return jnp.moveaxis(x.reshape(B, K, blocks, queries, tiling.tiles), 4, 3)
 
     count = jnp.sum(by_tile(listed), axis=-1)
-    shared = jnp.any(by_tile(listed & (bits != everything)), axis=-1) | ~full[:, None, None]
+    shared = jnp.any(by_tile(listed & ((bits != everything) | uneven)), axis=-1) | ~full[:, None, None]
     kind = jnp.where(jnp.any(by_tile(cut), axis=-1), CUT, jnp.where(shared, SHARED, WHOLE))
     entry = jnp.arange(queries)[:, None] * rows + jnp.where(
         jnp.repeat(jnp.moveaxis(kind, 3, -1)[..., None, :], queries, axis=3) == WHOLE,
@@ -251,6 +264,9 @@ def work(
     ranked = jnp.sort(jnp.moveaxis(entry, 4, 3), axis=-1)
     lists = jnp.where(ranked == NOBODY, queries * rows, ranked)
     lists = jnp.pad(lists, [(0, 0)] * 4 + [(0, up(queries, item) - queries)], constant_values=queries * rows)
+    if words is not None:
+        mine = jnp.moveaxis(words.reshape(B, K, blocks, queries, tiling.tiles, -1), 3, 5)
+        lists = jnp.concatenate([mine.reshape(B, K, blocks, tiling.tiles, -1), lists], axis=-1)
 
     # The tiles that somebody visits come first, in their order.
     visited = count > 0

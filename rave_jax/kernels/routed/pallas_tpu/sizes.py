@@ -25,6 +25,8 @@ OTHER = ItemSizes(chunks=(16, 32), vmem_bytes=40 << 20)
 """For the others: v5p and TPU7x have half of the memory on the chip."""
 MOST_HEADS = 64
 """Query heads of a kv head."""
+MOST_CHOICES = 32
+"""The same where each has a choice of its own: a bit of a number for each."""
 WIDE = 0.6
 """Cost of 128 lanes in a tile of 256, which share a gathering, to that in one of 128."""
 SHARE = 0.25
@@ -44,9 +46,18 @@ def item_sizes(device_kind: str) -> ItemSizes:
 
 
 def make_call(
-    q: Array, k: Array, tiling: Tiling, sizes: ItemSizes, scale: float, *, interpret: Any, fixed: Any = None
+    q: Array,
+    k: Array,
+    tiling: Tiling,
+    sizes: ItemSizes,
+    scale: float,
+    *,
+    interpret: Any,
+    choices: int = 1,
+    fixed: Any = None,
 ) -> Call | None:
-    """Sizes of a call: the largest super-block that fits beside the keys, or None where none does."""
+    """Sizes of a call: the largest super-block that fits beside the keys, or None where none does. A query has so many
+    `choices`."""
     (B, T, H, _), K = q.shape, k.shape[2]
     queries = min(sizes.queries, up(T, sizes.item))
     while queries >= sizes.item:
@@ -62,12 +73,18 @@ def make_call(
             scale=scale,
             dtype=str(q.dtype),
             interpret=interpret,
+            choices=choices,
             fixed=fixed,
         )
         if vmem_bytes(call) <= sizes.vmem_bytes and 2 * call.places <= 1 << PLACE_BITS:
             return call
         queries = queries // 2 // sizes.item * sizes.item
     return None
+
+
+def choices_of(rule: RouteRule, group: int) -> int:
+    """Choices of a query, whose `group` heads read one kv head."""
+    return group if rule.share == "head" else 1
 
 
 def vmem_bytes(call: Call) -> int:
@@ -96,10 +113,6 @@ def against(
     if found is not None:
         return found
     G = q.shape[2] // k.shape[2]
-    if rule.share == "head" and G > 1:
-        return (
-            'with a choice for each query head, gathering row by row would cost more than it saves; use share="group"'
-        )
     if rule.choice != "hard" or rule.by != "descriptor":
         return f"choices must be hard and by descriptors, not {rule.choice} by {rule.by}"
     if rule.with_bias:
@@ -108,8 +121,9 @@ def against(
         return "a pair bias, a key bias and key groups are not supported"
     if max(q.shape[-1], v.shape[-1]) > LANES or q.shape[-1] != v.shape[-1]:
         return f"keys and values must have one width of at most {LANES}, not {q.shape[-1]} and {v.shape[-1]}"
-    if G > MOST_HEADS:
-        return f"at most {MOST_HEADS} query heads may share a kv head, not {G}"
+    most, own = (MOST_CHOICES, " that choose for themselves") if choices_of(rule, G) > 1 else (MOST_HEADS, "")
+    if most < G:
+        return f"at most {most} query heads{own} may share a kv head, not {G}"
     if most_keys is None:
         return "the most keys of a region must be known (Routing.most_keys)"
     if make_call(q, k, tiling_of(regions, most_keys), sizes, 1.0, interpret=False) is None:

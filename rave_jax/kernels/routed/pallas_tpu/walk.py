@@ -24,6 +24,7 @@ from jax.experimental.pallas import tpu as pltpu
 from rave_jax.config import require
 from rave_jax.kernels.attention.pallas_tpu.operands import up
 from rave_jax.kernels.attention.pallas_tpu.tile import LANES
+from rave_jax.kernels.routed.pallas_tpu.heads import HeadWords
 from rave_jax.kernels.routed.pallas_tpu.lists import CUT, KIND_BITS, PLACE_BITS, SHARED, TILE_BITS, WHOLE, Tiling
 from rave_jax.typing import Array
 
@@ -79,6 +80,8 @@ class Call:
     scale: float
     dtype: str
     interpret: Any
+    choices: int = 1
+    """Of a query: one, or G where each head has its own."""
     fixed: tuple[int, int, int] | None = None
     """(tiles, items of each, kind of each) instead of what the lists say: for estimates, which cannot know data."""
 
@@ -98,6 +101,16 @@ class Call:
         return up(self.queries, self.item)
 
     @property
+    def words(self) -> HeadWords:
+        """Of a query's heads, for each tile."""
+        return HeadWords.of(self.choices, self.rows, self.tiling)
+
+    @property
+    def record(self) -> int:
+        """Numbers of a tile in the lists: the words of its queries' heads, and its list."""
+        return self.words.count * self.queries + self.length
+
+    @property
     def places(self) -> int:
         """Rows of an array that holds a tile of `rows` for each query, and one for what fills an item up."""
         return (self.queries + 1) * self.rows
@@ -106,6 +119,10 @@ class Call:
     def lines(self) -> int:
         """Rows of 128 lanes that hold a number for each row of the super-block's queries."""
         return self.queries * self.rows // LANES
+
+
+Words = Callable[[Any], list[Any]]
+"""Of an entry, the words of its query's heads, scalars."""
 
 
 class BlockSpecs(NamedTuple):
@@ -137,13 +154,14 @@ def block_specs(call: Call, words: int) -> BlockSpecs:
 
 def list_scratch(call: Call) -> dict[str, Any]:
     """What `walk` needs."""
-    return {"buffer": pltpu.SMEM((2 * call.length,), jnp.int32), "copied": pltpu.SemaphoreType.DMA((2,))}
+    return {"buffer": pltpu.SMEM((2 * call.record,), jnp.int32), "copied": pltpu.SemaphoreType.DMA((2,))}
 
 
 def walk(
     call: Call, info: Any, lists: Any, buffer: Any, copied: Any, visit: Callable[..., None], *, brisk: bool = True
 ) -> None:
-    """`visit(tile, entries, kind)` for every work item of the super-block; entries are scalars, kind is a Python int.
+    """`visit(tile, entries, kind, words)` for every work item of the super-block; entries are scalars, kind is a Python
+    int, and words(entry) are those of a query's heads.
 
     Args:
         call: sizes.
@@ -160,9 +178,9 @@ def walk(
     low = (1 << TILE_BITS) - 1
 
     def copy(t: Any, half: Any) -> Any:
-        first = (step * call.tiling.tiles + (info[0, 1 + t] & low)) * call.length
-        source = lists.at[pl.ds(pl.multiple_of(first, call.length), call.length)]
-        target = buffer.at[pl.ds(pl.multiple_of(half * call.length, call.length), call.length)]
+        first = (step * call.tiling.tiles + (info[0, 1 + t] & low)) * call.record
+        source = lists.at[pl.ds(pl.multiple_of(first, call.record), call.record)]
+        target = buffer.at[pl.ds(pl.multiple_of(half * call.record, call.record), call.record)]
         return pltpu.make_async_copy(source, target, copied.at[half])
 
     @pl.when(live > 0)
@@ -181,12 +199,17 @@ def walk(
         tile, kind = word & low, (word >> TILE_BITS) & ((1 << KIND_BITS) - 1)
         items = word >> (TILE_BITS + KIND_BITS) if call.fixed is None else call.fixed[1]
 
+        def words(entry: Any) -> list[Any]:
+            # What fills an item up is behind the last query: it finds what is there, and nobody reads its rows.
+            at = half * call.record + behind(entry, call)
+            return [buffer[at + n * call.queries] for n in range(call.words.count)]
+
         def visit_items(static: int) -> None:
             part = call.item if brisk and static != CUT else short_part(call.item, call.chunks)
 
             def one(number: Any, _: None) -> None:
-                first = half * call.length + number * part
-                visit(tile, [buffer[first + j] for j in range(part)], static)
+                first = half * call.record + call.record - call.length + number * part
+                visit(tile, [buffer[first + j] for j in range(part)], static, words)
 
             jax.lax.fori_loop(0, items * (call.item // part), one, None)
 
@@ -207,8 +230,12 @@ def places(entries: Sequence[Any], kind: int) -> list[Any]:
 
 def number_of(entry: Any, call: Call) -> Any:
     """The place in the super-block of an entry's query; of what fills an item up, the last one: its bits are shut."""
-    number = jax.lax.shift_right_logical(entry & ((1 << PLACE_BITS) - 1), call.rows.bit_length())
-    return jnp.minimum(number, call.queries - 1)
+    return jnp.minimum(behind(entry, call), call.queries - 1)
+
+
+def behind(entry: Any, call: Call) -> Any:
+    """The place in the super-block of an entry's query; of what fills an item up, one behind the last."""
+    return jax.lax.shift_right_logical(entry & ((1 << PLACE_BITS) - 1), call.rows.bit_length())
 
 
 def tile_at(place: Any, rows: int, offset: int = 0) -> Any:
