@@ -283,41 +283,38 @@ class ModelSubject:
 
     def _look_chunk(self, samples: Sequence[Sample], answers: Sequence[Answer]) -> list[Look | None]:
         block = self._answered(samples, answers)
-        with use_mesh(self._mesh):
-            found = np.asarray(self._answer_attention(self._model, block.batch, block.queries, block.weights))
-        asking = self._attention_of_questions(samples, block)
+        asking = [
+            question_rows(prompt.info, prompt.shown, sample.evidence_image + 1)
+            for sample, prompt in zip(samples, block.prompts, strict=True)
+        ]
+        of_answers = self._attention(block.batch, (block.queries, block.weights))
+        of_questions = self._attention_of_rows(block, asking)
+        layers = self._model.config.text.attention_layers
         looks: list[Look | None] = []
         for i, (sample, example) in enumerate(zip(samples, block.examples, strict=True)):
-            mine = found[:, i, :, : len(example.tokens)]
             picture = sample.evidence_image + 1
-            grid = None if self._has_video(example) else over_picture(example.info, mine, example.shown, picture)
-            if grid is None:
-                looks.append(None)
-                continue
-            question = None
-            if len(question_rows(block.prompts[i].info, example.shown, picture)):
-                question = over_picture(example.info, asking[:, i, :, : len(example.tokens)], example.shown, picture)
-            looks.append(Look(grid, self._model.config.text.attention_layers, question))
+            grid = None if self._has_video(example) else _over(picture, example, of_answers[:, i])
+            question = _over(picture, example, of_questions[:, i]) if len(asking[i]) else None
+            looks.append(None if grid is None else Look(grid, layers, question))
         return looks
 
-    def _attention_of_questions(self, samples: Sequence[Sample], block: _Answered) -> Float[NpArray, "L B H S"]:
-        """Attention averaged over the text of each question, by the program that reads answers, a few rows at once."""
-        rows, width = block.queries.shape
-        queries, weights = np.zeros((rows, QUESTION_ROWS), np.int32), np.zeros((rows, QUESTION_ROWS), np.float32)
-        longest = 0
-        for i, (sample, prompt) in enumerate(zip(samples, block.prompts, strict=True)):
-            of = question_rows(prompt.info, prompt.shown, sample.evidence_image + 1)
-            queries[i, : len(of)], weights[i, : len(of)] = of, 1 / max(len(of), 1)
-            longest = max(longest, len(of))
+    def _attention(self, batch: Batch, rows: Any) -> Float[NpArray, "L B H S"]:
+        """Attention averaged over some rows, which are queries and their weights."""
+        with use_mesh(self._mesh):
+            return np.asarray(self._answer_attention(self._model, batch, *rows))
+
+    def _attention_of_rows(self, block: _Answered, rows: Sequence[Int[NpArray, "N"]]) -> Float[NpArray, "L B H S"]:
+        """Attention averaged over any number of rows of each sample, by the program that reads those of answers."""
+        count, width = block.queries.shape
         total: Any = 0.0
-        for start in range(0, max(longest, 1), width):
-            parts = [np.zeros((rows, width), x.dtype) for x in (queries, weights)]
-            for part, x in zip(parts, (queries, weights), strict=True):
-                part[:, : x[:, start : start + width].shape[1]] = x[:, start : start + width]
+        for start in range(0, max(map(len, rows)), width):
+            queries, weights = np.zeros((count, width), np.int32), np.zeros((count, width), np.float32)
+            for i, mine in enumerate(rows):
+                part = mine[start : start + width]
+                queries[i, : len(part)], weights[i, : len(part)] = part, 1 / len(mine) if len(mine) else 0
             with use_mesh(self._mesh):
-                where = batch_shardings(self._mesh, rows).tokens
-                placed = jax.device_put(tuple(parts), where)
-                total = total + np.asarray(self._answer_attention(self._model, block.batch, *placed))
+                placed = jax.device_put((queries, weights), batch_shardings(self._mesh, count).tokens)
+            total = total + self._attention(block.batch, placed)
         return total
 
     def _route_chunk(self, samples: Sequence[Sample], answers: Sequence[Answer]) -> list[Route | None]:
@@ -373,6 +370,11 @@ def _knock_out(blocks: Blocks, said: Iterator[float]) -> KnockOut:
     seen = next(said)
     falls = [seen - next(said) for _ in range(blocks.rows * blocks.cols)]
     return KnockOut(np.reshape(falls, (blocks.rows, blocks.cols)), seen - next(said), seen)
+
+
+def _over(picture: int, example: Example, weights: Float[NpArray, "L H S"]) -> Float[NpArray, "L H y x"] | None:
+    """Attention to a padded example's tokens, over one of its pictures."""
+    return over_picture(example.info, weights[..., : len(example.tokens)], example.shown, picture)
 
 
 def question_rows(info: TokenInfo, shown: Sequence[Shown], picture: int) -> Int[NpArray, "N"]:

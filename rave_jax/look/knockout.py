@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from rave_jax.attention import Features, Mechanism
 from rave_jax.attention.base import Channels, Score
@@ -36,13 +37,13 @@ class HiddenTokens(Mechanism):
         Args:
             hidden: which tokens; in a layer run with the axis of its layers in front.
         """
-        self.hidden = hidden
+        self.hidden = nnx.Variable(hidden)  # a plain array would be the same in all layers
 
     def score(self, x: Features, remembered: None, info_q: TokenInfo, info_k: TokenInfo) -> Score:
         """A channel for text queries and hidden keys."""
         half = (-HIDDEN) ** 0.5
         q = jnp.where(info_q.kind == Kind.TEXT, -half, 0.0)[..., None, None]
-        k = jnp.where(self.hidden, half, 0.0)[..., None, None]
+        k = jnp.where(self.hidden.get_value(), half, 0.0)[..., None, None]
         sides = (jnp.broadcast_to(side, (*heads.shape[:3], 1)) for side, heads in ((q, x.q), (k, x.k)))
         return Score(channels=Channels(*sides))
 
