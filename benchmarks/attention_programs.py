@@ -16,17 +16,26 @@ import jax
 import jax.numpy as jnp
 from pallas_calls import Captured, captured
 
-from rave_jax.kernels.attention.base import MaskCodes, PairBias, PairForm, Terms
+from rave_jax.attention.rave_forms import CenteredSigmoid, Form, Linear, LogGate, Tanh, key_side, query_side
+from rave_jax.kernels.attention.base import MaskCodes, Terms
 from rave_jax.kernels.attention.pallas_tpu import operands
 from rave_jax.kernels.attention.pallas_tpu.backward import backward
 from rave_jax.kernels.attention.pallas_tpu.blocks import BlockSizes, ByFacts, block_facts
 from rave_jax.kernels.attention.pallas_tpu.forward import forward
+from rave_jax.kernels.attention.score import Term
 
 HEAD_DIM = 128
 RANK = 16
 Pass = Literal["forward", "backward"]
-Gate = Literal["none", "log_gate", "tanh", "linear", "folded"]
+Gate = Literal["none", "log_gate", "tanh", "linear", "folded", "centered_sigmoid"]
 """`folded`: linear, in further channels of <q, k>."""
+FORMS: dict[str, Form] = {
+    "log_gate": LogGate(),
+    "tanh": Tanh(),
+    "linear": Linear(),
+    "folded": Linear(),
+    "centered_sigmoid": CenteredSigmoid(),
+}
 Tiles = Literal["gated", "plain", "all", "by facts"]
 """Tiles on and under the diagonal, with the gate, or without it though it is compiled in; or every tile of the grid,
 not masked and without a gate: said by its place, or by facts. (The compiler's estimate takes every fact as 0, and zeros
@@ -53,8 +62,8 @@ class Place:
         block_q, block_k = self.blocks
         return self.j >= 0 if self.tiles == "all" else (self.j + 1) * block_k <= self.i * block_q + 1
 
-    def gated(self) -> Any:
-        return self.j >= 0 if self.tiles == "gated" else self.j < 0
+    def on(self) -> Any:
+        return jnp.where(self.j >= 0, 1, 0) if self.tiles == "gated" else jnp.where(self.j < 0, 1, 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,18 +102,18 @@ def make_operands(
 ) -> Operands:
     """Queries [1, length, heads, 128] over as many keys of one kv head."""
     q, kv = place((1, length, heads, HEAD_DIM), jnp.bfloat16), place((1, length, 1, HEAD_DIM), jnp.bfloat16)
-    terms, form = terms_of(place, heads, length, gate)
+    terms = terms_of(place, heads, length, gate)
     block_q, block_k = blocks
     blocks = (block_q, block_k)
     sizes = BlockSizes(blocks, blocks, fold_linear=gate == "folded")
     visit = ByFacts if tiles == "by facts" else functools.partial(ByPlace, blocks=blocks, tiles=tiles)
-    call = operands.make_call(q, kv, kv, terms, form, HEAD_DIM**-0.5, sizes, interpret=False, visit=visit)
+    call = operands.make_call(q, kv, kv, terms, HEAD_DIM**-0.5, sizes, interpret=False, visit=visit)
 
     def placed(make: Callable[..., Any], *args: Any) -> Any:
         return jax.tree.map(lambda x: place(x.shape, x.dtype), jax.eval_shape(make, *args))
 
     codes = codes_of(place, length)
-    on = place((1, length), jnp.bool_)
+    on = place((1, length), jnp.int32)
     return Operands(
         call,
         placed(lambda *args: operands.pack(*args, call), q, kv, kv, terms),
@@ -113,20 +122,21 @@ def make_operands(
     )
 
 
-def terms_of(place: Any, heads: int, length: int, gate: Gate) -> tuple[Terms, PairForm]:
-    """Operands of the gate, and its form."""
+def terms_of(place: Any, heads: int, length: int, gate: Gate) -> Terms:
+    """RAVE's term, with a query's and a key's term in its pair product."""
     if gate == "none":
-        return Terms(None, None), PairForm()
-    pair = PairBias(
-        u=place((1, length, heads, RANK), jnp.float32),
-        w=place((1, length, 1, RANK), jnp.float32),
-        row=place((1, length, heads), jnp.float32),
-        key=place((1, length, 1), jnp.float32),
-        gain=place((heads,), jnp.float32),
-        query_on=place((1, length, heads), jnp.bool_),
-        key_on=place((1, length), jnp.bool_),
-    )
-    return Terms(pair, None), PairForm("linear" if gate == "folded" else gate)
+        return Terms()
+
+    def made(u: Any, w: Any, row: Any, key: Any, gain: Any, query_on: Any, key_on: Any) -> Term:
+        u, w = query_side(FORMS[gate], u, row, key_term=True), key_side(w, key, row_term=True)
+        head = {"gain": gain} if gate == "centered_sigmoid" else {}
+        return Term(FORMS[gate], u, w, head=head, query_on=query_on, key_on=key_on)
+
+    shapes = ((1, length, heads, RANK), (1, length, 1, RANK), (1, length, heads), (1, length, 1), (heads,))
+    floats = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    switches = [jax.ShapeDtypeStruct(shape, jnp.bool_) for shape in ((1, length, heads), (1, length))]
+    term = jax.eval_shape(made, *floats, *switches)
+    return Terms((jax.tree.map(lambda x: place(x.shape, x.dtype), term),))
 
 
 def codes_of(place: Any, length: int) -> MaskCodes:

@@ -27,7 +27,7 @@ from gaze_decode_gpu import Forms, Sizes, gpu_rows
 from pallas_calls import captured
 
 from rave_jax.kernels import attention as attention_kernels
-from rave_jax.kernels.attention import MaskCodes, PairForm
+from rave_jax.kernels.attention import MaskCodes
 from rave_jax.kernels.routed import RouteRule, gather_attention
 from rave_jax.kernels.routed.base import choose
 from rave_jax.kernels.routed.gather import pallas_tpu
@@ -102,7 +102,7 @@ def attended(q: Any, k: Any, v: Any, real: Any, chosen: Any) -> Any:
     """The chosen regions' part of a step."""
     how: Any = {"scale": HEAD_DIM**-0.5, "implementation": "xla"}
     most = math.ceil(SHARE * k.shape[2])
-    return gather_attention(q.reshape(1, K * G, HEAD_DIM), k, v, real, chosen, most, None, PairForm(), **how)
+    return gather_attention(q.reshape(1, K * G, HEAD_DIM), k, v, real, chosen, most, (), **how)
 
 
 def keys_on_the_left(q: Any, k: Any, v: Any) -> Any:
@@ -214,9 +214,9 @@ def grid_rows(share: str) -> Iterator[dict[str, Any]]:
     cache = make(regions, "bfloat16")
     chosen = chosen_of(cache.q[0], cache.descriptor, share)
     k, v = (Stack(x[None], None, jnp.int32(0)) for x in (cache.k, cache.v))
-    operands = Operands(cache.q[0], k, v, cache.real, chosen, None)
+    operands = Operands(cache.q[0], k, v, cache.real, chosen, ())
     index, count = listed(union(chosen), pallas_tpu.length_of_list(operands, math.ceil(SHARE * regions.regions)))
-    call = captured(lambda: pallas_tpu.over(operands, index, count, PairForm(), 1.0, interpret=True))
+    call = captured(lambda: pallas_tpu.over(operands, index, count, 1.0, interpret=True))
     copied = copied_bytes(
         call.grid_spec.grid, call.operands, (index.reshape(-1), count.reshape(-1), jnp.zeros(2, jnp.int32))
     )

@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 from estimates import ratio, unmeasured
 
-from rave_jax.kernels.attention import PairForm
 from rave_jax.kernels.routed import Stack, gather_attention
 
 AIMS = {"group": 0.25, "head": None}
@@ -94,7 +93,7 @@ def timed(
                 stacks = (Stack(x, None, jnp.int32(n)) for x in (k, v))
                 chosen, most = forms.choose(q[n], descriptor[n]), math.ceil(most_share * R)
                 heads = q[n].reshape(rows, K * G, h)
-                out.append(gather_attention(heads, *stacks, real, chosen, most, None, PairForm(), **how)[0])
+                out.append(gather_attention(heads, *stacks, real, chosen, most, (), **how)[0])
             return out
 
         return step

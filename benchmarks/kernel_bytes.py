@@ -44,7 +44,7 @@ def causal(length: int) -> MaskCodes:
 def copied(which: Literal["forward", "backward"], length: int, blocks: Blocks, gate: Gate) -> int:
     """Bytes of a causal row, by the index maps that run and the facts that they read."""
     made = make_operands(abstract, HEADS, length, blocks, gate, "by facts")
-    on = jnp.ones((1, length), bool)
+    on = jnp.ones((1, length), jnp.int32)
     facts = block_facts(causal(length), on, on, blocks[0], blocks[1])
     found = captured_forward(made) if which == "forward" else captured_backward(made)
     return sum(copied_bytes(found.grid_spec.grid, found.operands, facts).values())
@@ -62,12 +62,12 @@ def bytes_rows(chip: str, length: int) -> Iterator[dict[str, Any]]:
 def long_step(place: Any, chip: str, gate: Gate, length: int) -> tuple[Any, tuple[Any, ...]]:
     """Forward and backward pass of the public layout over a long row."""
     q, kv = place((1, length, HEADS, HEAD_DIM), jnp.bfloat16), place((1, length, 1, HEAD_DIM), jnp.bfloat16)
-    terms, form = terms_of(place, HEADS, length, gate)
+    terms = terms_of(place, HEADS, length, gate)
 
     def run(q: Any, k: Any, v: Any, terms: Any, codes: Any, d_out: Any) -> Any:
         def attend(q: Any, k: Any, v: Any, terms: Any) -> Any:
             blocks = block_sizes(KINDS[chip])
-            return attention(q, k, v, codes, terms, form, HEAD_DIM**-0.5, blocks=blocks)[0]
+            return attention(q, k, v, codes, terms, HEAD_DIM**-0.5, blocks=blocks)[0]
 
         out, pull = jax.vjp(attend, q, k, v, terms)
         return out, pull(d_out)

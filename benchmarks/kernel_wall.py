@@ -14,7 +14,7 @@ from attention_programs import HEAD_DIM, Gate, terms_of
 from estimates import ratio
 from kernel_bytes import causal
 
-from rave_jax.kernels.attention import PairBias, Terms, attention
+from rave_jax.kernels.attention import attention
 
 LENGTH, HEADS = 2048, 2
 AIM = 1.4
@@ -50,19 +50,18 @@ def _step(gate: Gate) -> Callable[[], Any]:
 
     q = place((1, LENGTH, HEADS, HEAD_DIM), jnp.float32)
     k, v = (place((1, LENGTH, 1, HEAD_DIM), jnp.float32) for _ in range(2))
-    terms, form = terms_of(place, HEADS, LENGTH, gate)
-    codes = causal(LENGTH)
+    terms, codes = terms_of(place, HEADS, LENGTH, gate), causal(LENGTH)
+    # Switches are not differentiated.
+    switches = [(term.query_on, term.key_on) for term in terms.parts]
+    floats = tuple(term.replace(query_on=None, key_on=None) for term in terms.parts)
 
     @jax.jit
-    def step(q: Any, k: Any, v: Any, pair: PairBias | None) -> Any:
-        floats = None if pair is None else {n: getattr(pair, n) for n in ("u", "w", "row", "key", "gain")}
-
+    def step(q: Any, k: Any, v: Any, floats: Any) -> Any:
         def loss(q: Any, k: Any, v: Any, floats: Any) -> Any:
-            bias = None if pair is None else pair._replace(**floats)
-            out, _ = attention(q, k, v, codes, bias, form, scale=HEAD_DIM**-0.5, implementation="xla")
+            parts = [x.replace(query_on=on[0], key_on=on[1]) for x, on in zip(floats, switches, strict=True)]
+            out, _ = attention(q, k, v, codes, parts, scale=HEAD_DIM**-0.5, implementation="xla")
             return out.sum()
 
         return jax.grad(loss, (0, 1, 2, 3))(q, k, v, floats)
 
-    made: Terms = terms
-    return lambda: step(q, k, v, made.pair)
+    return lambda: step(q, k, v, floats)

@@ -2,7 +2,7 @@
 
 Rows are those of text queries over visual keys: a row of T tokens is half a picture, then text, and each text query
 chooses a quarter of the regions, by itself and independently for each. So a list has Binomial(queries, share of visits)
-entries, in items that are filled up; an item's cycles are the difference of two programs that differ in nothing but
+entries, in items that are filled up; a visit's cycles are the difference of two programs that differ in nothing but
 their number. What a super-block costs before its first item is in the figures, what XLA makes around the kernels (the
 choice, the lists, the tilings) is not. The dense kernel visits the same pairs all, not masked, with its tuned blocks.
 tokamax's dynamic splash skips a tile of keys that no query of the tile needs: under independent choices 0.75^queries of
@@ -26,56 +26,79 @@ from kernel_bytes import KINDS
 from splash_rows import DKV, DQ, FORWARD
 
 from rave_jax.kernels.attention.tuning import block_sizes
-from rave_jax.kernels.routed.pallas_tpu.lists import Tiling
+from rave_jax.kernels.routed.pallas_tpu.lists import SHARED, WHOLE
 from rave_jax.kernels.routed.pallas_tpu.sizes import item_sizes, make_call, tiling_of
+from rave_jax.kernels.routed.pallas_tpu.walk import Call
 from rave_jax.tools.tpu import Case, compile_cases
 
 LENGTH, VISUAL, SHARE = 32768, 0.5, 0.25
-REGIONS = (128, 144, 256)
+REGIONS = (128, 144, 256, 36)
+APART = 128
+"""Keys of the regions that each head chooses for itself."""
 AIM, WHOLE_AIM = 0.5, 1.15
 ROWS = 128
 """Of a unit: so many rows of queries by as many keys."""
-FEW, MORE = 2, 6
-"""Items of a tile in the two programs."""
+FEW, MORE = 1, 3
+"""Visits of many queries of a tile in the two programs."""
 SPLASH_BLOCKS = {FORWARD: (1024, 1024, 512), DQ: (1024, 1024), DKV: (1024, 1024, 512)}
 """Of T 4096; see BENCHMARKS.md."""
 
 
-def expected_items(queries: int, share: float, item: int) -> float:
-    """Items of a list of Binomial(queries, share) entries, on the average."""
-    total, chance = 0.0, 0.0
-    for n in range(queries + 1):
-        log = math.lgamma(queries + 1) - math.lgamma(n + 1) - math.lgamma(queries - n + 1)
-        chance = math.exp(log + n * math.log(share) + (queries - n) * math.log1p(-share)) if 0 < share < 1 else 0.0
-        total += chance * -(-n // item)
-    return total
+def expected_visits(call: Call, share: float) -> tuple[float, float]:
+    """(visits of many queries, visits of an item) of a list of Binomial(queries, share) entries, on the average."""
+    n, long, single = call.queries, 0.0, 0.0
+    for entries in range(n + 1):
+        log = math.lgamma(n + 1) - math.lgamma(entries + 1) - math.lgamma(n - entries + 1)
+        chance = math.exp(log + entries * math.log(share) + (n - entries) * math.log1p(-share)) if share < 1 else 0.0
+        many, few = call.runs(-(-entries // call.item))
+        long, single = long + chance * many, single + chance * max(few, 0)
+    return long, single
 
 
-def item_cycles(chip: str, which: str, lanes: int, queries: int, kind: int, heads: int) -> tuple[float, float]:
-    """(cycles of an item, cycles of a super-block without its items)."""
-    sizes = item_sizes(KINDS[chip])
-    chunk = sizes.chunks[0 if which == "forward" else 1]
-    given = {"which": which, "lanes": lanes, "queries": queries, "item": sizes.item, "chunk": chunk, "kind": kind}
-    cases = [
-        Case(str(items), "routed_programs:program", {**given, "items": items, "heads": heads}) for items in (FEW, MORE)
-    ]
-    found = compile_cases(chip, cases, cycles=True)
-    few, more = (found[case.name].kernel_cycles(f"routed_{which}") for case in cases)
-    item = (more - few) / (MORE - FEW) / 2
-    return item, few - 2 * FEW * item
+def visit_cycles(chip: str, which: str, call: Call, kind: int) -> tuple[float, float, float]:
+    """Cycles of a visit of many queries, of one of an item, and of a super-block without its visits."""
+    several = call.together // call.item
+    given = {
+        "which": which,
+        "lanes": call.tiling.lanes,
+        "queries": call.queries,
+        "item": call.item,
+        "together": call.together,
+        "chunk": call.chunks[0 if which == "forward" else 1],
+        "kind": kind,
+        "heads": call.G,
+        "heads_apart": call.choices > 1,
+        "shared": call.tiling.sharing if kind and call.tiling.rest else 1,
+    }
+    numbers = {"item": (1, 2), "many": (FEW * several, MORE * several)}
+    cases = [Case(str(n), "routed_programs:program", {**given, "items": n}) for pair in numbers.values() for n in pair]
+    compiled = compile_cases(chip, cases, cycles=True)
+    one, two, few, more = (compiled[case.name].kernel_cycles(f"routed_{which}") for case in cases)
+    many = (more - few) / (MORE - FEW) / 2
+    return many, (two - one) / 2, few - 2 * FEW * many
 
 
-def routed_pass(chip: str, which: str, tiling: Tiling, queries: int, heads: int) -> float:
+def routed_pass(chip: str, which: str, call: Call) -> float:
     """Cycles of all text queries of a kv group."""
-    visual, item = int(LENGTH * VISUAL), item_sizes(KINDS[chip]).item
-    text, regions = LENGTH - visual, visual // tiling.most_keys
-    own, start = item_cycles(chip, which, tiling.lanes, queries, 0, heads)
-    cycles = tiling.full * regions * expected_items(queries, SHARE, item) * own
+    tiling, text = call.tiling, LENGTH - int(LENGTH * VISUAL)
+
+    def tiles(count: int, share: float, kind: int) -> tuple[float, float]:
+        many, item, start = visit_cycles(chip, which, call, kind)
+        long, single = expected_visits(call, share)
+        return count * (long * many + single * item), start
+
+    def chosen(regions: int) -> float:
+        """Share of the queries of which any choice is any of so many regions."""
+        return 1 - (1 - SHARE) ** (regions * call.choices)
+
+    apart = call.choices > 1
+    cycles, start = 0.0, 0.0
+    if tiling.full:
+        cycles, start = tiles(tiling.full * tiling.regions, chosen(1), SHARED if apart else WHOLE)
     if tiling.rest:
-        shared = item_cycles(chip, which, tiling.lanes, queries, 1, heads)[0] if tiling.sharing > 1 else own
-        visits = 1 - (1 - SHARE) ** tiling.sharing
-        cycles += -(-regions // tiling.sharing) * expected_items(queries, visits, item) * shared
-    return text / queries * (cycles + start)
+        shared, start = tiles(tiling.tiles - tiling.full * tiling.regions, chosen(tiling.sharing), SHARED)
+        cycles += shared
+    return text / call.queries * (cycles + start)
 
 
 def dense_unit(chip: str, which: str, heads: int) -> float:
@@ -118,21 +141,17 @@ def chip_rows(chip: str, heads: int, splash: bool) -> Iterator[dict[str, Any]]:
         peer = splash_unit(chip, heads) * (1 - (1 - SHARE) ** queries) * units
         yield row(f"dynamic splash, forward and backward, {where}", chip, round(peer), "cycles")
     for most_keys in REGIONS:
-        tiling = tiling_of(visual // most_keys, most_keys)
-        sizes = item_sizes(KINDS[chip])
-        q, k = (jnp.empty((1, LENGTH, n, 128), jnp.bfloat16) for n in (heads, 1))
-        call = make_call(q, k, tiling, sizes, 1.0, interpret=False)
-        assert call is not None
+        call = call_of(chip, heads, most_keys)
+        lists = expected_visits(call, SHARE)
+        taken = lists[0] * call.together + lists[1] * call.item
         entries = {
-            "lanes": tiling.lanes,
+            "lanes": call.tiling.lanes,
             "queries": call.queries,
-            "fill of lanes": round(tiling.fill, 3),
-            "fill of items": round(
-                SHARE * call.queries / sizes.item / expected_items(call.queries, SHARE, sizes.item), 3
-            ),
+            "fill of lanes": round(call.tiling.fill, 3),
+            "fill of items": round(SHARE * call.queries / taken, 3),
         }
         try:
-            passes = {which: routed_pass(chip, which, tiling, call.queries, heads) for which in dense}
+            passes = {which: routed_pass(chip, which, call) for which in dense}
         except ValueError as error:  # the compiler's estimate may die where the compiler does not
             print(f"no estimate for regions of {most_keys}, {chip}: {str(error)[:200]}", flush=True)
             continue
@@ -152,6 +171,26 @@ def chip_rows(chip: str, heads: int, splash: bool) -> Iterator[dict[str, Any]]:
         whole = 1 - mixed + mixed * both
         name = f"whole attention to its floor of {floor:.3f}, regions of {most_keys}, {where}"
         yield ratio(name, chip, whole / floor, WHOLE_AIM, {"to dense": round(whole, 3)})
+    # With a choice of each head: what any of them chose, or all alike.
+    call = call_of(chip, heads, APART, choices=heads)
+    for which in dense:
+        many = visit_cycles(chip, which, call, SHARED)[0] / (call.together / ROWS * heads) / dense[which]
+        name = f"a visit with masks for each head to dense, {which}, regions of {APART}, {heads} heads"
+        yield ratio(name, chip, many, None)
+    both = sum(routed_pass(chip, which, call) for which in dense) / (sum(dense.values()) * units)
+    name = f"a choice for each query head to dense, all independent, regions of {APART}, {where}"
+    yield ratio(name, chip, both, None, {"visited": round(1 - (1 - SHARE) ** heads, 3)})
+
+
+def call_of(chip: str, heads: int, most_keys: int, choices: int = 1) -> Call:
+    """The kernels' call for regions of so many keys."""
+    visual = int(LENGTH * VISUAL)
+    q, k = (jnp.empty((1, LENGTH, n, 128), jnp.bfloat16) for n in (heads, 1))
+    sizes = item_sizes(KINDS[chip])
+    tiling = tiling_of(visual // most_keys, most_keys, sizes)
+    call = make_call(q, k, tiling, sizes, 1.0, interpret=False, choices=choices)
+    assert call is not None
+    return call
 
 
 def main() -> None:

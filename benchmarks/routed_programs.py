@@ -29,14 +29,17 @@ def program(
     lanes: int,
     queries: int,
     item: int,
+    together: int,
     chunk: int,
     items: int,
     kind: int = 0,
+    heads_apart: bool = False,
+    shared: int = 1,
     heads: int = 8,
     online: bool = False,
 ) -> tuple[Any, tuple[Any, ...]]:
-    """The forward or the backward kernel over `TILES` tiles of so many items each."""
-    tiling = Tiling(TILES, lanes, lanes)
+    """The forward or the backward kernel over `TILES` tiles of so many items each, of regions that share a tile."""
+    tiling = Tiling(TILES * shared, lanes // shared, lanes)
     call = Call(
         B=1,
         K=1,
@@ -45,10 +48,12 @@ def program(
         tiling=tiling,
         queries=queries,
         item=item,
+        together=together,
         chunks=(chunk, chunk),
         scale=LANES**-0.5,
         dtype="bfloat16",
         interpret=False,
+        choices=heads if heads_apart else 1,
         fixed=(TILES, items, kind),
     )
     half, i32, f32 = jnp.bfloat16, jnp.int32, jnp.float32
@@ -57,15 +62,15 @@ def program(
     ints = (
         place((1, 1, 1, CODES * queries), i32),
         place((1, TILES, 8, lanes), i32),
-        place((TILES * call.length,), i32),
+        place((TILES * call.record,), i32),
         place((1, 1, 1, 1, LANES), i32),
     )
     if which == "forward":
         reference = place((1, 1, queries * call.rows // LANES, LANES), f32)
-        made = captured(lambda *args: forward(*args, call, online=online), q, reference, kv, kv, *ints)
+        made = captured(lambda *args: forward(*args, (), call, online=online), q, reference, kv, kv, *ints)
     else:
         numbers = place((1, 1, 2 * queries, LANES), f32)
-        made = captured(lambda *args: backward(*args, call), q, kv, kv, q, numbers, *ints)
+        made = captured(lambda *args: backward(*args, (), call), q, kv, kv, q, numbers, *ints)
     return _alone(made, place)
 
 

@@ -35,6 +35,8 @@ from rave_jax.config import ConfigError, in_words, load_file, loads, require
 
 CONFIGS = (Path(__file__).parent / "configs", Path(__file__).parents[1] / "configs")
 """Where named configs are: inside an installed package, or beside the package in a clone."""
+STUDIES = "studies"
+"""Folder of studies in that of configs."""
 NONE, EMPTY = ("none", "null"), ("[]", "{}", "()")
 """Words for None, in any case of letters, and for a tuple without items."""
 
@@ -395,10 +397,11 @@ def load_command_line[T](cls: type[T], argv: Sequence[str], prog: str) -> T:
         raise SystemExit(2) from error
 
 
-def config_names() -> list[str]:
-    """Names of the configs that come with the package."""
+def config_names(under: str = "") -> list[str]:
+    """Names of the configs that come with the package, or of those in a folder below, as `studies/rave`."""
     folder = next((folder for folder in CONFIGS if folder.is_dir()), None)
-    return sorted(path.stem for path in folder.glob("*.py")) if folder else []
+    files = [] if folder is None else (folder / under).glob("*.py")
+    return sorted((Path(under) / path.stem).as_posix() for path in files if "def get_config(" in path.read_text())
 
 
 def config_file(given: str) -> Path:
@@ -415,8 +418,10 @@ def config_file(given: str) -> Path:
             raise ConfigError(f"{given} is a directory, expected a config file; of a run, {path / 'config.json'}")
     # `configs/quickstart.py` names the same config where only the package is installed.
     name = path.stem if path.suffix == ".py" and path.parent.name == "configs" else given
+    if path.suffix == ".py" and path.parts[-3:-1] == ("configs", STUDIES):
+        name = f"{STUDIES}/{path.stem}"
     for folder in CONFIGS:
-        if name in config_names() and (folder / f"{name}.py").is_file():
+        if name in (*config_names(), *config_names(STUDIES)) and (folder / f"{name}.py").is_file():
             return folder / f"{name}.py"
     close = difflib.get_close_matches(path.stem, config_names(), 1)
     hint = f"; did you mean {close[0]}?" if close else ""

@@ -6,27 +6,31 @@ import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from rave_jax.attention.base import Features, KeyFactor, Keys, Mechanism, Parts, overrides
 from rave_jax.attention.heads import head_gates, scaled
 from rave_jax.attention.merge import log_weights, merged, partition_of, parts_of, with_factor
-from rave_jax.attention.queries import attention_of, choice_of_queries, chosen_regions
-from rave_jax.attention.scores import Scores, scores_of
+from rave_jax.attention.queries import QueryChoice, attention_of, choice_of_queries, chosen_regions
+from rave_jax.attention.reweigh import reweighed, reweighing, with_reweighed
+from rave_jax.attention.scores import Scores, by_view, scores_of
 from rave_jax.attention.statistics import Statistics, WantedStatistics, statistics_of
+from rave_jax.attention.tokens import Deciding, received
 from rave_jax.batch import TokenInfo
 from rave_jax.kernels import attention as attention_kernels
 from rave_jax.kernels import routed
 from rave_jax.kernels.attention import Implementation, MaskCodes
-from rave_jax.kernels.routed import RankBias, Routing
+from rave_jax.kernels.routed import Routing, of_regions
 from rave_jax.typing import Array, Bool, Float, Int
 
 
 class AttentionOutput(NamedTuple):
     """What `attend` gives: heads' outputs, of the asked-for queries the attention over all keys and which regions
     they chose (None if not asked, or where nothing routes), the sums of the mechanisms' losses by name (none if not
-    asked), what heads were multiplied by (None if not asked), and sums over rows and columns of the map (None if not
-    asked)."""
+    asked), what heads were multiplied by (None if not asked), sums over rows and columns of the map (None if not
+    asked), and the attention that tokens get from those that decide about them (None where no mechanism ranks by it).
+    """
 
     out: Float[Array, "B T H h"]
     attention: Float[Array, "B N H S"] | None
@@ -34,6 +38,7 @@ class AttentionOutput(NamedTuple):
     chosen: Bool[Array, "B N H R"] | None = None
     gates: Float[Array, "B T H"] | None = None
     statistics: Statistics | None = None
+    received: Float[Array, "B T"] | None = None
 
 
 def positions(
@@ -93,6 +98,7 @@ def attend(
     statistics: WantedStatistics | None = None,
     regions: int = 0,
     progress: Float[Array, ""] | None = None,
+    deciding: Deciding | None = None,
 ) -> AttentionOutput:
     """Attention of one layer under its mechanisms.
 
@@ -109,6 +115,7 @@ def attend(
         statistics: which sums over rows and columns of the map are wanted; None: none.
         regions: R, the most regions that keys can be in.
         progress: of the training run, 0 to 1, for what is scheduled; None is its end.
+        deciding: which tokens decide about which, where some may leave after the layer.
 
     Returns:
         outputs before the output projection, the queries' attention and the regions they chose, the losses and the
@@ -120,46 +127,67 @@ def attend(
     groups, factor = partition.key_groups, key_factor(mechanisms, x, info_q, info_k)
     routing = routing_of(mechanisms, x, keys, info_q, info_k, scores, regions, progress)
     attention = attention_kernels.attention if routing is None else functools.partial(routed.attention, routing=routing)
-    out, lse = attention(
-        scores.q,
-        scores.k,
-        keys.v,
-        codes,
-        scores.terms.pair,
-        scores.form,
-        scale=scores.scale,
-        key_bias=scores.terms.per_key,
-        key_groups=groups,
-        implementation=implementation,
-    )
+    of_views = [
+        attention(
+            view.q,
+            view.k,
+            keys.v,
+            view.codes,
+            view.terms.parts,
+            scale=view.scale,
+            key_bias=view.terms.per_key,
+            key_groups=groups,
+            implementation=implementation,
+        )
+        for view in by_view(scores)
+    ]
+    out, lse = of_views[0] if len(of_views) == 1 else merged(*(jnp.stack(x, 2) for x in zip(*of_views, strict=True)))
     weights, found = None, {}
     if groups is not None or factor is not None or losses:
         if groups is None:
             out, lse = out[:, :, None], lse[:, :, None]
         if factor is not None:
-            out, lse = with_factor(out, lse, keys.v, scores, factor, None if groups is None else groups.of)
+            every = jnp.broadcast_to(jnp.arange(x.q.shape[1]), x.q.shape[:2])
+            choice = None if routing is None else choice_of_queries(scores, every, routing)
+            of = None if groups is None else groups.of
+            out, lse = with_factor(out, lse, keys.v, scores, factor, of, choice)
         if groups is not None:
             weights = log_weights(mechanisms, x, parts_of(lse, partition), partition, info_q, info_k)
         lse = lse if weights is None else lse + weights
         found = named_losses(mechanisms, x, parts_of(lse, partition), info_q, info_k) if losses else {}
         out, lse = (out[:, :, 0], lse[:, :, 0]) if groups is None else merged(out, lse)
+    changing = reweighing(mechanisms)
+
+    def choice_of(some: Int[Array, "B N"]) -> QueryChoice | None:
+        return None if routing is None else choice_of_queries(scores, some, routing)
+
+    def rows_of(some: Int[Array, "B N"], choice: QueryChoice | None = None) -> Float[Array, "B N H S"]:
+        rows = attention_of(scores, lse, some, factor, groups, weights, choice or choice_of(some))
+        return reweighed(changing, rows, some, info_q, info_k) if changing else rows
+
+    out = with_reweighed(changing, rows_of, out, keys.v, info_q) if changing else out
     gate = head_gates(mechanisms, x, out, info_q)
     of_heads = jnp.broadcast_to(jnp.float32(1) if gate is None else gate, out.shape[:3]) if gates else None
     out = scaled(out, gate)
     given = AttentionOutput(out, None, found, None, of_heads)
     if statistics is not None:
-
-        def rows_of(some: Int[Array, "B N"]) -> Float[Array, "B N H S"]:
-            choice = None if routing is None else choice_of_queries(scores, some, routing)
-            return attention_of(scores, lse, some, factor, groups, weights, choice)
-
         given = given._replace(statistics=statistics_of(rows_of, info_q, info_k, statistics, scores.q.shape[2]))
+    if deciding is not None and any(mechanism.RANKS for mechanism in mechanisms):
+        of, norm, key, parts, logs = _without_gradient((scores, lse, factor, groups, weights))
+        ranked = received(lambda some: attention_of(of, norm, some, key, parts, logs), deciding)
+        given = given._replace(received=ranked)
     if queries is None:
         return given
-    asked = None if routing is None else choice_of_queries(scores, queries, routing)
-    wanted = attention_of(scores, lse, queries, factor, groups, weights, asked)
-    chosen = None if asked is None else chosen_regions(asked, scores.q.shape[2])
+    asked = choice_of(queries)
+    wanted = rows_of(queries, asked)
+    router = router_of(mechanisms)
+    of_layout = asked is not None and router is not None and not router.OWN_REGIONS
+    chosen = chosen_regions(asked, scores.q.shape[2]) if of_layout else None
     return given._replace(attention=wanted, chosen=chosen)
+
+
+def _without_gradient(tree: Any) -> Any:
+    return jax.tree.map(lambda x: jax.lax.stop_gradient(x) if isinstance(x, jax.Array) else x, tree)
 
 
 def routing_of(
@@ -172,16 +200,17 @@ def routing_of(
     regions: int,
     progress: Float[Array, ""] | None,
 ) -> Routing | None:
-    """What the layer's router says, with the pair bias of the scores where its rule asks for it; None where nothing
+    """What the layer's router says, with the terms of the scores where its rule asks for it; None where nothing
     routes."""
     router = router_of(mechanisms)
     if router is None:
         return None
-    routing = router.route(x, keys.summary, info_q, info_k, scores.codes, regions, progress)
+    own = next(n for n, one in enumerate(mechanisms) if one is router)
+    summary = router.pool(keys, own, info_k) if router.OWN_REGIONS else keys.summary
+    routing = router.route(x, summary, info_q, info_k, scores.codes, regions, progress)
     if routing is None or not routing.rule.with_bias:
         return routing
-    assert scores.terms.pair is not None  # `check_owners`
-    bias = RankBias.of(scores.terms.pair, routing.routes.keys, regions)
+    bias = of_regions(scores.terms.parts, routing.routes.keys, regions)
     return routing._replace(routes=routing.routes._replace(bias=bias))
 
 

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 import jax.numpy as jnp
 from flax import nnx
 
+from rave_jax.attention.rotation import Rope
 from rave_jax.batch import TokenInfo
-from rave_jax.kernels.attention import KeyGroups, MaskCodes, PairBias, PairForm
+from rave_jax.kernels.attention import KeyGroups, MaskCodes, Term
 from rave_jax.kernels.routed import Routing
 from rave_jax.typing import Array, Bool, Float, Int
 
@@ -31,7 +32,8 @@ class AttentionDims(NamedTuple):
 
 class Features(NamedTuple):
     """What one layer projects of the tokens it is given. q0 and k0 are q and k before RoPE, after q/k norm where the
-    family has one; hidden is the residual stream that enters the layer, before its norm."""
+    family has one; hidden is the residual stream that enters the layer, before its norm; rope says how q and k were
+    rotated (None: they were not)."""
 
     q: Float[Array, "B T H h"]
     k: Float[Array, "B T K h"]
@@ -39,6 +41,7 @@ class Features(NamedTuple):
     q0: Float[Array, "B T H h"]
     k0: Float[Array, "B T K h"]
     hidden: Float[Array, "B T D"]
+    rope: Rope | None = None
 
 
 class Keys(NamedTuple):
@@ -69,15 +72,35 @@ class OtherQuery(NamedTuple):
     keys: Bool[Array, "B S"]
 
 
+class Views(NamedTuple):
+    """Each key group is met by a query of its own, one run of the kernel for each, and the softmax is over them all.
+
+    Fields:
+        groups: which keys each view is of; every key has to be in one.
+        q: the queries of each view, in place of the layer's own, under the same scale.
+        open_q: the mask code of each view, in place of the layer's.
+    """
+
+    groups: KeyGroups
+    q: tuple[Float[Array, "B T H h"], ...]
+    open_q: tuple[Int[Array, "B T"], ...]
+
+
 class Score(NamedTuple):
     """What a mechanism changes of the scores before the softmax. Key biases (float32, finite) and channels of several
-    mechanisms add up, and scales, which <q, k> of a query is multiplied by before they are added, multiply; the pair
-    term and the other query have one owner each."""
+    mechanisms add up, and scales, which <q, k> of a query is multiplied by before they are added, multiply; the other
+    query, or the views, have one owner.
 
-    pair: tuple[PairBias, PairForm] | None = None
+    Score terms add too (`kernels.attention.Term`). Their operands may be of any type, and what has no axis of heads is
+    for all heads: query features [B,T], key features [B,S], switches of queries [B,T]. All functions read the same
+    `dot`: <q, k> under the row's scale and the other query, with all channels. One mechanism of a layer may read it.
+    """
+
+    terms: tuple[Term, ...] = ()
     key_bias: Float[Array, "B S H"] | None = None
     channels: Channels | None = None
     query: OtherQuery | None = None
+    views: Views | None = None
     scale: Float[Array, "B T"] | None = None
 
 
@@ -102,11 +125,31 @@ class Parts(NamedTuple):
         return jnp.exp(self.groups - whole[:, :, None])
 
 
-Owned = Literal["positions", "query", "pair", "order", "hi", "opening", "factor", "route"]
-"""What one mechanism of a layer may own: rotary positions; the query that some keys meet instead; the pair term before
-the softmax; of the mask codes the order of keys, how far up it a query sees, and the opening; the key whose weight is
-changed after the softmax; which regions a query reads. Any number may close the interval further, add key biases and
-channels, and weigh key groups."""
+class Candidates(NamedTuple):
+    """Tokens behind a layer, of which some may leave.
+
+    Fields:
+        hidden: what the layer gives.
+        received: the attention of the layer that each token gets from the one that decides about it, as a mean over
+            heads; 0 where nothing decides. None where no mechanism says `RANKS`.
+        by: which token decides about each, by index; T for tokens that stay whatever is said.
+        info: token codes; padding in place of tokens that left before.
+    """
+
+    hidden: Float[Array, "B T D"]
+    received: Float[Array, "B T"] | None
+    by: Int[Array, "B T"]
+    info: TokenInfo
+
+
+Owned = Literal["positions", "query", "order", "hi", "opening", "factor", "route", "tokens"]
+"""What one mechanism of a layer may own: rotary positions; the query that some keys meet instead; of the mask codes the
+order of keys, how far up it a query sees, and the opening; the key whose weight is changed after the softmax; which
+regions a query reads; which tokens leave. A score term that reads <q, k> has one owner too, which is found in its
+function. Any number may close the interval further, add other score terms, key biases and channels, and weigh key
+groups."""
+Wanted = Literal["terms"]
+"""What a mechanism may want others of its layer to add: score terms."""
 
 
 class Mechanism(nnx.Module):
@@ -117,8 +160,14 @@ class Mechanism(nnx.Module):
     """What no other mechanism of the layer may own."""
     NEEDS: tuple[Owned, ...] = ()
     """What no other mechanism of the layer may own, although this one does not change it."""
-    WANTS: tuple[Owned, ...] = ()
-    """What another mechanism of the layer has to own."""
+    WANTS: tuple[Wanted, ...] = ()
+    """What another mechanism of the layer has to add."""
+    RANKS: ClassVar[bool] = False
+    """Does `tokens` read the attention that tokens get?"""
+    SHUTS: ClassVar[tuple[str, ...]] = ()
+    """Hooks that no other mechanism of the layer may override."""
+    OWN_REGIONS: ClassVar[bool] = False
+    """Does it route over regions of its own (`pool`), and not over those of the model's layout (`summarise`)?"""
     declared: LayeredConfig | None = None
     """The config that it was built from; None where it was made by hand."""
 
@@ -150,6 +199,11 @@ class Mechanism(nnx.Module):
     def summarise(self, x: Features, region: Int[Array, "B T"], regions: int) -> Any:
         """What `route` will want to know of the R (`regions`) regions that these tokens are in, from these tokens
         alone: a pytree of arrays [B,R,K,...], float32. A cache keeps it for each region."""
+        return None
+
+    def pool(self, keys: Keys, own: int, info_k: TokenInfo) -> Any:
+        """What `route` will want to know of regions that are the mechanism's own, from all keys; what it remembers of
+        them is `keys.remembered[own]`. It is called where `OWN_REGIONS` says so, in place of `summarise`."""
         return None
 
     def combine(self, old: Any, new: Any) -> Any:
@@ -198,10 +252,26 @@ class Mechanism(nnx.Module):
         """
         return None
 
+    def reweighs(self, info_q: TokenInfo) -> Bool[Array, "B T"]:
+        """Which queries have weights that `reweigh` changes; called for mechanisms that override that."""
+        return jnp.zeros(info_q.document.shape, bool)
+
+    def reweigh(self, rows: Float[Array, "B N H S"], info_q: TokenInfo, info_k: TokenInfo) -> Float[Array, "B N H S"]:
+        """Other attention weights of N rows, float32, of which those count that `reweighs` names; `rows` is after
+        everything that changes weights within the kernel or by key groups. It costs O(N S) for each block of queries
+        in which a row is changed, so it is for decoding, where that is one row."""
+        return rows
+
     def head_gate(self, x: Features, out: Float[Array, "B T H h"], info_q: TokenInfo) -> Float[Array, "#B #T H"] | None:
         """What the outputs of heads are multiplied by before the output projection, float32, for each token or, with
         axes of 1, for all of a row or of all rows. `out` is before any gate; gates of several mechanisms multiply."""
         return None
+
+    def tokens(self, given: Candidates) -> Bool[Array, "B T"]:
+        """Which tokens stay behind the layer, in training, prefill and evaluation; nothing of it has a gradient. Only
+        visual tokens of a prompt can leave, and all of a prompt's are decided about by its last token (`tokens.py`).
+        The config says in `stays` how many there can be."""
+        return jnp.ones(given.by.shape, bool)
 
     def losses(self, x: Features, parts: Parts, info_q: TokenInfo, info_k: TokenInfo) -> dict[str, Float[Array, ""]]:
         """Terms of the training loss by name, weighted already: float32 sums over rows and whatever else they average.

@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 from rave_jax.attention.attend import AttentionOutput
 from rave_jax.attention.base import Features, Keys, Mechanism
+from rave_jax.attention.tokens import Deciding
 from rave_jax.batch import TokenInfo
 from rave_jax.kernels.attention import Implementation, MaskCodes
 from rave_jax.typing import Array, Bool, Float, Int
@@ -37,6 +38,7 @@ class LayerKeys(Protocol):
         implementation: Implementation,
         queries: Int[Array, "B N"] | None = None,
         progress: Float[Array, ""] | None = None,
+        deciding: Deciding | None = None,
     ) -> tuple[AttentionOutput, Any]:
         """What one layer gives before the output projection, and what is kept, with the new tokens in it.
 
@@ -51,6 +53,7 @@ class LayerKeys(Protocol):
             regions: R, `Cache.num_regions`.
             queries: tokens, by index, whose attention over the entries of `Cache.codes` is wanted, and their choice.
             progress: of the training run; None is its end.
+            deciding: as `attend` takes it; never with regions.
         """
         ...
 
@@ -131,9 +134,16 @@ class Cache(Protocol):
         """The cache with what its layers have written, where the sharding rules want it."""
         ...
 
-    def take(self, rows: Int[Array, "n"] | None, reach: int, regions: RegionReach | None = None) -> Any:
+    def take(
+        self,
+        rows: Int[Array, "n"] | None,
+        reach: int,
+        regions: RegionReach | None = None,
+        reaches: Sequence[int] | None = None,
+    ) -> Any:
         """A cache of its own with the first `reach` entries of `rows` and the first of their regions; `rows` None takes
-        all rows, and all regions. A number beyond the rows takes the last row. Regions of `rows` lie on the device."""
+        all rows, and all regions. A number beyond the rows takes the last row. Regions of `rows` lie on the device.
+        `reaches` are the entries of each layer run, where tokens leave behind a layer; never with regions."""
         ...
 
     def put(self, part: Any, rows: Int[Array, "n"] | None) -> Any:

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from rave_jax.attention.base import AttentionDims, Mechanism
 from rave_jax.attention.declared import Layers, MechanismConfig
-from rave_jax.attention.masks import order_in_row
+from rave_jax.attention.masks import by_order
 from rave_jax.batch import Kind, TokenInfo
 from rave_jax.config import check_fields
 from rave_jax.kernels.attention import MaskCodes
@@ -42,11 +42,6 @@ class Cca(MechanismConfig):
         """A token sees the rings around it, whose rows go on below."""
         return True
 
-    @property
-    def needs_order(self) -> bool:
-        """It looks tokens up by their place in the row."""
-        return True
-
     def build(self, dims: AttentionDims, key: jax.Array) -> CcaRings:
         """The mechanism of one layer."""
         return CcaRings()
@@ -61,17 +56,14 @@ class CcaRings(Mechanism):
         self, info_q: TokenInfo, info_k: TokenInfo, own: Int[Array, "B T"], positions: Int[Array, "3 B T"]
     ) -> Int[Array, "3 B T"]:
         """Text takes one position each, a picture as many as it has rings; three times the same."""
-        order = order_in_row(info_k)
-        lying = jnp.argsort(order, axis=1)
-        info = jax.tree.map(
-            lambda code: jnp.take_along_axis(code, lying, axis=1), info_k
-        )  # every token in its own place
+        place = _places(info_k)
+        info = jax.tree.map(lambda code: by_order(code, place), info_k)
         visual = info.kind == Kind.VISUAL
         rings = jnp.where(visual, (jnp.minimum(info.grid_h, info.grid_w) + 1) // 2, 1)
         before = jnp.cumsum(jnp.where(visual & (_raster(info) > 0), 0, rings), axis=1) - rings
         first = jax.lax.cummax(jnp.where(info.offset == 0, before, 0), axis=1)
-        asked = jnp.take_along_axis(order, own, axis=1, mode="clip")
-        found = jnp.take_along_axis(before - first + _ring(info), asked, axis=1)
+        asked = jnp.take_along_axis(place, own, axis=1, mode="clip")
+        found = jnp.take_along_axis(before - first + _ring(info), asked, axis=1, mode="clip")
         return jnp.broadcast_to(found, positions.shape)
 
     def mask(self, info_q: TokenInfo, info_k: TokenInfo, codes: MaskCodes) -> MaskCodes:
@@ -79,6 +71,15 @@ class CcaRings(Mechanism):
         return codes._replace(
             order=codes.order - _raster(info_k) + _ring(info_k), hi=codes.hi - _raster(info_q) + _ring(info_q)
         )
+
+
+def _places(info: TokenInfo) -> Int[Array, "B S"]:
+    """Where each token would lie if those of its document lay side by side in their order, from the first of them on;
+    -1 for what is no token. A cache by regions keeps the tokens of a document apart."""
+    index = jnp.broadcast_to(jnp.arange(info.document.shape[1], dtype=jnp.int32), info.document.shape)
+    most = info.document.shape[1] + 1
+    start = jax.vmap(lambda at, number: jax.ops.segment_min(at, number, num_segments=most)[number])
+    return jnp.where(info.document > 0, start(index, info.document) + info.offset, -1)
 
 
 def _raster(info: TokenInfo) -> Int[Array, "B T"]:

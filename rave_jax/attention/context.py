@@ -61,7 +61,7 @@ class ContextMask(Mechanism):
     """
 
     def __init__(self, tokens: ContextTokens):
-        self.tokens = tokens
+        self.context = tokens
 
     def mask(self, info_q: TokenInfo, info_k: TokenInfo, codes: MaskCodes) -> MaskCodes:
         """lo = first token of the frame or picture, on context tokens."""
@@ -70,7 +70,7 @@ class ContextMask(Mechanism):
 
     def _size(self, info: TokenInfo) -> Int[Array, "B T"]:
         """Visual tokens that a context token belongs to."""
-        frames = 1 if self.tokens.per == "frame" else info.grid_t
+        frames = 1 if self.context.per == "frame" else info.grid_t
         return frames * info.grid_h * info.grid_w
 
 

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 
 from rave_jax.attention.base import AttentionDims, Mechanism
 from rave_jax.attention.declared import Layers, MechanismConfig
-from rave_jax.attention.masks import document_starts
+from rave_jax.attention.masks import by_order, document_starts
 from rave_jax.batch import Kind, Role, TokenInfo
 from rave_jax.config import check_fields
 from rave_jax.kernels.attention import MaskCodes
@@ -46,11 +46,6 @@ class Croc(MechanismConfig):
         """A token sees the rest of its picture, or of the prompt."""
         return True
 
-    @property
-    def needs_order(self) -> bool:
-        """It looks tokens up by their place in the row."""
-        return True
-
     def build(self, dims: AttentionDims, key: jax.Array) -> CrocMask:
         """The mechanism of one layer."""
         return CrocMask(self)
@@ -66,19 +61,20 @@ class CrocMask(Mechanism):
 
     def mask(self, info_q: TokenInfo, info_k: TokenInfo, codes: MaskCodes) -> MaskCodes:
         """hi = last token of the query's block, where it stands in one and is no context token."""
-        block = info_k.image if self.config.rule == "visual" else _prefix(info_k)
+        if self.config.rule == "visual":
+            block = by_order(info_k.image, codes.order)
+        else:
+            block = _prefix(*(by_order(code, codes.order) for code in (info_k.document, info_k.role)))
         ends = jnp.where(block > 0, _last_of_run(block), 0)
         raised = jnp.maximum(codes.hi, jnp.take_along_axis(ends, codes.hi, axis=1, mode="clip"))
         return codes._replace(hi=jnp.where(info_q.kind == Kind.CONTEXT, codes.hi, raised))
 
 
-def _prefix(info: TokenInfo) -> Int[Array, "B S"]:
+def _prefix(document: Int[Array, "B S"], role: Int[Array, "B S"]) -> Int[Array, "B S"]:
     """The document's number on tokens before its first answer, else 0."""
-    index = jnp.arange(info.document.shape[1], dtype=jnp.int32)
-    answered = jax.lax.cummax(jnp.where(info.role == Role.RESPONSE, index, -1), axis=1) >= document_starts(
-        info.document
-    )
-    return jnp.where(answered, 0, info.document)
+    index = jnp.arange(document.shape[1], dtype=jnp.int32)
+    answered = jax.lax.cummax(jnp.where(role == Role.RESPONSE, index, -1), axis=1) >= document_starts(document)
+    return jnp.where(answered, 0, document)
 
 
 def _last_of_run(block: Int[Array, "B S"]) -> Int[Array, "B S"]:

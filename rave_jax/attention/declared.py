@@ -50,19 +50,37 @@ class LayeredConfig(ABC):
 
     @property
     def looks_ahead(self) -> bool:
-        """May a token see later ones? Generation then reads each prompt in one piece (`Decoder.looks_ahead`)."""
+        """May a token see later ones, or do later ones decide what it sees? Generation then reads each prompt in one
+        piece (`Decoder.looks_ahead`)."""
         return False
 
     @property
     def needs_order(self) -> bool:
-        """Does it look keys up by their place in the row? A cache that keeps keys by region cannot serve it, so
-        `ModelOptions` refuses it beside a mechanism whose `layout` has regions."""
+        """Does it look keys up by their place in the row, and not by their order? A cache that keeps keys by region
+        cannot serve it, so `ModelOptions` refuses it beside a mechanism whose `layout` has regions."""
         return False
+
+    def stays(self, visual: int, pictures: int) -> tuple[int, ...] | None:
+        """How many of so many visual tokens of a prompt, in so many pictures, can be left behind one of its layers:
+        bounds in ascending order, the last the most there can be. Generation has a shorter program for each. None: no
+        token leaves. Always as many bounds, whatever the prompt."""
+        return None
+
+    @property
+    def drops(self) -> bool:
+        """Do tokens leave after its layers? Each such layer ends a layer run."""
+        return self.stays(0, 0) is not None
 
     @property
     def skips_keys(self) -> bool:
         """May a decoding step leave out the keys of regions that were not chosen? So where all that is added to scores
         is a pair term, or regions are ranked without their keys' scores. Read by `region_cache.against_gathering`."""
+        return False
+
+    @property
+    def of_prompt(self) -> bool:
+        """Are its numbers found for each prompt before it is read (`attention/prompted.py`)? Generation does so,
+        and evaluations with it; training and other passes over whole rows refuse it."""
         return False
 
 

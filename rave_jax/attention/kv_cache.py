@@ -20,6 +20,7 @@ from rave_jax.attention.attend import AttentionOutput, attend
 from rave_jax.attention.base import Features, Keys, Mechanism
 from rave_jax.attention.cache import Admitted, Cache, CacheType, RegionReach
 from rave_jax.attention.states import StoredStates
+from rave_jax.attention.tokens import Deciding
 from rave_jax.batch import TokenInfo
 from rave_jax.kernels.attention import Implementation, MaskCodes
 from rave_jax.kernels.routed import HostRegions, host
@@ -57,10 +58,14 @@ class StoredKeys(NamedTuple):
         implementation: Implementation,
         queries: Int[Array, "B N"] | None = None,
         progress: Float[Array, ""] | None = None,
+        deciding: Deciding | None = None,
     ) -> tuple[AttentionOutput, StoredKeys]:
-        """As `LayerKeys` says; `entries` is the first of each row."""
+        """As `LayerKeys` says; `entries` is the first of each row. Entries beyond `info_k` are written and not read."""
         stored = write(self, layer, entries, keys)
         held = read(stored, layer, x.q.dtype)
+        seen_entries = info_k.document.shape[1]
+        if held.k.shape[1] > seen_entries:
+            held = jax.tree.map(lambda x: x[:, :seen_entries], held)
         seen = attend(
             x,
             held,
@@ -72,8 +77,13 @@ class StoredKeys(NamedTuple):
             queries=queries,
             regions=regions,
             progress=progress,
+            deciding=deciding,
         )
         return seen, stored
+
+    def emptied(self, rows: Bool[Array, "B"]) -> StoredKeys:
+        """The keys as they are: which of them count is said beside them."""
+        return self
 
     def taken(self, rows: Int[Array, "n"] | None, reach: int) -> StoredKeys:
         """The first `reach` entries of some rows (for numbers beyond them, of the last), or of all."""
@@ -90,12 +100,12 @@ class KvCache(NamedTuple):
     """A cache without regions (`Cache`). Entries from `index` on hold leftovers that no query sees.
 
     Fields:
-        layer_runs: keys or states of all layers, by layer runs of the decoder.
+        layer_runs: keys or states of all layers, by layer runs of the decoder; behind a drop `ShortKeys`.
         info: token codes of the entries [B,S].
         index: each row's next free entry.
     """
 
-    layer_runs: tuple[StoredKeys | StoredStates, ...]
+    layer_runs: tuple[Any, ...]
     info: TokenInfo
     index: Int[Array, "B"]
 
@@ -143,13 +153,20 @@ class KvCache(NamedTuple):
         index = start + jnp.sum(info.document > 0, axis=1, dtype=jnp.int32)
         return Admitted(self._replace(info=held, index=index), start, held, own)
 
-    def with_layers(self, layer_runs: tuple[StoredKeys | StoredStates, ...]) -> KvCache:
+    def with_layers(self, layer_runs: tuple[Any, ...]) -> KvCache:
         """As `Cache` says."""
         return self._replace(layer_runs=layer_runs).placed()
 
-    def take(self, rows: Int[Array, "n"] | None, reach: int, regions: RegionReach | None = None) -> KvCache:
+    def take(
+        self,
+        rows: Int[Array, "n"] | None,
+        reach: int,
+        regions: RegionReach | None = None,
+        reaches: Sequence[int] | None = None,
+    ) -> KvCache:
         """As `Cache` says."""
-        layer_runs = tuple(kept.taken(rows, reach) for kept in self.layer_runs)
+        reaches = [reach] * len(self.layer_runs) if reaches is None else reaches
+        layer_runs = tuple(kept.taken(rows, most) for kept, most in zip(self.layer_runs, reaches, strict=True))
         if rows is None:
             return KvCache(layer_runs, jax.tree.map(lambda x: x[:, :reach], self.info), self.index)
         info = jax.tree.map(lambda x: x.at[rows, :reach].get(mode="clip"), self.info)
@@ -171,7 +188,8 @@ class KvCache(NamedTuple):
 
     def emptied(self, rows: Bool[Array, "B"]) -> KvCache:
         """As `Cache` says."""
-        return self._replace(index=jnp.where(rows, 0, self.index))
+        layer_runs = tuple(kept.emptied(rows) for kept in self.layer_runs)
+        return self._replace(layer_runs=layer_runs, index=jnp.where(rows, 0, self.index))
 
     def placed(self) -> KvCache:
         """As `Cache` says."""

@@ -32,6 +32,13 @@ def order_in_row(info: TokenInfo) -> Int[Array, "B T"]:
     return jnp.where(info.document > 0, document_starts(info.document) + info.offset, index)
 
 
+def by_order(x: Int[Array, "B S"], order: Int[Array, "B S"]) -> Int[Array, "B S"]:
+    """x of every token at the place that `order` says; 0 where no token has the place. A negative order has none."""
+    S = x.shape[1]
+    at = jnp.where(order >= 0, order, S)
+    return jax.vmap(lambda row, at: jnp.zeros_like(row).at[at].set(row, mode="drop"))(x, at)
+
+
 def causal_codes(info: TokenInfo) -> MaskCodes:
     """Each token sees the tokens of its own document up to itself; padding (document 0) sees and is seen by none.
 

@@ -9,9 +9,11 @@ import jax
 from flax import nnx
 
 from rave_jax.attention.base import AttentionDims, Mechanism, overrides
-from rave_jax.attention.checks import check_owners
+from rave_jax.attention.checks import check_hooks, check_owners, name_of
 from rave_jax.attention.declared import LayeredConfig
+from rave_jax.attention.functions import terms_of
 from rave_jax.config import ConfigError
+from rave_jax.kernels.attention import Term
 from rave_jax.parallel.sharding import RULES
 
 
@@ -30,7 +32,8 @@ def plan_layer_runs(
     kinds: Sequence[Hashable] | None = None,
     attending: Collection[int] | None = None,
 ) -> tuple[LayerRunPlan, ...]:
-    """Runs of consecutive layers with equal mechanisms, in order, covering every layer.
+    """Runs of consecutive layers with equal mechanisms, in order, covering every layer. A layer behind which tokens
+    leave is a run of its own.
 
     Args:
         configs: mechanisms and the layers each is in.
@@ -40,7 +43,8 @@ def plan_layer_runs(
         attending: layers that attend, in order; a config for "all" layers means these. None: every layer does.
 
     Raises:
-        ConfigError: a config names a layer that the model does not have, or one that does not attend.
+        ConfigError: a config names a layer that the model does not have, or one that does not attend, or tokens leave
+            after the last layer.
     """
     every = range(num_layers) if attending is None else attending
     for config in configs:
@@ -56,9 +60,16 @@ def plan_layer_runs(
             )
     chosen = [config.layers_of(tuple(every)) for config in configs]
     used = [tuple(c for c, own in zip(configs, chosen, strict=True) if n in own) for n in range(num_layers)]
+    late = [config for config in used[-1] if config.drops]
+    if late:
+        raise ConfigError(
+            f"{late[0].called}.layers names {num_layers - 1}, the last layer, and no layer is behind it that tokens "
+            f"could be spared; expected numbers from 0 to {num_layers - 2}"
+        )
     plans: list[LayerRunPlan] = []
     for n, mechanisms in enumerate(used):
         alike = n > 0 and plans[-1].mechanisms == mechanisms and (kinds is None or kinds[n - 1] == kinds[n])
+        alike = alike and not any(config.drops for config in mechanisms)
         if join and alike:
             plans[-1] = plans[-1]._replace(stop=n + 1)
         else:
@@ -70,12 +81,21 @@ def build_mechanisms(configs: Sequence[LayeredConfig], dims: AttentionDims, key:
     """The mechanisms of one layer, in the order of their configs.
 
     Raises:
-        ConfigError: two of them cannot share a layer (`check_owners`), or `build` of a config gave no mechanism.
+        ConfigError: two of them cannot share a layer (`check_owners`), `build` of a config gave no mechanism, or one
+            adds a score term that does not fit (`terms_of`).
     """
     keys = jax.random.split(key, max(len(configs), 1))
     mechanisms = [_built(config, dims, k) for config, k in zip(configs, keys, strict=False)]
-    check_owners(mechanisms)
+    check_owners(mechanisms, [_terms(mechanism, dims) for mechanism in mechanisms])
+    check_hooks(mechanisms)
     return nnx.List(mechanisms)
+
+
+def _terms(mechanism: Mechanism, dims: AttentionDims) -> tuple[Term, ...]:
+    try:
+        return terms_of(mechanism, dims)
+    except ValueError as error:
+        raise ConfigError(f"{name_of(mechanism)}: {error}") from error
 
 
 def _built(config: LayeredConfig, dims: AttentionDims, key: jax.Array) -> Mechanism:
@@ -84,12 +104,17 @@ def _built(config: LayeredConfig, dims: AttentionDims, key: jax.Array) -> Mechan
         found = type(mechanism).__name__
         raise ConfigError(f"build of {config.called} returned an object of class {found}, expected a Mechanism")
     mechanism.declared = config
-    for hook in ("positions", "factor", "route"):
+    for hook in ("positions", "factor", "route", "tokens"):
         if overrides(mechanism, hook) and hook not in mechanism.OWNS:
             raise ConfigError(
                 f"{config.called}: {type(mechanism).__name__} overrides the hook {hook!r}, which only one mechanism of "
                 f"a layer may; say so in the class: OWNS = ({hook!r},)"
             )
+    if overrides(mechanism, "tokens") != config.drops:
+        raise ConfigError(
+            f"{config.called}: {type(mechanism).__name__} {'lets' if config.drops is False else 'does not let'} tokens "
+            f"leave (the hook 'tokens'), and `stays` of {config.called} says otherwise; expected both or neither"
+        )
     _check_parameters(config, mechanism)
     return mechanism
 

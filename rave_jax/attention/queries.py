@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from rave_jax.attention.base import KeyFactor
-from rave_jax.attention.scores import Scores, of_queries, pick
+from rave_jax.attention.scores import Scores, map_queries, of_queries, pick
 from rave_jax.kernels.attention import KeyGroups
 from rave_jax.kernels.attention.base import group_heads
 from rave_jax.kernels.routed import Choice, Routing, choice_of, of_keys, open_keys
@@ -61,11 +61,29 @@ def choice_of_queries(scores: Scores, queries: Int[Array, "B N"], routing: Routi
     """The choice of some queries, by index."""
     routes, rule, _ = routing
     mine = routes.with_queries(jax.tree.map(lambda x: pick(x, queries), routes.queries()))
-    codes = scores.codes._replace(lo=pick(scores.codes.lo, queries))
+    codes = map_queries(scores.codes, queries)
     found = None
-    if rule.by == "mass":
+    if rule.reads_scores:
         found = group_heads(of_queries(scores, queries)[0], scores.k.shape[2])
-    return QueryChoice(choice_of(found, codes, mine, rule, scores.form, scores.scale), routes.keys)
+    return QueryChoice(choice_of(found, codes, mine, rule, scores.scale), routes.keys)
+
+
+def at_key(
+    asked: QueryChoice, key: Int[Array, "B T"], num_heads: int
+) -> tuple[Bool[Array, "B T H"], Float[Array, "B T H"] | None]:
+    """Of all T queries and one key of each: is its region open to them, and what is added to its score?"""
+    choice, keys = asked
+    region = pick(keys, key)[:, None, None, :, None]
+
+    def of_region(x: Array) -> Array:
+        B, T = key.shape
+        x = jnp.broadcast_to(x, (*choice.chosen.shape[:4], x.shape[-1]))
+        found = jnp.take_along_axis(x, jnp.maximum(region - 1, 0), axis=-1, mode="clip")
+        return _by_head(found, (B, T, num_heads, 1))[..., 0]
+
+    beside = (pick(keys, key) == 0)[..., None]
+    open_ = beside | of_region(choice.chosen | ~choice.candidate)
+    return open_, None if choice.bias is None else jnp.where(beside, 0.0, of_region(choice.bias))
 
 
 def chosen_regions(asked: QueryChoice, num_heads: int) -> Bool[Array, "B N H R"]:

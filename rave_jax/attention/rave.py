@@ -6,19 +6,20 @@ model. Its functional form is not public to us; everything below that sentence i
 
     u_i = q0_i A / sqrt(r)      w_j = k0_j B
     z_ij = <u_i, w_j> + <a, q0_i> + c + <e, k0_j>
-    bias_ij = f(z_ij)                               f: see kernels.attention.PairForm
+    bias_ij = f(z_ij)                               f: see `rave_forms`
 
 With `features="post_rope"`, a control, q_i and k_j after RoPE stand in place of q0_i and k0_j.
 
-A is per query head and B per kv head: w and <e, k0> are what a cache keeps of a key, r + 1 numbers per kv head. B, a,
-c and e start at zero and A at random: the gate starts as exactly nothing, learns from the first step, and never dies.
-The query term moves attention between text and image, the key and pair terms move it within the image.
+A is per query head and B per kv head. z is one pair product: what a cache keeps of a key is w, a one where there is a
+query term, and <e, k0> where there is a key term, at most r + 2 numbers per kv head. B, a, c and e start at zero and A
+at random: the gate starts as exactly nothing, learns from the first step, and never dies. The query term moves
+attention between text and image, the key and pair terms move it within the image.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -26,9 +27,10 @@ from flax import nnx
 
 from rave_jax.attention.base import AttentionDims, Features, Mechanism, Score
 from rave_jax.attention.declared import Layers, MechanismConfig
+from rave_jax.attention.rave_forms import CenteredSigmoid, Form, Linear, LogGate, Tanh, key_side, query_side
 from rave_jax.batch import Kind, TokenInfo
 from rave_jax.config import check_fields, require
-from rave_jax.kernels.attention import PairBias, PairForm
+from rave_jax.kernels.attention import Term
 from rave_jax.typing import Array, Float
 
 MAX_RANK = 1 << 13
@@ -66,8 +68,18 @@ class Rave(MechanismConfig):
         require(self.heads == "all" or len(self.heads) > 0, "heads", self.heads, "at least one head")
 
     @property
+    def function(self) -> Form:
+        """The form as a score function."""
+        return {
+            "log_gate": LogGate(),
+            "tanh": Tanh(self.limit),
+            "linear": Linear(),
+            "centered_sigmoid": CenteredSigmoid(),
+        }[self.form]
+
+    @property
     def skips_keys(self) -> bool:
-        """All that it adds to scores is a pair term."""
+        """All that it adds to scores is a term of keys that it remembers."""
         return True
 
     def build(self, dims: AttentionDims, key: jax.Array) -> RaveGate:
@@ -82,21 +94,12 @@ class Rave(MechanismConfig):
         return RaveGate(self, dims, key)
 
 
-class GateKeys(NamedTuple):
-    """The key side of the gate: w_j = k0_j B and the key term, float32."""
-
-    w: Float[Array, "B S K r"]
-    key: Float[Array, "B S K"]
-
-
 class RaveGate(Mechanism):
     """The gate of one layer. Parameters (only those that the config's terms and form use):
 
     query_proj [H,h,r] and key_proj [K,h,r] of the pair, query_term [H,h] and constant [H], key_term [K,h],
     gain [H].
     """
-
-    OWNS = ("pair",)
 
     def __init__(self, config: Rave, dims: AttentionDims, key: jax.Array):
         H, K, h, _ = dims
@@ -120,36 +123,36 @@ class RaveGate(Mechanism):
         if config.form == "centered_sigmoid":
             self.gain = nnx.Param(jnp.ones((H,)), axes=("heads",))
 
-    def remember(self, x: Features) -> GateKeys:
-        """The key side of z, in float32."""
+    def remember(self, x: Features) -> Float[Array, "B S K channels"]:
+        """The key's side of z, in float32."""
         k0 = (x.k0 if self.config.features == "pre_rope" else x.k).astype(jnp.float32)
-        key = jnp.zeros(k0.shape[:3])
+        key = None
         if self.config.terms in ("pair+k", "all"):
             key = jnp.einsum("BSKh,Kh->BSK", k0, _f32(self.key_term))
-        return GateKeys(jnp.einsum("BSKh,Khr->BSKr", k0, _f32(self.key_proj)), key)
+        w = jnp.einsum("BSKh,Khr->BSKr", k0, _f32(self.key_proj))
+        return key_side(w, key, row_term=self.config.terms in ("pair+q", "all"))
 
-    def score(self, x: Features, remembered: GateKeys, info_q: TokenInfo, info_k: TokenInfo) -> Score:
-        """Operands of the bias, in float32."""
-        config = self.config
+    def score(self, x: Features, remembered: Array, info_q: TokenInfo, info_k: TokenInfo) -> Score:
+        """The gate on visual keys."""
+        config, row = self.config, None
         q0 = (x.q0 if config.features == "pre_rope" else x.q).astype(jnp.float32)
         H = q0.shape[2]
-        row = jnp.zeros(q0.shape[:3])
         if config.terms in ("pair+q", "all"):
             row = jnp.einsum("BTHh,Hh->BTH", q0, _f32(self.query_term)) + _f32(self.constant)
+        u = jnp.einsum("BTHh,Hhr->BTHr", q0, _f32(self.query_proj)) * config.rank**-0.5
         selected = (
             jnp.ones(H, bool) if config.heads == "all" else jnp.zeros(H, bool).at[jnp.array(config.heads)].set(True)
         )
         query = info_q.kind == Kind.TEXT if config.queries == "text" else info_q.kind != Kind.PAD
-        bias = PairBias(
-            u=jnp.einsum("BTHh,Hhr->BTHr", q0, _f32(self.query_proj)) * config.rank**-0.5,
-            w=remembered.w,
-            row=row,
-            key=remembered.key,
-            gain=_f32(self.gain) if config.form == "centered_sigmoid" else jnp.ones(H),
+        term = Term(
+            config.function,
+            u=query_side(config.function, u, row, key_term=config.terms in ("pair+k", "all")),
+            w=remembered,
+            head={"gain": _f32(self.gain)} if config.form == "centered_sigmoid" else {},
             query_on=query[..., None] & selected,
             key_on=info_k.kind == Kind.VISUAL,
         )
-        return Score(pair=(bias, PairForm(config.form, config.limit)))
+        return Score(terms=(term,))
 
 
 def _f32(param: nnx.Param) -> jax.Array:

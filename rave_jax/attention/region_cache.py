@@ -23,12 +23,13 @@ from rave_jax.attention.heads import head_gates, scaled
 from rave_jax.attention.kv_cache import Quantised, StoredKeys, quantise
 from rave_jax.attention.merge import merged
 from rave_jax.attention.scores import scores_of
+from rave_jax.attention.tokens import Deciding
 from rave_jax.batch import TokenInfo
 from rave_jax.config import ConfigError
 from rave_jax.kernels import attention as attention_kernels
 from rave_jax.kernels.attention import Implementation, MaskCodes
 from rave_jax.kernels.attention.base import tile_allow
-from rave_jax.kernels.routed import HostRegions, RegionBias, Stack, choice_of, gather_attention
+from rave_jax.kernels.routed import HostRegions, Stack, choice_of, gather_attention
 from rave_jax.kernels.routed.gather import pallas_tpu
 from rave_jax.typing import Array, Float, Int
 
@@ -101,6 +102,7 @@ class LayerRegions(NamedTuple):
         implementation: Implementation,
         queries: Int[Array, "B N"] | None = None,
         progress: Float[Array, ""] | None = None,
+        deciding: Deciding | None = None,
     ) -> tuple[AttentionOutput, LayerRegions]:
         """As `LayerKeys` says. `codes` and `info_k` have the entries of no region first."""
         near, far = _write_at(self.near, layer, entries.near, keys), self.far
@@ -158,7 +160,7 @@ def against_gathering(
     if router_of(mechanisms) is None:
         return "nothing routes in the layer"
     for mechanism in mechanisms:
-        reads = any(overrides(mechanism, hook) for hook in ("score", "merge", "factor", "route"))
+        reads = any(overrides(mechanism, hook) for hook in ("score", "merge", "factor", "route", "reweigh"))
         if reads and not _skips_keys(mechanism):
             return f"{name_of(mechanism)} needs them"
     return None
@@ -199,8 +201,7 @@ def _gathered(
         scores.k,
         near.v,
         near_codes,
-        scores.terms.pair,
-        scores.form,
+        scores.terms.parts,
         scale=scores.scale,
         implementation=implementation,
     )
@@ -211,7 +212,7 @@ def _gathered(
     routing = routing_of(mechanisms, x, far, info_q, far_info, scores, regions, None)
     assert routing is not None
     routes, rule, _ = routing
-    choice = choice_of(None, far_codes, routes, rule, scores.form, scores.scale)
+    choice = choice_of(None, far_codes, routes, rule, scores.scale)
 
     def by_region(keys: Array) -> Array:
         """[B,R*m,K,...] as [B,K,R,m,...], which is how it is stored."""
@@ -228,10 +229,15 @@ def _gathered(
             return Stack(by_region(kept.values), by_region(kept.scale), layer)
         return Stack(by_region(kept), None, layer)
 
-    bias, pair = None, scores.terms.pair
-    if pair is not None:
-        u, row, query_on = (y[:, 0] for y in (pair.u, pair.row, pair.query_on))
-        bias = RegionBias(u, by_region(pair.w), row, by_region(pair.key), pair.gain, query_on)
+    # Every entry of a region is a key that `real` says of; switches of keys come beside it.
+    terms = tuple(
+        term.map_queries(lambda x: x[:, 0]).replace(
+            w=None if term.w is None else by_region(term.w),
+            key={name: by_region(x) for name, x in term.key.items()},
+            key_on=None if term.key_on is None else term.key_on.reshape(term.key_on.shape[0], regions, -1),
+        )
+        for term in scores.terms.parts
+    )
     picture = gather_attention(
         x.q[:, 0],
         stack(stored.far.keys.k),
@@ -240,8 +246,7 @@ def _gathered(
         tile_allow(far_codes).reshape(far_info.document.shape[0], regions, -1),
         choice.chosen[..., 0, :],
         rule.most(regions),
-        bias,
-        scores.form,
+        terms,
         scale=scores.scale,
         implementation=implementation,
     )

@@ -200,7 +200,13 @@ class RegionCache:
         beside, regions = self.beside._replace(layer_runs=near), self.regions._replace(layer_runs=far)
         return replace(self, beside=beside, regions=regions).placed()
 
-    def take(self, rows: Int[Array, "n"] | None, reach: int, regions: RegionReach | None = None) -> RegionCache:
+    def take(
+        self,
+        rows: Int[Array, "n"] | None,
+        reach: int,
+        regions: RegionReach | None = None,
+        reaches: Sequence[int] | None = None,
+    ) -> RegionCache:
         """As `Cache` says."""
         far = self.regions if rows is None else self.regions.take(rows, regions)
         return replace(self, beside=self.beside.take(rows, reach), regions=far)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 
-from rave_jax.attention.base import Channels, Features, Keys, Mechanism, OtherQuery
+from rave_jax.attention.base import Features, Keys, Mechanism, OtherQuery, Views
 from rave_jax.attention.checks import DOES, name_of
+from rave_jax.attention.functions import spread
 from rave_jax.batch import TokenInfo
 from rave_jax.config import ConfigError
-from rave_jax.kernels.attention import MaskCodes, PairForm, Terms
-from rave_jax.kernels.attention.base import group_heads, tile_allow, tile_scores, ungroup_heads
+from rave_jax.kernels.attention import MaskCodes, Terms
+from rave_jax.kernels.attention.base import group_heads, of_key_group, tile_allow, tile_scores, ungroup_heads
 from rave_jax.typing import Array, Bool, Float, Int
 
 
@@ -24,8 +27,9 @@ class Scores(NamedTuple):
     k: Float[Array, "B S K h"]
     codes: MaskCodes
     terms: Terms
-    form: PairForm
     scale: float
+    views: Views | None = None
+    """With queries as wide as q; None where all keys are met by q."""
 
 
 def scores_of(
@@ -36,22 +40,20 @@ def scores_of(
     info_k: TokenInfo,
     mechanisms: Sequence[Mechanism],
 ) -> Scores:
-    """The scores with what every mechanism adds to them; at most one gives a pair term, and one a query
+    """The scores with what every mechanism adds to them; at most one gives a query, and one a term that reads <q, k>
     (`check_owners`)."""
-    pair, form, query, key_bias, row, channels = None, PairForm(), None, None, None, []
+    query, views, key_bias, row, channels, terms = None, None, None, None, [], []
     q, k, scale = x.q, keys.k, x.q.shape[-1] ** -0.5
     for mechanism, remembered in zip(mechanisms, keys.remembered, strict=True):
         added = mechanism.score(x, remembered, info_q, info_k)
         if added is None:
             continue
-        for thing, before, more in (("pair", pair, added.pair), ("query", query, added.query)):
-            if before is not None and more is not None:
-                raise ConfigError(
-                    f"{name_of(mechanism)} {DOES[thing]}, and so does another mechanism of its layer, but only one "
-                    f"may: each has to say so in its class, OWNS = ({thing!r},), and they need different layers"
-                )
-        if added.pair is not None:
-            pair, form = added.pair
+        if (query or views) is not None and (added.query or added.views) is not None:
+            raise ConfigError(
+                f"{name_of(mechanism)} {DOES['query']}, and so does another mechanism of its layer, but only one may: "
+                "each has to say so in its class, OWNS = ('query',), and they need different layers"
+            )
+        terms += [spread(term, x.q.shape[2], x.k.shape[2]) for term in added.terms]
         if added.key_bias is not None:
             key_bias = added.key_bias if key_bias is None else key_bias + added.key_bias
         if added.channels is not None:
@@ -59,13 +61,20 @@ def scores_of(
         if added.query is not None:
             query = added.query
             q, k = _doubled(q, k, query)
+        if added.views is not None:
+            views = added.views
         if added.scale is not None:
             row = added.scale if row is None else row * added.scale
-    if row is not None:
-        q = (q.astype(jnp.float32) * row[..., None, None]).astype(q.dtype)
-    for columns in channels:
-        q, k = _widened(q, k, columns, scale)
-    return Scores(q, k, codes, Terms(pair, key_bias), form, scale)
+
+    def finished(q: Array) -> Array:
+        # What the kernel scales comes out of the scale as it was.
+        q = q if row is None else (q.astype(jnp.float32) * row[..., None, None]).astype(q.dtype)
+        return jnp.concatenate([q, *((columns.q / scale).astype(q.dtype) for columns in channels)], -1)
+
+    if views is not None:
+        views = views._replace(q=tuple(finished(q) for q in views.q))
+    k = jnp.concatenate([k, *(columns.k.astype(k.dtype) for columns in channels)], -1)
+    return Scores(finished(q), k, codes, Terms(tuple(terms), key_bias), scale, views)
 
 
 def _doubled(q: Array, k: Array, other: OtherQuery) -> tuple[Array, Array]:
@@ -75,10 +84,13 @@ def _doubled(q: Array, k: Array, other: OtherQuery) -> tuple[Array, Array]:
     return jnp.concatenate([q, other.q.astype(q.dtype)], -1), jnp.concatenate(halves, -1)
 
 
-def _widened(q: Array, k: Array, channels: Channels, scale: float) -> tuple[Array, Array]:
-    """q and k with the channels beside them: what the kernel scales comes out of the scale as it was."""
-    columns = (channels.q / scale).astype(q.dtype)
-    return jnp.concatenate([q, columns], -1), jnp.concatenate([k, channels.k.astype(k.dtype)], -1)
+def by_view(scores: Scores) -> list[Scores]:
+    """The scores of each view, with the keys of all others out of reach; of scores without views, themselves."""
+    if scores.views is None:
+        return [scores]
+    groups, q, open_q = scores.views
+    codes = [of_key_group(scores.codes._replace(open_q=one), groups, n) for n, one in enumerate(open_q)]
+    return [scores._replace(q=q[n], codes=codes[n], views=None) for n in range(groups.count)]
 
 
 def pick(x: Array, index: Int[Array, "B N"]) -> Array:
@@ -88,10 +100,18 @@ def pick(x: Array, index: Int[Array, "B N"]) -> Array:
 
 def of_queries(scores: Scores, rows: Int[Array, "B N"]) -> tuple[Float[Array, "B N H S"], Bool[Array, "B N 1 S"]]:
     """Scores of chosen queries and all keys, and which of those they may see."""
-    codes = _map_queries(scores.codes, rows)
-    terms = _pair_map(scores.terms, ("u", "row", "query_on"), lambda x: pick(x, rows))
+    if scores.views is not None:
+        of_views = [of_queries(each, rows) for each in by_view(scores)]
+        number = scores.views.groups.of[:, None, None]
+        return functools.reduce(
+            lambda found, n: jax.tree.map(lambda x, y: jnp.where(number == n, y, x), found, of_views[n]),
+            range(1, len(of_views)),
+            of_views[0],
+        )
+    codes = map_queries(scores.codes, rows)
+    terms = scores.terms.map_queries(lambda x: pick(x, rows))
     q = group_heads(pick(scores.q, rows), scores.k.shape[2])
-    found = tile_scores(q, scores.k, terms, scores.form, scores.scale)
+    found = tile_scores(q, scores.k, terms, scores.scale)
     return ungroup_heads(found), tile_allow(codes)[:, 0, 0, :, None]
 
 
@@ -109,21 +129,13 @@ def of_keys(scores: Scores, key: Int[Array, "B T"]) -> tuple[Float[Array, "B T H
 
     lo, hi, order, open_q, open_k = scores.codes
     codes = MaskCodes(alone(lo), alone(hi), met(order), alone(open_q), met(open_k))
-    terms = _pair_map(scores.terms, ("u", "row", "query_on"), alone)
-    terms = _pair_map(terms, ("w", "key", "key_on"), met)
-    if terms.per_key is not None:
-        terms = terms._replace(per_key=met(terms.per_key))
+    # A head's numbers are the same in every row.
+    terms = scores.terms.map_queries(alone).map_keys(met)
     k = met(scores.k)
-    found = tile_scores(group_heads(alone(scores.q), k.shape[2]), k, terms, scores.form, scores.scale)
+    found = tile_scores(group_heads(alone(scores.q), k.shape[2]), k, terms, scores.scale)
     return found.reshape(B, T, H), tile_allow(codes).reshape(B, T, 1)
 
 
-def _map_queries(codes: MaskCodes, rows: Array) -> MaskCodes:
+def map_queries(codes: MaskCodes, rows: Array) -> MaskCodes:
+    """The codes of some queries, by index."""
     return codes._replace(lo=pick(codes.lo, rows), hi=pick(codes.hi, rows), open_q=pick(codes.open_q, rows))
-
-
-def _pair_map(terms: Terms, names: tuple[str, ...], change: Any) -> Terms:
-    """The terms with some operands of the pair changed."""
-    if terms.pair is None:
-        return terms
-    return terms._replace(pair=terms.pair._replace(**{name: change(getattr(terms.pair, name)) for name in names}))

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from rave_jax.parallel.sharding import Axes, shard
-from rave_jax.typing import Array, Int
+from rave_jax.typing import Array, Bool, Int
 
 
 @jax.tree_util.register_dataclass
@@ -37,6 +37,10 @@ class StoredStates:
             return jax.lax.dynamic_update_index_in_dim(old, new.astype(old.dtype), layer, 0)
 
         return replace(self, states=jax.tree.map(put, self.states, states))
+
+    def emptied(self, rows: Bool[Array, "B"]) -> StoredStates:
+        """The states as they are: a document's first token finds nothing."""
+        return self
 
     def taken(self, rows: Int[Array, "n"] | None, reach: int) -> StoredStates:
         """The states of some rows (for numbers beyond them, of the last), or of all: whole whatever the reach."""

@@ -139,6 +139,14 @@ def message_text(message: Message) -> str:
     return "".join(part["text"] for part in content if part["type"] == "text")
 
 
+def without_pictures(message: Message) -> Message:
+    """A message with its text alone."""
+    content = message["content"]
+    if isinstance(content, str):
+        return message
+    return {**message, "content": [part for part in content if part["type"] == "text"]}
+
+
 class Part(NamedTuple):
     """Samples of a source that lie together, such as those of a file.
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from rave_jax.data.sample import Sample, SampleError
 from rave_jax.evaluation.routing import Route
-from rave_jax.evaluation.subject import Answer, Reading, Subject
+from rave_jax.evaluation.subject import Answer, Glances, Reading, Subject
 from rave_jax.evaluation.task import Task
 from rave_jax.evaluation.vas import VasSums
 from rave_jax.look.blocks import KnockOut
@@ -43,6 +43,12 @@ class AskedByTask:
     def per_sample(self, reading: Reading, samples: Sequence[Sample], answers: Sequence[Answer]) -> list[Any] | None:
         """As the subject, asked by the task."""
         return self._subject.per_sample(reading, self._asked(samples), answers)
+
+    def glances(
+        self, samples: Sequence[Sample], answers: Sequence[Answer], layers: tuple[int, ...]
+    ) -> list[Glances | SampleError | None]:
+        """As the subject, asked by the task."""
+        return self._subject.glances(self._asked(samples), answers, layers)
 
     def _asked(self, samples: Sequence[Sample]) -> list[Sample]:
         return [self._task.prompt(sample) for sample in samples]

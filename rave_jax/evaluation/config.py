@@ -12,6 +12,8 @@ from rave_jax.data.config import MOST_PATCHES, MOST_PIXELS, MOST_TOKENS
 from rave_jax.data.sources import SourceConfig, Synthetic
 from rave_jax.evaluation.grounding import TaskAim
 from rave_jax.evaluation.task import Task
+from rave_jax.look.carve import Carve
+from rave_jax.look.funnel import VisualFunnel
 from rave_jax.models.config import ModelOptions
 from rave_jax.parallel.hosts import HostsConfig
 from rave_jax.parallel.mesh import MeshConfig
@@ -61,6 +63,9 @@ class Eval:
     """The samples to ask."""
     task: Task = field(default_factory=Task)
     """How they are asked and their answers scored."""
+    again: Carve | VisualFunnel | None = None
+    """Ask each sample again, with views of its picture that first passes of the model point to; None asks once. The
+    views need room in `tokens` and `patches`."""
     samples: int = 1000
     """Number of samples, from the first on; fewer if the source has fewer."""
     rows: int = 64

@@ -7,6 +7,7 @@ for texts that other tokens spell too), for the price of reading each conversati
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -45,6 +46,12 @@ class ForcedAnswers:
         self._model, self._processor, self._mesh = model, processor, mesh
         self._shape, self._width = shape, answer_tokens
         self._right: Any = jax.jit(right, out_shardings=replicated(mesh))
+
+    def on(self, model: Vlm) -> ForcedAnswers:
+        """The same of other weights of the model, by the same program."""
+        other = copy.copy(self)
+        other._model = model
+        return other
 
     def __call__(self, samples: Sequence[Sample]) -> Bool[NpArray, "samples"]:
         """Is each sample's last answer what the model would write?

@@ -23,7 +23,7 @@ from rave_jax.batch import Batch, Kind
 from rave_jax.config import ConfigError, require
 from rave_jax.data.collate import BatchShape, collate, round_up, smallest_shape
 from rave_jax.data.processor import Processor
-from rave_jax.data.sample import Example, Message, Sample, SampleError
+from rave_jax.data.sample import Example, Sample, SampleError, without_pictures
 from rave_jax.evaluation.calibration import NOTHING, TOKEN_BUCKET, asked_at, encoded
 from rave_jax.models.forward import Want
 from rave_jax.models.vlm import Vlm
@@ -61,7 +61,7 @@ def with_and_without(processor: Processor, sample: Sample) -> Pair:
     _check_picture(sample)
     seen, blind = (
         processor.encode(messages, add_generation_prompt=True, name=sample.called)
-        for messages in (sample.prompt, tuple(map(_text_of, sample.prompt)))
+        for messages in (sample.prompt, tuple(map(without_pictures, sample.prompt)))
     )
     return Pair(seen, blind)
 
@@ -69,14 +69,6 @@ def with_and_without(processor: Processor, sample: Sample) -> Pair:
 def _check_picture(sample: Sample) -> None:
     if not sample.has_visuals:
         raise SampleError(f"{sample.called}: has no picture, and heads are told apart by what they do with it")
-
-
-def _text_of(message: Message) -> Message:
-    """A message without its pictures."""
-    content = message["content"]
-    if isinstance(content, str):
-        return message
-    return {**message, "content": [part for part in content if part["type"] == "text"]}
 
 
 def head_stats(model: Vlm, processor: Processor, examples: Sequence[Example], mesh: Mesh, rows: int) -> HeadStats:
@@ -96,7 +88,7 @@ def head_stats(model: Vlm, processor: Processor, examples: Sequence[Example], me
     width = max((len(at) for at, _ in places), default=0)
     found: list[list[NpArray]] = []
     with use_mesh(mesh):
-        for span, batch in _blocks(processor, examples, mesh, rows):
+        for span, batch in blocks(processor, examples, mesh, rows):
             B = batch.tokens.shape[0]
             at, answer = np.zeros((B, width), np.int32), np.full((B, width), NOTHING, np.int32)
             for row, (here, tokens) in enumerate(places[span]):
@@ -117,7 +109,7 @@ def visual_mass(
     """
     found = []
     with use_mesh(mesh):
-        for span, batch in _blocks(processor, examples, mesh, rows):
+        for span, batch in blocks(processor, examples, mesh, rows):
             B = batch.tokens.shape[0]
             arrays = jax.device_put(_queries(examples[span], B), batch_shardings(mesh, B).tokens)
             found.append(np.asarray(_mass(model, batch, *arrays))[:, : len(examples[span])])
@@ -230,7 +222,7 @@ def _text_queries(example: Example) -> Int[NpArray, "N"]:
     return text[np.unique(np.linspace(0, len(text) - 1, MOST_QUERIES).round().astype(int))] if len(text) else text
 
 
-def _blocks(processor: Processor, examples: Sequence[Example], mesh: Mesh, rows: int) -> Iterator[tuple[slice, Batch]]:
+def blocks(processor: Processor, examples: Sequence[Example], mesh: Mesh, rows: int) -> Iterator[tuple[slice, Batch]]:
     """Examples in blocks of one shape, one a row."""
     require(len(examples) > 0, "the calibration set", "0 samples", "at least one that can be used")
     rows = round_up(min(rows, len(examples)), row_ways(mesh))

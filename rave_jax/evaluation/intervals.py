@@ -22,24 +22,15 @@ import math
 import os
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from rave_jax.data.sample import Sample
-from rave_jax.evaluation.paired import t_975
+from rave_jax.evaluation.paired import Interval, t_975
 
 NO_PICTURE = "sample"
 """How keys of samples without a picture begin."""
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A 95 % interval, ends included."""
-
-    low: float
-    high: float
 
 
 def score_interval(scores: Sequence[float], pictures: Sequence[Hashable]) -> Interval:

@@ -1,8 +1,10 @@
-"""Differences between two ways to train, over runs that share their seeds: means, intervals, and whether they decide.
+"""Differences between two ways to train, over runs that share their seeds: means and intervals.
 
-Runs of one seed share start, data and held-out samples, so each seed gives one difference. The interval is Student's,
-at 95 %, over the seeds' differences: mean +- t s / sqrt(n), with s their standard deviation and t of n - 1 degrees of
-freedom.
+Runs of one seed share start, data and held-out samples, so each seed gives one difference. Student's interval of their
+mean is mean +- t s / sqrt(n), with s their standard deviation and t a quantile of n - 1 degrees of freedom. It is exact
+where differences are normal. The bootstrap's assumes no form: it is the range of the means of n differences drawn anew
+from those found (Efron 1979, doi 10.1214/aos/1176344552, percentile interval). With few seeds it is too narrow: of n
+equal in spread its standard error is sqrt((n - 1) / n) of the right one, and its quantiles are the normal's.
 """
 
 from __future__ import annotations
@@ -12,70 +14,89 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-# Quantile 0.975 of Student's t with 1, 2, ... degrees of freedom, from the usual tables (e.g. NIST/SEMATECH e-Handbook,
-# section 1.3.6.7.2).
-T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
+import numpy as np
+from scipy import special
+
+LEVEL = 0.95
+"""Of the intervals that are shown."""
+DRAWS = 10_000
+"""Of the bootstrap."""
 
 
 @dataclass(frozen=True)
-class Difference:
-    """Mean difference of scores over seeds, with its 95 % interval; the interval of one seed is infinite."""
+class Interval:
+    """An interval, ends included; at 95 % where nothing else is said."""
 
-    seeds: int
-    mean: float
-    half_width: float
+    low: float
+    high: float
 
-    @property
-    def low(self) -> float:
-        """The interval's lower end."""
-        return self.mean - self.half_width
+    def holds(self, value: float) -> bool:
+        """Is the value in it?"""
+        return self.low <= value <= self.high
 
-    @property
-    def high(self) -> float:
-        """The interval's upper end."""
-        return self.mean + self.half_width
+
+EVERYTHING = Interval(-math.inf, math.inf)
+
+
+def student_quantile(probability: float, degrees: float) -> float:
+    """Quantile of Student's t.
+
+    Args:
+        probability: above 0 and below 1.
+        degrees: of freedom, above 0.
+    """
+    return float(special.stdtrit(degrees, probability))
 
 
 def t_975(degrees: int) -> float:
-    """Quantile 0.975 of Student's t: from the table, beyond it by the expansion of Abramowitz and Stegun, 26.7.5.
+    """Quantile 0.975 of Student's t, that of 95 % intervals."""
+    return student_quantile(0.975, degrees)
+
+
+def student_interval(values: Sequence[float], level: float = LEVEL) -> Interval:
+    """Where the mean of more such values lies; everything where there is one value only.
 
     Args:
-        degrees: of freedom, at least 1.
+        values: at least one.
+        level: probability that such an interval holds the mean.
     """
-    if degrees <= len(T_975):
-        return T_975[degrees - 1]
-    z = statistics.NormalDist().inv_cdf(0.975)
-    return z + (z**3 + z) / (4 * degrees) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * degrees**2)
+    n = len(values)
+    if n == 1:
+        return EVERYTHING
+    mean = statistics.mean(values)
+    half = student_quantile((1 + level) / 2, n - 1) * statistics.stdev(values) / math.sqrt(n)
+    return Interval(mean - half, mean + half)
 
 
-def paired_difference(scores: Mapping[int, float], base: Mapping[int, float]) -> Difference | None:
-    """`scores` less `base`, over the seeds that both have; None where they share none.
+def bootstrap_interval(values: Sequence[float], level: float = LEVEL, seed: int = 0) -> Interval:
+    """The percentile bootstrap's interval of the mean; everything where there is one value only.
 
     Args:
-        scores, base: score of each seed.
+        values: at least one.
+        level: share of the means of redrawn values that lie within.
+        seed: of the draws. The same values give the same interval.
     """
-    found = [scores[seed] - base[seed] for seed in sorted(scores.keys() & base.keys())]
-    if not found:
-        return None
-    if len(found) == 1:
-        return Difference(1, found[0], math.inf)
-    half = t_975(len(found) - 1) * statistics.stdev(found) / math.sqrt(len(found))
-    return Difference(len(found), statistics.mean(found), half)
+    n = len(values)
+    if n == 1:
+        return EVERYTHING
+    drawn = np.random.default_rng(seed).choice(np.asarray(values, np.float64), (DRAWS, n)).mean(axis=1)
+    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
+    return Interval(float(low), float(high))
 
 
-def undecided(difference: Difference, base: Sequence[float], *, floor: float, widest: float) -> str | None:
-    """Why the difference decides nothing, in a few words; None where it does.
+def paired_differences(scores: Mapping[int, float], base: Mapping[int, float]) -> dict[int, float]:
+    """`scores` less `base` of each seed that both have, seeds ascending."""
+    return {seed: scores[seed] - base[seed] for seed in sorted(scores.keys() & base.keys())}
+
+
+def corrected_level(comparisons: int, level: float = LEVEL) -> float:
+    """Level of each of several intervals at which all of them hold at once with probability `level` or more.
+
+    Bonferroni's: 1 - (1 - level) / comparisons. It asks nothing of how the comparisons depend on one another; those
+    with one control do.
 
     Args:
-        difference: of scores, 0 to 1.
-        base: scores that were compared with.
-        floor: what they must reach on the average: differences of models that cannot do the task say nothing.
-        widest: most from end to end of the interval.
+        comparisons: at least one.
+        level: of all together.
     """
-    if statistics.mean(base) < floor:
-        return f"base {statistics.mean(base):.1%} < {floor:.0%}"
-    if difference.seeds == 1:
-        return "one seed"
-    if 2 * difference.half_width > widest:
-        return f"interval of {200 * difference.half_width:.1f} points"
-    return None
+    return 1 - (1 - level) / comparisons

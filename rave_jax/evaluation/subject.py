@@ -14,17 +14,18 @@ from jax.sharding import Mesh
 from rave_jax.batch import Batch, Kind, Role, TokenInfo
 from rave_jax.data.collate import BatchShape, collate
 from rave_jax.data.processor import Processor
-from rave_jax.data.sample import Example, OverBudget, Sample, SampleError
+from rave_jax.data.sample import Example, OverBudget, Sample, SampleError, without_pictures
 from rave_jax.evaluation.accounting import account
 from rave_jax.evaluation.routing import Route, cells_of
 from rave_jax.evaluation.vas import VasSums, vas_sums, with_vas
 from rave_jax.inference import Completion, Generator, Request, Sampling, SlotConfig
 from rave_jax.inference.programs import SlotState
+from rave_jax.inference.prompted import PromptNumbers, asking, found_numbers, with_numbers
 from rave_jax.layout import Shown
 from rave_jax.look.blocks import Blocks, KnockOut, blocks_of
 from rave_jax.look.knockout import NOTHING, log_probability
 from rave_jax.look.maps import Look, over_picture
-from rave_jax.models.forward import Want
+from rave_jax.models.forward import Chunk, Want
 from rave_jax.models.vlm import Vlm
 from rave_jax.parallel.rows import batch_shardings, global_batch
 from rave_jax.parallel.sharding import replicated, use_mesh
@@ -35,6 +36,8 @@ Check = Callable[[], None]
 Reading = Callable[[Vlm, Batch, Bool[Array, "B T"]], Any]
 """A function of a model, prompts with their answers, one a row, and which tokens are the answers. It gives a tree of
 arrays that begin with B, and runs under `jax.jit`."""
+Glances = Float[NpArray, "L N y x"]
+"""Attention of the row that chose each of N tokens over the cells of the first picture, averaged over heads."""
 CHUNK = 512
 """Tokens of a prompt that are read at once; of a model whose tokens see later ones, all of them."""
 
@@ -95,14 +98,23 @@ class Subject(Protocol):
         None for a subject without a model."""
         ...
 
+    def glances(
+        self, samples: Sequence[Sample], answers: Sequence[Answer], layers: tuple[int, ...]
+    ) -> list[Glances | SampleError | None]:
+        """Where each token of an answer was chosen by looking at the first picture, in some layers by global number.
+        The last is what followed the answer, where it was not cut off. None for a sample without a picture, or with a
+        video; an error for one that cannot be asked."""
+        ...
+
 
 class _Answered(NamedTuple):
-    """A block of samples with their answers: in numbers, on the mesh, and the queries that chose the answers' tokens
-    with their weights in a mean."""
+    """A block of samples with their answers: in numbers, on the mesh, what mechanisms ask of the prompts, and the
+    queries that chose the answers' tokens with their weights in a mean."""
 
     prompts: list[Example]
     examples: list[Example]
     batch: Batch
+    numbers: PromptNumbers
     queries: Int[Array, "B N"]
     weights: Float[Array, "B N"]
 
@@ -110,6 +122,7 @@ class _Answered(NamedTuple):
 class _Hiding(NamedTuple):
     """One row of a knock-out: a prompt with its answer, and which of its tokens are hidden."""
 
+    sample: Sample
     prompt: Example
     answer: Answer
     hidden: Bool[NpArray, "S"]
@@ -146,11 +159,13 @@ class ModelSubject:
             prefill_rows=max(1, shape.rows // 4),
         )
         self._generator = Generator(model, processor, slots, mesh)
-        self._log_probability = jax.jit(log_probability, out_shardings=replicated(mesh))
-        self._answer_attention = jax.jit(answer_attention, out_shardings=replicated(mesh))
-        self._vas_sums = jax.jit(vas_sums, out_shardings=replicated(mesh))
-        self._answer_routes = jax.jit(answer_routes, out_shardings=replicated(mesh))
+        self._log_probability = _program(log_probability, mesh)
+        self._answer_attention = _program(answer_attention, mesh)
+        self._vas_sums = _program(vas_sums, mesh)
+        self._answer_routes = _program(answer_routes, mesh)
+        self._found_numbers = jax.jit(prompt_numbers, static_argnames="size")
         self._readings: dict[Reading, Any] = {}
+        self._answer_glances = _program(answer_glances, mesh, "layers")
 
     def shapes(self) -> SlotState:
         """Shapes of what is kept on the devices to answer."""
@@ -219,7 +234,7 @@ class ModelSubject:
             if found is not None:
                 every = found.shows.any(axis=0)
                 hidden = (np.zeros_like(every), *found.shows, every)
-                rows += [_Hiding(prompt, answer, of) for of in hidden]
+                rows += [_Hiding(sample, prompt, answer, of) for of in hidden]
         said = iter(self._log_probabilities(rows))
         return [None if found is None else _knock_out(found, said) for found in blocks]
 
@@ -228,7 +243,7 @@ class ModelSubject:
         for start in range(0, len(rows), self._shape.rows):
             self._check()
             part = rows[start : start + self._shape.rows]
-            block = self._placed([row.prompt for row in part], [row.answer for row in part])
+            block = self._placed([r.sample for r in part], [r.prompt for r in part], [r.answer for r in part])
             hidden = np.zeros(block.batch.tokens.shape, bool)
             tokens = np.full(block.queries.shape, NOTHING, np.int32)
             for i, row in enumerate(part):
@@ -236,7 +251,9 @@ class ModelSubject:
             with use_mesh(self._mesh):
                 where = batch_shardings(self._mesh, self._shape.rows).tokens
                 placed = jax.device_put((hidden, tokens), where)
-                said = self._log_probability(self._model, block.batch, placed[0], block.queries, placed[1])
+                said = self._log_probability(
+                    self._model, block.numbers, block.batch, placed[0], block.queries, placed[1]
+                )
             found += np.asarray(said)[: len(part)].tolist()
         return found
 
@@ -246,8 +263,9 @@ class ModelSubject:
             self._check()
             part = samples[start : start + self._shape.rows]
             prompts = [self._prompt(sample) for sample in part]
+            numbers = self._numbers(part, prompts)
             with use_mesh(self._mesh):
-                found = self._vas_sums(self._reading, self._batch(prompts, self._shape))
+                found = self._vas_sums(self._reading, numbers, self._batch(prompts, self._shape))
             total, ratios = total + float(found.total), ratios + float(found.ratios)
         return VasSums(total, ratios)
 
@@ -265,7 +283,7 @@ class ModelSubject:
 
     def per_sample(self, reading: Reading, samples: Sequence[Sample], answers: Sequence[Answer]) -> list[Any]:
         if reading not in self._readings:
-            self._readings[reading] = jax.jit(reading, out_shardings=replicated(self._mesh))
+            self._readings[reading] = _program(reading, self._mesh)
         found: list[Any] = []
         for start in range(0, len(samples), self._shape.rows):
             self._check()
@@ -277,8 +295,37 @@ class ModelSubject:
                 given[row, len(prompt.tokens) : len(example.tokens)] = True
             with use_mesh(self._mesh):
                 placed = jax.device_put(given, batch_shardings(self._mesh, len(given)).tokens)
-                tree = jax.tree.map(np.asarray, self._readings[reading](self._model, block.batch, placed))
+                tree = jax.tree.map(
+                    np.asarray, self._readings[reading](self._model, block.numbers, block.batch, placed)
+                )
             found += [jax.tree.map(lambda x, row=row: x[row], tree) for row in range(len(block.examples))]
+        return found
+
+    def glances(
+        self, samples: Sequence[Sample], answers: Sequence[Answer], layers: tuple[int, ...]
+    ) -> list[Glances | SampleError | None]:
+        found: list[Glances | SampleError | None] = [self.why_not(sample) for sample in samples]
+        good = [n for n, error in enumerate(found) if error is None]
+        attending = self._model.config.text.attention_layers
+        places = tuple(attending.index(layer) for layer in layers)
+        for start in range(0, len(good), self._shape.rows):
+            self._check()
+            some = good[start : start + self._shape.rows]
+            block = self._answered([samples[n] for n in some], [answers[n] for n in some])
+            # The queries that chose the answer's tokens, and the one behind them.
+            first = np.array([len(prompt.tokens) - 1 for prompt in block.prompts], np.int32)
+            queries = np.zeros(block.queries.shape, np.int32)
+            queries[: len(some)] = first[:, None] + np.arange(queries.shape[1])
+            queries = np.minimum(queries, block.batch.tokens.shape[1] - 1)
+            with use_mesh(self._mesh):
+                placed = jax.device_put(queries, batch_shardings(self._mesh, len(queries)).tokens)
+                weights = np.asarray(
+                    self._answer_glances(self._model, block.numbers, block.batch, placed, layers=places)
+                )
+            for row, (n, example) in enumerate(zip(some, block.examples, strict=True)):
+                steps = min(len(answers[n].tokens) + 1, queries.shape[1])
+                mine = weights[:, row, :steps, : len(example.tokens)]
+                found[n] = None if self._has_video(example) else over_picture(example.info, mine, example.shown)
         return found
 
     def _look_chunk(self, samples: Sequence[Sample], answers: Sequence[Answer]) -> list[Look | None]:
@@ -287,7 +334,7 @@ class ModelSubject:
             question_rows(prompt.info, prompt.shown, sample.evidence_image + 1)
             for sample, prompt in zip(samples, block.prompts, strict=True)
         ]
-        of_answers = self._attention(block.batch, (block.queries, block.weights))
+        of_answers = self._attention(block, (block.queries, block.weights))
         of_questions = self._attention_of_rows(block, asking)
         layers = self._model.config.text.attention_layers
         looks: list[Look | None] = []
@@ -298,10 +345,10 @@ class ModelSubject:
             looks.append(None if grid is None else Look(grid, layers, question))
         return looks
 
-    def _attention(self, batch: Batch, rows: Any) -> Float[NpArray, "L B H S"]:
+    def _attention(self, block: _Answered, rows: Any) -> Float[NpArray, "L B H S"]:
         """Attention averaged over some rows, which are queries and their weights."""
         with use_mesh(self._mesh):
-            return np.asarray(self._answer_attention(self._model, batch, *rows))
+            return np.asarray(self._answer_attention(self._model, block.numbers, block.batch, *rows))
 
     def _attention_of_rows(self, block: _Answered, rows: Sequence[Int[NpArray, "N"]]) -> Float[NpArray, "L B H S"]:
         """Attention averaged over any number of rows of each sample, by the program that reads those of answers."""
@@ -314,7 +361,7 @@ class ModelSubject:
                 queries[i, : len(part)], weights[i, : len(part)] = part, 1 / len(mine) if len(mine) else 0
             with use_mesh(self._mesh):
                 placed = jax.device_put((queries, weights), batch_shardings(self._mesh, count).tokens)
-            total = total + self._attention(block.batch, placed)
+            total = total + self._attention(block, placed)
         return total
 
     def _route_chunk(self, samples: Sequence[Sample], answers: Sequence[Answer]) -> list[Route | None]:
@@ -322,7 +369,9 @@ class ModelSubject:
         found = None
         if self._model.options.layout.regions is not None:
             with use_mesh(self._mesh):
-                found = np.asarray(self._answer_routes(self._model, block.batch, block.queries, block.weights))
+                found = np.asarray(
+                    self._answer_routes(self._model, block.numbers, block.batch, block.queries, block.weights)
+                )
         routes: list[Route | None] = []
         for i, (sample, prompt) in enumerate(zip(samples, block.prompts, strict=True)):
             reading = account(prompt.info, self._model.config.text, self._model.options)
@@ -338,9 +387,9 @@ class ModelSubject:
         return bool(np.any(example.tokens == self._processor.rules.video_token_id))
 
     def _answered(self, samples: Sequence[Sample], answers: Sequence[Answer]) -> _Answered:
-        return self._placed([self._prompt(sample) for sample in samples], answers)
+        return self._placed(samples, [self._prompt(sample) for sample in samples], answers)
 
-    def _placed(self, prompts: list[Example], answers: Sequence[Answer]) -> _Answered:
+    def _placed(self, samples: Sequence[Sample], prompts: list[Example], answers: Sequence[Answer]) -> _Answered:
         examples = [with_answer(p, a.tokens) for p, a in zip(prompts, answers, strict=True)]
         shape = BatchShape(self._shape.rows, self._shape.tokens + self._sampling.max_new_tokens, self._shape.patches)
         # A token is chosen by the query before it: the last of the prompt for the first, and so on.
@@ -350,10 +399,27 @@ class ModelSubject:
             count = max(len(answer.tokens), 1)
             queries[i, :count] = len(prompt.tokens) - 1 + np.arange(count)
             weights[i, :count] = 1.0 / count
+        numbers = self._numbers(samples, prompts)
         with use_mesh(self._mesh):
             where = batch_shardings(self._mesh, shape.rows).tokens
             placed = jax.device_put((queries, weights), where)
-            return _Answered(prompts, examples, self._batch(examples, shape), *placed)
+            return _Answered(prompts, examples, self._batch(examples, shape), numbers, *placed)
+
+    def _numbers(self, samples: Sequence[Sample], prompts: Sequence[Example]) -> PromptNumbers:
+        """What mechanisms ask of the prompts, as generation finds it."""
+        asked = asking(self._model)
+        if not asked.anything:
+            return PromptNumbers()
+        size = self._shape.tokens + self._sampling.max_new_tokens
+        with use_mesh(self._mesh):
+            seen, blind = self._batch(prompts, self._shape), None
+            if asked.blind:
+                alone = [
+                    self._processor.encode(tuple(map(without_pictures, sample.prompt)), add_generation_prompt=True)
+                    for sample in samples
+                ]
+                blind = self._batch(alone, self._shape._replace(patches=0))
+            return self._found_numbers(self._model, seen, blind, size=size)
 
     def _batch(self, examples: Sequence[Example], shape: BatchShape) -> Batch:
         rules = self._processor.rules
@@ -394,6 +460,32 @@ def question_rows(info: TokenInfo, shown: Sequence[Shown], picture: int) -> Int[
     return np.flatnonzero(text & (np.arange(len(text)) > tokens[-1]))[-QUESTION_ROWS:].astype(np.int32)
 
 
+def _program(function: Callable[..., Any], mesh: Mesh, *sizes: str) -> Any:
+    """A function of a model and more, compiled: it takes the model, the numbers of its rows' prompts, and the rest."""
+
+    def of_rows(model: Vlm, numbers: PromptNumbers, *arguments: Any, **given: Any) -> Any:
+        return function(with_numbers(model, numbers), *arguments, **given)
+
+    return jax.jit(of_rows, static_argnames=sizes, out_shardings=replicated(mesh))
+
+
+def prompt_numbers(model: Vlm, seen: Batch, blind: Batch | None, size: int) -> PromptNumbers:
+    """What mechanisms ask of prompts, one a row.
+
+    Args:
+        model: the model.
+        seen: the prompts.
+        blind: the same without their pictures; None where nothing asks for them.
+        size: tokens of a prompt with its answer.
+    """
+    features = model.embed_images(seen.patches) if seen.patches.length else None
+    return found_numbers(model, _chunk(seen), None if blind is None else _chunk(blind), features, size)
+
+
+def _chunk(batch: Batch) -> Chunk:
+    return Chunk(batch.tokens, batch.info, batch.positions, batch.visual_index)
+
+
 def with_answer(prompt: Example, tokens: Sequence[int]) -> Example:
     """A prompt followed by an answer's tokens, as generation lays them out."""
     count = len(tokens)
@@ -430,6 +522,20 @@ def answer_attention(
     found = model.forward(batch, Want(queries=queries)).attention
     assert found is not None
     return jnp.einsum("LBNHS,BN->LBHS", found.astype(jnp.float32), weights)
+
+
+def answer_glances(
+    model: Vlm, batch: Batch, queries: Int[Array, "B N"], layers: tuple[int, ...]
+) -> Float[Array, "M B N S"]:
+    """Attention of queries, averaged over heads, in M of the layers that attend, by their places among these.
+
+    Args:
+        model, batch, queries: as in `answer_attention`.
+        layers: which layers.
+    """
+    found = model.forward(batch, Want(queries=queries)).attention
+    assert found is not None
+    return jnp.mean(found[jnp.array(layers)].astype(jnp.float32), axis=3)
 
 
 def answer_routes(

@@ -18,6 +18,7 @@ from rave_jax.config import ConfigError
 from rave_jax.data.collate import BatchShape, round_up
 from rave_jax.data.processor import Processor
 from rave_jax.data.sample import SampleError, Source
+from rave_jax.evaluation.again import AskedAgain
 from rave_jax.evaluation.asking import AskedByTask
 from rave_jax.evaluation.config import Eval
 from rave_jax.evaluation.grounding import Verdict, judge
@@ -42,7 +43,10 @@ class Evaluation:
 
     def __init__(self, config: Eval, source: Source, subject: Subject):
         self.config = config
-        self._source, self._subject = source, AskedByTask(subject, config.task)
+        self._source = source
+        self._subject: Subject = AskedByTask(subject, config.task)
+        if config.again is not None:
+            self._subject = AskedAgain(subject, config.again, config.task)
         self._training = TrainingAnswers(config.floor)
 
     def run(self, out: Path | None, log: Log = print, check: Check = no_check, bar: bool = True) -> Summary:
@@ -131,12 +135,16 @@ def open_checked(config: Eval, text: TextConfig) -> Source:
     """
     if config.sinks:
         check_depth(text.num_layers)
-    for layer in config.layers:
+    named = [("layers", layer) for layer in config.layers]
+    named += (
+        [] if config.again is None else [(f"again ({type(config.again).__name__})", n) for n in config.again.layers]
+    )
+    for name, layer in named:
         if not 0 <= layer < text.num_layers:
-            raise ConfigError(f"layers has {layer}, but the model's layers are 0 to {text.num_layers - 1}")
+            raise ConfigError(f"{name} has {layer}, but the model's layers are 0 to {text.num_layers - 1}")
         if layer not in text.attention_layers:
             attending = ", ".join(map(str, text.attention_layers))
-            raise ConfigError(f"layers has {layer}, which does not attend; the model's layers that do are {attending}")
+            raise ConfigError(f"{name} has {layer}, which does not attend; the model's layers that do are {attending}")
     if config.knock_outs and len(text.attention_layers) < text.num_layers:
         raise ConfigError(
             f"{config.name}: knock_outs is {config.knock_outs}, but the model has layers with the gated delta rule, "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import get_args
 
@@ -25,6 +26,9 @@ class SlotConfig:
     max_text: int | None = None
     """Most tokens of a prompt and its answer outside regions: text and context tokens. Only for a model with regions
     (Gaze), whose cache keeps visual tokens apart and has room for this many others. None: as many as `max_length`."""
+    max_kept: int | None = None
+    """Most tokens of a prompt and its answer that are kept behind a layer after which tokens leave: the cache's room
+    there. Only for a model with a mechanism that lets tokens leave (Pruning, Dyvte). None: as many as `max_length`."""
     max_prompt: int | None = None
     """Most tokens of a prompt; None: all that leave room for one answer token."""
     max_patches: int | None = None
@@ -64,6 +68,8 @@ class SlotConfig:
         given = self.max_text
         allowed = f"2 to `max_length` ({self.max_length}), or None"
         require(given is None or 2 <= given <= self.max_length, "max_text", given, allowed)
+        given = self.max_kept
+        require(given is None or 2 <= given <= self.max_length, "max_kept", given, allowed)
         require(self.max_prompt is None or self.max_prompt >= 1, "max_prompt", self.max_prompt, "at least 1, or None")
         given = self.max_patches
         require(given is None or given >= 0, "max_patches", given, "0 (no pictures) or more, or None")
@@ -78,6 +84,7 @@ class Buckets:
     Attributes:
         lengths: of prompts, ascending. The last holds `max_length`. Up to a chunk there are two to a doubling, beyond
             it one.
+        kept: most entries of a row of the cache behind a layer after which tokens leave.
         reaches: how many entries of a row of the cache a program reads and writes, ascending: those of the lengths, or
             with regions, whose entries are apart, of tokens of no region.
         chunk: most tokens of a prompt read at once.
@@ -96,6 +103,7 @@ class Buckets:
         if config.max_text is not None:
             require(layout.regions is not None, "max_text", config.max_text, "None: the model keeps no regions")
             self.reaches = _lengths(config.smallest, chunk, config.max_text)
+        self.kept = self.reaches[-1] if config.max_kept is None else config.max_kept
         longest = self.lengths[-1]
         self.patches: tuple[int, ...] = ()
         if sizes is not None:
@@ -113,6 +121,11 @@ class Buckets:
     def reach(self, length: int) -> int:
         """The least reach that holds so many tokens, with regions: so many of none."""
         return self.reaches[bisect.bisect_left(self.reaches, length)]
+
+    def behind(self, counts: Iterable[tuple[int, ...]], most: int) -> tuple[tuple[int, ...], ...]:
+        """For each layer behind which tokens leave the reaches that hold so many tokens, ascending; none is above
+        `most`."""
+        return tuple(tuple(sorted({min(self.reach(n), self.kept, most) for n in of_layer})) for of_layer in counts)
 
     def tower(self, patches: int) -> int:
         """The least input of the tower that holds so many patches."""

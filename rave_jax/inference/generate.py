@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from rave_jax.config import require
 from rave_jax.data.processor import Processor
-from rave_jax.data.sample import Example, Message, SampleError
+from rave_jax.data.sample import Example, Message, SampleError, without_pictures
 from rave_jax.data.vocabulary import check_vocabulary
 from rave_jax.inference import interrupts
 from rave_jax.inference.buckets import SlotConfig
@@ -78,6 +78,7 @@ class _Ready(NamedTuple):
     example: Example
     sampling: Sampling
     stream: TextStream
+    blind: Example | None
 
 
 @dataclass
@@ -115,7 +116,6 @@ class Generator:
         wanted = model.options.layout
         check_vocabulary(processor.tokenizer, model.config.text.vocab_size, replaced=processor.rules.video_placeholder)
         require(processor.layout == wanted, "processor.layout", processor.layout, f"{wanted}, as the model wants it")
-        self._prepare = functools.partial(_prepared, processor, config.max_length)
         # As many as there are slots, and a group that waits for the next free ones.
         self._most = config.slots + config.prefill_rows
         self._engine = Engine(
@@ -124,6 +124,7 @@ class Generator:
             (*model.config.eos_token_ids, processor.end_id),
             mesh=mesh,
         )
+        self._prepare = functools.partial(_prepared, processor, config.max_length, self._engine.asking.blind)
         self._streaming = False
         self._polling = threading.Lock()
         self._watchdog: Watchdog | None = None
@@ -325,9 +326,9 @@ class Generator:
         """What was cancelled leaves the engine, and what is in the line goes there."""
         self._engine.cancel(*self._cancelled)
         self._cancelled.clear()
-        for request, (called, example, sampling, stream) in self._line.items():
+        for request, (called, example, sampling, stream, blind) in self._line.items():
             try:
-                number = self._engine.submit(example, sampling, called)
+                number = self._engine.submit(example, sampling, called, blind)
             except SampleError as error:
                 self._pieces.append(Piece(request, "", error))
             else:
@@ -373,7 +374,7 @@ class Generator:
 
 
 def _prepared(
-    processor: Processor, most_tokens: int, request: Request | SampleError, place: int
+    processor: Processor, most_tokens: int, blind: bool, request: Request | SampleError, place: int
 ) -> _Ready | SampleError:
     """A request as the slots take it, or what is wrong with it."""
     if isinstance(request, SampleError):
@@ -381,6 +382,10 @@ def _prepared(
     called = request.name or f"request {place}"
     try:
         example = processor.encode(request.messages, add_generation_prompt=True, name=called, most_tokens=most_tokens)
-        return _Ready(called, example, request.sampling, TextStream(processor.tokenizer, request.sampling.stop))
+        alone = None
+        if blind:
+            messages = tuple(map(without_pictures, request.messages))
+            alone = processor.encode(messages, add_generation_prompt=True, name=called, most_tokens=most_tokens)
+        return _Ready(called, example, request.sampling, TextStream(processor.tokenizer, request.sampling.stop), alone)
     except SampleError as error:
         return error

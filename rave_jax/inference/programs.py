@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from rave_jax.attention import Cache, CacheType, RegionMemory, RegionReach
 from rave_jax.batch import Kind, Patches, Role, TokenInfo
+from rave_jax.inference.prompted import PromptNumbers, empty_numbers, found_numbers, with_numbers
 from rave_jax.inference.sampling import RowSampling, choose
 from rave_jax.models.forward import Chunk, ImageFeatures
 from rave_jax.models.vlm import Vlm
@@ -40,6 +41,7 @@ class SlotState(NamedTuple):
         active: is the answer unfinished?
         stops: ids that end the answer; -1 fills up.
         sampling: how tokens are chosen.
+        numbers: what mechanisms asked of the slot's prompt.
     """
 
     cache: Cache
@@ -53,6 +55,7 @@ class SlotState(NamedTuple):
     active: Bool[Array, "B"]
     stops: Int[Array, "B E"]
     sampling: RowSampling
+    numbers: PromptNumbers = PromptNumbers()
 
 
 class Pictures(NamedTuple):
@@ -91,6 +94,7 @@ def empty_state(
     stops: int,
     cache: CacheType,
     regions_in: RegionMemory = "device",
+    max_kept: int | None = None,
 ) -> SlotState:
     """Slots with nothing in them.
 
@@ -102,6 +106,7 @@ def empty_state(
         stops: most ids that end one answer.
         cache: number type of the cache.
         regions_in: memory of its regions' keys and values.
+        max_kept: entries of a row behind layers after which tokens leave; None: `size`.
 
     Raises:
         ConfigError: as `Vlm.empty_cache`.
@@ -109,7 +114,7 @@ def empty_state(
     zeros = jnp.zeros(slots, jnp.int32)
     ones = jnp.ones(slots, jnp.float32)
     state = SlotState(
-        cache=model.empty_cache(slots, size, cache, regions_in),
+        cache=model.empty_cache(slots, size, cache, regions_in, max_kept),
         pictures=model.empty_features(prompts, visual),
         seen=jnp.zeros((slots, model.config.text.vocab_size), bool),
         token=zeros,
@@ -127,6 +132,7 @@ def empty_state(
             repetition_penalty=ones,
             seed=jnp.zeros(slots, jnp.uint32),
         ),
+        numbers=empty_numbers(model, slots, size),
     )
     return settled(state)
 
@@ -159,8 +165,32 @@ def encode_images(model: Vlm, state: SlotState, pictures: Pictures) -> tuple[Slo
     return (settled(state._replace(pictures=kept)),)
 
 
+def study(model: Vlm, state: SlotState, seen: Chunk, blind: Chunk | None, slot: Int[Array, "N"]) -> tuple[SlotState]:
+    """Find what mechanisms ask of N prompts whose pictures are seen.
+
+    Args:
+        model: the model.
+        state: of the slots.
+        seen: the prompts, whole.
+        blind: the same without their pictures; None where nothing asks for them.
+        slot: where each will go; rows that hold no prompt have the number of slots.
+    """
+    features = state.pictures if state.pictures.tokens.shape[1] else None
+    size = 0 if state.numbers.saliency is None else state.numbers.saliency.shape[1]
+    found = found_numbers(model, seen, blind, features, size)
+    kept = jax.tree.map(lambda old, new: old.at[slot].set(new, mode="drop"), state.numbers, found)
+    return (settled(state._replace(numbers=kept)),)
+
+
 def prefill(
-    model: Vlm, state: SlotState, chunk: Chunk, admission: Admission, *, reach: int, regions: RegionReach | None = None
+    model: Vlm,
+    state: SlotState,
+    chunk: Chunk,
+    admission: Admission,
+    *,
+    reach: int,
+    regions: RegionReach | None = None,
+    lengths: tuple[tuple[int, ...], ...] | None = None,
 ) -> tuple[SlotState, Int[Array, "N"]]:
     """Read the next chunk of N prompts. Where a prompt ends, its answer's first token is chosen.
 
@@ -171,6 +201,7 @@ def prefill(
         admission: whose tokens they are.
         reach: entries of each row of the cache that the chunk may see.
         regions: regions of the cache that it may see; None of a cache without.
+        lengths: as in `Decoder.extend`; None where no tokens leave.
 
     Returns:
         the state, and the answers' first tokens; -1 where the prompt goes on, or the answer is empty; -2 where a logit
@@ -178,12 +209,14 @@ def prefill(
     """
     B = state.seen.shape[0]
     begins = admission.begins
-    part = state.cache.take(admission.slot, reach, regions)
+    part = state.cache.take(admission.slot, reach, regions, model.decoder.reaches(reach, lengths))
     # From entry 0 on: what is left there of the answer before counts as not written.
     part = part.emptied(begins)
 
     features = state.pictures if state.pictures.tokens.shape[1] else None
-    last, part = model.extend(chunk, part, features, admission.last[:, None])
+    mine = jax.tree.map(lambda x: jnp.take(x, admission.slot, axis=0, mode="clip"), state.numbers)
+    numbered = with_numbers(model, mine)
+    last, part = numbered.extend(chunk, part, features, admission.last[:, None], lengths=lengths)
     cache = state.cache.put(part, admission.slot)
 
     rows = jnp.arange(len(begins))
@@ -224,6 +257,7 @@ def decode(
     *,
     reach: int,
     width: int,
+    lengths: tuple[tuple[int, ...], ...] | None = None,
 ) -> tuple[SlotState, Int[Array, "B W"], Int[Array, ""]]:
     """Let every active answer grow by up to `steps` tokens, each the choice after a pass over the one before.
 
@@ -235,13 +269,15 @@ def decode(
         eager: end as soon as one answer does, so that its slot can be used.
         reach: entries of each row of the cache that may be read and written; the answers stay within it.
         width: W, columns of the result.
+        lengths: as in `Decoder.extend`, of entries; None where no tokens leave.
 
     Returns:
         the state, the tokens in order with -1 where none came and -2 where a logit was not finite, which ends the
         answer, and how many steps were run.
     """
     begun, whole = state.active & alive, state.cache
-    state = state._replace(active=begun, cache=whole.take(None, reach))
+    numbered = with_numbers(model, state.numbers)
+    state = state._replace(active=begun, cache=whole.take(None, reach, reaches=model.decoder.reaches(reach, lengths)))
     out = jnp.full((len(begun), width), NOTHING, jnp.int32)
 
     def unfinished(carry: tuple[Array, Array, SlotState]) -> Bool[Array, ""]:
@@ -252,7 +288,7 @@ def decode(
         step, out, now = carry
         info = _answer_info(now)
         positions = jnp.broadcast_to(now.position[None, :, None], (3, len(begun), 1))
-        last, cache = model.extend(Chunk(now.token[:, None], info, positions), now.cache)
+        last, cache = numbered.extend(Chunk(now.token[:, None], info, positions), now.cache, lengths=lengths)
         logits = model.logits(last.hidden[:, 0])
         chosen, sound = choose(logits, now.sampling, now.seen, now.count), finite(logits)
         given = now.active & sound & ~jnp.any(chosen[:, None] == now.stops, axis=1)

@@ -28,12 +28,16 @@ class Prompt(NamedTuple):
         sampling: how tokens are chosen.
         stops: ids that end the answer.
         limit: most tokens of the answer.
+        blind: the prompt without its pictures; None where nothing asks for it.
+        kept: bounds of its tokens behind each layer after which tokens leave; empty where none do.
     """
 
     example: Example
     sampling: Sampling
     stops: tuple[int, ...]
     limit: int
+    blind: Example | None = None
+    kept: tuple[tuple[int, ...], ...] = ()
 
     @property
     def length(self) -> int:
@@ -69,6 +73,8 @@ class PromptGroup:
         regions = max(int(np.max(prompt.example.info.region, initial=0)) for prompt in prompts)
         self.region_reach = buckets.region_reach(regions)
         """Regions that the prompts' chunks see; None for a model without."""
+        self.lengths = buckets.behind(largest([prompt.kept for prompt in prompts]), self.width) or None
+        """What tokens are gathered into behind layers after which some leave; None where none do."""
         self._region_offset: Any = np.stack([offsets_in_region(np.asarray(row)) for row in self._batch.info.region])
 
     def pictures(self, most: int) -> Iterator[Pictures]:
@@ -88,6 +94,16 @@ class PromptGroup:
                 for part, one in zip(cut, own, strict=True):
                     part[row, : one.shape[0]] = one
             yield Pictures(cut, offset)
+
+    def whole(self, slots: Sequence[int], no_slot: int) -> tuple[Chunk, Chunk | None, NpArray]:
+        """All prompts at once, the same without their pictures where these were given, and where they go; arguments as
+        in `chunks`."""
+        blind = [prompt.blind for prompt in self.prompts if prompt.blind is not None]
+        without = None
+        if blind:
+            shape = BatchShape(self.rows, self._batch.tokens.shape[1], 0)
+            without = _whole(collate([[example] for example in blind], shape, self._sizes))
+        return _whole(self._batch), without, self._column(slots, no_slot)
 
     def chunks(self, slots: Sequence[int], no_slot: int) -> Iterator[tuple[int, Chunk, Admission]]:
         """(reach, tokens, who they belong to) of each pass over the prompts.
@@ -134,6 +150,15 @@ class PromptGroup:
 
     def _column(self, values: Sequence[int], fill: int = 0) -> NpArray:
         return np.array([*values, *[fill] * (self.rows - len(values))], np.int32)
+
+
+def _whole(batch: Batch) -> Chunk:
+    return Chunk(batch.tokens, batch.info, batch.positions, batch.visual_index)
+
+
+def largest(counts: Sequence[tuple[tuple[int, ...], ...]]) -> tuple[tuple[int, ...], ...]:
+    """The largest of each of the numbers that all have."""
+    return tuple(tuple(map(max, zip(*bounds, strict=True))) for bounds in zip(*counts, strict=True))
 
 
 def _groups(number: Any, most: int) -> list[range]:

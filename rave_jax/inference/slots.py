@@ -23,8 +23,19 @@ from rave_jax.data.layout import check_regions
 from rave_jax.data.sample import Example, OverBudget, SampleError
 from rave_jax.inference.buckets import Buckets, SlotConfig
 from rave_jax.inference.faults import not_finite, timed_out
-from rave_jax.inference.programs import BROKEN, NOTHING, SlotState, clear, decode, empty_state, encode_images, prefill
-from rave_jax.inference.prompts import Prompt, PromptGroup
+from rave_jax.inference.programs import (
+    BROKEN,
+    NOTHING,
+    SlotState,
+    clear,
+    decode,
+    empty_state,
+    encode_images,
+    prefill,
+    study,
+)
+from rave_jax.inference.prompted import asking
+from rave_jax.inference.prompts import Prompt, PromptGroup, largest
 from rave_jax.inference.sampling import Sampling
 from rave_jax.models.vlm import Vlm
 from rave_jax.parallel.agree import from_first
@@ -72,7 +83,14 @@ class _Job:
     def length_after(self, steps: int) -> int:
         """Entries that it takes after so many more tokens, those of regions left out. The newest token of an answer
         has none yet."""
-        return self.prompt.entries + min(self.given + steps, self.prompt.limit) - 1
+        return self.prompt.entries + self._answer_after(steps)
+
+    def kept_after(self, steps: int) -> tuple[tuple[int, ...], ...]:
+        """Bounds of the same behind each layer after which tokens leave."""
+        return tuple(tuple(n + self._answer_after(steps) for n in bounds) for bounds in self.prompt.kept)
+
+    def _answer_after(self, steps: int) -> int:
+        return min(self.given + steps, self.prompt.limit) - 1
 
 
 class Engine:
@@ -111,6 +129,8 @@ class Engine:
             require(config.max_length <= longest, "max_length", config.max_length, allowed)
         if len(self._stop_ids) > config.max_stop_ids:
             raise ConfigError(_too_many(len(self._stop_ids), "an answer of the model", config.max_stop_ids))
+        self.asking = asking(model)
+        """What mechanisms ask of each prompt before it is read."""
         self._sizes = model.config.patch_sizes
         sizes, whole = None if model.vision is None else self._sizes, bool(model.decoder.looks_ahead)
         self._buckets = Buckets(config, sizes, model.options.layout, whole)
@@ -121,7 +141,10 @@ class Engine:
         self._compiling = 0.0
         visual = self._buckets.lengths[-1] if model.vision is not None else 0
         sizes = (config.slots, self._buckets.size, config.prefill_rows, visual, config.max_stop_ids)
-        self._state_arguments = (*sizes, config.cache, config.regions_in)
+        if config.max_kept is not None:
+            expected = "None: no mechanism of the model lets tokens leave"
+            require(bool(model.decoder.stays(0, 0)), "max_kept", config.max_kept, expected)
+        self._state_arguments = (*sizes, config.cache, config.regions_in, self._buckets.kept)
         self._state: SlotState | None = None
         if self._is_abstract:
             self.shapes()  # what cannot be kept is refused here too
@@ -130,7 +153,7 @@ class Engine:
 
     def _empty_state(self) -> SlotState:
         with self._placed():
-            state = jax.jit(empty_state, static_argnums=(1, 2, 3, 4, 5, 6, 7))(self._model, *self._state_arguments)
+            state = jax.jit(empty_state, static_argnums=tuple(range(1, 9)))(self._model, *self._state_arguments)
         # Bound to its device like what the programs give back: else the first of them would be compiled twice.
         return state if self._mesh is not None else _bound(state, jax.tree.leaves(self._model)[0].sharding)
 
@@ -177,26 +200,33 @@ class Engine:
         """Answers that grow."""
         return sum(job is not None for job in self._slots)
 
-    def submit(self, example: Example, sampling: Sampling, name: str = "") -> int:
+    def submit(self, example: Example, sampling: Sampling, name: str = "", blind: Example | None = None) -> int:
         """Put a prompt in the line; returns the request's number.
 
         Args:
             example: the prompt.
             sampling: how it is answered. Stop strings are not handled here.
             name: what errors call it.
+            blind: the prompt without its pictures, where `asking.blind`.
 
         Raises:
+            ValueError: `blind` is missing.
             OverBudget: the prompt is too long, has too many patches or regions, or leaves no room for an answer.
             SampleError: too many stop ids, token ids beyond the embedding, or pictures for a model that takes none.
         """
         called = f"{name}: " if name else ""
         config = self.config
+        if self.asking.blind and blind is None:
+            raise ValueError("a mechanism of the model asks for the prompt without its pictures: give `blind`")
         beside = int(np.sum(example.info.region == 0))
+        kept = self._kept(example)
+        most_kept = max((bounds[-1] for bounds in kept), default=0)
         for given, what, most, field_name in (
             (len(example.tokens), "tokens", config.max_prompt, "max_prompt"),
             (example.patches.length, "patches", config.max_patches, "max_patches"),
             (len(example.tokens) + 1, "tokens, with one token of the answer", config.max_length, "max_length"),
             (beside + 1, "tokens outside regions, with one token of the answer", config.max_text, "max_text"),
+            (most_kept + 1, "tokens that stay, with one token of the answer", config.max_kept, "max_kept"),
         ):
             if most is not None and given > most:
                 raise OverBudget(f"{called}the prompt has {given} {what}, over the budget of {field_name} {most}")
@@ -216,8 +246,17 @@ class Engine:
         # The last token of an answer needs no room: nothing follows that would look at it.
         limit = min(sampling.max_new_tokens, config.max_length - len(example.tokens) + 1)
         limit = limit if config.max_text is None else min(limit, config.max_text - beside + 1)
-        self._waiting.append(_Job(self._requests, Prompt(example, sampling, stops + fill, limit), called))
+        limit = limit if config.max_kept is None else min(limit, config.max_kept - most_kept + 1)
+        prompt = Prompt(example, sampling, stops + fill, limit, blind, kept)
+        self._waiting.append(_Job(self._requests, prompt, called))
         return self._requests
+
+    def _kept(self, example: Example) -> tuple[tuple[int, ...], ...]:
+        """Bounds of a prompt's tokens behind each layer after which tokens leave."""
+        visual = int(np.sum(example.info.kind == Kind.VISUAL))
+        pictures = int(np.max(example.info.image, initial=0))
+        text = len(example.tokens) - visual
+        return tuple(tuple(text + n for n in bounds) for bounds in self._model.decoder.stays(visual, pictures))
 
     def _check_layout(self, example: Example, called: str) -> None:
         """Pictures are laid out as the model wants them."""
@@ -305,11 +344,15 @@ class Engine:
         group = PromptGroup([job.prompt for job in jobs], rows, self._buckets, self._sizes)
         for pictures in group.pictures(self.config.patches):
             self._run("encode_images", pictures.patches.length, _encode_images, pictures)
+        if self.asking.anything:
+            seen, blind, where = group.whole(slots, no_slot=self.config.slots)
+            self._run("study", seen.tokens.shape[1], _study, seen, blind, where)
         regions = group.region_reach
         given = []
         for reach, chunk, admission in group.chunks(slots, no_slot=self.config.slots):
-            size = (reach, group.width, regions)
-            given += self._run("prefill", size, _prefill, chunk, admission, reach=reach, regions=regions)
+            size = (reach, group.width, regions, *(group.lengths or ()))
+            sizes = {"reach": reach, "regions": regions, "lengths": group.lengths}
+            given += self._run("prefill", size, _prefill, chunk, admission, **sizes)
         # A prompt gives its answer's first token with its last chunk, and nothing with the others.
         first = np.full(rows, NOTHING)
         for tokens in map(np.asarray, given):
@@ -328,7 +371,9 @@ class Engine:
         alive = np.array([job is not None for job in self._slots])
         eager = np.array(self.waiting > 0)
         arguments = (alive, np.int32(steps), eager)
-        out, ran = self._run("decode", reach, _decode, *arguments, reach=reach, width=width)
+        lengths = self._buckets.behind(largest([job.kept_after(steps) for _, job in running]), reach) or None
+        size = reach if lengths is None else (reach, *lengths)
+        out, ran = self._run("decode", size, _decode, *arguments, reach=reach, width=width, lengths=lengths)
         ran = int(ran)
         done = []
         for (slot, job), tokens in zip(running, np.asarray(out)[[slot for slot, _ in running], :ran], strict=True):
@@ -384,8 +429,9 @@ def _compiled(program: FunctionType, *sizes: str) -> Any:
 
 
 _encode_images = _compiled(encode_images)
-_prefill = _compiled(prefill, "reach", "regions")
-_decode = _compiled(decode, "reach", "width")
+_study = _compiled(study)
+_prefill = _compiled(prefill, "reach", "regions", "lengths")
+_decode = _compiled(decode, "reach", "width", "lengths")
 _clear = _compiled(clear)
 
 
@@ -403,7 +449,7 @@ def _too_many(stops: int, answer: str, most: int) -> str:
 
 def compilations() -> int:
     """Programs of slots that this process holds compiled, of all models and sizes."""
-    return sum(program._cache_size() for program in (_encode_images, _prefill, _decode, _clear))
+    return sum(program._cache_size() for program in (_encode_images, _study, _prefill, _decode, _clear))
 
 
 def _everywhere(arguments: Any, mesh: Mesh) -> Any:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Generator
+import re
+from collections.abc import Callable, Generator, Iterator
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import jax
-from jax.sharding import AbstractMesh
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.sharding import AbstractDevice, AbstractMesh
 
 from rave_jax.parallel.sharding import current_mesh
 from rave_jax.typing import Array
@@ -71,3 +74,83 @@ def against_pallas_tpu(q: Array, k: Array, v: Array) -> str | None:
     if platform not in ("tpu", "any") and not interpreter():
         return f"its kernels run on TPUs, and the devices are {platform}"
     return None
+
+
+def against_lowering(function: Callable[[Any], Array], tile: Any) -> str | None:
+    """Why a score function cannot be traced into the Pallas TPU kernels, or None. Found by lowering it and its slope in
+    a small kernel for the platform "tpu", which needs no TPU.
+
+    Args:
+        function: of a tile; a `ScoreFunction`, whose `log2` and `factored` are tried as well, or a plain one.
+        tile: a `Tile` of arrays or of their shapes, such as `Shape.of(term).tile(...)` gives; its fields are taken as
+            whole tiles, as the kernels give them.
+    """
+    bias, factored = (getattr(function, name, None) for name in ("log2", "factored"))
+
+    def everything(given: Any) -> Any:
+        found, pull = jax.vjp(lambda given: jnp.broadcast_to((bias or function)(given), TILE), given)
+        return found, pull(found), factored and factored(given, jnp.reciprocal)
+
+    leaves, tree = jax.tree.flatten(tile)
+    whole = [jax.ShapeDtypeStruct(TILE, jnp.float32) for _ in leaves]
+
+    def of_leaves(*leaves: Array) -> list[Array]:
+        return jax.tree.leaves(everything(tree.unflatten(leaves)))
+
+    why = _against(of_leaves, whole)
+    if why is None:
+        return None
+    if "captures constants" in why:
+        return "it holds arrays of its own, which belong among the features of its term"
+    missing = re.search(r"Unimplemented primitive in Pallas TPU lowering[^:]*: (\w+)", why)
+    if missing:
+        return f"TPU kernels have no operation {missing[1]}"
+    for step in _steps(jax.make_jaxpr(of_leaves)(*whole).jaxpr):
+        if _against(*_alone(step)) is not None:
+            return f"TPU kernels cannot lower its operation {step.primitive.name} ({why})"
+    return f"TPU kernels cannot lower it ({why})"
+
+
+TILE = (8, 128)
+
+
+def _against(run: Callable[..., Any], inputs: list[jax.ShapeDtypeStruct]) -> str | None:
+    """What lowering a kernel of these inputs says, None if it goes well."""
+
+    def kernel(*refs: Any) -> None:
+        found = jax.tree.leaves(run(*(ref[...] for ref in refs[:-1])))
+        refs[-1][...] = sum(jnp.broadcast_to(x.astype(jnp.float32), TILE) for x in found)
+
+    call = pl.pallas_call(kernel, out_shape=jax.ShapeDtypeStruct(TILE, jnp.float32))
+    device = AbstractDevice("TPU v5 lite", num_cores=1, platform="tpu")
+    with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device)):
+        try:
+            jax.jit(call).trace(*inputs).lower(lowering_platforms=("tpu",))
+        except Exception as error:
+            return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return None
+
+
+def _steps(jaxpr: Any) -> Iterator[Any]:
+    """A program's operations, those of inner programs in the place of calls."""
+    for step in jaxpr.eqns:
+        inner = [getattr(x, "jaxpr", x) for x in step.params.values()]
+        inner = [x for x in inner if hasattr(x, "eqns")]
+        for program in inner:
+            yield from _steps(program)
+        if not inner:
+            yield step
+
+
+def _alone(step: Any) -> tuple[Callable[..., Any], list[jax.ShapeDtypeStruct]]:
+    """An operation as a function, and its inputs that are no numbers of the program."""
+    given = [getattr(x, "val", None) for x in step.invars]
+    shapes = [
+        jax.ShapeDtypeStruct(x.aval.shape, x.aval.dtype) for x, n in zip(step.invars, given, strict=True) if n is None
+    ]
+
+    def run(*arrays: Array) -> Any:
+        rest = iter(arrays)
+        return step.primitive.bind(*(next(rest) if n is None else n for n in given), **step.params)
+
+    return run, shapes

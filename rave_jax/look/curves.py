@@ -1,17 +1,21 @@
-"""The loss curve of a run as a picture."""
+"""Curves over steps as pictures: the loss of a run, and means over runs with bands."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from rave_jax.typing import Float, NpArray
 
-LINE, FAINT = "#0b7285", "#a5c9d1"
+LINE, FAINT, BEHIND = "#0b7285", "#a5c9d1", "#868e96"
+COLUMNS = 4
+"""Panels side by side."""
 
 
 def smooth(values: Float[NpArray, "N"], window: int) -> Float[NpArray, "N"]:
@@ -38,9 +42,63 @@ def save_loss_curve(path: Path, steps: Sequence[int], losses: Sequence[float], w
     axes.set_xlabel("step")
     axes.set_ylabel("loss per answer token")
     axes.set_ylim(bottom=0)
+    _plain(axes)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
+class Line(NamedTuple):
+    """A mean over runs with its band.
+
+    Fields:
+        behind: drawn in grey, as what others are compared with.
+        steps, mean, low, high: the points, in order.
+    """
+
+    behind: bool
+    steps: Sequence[float]
+    mean: Sequence[float]
+    low: Sequence[float]
+    high: Sequence[float]
+
+
+class Panel(NamedTuple):
+    """Lines under one title."""
+
+    title: str
+    lines: Sequence[Line]
+
+
+def save_panels(path: Path, panels: Sequence[Panel], what: str) -> None:
+    """Write panels of one scale as one PNG.
+
+    Args:
+        path: where to.
+        panels: at least one.
+        what: name of the vertical axis.
+    """
+    columns = min(COLUMNS, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(2.6 * columns + 0.6, 2.1 * rows + 0.4), dpi=110, facecolor="white", layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    for axes, panel in zip(grid.flat, panels, strict=False):
+        for line in panel.lines:
+            colour = BEHIND if line.behind else LINE
+            axes.fill_between(line.steps, line.low, line.high, color=colour, alpha=0.2, linewidth=0)
+            axes.plot(line.steps, line.mean, color=colour, linewidth=1.5)
+        axes.set_title(panel.title, fontsize=9)
+        _plain(axes)
+    for axes in grid.flat[len(panels) :]:
+        axes.set_visible(False)
+    figure.supxlabel("step", fontsize=9)
+    figure.supylabel(what, fontsize=9)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
+def _plain(axes: Axes) -> None:
     axes.margins(x=0.01)
     axes.grid(alpha=0.25)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)

@@ -5,9 +5,9 @@ their scores; here from every text token and in every layer, so that a hidden to
 visual tokens (and of context tokens) that saw it. Gated delta layers keep what they read in a state, from which nothing
 can be hidden; models with such layers are refused where a knock-out is asked for.
 
-Tokens are hidden by a mechanism that is put into a copy of the model that shares its weights. It adds a channel to
-queries and keys whose product is HIDDEN for text and a hidden token, and 0 for all other pairs, so that it goes with
-every other mechanism and every kernel, and one program serves all choices of tokens.
+Tokens are hidden by a mechanism that is put into a copy of the model that shares its weights. Its score term is HIDDEN
+for text and a hidden token, and exactly 0 for all other pairs. So it goes with every other mechanism and kernel, and one
+program serves all choices of tokens.
 """
 
 from __future__ import annotations
@@ -17,14 +17,15 @@ import jax.numpy as jnp
 from flax import nnx
 
 from rave_jax.attention import Features, Mechanism
-from rave_jax.attention.base import Channels, Score
+from rave_jax.attention.base import Score
 from rave_jax.batch import Batch, Kind, TokenInfo
+from rave_jax.kernels.attention import Term
+from rave_jax.kernels.attention.score import Tile
 from rave_jax.models.vlm import Vlm
 from rave_jax.typing import Array, Bool, Float, Int
 
 HIDDEN = -8192.0
-"""Added to a score that is hidden: exp of it is 0 in float32. Its root stands in the query and in the key, so that
-float16 holds both."""
+"""Added to a score that is hidden: exp of it is 0 in float32."""
 NOTHING = -1
 """Stands for no token of an answer."""
 
@@ -40,12 +41,13 @@ class HiddenTokens(Mechanism):
         self.hidden = nnx.Variable(hidden)  # a plain array would be the same in all layers
 
     def score(self, x: Features, remembered: None, info_q: TokenInfo, info_k: TokenInfo) -> Score:
-        """A channel for text queries and hidden keys."""
-        half = (-HIDDEN) ** 0.5
-        q = jnp.where(info_q.kind == Kind.TEXT, -half, 0.0)[..., None, None]
-        k = jnp.where(self.hidden.get_value(), half, 0.0)[..., None, None]
-        sides = (jnp.broadcast_to(side, (*heads.shape[:3], 1)) for side, heads in ((q, x.q), (k, x.k)))
-        return Score(channels=Channels(*sides))
+        """HIDDEN for text queries and hidden keys."""
+        hidden = self.hidden.get_value()
+        return Score(terms=(Term(_hide, key={"hidden": hidden}, query_on=info_q.kind == Kind.TEXT, key_on=hidden),))
+
+
+def _hide(tile: Tile) -> Array:
+    return HIDDEN * tile.key["hidden"]
 
 
 def with_hidden(model: Vlm, hidden: Bool[Array, "B S"]) -> Vlm:

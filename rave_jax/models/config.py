@@ -157,6 +157,12 @@ def _check_layouts(mechanisms: Sequence[MechanismConfig]) -> None:
                 "pictures (it declares `reading`), which only one mechanism of a layer may; give them different layers"
             )
     for mechanism in mechanisms:
+        if asking and mechanism.drops:
+            raise ConfigError(
+                f"mechanisms: {mechanism.called} cannot share a model with {asking[0].called}, not even in other "
+                f"layers: visual tokens leave after its layers ({mechanism.layers}), and for {asking[0].called} the "
+                "cache keeps them region by region in all layers; remove one of them"
+            )
         if asking and mechanism.needs_order:
             raise ConfigError(
                 f"mechanisms: {mechanism.called} cannot share a model with {asking[0].called}, not even in other "

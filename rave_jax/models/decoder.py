@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,18 +12,20 @@ import jax.numpy as jnp
 from flax import nnx
 
 from rave_jax import attention
-from rave_jax.attention import Cache, CacheType, Features, Keys, RegionMemory, StoredStates
+from rave_jax.attention import Cache, CacheType, Features, Keys, RegionMemory, ShortKeys, StoredStates
 from rave_jax.attention.plan import LayeredConfig
+from rave_jax.attention.rotation import Rope
 from rave_jax.batch import TokenInfo
-from rave_jax.config import require
+from rave_jax.config import ConfigError, require
 from rave_jax.families.config import LayerKind, TextConfig
 from rave_jax.kernels.attention import MaskCodes
+from rave_jax.models import leaving
 from rave_jax.models.config import ModelOptions, attention_dims, window_mechanisms
 from rave_jax.models.decoder_layer import Asked, DecoderLayer, DeltaLayer, Layer, LayerCache, Situation, norm
 from rave_jax.models.delta import STATE_AXES, DeltaState, in_turn
 from rave_jax.models.experts import Experts, balance_loss
 from rave_jax.models.forward import HIDDEN, Embedded, Output, Want
-from rave_jax.models.rope import text_rotation
+from rave_jax.models.rope import text_frequencies, text_rotation
 from rave_jax.models.stack import LayerRun
 from rave_jax.parallel.sharding import current_mesh, shard
 from rave_jax.typing import Array, Float, Int
@@ -41,6 +44,12 @@ class Decoder(nnx.Module):
     def __init__(self, config: TextConfig, options: ModelOptions, deep_layers: int = 0, *, key: jax.Array):
         mechanisms = (*window_mechanisms(config), *options.mechanisms, *options.context_mechanisms)
         keys = jax.random.split(key, config.num_layers)
+        leaves = next((one.called for one in options.mechanisms if one.drops), None)
+        if config.delta is not None and leaves is not None:
+            raise ConfigError(
+                f"mechanisms: {leaves} lets tokens leave, and every token writes to the state of this model's layers "
+                f"with the gated delta rule; remove {leaves}"
+            )
         if config.delta is not None and options.context is not None:
             expected = "None: layers with the gated delta rule let a context token read all that stands before it"
             require(False, "context", options.context, expected)
@@ -84,17 +93,22 @@ class Decoder(nnx.Module):
         """
         base, own = attention.causal_codes(info), _indices(info)
         losses, inputs, gates = want.losses, want.inputs, want.gates
-        x, found = tokens.x, []
+        x, found, left = tokens.x, [], None
         for run in self.layer_runs:
             at = self._situation(
                 run, base, info, info, positions, own=own, queries=want.queries, progress=want.progress
             )._replace(unit=tokens.unit, statistics=want.statistics)
+            at = leaving.with_left(at, left)
+            if leaving.drops(run):
+                at = at._replace(deciding=leaving.deciding(info, own, left))
 
             def body(layer: Layer, x: Array, deep: Array | None, at: Situation) -> tuple[Array, Asked]:
                 out = layer(x, at, losses, gates)
-                return _added_deep(out.x, deep, at), out.asked._replace(inputs=x if inputs else None)
+                after = _added_deep(out.x, deep, at)
+                return after, leaving.decided(layer, after, at, out.asked._replace(inputs=x if inputs else None))
 
             x, of_run = run.scan(body, x, _deep_of(run, tokens), at, self.remat)
+            left = leaving.left_behind(left, of_run)
             found.append(of_run)
         out = _output(self.norm(x), found)
         routers = [jax.tree.map(lambda x: jnp.sum(x, axis=0), one.router) for one in found if one.router is not None]
@@ -124,6 +138,7 @@ class Decoder(nnx.Module):
         region_offset: Int[Array, "B T"] | None = None,
         wanted: Int[Array, "B N"] | None = None,
         want: Want = HIDDEN,
+        lengths: tuple[leaving.Sizes, ...] | None = None,
     ) -> tuple[Output, C]:
         """Tokens that follow what the cache holds, one document per row, padding on the right.
 
@@ -141,6 +156,8 @@ class Decoder(nnx.Module):
                 follows its attention is computed for them alone.
             want: what is asked for beside hidden states. A single token whose attention is asked for reads all visual
                 keys, also where it would otherwise read the regions that it chose and nothing else.
+            lengths: for each layer behind which tokens leave, in order, the sizes that what stays of a row is gathered
+                into; the last holds it in any case. The cache has so many entries there. None: those of the cache.
 
         Returns:
             what was asked for, with hidden states of the wanted tokens after the final norm and the attention of
@@ -156,9 +173,12 @@ class Decoder(nnx.Module):
             )
         entered = cache.admit(info, region_offset, self._summaries_of_nothing)
         base = attention.cached_codes(info, entered.info)
-        kept, regions, x = list(entered.cache.layer_runs), cache.num_regions, tokens.x
-        inputs, found = want.inputs, []
+        kept, regions = list(entered.cache.layer_runs), cache.num_regions
+        found, total = [], info.document.shape[1]
+        here = leaving.Here(tokens.x, None)
+        sizes = iter(lengths or ())
         for n, run in enumerate(self.layer_runs):
+            picks = run is self.layer_runs[-1] and run.stop - run.start == 1 and _deep_of(run, tokens) is None
             at = self._situation(
                 run,
                 base,
@@ -169,27 +189,49 @@ class Decoder(nnx.Module):
                 entries=entered.entries,
                 queries=want.queries,
                 progress=want.progress,
-            )
-            at, deep = at._replace(unit=tokens.unit), _deep_of(run, tokens)
-            if run is self.layer_runs[-1] and run.stop - run.start == 1 and deep is None:
-                at, wanted = at._replace(wanted=wanted), None
-
-            def body(layer: Layer, carry: Any, each: Any, at: Situation) -> tuple[Any, Any]:
-                x, kept = carry
-                out, kept = layer.extend(x, at, LayerCache(kept, each[0], regions))
-                asked = out.asked._replace(inputs=x if inputs else None)
-                # A carry keeps its shape.
-                if at.wanted is not None:
-                    return (x, kept), (asked, out.x)
-                return (_added_deep(out.x, each[1], at), kept), (asked, None)
-
-            # The keys ride in the carry: each layer writes its new ones in place, nothing else is copied.
-            numbers = jnp.arange(run.stop - run.start, dtype=jnp.int32)
-            (x, kept[n]), (of_run, last) = run.scan(body, (x, kept[n]), (numbers, deep), at, "none")
+            )._replace(unit=tokens.unit, wanted=wanted if picks else None)
+            # A token alone decides about none.
+            if leaving.drops(run) and total > 1:
+                at = at._replace(deciding=leaving.deciding(info, entered.own, None))
+            through = functools.partial(self._through, run, _deep_of(run, tokens), want.inputs, regions)
+            if isinstance(kept[n], ShortKeys):
+                here, kept[n], of_run = leaving.through_short(through, here, kept[n], at, entered.own)
+            else:
+                x, kept[n], of_run = through(here.x, kept[n], at)
+                here = here._replace(x=x)
+            if leaving.drops(run):
+                here = leaving.gathered(here, of_run, info, next(sizes, None))
             found.append(of_run)
-            x = x if last is None else last[0]
-        x = x if wanted is None else attention.pick(x, wanted)
+            wanted = None if picks else wanted
+        x = here.whole(total) if wanted is None else attention.pick(here.x, here.places(wanted, total))
         return _output(self.norm(x), found), entered.cache.with_layers(tuple(kept))
+
+    def _through(
+        self,
+        run: LayerRun[Layer],
+        deep: Float[Array, "L B U D"] | None,
+        inputs: bool,
+        regions: int,
+        x: Float[Array, "B T D"],
+        kept: Any,
+        at: Situation,
+    ) -> tuple[Float[Array, "B T D"], Any, Asked]:
+        """A layer run beside what it keeps."""
+
+        def body(layer: Layer, carry: Any, each: Any, at: Situation) -> tuple[Any, Any]:
+            x, kept = carry
+            out, kept = layer.extend(x, at, LayerCache(kept, each[0], regions))
+            asked = out.asked._replace(inputs=x if inputs else None)
+            # A carry keeps its shape.
+            if at.wanted is not None:
+                return (x, kept), (asked, out.x)
+            after = _added_deep(out.x, each[1], at)
+            return (after, kept), (leaving.decided(layer, after, at, asked), None)
+
+        # The keys ride in the carry: each layer writes its new ones in place, nothing else is copied.
+        numbers = jnp.arange(run.stop - run.start, dtype=jnp.int32)
+        (x, kept), (of_run, last) = run.scan(body, (x, kept), (numbers, deep), at, "none")
+        return x if last is None else last[0], kept, of_run
 
     def _summaries_of_nothing(self, regions: int) -> list[Any]:
         """What the routers of each run's layers say of regions without a token [L,1,R,K,...]; None without keys."""
@@ -210,10 +252,38 @@ class Decoder(nnx.Module):
         declared = [m.declared for run in self.layer_runs for m in run.layers.mechanisms]
         return tuple(dict.fromkeys(one.called for one in declared if one is not None and one.looks_ahead))
 
+    def stays(self, visual: int, pictures: int) -> tuple[leaving.Sizes, ...]:
+        """For each layer behind which tokens leave, in order, bounds of how many visual tokens of a prompt are left."""
+        found = []
+        for run in filter(leaving.drops, self.layer_runs):
+            declared = [m.declared for m in run.layers.mechanisms if m.declared is not None and m.declared.drops]
+            bounds = declared[0].stays(visual, pictures) if declared else None
+            found.append((visual,) if bounds is None else bounds)
+            visual = found[-1][-1]
+        return tuple(found)
+
+    def reaches(self, reach: int, lengths: Sequence[leaving.Sizes] | None) -> tuple[int, ...] | None:
+        """Entries of each layer run, where `reach` are those of the first and `lengths` as in `extend`."""
+        if lengths is None:
+            return None
+        after = [reach, *(sizes[-1] for sizes in lengths)]
+        return tuple(after[count] for count in self._drops_before())
+
+    def _drops_before(self) -> list[int]:
+        """How many drops there are before each layer run."""
+        return [0, *itertools.accumulate(map(leaving.drops, self.layer_runs))][:-1]
+
     def empty_cache(
-        self, rows: int, size: int, kind: CacheType, dtype: jnp.dtype, regions_in: RegionMemory = "device"
+        self,
+        rows: int,
+        size: int,
+        kind: CacheType,
+        dtype: jnp.dtype,
+        regions_in: RegionMemory = "device",
+        max_kept: int | None = None,
     ) -> Cache:
-        """A cache for `rows` documents of at most `size` tokens; `dtype` is the compute type.
+        """A cache for `rows` documents of at most `size` tokens, of which at most `max_kept` (None: all) are there
+        behind the first drop; `dtype` is the compute type.
 
         Raises:
             ConfigError: `regions_in` is "host", and no mechanism keeps regions or the mesh has several devices; or the
@@ -244,9 +314,11 @@ class Decoder(nnx.Module):
                 return StoredStates(jax.eval_shape(jax.vmap(states), run.layers), STATE_AXES)
             return jax.eval_shape(jax.vmap(functools.partial(keys, entries=entries)), run.layers)
 
-        cache = attention.empty_cache(tuple(shapes(run, size) for run in self.layer_runs), kind)
+        behind = [count > 0 for count in self._drops_before()]
+        sizes = [max_kept if after and max_kept is not None else size for after in behind]
+        cache = attention.empty_cache(tuple(map(shapes, self.layer_runs, sizes)), kind)
         if regions is None:
-            return cache
+            return attention.with_short_keys(cache, behind)
         entries = self.layout.max_regions * regions.tokens
         kept = [shapes(run, entries) for run in self.layer_runs]
         far = tuple(None if isinstance(one, StoredStates) else one for one in kept)
@@ -256,7 +328,9 @@ class Decoder(nnx.Module):
         """Features of nothing, for their shapes."""
         H, K, h, _ = self.attention_dims
         q, k = jnp.zeros((rows, tokens, H, h), dtype), jnp.zeros((rows, tokens, K, h), dtype)
-        return Features(q, k, k, q, k, jnp.zeros((rows, tokens, self.hidden_size), dtype))
+        hidden = jnp.zeros((rows, tokens, self.hidden_size), dtype)
+        rope = Rope(jnp.zeros((3, rows, tokens), jnp.int32), jnp.zeros(self.rotary_dim // 2))
+        return Features(q, k, k, q, k, hidden, rope)
 
     def _situation(
         self,
@@ -282,10 +356,11 @@ class Decoder(nnx.Module):
             interleaved=self.mrope_interleaved,
             scaling=self.rope_scaling,
         )
+        rope = Rope(placed, text_frequencies(self.rotary_dim, self.rope_theta, self.rope_scaling))
         codes = attention.mask_codes(mechanisms, info_q, info_k, base)
         delta = isinstance(run.layers, DeltaLayer)
         turn = in_turn(info_q, by_region=self.layout.regions is not None) if delta else None
-        return Situation(rotation, codes, info_q, info_k, entries, queries, progress, turn=turn)
+        return Situation(rotation, rope, codes, info_q, info_k, entries, queries, progress, turn=turn)
 
 
 def _deep_of(run: LayerRun[Layer], tokens: Embedded) -> Float[Array, "L B U D"] | None:

@@ -12,6 +12,8 @@ from flax import nnx
 from rave_jax import attention
 from rave_jax.attention import Features, LayerKeys, Statistics, StoredStates, WantedStatistics
 from rave_jax.attention.plan import LayeredConfig
+from rave_jax.attention.rotation import Rope, Rotation, rotate
+from rave_jax.attention.tokens import Deciding
 from rave_jax.batch import TokenInfo
 from rave_jax.families.config import LayerKind, TextConfig
 from rave_jax.kernels.attention import MaskCodes
@@ -20,7 +22,6 @@ from rave_jax.models.config import ModelOptions, attention_dims
 from rave_jax.models.delta import Delta, DeltaState, InTurn
 from rave_jax.models.experts import Choice, Experts, RouterSums, router_sums
 from rave_jax.models.layers import Linear, RmsNorm, SwiGlu
-from rave_jax.models.rope import Rotation, rotate
 from rave_jax.parallel.sharding import shard
 from rave_jax.typing import Array, Bool, Float, Int
 
@@ -37,6 +38,8 @@ class Situation(NamedTuple):
     """What all layers of a run share: where queries and keys stand and who may see whom."""
 
     rotation: Rotation
+    rope: Rope
+    """What the rotation was made from."""
     codes: MaskCodes
     info_q: TokenInfo
     info_k: TokenInfo
@@ -50,6 +53,8 @@ class Situation(NamedTuple):
     """As in `Embedded`."""
     turn: InTurn | None = None
     """How layers with the gated delta rule go through the tokens; None where none is in the run."""
+    deciding: Deciding | None = None
+    """Which tokens decide about which; None where none leaves after the run."""
     statistics: WantedStatistics | None = None
     """As in `Want`."""
 
@@ -74,6 +79,10 @@ class Asked(NamedTuple):
     """What heads' outputs were multiplied by."""
     statistics: Statistics | None = None
     """Sums over rows and columns of the map."""
+    received: Float[Array, "B T"] | None = None
+    """As in `AttentionOutput`."""
+    kept: Bool[Array, "B T"] | None = None
+    """Which tokens stay behind the layer; None where all do."""
 
 
 class LayerOutput(NamedTuple):
@@ -105,7 +114,7 @@ class Attention(nnx.Module):
         self.qk_norm = config.qk_norm
         self.output_gate = config.output_gate
 
-    def project(self, x: Float[Array, "B T D"], hidden: Float[Array, "B T D"], rotation: Rotation) -> Projected:
+    def project(self, x: Float[Array, "B T D"], hidden: Float[Array, "B T D"], at: Situation) -> Projected:
         """q, k, v of the tokens in x, q, k before RoPE, and the gate; `hidden` is x before its norm."""
         both, gate = self.query(x), None
         if self.output_gate:
@@ -115,7 +124,8 @@ class Attention(nnx.Module):
         v = shard(self.value(x), "batch", "length", "kv_heads", None)
         if self.qk_norm:
             q0 = self.query_norm(q0)
-        return Projected(Features(rotate(q0, rotation), rotate(k0, rotation), v, q0, k0, hidden), gate)
+        q, k = rotate(q0, at.rotation), rotate(k0, at.rotation)
+        return Projected(Features(q, k, v, q0, k0, hidden, at.rope), gate)
 
     def keys(self, x: Float[Array, "B T D"]) -> Float[Array, "B T K h"]:
         """Keys before RoPE."""
@@ -145,7 +155,7 @@ class DecoderLayer(nnx.Module):
         self.mlp = _mlp(config, kind, dtype, keys[1])
         self.attention_norm, self.mlp_norm = norm(D, config, dtype), norm(D, config, dtype)
         self.mechanisms = attention.build_mechanisms(mechanisms, attention_dims(config), keys[2])
-        attention.check_kernels(self.mechanisms, options.attention)
+        attention.check_kernels(self.mechanisms, options.attention, attention_dims(config))
         self.implementation = options.attention
         self.max_regions = options.layout.max_regions
         self.extra_mlp = nnx.data(extra_mlp.made(options.extra_mlp, D, dtype, keys[3]))
@@ -155,7 +165,7 @@ class DecoderLayer(nnx.Module):
         self, x: Float[Array, "B T D"], at: Situation, losses: bool = False, gates: bool = False
     ) -> LayerOutput:
         """The layer on whole rows. With `losses` and `gates`, those of its mechanisms are given too."""
-        found, gate = self.attention.project(self.attention_norm(x), x, at.rotation)
+        found, gate = self.attention.project(self.attention_norm(x), x, at)
         keys = attention.remember(self.mechanisms, found)
         seen = attention.attend(
             found,
@@ -171,17 +181,19 @@ class DecoderLayer(nnx.Module):
             statistics=at.statistics,
             regions=self.max_regions,
             progress=at.progress,
+            deciding=at.deciding,
         )
         heads = self.attention.gated(seen.out, gate)
         out, choice = _after(self, self.attention.output, x, heads, at.wanted)
         router = router_sums(choice, at.info_q.document > 0) if losses and choice is not None else None
         asked = Asked(seen.attention, seen.losses, seen.chosen, None, router, seen.gates, seen.statistics)
+        asked = asked._replace(received=seen.received)
         return LayerOutput(out, asked)
 
     def extend(self, x: Float[Array, "B T D"], at: Situation, cache: LayerCache) -> tuple[LayerOutput, LayerKeys]:
         """The layer on tokens that follow what a cache holds, and what the run's layers keep, with the tokens in it."""
         assert not isinstance(cache.stored, StoredStates)
-        found, gate = self.attention.project(self.attention_norm(x), x, at.rotation)
+        found, gate = self.attention.project(self.attention_norm(x), x, at)
         seen, stored = cache.stored.attend(
             found,
             attention.remember(self.mechanisms, found),
@@ -195,10 +207,12 @@ class DecoderLayer(nnx.Module):
             implementation=self.implementation,
             queries=at.queries,
             progress=at.progress,
+            deciding=at.deciding,
         )
         heads = self.attention.gated(seen.out, gate)
         out, _ = _after(self, self.attention.output, x, heads, at.wanted)
-        return LayerOutput(out, Asked(seen.attention, seen.losses, seen.chosen)), stored
+        asked = Asked(seen.attention, seen.losses, seen.chosen, received=seen.received)
+        return LayerOutput(out, asked), stored
 
 
 class DeltaLayer(nnx.Module):

@@ -117,7 +117,7 @@ def mark_unused(module: nnx.Module) -> None:
 
 
 def is_unused(param: nnx.Param) -> bool:
-    """Was the parameter marked by `mark_unused`?"""
+    """Was the parameter marked by `mark_unused`, or made as one that no gradient reaches (`Dyvte`)?"""
     return bool(param.get_metadata().get("unused"))
 
 

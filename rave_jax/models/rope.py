@@ -1,25 +1,17 @@
-"""Rotary position: angles from positions (1-D, M-RoPE, 2-D of the tower) and the rotation. Angles are float32.
+"""Rotary position: angles from positions (1-D, M-RoPE, 2-D of the tower). Angles are float32.
 
-The head's halves are paired (x[i], x[i + h/2]), as in HF's Llama and Qwen code.
+What is done with them is in `attention/rotation.py`.
 """
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rave_jax.attention.rotation import Rotation
 from rave_jax.families.config import DynamicRope, LinearRope, RopeScaling
 from rave_jax.typing import Array, Float, Int
-
-
-class Rotation(NamedTuple):
-    """Cosine and sine of each pair's angle, float32."""
-
-    cos: Float[Array, "B T half"]
-    sin: Float[Array, "B T half"]
 
 
 def _frequencies(count: int, theta: float) -> np.ndarray:
@@ -39,6 +31,11 @@ def _scaled(frequencies: np.ndarray, scaling: RopeScaling | None) -> np.ndarray:
     low, high = np.float32(scaling.low_factor), np.float32(scaling.high_factor)
     kept = np.clip((turns - low) / (high - low), 0, 1)
     return (1 - kept) * divided + kept * frequencies
+
+
+def text_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None = None) -> Float[Array, "half"]:
+    """Frequencies of the decoder's pairs; see `text_rotation`."""
+    return jnp.asarray(_scaled(_frequencies(head_dim // 2, theta), scaling))
 
 
 def text_rotation(
@@ -63,8 +60,7 @@ def text_rotation(
             has its number; the others are temporal.
         scaling: of the frequencies.
     """
-    half = head_dim // 2
-    frequencies = jnp.asarray(_scaled(_frequencies(half, theta), scaling))
+    frequencies = text_frequencies(head_dim, theta, scaling)
     if not sections:
         angles = positions[0, ..., None].astype(jnp.float32) * frequencies
     else:
@@ -92,12 +88,3 @@ def _rotation(angles: Float[Array, "B T half"]) -> Rotation:
     # An array of its own: where layers stand apart, the CPU compiler would else compute it again in each of them, and
     # there for every head.
     return Rotation(*jax.lax.optimization_barrier((jnp.cos(angles), jnp.sin(angles))))
-
-
-def rotate(x: Float[Array, "B T H h"], rotation: Rotation) -> Float[Array, "B T H h"]:
-    """Turn each pair of x by its angle, in float32; x's number type comes back. Numbers of x behind the pairs that the
-    rotation has angles for stay as they are."""
-    cos, sin = rotation.cos[..., None, :], rotation.sin[..., None, :]
-    half = cos.shape[-1]
-    first, second, rest = jnp.split(x.astype(jnp.float32), [half, 2 * half], axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1).astype(x.dtype)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from rave_jax.attention.rotation import Rotation, rotate
 from rave_jax.batch import Patches
 from rave_jax.families.config import TowerConfig
 from rave_jax.kernels import attention as attention_kernels
@@ -21,7 +22,6 @@ from rave_jax.models import lora
 from rave_jax.models.config import ModelOptions
 from rave_jax.models.forward import ImageFeatures
 from rave_jax.models.layers import LayerNorm, Linear, Mlp
-from rave_jax.models.rope import Rotation, rotate
 from rave_jax.models.stack import LayerRun
 from rave_jax.parallel.sharding import shard
 from rave_jax.typing import Array, Float, UInt8

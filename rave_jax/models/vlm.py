@@ -161,6 +161,7 @@ class Vlm(nnx.Module):
         features: ImageFeatures | None = None,
         wanted: Int[Array, "B N"] | None = None,
         want: Want = HIDDEN,
+        lengths: tuple[tuple[int, ...], ...] | None = None,
     ) -> tuple[Output, C]:
         """Tokens that follow what the cache holds. A token with document 0 leaves its row's cache as it was.
 
@@ -169,13 +170,13 @@ class Vlm(nnx.Module):
             cache: what came before.
             features: of the rows' pictures; None where no token is visual.
             wanted: tokens, by index, whose hidden states are wanted; None: all.
-            want: what is asked for beside hidden states; as in `Decoder.extend`.
+            want, lengths: as in `Decoder.extend`.
 
         Returns:
             what was asked for, with hidden states of the wanted tokens after the final norm, and the cache.
         """
         x = self.embed_tokens(chunk.tokens, chunk.info, features, chunk.visual_index)
-        return self.decoder.extend(x, chunk.info, chunk.positions, cache, chunk.region_offset, wanted, want)
+        return self.decoder.extend(x, chunk.info, chunk.positions, cache, chunk.region_offset, wanted, want, lengths)
 
     def loss_weights(self, info: TokenInfo) -> dict[str, Float[Array, ""]]:
         """The weights of the mechanisms' losses in rows with these token codes, by name; empty where none has any."""
@@ -190,15 +191,20 @@ class Vlm(nnx.Module):
         return product(hidden, self.head_weight().astype(hidden.dtype), jnp.dtype(jnp.float32))
 
     def empty_cache(
-        self, rows: int, size: int, kind: CacheType = "compute", regions_in: RegionMemory = "device"
+        self,
+        rows: int,
+        size: int,
+        kind: CacheType = "compute",
+        regions_in: RegionMemory = "device",
+        max_kept: int | None = None,
     ) -> Cache:
         """A cache for `rows` documents of at most `size` tokens, k and v in the number type `kind`, those of regions
-        in the memory `regions_in`.
+        in the memory `regions_in`. Behind a layer after which tokens leave it has room for `max_kept` (None: all).
 
         Raises:
             ConfigError: no mechanism keeps regions that could lie in host memory, or the mesh has several devices.
         """
-        return self.decoder.empty_cache(rows, size, kind, self.options.compute, regions_in)
+        return self.decoder.empty_cache(rows, size, kind, self.options.compute, regions_in, max_kept)
 
 
 def _tower(config: VlmConfig, options: ModelOptions, key: jax.Array) -> Tower | None:

@@ -1,4 +1,4 @@
-"""`rave-jax`: train, eval, convert, inspect, logits, generate, calibrate, look, data.
+"""`rave-jax`: train, eval, convert, inspect, logits, generate, calibrate, look, data, study.
 
 Each subcommand imports what it needs when it runs, so that --help is quick.
 """
@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from rave_jax.command_line import config_names
+from rave_jax.command_line import STUDIES, config_names
 from rave_jax.config import ConfigError, local_path
 from rave_jax.observe.messages import plain_messages
 
@@ -165,12 +165,14 @@ def _parser() -> argparse.ArgumentParser:
     generate.late = _generation_flags
 
     calibrate = commands.add_parser("calibrate", help="find settings of a mechanism by running a model")
-    kinds = calibrate.add_subparsers(dest="mechanism", required=True, metavar="zero-tuning|sads|vhr|rave")
+    kinds = calibrate.add_subparsers(dest="mechanism", required=True, metavar="zero-tuning|sads|vhr|rave|debias|dyvte")
     for name, summary, late in (
         ("zero-tuning", "find heads and gamma of ZeroTuning", _calibration_flags),
         ("sads", "find the heads that SADS drops", _sads_flags),
         ("vhr", "find the heads that VHR multiplies", _vhr_flags),
         ("rave", "choose the heads that get a RAVE gate", _rave_flags),
+        ("debias", "fit the bias for places that Pruning takes out", _debias_flags),
+        ("dyvte", "train the routers of Dyvte; OUT is a new directory for the model with them", _dyvte_flags),
     ):
         search = kinds.add_parser(name, help=summary)
         _add_calibration(search)
@@ -213,13 +215,28 @@ def _parser() -> argparse.ArgumentParser:
     )
     data.add_argument("words", nargs=argparse.REMAINDER, metavar="CONFIG [--field.name value ...]")
     data.late = _data_flags
+
+    study = commands.add_parser(
+        "study", help="run what is missing of a study, and say what its arms' differences decide"
+    )
+    study.description = (
+        "CONFIG is a Python file whose get_config() returns a Study, or one of: "
+        f"{', '.join(config_names(STUDIES))}. Several jobs may run one study at the same time (docs/studies.md)."
+    )
+    study.add_argument("config", metavar="CONFIG", help="file or name of the study")
+    study.add_argument("--arm", action="append", default=[], metavar="NAME", help="run this arm; may be given again")
+    study.add_argument("--seed", action="append", default=[], type=int, metavar="N", help="run this seed; the same")
+    study.add_argument("--out", type=Path, metavar="FOLDER", help="folder of the study (default: what it says)")
+    study.add_argument("--report", action="store_true", help="run nothing; print and write the page")
     return parser
 
 
 def _add_calibration(parser: argparse.ArgumentParser) -> None:
     """What every search takes."""
     parser.add_argument("model", type=Path, help="HuggingFace directory, native checkpoint or run directory")
-    parser.add_argument("out", type=Path, help="JSON to write: a list for `mechanisms` of a model's options")
+    parser.add_argument(
+        "out", type=Path, help="JSON to write: a list for `mechanisms` of a model's options (dyvte: a new directory)"
+    )
     parser.add_argument(
         "--data",
         type=Path,
@@ -272,6 +289,18 @@ def _rave_flags(parser: argparse.ArgumentParser) -> None:
     from rave_jax.tools.calibrate_heads import add_rave_flags
 
     add_rave_flags(parser)
+
+
+def _debias_flags(parser: argparse.ArgumentParser) -> None:
+    from rave_jax.tools.calibrate_tokens import add_debias_flags
+
+    add_debias_flags(parser)
+
+
+def _dyvte_flags(parser: argparse.ArgumentParser) -> None:
+    from rave_jax.tools.calibrate_tokens import add_dyvte_flags
+
+    add_dyvte_flags(parser)
 
 
 def _data_flags(parser: argparse.ArgumentParser) -> None:
@@ -376,19 +405,25 @@ def _run(arguments: argparse.Namespace) -> int:
 
             return generate(arguments)
         case "calibrate":
-            from rave_jax.tools import calibrate, calibrate_heads
+            from rave_jax.tools import calibrate, calibrate_heads, calibrate_tokens
 
             searches = {
                 "zero-tuning": calibrate.calibrate,
                 "sads": calibrate_heads.calibrate_sads,
                 "vhr": calibrate_heads.calibrate_vhr,
                 "rave": calibrate_heads.calibrate_rave,
+                "debias": calibrate_tokens.calibrate_debias,
+                "dyvte": calibrate_tokens.calibrate_dyvte,
             }
             searches[arguments.mechanism](arguments)
         case "look":
             from rave_jax.tools.look import look
 
             look(arguments)
+        case "study":
+            from rave_jax.tools.study import study_command
+
+            return study_command(arguments)
         case "data":
             from rave_jax.tools.data import look_at_data
 
@@ -399,7 +434,7 @@ def _run(arguments: argparse.Namespace) -> int:
 def program() -> NoReturn:
     """Run the command line of this process, and end it with the exit code."""
     code = main()
-    if sys.argv[1:2] in (["train"], ["eval"]):
+    if sys.argv[1:2] in (["train"], ["eval"], ["study"]):
         from rave_jax.parallel.stopping import leave
 
         leave(code)

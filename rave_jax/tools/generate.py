@@ -18,7 +18,17 @@ from rave_jax.tools.folder import PictureFolder
 from rave_jax.tools.jsonl import answer_file
 from rave_jax.tools.request import question
 
-SIZES = ("max_length", "max_text", "slots", "cache", "chunk", "regions_in", "max_stop_ids", "request_timeout")
+SIZES = (
+    "max_length",
+    "max_text",
+    "max_kept",
+    "slots",
+    "cache",
+    "chunk",
+    "regions_in",
+    "max_stop_ids",
+    "request_timeout",
+)
 SOME_REFUSED = 1
 """Exit code of a file of requests, or a conversation, of which some could not be answered."""
 

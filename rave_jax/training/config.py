@@ -95,6 +95,9 @@ class TrainConfig:
         require(0 <= self.seed < 2**32, "seed", self.seed, "0 to 2^32 - 1")
         warmup = self.optimizer.warmup
         require(warmup < self.steps, "optimizer.warmup", warmup, f"fewer than the run's {self.steps} steps")
+        for number, mechanism in enumerate(self.model.mechanisms):
+            allowed = "a mechanism that training can use: this one is decided for each prompt that is answered"
+            require(not mechanism.of_prompt, f"model.mechanisms.{number}", mechanism, allowed)
         self._check_evaluations()
 
     def _check_evaluations(self) -> None:
@@ -132,17 +135,18 @@ def differences(old: TrainConfig, new: TrainConfig) -> list[str]:
         if config["data"]["packing"] is not None:
             del config["data"]["packing"]["workers"]
     names = [f.name for f in dataclasses.fields(TrainConfig) if f.name not in OPERATIONAL | {"steps"}]
-    return [line for name in names for line in _differences(name, before[name], after[name])]
+    return [line for name in names for line in differing(name, before[name], after[name])]
 
 
-def _differences(where: str, old: Any, new: Any) -> list[str]:
+def differing(where: str, old: Any, new: Any) -> list[str]:
+    """Where two values of `to_json` differ, each as `FIELD is NEW, was OLD`; `where` is the name of the whole."""
     if old == new:
         return []
     if isinstance(old, dict) and isinstance(new, dict) and old.get(configs.TAG) == new.get(configs.TAG):
-        return [line for key in old for line in _differences(f"{where}.{key}", old[key], new[key])]
+        return [line for key in old for line in differing(f"{where}.{key}", old[key], new[key])]
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
         pairs = enumerate(zip(old, new, strict=True))
-        return [line for number, pair in pairs for line in _differences(f"{where}.{number}", *pair)]
+        return [line for number, pair in pairs for line in differing(f"{where}.{number}", *pair)]
     return [f"{where} is {_short(new)}, was {_short(old)}"]
 
 

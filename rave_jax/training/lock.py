@@ -24,12 +24,16 @@ NAME = ".lock"
 log = logging.getLogger(__name__)
 
 
+class InUse(ConfigError):
+    """Another job holds the directory."""
+
+
 @contextlib.contextmanager
 def only_job(directory: Path) -> Generator[None]:
     """Hold the lock of a directory that is there; for one process of a job.
 
     Raises:
-        ConfigError: another job holds it.
+        InUse: another job holds it.
         OSError: the directory cannot be written.
     """
     path = directory / NAME
@@ -60,7 +64,7 @@ def _locked(path: Path, directory: Path) -> int:
                     error.strerror,
                 )
                 return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-            raise ConfigError(
+            raise InUse(
                 f"{directory} is in use by another job ({holder or 'its process is not known'}): wait until it ends, "
                 "end it, or choose another output_dir"
             ) from None

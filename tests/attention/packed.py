@@ -11,6 +11,7 @@ import numpy as np
 
 from rave_jax import attention as at
 from rave_jax.attention.attend import mask_codes
+from rave_jax.attention.functions import spread
 from rave_jax.batch import Kind, Role, TokenInfo
 from rave_jax.kernels.attention.base import tile_allow, tile_bias, ungroup_heads
 
@@ -73,9 +74,18 @@ def dense_map(configs, x: at.Features, info: TokenInfo) -> np.ndarray:
     for mechanism in mechanisms:
         said = mechanism.score(x, mechanism.remember(x), info, info)
         if said is not None:
-            scores = scores + np.float64(ungroup_heads(tile_bias(*said.pair)))
+            scores = scores + biases(said)
     allow = np.asarray(tile_allow(mask_codes(mechanisms, info, info, at.causal_codes(info))))[:, 0, 0, :, None]
     return normalised(np.where(allow, np.exp(scores), 0.0))
+
+
+def biases(said: at.Score) -> np.ndarray:
+    """What the terms of a score add [B,T,H,S], of functions that do not read the score itself."""
+    H, K, _, _ = DIMS
+    terms = [spread(term, H, K) for term in said.terms]
+    B, T, S = *terms[0].query_on.shape[:2], terms[0].key_on.shape[1]
+    dot = jnp.zeros((B, K, H // K, T, S))
+    return np.float64(ungroup_heads(sum(tile_bias(term, dot, K) for term in terms)))
 
 
 def normalised(weights: np.ndarray) -> np.ndarray:

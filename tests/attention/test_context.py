@@ -119,10 +119,12 @@ BESIDE: dict[str, tuple[tuple[at.MechanismConfig, ...], Rule]] = {
     "cca": ((at.Cca(),), cca_and_context),
     "mma": ((at.Mma(),), mma),
     "arrow": ((at.Arrow(SIZE, 2),), causal),
+    # What pictures see of each other is opened by view, and never to context tokens.
+    "pine": ((at.Pine(2),), causal),
     "decomposed": ((at.Decomposed("kept"),), itself),
     "decomposed without rope": ((at.Decomposed(),), itself),
 }
-OPENING = {"mma", "arrow", "decomposed without rope"}
+OPENING = {"mma", "arrow", "pine", "decomposed without rope"}
 """What own+first is refused beside."""
 
 
@@ -247,13 +249,12 @@ def document() -> TokenInfo:
 def test_the_gate_is_on_visual_keys_and_on_no_context_key() -> None:
     info, x = document(), features(rows=1, length=len(DOCUMENT))
     gate = at.Rave(rank=2, start="random").build(DIMS, KEY)
-    pair = gate.score(x, gate.remember(x), info, info).pair
-    assert pair is not None
-    np.testing.assert_array_equal(pair[0].key_on[0], [visual(token) for token in DOCUMENT])
-    np.testing.assert_array_equal(pair[0].query_on[0, CONTEXT], np.ones((2, DIMS.num_heads)))
+    (term,) = gate.score(x, gate.remember(x), info, info).terms
+    np.testing.assert_array_equal(term.key_on[0], [visual(token) for token in DOCUMENT])
+    np.testing.assert_array_equal(term.query_on[0, CONTEXT], np.ones((2, DIMS.num_heads)))
     text = at.Rave(rank=2, queries="text").build(DIMS, KEY)
-    pair = text.score(x, text.remember(x), info, info).pair
-    assert pair is not None and not np.any(pair[0].query_on[0, CONTEXT])
+    (term,) = text.score(x, text.remember(x), info, info).terms
+    assert not np.any(term.query_on[0, CONTEXT])
 
 
 def test_context_tokens_are_neither_the_picture_nor_the_prompt() -> None:
@@ -293,8 +294,14 @@ def test_every_mechanism_is_tried_beside_context_tokens() -> None:
     tried |= {at.VisualBias}
     # It counts every token of a document.
     tried |= {at.LogN}
+    # It looks for visual tokens, text of the system prompt and answers: a context token is none of them.
+    tried |= {at.Steer}
     # What heads give is scaled token by token, whatever a token is.
     tried |= {at.Moh, at.Sads, at.Vhr}
+    # It weighs visual tokens and those of the question, and they are neither.
+    tried |= {at.Gift}
+    # They change no mask, and documents with context tokens are packed with them in `tests/models/test_packed.py`.
+    tried |= {at.Moba, at.BiFormer, at.Sparsifiner, at.Superlinear, at.Pruning, at.Dyvte}
     assert tried == set(BUILT_IN)
 
 

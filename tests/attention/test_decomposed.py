@@ -13,12 +13,12 @@ import pytest
 from rave_jax import attention as at
 from rave_jax import config as machinery
 from rave_jax.attention.attend import mask_codes, positions
+from rave_jax.attention.rotation import rotate
 from rave_jax.batch import Kind, TokenInfo
 from rave_jax.config import ConfigError
-from rave_jax.kernels.attention.base import tile_bias, ungroup_heads
 from rave_jax.models.config import ModelOptions
-from rave_jax.models.rope import rotate, text_rotation
-from tests.attention.packed import DIMS, KEY, ROWS, B, T, features, info_of
+from rave_jax.models.rope import text_rotation
+from tests.attention.packed import DIMS, KEY, ROWS, B, T, biases, features, info_of
 
 GATE = at.Rave(rank=4, start="random")
 PLAIN = at.Decomposed()
@@ -57,8 +57,8 @@ def by_hand(x: at.Features, info: TokenInfo, gate: bool = False, window: int = T
     if gate:
         mechanism = at.build_mechanisms((GATE, PLAIN), DIMS, KEY)[0]
         said = mechanism.score(x, mechanism.remember(x), info, info)
-        assert said is not None and said.pair is not None
-        bias = np.float64(ungroup_heads(tile_bias(*said.pair)))
+        assert said is not None
+        bias = biases(said)
     info = jax.tree.map(np.asarray, info)
     out = np.zeros_like(q)
     for b, i, h in np.ndindex(B, T, DIMS.num_heads):

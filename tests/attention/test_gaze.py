@@ -14,15 +14,22 @@ from hypothesis import given, settings
 
 from rave_jax.attention import (
     AttentionDims,
+    Avar,
+    Cca,
     Croc,
     Decomposed,
+    Features,
     Gaze,
     Mechanism,
     MechanismConfig,
     Rave,
     TopKSchedule,
     ZeroTuning,
+    attend,
+    build_mechanisms,
+    remember,
 )
+from rave_jax.attention.attend import mask_codes
 from rave_jax.attention.gaze import descriptors
 from rave_jax.attention.masks import causal_codes
 from rave_jax.batch import Batch, TokenInfo
@@ -53,10 +60,10 @@ PARTS = (
 )
 
 
-def rows(regions=LAYOUT, order: str = "raster") -> Batch:
+def rows(regions=LAYOUT, order: str = "raster", parts=PARTS) -> Batch:
     """The rows with regions numbered over each, raster or with the tokens of a region side by side."""
     rng = np.random.default_rng(0)
-    documents = [[document(parts, CONFIG, rng) for parts in row] for row in PARTS]
+    documents = [[document(of_one, CONFIG, rng) for of_one in row] for row in parts]
     found = batch(documents, CONFIG, T, P)
     info = jax.tree.map(np.array, found.info)
     lists = {name: np.array(getattr(found, name)) for name in ("tokens", "loss_weights", "visual_index")}
@@ -158,13 +165,16 @@ def test_tokens_may_lie_region_by_region(config: Gaze) -> None:
 
 
 @pytest.mark.slow
-def test_the_fused_kernels_are_the_blockwise_attention() -> None:
+@pytest.mark.parametrize(
+    "mechanisms", [(gaze(share="group"),), (gaze(rank_with_bias=True), Rave(rank=4))], ids=["group", "heads and a gate"]
+)
+def test_the_fused_kernels_are_the_blockwise_attention(mechanisms: tuple[MechanismConfig, ...]) -> None:
     """Hidden states and gradients, half way through the schedule and at its end, compiled once."""
     given = rows(order="region")
     real = (given.info.document > 0)[..., None]
 
     def of(attention: Implementation) -> list[tuple[jax.Array, Vlm]]:
-        model = made(CONFIG, ModelOptions((gaze(share="group"),), attention=attention))
+        model = made(CONFIG, ModelOptions(mechanisms, attention=attention))
 
         @jax.jit
         def both(model: Vlm, progress: jax.Array) -> tuple[jax.Array, Vlm]:
@@ -462,18 +472,6 @@ def test_wrong_settings_and_company_are_refused() -> None:
         TopKSchedule(until=0)
     with pytest.raises(ConfigError, match="Gaze and Gaze ask for different regions"):
         ModelOptions(mechanisms=(Gaze(layers=(0,)), Gaze(AdaptiveRegions(), layers=(1,))))
-    with pytest.raises(
-        ConfigError,
-        match="Croc cannot share a model with Gaze, not even in other layers",
-    ):
-        a_model(gaze(), Croc())
-    with pytest.raises(ConfigError, match="Croc cannot share a model with Gaze"):
-        a_model(gaze(layers=(0,)), Croc(layers=(1,)))
-    with pytest.raises(
-        ConfigError,
-        match="Gaze cannot share a layer with ZeroTuning, which changes the weight",
-    ):
-        a_model(gaze(), ZeroTuning(2.0, route="after"))
     with pytest.raises(ConfigError, match="Gaze cannot share a layer with Decomposed, which lets other queries"):
         a_model(gaze(), Decomposed())
     a_model(gaze(descriptor_keys="pre_rope"), Decomposed())
@@ -483,9 +481,9 @@ def test_wrong_settings_and_company_are_refused() -> None:
     ):
         ModelOptions(mechanisms=(gaze(choice="soft_bias"),), attention="pallas_tpu")
     ModelOptions(mechanisms=(gaze(),), attention="pallas_tpu")
-    with pytest.raises(ConfigError, match="'pallas_tpu', which cannot serve Rave in a layer with Gaze: its kernels"):
-        made(CONFIG, ModelOptions((gaze(share="group", layers=(0,)), Rave(rank=4)), attention="pallas_tpu"))
-    made(CONFIG, ModelOptions((gaze(share="group", layers=(0,)), Rave(rank=4, layers=(1,))), attention="pallas_tpu"))
+    with pytest.raises(ConfigError, match="'pallas_tpu', which cannot serve Avar in a layer with Gaze: its kernels"):
+        made(CONFIG, ModelOptions((gaze(layers=(0,)), Avar()), attention="pallas_tpu"))
+    made(CONFIG, ModelOptions((gaze(rank_with_bias=True), Rave(rank=4)), attention="pallas_tpu"))
     with pytest.raises(
         ConfigError,
         match="Gaze, with the fields that it has, needs in each of its layers another",
@@ -498,3 +496,74 @@ def test_wrong_settings_and_company_are_refused() -> None:
     with pytest.raises(ConfigError, match="Gaze and Gaze share a layer, and each chooses what queries read"):
         a_model(gaze(), gaze(top_k=3))
     assert issubclass(type(a_model(gaze()).decoder.layer_runs[0].layers.mechanisms[0]), Mechanism)
+
+
+COMPANY: dict[str, tuple[MechanismConfig, ...]] = {
+    "croc": (Croc(),),
+    "prefix": (Croc("prefix"),),
+    "cca": (Cca(),),
+    "after": (ZeroTuning((5.0, 0.3), heads=(0, 2), route="after"),),
+}
+
+
+@functools.partial(jax.jit, static_argnames=("gaze", "company"))
+def beside(gaze: Gaze, company: tuple[MechanismConfig, ...], x: Features, info: TokenInfo) -> Any:
+    """What a layer gives, and the mask codes of those that stand beside Gaze."""
+    mechanisms = build_mechanisms((gaze, *company), AttentionDims(4, 2, 8), jax.random.key(0))
+    codes = mask_codes(mechanisms, info, info, causal_codes(info))
+    every = jnp.broadcast_to(jnp.arange(T), (2, T))
+    summary = mechanisms[0].summarise(x, info.region, 16)
+    keys = remember(mechanisms, x)._replace(summary=summary)
+    found = attend(x, keys, codes, info, info, mechanisms, queries=every, regions=16, implementation="xla")
+    return found.out, found.attention, codes
+
+
+FAST = {("cca", "frame+routed"), ("after", "dense")}
+BEGINS = ((PARTS[0][0], PARTS[0][1][1:]), (PARTS[1][0], PARTS[1][1][1:]))
+"""Two documents begin with a picture, so that their first token is in a region."""
+
+
+@pytest.mark.parametrize(
+    ("name", "visual_queries"),
+    [
+        pytest.param(name, who, marks=[pytest.mark.slow] * ((name, who) not in FAST))
+        for name in COMPANY
+        for who in ("dense", "frame+routed")
+    ],
+)
+def test_beside_what_reorders_or_reweighs_it_is_the_dense_formula(name: str, visual_queries) -> None:
+    """Query by query in loops: text chooses two of the regions that it sees whole, the mask decides the rest."""
+    given, x = rows(order="region", parts=BEGINS), features(rows=2, length=T)
+    config = gaze(visual_queries=visual_queries)
+    found = beside(config, COMPANY[name], x, given.info)
+    out, weights = map(np.asarray, found[:2])
+    lo, hi, order, _, _ = map(np.asarray, found[2])
+    info = jax.tree.map(np.asarray, given.info)
+    gammas = dict(zip((0, 2), (5.0, 0.3), strict=True)) if name == "after" else {}
+    for b, t in np.ndindex(2, T):
+        if not info.document[b, t]:
+            assert not weights[b, t].any()
+            continue
+        seen = (lo[b, t] <= order[b]) & (order[b] <= hi[b, t])
+        regions = [np.flatnonzero(info.region[b] == n) for n in range(1, info.region[b].max() + 1)]
+        if info.image[b, t] and visual_queries == "dense":
+            able = []
+        elif info.image[b, t]:
+            own = [info.document[b] == info.document[b, t], info.offset[b] < info.offset[b, t]]
+            ahead = np.logical_and.reduce(own) & (
+                (info.image[b] != info.image[b, t]) | (info.frame[b] < info.frame[b, t])
+            )
+            able = [keys for keys in regions if ahead[keys].all()]
+        else:
+            able = [keys for keys in regions if seen[keys].all()]
+        for head in range(4):
+            q, k, v = (np.float64(y)[b] for y in (x.q[:, t, head], x.k[:, :, head // 2], x.v[:, :, head // 2]))
+            ranked = sorted(able, key=lambda keys, q=q, k=k: -q @ k[keys].mean(0))
+            open_ = seen.copy()
+            for keys in ranked[2:]:
+                open_[keys] = False
+            row = np.where(open_, np.exp(k @ q / 8**0.5), 0.0)
+            first = (info.document[b] == info.document[b, t]) & (info.offset[b] == 0)
+            row = np.where(first, row * gammas.get(head, 1.0), row)
+            np.testing.assert_allclose(weights[b, t, head], row / row.sum(), atol=2e-5)
+            np.testing.assert_allclose(out[b, t, head], row / row.sum() @ v, atol=2e-5)

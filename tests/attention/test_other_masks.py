@@ -190,7 +190,7 @@ def test_positions_count_rings(row: list[Token]) -> None:
 
 def test_rings_of_the_papers_grid() -> None:
     """24 x 24 tokens take 12 positions: 92 tokens in the outer ring, 4 in the centre, and text goes on at 12."""
-    info = info_of(tokens_of([(Role.QUESTION, [(1, 24, 24), 1])]))
+    info = info_of([{**token, "document": 1} for token in tokens_of([(Role.QUESTION, [(1, 24, 24), 1])])])
     own = jnp.arange(577)[None]
     found = positions([at.Cca().build(DIMS, KEY)], info, info, own, jnp.zeros((3, 1, 577), jnp.int32))[0, 0]
     assert np.bincount(found[:-1]).tolist() == list(range(92, 0, -8)) and found[-1] == 12
@@ -266,7 +266,7 @@ def test_mechanisms_say_what_they_own() -> None:
     for config in (at.Rave(), at.SlidingWindow(4), at.TextPositions(), at.Mma(), at.Croc(), at.Cca()):
         mechanism = config.build(DIMS, KEY)
         kind = type(mechanism)
-        for hook, thing in (("positions", "positions"), ("score", "pair"), ("factor", "factor")):
+        for hook, thing in (("positions", "positions"), ("factor", "factor")):
             assert (thing in kind.OWNS) == (getattr(kind, hook) is not getattr(at.Mechanism, hook))
         changed = mechanism.mask(info, info, plain)
         differs = {name for name in plain._fields if not np.array_equal(getattr(plain, name), getattr(changed, name))}

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from rave_jax import attention as at
+from rave_jax.attention.functions import spread
 from rave_jax.batch import Kind, TokenInfo
 from rave_jax.config import ConfigError
 from rave_jax.kernels.attention.base import tile_bias, ungroup_heads
@@ -38,9 +39,11 @@ def features(seed: int = 0) -> at.Features:
 def bias_map(config: at.Rave, x: at.Features) -> np.ndarray:
     """The bias as [B,T,H,S]."""
     gate = config.build(DIMS, KEY)
-    term = gate.score(x, gate.remember(x), info(), info())
-    assert term.pair is not None
-    return np.asarray(ungroup_heads(tile_bias(*term.pair)))
+    score = gate.score(x, gate.remember(x), info(), info())
+    assert score is not None
+    H, K, _, _ = DIMS
+    (term,) = (spread(term, H, K) for term in score.terms)
+    return np.asarray(ungroup_heads(tile_bias(term, jnp.zeros((B, K, H // K, T, T)), K)))
 
 
 def by_hand(gate, x: at.Features, config: at.Rave, b: int, i: int, head: int, j: int) -> float:

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rave_jax.attention import Gaze, MechanismConfig, RegionCache, RegionReach, SlidingWindow, ZeroTuning
+from rave_jax.attention import Cca, Croc, Gaze, MechanismConfig, RegionCache, RegionReach, SlidingWindow, ZeroTuning
+from rave_jax.batch import Role
 from rave_jax.config import ConfigError
 from rave_jax.data.layout import offsets_in_region
 from rave_jax.families.qwen2_5_vl import presets
@@ -155,6 +156,30 @@ def test_in_parts_it_is_the_whole(mechanisms, parts, cuts) -> None:
     doc = document(parts, CONFIG, np.random.default_rng(0))
     found, whole, _ = read(a_model(*mechanisms), doc, cuts)
     np.testing.assert_allclose(found, whole, atol=2e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parts", [[3, Visual(2, 4, 4, video=True), 2, Visual(1, 8, 6), 6], [Visual(1, 8, 8), 7]])
+def test_beside_what_sees_ahead_or_reweighs_a_cache_is_the_whole(parts) -> None:
+    """A prompt at once and its answer token by token; with a layer that has no regions."""
+    gaze, rng = functools.partial(Gaze, FixedRegions(2, 2), 16, top_k=1), np.random.default_rng(0)
+    after = ZeroTuning((0.2, 6.0), heads=(0, 2), route="after")
+    layers = (
+        (gaze(), Croc()),
+        (gaze(visual_queries="frame+routed", normalise="keys"), Cca()),
+        (gaze(share="group"), Croc("prefix"), after),
+        (Croc("prefix"), after),
+        (gaze(choice="soft_bias"), after),
+        (gaze(descriptor="oracle"), Cca(), after),
+    )
+    config = presets.tiny(vocab_size=64, num_layers=len(layers), vision_depth=1, full_attention_blocks=())
+    mechanisms = [dataclasses.replace(one, layers=(n,)) for n, layer in enumerate(layers) for one in layer]
+    vlm, doc = model(config, ModelOptions(tuple(mechanisms)), seed=1), document(parts, CONFIG, rng)
+    prompt = len(doc.tokens) - 4
+    for code in doc.codes[prompt:]:
+        code["role"] = Role.RESPONSE
+    found, whole, _ = read(vlm, doc, [*range(prompt, len(doc.tokens))])
+    np.testing.assert_allclose(found, whole, atol=5e-5)
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,7 @@ from rave_jax.models.vlm import Vlm
 from rave_jax.parallel.mesh import MeshConfig, abstract_mesh, make_mesh
 from rave_jax.parallel.rows import batch_axis, batch_shardings
 from rave_jax.parallel.sharding import use_mesh
+from rave_jax.study.config import Study
 from rave_jax.training.config import TrainConfig
 from rave_jax.training.init import FromHF, prepare
 from rave_jax.training.session import make_session
@@ -60,7 +61,10 @@ def config_classes(kind: typing.Any) -> Iterator[type]:
         yield from config_classes(argument)
 
 
-CLASSES = sorted(set(config_classes(TrainConfig)) | set(config_classes(VlmConfig)), key=lambda c: c.__qualname__)
+CLASSES = sorted(
+    set(config_classes(TrainConfig)) | set(config_classes(VlmConfig)) | set(config_classes(Study)),
+    key=lambda c: c.__qualname__,
+)
 
 CLASSES_OF_COMMANDS = sorted(
     set(config_classes(TrainConfig)) | set(config_classes(Examination)), key=lambda c: c.__qualname__

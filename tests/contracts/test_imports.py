@@ -41,7 +41,8 @@ PARTS: dict[str, set[str]] = {
     "evaluation": AFTER_MODEL | {"look", "observe"},
     "training": AFTER_MODEL | {"look", "evaluation", "observe"},
     "api": AFTER_MODEL | {"look", "tools"},
-    "tools": AFTER_MODEL | {"command_line", "look", "evaluation", "training", "observe"},
+    "study": AFTER_MODEL | {"look", "evaluation", "training", "observe"},
+    "tools": AFTER_MODEL | {"command_line", "look", "evaluation", "training", "study", "observe"},
 }
 
 # Libraries that only these parts may import. What is not named here and declared in pyproject.toml is free.
@@ -59,6 +60,7 @@ ONLY: dict[str, set[str]] = {
         "evaluation",
         "look",
         "training",
+        "study",
         "tools",
     },
     "optax": {"training"},
@@ -76,6 +78,7 @@ ONLY: dict[str, set[str]] = {
     "tensorboardX": {"observe"},
     "matplotlib": {"look"},
     "rich": {"observe", "training", "tools", "evaluation"},
+    "scipy": {"evaluation"},
     "torch": set(),
     "tokamax": set(),
 }

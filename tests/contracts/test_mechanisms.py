@@ -13,9 +13,9 @@ import pytest
 from flax import nnx
 
 from rave_jax import attention as at
-from rave_jax.attention.base import Owned
+from rave_jax.attention.base import Owned, Wanted
 from rave_jax.attention.checks import DOES
-from rave_jax.batch import TokenInfo
+from rave_jax.batch import Kind, TokenInfo
 from rave_jax.config import ConfigError
 from rave_jax.layout import ContextTokens, VisualLayout
 from rave_jax.models.config import ModelOptions
@@ -32,6 +32,8 @@ BY_NAME: dict[str, set[str]] = {
     "tools/calibrate.py": {"ZeroTuning"},
     # Which heads are dropped, multiplied, or get a gate.
     "tools/calibrate_heads.py": {"Rave", "Sads", "Vhr"},
+    # What takes out the bias for places, and what the routers are of.
+    "tools/calibrate_tokens.py": {"Dyvte", "Pruning"},
 }
 """Files outside of attention/ that are about one mechanism."""
 
@@ -65,19 +67,22 @@ def test_a_mechanism_that_declares_nothing_asks_for_nothing() -> None:
 
     quiet = Quiet()
     assert quiet.layers == "all" and quiet.layout == VisualLayout() and quiet.against_kernels is None
-    assert not (quiet.looks_ahead or quiet.needs_order or quiet.skips_keys)
+    assert not (quiet.looks_ahead or quiet.needs_order or quiet.skips_keys or quiet.of_prompt or quiet.drops)
 
 
 @pytest.mark.parametrize("kind", BUILT_IN, ids=lambda kind: kind.__name__)
 def test_declarations_agree_with_the_hooks(kind: type[at.MechanismConfig]) -> None:
-    """Who routes wants regions and says what a query then reads; who changes the order needs it in the cache."""
+    """Who routes over regions of the layout wants them and says what a query then reads; who may see later
+    tokens looks ahead."""
     config = kind(dims=(1,)) if kind is at.Var else kind()
     mechanism = config.build(at.AttentionDims(4, 2, 8), jax.random.key(0))
-    routes = "route" in mechanism.OWNS
+    routes = "route" in mechanism.OWNS and not mechanism.OWN_REGIONS
     assert (config.layout.regions is not None) == routes == (kind.reading is not at.MechanismConfig.reading)
-    assert config.needs_order == bool({"order", "hi"} & set(mechanism.OWNS))
-    # Arrow opens what stands before a query.
-    assert config.looks_ahead == (bool({"hi", "opening"} & set(mechanism.OWNS)) and kind is not at.Arrow)
+    # Pine ranks pictures by all of their keys, in one array.
+    assert config.needs_order == (kind is at.Pine)
+    # The mean query of a region has queries of later tokens; an arrow opens earlier ones.
+    ahead = bool({"hi", "opening", "tokens"} & set(mechanism.OWNS)) and kind is not at.Arrow
+    assert config.looks_ahead == (ahead or kind is at.BiFormer)
 
 
 @dataclass(frozen=True)
@@ -124,19 +129,18 @@ class Silent(at.Mechanism):
         return None
 
 
-class Biased(at.Mechanism):
-    """Gives a pair bias, and does not say so."""
+class Asking(at.Mechanism):
+    """Gives another query, and does not say so."""
 
     def score(self, x: at.Features, remembered: None, info_q: TokenInfo, info_k: TokenInfo) -> at.Score:
-        gate = at.Rave(rank=1).build(DIMS, KEY)
-        return gate.score(x, gate.remember(x), info_q, info_k)
+        return at.Score(query=at.OtherQuery(x.q0, info_k.kind == Kind.VISUAL))
 
 
 def test_who_overrides_what_one_may_has_to_own_it() -> None:
     with pytest.raises(ConfigError, match=r"Odd: Silent overrides the hook 'factor', .* OWNS = \('factor',\)"):
         at.build_mechanisms((Odd(lambda dims: Silent()),), DIMS, KEY)
-    x, info, mechanisms = features(), info_of(("qva",), ("qva",)), [Biased(), Biased()]
-    with pytest.raises(ConfigError, match="Biased adds a query-key bias to the scores, and so does another mechanism"):
+    x, info, mechanisms = features(), info_of(("qva",), ("qva",)), [Asking(), Asking()]
+    with pytest.raises(ConfigError, match="Asking lets other queries meet some of the keys, and so does another"):
         attend(x, info, mechanisms)
 
 
@@ -157,5 +161,6 @@ def test_one_mechanism_of_a_layer_says_what_it_reads() -> None:
 
 def test_the_page_lists_what_can_be_owned_in_the_words_of_errors() -> None:
     page = (REPO / "docs" / "mechanisms.md").read_text()
-    assert [thing for thing, does in DOES.items() if f"| `{thing}` | {does} |" not in page] == []
-    assert set(DOES) == set(get_args(Owned))
+    owned = get_args(Owned)
+    assert [thing for thing in owned if f"| `{thing}` | {DOES[thing]} |" not in page] == []
+    assert set(DOES) == {*owned, *get_args(Wanted)}

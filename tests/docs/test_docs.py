@@ -18,6 +18,7 @@ from rave_jax import command_line
 from rave_jax import config as machinery
 from rave_jax.command_line import override
 from rave_jax.evaluation.config import Eval, Examination, Grounding
+from rave_jax.tools import study
 from rave_jax.tools.cli import _parser
 from rave_jax.training.config import TrainConfig
 
@@ -82,6 +83,9 @@ def test_a_command_is_run_by_ci_or_would_be_understood(
         case ["python", "-m", "pip", "install", "-c", "constraints.txt", "-e", target]:
             extras = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]["optional-dependencies"]
             assert target.removeprefix(".[").removesuffix("]") in extras
+        case ["rave-jax", "study", config, *words]:
+            given = _parser().parse_args(["study", config, *words])
+            study.load(str(REPO / config), None).cells(given.arm, given.seed)
         case ["rave-jax", *words]:
             _parser().parse_args(words)
         case _:
@@ -106,7 +110,7 @@ def test_commands_of_a_page_run_as_they_stand(page: str, tmp_path: Path) -> None
 
 
 def test_commands_that_run_and_both_of_the_readme_are_there() -> None:
-    assert sorted(RUN) == ["checkpoints.md", "tutorial.md"], "pages have commands that a test runs"
+    assert sorted(RUN) == ["checkpoints.md", "tutorial.md", "your_attention.md"], "pages have commands that a test runs"
     first, second = (command for page, command in CHECKED if page == "README.md" and "bootstrap.py" in command)
     assert first.endswith("train.py configs/quickstart.py") and "pytest" in second
 

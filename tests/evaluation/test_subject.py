@@ -9,17 +9,29 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rave_jax.attention import Mma, Rave
+from rave_jax.attention import Gift, Mma, Rave, Vhr
 from rave_jax.batch import Batch, Kind, Role
 from rave_jax.data.collate import BatchShape, collate
 from rave_jax.data.processor import Processor
-from rave_jax.data.sample import Sample, SampleError
-from rave_jax.evaluation.subject import QUESTION_ROWS, Answer, ModelSubject, PromptOverBudget, with_answer
+from rave_jax.data.sample import Sample, SampleError, without_pictures
+from rave_jax.evaluation.again import AskedAgain
+from rave_jax.evaluation.spans import answer_spans
+from rave_jax.evaluation.subject import (
+    QUESTION_ROWS,
+    Answer,
+    ModelSubject,
+    PromptOverBudget,
+    prompt_numbers,
+    with_answer,
+)
+from rave_jax.evaluation.task import Task
 from rave_jax.evaluation.vas import with_vas
 from rave_jax.families.qwen2_5_vl.presets import tiny
 from rave_jax.families.shared.grids.video import VideoLimits
 from rave_jax.inference import Completion, Generator, Request, Sampling
+from rave_jax.inference.prompted import with_numbers
 from rave_jax.inference.slots import compilations
+from rave_jax.look.funnel import VisualFunnel
 from rave_jax.look.knockout import with_hidden
 from rave_jax.models.config import ModelOptions
 from rave_jax.models.forward import Want
@@ -91,6 +103,8 @@ def test_answers_and_looks_do_not_depend_on_the_mesh(subject: ModelSubject, vlm:
         assert (a is None) == (b is None)
         if a is not None and b is not None:
             np.testing.assert_allclose(a.weights, b.weights, atol=1e-5)
+    read, other = (who.per_sample(answer_spans, SAMPLES, answers) for who in (one, two))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), read, other)
 
 
 def test_a_prompt_over_budget_is_an_answer_of_its_own(subject: ModelSubject, processor: Processor) -> None:
@@ -237,6 +251,62 @@ def test_vas_is_that_of_every_prompt_alone_written_out_densely(
     assert sums.ratios == len(ratios)
     np.testing.assert_allclose(sums.total, np.sum(ratios), rtol=1e-4)
     assert asked.vas(SAMPLES[1:2]) == (0, 0), "without a picture there is nothing to read"
+
+
+def test_glances_are_the_rows_behind_a_look(subject: ModelSubject) -> None:
+    """One more than the answer has tokens where there is room, averaged over heads, of the layers asked for."""
+    answers = [Answer("", (70, 71, 72)), Answer("", ()), Answer("", (70, 71, 72, 73))]
+    looks = subject.look(SAMPLES, answers)
+    found = subject.glances(SAMPLES, answers, (1,))
+    assert found[1] is None, "no picture"
+    for look, glances, answer in zip(looks, found, answers, strict=True):
+        if look is not None:
+            assert isinstance(glances, np.ndarray) and glances.shape[:2] == (1, 4)
+            mean = glances[0, : len(answer.tokens)].mean(0)
+            np.testing.assert_allclose(mean, look.weights[1].mean(0), atol=1e-6)
+    long = ask("word " * 40, (24, 16))
+    assert isinstance(subject.glances([long], answers[:1], (0,))[0], PromptOverBudget)
+
+
+@pytest.mark.slow
+def test_looks_have_the_numbers_that_generation_finds_for_each_prompt(vlm: Vlm, processor: Processor) -> None:
+    mechanisms = (Vhr(choose="prompt", layers=(0,)), Gift(saliency_layer=0, layers=(1,)))
+    prompted = model(vlm.config, ModelOptions(mechanisms=mechanisms), seed=1)
+    subject = on(1, prompted, processor)
+    answers = [Answer("", (70, 71, 72))] * 3
+    looks, sums = subject.look(SAMPLES, answers), subject.vas(SAMPLES)
+    assert sums.ratios > 0 and all(isinstance(one, Answer) for one in subject.answer(SAMPLES))
+    sample = SAMPLES[2]
+    seen, blind = (
+        processor.encode(messages, add_generation_prompt=True)
+        for messages in (sample.prompt, tuple(map(without_pictures, sample.prompt)))
+    )
+    whole = with_answer(seen, (70, 71, 72))
+    rows = [
+        collate([[one]], BatchShape(1, 100, 64 * shown), processor.rules.patch_sizes)
+        for one, shown in ((whole, 1), (seen, 1), (blind, 0))
+    ]
+    queries = np.array([len(seen.tokens) - 1 + np.arange(3)], np.int32)
+
+    @jax.jit
+    def expected(m: Vlm, whole: Batch, seen: Batch, blind: Batch) -> jax.Array | None:
+        return with_numbers(m, prompt_numbers(m, seen, blind, 100)).forward(whole, Want(queries=queries)).attention
+
+    found = np.asarray(expected(prompted, *rows))[:, 0].mean(1)[..., np.flatnonzero(whole.info.image == 1)]
+    assert looks[2] is not None
+    np.testing.assert_allclose(looks[2].weights.reshape(found.shape), found, atol=1e-5)
+
+
+def test_crops_are_asked_beside_the_picture(subject: ModelSubject) -> None:
+    """Of the sample with a picture, as a conversation with two. The usual localisation prompt is over this budget."""
+    how = VisualFunnel(layer=1, base=8.0, views=("focal", "whole"), where="{question}")
+    assert isinstance(AskedAgain(subject, VisualFunnel(layer=1), Task()).answer(SAMPLES[:1])[0], PromptOverBudget)
+    plain, text = subject.answer(SAMPLES[:2])
+    asked = AskedAgain(subject, how, Task()).answer(SAMPLES[:2])
+    assert [type(answer) for answer in asked] == [Answer, Answer]
+    assert asked[1] == text and asked[0] != plain
+    none = AskedAgain(subject, dataclasses.replace(how, views=("whole",)), Task()).answer(SAMPLES[:2])
+    assert none == [plain, text]
 
 
 def test_a_reading_gets_prompts_with_their_answers(subject: ModelSubject, processor: Processor) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 from rave_jax.data.images import read_image
 from rave_jax.data.sample import ImageError, OverBudget, Sample, SampleError
 from rave_jax.evaluation.routing import Cells, Route
-from rave_jax.evaluation.subject import Answer, Reading
+from rave_jax.evaluation.subject import Answer, Glances, Reading
 from rave_jax.evaluation.vas import VasSums
 from rave_jax.look.blocks import KnockOut
 from rave_jax.look.maps import Look
@@ -126,6 +126,16 @@ class Fake:
     def per_sample(self, reading: Reading, samples: Sequence[Sample], answers: Sequence[Answer]) -> None:
         """There is no model to read."""
         self._note(samples)
+
+    def glances(
+        self, samples: Sequence[Sample], answers: Sequence[Answer], layers: tuple[int, ...]
+    ) -> list[Glances | SampleError | None]:
+        """Each token was chosen by the upper left quarter of the picture."""
+        self._note(samples)
+        found = [np.zeros((len(layers), len(answer.tokens) + 1, 2, 2), np.float32) for answer in answers]
+        for one in found:
+            one[..., 0, 0] = 1
+        return [*found]
 
 
 def any_source(source: Toy) -> Any:

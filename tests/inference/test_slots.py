@@ -19,13 +19,20 @@ from rave_jax.attention import (
     Avar,
     CacheType,
     Decomposed,
+    Dyvte,
     Gaze,
     LogN,
     MechanismConfig,
+    Moba,
     Moh,
+    Pine,
+    Pruning,
     Rave,
     Sads,
     SlidingWindow,
+    Sparsifiner,
+    Steer,
+    Superlinear,
     TextPositions,
     Var,
     Vhr,
@@ -89,6 +96,7 @@ SETTINGS: dict[str, tuple[MechanismConfig, ...]] = {
         Sads(heads=(2,), layers=(1,)),
         Vhr(heads=(0, 3), layers=(1,)),
         LogN(length=4),
+        Steer(image=0.7, system=0.3, layers=(0,)),
         VisualBias(0.7, layers=(1,)),
     ),
     "first token, bias and after": (
@@ -107,6 +115,11 @@ SETTINGS: dict[str, tuple[MechanismConfig, ...]] = {
         Var(dims=(3, 11, 20), tau=1.8, summ=0.05, rho=0.3, move_fraction=0.9, layers="all"),
         Rave(rank=4, layers=(1,)),
     ),
+    "pictures in no order": (
+        Pine(3),
+        Rave(rank=4, layers=(0,)),
+        SlidingWindow(window=40, layers=(1,)),
+    ),
     "gaze": (
         Gaze(FixedRegions(2, 2), max_regions=12, top_k=2, layers=(1,)),
         Gaze(FixedRegions(2, 2), max_regions=12, top_k=2, rank_with_bias=True, layers=(0,)),
@@ -119,12 +132,32 @@ SETTINGS: dict[str, tuple[MechanismConfig, ...]] = {
         ZeroTuning(0.2, layers=(1,)),
         Rave(rank=4, form="centered_sigmoid", layers=(0,)),
     ),
+    "blocks": (
+        Moba(5, top_k=2, layers=(0,)),
+        Rave(rank=4, layers=(0,)),
+        Sparsifiner(4, keep=0.3, rank=4, layers=(1,)),
+        Moba(7, top_k=2, queries="text", share="group", layers=(2,)),
+    ),
+    "blocks beside regions": (
+        Moba(5, top_k=2, layers=(0,)),
+        Gaze(FixedRegions(2, 2), max_regions=12, top_k=2, normalise="keys", layers=(1,)),
+        Superlinear(5, spans=1, rank=4, layers=(2,)),
+    ),
     "gaze for study": (
         Gaze(FixedRegions(1, 3), 16, top_k=1, descriptor="spread", layers=(0,)),
         Gaze(FixedRegions(1, 3), 16, top_k=1, descriptor="oracle", layers=(1,)),
         Gaze(FixedRegions(1, 3), 16, top_k=1, descriptor="learned", descriptor_keys="pre_rope", layers=(2,)),
         Decomposed(layers=(2,)),
     ),
+    "pruned": (
+        Pruning(keep=0.4, slope=1.0, layers=(0,)),
+        Pruning(keep=0.5, layers=(1,)),
+        Rave(rank=4, layers=(0, 1, 2)),
+        SlidingWindow(window=30, layers=(1, 2)),
+        ZeroTuning(0.2, layers=(1,)),
+        TextPositions(layers=(2,)),
+    ),
+    "routers": (Dyvte(width=8), LogN(length=4)),
     "decomposed": (
         Decomposed(layers=(0, 1)),
         Decomposed("kept", layers=(2,)),
@@ -219,6 +252,19 @@ def test_layers_apart_say_the_same(expected: list[list[int]]) -> None:
     apart.decoder.norm, apart.embed, apart.lm_head = stacked.decoder.norm, stacked.embed, stacked.lm_head
     apart.vision = stacked.vision
     assert run(engine(apart, FEW), prompts()[:2]) == expected[:2]
+
+
+@pytest.mark.slow
+def test_less_room_behind_a_drop_says_the_same() -> None:
+    """Text and the visual tokens that stay need fewer entries in the layers behind."""
+    vlm, few = a_model("pruned"), dataclasses.replace(FEW, max_kept=56)
+    whole, less = engine(vlm, FEW), engine(vlm, few)
+    assert run(less, prompts()) == run(whole, prompts())
+    sizes = [[run.size for run in slots._state.cache.layer_runs[1:]] for slots in (whole, less)]
+    assert sizes == [[80, 80], [56, 56]]
+    text = document([56], CONFIG, np.random.default_rng(0))
+    with pytest.raises(OverBudget, match="57 tokens that stay, with one token of the answer, over the budget"):
+        less.submit(example_of(text, CONFIG), Sampling(NEW))
 
 
 def test_stop_tokens_end_a_row_and_only_that_row(expected: list[list[int]]) -> None:
@@ -319,6 +365,8 @@ def test_what_does_not_fit_is_refused_and_nothing_is_lost(expected: list[list[in
             slots.submit(odd, Sampling(), "x")
     with pytest.raises(SampleError, match="3 ids end its answer, but max_stop_ids is 2"):
         slots.submit(example_of(prompts()[0], CONFIG), Sampling(stop_ids=(1, 2, 3)))
+    with pytest.raises(ConfigError, match="max_kept is 40, expected None: no mechanism of the model lets tokens leave"):
+        engine(a_model(), dataclasses.replace(SIZES, max_kept=40))
     with pytest.raises(ConfigError, match="3 ids end an answer"):
         engine(a_model(), stop_ids=(1, 2, 3))
     text = VlmConfig(text=TextConfig(), family="qwen3")

@@ -8,10 +8,10 @@ import functools
 import numpy as np
 import pytest
 
-from rave_jax.attention import Cca, Croc, MechanismConfig, Mma, Rave
+from rave_jax.attention import BiFormer, Cca, Croc, Gaze, MechanismConfig, Mma, Rave, ZeroTuning
 from rave_jax.batch import Role
 from rave_jax.inference.buckets import Buckets
-from rave_jax.layout import VisualLayout
+from rave_jax.layout import FixedRegions, VisualLayout
 from rave_jax.models.config import ModelOptions
 from rave_jax.models.vlm import Vlm
 from tests.inference.prompts import whole_forward
@@ -23,6 +23,14 @@ WHOLE = dataclasses.replace(SIZES, slots=2, max_length=48, chunk=48, smallest=32
 SETTINGS: dict[str, tuple[MechanismConfig, ...]] = {
     "mma and croc": (Mma(), Croc(layers=(0, 1)), Croc("prefix", layers=(2,))),
     "cca": (Cca(), Mma(), Rave(rank=4)),
+    "regions": (
+        Gaze(FixedRegions(2, 2), 16, top_k=1, layers=(0,)),
+        Cca(layers=(0,)),
+        BiFormer(FixedRegions(2, 2), 16, top_k=1, layers=(1,)),
+        Croc("prefix", layers=(1,)),
+        BiFormer(FixedRegions(2, 2), 16, top_k=1, text="dense", share="group", layers=(2,)),
+        ZeroTuning((5.0, 0.3), heads=(0, 2), route="after", layers=(0, 2)),
+    ),
 }
 
 
@@ -53,7 +61,10 @@ def asked() -> list[Document]:
     return documents
 
 
-@pytest.mark.parametrize("name", ["mma and croc", pytest.param("cca", marks=pytest.mark.slow)])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("name", ["mma and croc", pytest.param("cca", marks=SLOW), pytest.param("regions", marks=SLOW)])
 def test_each_token_is_the_argmax_of_a_whole_forward(name: str) -> None:
     vlm = a_model(name)
     answers = run(engine(vlm, WHOLE), asked())

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from rave_jax.kernels.attention import KeyGroups, MaskCodes, PairBias, PairForm, attention
+from rave_jax.kernels.attention import KeyGroups, MaskCodes, attention
 from rave_jax.kernels.support import interpreted
 from rave_jax.parallel.mesh import MeshConfig, make_mesh
 from rave_jax.parallel.sharding import use_mesh
@@ -30,13 +30,16 @@ from tests.kernels.drawn import (
     FORMS,
     MASKS,
     Dims,
+    PairBias,
     codes_of,
     drawn_codes,
     random_codes,
     random_cotangents,
     random_key_bias,
     random_operands,
+    term_of,
 )
+from tests.kernels.score_terms import terms_of
 
 NUM_GROUPS = 4
 EVERY_GRADIENT = "test_every_result_and_gradient_is_the_oracles"
@@ -48,6 +51,7 @@ class Case(NamedTuple):
 
     dims: Dims
     form: str | None = "log_gate"
+    """Names of the terms' functions joined by +, see `score_terms`; None has no term."""
     dtype: str = "float32"
     key_bias: bool = False
     settings: Any = None
@@ -210,9 +214,11 @@ class AttentionBackend:
             self.run(q, k, v > 0, codes, scale=1.0)
         with pytest.raises(ValueError, match="k is bfloat16, expected float32 as q"):
             self.run(q, k.astype(jnp.bfloat16), v, codes, scale=1.0)
-        for name, wrong in (("codes", tuple(codes)), ("bias", tuple(bias)), ("form", "tanh")):
-            with pytest.raises(ValueError, match=f"operand {name} is of type (tuple|str), expected (MaskCodes|Pair)"):
-                self.run(q, k, v, **{"codes": codes, "bias": bias, name: wrong}, scale=1.0)
+        for name, wrong in (("codes", tuple(codes)), ("terms", (tuple(bias),))):
+            with pytest.raises(
+                ValueError, match=rf"operand {name}(\[0\])? is of type tuple, expected (MaskCodes|Term)"
+            ):
+                self.run(q, k, v, **{"codes": codes, "terms": (), name: wrong}, scale=1.0)
 
     def test_an_array_of_queries_by_keys_is_made_where_it_is_said_and_nowhere_else(self):
         """The oracle, which makes one, shows that this test sees it."""
@@ -336,9 +342,8 @@ def program(call: Callable[..., Any], name: str, case: Case) -> Callable[..., An
     def everything(drawn: Drawn) -> Any:
         def of(floats: dict[str, Any]) -> Any:
             moved = with_floats(drawn, floats)
-            form = PairForm(case.form or "linear", limit=3.0)
-            more = {"scale": case.dims.h**-0.5, "key_bias": moved.key_bias}
-            return call(name, case, *moved[:4], moved.bias if case.form else None, form, **more)
+            terms = terms_of(moved.bias, case.form) if case.form else ()
+            return call(name, case, *moved[:4], terms, scale=case.dims.h**-0.5, key_bias=moved.key_bias)
 
         (out, lse), pull = jax.vjp(of, floats_of(drawn))
         return out, lse, pull((drawn.ct[0].astype(out.dtype), jnp.where(jnp.isfinite(lse), drawn.ct[1], 0.0)))[0]
@@ -373,7 +378,8 @@ def forward_of(name: str) -> Callable[..., Any]:
 
     def run(q: Any, k: Any, v: Any, codes: MaskCodes, bias: PairBias | None, form: str) -> Any:
         with interpreted():
-            return attention(q, k, v, codes, bias, PairForm(form), scale=SCALE, implementation=name)
+            terms = () if bias is None else (term_of(bias, form),)
+            return attention(q, k, v, codes, terms, scale=SCALE, implementation=name)
 
     return jax.jit(run, static_argnames="form")
 

@@ -2,16 +2,69 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
-from rave_jax.kernels.attention import MaskCodes, PairBias
+from rave_jax.attention.rave_forms import CenteredSigmoid, Form, Linear, LogGate, Tanh, key_side, query_side
+from rave_jax.kernels.attention import MaskCodes, Term
 
 FORMS = ("log_gate", "tanh", "linear", "centered_sigmoid")
 FLOATS = ("u", "w", "row", "key", "gain")
 MASKS = ("random", "packed", "window", "opened", "nobody")
+
+
+class PairBias(NamedTuple):
+    """Operands of RAVE's gate, float32, before they are a score term."""
+
+    u: Any
+    w: Any
+    row: Any
+    key: Any
+    gain: Any
+    query_on: Any
+    key_on: Any
+
+
+def form_of(kind: str) -> Form:
+    """A form by name; tanh is bounded by 3."""
+    return {
+        "log_gate": LogGate(),
+        "tanh": Tanh(3.0),
+        "linear": Linear(),
+        "centered_sigmoid": CenteredSigmoid(),
+    }[kind]
+
+
+def term_of(bias: PairBias, kind: str) -> Term:
+    """The gate as a score term, as RAVE makes it."""
+    form = form_of(kind)
+    return Term(
+        form,
+        u=query_side(form, bias.u, bias.row, key_term=True),
+        w=key_side(bias.w, bias.key, row_term=True),
+        head={"gain": bias.gain} if kind == "centered_sigmoid" else {},
+        query_on=bias.query_on,
+        key_on=bias.key_on,
+    )
+
+
+class RegionBias(NamedTuple):
+    """The same of one query and keys in regions."""
+
+    u: Any
+    w: Any
+    row: Any
+    key: Any
+    gain: Any
+    query_on: Any
+
+
+def region_term_of(bias: RegionBias, kind: str) -> Term:
+    """The gate as a score term of `gather_attention`."""
+    ones = jnp.ones(bias.w.shape[:1] + bias.w.shape[2:4], bool)
+    return term_of(PairBias(*bias, key_on=ones), kind).replace(key_on=None)
 
 
 class Dims(NamedTuple):

@@ -8,10 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from rave_jax.kernels.attention import PairForm
 from rave_jax.kernels.routed import HostRegions, gather_attention, host
-from rave_jax.kernels.routed.gather import RegionBias, pallas_tpu
+from rave_jax.kernels.routed.gather import pallas_tpu
 from rave_jax.kernels.routed.gather.base import Operands, Stack, listed, union
+from tests.kernels.drawn import RegionBias
+from tests.kernels.score_terms import region_terms_of
 
 
 def decode(
@@ -31,30 +32,36 @@ def decode(
     kv_heads: int = 2,
     layers: int = 3,
 ) -> tuple[Any, tuple[Any, ...]]:
-    """The kernel and what is made for it; form None has no gate. Gate keys are kept flat, a region in a row."""
+    """The kernel and what is made for it; `form` as `score_terms` has it, None has no term. The keys' side of a pair
+    product is kept flat, a region in a row."""
     heads, cache, f32 = kv_heads * group, (rows, kv_heads, regions, entries), jnp.float32
-    bias = None
+    terms: Any = ()
     if form is not None:
-        floats = [(rows, heads, rank), (*cache[:3], entries * rank), (rows, heads), cache, (heads,)]
-        bias = RegionBias(*(place(shape, f32) for shape in floats), place((rows, heads), jnp.bool_))
+        shapes = [(rows, heads, rank), (*cache, rank), (rows, heads), cache, (heads,)]
+        floats = [jax.ShapeDtypeStruct(shape, f32) for shape in shapes]
+        on = jax.ShapeDtypeStruct((rows, heads), jnp.bool_)
+        made = jax.eval_shape(lambda *xs: region_terms_of(RegionBias(*xs), form), *floats, on)
+        terms = jax.tree.map(lambda x: place(x.shape if x.ndim < 5 else _flat(x.shape), x.dtype), made)
     widths = head_dim, value_dim or head_dim
     operands = Operands(
         place((rows, kv_heads, group, head_dim), dtype),
         *(Stack(place((layers, *cache, width), dtype), None, place((), jnp.int32)) for width in widths),
         place((rows, regions, entries), jnp.bool_),
         place((rows, kv_heads, group if apart else 1, regions), jnp.bool_),
-        bias,
+        terms,
     )
-    how = PairForm() if form is None else PairForm(form)
 
     def run(operands: Operands) -> Any:
-        if operands.bias is not None:
-            w = operands.bias.w.reshape(*cache, rank)
-            operands = operands._replace(bias=operands.bias._replace(w=w))
+        terms = (x if x.w is None else x.replace(w=x.w.reshape(*cache, -1)) for x in operands.terms)
+        operands = operands._replace(terms=tuple(terms))
         index, count = listed(union(operands.chosen), pallas_tpu.length_of_list(operands, most))
-        return pallas_tpu.over(operands, index, count, how, head_dim**-0.5)
+        return pallas_tpu.over(operands, index, count, head_dim**-0.5)
 
     return run, (operands,)
+
+
+def _flat(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return *shape[:3], shape[3] * shape[4]
 
 
 def decode_from_host(
@@ -81,9 +88,7 @@ def decode_from_host(
         def layer(carry: Any, n: Any) -> Any:
             q, k, v = carry
             stacks = Stack(k, scale, n), Stack(v, scale, n)
-            out, _ = gather_attention(
-                q, *stacks, real, chosen, most, None, PairForm(), scale=head_dim**-0.5, implementation="xla"
-            )
+            out, _ = gather_attention(q, *stacks, real, chosen, most, scale=head_dim**-0.5, implementation="xla")
             return (out, k, v), None
 
         (q, _, _), _ = jax.lax.scan(layer, (q, _marked(k), _marked(v)), jnp.arange(layers))

@@ -20,16 +20,16 @@ import pytest
 from hypothesis import given, settings
 
 from rave_jax.kernels import routed
-from rave_jax.kernels.attention import MaskCodes, PairBias, PairForm
+from rave_jax.kernels.attention import MaskCodes
 from rave_jax.kernels.attention import attention as plain
 from rave_jax.kernels.attention.base import NOWHERE
-from rave_jax.kernels.routed import RankBias, RouteRule, Routes, Routing
+from rave_jax.kernels.routed import RouteRule, Routes, Routing, of_regions
 from rave_jax.kernels.support import interpreted
 from rave_jax.parallel.mesh import MeshConfig, make_mesh
 from rave_jax.parallel.sharding import use_mesh
-from tests.kernels.drawn import codes_of
+from tests.kernels.drawn import PairBias, codes_of, term_of
 
-FORM = PairForm("log_gate")
+FORM = "log_gate"
 GROUP = RouteRule(2, share="group")
 HARD = st.tuples(st.integers(0, 10_000), st.booleans(), st.sampled_from([0.0, 0.75, 1.0]))
 """Seed, whether intervals cut regions, and how many queries are routed."""
@@ -109,11 +109,12 @@ def routes_of(query: Any, descriptor: Any, keys: np.ndarray, before: Any, dense:
 def by_name(name: str, d: Sizes, drawn: Drawn, rule: RouteRule) -> Any:
     """The public function, whatever devices the backend is for."""
     q, k, v, codes, routes, bias, _ = drawn
-    if rule.with_bias and bias is not None:
-        routes = routes._replace(bias=RankBias.of(bias, routes.keys, d.R))
+    terms = () if bias is None else (term_of(bias, FORM),)
+    if rule.with_bias:
+        routes = routes._replace(bias=of_regions(terms, routes.keys, d.R))
     routing = Routing(routes, rule, d.most_keys)
     with interpreted():
-        return routed.attention(q, k, v, codes, bias, FORM, routing=routing, scale=d.h**-0.5, implementation=name)
+        return routed.attention(q, k, v, codes, terms, routing=routing, scale=d.h**-0.5, implementation=name)
 
 
 BIAS = ("u", "w", "row", "key")
@@ -177,7 +178,8 @@ class RoutedBackend:
     def plain(self, drawn: Drawn) -> Any:
         """Attention to all keys, by the oracle."""
         how = {"scale": self.sizes.h**-0.5, "implementation": "reference"}
-        return jax.jit(functools.partial(plain, form=FORM, **how))(*drawn[:4], drawn.bias)
+        terms = () if drawn.bias is None else (term_of(drawn.bias, FORM),)
+        return jax.jit(functools.partial(plain, **how))(*drawn[:4], terms)
 
     def test_it_is_the_stated_rule(self, rule):
         @settings(max_examples=10)
@@ -319,7 +321,7 @@ class FurtherChoices(RoutedBackend):
         routing = Routing(routes._replace(keys=routes.keys.at[:, 0].set(0)), RouteRule(1, by="mass"))
         loud = bias._replace(key=bias.key.at[:, 0].set(1e4), key_on=bias.key_on.at[:, 0].set(True))
         how = {"routing": routing, "scale": self.sizes.h**-0.5, "implementation": self.name}
-        run = jax.jit(lambda bias: routed.attention(q, k, v, far, bias, PairForm("linear"), **how)[0])
+        run = jax.jit(lambda bias: routed.attention(q, k, v, far, [term_of(bias, "linear")], **how)[0])
         np.testing.assert_array_equal(run(loud), run(bias._replace(key_on=loud.key_on)))
 
 

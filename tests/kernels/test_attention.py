@@ -1,21 +1,19 @@
-"""Attention with pair bias: the oracle against formulas, the blockwise backend against the oracle, and the operands."""
+"""Attention with score terms: the oracle against formulas, the blockwise backend against it, and the operands."""
 
 from __future__ import annotations
 
 from types import MappingProxyType
 
 import hypothesis.strategies as st
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from rave_jax.config import ConfigError
-from rave_jax.kernels.attention import OPERATION, KeyGroups, PairForm, attention
-from rave_jax.kernels.attention.base import LOG_GATE_FLOOR, log_gate, tile_allow
+from rave_jax.kernels.attention import OPERATION, KeyGroups, attention
+from rave_jax.kernels.attention.base import tile_allow
 from tests.kernels.attention_backend import EVERY_GRADIENT, AttentionBackend, BackendBesideTheOracle, Case
-from tests.kernels.drawn import FORMS, Dims, random_codes, random_operands
+from tests.kernels.drawn import FORMS, Dims, random_codes, random_operands, term_of
 
 B, H, K, h, c, r = 2, 4, 2, 8, 6, 4  # c: width of values
 SHAPES = ((1, 1), (7, 300), (300, 300))
@@ -69,27 +67,21 @@ def test_the_mask_is_the_stated_predicate(seed):
         assert allow[b, i, j] == (lo[b, i] <= order[b, j] <= hi[b, i] or open_q[b, i] == open_k[b, j])
 
 
-@pytest.mark.parametrize(("bad", "field"), [({"kind": "flat"}, "form"), ({"limit": float("inf")}, "limit")])
-def test_a_form_that_is_none_is_refused(bad, field):
-    with pytest.raises(ConfigError, match=field):
-        PairForm(**bad)
-
-
-def test_log_gate_is_accurate_everywhere_and_exact_at_zero():
-    z = np.concatenate([-np.logspace(-6, 2.5, 200), np.logspace(-6, 2.5, 200)])
-    expected = np.log(2.0) - np.logaddexp(0, -np.maximum(z, LOG_GATE_FLOOR))
-    np.testing.assert_allclose(log_gate(jnp.asarray(z, jnp.float32)), expected, rtol=3e-6, atol=1e-7)
-    assert float(log_gate(jnp.float32(0))) == 0.0
-    slopes = jax.vmap(jax.grad(log_gate))(jnp.asarray(z, jnp.float32))
-    np.testing.assert_allclose(slopes, 1 / (1 + np.exp(np.minimum(z, 80))), rtol=1e-4, atol=1e-6)
-
-
 def test_operands_that_do_not_fit_are_named():
     rng = np.random.default_rng(4)
     q, k, v, bias = random_operands(rng, dims(7, 9), 0.5)
     codes = random_codes(rng, B, 7, 9)
-    with pytest.raises(ValueError, match=r"bias\.key has shape \(2, 8, 2\), expected \(2, 9, 2\)"):
-        attention(q, k, v, codes, bias._replace(key=bias.key[:, :-1]), scale=1.0)
+    term = term_of(bias, "centered_sigmoid")
+
+    def changed(**operands):
+        return attention(q, k, v, codes, [term.replace(**operands)], scale=1.0)
+
+    with pytest.raises(ValueError, match=r"terms\[0\]\.w has shape \(2, 8, 2, 6\), expected \(2, 9, 2, 6\)"):
+        changed(w=term.w[:, :-1])
+    with pytest.raises(ValueError, match=r"terms\[0\]\.key\['at'\] has shape \(2, 9\), expected \(2, 9, 2\)"):
+        changed(key={"at": jnp.zeros((2, 9))})
+    with pytest.raises(ValueError, match=r"terms\[0\] has u alone, expected both u and w or neither"):
+        changed(w=None)
     with pytest.raises(ValueError, match=r"codes\.hi"):
         attention(q, k, v, codes._replace(hi=codes.hi[:, :-1]), scale=1.0)
     with pytest.raises(ValueError, match="3 query heads cannot share 2 kv heads"):
@@ -100,10 +92,10 @@ def test_operands_that_do_not_fit_are_named():
         attention(q, k[:, :0], v[:, :0], codes, scale=1.0)
     with pytest.raises(ValueError, match=r"q has shape \(7, 4, 8\), expected \[batch"):
         attention(q[0], k, v, codes, scale=1.0)
-    with pytest.raises(ValueError, match=r"bias\.gain is bfloat16, expected float32"):
-        attention(q, k, v, codes, bias._replace(gain=bias.gain.astype(jnp.bfloat16)), scale=1.0)
-    with pytest.raises(ValueError, match=r"bias\.key_on is float32, expected bool"):
-        attention(q, k, v, codes, bias._replace(key_on=bias.key_on.astype(jnp.float32)), scale=1.0)
+    with pytest.raises(ValueError, match=r"head\['gain'\] is bfloat16, expected float32"):
+        changed(head={"gain": bias.gain.astype(jnp.bfloat16)})
+    with pytest.raises(ValueError, match=r"terms\[0\]\.key_on is float32, expected bool"):
+        changed(key_on=bias.key_on.astype(jnp.float32))
     with pytest.raises(ValueError, match="0 key groups, expected at least 1"):
         attention(q, k, v, codes, scale=1.0, key_groups=KeyGroups(codes.order, 0))
     with pytest.raises(ValueError, match="an array as its scale"):
@@ -112,5 +104,5 @@ def test_operands_that_do_not_fit_are_named():
         OPERATION.choose("flash", q, k, v)
     with pytest.raises(ValueError, match="nan as its scale, expected a number"):
         attention(q, k, v, codes, scale=float("nan"))
-    with pytest.raises(ValueError, match=r"bias\.u has shape \(2, 7, 4, 0\), expected \[2, 7, 4, rank\]"):
-        attention(q, k, v, codes, bias._replace(u=bias.u[..., :0], w=bias.w[..., :0]), scale=1.0)
+    with pytest.raises(ValueError, match=r"terms\[0\]\.u has shape \(2, 7, 4, 0\), expected \[2, 7, 4, rank\]"):
+        changed(u=term.u[..., :0], w=term.w[..., :0])

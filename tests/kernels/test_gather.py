@@ -17,12 +17,12 @@ import pytest
 from hypothesis import given, settings
 from jax.sharding import NamedSharding, PartitionSpec
 
-from rave_jax.kernels.attention import PairForm
-from rave_jax.kernels.routed import RegionBias, Stack, gather_attention
+from rave_jax.kernels.routed import Stack, gather_attention
 from rave_jax.kernels.routed.gather.api import OPERATION
 from rave_jax.kernels.support import interpreted
 from rave_jax.parallel.mesh import MeshConfig, make_mesh
 from rave_jax.parallel.sharding import current_mesh, partition_spec, use_mesh
+from tests.kernels.drawn import RegionBias, region_term_of
 
 B, K, G, R, m, h, c, r = 2, 2, 3, 9, 8, 128, 256, 4
 MOST = 3
@@ -92,10 +92,9 @@ def operands(seed: int, apart: bool, kind: str) -> dict[str, Any]:
     if kind != "none":
         parts = normal(B, K * G, r), normal(B, K, R, m, r), normal(B, K * G), normal(B, K, R, m), normal(K * G)
         bias = RegionBias(*map(jnp.asarray, parts), jnp.asarray(rng.random((B, K * G)) < 0.7))
-    form = PairForm() if kind == "none" else PairForm(kind)
     return {
         **{"q": jnp.asarray(normal(B, K * G, h)), "k": jnp.asarray(k), "v": jnp.asarray(v)},
-        **{"real": jnp.asarray(real), "chosen": jnp.asarray(chosen), "most": MOST, "bias": bias, "form": form},
+        **{"real": jnp.asarray(real), "chosen": jnp.asarray(chosen), "most": MOST, "bias": bias, "form": kind},
     }
 
 
@@ -116,10 +115,10 @@ def by_rule(q, k, v, real, chosen, most, bias, form) -> tuple[np.ndarray, np.nda
             z = z + float(bias.row[b, head])
             f = {
                 "log_gate": lambda z: np.log(2 / (1 + np.exp(-z))),
-                "tanh": lambda z: form.limit * np.tanh(z / form.limit),
+                "tanh": lambda z: 3.0 * np.tanh(z / 3.0),
                 "linear": lambda z: z,
                 "centered_sigmoid": lambda z, gain=float(bias.gain[head]): gain * (2 / (1 + np.exp(-z)) - 1),
-            }[form.kind]
+            }[form]
             scores = scores + f(z)
         weights = np.exp(scores)
         out[b, head] = weights @ np.array([v[b, group, n, s] for n, s in at]) / weights.sum()
@@ -130,7 +129,8 @@ def by_rule(q, k, v, real, chosen, most, bias, form) -> tuple[np.ndarray, np.nda
 @functools.partial(jax.jit, static_argnames=("most", "form", "implementation"))
 def run(q, k, v, real, chosen, most, bias, form, implementation="auto"):
     with interpreted() if implementation.startswith("pallas") else contextlib.nullcontext():
-        return gather_attention(q, k, v, real, chosen, most, bias, form, scale=h**-0.5, implementation=implementation)
+        terms = () if bias is None else (region_term_of(bias, form),)
+        return gather_attention(q, k, v, real, chosen, most, terms, scale=h**-0.5, implementation=implementation)
 
 
 @pytest.mark.parametrize(("implementation", "kind", "apart"), slow_where(second, BACKENDS, BIASES, APART))
@@ -276,8 +276,8 @@ def test_wrong_operands_and_backends_are_one_clear_error() -> None:
         ),
         ({"most": 0}, "most = 0, expected a number of regions from 1 to 9"),
         ({"most": R + 1}, "most = 10"),
-        (bias(u=given_["bias"].u[:, 1:]), "operand bias.u has shape"),
-        (bias(w=given_["bias"].w.astype(jnp.bfloat16)), "operand bias.w is bfloat16, expected float32"),
+        (bias(u=given_["bias"].u[:, 1:], row=given_["bias"].row[:, 1:]), r"operand terms\[0\]\.u has shape"),
+        (bias(w=given_["bias"].w[:, :, 1:], key=given_["bias"].key[:, :, 1:]), r"operand terms\[0\]\.w has shape"),
         ({"implementation": "cudnn"}, "'cudnn' cannot serve attention to chosen regions; expected auto, reference"),
     ):
         with pytest.raises(ValueError, match=message):

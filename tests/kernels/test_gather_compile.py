@@ -14,12 +14,15 @@ CASES: dict[str, dict[str, Any]] = {
     "per group": {"regions": LONG, "entries": 40, "most": 64},
     "per head": {"regions": LONG, "entries": 40, "most": 64, "apart": True, "form": "log_gate"},
     "one region": {"regions": 1, "entries": 8, "most": 1, "group": 1, "kv_heads": 1},
-    "large regions": {"regions": 16, "entries": 1024, "most": 4, "form": "tanh"},
+    "large regions": {"regions": 16, "entries": 1024, "most": 4, "form": "tanh+soft_cap"},
     "largest regions": {"regions": 4, "entries": 4096, "most": 2, "dtype": "float32"},
     "longest list": {"regions": 256, "entries": 8, "most": 256, "rows": 64, "kv_heads": 4, "group": 1},
     "small regions": {"regions": 64, "entries": 8, "most": 40, "form": "linear", "rank": 8, "rows": 2},
     "wide values": {"regions": 64, "entries": 48, "most": 8, "value_dim": 256, "group": 3},
-    "float32": {"regions": 64, "entries": 40, "most": 8, "dtype": "float32", "apart": True, "form": "centered_sigmoid"},
+    "float32": {
+        **{"regions": 64, "entries": 40, "most": 8, "dtype": "float32", "apart": True},
+        "form": "centered_sigmoid+bent_score",
+    },
 }
 
 

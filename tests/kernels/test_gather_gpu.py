@@ -12,13 +12,14 @@ import pytest
 from jax.experimental.pallas import triton
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
-from rave_jax.kernels.attention import PairForm
 from rave_jax.kernels.routed.gather import gather_attention, pallas_gpu, reference
 from rave_jax.kernels.routed.gather.api import OPERATION
-from rave_jax.kernels.routed.gather.base import Operands, RegionBias, Stack, listed, union
+from rave_jax.kernels.routed.gather.base import Operands, Stack, listed, union
 from rave_jax.kernels.support import interpreted
 from rave_jax.parallel.mesh import AXES
 from rave_jax.parallel.sharding import use_mesh
+from tests.kernels.drawn import RegionBias
+from tests.kernels.score_terms import region_terms_of
 
 H100, T4 = "NVIDIA H100 80GB HBM3", "Tesla T4"
 
@@ -57,14 +58,14 @@ def operands(
     for at in np.ndindex(chosen.shape[:-1]):
         chosen[at][rng.choice(regions, most, replace=False)] = True
     heads = rows, kv_heads * group
-    bias = None
+    terms: Any = ()
     if form is not None:
         parts = normal(*heads, rank), normal(*cache, rank), normal(*heads), normal(*cache), normal(heads[1])
-        bias = RegionBias(*map(jnp.asarray, parts), jnp.asarray(rng.random(heads) < 0.7))
+        terms = region_terms_of(RegionBias(*map(jnp.asarray, parts), jnp.asarray(rng.random(heads) < 0.7)), form)
     q = jnp.asarray(normal(rows, kv_heads, group, widths[0]), dtype)
     k, v = map(stack, widths)
     real = jnp.asarray(rng.random((rows, regions, entries)) < 0.8)
-    return Operands(q, k, v, real, jnp.asarray(chosen), bias)
+    return Operands(q, k, v, real, jnp.asarray(chosen), terms)
 
 
 CASES: dict[str, dict[str, Any]] = {
@@ -85,10 +86,9 @@ def on(kind: str, shape: tuple[int, ...] = (1, 1, 1)) -> AbstractMesh:
 
 def attended(given: Operands, implementation: Any = "auto") -> Any:
     """Of a layer's operands, through the public function."""
-    q, k, v, real, chosen, bias = given
+    q, k, v, real, chosen, terms = given
     heads = q.reshape(q.shape[0], -1, q.shape[-1])
-    form = PairForm("log_gate")
-    return gather_attention(heads, k, v, real, chosen, 7, bias, form, scale=0.1, implementation=implementation)
+    return gather_attention(heads, k, v, real, chosen, 7, terms, scale=0.1, implementation=implementation)
 
 
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
@@ -113,7 +113,10 @@ def test_it_lowers_for_gpus_and_reads_the_cache_where_it_lies(case: dict[str, An
 
 
 EXAMPLES: dict[str, tuple[int, dict[str, Any]]] = {
-    "entries as they come": (6, {"entries": 7, "widths": (64, 48), "form": "log_gate", "apart": True}),
+    "entries as they come": (
+        6,
+        {"entries": 7, "widths": (64, 48), "form": "log_gate+bent_score+distance", "apart": True},
+    ),
     "large regions, no split": (1, {"entries": 150, "most": 2, "regions": 3}),
     "int8": (4, {"entries": 36, "int8": True, "apart": True, "dtype": "bfloat16", "widths": (16, 16)}),
 }
@@ -129,13 +132,13 @@ def test_programs_share_a_list_of_any_length(
     given = operands(**example)
     # The kv heads' lists have different lengths.
     given = given._replace(chosen=given.chosen & (np.arange(given.chosen.shape[3]) < np.array([[[[99]], [[2]]]])))
-    R, form = given.chosen.shape[3], PairForm("log_gate")
+    R = given.chosen.shape[3]
 
     @jax.jit
     def both(given: Operands) -> Any:
         index, count = listed(union(given.chosen), R)
-        kernel = pallas_gpu.over(given, index, count, form, 0.1, interpret=True)
-        return kernel, reference.attention(given, R, form, 0.1), count
+        kernel = pallas_gpu.over(given, index, count, 0.1, interpret=True)
+        return kernel, reference.attention(given, R, 0.1), count
 
     found, expected, count = both(given)
     assert int(count.max()) * given.k.shape[3] > 3 * 16
@@ -152,7 +155,7 @@ def test_nothing_is_read_behind_the_end_of_the_list() -> None:
 
     @jax.jit
     def run(given: Operands, behind: int) -> Any:
-        return pallas_gpu.over(given, index.at[..., 4].set(behind), count, PairForm(), 0.1, interpret=True)
+        return pallas_gpu.over(given, index.at[..., 4].set(behind), count, 0.1, interpret=True)
 
     found = run(given, 5000)
     np.testing.assert_array_equal(found[0][:, 0], 0)

@@ -11,26 +11,32 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from rave_jax.kernels.attention import PairForm
 from rave_jax.kernels.routed.gather import gather_attention, pallas_tpu, reference
 from rave_jax.kernels.routed.gather.base import Operands, Stack, listed, union
 from rave_jax.kernels.support import interpreted
 from rave_jax.tools.tpu import Operand, copied_bytes
+from tests.kernels.drawn import RegionBias
+from tests.kernels.score_terms import region_terms_of
 
 K, G, R, m, h = 2, 3, 192, 8, 128
 MOST = 40
 
 
-def operands(apart: bool, dtype: str = "float32") -> Operands:
-    """One row; every choice is full."""
+def operands(apart: bool, dtype: str = "float32", names: str = "") -> Operands:
+    """One row; every choice is full. `names` of terms as in `score_terms`."""
     rng = np.random.default_rng(0)
     q, k, v = (jnp.asarray(rng.normal(size=(1, K, *shape)), dtype) for shape in ((G, h), (R, m, h), (R, m, h)))
     chosen = np.zeros((1, K, G if apart else 1, R), bool)
     for at in np.ndindex(chosen.shape[:-1]):
         chosen[at][rng.choice(R, MOST, replace=False)] = True
+    H, r, cache = K * G, 4, (1, K, R, m)
+    shapes = (1, H, r), (*cache, r), (1, H), cache, (H,)
+    floats = [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
+    bias = RegionBias(*floats, query_on=jnp.asarray(rng.random((1, H)) < 0.7))
+    terms = region_terms_of(bias, names) if names else ()
     # The second of two layers; the first holds what nobody may read.
     k, v = (Stack(jnp.stack([jnp.full_like(x, jnp.nan), x]), None, jnp.int32(1)) for x in (k, v))
-    return Operands(q, k, v, jnp.ones((1, R, m), bool), jnp.asarray(chosen), None)
+    return Operands(q, k, v, jnp.ones((1, R, m), bool), jnp.asarray(chosen), terms)
 
 
 def lists(given: Operands) -> tuple[Any, Any]:
@@ -40,11 +46,11 @@ def lists(given: Operands) -> tuple[Any, Any]:
 @pytest.mark.slow
 @pytest.mark.parametrize("apart", [False, True], ids=["per group", "per head"])
 def test_several_steps_by_the_other_interpreter(apart: bool) -> None:
-    given = operands(apart)
+    given = operands(apart, names="log_gate+bent_score+distance" if apart else "")
     index, count = lists(given)
     assert index.shape[-1] > pallas_tpu.regions_of_step(m)
-    found = pallas_tpu.over(given, index, count, PairForm(), 0.1, interpret=pltpu.InterpretParams())
-    for x, y in zip(found, reference.attention(given, MOST, PairForm(), 0.1), strict=True):
+    found = pallas_tpu.over(given, index, count, 0.1, interpret=pltpu.InterpretParams())
+    for x, y in zip(found, reference.attention(given, MOST, 0.1), strict=True):
         np.testing.assert_allclose(x, y, atol=1e-5)
 
 
@@ -55,7 +61,7 @@ def test_a_number_behind_the_last_region_is_an_error(wrong: int) -> None:
     index, count = lists(given)
     index = index.at[0, 1, 2].set(wrong)
     with pytest.raises(Exception, match=r"(?i)out.of.bounds|IndexError"):
-        jax.block_until_ready(pallas_tpu.over(given, index, count, PairForm(), 0.1, interpret=pltpu.InterpretParams()))
+        jax.block_until_ready(pallas_tpu.over(given, index, count, 0.1, interpret=pltpu.InterpretParams()))
 
 
 def test_a_list_names_the_chosen_regions_and_nothing_else() -> None:
@@ -88,16 +94,16 @@ def test_it_copies_what_is_chosen_and_no_more(apart: bool, monkeypatch: pytest.M
 
         return run
 
-    given = operands(apart, "bfloat16")
+    given = operands(apart, "bfloat16", "tanh+bent_score" if apart else "")
     monkeypatch.setattr(pl, "pallas_call", instead)
     region = 2 * m * h * 2
     with pytest.raises(Called) as made:
-        pallas_tpu.over(given, *lists(given), PairForm(), 0.1, interpret=True)
+        pallas_tpu.over(given, *lists(given), 0.1, interpret=True)
     chosen = int(union(given.chosen).sum())
     assert made.value.args[0] == chosen * region
     full = listed(jnp.ones((1, K, R), bool), R)
     with pytest.raises(Called) as made:
-        pallas_tpu.over(given, *full, PairForm(), 0.1, interpret=True)
+        pallas_tpu.over(given, *full, 0.1, interpret=True)
     assert made.value.args[1] == made.value.args[2]
 
 
@@ -105,10 +111,10 @@ def test_what_it_cannot_do_is_said() -> None:
     given = operands(False)
 
     def run(implementation: str, **changed: Any) -> Any:
-        q, k, v, real, chosen, bias = given._replace(**changed)
+        q, k, v, real, chosen, terms = given._replace(**changed)
         q = q.reshape(1, K * G, -1)
         how: Any = {"scale": 1.0, "implementation": implementation}
-        return jax.eval_shape(lambda: gather_attention(q, k, v, real, chosen, MOST, bias, PairForm(), **how))
+        return jax.eval_shape(lambda: gather_attention(q, k, v, real, chosen, MOST, terms, **how))
 
     with pytest.raises(ValueError, match="its kernels run on TPUs, and the devices are cpu"):
         run("pallas_tpu")

@@ -10,12 +10,14 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental import pallas as pl
 
-from rave_jax.kernels.attention import MaskCodes, PairBias, PairForm, Terms
+from rave_jax.kernels.attention import MaskCodes, Terms
 from rave_jax.kernels.attention.pallas_tpu import operands
 from rave_jax.kernels.attention.pallas_tpu.backward import backward
 from rave_jax.kernels.attention.pallas_tpu.blocks import BlockSizes, block_facts
 from rave_jax.kernels.attention.pallas_tpu.forward import forward
 from rave_jax.tools.tpu import Operand, copied_bytes
+from tests.kernels.drawn import PairBias
+from tests.kernels.score_terms import terms_of
 
 
 class Called(Exception):
@@ -53,23 +55,24 @@ SHAPES = {
 facts_of = jax.jit(block_facts, static_argnums=(3, 4))
 
 
-@pytest.mark.parametrize("kind", [None, "log_gate", "centered_sigmoid"])
+@pytest.mark.parametrize("names", [None, "log_gate", "centered_sigmoid+distance+bent_score"])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize(("rows", "kv_heads"), [pytest.param(1, 1, marks=pytest.mark.slow), (2, 2)])
-def test_declared_bytes_are_those_copied(instead: None, kind: Any, shape: str, rows: int, kv_heads: int) -> None:
+def test_declared_bytes_are_those_copied(instead: None, names: Any, shape: str, rows: int, kv_heads: int) -> None:
     B, K, H, h, r = rows, kv_heads, 3 * kv_heads, 64, 16
     T, S = SHAPES[shape]["T"], SHAPES[shape]["S"]
     q, k, v = (jax.ShapeDtypeStruct((B, n, m, h), jnp.bfloat16) for n, m in ((T, H), (S, K), (S, K)))
-    arrays = [((B, T, H, r), "float32"), ((B, S, K, r), "float32"), ((B, T, H), "float32"), ((B, S, K), "float32")]
-    arrays += [((H,), "float32"), ((B, T, H), "bool"), ((B, S), "bool")]
-    pair = None if kind is None else PairBias(*(jax.ShapeDtypeStruct(*x) for x in arrays))
-    terms = Terms(pair, jax.ShapeDtypeStruct((B, S, H), jnp.float32))
+    shapes = ((B, T, H, r), (B, S, K, r), (B, T, H), (B, S, K), (H,))
+    gate = PairBias(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes), None, None)  # type: ignore[arg-type]
+    gate = gate._replace(query_on=jax.ShapeDtypeStruct((B, T, H), bool), key_on=jax.ShapeDtypeStruct((B, S), bool))
+    parts = () if names is None else jax.eval_shape(lambda gate: terms_of(gate, names), gate)
+    terms = Terms(parts, jax.ShapeDtypeStruct((B, S, H), jnp.float32))
     blocks = BlockSizes((128, 256), (256, 128))
-    call = operands.make_call(q, k, v, terms, PairForm(kind or "log_gate"), 1.0, blocks, interpret=False)
+    call = operands.make_call(q, k, v, terms, 1.0, blocks, interpret=False)
     packed = jax.eval_shape(lambda *args: operands.pack(*args, call), q, k, v, terms)
     at = (jnp.zeros((B, call.T), jnp.int32), jnp.zeros((B, call.S), jnp.int32))
     codes = MaskCodes(at[0], at[0], at[1], at[0] - 1, at[1] - 2)  # everyone sees everyone
-    on = (jnp.ones(at[0].shape, bool), jnp.ones(at[1].shape, bool))
+    on = tuple(-jnp.ones(x.shape, jnp.int32) for x in at)
     d_out = jax.ShapeDtypeStruct((B, K, call.G, call.T, call.c), jnp.bfloat16)
     row = jax.ShapeDtypeStruct((B, K, call.padded_group, call.T), jnp.float32)
     for run, sizes, more in ((forward, call.forward, ()), (backward, call.backward, (d_out, row, row))):

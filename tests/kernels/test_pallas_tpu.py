@@ -35,8 +35,8 @@ def blocks(forward: tuple[int, int] = (128, 128), backward: tuple[int, int] = (1
 
 def with_blocks(name: str, case: Case, *operands: Any, scale: float, key_bias: Any, interpret: Any = True) -> Any:
     """The kernels on one device, with the blocks of a case."""
-    *rest, bias, form = operands
-    return pallas_tpu.attention(*rest, Terms(bias, key_bias), form, scale, blocks=case.settings, interpret=interpret)
+    *rest, terms = operands
+    return pallas_tpu.attention(*rest, Terms(terms, key_bias), scale, blocks=case.settings, interpret=interpret)
 
 
 CASES = {
@@ -55,6 +55,15 @@ CASES = {
         Dims(1, 150, 150, 1, 2, 64, 64, 16), "linear", "bfloat16", settings=blocks(fold_linear=True)
     ),
     "centered_sigmoid, wide": Case(Dims(1, 200, 200, 2, 2, 256, 256, 64), "centered_sigmoid", settings=blocks()),
+    # Functions that are not RAVE's, alone and beside one of its forms.
+    "distance": Case(Dims(2, 140, 300, 2, 2, 32, 24, 8), "distance", settings=blocks()),
+    "two terms, one reads the score": Case(
+        Dims(1, 140, 700, 1, 2, 32, 32, 5), "log_gate+bent_score", key_bias=True, settings=blocks(key_bytes=300_000)
+    ),
+    "three switches, half width": Case(
+        Dims(1, 150, 300, 2, 2, 64, 64, 16), "linear+distance+bent_score", "bfloat16", settings=blocks(fold_linear=True)
+    ),
+    "soft cap, one query": Case(Dims(2, 1, 300, 2, 3, 32, 32, 8), "soft_cap+tanh", settings=blocks()),
     "plain": Case(Dims(1, 200, 300, 1, 3, 96, 96, 8), None, key_bias=True, settings=blocks()),
     "one query": Case(Dims(2, 1, 300, 2, 3, 32, 32, 8), key_bias=True, settings=blocks()),
     "eight queries, half width": Case(Dims(1, 8, 300, 1, 7, 64, 64, 64), dtype="bfloat16", settings=blocks()),
@@ -68,7 +77,7 @@ class TestPallasTpu(BackendBesideTheOracle):
     call = staticmethod(with_blocks)
     cases = CASES
     slow = (
-        *(f"{EVERY_GRADIENT}[{case}]" for case in CASES if case not in ("usual", "plain")),
+        *(f"{EVERY_GRADIENT}[{case}]" for case in CASES if case not in ("usual", "distance")),
         "test_a_zero_pair_changes_no_bit[tanh]",
         "test_a_zero_pair_changes_no_bit[linear]",
         "test_key_groups_are_what_their_keys_alone_give_and_merge_to_the_whole",
@@ -79,7 +88,14 @@ class TestPallasTpu(BackendBesideTheOracle):
 
     @pytest.mark.slow
     @pytest.mark.parametrize(
-        "name", ("one query", "tanh, blocks that differ", "log_gate, half width", "linear, folded")
+        "name",
+        (
+            "one query",
+            "tanh, blocks that differ",
+            "log_gate, half width",
+            "linear, folded",
+            "two terms, one reads the score",
+        ),
     )
     def test_the_interpreter_that_watches_memory_finds_the_same(self, name):
         case = self.cases[name]
@@ -149,7 +165,9 @@ def test_what_is_said_of_blocks_is_never_wrong(seed, mask):
     rng = np.random.default_rng(seed)
     B, T, S, block = 2, 24, 32, 4
     codes = drawn_codes(rng, mask, B, T, S, int(rng.integers(1, S + 1)))
-    on_q, on_k = rng.random((B, T)) < 0.2, rng.random((B, S)) < 0.2
+    # Two switches, each a bit.
+    on_q, on_k = ((rng.random((2, B, n)) < 0.1) * np.array([1, 2])[:, None, None] for n in (T, S))
+    on_q, on_k = (x.sum(0).astype(np.int32) for x in (on_q, on_k))
     facts_q, facts_k = (np.asarray(x) for x in facts_of(codes, on_q, on_k, block, block))
     visit = ByFacts(T // block, S // block)
     lo, hi, order, open_q, open_k = (np.asarray(x) for x in codes)
@@ -161,7 +179,8 @@ def test_what_is_said_of_blocks_is_never_wrong(seed, mask):
         guards = visit.guards(facts_q, facts_k, b, i, j)
         assert guards.live() or not seen.any()
         assert not (guards.live() and guards.full()) or seen.all()
-        assert bool(guards.gated()) == bool(on_q[b, rows].any() and on_k[b, keys].any())
+        for bit in (1, 2):
+            assert bool(guards.on() & bit) == bool((on_q[b, rows] & bit).any() and (on_k[b, keys] & bit).any())
         first, last = facts_q[(b * visit.num_q + i) * FACTS + 6 :][:2]
         assert not guards.live() or first <= j <= last
 
@@ -172,7 +191,7 @@ def test_causal_blocks_are_skipped_and_copied_no_more():
     codes = drawn_codes(np.random.default_rng(0), "packed", 1, T, T, T)._replace(
         lo=jnp.zeros((1, T), jnp.int32), hi=jnp.asarray(i[None], jnp.int32)
     )
-    off = jnp.zeros((1, T), bool)
+    off = jnp.zeros((1, T), jnp.int32)
     facts = [np.asarray(x) for x in facts_of(codes, off, off, block, block)]
     visit = ByFacts(T // block, T // block)
     for i, j in np.ndindex(T // block, T // block):

@@ -8,11 +8,12 @@ import pytest
 
 from rave_jax.kernels import routed
 from rave_jax.kernels.attention import MaskCodes
-from rave_jax.kernels.routed import RankBias, RouteRule, Routes, Routing
+from rave_jax.kernels.routed import RouteRule, Routes, Routing, of_regions
 from rave_jax.kernels.routed import xla as blocks
 from rave_jax.parallel.mesh import MeshConfig, make_mesh
 from rave_jax.parallel.sharding import use_mesh
-from tests.kernels.routed_backend import BesideTheOracle, FurtherChoices, Sizes, by_name, drawn_for, near, program
+from tests.kernels.drawn import term_of
+from tests.kernels.routed_backend import FORM, BesideTheOracle, FurtherChoices, Sizes, by_name, drawn_for, near, program
 
 SIZES = Sizes(B=2, T=24, S=56, K=2, G=2, h=8, R=6, most_keys=14)
 RULES = (
@@ -98,7 +99,7 @@ def test_wrong_operands_and_backends_are_one_clear_error() -> None:
         routed.attention(
             *given[:4], routing=Routing(given.routes, RouteRule(1)), scale=1.0, implementation="pallas_tpu"
         )
-    ranked = given.routes._replace(bias=RankBias.of(given.bias, given.routes.keys, SIZES.R))
+    ranked = given.routes._replace(bias=of_regions((term_of(given.bias, FORM),), given.routes.keys, SIZES.R))
     with pytest.raises(ValueError, match="has a bias to rank by beside a rule of with_bias = False"):
         by_name("xla", SIZES, given._replace(routes=ranked), RouteRule(1))
     for wrong in (0, -1, 1.5, float("nan"), float("inf")):

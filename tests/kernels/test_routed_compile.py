@@ -11,7 +11,7 @@ from tests.kernels.test_tpu_compile import KINDS
 
 LONG = 2048
 CASES: dict[str, dict[str, Any]] = {
-    "training": {"tokens": LONG, "regions": 8, "most_keys": 128, "group": 7},
+    "training": {"tokens": LONG, "regions": 8, "most_keys": 128, "group": 7, "terms": "log_gate"},
     "what is left over": {
         "tokens": 300,
         "regions": 12,
@@ -19,6 +19,9 @@ CASES: dict[str, dict[str, Any]] = {
         "group": 2,
         "head_dim": 64,
         "dtype": "float32",
+        "share": "head",
+        "terms": "bent_score+distance",
+        "rank": 4,
     },
 }
 

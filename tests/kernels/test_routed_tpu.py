@@ -16,16 +16,19 @@ from jax.experimental.pallas import tpu as pltpu
 
 from rave_jax.config import ConfigError
 from rave_jax.kernels import routed
-from rave_jax.kernels.attention import MaskCodes
-from rave_jax.kernels.routed import RouteRule, Routes, Routing, pallas_tpu
+from rave_jax.kernels.attention import KeyGroups, MaskCodes, Term, Terms
+from rave_jax.kernels.routed import RouteRule, Routes, Routing, of_regions, pallas_tpu
 from rave_jax.kernels.routed.base import Choice
 from rave_jax.kernels.routed.pallas_tpu import lists
 from rave_jax.kernels.routed.pallas_tpu.forward import forward
 from rave_jax.kernels.routed.pallas_tpu.heads import HeadWords
 from rave_jax.kernels.routed.pallas_tpu.lists import Tiling
 from rave_jax.kernels.routed.pallas_tpu.sizes import tiling_of
+from rave_jax.kernels.routed.pallas_tpu.terms import PairItself
 from rave_jax.kernels.support import interpreted
+from tests.kernels.drawn import PairBias, term_of
 from tests.kernels.routed_backend import (
+    FORM,
     GROUP,
     BesideTheOracle,
     Drawn,
@@ -36,18 +39,27 @@ from tests.kernels.routed_backend import (
     program,
     routes_of,
 )
+from tests.kernels.score_terms import terms_of
 
 SIZES = Sizes(B=1, T=24, S=72, K=1, G=20, h=16, R=6, most_keys=20)
 """20 heads are 32 rows of a query, so that few queries fill a line: what an interpreter takes to compile grows with
 the queries of an item."""
 HEADS = RouteRule(2, share="head")
-ITEMS = pallas_tpu.ItemSizes(queries=16, item=4, chunks=(4, 4))
+ITEMS = pallas_tpu.ItemSizes(queries=16, item=4, together=8, chunks=(4, 4))
 
 
 def with_items(name: str, d: Sizes, drawn: Drawn, rule: RouteRule, interpret: Any = True) -> Any:
-    """The kernels, with few queries in an item."""
+    """The kernels, with few queries in an item, and a gate where the operands have one."""
+    return with_terms(Terms(() if drawn.bias is None else (term_of(drawn.bias, FORM),)), d, drawn, rule, interpret)
+
+
+def with_terms(terms: Terms, d: Sizes, drawn: Drawn, rule: RouteRule, interpret: Any = True) -> Any:
+    """The same with these score terms."""
+    routes = drawn.routes
+    if rule.with_bias:
+        routes = routes._replace(bias=of_regions(terms.parts, routes.keys, d.R))
     with interpreted(interpret):
-        return pallas_tpu.attention(*drawn[:4], d.h**-0.5, drawn.routes, rule, d.most_keys, ITEMS)
+        return pallas_tpu.attention(*drawn[:4], terms, d.h**-0.5, routes, rule, d.most_keys, ITEMS)
 
 
 class TestPallasTpu(BesideTheOracle):
@@ -63,6 +75,73 @@ class TestPallasTpu(BesideTheOracle):
         call = functools.partial(with_items, interpret=pltpu.InterpretParams())
         found = program(call, self.name, SIZES, GROUP)(given)
         near(found, program(by_name, "reference", SIZES, GROUP)(given))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("names", "rule"),
+    [
+        ("", HEADS),
+        ("log_gate", RouteRule(2, with_bias=True)),
+        ("bent_score+log_gate+distance", GROUP),
+        ("tanh+linear+centered_sigmoid", HEADS),
+        ("soft_cap", GROUP),
+    ],
+)
+def test_score_terms_are_the_oracles(names: str, rule: RouteRule) -> None:
+    """Every gradient of every term: of pair products, of features of queries, keys and heads, and through the score
+    itself; and of a bias by key and head. Each term is switched in its own way; none is no terms at all."""
+    seeds, rng = ((11, True), (12, False)), np.random.default_rng(0)
+
+    def operands(seed: int, cut: bool) -> tuple[Drawn, dict[str, Any]]:
+        given = drawn_for(SIZES, seed, cut=cut, biased=True)
+        assert given.bias is not None
+        gain, on = jnp.linspace(0.5, 1.5, SIZES.K * SIZES.G), rng.random(given.bias.query_on.shape) < 0.7
+        floats = {"q": given.q, "k": given.k, "v": given.v, "bias": given.bias._replace(gain=gain, query_on=on)}
+        if names == "soft_cap":
+            floats["key_bias"] = jnp.asarray(rng.normal(size=(SIZES.B, SIZES.S, SIZES.K * SIZES.G)), jnp.float32)
+        return given, floats
+
+    def results(call: Any, given: Drawn, floats: Any) -> Any:
+        switches = {name: getattr(floats["bias"], name) for name in ("query_on", "key_on")}
+
+        def of(floats: Any) -> Any:
+            mine = given._replace(q=floats["q"], k=floats["k"], v=floats["v"])
+            bias = PairBias(**floats["bias"], **switches)
+            return call(Terms(terms_of(bias, names) if names else (), floats.get("key_bias")), mine)
+
+        own = {name: x for name, x in floats["bias"]._asdict().items() if name not in switches}
+        out, pull = jax.vjp(of, floats | {"bias": own})
+        return out, pull((given.ct[0], jnp.where(jnp.isfinite(out[1]), given.ct[1], 0.0)))[0]
+
+    def oracle(terms: Terms, mine: Drawn) -> Any:
+        routes = mine.routes
+        if rule.with_bias:
+            routes = routes._replace(bias=of_regions(terms.parts, routes.keys, SIZES.R))
+        how = {"routing": Routing(routes, rule), "scale": SIZES.h**-0.5, "implementation": "reference"}
+        return routed.attention(*mine[:4], terms.parts, key_bias=terms.per_key, **how)
+
+    found, expected = (
+        jax.jit(functools.partial(results, call))
+        for call in (lambda terms, mine: with_terms(terms, SIZES, mine, rule), oracle)
+    )
+    moved = {x for name in names.split("+") for x in MOVED.get(name, "").split()}
+    for seed in seeds:
+        given = operands(*seed)
+        stated = expected(*given)
+        near(found(*given), stated, atol=5e-5)
+        assert {name for name, x in stated[1]["bias"].items() if bool((x != 0).any())} == moved
+
+
+MOVED = {
+    "log_gate": "u w row key",
+    "tanh": "u w row key",
+    "linear": "u w row key",
+    "centered_sigmoid": "u w row key gain",
+    "distance": "row key gain",
+    "bent_score": "u w row",
+}
+"""What each term reads of the operands."""
 
 
 def drawn(seed: int, **how: Any) -> Drawn:
@@ -104,13 +183,14 @@ def test_nothing_of_float32_as_large_as_the_output_waits_for_the_backward_pass()
 
     def kept(q: Any, k: Any, v: Any, codes: MaskCodes, routes: Routes) -> Any:
         with interpreted():
-            return jax.vjp(lambda *x: pallas_tpu.attention(*x, codes, 0.1, routes, GROUP, 128), q, k, v)[1]
+            return jax.vjp(lambda *x: pallas_tpu.attention(*x, codes, Terms(), 0.1, routes, GROUP, 128), q, k, v)[1]
 
     large = [x for x in jax.tree.leaves(jax.eval_shape(kept, q, kv, kv, codes, routes)) if x.size >= q.size]
     assert len(large) <= 9 and all(x.dtype == jnp.bfloat16 for x in large)
 
 
-work = jax.jit(lists.work, static_argnums=range(3, 7))
+ONE = HeadWords.of(1, 8, 1)
+work = jax.jit(lists.work, static_argnums=range(3, 9))
 
 
 @settings(max_examples=15, deadline=None)
@@ -123,7 +203,7 @@ def test_every_pair_is_listed_once(seed: int, sizes: tuple[int, int]) -> None:
     tiling, queries, item, rows = Tiling(5, most_keys, lanes), 16, 8, 16
     pairs = (rng.random((1, 2, 32, 5)) < rng.choice([0.0, 0.3, 1.0])).astype(np.int32)
     whole, full = rng.random((1, 32, 5)) < 0.9, rng.random((1, tiling.tiles)) < 0.7
-    made = work(pairs, whole, full, tiling, queries, item, rows)
+    made = work(pairs, whole, full, tiling, queries, item, 2 * item, rows, ONE)
     info, queued = np.asarray(made.info), np.asarray(made.lists)
     region, place = tiling.lane_map()
     of_tile = tiling.tile_regions()
@@ -156,10 +236,10 @@ def test_every_pair_is_listed_once(seed: int, sizes: tuple[int, int]) -> None:
 def test_every_head_sees_the_lanes_of_its_own_regions(heads: int, most_keys: int) -> None:
     """The bits of heads and regions, as rows of a query and as lanes, are what each head opened."""
     tiling, rows, rng = Tiling(19, most_keys), max(8, 1 << (heads - 1).bit_length()), np.random.default_rng(heads)
-    words = HeadWords.of(heads, rows, tiling)
+    words = HeadWords.of(heads, rows, tiling.sharing)
     pairs = rng.random((1, 1, heads, 3, 19)) < 0.4
-    packed = words.pack(lists.open_heads(jnp.asarray(pairs)), tiling)
-    assert packed.shape == (1, 1, 3, tiling.tiles, words.count)
+    packed = words.pack(lists.open_heads(jnp.asarray(pairs)), tiling.tile_regions())
+    assert packed.shape == (1, 1, 3, tiling.tiles, max(words.count, 1)) and words.inside == (most_keys == 128)
     region, _ = tiling.lane_map()
     bits = np.where(region < 0, 0, 1 << region % max(tiling.sharing, 1))
 
@@ -167,7 +247,7 @@ def test_every_head_sees_the_lanes_of_its_own_regions(heads: int, most_keys: int
         return jnp.concatenate([x[:, :rows] for x in values], axis=1)
 
     for tile in range(tiling.tiles):
-        mine = [[packed[0, 0, t, tile, n] for n in range(words.count)] for t in range(3)]
+        mine = [list(packed[0, 0, t, tile]) for t in range(3)]
         seen = np.stack([np.asarray(words.rows_of(x, 128)) & bits[tile] for x in mine]) != 0
         lanes = np.asarray(words.lanes_of(mine, line_of)).reshape(3, rows, 1)
         expected = pairs[0, 0][:, :, region[tile]] & (region[tile] >= 0)
@@ -180,8 +260,10 @@ def test_the_fill_is_what_lanes_hold() -> None:
     ragged = Tiling(8, 144)
     assert (ragged.tiles, ragged.sharing, ragged.fill) == (9, 8, 1.0)
     assert Tiling(6, 36).fill == 6 * 36 / (2 * 128)
-    small = tiling_of(448, 36)
+    sizes = pallas_tpu.ItemSizes(wide=0.6)
+    small = tiling_of(448, 36, sizes)
     assert (small.lanes, small.sharing) == (256, 7)
+    assert tiling_of(448, 36, pallas_tpu.ItemSizes(wide=0.8)).sharing == 3
     assert small.visits(0.25) == pytest.approx((1 - 0.75**7) * 256 / 7 / 36)
     assert Tiling(8, 128).visits(0.25) == 0.25 and abs(Tiling(2, 64).visits(0.25) - 0.4375) < 1e-9
 
@@ -192,7 +274,7 @@ def test_a_tile_or_query_that_is_not_there_is_an_error() -> None:
     B, K = SIZES.B, SIZES.K
     call = pallas_tpu.make_call(given.q, given.k, tiling, ITEMS, 1.0, interpret=pltpu.InterpretParams())
     pairs, full = np.ones((B, K, call.T, SIZES.R), np.int32), np.ones((B, tiling.tiles), bool)
-    made = work(pairs, pairs[:, 0] > 0, full, tiling, call.queries, call.item, 2 * call.rows)
+    made = work(pairs, pairs[:, 0] > 0, full, tiling, call.queries, call.item, call.length, 2 * call.rows, call.words)
 
     @jax.jit
     def compute(lists: Any, info: Any) -> Any:
@@ -201,7 +283,7 @@ def test_a_tile_or_query_that_is_not_there_is_an_error() -> None:
         reference = jnp.zeros((B, K, call.T * call.rows // 128, 128))
         codes_q = jnp.zeros((B, call.blocks, 1, 3 * call.queries), jnp.int32)
         codes_k = jnp.zeros((B, tiling.tiles, 8, 128), jnp.int32)
-        return forward(rows, reference, kv, kv, codes_q, codes_k, lists.reshape(-1), info, call, online=False)
+        return forward(rows, reference, kv, kv, codes_q, codes_k, lists.reshape(-1), info, (), call, online=False)
 
     def with_info(change: Any) -> None:
         changed = change(made)
@@ -224,6 +306,7 @@ def test_items_are_whole_parts() -> None:
 def test_what_it_cannot_do_is_said() -> None:
     given = drawn(8)
     q, k, v, codes, routes, *_ = given
+    wide = jnp.zeros((*q.shape[:3], 129)), jnp.zeros((*k.shape[:3], 129))
     chosen: dict[str, Any] = {"scale": 0.1, "implementation": "pallas_tpu"}
 
     def attempt(rule: RouteRule = GROUP, most_keys: int | None = SIZES.most_keys, k: Any = k, **more: Any) -> Any:
@@ -238,7 +321,8 @@ def test_what_it_cannot_do_is_said() -> None:
         for message, changed in {
             "choices must be hard": {"rule": RouteRule(2, share="group", choice="soft_bias")},
             "the most keys of a region": {"most_keys": None},
-            "a pair bias, a key bias and key groups": {"key_bias": jnp.zeros((SIZES.B, SIZES.S, SIZES.K * SIZES.G))},
+            "key groups": {"key_groups": KeyGroups(jnp.zeros((SIZES.B, SIZES.S), jnp.int32), 1)},
+            "score terms read 129 numbers": {"terms": [Term(PairItself(), *wide)]},
             "one dtype": {"k": k.astype(jnp.bfloat16)},
             "do not fit into the chip's memory": {"most_keys": 10**6},
         }.items():

@@ -17,12 +17,13 @@ CASES: dict[str, dict[str, Any]] = {
     "decoding": {"queries": 1, "keys": LONG, "group": 7, "form": "tanh", "rank": 8, "forward_only": True},
     "a gradient through few queries": {"queries": 8, "keys": 200, "group": 1, "form": "linear", "head_dim": 64},
     "linear": {"queries": 200, "keys": 200, "group": 7, "form": "linear", "rank": 64, "key_bias": True},
-    "gain": {"queries": 200, "keys": 200, "group": 2, "form": "centered_sigmoid", "rank": 24, "head_dim": 80},
+    "gain": {"queries": 200, "keys": 200, "group": 2, "form": "centered_sigmoid+distance", "rank": 24, "head_dim": 80},
     "float32": {"queries": 200, "keys": 200, "group": 1, "dtype": "float32", "head_dim": 256, "rank": 32},
     "float32 linear": {"queries": 200, "keys": 8, "group": 1, "dtype": "float32", "form": "linear", "kv_heads": 2},
     "no gate": {"queries": 200, "keys": 200, "group": 8, "form": None, "head_dim": 96, "rows": 2},
+    "a user's functions": {"queries": 200, "keys": 200, "group": 2, "form": "bent_score+distance", "rank": 5},
     "key bias alone": {"queries": 8, "keys": 200, "group": 7, "form": None, "key_bias": True, "forward_only": True},
-    "tanh": {"queries": 8, "keys": 8, "group": 7, "form": "tanh", "kv_heads": 2},
+    "tanh": {"queries": 8, "keys": 8, "group": 7, "form": "tanh+soft_cap", "kv_heads": 2},
 }
 
 

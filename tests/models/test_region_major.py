@@ -18,7 +18,7 @@ from rave_jax.layout import ContextTokens, FixedRegions, VisualLayout
 from rave_jax.models.config import ModelOptions
 from rave_jax.models.forward import Want
 from rave_jax.models.vlm import Vlm
-from tests.attention.built_in import BUILT_IN
+from tests.attention.built_in import BUILT_IN, OF_PROMPTS
 from tests.inference.prompts import example_of
 from tests.models.layout import Visual, document
 from tests.models.made import model as made
@@ -31,10 +31,13 @@ REGIONS = FixedRegions(2, 2, frames=2)
 SETTINGS: dict[str, tuple[at.MechanismConfig, ...]] = {
     "plain": (),
     "rave and window": (at.Rave(rank=4), at.SlidingWindow(7)),
-    "text positions": (at.TextPositions(), at.LogN(length=4)),
+    "text positions": (at.TextPositions(), at.LogN(length=4), at.Steer(image=0.7, by="score", rows="all")),
     "mma and croc": (at.Mma(), at.Croc()),
     "prefix": (at.Croc("prefix"),),
     "cca": (at.Cca(),),
+    "blocks": (at.Moba(5, top_k=2, layers=(0,)), at.Sparsifiner(5, keep=0.3, rank=4, layers=(1,))),
+    "spans": (at.Superlinear(5, spans=1, rank=4),),
+    "mean queries": (at.BiFormer(REGIONS, 64, top_k=2), at.Croc(layers=(0,)), at.Cca(layers=(1,))),
     "first token": (at.ZeroTuning(3.0), at.ZeroTuning(0.5, route="after"), at.ZeroTuning(2.0, route="merge")),
     "sinks and losses": (
         at.Var(dims=(3, 11, 20), tau=1.8, summ=0.05, rho=0.3, layers="all"),
@@ -110,4 +113,4 @@ def test_logits_go_by_places_and_not_by_the_order_of_tokens(name: str, context: 
 
 def test_every_mechanism_is_among_the_settings() -> None:
     tried = {type(config) for configs in SETTINGS.values() for config in configs}
-    assert tried == set(BUILT_IN)
+    assert tried == set(BUILT_IN) - OF_PROMPTS

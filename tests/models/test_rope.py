@@ -3,7 +3,8 @@ from __future__ import annotations
 import jax.numpy as jnp
 import numpy as np
 
-from rave_jax.models.rope import patch_rotation, rotate, text_rotation
+from rave_jax.attention.rotation import rotate
+from rave_jax.models.rope import patch_rotation, text_rotation
 
 
 def test_equal_axes_make_mrope_one_dimensional() -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ from rave_jax.attention.declared import Layers, MechanismConfig
 from rave_jax.attention.gaze import descriptors
 from rave_jax.attention.gaze.cost import reading
 from rave_jax.attention.gaze.descriptors import DescriptorName, Summary
+from rave_jax.attention.gaze.places import bounds, start_of_document
 from rave_jax.batch import Kind, TokenInfo
 from rave_jax.config import check_fields, require
 from rave_jax.kernels.attention import MaskCodes
@@ -153,10 +154,9 @@ class GazeRouter(Mechanism):
 
     def __init__(self, config: Gaze, dims: AttentionDims):
         self.config = config
-        # A key whose weight is multiplied after the kernel may be one that was not chosen; and regions are ranked by
-        # the query that meets their keys, which another mechanism may make the one before RoPE.
-        self.NEEDS = ("order", "hi", "factor") + (() if config.descriptor_keys == "pre_rope" else ("query",))
-        self.WANTS = ("pair",) if config.rank_with_bias else ()
+        # Regions are ranked by the query that meets their keys, which another mechanism may make the one before RoPE.
+        self.NEEDS = () if config.descriptor_keys == "pre_rope" else ("query",)
+        self.WANTS = ("terms",) if config.rank_with_bias else ()
         if config.descriptor == "learned":
             pooling = jnp.zeros((dims.num_kv_heads, dims.head_dim))
             self.pooling = nnx.Param(pooling, axes=("kv_heads", "head_dim"))
@@ -198,23 +198,23 @@ class GazeRouter(Mechanism):
             descriptor=descriptor,
             first=first,
             last=last,
-            before=self._before(info_q, info_k, codes, first),
+            before=self._before(info_q, info_k, codes, place),
             keys=info_k.region,
             dense=None if progress is None else config.schedule.dense(progress),
         )
         return Routing(routes, config.rule, config.regions.tokens)
 
     def _before(
-        self, info_q: TokenInfo, info_k: TokenInfo, codes: MaskCodes, first: Int[Array, "B R"]
+        self, info_q: TokenInfo, info_k: TokenInfo, codes: MaskCodes, place: Int[Array, "B R"]
     ) -> Int[Array, "B T"]:
-        """Text chooses from all that stands before it; visual tokens, if at all, from what stands before the frames of
+        """Text chooses from all that it sees whole; visual tokens, if at all, from what stands before the frames of
         their own region; padding and context tokens do not choose."""
-        before = jnp.where(info_q.kind == Kind.TEXT, codes.hi, NOWHERE)
+        before = jnp.where(info_q.kind == Kind.TEXT, codes.hi + 1, NOWHERE)
         if self.config.visual_queries == "dense":
             return before
-        corner = _corner(info_k, first.shape[1])
-        frames = jnp.take_along_axis(first - corner, jnp.maximum(info_q.region - 1, 0), axis=1)
-        return jnp.where(info_q.kind == Kind.VISUAL, frames, before)
+        frames = place - _corner(info_k, place.shape[1])
+        frames = jnp.take_along_axis(frames, jnp.maximum(info_q.region - 1, 0), axis=1)
+        return jnp.where(info_q.kind == Kind.VISUAL, start_of_document(info_q, info_k, codes) + frames, before)
 
 
 def _corner(info: TokenInfo, R: int) -> Int[Array, "B R"]:
@@ -230,12 +230,3 @@ def _begins(info: TokenInfo, place: Int[Array, "B R"]) -> Bool[Array, "B R"]:
     start = place - _corner(info, R)
     other = (start[:, 1:] != start[:, :-1]) | (document[:, 1:] != document[:, :-1])
     return jnp.pad(other, ((0, 0), (1, 0)), constant_values=True)
-
-
-def bounds(order: Int[Array, "B S"], region: Int[Array, "B S"], R: int) -> tuple[Int[Array, "B R"], Int[Array, "B R"]]:
-    """Least and greatest order of the keys of each region; one without keys has last < first."""
-
-    def reduce(how: Any, x: Array) -> Array:
-        return jax.vmap(lambda row, at: how(row, at, num_segments=R + 1))(x, region)[:, 1:]
-
-    return reduce(jax.ops.segment_min, order), reduce(jax.ops.segment_max, order)

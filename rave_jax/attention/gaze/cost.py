@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +12,41 @@ import numpy as np
 from rave_jax.attention.base import AttentionDims
 from rave_jax.attention.cost import LayerReading, PicturesBefore
 from rave_jax.attention.gaze import descriptors
+from rave_jax.attention.gaze.descriptors import DescriptorName
+from rave_jax.kernels.routed import RouteRule
+from rave_jax.layout import Regions
 
-if TYPE_CHECKING:
-    from rave_jax.attention.gaze.config import Gaze
+
+class RoutesRegions(Protocol):
+    """A config of a mechanism whose queries choose regions of the layout."""
+
+    @property
+    def regions(self) -> Regions:
+        """How visual tokens are grouped."""
+        ...
+
+    @property
+    def rule(self) -> RouteRule:
+        """How a query chooses."""
+        ...
+
+    @property
+    def share(self) -> str:
+        """Who has a choice of its own: "head" or "group"."""
+        ...
+
+    @property
+    def descriptor(self) -> DescriptorName:
+        """What ranks a region."""
+        ...
+
+    @property
+    def skips_keys(self) -> bool:
+        """Does a decoding step read the chosen regions alone?"""
+        ...
 
 
-def reading(gaze: Gaze, pictures: PicturesBefore, dims: AttentionDims, number_bytes: int) -> LayerReading:
+def reading(gaze: RoutesRegions, pictures: PicturesBefore, dims: AttentionDims, number_bytes: int) -> LayerReading:
     """The reading of each query in one layer.
 
     Args:
@@ -44,7 +73,7 @@ def reading(gaze: Gaze, pictures: PicturesBefore, dims: AttentionDims, number_by
     return LayerReading(mean, most, routing, read)
 
 
-def descriptor_width(gaze: Gaze, h: int) -> int:
+def descriptor_width(gaze: RoutesRegions, h: int) -> int:
     """c: numbers in a descriptor."""
     q = jax.ShapeDtypeStruct((1, 1, 1, h), jnp.float32)
     place = jax.ShapeDtypeStruct((1, 1), jnp.int32)

@@ -10,12 +10,13 @@ import jax
 from flax import nnx
 
 from rave_jax.attention import block_diagonal_codes
+from rave_jax.attention.rotation import Rotation
 from rave_jax.batch import Patches
 from rave_jax.families.qwen2_vl.config import VisionConfig
 from rave_jax.kernels.attention import MaskCodes
 from rave_jax.models.config import ModelOptions
 from rave_jax.models.layers import LayerNorm, Linear
-from rave_jax.models.rope import Rotation, patch_rotation
+from rave_jax.models.rope import patch_rotation
 from rave_jax.models.stack import LayerRun, equal_runs
 from rave_jax.models.tower import FrameBlock, Merger, check_patches, normalised
 from rave_jax.parallel.sharding import shard

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from numbers import Real
 from typing import Any
 
@@ -16,11 +17,11 @@ from rave_jax.kernels.attention.base import (
     Implementation,
     KeyGroups,
     MaskCodes,
-    PairBias,
-    PairForm,
     Terms,
     of_key_group,
 )
+from rave_jax.kernels.attention.checks import TermShapes, check_terms, refuse
+from rave_jax.kernels.attention.score import Term
 from rave_jax.kernels.dispatch import Backend, Operation
 from rave_jax.typing import Array, Float
 
@@ -48,8 +49,7 @@ def attention(
     k: Float[Array, "B S K h"],
     v: Float[Array, "B S K c"],
     codes: MaskCodes,
-    bias: PairBias | None = None,
-    form: PairForm = PairForm(),  # noqa: B008  # frozen
+    terms: Sequence[Term] = (),
     *,
     scale: float,
     key_bias: Float[Array, "B S H"] | None = None,
@@ -63,8 +63,7 @@ def attention(
             width of their own. Gradients are made from score - log-sum-exp: where all scores of a row are beyond 10^5
             they lose precision (weights from scores of 10^6 sum to 1.002).
         codes: who may see whom.
-        bias: operands of the additive pair bias, or None.
-        form: how the pair bias grows from its operands.
+        terms: score functions and their operands; their biases add.
         scale: multiplies <q, k>; usually head_dim ** -0.5. A number: kernels are compiled for it.
         key_bias: one more term of the score for each key and head, float32, or None. It is no mask: numbers of many
             thousands take the digits of the score and of the log-sum-exp, from which the gradients are made.
@@ -76,18 +75,19 @@ def attention(
         differentiable in q, k, v and every float operand of the terms.
 
     Raises:
-        ValueError: operands whose shapes do not belong together or that have another type, or an implementation that is
-            unknown or cannot serve.
+        ValueError: operands whose shapes do not belong together or that have another type, a score function that does
+            not give what it should, or an implementation that is unknown or cannot serve.
     """
-    _check(q, k, v, codes, bias, form, scale, key_bias, key_groups)
+    terms = tuple(terms)
+    _check(q, k, v, codes, terms, scale, key_bias, key_groups)
     codes = codes._replace(lo=jnp.maximum(codes.lo, NOWHERE + 1))
     label = f"attention, {q.shape[1]} x {k.shape[1]} tokens, heads of {q.shape[-1]}"
     run = OPERATION.backends[OPERATION.choose(implementation, q, k, v, label=label)].run
-    terms = Terms(bias, key_bias)
+    added = Terms(terms, key_bias)
     if key_groups is None:
-        return run(q, k, v, codes, terms, form, scale)
+        return run(q, k, v, codes, added, scale)
     # Blocks without a key of the group are out of reach, and kernels skip those.
-    parts = [run(q, k, v, of_key_group(codes, key_groups, n), terms, form, scale) for n in range(key_groups.count)]
+    parts = [run(q, k, v, of_key_group(codes, key_groups, n), added, scale) for n in range(key_groups.count)]
     out, lse = (jnp.stack(part, axis=2) for part in zip(*parts, strict=True))
     return out, lse
 
@@ -97,20 +97,18 @@ def _check(
     k: Array,
     v: Array,
     codes: MaskCodes,
-    bias: PairBias | None,
-    form: PairForm,
+    terms: tuple[Term, ...],
     scale: float,
     key_bias: Array | None,
     key_groups: KeyGroups | None,
 ) -> None:
     wanted: tuple[tuple[str, Any, type], ...] = (
         ("codes", codes, MaskCodes),
-        ("bias", bias, PairBias),
-        ("form", form, PairForm),
         ("key_groups", key_groups, KeyGroups),
+        *((f"terms[{n}]", term, Term) for n, term in enumerate(terms)),
     )
     for name, x, kind in wanted:
-        if not isinstance(x, kind) and not (x is None and name in ("bias", "key_groups")):
+        if not isinstance(x, kind) and not (x is None and name == "key_groups"):
             raise ValueError(f"attention operand {name} is of type {type(x).__name__}, expected {kind.__name__}")
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim != 4 or x.size == 0:
@@ -124,53 +122,27 @@ def _check(
         raise ValueError(f"attention has {given} as its scale, expected a number")
     if key_groups is not None and not (isinstance(key_groups.count, int) and key_groups.count >= 1):
         raise ValueError(f"attention has {key_groups.count} key groups, expected at least 1")
-    _check_shapes(q, k, v, codes, bias, key_bias, key_groups)
-    _check_types(codes, bias, key_bias, key_groups)
+    _check_operands(q, k, v, codes, key_bias, key_groups)
+    (B, T, H), (S, K) = q.shape[:3], k.shape[1:3]
+    check_terms("attention", terms, TermShapes((B, T, H), (B, S, K), (B, S), H), f"beside q {q.shape}")
 
 
-def _check_shapes(
-    q: Array,
-    k: Array,
-    v: Array,
-    codes: MaskCodes,
-    bias: PairBias | None,
-    key_bias: Array | None,
-    key_groups: KeyGroups | None,
+def _check_operands(
+    q: Array, k: Array, v: Array, codes: MaskCodes, key_bias: Array | None, key_groups: KeyGroups | None
 ) -> None:
     B, T, H, h = q.shape
     S, K = k.shape[1:3]
     Shape = tuple[int, ...]
-    expected: dict[str, tuple[Shape, Shape]] = {"k": (k.shape, (B, S, K, h)), "v": (v.shape[:3], (B, S, K))}
+    expected: dict[str, tuple[Array, Shape, str]] = {"k": (k, (B, S, K, h), f"{k.dtype}")}
+    expected["v"] = (v, (B, S, K, v.shape[-1]), f"{v.dtype}")
     for name in ("lo", "hi", "open_q"):
-        expected[f"codes.{name}"] = (getattr(codes, name).shape, (B, T))
+        expected[f"codes.{name}"] = (getattr(codes, name), (B, T), "int32")
     for name in ("order", "open_k"):
-        expected[f"codes.{name}"] = (getattr(codes, name).shape, (B, S))
-    if bias is not None:
-        if bias.u.ndim != 4 or bias.u.shape[-1] == 0:
-            raise ValueError(f"attention operand bias.u has shape {bias.u.shape}, expected [{B}, {T}, {H}, rank]")
-        r = bias.u.shape[-1]
-        shapes = ((B, T, H, r), (B, S, K, r), (B, T, H), (B, S, K), (H,), (B, T, H), (B, S))
-        expected |= {f"bias.{n}": (x.shape, s) for n, x, s in zip(bias._fields, bias, shapes, strict=True)}
+        expected[f"codes.{name}"] = (getattr(codes, name), (B, S), "int32")
     if key_bias is not None:
-        expected["key_bias"] = (key_bias.shape, (B, S, H))
+        expected["key_bias"] = (key_bias, (B, S, H), "float32")
     if key_groups is not None:
-        expected["key_groups.of"] = (key_groups.of.shape, (B, S))
-    for name, (given, wanted) in expected.items():
-        if tuple(given) != wanted:
-            raise ValueError(f"attention operand {name} has shape {tuple(given)}, expected {wanted} beside q {q.shape}")
+        expected["key_groups.of"] = (key_groups.of, (B, S), "int32")
+    refuse("attention", expected, f"beside q {q.shape}")
     if H % K:
         raise ValueError(f"{H} query heads cannot share {K} kv heads: {H} is not a multiple of {K}")
-
-
-def _check_types(codes: MaskCodes, bias: PairBias | None, key_bias: Array | None, key_groups: KeyGroups | None) -> None:
-    given = {f"codes.{name}": (x, "int32") for name, x in codes._asdict().items()}
-    if bias is not None:
-        for name, x in bias._asdict().items():
-            given[f"bias.{name}"] = x, "bool" if name.endswith("_on") else "float32"
-    if key_bias is not None:
-        given["key_bias"] = key_bias, "float32"
-    if key_groups is not None:
-        given["key_groups.of"] = key_groups.of, "int32"
-    for name, (x, wanted) in given.items():
-        if x.dtype != wanted:
-            raise ValueError(f"attention operand {name} is {x.dtype}, expected {wanted}")

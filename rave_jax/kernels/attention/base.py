@@ -1,7 +1,9 @@
-"""What the operation means: masks as five vectors, the pair bias, and the score of one (query, key) tile.
+"""What the operation means: masks as five vectors, score terms, and the score of one (query, key) tile.
 
-    score_ij = scale * <q_i, k_j> + bias_ij + key_bias_j
-    bias_ij  = f(<u_i, w_j> + row_i + key_j)   where query i and key j are switched on, else 0
+    dot_ij   = scale * <q_i, k_j>
+    score_ij = dot_ij + sum of bias_ij of all terms + key_bias_j
+    bias_ij  = f(dot_ij, <u_i, w_j>, features of i, features of j, numbers of the head)   where query i and key j are
+               switched on, else 0; every term sees the same dot (`score`)
     allow_ij = (lo_i <= order_j <= hi_i) or (open_q_i == open_k_j)
     out_i    = sum_j softmax_j(score_ij over allowed j) v_j,   lse_i = log sum_j exp(score_ij)
 
@@ -11,23 +13,18 @@ for each key group, as if its keys were all there are.
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from rave_jax.config import require
+from rave_jax.kernels.attention.score import Term, Tile, function_of
 from rave_jax.typing import Array, Bool, Float, Int
 
 Implementation = Literal["auto", "reference", "xla", "pallas_tpu"]
-Form = Literal["log_gate", "tanh", "linear", "centered_sigmoid"]
-FORMS = get_args(Form)
 NOWHERE = jnp.iinfo(jnp.int32).min
 """Order of keys that no interval reaches."""
-LOG_GATE_FLOOR = -69.0
-"""A log gate shuts no further than e^-69, so that a kernel may multiply by it and no row loses all its weight."""
 
 
 class MaskCodes(NamedTuple):
@@ -48,67 +45,32 @@ class KeyGroups(NamedTuple):
     count: int
 
 
-@dataclass(frozen=True)
-class PairForm:
-    """How the pair's z becomes a bias; f(0) is exactly 0 in every form, so a zero gate changes no bit."""
-
-    kind: Form = "log_gate"
-    """log_gate: log(2 sigmoid(z)), a true multiplicative gate of at most 2; tanh: limit * tanh(z / limit);
-    linear: z; centered_sigmoid: gain * (2 sigmoid(z) - 1) with a learned gain per head."""
-    limit: float = 4.0
-    """Bound of the tanh form, in logits."""
-
-    def __post_init__(self) -> None:
-        require(self.kind in FORMS, "form", self.kind, f"one of {', '.join(FORMS)}")
-        require(0 < self.limit < math.inf, "limit", self.limit, "a positive number of logits")
-
-    def __call__(self, z: Array, gain: Array) -> Array:
-        """The bias of z, elementwise in float32; `gain` broadcasts and is read by centered_sigmoid alone."""
-        if self.kind == "log_gate":
-            return log_gate(z)
-        if self.kind == "tanh":
-            return self.limit * jnp.tanh(z / self.limit)
-        if self.kind == "centered_sigmoid":
-            return gain * jnp.tanh(z / 2)
-        return z
-
-
-@jax.custom_jvp
-def log_gate(z: Array) -> Array:
-    """log(2 sigmoid(z)), exactly 0 at 0 and accurate for all z down to LOG_GATE_FLOOR; its slope is sigmoid(-z).
-
-    2 sigmoid(-|z|) = e^-|z| / (1 + (e^-|z| - 1) / 2), and the sign of z decides whether e^-|z| stays.
-    """
-    z = jnp.maximum(z, LOG_GATE_FLOOR)
-    return jnp.minimum(z, 0.0) - jnp.log1p(0.5 * jnp.expm1(-jnp.abs(z)))
-
-
-@log_gate.defjvp
-def _log_gate_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
-    (z,), (dz,) = primals, tangents
-    return log_gate(z), jax.nn.sigmoid(-z) * dz
-
-
-class PairBias(NamedTuple):
-    """Operands of the bias, float32. H query heads share the K heads of w and key as they share keys."""
-
-    u: Float[Array, "B T H r"]
-    w: Float[Array, "B S K r"]
-    row: Float[Array, "B T H"]
-    key: Float[Array, "B S K"]
-    gain: Float[Array, "H"]
-    query_on: Bool[Array, "B T H"]
-    key_on: Bool[Array, "B S"]
-
-
 class Terms(NamedTuple):
-    """What is added to <q, k> before the softmax; None adds nothing."""
+    """What is added to scale * <q, k> before the softmax: the terms' biases, and a number for each key and head (None
+    adds nothing)."""
 
-    pair: PairBias | None
-    per_key: Float[Array, "B S H"] | None
+    parts: tuple[Term, ...] = ()
+    per_key: Float[Array, "B S H"] | None = None
 
     def __bool__(self) -> bool:
-        return self.pair is not None or self.per_key is not None
+        return bool(self.parts) or self.per_key is not None
+
+    def map_queries(self, change: Callable[[Array], Array]) -> Terms:
+        """The same with every array that belongs to queries changed."""
+        return self._replace(parts=tuple(part.map_queries(change) for part in self.parts))
+
+    def map_keys(self, change: Callable[[Array], Array]) -> Terms:
+        """The same with every array that belongs to keys changed."""
+        parts = tuple(part.map_keys(change) for part in self.parts)
+        return Terms(parts, None if self.per_key is None else change(self.per_key))
+
+    def of_queries(self) -> tuple[dict[str, Any], ...]:
+        """What belongs to queries, of each term."""
+        return tuple(part.of_queries() for part in self.parts)
+
+    def with_queries(self, mine: tuple[dict[str, Any], ...]) -> Terms:
+        """The same of other queries."""
+        return self._replace(parts=tuple(part.replace(**own) for part, own in zip(self.parts, mine, strict=True)))
 
 
 def group_heads(x: Float[Array, "B T H *rest"], num_kv_heads: int) -> Float[Array, "B K G T *rest"]:
@@ -123,34 +85,48 @@ def ungroup_heads(x: Float[Array, "B K G T *rest"]) -> Float[Array, "B T H *rest
     return jnp.moveaxis(x, 3, 1).reshape(B, T, K * G, *rest)
 
 
-def tile_bias(bias: PairBias, form: PairForm) -> Float[Array, "B K G T S"]:
-    """The bias of every pair of the operands' queries and keys."""
-    K = bias.w.shape[2]
-    u = group_heads(bias.u, K)
-    z = jnp.einsum("BKGTr,BSKr->BKGTS", u, bias.w, preferred_element_type=jnp.float32)
-    z = z + group_heads(bias.row, K)[..., None] + jnp.moveaxis(bias.key, 1, 2)[:, :, None, None, :]
-    on = group_heads(bias.query_on, K)[..., None] & bias.key_on[:, None, None, None, :]
-    gain = bias.gain.reshape(1, K, -1, 1, 1)
-    return jnp.where(on, form(z, gain), 0.0)
+def tile_bias(term: Term, dot: Float[Array, "B K G T S"], num_kv_heads: int) -> Float[Array, "B K G T S"]:
+    """The bias of every pair of a term's queries and keys."""
+    function, K = function_of(term.function), num_kv_heads
+    bias = function(tile_of(term, dot, K))
+    on = tile_on(term, K)
+    return jnp.broadcast_to(bias if on is None else jnp.where(on, bias, 0.0), dot.shape)
 
 
-def tile_terms(terms: Terms, form: PairForm, num_kv_heads: int) -> Float[Array, "B K G #T S"]:
-    """What the terms add to every pair of the operands' queries and keys."""
-    total = jnp.zeros((1, 1, 1, 1, 1), jnp.float32)
-    if terms.pair is not None:
-        total = tile_bias(terms.pair, form)
-    if terms.per_key is not None:
-        B, S, _H = terms.per_key.shape
-        total = total + jnp.moveaxis(terms.per_key, 1, 2).reshape(B, num_kv_heads, -1, 1, S)
-    return total
+def tile_of(term: Term, dot: Float[Array, "B K G T S"], num_kv_heads: int) -> Tile:
+    """What a term's function reads of all its pairs."""
+    K, pair = num_kv_heads, None
+    if term.u is not None:
+        u = group_heads(term.u, K)
+        pair = jnp.einsum("BKGTr,BSKr->BKGTS", u, term.w, precision=jax.lax.Precision.HIGHEST)
+        pair = pair + function_of(term.function).OFFSET
+    return Tile(
+        dot,
+        pair,
+        {name: group_heads(x, K)[..., None] for name, x in term.query.items()},
+        {name: jnp.moveaxis(x, 1, 2)[:, :, None, None] for name, x in term.key.items()},
+        {name: x.reshape(1, K, -1, 1, 1) for name, x in term.head.items()},
+    )
+
+
+def tile_on(term: Term, num_kv_heads: int) -> Bool[Array, "#B #K #G #T #S"] | None:
+    """Which pairs a term adds to; None is all."""
+    query = None if term.query_on is None else group_heads(term.query_on, num_kv_heads)[..., None]
+    key = None if term.key_on is None else term.key_on[:, None, None, None, :]
+    return query & key if query is not None and key is not None else query if key is None else key
 
 
 def tile_scores(
-    q: Float[Array, "B K G T h"], k: Float[Array, "B S K h"], terms: Terms, form: PairForm, scale: float
+    q: Float[Array, "B K G T h"], k: Float[Array, "B S K h"], terms: Terms, scale: float
 ) -> Float[Array, "B K G T S"]:
     """Float32 scores of every pair, before the mask."""
-    scores = scale * jnp.einsum("BKGTh,BSKh->BKGTS", q, k, preferred_element_type=jnp.float32)
-    return scores + tile_terms(terms, form, k.shape[2]) if terms else scores
+    dot = scale * jnp.einsum("BKGTh,BSKh->BKGTS", q, k, preferred_element_type=jnp.float32)
+    (B, S, K), scores = k.shape[:3], dot
+    for term in terms.parts:
+        scores = scores + tile_bias(term, dot, K)
+    if terms.per_key is not None:
+        scores = scores + jnp.moveaxis(terms.per_key, 1, 2).reshape(B, K, -1, 1, S)
+    return scores
 
 
 def tile_allow(codes: MaskCodes) -> Bool[Array, "B 1 1 T S"]:

@@ -7,7 +7,6 @@ import jax.numpy as jnp
 
 from rave_jax.kernels.attention.base import (
     MaskCodes,
-    PairForm,
     Terms,
     group_heads,
     tile_allow,
@@ -23,11 +22,10 @@ def attention(
     v: Float[Array, "B S K c"],
     codes: MaskCodes,
     terms: Terms,
-    form: PairForm,
     scale: float,
 ) -> tuple[Float[Array, "B T H c"], Float[Array, "B T H"]]:
     """Dense attention; see `api.attention`. Makes [B,H,T,S] arrays."""
-    scores = tile_scores(group_heads(q, k.shape[2]), k, terms, form, scale)
+    scores = tile_scores(group_heads(q, k.shape[2]), k, terms, scale)
     allow = tile_allow(codes)
     scores = jnp.where(allow, scores, -jnp.inf)
     top = jax.lax.stop_gradient(jnp.maximum(scores.max(-1, keepdims=True), jnp.finfo(jnp.float32).min))

@@ -8,6 +8,7 @@ takes the one kv head that its queries read.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from rave_jax.kernels import support
 from rave_jax.kernels.attention import pallas_tpu as kernels
-from rave_jax.kernels.attention.base import MaskCodes, PairBias, PairForm, Terms
+from rave_jax.kernels.attention.base import MaskCodes, Term, Terms
 from rave_jax.kernels.attention.tuning import block_sizes
 from rave_jax.parallel.sharding import RULES, current_mesh
 from rave_jax.typing import Array, Float
@@ -27,14 +28,13 @@ def pallas_tpu(
     v: Float[Array, "B S K c"],
     codes: MaskCodes,
     terms: Terms,
-    form: PairForm,
     scale: float,
 ) -> tuple[Float[Array, "B T H c"], Float[Array, "B T H"]]:
     """The Pallas TPU kernels, over the current mesh where there is one; see `api.attention`."""
     blocks, interpret = block_sizes(support.target().device_kind), support.interpreter()
 
     def run(q: Array, k: Array, v: Array, codes: MaskCodes, terms: Terms) -> tuple[Array, Array]:
-        return kernels.attention(q, k, v, codes, terms, form, scale, blocks=blocks, interpret=interpret)
+        return kernels.attention(q, k, v, codes, terms, scale, blocks=blocks, interpret=interpret)
 
     mesh = current_mesh()
     if mesh is None or mesh.size == 1:
@@ -56,17 +56,21 @@ def pallas_tpu(
                 return jax.lax.dynamic_slice_in_dim(x, own, 1, axis=2)
 
             k, v = cut(k), cut(v)
-            if terms.pair is not None:
-                terms = terms._replace(pair=terms.pair._replace(w=cut(terms.pair.w), key=cut(terms.pair.key)))
+            terms = terms._replace(parts=tuple(_with_kv_heads(term, cut) for term in terms.parts))
         return run(q, k, v, codes, terms)
 
     # Specs stand in the trees of the operands, in the place of arrays.
     row: Any = PartitionSpec(rows)
     of_heads: Any = PartitionSpec(rows, None, heads)
     of_kv: Any = PartitionSpec(rows, None, kv_heads)
-    gain: Any = PartitionSpec(heads)
-    pair = None if terms.pair is None else PairBias(of_heads, of_kv, of_heads, of_kv, gain, of_heads, row)
-    specs = Terms(pair, None if terms.per_key is None else of_heads)
+    of_head: Any = PartitionSpec(heads)
+    parts = tuple(
+        _with_kv_heads(term.map_queries(lambda _: of_heads), lambda _: of_kv).replace(
+            head=dict.fromkeys(term.head, of_head), key_on=None if term.key_on is None else row
+        )
+        for term in terms.parts
+    )
+    specs = Terms(parts, None if terms.per_key is None else of_heads)
     split = jax.shard_map(
         on_device,
         mesh=mesh,
@@ -75,6 +79,12 @@ def pallas_tpu(
         check_vma=False,  # kernels do not say how their outputs vary
     )
     return split(q, k, v, codes, terms)
+
+
+def _with_kv_heads(term: Term, change: Callable[[Array], Any]) -> Term:
+    """The same with every array changed that has kv heads."""
+    w = None if term.w is None else change(term.w)
+    return term.replace(w=w, key={name: change(x) for name, x in term.key.items()})
 
 
 def _axes(mesh: Mesh | AbstractMesh, name: str, size: int) -> str | tuple[str, ...] | None:

@@ -6,8 +6,8 @@ the log-sum-exp is an output too:
 
     dS = P * (dO v^T - rowsum(dO * O) + dlse)
 
-The gate's z is one product, of the channels [u, row term, 1] and [w, 1, key term] with zeros where a side is switched
-off, so that its gradient is two products and no sums over tiles. What the form and its slope share is made once.
+dS is the cotangent of every term's bias: the vjp of its function, traced into the tile, gives those of its operands,
+and that of the pair product becomes those of u and w by two more products.
 """
 
 from __future__ import annotations
@@ -18,30 +18,59 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rave_jax.kernels.attention.base import (
-    LOG_GATE_FLOOR,
-    NOWHERE,
-    MaskCodes,
-    PairBias,
-    PairForm,
-    Terms,
-    group_heads,
-    tile_allow,
-    tile_scores,
-    ungroup_heads,
-)
+from rave_jax.kernels.attention.base import NOWHERE, MaskCodes, Terms, group_heads, tile_allow, ungroup_heads
+from rave_jax.kernels.attention.score import ScoreFunction, Shape, Slopes, Term, Tile, function_of, reads_dot
+from rave_jax.kernels.attention.slopes import bias_and_pull, reciprocal
 from rave_jax.typing import Array, Bool, Float
 
 
-class Added(NamedTuple):
-    """What is added to scores, as the scan reads it. None where the call has none."""
+class QueryPart(NamedTuple):
+    """A term's floats that do not belong to keys, as the scan reads them; zeros in `pair` are switches of functions
+    that are 0 there."""
 
-    queries: Float[Array, "B K G T r"] | None
-    """Channels of the gate's z."""
-    keys: Float[Array, "B S K r"] | None
-    gain: Float[Array, "K G 1 1"] | None
-    """In a form that has one."""
+    pair: Float[Array, "B K G T r"] | None
+    query: dict[str, Float[Array, "B K G T 1"]]
+    head: dict[str, Float[Array, "K G 1 1"]]
+
+
+class KeyPart(NamedTuple):
+    """A term's floats that belong to keys."""
+
+    pair: Float[Array, "B S K r"] | None
+    key: dict[str, Float[Array, "B S K"]]
+
+
+class Added(NamedTuple):
+    """What is added to scale * <q, k>: the floats, which have gradients."""
+
+    queries: tuple[QueryPart, ...]
+    keys: tuple[KeyPart, ...]
     per_key: Float[Array, "B S K G"] | None
+
+
+class OfKeys(NamedTuple):
+    """What has no gradient and belongs to keys: mask codes, and a term's switches (None: on, or zeros in `pair`)."""
+
+    order: Array
+    open_k: Array
+    on: tuple[Bool[Array, "B S"] | None, ...]
+
+
+class OfQueries(NamedTuple):
+    """What has no gradient and belongs to queries."""
+
+    lo: Array
+    hi: Array
+    open_q: Array
+    on: tuple[Bool[Array, "B K G T 1"] | None, ...]
+
+
+class Static(NamedTuple):
+    """What the program is compiled for; of each term its function, and whether it reads dot."""
+
+    functions: tuple[tuple[ScoreFunction, bool], ...]
+    scale: float
+    block: int
 
 
 def block_size(T: int, S: int) -> int:
@@ -59,111 +88,125 @@ def attention(
     v: Float[Array, "B S K c"],
     codes: MaskCodes,
     terms: Terms,
-    form: PairForm,
     scale: float,
 ) -> tuple[Float[Array, "B T H c"], Float[Array, "B T H"]]:
     """Blockwise attention; see `api.attention`."""
-    T, S = q.shape[1], k.shape[1]
+    (T, S), K = (q.shape[1], k.shape[1]), k.shape[2]
     block = block_size(T, S)
-    added = _added(terms, form, k.shape[2])
+    functions = tuple((function, reads_dot(function, Shape.of(term))) for function, term in _functions(terms))
+    switches = tuple(_switches(term, K) for term in terms.parts)
+    of_queries = OfQueries(codes.lo, codes.hi, codes.open_q, tuple(on for on, _ in switches))
+    of_keys = OfKeys(codes.order, codes.open_k, tuple(on for _, on in switches))
+    added = _added(terms, K)
     padding = -S % block
     if padding:
         k, v = _pad(k, padding), _pad(v, padding)
-        codes = codes._replace(order=_pad(codes.order, padding, NOWHERE), open_k=_pad(codes.open_k, padding, NOWHERE))
-        added = added._replace(**{name: _pad(x, padding) for name, x in _of_keys(added).items()})
-    return _attention(q, k, v, added, codes, form, scale, block)
+        of_keys = OfKeys(
+            _pad(of_keys.order, padding, NOWHERE),
+            _pad(of_keys.open_k, padding, NOWHERE),
+            jax.tree.map(lambda x: _pad(x, padding), of_keys.on),
+        )
+        keys, per_key = jax.tree.map(lambda x: _pad(x, padding), (added.keys, added.per_key))
+        added = added._replace(keys=keys, per_key=per_key)
+    return _attention(q, k, v, added, of_queries, of_keys, Static(functions, scale, block))
 
 
 def _pad(x: Array, count: int, value: int = 0) -> Array:
     return jnp.pad(x, [(0, 0), (0, count)] + [(0, 0)] * (x.ndim - 2), constant_values=value)
 
 
-def _added(terms: Terms, form: PairForm, K: int) -> Added:
+def _functions(terms: Terms) -> list[tuple[ScoreFunction, Term]]:
+    return [(function_of(term.function), term) for term in terms.parts]
+
+
+def _switches(term: Term, K: int) -> tuple[Array | None, Array | None]:
+    """Switches of queries and keys that a tile has to read."""
+    if function_of(term.function).ZERO_OFF:
+        return None, None
+    return None if term.query_on is None else group_heads(term.query_on, K)[..., None], term.key_on
+
+
+def _added(terms: Terms, K: int) -> Added:
     """Plain jnp: jax differentiates it, switches included."""
-    queries = keys = gain = per_key = None
-    if terms.pair is not None:
-        pair: PairBias = terms.pair
-        one, key_one = jnp.ones_like(pair.row), jnp.ones_like(pair.key)
-        queries = _switched(pair.query_on, pair.u, pair.row, one)
-        queries = group_heads(queries, K)
-        keys = _switched(pair.key_on[..., None], pair.w, key_one, pair.key)
-        if form.kind == "centered_sigmoid":
-            gain = pair.gain.reshape(K, -1, 1, 1)
-    if terms.per_key is not None:
-        per_key = terms.per_key.reshape(*terms.per_key.shape[:2], K, -1)
-    return Added(queries, keys, gain, per_key)
+    queries, keys = [], []
+    for function, term in _functions(terms):
+        u, w = term.u, term.w
+        if function.ZERO_OFF and u is not None and w is not None:
+            u = u if term.query_on is None else jnp.where(term.query_on[..., None], u, 0.0)
+            w = w if term.key_on is None else jnp.where(term.key_on[..., None, None], w, 0.0)
+        query = {name: group_heads(x, K)[..., None] for name, x in term.query.items()}
+        head = {name: x.reshape(K, -1, 1, 1) for name, x in term.head.items()}
+        queries.append(QueryPart(None if u is None else group_heads(u, K), query, head))
+        keys.append(KeyPart(w, dict(term.key)))
+    per_key = terms.per_key
+    if per_key is not None:
+        per_key = per_key.reshape(*per_key.shape[:2], K, -1)
+    return Added(tuple(queries), tuple(keys), per_key)
 
 
-def _switched(on: Bool[Array, "B n m"], vectors: Float[Array, "B n m r"], *numbers: Float[Array, "B n m"]) -> Array:
-    channels = jnp.concatenate([vectors, jnp.stack(numbers, axis=-1)], axis=-1)
-    return jnp.where(on[..., None], channels, 0.0)
-
-
-def _of_keys(added: Added) -> dict[str, Array]:
-    found = {"keys": added.keys, "per_key": added.per_key}
-    return {name: x for name, x in found.items() if x is not None}
-
-
-class Gate(NamedTuple):
-    """A tile of the gate: the exponential of score + shift, times factor. None: 0, or 1."""
-
-    shift: Array | None
-    factor: Array | None
-    of_z: Array | float
-    """d bias / d z."""
-    of_gain: Array | None
-    """d bias / d gain, in a form that has one."""
-
-
-def _gate(
-    queries: Float[Array, "B K G T r"], keys: Float[Array, "B s K r"], gain: Array | None, form: PairForm
-) -> Gate:
-    """The gate of a tile. exp(log_gate(z)) = 1 / (1/2 + e) with e = exp(-z) / 2: no logarithm, and LOG_GATE_FLOOR keeps
-    e finite. The slope is made of z again: cheaper than to keep e, and exact where the gate is wide open."""
-    z = _gate_product("BKGTr,BSKr->BKGTS", queries, keys)
-    if form.kind == "log_gate":
-        factor = 1 / (0.5 + 0.5 * jnp.exp(-jnp.maximum(z, LOG_GATE_FLOOR)))
-        return Gate(None, factor, jax.nn.sigmoid(-z), None)
-    if form.kind == "linear":
-        return Gate(z, None, 1.0, None)
-    if form.kind == "tanh":
-        bent = jnp.tanh(z * (1 / form.limit))
-        return Gate(form.limit * bent, None, 1 - bent * bent, None)
-    assert gain is not None
-    bent = jnp.tanh(z * 0.5)
-    return Gate(gain * bent, None, (0.5 * gain) * (1 - bent * bent), bent)
-
-
-def _gate_product(form: str, a: Array, b: Array) -> Array:
-    """In full float32: it carries row and key terms, and has few channels."""
+def _product(form: str, a: Array, b: Array) -> Array:
+    """In full float32: it may carry large terms of a query or a key, and has few channels."""
     return jnp.einsum(form, a, b, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
-def _attention(q, k, v, added, codes, form, scale, block):
-    return _forward(q, k, v, added, codes, form, scale, block)[0]
+def _tile(function: ScoreFunction, mine: QueryPart, of_keys: KeyPart, dot: Array) -> Tile:
+    pair = None
+    if mine.pair is not None and of_keys.pair is not None:
+        pair = _product("BKGTr,BSKr->BKGTS", mine.pair, of_keys.pair) + function.OFFSET
+    key = {name: jnp.moveaxis(x, 1, 2)[:, :, None, None] for name, x in of_keys.key.items()}
+    return Tile(dot, pair, mine.query, key, {name: x[None] for name, x in mine.head.items()})
 
 
-def _scores(q, k, per_key, scale: float):
-    scores = tile_scores(q, k, Terms(None, None), PairForm(), scale)
+def _on(query: Array | None, key: Array | None) -> Array | None:
+    """Where a term adds something in a tile; None is everywhere."""
+    key = None if key is None else key[:, None, None, None]
+    return query & key if query is not None and key is not None else key if query is None else query
+
+
+def _factored(static: Static) -> int | None:
+    """The one term whose exponential may multiply the weights: it is no part of a row's maximum, and lies between
+    e^LEAST and e^MOST, so no row loses its weight by it. Of two that would not hold."""
+    bounded = [n for n, (function, _) in enumerate(static.functions) if function.bounded]
+    return bounded[0] if bounded else None
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
+def _attention(q, k, v, added, of_queries, of_keys, static):
+    return _forward(q, k, v, added, of_queries, of_keys, static)[0]
+
+
+def _dots(q, k, scale: float):
+    return scale * jnp.einsum("BKGTh,BSKh->BKGTS", q, k, preferred_element_type=jnp.float32)
+
+
+def _with_per_key(scores, per_key):
     return scores if per_key is None else scores + jnp.moveaxis(per_key, 1, 3)[:, :, :, None]
 
 
-def _forward(q, k, v, added: Added, codes: MaskCodes, form: PairForm, scale: float, block: int):
+def _allowed(of_queries: OfQueries, of_keys: OfKeys):
+    return tile_allow(MaskCodes(of_queries.lo, of_queries.hi, of_keys.order, of_queries.open_q, of_keys.open_k))
+
+
+def _forward(q, k, v, added: Added, of_queries: OfQueries, of_keys: OfKeys, static: Static):
     K = k.shape[2]
     qg = group_heads(q, K)
     B, _, G, T, _ = qg.shape
 
     def visit(carry, start):
         out, top, total = carry
-        k_tile, v_tile, added_tile, codes_tile = _take((k, v, added, codes), start, block)
-        scores = _scores(qg, k_tile, added_tile.per_key, scale)
-        factor = None
-        if added.queries is not None:
-            gate = _gate(added.queries, added_tile.keys, added.gain, form)
-            scores, factor = scores if gate.shift is None else scores + gate.shift, gate.factor
-        # A factor is no part of the maximum: it lies between e^LOG_GATE_FLOOR and 2, so no row loses its weight by it.
-        scores = jnp.where(tile_allow(codes_tile), scores, -jnp.inf)
+        k_tile, v_tile, added_tile, keys_tile = _take((k, v, added, of_keys), start, static.block)
+        dot = _dots(qg, k_tile, static.scale)
+        scores, factor = _with_per_key(dot, added_tile.per_key), None
+        for n, (function, _) in enumerate(static.functions):
+            tile = _tile(function, added.queries[n], added_tile.keys[n], dot)
+            on = _on(of_queries.on[n], keys_tile.on[n])
+            found = function.factored(tile, reciprocal) if n == _factored(static) else None
+            if found is not None:
+                factor = found[0] if on is None else jnp.where(on, found[0], 1.0)
+            else:
+                bias = function(tile)
+                scores = scores + (bias if on is None else jnp.where(on, bias, 0.0))
+        scores = jnp.where(_allowed(of_queries, keys_tile), scores, -jnp.inf)
         new_top = jnp.maximum(top, scores.max(-1))
         anchor = jnp.where(new_top == -jnp.inf, 0.0, new_top)
         weights = jnp.exp(scores - anchor[..., None])
@@ -177,16 +220,16 @@ def _forward(q, k, v, added: Added, codes: MaskCodes, form: PairForm, scale: flo
         jnp.full((B, K, G, T), -jnp.inf, jnp.float32),
         jnp.zeros((B, K, G, T), jnp.float32),
     )
-    out, top, total = _scan_blocks(visit, start, k.shape[1], block)[0]
+    out, top, total = _scan_blocks(visit, start, k.shape[1], static.block)[0]
     seen = total > 0
     out = out / jnp.where(seen, total, 1.0)[..., None]
     lse = jnp.where(seen, jnp.where(seen, top, 0.0) + jnp.log(jnp.where(seen, total, 1.0)), -jnp.inf)
     out, lse = ungroup_heads(out).astype(q.dtype), ungroup_heads(lse)
-    return (out, lse), (q, k, v, added, codes, out, lse)
+    return (out, lse), (q, k, v, added, of_queries, of_keys, out, lse)
 
 
-def _backward(form: PairForm, scale: float, block: int, saved, cotangents):
-    q, k, v, added, codes, out, lse = saved
+def _backward(static: Static, saved, cotangents):
+    q, k, v, added, of_queries, of_keys, out, lse = saved
     d_out, d_lse = cotangents
     K = k.shape[2]
     qg, d_outg = group_heads(q, K), group_heads(d_out.astype(v.dtype), K)
@@ -195,42 +238,55 @@ def _backward(form: PairForm, scale: float, block: int, saved, cotangents):
     lse_g, shift = group_heads(lse, K)[..., None], group_heads(d_lse - delta, K)[..., None]
 
     def visit(d_rows, start):
-        k_tile, v_tile, added_tile, codes_tile = _take((k, v, added, codes), start, block)
-        scores = _scores(qg, k_tile, added_tile.per_key, scale)
-        gate = None
-        if added.queries is not None:
-            gate = _gate(added.queries, added_tile.keys, added.gain, form)
-            scores = scores if gate.shift is None else scores + gate.shift
+        k_tile, v_tile, added_tile, keys_tile = _take((k, v, added, of_keys), start, static.block)
+        dot = _dots(qg, k_tile, static.scale)
+        scores, factor, pulls = _with_per_key(dot, added_tile.per_key), None, []
+        for n, (function, reads) in enumerate(static.functions):
+            tile = _tile(function, added.queries[n], added_tile.keys[n], dot)
+            on = _on(of_queries.on[n], keys_tile.on[n])
+            bias, times, pull = bias_and_pull(function, reads, tile, on, factored=n == _factored(static))
+            scores, factor = scores if bias is None else scores + bias, times if times is not None else factor
+            pulls.append(pull)
         weights = jnp.exp(scores - lse_g)
-        if gate is not None and gate.factor is not None:
-            weights = weights * gate.factor
+        if factor is not None:
+            weights = weights * factor
         # Three products need the weights. Without the barrier XLA computes them again for each product. On a CPU this
         # makes a step with a gate slower, and leaves one without a gate as fast.
-        weights = jax.lax.optimization_barrier(jnp.where(tile_allow(codes_tile), weights, 0.0))
+        weights = jax.lax.optimization_barrier(jnp.where(_allowed(of_queries, keys_tile), weights, 0.0))
         d_weights = jnp.einsum("BKGTc,BSKc->BKGTS", d_outg, v_tile, preferred_element_type=jnp.float32)
         d_scores = weights * (d_weights + shift)
         d_v = jnp.einsum("BKGTS,BKGTc->BSKc", weights.astype(v.dtype), d_outg, preferred_element_type=jnp.float32)
-        d_dot = (scale * d_scores).astype(q.dtype)
+        d_queries, d_keys, d_dot = [], [], d_scores
+        for pull, mine, of_key in zip(pulls, added.queries, added_tile.keys, strict=True):
+            d_tile = pull(d_scores)
+            d_mine, d_of_key = _pulled(d_tile, mine, of_key)
+            d_queries.append(d_mine)
+            d_keys.append(d_of_key)
+            d_dot = d_dot if d_tile.dot is None else d_dot + d_tile.dot
+        d_dot = (static.scale * d_dot).astype(q.dtype)
         d_q = jnp.einsum("BKGTS,BSKh->BKGTh", d_dot, k_tile, preferred_element_type=jnp.float32)
         d_k = jnp.einsum("BKGTS,BKGTh->BSKh", d_dot, qg, preferred_element_type=jnp.float32)
-        found = {"q": d_q}
-        d_keys = {"k": d_k.astype(k.dtype), "v": d_v.astype(v.dtype)}
-        if gate is not None:
-            d_z = d_scores * gate.of_z
-            found["queries"] = _gate_product("BKGTS,BSKr->BKGTr", d_z, added_tile.keys)
-            d_keys["keys"] = _gate_product("BKGTS,BKGTr->BSKr", d_z, added.queries)
-            if gate.of_gain is not None:
-                found["gain"] = (d_scores * gate.of_gain).sum((0, 3, 4))[..., None, None]
-        if added.per_key is not None:
-            d_keys["per_key"] = jnp.moveaxis(d_scores.sum(3), 3, 1)
-        return {name: d_rows[name] + found[name] for name in d_rows}, d_keys
+        d_per_key = None if added.per_key is None else jnp.moveaxis(d_scores.sum(3), 3, 1)
+        d_rows = jax.tree.map(jnp.add, d_rows, (d_q, tuple(d_queries)))
+        return d_rows, (d_k.astype(k.dtype), d_v.astype(v.dtype), tuple(d_keys), d_per_key)
 
-    d_rows = {"q": jnp.zeros(qg.shape, jnp.float32)}
-    d_rows |= {n: jnp.zeros_like(x) for n, x in (("queries", added.queries), ("gain", added.gain)) if x is not None}
-    d_rows, d_keys = _scan_blocks(visit, d_rows, k.shape[1], block)
-    d_keys = {name: jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:]) for name, x in d_keys.items()}
-    d_q, d_k, d_v = ungroup_heads(d_rows.pop("q")).astype(q.dtype), d_keys.pop("k"), d_keys.pop("v")
-    return d_q, d_k, d_v, added._replace(**d_rows, **d_keys), None
+    d_rows = jnp.zeros(qg.shape, jnp.float32), jax.tree.map(jnp.zeros_like, added.queries)
+    (d_q, d_queries), d_of_keys = _scan_blocks(visit, d_rows, k.shape[1], static.block)
+    d_k, d_v, d_keys, d_per_key = jax.tree.map(
+        lambda x: jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:]), d_of_keys
+    )
+    return ungroup_heads(d_q).astype(q.dtype), d_k, d_v, Added(d_queries, d_keys, d_per_key), None, None
+
+
+def _pulled(d_tile: Slopes, mine: QueryPart, of_keys: KeyPart) -> tuple[QueryPart, KeyPart]:
+    """Cotangents of a term's operands from those of its tile."""
+    d_u = d_w = None
+    if mine.pair is not None and of_keys.pair is not None and d_tile.pair is not None:
+        d_u = _product("BKGTS,BSKr->BKGTr", d_tile.pair, of_keys.pair)
+        d_w = _product("BKGTS,BKGTr->BSKr", d_tile.pair, mine.pair)
+    d_head = {name: x[0] for name, x in d_tile.head.items()}
+    d_key = {name: jnp.moveaxis(x[:, :, 0, 0], 1, 2) for name, x in d_tile.key.items()}
+    return QueryPart(d_u, d_tile.query, d_head), KeyPart(d_w, d_key)
 
 
 def _take(operands, start, size: int):
@@ -239,9 +295,9 @@ def _take(operands, start, size: int):
     def cut(x: Array) -> Array:
         return jax.lax.dynamic_slice_in_dim(x, start, size, axis=1)
 
-    k, v, added, codes = operands
-    codes = codes._replace(order=cut(codes.order), open_k=cut(codes.open_k))
-    return cut(k), cut(v), added._replace(**{name: cut(x) for name, x in _of_keys(added).items()}), codes
+    k, v, added, of_keys = operands
+    keys, per_key = jax.tree.map(cut, (added.keys, added.per_key))
+    return cut(k), cut(v), added._replace(keys=keys, per_key=per_key), jax.tree.map(cut, of_keys)
 
 
 def _scan_blocks(visit, start, S: int, block: int):

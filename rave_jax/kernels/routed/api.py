@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax.numpy as jnp
 
 from rave_jax.kernels import support
-from rave_jax.kernels.attention import Implementation, KeyGroups, MaskCodes, PairBias, PairForm
+from rave_jax.kernels.attention import Implementation, KeyGroups, MaskCodes
 from rave_jax.kernels.attention.base import NOWHERE, Terms, of_key_group
+from rave_jax.kernels.attention.checks import TermShapes, check_terms
+from rave_jax.kernels.attention.score import Term
 from rave_jax.kernels.dispatch import Backend, Operation
 from rave_jax.kernels.routed import pallas_tpu, xla
 from rave_jax.kernels.routed.base import Routes, Routing
@@ -21,10 +25,10 @@ def _against_pallas_tpu(
 
 
 def _pallas_tpu(
-    q: Array, k: Array, v: Array, codes: MaskCodes, terms: Terms, form: PairForm, scale: float, routing: Routing
+    q: Array, k: Array, v: Array, codes: MaskCodes, terms: Terms, scale: float, routing: Routing
 ) -> tuple[Array, Array]:
     assert routing.most_keys is not None  # `against` refuses it
-    return pallas_tpu.attention(q, k, v, codes, scale, routing.routes, routing.rule, routing.most_keys)
+    return pallas_tpu.attention(q, k, v, codes, terms, scale, routing.routes, routing.rule, routing.most_keys)
 
 
 OPERATION = Operation(
@@ -44,8 +48,7 @@ def attention(
     k: Float[Array, "B S K h"],
     v: Float[Array, "B S K c"],
     codes: MaskCodes,
-    bias: PairBias | None = None,
-    form: PairForm | None = None,
+    terms: Sequence[Term] = (),
     *,
     routing: Routing,
     scale: float,
@@ -56,11 +59,11 @@ def attention(
     """Attention over the keys that the mask allows and the query's choice of regions leaves open; see `base`.
 
     Args:
-        q, k, v, codes, bias, form, scale, key_bias, key_groups: as in `kernels.attention.attention`.
+        q, k, v, codes, terms, scale, key_bias, key_groups: as in `kernels.attention.attention`.
         routing: what the choice is made from, and how.
         implementation: "xla" goes through blocks of queries, "reference" takes all at once, and both make every score;
-            "pallas_tpu" skips what was not chosen, and serves one hard choice for each kv head without further terms.
-            "auto" takes it on a TPU where it can serve.
+            "pallas_tpu" skips what was not chosen, and serves hard choices by descriptors. "auto" takes it on a TPU
+            where it can serve.
 
     Returns:
         output and log-sum-exp, as `kernels.attention.attention` gives them. Gradients reach every float operand of the
@@ -71,16 +74,18 @@ def attention(
     """
     routes, rule, _ = routing
     _check(q, k, codes, routes)
-    if (routes.bias is not None) != rule.with_bias:
-        given = "no bias" if routes.bias is None else "a bias"
+    (B, T, H), (S, K) = q.shape[:3], k.shape[1:3]
+    check_terms("routed attention", terms, TermShapes((B, T, H), (B, S, K), (B, S), H), f"beside q {q.shape}")
+    if bool(routes.bias) != rule.with_bias:
+        given = "a bias" if routes.bias else "no bias"
         raise ValueError(f"routed attention has {given} to rank by beside a rule of with_bias = {rule.with_bias}")
     codes = codes._replace(lo=jnp.maximum(codes.lo, NOWHERE + 1))
-    terms, form = Terms(bias, key_bias), form or PairForm()
-    run = OPERATION.backends[OPERATION.choose(implementation, q, k, v, terms, key_groups, routing)].run
+    added = Terms(tuple(terms), key_bias)
+    run = OPERATION.backends[OPERATION.choose(implementation, q, k, v, added, key_groups, routing)].run
     if key_groups is None:
-        return run(q, k, v, codes, terms, form, scale, routing)
+        return run(q, k, v, codes, added, scale, routing)
     numbers = range(key_groups.count)
-    parts = [run(q, k, v, of_key_group(codes, key_groups, n), terms, form, scale, routing) for n in numbers]
+    parts = [run(q, k, v, of_key_group(codes, key_groups, n), added, scale, routing) for n in numbers]
     out, lse = (jnp.stack(part, axis=2) for part in zip(*parts, strict=True))
     return out, lse
 

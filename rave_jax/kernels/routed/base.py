@@ -2,7 +2,7 @@
 
     candidate_ir = lo_i <= last_r < before_i                     first, last: least and greatest order of r's keys
     s_ir         = <x_i, d_r> + bias_ir / scale                 routing query and descriptor, float32
-    bias_ir      = f(<u_i, w_r> + row_i + key_r)                 the pair bias at r's mean w and key; 0 unless asked
+    bias_ir      = sum of the score terms' f at r's means        w and key features; dot = scale s; 0 unless asked
     chosen_ir    = candidate, and one of the k_i with the largest s_ir among the n_i candidates (ties: the lower r)
     k_i          = t_i + ceil(dense (n_i - t_i)),  t_i = min(top_k, n_i) or ceil(top_k n_i)
     open_ij      = key j has no region, or its region is no candidate of i, or is chosen
@@ -14,6 +14,13 @@ choice has no gradient; a soft choice adds
     soft_bias          tau * log softmax_r(s_i) over the candidates, to every key of r
     straight_through   the same in the backward pass and nothing in the forward pass
 
+and `spans` gives every region that a query reads a softmax of its own, weighted by the softmax over their scores:
+
+    out_i = sum_r softmax_r(s_i) out_ir     r over the chosen, and over those no candidates that it sees with s = 0
+
+out_ir is the attention to the keys of r alone. It needs all scores, and every key of the query in a region. A query
+that is not routed has one softmax.
+
 Source: Gaze Attention (arXiv 2605.13080) as its authors describe it: regions, TopK of <q, d>, no router parameters,
 nothing evicted; one choice for each query head, as their published demo shows. Choices for a kv group sum the scores
 of its heads. `dense` is their schedule, 1 at the start (all candidates) and 0 at its end.
@@ -21,6 +28,7 @@ of its heads. `dense` is their schedule, 1 at the start (all candidates) and 0 a
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -29,7 +37,8 @@ import jax
 import jax.numpy as jnp
 
 from rave_jax.config import require
-from rave_jax.kernels.attention.base import MaskCodes, PairBias, PairForm, group_heads
+from rave_jax.kernels.attention.base import MaskCodes, group_heads, tile_bias
+from rave_jax.kernels.attention.score import Term
 from rave_jax.typing import Array, Bool, Float, Int
 
 
@@ -42,12 +51,12 @@ class RouteRule:
     may be meant as either, is refused."""
     share: Literal["head", "group"] = "head"
     """Who has a choice of its own: each query head, or each kv head with the query heads that read it."""
-    choice: Literal["hard", "soft_bias", "straight_through"] = "hard"
+    choice: Literal["hard", "soft_bias", "straight_through", "spans"] = "hard"
     """Whether the scores of the regions get a gradient, and how."""
     tau: float = 1.0
     """Scale of the soft choices."""
     with_bias: bool = False
-    """Is the pair bias that a region's keys would get part of what it is ranked by?"""
+    """Is what score terms would add to a region's keys part of what it is ranked by?"""
     by: Literal["descriptor", "mass"] = "descriptor"
     """What regions are ranked by: the product with their descriptors, or the attention mass they would get (for
     study: it needs all scores)."""
@@ -59,6 +68,11 @@ class RouteRule:
         require(good, "top_k", self.top_k, what)
         require(0 < self.tau <= 1e30, "tau", self.tau, "a positive number, at most 1e30")
 
+    @property
+    def reads_scores(self) -> bool:
+        """Does a choice need the scores of all keys?"""
+        return self.by == "mass" or self.choice == "spans"
+
     def most(self, regions: int) -> int:
         """How many regions a query chooses of so many candidates, once the schedule has ended."""
         if self.top_k >= 1:
@@ -67,30 +81,21 @@ class RouteRule:
         return min(max(1, math.ceil(round(self.top_k * regions, 9))), regions)
 
 
-OF_QUERIES = ("u", "row", "query_on")
-"""What of a `RankBias` belongs to queries."""
+def of_regions(parts: tuple[Term, ...], keys: Int[Array, "B S"], regions: int) -> tuple[Term, ...]:
+    """Score terms of queries and regions, from those of queries and keys whose regions are `keys`: what belongs to a
+    key becomes the mean of a region's keys, and a region is switched on where any of its keys is."""
 
+    def sums(x: Array) -> Array:
+        return jax.vmap(lambda row, at: jax.ops.segment_sum(row, at, regions + 1))(x, keys)[:, 1:]
 
-class RankBias(NamedTuple):
-    """Operands of the pair bias (`kernels.attention.PairBias`) of queries and the means of regions, float32."""
+    count = jnp.maximum(sums(jnp.ones(keys.shape)), 1.0)
 
-    u: Float[Array, "B T H r"]
-    row: Float[Array, "B T H"]
-    query_on: Bool[Array, "B T H"]
-    w: Float[Array, "B R K r"]
-    key: Float[Array, "B R K"]
-    gain: Float[Array, "H"]
+    def of_region(x: Array) -> Array:
+        if x.dtype == bool:
+            return sums(x.astype(jnp.float32)) > 0
+        return sums(x) / count.reshape(*count.shape, *[1] * (x.ndim - 2))
 
-    @classmethod
-    def of(cls, pair: PairBias, keys: Int[Array, "B S"], regions: int) -> RankBias:
-        """Of the pair bias of queries and keys, whose regions are `keys`."""
-
-        def sums(x: Array) -> Array:
-            return jax.vmap(lambda row, at: jax.ops.segment_sum(row, at, regions + 1))(x, keys)[:, 1:]
-
-        count = jnp.maximum(sums(jnp.ones(keys.shape)), 1.0)
-        w, key = sums(pair.w) / count[..., None, None], sums(pair.key) / count[..., None]
-        return cls(pair.u, pair.row, pair.query_on, w, key, pair.gain)
+    return tuple(part.map_keys(of_region) for part in parts)
 
 
 class Routes(NamedTuple):
@@ -105,7 +110,8 @@ class Routes(NamedTuple):
         keys: region of each key, counted from 1; 0 has none.
         dense: where the schedule stands, 1 (all candidates) to 0 (top_k), traced; None where it has ended, and ranking
             may stop at top_k.
-        bias: what the rule ranks by beside descriptors; None where it asks for nothing.
+        bias: terms of queries and regions (`of_regions`) that the rule ranks by beside descriptors; none where it asks
+            for nothing.
     """
 
     query: Float[Array, "B T H c"]
@@ -115,16 +121,15 @@ class Routes(NamedTuple):
     before: Int[Array, "B T"]
     keys: Int[Array, "B S"]
     dense: Float[Array, ""] | None
-    bias: RankBias | None = None
+    bias: tuple[Term, ...] = ()
 
     def queries(self) -> dict[str, Any]:
         """What belongs to each query, arrays [B,T,...]."""
-        bias = {} if self.bias is None else {name: getattr(self.bias, name) for name in OF_QUERIES}
-        return {"query": self.query, "before": self.before, "bias": bias}
+        return {"query": self.query, "before": self.before, "bias": tuple(part.of_queries() for part in self.bias)}
 
     def with_queries(self, mine: dict[str, Any]) -> Routes:
         """The same of other queries."""
-        bias = None if self.bias is None else self.bias._replace(**mine["bias"])
+        bias = tuple(part.replace(**own) for part, own in zip(self.bias, mine["bias"], strict=True))
         return self._replace(query=mine["query"], before=mine["before"], bias=bias)
 
 
@@ -153,17 +158,12 @@ def candidates(codes: MaskCodes, routes: Routes) -> Bool[Array, "B 1 1 T R"]:
     return found[:, None, None]
 
 
-def region_scores(routes: Routes, form: PairForm, scale: float) -> Float[Array, "B K G T R"]:
-    """What every query ranks every region by. Keys' scores are `scale` <q, k> and a bias of this form: here the bias
-    is in the unit of <x, d>."""
-    bias, K = routes.bias, routes.descriptor.shape[2]
+def region_scores(routes: Routes, scale: float) -> Float[Array, "B K G T R"]:
+    """What every query ranks every region by. Keys' scores are `scale` <q, k> and biases: here the biases are in the
+    unit of <x, d>."""
+    K = routes.descriptor.shape[2]
     found = _products(routes.query, routes.descriptor)
-    if bias is None:
-        return found
-    heads = jnp.moveaxis(bias.key, 1, 2)[:, :, None, None]
-    z = _products(bias.u, bias.w) + group_heads(bias.row[..., None], K) + heads
-    added = form(z, bias.gain.reshape(1, K, -1, 1, 1))
-    return found + jnp.where(group_heads(bias.query_on[..., None], K), added, 0.0) / scale
+    return functools.reduce(lambda total, term: total + tile_bias(term, scale * found, K) / scale, routes.bias, found)
 
 
 def _products(x: Float[Array, "B T H c"], y: Float[Array, "B R K c"]) -> Float[Array, "B K G T R"]:
@@ -222,13 +222,30 @@ def choose(
     equal = (fixed == least) & candidate
     room = count - jnp.sum(above, axis=-1, keepdims=True)
     chosen = above | (equal & (jnp.cumsum(equal, axis=-1) <= room))
-    if rule.choice == "hard":
+    if rule.choice in ("hard", "spans"):
         return Choice(chosen, candidate, None)
     # A query without candidates has no distribution, and what it would get must have no gradient either.
     some = jnp.any(candidate, axis=-1, keepdims=True)
     soft = rule.tau * jax.nn.log_softmax(jnp.where(some, scores, 0.0), axis=-1, where=candidate | ~some)
     soft = jnp.where(chosen, soft, 0.0)
     return Choice(chosen, candidate, soft if rule.choice == "soft_bias" else soft - jax.lax.stop_gradient(soft))
+
+
+def span_bias(
+    ranks: Float[Array, "B K G T R"], masses: Float[Array, "B K G T R"], choice: Choice
+) -> Float[Array, "B K G T R"]:
+    """What makes one softmax over all keys the weighted sum of those over each region.
+
+    Args:
+        ranks: the regions' scores.
+        masses: log of the attention mass that the mask allows of each region; -inf of none.
+        choice: a hard one.
+    """
+    read = (choice.chosen | ~choice.candidate) & (masses > -jnp.inf)
+    some = jnp.any(read, axis=-1, keepdims=True)
+    logits = jnp.where(choice.candidate, ranks, 0.0)
+    share = jax.nn.log_softmax(jnp.where(read, logits, 0.0), axis=-1, where=read | ~some)
+    return jnp.where(read, share - jnp.where(read, masses, 0.0), 0.0)
 
 
 def of_keys(x: Array, keys: Int[Array, "B S"], fill: float | bool) -> Array:

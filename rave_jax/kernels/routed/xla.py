@@ -15,8 +15,8 @@ import jax.numpy as jnp
 
 from rave_jax.kernels import support
 from rave_jax.kernels.attention.base import (
+    NOWHERE,
     MaskCodes,
-    PairForm,
     Terms,
     group_heads,
     tile_allow,
@@ -34,6 +34,7 @@ from rave_jax.kernels.routed.base import (
     open_keys,
     region_masses,
     region_scores,
+    span_bias,
 )
 from rave_jax.parallel.sharding import current_mesh, named_sharding
 from rave_jax.typing import Array, Float
@@ -48,7 +49,6 @@ def attention(
     v: Float[Array, "B S K c"],
     codes: MaskCodes,
     terms: Terms,
-    form: PairForm,
     scale: float,
     routing: Routing,
 ) -> tuple[Float[Array, "B T H c"], Float[Array, "B T H"]]:
@@ -56,16 +56,16 @@ def attention(
     routes = routing.routes
 
     def of_block(mine: tuple[Any, ...]) -> tuple[Array, Array]:
-        q, codes_q, pair_q, routes_q = mine
+        q, codes_q, terms_q, routes_q = mine
         block_codes = codes._replace(**codes_q)
-        block_terms = terms if terms.pair is None else terms._replace(pair=terms.pair._replace(**pair_q))
+        block_terms = terms.with_queries(terms_q)
         block_routing = routing._replace(routes=routes.with_queries(routes_q))
-        return whole(q, k, v, block_codes, block_terms, form, scale, block_routing)
+        return whole(q, k, v, block_codes, block_terms, scale, block_routing)
 
     mine = (
         q,
         {name: getattr(codes, name) for name in ("lo", "hi", "open_q")},
-        {} if terms.pair is None else {name: getattr(terms.pair, name) for name in ("u", "row", "query_on")},
+        terms.of_queries(),
         routes.queries(),
     )
     (B, T, H, _), S = q.shape, k.shape[1]
@@ -96,15 +96,14 @@ def whole(
     v: Float[Array, "B S K c"],
     codes: MaskCodes,
     terms: Terms,
-    form: PairForm,
     scale: float,
     routing: Routing,
 ) -> tuple[Float[Array, "B T H c"], Float[Array, "B T H"]]:
     """All queries at once; makes arrays [B,H,T,S]."""
     routes, K = routing.routes, k.shape[2]
-    scores = tile_scores(group_heads(q, K), k, terms, form, scale)
+    scores = tile_scores(group_heads(q, K), k, terms, scale)
     allow = tile_allow(codes)
-    choice = choice_of(scores, codes, routes, routing.rule, form, scale)
+    choice = choice_of(scores, codes, routes, routing.rule, scale)
     allow = allow & open_keys(choice, routes.keys)
     if choice.bias is not None:
         scores = scores + of_keys(choice.bias, routes.keys, fill=0.0)
@@ -124,14 +123,19 @@ def choice_of(
     codes: MaskCodes,
     routes: Routes,
     rule: RouteRule,
-    form: PairForm,
     scale: float,
 ) -> Choice:
-    """Every query's choice; `scores` are of its keys, and are read where regions are ranked by mass. The pair bias has
-    this form, and is added to `scale` <q, k>."""
+    """Every query's choice; `scores` are of its keys, and are read where `rule.reads_scores`. Biases are added to
+    `scale` <q, k>."""
     if rule.by == "mass":
         assert scores is not None
         ranks = region_masses(scores, routes)
     else:
-        ranks = region_scores(routes, form, scale)
-    return choose(ranks, candidates(codes, routes), routes.dense, rule)
+        ranks = region_scores(routes, scale)
+    choice = choose(ranks, candidates(codes, routes), routes.dense, rule)
+    if rule.choice != "spans":
+        return choice
+    assert scores is not None
+    masses = region_masses(jnp.where(tile_allow(codes), scores, -jnp.inf), routes)
+    routed = (routes.before > NOWHERE)[:, None, None, :, None]
+    return choice._replace(bias=jnp.where(routed, span_bias(ranks, masses, choice), 0.0))

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from rave_jax.attention import block_diagonal_codes
+from rave_jax.attention.rotation import Rotation
 from rave_jax.batch import Patches
 from rave_jax.families.qwen2_5_vl.config import VisionConfig
 from rave_jax.families.qwen2_5_vl.tower.windows import chunk_size, padded_size, window_attention, window_codes
@@ -20,7 +21,7 @@ from rave_jax.kernels.attention import Implementation, MaskCodes
 from rave_jax.models import lora
 from rave_jax.models.config import ModelOptions
 from rave_jax.models.layers import Linear, RmsNorm, SwiGlu
-from rave_jax.models.rope import Rotation, patch_rotation
+from rave_jax.models.rope import patch_rotation
 from rave_jax.models.stack import LayerRun
 from rave_jax.models.tower import JointAttention, Merger, check_patches, normalised
 from rave_jax.parallel.sharding import shard

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from rave_jax.attention import block_diagonal_codes
+from rave_jax.attention.rotation import Rotation
 from rave_jax.batch import Patches
 from rave_jax.families.shared.position_table.config import NORM_EPS, TableTowerConfig
 from rave_jax.kernels.attention import MaskCodes
@@ -19,7 +20,7 @@ from rave_jax.models.config import ModelOptions
 from rave_jax.models.forward import ImageFeatures
 from rave_jax.models.initial import normal
 from rave_jax.models.layers import LayerNorm, Linear
-from rave_jax.models.rope import Rotation, patch_rotation
+from rave_jax.models.rope import patch_rotation
 from rave_jax.models.stack import LayerRun
 from rave_jax.models.tower import FrameBlock, Merger, check_patches, normalised
 from rave_jax.parallel.sharding import shard

@@ -1,4 +1,4 @@
-"""Attention with pair bias in Mosaic kernels for TPUs; semantics in `kernels.attention.base`."""
+"""Attention with score terms in Mosaic kernels for TPUs; semantics in `kernels.attention.base`."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rave_jax.kernels.attention.base import MaskCodes, PairForm, Terms
+from rave_jax.kernels.attention.base import MaskCodes, Terms
 from rave_jax.kernels.attention.pallas_tpu import operands, tile
 from rave_jax.kernels.attention.pallas_tpu.backward import backward
 from rave_jax.kernels.attention.pallas_tpu.blocks import BlockSizes, block_facts
 from rave_jax.kernels.attention.pallas_tpu.forward import forward
-from rave_jax.kernels.attention.pallas_tpu.operands import Call, Packed
-from rave_jax.typing import Array, Bool, Float
+from rave_jax.kernels.attention.pallas_tpu.operands import Call, Packed, keys_axis
+from rave_jax.kernels.attention.pallas_tpu.padding import pad
+from rave_jax.typing import Array, Float
 
 
 def attention(
@@ -25,7 +26,6 @@ def attention(
     v: Float[Array, "B S K c"],
     codes: MaskCodes,
     terms: Terms,
-    form: PairForm,
     scale: float,
     *,
     blocks: BlockSizes,
@@ -37,21 +37,14 @@ def attention(
         blocks: sizes of the kernels' blocks.
         interpret: what `pallas_call` takes: True or its InterpretParams run the kernels anywhere, slowly.
     """
-    call = operands.make_call(q, k, v, terms, form, scale, blocks, interpret=interpret)
+    call = operands.make_call(q, k, v, terms, scale, blocks, interpret=interpret)
     whole = operands.pad_codes(codes, call.T, call.S)
-    queries_on = keys_on = jnp.zeros((), bool)
-    if terms.pair is not None:
-        queries_on, keys_on = terms.pair.query_on.any(-1), terms.pair.key_on
-    queries_on, keys_on = (_switches(x, n, call) for x, n in ((queries_on, call.T), (keys_on, call.S)))
+    queries_on, keys_on = operands.pack_switches(terms, call)
     out, lse = _attention(operands.pack(q, k, v, terms, call), whole, queries_on, keys_on, call)
     T, G = q.shape[1], call.G
     lse = operands.heads_last(lse[:, :, :G], T)
     lse = jnp.where(lse >= tile.UNSEEN, -jnp.inf, lse * (1 / tile.LOG2E))
     return operands.heads_last(out, T)[..., : v.shape[-1]], lse
-
-
-def _switches(x: Bool[Array, "B n"], size: int, call: Call) -> Bool[Array, "B size"]:
-    return operands.pad(x, 1, size) if x.ndim else jnp.zeros((call.B, size), bool)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -69,7 +62,7 @@ def _backward(call: Call, saved, cotangents):
     packed, codes, queries_on, keys_on, out, lse = saved
     d_out, d_lse = cotangents
     delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
-    delta = operands.pad(delta, 2, call.padded_group) - d_lse * tile.LOG2E
+    delta = pad(delta, 2, call.padded_group) - d_lse * tile.LOG2E
     grads = []
     for chunk, part, codes_k, on in _key_chunks(packed, codes, keys_on, call):
         facts = block_facts(codes_k, queries_on, on, *call.backward)
@@ -84,36 +77,30 @@ def _no_gradient(x: Array) -> Any:
     return np.zeros(x.shape, jax.dtypes.float0)
 
 
-KEYS_AXIS = {"k": 2, "v": 2, "w": 3, "keys": 3, "key_bias": 3}
-"""Operands that are cut with the keys, and where."""
-
-
 def _key_chunks(packed: Packed, codes: MaskCodes, keys_on: Array, call: Call):
     """The operands for as many keys at a time as the backward kernel has room for."""
     step = call.keys_at_once
     for start in range(0, call.S, step):
         size = min(step, call.S - start)
         part = {}
-        for name, axis in KEYS_AXIS.items():
-            x = getattr(packed, name)
-            if x is not None:
-                part[name] = jax.lax.slice_in_dim(x, start, start + size, axis=axis)
+        for name, x in packed.items():
+            axis = keys_axis(name)
+            part[name] = x if axis is None else jax.lax.slice_in_dim(x, start, start + size, axis=axis)
         inside = slice(start, start + size)
         codes_k = codes._replace(order=codes.order[:, inside], open_k=codes.open_k[:, inside])
-        yield dataclasses.replace(call, S=size), packed._replace(**part), codes_k, keys_on[:, inside]
+        yield dataclasses.replace(call, S=size), part, codes_k, keys_on[:, inside]
 
 
 def _joined(grads: list[Packed]) -> Packed:
     """Gradients of chunks of keys as one: the keys' side by side, the queries' summed."""
     if len(grads) == 1:
         return grads[0]
-    found: dict[str, Any] = {}
-    for name in Packed._fields:
-        parts = [getattr(g, name) for g in grads]
-        if parts[0] is None:
-            found[name] = None
-        elif name in KEYS_AXIS:
-            found[name] = jnp.concatenate(parts, axis=KEYS_AXIS[name])
+    found = {}
+    for name, first in grads[0].items():
+        parts, axis = [g[name] for g in grads], keys_axis(name)
+        if axis is None:
+            total = sum((x.astype(jnp.float32) for x in parts[1:]), first.astype(jnp.float32))
+            found[name] = total.astype(first.dtype)
         else:
-            found[name] = sum(x.astype(jnp.float32) for x in parts).astype(parts[0].dtype)
-    return Packed(**found)
+            found[name] = jnp.concatenate(parts, axis=axis)
+    return found

@@ -1,12 +1,14 @@
 """Blocks of queries and keys: their sizes, what is known of each from minima and maxima, and which pairs are visited.
 
-A pair of blocks is *live* when some query may see some key, *full* when every query sees every key, and *gated* when
-some query and some key of it are switched on. A pair may be called live although nothing is seen, and not full although
-everything is, but never the other way round.
+A pair of blocks is *live* when some query may see some key, and *full* when every query sees every key; a score term's
+switches are *on* in it when some query and some key of it are. A pair may be called live although nothing is seen, and
+not full although everything is, but never the other way round.
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -20,9 +22,12 @@ from rave_jax.typing import Array, Bool, Int
 
 BIG = jnp.iinfo(jnp.int32).max
 FACTS = 8
-"""Numbers kept of a block. Of queries: lo min, lo max, hi min, hi max, open bits, any switched on, first and last live
-block of keys. Of keys: order min or NOWHERE where not all can be seen, order max, open bits, any switched on, and the
-order min of those that can."""
+"""Numbers kept of a block. Of queries: lo min, lo max, hi min, hi max, open bits, bits of switches, first and last
+live block of keys. Of keys: order min or NOWHERE where not all can be seen, order max, open bits, bits of switches, and
+the order min of those that can."""
+MOST_APART = 2
+"""So many switches have a variant of a kernel's body for each set of them that is on; with more, all terms are taken
+where any is on: bodies would double with each."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +43,7 @@ class BlockSizes:
     query_bytes: int = 4 << 20
     """What q and the output of a block may be in all heads of a kv head: a block of queries is halved down to that."""
     fold_linear: bool = False
-    """Put a linear gate into further channels of <q, k>: pays where the matrix unit is deeper than a head."""
+    """Put a linear term into further channels of <q, k>: pays where the matrix unit is deeper than a head."""
 
     def __post_init__(self) -> None:
         for name in ("forward", "backward"):
@@ -49,11 +54,11 @@ class BlockSizes:
 
 
 def block_facts(
-    codes: MaskCodes, queries_on: Bool[Array, "B T"], keys_on: Bool[Array, "B S"], block_q: int, block_k: int
+    codes: MaskCodes, queries_on: Int[Array, "B T"], keys_on: Int[Array, "B S"], block_q: int, block_k: int
 ) -> tuple[Int[Array, "facts"], Int[Array, "facts"]]:
     """What the kernels know of each block before they see it, as two flat arrays [B * blocks * FACTS].
 
-    Lengths must be multiples of the blocks.
+    Lengths must be multiples of the blocks. Of `queries_on` and `keys_on` bit n says that the n-th switches are on.
     """
     B = codes.lo.shape[0]
     lo, hi, open_q, queries_on = (x.reshape(B, -1, block_q) for x in (codes.lo, codes.hi, codes.open_q, queries_on))
@@ -66,9 +71,9 @@ def block_facts(
     bits_q, bits_k = _bits(open_q), _bits(open_k)
     live = (lo_min[:, :, None] <= order_max[:, None]) & (order_min[:, None] <= hi_max[:, :, None])
     live |= (bits_q[:, :, None] & bits_k[:, None]) != 0
-    of_q = (lo_min, lo.max(-1), hi.min(-1), hi_max, bits_q, queries_on.any(-1), *_ends(live))
+    of_q = (lo_min, lo.max(-1), hi.min(-1), hi_max, bits_q, _any(queries_on), *_ends(live))
     # A key out of reach keeps its block from being full.
-    of_k = (jnp.where(seen.all(-1), order_min, NOWHERE), order_max, bits_k, keys_on.any(-1), order_min)
+    of_k = (jnp.where(seen.all(-1), order_min, NOWHERE), order_max, bits_k, _any(keys_on), order_min)
     of_k += (jnp.zeros_like(order_min),) * (FACTS - len(of_k))
     return _flat(of_q), _flat(of_k)
 
@@ -79,7 +84,11 @@ def _flat(facts: tuple[Int[Array, "B n"], ...]) -> Int[Array, "facts"]:
 
 def _bits(opening: Int[Array, "B n block"]) -> Int[Array, "B n"]:
     """One bit for each opening in the block, of 32: equal openings share a bit, so none is missed."""
-    return jax.lax.reduce(jnp.left_shift(1, opening & 31), jnp.int32(0), jax.lax.bitwise_or, (2,))
+    return _any(jnp.left_shift(1, opening & 31))
+
+
+def _any(bits: Int[Array, "B n block"]) -> Int[Array, "B n"]:
+    return jax.lax.reduce(bits, jnp.int32(0), jax.lax.bitwise_or, (2,))
 
 
 def _ends(live: Bool[Array, "B n m"]) -> tuple[Int[Array, "B n"], Int[Array, "B n"]]:
@@ -96,7 +105,9 @@ class Guards(Protocol):
 
     def full(self) -> Any: ...
 
-    def gated(self) -> Any: ...
+    def on(self) -> Any:
+        """Bits of the switches that are on."""
+        ...
 
 
 class Visit(Protocol):
@@ -151,24 +162,35 @@ class FactGuards:
     def full(self) -> Any:
         return (self.lo_max <= self.all_order_min) & (self.order_max <= self.hi_min)
 
-    def gated(self) -> Any:
-        return (self.queries_on != 0) & (self.keys_on != 0)
+    def on(self) -> Any:
+        return self.queries_on & self.keys_on
 
 
-def when_each(guards: Guards, gated: bool, body: Any) -> None:
-    """Run `body(masked, gated)` in the cheapest of its variants that the pair of blocks admits, or not at all.
+def when_each(guards: Guards, switches: int, body: Callable[[bool, frozenset[int]], None]) -> None:
+    """Run `body(masked, on)` in the cheapest of its variants that the pair of blocks admits, or not at all.
 
     Args:
         guards: of the pair.
-        gated: is there a gate in the call at all.
-        body: writes to refs; both arguments are Python bools.
+        switches: how many the call has.
+        body: writes to refs; takes whether the pair is masked, and the switches whose terms it is to take.
     """
     live, full = guards.live(), guards.full()
+    bits = guards.on() if switches else None
     for masked in (False, True):
         here = live & (jnp.logical_not(full) if masked else full)
-        if not gated:
-            pl.when(here)(lambda masked=masked: body(masked, False))
-            continue
-        on = guards.gated()
-        pl.when(here & on)(lambda masked=masked: body(masked, True))
-        pl.when(here & jnp.logical_not(on))(lambda masked=masked: body(masked, False))
+        for on, found in _sets(bits, switches):
+            met = here if found is None else here & found
+            pl.when(met)(functools.partial(body, masked, on))
+
+
+def _sets(bits: Any, switches: int) -> Iterator[tuple[frozenset[int], Any]]:
+    """Sets of switches that have a variant of their own, and whether just these are on."""
+    everything = frozenset(range(switches))
+    if not switches:
+        yield everything, None
+    elif switches == 1 or switches > MOST_APART:
+        yield everything, bits != 0
+        yield frozenset(), bits == 0
+    else:
+        for number in reversed(range(1 << switches)):
+            yield frozenset(n for n in everything if number >> n & 1), bits == number

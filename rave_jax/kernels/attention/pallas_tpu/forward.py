@@ -1,7 +1,7 @@
 """The forward kernel: one block of queries stays, blocks of keys pass by, an online softmax in scratch memory.
 
-All query heads of a kv head are in one grid step: keys, values, mask and the keys' side of the gate are made once for
-all of them. The heads are visited one at a time, or, where queries are few, all as one matrix.
+All query heads of a kv head are in one grid step: keys, values, mask and the keys' side of score terms are made once
+for all of them. The heads are visited one at a time, or, where queries are few, all as one matrix.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from rave_jax.kernels.attention.pallas_tpu import tile
+from rave_jax.kernels.attention.pallas_tpu.added import forward_scratch, parts_of
 from rave_jax.kernels.attention.pallas_tpu.blocks import when_each
 from rave_jax.kernels.attention.pallas_tpu.operands import Call, Codes, Packed
 from rave_jax.kernels.attention.pallas_tpu.specs import Inputs, compiler_params, cost, input_specs
@@ -45,14 +46,11 @@ def forward(
         "bounds": pltpu.VMEM((3, block_q, LANES), jnp.int32),
         "mask": pltpu.VMEM((block_q, block_k), jnp.float32),
     }
-    if call.r is not None:
-        scratch["U"] = pltpu.VMEM((G, block_q, call.channel_lanes), call.dtype)
-    if call.has_gain:
-        scratch["gain"] = pltpu.VMEM((G, block_q, LANES), jnp.float32)
+    scratch |= forward_scratch(call, block_q)
     specs = input_specs(call, block_q, block_k, at)
     inputs = specs.arrays(packed, codes)
     outputs = (
-        jax.ShapeDtypeStruct((call.B, call.K, G, call.T, c), packed.q.dtype),
+        jax.ShapeDtypeStruct((call.B, call.K, G, call.T, c), packed["q"].dtype),
         jax.ShapeDtypeStruct((call.B, call.K, Gp, call.T), jnp.float32),
     )
     out_specs = (
@@ -70,7 +68,7 @@ def forward(
         ),
         out_shape=outputs,
         compiler_params=compiler_params(in_turn=1),
-        cost_estimate=cost(call, grid, inputs, specs, outputs, products=2, gate_products=1),
+        cost_estimate=cost(call, grid, inputs, specs, outputs, products=2, pair_products=1),
         interpret=call.interpret,
         name="attention_forward",
     )
@@ -87,19 +85,24 @@ def _kernel(facts_q, facts_k, *refs, call: Call, visit: Any, names: tuple[str, .
     heads = call.G if call.G * block_q <= ROWS_AT_ONCE and block_q % 16 == 0 else 1
     rows = heads * block_q
     product = functools.partial(tile.product, interpreted=bool(call.interpret))
+    parts = parts_of(call, inputs, scratch)
 
     @pl.when(j == 0)
     def _start():
         scratch["top"][...] = jnp.full(scratch["top"].shape, MASKED, jnp.float32)
         scratch["total"][...] = jnp.zeros(scratch["total"].shape, jnp.float32)
         scratch["sum"][...] = jnp.zeros(scratch["sum"].shape, jnp.float32)
-        inputs.keep_queries(scratch, kv_head, call)
+        inputs.keep_queries(scratch, call)
+        for part in parts:
+            part.keep_queries(kv_head)
 
-    def visit_keys(masked: bool, gated: bool) -> None:
+    def visit_keys(masked: bool, on: frozenset[int]) -> None:
         k, v = inputs.k(), inputs.v()
-        W: Any = tile.channels(inputs.key_channels(), "key", jnp.dtype(call.dtype)) if gated else None
-        if gated and call.folded:
-            k = tile.beside(k, W)
+        active = [(part, part.keys()) for part in parts if part.active(on)]
+        folded = next((part for part, _ in active if part.term.folded), None)
+        for part, keys in active:
+            if part is folded:
+                k = tile.beside(k, keys.W)
         if masked:
             lo, hi, open_q = (tile.wide(scratch["bounds"][n], block_k) for n in range(3))
             scratch["mask"][...] = tile.mask(lo, hi, open_q, inputs.order(), inputs.open_k())
@@ -107,36 +110,37 @@ def _kernel(facts_q, facts_k, *refs, call: Call, visit: Any, names: tuple[str, .
         def visit_heads(n: Any, _: None) -> None:
             of = pl.ds(n * heads, heads)
             q = inputs.query_head("q", n, heads)
-            if gated and call.folded:
-                q = jnp.concatenate([q, scratch["U"][of].reshape(rows, call.channel_lanes)], axis=1)
-            x = product(q, k, (1, 1)) * (call.scale * tile.LOG2E)
+            if folded is not None:
+                q = jnp.concatenate([q, folded.of_queries(n, heads)], axis=1)
+            dot, x = tile.exponent(product(q, k, (1, 1)), call.scale, any(part.term.reads_dot for part, _ in active))
             if call.key_bias:
                 x = x + _rows(inputs.key_bias(n, heads), block_q)
-            shift = None
-            if gated and not call.folded:
-                U = scratch["U"][of].reshape(rows, -1)[:, : call.split_channels]
-                z = product(U, W.astype(U.dtype), (1, 0))
-                gain = tile.wide(scratch["gain"][of].reshape(rows, LANES), block_k) if call.has_gain else None
-                shift = tile.gate_shift(z, call.form, gain)
-                if not tile.bounded(call.form):
-                    x, shift = x + shift, None
+            late = None
+            for part, keys in active:
+                if part is folded:
+                    continue
+                shift = part.shift(dot if part.term.reads_dot else None, keys, n, heads, x.shape)
+                if not part.term.late:
+                    x = x + shift
+                else:
+                    late = shift if late is None else late + shift
             if masked:
                 x = (x.reshape(heads, block_q, block_k) + scratch["mask"][...][None]).reshape(rows, block_k)
             top = scratch["top"][of].reshape(rows, LANES)
             new_top = jnp.maximum(top, jnp.max(x, axis=1, keepdims=True))
             x = x - tile.wide(new_top, block_k)
-            weights = jnp.exp2(x if shift is None else x + shift)
+            weights = jnp.exp2(x if late is None else x + late)
             shrink = jnp.exp2(top - new_top)
             total = shrink * scratch["total"][of].reshape(rows, LANES) + tile.fold_lanes(weights)
-            part = product(weights.astype(v.dtype), v, (1, 0))
-            added = tile.wide(shrink, call.c) * scratch["sum"][of].reshape(rows, call.c) + part
+            found = product(weights.astype(v.dtype), v, (1, 0))
+            added = tile.wide(shrink, call.c) * scratch["sum"][of].reshape(rows, call.c) + found
             scratch["top"][of] = new_top.reshape(heads, block_q, LANES)
             scratch["total"][of] = total.reshape(heads, block_q, LANES)
             scratch["sum"][of] = added.reshape(heads, block_q, call.c)
 
         jax.lax.fori_loop(0, call.G // heads, visit_heads, None, unroll=True)
 
-    when_each(visit.guards(facts_q, facts_k, b, i, j), call.r is not None, visit_keys)
+    when_each(visit.guards(facts_q, facts_k, b, i, j), call.switches, visit_keys)
 
     @pl.when(last)
     def _finish():

@@ -3,31 +3,24 @@
 Heads come before tokens, so that one head's tokens are a matrix; lengths and widths are padded to whole blocks and
 lanes. XLA lays an array [B, T, H, h] out like that anyway, so that queries, output and their gradients are where they
 are wanted and no copy is made; a block of queries is a piece of each head. What belongs to a token and is a few numbers
-(codes, gate channels, row term, log-sum-exp) lies with tokens in the lanes: a column [T, 1] would be padded to 128.
+(codes, channels and features of score terms, log-sum-exp) lies with tokens in the lanes: a column [T, 1] would be
+padded to 128.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from rave_jax.kernels.attention.base import (
-    NOWHERE,
-    MaskCodes,
-    PairBias,
-    PairForm,
-    Terms,
-    group_heads,
-    ungroup_heads,
-)
+from rave_jax.kernels.attention.base import NOWHERE, MaskCodes, Term, Terms, group_heads, ungroup_heads
 from rave_jax.kernels.attention.pallas_tpu.blocks import BlockSizes, ByFacts, Visit
-from rave_jax.kernels.attention.pallas_tpu.tile import LANES, LOG2E, z_scale
-from rave_jax.typing import Array, Float, Int
-
-SUBLANES = 8
+from rave_jax.kernels.attention.pallas_tpu.padding import SUBLANES, extend, pad, up
+from rave_jax.kernels.attention.pallas_tpu.terms import TermCall, switched, term_calls
+from rave_jax.kernels.attention.pallas_tpu.tile import LANES, LOG2E
+from rave_jax.typing import Array, Bool, Float, Int
 
 
 @dataclass(frozen=True)
@@ -41,10 +34,8 @@ class Call:
     S: int
     h: int
     c: int
-    r: int | None
-    """Gate channels, padded; None without a pair bias."""
+    terms: tuple[TermCall, ...]
     key_bias: bool
-    form: PairForm
     scale: float
     forward: tuple[int, int]
     """(queries, keys) in a block of the forward kernel, cut to T and S."""
@@ -53,8 +44,6 @@ class Call:
     key_bytes: int
     """See `BlockSizes`."""
     dtype: str
-    folded: bool
-    """A linear gate rides in further channels of <q, k>."""
     interpret: Any
     """Run by an interpreter, on any device."""
     visit: Callable[[int, int], Visit] = ByFacts
@@ -65,59 +54,46 @@ class Call:
         return up(self.G, SUBLANES)
 
     @property
-    def channels(self) -> int:
-        """Channels of the gate's product before they are split: u, and eight for row term and one."""
-        assert self.r is not None
-        return self.r + SUBLANES
+    def folded(self) -> TermCall | None:
+        """The term that rides in further channels of <q, k>."""
+        return next((term for term in self.terms if term.folded), None)
 
     @property
-    def split_channels(self) -> int:
-        """Channels of the gate's product."""
-        return self.channels if self.dtype == "float32" else up(3 * self.channels, 16)
-
-    @property
-    def channel_lanes(self) -> int:
-        """The same up to whole lanes."""
-        return up(self.split_channels, LANES)
-
-    @property
-    def rounded_channels(self) -> int:
-        """Channels of the products that make the gate's gradients."""
-        return self.channels if self.dtype == "float32" else up(self.channels, 16)
+    def switches(self) -> int:
+        """How many switches the terms have."""
+        return max((term.switches + 1 for term in self.terms if term.switches is not None), default=0)
 
     @property
     def keys_at_once(self) -> int:
         """Keys whose gradients the backward kernel has room for, in whole blocks: about equal chunks of a row, since
         each visits all queries."""
-        numbers = self.h + self.c + (0 if self.r is None else self.rounded_channels)
+        numbers = self.h + self.c + sum(term.numbers_of_key for term in self.terms)
         numbers += self.padded_group if self.key_bias else 0
         block = self.backward[1]
         most, blocks = max(self.key_bytes // (4 * numbers * block), 1), self.S // block
         chunks = -(-blocks // most)
         return -(-blocks // chunks) * block
 
-    @property
-    def has_gain(self) -> bool:
-        """Has the form a gain per head?"""
-        return self.r is not None and self.form.kind == "centered_sigmoid"
+
+Packed = dict[str, Array]
+"""The float operands as the kernels read them, by name:
+
+q [B,K,G,T,h], k [B,K,S,h], v [B,K,S,c]; key_bias [B,K,G,S] in log2, G padded to whole sublanes; and of the n-th term
+u.n [B,K,G,r,T] as given, w.n [B,K,r,S], rows.n [B,K,n*G,T] (features of queries, then their switch), keys.n [B,K,n,S]
+(the same of keys), heads.n [K,n*G].
+"""
+OF_KEYS = ("k", "v", "w", "keys", "key_bias")
+"""Kinds of operands that belong to keys; their axis of keys is the last but of k and v."""
 
 
-class Packed(NamedTuple):
-    """The float operands as the kernels read them. None where the call has none."""
+def kind(name: str) -> str:
+    """What an operand is, of whatever term."""
+    return name.split(".")[0]
 
-    q: Float[Array, "B K G T h"]
-    k: Float[Array, "B K S h"]
-    v: Float[Array, "B K S c"]
-    u: Float[Array, "B K G r T"] | None = None
-    """As given. The kernels apply switch and scale, which saves a second copy."""
-    rows: Float[Array, "B K 2*G T"] | None = None
-    """Row terms, then switches times the scale of z'; each padded to whole sublanes."""
-    w: Float[Array, "B K r S"] | None = None
-    keys: Float[Array, "B K 8 S"] | None = None
-    """Switch, key term and a one, then zeros."""
-    gain: Float[Array, "K G"] | None = None
-    key_bias: Float[Array, "B K G S"] | None = None
-    """In log2; G padded to whole sublanes."""
+
+def keys_axis(name: str) -> int | None:
+    """The axis of keys, None where an operand belongs to queries."""
+    return None if kind(name) not in OF_KEYS else 2 if name in ("k", "v") else 3
 
 
 class Codes(NamedTuple):
@@ -125,18 +101,6 @@ class Codes(NamedTuple):
 
     queries: Int[Array, "B 8 T"]
     keys: Int[Array, "B 8 S"]
-
-
-def up(n: int, to: int) -> int:
-    """n rounded up to a multiple."""
-    return -(-n // to) * to
-
-
-def pad(x: Array, axis: int, size: int, value: float = 0) -> Array:
-    """x with `axis` filled up to `size`."""
-    missing = size - x.shape[axis]
-    widths = [(0, missing if n == axis else 0) for n in range(x.ndim)]
-    return jnp.pad(x, widths, constant_values=value) if missing else x
 
 
 def pad_codes(codes: MaskCodes, T: int, S: int) -> MaskCodes:
@@ -161,39 +125,62 @@ def pack_codes(codes: MaskCodes) -> Codes:
 
 
 def pack(q: Array, k: Array, v: Array, terms: Terms, call: Call) -> Packed:
-    """The float operands as the kernels read them. Plain jnp: jax differentiates it, switches and scales included."""
-    packed = Packed(
-        q=pad(heads_first(q, call), 4, call.h),
-        k=pad(pad(jnp.moveaxis(k, 2, 1), 2, call.S), 3, call.h),
-        v=pad(pad(jnp.moveaxis(v, 2, 1), 2, call.S), 3, call.c),
-    )
-    if terms.pair is not None:
-        packed = packed._replace(**_pack_pair(terms.pair, call))
-    if terms.per_key is not None:
-        heads = _keys_last(terms.per_key * LOG2E, call).reshape(call.B, call.K, call.G, call.S)
-        packed = packed._replace(key_bias=pad(heads, 2, call.padded_group))
-    return packed
-
-
-def _pack_pair(pair: PairBias, call: Call) -> dict[str, Array]:
-    r = call.r
-    assert r is not None
-    scaled = heads_first(pair.query_on.astype(jnp.float32), call) * z_scale(
-        call.form, call.scale if call.folded else None
-    )
-    switches, rows = (pad(x, 2, call.padded_group) for x in (scaled, heads_first(pair.row, call) * scaled))
-    key_on = pair.key_on.astype(jnp.float32)[..., None]
-    ones = jnp.ones_like(pair.key)
-    keys = [_keys_last(x, call) for x in (key_on * ones, pair.key * key_on, ones)]
+    """The float operands as the kernels read them. Plain jnp: jax differentiates it, switches included."""
     packed = {
-        "u": pad(jnp.swapaxes(heads_first(pair.u, call), 3, 4), 3, r),
-        "rows": jnp.concatenate([rows, switches], axis=2),
-        "w": pad(_keys_last(pair.w * key_on[..., None], call), 2, r),
-        "keys": pad(jnp.stack(keys, axis=2), 2, SUBLANES),
+        "q": pad(heads_first(q, call), 4, call.h),
+        "k": pad(pad(jnp.moveaxis(k, 2, 1), 2, call.S), 3, call.h),
+        "v": pad(pad(jnp.moveaxis(v, 2, 1), 2, call.S), 3, call.c),
     }
-    if call.has_gain:
-        packed["gain"] = pair.gain.reshape(call.K, call.G)
+    for n, (term, static) in enumerate(zip(terms.parts, call.terms, strict=True)):
+        packed |= {f"{name}.{n}": x for name, x in _pack_term(term, static, call).items()}
+    if terms.per_key is not None:
+        heads = _keys_last(pad(terms.per_key * LOG2E, 1, call.S)).reshape(call.B, call.K, call.G, call.S)
+        packed["key_bias"] = pad(heads, 2, call.padded_group)
     return packed
+
+
+def _pack_term(term: Term, static: TermCall, call: Call) -> Packed:
+    """Operands of one term. Its function sees what is padded as it sees the last token, or as what is switched off."""
+    filled = pad if static.zeros else extend
+
+    def query_rows(xs: Sequence[Array]) -> Array:
+        return jnp.concatenate([group_heads(x, call.K) for x in xs], axis=2)
+
+    packed = {}
+    if term.u is not None and term.w is not None:
+        packed["u"] = jnp.swapaxes(group_heads(filled(term.u, 1, call.T), call.K), 3, 4)
+        w = term.w
+        if term.key_on is not None and static.zeros:
+            w = w * term.key_on.astype(jnp.float32)[..., None, None]
+        packed["w"] = _keys_last(filled(w, 1, call.S))
+    rows = [extend(term.query[name], 1, call.T) for name in static.shape.query]
+    if term.query_on is not None:
+        rows.append(pad(term.query_on.astype(jnp.float32), 1, call.T))
+    if rows:
+        packed["rows"] = query_rows(rows)
+    columns = [extend(term.key[name], 1, call.S) for name in static.shape.key]
+    if term.key_on is not None and static.masks:
+        on = pad(term.key_on.astype(jnp.float32), 1, call.S)
+        columns.append(jnp.broadcast_to(on[..., None], (call.B, call.S, call.K)))
+    if columns:
+        packed["keys"] = jnp.stack([_keys_last(x) for x in columns], axis=2)
+    if static.shape.head:
+        packed["heads"] = jnp.concatenate([term.head[name].reshape(call.K, call.G) for name in static.shape.head], 1)
+    return packed
+
+
+def pack_switches(terms: Terms, call: Call) -> tuple[Int[Array, "B T"], Int[Array, "B S"]]:
+    """A bit for each of the call's switches: is any head of a query on; is a key on?"""
+    queries, keys = (jnp.zeros((call.B, n), jnp.int32) for n in (call.T, call.S))
+
+    def bits(on: Bool[Array, "B n"] | None, like: Array, number: int) -> Array:
+        whole = jnp.ones(like.shape, bool) if on is None else pad(on, 1, like.shape[1])
+        return jnp.left_shift(whole.astype(jnp.int32), number)
+
+    for number, term in switched(terms, call.terms):
+        queries |= bits(None if term.query_on is None else term.query_on.any(-1), queries, number)
+        keys |= bits(term.key_on, keys, number)
+    return queries, keys
 
 
 def heads_first(x: Float[Array, "B T H *rest"], call: Call) -> Float[Array, "B K G T *rest"]:
@@ -206,8 +193,8 @@ def heads_last(x: Float[Array, "B K G T *rest"], T: int) -> Float[Array, "B T H 
     return ungroup_heads(x)[:, :T]
 
 
-def _keys_last(x: Float[Array, "B S K *rest"], call: Call) -> Float[Array, "B K *rest S"]:
-    return jnp.moveaxis(pad(x, 1, call.S), 1, -1)
+def _keys_last(x: Float[Array, "B S K *rest"]) -> Float[Array, "B K *rest S"]:
+    return jnp.moveaxis(x, 1, -1)
 
 
 def nested(n: int, forward: int, backward: int) -> tuple[int, tuple[int, int]]:
@@ -235,7 +222,6 @@ def make_call(
     k: Array,
     v: Array,
     terms: Terms,
-    form: PairForm,
     scale: float,
     blocks: BlockSizes,
     *,
@@ -267,15 +253,13 @@ def make_call(
         S=padded_S,
         h=up(h, LANES),
         c=up(v.shape[-1], LANES),
-        r=None if terms.pair is None else up(terms.pair.u.shape[-1], SUBLANES),
+        terms=term_calls(terms, str(q.dtype), blocks.fold_linear),
         key_bias=terms.per_key is not None,
-        form=form,
         scale=scale,
         forward=(sizes_q[0], sizes_k[0]),
         backward=(sizes_q[1], sizes_k[1]),
         key_bytes=blocks.key_bytes,
         dtype=str(q.dtype),
-        folded=blocks.fold_linear and terms.pair is not None and form.kind == "linear",
         interpret=interpret,
         visit=visit,
     )

@@ -13,7 +13,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from rave_jax.kernels.attention.pallas_tpu import tile
-from rave_jax.kernels.attention.pallas_tpu.operands import SUBLANES, Call, Codes, Packed
+from rave_jax.kernels.attention.pallas_tpu.operands import OF_KEYS, Call, Codes, Packed, kind
+from rave_jax.kernels.attention.pallas_tpu.padding import SUBLANES
 from rave_jax.typing import Array
 
 VMEM_LIMIT = 100 * 2**20
@@ -28,7 +29,7 @@ class InputSpecs(NamedTuple):
 
     def arrays(self, packed: Packed, codes: Codes, **more: Array) -> tuple[Array, ...]:
         """The inputs in their order."""
-        known = packed._asdict() | {"codes_q": codes.queries, "codes_k": codes.keys} | more
+        known = packed | {"codes_q": codes.queries, "codes_k": codes.keys} | more
         return tuple(known[name] for name in self.names)
 
 
@@ -60,15 +61,15 @@ def input_specs(
         "k": of((1, 1, block_k, call.h), lambda b, n, i, j: (b, n, j, 0)),
         "v": of((1, 1, block_k, call.c), lambda b, n, i, j: (b, n, j, 0)),
     }
-    if call.r is not None:
-        found |= {
-            "u": by_query(G, call.r),
-            "rows": by_query(2 * Gp),
-            "w": by_key(call.r),
-            "keys": by_key(SUBLANES),
-        }
-    if call.has_gain:
-        found["gain"] = pl.BlockSpec(memory_space=pltpu.SMEM)
+    for n, term in enumerate(call.terms):
+        if term.r is not None:
+            found |= {f"u.{n}": by_query(G, term.r), f"w.{n}": by_key(term.r)}
+        if term.rows:
+            found[f"rows.{n}"] = by_query(term.rows * G)
+        if term.columns:
+            found[f"keys.{n}"] = by_key(term.columns)
+        if term.shape.head:
+            found[f"heads.{n}"] = pl.BlockSpec(memory_space=pltpu.SMEM)
     if call.key_bias:
         found["key_bias"] = by_key(Gp)
     backward = {
@@ -115,45 +116,15 @@ class Inputs:
         """A number of each query, [1, block_q]."""
         return self.refs[name][0, 0, pl.ds(n, 1)]
 
-    def key_channels(self) -> Array:
-        """The keys' side of z', float32 [channels, block_k]."""
-        return jnp.concatenate([self.refs[name][0, 0] for name in ("w", "keys")], axis=0)
-
-    def query_channels(self, n: Any, call: Call) -> Array:
-        """The queries' side of z' for one head, float32 [channels, block_q]."""
-        row, switch = self.query_row("rows", n), self.switch(n, call)
-        u = self.refs["u"][0, 0, n] * switch
-        # Against the keys' [switch, key term, 1]: the row term and a one, both zero where the query is off, and what
-        # is added everywhere.
-        sublane = jax.lax.broadcasted_iota(jnp.int32, (SUBLANES, row.shape[1]), 0)
-        offset = jnp.where(sublane == 2, tile.z_offset(call.form), 0.0)
-        last = jnp.where(sublane == 0, row, jnp.where(sublane == 1, switch, offset))
-        return jnp.concatenate([u, last], axis=0)
-
-    def switch(self, n: int, call: Call) -> Array:
-        """Of the queries of one head, times the scale of z', [1, block_q]."""
-        return self.query_row("rows", call.padded_group + n)
-
-    def keep_queries(self, scratch: dict[str, Any], kv_head: Any, call: Call) -> None:
+    def keep_queries(self, scratch: dict[str, Any], call: Call) -> None:
         """What belongs to the block of queries and is needed as columns, made once for all blocks of keys."""
         for n in range(3):
             scratch["bounds"][n] = tile.column(self.refs["codes_q"][0, n : n + 1])
         for n in range(call.G):
-            if "U" in scratch:
-                rows = self.query_channels(n, call)
-                U = tile.channels(rows, "query", jnp.dtype(call.dtype))
-                lanes = scratch["U"].shape[-1]
-                if U.shape[0] < lanes:
-                    U = jnp.concatenate([U, jnp.zeros((lanes - U.shape[0], U.shape[1]), jnp.float32)], axis=0)
-                scratch["U"][n] = U.T.astype(scratch["U"].dtype)
-            if "U_rows" in scratch:
-                scratch["U_rows"][n] = tile.rounded_rows(rows, jnp.dtype(call.dtype))
             for name in ("q", "d_out"):
                 if name in scratch:
                     x = self.query_head(name, n, 1).astype(jnp.float32)
                     scratch[name][n] = x.T.astype(scratch[name].dtype)
-            if "gain" in scratch:
-                scratch["gain"][n] = jnp.full(scratch["gain"].shape[1:], self.refs["gain"][kv_head, n])
             for name in ("lse", "delta"):
                 if name in scratch:
                     scratch[name][n] = tile.column(self.query_row(name, n))
@@ -173,15 +144,16 @@ def cost(
     outputs: Sequence[jax.ShapeDtypeStruct],
     *,
     products: int,
-    gate_products: int,
+    pair_products: int,
 ) -> pl.CostEstimate:
     """The work where every block is visited; what is skipped is known at run time only."""
     pairs = call.B * call.K * call.G * call.T * call.S
     flops = 2 * pairs * call.h * products
     transcendentals = pairs
-    if call.r is not None:
-        flops += 2 * pairs * call.split_channels * gate_products
-        transcendentals += pairs * (2 if call.form.kind == "log_gate" else int(call.form.kind != "linear"))
+    for term in call.terms:
+        transcendentals += pairs * term.transcendentals
+        if term.r is not None:
+            flops += 2 * pairs * term.split_channels * pair_products
     copied = 0
     for name, array, spec in zip(specs.names, inputs, specs.blocks, strict=True):
         block: Any = spec.block_shape
@@ -191,8 +163,6 @@ def cost(
     return pl.CostEstimate(flops=flops, transcendentals=transcendentals, bytes_accessed=copied)
 
 
-OF_KEYS = ("codes_k", "k", "v", "w", "keys", "key_bias")
-"""Inputs with a block for each block of keys; the others have one for each of queries."""
 OF_ALL_HEADS = ("codes_q", "codes_k")
 """Inputs that all kv heads share."""
 
@@ -200,7 +170,7 @@ OF_ALL_HEADS = ("codes_q", "codes_k")
 def _copies(name: str, grid: tuple[int, ...]) -> int:
     """How often the block of an input changes between two steps of the grid: it changes with the innermost axis that
     selects it and has more than one step, and with every step of the axes outside of that."""
-    follows = [0, 3 if name in OF_KEYS else 2]
+    follows = [0, 3 if kind(name) in (*OF_KEYS, "codes_k") else 2]
     if name not in OF_ALL_HEADS:
         follows.append(1)
     quickest = max((axis for axis in follows if grid[axis] > 1), default=-1)

@@ -1,11 +1,9 @@
-"""What happens inside one tile, in units of log2: masks, the gate and its slope.
+"""What happens inside one tile, in units of log2: masks, the channels of a pair product, columns and rows.
 
-The exponent of a pair is x = log2(e) * (scale * <q, k> + bias + key bias). A gate comes from one small product
-z' = <U_i, W_j> whose channels are u, the row term and a one against w, a one and the key term; switches are zeros in
-them, so that z' is exactly 0 where the gate is off. z' is z times a constant of the form, taken into U; one channel
-more adds a constant.
+The exponent of a pair is x = log2(e) * (scale * <q, k> + biases + key bias). A pair product of few channels is made for
+each term that has one (`added`).
 
-Operands in bfloat16 lose too much of a gate. Split into a rounded part and its rest, (a + a')(b + b') without a'b' is
+Operands in bfloat16 lose too much of a bias. Split into a rounded part and its rest, (a + a')(b + b') without a'b' is
 one product over three times the channels, [a, a, a'] with [b, b', b]. A matrix unit is 128 or 256 deep, so up to
 40 channels cost what one would.
 """
@@ -13,93 +11,19 @@ one product over three times the channels, [a, a, a'] with [b, b', b]. A matrix 
 from __future__ import annotations
 
 import functools
-import math
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas import tpu as pltpu
 
-from rave_jax.kernels.attention.base import LOG_GATE_FLOOR, PairForm
+from rave_jax.kernels.attention.score import LOG2E
 from rave_jax.typing import Array
 
-LOG2E = math.log2(math.e)
 LANES = 128
 MASKED = -1e30
 """Exponent of a pair that may not see; and of a row before it has seen one."""
-SHUT = LOG_GATE_FLOOR * -LOG2E - 1
-"""The largest z' - 1 of a log gate."""
 UNSEEN = 1e30
 """Log-sum-exp, in log2, of a row that saw nothing: every weight made from it is 0."""
-
-
-def z_offset(form: PairForm) -> float:
-    """What the product has beside z', everywhere: log_gate wants z' - 1."""
-    return -1.0 if form.kind == "log_gate" else 0.0
-
-
-def z_scale(form: PairForm, folded_into: float | None) -> float:
-    """z' / z. A linear gate folded into a product that is scaled afterwards is divided by that scale."""
-    if folded_into is not None:
-        return 1 / folded_into
-    return {
-        "log_gate": -LOG2E,
-        "tanh": 1 / form.limit,
-        "linear": LOG2E,
-        "centered_sigmoid": 0.5,
-    }[form.kind]
-
-
-def gate_shift(z: Array, form: PairForm, gain: Array | None) -> Array:
-    """What a tile of z' adds to the exponent.
-
-    log_gate, with z' = -log2(e) z: log2(2 sigmoid(z)) = -log2(1/2 + 2^(z' - 1)). The product gives z' - 1. Powers and
-    logarithms of two are one operation each in a unit of their own, a division is many of the vector unit's.
-    """
-    if form.kind == "log_gate":
-        return -jnp.log2(0.5 + jnp.exp2(jnp.minimum(z, SHUT)))
-    if form.kind == "linear":
-        return z
-    if form.kind == "tanh":
-        return (form.limit * LOG2E) * jnp.tanh(z)
-    assert gain is not None
-    return (LOG2E * gain) * jnp.tanh(z)
-
-
-def bounded(form: PairForm) -> bool:
-    """Is the shift so small that a row's maximum may leave it out? Then only the weight depends on the gate."""
-    return form.kind == "log_gate" or (form.kind == "tanh" and form.limit <= 40)
-
-
-class Slope(NamedTuple):
-    """A gate once the row's log-sum-exp is known: weight = 2^(x + shift - lse) * factor; None: 0, or 1."""
-
-    shift: Array | None
-    factor: Array | None
-    of_z: Array | float
-    """d bias / d z' (of z' itself, not of z' - 1)."""
-    of_gain: Array | None
-    """d bias / d gain, in a form that has one."""
-
-
-def gate_slope(z: Array, form: PairForm, gain: Array | None, exact: bool) -> Slope:
-    """The gate of a tile of z', and its slopes.
-
-    In log_gate one reciprocal gives both: 2 sigmoid(z) = 1 / (1/2 + e) and sigmoid(-z) = e / (1/2 + e), e = 2^(z' - 1).
-    No weight is above one, and SHUT bounds e, so the power does not overflow.
-    """
-    if form.kind == "log_gate":
-        shut = jnp.exp2(jnp.minimum(z, SHUT))
-        factor = pltpu.reciprocal(0.5 + shut, approx=not exact)
-        return Slope(None, factor, (shut * factor) * (-1 / LOG2E), None)
-    if form.kind == "linear":
-        return Slope(z, None, 1 / LOG2E, None)
-    bent = jnp.tanh(z)
-    steep = 1.0 - bent * bent
-    if form.kind == "tanh":
-        return Slope((form.limit * LOG2E) * bent, None, form.limit * steep, None)
-    assert gain is not None
-    return Slope((LOG2E * gain) * bent, None, gain * steep, bent)
 
 
 def channels(rows: Array, side: Literal["query", "key"], dtype: jnp.dtype) -> Array:
@@ -161,6 +85,14 @@ def product(a: Array, b: Array, contract: tuple[int, int], interpreted: bool = F
     return jax.lax.dot_general(
         a, b, (((contract[0],), (contract[1],)), ((), ())), precision=precision, preferred_element_type=jnp.float32
     )
+
+
+def exponent(product: Array, scale: float, keeps_dot: bool) -> tuple[Array | None, Array]:
+    """(scale * <q, k> where it is wanted, the same in log2)."""
+    if not keeps_dot:
+        return None, product * (scale * LOG2E)
+    dot = product * scale
+    return dot, dot * LOG2E
 
 
 def column(x: Array) -> Array:

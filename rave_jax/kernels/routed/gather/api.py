@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import jax.numpy as jnp
 
-from rave_jax.kernels.attention import Implementation, PairForm
+from rave_jax.kernels.attention import Implementation
+from rave_jax.kernels.attention.checks import TermShapes, check_terms
+from rave_jax.kernels.attention.score import Term
 from rave_jax.kernels.dispatch import Backend, Operation
 from rave_jax.kernels.routed.gather import pallas_gpu, pallas_tpu, reference, xla
-from rave_jax.kernels.routed.gather.base import Operands, RegionBias, Stack, union
+from rave_jax.kernels.routed.gather.base import Operands, Stack, union
 from rave_jax.typing import Array, Bool, Float
 
 OPERATION = Operation(
@@ -30,8 +33,7 @@ def gather_attention(
     real: Bool[Array, "B R m"],
     chosen: Bool[Array, "B K N R"],
     most: int,
-    bias: RegionBias | None,
-    form: PairForm,
+    terms: Sequence[Term] = (),
     *,
     scale: float,
     implementation: Implementation | Literal["pallas_gpu"] = "auto",
@@ -48,8 +50,8 @@ def gather_attention(
         real: entries that hold a key. The others must hold finite numbers.
         chosen: the regions of each query head (N = G, H/K) or of each kv head with all that read it (N = 1).
         most: no head, or group, chooses more regions than this. A number: shapes come from it.
-        bias: operands of the additive pair bias, or None.
-        form: how the pair bias grows from its operands.
+        terms: score functions and their operands: what belongs to the query is [B,H,...], to keys [B,K,R,m,...], and
+            switches of keys are [B,R,m].
         scale: multiplies <q, k>. A number: kernels are compiled for it.
         implementation: a backend by name, or "auto".
 
@@ -62,10 +64,11 @@ def gather_attention(
             unknown or cannot serve.
     """
     k, v = (x if isinstance(x, Stack) else Stack(x[None], None, jnp.int32(0)) for x in (k, v))
-    _check(q, k, v, real, chosen, most, bias)
+    terms = tuple(terms)
+    _check(q, k, v, real, chosen, most, terms)
     (B, H, h), K = q.shape, k.shape[1]
-    operands = Operands(q.reshape(B, K, H // K, h), k, v, real, chosen, bias)
-    out, lse = OPERATION.backends[OPERATION.choose(implementation, operands, most)].run(operands, most, form, scale)
+    operands = Operands(q.reshape(B, K, H // K, h), k, v, real, chosen, terms)
+    out, lse = OPERATION.backends[OPERATION.choose(implementation, operands, most)].run(operands, most, scale)
     # Heads of a kv head share a list. It has room for `most` regions of each of them and no more.
     listed = jnp.sum(union(chosen), axis=-1) <= chosen.shape[2] * most
     kept = (jnp.sum(chosen, axis=-1) <= most) & listed[..., None]
@@ -73,7 +76,7 @@ def gather_attention(
     return out.reshape(B, H, -1).astype(q.dtype), lse.reshape(B, H)
 
 
-def _check(q: Array, k: Stack, v: Stack, real: Array, chosen: Array, most: int, bias: RegionBias | None) -> None:
+def _check(q: Array, k: Stack, v: Stack, real: Array, chosen: Array, most: int, terms: tuple[Term, ...]) -> None:
     for name, x, axes in (("q", q, 3), ("k", k, 5), ("v", v, 5), ("chosen", chosen, 4)):
         if len(x.shape) != axes or 0 in x.shape:
             raise ValueError(f"gather_attention operand {name} has shape {x.shape}, expected {axes} axes, none empty")
@@ -96,12 +99,6 @@ def _check(q: Array, k: Stack, v: Stack, real: Array, chosen: Array, most: int, 
         if x.scale is not None:
             expected[name] = (x.scale, x.values.shape[:-1])
             types[name.replace("scale", "values")] = (x.values, "int8")
-    if bias is not None:
-        r = bias.u.shape[-1]
-        shapes = ((B, H, r), (B, K, R, m, r), (B, H), (B, K, R, m), (H,), (B, H))
-        given = bias._asdict()
-        expected |= {f"bias.{name}": (x, shape) for (name, x), shape in zip(given.items(), shapes, strict=True)}
-        types |= {f"bias.{name}": (x, "bool" if name == "query_on" else "float32") for name, x in given.items()}
     for name, (x, shape) in expected.items():
         if tuple(x.shape) != shape:
             raise ValueError(
@@ -114,3 +111,5 @@ def _check(q: Array, k: Stack, v: Stack, real: Array, chosen: Array, most: int, 
         scaled = name != "q" and f"{name}.scale" in expected
         if not scaled and not jnp.issubdtype(x.dtype, jnp.floating):
             raise ValueError(f"gather_attention operand {name} is {x.dtype}, expected floats")
+    shapes = TermShapes((B, H), (B, K, R, m), (B, R, m), H)
+    check_terms("gather_attention", terms, shapes, f"beside q {q.shape}")

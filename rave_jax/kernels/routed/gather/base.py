@@ -1,7 +1,7 @@
 """What attention to chosen regions means. R regions of m entries each; one query a row.
 
-    score_irj = scale * <q_i, k_rj> + bias_irj
-    bias_irj  = f(<u_i, w_rj> + row_i + key_rj)   where head i is switched on, else 0
+    dot_irj   = scale * <q_i, k_rj>
+    score_irj = dot_irj + sum of bias_irj of all terms       as in `kernels.attention`
     open_irj  = chosen_ir and real_rj
     out_i     = sum_rj softmax_rj(score_irj over the open) v_rj,   lse_i = log sum_rj exp(score_irj)
 
@@ -17,21 +17,10 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from rave_jax.kernels.attention import PairForm
+from rave_jax.kernels.attention import Term, Tile
+from rave_jax.kernels.attention.score import function_of
 from rave_jax.kernels.routed.host import HostRegions
 from rave_jax.typing import Array, Bool, Float, Int, Int8
-
-
-class RegionBias(NamedTuple):
-    """Operands of the pair bias (`kernels.attention.PairBias`) of one query and keys in regions, float32. Every real
-    key is switched on."""
-
-    u: Float[Array, "B H r"]
-    w: Float[Array, "B K R m r"]
-    row: Float[Array, "B H"]
-    key: Float[Array, "B K R m"]
-    gain: Float[Array, "H"]
-    query_on: Bool[Array, "B H"]
 
 
 class Stack(NamedTuple):
@@ -92,7 +81,7 @@ class Operands(NamedTuple):
     v: Stack
     real: Bool[Array, "B R m"]
     chosen: Bool[Array, "B K N R"]
-    bias: RegionBias | None
+    terms: tuple[Term, ...]
 
 
 def union(chosen: Bool[Array, "B K N R"]) -> Bool[Array, "B K R"]:
@@ -131,17 +120,39 @@ def open_entries(operands: Operands, index: Int[Array, "B K n"], count: Int[Arra
     return (mine[:, :, None] & heads[..., None]).reshape(B, K, heads.shape[2], -1)
 
 
-def bias_of(bias: RegionBias, index: Int[Array, "B K n"], form: PairForm) -> Float[Array, "B K G nm"]:
-    """The pair bias of the listed regions' entries."""
-    B, K, _ = index.shape
+def with_terms(
+    dot: Float[Array, "B K G nm"], terms: tuple[Term, ...], index: Int[Array, "B K n"]
+) -> Float[Array, "B K G nm"]:
+    """Scores of the listed regions' entries: `dot`, which is scale * <q, k>, and what every term adds to it."""
+    scores = dot
+    for term in terms:
+        scores = scores + bias_of(term, index, dot)
+    return scores
+
+
+def bias_of(term: Term, index: Int[Array, "B K n"], dot: Float[Array, "B K G nm"]) -> Float[Array, "B K G nm"]:
+    """What a term adds to the scores of the listed regions' entries."""
+    (B, K, _), function, pair = index.shape, function_of(term.function), None
 
     def heads(x: Array) -> Array:
         return x.reshape(B, K, -1, *x.shape[2:])
 
-    z = key_products(taken(bias.w, index, flat=True), heads(bias.u))
-    z = z + heads(bias.row)[..., None] + taken(bias.key, index)[:, :, None]
-    found = form(z, bias.gain.reshape(1, K, -1, 1))
-    return jnp.where(heads(bias.query_on)[..., None], found, 0.0)
+    if term.u is not None and term.w is not None:
+        pair = key_products(taken(term.w, index, flat=True), heads(term.u)) + function.OFFSET
+    tile = Tile(
+        dot,
+        pair,
+        {name: heads(x)[..., None] for name, x in term.query.items()},
+        {name: taken(x, index)[:, :, None] for name, x in term.key.items()},
+        {name: x.reshape(1, K, -1, 1) for name, x in term.head.items()},
+    )
+    bias = function(tile)
+    if term.query_on is not None:
+        bias = jnp.where(heads(term.query_on)[..., None], bias, 0.0)
+    if term.key_on is not None:
+        of_heads = jnp.broadcast_to(term.key_on[:, None], (B, K, *term.key_on.shape[1:]))
+        bias = jnp.where(taken(of_heads, index)[:, :, None], bias, 0.0)
+    return bias
 
 
 def key_products(k: Float[Array, "B K S h"], q: Float[Array, "B K G h"]) -> Float[Array, "B K G S"]:

@@ -8,7 +8,7 @@ holds, which is known at run time only. Each program gives the sums of its softm
 All query heads of a kv head are rows of one matrix, filled up to the 16 that a matrix unit takes; channels are filled
 up to a power of two. What is filled up, and what lies behind the list's end, is masked in the loads and not read.
 Where heads choose apart, the list is that of the regions that some head of the group chose, and each head has a mask.
-The pair bias is made in the kernel. Int8 values are widened there, and their scales multiply scores and weights.
+Score functions are traced into the kernel. Int8 values are widened there, and their scales multiply scores and weights.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from rave_jax.kernels import support
-from rave_jax.kernels.attention import PairForm
+from rave_jax.kernels.attention import Term, Tile
+from rave_jax.kernels.attention.score import ScoreFunction, Shape, function_of
 from rave_jax.kernels.routed.gather.base import Operands, finished, listed, union
 from rave_jax.kernels.routed.gather.shards import split
 from rave_jax.kernels.routed.host import HostRegions
@@ -37,12 +38,15 @@ MOST_ROWS = 32
 MOST_CHANNELS = 256
 """Of keys, or of values: a tile of them stays in a processor's own memory."""
 TILE_BYTES = 40 << 10
-"""Of a turn's keys, values and gate keys: a processor of compute capability 8.9 has 99 KB for these and the rest."""
+"""Of a turn's keys, values and what pair products read of keys: a processor of compute capability 8.9 has 99 KB for
+these and the rest."""
 TILE_KEYS = 128
 PROGRAMS = 264
 """Programs to aim for: two for each processor of an H100."""
 CAPABILITY = 80
 """Of a GPU, at least: Ampere brought bfloat16 and copies that go on beside the arithmetic."""
+Functions = tuple[tuple[ScoreFunction, Shape], ...]
+"""Of the terms, each with what its tile has."""
 
 
 def against(operands: Operands, most: int) -> str | None:
@@ -80,15 +84,13 @@ def _against_device() -> str | None:
     return None
 
 
-def attention(
-    operands: Operands, most: int, form: PairForm, scale: float
-) -> tuple[Float[Array, "B K G c"], Float[Array, "B K G"]]:
+def attention(operands: Operands, most: int, scale: float) -> tuple[Float[Array, "B K G c"], Float[Array, "B K G"]]:
     """Attention over listed regions; see `api.gather_attention`."""
 
     def on_device(operands: Operands) -> tuple[Array, Array]:
         N, R = operands.chosen.shape[2:]
         index, count = listed(union(operands.chosen), min(R, N * most))
-        return over(operands, index, count, form, scale, interpret=bool(support.interpreter()))
+        return over(operands, index, count, scale, interpret=bool(support.interpreter()))
 
     return split(on_device, operands)
 
@@ -97,7 +99,6 @@ def over(
     operands: Operands,
     index: Int[Array, "B K n"],
     count: Int[Array, "B K"],
-    form: PairForm,
     scale: float,
     *,
     interpret: bool = False,
@@ -108,15 +109,16 @@ def over(
         operands: of `gather_attention`.
         index: numbers of regions; what is behind `count` is not read.
         count: how many of them are meant.
-        form, scale: as there.
+        scale: as there.
         interpret: run by Pallas' interpreter, on any device.
     """
     (B, K, G, _), (m, c) = operands.q.shape, operands.v.shape[3:]
     tile = keys_of_turn(operands)
     splits = max(1, min(-(-index.shape[2] * m // tile), -(-PROGRAMS // (B * K))))
     inputs = _inputs(operands, index, count)
+    functions = tuple((function_of(term.function), Shape.of(term)) for term in operands.terms)
     run = pl.pallas_call(
-        functools.partial(_gather_attention, names=tuple(inputs), tile=tile, form=form, scale=scale),
+        functools.partial(_gather_attention, names=tuple(inputs), tile=tile, functions=functions, scale=scale),
         grid=(B, K, splits),
         out_shape=[jax.ShapeDtypeStruct((B, K, splits, G, *width), jnp.float32) for width in ((c,), (), ())],
         compiler_params=triton.CompilerParams(num_warps=4, num_stages=2),
@@ -132,8 +134,7 @@ def over(
 def keys_of_turn(operands: Operands) -> int:
     """Keys that a turn of a program's loop takes."""
     key = sum(padded(x.shape[-1]) for x in (operands.k, operands.v)) * operands.q.dtype.itemsize
-    if operands.bias is not None:
-        key += padded(operands.bias.u.shape[-1]) * operands.bias.u.dtype.itemsize
+    key += sum(padded(term.u.shape[-1]) * term.u.dtype.itemsize for term in operands.terms if term.u is not None)
     return max(ROWS, min(TILE_KEYS, 1 << (TILE_BYTES // key).bit_length() - 1))
 
 
@@ -144,21 +145,31 @@ def padded(size: int) -> int:
 
 def _inputs(operands: Operands, index: Array, count: Array) -> dict[str, Array]:
     """What the kernel reads, by name, each array whole."""
-    q, k, v, real, chosen, bias = operands
+    q, k, v, real, chosen, terms = operands
     found = {"index": index, "count": count, "layers": jnp.stack([k.layer, v.layer])}
     found |= {"q": q, "k": k.on_device, "v": v.on_device, "real": real}
     found |= {f"{name}_scale": x.scale for name, x in (("k", k), ("v", v)) if x.scale is not None}
     if chosen.shape[2] > 1:
         found["chosen"] = chosen
-    if bias is not None:
-        B, K, G, _ = q.shape
-        found |= {"w": bias.w, "key": bias.key, "gain": bias.gain.reshape(K, G)}
-        found |= {name: getattr(bias, name).reshape(B, K, G, *more) for name, more in (("row", ()), ("query_on", ()))}
-        found["u"] = bias.u.reshape(B, K, G, -1)
+    for n, term in enumerate(terms):
+        found |= {f"{name}.{n}": x for name, x in _of_term(term, q.shape[:3]).items()}
     return found
 
 
-def _gather_attention(*refs: Any, names: tuple[str, ...], tile: int, form: PairForm, scale: float) -> None:
+def _of_term(term: Term, heads: tuple[int, ...]) -> dict[str, Array]:
+    found = {f"query {name}": x.reshape(heads) for name, x in term.query.items()}
+    found |= {f"key {name}": x for name, x in term.key.items()}
+    found |= {f"head {name}": x.reshape(heads[1:]) for name, x in term.head.items()}
+    if term.u is not None and term.w is not None:
+        found |= {"u": term.u.reshape(*heads, -1), "w": term.w}
+    if term.query_on is not None:
+        found["query_on"] = term.query_on.reshape(heads)
+    if term.key_on is not None:
+        found["key_on"] = term.key_on
+    return found
+
+
+def _gather_attention(*refs: Any, names: tuple[str, ...], tile: int, functions: Functions, scale: float) -> None:
     """The kernel. It bears the name that a profile of the device shows."""
     given, (part_ref, top_ref, total_ref) = dict(zip(names, refs, strict=False)), refs[len(names) :]
     b, g, s = (pl.program_id(axis) for axis in range(3))
@@ -168,7 +179,7 @@ def _gather_attention(*refs: Any, names: tuple[str, ...], tile: int, form: PairF
     lead = {name: (given["layers"][n], b, g) for n, name in enumerate("kv")}
     keys = given["count"][b, g] * m
     q = _rows(given["q"], (b, g, heads), is_head)
-    bias = _bias(given, b, g, heads, is_head, form) if "u" in given else None
+    biases = [_bias(given, n, *of, (b, g, heads), is_head) for n, of in enumerate(functions)]
 
     def turn(i: Array, sums: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         part, top, total = sums
@@ -182,8 +193,9 @@ def _gather_attention(*refs: Any, names: tuple[str, ...], tile: int, form: PairF
         scores = _product(q, k.astype(q.dtype), 1) * scale
         if "k_scale" in given:
             scores = scores * _numbers(given["k_scale"], (*lead["k"], region, entry), live)
-        if bias is not None:
-            scores = scores + bias(region, entry, live)
+        dot = scores
+        for bias in biases:
+            scores = scores + bias(dot, region, entry, live)
         # Chosen, not added: entries without a key may hold anything finite.
         scores = jnp.where(open_, scores, -jnp.inf)
         new_top = jnp.maximum(top, jnp.max(scores, axis=1))
@@ -209,17 +221,34 @@ def _gather_attention(*refs: Any, names: tuple[str, ...], tile: int, form: PairF
 
 
 def _bias(
-    given: dict[str, Any], b: Array, g: Array, heads: Int[Array, "G"], is_head: Bool[Array, "G"], form: PairForm
+    given: dict[str, Any],
+    n: int,
+    function: ScoreFunction,
+    shape: Shape,
+    at: tuple[Array, Array, Int[Array, "G"]],
+    is_head: Bool[Array, "G"],
 ) -> Callable[..., Float[Array, "G S"]]:
-    """The pair bias of a tile's keys."""
-    row, on = (_numbers(given[name], (b, g, heads), is_head)[:, None] for name in ("row", "query_on"))
-    gain = _numbers(given["gain"], (g, heads), is_head)[:, None]
-    u = _rows(given["u"], (b, g, heads), is_head)
+    """What the n-th term adds to a tile's scores."""
+    b, g, heads = at
 
-    def of_keys(region: Int[Array, "S"], entry: Int[Array, "S"], live: Bool[Array, "S"]) -> Array:
-        w = _rows(given["w"], (b, g, region, entry), live)
-        z = _product(u, w, 1) + row + _numbers(given["key"], (b, g, region, entry), live)
-        return jnp.where(on, form(z, gain), 0.0)
+    def of_heads(name: str, where: tuple[Array, ...]) -> Array:
+        return _numbers(given[f"{name}.{n}"], where, is_head)[:, None]
+
+    query = {name: of_heads(f"query {name}", at) for name in shape.query}
+    head = {name: of_heads(f"head {name}", (g, heads)) for name in shape.head}
+    u = _rows(given[f"u.{n}"], at, is_head) if shape.pair else None
+
+    def of_keys(dot: Array, region: Int[Array, "S"], entry: Int[Array, "S"], live: Bool[Array, "S"]) -> Array:
+        where, pair = (b, g, region, entry), None
+        key = {name: _numbers(given[f"key {name}.{n}"], where, live)[None] for name in shape.key}
+        if u is not None:
+            pair = _product(u, _rows(given[f"w.{n}"], where, live), 1) + function.OFFSET
+        bias = function(Tile(dot, pair, query, key, head))
+        if f"query_on.{n}" in given:
+            bias = jnp.where(of_heads("query_on", at), bias, 0.0)
+        if f"key_on.{n}" in given:
+            bias = jnp.where(_numbers(given[f"key_on.{n}"], (b, region, entry), live)[None], bias, 0.0)
+        return bias
 
     return of_keys
 

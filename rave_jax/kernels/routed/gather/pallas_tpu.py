@@ -6,8 +6,8 @@ copied again. All query heads of the kv head are in one step. Where heads choose
 that some head of the group chose, and steps behind its end do nothing.
 
 What is added to the scores is made before the kernel and gathered as the regions are: a number for each listed entry
-(is it real?), one for each head and listed region (did it choose?), and with a pair bias one for each head and listed
-entry.
+(is it real?), one for each head and listed region (did it choose?), and with score terms one for each head and listed
+entry. The one function that may read <q, k> is traced into the kernel, and what it reads beside is gathered.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,9 +23,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from rave_jax.kernels import support
-from rave_jax.kernels.attention import PairForm
+from rave_jax.kernels.attention import Term, Tile
 from rave_jax.kernels.attention.pallas_tpu.tile import LANES, MASKED, UNSEEN, product
-from rave_jax.kernels.routed.gather.base import Operands, bias_of, listed, union
+from rave_jax.kernels.attention.score import ScoreFunction, Shape, function_of, reads_dot
+from rave_jax.kernels.routed.gather.base import Operands, key_products, listed, taken, union, with_terms
 from rave_jax.kernels.routed.gather.shards import split
 from rave_jax.kernels.routed.host import HostRegions
 from rave_jax.typing import Array, Float, Int
@@ -73,14 +74,12 @@ def against_shapes(m: int, widths: tuple[int, int], dtype: jnp.dtype) -> str | N
     return None
 
 
-def attention(
-    operands: Operands, most: int, form: PairForm, scale: float
-) -> tuple[Float[Array, "B K G c"], Float[Array, "B K G"]]:
+def attention(operands: Operands, most: int, scale: float) -> tuple[Float[Array, "B K G c"], Float[Array, "B K G"]]:
     """Attention over prefetched regions; see `api.gather_attention`."""
 
     def on_device(operands: Operands) -> tuple[Array, Array]:
         index, count = listed(union(operands.chosen), length_of_list(operands, most))
-        return over(operands, index, count, form, scale, interpret=support.interpreter())
+        return over(operands, index, count, scale, interpret=support.interpreter())
 
     return split(on_device, operands)
 
@@ -89,7 +88,6 @@ def over(
     operands: Operands,
     index: Int[Array, "B K n"],
     count: Int[Array, "B K"],
-    form: PairForm,
     scale: float,
     *,
     interpret: Any = False,
@@ -100,7 +98,7 @@ def over(
         operands: of `gather_attention`.
         index: a multiple of `regions_of_step` numbers of regions.
         count: how many of them are meant.
-        form, scale: as there.
+        scale: as there.
         interpret: what `pallas_call` takes.
     """
     q, k, v = operands.q, operands.k.on_device, operands.v.on_device
@@ -110,27 +108,33 @@ def over(
     if not interpret:
         # A cache that fits would else be brought to the chip whole before the kernel starts.
         k, v = (pltpu.with_memory_space_constraint(x, pltpu.HBM) for x in (k, v))
-    extras = _extras(operands, index, form, n)
-    inputs = (q, *extras.values(), *[k] * n, *[v] * n)
+    extras = _extras(operands, index, n)
+    reader, columns, read = _reader(operands.terms), {}, None
+    if reader is not None:
+        read = Reader.of(reader)
+        extras |= _of_reader(reader, index, n)
+        columns = _columns(reader, B, K)
+    inputs = (q, *columns.values(), *extras.values(), *[k] * n, *[v] * n)
     outputs = (
         jax.ShapeDtypeStruct((B, K, G, c), jnp.float32),
         jax.ShapeDtypeStruct((B, K, G, LANES), jnp.float32),
     )
 
     def of_head(*shape: int) -> pl.BlockSpec:
-        return pl.BlockSpec((None, None, *shape), lambda b, g, i, *_: (b, g, 0, 0))
+        return pl.BlockSpec((None, None, *shape), lambda b, g, i, *_: (b, g, *[0] * len(shape)))
 
     in_specs = (
         of_head(G, h),
+        *(of_head(*x.shape[2:]) for x in columns.values()),
         *(pl.BlockSpec((None, None, None, *x.shape[3:]), _step(x.ndim, n, K)) for x in extras.values()),
         *(pl.BlockSpec((None, None, None, None, m, h), _region(j, n, K, steps, 0)) for j in range(n)),
         *(pl.BlockSpec((None, None, None, None, m, c), _region(j, n, K, steps, 1)) for j in range(n)),
     )
     pairs = B * K * G * steps * n * m
-    copied = [x.size * x.dtype.itemsize for x in (q, *extras.values(), *outputs)]
+    copied = [x.size * x.dtype.itemsize for x in (q, *columns.values(), *extras.values(), *outputs)]
     copied += [B * K * steps * n * m * width * x.dtype.itemsize for x, width in ((k, h), (v, c))]
     run = pl.pallas_call(
-        functools.partial(_kernel, names=tuple(extras), n=n, K=K, scale=scale),
+        functools.partial(_kernel, names=(*columns, *extras), n=n, K=K, scale=scale, reader=read),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=3,
             grid=(B, K, steps),
@@ -189,8 +193,9 @@ def _step(axes: int, n: int, K: int) -> Callable[..., tuple[Any, ...]]:
     return at
 
 
-def _extras(operands: Operands, index: Int[Array, "B K n"], form: PairForm, n: int) -> dict[str, Array]:
-    """What the kernel needs beside q, k and v, step by step: float32 masks, 1 where open, and the pair bias."""
+def _extras(operands: Operands, index: Int[Array, "B K n"], n: int) -> dict[str, Array]:
+    """What the kernel needs beside q, k and v, step by step: float32 masks, 1 where open, and the
+    biases that can be made before."""
     (B, K, length), m = index.shape, operands.k.shape[3]
     entries = jax.vmap(lambda rows, at: rows[at])(operands.real, index)
     found = {"entries": entries.reshape(B, K, length // n, n, m).astype(jnp.float32)}
@@ -198,13 +203,60 @@ def _extras(operands: Operands, index: Int[Array, "B K n"], form: PairForm, n: i
         heads = jnp.take_along_axis(jnp.swapaxes(operands.chosen, 2, 3), index[..., None], axis=2)
         heads = heads.reshape(B, K, length // n, n, -1).astype(jnp.float32)
         found["heads"] = jnp.swapaxes(heads, 3, 4)
-    if operands.bias is not None:
-        bias = bias_of(operands.bias, index, form).reshape(B, K, -1, length // n, n, m)
-        found["bias"] = jnp.moveaxis(bias, 2, 4)
+    reader = _reader(operands.terms)
+    before = tuple(term for term in operands.terms if term is not reader)
+    if before:
+        unread = jnp.zeros((*operands.q.shape[:3], length * m), jnp.float32)
+        found["bias"] = _by_step(with_terms(unread, before, index), n, m)
     return found
 
 
-def _kernel(_index, count, _layers, q, *refs, names: tuple[str, ...], n: int, K: int, scale: float):
+def _by_step(x: Float[Array, "B K G nm"], n: int, m: int) -> Float[Array, "B K steps n G m"]:
+    B, K, G, _ = x.shape
+    return jnp.moveaxis(x.reshape(B, K, G, -1, n, m), 2, 4)
+
+
+def _reader(terms: tuple[Term, ...]) -> Term | None:
+    """The term whose function reads <q, k>."""
+    return next((x for x in terms if reads_dot(function_of(x.function), Shape.of(x))), None)
+
+
+def _of_reader(term: Term, index: Int[Array, "B K n"], n: int) -> dict[str, Array]:
+    """What a function reads of listed entries, and where its bias is not 0."""
+    (B, K, length), function = index.shape, function_of(term.function)
+    found, on = {}, None
+
+    def heads(x: Array) -> Array:
+        return x.reshape(B, K, -1, *x.shape[2:])
+
+    if term.u is not None and term.w is not None:
+        m = term.w.shape[3]
+        pair = key_products(taken(term.w, index, flat=True), heads(term.u)) + function.OFFSET
+        found["pair"] = _by_step(pair, n, m)
+    if term.key:
+        columns = jnp.stack([taken(term.key[name], index) for name in sorted(term.key)], axis=2)
+        found["keys"] = _by_step(columns, n, columns.shape[3] // length)
+    if term.key_on is not None:
+        m = term.key_on.shape[2]
+        of_heads = jnp.broadcast_to(term.key_on[:, None], (B, K, *term.key_on.shape[1:]))
+        on = taken(of_heads, index)[:, :, None].astype(jnp.float32)
+        found["keys_on"] = _by_step(on, n, m)
+    return found
+
+
+def _columns(term: Term, B: int, K: int) -> dict[str, Array]:
+    """What a function reads of query heads, of queries and then of heads, and its switch of them, in every lane."""
+    found = [term.query[name] for name in sorted(term.query)]
+    found += [jnp.broadcast_to(term.head[name], (B, term.head[name].shape[0])) for name in sorted(term.head)]
+    if term.query_on is not None:
+        found.append(term.query_on.astype(jnp.float32))
+    if not found:
+        return {}
+    columns = jnp.stack([x.reshape(B, K, -1) for x in found], axis=2)
+    return {"columns": jnp.broadcast_to(columns[..., None], (*columns.shape, LANES))}
+
+
+def _kernel(_index, count, _layers, q, *refs, names: tuple[str, ...], n: int, K: int, scale: float, reader: Any):
     extras, refs = dict(zip(names, refs, strict=False)), refs[len(names) :]
     k, v = refs[:n], refs[n : 2 * n]
     out_ref, lse_ref, top_ref, total_ref, sum_ref = refs[2 * n :]
@@ -222,9 +274,10 @@ def _kernel(_index, count, _layers, q, *refs, names: tuple[str, ...], n: int, K:
     def _visit():
         scores = []
         for j in range(n):
-            x = product(q[...], k[j][...], (1, 1)) * scale
-            if "bias" in extras:
-                x = x + extras["bias"][j]
+            dot = product(q[...], k[j][...], (1, 1)) * scale
+            x = dot + extras["bias"][j] if "bias" in extras else dot
+            if reader is not None:
+                x = x + _bias_of_reader(reader, dot, extras, j)
             open_ = jnp.where(j < listed_here, extras["entries"][j : j + 1, :], 0.0)
             if "heads" in extras:
                 open_ = open_ * extras["heads"][:, j : j + 1]
@@ -247,3 +300,36 @@ def _kernel(_index, count, _layers, q, *refs, names: tuple[str, ...], n: int, K:
         safe = jnp.where(seen, total, 1.0)
         lse_ref[...] = jnp.where(seen, top + jnp.log(safe), UNSEEN)
         out_ref[...] = jnp.where(top[:, :1] > MASKED / 2, sum_ref[...] / safe[:, :1], 0.0)
+
+
+class Reader(NamedTuple):
+    """What is static of the term whose function reads <q, k>."""
+
+    function: ScoreFunction
+    shape: Shape
+    query_on: bool
+
+    @classmethod
+    def of(cls, term: Term) -> Reader:
+        """Of a term."""
+        return cls(function_of(term.function), Shape.of(term), term.query_on is not None)
+
+
+def _bias_of_reader(reader: Reader, dot: Float[Array, "G m"], extras: dict[str, Any], j: int) -> Float[Array, "G m"]:
+    """The bias of the step's j-th region. Its function reads whole tiles [heads, entries]."""
+    shape, size = reader.shape, dot.shape
+
+    def column(n: int) -> Array:
+        return jnp.broadcast_to(extras["columns"][n][:, :1], size)
+
+    first = len(shape.query)
+    query = {name: column(n) for n, name in enumerate(shape.query)}
+    head = {name: column(first + n) for n, name in enumerate(shape.head)}
+    key = {name: jnp.broadcast_to(extras["keys"][j, n : n + 1], size) for n, name in enumerate(shape.key)}
+    pair = extras["pair"][j] if shape.pair else None
+    bias = jnp.broadcast_to(reader.function(Tile(dot, pair, query, key, head)), size)
+    if reader.query_on:
+        bias = jnp.where(column(first + len(head)) > 0, bias, 0.0)
+    if "keys_on" in extras:
+        bias = jnp.where(jnp.broadcast_to(extras["keys_on"][j], size) > 0, bias, 0.0)
+    return bias

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 
-from rave_jax.kernels.attention import PairBias, PairForm, Terms
+from rave_jax.kernels.attention import Terms
 from rave_jax.kernels.attention.base import tile_scores
 from rave_jax.kernels.routed.gather.base import Operands
 from rave_jax.typing import Array, Float
 
 
-def attention(
-    operands: Operands, most: int, form: PairForm, scale: float
-) -> tuple[Float[Array, "B K G c"], Float[Array, "B K G"]]:
+def attention(operands: Operands, most: int, scale: float) -> tuple[Float[Array, "B K G c"], Float[Array, "B K G"]]:
     """Dense attention; see `api.gather_attention`. `most` changes nothing here."""
-    q, _, _, real, chosen, bias = operands
+    q, _, _, real, chosen, terms = operands
     k, v = operands.k.whole(), operands.v.whole()
     B, K, R, m, _ = k.shape
     S = R * m
@@ -23,11 +21,15 @@ def attention(
         """[B,K,R,m,...] as [B,S,K,...]."""
         return jnp.swapaxes(x.reshape(B, K, S, *x.shape[4:]), 1, 2)
 
-    pair = None
-    if bias is not None:
-        u, row, on = (x[:, None] for x in (bias.u, bias.row, bias.query_on))
-        pair = PairBias(u, keys(bias.w), row, keys(bias.key), bias.gain, on, real.reshape(B, S))
-    scores = tile_scores(q[:, :, :, None], keys(k.astype(q.dtype)), Terms(pair, None), form, scale)[:, :, :, 0]
+    parts = tuple(
+        term.map_queries(lambda x: x[:, None]).replace(
+            w=None if term.w is None else keys(term.w),
+            key={name: keys(x) for name, x in term.key.items()},
+            key_on=None if term.key_on is None else term.key_on.reshape(B, S),
+        )
+        for term in terms
+    )
+    scores = tile_scores(q[:, :, :, None], keys(k.astype(q.dtype)), Terms(parts), scale)[:, :, :, 0]
     open_ = (chosen[..., None] & real[:, None, None]).reshape(B, K, -1, S)
     scores = jnp.where(open_, scores, -jnp.inf)
     top = jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), jnp.finfo(jnp.float32).min)

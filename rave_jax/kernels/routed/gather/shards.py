@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from jax.sharding import PartitionSpec
 
-from rave_jax.kernels.routed.gather.base import Operands, RegionBias, Stack
+from rave_jax.kernels.routed.gather.base import Operands, Stack
 from rave_jax.parallel.sharding import current_mesh, partition_spec
 from rave_jax.typing import Array
 
@@ -26,8 +26,13 @@ def split(on_device: Callable[[Operands], tuple[Array, Array]], operands: Operan
     everywhere: Any = PartitionSpec()
     of_layers: Any = PartitionSpec(None, rows, heads)
     k, v = (Stack(of_layers, None if x.scale is None else of_layers, everywhere) for x in (operands.k, operands.v))
-    bias: Any = None if operands.bias is None else RegionBias(both, both, both, both, of_heads, both)
-    specs: Any = Operands(both, k, v, of_rows, both, bias)
+    terms = tuple(
+        jax.tree.map(lambda _: both, term).replace(
+            head=dict.fromkeys(term.head, of_heads), key_on=None if term.key_on is None else of_rows
+        )
+        for term in operands.terms
+    )
+    specs: Any = Operands(both, k, v, of_rows, both, terms)
     run = jax.shard_map(
         on_device,
         mesh=mesh,

@@ -9,10 +9,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from rave_jax.kernels.attention import PairForm
 from rave_jax.kernels.routed.gather.base import (
     Operands,
-    bias_of,
     combined,
     finished,
     key_products,
@@ -21,6 +19,7 @@ from rave_jax.kernels.routed.gather.base import (
     open_entries,
     softmax_over,
     union,
+    with_terms,
 )
 from rave_jax.typing import Array, Float, Int
 
@@ -28,9 +27,7 @@ TILE = 1024
 """About how many keys of a kv head are taken at a time, so that they are still in a processor's cache when read."""
 
 
-def attention(
-    operands: Operands, most: int, form: PairForm, scale: float
-) -> tuple[Float[Array, "B K G c"], Float[Array, "B K G"]]:
+def attention(operands: Operands, most: int, scale: float) -> tuple[Float[Array, "B K G c"], Float[Array, "B K G"]]:
     """Attention over gathered regions; see `api.gather_attention`."""
     chosen = operands.chosen
     (B, K, G, _), N = operands.q.shape, chosen.shape[2]
@@ -45,17 +42,15 @@ def attention(
 
     def visit(n: Array, sums: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         here = jax.lax.dynamic_slice_in_dim(index, n * tile, tile, axis=2)
-        return combined(sums, _over(operands, here, count - n * tile, form, scale))
+        return combined(sums, _over(operands, here, count - n * tile, scale))
 
     return finished(*jax.lax.fori_loop(0, needed, visit, nothing(B, K, G, c)))
 
 
 def _over(
-    operands: Operands, index: Int[Array, "B K n"], count: Int[Array, "B K"], form: PairForm, scale: float
+    operands: Operands, index: Int[Array, "B K n"], count: Int[Array, "B K"], scale: float
 ) -> tuple[Array, Array, Array]:
     """`softmax_over` of the first `count` of the listed regions."""
     k, v = (x.regions(index, count, operands.q.dtype) for x in (operands.k, operands.v))
-    scores = scale * key_products(k, operands.q)
-    if operands.bias is not None:
-        scores = scores + bias_of(operands.bias, index, form)
+    scores = with_terms(scale * key_products(k, operands.q), operands.terms, index)
     return softmax_over(scores, open_entries(operands, index, count), v)

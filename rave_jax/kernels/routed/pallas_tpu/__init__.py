@@ -18,17 +18,20 @@ from jax.sharding import PartitionSpec
 from rave_jax.kernels import support
 from rave_jax.kernels.attention import KeyGroups, MaskCodes
 from rave_jax.kernels.attention import pallas_tpu as dense
-from rave_jax.kernels.attention.base import NOWHERE, PairForm, Terms, group_heads, of_key_group, ungroup_heads
+from rave_jax.kernels.attention.base import NOWHERE, Terms, group_heads, of_key_group, tile_bias, ungroup_heads
 from rave_jax.kernels.attention.pallas_tpu.blocks import BlockSizes
 from rave_jax.kernels.attention.pallas_tpu.operands import pad
 from rave_jax.kernels.attention.pallas_tpu.tile import LANES, LOG2E, UNSEEN
+from rave_jax.kernels.attention.score import Term
 from rave_jax.kernels.attention.tuning import block_sizes
 from rave_jax.kernels.routed.base import RouteRule, Routes, candidates, choose, region_scores
+from rave_jax.kernels.routed.base import of_regions as of_regions_terms
 from rave_jax.kernels.routed.pallas_tpu import lists
 from rave_jax.kernels.routed.pallas_tpu.backward import backward, numbers_of
 from rave_jax.kernels.routed.pallas_tpu.forward import forward
 from rave_jax.kernels.routed.pallas_tpu.lists import Placed, Tiling, Work
 from rave_jax.kernels.routed.pallas_tpu.sizes import against, choices_of, item_sizes, make_call, tiling_of
+from rave_jax.kernels.routed.pallas_tpu.terms import RowTerms, TermRows, without_key_bias
 from rave_jax.kernels.routed.pallas_tpu.walk import Call, ItemSizes
 from rave_jax.parallel.sharding import current_mesh, partition_spec
 from rave_jax.typing import Array, Bool, Float, Int
@@ -46,6 +49,7 @@ def attention(
     k: Float[Array, "B S K h"],
     v: Float[Array, "B S K h"],
     codes: MaskCodes,
+    terms: Terms,
     scale: float,
     routes: Routes,
     rule: RouteRule,
@@ -60,21 +64,33 @@ def attention(
     )
     mesh = current_mesh()
     if mesh is None or mesh.size == 1:
-        return run(q, k, v, codes, routes)
+        return run(q, k, v, codes, terms, routes)
     # Kv heads that the mesh does not divide are replicated, with their query heads.
     rows, heads = partition_spec(("batch", "kv_heads"), (q.shape[0], k.shape[2]), mesh)
     row: Any = PartitionSpec(rows)
     of_heads: Any = PartitionSpec(rows, None, heads)
     dense: Any = None if routes.dense is None else PartitionSpec()
-    specs = Routes(of_heads, of_heads, row, row, row, row, dense)
+    of_head: Any = PartitionSpec(heads)
+
+    def of_terms(parts: tuple[Term, ...]) -> Any:
+        """The same of score terms: specs in the place of arrays."""
+        return tuple(
+            jax.tree.map(lambda _: of_heads, term).replace(
+                head=dict.fromkeys(term.head, of_head), key_on=None if term.key_on is None else row
+            )
+            for term in parts
+        )
+
+    added = Terms(of_terms(terms.parts), None if terms.per_key is None else of_heads)
+    specs = Routes(of_heads, of_heads, row, row, row, row, dense, of_terms(routes.bias))
     split = jax.shard_map(
         run,
         mesh=mesh,
-        in_specs=(of_heads, of_heads, of_heads, MaskCodes(*(row,) * len(codes)), specs),
+        in_specs=(of_heads, of_heads, of_heads, MaskCodes(*(row,) * len(codes)), added, specs),
         out_specs=(of_heads, of_heads),
         check_vma=False,  # kernels do not say how their outputs vary
     )
-    return split(q, k, v, codes, routes)
+    return split(q, k, v, codes, terms, routes)
 
 
 def on_device(
@@ -82,6 +98,7 @@ def on_device(
     k: Float[Array, "B S K h"],
     v: Float[Array, "B S K h"],
     codes: MaskCodes,
+    terms: Terms,
     routes: Routes,
     *,
     scale: float,
@@ -92,15 +109,15 @@ def on_device(
     interpret: Any,
 ) -> tuple[Float[Array, "B T H h"], Float[Array, "B T H"]]:
     """All three parts on one device."""
-    plain = functools.partial(
-        dense.attention, terms=Terms(None, None), form=PairForm(), scale=scale, blocks=blocks, interpret=interpret
-    )
+    plain = functools.partial(dense.attention, terms=terms, scale=scale, blocks=blocks, interpret=interpret)
     parts = [plain(q, k, v, codes) for codes in dense_codes(codes, routes)]
-    tiling = tiling_of(routes.first.shape[1], most_keys)
+    tiling = tiling_of(routes.first.shape[1], most_keys, sizes)
     choices = choices_of(rule, q.shape[2] // k.shape[2])
-    call = make_call(q, k, tiling, sizes, scale, interpret=interpret, choices=choices)
+    terms = without_key_bias(terms, q.shape[1], k.shape[2])
+    of_rows = RowTerms.of(terms, str(q.dtype))
+    call = make_call(q, k, tiling, sizes, scale, interpret=interpret, choices=choices, terms=of_rows)
     assert call is not None
-    parts.append(of_regions(q, k, v, codes, routes, rule, call))
+    parts.append(of_regions(q, k, v, codes, terms, routes, rule, call))
     # Kept for the backward pass are the parts, not what merging makes of each in float32.
     return jax.checkpoint(merged)(*zip(*parts, strict=True))
 
@@ -149,6 +166,7 @@ def of_regions(
     k: Float[Array, "B S K h"],
     v: Float[Array, "B S K h"],
     codes: MaskCodes,
+    terms: Terms,
     routes: Routes,
     rule: RouteRule,
     call: Call,
@@ -158,10 +176,19 @@ def of_regions(
     T, h, tiling = q.shape[1], q.shape[3], call.tiling
     placed = lists.place(routes.keys, tiling)
     tiles = [_tiles(x, placed.source, placed.lane, tiling) for x in (k, v)]
-    ints = jax.lax.stop_gradient(_ints(q, k, codes, routes, rule, placed, call))
+    ints = jax.lax.stop_gradient(_ints(q, k, codes, terms, routes, rule, placed, call))
     queries = group_heads(pad(pad(q, 1, call.T), 3, LANES), call.K)
     queries = pad(jnp.moveaxis(queries, 2, 3), 3, call.rows)
-    out, lse = _attention(queries, *tiles, ints, call)
+    rows: TermRows = ()
+    if call.terms:
+        of_keys = call.terms.key_rows(terms, k.shape[:3])
+        # An empty lane has some key's numbers: a function need not be fit for zeros.
+        some = jnp.minimum(placed.source, k.shape[1] - 1)
+        rows = (
+            call.terms.query_rows(terms, q.shape[:3], call.T, call.K, call.rows),
+            _tiles(of_keys, some, placed.lane, tiling),
+        )
+    out, lse = _attention(queries, *tiles, rows, ints, call)
     out, lse = (ungroup_heads(jnp.moveaxis(x[:, :, :, : call.G], 3, 2))[:, :T] for x in (out, lse))
     lse = jnp.where(lse >= UNSEEN, -jnp.inf, lse * (1 / LOG2E))
     # Added, not chosen: a choice would keep a mask as large as the output for the backward pass.
@@ -169,10 +196,19 @@ def of_regions(
     return out[..., :h] + bad[..., None].astype(out.dtype), lse + bad
 
 
-def _ints(q: Array, k: Array, codes: MaskCodes, routes: Routes, rule: RouteRule, placed: Placed, call: Call) -> Ints:
+def _ints(
+    q: Array,
+    k: Array,
+    codes: MaskCodes,
+    terms: Terms,
+    routes: Routes,
+    rule: RouteRule,
+    placed: Placed,
+    call: Call,
+) -> Ints:
     tiling, blocks = call.tiling, call.blocks
     B, R, S = q.shape[0], tiling.regions, k.shape[1]
-    open_, reference = _choices(q, k, codes, routes, rule, call)
+    open_, reference = _choices(q, k, codes, terms, routes, rule, call)
     codes_q = {
         "lo": pad(codes.lo, 1, call.T, 1),
         "hi": pad(codes.hi, 1, call.T),
@@ -180,9 +216,8 @@ def _ints(q: Array, k: Array, codes: MaskCodes, routes: Routes, rule: RouteRule,
     }
     whole = lists.whole_pairs(codes._replace(**codes_q), routes)
     held = placed.held.reshape(B, tiling.tiles, tiling.lanes)
-    words = call.words.pack(open_, tiling) if call.words.count else None
-    sizes = call.queries, call.item, 2 * call.rows, call.choices
-    made = lists.work(open_, whole, held.all(-1), tiling, *sizes, words)
+    sizes = call.queries, call.item, call.length, 2 * call.rows
+    made = lists.work(open_, whole, held.all(-1), tiling, *sizes, call.words)
 
     region, _ = tiling.lane_map()
     bit = np.where(np.arange(tiling.tiles)[:, None] < R * tiling.full, 0, region % max(tiling.sharing, 1))
@@ -209,28 +244,32 @@ def _visited(open_: Int[Array, "B K T R"], call: Call) -> Bool[Array, "B K T #ro
 
 
 def _choices(
-    q: Array, k: Array, codes: MaskCodes, routes: Routes, rule: RouteRule, call: Call
+    q: Array, k: Array, codes: MaskCodes, terms: Terms, routes: Routes, rule: RouteRule, call: Call
 ) -> tuple[Int[Array, "B K T R"], Float[Array, "B K T rows"]]:
     """Which choices of queries open which regions (`lists.open_heads`), and the reference of every row: of the regions
-    that it sees, the largest score of their mean keys, in log2."""
+    that it sees, the largest score of their mean keys, with the terms of their means, in log2."""
     (B, T, H, _), R = q.shape, call.tiling.regions
     means, openings = _means(k, routes.keys, R), lists.region_openings(codes.open_k, routes.keys, R)
     block = max(8, MOST_SCORES // (B * H * R) // 8 * 8)
     block = min(block, T)
+    of_means = Terms(of_regions_terms(terms.parts, routes.keys, R))
     mine = (
         q,
         {"lo": codes.lo, "hi": codes.hi, "open_q": codes.open_q},
-        {"query": routes.query, "before": routes.before},
+        routes.queries(),
+        of_means.of_queries(),
     )
 
     def of_block(mine: Any) -> tuple[Array, Array]:
-        q, codes_q, routes_q = mine
-        own, given = codes._replace(**codes_q), routes._replace(**routes_q)
-        choice = choose(region_scores(given, PairForm(), call.scale), candidates(own, given), given.dense, rule)
+        q, codes_q, routes_q, terms_q = mine
+        own, given = codes._replace(**codes_q), routes.with_queries(routes_q)
+        choice = choose(region_scores(given, call.scale), candidates(own, given), given.dense, rule)
         pairs = lists.open_pairs(choice, own, given, openings)
         scores = jnp.einsum("BKGTh,BKRh->BKGTR", group_heads(q, call.K), means.astype(q.dtype), precision="highest")
-        best = jnp.max(jnp.where(pairs, scores.astype(jnp.float32), -jnp.inf), axis=-1)
-        best = jnp.where(jnp.isfinite(best), best * (call.scale * LOG2E), 0.0)
+        dot = scores.astype(jnp.float32) * call.scale
+        scores = sum((tile_bias(term, dot, call.K) for term in of_means.with_queries(terms_q).parts), dot)
+        best = jnp.max(jnp.where(pairs, scores, -jnp.inf), axis=-1)
+        best = jnp.where(jnp.isfinite(best), best * LOG2E, 0.0)
         return jnp.moveaxis(lists.open_heads(pairs), 2, 0), jnp.moveaxis(best, 3, 0)
 
     fill = -T % block
@@ -277,28 +316,30 @@ def _moved_backward(saved, d):
 _moved.defvjp(_moved_forward, _moved_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _attention(q, k, v, ints: Ints, call: Call):
-    return _forward(q, k, v, ints, call)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _attention(q, k, v, rows: TermRows, ints: Ints, call: Call):
+    return _forward(q, k, v, rows, ints, call)[0]
 
 
-def _forward(q, k, v, ints: Ints, call: Call):
-    given = (q, ints.reference, k, v, ints.codes_q, ints.codes_k, ints.work.lists.reshape(-1), ints.work.info, call)
+def _forward(q, k, v, rows: TermRows, ints: Ints, call: Call):
+    work = ints.work.lists.reshape(-1), ints.work.info
+    given = (q, ints.reference, k, v, ints.codes_q, ints.codes_k, *work, rows, call)
     out, lse = forward(*given, online=False)
     far = jnp.abs(lse - ints.reference).reshape(*q.shape[:4])
     ok = jnp.all((far < BOUND) | ~ints.visited) & jnp.all(jnp.isfinite(out))
     out, lse = jax.lax.cond(ok, lambda: (out, lse), lambda: forward(*given, online=True))
     lse = lse.reshape(q.shape[:4])
-    return (out, lse), (q, k, v, ints, out, lse)
+    return (out, lse), (q, k, v, rows, ints, out, lse)
 
 
 def _backward(call: Call, saved, cotangents):
-    q, k, v, ints, out, lse = saved
+    q, k, v, rows, ints, out, lse = saved
     d_out, d_lse = cotangents
     delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1) - d_lse * LOG2E
     work = ints.work.lists.reshape(-1), ints.work.info
-    grads = backward(q, k, v, d_out, numbers_of(lse, delta, call), ints.codes_q, ints.codes_k, *work, call)
-    return *grads, jax.tree.map(_no_gradient, ints)
+    numbers = numbers_of(lse, delta, call)
+    grads = backward(q, k, v, d_out, numbers, ints.codes_q, ints.codes_k, *work, rows, call)
+    return *grads[:3], grads[3:], jax.tree.map(_no_gradient, ints)
 
 
 _attention.defvjp(_forward, _backward)

@@ -19,8 +19,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from rave_jax.kernels.attention.pallas_tpu.tile import LANES, LOG2E, UNSEEN, column, product, wide
+from rave_jax.kernels.attention.pallas_tpu.tile import LANES, UNSEEN, column, exponent, product, wide
 from rave_jax.kernels.routed.pallas_tpu.lists import CUT, PLACE_BITS, WHOLE
+from rave_jax.kernels.routed.pallas_tpu.terms import Added, Sides, TermRows
 from rave_jax.kernels.routed.pallas_tpu.walk import (
     CODES,
     ROWS,
@@ -34,6 +35,7 @@ from rave_jax.kernels.routed.pallas_tpu.walk import (
     list_scratch,
     number_of,
     places,
+    rows_at,
     tile_at,
     walk,
 )
@@ -64,12 +66,13 @@ def backward(
     codes_k: Int[Array, "B tiles eight lanes"],
     lists: Int[Array, "entries"],
     info: Int[Array, "B K blocks 1 words"],
+    rows: TermRows,
     call: Call,
-) -> tuple[Float[Array, "B K T rows h"], Float[Array, "B K tiles lanes h"], Float[Array, "B K tiles lanes h"]]:
-    """Gradients of q, k and v.
+) -> tuple[Array, ...]:
+    """Gradients of q, k and v, and of the terms' rows where there are any.
 
     Args:
-        q, k, v, codes_q, codes_k, lists, info, call: as in the forward pass.
+        q, k, v, codes_q, codes_k, lists, info, rows, call: as in the forward pass.
         d_out: gradient of the output.
         numbers: of `numbers_of`.
     """
@@ -98,19 +101,24 @@ def backward(
                 specs.keys_once,
                 specs.keys_once,
                 specs.codes_k,
+                *((specs.queries, specs.keys_once) if rows else ()),
             ),
-            out_specs=(specs.queries, specs.keys, specs.keys),
+            out_specs=(specs.queries, specs.keys, specs.keys, *((specs.queries, specs.keys) if rows else ())),
             scratch_shapes=tuple(scratch.values()),
         ),
-        out_shape=tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v)),
+        out_shape=tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v, *rows)),
         compiler_params=compiler_params(),
         interpret=call.interpret,
         name="routed_backward",
     )
-    return run(info, codes_q, lists, q, d_out, numbers, k, v, codes_k)
+    return run(info, codes_q, lists, q, d_out, numbers, k, v, codes_k, *rows)
 
 
-def _kernel(info, codes_q, lists, q, d_out, numbers_in, k, v, codes_k, dq, dk, dv, *scratch, call: Call, names):
+def _kernel(info, codes_q, lists, q, d_out, numbers_in, k, v, codes_k, *refs, call: Call, names):
+    of_terms = 2 if call.terms else 0
+    rows_of, refs = refs[:of_terms], refs[of_terms:]
+    (dq, dk, dv), refs = refs[:3], refs[3:]
+    d_rows, scratch = refs[:of_terms], refs[of_terms:]
     held = dict(zip(names, scratch, strict=True))
     given, numbers, d_q, d_k, d_v = (held[name] for name in ("given", "numbers", "d_q", "d_k", "d_v"))
     rows, pair, per_line = call.rows, 2 * call.rows, LANES // call.rows
@@ -125,6 +133,8 @@ def _kernel(info, codes_q, lists, q, d_out, numbers_in, k, v, codes_k, dq, dk, d
             given[pl.ds(at, rows)] = q[number].astype(jnp.float32)
             given[pl.ds(at + rows, rows)] = d_out[number].astype(jnp.float32)
             d_q[pl.ds(pl.multiple_of(number * rows, rows), rows)] = jnp.zeros((rows, LANES), jnp.float32)
+            if d_rows:
+                d_rows[0][number] = jnp.zeros((rows, LANES), jnp.float32)
         at = pl.multiple_of(line * 2 * per_line, 2 * per_line)
         numbers[pl.ds(at, 2 * per_line)] = numbers_in[pl.ds(at, 2 * per_line)]
 
@@ -137,7 +147,7 @@ def _kernel(info, codes_q, lists, q, d_out, numbers_in, k, v, codes_k, dq, dk, d
     @pl.when(i == 0)
     def _start_keys() -> None:
         def one(tile: Any, _: None) -> None:
-            for ref in (d_k, d_v):
+            for ref in (d_k, d_v, *d_rows[1:]):
                 ref[tile] = jnp.zeros(ref.shape[1:], jnp.float32)
 
         jax.lax.fori_loop(0, call.tiling.tiles, one, None)
@@ -155,36 +165,53 @@ def _kernel(info, codes_q, lists, q, d_out, numbers_in, k, v, codes_k, dq, dk, d
     def visit(tile: Any, entries: Sequence[Any], kind: int, words: Words) -> None:
         two = places(entries, kind)
         at = [pl.multiple_of(x >> 1, ROWS) for x in two]
-        sums: list[Any] = [0.0, 0.0]
+        sums: list[Any] = [0.0, 0.0, 0.0]
 
         def begin(number: int) -> Any:
             mine = slice(number * chunk, (number + 1) * chunk)
             own_q, own_d = (gathered(given, two[mine], rows, offset).astype(dtype) for offset in (0, rows))
-            x = product(k[tile], own_q, (1, 1)) * (call.scale * LOG2E)
-            return at[mine], entries[mine], own_q, own_d, x, product(v[tile], own_d, (1, 1))
+            dot, x = exponent(product(k[tile], own_q, (1, 1)), call.scale, call.terms.reads_dot)
+            sides = None
+            if rows_of:
+                sides = Sides(call.terms, rows_at(rows_of[0], entries[mine], call), rows_of[1][tile], True, dtype)
+            return at[mine], entries[mine], own_q, own_d, x, product(v[tile], own_d, (1, 1)), dot, sides
 
         def weigh(begun: Any) -> Any:
-            mine, listed, own_q, own_d, x, d_weights = begun
+            mine, listed, own_q, own_d, x, d_weights, dot, sides = begun
+            added = Added(None, None, ()) if sides is None else sides.added(dot, exact=dtype == jnp.float32)
+            x = x if added.shift is None else x + added.shift
             both = line_of([numbers[pl.ds(place >> (rows.bit_length() - 2), 2)] for place in mine])
             weights = jnp.exp2(x - both[0:1])
+            weights = weights if added.factor is None else weights * added.factor
             if kind != WHOLE:
                 seen = _seen(codes_k, codes_q, tile, listed, kind, call, words, line_of)
                 weights = jnp.where(seen, weights, 0.0)
             d_scores = weights * (d_weights - both[1:2])
-            return mine, own_q, own_d, weights.astype(dtype), d_scores.astype(dtype)
+            fields = [slope(d_scores) for slope in added.slopes]
+            d_dots = sum((of.dot for of in fields if of.dot is not None), d_scores)
+            found = None if sides is None else sides.gradients(fields)
+            return mine, listed, own_q, own_d, weights.astype(dtype), d_dots.astype(dtype), found
 
         def end(weighed: Any) -> None:
-            mine, own_q, own_d, weights, d_scores = weighed
+            mine, listed, own_q, own_d, weights, d_scores, of_rows = weighed
             sums[0] += product(d_scores, own_q, (1, 0))
             sums[1] += product(weights, own_d, (1, 0))
             part = product(d_scores, k[tile], (0, 0))
             old = [d_q[tile_at(place, rows)] for place in mine]
             for n, place in enumerate(mine):
                 d_q[tile_at(place, rows)] = old[n] + part[n * rows : (n + 1) * rows]
+            if not d_rows:
+                return
+            sums[2] += of_rows[1]
+            # What fills an item up has no weight: it adds zeros to the last query's.
+            for n, entry in enumerate(listed):
+                d_rows[0][number_of(entry, call)] += of_rows[0][n * rows : (n + 1) * rows]
 
         in_turn(len(entries) // chunk, begin, weigh, end)
         d_k[tile] += sums[0]
         d_v[tile] += sums[1]
+        if d_rows:
+            d_rows[1][tile] += sums[2]
 
     walk(call, info, lists, held["buffer"], held["copied"], visit)
 
@@ -219,7 +246,7 @@ def _seen(
     zero = jnp.zeros((1, LANES), jnp.int32)
     keys = codes_k[tile]
     bit, order, open_k = (column(keys[n : n + 1]) for n in range(3))
-    if call.words.count:
+    if call.choices > 1:
         bits = call.words.lanes_of([words(x) for x in entries], line_of)
     else:
         bits = line_of([zero + (x >> PLACE_BITS) for x in entries])

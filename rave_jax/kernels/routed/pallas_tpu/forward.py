@@ -19,8 +19,18 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from rave_jax.kernels.attention.pallas_tpu.tile import LANES, LOG2E, MASKED, UNSEEN, column, fold_lanes, product, wide
-from rave_jax.kernels.routed.pallas_tpu.lists import CUT, PLACE_BITS, WHOLE
+from rave_jax.kernels.attention.pallas_tpu.tile import (
+    LANES,
+    MASKED,
+    UNSEEN,
+    column,
+    exponent,
+    fold_lanes,
+    product,
+    wide,
+)
+from rave_jax.kernels.routed.pallas_tpu.lists import CUT, PLACE_BITS, SHARED, WHOLE
+from rave_jax.kernels.routed.pallas_tpu.terms import Sides, TermRows
 from rave_jax.kernels.routed.pallas_tpu.walk import (
     CODES,
     Call,
@@ -33,6 +43,7 @@ from rave_jax.kernels.routed.pallas_tpu.walk import (
     list_scratch,
     number_of,
     places,
+    rows_at,
     tile_at,
     walk,
 )
@@ -48,6 +59,7 @@ def forward(
     codes_k: Int[Array, "B tiles eight lanes"],
     lists: Int[Array, "entries"],
     info: Int[Array, "B K blocks 1 words"],
+    rows: TermRows,
     call: Call,
     *,
     online: bool,
@@ -61,10 +73,11 @@ def forward(
         codes_q: lo, hi and open_q of each super-block's queries, one after the other.
         codes_k: bit of the key's region, order, open_k; then zeros.
         lists, info: of `lists.work`, the lists as one.
+        rows: of `RowTerms`, of queries and of keys by tile; none without terms.
         call: sizes.
         online: keep a running maximum.
     """
-    B, K, rows, specs = call.B, call.K, call.rows, block_specs(call, info.shape[-1])
+    B, K, specs = call.B, call.K, block_specs(call, info.shape[-1])
     of_lines = pl.BlockSpec((None, None, call.lines, LANES), lambda b, g, i: (b, g, i, 0))
     scratch = {
         "given": pltpu.VMEM((2 * call.places, LANES), jnp.float32),
@@ -85,22 +98,25 @@ def forward(
                 specs.keys_once,
                 specs.keys_once,
                 specs.codes_k,
+                *((specs.queries, specs.keys_once) if rows else ()),
             ),
             out_specs=(specs.queries, of_lines),
             scratch_shapes=tuple(scratch.values()),
         ),
         out_shape=(
-            jax.ShapeDtypeStruct((B, K, call.T, rows, LANES), q.dtype),
-            jax.ShapeDtypeStruct((B, K, call.T * rows // LANES, LANES), jnp.float32),
+            jax.ShapeDtypeStruct((B, K, call.T, call.rows, LANES), q.dtype),
+            jax.ShapeDtypeStruct((B, K, call.T * call.rows // LANES, LANES), jnp.float32),
         ),
         compiler_params=compiler_params(),
         interpret=call.interpret,
         name="routed_forward",
     )
-    return run(info, codes_q, lists, q, reference, k, v, codes_k)
+    return run(info, codes_q, lists, q, reference, k, v, codes_k, *rows)
 
 
-def _kernel(info, codes_q, lists, q, reference, k, v, codes_k, out, lse, *scratch, call: Call, online: bool, names):
+def _kernel(info, codes_q, lists, q, reference, k, v, codes_k, *refs, call: Call, online: bool, names):
+    of_terms, refs = (refs[:2], refs[2:]) if call.terms else ((), refs)
+    out, lse, *scratch = refs
     held = dict(zip(names, scratch, strict=True))
     given, made = held["given"], held["made"]
     rows, per_line = call.rows, LANES // call.rows
@@ -127,12 +143,19 @@ def _kernel(info, codes_q, lists, q, reference, k, v, codes_k, out, lse, *scratc
 
     def visit(tile: Any, entries: Sequence[Any], kind: int, words: Words) -> None:
         at = places(entries, kind)
+        # Of each key its bit, and what the mask codes of a CUT visit ask, in every row of a query.
+        keys = [jnp.broadcast_to(codes_k[tile, n : n + 1], (rows, call.tiling.lanes)) for n in range(KEY_CODES[kind])]
 
         def begin(number: int) -> Any:
             mine = slice(number * chunk, (number + 1) * chunk)
-            x = product(gathered(given, at[mine], rows).astype(dtype), k[tile], (1, 1)) * (call.scale * LOG2E)
+            x = product(gathered(given, at[mine], rows).astype(dtype), k[tile], (1, 1))
+            dot, x = exponent(x, call.scale, call.terms.reads_dot)
+            if of_terms:
+                rows_q, rows_k = of_terms
+                sides = Sides(call.terms, rows_at(rows_q, entries[mine], call), rows_k[tile], False, dtype)
+                x = x + sides.shift(dot)
             if kind != WHOLE:
-                seen = [_seen(codes_k, codes_q, tile, x, kind, call, words) for x in entries[mine]]
+                seen = [_seen(keys, codes_q, x, kind, call, words) for x in entries[mine]]
                 parts = [jnp.where(there, x[n * rows : (n + 1) * rows], MASKED) for n, there in enumerate(seen)]
                 x = jnp.concatenate(parts, axis=0)
             return at[mine], x
@@ -184,13 +207,16 @@ def _kernel(info, codes_q, lists, q, reference, k, v, codes_k, out, lse, *scratc
     each_line(call, finish)
 
 
-def _seen(codes_k: Any, codes_q: Any, tile: Any, entry: Any, kind: int, call: Call, words: Words) -> Array:
-    """Which lanes of a tile the entry's query sees, [1, lanes], or its rows do, [rows, lanes]."""
-    keys = codes_k[tile]
-    mine = call.words.rows_of(words(entry), call.tiling.lanes) if call.words.count else entry >> PLACE_BITS
-    open_ = (keys[0:1] & mine) != 0
+KEY_CODES = {WHOLE: 0, SHARED: 1, CUT: 3}
+"""How many of a key's codes a visit reads: the bit of its region, its order, its opening."""
+
+
+def _seen(keys: Sequence[Array], codes_q: Any, entry: Any, kind: int, call: Call, words: Words) -> Array:
+    """Which lanes of a tile the rows of the entry's query see, [rows, lanes]."""
+    mine = call.words.rows_of(words(entry), call.tiling.lanes) if call.choices > 1 else entry >> PLACE_BITS
+    open_ = (keys[0] & mine) != 0
     if kind != CUT:
         return open_
     number = number_of(entry, call)
     lo, hi, open_q = (codes_q[0, n * call.queries + number] for n in range(CODES))
-    return open_ & (((lo <= keys[1:2]) & (keys[1:2] <= hi)) | (open_q == keys[2:3]))
+    return open_ & (((lo <= keys[1]) & (keys[1] <= hi)) | (open_q == keys[2]))

@@ -22,13 +22,13 @@ import numpy as np
 
 from rave_jax.config import require
 from rave_jax.kernels.attention.base import MaskCodes
-from rave_jax.kernels.attention.pallas_tpu.operands import up
 from rave_jax.kernels.attention.pallas_tpu.tile import LANES
 from rave_jax.kernels.routed.base import Choice, Routes
+from rave_jax.kernels.routed.pallas_tpu.heads import ENTRY_BITS, HeadWords
 from rave_jax.typing import Array, Bool, Int, NpArray
 
-MOST_SHARING = 15
-"""Regions of a tile, at most: an entry has so many bits beside the query's place."""
+MOST_SHARING = ENTRY_BITS
+"""Regions of a tile, at most: an entry has a bit for each."""
 PLACE_BITS = 16
 TILE_BITS, KIND_BITS = 14, 2
 WHOLE, SHARED, CUT = 0, 1, 2
@@ -199,8 +199,9 @@ class Work(NamedTuple):
 
     Fields:
         lists: of each tile the words of its queries' heads, if any: the first word of every query, then the second.
-            Then entries: the query's number in the super-block times `rows`, and the bits of its open regions above
-            PLACE_BITS where the tile is not WHOLE. Filled up with the number behind the last query's.
+            Then entries: the query's number in the super-block times `rows`, and the bits of its open regions (or of
+            its heads, see `HeadWords`) above PLACE_BITS where the tile is not WHOLE. Filled up with the number behind
+            the last query's.
         info: of each super-block the number of tiles that somebody visits, then a word for each of them: its number,
             its kind, how many items it has.
     """
@@ -216,9 +217,9 @@ def work(
     tiling: Tiling,
     queries: int,
     item: int,
+    length: int,
     rows: int,
-    choices: int = 1,
-    words: Int[Array, "B K T tiles words"] | None = None,
+    heads: HeadWords,
 ) -> Work:
     """The lists.
 
@@ -229,16 +230,16 @@ def work(
         tiling: of the tiles.
         queries: of a super-block.
         item: queries of a work item.
+        length: of a list, at least `queries`.
         rows: that an entry's number is multiplied by, so that it is an address.
-        choices: of a query: the bits of `open_`.
-        words: of `HeadWords.pack`, where a query has several.
+        heads: that have bits in `open_`.
     """
     B, K, T, _ = open_.shape
     require(queries * rows < 1 << PLACE_BITS, "queries", queries, f"fewer than {(1 << PLACE_BITS) // rows}")
     blocks, of_tile = T // queries, tiling.tile_regions()
     bits = jnp.zeros((B, K, T, tiling.tiles), jnp.int32)
     cut, uneven = (jnp.zeros((B, K, T, tiling.tiles), bool) for _ in range(2))
-    pairs, every = open_ != 0, jnp.sum(1 << jnp.arange(choices), dtype=jnp.int32)
+    pairs, every = open_ != 0, jnp.sum(1 << jnp.arange(heads.heads), dtype=jnp.int32)
     partial = pairs & ~whole[:, None]
     for bit in range(of_tile.shape[1]):
         there = of_tile[:, bit] >= 0
@@ -255,16 +256,18 @@ def work(
     count = jnp.sum(by_tile(listed), axis=-1)
     shared = jnp.any(by_tile(listed & ((bits != everything) | uneven)), axis=-1) | ~full[:, None, None]
     kind = jnp.where(jnp.any(by_tile(cut), axis=-1), CUT, jnp.where(shared, SHARED, WHOLE))
+    words = heads.pack(open_, of_tile) if heads.heads > 1 else None
+    carried = words[..., 0] if words is not None and heads.inside else bits
     entry = jnp.arange(queries)[:, None] * rows + jnp.where(
         jnp.repeat(jnp.moveaxis(kind, 3, -1)[..., None, :], queries, axis=3) == WHOLE,
         0,
-        bits.reshape(B, K, blocks, queries, tiling.tiles) << PLACE_BITS,
+        carried.reshape(B, K, blocks, queries, tiling.tiles) << PLACE_BITS,
     )
     entry = jnp.where(listed.reshape(entry.shape), entry, NOBODY)
     ranked = jnp.sort(jnp.moveaxis(entry, 4, 3), axis=-1)
     lists = jnp.where(ranked == NOBODY, queries * rows, ranked)
-    lists = jnp.pad(lists, [(0, 0)] * 4 + [(0, up(queries, item) - queries)], constant_values=queries * rows)
-    if words is not None:
+    lists = jnp.pad(lists, [(0, 0)] * 4 + [(0, length - queries)], constant_values=queries * rows)
+    if words is not None and heads.count:
         mine = jnp.moveaxis(words.reshape(B, K, blocks, queries, tiling.tiles, -1), 3, 5)
         lists = jnp.concatenate([mine.reshape(B, K, blocks, tiling.tiles, -1), lists], axis=-1)
 

@@ -13,11 +13,12 @@ from rave_jax.kernels.attention.pallas_tpu.operands import up
 from rave_jax.kernels.attention.pallas_tpu.tile import LANES
 from rave_jax.kernels.routed.base import RouteRule
 from rave_jax.kernels.routed.pallas_tpu.lists import PLACE_BITS, Tiling
+from rave_jax.kernels.routed.pallas_tpu.terms import NO_TERMS, RowTerms, without_key_bias
 from rave_jax.kernels.routed.pallas_tpu.walk import Call, ItemSizes
 from rave_jax.typing import Array
 
 BY_DEVICE_KIND = {
-    "TPU v5 lite": ItemSizes(),
+    "TPU v5 lite": ItemSizes(wide=0.83),
     "TPU v6 lite": ItemSizes(chunks=(16, 32)),
 }
 """From `benchmarks/routed_kernels.py`, unverified on hardware."""
@@ -27,16 +28,14 @@ MOST_HEADS = 64
 """Query heads of a kv head."""
 MOST_CHOICES = 32
 """The same where each has a choice of its own: a bit of a number for each."""
-WIDE = 0.6
-"""Cost of 128 lanes in a tile of 256, which share a gathering, to that in one of 128."""
 SHARE = 0.25
 """Chance that a query chooses a region, by which tilings are compared: the default of `RouteRule.top_k`."""
 
 
-def tiling_of(regions: int, most_keys: int) -> Tiling:
+def tiling_of(regions: int, most_keys: int, sizes: ItemSizes) -> Tiling:
     """The cheaper of tiles of 128 and of 256 keys; 128 where these fill lanes better: memory bounds the super-block."""
     narrow, wide = (Tiling(regions, most_keys, lanes) for lanes in (LANES, 2 * LANES))
-    cheaper = WIDE * wide.visits(SHARE) < 0.97 * narrow.visits(SHARE)
+    cheaper = sizes.wide * wide.visits(SHARE) < 0.97 * narrow.visits(SHARE)
     return wide if cheaper and wide.fill >= 0.9 * narrow.fill else narrow
 
 
@@ -54,6 +53,7 @@ def make_call(
     *,
     interpret: Any,
     choices: int = 1,
+    terms: RowTerms = NO_TERMS,
     fixed: Any = None,
 ) -> Call | None:
     """Sizes of a call: the largest super-block that fits beside the keys, or None where none does. A query has so many
@@ -69,11 +69,13 @@ def make_call(
             tiling=tiling,
             queries=queries,
             item=sizes.item,
+            together=sizes.together,
             chunks=sizes.chunks,
             scale=scale,
             dtype=str(q.dtype),
             interpret=interpret,
             choices=choices,
+            terms=terms,
             fixed=fixed,
         )
         if vmem_bytes(call) <= sizes.vmem_bytes and 2 * call.places <= 1 << PLACE_BITS:
@@ -94,6 +96,10 @@ def vmem_bytes(call: Call) -> int:
     # twice, and what is gathered from in float32.
     keys = call.tiling.tiles * call.tiling.lanes * (LANES * (6 * wide + 8) + 64)
     queries = call.queries * (call.rows * LANES * (6 * wide + 12) + 6 * LANES * 4)
+    if call.terms:
+        # Rows of 128 in float32: of keys once, of queries twice, and the gradients of both twice.
+        keys += call.tiling.tiles * call.tiling.lanes * 3 * LANES * 4
+        queries += call.queries * call.rows * 4 * LANES * 4
     return keys + queries
 
 
@@ -115,10 +121,14 @@ def against(
     G = q.shape[2] // k.shape[2]
     if rule.choice != "hard" or rule.by != "descriptor":
         return f"choices must be hard and by descriptors, not {rule.choice} by {rule.by}"
-    if rule.with_bias:
-        return "ranking regions with a pair bias is not supported"
-    if terms or key_groups is not None:
-        return "a pair bias, a key bias and key groups are not supported"
+    if key_groups is not None:
+        return "key groups are not supported"
+    row_terms = RowTerms.of(without_key_bias(terms, q.shape[1], k.shape[2]), str(q.dtype))
+    if row_terms.numbers > LANES:
+        return (
+            f"score terms read {row_terms.numbers} numbers of a query and a key together, and at most {LANES} fit "
+            "beside each (a pair product of r channels counts r, and three times that in bfloat16)"
+        )
     if max(q.shape[-1], v.shape[-1]) > LANES or q.shape[-1] != v.shape[-1]:
         return f"keys and values must have one width of at most {LANES}, not {q.shape[-1]} and {v.shape[-1]}"
     most, own = (MOST_CHOICES, " that choose for themselves") if choices_of(rule, G) > 1 else (MOST_HEADS, "")
@@ -126,6 +136,7 @@ def against(
         return f"at most {most} query heads{own} may share a kv head, not {G}"
     if most_keys is None:
         return "the most keys of a region must be known (Routing.most_keys)"
-    if make_call(q, k, tiling_of(regions, most_keys), sizes, 1.0, interpret=False) is None:
+    tiling = tiling_of(regions, most_keys, sizes)
+    if make_call(q, k, tiling, sizes, 1.0, interpret=False, terms=row_terms) is None:
         return f"{regions} regions of {most_keys} keys do not fit into the chip's memory"
     return None

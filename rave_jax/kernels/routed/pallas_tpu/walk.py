@@ -26,6 +26,7 @@ from rave_jax.kernels.attention.pallas_tpu.operands import up
 from rave_jax.kernels.attention.pallas_tpu.tile import LANES
 from rave_jax.kernels.routed.pallas_tpu.heads import HeadWords
 from rave_jax.kernels.routed.pallas_tpu.lists import CUT, KIND_BITS, PLACE_BITS, SHARED, TILE_BITS, WHOLE, Tiling
+from rave_jax.kernels.routed.pallas_tpu.terms import NO_TERMS, RowTerms
 from rave_jax.typing import Array
 
 ROWS = 8
@@ -42,10 +43,14 @@ class ItemSizes:
 
     queries: int = 2048
     """Of a super-block, at most: as many as fit beside the keys are taken."""
-    item: int = 128
+    item: int = 64
     """Of a work item."""
+    together: int = 256
+    """Of so many items as are taken as one while a list has them: a visit has a cost of its own beside its queries'."""
     chunks: tuple[int, int] = (16, 16)
     """Whose scores are made at once, in the forward and in the backward kernel."""
+    wide: float = 0.65
+    """Cost of 128 lanes in a tile of 256, which share a gathering, to that in one of 128."""
     vmem_bytes: int = 96 << 20
     """Of the chip's memory that a kernel may fill."""
 
@@ -56,6 +61,9 @@ class ItemSizes:
         part = short_part(self.item, self.chunks)
         fits = self.item % part == 0 and all(part % chunk == 0 for chunk in self.chunks)
         require(fits, "chunks", self.chunks, f"divisors of {part}, and that a divisor of {self.item}")
+        several, rest = divmod(self.together, self.item)
+        doubled = rest == 0 and several > 0 and several & (several - 1) == 0
+        require(doubled, "together", self.together, f"{self.item} times a power of two")
 
 
 def short_part(item: int, chunks: tuple[int, int]) -> int:
@@ -76,12 +84,15 @@ class Call:
     queries: int
     """Of a super-block."""
     item: int
+    together: int
     chunks: tuple[int, int]
     scale: float
     dtype: str
     interpret: Any
     choices: int = 1
     """Of a query: one, or G where each head has its own."""
+    terms: RowTerms = NO_TERMS
+    """What is added to scores."""
     fixed: tuple[int, int, int] | None = None
     """(tiles, items of each, kind of each) instead of what the lists say: for estimates, which cannot know data."""
 
@@ -98,12 +109,27 @@ class Call:
     @property
     def length(self) -> int:
         """Of a list."""
-        return up(self.queries, self.item)
+        return up(self.queries, self.together)
 
     @property
     def words(self) -> HeadWords:
         """Of a query's heads, for each tile."""
-        return HeadWords.of(self.choices, self.rows, self.tiling)
+        return HeadWords.of(self.choices, self.rows, self.tiling.sharing)
+
+    def runs(self, items: Any) -> tuple[Any, Any]:
+        """How many visits of `together` queries, and then of an item each, a list of so many items takes; a negative
+        number is none. Three quarters of a visit are taken as one."""
+        several = self.together // self.item
+        # Not //, which asks for the sign.
+        long = (items + several // 4) >> (several.bit_length() - 1)
+        return long, items - long * several
+
+    def common(self, kind: int) -> bool:
+        """Is this what many visits are?"""
+        masked = self.choices > 1
+        return (kind == WHOLE and self.tiling.full > 0 and not masked) or (
+            kind == SHARED and (self.tiling.rest > 0 or masked)
+        )
 
     @property
     def record(self) -> int:
@@ -169,8 +195,8 @@ def walk(
         lists: all lists, one after the other, where the compiler put them.
         buffer, copied: of `list_scratch`.
         visit: does the work.
-        brisk: a whole item at a time. What is rare (visits of kind CUT, a kernel with `online`) goes in smaller parts:
-            programs are a quarter as long then, and take less time to compile.
+        brisk: many queries at a time. What is rare (a kernel with `online`, and the kinds of visit that are) goes in
+            smaller parts: programs are shorter then, and take less time to compile.
     """
     b, n, i = (pl.program_id(axis) for axis in range(3))
     step = (b * call.K + n) * call.blocks + i
@@ -200,18 +226,28 @@ def walk(
         items = word >> (TILE_BITS + KIND_BITS) if call.fixed is None else call.fixed[1]
 
         def words(entry: Any) -> list[Any]:
+            if call.words.inside:
+                return [entry >> PLACE_BITS]
             # What fills an item up is behind the last query: it finds what is there, and nobody reads its rows.
             at = half * call.record + behind(entry, call)
             return [buffer[at + n * call.queries] for n in range(call.words.count)]
 
         def visit_items(static: int) -> None:
-            part = call.item if brisk and static != CUT else short_part(call.item, call.chunks)
+            start = half * call.record + call.record - call.length
 
-            def one(number: Any, _: None) -> None:
-                first = half * call.record + call.record - call.length + number * part
-                visit(tile, [buffer[first + j] for j in range(part)], static, words)
+            def several(first: Any, part: int, count: Any) -> None:
+                def one(number: Any, _: None) -> None:
+                    visit(tile, [buffer[first + number * part + j] for j in range(part)], static, words)
 
-            jax.lax.fori_loop(0, items * (call.item // part), one, None)
+                jax.lax.fori_loop(0, count, one, None)
+
+            if brisk and call.common(static):
+                long, single = call.runs(items)
+                several(start, call.together, long)
+                several(start + long * call.together, call.item, single)
+            else:
+                part = short_part(call.item, call.chunks)
+                several(start, part, items * (call.item // part))
 
         if call.fixed is not None:
             visit_items(call.fixed[2])
@@ -241,6 +277,11 @@ def behind(entry: Any, call: Call) -> Any:
 def tile_at(place: Any, rows: int, offset: int = 0) -> Any:
     """The rows from `offset` on behind a place."""
     return pl.ds(pl.multiple_of(place + offset, ROWS) if offset else place, rows)
+
+
+def rows_at(ref: Any, entries: Sequence[Any], call: Call) -> Array:
+    """The rows of each entry's query in an array [queries, rows, lanes], one below the other."""
+    return jnp.concatenate([ref[number_of(entry, call)] for entry in entries], axis=0)
 
 
 def gathered(ref: Any, at: Sequence[Any], rows: int, offset: int = 0) -> Array:

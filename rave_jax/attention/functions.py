@@ -1,0 +1,100 @@
+"""Score terms as kernels take them, and which of them a mechanism adds: found by tracing its hooks when a model is
+built, so that nothing is computed."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from rave_jax.attention.base import AttentionDims, Features, Mechanism, overrides
+from rave_jax.attention.rotation import Rope
+from rave_jax.batch import TokenInfo
+from rave_jax.kernels import support
+from rave_jax.kernels.attention import ScoreFunction, Term
+from rave_jax.kernels.attention.checks import TermShapes, check_terms
+from rave_jax.kernels.attention.score import Shape, function_of, name_of, reads_dot
+from rave_jax.typing import Array
+
+TOKENS = 8
+"""Of the row that hooks are traced with."""
+
+
+def spread(term: Term, num_heads: int, num_kv_heads: int) -> Term:
+    """A term as kernels take it: float32, what has no axis of heads for all heads."""
+
+    def of(heads: int) -> Callable[[Array], Array]:
+        def wide(x: Array) -> Array:
+            x = jnp.asarray(x)
+            x = x if x.ndim == 3 else jnp.broadcast_to(x[..., None], (*x.shape, heads))
+            return x if x.dtype == bool else x.astype(jnp.float32)
+
+        return wide
+
+    def floats(x: Array | None) -> Array | None:
+        return None if x is None else x.astype(jnp.float32)
+
+    query_on, query = jax.tree.map(of(num_heads), (term.query_on, dict(term.query)))
+    return term.replace(
+        u=floats(term.u),
+        w=floats(term.w),
+        query=query,
+        key=jax.tree.map(of(num_kv_heads), dict(term.key)),
+        head={name: jnp.asarray(x, jnp.float32) for name, x in term.head.items()},
+        query_on=query_on,
+    )
+
+
+def terms_of(mechanism: Mechanism, dims: AttentionDims) -> tuple[Term, ...]:
+    """The score terms that it adds in a layer of these sizes, with the shapes of their operands in place of arrays.
+
+    Raises:
+        ValueError: an operand does not fit, or a function does not give what it should.
+    """
+    if not overrides(mechanism, "score"):
+        return ()
+    H, K, h, D = dims
+
+    # Shapes stand in the places of arrays.
+    def of(*shape: int) -> Any:
+        return jax.ShapeDtypeStruct((1, TOKENS, *shape), jnp.float32)
+
+    queries, keys = of(H, h), of(K, h)
+    positions: Any = jax.ShapeDtypeStruct((3, 1, TOKENS), jnp.int32)
+    frequencies: Any = jax.ShapeDtypeStruct((h // 2,), jnp.float32)
+    rope = Rope(positions, frequencies)
+    features = Features(queries, keys, keys, queries, keys, of(max(D, 1)), rope)
+    codes = {name: jax.ShapeDtypeStruct((1, TOKENS), jnp.int32) for name in TokenInfo._fields}
+
+    def added(codes: dict[str, Array], x: Features) -> tuple[Term, ...]:
+        info = TokenInfo(**codes)
+        score = mechanism.score(x, mechanism.remember(x), info, info)
+        return () if score is None else tuple(spread(term, H, K) for term in score.terms)
+
+    terms = jax.eval_shape(added, codes, features)
+    shapes = TermShapes((1, TOKENS, H), (1, TOKENS, K), (1, TOKENS), H)
+    check_terms("score", terms, shapes, f"for {TOKENS} tokens, {H} query heads and {K} kv heads")
+    return terms
+
+
+def reads_score(terms: tuple[Term, ...]) -> bool:
+    """Does one of the functions read <q, k>?"""
+    return any(reads_dot(function_of(term.function), Shape.of(term)) for term in terms)
+
+
+def against_tpu(terms: tuple[Term, ...]) -> str | None:
+    """Why the TPU kernels cannot run one of the functions, as a sentence that names it; None where they can."""
+    for term in terms:
+        function = function_of(term.function)
+        against = _against_tpu(function, Shape.of(term))
+        if against is not None:
+            return f"its score function {name_of(function)} does not fit: {against}"
+    return None
+
+
+@functools.cache
+def _against_tpu(function: ScoreFunction, shape: Shape) -> str | None:
+    return support.against_lowering(function, shape.tile(lambda size: jax.ShapeDtypeStruct(size, jnp.float32)))

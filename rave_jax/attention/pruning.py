@@ -1,0 +1,108 @@
+"""Pruning: the visual tokens that a prompt's last token attends to least leave, with its bias for places taken out.
+
+Sources: FastV (arXiv 2403.06764): the mean over heads of the last row's attention to each visual token ranks them, and
+behind the layer only the first of them go on. Attention debiasing (arXiv 2508.17807, github intcomp/attention-bias
+e75ebe7): that attention grows with the token's place in the picture whatever is there, so it is divided by a curve,
+
+    a_i / f(i / L)        f(x) = mu exp(sigma x)
+
+with i the place of the token among the L of its picture. mu changes no rank. `rave-jax calibrate debias` fits sigma
+(`rave_jax/attention/calibrate/debias.py`); sigma 0 is FastV.
+
+Ours: which token is the last one of a prompt (`tokens.py`); several pictures of a prompt are ranked together, each
+by its own places; places count frame by frame and row by row. Left out: the source also sets the padding of pictures to
+0. Of the families here LLaVA alone pads (`do_pad`), and token codes do not say which visual tokens that made.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from rave_jax.attention.base import AttentionDims, Candidates, Mechanism
+from rave_jax.attention.declared import Layers, MechanismConfig
+from rave_jax.batch import TokenInfo
+from rave_jax.config import check_fields, require
+from rave_jax.typing import Array, Bool, Float, Int
+
+
+@dataclass(frozen=True)
+class Pruning(MechanismConfig):
+    """Visual tokens that get little attention leave after a layer (FastV, attention debiasing)."""
+
+    keep: float = 0.5
+    """Share of the visual tokens there are that stay behind each layer of `layers`, to the nearest number; 1 changes
+    nothing."""
+    slope: float = 0.0
+    """sigma of the bias for places that is taken out, as `rave-jax calibrate debias` finds it; 0 ranks by attention
+    as it is."""
+    layers: Layers = (1,)
+    """Decoder layers, by global number, whose attention ranks and behind which tokens leave; FastV has the second. All
+    means all but the last."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        require(0 <= self.keep <= 1, "keep", self.keep, "a share from 0 to 1")
+        require(abs(self.slope) <= 30, "slope", self.slope, "a number from -30 to 30")
+
+    def layers_of(self, attending: Sequence[int]) -> Sequence[int]:
+        """All but the last, or those that are named."""
+        return attending[:-1] if isinstance(self.layers, str) else self.layers
+
+    @property
+    def looks_ahead(self) -> bool:
+        """A prompt's last token decides."""
+        return self.keep < 1
+
+    def stays(self, visual: int, pictures: int) -> tuple[int, ...] | None:
+        """Shares of each prompt, to the nearest number, and tokens that always stay."""
+        # A prompt with a picture rounds up by a half at most, and one token of it and of the document may always stay.
+        return None if self.keep == 1 else (min(visual, math.ceil(self.keep * visual) + 2 * pictures + 1),)
+
+    def build(self, dims: AttentionDims, key: jax.Array) -> Mechanism:
+        """The mechanism of one layer; one that changes nothing if all stay."""
+        return Mechanism() if self.keep == 1 else Pruner(self.keep, self.slope)
+
+
+class Pruner(Mechanism):
+    """Ranks by attention. Without parameters."""
+
+    OWNS = ("tokens",)
+    RANKS = True
+
+    def __init__(self, keep: float, slope: float):
+        self.keep = keep
+        self.slope = slope
+
+    def tokens(self, given: Candidates) -> Bool[Array, "B T"]:
+        """The first of each prompt."""
+        assert given.received is not None
+        # By the log: a quotient of small numbers would round to one rank.
+        debiased = jnp.log(given.received) - self.slope * place_of(given.info)
+        rank, count = ranks(debiased, given.by)
+        return rank < jnp.floor(self.keep * count + 0.5)
+
+
+def place_of(info: TokenInfo) -> Float[Array, "B T"]:
+    """i / L of visual tokens: the place in the picture over the number of its tokens, 0 up to 1."""
+    place = (info.frame * info.grid_h + info.row) * info.grid_w + info.col
+    return place / jnp.maximum(info.grid_t * info.grid_h * info.grid_w, 1)
+
+
+def ranks(score: Float[Array, "B T"], by: Int[Array, "B T"]) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:
+    """The rank, from 0, of each token among those that one token decides about, the largest score first and of equal
+    ones the first; and how many these are."""
+    T = by.shape[1]
+
+    def of_row(score: Array, by: Array) -> tuple[Array, Array]:
+        order = jnp.lexsort((-score, by))
+        count = jnp.zeros(T + 1, jnp.int32).at[by].add(1)
+        first = jnp.cumsum(count) - count
+        place = jnp.zeros(T, jnp.int32).at[order].set(jnp.arange(T, dtype=jnp.int32))
+        return place - first[by], count[by]
+
+    return jax.vmap(of_row)(score, by)
