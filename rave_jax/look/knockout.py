@@ -6,8 +6,8 @@ visual tokens (and of context tokens) that saw it. Gated delta layers keep what 
 can be hidden; models with such layers are refused where a knock-out is asked for.
 
 Tokens are hidden by a mechanism that is put into a copy of the model that shares its weights. Its score term is HIDDEN
-for text and a hidden token, and exactly 0 for all other pairs. So it goes with every other mechanism and kernel, and one
-program serves all choices of tokens.
+for text and a hidden token, and exactly 0 for all other pairs. So it goes with every other mechanism and kernel, and
+one program serves all choices of tokens.
 """
 
 from __future__ import annotations
