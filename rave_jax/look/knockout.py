@@ -43,7 +43,8 @@ class HiddenTokens(Mechanism):
     def score(self, x: Features, remembered: None, info_q: TokenInfo, info_k: TokenInfo) -> Score:
         """HIDDEN for text queries and hidden keys."""
         hidden = self.hidden.get_value()
-        return Score(terms=(Term(_hide, key={"hidden": hidden}, query_on=info_q.kind == Kind.TEXT, key_on=hidden),))
+        text = info_q.kind == Kind.TEXT
+        return Score(terms=(Term(_hide, key={"hidden": jnp.where(hidden, 1.0, 0.0)}, query_on=text, key_on=hidden),))
 
 
 def _hide(tile: Tile) -> Array:
