@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import get_args
 
-from rave_jax.attention.base import AttentionDims, Mechanism, Owned, Wanted, overrides
+from rave_jax.attention.base import AttentionDims, Mechanism, Owned, overrides
 from rave_jax.attention.functions import against_tpu, reads_score, terms_of
 from rave_jax.config import ConfigError
 from rave_jax.kernels import support
 from rave_jax.kernels.attention import Implementation, Term
 
-DOES: dict[Owned | Wanted, str] = {
+DOES: dict[Owned, str] = {
     "positions": "sets the rotary positions of tokens",
     "query": "lets other queries meet some of the keys",
     "order": "counts tokens in another order",
@@ -19,10 +19,9 @@ DOES: dict[Owned | Wanted, str] = {
     "opening": "shows keys to queries beyond the causal mask",
     "factor": "changes the weight of a key after the softmax",
     "route": "chooses the regions that a query reads",
-    "terms": "adds score terms",
     "tokens": "lets tokens leave after the layer",
 }
-"""What a mechanism does that owns or adds this."""
+"""What a mechanism does that owns this."""
 
 
 USES = {
@@ -61,7 +60,7 @@ def check_owners(mechanisms: Sequence[Mechanism], terms: Sequence[tuple[Term, ..
     if wanting and not any(terms):
         raise ConfigError(
             f"{name_of(wanting[0])}, with the fields that it has, needs in each of its layers another mechanism "
-            f"that {DOES['terms']}, and a layer has none; add one to these layers (docs/attention.md lists what each "
+            "that adds score terms, and a layer has none; add one to these layers (docs/attention.md lists what each "
             "mechanism does)"
         )
 
