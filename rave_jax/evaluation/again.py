@@ -153,7 +153,10 @@ class AskedAgain:
 def about_picture(sample: Sample, text: str) -> Sample:
     """The sample's first picture and one text, as a conversation of its own."""
     content = [{**_first_picture(sample)}, {"type": "text", "text": text}]
-    return dataclasses.replace(sample, messages=({"role": "user", "content": content},))
+    messages = ({"role": "user", "content": content},)
+    # The evidence may be in another picture.
+    evidence = sample.evidence if sample.evidence_image == 0 else None
+    return dataclasses.replace(sample, messages=messages, evidence=evidence, evidence_image=0)
 
 
 def with_pictures(sample: Sample, pictures: Sequence[Image.Image]) -> Sample:
@@ -167,7 +170,9 @@ def with_pictures(sample: Sample, pictures: Sequence[Image.Image]) -> Sample:
             content = [new for part in content for new in (made if part is first else [part])]
             message = {**message, "content": content}
         messages.append(message)
-    return dataclasses.replace(sample, messages=tuple(messages))
+    # Pictures behind the first have other numbers then.
+    evidence = sample.evidence_image + (len(pictures) - 1 if sample.evidence_image else 0)
+    return dataclasses.replace(sample, messages=tuple(messages), evidence_image=evidence)
 
 
 def _first_picture(sample: Sample) -> Any:
