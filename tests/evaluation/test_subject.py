@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rave_jax.attention import Gift, Mma, Rave, Vhr
+from rave_jax.attention import Gaze, Gift, Mma, Rave, Steer, Vhr, ZeroTuning
 from rave_jax.batch import Batch, Kind, Role
 from rave_jax.data.collate import BatchShape, collate
 from rave_jax.data.processor import Processor
@@ -32,6 +33,7 @@ from rave_jax.inference import Completion, Generator, Request, Sampling
 from rave_jax.inference.content import content_tokens
 from rave_jax.inference.prompted import with_numbers
 from rave_jax.inference.slots import compilations
+from rave_jax.layout import FixedRegions
 from rave_jax.look.carve import Carve
 from rave_jax.look.funnel import VisualFunnel
 from rave_jax.look.knockout import with_hidden
@@ -74,6 +76,12 @@ def ask(question: str, size: tuple[int, int] | None, seed: int = 0) -> Sample:
     )
 
 
+OTHERS = (
+    Gaze(FixedRegions(2, 2), max_regions=8, top_k=1, layers=(0,)),
+    Steer(image=1.5, layers=(1,)),
+    ZeroTuning(gamma=2.0, layers=(1,)),
+)
+"""Regions that are chosen, a function of the score, and a term of each key."""
 SAMPLES = (ask("What?", (24, 16)), ask("No picture", None), ask("How many are there?", (16, 32), 1))
 
 
@@ -213,7 +221,14 @@ def test_a_knock_out_hides_a_part_of_the_picture_from_all_text(
     assert np.abs(found.falls).min() > 1e-6 and found.whole != pytest.approx(found.falls.sum(), abs=1e-6)
 
 
-def test_without_the_whole_picture_it_does_not_matter_what_it_shows(subject: ModelSubject) -> None:
+@pytest.mark.parametrize("others", [(), pytest.param(OTHERS, marks=pytest.mark.slow)], ids=["rave", "others"])
+def test_without_the_whole_picture_it_does_not_matter_what_it_shows(
+    others: tuple[Any, ...], subject: ModelSubject, vlm: Vlm, processor: Processor
+) -> None:
+    if others:
+        changed = model(vlm.config, ModelOptions(mechanisms=others, scan_layers=False), seed=1)
+        made = Processor(processor.tokenizer, processor.rules, TEMPLATE, changed.options.layout)
+        subject = on(1, changed, made)
     answer = Answer("abc", (70, 71, 72))
     samples = [ask("How many are there?", (16, 32), seed) for seed in (1, 2)]
     one, other = subject.knock_out(samples, [answer, answer], most=1)
