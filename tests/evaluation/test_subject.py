@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from rave_jax.attention import Gaze, Gift, Mma, Rave, Steer, Vhr, ZeroTuning
-from rave_jax.batch import Batch, Kind, Role
+from rave_jax.batch import Batch, Kind, Role, TokenInfo
 from rave_jax.data.collate import BatchShape, collate
 from rave_jax.data.processor import Processor
 from rave_jax.data.sample import Sample, SampleError, without_pictures
@@ -23,6 +23,7 @@ from rave_jax.evaluation.subject import (
     ModelSubject,
     PromptOverBudget,
     prompt_numbers,
+    question_rows,
     with_answer,
 )
 from rave_jax.evaluation.task import Task
@@ -33,7 +34,7 @@ from rave_jax.inference import Completion, Generator, Request, Sampling
 from rave_jax.inference.content import content_tokens
 from rave_jax.inference.prompted import with_numbers
 from rave_jax.inference.slots import compilations
-from rave_jax.layout import FixedRegions
+from rave_jax.layout import WHOLE, FixedRegions, Shown
 from rave_jax.look.carve import Carve
 from rave_jax.look.funnel import VisualFunnel
 from rave_jax.look.knockout import with_hidden
@@ -176,6 +177,24 @@ def test_a_look_is_the_mean_row_of_the_choosing_queries_and_of_the_question(
     of_question = np.asarray(weights)[:, 0, 3:].mean(1)[..., visual].reshape(looks[0].weights.shape)
     assert looks[0].question is not None
     np.testing.assert_allclose(looks[0].question, of_question, atol=1e-6)
+
+
+def test_the_question_is_the_text_of_the_last_turn_behind_the_picture() -> None:
+    told = "sVVqqrrqVVqqqrh"  # system, pictures, text of two turns, answers, header
+    roles = {"s": Role.SYSTEM, "r": Role.RESPONSE, "h": Role.RESPONSE}
+    codes = {name: np.zeros(len(told), np.int32) for name in TokenInfo._fields}
+    codes["kind"][:] = [Kind.VISUAL if letter == "V" else Kind.TEXT for letter in told]
+    codes["role"][:] = [roles.get(letter, Role.QUESTION) for letter in told]
+    codes["turn"][:], codes["image"][[1, 2]], codes["image"][[8, 9]] = [0] + [1] * 6 + [2] * 8, 1, 2
+    info = TokenInfo(**codes)
+    assert question_rows(info, (), 1).tolist() == [7, 10, 11, 12]
+    assert question_rows(info, (Shown(1, WHOLE), Shown(2, WHOLE)), 2).tolist() == [10, 11, 12]
+    assert question_rows(info, (Shown(1, WHOLE), Shown(1, None)), 1).tolist() == [10, 11, 12], (
+        "two grids of one picture"
+    )
+    assert question_rows(info, (), 3).tolist() == [], "no such picture"
+    long = TokenInfo(*(np.concatenate([code[:13], np.repeat(code[12:13], 90)]) for code in info))
+    assert question_rows(long, (), 2).tolist() == list(range(103 - QUESTION_ROWS, 103))
 
 
 def test_a_knock_out_hides_a_part_of_the_picture_from_all_text(
