@@ -173,8 +173,8 @@ class Knocks:
         head = [
             "task",
             "answers",
-            "without the picture, nats",
-            "falls in the evidence box",
+            "nats without the picture",
+            "cost in the evidence box",
             "area of the box",
             "x uniform",
         ]

@@ -252,6 +252,8 @@ def test_what_parts_of_the_picture_are_worth_is_compared_with_the_evidence(tmp_p
     with np.load((folder / names[0]).with_suffix(".npz")) as arrays:
         assert arrays["falls"].shape == (2, 2) and arrays["whole"] == 3.5 and arrays["box"].tolist() == [0, 0, 0.5, 1]
     page = write_report(Report(), tmp_path).read_text()
+    head = "| task | answers | nats without the picture | cost in the evidence box | area of the box | x uniform |"
+    assert f"{head}\n" in page
     assert "| all | 6 | 3.50 | 75.0% | 50.0% | 1.50 |" in page and "![what hiding parts costs one answer]" in page
     unasked = run(config(looks=0), Toy(), Fake(read), None)
     assert unasked.findings["knock_out"] is None
