@@ -184,6 +184,6 @@ class Knocks:
             "Each part of the picture is hidden from all text in turn, in every layer, and costs the answer some nats "
             "of its log-probability. A cost that is spread evenly has the box's share of the picture.",
             "",
-            *table([*head, "x uniform"], rows, left=1),
+            *table(head, rows, left=1),
             "",
         ]
