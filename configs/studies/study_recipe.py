@@ -21,7 +21,7 @@ PLAIN = ModelOptions(scan_layers=False)
 """Plain attention; layers apart, which a CPU trains faster."""
 SMALL, LARGE = 48, 128
 """Sides of pictures in pixels. A visual token is 16 pixels wide."""
-TOKENS, PATCHES = 108, 64
+TOKENS, PATCHES = 104, 64
 LISTS, READING, ADAPTING = 180, 400, 60
 """Steps of the backbone on lists, all of its steps, and those of an arm on the tasks."""
 TASKS: tuple[tuple[str, SyntheticTask], ...] = (("mosaic", DigitMosaic(frame=8)),)
