@@ -50,7 +50,7 @@ def learned() -> Start:
     stages = (listed, Stage(LISTS, (1.0,) * (len(lists) + len(questions))))
     second = replace(reading.recipe, data=replace(data, stages=stages), steps=LEARNING, optimizer=base.optimizer())
     recipe = replace(reading.recipe, data=replace(data, sources=questions, stages=()), steps=ADAPTING)
-    return Start("learned", (*reading.phases, second), recipe)
+    return Start("learned", (*reading.phases, second), recipe, score_every=ADAPTING // 4)
 
 
 def get_config() -> Study:
@@ -63,7 +63,6 @@ def get_config() -> Study:
         starts=(start,),
         arms=tuple(rave.of_start(start)),
         tasks=tuple(map(judged, TASKS)),
-        score_every=50,
         decision=base.DECISION,
         simulated_devices=1,
     )

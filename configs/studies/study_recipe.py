@@ -71,8 +71,13 @@ def starts() -> tuple[Start, Start]:
         stages=(small(0, (1, 0, 0)), small(LISTS, (0, 1, 0)), Stage(READING, (0, 0, 1))),
     )
     return (
-        Start("learned", (backbone,), replace(backbone, data=tasks, steps=ADAPTING, optimizer=optimizer(warmup=10))),
-        Start("scratch", (), replace(backbone, data=both, steps=READING + ADAPTING)),
+        Start(
+            "learned",
+            (backbone,),
+            replace(backbone, data=tasks, steps=ADAPTING, optimizer=optimizer(warmup=10)),
+            score_every=ADAPTING // 3,
+        ),
+        Start("scratch", (), replace(backbone, data=both, steps=READING + ADAPTING), score_every=100),
     )
 
 
