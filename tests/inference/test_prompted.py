@@ -94,9 +94,15 @@ def answers(slots: Engine, documents: Sequence[Document]) -> list[list[int]]:
     return list(said.values())
 
 
+@functools.cache
+def alone() -> list[list[int]]:
+    """Answers on one device."""
+    return answers(Engine(a_model(), SIZES, ()), prompts())
+
+
 @pytest.mark.slow
 def test_each_token_is_the_argmax_of_a_whole_pass_with_the_numbers_of_its_prompt() -> None:
-    said = answers(Engine(a_model(), SIZES, ()), prompts())
+    said = alone()
     rows = batch([[with_answer(p, a)] for p, a in zip(prompts(), said, strict=True)], CONFIG, T, P)
 
     @jax.jit
@@ -121,9 +127,9 @@ def neutral() -> PromptNumbers:
 
 @pytest.mark.slow
 def test_a_mesh_of_eight_answers_alike() -> None:
-    mesh = make_mesh(MeshConfig(fsdp=2, tensor=2))
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     slots = Engine(a_model(), dataclasses.replace(SIZES, slots=4, prefill_rows=4), (), mesh)
-    assert answers(slots, prompts()) == answers(Engine(a_model(), SIZES, ()), prompts())
+    assert answers(slots, prompts()) == alone()
 
 
 @pytest.mark.slow
