@@ -57,7 +57,7 @@ SINKS = Var(dims=(0, 1, 2), tau=1.0, rho=0.2, summ=0.05)
 GAZE = functools.partial(Gaze, FixedRegions(2, 1), 96, top_k=2)
 MASKS = (
     (Rave(rank=2), Croc(), Vhr(heads=(0, 2)), VisualBias(0.7)),
-    (Croc(rule="prefix"), ZERO(), Sads(heads=(1,)), Steer(image=0.7, system=0.3), Rave(rank=2, features="post_rope")),
+    (Croc(rule="prefix"), ZERO(), Sads(heads=(1,)), Steer(image=0.7, system=0.3, by="score"), Rave(rank=2, features="post_rope")),
     (Decomposed(), ZERO(route="after"), Moh("learned", balance=0.5)),
     (Decomposed(rope="kept"), SlidingWindow(9), Mma(), SINKS),
     (TextPositions(), ZERO(route="merge"), Avar(), LogN(length=5)),
