@@ -75,10 +75,10 @@ class ByPlace:
     blocks: Blocks
     tiles: Tiles
 
-    def guards(self, facts_q: Any, facts_k: Any, b: Any, i: Any, j: Any) -> Place:
+    def guards(self, facts: Any, b: Any, i: Any, j: Any) -> Place:
         return Place(i, j, self.blocks, self.tiles)
 
-    def key_block(self, facts_q: Any, b: Any, i: Any, j: Any) -> Any:
+    def key_block(self, facts: Any, b: Any, i: Any, j: Any) -> Any:
         if self.tiles == "all":
             # Always 0, and found at run time as it is by facts: a constant would spare the step all looking for copies.
             return jnp.minimum(j, jax.lax.div(i, 1 << 20))
@@ -94,7 +94,7 @@ class Operands:
     call: operands.Call
     packed: operands.Packed
     codes: operands.Codes
-    facts: tuple[Any, Any]
+    facts: tuple[Any, ...]
 
 
 def make_operands(

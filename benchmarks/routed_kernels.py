@@ -23,6 +23,7 @@ from typing import Any
 import jax.numpy as jnp
 from estimates import cost, ratio, row
 from kernel_bytes import KINDS
+from routed_programs import terms_of
 from splash_rows import DKV, DQ, FORWARD
 
 from rave_jax.kernels.attention.tuning import block_sizes
@@ -34,8 +35,10 @@ from rave_jax.tools.tpu import Case, compile_cases
 LENGTH, VISUAL, SHARE = 32768, 0.5, 0.25
 REGIONS = (128, 144, 256, 36)
 APART = 128
-"""Keys of the regions that each head chooses for itself."""
-AIM, WHOLE_AIM = 0.5, 1.15
+"""Keys of a region where each head chooses for itself, and where there is a gate."""
+AIMS, WHOLE_AIM = {36: 1.0}, 1.15
+AIM = 0.5
+"""Of regions that have no aim of their own."""
 ROWS = 128
 """Of a unit: so many rows of queries by as many keys."""
 FEW, MORE = 1, 3
@@ -68,6 +71,7 @@ def visit_cycles(chip: str, which: str, call: Call, kind: int) -> tuple[float, f
         "kind": kind,
         "heads": call.G,
         "heads_apart": call.choices > 1,
+        "gate": bool(call.terms),
         "shared": call.tiling.sharing if kind and call.tiling.rest else 1,
     }
     numbers = {"item": (1, 2), "many": (FEW * several, MORE * several)}
@@ -160,7 +164,8 @@ def chip_rows(chip: str, heads: int, splash: bool) -> Iterator[dict[str, Any]]:
                 f"routed {which} to dense, regions of {most_keys}, {where}", chip, cycles / (dense[which] * units), None
             )
         both = sum(passes.values()) / (sum(dense.values()) * units)
-        yield ratio(f"routed to dense, forward and backward, regions of {most_keys}, {where}", chip, both, AIM, entries)
+        name = f"routed to dense, forward and backward, regions of {most_keys}, {where}"
+        yield ratio(name, chip, both, AIMS.get(most_keys, AIM), entries)
         if splash:
             yield ratio(
                 f"routed to dynamic splash, regions of {most_keys}, {where}", chip, sum(passes.values()) / peer, 1.0
@@ -171,6 +176,10 @@ def chip_rows(chip: str, heads: int, splash: bool) -> Iterator[dict[str, Any]]:
         whole = 1 - mixed + mixed * both
         name = f"whole attention to its floor of {floor:.3f}, regions of {most_keys}, {where}"
         yield ratio(name, chip, whole / floor, WHOLE_AIM, {"to dense": round(whole, 3)})
+    call = call_of(chip, heads, APART, gate=True)
+    both = sum(routed_pass(chip, which, call) for which in dense) / (sum(dense.values()) * units)
+    name = f"routed with RAVE's log gate to dense without one, regions of {APART}, {where}"
+    yield ratio(name, chip, both, None, {"queries": call.queries})
     # With a choice of each head: what any of them chose, or all alike.
     call = call_of(chip, heads, APART, choices=heads)
     for which in dense:
@@ -182,13 +191,13 @@ def chip_rows(chip: str, heads: int, splash: bool) -> Iterator[dict[str, Any]]:
     yield ratio(name, chip, both, None, {"visited": round(1 - (1 - SHARE) ** heads, 3)})
 
 
-def call_of(chip: str, heads: int, most_keys: int, choices: int = 1) -> Call:
-    """The kernels' call for regions of so many keys."""
+def call_of(chip: str, heads: int, most_keys: int, choices: int = 1, *, gate: bool = False) -> Call:
+    """The kernels' call for regions of so many keys, with RAVE's log gate if `gate`."""
     visual = int(LENGTH * VISUAL)
     q, k = (jnp.empty((1, LENGTH, n, 128), jnp.bfloat16) for n in (heads, 1))
     sizes = item_sizes(KINDS[chip])
     tiling = tiling_of(visual // most_keys, most_keys, sizes)
-    call = make_call(q, k, tiling, sizes, 1.0, interpret=False, choices=choices)
+    call = make_call(q, k, tiling, sizes, 1.0, interpret=False, choices=choices, terms=terms_of(gate))
     assert call is not None
     return call
 

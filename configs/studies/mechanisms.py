@@ -3,7 +3,8 @@
 The first table is of arms that train the whole model with a mechanism, against plain attention trained as long. The
 second is of models that have learned the tasks with plain attention and are judged with a mechanism and without. What
 a search would find in each model (heads of VHR and of SADS, gammas of ZeroTuning: `rave-jax calibrate`) has one setting
-for all seeds here. VAR is left out: its sink dimensions are those of one model.
+for all seeds here. Left out: VAR, whose sink dimensions are those of one model; DyVTE, whose routers learn from a
+procedure of their own; GIFT, which is found for a prompt in generation; PINE, which is for several pictures.
 """
 
 from dataclasses import replace
@@ -13,6 +14,7 @@ import study_recipe as base
 from rave_jax.attention import (
     Arrow,
     Avar,
+    BiFormer,
     Cca,
     Croc,
     Decomposed,
@@ -20,10 +22,15 @@ from rave_jax.attention import (
     LogN,
     MechanismConfig,
     Mma,
+    Moba,
     Moh,
+    Pruning,
     Rave,
     Sads,
     SlidingWindow,
+    Sparsifiner,
+    Steer,
+    Superlinear,
     TextPositions,
     Vhr,
     VisualBias,
@@ -51,6 +58,11 @@ TRAINED: dict[str, tuple[MechanismConfig, ...]] = {
     "log_n": (LogN(length=16),),
     "gaze.mean": (Gaze(REGIONS, max_regions=16, top_k=4),),
     "gaze.min_max": (Gaze(REGIONS, max_regions=16, top_k=4, descriptor="min_max"),),
+    "biformer": (BiFormer(REGIONS, max_regions=16, top_k=4),),
+    "moba": (Moba(block=8, top_k=4),),
+    "superlinear": (Superlinear(block=8, spans=3, rank=8),),
+    "sparsifiner": (Sparsifiner(block=8, keep=0.25, rank=8, every=2),),
+    "pruning": (Pruning(keep=0.5, layers=(0,)),),
 }
 UNTRAINED: dict[str, tuple[MechanismConfig, ...]] = {
     "visual_bias.up": (VisualBias(0.5),),
@@ -62,6 +74,9 @@ UNTRAINED: dict[str, tuple[MechanismConfig, ...]] = {
     "log_n": (LogN(length=16),),
     "croc.visual": (Croc(),),
     "gaze.min_max": (Gaze(REGIONS, max_regions=16, top_k=4, descriptor="min_max"),),
+    "pruning": (Pruning(keep=0.5, layers=(0,)),),
+    "steer.abs": (Steer(image=0.3),),
+    "steer.score": (Steer(image=0.3, by="score", rows="all"),),
 }
 
 
@@ -70,7 +85,8 @@ def get_config() -> Study:
     learned, _ = base.starts()
     trained = Start("tasks", (*learned.phases, learned.recipe), learned.recipe)
     arms = [Arm(f"{OFF}@learned", "learned"), Arm(f"{OFF}@tasks", "tasks", trained=False)]
-    optimizer = base.optimizer(base.group("gate", r"\.mechanisms\."))
+    groups = (base.group("gate", r"\.mechanisms\."),)
+    optimizer = replace(learned.recipe.optimizer, groups=groups)
     for name, mechanisms in TRAINED.items():
         model = replace(base.PLAIN, mechanisms=mechanisms)
         adds = name.startswith(("rave", "moh.learned"))
@@ -89,7 +105,7 @@ def get_config() -> Study:
         starts=(learned, trained),
         arms=tuple(arms),
         tasks=base.judged(),
-        score_every=50,
+        score_every=20,
         decision=base.DECISION,
         simulated_devices=1,
     )

@@ -15,21 +15,22 @@ import study_recipe as base
 from rave_jax.attention import Rave, VisualBias
 from rave_jax.models.config import ExtraMlp, Lora, ModelOptions
 from rave_jax.study.config import Arm, Start, Study
-from rave_jax.training.optimizers import OptimizerConfig
+from rave_jax.training.optimizers import ParameterGroup
 
 GATE = r"\.mechanisms\."
 RANK = 8
 BIAS = 0.5
 OFF = "off"
-Changes = tuple[ModelOptions, OptimizerConfig]
+Changes = tuple[ModelOptions, tuple[ParameterGroup, ...]]
+"""The model, and how what it adds is trained."""
 
 
 def gated(rave: Rave, frozen: bool = False, freeze_after: int | None = None) -> Changes:
     """A gate, and how it is trained."""
-    return replace(base.PLAIN, mechanisms=(rave,)), base.optimizer(base.group("gate", GATE, frozen, freeze_after))
+    return replace(base.PLAIN, mechanisms=(rave,)), (base.group("gate", GATE, frozen, freeze_after),)
 
 
-def arms(steps: int) -> dict[str, Changes | None]:
+def arms(steps: int) -> dict[str, Changes]:
     """What is compared, by name, in runs of that many steps."""
     hints = get_type_hints(Rave)
     forms = {
@@ -37,20 +38,20 @@ def arms(steps: int) -> dict[str, Changes | None]:
         for form, terms in product(get_args(hints["form"]), get_args(hints["terms"]))
     }
     return {
-        OFF: None,
+        OFF: (base.PLAIN, ()),
         **forms,
         "post_rope": gated(Rave(rank=RANK, features="post_rope")),
         "text_queries": gated(Rave(rank=RANK, queries="text")),
         "frozen_after": gated(Rave(rank=RANK), freeze_after=steps // 2),
         "random_frozen": gated(Rave(rank=RANK, start="random"), frozen=True),
-        "fixed_bias": (replace(base.PLAIN, mechanisms=(VisualBias(BIAS),)), base.optimizer()),
+        "fixed_bias": (replace(base.PLAIN, mechanisms=(VisualBias(BIAS),)), ()),
         "lora": (
             replace(base.PLAIN, lora=Lora(rank=4, alpha=8.0)),
-            base.optimizer(base.group("adapter", r"\.adapter\.")),
+            (base.group("adapter", r"\.adapter\."),),
         ),
         "extra_mlp": (
             replace(base.PLAIN, extra_mlp=ExtraMlp(6)),
-            base.optimizer(base.group("extra_mlp", r"\.extra_mlp\.")),
+            (base.group("extra_mlp", r"\.extra_mlp\."),),
         ),
     }
 
@@ -58,8 +59,8 @@ def arms(steps: int) -> dict[str, Changes | None]:
 def of_start(start: Start) -> list[Arm]:
     """The arms of one start, each against `off`."""
     found = []
-    for name, changes in arms(start.recipe.steps).items():
-        model, optimizer = changes or (None, None)
+    for name, (model, groups) in arms(start.recipe.steps).items():
+        optimizer = replace(start.recipe.optimizer, groups=groups)
         control = "" if name == OFF else f"{OFF}@{start.name}"
         found.append(Arm(f"{name}@{start.name}", start.name, control, model, optimizer))
     return found
@@ -78,7 +79,7 @@ def get_config() -> Study:
         starts=starts,
         arms=tuple(arm for start in starts for arm in of_start(start)),
         tasks=base.judged(),
-        score_every=50,
+        score_every=20,
         decision=base.DECISION,
         simulated_devices=1,
     )

@@ -22,7 +22,7 @@ PLAIN = ModelOptions(scan_layers=False)
 SMALL, LARGE = 48, 128
 """Sides of pictures in pixels. A visual token is 16 pixels wide."""
 TOKENS, PATCHES = 108, 64
-LISTS, READING, ADAPTING = 180, 400, 100
+LISTS, READING, ADAPTING = 180, 400, 60
 """Steps of the backbone on lists, all of its steps, and those of an arm on the tasks."""
 TASKS: tuple[tuple[str, SyntheticTask], ...] = (("mosaic", DigitMosaic(frame=8)),)
 
@@ -32,10 +32,10 @@ def group(name: str, pattern: str, frozen: bool = False, freeze_after: int | Non
     return ParameterGroup(name, pattern, 2.0, 0.0, frozen, freeze_after)
 
 
-def optimizer(*groups: ParameterGroup) -> OptimizerConfig:
+def optimizer(*groups: ParameterGroup, warmup: int = 30) -> OptimizerConfig:
     """The optimizer of all runs."""
     return OptimizerConfig(
-        learning_rate=1e-3, warmup=30, final_learning_rate=0.05, beta2=0.98, weight_decay=0.05, groups=groups
+        learning_rate=1e-3, warmup=warmup, final_learning_rate=0.05, beta2=0.98, weight_decay=0.05, groups=groups
     )
 
 
@@ -71,7 +71,7 @@ def starts() -> tuple[Start, Start]:
         stages=(small(0, (1, 0, 0)), small(LISTS, (0, 1, 0)), Stage(READING, (0, 0, 1))),
     )
     return (
-        Start("learned", (backbone,), replace(backbone, data=tasks, steps=ADAPTING)),
+        Start("learned", (backbone,), replace(backbone, data=tasks, steps=ADAPTING, optimizer=optimizer(warmup=10))),
         Start("scratch", (), replace(backbone, data=both, steps=READING + ADAPTING)),
     )
 

@@ -72,6 +72,12 @@ class LayeredConfig(ABC):
         return self.stays(0, 0) is not None
 
     @property
+    def needs_all(self) -> bool:
+        """Does it count on every token of a document in its layers? `ModelOptions` refuses it beside one that drops
+        tokens."""
+        return False
+
+    @property
     def skips_keys(self) -> bool:
         """May a decoding step leave out the keys of regions that were not chosen? So where all that is added to scores
         is a pair term, or regions are ranked without their keys' scores. Read by `region_cache.against_gathering`."""

@@ -12,14 +12,16 @@ tokens and S_j the saliency of visual token j, found once for each prompt:
 
 with r one number for a layer. Defaults are those of Qwen2-VL-7B. Certain: all of it, from the code.
 
-Our reading: i are all tokens of the last question behind its first picture; the source keeps content words, which it
-finds with a tagger. Rows that are changed are those of the answer, with the header of its message; the source changes
-the last row of the prompt and every row behind it. Q of a row is the question of its turn.
+Our reading: i are tokens of the last question behind its first picture, of content words alone, and all where it has
+none. The source finds these words with a tagger; here they are what a list leaves (`inference/content.py`). Rows that
+are changed are those of the answer, with the header of its message; the source changes the last row of the prompt and
+every row behind it. Q of a row is the question of its turn.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +44,8 @@ class Gift(MechanismConfig):
     """Strength on the question, beside r; the released code has 1."""
     saliency_layer: int = 14
     """Decoder layer in which saliency is found, by global number: 11 of LLaVA-1.5-7B, 10 of 13B, 14 of Qwen2-VL-7B."""
+    words: Literal["content", "all"] = "content"
+    """Which tokens of the question count for saliency: of content words, or all."""
     layers: Layers = tuple(range(5, 19))
     """Decoder layers that are changed, by global number, or all: 12 to 22 of LLaVA-1.5-7B, 14 to 20 of 13B, 5 to 18 of
     Qwen2-VL-7B."""
@@ -95,12 +99,20 @@ class GazeShift(Prompted):
         return made / jnp.maximum(jnp.sum(made, axis=-1, keepdims=True), 1e-30)
 
 
-def question_rows(info: TokenInfo) -> Bool[Array, "B T"]:
-    """Tokens of each row's last question behind its first picture; one document a row."""
+def question_rows(info: TokenInfo, content: Bool[Array, "B T"] | None = None) -> Bool[Array, "B T"]:
+    """Tokens of each row's last question behind its first picture; one document a row.
+
+    Args:
+        info: of the rows.
+        content: which tokens count, where a question has one of them; None: all.
+    """
     real = info.document > 0
     last = jnp.max(jnp.where(real, info.turn, 0), axis=1, keepdims=True)
     behind = jnp.cumsum(real & (info.kind == Kind.VISUAL), axis=1) > 0
-    return real & behind & (info.kind == Kind.TEXT) & (info.role == Role.QUESTION) & (info.turn == last)
+    asks = real & behind & (info.kind == Kind.TEXT) & (info.role == Role.QUESTION) & (info.turn == last)
+    if content is None:
+        return asks
+    return asks & (content | ~jnp.any(asks & content, axis=1, keepdims=True))
 
 
 def saliency_of(rises: Float[Array, "B S H"], info: TokenInfo, size: int) -> Float[Array, "B size"]:

@@ -48,6 +48,11 @@ class Moba(MechanismConfig):
         what = "a number of blocks from 2 to 2147483647: its own and at least one before it"
         require(2 <= self.top_k < 2**31, "top_k", self.top_k, what)
 
+    @property
+    def needs_all(self) -> bool:
+        """Blocks are of all tokens of a document."""
+        return True
+
     def build(self, dims: AttentionDims, key: jax.Array) -> MobaRouter:
         """The mechanism of one layer."""
         return MobaRouter(self.block, RouteRule(self.top_k - 1, self.share), self.queries)

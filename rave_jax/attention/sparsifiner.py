@@ -72,6 +72,11 @@ class Sparsifiner(MechanismConfig):
         require(0 <= self.loss <= 1e6, "loss", self.loss, "a number from 0 to 1e6")
         require(1 <= self.every <= MAX_BLOCK, "every", self.every, f"a number of tokens from 1 to {MAX_BLOCK:,}")
 
+    @property
+    def needs_all(self) -> bool:
+        """Blocks are of all tokens of a document."""
+        return True
+
     def build(self, dims: AttentionDims, key: jax.Array) -> Predictor:
         """The mechanism of one layer."""
         return Predictor(self, dims, key)

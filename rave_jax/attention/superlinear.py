@@ -59,6 +59,11 @@ class Superlinear(MechanismConfig):
         """The kernels give one softmax."""
         return "its spans have a softmax each, and the kernels give one for all keys"
 
+    @property
+    def needs_all(self) -> bool:
+        """Blocks are of all tokens of a document."""
+        return True
+
     def build(self, dims: AttentionDims, key: jax.Array) -> Search:
         """The mechanism of one layer."""
         return Search(self, dims, key)

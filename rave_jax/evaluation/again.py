@@ -88,6 +88,8 @@ class AskedAgain:
         if self._changes_nothing:
             return ready
         shown = [n for n, sample in enumerate(samples) if sample.images]
+        if not shown:
+            return ready
         found = self._carved if isinstance(self._how, Carve) else self._funnelled
         for n, views in zip(shown, found([samples[n] for n in shown]), strict=True):
             one = ready[n]

@@ -19,6 +19,7 @@ from rave_jax.evaluation.accounting import account
 from rave_jax.evaluation.routing import Route, cells_of
 from rave_jax.evaluation.vas import VasSums, vas_sums, with_vas
 from rave_jax.inference import Completion, Generator, Request, Sampling, SlotConfig
+from rave_jax.inference.content import content_tokens
 from rave_jax.inference.programs import SlotState
 from rave_jax.inference.prompted import PromptNumbers, asking, found_numbers, with_numbers
 from rave_jax.look.maps import Look, over_picture
@@ -333,14 +334,19 @@ class ModelSubject:
             return PromptNumbers()
         size = self._shape.tokens + self._sampling.max_new_tokens
         with use_mesh(self._mesh):
-            seen, blind = self._batch(prompts, self._shape), None
+            seen, blind, content = self._batch(prompts, self._shape), None, None
+            if asked.words:
+                words = np.zeros(seen.tokens.shape, bool)
+                for row, prompt in enumerate(prompts):
+                    words[row, : len(prompt.tokens)] = content_tokens(self._processor.tokenizer, prompt.tokens)
+                content = jax.device_put(words, batch_shardings(self._mesh, len(words)).tokens)
             if asked.blind:
                 alone = [
                     self._processor.encode(tuple(map(without_pictures, sample.prompt)), add_generation_prompt=True)
                     for sample in samples
                 ]
                 blind = self._batch(alone, self._shape._replace(patches=0))
-            return self._found_numbers(self._model, seen, blind, size=size)
+            return self._found_numbers(self._model, seen, blind, content, size=size)
 
     def _batch(self, examples: Sequence[Example], shape: BatchShape) -> Batch:
         rules = self._processor.rules
@@ -361,17 +367,20 @@ def _program(function: Callable[..., Any], mesh: Mesh, *sizes: str) -> Any:
     return jax.jit(of_rows, static_argnames=sizes, out_shardings=replicated(mesh))
 
 
-def prompt_numbers(model: Vlm, seen: Batch, blind: Batch | None, size: int) -> PromptNumbers:
+def prompt_numbers(
+    model: Vlm, seen: Batch, blind: Batch | None, content: Bool[Array, "B T"] | None, size: int
+) -> PromptNumbers:
     """What mechanisms ask of prompts, one a row.
 
     Args:
         model: the model.
         seen: the prompts.
         blind: the same without their pictures; None where nothing asks for them.
+        content: which tokens belong to content words; None where nothing asks for it.
         size: tokens of a prompt with its answer.
     """
     features = model.embed_images(seen.patches) if seen.patches.length else None
-    return found_numbers(model, _chunk(seen), None if blind is None else _chunk(blind), features, size)
+    return found_numbers(model, _chunk(seen), None if blind is None else _chunk(blind), features, size, content)
 
 
 def _chunk(batch: Batch) -> Chunk:

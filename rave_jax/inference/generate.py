@@ -17,13 +17,16 @@ from rave_jax.data.sample import Example, Message, SampleError, without_pictures
 from rave_jax.data.vocabulary import check_vocabulary
 from rave_jax.inference import interrupts
 from rave_jax.inference.buckets import SlotConfig
+from rave_jax.inference.content import content_tokens
 from rave_jax.inference.intake import intake
 from rave_jax.inference.programs import SlotState
+from rave_jax.inference.prompted import Asking
 from rave_jax.inference.sampling import Sampling
 from rave_jax.inference.slots import Engine, Progress, Reason, Usage
 from rave_jax.inference.text import TextStream
 from rave_jax.models.vlm import Vlm
 from rave_jax.parallel.watchdog import Watchdog
+from rave_jax.typing import Bool, NpArray
 
 GRACE = 1800.0
 """Seconds beyond the time of a request after which a program is taken for hung; it may have to be compiled first."""
@@ -79,6 +82,7 @@ class _Ready(NamedTuple):
     sampling: Sampling
     stream: TextStream
     blind: Example | None
+    content: Bool[NpArray, "T"] | None
 
 
 @dataclass
@@ -124,7 +128,7 @@ class Generator:
             (*model.config.eos_token_ids, processor.end_id),
             mesh=mesh,
         )
-        self._prepare = functools.partial(_prepared, processor, config.max_length, self._engine.asking.blind)
+        self._prepare = functools.partial(_prepared, processor, config.max_length, self._engine.asking)
         self._streaming = False
         self._polling = threading.Lock()
         self._watchdog: Watchdog | None = None
@@ -326,9 +330,9 @@ class Generator:
         """What was cancelled leaves the engine, and what is in the line goes there."""
         self._engine.cancel(*self._cancelled)
         self._cancelled.clear()
-        for request, (called, example, sampling, stream, blind) in self._line.items():
+        for request, (called, example, sampling, stream, blind, content) in self._line.items():
             try:
-                number = self._engine.submit(example, sampling, called, blind)
+                number = self._engine.submit(example, sampling, called, blind, content)
             except SampleError as error:
                 self._pieces.append(Piece(request, "", error))
             else:
@@ -374,7 +378,7 @@ class Generator:
 
 
 def _prepared(
-    processor: Processor, most_tokens: int, blind: bool, request: Request | SampleError, place: int
+    processor: Processor, most_tokens: int, asked: Asking, request: Request | SampleError, place: int
 ) -> _Ready | SampleError:
     """A request as the slots take it, or what is wrong with it."""
     if isinstance(request, SampleError):
@@ -382,10 +386,13 @@ def _prepared(
     called = request.name or f"request {place}"
     try:
         example = processor.encode(request.messages, add_generation_prompt=True, name=called, most_tokens=most_tokens)
-        alone = None
-        if blind:
+        alone = content = None
+        if asked.words:
+            content = content_tokens(processor.tokenizer, example.tokens)
+        if asked.blind:
             messages = tuple(map(without_pictures, request.messages))
             alone = processor.encode(messages, add_generation_prompt=True, name=called, most_tokens=most_tokens)
-        return _Ready(called, example, request.sampling, TextStream(processor.tokenizer, request.sampling.stop), alone)
+        stream = TextStream(processor.tokenizer, request.sampling.stop)
+        return _Ready(called, example, request.sampling, stream, alone, content)
     except SampleError as error:
         return error

@@ -1,4 +1,5 @@
-"""The three programs of generation, each pure: pictures are seen, prompts are read, answers are written.
+"""The programs of generation, each pure: pictures are seen, prompts are read, answers are written; and before a prompt
+is read, what mechanisms ask of it is found.
 
 All take the state of the slots and give it back changed; the host calls them with donated state. Their shapes are the
 buckets', so what is compiled does not depend on what is asked.
@@ -165,7 +166,14 @@ def encode_images(model: Vlm, state: SlotState, pictures: Pictures) -> tuple[Slo
     return (settled(state._replace(pictures=kept)),)
 
 
-def study(model: Vlm, state: SlotState, seen: Chunk, blind: Chunk | None, slot: Int[Array, "N"]) -> tuple[SlotState]:
+def study(
+    model: Vlm,
+    state: SlotState,
+    seen: Chunk,
+    blind: Chunk | None,
+    content: Bool[Array, "N T"] | None,
+    slot: Int[Array, "N"],
+) -> tuple[SlotState]:
     """Find what mechanisms ask of N prompts whose pictures are seen.
 
     Args:
@@ -173,11 +181,12 @@ def study(model: Vlm, state: SlotState, seen: Chunk, blind: Chunk | None, slot: 
         state: of the slots.
         seen: the prompts, whole.
         blind: the same without their pictures; None where nothing asks for them.
+        content: which tokens belong to content words; None where nothing asks for it.
         slot: where each will go; rows that hold no prompt have the number of slots.
     """
     features = state.pictures if state.pictures.tokens.shape[1] else None
     size = 0 if state.numbers.saliency is None else state.numbers.saliency.shape[1]
-    found = found_numbers(model, seen, blind, features, size)
+    found = found_numbers(model, seen, blind, features, size, content)
     kept = jax.tree.map(lambda old, new: old.at[slot].set(new, mode="drop"), state.numbers, found)
     return (settled(state._replace(numbers=kept)),)
 

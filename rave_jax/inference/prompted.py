@@ -24,7 +24,7 @@ from rave_jax.config import ConfigError
 from rave_jax.models.decoder_layer import DecoderLayer
 from rave_jax.models.forward import Chunk, ImageFeatures, Want
 from rave_jax.models.vlm import Vlm
-from rave_jax.typing import Array, Float
+from rave_jax.typing import Array, Bool, Float
 
 
 class PromptNumbers(NamedTuple):
@@ -45,6 +45,11 @@ class Asking(NamedTuple):
     blind: bool
     """Is the prompt without its pictures needed?"""
     gift: GazeShift | None
+
+    @property
+    def words(self) -> bool:
+        """Is it needed which tokens belong to content words?"""
+        return self.gift is not None and self.gift.config.words == "content"
 
     @property
     def anything(self) -> bool:
@@ -69,8 +74,10 @@ def asking(model: Vlm) -> Asking:
         )
     shifts = [m for m in mechanisms if isinstance(m, GazeShift)]
     layers = {m.config.saliency_layer for m in shifts}
-    if len(layers) > 1:
-        raise ConfigError(f"Gift.saliency_layer is {sorted(layers)} in several configs, expected one layer for all")
+    for name in ("saliency_layer", "words"):
+        given = {getattr(m.config, name) for m in shifts}
+        if len(given) > 1:
+            raise ConfigError(f"Gift.{name} is {sorted(given)} in several configs, expected one value for all")
     attending = model.config.text.attention_layers
     for layer in layers - {*attending}:
         named = f"{attending[0]} to {attending[-1]}" if len(attending) == model.config.text.num_layers else [*attending]
@@ -86,7 +93,12 @@ def empty_numbers(model: Vlm, slots: int, size: int) -> PromptNumbers:
 
 
 def found_numbers(
-    model: Vlm, seen: Chunk, blind: Chunk | None, features: ImageFeatures | None, size: int
+    model: Vlm,
+    seen: Chunk,
+    blind: Chunk | None,
+    features: ImageFeatures | None,
+    size: int,
+    content: Bool[Array, "B T"] | None = None,
 ) -> PromptNumbers:
     """The numbers of whole prompts.
 
@@ -96,6 +108,7 @@ def found_numbers(
         blind: the same without their pictures; None where `asking` does not ask for them.
         features: of the prompts' pictures; None for a model without.
         size: S.
+        content: which tokens belong to content words; None where `asking` does not ask for them.
     """
     asked, rows = asking(model), seen.tokens.shape[0]
     info, tokens, positions, index = seen.info, seen.tokens, seen.positions, seen.visual_index
@@ -107,7 +120,7 @@ def found_numbers(
         features = jax.tree.map(lambda x: _behind(x, jnp.zeros_like(x)), features)
     statistics = None
     if asked.gift is not None:
-        words = question_rows(seen.info).astype(jnp.float32)
+        words = question_rows(seen.info, content).astype(jnp.float32)
         statistics = WantedStatistics(words if blind is None else _behind(words, jnp.zeros_like(words)), rises=True)
     embedded = model.embed_tokens(tokens, info, features, index)
     out = _finding(model).decoder(embedded, info, positions, Want(gates=asked.blind, statistics=statistics))

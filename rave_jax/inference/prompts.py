@@ -17,7 +17,7 @@ from rave_jax.inference.buckets import Buckets
 from rave_jax.inference.programs import NOTHING, Admission, Pictures
 from rave_jax.inference.sampling import RowSampling, Sampling
 from rave_jax.models.forward import Chunk
-from rave_jax.typing import NpArray
+from rave_jax.typing import Bool, Int, NpArray
 
 
 class Prompt(NamedTuple):
@@ -30,6 +30,7 @@ class Prompt(NamedTuple):
         limit: most tokens of the answer.
         blind: the prompt without its pictures; None where nothing asks for it.
         kept: bounds of its tokens behind each layer after which tokens leave; empty where none do.
+        content: which tokens belong to content words; None where nothing asks for it.
     """
 
     example: Example
@@ -38,6 +39,7 @@ class Prompt(NamedTuple):
     limit: int
     blind: Example | None = None
     kept: tuple[tuple[int, ...], ...] = ()
+    content: Bool[NpArray, "T"] | None = None
 
     @property
     def length(self) -> int:
@@ -95,15 +97,21 @@ class PromptGroup:
                     part[row, : one.shape[0]] = one
             yield Pictures(cut, offset)
 
-    def whole(self, slots: Sequence[int], no_slot: int) -> tuple[Chunk, Chunk | None, NpArray]:
-        """All prompts at once, the same without their pictures where these were given, and where they go; arguments as
-        in `chunks`."""
+    def whole(
+        self, slots: Sequence[int], no_slot: int
+    ) -> tuple[Chunk, Chunk | None, Bool[NpArray, "N T"] | None, Int[NpArray, "N"]]:
+        """All prompts at once, the same without their pictures and which tokens are of content words, where these were
+        given, and where they go; arguments as in `chunks`."""
         blind = [prompt.blind for prompt in self.prompts if prompt.blind is not None]
         without = None
         if blind:
             shape = BatchShape(self.rows, self._batch.tokens.shape[1], 0)
             without = _whole(collate([[example] for example in blind], shape, self._sizes))
-        return _whole(self._batch), without, self._column(slots, no_slot)
+        words = [prompt.content for prompt in self.prompts if prompt.content is not None]
+        content: Any = np.zeros(self._batch.tokens.shape, bool) if words else None
+        for row, mine in enumerate(words):
+            content[row, : len(mine)] = mine
+        return _whole(self._batch), without, content, self._column(slots, no_slot)
 
     def chunks(self, slots: Sequence[int], no_slot: int) -> Iterator[tuple[int, Chunk, Admission]]:
         """(reach, tokens, who they belong to) of each pass over the prompts.

@@ -1,6 +1,6 @@
 """Continuous batching: prompts wait in a line, take a slot when one is free, and leave it when their answer is done.
 
-The host decides which request has which slot; everything it decides is data to three compiled programs (`programs.py`).
+The host decides which request has which slot; everything it decides is data to a few compiled programs (`programs.py`).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from rave_jax.inference.sampling import Sampling
 from rave_jax.models.vlm import Vlm
 from rave_jax.parallel.agree import from_first
 from rave_jax.parallel.sharding import replicated, use_mesh
-from rave_jax.typing import NpArray
+from rave_jax.typing import Bool, NpArray
 
 Reason = Literal["stop", "length", "full"]
 """Why an answer ended: a stop token (or, of text, a stop string), its own limit of tokens, or no room in its slot."""
@@ -200,7 +200,14 @@ class Engine:
         """Answers that grow."""
         return sum(job is not None for job in self._slots)
 
-    def submit(self, example: Example, sampling: Sampling, name: str = "", blind: Example | None = None) -> int:
+    def submit(
+        self,
+        example: Example,
+        sampling: Sampling,
+        name: str = "",
+        blind: Example | None = None,
+        content: Bool[NpArray, "T"] | None = None,
+    ) -> int:
         """Put a prompt in the line; returns the request's number.
 
         Args:
@@ -208,9 +215,10 @@ class Engine:
             sampling: how it is answered. Stop strings are not handled here.
             name: what errors call it.
             blind: the prompt without its pictures, where `asking.blind`.
+            content: which tokens belong to content words, where `asking.words`.
 
         Raises:
-            ValueError: `blind` is missing.
+            ValueError: `blind` or `content` is missing.
             OverBudget: the prompt is too long, has too many patches or regions, or leaves no room for an answer.
             SampleError: too many stop ids, token ids beyond the embedding, or pictures for a model that takes none.
         """
@@ -218,6 +226,8 @@ class Engine:
         config = self.config
         if self.asking.blind and blind is None:
             raise ValueError("a mechanism of the model asks for the prompt without its pictures: give `blind`")
+        if self.asking.words and content is None:
+            raise ValueError("a mechanism of the model asks for the content words of the prompt: give `content`")
         beside = int(np.sum(example.info.region == 0))
         kept = self._kept(example)
         most_kept = max((bounds[-1] for bounds in kept), default=0)
@@ -247,7 +257,7 @@ class Engine:
         limit = min(sampling.max_new_tokens, config.max_length - len(example.tokens) + 1)
         limit = limit if config.max_text is None else min(limit, config.max_text - beside + 1)
         limit = limit if config.max_kept is None else min(limit, config.max_kept - most_kept + 1)
-        prompt = Prompt(example, sampling, stops + fill, limit, blind, kept)
+        prompt = Prompt(example, sampling, stops + fill, limit, blind, kept, content)
         self._waiting.append(_Job(self._requests, prompt, called))
         return self._requests
 
@@ -345,8 +355,8 @@ class Engine:
         for pictures in group.pictures(self.config.patches):
             self._run("encode_images", pictures.patches.length, _encode_images, pictures)
         if self.asking.anything:
-            seen, blind, where = group.whole(slots, no_slot=self.config.slots)
-            self._run("study", seen.tokens.shape[1], _study, seen, blind, where)
+            whole = group.whole(slots, no_slot=self.config.slots)
+            self._run("study", whole[0].tokens.shape[1], _study, *whole)
         regions = group.region_reach
         given = []
         for reach, chunk, admission in group.chunks(slots, no_slot=self.config.slots):

@@ -163,6 +163,13 @@ def _check_layouts(mechanisms: Sequence[MechanismConfig]) -> None:
                 f"layers: visual tokens leave after its layers ({mechanism.layers}), and for {asking[0].called} the "
                 "cache keeps them region by region in all layers; remove one of them"
             )
+        counting = next((one for one in mechanisms if one.needs_all), None)
+        if counting is not None and mechanism.drops:
+            raise ConfigError(
+                f"mechanisms: {mechanism.called} cannot share a model with {counting.called}, not even in other "
+                f"layers: visual tokens leave after its layers ({mechanism.layers}), and {counting.called} counts all "
+                "tokens of a document in blocks; remove one of them"
+            )
         if asking and mechanism.needs_order:
             raise ConfigError(
                 f"mechanisms: {mechanism.called} cannot share a model with {asking[0].called}, not even in other "

@@ -97,6 +97,11 @@ def compare(
     )
 
 
+def points(share: float) -> str:
+    """A difference of scores in words."""
+    return f"{100 * share:g} point{'s' * (share != 0.01)}"
+
+
 def decide(interval: Interval, seeds: int, control: float, rule: Decision) -> tuple[Verdict, str]:
     """The rule: a verdict, and its reason in a few words.
 
@@ -117,5 +122,5 @@ def decide(interval: Interval, seeds: int, control: float, rule: Decision) -> tu
     if interval.high < 0:
         return "worse", ""
     if -rule.margin < interval.low and interval.high < rule.margin:
-        return "same", f"within {100 * rule.margin:g} points"
+        return "same", f"within {points(rule.margin)}"
     return "not decided", "the interval holds 0"

@@ -14,6 +14,7 @@ from rave_jax.evaluation.markdown import table
 from rave_jax.evaluation.paired import Interval
 from rave_jax.look.curves import Line, Panel, save_panels
 from rave_jax.study.config import Study
+from rave_jax.study.decision import points
 from rave_jax.study.summary import ArmSummary, Band, Family, StartSummary
 
 MARKDOWN, HTML, CURVES = "study.md", "study.html", "curves"
@@ -77,7 +78,9 @@ def blocks(study: Study, found: Sequence[StartSummary]) -> list[Block]:
         page += [Heading(f"From {start.name}"), _table(start)]
         page += [Text(_note(family)) for family in start.families]
         page += [_by_task(study, start)] if len(study.tasks) > 1 else []
-        page += [Picture(f"{CURVES}/{start.name}-{name}.png", f"{name} over steps") for name in _curves(start)]
+        curves = _curves(start)
+        page += [Text("Curves: the arm in colour, its control in grey, each with its 95 % interval.")] * bool(curves)
+        page += [Picture(f"{CURVES}/{start.name}-{name}.png", f"{name} over steps") for name in curves]
     return page
 
 
@@ -95,7 +98,7 @@ def _rule(study: Study) -> list[Block]:
                 f"Not decided: the control's mean score is not from {rule.floor:.0%} to {rule.ceiling:.0%}: it cannot "
                 "do the task, or leaves no room to be better.",
                 "Better, or worse: the corrected interval of the paired difference lies above 0, or below 0.",
-                f"The same: it lies within {100 * rule.margin:g} points of 0.",
+                f"The same: it lies within {points(rule.margin)} of 0.",
                 "Not decided: all else.",
             ]
         ),

@@ -14,6 +14,7 @@ from rave_jax.attention.blocks import blocks_of, read_whole
 from rave_jax.batch import Kind, TokenInfo
 from rave_jax.config import ConfigError
 from rave_jax.kernels.routed import RouteRule
+from rave_jax.models.config import ModelOptions
 from tests.attention.packed import DIMS, KEY, attend, dense_map, everything, features, info_of
 
 T, SIZE = 40, 3
@@ -216,3 +217,8 @@ def test_wrong_settings_and_company_are_refused() -> None:
     ):
         with pytest.raises(ConfigError, match=said):
             at.build_mechanisms((at.Moba(), other), DIMS, KEY)
+    for config in (at.Moba(layers=(1,)), at.Sparsifiner(), at.Superlinear()):
+        with pytest.raises(
+            ConfigError, match=f"Pruning cannot share a model with {type(config).__name__}, not even in"
+        ):
+            ModelOptions((at.Pruning(layers=(0,)), config))

@@ -93,6 +93,10 @@ def test_the_question_is_the_last_turns_text_behind_a_picture() -> None:
     info = info_of(("qvqaqvqqaa",))
     turn = jnp.asarray([[1, 1, 1, 1, 2, 2, 2, 2, 2, 2] + [0] * 6])
     assert np.flatnonzero(np.asarray(question_rows(info._replace(turn=turn)))[0]).tolist() == [4, 6, 7]
+    content = jnp.zeros((2, 16), bool).at[0, 6].set(True)
+    both = jax.tree.map(lambda code: jnp.concatenate([code, code]), info._replace(turn=turn))
+    found = np.asarray(question_rows(both, content))
+    assert [np.flatnonzero(row).tolist() for row in found] == [[6], [4, 6, 7]], "all where none has a content"
 
 
 def test_half_of_the_heads_is_at_least_one() -> None:

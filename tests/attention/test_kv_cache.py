@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,6 @@ from hypothesis import strategies as st
 
 from rave_jax import attention as at
 from rave_jax.attention import kv_cache as kv
-from rave_jax.attention.rave import GateKeys
 from rave_jax.batch import TokenInfo
 
 L, B, S, K, h, r = 2, 3, 8, 2, 4, 3
@@ -21,17 +21,24 @@ write, read = jax.jit(kv.write), jax.jit(kv.read, static_argnums=2)
 take, put = jax.jit(kv.KvCache.take, static_argnums=2), jax.jit(kv.KvCache.put)
 
 
+class Remembered(NamedTuple):
+    """What a mechanism may remember of keys: a vector and a number."""
+
+    w: Any
+    key: Any
+
+
 def shapes() -> tuple[at.Keys, ...]:
     def of(*rest: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((L, B, S, K, *rest), jnp.float32)
 
-    return (at.Keys(of(h), of(h), (GateKeys(of(r), of()), None)),)
+    return (at.Keys(of(h), of(h), (Remembered(of(r), of()), None)),)
 
 
 def keys(T: int, seed: int = 0) -> at.Keys:
     rng = np.random.default_rng(seed)
     k, v, w, key = (jnp.asarray(rng.normal(size=(B, T, K, *rest)), jnp.float32) for rest in ((h,), (h,), (r,), ()))
-    return at.Keys(k, v, (GateKeys(w, key), None))
+    return at.Keys(k, v, (Remembered(w, key), None))
 
 
 @functools.cache

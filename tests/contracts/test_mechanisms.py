@@ -80,6 +80,7 @@ def test_declarations_agree_with_the_hooks(kind: type[at.MechanismConfig]) -> No
     assert (config.layout.regions is not None) == routes == (kind.reading is not at.MechanismConfig.reading)
     # Pine ranks pictures by all of their keys, in one array.
     assert config.needs_order == (kind is at.Pine)
+    assert config.needs_all == mechanism.OWN_REGIONS
     # The mean query of a region has queries of later tokens; an arrow opens earlier ones.
     ahead = bool({"hi", "opening", "tokens"} & set(mechanism.OWNS)) and kind is not at.Arrow
     assert config.looks_ahead == (ahead or kind is at.BiFormer)

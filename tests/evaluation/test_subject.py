@@ -22,8 +22,10 @@ from rave_jax.evaluation.vas import with_vas
 from rave_jax.families.qwen2_5_vl.presets import tiny
 from rave_jax.families.shared.grids.video import VideoLimits
 from rave_jax.inference import Completion, Generator, Request, Sampling
+from rave_jax.inference.content import content_tokens
 from rave_jax.inference.prompted import with_numbers
 from rave_jax.inference.slots import compilations
+from rave_jax.look.carve import Carve
 from rave_jax.look.funnel import VisualFunnel
 from rave_jax.models.config import ModelOptions
 from rave_jax.models.forward import Want
@@ -216,10 +218,14 @@ def test_looks_have_the_numbers_that_generation_finds_for_each_prompt(vlm: Vlm, 
         for one, shown in ((whole, 1), (seen, 1), (blind, 0))
     ]
     queries = np.array([len(seen.tokens) - 1 + np.arange(3)], np.int32)
+    words = np.zeros((1, 100), bool)
+    words[0, : len(seen.tokens)] = content_tokens(processor.tokenizer, seen.tokens)
 
     @jax.jit
     def expected(m: Vlm, whole: Batch, seen: Batch, blind: Batch) -> jax.Array | None:
-        return with_numbers(m, prompt_numbers(m, seen, blind, 100)).forward(whole, Want(queries=queries)).attention
+        return (
+            with_numbers(m, prompt_numbers(m, seen, blind, words, 100)).forward(whole, Want(queries=queries)).attention
+        )
 
     found = np.asarray(expected(prompted, *rows))[:, 0].mean(1)[..., np.flatnonzero(whole.info.image == 1)]
     assert looks[2] is not None
@@ -236,6 +242,8 @@ def test_crops_are_asked_beside_the_picture(subject: ModelSubject) -> None:
     assert asked[1] == text and asked[0] != plain
     none = AskedAgain(subject, dataclasses.replace(how, views=("whole",)), Task()).answer(SAMPLES[:2])
     assert none == [plain, text]
+    carved = AskedAgain(subject, Carve(general="?", layers=(1,), fraction=0.9), Task()).answer(SAMPLES[:2])
+    assert isinstance(carved[0], Answer) and carved[0] != plain and carved[1] == text
 
 
 def test_a_reading_gets_prompts_with_their_answers(subject: ModelSubject, processor: Processor) -> None:

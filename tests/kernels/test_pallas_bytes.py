@@ -37,7 +37,7 @@ def instead(monkeypatch: pytest.MonkeyPatch) -> None:
         _kernel: Any, *, grid_spec: Any, out_shape: Any, cost_estimate: Any, **_: Any
     ) -> Callable[..., Any]:
         def run(*args: Any) -> Any:
-            raise Called(count(grid_spec, out_shape, cost_estimate, args[:2], args[2:]))
+            raise Called(count(grid_spec, out_shape, cost_estimate, args[:1], args[1:]))
 
         return run
 

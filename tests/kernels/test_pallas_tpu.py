@@ -15,7 +15,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from rave_jax.kernels.attention import attention, pallas_tpu
 from rave_jax.kernels.attention.base import Terms
-from rave_jax.kernels.attention.pallas_tpu.blocks import FACTS, BlockSizes, ByFacts, block_facts
+from rave_jax.kernels.attention.pallas_tpu.blocks import MOST_PAIRS, BlockSizes, ByFacts, block_facts
 from rave_jax.kernels.attention.pallas_tpu.operands import nested
 from rave_jax.kernels.support import interpreted
 from tests.kernels.attention_backend import (
@@ -155,12 +155,12 @@ def test_lengths_that_fit_no_block_are_not_padded_to_a_common_multiple():
     assert nested(200, 512, 512) == (256, (256, 256))
 
 
-facts_of = jax.jit(block_facts, static_argnums=(3, 4))
+facts_of = jax.jit(block_facts, static_argnums=(3, 4, 5))
 
 
-@given(st.integers(0, 2**31), st.sampled_from(MASKS))
+@given(st.integers(0, 2**31), st.sampled_from(MASKS), st.sampled_from((0, MOST_PAIRS)))
 @settings(max_examples=40)
-def test_what_is_said_of_blocks_is_never_wrong(seed, mask):
+def test_what_is_said_of_blocks_is_never_wrong(seed, mask, most_pairs):
     """A pair that is not live may see nothing, a full one everything, and live blocks lie between first and last."""
     rng = np.random.default_rng(seed)
     B, T, S, block = 2, 24, 32, 4
@@ -168,7 +168,8 @@ def test_what_is_said_of_blocks_is_never_wrong(seed, mask):
     # Two switches, each a bit.
     on_q, on_k = ((rng.random((2, B, n)) < 0.1) * np.array([1, 2])[:, None, None] for n in (T, S))
     on_q, on_k = (x.sum(0).astype(np.int32) for x in (on_q, on_k))
-    facts_q, facts_k = (np.asarray(x) for x in facts_of(codes, on_q, on_k, block, block))
+    facts = [np.asarray(x) for x in facts_of(codes, on_q, on_k, block, block, most_pairs)]
+    assert len(facts) == (2 if most_pairs == 0 else 1)
     visit = ByFacts(T // block, S // block)
     lo, hi, order, open_q, open_k = (np.asarray(x) for x in codes)
     allow = (lo[..., None] <= order[:, None]) & (order[:, None] <= hi[..., None])
@@ -176,28 +177,29 @@ def test_what_is_said_of_blocks_is_never_wrong(seed, mask):
     for b, i, j in np.ndindex(B, T // block, S // block):
         rows, keys = slice(i * block, (i + 1) * block), slice(j * block, (j + 1) * block)
         seen = allow[b, rows, keys]
-        guards = visit.guards(facts_q, facts_k, b, i, j)
+        guards = visit.guards(facts, b, i, j)
         assert guards.live() or not seen.any()
         assert not (guards.live() and guards.full()) or seen.all()
         for bit in (1, 2):
             assert bool(guards.on() & bit) == bool((on_q[b, rows] & bit).any() and (on_k[b, keys] & bit).any())
-        first, last = facts_q[(b * visit.num_q + i) * FACTS + 6 :][:2]
-        assert not guards.live() or first <= j <= last
+        at, of_row = visit.key_block(facts, b, i, j), [visit.key_block(facts, b, i, n) for n in (0, S // block - 1)]
+        assert at == np.clip(j, *of_row) and (at == j or not guards.live())
 
 
-def test_causal_blocks_are_skipped_and_copied_no_more():
+@pytest.mark.parametrize("most_pairs", [0, MOST_PAIRS])
+def test_causal_blocks_are_skipped_and_copied_no_more(most_pairs):
     T, block = 512, 128
     i = np.arange(T)
     codes = drawn_codes(np.random.default_rng(0), "packed", 1, T, T, T)._replace(
         lo=jnp.zeros((1, T), jnp.int32), hi=jnp.asarray(i[None], jnp.int32)
     )
     off = jnp.zeros((1, T), jnp.int32)
-    facts = [np.asarray(x) for x in facts_of(codes, off, off, block, block)]
+    facts = [np.asarray(x) for x in facts_of(codes, off, off, block, block, most_pairs)]
     visit = ByFacts(T // block, T // block)
     for i, j in np.ndindex(T // block, T // block):
-        guards = visit.guards(*facts, 0, i, j)
+        guards = visit.guards(facts, 0, i, j)
         assert bool(guards.live()) == (j <= i) and bool(guards.full()) == (j < i)
-        assert int(visit.key_block(facts[0], 0, i, j)) == min(i, j)
+        assert int(visit.key_block(facts, 0, i, j)) == min(i, j)
 
 
 def test_without_a_tpu_it_is_refused_by_name():

@@ -318,11 +318,11 @@ def test_what_it_cannot_do_is_said() -> None:
         attempt()
     with interpreted():
         attempt()
+        attempt(terms=[Term(PairItself(), *wide)])
         for message, changed in {
             "choices must be hard": {"rule": RouteRule(2, share="group", choice="soft_bias")},
             "the most keys of a region": {"most_keys": None},
             "key groups": {"key_groups": KeyGroups(jnp.zeros((SIZES.B, SIZES.S), jnp.int32), 1)},
-            "score terms read 129 numbers": {"terms": [Term(PairItself(), *wide)]},
             "one dtype": {"k": k.astype(jnp.bfloat16)},
             "do not fit into the chip's memory": {"most_keys": 10**6},
         }.items():

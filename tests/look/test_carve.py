@@ -78,6 +78,14 @@ def test_of_many_parts_those_with_the_largest_sum_stay() -> None:
     assert sorted(set(np.nonzero(mask)[1] // 10)) == [3, 4]
 
 
+def test_a_narrow_strip_is_not_enlarged_beyond_all_bounds() -> None:
+    mask = np.zeros((300, 400), bool)
+    mask[7] = True
+    cut = carve.refined(Image.fromarray(noise(300, 400)), mask)
+    assert cut is not None and cut.width * cut.height <= 16 * 300 * 400
+    assert cut.size == (27712, 69)
+
+
 def test_nothing_is_cut_where_all_stays() -> None:
     picture = Image.fromarray(noise(6, 8))
     assert carve.refined(picture, carve.kept(Carve(fraction=1.0), RNG.random((6, 8)))) is None

@@ -64,11 +64,13 @@ MASKS = (
     (Cca(), ZERO(route="channel"), Rave(rank=2, form="centered_sigmoid", queries="text")),
     (Arrow(9, 2), ZERO(), Moh()),
     (Pine(3), Rave(rank=2), SlidingWindow(30)),
+)
+"""The mechanisms of each layer that attends."""
+BLOCKS = (
     (Moba(3, top_k=2), Croc(), Rave(rank=2), SINKS),
     (Sparsifiner(3, keep=0.4, rank=2, every=2), Avar()),
     (Superlinear(3, spans=2, rank=2), Rave(rank=2)),
 )
-"""The mechanisms of each layer that attends."""
 REGIONS = (
     (GAZE(descriptor="min_max", rank_with_bias=True, choice="straight_through"), Rave(rank=2, form="tanh"), Mma()),
     (GAZE(descriptor="learned", choice="soft_bias", visual_queries="frame+routed", share="group"), SlidingWindow(20)),
@@ -87,10 +89,16 @@ DROPS = (
 WITH_SIZES = (*REGIONS[:3], (*REGIONS[3], Moh(balance=0.5)), *REGIONS[4:])
 """Also heads that are chosen by the sizes of their queries over their spread. Where two sizes are nearly equal the
 gradient of that is rounding, so it stands where gradients are not compared."""
-CONTEXT = {"masks": ContextTokens(2), "regions": ContextTokens(1, per="image"), "drops": ContextTokens(1)}
-STACKS = {"masks": MASKS, "regions": REGIONS, "drops": DROPS}
+CONTEXT = {
+    "masks": ContextTokens(2),
+    "blocks": ContextTokens(1),
+    "regions": ContextTokens(1, per="image"),
+    "drops": ContextTokens(1),
+}
+STACKS = {"masks": MASKS, "blocks": BLOCKS, "regions": REGIONS, "drops": DROPS}
 LOSSES = {
-    "masks": {"avar_enhance", "avar_suppress", "moh_balance", "sparsifiner"},
+    "masks": {"avar_enhance", "avar_suppress", "moh_balance"},
+    "blocks": {"avar_enhance", "avar_suppress", "sparsifiner"},
     "regions": {"avar_enhance", "avar_suppress"},
     "drops": set(),
 }

@@ -44,7 +44,7 @@ class Output(NamedTuple):
 def backward(
     packed: Packed,
     codes: Codes,
-    facts: tuple[Int[Array, "n"], Int[Array, "m"]],
+    facts: tuple[Int[Array, "n"], ...],
     d_out: Float[Array, "B K G T c"],
     lse: Float[Array, "B K G T"],
     delta: Float[Array, "B K G T"],
@@ -62,8 +62,8 @@ def backward(
     grid = (call.B, call.K, call.T // block_q, call.S // block_k)
     visit = call.visit(grid[2], grid[3])
 
-    def at(b, n, i, j, facts_q, facts_k):
-        return b, n, i, visit.key_block(facts_q, b, i, j)
+    def at(b, n, i, j, *facts):
+        return b, n, i, visit.key_block(facts, b, i, j)
 
     specs = input_specs(call, block_q, block_k, at, "d_out", "lse", "delta")
     inputs = specs.arrays(packed, codes, d_out=d_out, lse=lse, delta=delta)
@@ -73,12 +73,13 @@ def backward(
             _kernel,
             call=call,
             visit=visit,
+            facts=len(facts),
             names=specs.names,
             output_names=tuple(outputs),
             scratch_names=tuple(scratch),
         ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=2,
+            num_scalar_prefetch=len(facts),
             grid=grid,
             in_specs=specs.blocks,
             out_specs=tuple(x.block for x in outputs.values()),
@@ -156,15 +157,15 @@ def _scratch(call: Call) -> dict[str, Any]:
 
 
 def _kernel(
-    facts_q,
-    facts_k,
     *refs,
     call: Call,
     visit: Any,
+    facts: int,
     names: tuple[str, ...],
     output_names: tuple[str, ...],
     scratch_names: tuple[str, ...],
 ):
+    known, refs = refs[:facts], refs[facts:]
     inputs = Inputs(dict(zip(names, refs, strict=False)))
     refs = refs[len(names) :]
     outputs = dict(zip(output_names, refs, strict=False))
@@ -249,7 +250,7 @@ def _kernel(
 
         jax.lax.fori_loop(0, call.G, visit_head, None, unroll=True)
 
-    when_each(visit.guards(facts_q, facts_k, b, i, j), call.switches, visit_keys)
+    when_each(visit.guards(known, b, i, j), call.switches, visit_keys)
 
     @pl.when(last_k)
     def _finish_queries():

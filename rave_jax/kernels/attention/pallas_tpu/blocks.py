@@ -8,7 +8,7 @@ not full although everything is, but never the other way round.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -25,6 +25,9 @@ FACTS = 8
 """Numbers kept of a block. Of queries: lo min, lo max, hi min, hi max, open bits, bits of switches, first and last
 live block of keys. Of keys: order min or NOWHERE where not all can be seen, order max, open bits, bits of switches, and
 the order min of those that can."""
+MOST_PAIRS = 1 << 15
+"""Pairs of blocks of all rows, at most, that have a word each: words lie in scalar memory. With more, what is known of
+each block is kept, and a pair is compared when it is visited, which takes some 200 cycles instead of 30."""
 MOST_APART = 2
 """So many switches have a variant of a kernel's body for each set of them that is on; with more, all terms are taken
 where any is on: bodies would double with each."""
@@ -54,9 +57,15 @@ class BlockSizes:
 
 
 def block_facts(
-    codes: MaskCodes, queries_on: Int[Array, "B T"], keys_on: Int[Array, "B S"], block_q: int, block_k: int
-) -> tuple[Int[Array, "facts"], Int[Array, "facts"]]:
-    """What the kernels know of each block before they see it, as two flat arrays [B * blocks * FACTS].
+    codes: MaskCodes,
+    queries_on: Int[Array, "B T"],
+    keys_on: Int[Array, "B S"],
+    block_q: int,
+    block_k: int,
+    most_pairs: int = MOST_PAIRS,
+) -> tuple[Int[Array, "facts"], ...]:
+    """What the kernels know of blocks before they see them: a word for each pair, [B * blocks * blocks], or, of more
+    than `most_pairs`, FACTS numbers for each block of queries and of keys, [B * blocks * FACTS].
 
     Lengths must be multiples of the blocks. Of `queries_on` and `keys_on` bit n says that the n-th switches are on.
     """
@@ -71,11 +80,31 @@ def block_facts(
     bits_q, bits_k = _bits(open_q), _bits(open_k)
     live = (lo_min[:, :, None] <= order_max[:, None]) & (order_min[:, None] <= hi_max[:, :, None])
     live |= (bits_q[:, :, None] & bits_k[:, None]) != 0
-    of_q = (lo_min, lo.max(-1), hi.min(-1), hi_max, bits_q, _any(queries_on), *_ends(live))
     # A key out of reach keeps its block from being full.
-    of_k = (jnp.where(seen.all(-1), order_min, NOWHERE), order_max, bits_k, _any(keys_on), order_min)
+    all_order_min = jnp.where(seen.all(-1), order_min, NOWHERE)
+    lo_max, hi_min, on_q, on_k = lo.max(-1), hi.min(-1), _any(queries_on), _any(keys_on)
+    first, last = _ends(live)
+    if live.size <= most_pairs:
+        full = (lo_max[:, :, None] <= all_order_min[:, None]) & (order_max[:, None] <= hi_min[:, :, None])
+        nearest = jnp.clip(jnp.arange(live.shape[-1]), first[:, :, None], last[:, :, None])
+        return (_words(live, full, on_q[:, :, None] & on_k[:, None], nearest).reshape(-1),)
+    of_q = (lo_min, lo_max, hi_min, hi_max, bits_q, on_q, first, last)
+    of_k = (all_order_min, order_max, bits_k, on_k, order_min)
     of_k += (jnp.zeros_like(order_min),) * (FACTS - len(of_k))
     return _flat(of_q), _flat(of_k)
+
+
+NOT_LIVE, NOT_FULL, ON, NEAREST = 0, 1, 2, 16
+"""First bits of a pair's word: is it not live, is it not full, which switches are on, and the nearest block of keys
+that its queries need. A word of 0 is a live and full pair without a term."""
+
+
+def _words(live: Bool[Array, "*n"], full: Bool[Array, "*n"], on: Int[Array, "*n"], nearest: Int[Array, "*n"]) -> Array:
+    room = (1 << NEAREST - ON) - 1
+    # So many switches are not told apart.
+    on = (on & room) | (on & ~room != 0).astype(jnp.int32)
+    found = on << ON | nearest.astype(jnp.int32) << NEAREST
+    return found | (~live).astype(jnp.int32) << NOT_LIVE | (~full).astype(jnp.int32) << NOT_FULL
 
 
 def _flat(facts: tuple[Int[Array, "B n"], ...]) -> Int[Array, "facts"]:
@@ -113,11 +142,11 @@ class Guards(Protocol):
 class Visit(Protocol):
     """How a grid step finds its guards and blocks."""
 
-    def guards(self, facts_q: Any, facts_k: Any, b: Any, i: Any, j: Any) -> Guards:
+    def guards(self, facts: Sequence[Any], b: Any, i: Any, j: Any) -> Guards:
         """Guards of block i of queries and block j of keys in row b."""
         ...
 
-    def key_block(self, facts_q: Any, b: Any, i: Any, j: Any) -> Any:
+    def key_block(self, facts: Sequence[Any], b: Any, i: Any, j: Any) -> Any:
         """The block of keys that step (i, j) has at hand: j, or the nearest that queries i need, so that a block that
         is skipped is not copied either."""
         ...
@@ -125,18 +154,41 @@ class Visit(Protocol):
 
 @dataclass(frozen=True)
 class ByFacts:
-    """Guards that read the blocks' facts: what runs."""
+    """Guards that read what `block_facts` gives: what runs."""
 
     num_q: int
     num_k: int
 
-    def guards(self, facts_q: Any, facts_k: Any, b: Any, i: Any, j: Any) -> FactGuards:
+    def guards(self, facts: Sequence[Any], b: Any, i: Any, j: Any) -> Guards:
+        if len(facts) == 1:
+            return WordGuards(self._word(facts, b, i, j))
         at_q, at_k = (b * self.num_q + i) * FACTS, (b * self.num_k + j) * FACTS
-        return FactGuards(*(facts_q[at_q + n] for n in range(6)), *(facts_k[at_k + n] for n in range(5)))
+        return FactGuards(*(facts[0][at_q + n] for n in range(6)), *(facts[1][at_k + n] for n in range(5)))
 
-    def key_block(self, facts_q: Any, b: Any, i: Any, j: Any) -> Any:
+    def key_block(self, facts: Sequence[Any], b: Any, i: Any, j: Any) -> Any:
+        if len(facts) == 1:
+            return self._word(facts, b, i, j) >> NEAREST
         at = (b * self.num_q + i) * FACTS
-        return jnp.clip(j, facts_q[at + 6], facts_q[at + 7])
+        return jnp.clip(j, facts[0][at + 6], facts[0][at + 7])
+
+    def _word(self, facts: Sequence[Any], b: Any, i: Any, j: Any) -> Any:
+        return facts[0][(b * self.num_q + i) * self.num_k + j]
+
+
+@dataclass(frozen=True)
+class WordGuards:
+    """See `Guards`; of a pair's word."""
+
+    word: Any
+
+    def live(self) -> Any:
+        return (self.word & 1 << NOT_LIVE) == 0
+
+    def full(self) -> Any:
+        return (self.word & 1 << NOT_FULL) == 0
+
+    def on(self) -> Any:
+        return self.word >> ON & (1 << NEAREST - ON) - 1
 
 
 @dataclass(frozen=True)

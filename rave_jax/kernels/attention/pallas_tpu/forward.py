@@ -28,15 +28,15 @@ ROWS_AT_ONCE = 512
 
 
 def forward(
-    packed: Packed, codes: Codes, facts: tuple[Int[Array, "n"], Int[Array, "m"]], call: Call
+    packed: Packed, codes: Codes, facts: tuple[Int[Array, "n"], ...], call: Call
 ) -> tuple[Float[Array, "B K G T c"], Float[Array, "B K G T"]]:
     """(output, log-sum-exp in log2 with UNSEEN for rows that saw nothing and G padded to whole sublanes)."""
     block_q, block_k = call.forward
     grid = (call.B, call.K, call.T // block_q, call.S // block_k)
     visit = call.visit(grid[2], grid[3])
 
-    def at(b, n, i, j, facts_q, facts_k):
-        return b, n, i, visit.key_block(facts_q, b, i, j)
+    def at(b, n, i, j, *facts):
+        return b, n, i, visit.key_block(facts, b, i, j)
 
     G, Gp, c = call.G, call.padded_group, call.c
     scratch = {
@@ -58,9 +58,11 @@ def forward(
         pl.BlockSpec((1, 1, Gp, block_q), lambda b, n, i, j, *_: (b, n, 0, i)),
     )
     run = pl.pallas_call(
-        functools.partial(_kernel, call=call, visit=visit, names=specs.names, scratch_names=tuple(scratch)),
+        functools.partial(
+            _kernel, call=call, visit=visit, facts=len(facts), names=specs.names, scratch_names=tuple(scratch)
+        ),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=2,
+            num_scalar_prefetch=len(facts),
             grid=grid,
             in_specs=specs.blocks,
             out_specs=out_specs,
@@ -75,7 +77,8 @@ def forward(
     return run(*facts, *inputs)
 
 
-def _kernel(facts_q, facts_k, *refs, call: Call, visit: Any, names: tuple[str, ...], scratch_names: tuple[str, ...]):
+def _kernel(*refs, call: Call, visit: Any, facts: int, names: tuple[str, ...], scratch_names: tuple[str, ...]):
+    known, refs = refs[:facts], refs[facts:]
     inputs = Inputs(dict(zip(names, refs, strict=False)))
     out_ref, lse_ref = refs[len(names) : len(names) + 2]
     scratch = dict(zip(scratch_names, refs[len(names) + 2 :], strict=True))
@@ -140,7 +143,7 @@ def _kernel(facts_q, facts_k, *refs, call: Call, visit: Any, names: tuple[str, .
 
         jax.lax.fori_loop(0, call.G // heads, visit_heads, None, unroll=True)
 
-    when_each(visit.guards(facts_q, facts_k, b, i, j), call.switches, visit_keys)
+    when_each(visit.guards(known, b, i, j), call.switches, visit_keys)
 
     @pl.when(last)
     def _finish():

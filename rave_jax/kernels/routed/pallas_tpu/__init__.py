@@ -20,7 +20,7 @@ from rave_jax.kernels.attention import KeyGroups, MaskCodes
 from rave_jax.kernels.attention import pallas_tpu as dense
 from rave_jax.kernels.attention.base import NOWHERE, Terms, group_heads, of_key_group, tile_bias, ungroup_heads
 from rave_jax.kernels.attention.pallas_tpu.blocks import BlockSizes
-from rave_jax.kernels.attention.pallas_tpu.operands import pad
+from rave_jax.kernels.attention.pallas_tpu.operands import pad, up
 from rave_jax.kernels.attention.pallas_tpu.tile import LANES, LOG2E, UNSEEN
 from rave_jax.kernels.attention.score import Term
 from rave_jax.kernels.attention.tuning import block_sizes
@@ -290,11 +290,11 @@ def _means(k: Float[Array, "B S K h"], keys: Int[Array, "B S"], R: int) -> Float
 
 def _tiles(
     x: Float[Array, "B S K h"], source: Int[Array, "B n"], lane: Int[Array, "B S"], tiling: Tiling
-) -> Float[Array, "B K tiles lanes 128"]:
+) -> Float[Array, "B K tiles lanes width"]:
     """Keys in their lanes, zeros in empty ones."""
     found = _moved(x, source, lane)
     B, _, K, h = found.shape
-    return pad(jnp.moveaxis(found, 2, 1).reshape(B, K, tiling.tiles, tiling.lanes, h), 4, LANES)
+    return pad(jnp.moveaxis(found, 2, 1).reshape(B, K, tiling.tiles, tiling.lanes, h), 4, up(h, LANES))
 
 
 @jax.custom_vjp

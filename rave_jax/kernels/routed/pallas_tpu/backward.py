@@ -101,9 +101,9 @@ def backward(
                 specs.keys_once,
                 specs.keys_once,
                 specs.codes_k,
-                *((specs.queries, specs.keys_once) if rows else ()),
+                *((specs.rows_q, specs.rows_k_once) if rows else ()),
             ),
-            out_specs=(specs.queries, specs.keys, specs.keys, *((specs.queries, specs.keys) if rows else ())),
+            out_specs=(specs.queries, specs.keys, specs.keys, *((specs.rows_q, specs.rows_k) if rows else ())),
             scratch_shapes=tuple(scratch.values()),
         ),
         out_shape=tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v, *rows)),
@@ -134,7 +134,7 @@ def _kernel(info, codes_q, lists, q, d_out, numbers_in, k, v, codes_k, *refs, ca
             given[pl.ds(at + rows, rows)] = d_out[number].astype(jnp.float32)
             d_q[pl.ds(pl.multiple_of(number * rows, rows), rows)] = jnp.zeros((rows, LANES), jnp.float32)
             if d_rows:
-                d_rows[0][number] = jnp.zeros((rows, LANES), jnp.float32)
+                d_rows[0][number] = jnp.zeros((rows, call.terms.width), jnp.float32)
         at = pl.multiple_of(line * 2 * per_line, 2 * per_line)
         numbers[pl.ds(at, 2 * per_line)] = numbers_in[pl.ds(at, 2 * per_line)]
 

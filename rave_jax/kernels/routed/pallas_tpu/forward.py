@@ -98,7 +98,7 @@ def forward(
                 specs.keys_once,
                 specs.keys_once,
                 specs.codes_k,
-                *((specs.queries, specs.keys_once) if rows else ()),
+                *((specs.rows_q, specs.rows_k_once) if rows else ()),
             ),
             out_specs=(specs.queries, of_lines),
             scratch_shapes=tuple(scratch.values()),

@@ -97,9 +97,9 @@ def vmem_bytes(call: Call) -> int:
     keys = call.tiling.tiles * call.tiling.lanes * (LANES * (6 * wide + 8) + 64)
     queries = call.queries * (call.rows * LANES * (6 * wide + 12) + 6 * LANES * 4)
     if call.terms:
-        # Rows of 128 in float32: of keys once, of queries twice, and the gradients of both twice.
-        keys += call.tiling.tiles * call.tiling.lanes * 3 * LANES * 4
-        queries += call.queries * call.rows * 4 * LANES * 4
+        # Rows in float32: of keys once, of queries twice, and the gradients of both twice.
+        keys += call.tiling.tiles * call.tiling.lanes * 3 * call.terms.width * 4
+        queries += call.queries * call.rows * 4 * call.terms.width * 4
     return keys + queries
 
 
@@ -124,11 +124,6 @@ def against(
     if key_groups is not None:
         return "key groups are not supported"
     row_terms = RowTerms.of(without_key_bias(terms, q.shape[1], k.shape[2]), str(q.dtype))
-    if row_terms.numbers > LANES:
-        return (
-            f"score terms read {row_terms.numbers} numbers of a query and a key together, and at most {LANES} fit "
-            "beside each (a pair product of r channels counts r, and three times that in bfloat16)"
-        )
     if max(q.shape[-1], v.shape[-1]) > LANES or q.shape[-1] != v.shape[-1]:
         return f"keys and values must have one width of at most {LANES}, not {q.shape[-1]} and {v.shape[-1]}"
     most, own = (MOST_CHOICES, " that choose for themselves") if choices_of(rule, G) > 1 else (MOST_HEADS, "")

@@ -1,9 +1,9 @@
 """Score terms over chosen regions: what is gathered with a query, what lies with the keys, and a tile of both.
 
-All that the terms read of a query head is one row of 128 numbers, so that it is one more load for each gathered query;
-all that they read of a key is one row too. The channels of a pair product stand in the same lanes of both, so one
-product of the two is <u, w>; a number of a query has a lane that is 0 in the keys' rows, and the other way round.
-Numbers of a head are numbers of its queries.
+All that the terms read of a query head is one row of 128 numbers (or of 256 and so on), so that it is one more load for
+each gathered query; all that they read of a key is one row too. The channels of a pair product stand in the same lanes
+of both, so one product of the two is <u, w>; a number of a query has a lane that is 0 in the keys' rows, and the other
+way round. Numbers of a head are numbers of its queries.
 
 The forward kernel has queries in the rows of a tile, the backward kernel has keys there. Functions are elementwise, and
 every field that they read is a whole tile.
@@ -22,14 +22,14 @@ import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
 from rave_jax.kernels.attention.base import Terms, group_heads
-from rave_jax.kernels.attention.pallas_tpu.padding import extend, pad
+from rave_jax.kernels.attention.pallas_tpu.padding import extend, pad, up
 from rave_jax.kernels.attention.pallas_tpu.terms import TermCall, term_calls
 from rave_jax.kernels.attention.pallas_tpu.tile import LANES, LOG2E, product
 from rave_jax.kernels.attention.score import ScoreFunction, Term, Tile
 from rave_jax.typing import Array, Float
 
 TermRows = tuple[Array, Array] | tuple[()]
-"""Rows of queries [B,K,T,rows,128] and of keys by tile [B,K,tiles,lanes,128]; nothing without terms."""
+"""Rows of queries [B,K,T,rows,width] and of keys by tile [B,K,tiles,lanes,width]; nothing without terms."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class RowTerms:
 
     @property
     def numbers(self) -> int:
-        """Lanes that are used, of LANES at most."""
+        """Lanes that are used."""
         found = 0
         for lanes in self.lanes:
             ends = [lanes.pair[1] - 1] if lanes.pair else []
@@ -107,13 +107,18 @@ class RowTerms:
         return found
 
     @property
+    def width(self) -> int:
+        """Of a row: whole LANES."""
+        return up(max(self.numbers, 1), LANES)
+
+    @property
     def reads_dot(self) -> bool:
         """Does any function read <q, k>?"""
         return any(call.reads_dot for call in self.calls)
 
     def query_rows(
         self, terms: Terms, shape: tuple[int, ...], T: int, K: int, rows: int
-    ) -> Float[Array, "B K T rows lanes"]:
+    ) -> Float[Array, "B K T rows width"]:
         """What is gathered; plain jnp, which jax differentiates. A row without a head repeats the last head's: numbers
         that functions are fit for.
 
@@ -135,10 +140,10 @@ class RowTerms:
                 columns.append(on[..., None])
             if call.masks and term.key_on is not None:
                 columns.append(jnp.zeros((*shape, 1)))
-        found = group_heads(extend(pad(jnp.concatenate(columns, axis=-1), 3, LANES), 1, T), K)
+        found = group_heads(extend(pad(jnp.concatenate(columns, axis=-1), 3, self.width), 1, T), K)
         return extend(jnp.moveaxis(found, 2, 3), 3, rows)
 
-    def key_rows(self, terms: Terms, shape: tuple[int, ...]) -> Float[Array, "B S K lanes"]:
+    def key_rows(self, terms: Terms, shape: tuple[int, ...]) -> Float[Array, "B S K width"]:
         """What lies with the keys, of `shape` [B, S, K]; plain jnp, which jax differentiates."""
         columns = [] if self.numbers else [jnp.zeros((*shape, 1))]
         for term, call in zip(terms.parts, self.calls, strict=True):
@@ -152,7 +157,7 @@ class RowTerms:
                 columns.append(jnp.zeros((*shape, 1)))
             if call.masks and on is not None:
                 columns.append(jnp.broadcast_to(on, shape)[..., None])
-        return pad(jnp.concatenate(columns, axis=-1), 3, LANES)
+        return pad(jnp.concatenate(columns, axis=-1), 3, self.width)
 
     def alone(self, rows: Array, number: int) -> Array:
         """Rows without the channels of other terms' pair products."""
@@ -186,8 +191,8 @@ class Sides:
     """
 
     terms: RowTerms
-    queries: Float[Array, "n lanes"]
-    keys: Float[Array, "m lanes"]
+    queries: Float[Array, "n width"]
+    keys: Float[Array, "m width"]
     turned: bool
     dtype: jnp.dtype
 
@@ -297,10 +302,10 @@ class Sides:
                 (call.shape.head, given.head, of_head),
             ):
                 for name in (name for name in names if name in fields):
-                    ones = _ones(lanes.query[lane(name)], self.size[0], self.dtype)
+                    ones = _ones(lanes.query[lane(name)], (self.size[0], self.terms.width), self.dtype)
                     of_queries.append(product(fields[name].astype(self.dtype), ones, (0, 0)))
             for name in (name for name in call.shape.key if name in given.key):
-                ones = _ones(lanes.key[name], self.size[1], self.dtype)
+                ones = _ones(lanes.key[name], (self.size[1], self.terms.width), self.dtype)
                 of_keys.append(product(given.key[name].astype(self.dtype), ones, (1, 0)))
         return _total(of_queries, self.queries.shape), _total(of_keys, self.keys.shape)
 
@@ -342,6 +347,6 @@ def _total(parts: list[Array], shape: tuple[int, ...]) -> Array:
     return functools.reduce(jnp.add, parts) if parts else jnp.zeros(shape, jnp.float32)
 
 
-def _ones(lane: int, rows: int, dtype: jnp.dtype) -> Array:
+def _ones(lane: int, shape: tuple[int, int], dtype: jnp.dtype) -> Array:
     """Rows with a one in one lane: a product with them sums, and puts the sums into this lane."""
-    return jnp.where(jax.lax.broadcasted_iota(jnp.int32, (rows, LANES), 1) == lane, 1.0, 0.0).astype(dtype)
+    return jnp.where(jax.lax.broadcasted_iota(jnp.int32, shape, 1) == lane, 1.0, 0.0).astype(dtype)

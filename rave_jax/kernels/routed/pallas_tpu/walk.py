@@ -152,7 +152,8 @@ Words = Callable[[Any], list[Any]]
 
 
 class BlockSpecs(NamedTuple):
-    """Of the operands that both kernels have; `keys_once` are not copied while others are worked on."""
+    """Of the operands that both kernels have, rows those of score terms; what is `once` is not copied while others are
+    worked on."""
 
     words: pl.BlockSpec
     codes: pl.BlockSpec
@@ -160,20 +161,34 @@ class BlockSpecs(NamedTuple):
     queries: pl.BlockSpec
     keys: pl.BlockSpec
     keys_once: pl.BlockSpec
+    rows_q: pl.BlockSpec
+    rows_k: pl.BlockSpec
+    rows_k_once: pl.BlockSpec
     codes_k: pl.BlockSpec
 
 
 def block_specs(call: Call, words: int) -> BlockSpecs:
     """For a grid of (row, kv head, super-block); `words` are those of a super-block."""
     n, tiles, lanes, smem = call.queries, call.tiling.tiles, call.tiling.lanes, pltpu.SMEM
-    keys = pl.BlockSpec((None, None, tiles, lanes, LANES), lambda b, g, i: (b, g, 0, 0, 0))
+    width = call.terms.width
+
+    def of_queries(width: int) -> pl.BlockSpec:
+        return pl.BlockSpec((None, None, n, call.rows, width), lambda b, g, i: (b, g, i, 0, 0))
+
+    def of_keys(width: int, *, once: bool) -> pl.BlockSpec:
+        how = {"pipeline_mode": pl.Buffered(1)} if once else {}
+        return pl.BlockSpec((None, None, tiles, lanes, width), lambda b, g, i: (b, g, 0, 0, 0), **how)
+
     return BlockSpecs(
         words=pl.BlockSpec((None, None, None, 1, words), lambda b, g, i: (b, g, i, 0, 0), memory_space=smem),
         codes=pl.BlockSpec((None, None, 1, CODES * n), lambda b, g, i: (b, i, 0, 0), memory_space=smem),
         lists=pl.BlockSpec(memory_space=pltpu.HBM),
-        queries=pl.BlockSpec((None, None, n, call.rows, LANES), lambda b, g, i: (b, g, i, 0, 0)),
-        keys=keys,
-        keys_once=pl.BlockSpec(keys.block_shape, keys.index_map, pipeline_mode=pl.Buffered(1)),
+        queries=of_queries(LANES),
+        keys=of_keys(LANES, once=False),
+        keys_once=of_keys(LANES, once=True),
+        rows_q=of_queries(width),
+        rows_k=of_keys(width, once=False),
+        rows_k_once=of_keys(width, once=True),
         codes_k=pl.BlockSpec((None, tiles, 8, lanes), lambda b, g, i: (b, 0, 0, 0)),
     )
 
