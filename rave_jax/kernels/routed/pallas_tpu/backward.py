@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from rave_jax.kernels.attention.pallas_tpu.tile import LANES, UNSEEN, column, exponent, product, wide
+from rave_jax.kernels.attention.pallas_tpu.tile import LANES, MASKED, UNSEEN, column, exponent, product, wide
 from rave_jax.kernels.routed.pallas_tpu.lists import CUT, PLACE_BITS, WHOLE
 from rave_jax.kernels.routed.pallas_tpu.terms import Added, Sides, TermRows
 from rave_jax.kernels.routed.pallas_tpu.walk import (
@@ -181,11 +181,11 @@ def _kernel(info, codes_q, lists, q, d_out, numbers_in, k, v, codes_k, *refs, ca
             added = Added(None, None, ()) if sides is None else sides.added(dot, exact=dtype == jnp.float32)
             x = x if added.shift is None else x + added.shift
             both = line_of([numbers[pl.ds(place >> (rows.bit_length() - 2), 2)] for place in mine])
+            if kind != WHOLE:
+                # Not the weights: the compiler's estimate dies where a choice goes straight into a product.
+                x = jnp.where(_seen(codes_k, codes_q, tile, listed, kind, call, words, line_of), x, MASKED)
             weights = jnp.exp2(x - both[0:1])
             weights = weights if added.factor is None else weights * added.factor
-            if kind != WHOLE:
-                seen = _seen(codes_k, codes_q, tile, listed, kind, call, words, line_of)
-                weights = jnp.where(seen, weights, 0.0)
             d_scores = weights * (d_weights - both[1:2])
             fields = [slope(d_scores) for slope in added.slopes]
             d_dots = sum((of.dot for of in fields if of.dot is not None), d_scores)
