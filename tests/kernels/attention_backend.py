@@ -236,7 +236,7 @@ class AttentionBackend:
     )
     def test_a_mesh_changes_nothing(self, mesh):
         """Rows and heads over devices: also where the mesh splits query heads finer than there are kv heads (2)."""
-        case = Case(Dims(8, 130, 200, 2, 2, 32, 32, 8), "log_gate", key_bias=True)
+        case = Case(Dims(8, 130, 200, 2, 2, 32, 32, 8), "log_gate+distance", key_bias=True)
         drawn = drawn_for(case, np.random.default_rng(2), "random", 0.6)
         alone = program(by_name, self.name, case)(drawn)
         with use_mesh(make_mesh(MeshConfig(*mesh), jax.devices()[: np.prod(mesh)])):
