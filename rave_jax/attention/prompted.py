@@ -7,7 +7,7 @@ axis in front. A pass over whole rows has no such numbers, and is refused.
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
@@ -52,19 +52,6 @@ class PromptedHeads(Prompted):
     def head_gate(self, x: Features, out: Float[Array, "B T H h"], info_q: TokenInfo) -> Float[Array, "B 1 H"]:
         """The numbers, for every token of a row."""
         return self.numbers[:, None]
-
-
-class Run(Protocol):
-    """Layers start .. stop - 1 (global numbers) as one scan."""
-
-    @property
-    def start(self) -> int: ...
-
-    @property
-    def stop(self) -> int: ...
-
-    @property
-    def layers(self) -> Any: ...
 
 
 def largest_half(values: Float[Array, "*B H"]) -> Array:

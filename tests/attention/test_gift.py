@@ -114,9 +114,8 @@ def test_refusals() -> None:
         mechanisms = at.build_mechanisms((config,), DIMS, KEY)
         with pytest.raises(ConfigError, match=f"{type(config).__name__} is decided for each prompt while"):
             jax.eval_shape(lambda x, m=mechanisms: attend(x, info, m), x)
-    gaze = at.Gaze(max_regions=4, top_k=1).build(DIMS, KEY)
     with pytest.raises(ConfigError, match=r"Gift cannot share a layer with .*, which chooses the regions"):
-        at.check_owners([*at.build_mechanisms((GIFT,), DIMS, KEY), gaze])
+        at.build_mechanisms((GIFT, at.Gaze(max_regions=4, top_k=1)), DIMS, KEY)
     with pytest.raises(ConfigError, match=r'heads is .*none where choose is "prompt"'):
         at.Vhr(heads=(1,), choose="prompt")
 

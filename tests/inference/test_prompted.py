@@ -127,7 +127,7 @@ def neutral() -> PromptNumbers:
 
 @pytest.mark.slow
 def test_a_mesh_of_eight_answers_alike() -> None:
-    mesh = make_mesh(MeshConfig(fsdp=2, tensor=2))
+    mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     slots = Engine(a_model(), dataclasses.replace(SIZES, slots=4, prefill_rows=4), (), mesh)
     assert answers(slots, prompts()) == alone()
 
