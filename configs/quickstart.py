@@ -58,6 +58,7 @@ def get_config() -> TrainConfig:
                 tokens=48,
                 patches=36,
                 max_new_tokens=4,
+                knock_outs=96,
                 floor=Floor(train=Synthetic(tasks=MIXTURE)),
                 grounding=Grounding(aims=(TaskAim("digit_mosaic", 0.8),)),
             ),

@@ -105,7 +105,6 @@ def get_config() -> Study:
         starts=(learned, trained),
         arms=tuple(arms),
         tasks=base.judged(),
-        score_every=20,
         decision=base.DECISION,
         simulated_devices=1,
     )

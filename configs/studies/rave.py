@@ -79,7 +79,6 @@ def get_config() -> Study:
         starts=starts,
         arms=tuple(arm for start in starts for arm in of_start(start)),
         tasks=base.judged(),
-        score_every=20,
         decision=base.DECISION,
         simulated_devices=1,
     )

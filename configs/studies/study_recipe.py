@@ -21,7 +21,7 @@ PLAIN = ModelOptions(scan_layers=False)
 """Plain attention; layers apart, which a CPU trains faster."""
 SMALL, LARGE = 48, 128
 """Sides of pictures in pixels. A visual token is 16 pixels wide."""
-TOKENS, PATCHES = 108, 64
+TOKENS, PATCHES = 104, 64
 LISTS, READING, ADAPTING = 180, 400, 60
 """Steps of the backbone on lists, all of its steps, and those of an arm on the tasks."""
 TASKS: tuple[tuple[str, SyntheticTask], ...] = (("mosaic", DigitMosaic(frame=8)),)
@@ -71,8 +71,13 @@ def starts() -> tuple[Start, Start]:
         stages=(small(0, (1, 0, 0)), small(LISTS, (0, 1, 0)), Stage(READING, (0, 0, 1))),
     )
     return (
-        Start("learned", (backbone,), replace(backbone, data=tasks, steps=ADAPTING, optimizer=optimizer(warmup=10))),
-        Start("scratch", (), replace(backbone, data=both, steps=READING + ADAPTING)),
+        Start(
+            "learned",
+            (backbone,),
+            replace(backbone, data=tasks, steps=ADAPTING, optimizer=optimizer(warmup=10)),
+            score_every=ADAPTING // 3,
+        ),
+        Start("scratch", (), replace(backbone, data=both, steps=READING + ADAPTING), score_every=100),
     )
 
 

@@ -115,7 +115,8 @@ def hidden(codes: MaskCodes, left: Bool[Array, "B T"] | None) -> MaskCodes:
     return jax.tree.map(lambda code, nothing: jnp.where(left, nothing, code), codes, UNSEEN)
 
 
-UNSEEN = MaskCodes(lo=1, hi=0, order=NOWHERE, open_q=NO_OPEN_Q, open_k=NO_OPEN_K)  # ty: ignore[invalid-argument-type]
+NOTHING: list[Any] = [1, 0, NOWHERE, NO_OPEN_Q, NO_OPEN_K]
+UNSEEN = MaskCodes(*NOTHING)
 """Codes of what sees nothing and is not seen."""
 
 

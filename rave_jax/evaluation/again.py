@@ -20,6 +20,7 @@ from rave_jax.evaluation.subject import Answer, Glances, Reading, Subject
 from rave_jax.evaluation.task import Task
 from rave_jax.evaluation.vas import VasSums
 from rave_jax.look import carve, funnel
+from rave_jax.look.blocks import KnockOut
 from rave_jax.look.carve import Carve
 from rave_jax.look.funnel import VisualFunnel
 from rave_jax.look.maps import Look
@@ -50,6 +51,10 @@ class AskedAgain:
     def look(self, samples: Sequence[Sample], answers: Sequence[Answer]) -> list[Look | None]:
         """Of the sample with its views: where the answer looked in the first picture."""
         return self._subject.look(self._answered(samples), answers)
+
+    def knock_out(self, samples: Sequence[Sample], answers: Sequence[Answer], most: int) -> list[KnockOut | None]:
+        """Of the sample with its views: parts of the first picture are hidden, and those cut out of it are not."""
+        return self._subject.knock_out(self._answered(samples), answers, most)
 
     def vas(self, samples: Sequence[Sample]) -> VasSums:
         """Of the samples with their views."""
@@ -148,7 +153,10 @@ class AskedAgain:
 def about_picture(sample: Sample, text: str) -> Sample:
     """The sample's first picture and one text, as a conversation of its own."""
     content = [{**_first_picture(sample)}, {"type": "text", "text": text}]
-    return dataclasses.replace(sample, messages=({"role": "user", "content": content},))
+    messages = ({"role": "user", "content": content},)
+    # The evidence may be in another picture.
+    evidence = sample.evidence if sample.evidence_image == 0 else None
+    return dataclasses.replace(sample, messages=messages, evidence=evidence, evidence_image=0)
 
 
 def with_pictures(sample: Sample, pictures: Sequence[Image.Image]) -> Sample:
@@ -162,7 +170,9 @@ def with_pictures(sample: Sample, pictures: Sequence[Image.Image]) -> Sample:
             content = [new for part in content for new in (made if part is first else [part])]
             message = {**message, "content": content}
         messages.append(message)
-    return dataclasses.replace(sample, messages=tuple(messages))
+    # Pictures behind the first have other numbers then.
+    evidence = sample.evidence_image + (len(pictures) - 1 if sample.evidence_image else 0)
+    return dataclasses.replace(sample, messages=tuple(messages), evidence_image=evidence)
 
 
 def _first_picture(sample: Sample) -> Any:

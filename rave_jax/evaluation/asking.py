@@ -10,6 +10,7 @@ from rave_jax.evaluation.routing import Route
 from rave_jax.evaluation.subject import Answer, Glances, Reading, Subject
 from rave_jax.evaluation.task import Task
 from rave_jax.evaluation.vas import VasSums
+from rave_jax.look.blocks import KnockOut
 from rave_jax.look.maps import Look
 
 
@@ -26,6 +27,10 @@ class AskedByTask:
     def look(self, samples: Sequence[Sample], answers: Sequence[Answer]) -> list[Look | None]:
         """As the subject, asked by the task."""
         return self._subject.look(self._asked(samples), answers)
+
+    def knock_out(self, samples: Sequence[Sample], answers: Sequence[Answer], most: int) -> list[KnockOut | None]:
+        """As the subject, asked by the task."""
+        return self._subject.knock_out(self._asked(samples), answers, most)
 
     def vas(self, samples: Sequence[Sample]) -> VasSums:
         """As the subject, asked by the task."""

@@ -88,6 +88,12 @@ class Eval:
     """Samples whose visual attention score (VAS, `evaluation/vas.py`) is measured, spread evenly over the tasks; 0
     measures none. It costs a forward pass with three runs of the attention kernel in each layer, and needs a system
     prompt, which the chat template of `Tiny` does not write."""
+    knock_outs: int = 0
+    """Samples, spread evenly over the tasks, whose answers are asked how much less likely they get when a part of the
+    picture is hidden from all text (`evaluation/knocked.py`); 0 asks none. Those without a box of evidence are left
+    out. A sample costs a forward pass for each part and two more."""
+    knock_out_blocks: int = 64
+    """Parts of a picture that are hidden in turn, at most: where it has more visual tokens, a part has several."""
     routes: int = 128
     """Samples, spread evenly over the tasks, for which is counted what questions and answers read of the picture and,
     with Gaze, how many chosen regions overlap the evidence. 0 counts none."""
@@ -114,7 +120,9 @@ class Eval:
         require(bool(self.name) and "/" not in self.name, "name", self.name, "the name of a folder")
         check_ranges(self, samples=(1, MOST_SAMPLES), rows=(1, MOST_AT_ONCE), max_new_tokens=(1, MOST_TOKENS))
         check_ranges(self, tokens=(1, MOST_TOKENS), patches=(0, MOST_PATCHES), every=(1, 2**31 - 1))
-        check_ranges(self, **dict.fromkeys(("looks", "vas", "routes", "spans", "sinks"), (0, MOST_SAMPLES)))
+        check_ranges(self, knock_out_blocks=(1, MOST_TOKENS))
+        counts = ("looks", "knock_outs", "vas", "routes", "spans", "sinks")
+        check_ranges(self, **dict.fromkeys(counts, (0, MOST_SAMPLES)))
         require(0 <= self.pictures <= self.looks, "pictures", self.pictures, f"0 to looks ({self.looks})")
         compared = self.grounding is None or self.floor is not None
         require(

@@ -30,6 +30,7 @@ class Looked:
         in_box: share of the picture's attention inside the box, over the layers asked for.
         by_layer: the same for each layer alone; 0 for one that does not attend.
         area: share of the picture that the box covers.
+        question_in_box: share of the question's attention to the picture inside the box; None where it was not read.
     """
 
     task: str
@@ -38,6 +39,7 @@ class Looked:
     in_box: float = 0.0
     by_layer: tuple[float, ...] = ()
     area: float = 0.0
+    question_in_box: float | None = None
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,7 @@ class Looking:
         boxes: over the samples with known evidence; None without such.
         by_task: the same for each task.
         by_layer: share inside the box for each layer alone.
+        question: over the samples whose question's attention was read, of that attention; None without such.
     """
 
     samples: int
@@ -66,11 +69,14 @@ class Looking:
     boxes: Boxes | None
     by_task: dict[str, Boxes]
     by_layer: tuple[float, ...]
+    question: Boxes | None = None
 
     def values(self) -> dict[str, float]:
         """The shares of attention."""
         found = {"on_picture": self.on_picture}
-        return found if self.boxes is None else found | {"in_box": self.boxes.in_box, "area": self.boxes.area}
+        if self.boxes is not None:
+            found |= {"in_box": self.boxes.in_box, "area": self.boxes.area}
+        return found if self.question is None else found | {"question_in_box": self.question.in_box}
 
     def sentences(self) -> list[str]:
         """The finding in words."""
@@ -78,11 +84,19 @@ class Looking:
         if self.boxes is None:
             return [text]
         best = int(np.argmax(self.by_layer))
-        return [
+        said = [
             f"{text}; of that, {self.boxes.in_box:.1%} in the evidence box, whose area is {self.boxes.area:.1%} "
             f"({self.boxes.in_box / max(self.boxes.area, 1e-9):.2f} x uniform attention; "
             f"most in layer {best}, {self.by_layer[best]:.1%})"
         ]
+        if self.question is not None:
+            said.append(f"of the questions' attention to the picture, {_against_area(self.question)}")
+        return said
+
+
+def _against_area(boxes: Boxes) -> str:
+    times = boxes.in_box / max(boxes.area, 1e-9)
+    return f"{boxes.in_box:.1%} is in the evidence box ({times:.2f} x uniform attention)"
 
 
 def measure(sample: Sample, look: Look, image: Image.Image, layers: tuple[int, ...]) -> Looked:
@@ -92,7 +106,9 @@ def measure(sample: Sample, look: Look, image: Image.Image, layers: tuple[int, .
     box = relative_box(sample.evidence, *image.size)
     numbers = look.layers or tuple(range(len(look.weights)))
     by_layer = tuple(look.in_box(box, (n,)) if n in numbers else 0.0 for n in range(numbers[-1] + 1))
-    return Looked(sample.task, look.on_picture, box, look.in_box(box, layers), by_layer, area(box))
+    asking = look.of_question
+    question = None if asking is None else asking.in_box(box, layers)
+    return Looked(sample.task, look.on_picture, box, look.in_box(box, layers), by_layer, area(box), question)
 
 
 def summarise(looks: Sequence[Looked]) -> Looking | None:
@@ -109,7 +125,13 @@ def summarise(looks: Sequence[Looked]) -> Looking | None:
         boxes=_boxes(known) if known else None,
         by_task={task: _boxes(group) for task, group in sorted(by_task.items())},
         by_layer=tuple(np.mean([look.by_layer for look in known], axis=0).tolist()) if known else (),
+        question=_boxes_of_questions(known),
     )
+
+
+def _boxes_of_questions(looks: Sequence[Looked]) -> Boxes | None:
+    found = [(look.question_in_box, look.area) for look in looks if look.question_in_box is not None]
+    return Boxes(len(found), *np.mean(found, axis=0).tolist()) if found else None
 
 
 def _boxes(looks: Sequence[Looked]) -> Boxes:
@@ -239,4 +261,7 @@ class Looks:
             ["task", "answers", "attention in the evidence box", "area of the box", "x uniform"], rows, left=1
         )
         page += ["", f"Share in the box by layer, from the first: {layers}.", ""]
+        # Summaries of older versions have nothing of questions.
+        if finding.get("question"):
+            page += [f"Of the attention of the questions' own text, {_against_area(Boxes(**finding['question']))}.", ""]
         return page

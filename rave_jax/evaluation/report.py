@@ -109,12 +109,13 @@ def _evaluation(summary: Mapping[str, Any], folder: Path) -> list[str]:
         page += [] if finding is None else probe.section(finding)
     if summary["pictures"]:
         page += [
-            "Colours are multiples of uniform attention over the picture, on one scale in all pictures; the numbers "
-            "are in the `.npz` beside each.",
+            "Colours are multiples of uniform attention over the picture, or of a cost spread evenly over it, on one "
+            "scale in all pictures; the numbers are in the `.npz` beside each.",
             "",
         ]
     for picture in summary["pictures"]:
-        page += [f"{'' if picture.endswith('.pdf') else '!'}[attention of one answer]({folder}/{picture})", ""]
+        of = "what hiding parts costs one answer" if "_knock_out." in picture else "attention of one answer"
+        page += [f"{'' if picture.endswith('.pdf') else '!'}[{of}]({folder}/{picture})", ""]
     return page
 
 

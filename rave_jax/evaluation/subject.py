@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -22,6 +22,9 @@ from rave_jax.inference import Completion, Generator, Request, Sampling, SlotCon
 from rave_jax.inference.content import content_tokens
 from rave_jax.inference.programs import SlotState
 from rave_jax.inference.prompted import PromptNumbers, asking, found_numbers, with_numbers
+from rave_jax.layout import Shown
+from rave_jax.look.blocks import Blocks, KnockOut, blocks_of
+from rave_jax.look.knockout import NOTHING, log_probability
 from rave_jax.look.maps import Look, over_picture
 from rave_jax.models.forward import Chunk, Want
 from rave_jax.models.vlm import Vlm
@@ -38,6 +41,9 @@ Glances = Float[NpArray, "L N y x"]
 """Attention of the row that chose each of N tokens over the cells of the first picture, averaged over heads."""
 CHUNK = 512
 """Tokens of a prompt that are read at once; of a model whose tokens see later ones, all of them."""
+
+QUESTION_ROWS = 32
+"""Most tokens of a question whose attention is read."""
 
 
 def no_check() -> None:
@@ -75,6 +81,11 @@ class Subject(Protocol):
         without a picture, or with a video."""
         ...
 
+    def knock_out(self, samples: Sequence[Sample], answers: Sequence[Answer], most: int) -> list[KnockOut | None]:
+        """How far each answer's log-probability falls when one of at most so many blocks of that picture is hidden from
+        all text; None for a sample without a picture, with a video, or with an empty answer."""
+        ...
+
     def vas(self, samples: Sequence[Sample]) -> VasSums:
         """What the samples' prompts add to the visual attention score, of `evaluation/vas.py`."""
         ...
@@ -109,6 +120,15 @@ class _Answered(NamedTuple):
     weights: Float[Array, "B N"]
 
 
+class _Hiding(NamedTuple):
+    """One row of a knock-out: a prompt with its answer, and which of its tokens are hidden."""
+
+    sample: Sample
+    prompt: Example
+    answer: Answer
+    hidden: Bool[NpArray, "S"]
+
+
 class ModelSubject:
     """A model, its processor and its mesh. It answers in slots, and every batch it looks at has one shape.
 
@@ -140,6 +160,7 @@ class ModelSubject:
             prefill_rows=max(1, shape.rows // 4),
         )
         self._generator = Generator(model, processor, slots, mesh)
+        self._log_probability = _program(log_probability, mesh)
         self._answer_attention = _program(answer_attention, mesh)
         self._vas_sums = _program(vas_sums, mesh)
         self._answer_routes = _program(answer_routes, mesh)
@@ -202,6 +223,40 @@ class ModelSubject:
             stop = start + self._shape.rows
             looks += self._look_chunk(samples[start:stop], answers[start:stop])
         return looks
+
+    def knock_out(self, samples: Sequence[Sample], answers: Sequence[Answer], most: int) -> list[KnockOut | None]:
+        rows: list[_Hiding] = []
+        blocks: list[Blocks | None] = []
+        for sample, answer in zip(samples, answers, strict=True):
+            prompt = self._prompt(sample)
+            usable = len(answer.tokens) > 0 and not self._has_video(prompt)
+            found = blocks_of(prompt.info, prompt.shown, sample.evidence_image + 1, most) if usable else None
+            blocks.append(found)
+            if found is not None:
+                every = found.shows.any(axis=0)
+                hidden = (np.zeros_like(every), *found.shows, every)
+                rows += [_Hiding(sample, prompt, answer, of) for of in hidden]
+        said = iter(self._log_probabilities(rows))
+        return [None if found is None else _knock_out(found, said) for found in blocks]
+
+    def _log_probabilities(self, rows: Sequence[_Hiding]) -> list[float]:
+        found: list[float] = []
+        for start in range(0, len(rows), self._shape.rows):
+            self._check()
+            part = rows[start : start + self._shape.rows]
+            block = self._placed([r.sample for r in part], [r.prompt for r in part], [r.answer for r in part])
+            hidden = np.zeros(block.batch.tokens.shape, bool)
+            tokens = np.full(block.queries.shape, NOTHING, np.int32)
+            for i, row in enumerate(part):
+                hidden[i, : len(row.hidden)], tokens[i, : len(row.answer.tokens)] = row.hidden, row.answer.tokens
+            with use_mesh(self._mesh):
+                where = batch_shardings(self._mesh, self._shape.rows).tokens
+                placed = jax.device_put((hidden, tokens), where)
+                said = self._log_probability(
+                    self._model, block.numbers, block.batch, placed[0], block.queries, placed[1]
+                )
+            found += np.asarray(said)[: len(part)].tolist()
+        return found
 
     def vas(self, samples: Sequence[Sample]) -> VasSums:
         total = ratios = 0.0
@@ -276,17 +331,39 @@ class ModelSubject:
 
     def _look_chunk(self, samples: Sequence[Sample], answers: Sequence[Answer]) -> list[Look | None]:
         block = self._answered(samples, answers)
-        with use_mesh(self._mesh):
-            found = np.asarray(
-                self._answer_attention(self._model, block.numbers, block.batch, block.queries, block.weights)
-            )
+        asking = [
+            question_rows(prompt.info, prompt.shown, sample.evidence_image + 1)
+            for sample, prompt in zip(samples, block.prompts, strict=True)
+        ]
+        of_answers = self._attention(block, (block.queries, block.weights))
+        of_questions = self._attention_of_rows(block, asking)
+        layers = self._model.config.text.attention_layers
         looks: list[Look | None] = []
         for i, (sample, example) in enumerate(zip(samples, block.examples, strict=True)):
-            mine = found[:, i, :, : len(example.tokens)]
             picture = sample.evidence_image + 1
-            grid = None if self._has_video(example) else over_picture(example.info, mine, example.shown, picture)
-            looks.append(None if grid is None else Look(grid, self._model.config.text.attention_layers))
+            grid = None if self._has_video(example) else _over(picture, example, of_answers[:, i])
+            question = _over(picture, example, of_questions[:, i]) if len(asking[i]) else None
+            looks.append(None if grid is None else Look(grid, layers, question))
         return looks
+
+    def _attention(self, block: _Answered, rows: Any) -> Float[NpArray, "L B H S"]:
+        """Attention averaged over some rows, which are queries and their weights."""
+        with use_mesh(self._mesh):
+            return np.asarray(self._answer_attention(self._model, block.numbers, block.batch, *rows))
+
+    def _attention_of_rows(self, block: _Answered, rows: Sequence[Int[NpArray, "N"]]) -> Float[NpArray, "L B H S"]:
+        """Attention averaged over any number of rows of each sample, by the program that reads those of answers."""
+        count, width = block.queries.shape
+        total: Any = 0.0
+        for start in range(0, max(map(len, rows)), width):
+            queries, weights = np.zeros((count, width), np.int32), np.zeros((count, width), np.float32)
+            for i, mine in enumerate(rows):
+                part = mine[start : start + width]
+                queries[i, : len(part)], weights[i, : len(part)] = part, 1 / len(mine) if len(mine) else 0
+            with use_mesh(self._mesh):
+                placed = jax.device_put((queries, weights), batch_shardings(self._mesh, count).tokens)
+            total = total + self._attention(block, placed)
+        return total
 
     def _route_chunk(self, samples: Sequence[Sample], answers: Sequence[Answer]) -> list[Route | None]:
         block = self._answered(samples, answers)
@@ -311,7 +388,9 @@ class ModelSubject:
         return bool(np.any(example.tokens == self._processor.rules.video_token_id))
 
     def _answered(self, samples: Sequence[Sample], answers: Sequence[Answer]) -> _Answered:
-        prompts = [self._prompt(sample) for sample in samples]
+        return self._placed(samples, [self._prompt(sample) for sample in samples], answers)
+
+    def _placed(self, samples: Sequence[Sample], prompts: list[Example], answers: Sequence[Answer]) -> _Answered:
         examples = [with_answer(p, a.tokens) for p, a in zip(prompts, answers, strict=True)]
         shape = BatchShape(self._shape.rows, self._shape.tokens + self._sampling.max_new_tokens, self._shape.patches)
         # A token is chosen by the query before it: the last of the prompt for the first, and so on.
@@ -356,6 +435,35 @@ class ModelSubject:
             return collate(mine, shape._replace(rows=len(span)), rules.patch_sizes)
 
         return global_batch(load, self._mesh, shape.rows)
+
+
+def _knock_out(blocks: Blocks, said: Iterator[float]) -> KnockOut:
+    """What was said of an answer with nothing hidden, with each block hidden, and with all of them."""
+    seen = next(said)
+    falls = [seen - next(said) for _ in range(blocks.rows * blocks.cols)]
+    return KnockOut(np.reshape(falls, (blocks.rows, blocks.cols)), seen - next(said), seen)
+
+
+def _over(picture: int, example: Example, weights: Float[NpArray, "L H S"]) -> Float[NpArray, "L H y x"] | None:
+    """Attention to a padded example's tokens, over one of its pictures."""
+    return over_picture(example.info, weights[..., : len(example.tokens)], example.shown, picture)
+
+
+def question_rows(info: TokenInfo, shown: Sequence[Shown], picture: int) -> Int[NpArray, "N"]:
+    """The text of the last question behind a picture, of a prompt: its last tokens, at most QUESTION_ROWS.
+
+    Args:
+        info: token codes of the prompt (arrays [S]).
+        shown: for each image number of `info`, from 1, what its tokens show; empty: each is a whole picture.
+        picture: number of the picture in the conversation, from 1.
+    """
+    codes = {name: np.asarray(code) for name, code in info._asdict().items()}
+    numbers = [n for n, one in enumerate(shown, 1) if one.picture == picture] if shown else [picture]
+    tokens = np.flatnonzero(np.isin(codes["image"], numbers))
+    if not len(tokens):
+        return np.zeros(0, np.int32)
+    text = (codes["kind"] == Kind.TEXT) & (codes["role"] == Role.QUESTION) & (codes["turn"] == codes["turn"].max())
+    return np.flatnonzero(text & (np.arange(len(text)) > tokens[-1]))[-QUESTION_ROWS:].astype(np.int32)
 
 
 def _program(function: Callable[..., Any], mesh: Mesh, *sizes: str) -> Any:

@@ -130,8 +130,8 @@ def open_checked(config: Eval, text: TextConfig) -> Source:
         text: the decoder of the model.
 
     Raises:
-        ConfigError: data cannot be opened, evidence cannot be changed, a layer does not exist, or sinks are counted in
-            a model of too few layers.
+        ConfigError: data cannot be opened, evidence cannot be changed, a layer does not exist, tokens cannot be hidden,
+            or sinks are counted in a model of too few layers.
     """
     if config.sinks:
         check_depth(text.num_layers)
@@ -145,6 +145,11 @@ def open_checked(config: Eval, text: TextConfig) -> Source:
         if layer not in text.attention_layers:
             attending = ", ".join(map(str, text.attention_layers))
             raise ConfigError(f"{name} has {layer}, which does not attend; the model's layers that do are {attending}")
+    if config.knock_outs and len(text.attention_layers) < text.num_layers:
+        raise ConfigError(
+            f"{config.name}: knock_outs is {config.knock_outs}, but the model has layers with the gated delta rule, "
+            "from whose state nothing can be hidden; set knock_outs 0"
+        )
     source = config.data.build()
     redealing(config, source)
     if config.floor is not None and config.floor.train is not None:

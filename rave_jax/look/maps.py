@@ -21,10 +21,18 @@ class Look:
             of a grid over the picture (`over_picture`); [layers, heads, grid rows, grid columns]. What is missing to 1
             went to text, to other pictures, and to visual tokens that show no part of the picture.
         layers: numbers of these layers in the model; empty: they are all of its layers.
+        question: the same from the text of the question, averaged over its tokens; None where it was not asked for, or
+            where no token of the question stands behind the picture.
     """
 
     weights: Float[NpArray, "L H y x"]
     layers: tuple[int, ...] = ()
+    question: Float[NpArray, "L H y x"] | None = None
+
+    @property
+    def of_question(self) -> Look | None:
+        """Where the question looked."""
+        return None if self.question is None else Look(self.question, self.layers)
 
     @property
     def on_picture(self) -> float:

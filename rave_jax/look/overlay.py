@@ -114,7 +114,12 @@ def _save(figure: Figure, path: Path) -> None:
 
 
 def save_overlay(
-    path: Path, image: Image.Image, times_even: Float[NpArray, "y x"], box: Box | None, caption: Caption
+    path: Path,
+    image: Image.Image,
+    times_even: Float[NpArray, "y x"],
+    box: Box | None,
+    caption: Caption,
+    of: str = "attention of the answer",
 ) -> None:
     """Write the picture of one sample.
 
@@ -124,6 +129,7 @@ def save_overlay(
         times_even: attention on the cells of its grid, 1 for the even share.
         box: evidence, in fractions of the picture, or None.
         caption: the words underneath.
+        of: what the map shows.
     """
     image = image.convert("RGB")
     panel_height = min(max(PANEL * image.height / image.width, 1.6), 6.0)
@@ -138,7 +144,7 @@ def save_overlay(
     width, height = 2 * (PANEL + GAP) + GAP + BAR, panel_height + foot + 0.35
     figure = Figure(figsize=(width, height), dpi=110, facecolor="white")
     FigureCanvasAgg(figure)
-    most = f"attention of the answer (most: {float(times_even.max()):.3g} x uniform)"
+    most = f"{of} (most: {float(times_even.max()):.3g} x uniform)"
     for number, (picture, title) in enumerate(
         [
             (np.asarray(image, np.float32) / 255.0, "picture" if box is None else "picture, evidence in the box"),

@@ -38,6 +38,12 @@ class Start:
     the last. Empty: arms begin with `init` of the recipe."""
     recipe: TrainConfig = field(default_factory=TrainConfig)
     """The run of an arm, but for what the arm replaces. Behind phases its `init` is theirs."""
+    score_every: int | None = None
+    """Steps of training between two scores of the curve; None scores after the last step alone. It keeps a checkpoint
+    for each of them until the row is written."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self, score_every=(1, 2**31 - 1))
 
 
 @dataclass(frozen=True)
@@ -121,9 +127,6 @@ class Study:
     """What is compared."""
     tasks: tuple[Judged, ...] = ()
     """What every arm is asked. The score of an arm is the mean over tasks of the share of right answers."""
-    score_every: int | None = None
-    """Steps of training between two scores of the curve; None scores after the last step alone. It keeps a checkpoint
-    for each of them until the row is written."""
     score_samples: int = 256
     """Samples of each task that a score of the curve asks, from the first on."""
     decision: Decision = field(default_factory=Decision)
@@ -141,7 +144,7 @@ class Study:
     def __post_init__(self) -> None:
         check_paths(self)
         require(bool(self.output_dir), "output_dir", self.output_dir, "a directory")
-        check_ranges(self, score_every=(1, 2**31 - 1), score_samples=(1, MOST_SAMPLES))
+        check_ranges(self, score_samples=(1, MOST_SAMPLES))
         require(self.simulated_devices >= 0, "simulated_devices", self.simulated_devices, "at least 0")
         good = len(self.seeds) > 0 and len(set(self.seeds)) == len(self.seeds)
         good = good and all(type(seed) is int and 0 <= seed < 2**31 for seed in self.seeds)
@@ -212,7 +215,7 @@ class Study:
         init = FromHF(before) if start.phases else _seeded(start.recipe.init, cell.seed)
         given = {name: getattr(arm, name) for name in ("model", "optimizer", "data", "steps")}
         changes = {name: value for name, value in given.items() if value is not None}
-        every = self.score_every if arm.trained else None
+        every = start.score_every if arm.trained else None
         saved = {} if every is None else {"save_every": every, "keep": -(-start.recipe.steps // every) + 1}
         if every is not None and arm.steps is not None:
             saved["keep"] = -(-arm.steps // every) + 1

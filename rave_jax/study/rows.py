@@ -73,7 +73,7 @@ def made_with(study: Study, cell: Cell) -> dict[str, Any]:
         "run": configs.to_json(study.run_of(cell, ELSEWHERE)),
         "trained": cell.arm.trained,
         "tasks": tasks,
-        "score_every": study.score_every,
+        "score_every": start.score_every,
         "score_samples": study.score_samples,
     }
 

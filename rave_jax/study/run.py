@@ -108,7 +108,7 @@ def make_row(study: Study, cell: Cell, rows: Rows) -> Row:
         scores=scores,
         samples={task.name: task.samples for task in study.tasks},
         findings=judge.findings(model),
-        curves=_curves(study, folder, judge, config.steps) if cell.arm.trained else {},
+        curves=_curves(study, cell, folder, judge, config.steps) if cell.arm.trained else {},
         parameters=_parameters(model),
         seconds={
             "start": round(since - began, 1),
@@ -155,15 +155,16 @@ def _train(config: TrainConfig) -> None:
         train(config, stop)
 
 
-def _curves(study: Study, folder: Path, judge: Judge, steps: int) -> dict[str, list[list[float]]]:
+def _curves(study: Study, cell: Cell, folder: Path, judge: Judge, steps: int) -> dict[str, list[list[float]]]:
     directory = RunDirectory(folder)
     logged = [row for row in read_jsonl(directory.metrics) if "loss" in row] if hosts.is_first() else []
     curves = {"loss": [[float(row["step"]), float(row["loss"])] for row in logged]}
-    if study.score_every is None:
+    every = study.start_of(cell.arm).score_every
+    if every is None:
         return curves
     points = []
     for step in agree.on_first(lambda: steps_in(directory.checkpoints)):
-        if step % study.score_every == 0 or step == steps:
+        if step % every == 0 or step == steps:
             weights = load_run(folder, make_mesh(study.mesh), step).model
             points.append([float(step), mean_score(judge.scores(weights, study.score_samples))])
     return curves | {"score": points}

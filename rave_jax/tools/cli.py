@@ -1,4 +1,4 @@
-"""`rave-jax`: train, eval, convert, inspect, logits, generate, calibrate, data, study.
+"""`rave-jax`: train, eval, convert, inspect, logits, generate, calibrate, look, data, study.
 
 Each subcommand imports what it needs when it runs, so that --help is quick.
 """
@@ -177,6 +177,37 @@ def _parser() -> argparse.ArgumentParser:
         search = kinds.add_parser(name, help=summary)
         _add_calibration(search)
         search.late = late
+
+    look = commands.add_parser(
+        "look", help="show where an answer comes from: its attention, and what hiding parts costs"
+    )
+    look.add_argument("model", type=Path, help="HuggingFace directory, native checkpoint or run directory")
+    look.add_argument("--prompt", required=True, metavar="TEXT", help="the question")
+    look.add_argument(
+        "--image",
+        type=Path,
+        action="append",
+        required=True,
+        metavar="FILE",
+        help="picture before the prompt; may be given several times",
+    )
+    look.add_argument("--picture", type=_count, default=1, help="which of them the maps are of, from 1 (default: 1)")
+    look.add_argument(
+        "--box",
+        type=float,
+        nargs=4,
+        metavar=("X1", "Y1", "X2", "Y2"),
+        help="where the evidence is in that picture, in pixels; shares inside it are said",
+    )
+    look.add_argument("--html", type=Path, default=Path("look.html"), help="page to write (default: look.html)")
+    look.add_argument(
+        "--blocks", type=_count, default=64, help="parts of the picture that are hidden in turn, at most (default: 64)"
+    )
+    look.add_argument("--max-new-tokens", type=_count, default=32, help="most tokens of the answer (default: 32)")
+    look.add_argument("--rows", type=_count, default=4, help="passes made at once (default: 4)")
+    look.add_argument(
+        "--dtype", choices=DTYPES, help="number type to compute in (default: that of the model's options)"
+    )
 
     data = commands.add_parser(
         "data",
@@ -385,6 +416,10 @@ def _run(arguments: argparse.Namespace) -> int:
                 "dyvte": calibrate_tokens.calibrate_dyvte,
             }
             searches[arguments.mechanism](arguments)
+        case "look":
+            from rave_jax.tools.look import look
+
+            look(arguments)
         case "study":
             from rave_jax.tools.study import study_command
 

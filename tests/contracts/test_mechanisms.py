@@ -13,7 +13,7 @@ import pytest
 from flax import nnx
 
 from rave_jax import attention as at
-from rave_jax.attention.base import Owned, Wanted
+from rave_jax.attention.base import Owned
 from rave_jax.attention.checks import DOES
 from rave_jax.batch import Kind, TokenInfo
 from rave_jax.config import ConfigError
@@ -164,4 +164,4 @@ def test_the_page_lists_what_can_be_owned_in_the_words_of_errors() -> None:
     page = (REPO / "docs" / "mechanisms.md").read_text()
     owned = get_args(Owned)
     assert [thing for thing in owned if f"| `{thing}` | {DOES[thing]} |" not in page] == []
-    assert set(DOES) == {*owned, *get_args(Wanted)}
+    assert set(DOES) == {*owned}

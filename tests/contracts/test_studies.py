@@ -13,8 +13,9 @@ import pytest
 
 from rave_jax.attention import MechanismConfig
 from rave_jax.checkpoint.naming import extra_parameters
-from rave_jax.checkpoint.tiny import Tiny, tiny_config
+from rave_jax.checkpoint.tiny import Tiny, tiny_config, write_tiny_files
 from rave_jax.config import load_file
+from rave_jax.evaluation.calibration import asked_at
 from rave_jax.models.config import ModelOptions
 from rave_jax.models.parameters import named_parameters
 from rave_jax.models.vlm import Vlm
@@ -54,7 +55,7 @@ def added(study: Study, name: str) -> int:
 
 
 def test_the_studies_that_the_project_promises_exist() -> None:
-    assert {"rave", "mechanisms", "gaze"} <= {path.stem for path in FILES}
+    assert {"rave", "rave_tasks", "mechanisms", "gaze"} <= {path.stem for path in FILES}
 
 
 @pytest.mark.slow
@@ -105,3 +106,23 @@ def test_a_run_of_a_study_lowers_for_tpus(name: str) -> None:
     (cell,) = study.cells((name,), (0,))
     run = replace(study.run_of(cell, "before"), init=sizes_of(study, cell.arm))
     assert lowered_on(run, abstract_mesh(run.mesh, 1, tpu_kind="TPU v5p"))
+
+
+@pytest.mark.parametrize("name", ["rave", "rave_tasks"])
+def test_samples_of_a_study_fit_its_rows(name: str, tmp_path: Path) -> None:
+    """Those that arms train on and those that they are asked, of which some nearly fill a row."""
+    study = study_of(name)
+    (cell,) = study.cells(("off@learned",), (0,))
+    write_tiny_files(tmp_path, sizes_of(study, cell.arm))
+    runs = [study.phase_of(study.starts[0], len(study.starts[0].phases) - 1, 0, "x"), study.run_of(cell, "x")]
+    processor = runs[0].data.processor(tmp_path, runs[0].model.layout)
+    for run in runs:
+        for source in run.data.sources:
+            found = [processor.encode(source.build()[index].messages) for index in range(20)]
+            assert max(len(one.tokens) for one in found) <= run.data.tokens, source
+            assert max(one.patches.length for one in found) <= run.data.patches, source
+    for task in study.tasks:
+        asked = study.samples_of(task, 0).build()
+        found = [processor.encode(asked[index].messages) for index in range(20)]
+        assert max(len(one.tokens) for one in found) <= task.tokens
+        assert max(len(asked_at(one, "accuracy")[1]) for one in found) <= task.answer_tokens

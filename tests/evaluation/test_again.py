@@ -13,7 +13,8 @@ from rave_jax.config import ConfigError, from_json, to_json
 from rave_jax.data.images import read_image
 from rave_jax.data.sample import OverBudget, Sample, SampleError
 from rave_jax.data.sources import Synthetic
-from rave_jax.evaluation.again import AskedAgain
+from rave_jax.data.synthetic import Album
+from rave_jax.evaluation.again import AskedAgain, about_picture, with_pictures
 from rave_jax.evaluation.config import Eval
 from rave_jax.evaluation.subject import Answer
 from rave_jax.evaluation.suites import open_checked, run
@@ -109,3 +110,16 @@ def test_an_evaluation_asks_again_and_its_probes_see_the_same_pictures() -> None
             ConfigError, match=rf"again \({type(how).__name__}\) has 1, but the model's layers are 0 to 0"
         ):
             open_checked(dataclasses.replace(config, again=how), tiny(vocab_size=64, num_layers=1).text)
+
+
+def test_evidence_stays_in_its_picture_when_the_first_one_is_cut() -> None:
+    source = Synthetic((Album(min_pictures=3, max_pictures=3),), "heldout", image_size=56).build()
+    samples = [source[n] for n in range(12)]
+    assert {one.evidence_image for one in samples} == {0, 1, 2}
+    for sample in samples:
+        first = read_image(sample.images[0])
+        cut = with_pictures(sample, [first, first.crop((0, 0, 28, 28))])
+        assert len(cut.images) == 4
+        assert np.array_equal(read_image(cut.evidence_picture), read_image(sample.evidence_picture))
+        alone = about_picture(sample, "What is there?")
+        assert len(alone.images) == 1 and (alone.evidence is None) == (sample.evidence_image > 0)

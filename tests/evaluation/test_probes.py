@@ -81,7 +81,7 @@ def test_a_probe_of_ones_own_is_in_everything_that_an_evaluation_gives(
 def test_every_probe_of_an_evaluation_has_its_section() -> None:
     asked = probes.probes_of(Eval())
     assert tuple(type(probe) for probe in asked) == probes.PROBES
-    assert [probe.name for probe in asked] == ["looking", "vas", "routing", "spans", "sinks"]
+    assert [probe.name for probe in asked] == ["looking", "knock_out", "vas", "routing", "spans", "sinks"]
 
 
 def test_an_evaluation_that_is_run_again_says_the_same() -> None:

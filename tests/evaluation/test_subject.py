@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rave_jax.attention import Gift, Mma, Rave, Vhr
-from rave_jax.batch import Batch, Kind, Role
+from rave_jax.attention import Gaze, Gift, Mma, Rave, Steer, Vhr, ZeroTuning
+from rave_jax.batch import Batch, Kind, Role, TokenInfo
 from rave_jax.data.collate import BatchShape, collate
 from rave_jax.data.processor import Processor
 from rave_jax.data.sample import Sample, SampleError, without_pictures
 from rave_jax.evaluation.again import AskedAgain
 from rave_jax.evaluation.spans import answer_spans
-from rave_jax.evaluation.subject import Answer, ModelSubject, PromptOverBudget, prompt_numbers, with_answer
+from rave_jax.evaluation.subject import (
+    QUESTION_ROWS,
+    Answer,
+    ModelSubject,
+    PromptOverBudget,
+    prompt_numbers,
+    question_rows,
+    with_answer,
+)
 from rave_jax.evaluation.task import Task
 from rave_jax.evaluation.vas import with_vas
 from rave_jax.families.qwen2_5_vl.presets import tiny
@@ -25,12 +34,15 @@ from rave_jax.inference import Completion, Generator, Request, Sampling
 from rave_jax.inference.content import content_tokens
 from rave_jax.inference.prompted import with_numbers
 from rave_jax.inference.slots import compilations
+from rave_jax.layout import WHOLE, FixedRegions, Shown
 from rave_jax.look.carve import Carve
 from rave_jax.look.funnel import VisualFunnel
+from rave_jax.look.knockout import with_hidden
 from rave_jax.models.config import ModelOptions
 from rave_jax.models.forward import Want
 from rave_jax.models.vlm import Vlm
 from rave_jax.parallel.mesh import MeshConfig, make_mesh
+from rave_jax.typing import Array
 from tests.data.conftest import TEMPLATE, byte_tokenizer, tiny_settings
 from tests.data.pictures import noise
 from tests.models.made import model
@@ -65,6 +77,12 @@ def ask(question: str, size: tuple[int, int] | None, seed: int = 0) -> Sample:
     )
 
 
+OTHERS = (
+    Gaze(FixedRegions(2, 2), max_regions=8, top_k=1, layers=(0,)),
+    Steer(image=1.5, layers=(1,)),
+    ZeroTuning(gamma=2.0, layers=(1,)),
+)
+"""Regions that are chosen, a function of the score, and a term of each key."""
 SAMPLES = (ask("What?", (24, 16)), ask("No picture", None), ask("How many are there?", (16, 32), 1))
 
 
@@ -136,7 +154,9 @@ def test_a_prompt_with_its_answer_is_the_conversation(processor: Processor) -> N
         np.testing.assert_array_equal(code, getattr(whole.info, name)[: start + 4], err_msg=name)
 
 
-def test_a_look_is_the_mean_row_of_the_choosing_queries(subject: ModelSubject, vlm: Vlm, processor: Processor) -> None:
+def test_a_look_is_the_mean_row_of_the_choosing_queries_and_of_the_question(
+    subject: ModelSubject, vlm: Vlm, processor: Processor
+) -> None:
     sample, answer = SAMPLES[2], Answer("abc", (70, 71, 72))
     looks = subject.look([sample, SAMPLES[1]], [answer, Answer("", ())])
     assert looks[1] is None, "no picture, no look"
@@ -144,13 +164,98 @@ def test_a_look_is_the_mean_row_of_the_choosing_queries(subject: ModelSubject, v
     example = with_answer(prompt, answer.tokens)
     batch = collate([[example]], BatchShape(1, len(example.tokens), 64), processor.rules.patch_sizes)
     last = len(prompt.tokens) - 1
-    rows = np.array([[last, last + 1, last + 2]], np.int32)
-    weights = jax.jit(lambda m, b: m.forward(b, Want(queries=rows)).attention)(vlm, batch)
-    expected = np.asarray(weights)[:, 0].mean(1)
     visual = np.flatnonzero(example.info.image == 1)
+    # The text behind the picture up to the end of the user's message.
+    asking = np.flatnonzero((example.info.role == Role.QUESTION) & (np.arange(len(example.tokens)) > visual[-1]))
+    assert 10 < len(asking) <= QUESTION_ROWS
+    rows = np.array([[last, last + 1, last + 2, *asking]], np.int32)
+    weights = jax.jit(lambda m, b: m.forward(b, Want(queries=rows)).attention)(vlm, batch)
+    expected = np.asarray(weights)[:, 0, :3].mean(1)
     assert looks[0] is not None and looks[0].weights.shape[-2:] == (2, 4)
     np.testing.assert_allclose(looks[0].weights.reshape(*expected.shape[:2], -1), expected[..., visual], atol=1e-6)
     assert 0 < looks[0].on_picture < 1
+    of_question = np.asarray(weights)[:, 0, 3:].mean(1)[..., visual].reshape(looks[0].weights.shape)
+    assert looks[0].question is not None
+    np.testing.assert_allclose(looks[0].question, of_question, atol=1e-6)
+
+
+def test_the_question_is_the_text_of_the_last_turn_behind_the_picture() -> None:
+    told = "sVVqqrrqVVqqqrh"  # system, pictures, text of two turns, answers, header
+    roles = {"s": Role.SYSTEM, "r": Role.RESPONSE, "h": Role.RESPONSE}
+    codes = {name: np.zeros(len(told), np.int32) for name in TokenInfo._fields}
+    codes["kind"][:] = [Kind.VISUAL if letter == "V" else Kind.TEXT for letter in told]
+    codes["role"][:] = [roles.get(letter, Role.QUESTION) for letter in told]
+    codes["turn"][:], codes["image"][[1, 2]], codes["image"][[8, 9]] = [0] + [1] * 6 + [2] * 8, 1, 2
+    info = TokenInfo(**codes)
+    assert question_rows(info, (), 1).tolist() == [7, 10, 11, 12]
+    assert question_rows(info, (Shown(1, WHOLE), Shown(2, WHOLE)), 2).tolist() == [10, 11, 12]
+    assert question_rows(info, (Shown(1, WHOLE), Shown(1, None)), 1).tolist() == [10, 11, 12], (
+        "two grids of one picture"
+    )
+    assert question_rows(info, (), 3).tolist() == [], "no such picture"
+    long = TokenInfo(*(np.concatenate([code[:13], np.repeat(code[12:13], 90)]) for code in info))
+    assert question_rows(long, (), 2).tolist() == list(range(103 - QUESTION_ROWS, 103))
+
+
+def test_a_knock_out_hides_a_part_of_the_picture_from_all_text(
+    subject: ModelSubject, vlm: Vlm, processor: Processor
+) -> None:
+    """Against one pass for each part, whose hidden tokens are found by row and column, and logits of which are summed
+    here; and in the first layer, where nothing has changed yet, against the attention without what is hidden."""
+    sample, answer = SAMPLES[2], Answer("abc", (70, 71, 72))
+    found, without = subject.knock_out([sample, SAMPLES[1]], [answer, Answer("", ())], most=64)
+    assert without is None, "no picture, no knock-out"
+    assert found is not None and found.falls.shape == (2, 4)
+
+    prompt = processor.encode(sample.prompt, add_generation_prompt=True)
+    example = with_answer(prompt, answer.tokens)
+    length, info = len(example.tokens), example.info
+    batch = collate([[example]], BatchShape(1, length, 64), processor.rules.patch_sizes)
+    every = np.arange(length, dtype=np.int32)[None]
+
+    def read(model: Vlm, batch: Batch, hidden: Array) -> tuple[Array, Array, Array]:
+        out = with_hidden(model, hidden).forward(batch, Want(queries=every))
+        assert out.attention is not None
+        return model.logits(out.hidden), out.attention, model.logits(model.forward(batch).hidden)
+
+    run, visual, text = jax.jit(read), info.kind == Kind.VISUAL, info.kind == Kind.TEXT
+
+    def log_probability(logits: Array) -> float:
+        rows = np.float64(logits)[0, len(prompt.tokens) - 1 : length - 1]
+        each = rows - np.log(np.exp(rows).sum(-1, keepdims=True))
+        return float(each[np.arange(3), list(answer.tokens)].sum())
+
+    seen, open_map, plain = run(vlm, batch, np.zeros((1, length), bool))
+    np.testing.assert_allclose(seen, plain, atol=1e-5)
+    assert found.log_probability == pytest.approx(log_probability(plain), abs=1e-4)
+    for row in range(2):
+        for col in range(4):
+            hidden = visual & (info.row == row) & (info.col == col)
+            logits, hidden_map, _ = run(vlm, batch, hidden[None])
+            assert found.falls[row, col] == pytest.approx(log_probability(seen) - log_probability(logits), abs=1e-4)
+            assert np.all(np.asarray(hidden_map)[:, 0, text][..., hidden] == 0)
+    left = np.where(hidden, 0, np.asarray(open_map)[0, 0])
+    expected = np.where(text[:, None, None], left / left.sum(-1, keepdims=True), np.asarray(open_map)[0, 0])
+    np.testing.assert_allclose(np.asarray(hidden_map)[0, 0], expected, atol=1e-6)
+    assert np.abs(found.falls).min() > 1e-6 and found.whole != pytest.approx(found.falls.sum(), abs=1e-6)
+
+
+@pytest.mark.parametrize("others", [(), pytest.param(OTHERS, marks=pytest.mark.slow)], ids=["rave", "others"])
+def test_without_the_whole_picture_it_does_not_matter_what_it_shows(
+    others: tuple[Any, ...], subject: ModelSubject, vlm: Vlm, processor: Processor
+) -> None:
+    if others:
+        changed = model(vlm.config, ModelOptions(mechanisms=others, scan_layers=False), seed=1)
+        made = Processor(processor.tokenizer, processor.rules, TEMPLATE, changed.options.layout)
+        subject = on(1, changed, made)
+    answer = Answer("abc", (70, 71, 72))
+    samples = [ask("How many are there?", (16, 32), seed) for seed in (1, 2)]
+    one, other = subject.knock_out(samples, [answer, answer], most=1)
+    assert one is not None and other is not None
+    assert abs(one.log_probability - other.log_probability) > 1e-4
+    for found in (one, other):
+        assert found.falls.tolist() == [[found.whole]], "one part is the whole"
+    assert one.log_probability - one.whole == pytest.approx(other.log_probability - other.whole, abs=1e-5)
 
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,7 @@ from rave_jax.data.sample import ImageError, Sample, SampleError
 from rave_jax.data.sources import QaJsonl, Synthetic
 from rave_jax.evaluation.config import Eval, Floor, Grounding, Report
 from rave_jax.evaluation.grounding import TaskAim
+from rave_jax.evaluation.knocked import Fall, Falls, KnockOuts, summarise
 from rave_jax.evaluation.looking import Looking
 from rave_jax.evaluation.report import write_report
 from rave_jax.evaluation.subject import Answer, PromptOverBudget
@@ -233,7 +234,46 @@ def test_attention_in_the_box() -> None:
     assert isinstance(looking, Looking) and looking.boxes is not None and looking.samples == 10
     assert looking.on_picture == pytest.approx(0.4)
     assert looking.boxes.in_box == pytest.approx(0.75) and looking.boxes.area == 0.5
+    assert looking.question is not None and looking.question.in_box == pytest.approx(0.25), "it looks right"
     assert looking.by_layer == pytest.approx((0.75, 0.75)) and set(looking.by_task) == {"odd", "even"}
+
+
+def test_what_parts_of_the_picture_are_worth_is_compared_with_the_evidence(tmp_path: Path) -> None:
+    """Each answer of the toy falls by 3 nats on the left, where the evidence is, and by 1 on the right."""
+    asked = dataclasses.replace(config(grounding=None, looks=2, pictures=2), knock_outs=6)
+    folder = tmp_path / "evaluation" / "toy"
+    summary = run(asked, Toy(), Fake(read), folder)
+    found = summary.findings["knock_out"]
+    assert isinstance(found, KnockOuts)
+    assert found.falls == Falls(6, pytest.approx(0.75), pytest.approx(0.5), pytest.approx(3.5))
+    assert {task: falls.samples for task, falls in found.by_task.items()} == {"even": 3, "odd": 3}
+    names = ["pictures/000_knock_out.png", "pictures/001_knock_out.png"]
+    assert [name for name in summary.pictures if "knock_out" in name] == names
+    with np.load((folder / names[0]).with_suffix(".npz")) as arrays:
+        assert arrays["falls"].shape == (2, 2) and arrays["whole"] == 3.5 and arrays["box"].tolist() == [0, 0, 0.5, 1]
+    page = write_report(Report(), tmp_path).read_text()
+    head = "| task | answers | nats without the picture | cost in the evidence box | area of the box | x uniform |"
+    assert f"{head}\n" in page
+    assert "| all | 6 | 3.50 | 75.0% | 50.0% | 1.50 |" in page and "![what hiding parts costs one answer]" in page
+    unasked = run(config(looks=0), Toy(), Fake(read), None)
+    assert unasked.findings["knock_out"] is None
+
+
+def test_falls_weigh_answers_by_how_far_they_fall() -> None:
+    falls = [Fall("a", 4.0, 3.0, 0.1, 5.0), Fall("a", 0.0, 0.0, 0.9, -0.5), Fall("b", 1.0, 0.5, 0.2, 1.5)]
+    found = summarise(falls)
+    assert found is not None
+    assert found.falls == Falls(3, pytest.approx(3.5 / 5), pytest.approx((4 * 0.1 + 0.2) / 5), pytest.approx(2.0))
+    assert found.by_task["a"] == Falls(2, pytest.approx(0.75), pytest.approx(0.1), pytest.approx(2.25))
+    nothing = summarise(falls[1:2])
+    assert nothing is not None and (nothing.falls.in_box, nothing.falls.area) == (0, pytest.approx(0.9))
+    assert summarise([]) is None
+
+
+def test_nothing_is_hidden_from_a_layer_that_keeps_a_state() -> None:
+    delta = DeltaConfig(layers=(0, 1), key_heads=1, value_heads=1, key_dim=8, value_dim=8)
+    with pytest.raises(ConfigError, match="knock_outs is 3, but the model has layers with the gated delta rule"):
+        open_checked(Eval(knock_outs=3), TextConfig(num_layers=4, delta=delta))
 
 
 def test_a_layer_that_does_not_attend_cannot_be_looked_at() -> None:

@@ -13,6 +13,7 @@ from rave_jax.data.sample import ImageError, OverBudget, Sample, SampleError
 from rave_jax.evaluation.routing import Cells, Route
 from rave_jax.evaluation.subject import Answer, Glances, Reading
 from rave_jax.evaluation.vas import VasSums
+from rave_jax.look.blocks import KnockOut
 from rave_jax.look.maps import Look
 
 
@@ -100,7 +101,13 @@ class Fake:
         self.looked_at += [sample.id for sample in samples]
         grid = np.zeros((2, 3, 2, 2), np.float32)
         grid[..., 0], grid[..., 1] = 0.2 * self._left, 0.2 * (1 - self._left)
-        return [Look(grid) for _ in samples]
+        return [Look(grid, question=grid[..., ::-1] / 2) for _ in samples]
+
+    def knock_out(self, samples: Sequence[Sample], answers: Sequence[Answer], most: int) -> list[KnockOut | None]:
+        """Of four blocks the left ones are worth 3 nats and the right ones 1."""
+        assert len(samples) == len(answers) and most >= 4
+        self._note(samples)
+        return [KnockOut(np.array([[2.0, 1.0], [1.0, -0.5]]), 3.5, -0.1) for _ in samples]
 
     def vas(self, samples: Sequence[Sample]) -> VasSums:
         self._note(samples)

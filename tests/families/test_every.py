@@ -18,7 +18,8 @@ from rave_jax.evaluation.subject import with_answer
 from rave_jax.families import FAMILIES
 from rave_jax.inference import Completion, Generator, Request, Sampling, SlotConfig
 from rave_jax.layout import ContextTokens
-from rave_jax.look.maps import Look, over_picture, relative_box
+from rave_jax.look.blocks import blocks_of
+from rave_jax.look.maps import Look, coverage, over_picture, relative_box
 from rave_jax.models.config import ModelOptions
 from rave_jax.models.parameters import shardings
 from rave_jax.models.vlm import Vlm
@@ -158,6 +159,13 @@ def test_tokens_lie_over_the_part_of_a_picture_that_they_show(family: str, size:
     left = np.clip(np.reshape(box, (2, 2)), *np.reshape(seen_of(example), (2, 2)))
     middle = left.mean(0)
     assert abs(centre[0] - middle[0]) < 0.75 / cols and abs(centre[1] - middle[1]) < 0.75 / rows, (centre, middle)
+    # A knock-out hides what shows a place by the same rule: without the blocks around it, no light is left.
+    blocks = blocks_of(example.info, example.shown)
+    assert blocks is not None
+    near = (box[0] - 0.5 / cols, box[1] - 0.5 / rows, box[2] + 0.5 / cols, box[3] + 0.5 / rows)
+    hidden = blocks.shows[coverage(near, (blocks.rows, blocks.cols)).ravel() > 0].any(0)
+    light = brightness(of, example) * blocks.shows.any(0)
+    assert light[~hidden].sum() < 0.1 * light.sum()
 
 
 def seen_of(example: Example) -> tuple[float, ...]:

@@ -63,7 +63,8 @@ def test_declared_bytes_are_those_copied(instead: None, names: Any, shape: str, 
     T, S = SHAPES[shape]["T"], SHAPES[shape]["S"]
     q, k, v = (jax.ShapeDtypeStruct((B, n, m, h), jnp.bfloat16) for n, m in ((T, H), (S, K), (S, K)))
     shapes = ((B, T, H, r), (B, S, K, r), (B, T, H), (B, S, K), (H,))
-    gate = PairBias(*(jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes), None, None)  # type: ignore[arg-type]
+    parts: Any = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    gate = PairBias(*parts, None, None)
     gate = gate._replace(query_on=jax.ShapeDtypeStruct((B, T, H), bool), key_on=jax.ShapeDtypeStruct((B, S), bool))
     parts = () if names is None else jax.eval_shape(lambda gate: terms_of(gate, names), gate)
     terms = Terms(parts, jax.ShapeDtypeStruct((B, S, H), jnp.float32))

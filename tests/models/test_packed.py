@@ -54,15 +54,17 @@ GAMMA = (0.5, 3.0)
 ZERO = functools.partial(ZeroTuning, gamma=GAMMA, heads=(0, 3))
 SINKS = Var(dims=(0, 1, 2), tau=1.0, rho=0.2, summ=0.05)
 """A third of all tokens are sinks, and most rows move their attention."""
+STEER = Steer(image=0.7, system=0.3, by="score")
+"""By the score itself: the slope of its size jumps where rounding decides the sign."""
 GAZE = functools.partial(Gaze, FixedRegions(2, 1), 96, top_k=2)
 MASKS = (
     (Rave(rank=2), Croc(), Vhr(heads=(0, 2)), VisualBias(0.7)),
-    (Croc(rule="prefix"), ZERO(), Sads(heads=(1,)), Steer(image=0.7, system=0.3), Rave(rank=2, features="post_rope")),
+    (Croc(rule="prefix"), ZERO(), Sads(heads=(1,)), STEER, Rave(rank=2, features="post_rope")),
     (Decomposed(), ZERO(route="after"), Moh("learned", balance=0.5)),
     (Decomposed(rope="kept"), SlidingWindow(9), Mma(), SINKS),
     (TextPositions(), ZERO(route="merge"), Avar(), LogN(length=5)),
     (Cca(), ZERO(route="channel"), Rave(rank=2, form="centered_sigmoid", queries="text")),
-    (Arrow(9, 2), ZERO(), Moh()),
+    (Arrow(9, 2), ZERO(), Moh("learned")),
     (Pine(3), Rave(rank=2), SlidingWindow(30)),
 )
 """The mechanisms of each layer that attends."""

@@ -41,7 +41,10 @@ def small(folder: Any = "unused", **changes: Any) -> Study:
         "about": "Does it run?",
         "output_dir": str(folder),
         "seeds": (0, 1, 2),
-        "starts": (Start("scratch", (), RECIPE), Start("learned", (RECIPE,), dataclasses.replace(RECIPE, steps=2))),
+        "starts": (
+            Start("scratch", (), RECIPE, score_every=2),
+            Start("learned", (RECIPE,), dataclasses.replace(RECIPE, steps=2), score_every=2),
+        ),
         "arms": (
             Arm("off", "scratch"),
             Arm("biased", "scratch", "off", BIASED),
@@ -60,7 +63,6 @@ def small(folder: Any = "unused", **changes: Any) -> Study:
                 routes=2,
             ),
         ),
-        "score_every": 2,
         "score_samples": 2,
         "decision": Decision(seeds=3),
         "simulated_devices": 0,

@@ -8,20 +8,24 @@ import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from rave_jax.checkpoint.saved_step import steps_in
+from rave_jax.checkpoint.tiny import Tiny
 from rave_jax.parallel.stopping import Interrupted, StopRequest
 from rave_jax.study import run as run_module
-from rave_jax.study.config import Arm, Cell, Study
+from rave_jax.study.config import Arm, Cell, Start, Study
 from rave_jax.study.page import write
 from rave_jax.study.rows import Row, Rows, claim
-from rave_jax.study.run import Outcome, make_row, run_missing
+from rave_jax.study.run import Outcome, make_row, run_missing, start_from
 from rave_jax.study.summary import summarise
+from rave_jax.training.config import TrainConfig
+from rave_jax.training.init import FromHF
 from rave_jax.training.loop import NonFiniteError
-from tests.study.small import BIASED, row_of, small
+from tests.study.small import BIASED, RECIPE, row_of, small
 
 
 def silent(line: str) -> None:
@@ -109,6 +113,50 @@ def test_directories_stay_where_they_are_asked_for(tmp_path: Path) -> None:
     assert (tmp_path / "work" / "off-0").is_dir()
     with claim(tmp_path / "work" / "off-0") as free:
         assert free
+
+
+class Phases:
+    """In place of training and export: remembers the runs, and may end before one of them."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, end_at: int | None = None):
+        self.runs: list[TrainConfig] = []
+        self._end_at = end_at
+        patch.setattr(run_module, "train", self._train)
+        patch.setattr(run_module, "load_run", lambda folder, mesh: SimpleNamespace(model=folder))
+        patch.setattr(run_module, "export_hf", lambda model, folder, source: folder.mkdir())
+        patch.setattr(run_module, "make_mesh", lambda config: None)
+
+    def _train(self, config: TrainConfig, stop: StopRequest) -> None:
+        if len(self.runs) == self._end_at:
+            raise Interrupted("asked", 143)
+        Path(config.output_dir).mkdir(parents=True)
+        self.runs.append(config)
+
+
+def test_phases_are_made_once_one_from_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    study = small(starts=(Start("two", (RECIPE, dataclasses.replace(RECIPE, steps=9))),), arms=())
+    rows, (start,) = Rows(tmp_path, study), study.starts
+    with monkeypatch.context() as patch:
+        first = Phases(patch, end_at=1)
+        with pytest.raises(Interrupted):
+            start_from(study, start, 4, rows)
+    assert [run.steps for run in first.runs] == [3] and isinstance(first.runs[0].init, Tiny)
+    second = Phases(monkeypatch)
+    made = start_from(study, start, 4, rows)
+    assert [run.steps for run in second.runs] == [9], "the first phase was made before"
+    assert second.runs[0].init == FromHF(str(tmp_path / "starts" / "two-4" / "exported-0"))
+    assert made == tmp_path / "starts" / "two-4" / "exported-1" and start_from(study, start, 4, rows) == made
+    assert len(second.runs) == 1 and sorted(path.name for path in made.parent.iterdir()) == [
+        "exported-0",
+        "exported-1",
+        "phases.json",
+    ]
+
+
+def test_a_start_without_phases_makes_nothing(tmp_path: Path) -> None:
+    study = small()
+    start_from(study, study.starts[0], 0, Rows(tmp_path, study))
+    assert list(tmp_path.iterdir()) == []
 
 
 class Ending(StopRequest):

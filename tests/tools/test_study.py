@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -63,7 +64,8 @@ def test_a_config_that_is_no_study_is_refused(tmp_path: Path, capsys: pytest.Cap
 def test_a_row_of_another_study_ends_it_before_anything_is_run(
     config: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    study = small(score_every=1)
+    study = small()
+    study = dataclasses.replace(study, starts=tuple(dataclasses.replace(s, score_every=1) for s in study.starts))
     cell = study.cells()[0]
     Rows(config.parent / "out", study).write(cell, row_of(study, cell, 0.5))
     assert main(["study", str(config)]) == 2

@@ -19,8 +19,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from rave_jax.kernels.attention.pallas_tpu.tile import LANES, UNSEEN, column, exponent, product, wide
-from rave_jax.kernels.routed.pallas_tpu.lists import CUT, PLACE_BITS, WHOLE
+from rave_jax.kernels.attention.pallas_tpu.tile import LANES, MASKED, UNSEEN, column, exponent, product, wide
+from rave_jax.kernels.routed.pallas_tpu.lists import CUT, KEY_CODES, PLACE_BITS, WHOLE
 from rave_jax.kernels.routed.pallas_tpu.terms import Added, Sides, TermRows
 from rave_jax.kernels.routed.pallas_tpu.walk import (
     CODES,
@@ -166,6 +166,8 @@ def _kernel(info, codes_q, lists, q, d_out, numbers_in, k, v, codes_k, *refs, ca
         two = places(entries, kind)
         at = [pl.multiple_of(x >> 1, ROWS) for x in two]
         sums: list[Any] = [0.0, 0.0, 0.0]
+        # Once for all chunks: a turned line is dear.
+        keys = [column(codes_k[tile, n : n + 1]) for n in range(KEY_CODES[kind])]
 
         def begin(number: int) -> Any:
             mine = slice(number * chunk, (number + 1) * chunk)
@@ -181,11 +183,11 @@ def _kernel(info, codes_q, lists, q, d_out, numbers_in, k, v, codes_k, *refs, ca
             added = Added(None, None, ()) if sides is None else sides.added(dot, exact=dtype == jnp.float32)
             x = x if added.shift is None else x + added.shift
             both = line_of([numbers[pl.ds(place >> (rows.bit_length() - 2), 2)] for place in mine])
+            if kind != WHOLE:
+                # Not the weights: the compiler's estimate dies where a choice goes straight into a product.
+                x = jnp.where(_seen(keys, codes_q, listed, kind, call, words, line_of), x, MASKED)
             weights = jnp.exp2(x - both[0:1])
             weights = weights if added.factor is None else weights * added.factor
-            if kind != WHOLE:
-                seen = _seen(codes_k, codes_q, tile, listed, kind, call, words, line_of)
-                weights = jnp.where(seen, weights, 0.0)
             d_scores = weights * (d_weights - both[1:2])
             fields = [slope(d_scores) for slope in added.slopes]
             d_dots = sum((of.dot for of in fields if of.dot is not None), d_scores)
@@ -233,9 +235,8 @@ def _kernel(info, codes_q, lists, q, d_out, numbers_in, k, v, codes_k, *refs, ca
 
 
 def _seen(
-    codes_k: Any,
+    keys: Sequence[Array],
     codes_q: Any,
-    tile: Any,
     entries: Sequence[Any],
     kind: int,
     call: Call,
@@ -244,17 +245,15 @@ def _seen(
 ) -> Array:
     """Which lanes of a tile, turned into rows, the entries' queries see, [lanes, queries * rows]."""
     zero = jnp.zeros((1, LANES), jnp.int32)
-    keys = codes_k[tile]
-    bit, order, open_k = (column(keys[n : n + 1]) for n in range(3))
     if call.choices > 1:
         bits = call.words.lanes_of([words(x) for x in entries], line_of)
     else:
         bits = line_of([zero + (x >> PLACE_BITS) for x in entries])
     width = bits.shape[1]
-    open_ = (wide(bit, width) & bits) != 0
+    open_ = (wide(keys[0], width) & bits) != 0
     if kind != CUT:
         return open_
     numbers = [number_of(x, call) for x in entries]
     lo, hi, open_q = (line_of([zero + codes_q[0, n * call.queries + x] for x in numbers]) for n in range(CODES))
-    order, open_k = wide(order, width), wide(open_k, width)
+    order, open_k = wide(keys[1], width), wide(keys[2], width)
     return open_ & (((lo <= order) & (order <= hi)) | (open_q == open_k))

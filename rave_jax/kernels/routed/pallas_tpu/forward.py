@@ -29,7 +29,7 @@ from rave_jax.kernels.attention.pallas_tpu.tile import (
     product,
     wide,
 )
-from rave_jax.kernels.routed.pallas_tpu.lists import CUT, PLACE_BITS, SHARED, WHOLE
+from rave_jax.kernels.routed.pallas_tpu.lists import CUT, KEY_CODES, PLACE_BITS, WHOLE
 from rave_jax.kernels.routed.pallas_tpu.terms import Sides, TermRows
 from rave_jax.kernels.routed.pallas_tpu.walk import (
     CODES,
@@ -205,10 +205,6 @@ def _kernel(info, codes_q, lists, q, reference, k, v, codes_k, *refs, call: Call
         lse[pl.ds(line, 1)] = found.T[:1]
 
     each_line(call, finish)
-
-
-KEY_CODES = {WHOLE: 0, SHARED: 1, CUT: 3}
-"""How many of a key's codes a visit reads: the bit of its region, its order, its opening."""
 
 
 def _seen(keys: Sequence[Array], codes_q: Any, entry: Any, kind: int, call: Call, words: Words) -> Array:

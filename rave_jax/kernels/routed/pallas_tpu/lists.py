@@ -34,6 +34,8 @@ TILE_BITS, KIND_BITS = 14, 2
 WHOLE, SHARED, CUT = 0, 1, 2
 """What a tile's visit needs: nothing, since every listed query sees every lane; the bits of regions; these and the mask
 codes."""
+KEY_CODES = {WHOLE: 0, SHARED: 1, CUT: 3}
+"""How many of a key's codes a visit reads: the bit of its region, its order, its opening."""
 NOBODY = jnp.iinfo(jnp.int32).max
 
 

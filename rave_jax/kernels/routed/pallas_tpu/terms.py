@@ -15,7 +15,7 @@ import functools
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -226,7 +226,7 @@ class Sides:
         query = {name: self._field(lanes.query[name], of_query=True) for name in call.shape.query}
         key = {name: self._field(lane, of_query=False) for name, lane in lanes.key.items()}
         head = {name: self._field(lanes.query[of_head(name)], of_query=True) for name in call.shape.head}
-        return Tile(dot if call.reads_dot else None, pair, query, key, head)  # ty: ignore[invalid-argument-type]
+        return _made(dot if call.reads_dot else None, pair, query, key, head)
 
     def _on(self, number: int) -> Array | None:
         """Where a term's bias is not set to 0; None is everywhere."""
@@ -269,7 +269,7 @@ class Sides:
             return x if on is None else jnp.where(on, x, otherwise)
 
         if call.linear:
-            return Added(self.pair(number) * LOG2E, None, (lambda d: Tile(None, d, {}, {}, {}),))  # ty: ignore[invalid-argument-type]
+            return Added(self.pair(number) * LOG2E, None, (lambda d: _made(None, d, {}, {}, {}),))
         given = self._tile(number, dot)
         if call.factored:
             found = call.function.factored(given, functools.partial(pltpu.reciprocal, approx=not exact))
@@ -350,3 +350,8 @@ def _total(parts: list[Array], shape: tuple[int, ...]) -> Array:
 def _ones(lane: int, shape: tuple[int, int], dtype: jnp.dtype) -> Array:
     """Rows with a one in one lane: a product with them sums, and puts the sums into this lane."""
     return jnp.where(jax.lax.broadcasted_iota(jnp.int32, shape, 1) == lane, 1.0, 0.0).astype(dtype)
+
+
+def _made(*fields: Any) -> Tile:
+    """A tile, or its slopes, in which what nobody reads is None."""
+    return Tile(*fields)
