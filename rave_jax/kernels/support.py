@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
@@ -123,12 +124,18 @@ def _against(run: Callable[..., Any], inputs: list[jax.ShapeDtypeStruct]) -> str
 
     call = pl.pallas_call(kernel, out_shape=jax.ShapeDtypeStruct(TILE, jnp.float32))
     device = AbstractDevice("TPU v5 lite", num_cores=1, platform="tpu")
-    with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device)):
-        try:
-            jax.jit(call).trace(*inputs).lower(lowering_platforms=("tpu",))
-        except Exception as error:
-            return (str(error).strip() or type(error).__name__).splitlines()[0]
-    return None
+
+    def lowered() -> str | None:
+        with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device)):
+            try:
+                jax.jit(call).trace(*inputs).lower(lowering_platforms=("tpu",))
+            except Exception as error:
+                return (str(error).strip() or type(error).__name__).splitlines()[0]
+        return None
+
+    # A thread has no mesh of its caller, whose size no other mesh may change.
+    with ThreadPoolExecutor(1) as apart:
+        return apart.submit(lowered).result()
 
 
 def _steps(jaxpr: Any) -> Iterator[Any]:

@@ -38,3 +38,8 @@ def test_what_tpu_kernels_can_lower_is_not_refused(function):
 )
 def test_what_they_cannot_is_named(function, why):
     assert against_lowering(function, TILE) == why
+
+
+def test_a_mesh_of_the_caller_changes_nothing():
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((2,), ("fsdp",))):
+        assert against_lowering(soft_cap, TILE) is None
