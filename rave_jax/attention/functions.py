@@ -9,8 +9,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
-from rave_jax.attention.base import AttentionDims, Features, Mechanism, overrides
+from rave_jax.attention.base import AttentionDims, Features, Mechanism, Score, overrides
 from rave_jax.attention.rotation import Rope
 from rave_jax.batch import TokenInfo
 from rave_jax.kernels import support
@@ -19,8 +20,8 @@ from rave_jax.kernels.attention.checks import TermShapes, check_terms
 from rave_jax.kernels.attention.score import Shape, function_of, name_of, reads_dot
 from rave_jax.typing import Array
 
-TOKENS = 8
-"""Of the row that hooks are traced with."""
+TOKENS, KEYS = 8, 16
+"""Queries and keys that hooks are traced with."""
 
 
 def spread(term: Term, num_heads: int, num_kv_heads: int) -> Term:
@@ -57,26 +58,38 @@ def terms_of(mechanism: Mechanism, dims: AttentionDims) -> tuple[Term, ...]:
     if not overrides(mechanism, "score"):
         return ()
     H, K, h, D = dims
+    program, parameters = nnx.split(mechanism)
 
     # Shapes stand in the places of arrays.
-    def of(*shape: int) -> Any:
-        return jax.ShapeDtypeStruct((1, TOKENS, *shape), jnp.float32)
+    def of_tokens(tokens: int) -> tuple[dict[str, Any], Features]:
+        def of(*shape: int) -> Any:
+            return jax.ShapeDtypeStruct((1, tokens, *shape), jnp.float32)
 
-    queries, keys = of(H, h), of(K, h)
-    positions: Any = jax.ShapeDtypeStruct((3, 1, TOKENS), jnp.int32)
-    frequencies: Any = jax.ShapeDtypeStruct((h // 2,), jnp.float32)
-    rope = Rope(positions, frequencies)
-    features = Features(queries, keys, keys, queries, keys, of(max(D, 1)), rope)
-    codes = {name: jax.ShapeDtypeStruct((1, TOKENS), jnp.int32) for name in TokenInfo._fields}
+        queries, keys = of(H, h), of(K, h)
+        positions: Any = jax.ShapeDtypeStruct((3, 1, tokens), jnp.int32)
+        frequencies: Any = jax.ShapeDtypeStruct((h // 2,), jnp.float32)
+        rope = Rope(positions, frequencies)
+        codes = {name: jax.ShapeDtypeStruct((1, tokens), jnp.int32) for name in TokenInfo._fields}
+        return codes, Features(queries, keys, keys, queries, keys, of(max(D, 1)), rope)
 
-    def added(codes: dict[str, Array], x: Features) -> tuple[Term, ...]:
-        info = TokenInfo(**codes)
-        score = mechanism.score(x, mechanism.remember(x), info, info)
-        return () if score is None else tuple(spread(term, H, K) for term in score.terms)
+    def added(parameters: Any, queries: Any, keys: Any) -> tuple[Term, ...]:
+        mechanism: Mechanism = nnx.merge(program, parameters)
+        (codes_q, x), (codes_k, x_k) = queries, keys
+        score = mechanism.score(x, mechanism.remember(x_k), TokenInfo(**codes_q), TokenInfo(**codes_k))
+        terms = () if score is None else score.terms if isinstance(score, Score) else None
+        if not isinstance(terms, tuple | list) or not all(isinstance(term, Term) for term in terms):
+            found = type(score if terms is None else terms).__name__
+            where = "the hook `score` gave" if terms is None else "`terms` of what the hook `score` gave is"
+            raise ValueError(
+                f"{where} an object of class {found}, expected Score(terms=(Term(...),)), or None for no change"
+            )
+        return tuple(spread(term, H, K) for term in terms)
 
-    terms = jax.eval_shape(added, codes, features)
-    shapes = TermShapes((1, TOKENS, H), (1, TOKENS, K), (1, TOKENS), H)
-    check_terms("score", terms, shapes, f"for {TOKENS} tokens, {H} query heads and {K} kv heads")
+    # As beside a cache, there are more keys than queries.
+    terms = jax.eval_shape(added, parameters, of_tokens(TOKENS), of_tokens(KEYS))
+    shapes = TermShapes((1, TOKENS, H), (1, KEYS, K), (1, KEYS), H)
+    beside = f"for {TOKENS} queries, {KEYS} keys, {H} query heads and {K} kv heads"
+    check_terms("score", terms, shapes, f"{beside} (what a key has of the layer's features comes from `remember`)")
     return terms
 
 

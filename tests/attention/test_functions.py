@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from rave_jax import attention as at
 from rave_jax.attention.functions import spread, terms_of
@@ -33,7 +35,7 @@ def far(tile: Tile) -> jax.Array:
 
 
 def ranked(tile: Tile) -> jax.Array:
-    return jnp.sort(tile.dot, axis=-1)
+    return jax.scipy.special.digamma(1.0 + jnp.abs(tile.dot))
 
 
 def of_places(info_q: TokenInfo, info_k: TokenInfo) -> Term:
@@ -49,6 +51,11 @@ def of_another_shape(info_q: TokenInfo, info_k: TokenInfo) -> Term:
 
 def without_its_key(info_q: TokenInfo, info_k: TokenInfo) -> Term:
     return of_places(info_q, info_k).replace(key={})
+
+
+def of_keys_at_hand(info_q: TokenInfo, info_k: TokenInfo) -> Term:
+    """Of the keys beside the queries, where a cache has more."""
+    return of_places(info_q, info_k).replace(key={"at": info_q.offset})
 
 
 def of_ranks(info_q: TokenInfo, info_k: TokenInfo) -> Term:
@@ -73,7 +80,7 @@ def test_what_has_no_axis_of_heads_is_for_all_and_becomes_float32() -> None:
     np.testing.assert_array_equal(term.query["at"], np.broadcast_to(info.offset[..., None], (B, T, 4)))
     assert term.key["at"].shape == (B, T, 2) and term.query_on is not None and term.query_on.shape == (B, T, 4)
     (traced,) = terms_of(Adding(of_places), DIMS)
-    assert traced.function is far and traced.key["at"].shape == (1, 8, 2)
+    assert traced.function is far and traced.key["at"].shape == (1, 16, 2)
 
 
 def test_a_term_that_does_not_fit_is_refused_by_its_config() -> None:
@@ -81,11 +88,52 @@ def test_a_term_that_does_not_fit_is_refused_by_its_config() -> None:
         at.build_mechanisms((Far("of_another_shape"),), DIMS, KEY)
     with pytest.raises(ConfigError, match=r"Far: score function far fails .* KeyError: 'at'"):
         at.build_mechanisms((Far("without_its_key"),), DIMS, KEY)
+    with pytest.raises(ConfigError, match=r"key\['at'\] has shape \(1, 8, 2\), expected \(1, 16, 2\) .* `remember`"):
+        at.build_mechanisms((Far("of_keys_at_hand"),), DIMS, KEY)
+
+
+class Holding(at.Mechanism):
+    """Its function holds a parameter."""
+
+    def __init__(self, given: str):
+        self.given, self.slope = given, nnx.Param(jnp.ones(()), axes=())
+
+    def score(self, x: at.Features, remembered: None, info_q: TokenInfo, info_k: TokenInfo) -> at.Score:
+        slope = self.slope[...]
+        term = Term(lambda tile: slope * tile.dot)
+        wrong: Any = {"term": term, "one": at.Score(terms=cast(Any, term))}
+        return wrong.get(self.given, at.Score(terms=(term,)))
+
+
+@dataclass(frozen=True)
+class Hold(at.MechanismConfig):
+    """A user's config whose mechanism gives what it should not."""
+
+    given: str = "score"
+
+    def build(self, dims: at.AttentionDims, key: jax.Array) -> at.Mechanism:
+        return Holding(self.given)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            "score",
+            "Hold: score function .*<lambda> holds parameters or other arrays of its own, .* give them to its term",
+        ),
+        ("term", "Hold: the hook `score` gave an object of class Term, expected Score"),
+        ("one", "Hold: `terms` of what the hook `score` gave is an object of class Term, expected Score"),
+    ],
+)
+def test_a_score_that_is_none_is_refused_by_its_config(given: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        at.build_mechanisms((Hold(given),), DIMS, KEY)
 
 
 def test_a_function_that_tpu_kernels_cannot_run_is_refused_by_its_config_and_operation() -> None:
     at.check_kernels(at.build_mechanisms((Far(),), DIMS, KEY), "pallas_tpu", DIMS)
     mechanisms = at.build_mechanisms((Far("of_ranks"),), DIMS, KEY)
     at.check_kernels(mechanisms, "xla", DIMS)
-    with pytest.raises(ConfigError, match=r"cannot serve Far: its score function ranked does not fit: .* sort"):
+    with pytest.raises(ConfigError, match=r"cannot serve Far: its score function ranked does not fit: .* digamma"):
         at.check_kernels(mechanisms, "pallas_tpu", DIMS)

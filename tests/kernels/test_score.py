@@ -185,13 +185,45 @@ def infinite(tile: Tile):
     return jnp.log(jnp.abs(tile.key["loud"]))
 
 
+def steep(tile: Tile):
+    return jnp.sqrt(jnp.abs(tile.dot))
+
+
+def steep_in_the_pair(tile: Tile):
+    assert tile.pair is not None
+    return jnp.sqrt(jnp.abs(tile.pair))
+
+
+def of_the_row(tile: Tile):
+    return jax.nn.softmax(tile.dot, axis=-1)
+
+
+def of_one_key(tile: Tile):
+    return tile.dot[:, 0]
+
+
+@dataclass
+class Unhashable:
+    """Its numbers may change."""
+
+    a: float = 1.0
+
+    def __call__(self, tile: Tile):
+        return self.a * tile.dot
+
+
 @pytest.mark.parametrize(
     ("function", "message"),
     [
         (missing, r"missing fails on a tile with .*key: loud.*KeyError: 'nowhere'"),
-        (of_another_shape, r"of_another_shape gives shape \(1, 8, 8\)"),
+        (of_another_shape, r"of_another_shape gives shape \(1, 8, 12\)"),
+        (of_one_key, r"of_one_key gives shape \(8,\) for a tile \(8, 12\)"),
+        (of_the_row, "of_the_row gives a pair another bias in another tile"),
+        (Unhashable(), "Unhashable cannot be hashed; make it a function, or a frozen dataclass"),
         (of_another_type, "of_another_type gives bool, expected a float32 array"),
         (infinite, "infinite or its slope is not finite where all features are 0"),
+        (steep, "steep or its slope is not finite where all features are 0, or the scores are too"),
+        (steep_in_the_pair, "steep_in_the_pair or its slope is not finite"),
         (NotZeroOff(), "NotZeroOff declares ZERO_OFF, but gives 1.0 where <u, w> is 0"),
         (OutOfBounds(), r"OutOfBounds declares bounds \(-1.0, 1.0\), but gives"),
     ],

@@ -118,7 +118,18 @@ class Plain(ScoreFunction):
 
 
 def function_of(function: ScoreFunction | Callable[[Tile], Array]) -> ScoreFunction:
-    """What kernels take: a plain function is wrapped."""
+    """What kernels take: a plain function is wrapped.
+
+    Raises:
+        ValueError: it cannot be hashed, so no compiled program could be found by it.
+    """
+    try:
+        hash(function)
+    except TypeError as error:
+        raise ValueError(
+            f"score function {name_of(function)} cannot be hashed; make it a function, or a frozen dataclass whose "
+            "fields are numbers or words"
+        ) from error
     return function if isinstance(function, ScoreFunction) else Plain(function)
 
 
@@ -210,7 +221,13 @@ def check(function: ScoreFunction, shape: Shape) -> None:
     """
     # What jax is tracing, and on which mesh, belongs to a thread: the trial is no part of it.
     with concurrent.futures.ThreadPoolExecutor(1) as thread:
-        thread.submit(_try, function, shape).result()
+        try:
+            thread.submit(_try, function, shape).result()
+        except jax.errors.UnexpectedTracerError as error:
+            raise ValueError(
+                f"score function {name_of(function)} holds parameters or other arrays of its own, which get no "
+                "gradients there; give them to its term, as u and w or as features by name (query, key, head)"
+            ) from error
 
 
 def _try(function: ScoreFunction, shape: Shape) -> None:
@@ -219,9 +236,11 @@ def _try(function: ScoreFunction, shape: Shape) -> None:
     def draw(size: tuple[int, int]) -> np.ndarray:
         return (rng.normal(size=size) * 10 ** rng.uniform(-2, 2, size)).astype(np.float32)
 
-    tile = shape.tile(draw)
+    tile = shape.tile(draw, keys=12)
     try:
         given = jax.eval_shape(function, tile)
+    except jax.errors.UnexpectedTracerError:
+        raise
     except Exception as error:
         sides = ((name, of) for name, of in shape._asdict().items() if name != "pair")
         names = ", ".join(f"{side}: {', '.join(of) or 'none'}" for side, of in sides)
@@ -232,14 +251,21 @@ def _try(function: ScoreFunction, shape: Shape) -> None:
     if not isinstance(given, jax.ShapeDtypeStruct) or given.dtype != jnp.float32:
         found = f"{given.dtype}" if isinstance(given, jax.ShapeDtypeStruct) else type(given).__name__
         raise ValueError(f"score function {called} gives {found}, expected a float32 array")
-    if len(given.shape) > 2 or np.broadcast_shapes(given.shape, tile.dot.shape) != tile.dot.shape:
+    whole = tile.dot.shape
+    fits = zip(reversed(given.shape), reversed(whole), strict=False)
+    if len(given.shape) > 2 or not all(size in (1, wanted) for size, wanted in fits):
         raise ValueError(
-            f"score function {called} gives shape {given.shape} for a tile {tile.dot.shape}, expected one that "
-            "broadcasts to the tile"
+            f"score function {called} gives shape {given.shape} for a tile {whole}, expected one that broadcasts to "
+            "the tile"
         )
     if function.ZERO_OFF and tile.pair is None:
         raise ValueError(f"score function {called} declares ZERO_OFF, but its term has no u and w")
-    found, off, empty = jax.device_get(jax.jit(functools.partial(_tried, function))(tile))
+    found, off, empty, part = jax.device_get(jax.jit(functools.partial(_tried, function))(tile))
+    if not np.allclose(np.broadcast_to(found, whole)[PART], part, 1e-3, 1e-3, equal_nan=True):
+        raise ValueError(
+            f"score function {called} gives a pair another bias in another tile, expected one that depends on the pair "
+            "alone: elementwise operations, none over queries or keys (sum, softmax, sort)"
+        )
     (least, most), rounding = function.bounds, 1e-3
     if (least, most) != NO_BOUNDS and not ((found >= least - rounding) & (found <= most + rounding)).all():
         raise ValueError(
@@ -248,19 +274,35 @@ def _try(function: ScoreFunction, shape: Shape) -> None:
         )
     if not all(np.isfinite(x).all() for x in jax.tree.leaves(empty)):
         raise ValueError(
-            f"score function {called} or its slope is not finite where all features are 0, as those of empty entries "
-            "of a cache are; bound what it divides by, and what it takes roots and logarithms of"
+            f"score function {called} or its slope is not finite where all features are 0, or the scores are too, as "
+            "those of empty entries of a cache are; bound what it divides by, and what it takes roots and logarithms of"
         )
     if function.ZERO_OFF and (off != 0).any():
         raise ValueError(f"score function {called} declares ZERO_OFF, but gives {off.ravel()[0]} where <u, w> is 0")
 
 
-def _tried(function: ScoreFunction, tile: Tile) -> tuple[Array, Array, Any]:
-    """The bias of a tile; where the pair product is 0; and with its slopes where all features of tokens are 0."""
+PART = np.s_[3:, 5:]
+"""Of the tile that functions are tried on."""
+
+
+def _tried(function: ScoreFunction, tile: Tile) -> tuple[Array, Array, Any, Array]:
+    """The bias of a tile; where the pair product is 0; with its slopes where all features of tokens are 0, and of half
+    of the keys the products too; and the bias of a part of the tile alone."""
     query, key = ({name: jnp.zeros_like(x) for name, x in side.items()} for side in (tile.query, tile.key))
-    empty, pull = jax.vjp(lambda tile: function(tile), tile._replace(query=query, key=key))
-    pair = None if tile.pair is None else jnp.full_like(tile.pair, function.OFFSET)
-    return function(tile), function(tile._replace(pair=pair)), (empty, pull(jnp.ones_like(empty)))
+    dot = tile.dot.at[:, ::2].set(0.0)
+    pair = None if tile.pair is None else tile.pair.at[:, ::2].set(function.OFFSET)
+    unfilled = tile._replace(dot=dot, pair=pair, query=query, key=key)
+    empty, pull = jax.vjp(lambda tile: function(tile), unfilled)
+    rows, columns = PART
+    part = tile._replace(
+        dot=tile.dot[PART],
+        pair=None if tile.pair is None else tile.pair[PART],
+        query={name: x[rows] for name, x in tile.query.items()},
+        key={name: x[:, columns] for name, x in tile.key.items()},
+    )
+    off = tile._replace(pair=None if tile.pair is None else jnp.full_like(tile.pair, function.OFFSET))
+    of_part = jnp.broadcast_to(function(part), part.dot.shape)
+    return function(tile), function(off), (empty, pull(jnp.ones_like(empty))), of_part
 
 
 def name_of(function: ScoreFunction | Callable[[Tile], Array]) -> str:
