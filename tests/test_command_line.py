@@ -141,14 +141,17 @@ def test_fields_are_checked_when_all_are_there() -> None:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        ("--model.mechanisms Raev", "--model.mechanisms.0 is 'Raev', expected one of Avar, .*; did you mean Rave?"),
+        ("--model.mechanisms Raev", "--model.mechanisms.0 is 'Raev', expected one of Arrow, .*; did you mean Rave?"),
         ("--init", "--init has 0 values, expected one: FromHF or Tiny"),
         ("--init FromHF Tiny", "--init has 2 values, expected one"),
         ("--init None", "--init is 'None', expected one of FromHF, Tiny"),
         ("--init.path x", "--init.path: init is Tiny, which has no path; FromHF has it: add --init FromHF"),
         ("--model.lora.rank 3", "--model.lora.rank: model.lora is None, which has no rank; .* --model.lora Lora"),
-        ("--model.mechanisms.1.rank 3", "model.mechanisms has 1 item; to add one, name .*: --model.mechanisms.1 Avar|"),
-        ("--model.mechanisms.7 Rave", "model.mechanisms has 1 item; to add one, name .*: --model.mechanisms.1 Avar|"),
+        (
+            "--model.mechanisms.1.rank 3",
+            "model.mechanisms has 1 item; to add one, name .*: --model.mechanisms.1 Arrow",
+        ),
+        ("--model.mechanisms.7 Rave", "model.mechanisms has 1 item; to add one, name .*: --model.mechanisms.1 Arrow"),
         ("--data.sources LlavaJson --data.sources.0.split train", "data.sources.0 is LlavaJson, which has no split"),
         ("--init FromHF", "^--init: init.path is '', expected a directory in HuggingFace format$"),
         ("--data.sources", "^--data: sources is .*, expected at least one source, as --data.sources LlavaJson$"),
@@ -180,7 +183,7 @@ def test_help_lists_the_kinds(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         override(RAVE, ["--help"], "train.py")
     out = capsys.readouterr().out
-    assert "--init FromHF|Tiny" in out and "--model.lora Lora|None" in out and "--model.mechanisms [Avar|" in out
+    assert "--init FromHF|Tiny" in out and "--model.lora Lora|None" in out and "--model.mechanisms [Arrow|" in out
 
 
 def test_configs_are_found_by_name(

@@ -7,29 +7,35 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from rave_jax.batch import Batch, Kind, Role, TokenInfo
+from rave_jax.batch import Batch
 from rave_jax.data.collate import BatchShape, collate
 from rave_jax.data.processor import Processor
 from rave_jax.data.sample import Example, OverBudget, Sample, SampleError, without_pictures
 from rave_jax.evaluation.accounting import account
+from rave_jax.evaluation.answered import (
+    answer_attention,
+    answer_glances,
+    answer_routes,
+    program,
+    prompt_numbers,
+    question_rows,
+    with_answer,
+)
 from rave_jax.evaluation.routing import Route, cells_of
 from rave_jax.evaluation.vas import VasSums, vas_sums, with_vas
 from rave_jax.inference import Completion, Generator, Request, Sampling, SlotConfig
 from rave_jax.inference.content import content_tokens
 from rave_jax.inference.programs import SlotState
-from rave_jax.inference.prompted import PromptNumbers, asking, found_numbers, with_numbers
-from rave_jax.layout import Shown
+from rave_jax.inference.prompted import PromptNumbers, asking
 from rave_jax.look.blocks import Blocks, KnockOut, blocks_of
 from rave_jax.look.knockout import NOTHING, log_probability
 from rave_jax.look.maps import Look, over_picture
-from rave_jax.models.forward import Chunk, Want
 from rave_jax.models.vlm import Vlm
 from rave_jax.parallel.rows import batch_shardings, global_batch
-from rave_jax.parallel.sharding import replicated, use_mesh
+from rave_jax.parallel.sharding import use_mesh
 from rave_jax.typing import Array, Bool, Float, Int, NpArray
 
 Check = Callable[[], None]
@@ -41,9 +47,6 @@ Glances = Float[NpArray, "L N y x"]
 """Attention of the row that chose each of N tokens over the cells of the first picture, averaged over heads."""
 CHUNK = 512
 """Tokens of a prompt that are read at once; of a model whose tokens see later ones, all of them."""
-
-QUESTION_ROWS = 32
-"""Most tokens of a question whose attention is read."""
 
 
 def no_check() -> None:
@@ -160,13 +163,13 @@ class ModelSubject:
             prefill_rows=max(1, shape.rows // 4),
         )
         self._generator = Generator(model, processor, slots, mesh)
-        self._log_probability = _program(log_probability, mesh)
-        self._answer_attention = _program(answer_attention, mesh)
-        self._vas_sums = _program(vas_sums, mesh)
-        self._answer_routes = _program(answer_routes, mesh)
+        self._log_probability = program(log_probability, mesh)
+        self._answer_attention = program(answer_attention, mesh)
+        self._vas_sums = program(vas_sums, mesh)
+        self._answer_routes = program(answer_routes, mesh)
         self._found_numbers = jax.jit(prompt_numbers, static_argnames="size")
         self._readings: dict[Reading, Any] = {}
-        self._answer_glances = _program(answer_glances, mesh, "layers")
+        self._answer_glances = program(answer_glances, mesh, "layers")
 
     def shapes(self) -> SlotState:
         """Shapes of what is kept on the devices to answer."""
@@ -284,7 +287,7 @@ class ModelSubject:
 
     def per_sample(self, reading: Reading, samples: Sequence[Sample], answers: Sequence[Answer]) -> list[Any]:
         if reading not in self._readings:
-            self._readings[reading] = _program(reading, self._mesh)
+            self._readings[reading] = program(reading, self._mesh)
         found: list[Any] = []
         for start in range(0, len(samples), self._shape.rows):
             self._check()
@@ -447,116 +450,3 @@ def _knock_out(blocks: Blocks, said: Iterator[float]) -> KnockOut:
 def _over(picture: int, example: Example, weights: Float[NpArray, "L H S"]) -> Float[NpArray, "L H y x"] | None:
     """Attention to a padded example's tokens, over one of its pictures."""
     return over_picture(example.info, weights[..., : len(example.tokens)], example.shown, picture)
-
-
-def question_rows(info: TokenInfo, shown: Sequence[Shown], picture: int) -> Int[NpArray, "N"]:
-    """The text of the last question behind a picture, of a prompt: its last tokens, at most QUESTION_ROWS.
-
-    Args:
-        info: token codes of the prompt (arrays [S]).
-        shown: for each image number of `info`, from 1, what its tokens show; empty: each is a whole picture.
-        picture: number of the picture in the conversation, from 1.
-    """
-    codes = {name: np.asarray(code) for name, code in info._asdict().items()}
-    numbers = [n for n, one in enumerate(shown, 1) if one.picture == picture] if shown else [picture]
-    tokens = np.flatnonzero(np.isin(codes["image"], numbers))
-    if not len(tokens):
-        return np.zeros(0, np.int32)
-    text = (codes["kind"] == Kind.TEXT) & (codes["role"] == Role.QUESTION) & (codes["turn"] == codes["turn"].max())
-    return np.flatnonzero(text & (np.arange(len(text)) > tokens[-1]))[-QUESTION_ROWS:].astype(np.int32)
-
-
-def _program(function: Callable[..., Any], mesh: Mesh, *sizes: str) -> Any:
-    """A function of a model and more, compiled: it takes the model, the numbers of its rows' prompts, and the rest."""
-
-    def of_rows(model: Vlm, numbers: PromptNumbers, *arguments: Any, **given: Any) -> Any:
-        return function(with_numbers(model, numbers), *arguments, **given)
-
-    return jax.jit(of_rows, static_argnames=sizes, out_shardings=replicated(mesh))
-
-
-def prompt_numbers(
-    model: Vlm, seen: Batch, blind: Batch | None, content: Bool[Array, "B T"] | None, size: int
-) -> PromptNumbers:
-    """What mechanisms ask of prompts, one a row.
-
-    Args:
-        model: the model.
-        seen: the prompts.
-        blind: the same without their pictures; None where nothing asks for them.
-        content: which tokens belong to content words; None where nothing asks for it.
-        size: tokens of a prompt with its answer.
-    """
-    features = model.embed_images(seen.patches) if seen.patches.length else None
-    return found_numbers(model, _chunk(seen), None if blind is None else _chunk(blind), features, size, content)
-
-
-def _chunk(batch: Batch) -> Chunk:
-    return Chunk(batch.tokens, batch.info, batch.positions, batch.visual_index)
-
-
-def with_answer(prompt: Example, tokens: Sequence[int]) -> Example:
-    """A prompt followed by an answer's tokens, as generation lays them out."""
-    count = len(tokens)
-    start = len(prompt.tokens)
-    after = np.arange(count, dtype=np.int32)
-
-    def extend(x: NpArray, value: NpArray | int) -> NpArray:
-        return np.concatenate([x, np.broadcast_to(np.asarray(value, x.dtype), (*x.shape[:-1], count))], axis=-1)
-
-    codes = {name: extend(np.asarray(code), 0) for name, code in prompt.info._asdict().items()}
-    ends = {"document": 1, "offset": start + after, "kind": Kind.TEXT, "role": Role.RESPONSE}
-    for name, value in {**ends, "turn": codes["turn"][start - 1]}.items():
-        codes[name][start:] = value
-    return prompt._replace(
-        tokens=extend(prompt.tokens, np.asarray(tokens, np.int32)),
-        loss_mask=extend(prompt.loss_mask, 0),
-        info=TokenInfo._make(codes.values()),
-        positions=extend(prompt.positions, prompt.positions.max() + 1 + after),
-        visual_index=extend(prompt.visual_index, 0),
-    )
-
-
-def answer_attention(
-    model: Vlm, batch: Batch, queries: Int[Array, "B N"], weights: Float[Array, "B N"]
-) -> Float[Array, "L B H S"]:
-    """Attention averaged over queries, in every layer and head; never the whole map.
-
-    Args:
-        model: the model.
-        batch: prompts with their answers.
-        queries: which queries, by index.
-        weights: of each query in the average; 0 for fillers.
-    """
-    found = model.forward(batch, Want(queries=queries)).attention
-    assert found is not None
-    return jnp.einsum("LBNHS,BN->LBHS", found.astype(jnp.float32), weights)
-
-
-def answer_glances(
-    model: Vlm, batch: Batch, queries: Int[Array, "B N"], layers: tuple[int, ...]
-) -> Float[Array, "M B N S"]:
-    """Attention of queries, averaged over heads, in M of the layers that attend, by their places among these.
-
-    Args:
-        model, batch, queries: as in `answer_attention`.
-        layers: which layers.
-    """
-    found = model.forward(batch, Want(queries=queries)).attention
-    assert found is not None
-    return jnp.mean(found[jnp.array(layers)].astype(jnp.float32), axis=3)
-
-
-def answer_routes(
-    model: Vlm, batch: Batch, queries: Int[Array, "B N"], weights: Float[Array, "B N"]
-) -> Float[Array, "L B H R"]:
-    """Share of the queries that chose each region, in every layer that routes and every head; arguments as in
-    `answer_attention`.
-
-    Raises:
-        ValueError: no layer routes.
-    """
-    chosen = model.forward(batch, Want(queries=queries)).chosen
-    if chosen is None:
-        raise ValueError("no mechanism of the model routes")
-    return jnp.einsum("LBNHR,BN->LBHR", chosen.astype(jnp.float32), weights)

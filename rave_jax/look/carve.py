@@ -50,9 +50,9 @@ class Carve:
         require(bool(self.general.strip()), "general", self.general, "a text")
         require(len(self.layers) > 0, "layers", self.layers, "at least one layer")
         require(0 < self.fraction <= 1, "fraction", self.fraction, "a number above 0, at most 1")
-        require(self.least >= 1, "least", self.least, "at least 1")
+        require(1 <= self.least <= 10**6, "least", self.least, "a number from 1 to 1,000,000")
         require(self.floor > 0, "floor", self.floor, "a number above 0")
-        require(self.steps >= 1, "steps", self.steps, "at least 1")
+        require(1 <= self.steps <= 10**6, "steps", self.steps, "a number from 1 to 1,000,000")
 
 
 def fused(

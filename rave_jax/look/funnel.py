@@ -52,7 +52,7 @@ class VisualFunnel:
         except (KeyError, IndexError, ValueError):
             asked = ""
         require(bool(asked.strip()), "where", self.where, "a text whose only name in braces is {question}")
-        require(self.layer >= 0, "layer", self.layer, "the number of a layer, from 0")
+        require(0 <= self.layer < 10**4, "layer", self.layer, "the number of a layer, from 0 to 9,999")
         require(0 < self.base <= 1e6, "base", self.base, "a number of pixels above 0")
         for name in ("near", "wide"):
             value = getattr(self, name)

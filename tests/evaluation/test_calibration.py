@@ -12,8 +12,8 @@ from rave_jax.config import ConfigError
 from rave_jax.data.collate import BatchShape, collate, smallest_shape
 from rave_jax.data.processor import Processor
 from rave_jax.data.sample import EmptyAnswer, Example, Sample
+from rave_jax.evaluation.answered import with_answer
 from rave_jax.evaluation.calibration import CalibrationSet, asked_at, compilations, encoded
-from rave_jax.evaluation.subject import with_answer
 from rave_jax.families.qwen2_5_vl.presets import tiny
 from rave_jax.inference import Completion, Generator, Request, Sampling, SlotConfig
 from rave_jax.models.parameters import with_values

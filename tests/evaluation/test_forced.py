@@ -12,8 +12,8 @@ import pytest
 from rave_jax.attention import Gaze
 from rave_jax.data.collate import BatchShape, collate
 from rave_jax.data.sample import EmptyAnswer, Example, OverBudget
+from rave_jax.evaluation.answered import with_answer
 from rave_jax.evaluation.forced import ForcedAnswers
-from rave_jax.evaluation.subject import with_answer
 from rave_jax.inference import Completion, Generator, NotFinite, Request, Sampling, SlotConfig
 from rave_jax.layout import FixedRegions
 from rave_jax.models.config import ModelOptions

@@ -17,9 +17,10 @@ from rave_jax.config import ConfigError
 from rave_jax.data.collate import BatchShape, collate
 from rave_jax.data.processor import Processor
 from rave_jax.data.sample import Sample
+from rave_jax.evaluation.answered import with_answer
 from rave_jax.evaluation.config import Eval
 from rave_jax.evaluation.routing import Cells, Route, RoutingSummary, cells_of, hits, overlapping, summarise
-from rave_jax.evaluation.subject import Answer, ModelSubject, with_answer
+from rave_jax.evaluation.subject import Answer, ModelSubject
 from rave_jax.evaluation.suites import run
 from rave_jax.families.qwen2_5_vl.presets import tiny
 from rave_jax.layout import WHOLE, AdaptiveRegions, FixedRegions, Shown

@@ -16,16 +16,9 @@ from rave_jax.data.collate import BatchShape, collate
 from rave_jax.data.processor import Processor
 from rave_jax.data.sample import Sample, SampleError, without_pictures
 from rave_jax.evaluation.again import AskedAgain
+from rave_jax.evaluation.answered import QUESTION_ROWS, prompt_numbers, question_rows, with_answer
 from rave_jax.evaluation.spans import answer_spans
-from rave_jax.evaluation.subject import (
-    QUESTION_ROWS,
-    Answer,
-    ModelSubject,
-    PromptOverBudget,
-    prompt_numbers,
-    question_rows,
-    with_answer,
-)
+from rave_jax.evaluation.subject import Answer, ModelSubject, PromptOverBudget
 from rave_jax.evaluation.task import Task
 from rave_jax.evaluation.vas import with_vas
 from rave_jax.families.qwen2_5_vl.presets import tiny

@@ -14,7 +14,7 @@ from rave_jax.attention import Gaze, Rave
 from rave_jax.batch import Batch, Kind
 from rave_jax.data.collate import BatchShape, collate, smallest_shape
 from rave_jax.data.sample import Example, SampleError
-from rave_jax.evaluation.subject import with_answer
+from rave_jax.evaluation.answered import with_answer
 from rave_jax.families import FAMILIES
 from rave_jax.inference import Completion, Generator, Request, Sampling, SlotConfig
 from rave_jax.layout import ContextTokens

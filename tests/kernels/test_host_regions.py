@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rave_jax.kernels.routed import HostRegions, Stack, gather_attention, host
+from rave_jax.kernels.routed import HostRegions, Stack, host
 from tests.kernels.test_gather import operands, run
 
 L, B, K, R, m, h = 3, 2, 2, 6, 5, 16
@@ -69,4 +69,4 @@ def test_attention_is_that_over_regions_on_the_device(kind: str, apart: bool) ->
     with pytest.raises(
         ValueError, match="cannot serve attention to chosen regions: the regions lie in host memory; expected auto, or"
     ):
-        gather_attention(**given | on_host, scale=1.0, implementation="pallas_tpu")
+        run(**given | on_host, implementation="pallas_tpu")

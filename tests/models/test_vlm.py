@@ -160,7 +160,8 @@ def test_a_cache_keeps_what_mechanisms_remember_and_no_more() -> None:
     before, rave, *after = a_model(RAVE).empty_cache(1, 5).layer_runs
     assert [keys.remembered for keys in (before, *after)] == [()] * (1 + len(after))
     gate_keys = jax.tree.leaves(rave.remembered)
-    assert [x.shape for x in gate_keys] == [(2, 1, CONFIG.text.num_kv_heads, 5, 4), (2, 1, CONFIG.text.num_kv_heads, 5)]
+    # The key's side of a pair product of rank 4: w, a one for the query's term, and the key's term.
+    assert [x.shape for x in gate_keys] == [(2, 1, CONFIG.text.num_kv_heads, 5, 6)]
 
 
 def test_text_needs_no_patches() -> None:
