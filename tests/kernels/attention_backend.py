@@ -258,7 +258,12 @@ class BackendBesideTheOracle(AttentionBackend):
         np.testing.assert_array_equal(np.isfinite(found[1]), np.isfinite(expected[1]))
         if case.dtype == "float32":
             self.near(found, expected)
-        jax.tree.map(functools.partial(near_as_a_whole, tolerance=WHOLE[case.dtype]), found, expected)
+        tolerance = WHOLE[case.dtype]
+        # The gradient of a head's number is a sum over all pairs, which cancel: their rounding does not.
+        wide = tolerance * (3 if case.dtype == "bfloat16" else 1)
+        for name, mine in found[2].items():
+            near_as_a_whole(mine, expected[2][name], wide if name == "gain" else tolerance)
+        jax.tree.map(functools.partial(near_as_a_whole, tolerance=tolerance), found[:2], expected[:2])
 
     def test_every_result_and_gradient_is_the_oracles(self, case):
         @given(st.integers(0, 2**31), st.sampled_from(MASKS), st.sampled_from((0.0, 0.6, 1.0)))

@@ -108,8 +108,9 @@ class Call:
 
     @property
     def length(self) -> int:
-        """Of a list."""
-        return up(self.queries, self.together)
+        """Of a list: whole visits, and so long that records begin at whole lines of memory, as copies want it."""
+        words = self.words.count * self.queries
+        return up(words + up(self.queries, self.together), LANES) - words
 
     @property
     def words(self) -> HeadWords:
