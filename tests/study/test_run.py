@@ -6,6 +6,7 @@ import dataclasses
 import os
 import shutil
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -165,6 +166,10 @@ class Ending(StopRequest):
     def finished(self) -> None:
         super().finished()
         os.kill(os.getpid(), signal.SIGTERM)
+        # A thread hears it; on a busy machine the next step would begin before.
+        deadline = time.monotonic() + 60
+        while self.asked is None and time.monotonic() < deadline:
+            time.sleep(0.01)
 
 
 @pytest.mark.slow
