@@ -147,10 +147,8 @@ def attend(
         if groups is None:
             out, lse = out[:, :, None], lse[:, :, None]
         if factor is not None:
-            every = jnp.broadcast_to(jnp.arange(x.q.shape[1]), x.q.shape[:2])
-            choice = None if routing is None else choice_of_queries(scores, every, routing)
             of = None if groups is None else groups.of
-            out, lse = with_factor(out, lse, keys.v, scores, factor, of, choice)
+            out, lse = with_factor(out, lse, keys.v, scores, factor, of, routing)
         if groups is not None:
             weights = log_weights(mechanisms, x, parts_of(lse, partition), partition, info_q, info_k)
         lse = lse if weights is None else lse + weights

@@ -23,10 +23,11 @@ import jax
 import jax.numpy as jnp
 
 from rave_jax.attention.base import Features, KeyFactor, Mechanism, Parts, overrides
-from rave_jax.attention.queries import QueryChoice, at_key
+from rave_jax.attention.queries import at_key
 from rave_jax.attention.scores import Scores, of_keys, pick
 from rave_jax.batch import TokenInfo
 from rave_jax.kernels.attention import KeyGroups
+from rave_jax.kernels.routed import Routing
 from rave_jax.typing import Array, Float, Int
 
 
@@ -103,7 +104,7 @@ def with_factor(
     scores: Scores,
     factor: KeyFactor,
     of: Int[Array, "B S"] | None,
-    asked: QueryChoice | None = None,
+    routing: Routing | None = None,
 ) -> tuple[Float[Array, "B T N H c"], Float[Array, "B T N H"]]:
     """Outputs and log-sum-exps of the key groups after one key of each query has its weight multiplied.
 
@@ -113,12 +114,12 @@ def with_factor(
         scores: from which out and lse were made.
         factor: the keys, and the logs of what to multiply by.
         of: each key's key group, or None where there is one only.
-        asked: what all queries chose, or None where nothing routes: a key that was not chosen has no weight.
+        routing: how queries choose, or None where nothing routes: a key that was not chosen has no weight.
     """
     N, H = out.shape[2:4]
     score, seen = of_keys(scores, factor.key)
-    if asked is not None:
-        chosen, bias = at_key(asked, factor.key, H)
+    if routing is not None:
+        chosen, bias = at_key(scores, factor.key, routing)
         seen, score = seen & chosen, score if bias is None else score + bias
     inside = seen[:, :, None]
     if of is not None:

@@ -14,6 +14,9 @@ from rave_jax.kernels.attention.base import group_heads
 from rave_jax.kernels.routed import Choice, Routing, choice_of, of_keys, open_keys
 from rave_jax.typing import Array, Bool, Float, Int
 
+BLOCK = 512
+"""Queries whose choice is made at once."""
+
 
 class QueryChoice(NamedTuple):
     """What some queries chose, and the region of every key [B,S]."""
@@ -69,17 +72,33 @@ def choice_of_queries(scores: Scores, queries: Int[Array, "B N"], routing: Routi
 
 
 def at_key(
-    asked: QueryChoice, key: Int[Array, "B T"], num_heads: int
+    scores: Scores, key: Int[Array, "B T"], routing: Routing
 ) -> tuple[Bool[Array, "B T H"], Float[Array, "B T H"] | None]:
-    """Of all T queries and one key of each: is its region open to them, and what is added to its score?"""
+    """Of all T queries and one key of each: is its region open to them, and what is added to its score? The choice is
+    made again, in blocks of queries."""
+    B, T, H, _ = scores.q.shape
+    size = min(BLOCK, T)
+
+    def block(start: Int[Array, ""]) -> tuple[Array, Array | None]:
+        queries = jnp.minimum(start + jnp.arange(size, dtype=jnp.int32), T - 1)
+        queries = jnp.broadcast_to(queries, (B, size))
+        return _at_key(choice_of_queries(scores, queries, routing), pick(key, queries), H)
+
+    starts = jnp.arange(0, T, size, dtype=jnp.int32)
+    found = jax.lax.map(jax.checkpoint(block), starts)
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(B, -1, H)[:, :T], found)
+
+
+def _at_key(
+    asked: QueryChoice, key: Int[Array, "B N"], num_heads: int
+) -> tuple[Bool[Array, "B N H"], Float[Array, "B N H"] | None]:
     choice, keys = asked
     region = pick(keys, key)[:, None, None, :, None]
 
     def of_region(x: Array) -> Array:
-        B, T = key.shape
         x = jnp.broadcast_to(x, (*choice.chosen.shape[:4], x.shape[-1]))
         found = jnp.take_along_axis(x, jnp.maximum(region - 1, 0), axis=-1, mode="clip")
-        return _by_head(found, (B, T, num_heads, 1))[..., 0]
+        return _by_head(found, (*key.shape, num_heads, 1))[..., 0]
 
     beside = (pick(keys, key) == 0)[..., None]
     open_ = beside | of_region(choice.chosen | ~choice.candidate)

@@ -14,6 +14,7 @@ import concurrent.futures
 import dataclasses
 import functools
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, NamedTuple
 
@@ -60,7 +61,7 @@ class Slopes(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class ScoreFunction:
+class ScoreFunction(ABC):
     """A score function with what kernels may know of it beforehand. A frozen dataclass whose fields are numbers or
     words: it is compared and hashed, and holds no arrays. A plain function of a `Tile` does as well (`function_of`)."""
 
@@ -78,9 +79,10 @@ class ScoreFunction:
         maximum. `check` tries them."""
         return NO_BOUNDS
 
+    @abstractmethod
     def __call__(self, tile: Tile) -> Array:
         """The bias, in logits."""
-        raise NotImplementedError
+        ...
 
     def log2(self, tile: Tile) -> Array:
         """The bias in units of log2; a function may save the constant."""
