@@ -18,7 +18,7 @@ from rave_jax.kernels.attention.pallas_tpu.tile import LOG2E
 from rave_jax.kernels.attention.score import Slopes, Tile
 from rave_jax.typing import Array, Bool
 
-Size = tuple[int, int]
+Size = tuple[int, ...]
 
 
 class Added(NamedTuple):

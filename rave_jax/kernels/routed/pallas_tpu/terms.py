@@ -219,13 +219,14 @@ class Sides:
         queries = self.queries.astype(self.dtype)
         return product(keys, queries, (1, 1)) if self.turned else product(queries, keys, (1, 1))
 
-    def _tile(self, number: int, dot: Any) -> Tile:
+    def _tile(self, number: int, dot: Array | None) -> Tile:
         call, lanes = self.terms.calls[number], self.terms.lanes[number]
         pair = self.pair(number) if call.shape.pair else None
         query = {name: self._field(lanes.query[name], of_query=True) for name in call.shape.query}
         key = {name: self._field(lane, of_query=False) for name, lane in lanes.key.items()}
         head = {name: self._field(lanes.query[of_head(name)], of_query=True) for name in call.shape.head}
-        return Tile(dot if call.reads_dot else None, pair, query, key, head)
+        read: Any = dot if call.reads_dot else None
+        return Tile(read, pair, query, key, head)
 
     def _on(self, number: int) -> Array | None:
         """Where a term's bias is not set to 0; None is everywhere."""
