@@ -7,16 +7,18 @@ is the backbone. What is asked of arms is asked on larger pictures.
 
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
+from rave_jax.config import load_file
 from rave_jax.data.config import DataConfig, Stage
 from rave_jax.data.synthetic import DigitMosaic, MosaicList, Synthetic, SyntheticTask
 from rave_jax.models.config import ModelOptions
 from rave_jax.study.config import Judged, Start
 from rave_jax.study.decision import Decision
 from rave_jax.training.config import TrainConfig
-from rave_jax.training.init import Tiny
 from rave_jax.training.optimizers import OptimizerConfig, ParameterGroup
 
+QUICKSTART = Path(__file__).resolve().parents[1] / "quickstart_gaze.py"
 PLAIN = ModelOptions(scan_layers=False)
 """Plain attention; layers apart, which a CPU trains faster."""
 SMALL, LARGE = 48, 128
@@ -49,15 +51,7 @@ def starts() -> tuple[Start, Start]:
     small = partial(Stage, tokens=50, patches=12)
     data = DataConfig(sources=reading, rows=32, tokens=50, patches=12, cache_mb=0)
     backbone = TrainConfig(
-        init=Tiny(
-            num_layers=3,
-            num_heads=8,
-            vision_hidden_size=96,
-            vision_mlp_size=192,
-            patch_size=16,
-            merge_size=1,
-            window_size=32,
-        ),
+        init=load_file(QUICKSTART).init,
         model=PLAIN,
         data=replace(data, stages=(Stage(0, (1, 0)), Stage(LISTS, (0, 1)))),
         optimizer=optimizer(),
