@@ -1,7 +1,7 @@
 """Does each process of a job still live? One that died is named by all others, within a second or so.
 
-Every process keeps a connection to process 0 and sends a beat over it. The system closes the connection of one that ends,
-however it ends; one that is stopped, or whose machine or network is gone, sends no beats. jax has a heartbeat
+Every process keeps a connection to process 0 and sends a beat over it. The system closes the connection of one that
+ends, however it ends; one that is stopped, or whose machine or network is gone, sends no beats. jax has a heartbeat
 too, which takes longer, names nobody and ends the process with a stack of C++; it remains for where a firewall lets no
 connection through.
 """
