@@ -84,12 +84,16 @@ def test_remat_and_layers_apart_change_nothing(change: dict[str, Any]) -> None:
 @pytest.mark.parametrize("layout", [{"fsdp": 2, "tensor": 2, "data": 2}, {"fsdp": 2, "tensor": 4}], ids=str)
 def test_a_mesh_of_eight_gives_the_same_numbers(layout: dict[str, int]) -> None:
     """Heads are split over the tensor axis, and a router compares those of all devices."""
-    mesh, model = make_mesh(MeshConfig(**layout), jax.devices()[:8]), made(CONFIG, OPTIONS)
-    expected = outcome(model, rows())
+    model = made(CONFIG, OPTIONS)
+    same(outcome_of_eight(model, rows(), layout), outcome(model, rows()))
+
+
+def outcome_of_eight(model: Vlm, batch: Batch, layout: dict[str, int]) -> Any:
+    """The outcome on a mesh of eight devices."""
+    mesh = make_mesh(MeshConfig(**layout), jax.devices()[:8])
     with use_mesh(mesh):
         placed = jax.device_put(model, shardings(model, mesh))
-        found = jax.jit(lambda m, b: outcome.__wrapped__(m, b))(placed, rows())
-    same(found, expected)
+        return jax.jit(lambda m, b: outcome.__wrapped__(m, b))(placed, batch)
 
 
 def same(found: Any, expected: Any) -> None:

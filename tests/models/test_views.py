@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 
@@ -13,12 +12,9 @@ from rave_jax.attention import Arrow, Pine, Rave, Steer, VisualBias
 from rave_jax.batch import Batch
 from rave_jax.families.qwen2_5_vl.presets import tiny
 from rave_jax.models.config import ModelOptions
-from rave_jax.models.parameters import shardings
-from rave_jax.parallel.mesh import MeshConfig, make_mesh
-from rave_jax.parallel.sharding import use_mesh
 from tests.models.layout import Visual, batch, document
 from tests.models.made import model as made
-from tests.models.test_heads import outcome, same
+from tests.models.test_heads import outcome, outcome_of_eight, same
 
 CONFIG = tiny(vocab_size=64, num_layers=4, vision_depth=1, full_attention_blocks=())
 OPTIONS = ModelOptions(
@@ -42,12 +38,8 @@ def rows() -> Batch:
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", [{"fsdp": 2, "tensor": 2, "data": 2}, {"fsdp": 2, "tensor": 4}], ids=str)
 def test_a_mesh_of_eight_gives_the_same_numbers(layout: dict[str, int]) -> None:
-    mesh, model = make_mesh(MeshConfig(**layout), jax.devices()[:8]), made(CONFIG, OPTIONS)
-    expected = outcome(model, rows())
-    with use_mesh(mesh):
-        placed = jax.device_put(model, shardings(model, mesh))
-        found = jax.jit(lambda m, b: outcome.__wrapped__(m, b))(placed, rows())
-    same(found, expected)
+    model = made(CONFIG, OPTIONS)
+    same(outcome_of_eight(model, rows(), layout), outcome(model, rows()))
 
 
 @pytest.mark.slow
