@@ -41,9 +41,13 @@ class MeshConfig:
     """Number of shards of experts, and of rows, parameters and optimizer state; for models with experts."""
 
     def __post_init__(self) -> None:
-        sizes = tuple(getattr(self, axis) for axis in AXES)
+        sizes = self.given()
         require(all(s == -1 or s >= 1 for s in sizes), "mesh", sizes, "sizes of at least 1, or -1 for the rest")
         require(sizes.count(-1) <= 1, "mesh", sizes, "at most one -1")
+
+    def given(self) -> tuple[int, ...]:
+        """The size of each of `AXES` as it is written, -1 for the rest."""
+        return self.data, self.fsdp, self.expert, self.context, self.tensor
 
     def sizes(self, num_devices: int) -> tuple[int, ...]:
         """The size of each of `AXES` for that many devices.
@@ -51,13 +55,14 @@ class MeshConfig:
         Raises:
             ConfigError: the sizes do not multiply to the number of devices; the message names sizes that do.
         """
-        sizes = [getattr(self, axis) for axis in AXES]
+        sizes = list(self.given())
         fixed = math.prod(s for s in sizes if s != -1)
         if -1 in sizes and num_devices % fixed == 0:
             sizes[sizes.index(-1)] = num_devices // fixed
         if -1 in sizes or math.prod(sizes) != num_devices:
-            given = _in_words([getattr(self, axis) for axis in AXES])
-            raise ConfigError(f"mesh is {given}, but devices are {num_devices}; {self._what_fits(num_devices)}")
+            raise ConfigError(
+                f"mesh is {_in_words(self.given())}, but devices are {num_devices}; {self._what_fits(num_devices)}"
+            )
         return tuple(sizes)
 
     def _what_fits(self, num_devices: int) -> str:
