@@ -18,8 +18,8 @@ from rave_jax.kernels.routed.gather.base import Operands, Stack, listed, union
 from rave_jax.kernels.support import interpreted
 from rave_jax.parallel.mesh import AXES
 from rave_jax.parallel.sharding import use_mesh
-from tests.kernels.drawn import RegionBias
-from tests.kernels.score_terms import region_terms_of
+from tests.kernels.drawn import PairBias
+from tests.kernels.score_terms import terms_of
 
 H100, T4 = "NVIDIA H100 80GB HBM3", "Tesla T4"
 
@@ -61,7 +61,8 @@ def operands(
     terms: Any = ()
     if form is not None:
         parts = normal(*heads, rank), normal(*cache, rank), normal(*heads), normal(*cache), normal(heads[1])
-        terms = region_terms_of(RegionBias(*map(jnp.asarray, parts), jnp.asarray(rng.random(heads) < 0.7)), form)
+        on = (rng.random(shape) < 0.7 for shape in (heads, (rows, regions, entries)))
+        terms = terms_of(PairBias(*map(jnp.asarray, (*parts, *on))), form)
     q = jnp.asarray(normal(rows, kv_heads, group, widths[0]), dtype)
     k, v = map(stack, widths)
     real = jnp.asarray(rng.random((rows, regions, entries)) < 0.8)
