@@ -13,6 +13,7 @@ from rave_jax.data.synthetic import DigitMosaic, MosaicList, Synthetic, Syntheti
 from rave_jax.models.config import ModelOptions
 from rave_jax.study.config import Judged, Start
 from rave_jax.study.decision import Decision
+from rave_jax.training.algorithms import AdamW
 from rave_jax.training.config import TrainConfig
 from rave_jax.training.init import Tiny
 from rave_jax.training.optimizers import OptimizerConfig, ParameterGroup
@@ -35,7 +36,12 @@ def group(name: str, pattern: str, frozen: bool = False, freeze_after: int | Non
 def optimizer(*groups: ParameterGroup, warmup: int = 30) -> OptimizerConfig:
     """The optimizer of all runs."""
     return OptimizerConfig(
-        learning_rate=1e-3, warmup=warmup, final_learning_rate=0.05, beta2=0.98, weight_decay=0.05, groups=groups
+        learning_rate=1e-3,
+        warmup=warmup,
+        final_learning_rate=0.05,
+        algorithm=AdamW(beta2=0.98),
+        weight_decay=0.05,
+        groups=groups,
     )
 
 
