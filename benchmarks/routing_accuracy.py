@@ -96,7 +96,7 @@ def routing(model: Vlm, processor: Processor, asked: list[Sample], side: int, ro
     for sample, route in zip(asked, routes, strict=True):
         assert sample.evidence is not None and route is not None
         found.append(hits(sample, route, relative_box(sample.evidence, side, side)))
-    summary = summarise([r for r in routes if r is not None], [one for one in found if one is not None])
+    summary = summarise([r for r in routes if r is not None], found)
     if summary is None or summary.hits is None:
         raise SystemExit("the model routes nowhere: MODEL has to be one with Gaze")
     return summary

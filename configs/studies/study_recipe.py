@@ -7,7 +7,9 @@ is the backbone. What is asked of arms is asked on larger pictures.
 
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
+from rave_jax.config import load_file
 from rave_jax.data.config import DataConfig, Stage
 from rave_jax.data.synthetic import DigitMosaic, MosaicList, Synthetic, SyntheticTask
 from rave_jax.models.config import ModelOptions
@@ -15,15 +17,15 @@ from rave_jax.study.config import Judged, Start
 from rave_jax.study.decision import Decision
 from rave_jax.training.algorithms import AdamW
 from rave_jax.training.config import TrainConfig
-from rave_jax.training.init import Tiny
 from rave_jax.training.optimizers import OptimizerConfig, ParameterGroup
 
+QUICKSTART = Path(__file__).resolve().parents[1] / "quickstart_gaze.py"
 PLAIN = ModelOptions(scan_layers=False)
 """Plain attention; layers apart, which a CPU trains faster."""
 SMALL, LARGE = 48, 128
 """Sides of pictures in pixels. A visual token is 16 pixels wide."""
 TOKENS, PATCHES = 104, 64
-LISTS, READING, ADAPTING = 180, 400, 60
+LISTS, READING, ADAPTING = 180, 400, 40
 """Steps of the backbone on lists, all of its steps, and those of an arm on the tasks."""
 TASKS: tuple[tuple[str, SyntheticTask], ...] = (("mosaic", DigitMosaic(frame=8)),)
 
@@ -55,15 +57,7 @@ def starts() -> tuple[Start, Start]:
     small = partial(Stage, tokens=50, patches=12)
     data = DataConfig(sources=reading, rows=32, tokens=50, patches=12, cache_mb=0)
     backbone = TrainConfig(
-        init=Tiny(
-            num_layers=3,
-            num_heads=8,
-            vision_hidden_size=96,
-            vision_mlp_size=192,
-            patch_size=16,
-            merge_size=1,
-            window_size=32,
-        ),
+        init=load_file(QUICKSTART).init,
         model=PLAIN,
         data=replace(data, stages=(Stage(0, (1, 0)), Stage(LISTS, (0, 1)))),
         optimizer=optimizer(),
@@ -81,7 +75,7 @@ def starts() -> tuple[Start, Start]:
             "learned",
             (backbone,),
             replace(backbone, data=tasks, steps=ADAPTING, optimizer=optimizer(warmup=10)),
-            score_every=ADAPTING // 3,
+            score_every=ADAPTING // 2,
         ),
         Start("scratch", (), replace(backbone, data=both, steps=READING + ADAPTING), score_every=100),
     )
@@ -96,4 +90,4 @@ def judged() -> tuple[Judged, ...]:
 
 
 DECISION = Decision(seeds=3, floor=0.6, ceiling=0.9, margin=0.01)
-"""Plain attention has to stand at 60 to 90 %."""
+"""Plain attention has to stand at 60 to 90 %: after 60 steps from the backbone it stood at 88, so arms have 40."""

@@ -20,15 +20,23 @@ from rave_jax.batch import Batch
 from rave_jax.data.collate import BatchShape, collate
 from rave_jax.data.processor import Processor
 from rave_jax.data.sample import EmptyAnswer, Example, Sample
-from rave_jax.evaluation.calibration import asked_at
+from rave_jax.evaluation.calibration import NOTHING, asked_at
 from rave_jax.inference import NotFinite
 from rave_jax.models.vlm import Vlm
 from rave_jax.parallel.rows import batch_shardings, global_batch
 from rave_jax.parallel.sharding import replicated, use_mesh
 from rave_jax.typing import Array, Bool, Int, NpArray
 
-NOTHING = -1
-"""Stands for no token of an answer."""
+
+def conversation(processor: Processor, sample: Sample) -> Example:
+    """A sample with its answer, in numbers.
+
+    Raises:
+        SampleError: it cannot be used, or has no answer.
+    """
+    if len(sample.prompt) == len(sample.messages):
+        raise EmptyAnswer(f"{sample.called}: has no answer")
+    return processor.encode(sample.messages, name=sample.called)
 
 
 class ForcedAnswers:
@@ -53,18 +61,17 @@ class ForcedAnswers:
         other._model = model
         return other
 
-    def __call__(self, samples: Sequence[Sample]) -> Bool[NpArray, "samples"]:
-        """Is each sample's last answer what the model would write?
+    def __call__(self, examples: Sequence[Example], names: Sequence[str] = ()) -> Bool[NpArray, "samples"]:
+        """Is each conversation's last answer what the model would write?
+
+        Args:
+            examples: from `conversation`; the answer is what the loss mask of the last turn marks.
+            names: of the samples in errors; none: their numbers.
 
         Raises:
-            SampleError: a sample cannot be used, has no answer, or is over budget.
+            OverBudget: one is over budget.
             NotFinite: the model's logits for an answer are NaN or infinite.
         """
-        return self.of_examples([self._encoded(sample) for sample in samples], [sample.called for sample in samples])
-
-    def of_examples(self, examples: Sequence[Example], names: Sequence[str] = ()) -> Bool[NpArray, "samples"]:
-        """The same of samples in numbers, by the names that errors call them; the answer is what the loss mask of the
-        last turn marks."""
         found = [np.zeros(0, bool)]
         for start in range(0, len(examples), self._shape.rows):
             part = examples[start : start + self._shape.rows]
@@ -75,11 +82,6 @@ class ForcedAnswers:
                     raise NotFinite(f"{name}: the model's logits at position {position} are NaN or infinite")
             found.append(same[: len(part)])
         return np.concatenate(found)
-
-    def _encoded(self, sample: Sample) -> Example:
-        if len(sample.prompt) == len(sample.messages):
-            raise EmptyAnswer(f"{sample.called}: has no answer")
-        return self._processor.encode(sample.messages, name=sample.called)
 
     def _block(self, examples: Sequence[Example]) -> tuple[Bool[NpArray, "B"], Int[NpArray, "B"]]:
         B = self._shape.rows

@@ -150,10 +150,25 @@ def hits(sample: Sample, route: Route, box: Box) -> Hits | None:
     return Hits(sample.task, tuple(shares.mean(axis=1).tolist()), float(evidence.mean()))
 
 
-def summarise(routes: Sequence[Route], found: Sequence[Hits]) -> RoutingSummary | None:
+def against_evidence(sample: Sample, route: Route) -> Hits | None:
+    """One answer's choices against the evidence of its sample; None where none is known or nothing routes."""
+    if sample.evidence is None or route.chosen is None:
+        return None
+    box = relative_box(sample.evidence, *read_image(sample.evidence_picture, sample.called).size)
+    return hits(sample, route, box)
+
+
+def summary_of(samples: Sequence[Sample], routes: Sequence[Route | None]) -> RoutingSummary | None:
+    """What a subject's routes say of its samples; None of nothing."""
+    pairs = [(sample, route) for sample, route in zip(samples, routes, strict=True) if route is not None]
+    return summarise([route for _, route in pairs], [against_evidence(sample, route) for sample, route in pairs])
+
+
+def summarise(routes: Sequence[Route], counted: Sequence[Hits | None]) -> RoutingSummary | None:
     """Means of many samples; None of nothing."""
     if not routes:
         return None
+    found = [one for one in counted if one is not None]
     by_task: defaultdict[str, list[Hits]] = defaultdict(list)
     for one in found:
         by_task[one.task].append(one)
@@ -188,10 +203,8 @@ class Routes:
                 if route is None:
                     continue
                 routes.append(route)
-                if sample.evidence is not None and route.chosen is not None:
-                    box = relative_box(sample.evidence, *read_image(sample.evidence_picture, sample.called).size)
-                    found.append(hits(sample, route, box))
-        return Found(summarise(routes, [one for one in found if one is not None]))
+                found.append(against_evidence(sample, route))
+        return Found(summarise(routes, found))
 
     @staticmethod
     def section(finding: Mapping[str, Any]) -> list[str]:

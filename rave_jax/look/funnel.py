@@ -49,7 +49,7 @@ class VisualFunnel:
         check_fields(self)
         try:
             asked = self.where.format(question="?")
-        except (KeyError, IndexError, ValueError):
+        except (AttributeError, KeyError, IndexError, TypeError, ValueError):
             asked = ""
         require(bool(asked.strip()), "where", self.where, "a text whose only name in braces is {question}")
         require(0 <= self.layer < 10**4, "layer", self.layer, "the number of a layer, from 0 to 9,999")

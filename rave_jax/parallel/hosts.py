@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import itertools
 import os
@@ -9,15 +10,17 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn
 
 import jax
+from jax._src.distributed import global_state
 from orbax.checkpoint import multihost
 
 from rave_jax.config import ConfigError, require
 from rave_jax.parallel import notes
+from rave_jax.parallel.liveness import Liveness
 
 MOST_PROCESSES, MOST_SIMULATED = 65_536, 1024
 MOST_SECONDS = 1_000_000
@@ -41,8 +44,8 @@ class HostsConfig:
     """Number of this process; -1 reads JAX_PROCESS_ID."""
     start_timeout: int = 1800
     """Seconds in which all processes must have connected."""
-    heartbeat_timeout: int = 100
-    """Seconds after which a process that died ends the others."""
+    heartbeat_timeout: int = 60
+    """Seconds without a sign of life after which a process ends the others. One that is killed ends them at once."""
     barrier_timeout: int = 1800
     """Seconds that one process waits for the others at a barrier."""
     step_timeout: int = 1800
@@ -80,6 +83,8 @@ def start(config: HostsConfig, simulated_devices: int = 0) -> None:
         return
     # Its handler takes SIGTERM from ours and hears no Ctrl-C; `stopping.py` does the same work for both.
     jax.config.update("jax_enable_preemption_service", False)
+    # Read only by CPU backends; the default would connect no two processes.
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
     if config.processes == -1:
         try:
             with _limited(config, config.coordinator or "the coordinator"):
@@ -90,7 +95,7 @@ def start(config: HostsConfig, simulated_devices: int = 0) -> None:
                 f"{message} ({_first_line(error)}); give hosts.processes and hosts.coordinator"
             ) from error
         _set_place(jax.process_index(), jax.process_count())
-        notes.open_board()
+        _meet(config, global_state.coordinator_address or "")
         return
     count = config.processes or _from_environment("hosts.processes", "JAX_NUM_PROCESSES")
     require(1 <= count <= MOST_PROCESSES, "hosts.processes", count, f"1 to {MOST_PROCESSES}")
@@ -99,22 +104,37 @@ def start(config: HostsConfig, simulated_devices: int = 0) -> None:
     require(bool(coordinator), "hosts.coordinator", coordinator, "address:port, or JAX_COORDINATOR_ADDRESS to be set")
     _check_address(coordinator)
     require(0 <= process < count, "hosts.process", process, f"0 to {count - 1}")
-    # Read only by CPU backends; the default would connect no two processes.
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
     _set_place(process, count)
     try:
         with _limited(config, coordinator):
             jax.distributed.initialize(coordinator, count, process, **_limits(config))
     except (ValueError, RuntimeError) as error:
         raise HostsError(f"cannot connect to {coordinator} (hosts.coordinator): {_first_line(error)}") from error
+    _meet(config, coordinator)
+
+
+def _meet(config: HostsConfig, coordinator: str) -> None:
+    """What connected processes have of each other: a board for notes, and a sign of life."""
     notes.open_board()
+    here = place()
+    if here.processes == 1:
+        return
+    liveness = Liveness(here.process, here.processes, config.heartbeat_timeout, _a_process_died)
+    at_end(liveness.close)
+    atexit.register(farewell)
+    liveness.start(coordinator.rpartition(":")[0].strip("[]"))
+
+
+def _a_process_died(words: str) -> None:
+    if not failing.is_set():
+        end(1, f"{words}; this process ends too, and the same command continues after the newest checkpoint")
 
 
 def _limits(config: HostsConfig) -> dict[str, Any]:
     # jax ends the process with a stack of C++ when its own limit passes; ours comes first and explains.
     return {
         "initialization_timeout": config.start_timeout + 60,
-        "heartbeat_timeout_seconds": config.heartbeat_timeout,
+        "heartbeat_timeout_seconds": config.heartbeat_timeout + 30,
     }
 
 
@@ -232,6 +252,14 @@ def fail(error: BaseException, code: int, prog: str) -> int:
     end(code, "")
 
 
+def tell_the_others(why: str) -> None:
+    """Leave the reason why this process ends. It takes a second at most, whatever hangs."""
+    failing.set()
+    told = threading.Thread(target=notes.leave, args=(f"failed/{place().process}", why), daemon=True)
+    told.start()
+    told.join(1.0)
+
+
 def of_devices(error: Exception) -> HostsError:
     """What a computation raised in a job of several processes, as one line. Waits a little: when another process has
     said why it failed, this one ends with that reason."""
@@ -247,16 +275,29 @@ def end(code: int, message: str) -> NoReturn:
     read notes from, stays a little longer."""
     failing.set()
     if message:
-        print(f"{place()}{message}", file=sys.stderr)
+        sys.stderr.write(f"{place()}{message}\n")  # in one piece: where process 0 has died, jax writes at the same time
     sys.stdout.flush()
     sys.stderr.flush()
     here = place()
     if here.process == 0 and here.processes > 1:
         time.sleep(LAST_WORDS)
+    farewell()
     os._exit(code)
+
+
+def at_end(work: Callable[[], None]) -> None:
+    """Have something done when this process ends of its own will."""
+    _at_end.append(work)
+
+
+def farewell() -> None:
+    """Do what is to be done when this process ends of its own will; a second call does nothing."""
+    while _at_end:
+        _at_end.pop()()
 
 
 LAST_WORDS = 3.0
 """Seconds for the others to read what a process that ends has left."""
+_at_end: list[Callable[[], None]] = []
 failing = threading.Event()
 """This process is about to end and has said why."""

@@ -95,12 +95,17 @@ class StopRequest:
 
     @contextmanager
     def training(self) -> Generator[None]:
-        """Inside, the main thread asks `may_begin` and stops by itself; outside, `Interrupted` is raised in it."""
+        """Inside, the main thread asks `may_begin` and stops by itself; outside, `Interrupted` is raised in it.
+
+        A job may train several runs, one after the other.
+        """
         self._in_loop = True
         try:
             yield
         finally:
-            self._in_loop = False
+            with self._change:
+                self._in_loop = False
+                self._begun, self._finished = NOTHING, False
 
     def may_begin(self, step: int) -> bool:
         """Is this step still to be run? Says so to the other processes. May wait until all have agreed."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import math
-import os
 import sys
 import threading
 import time
@@ -120,4 +119,5 @@ class Watchdog:
             print(f"{hosts.place()}{message}; ending the process; its threads are in:", file=sys.stderr)
             faulthandler.dump_traceback(all_threads=True)
             sys.stderr.flush()
-            os._exit(self.EXIT_CODE)
+            hosts.tell_the_others(message)
+            hosts.end(self.EXIT_CODE, "")

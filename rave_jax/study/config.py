@@ -154,6 +154,7 @@ class Study:
             for number, name in enumerate(names):
                 _check_name(f"{what}.{number}.name", name)
                 require(names.count(name) == 1, f"{what}.{number}.name", name, f"a name that no other of {what} has")
+        require(bool(self.tasks) or not self.arms, "tasks", self.tasks, "at least one, for arms are compared by them")
         for number, arm in enumerate(self.arms):
             self._check_arm(f"arms.{number} ({arm.name})", arm)
 
@@ -216,9 +217,8 @@ class Study:
         given = {name: getattr(arm, name) for name in ("model", "optimizer", "data", "steps")}
         changes = {name: value for name, value in given.items() if value is not None}
         every = start.score_every if arm.trained else None
-        saved = {} if every is None else {"save_every": every, "keep": -(-start.recipe.steps // every) + 1}
-        if every is not None and arm.steps is not None:
-            saved["keep"] = -(-arm.steps // every) + 1
+        steps = start.recipe.steps if arm.steps is None else arm.steps
+        saved = {} if every is None else {"save_every": every, "keep": -(-steps // every) + 1}
         return self._plain(
             dataclasses.replace(start.recipe, **{**changes, **saved, "init": init}),
             cell.seed,

@@ -10,15 +10,13 @@ from jax.sharding import Mesh
 
 from rave_jax.config import ConfigError
 from rave_jax.data.collate import BatchShape, round_up
-from rave_jax.data.images import read_image
 from rave_jax.data.processor import Processor
-from rave_jax.data.sample import EmptyAnswer, Example, Sample, SampleError
+from rave_jax.data.sample import Example, Sample, SampleError
 from rave_jax.evaluation.accounting import account
 from rave_jax.evaluation.calibration import asked_at
-from rave_jax.evaluation.forced import ForcedAnswers
-from rave_jax.evaluation.routing import hits, summarise
+from rave_jax.evaluation.forced import ForcedAnswers, conversation
+from rave_jax.evaluation.routing import summary_of
 from rave_jax.evaluation.subject import Answer, ModelSubject
-from rave_jax.look.maps import relative_box
 from rave_jax.models.vlm import Vlm
 from rave_jax.parallel.rows import row_ways
 from rave_jax.study.config import Judged, Study
@@ -56,7 +54,7 @@ class Judge:
         try:
             source = study.samples_of(task, seed).build()
             samples = [source[i] for i in range(min(task.samples, len(source)))]
-            examples = [_encoded(self._processor, sample) for sample in samples]
+            examples = [conversation(self._processor, sample) for sample in samples]
             for sample, example in zip(samples, examples, strict=True):
                 _check_answer(sample, example, task)
         except (SampleError, ConfigError) as error:
@@ -65,6 +63,11 @@ class Judge:
         shape = BatchShape(round_up(task.rows, row_ways(self._mesh)), task.tokens, patches)
         forced = ForcedAnswers(model, self._processor, self._mesh, shape, task.answer_tokens)
         return Asked(task, samples, examples, forced, shape)
+
+    @property
+    def samples(self) -> dict[str, int]:
+        """How many each task asks: fewer than it says where its source has fewer."""
+        return {asked.task.name: len(asked.samples) for asked in self._tasks}
 
     def scores(self, model: Vlm, most: int | None = None) -> dict[str, float]:
         """Share of right answers of each task.
@@ -79,9 +82,8 @@ class Judge:
         found = {}
         for asked in self._tasks:
             try:
-                right = asked.answers.on(model).of_examples(
-                    asked.examples[:most], [sample.called for sample in asked.samples[:most]]
-                )
+                names = [sample.called for sample in asked.samples[:most]]
+                right = asked.answers.on(model)(asked.examples[:most], names)
             except SampleError as error:
                 raise ConfigError(f"tasks ({asked.task.name}): {error}") from error
             found[asked.task.name] = float(right.mean())
@@ -108,24 +110,10 @@ class Judge:
             return found
         subject = ModelSubject(model, self._processor, self._mesh, asked.shape, asked.task.answer_tokens)
         answers = [Answer(s.answers[0], tuple(self._processor.tokenizer.encode(s.answers[0]))) for s in samples]
-        routes, counted = [], []
-        for sample, route in zip(samples, subject.route(samples, answers), strict=True):
-            if route is None:
-                continue
-            routes.append(route)
-            if sample.evidence is not None and route.chosen is not None:
-                box = relative_box(sample.evidence, *read_image(sample.evidence_picture, sample.called).size)
-                counted.append(hits(sample, route, box))
-        summary = summarise(routes, [one for one in counted if one is not None])
+        summary = summary_of(samples, subject.route(samples, answers))
         if summary is None or summary.hits is None:
             return found
         return found | {"on_evidence": summary.hits.accuracy, "chance": summary.hits.chance}
-
-
-def _encoded(processor: Processor, sample: Sample) -> Example:
-    if len(sample.prompt) == len(sample.messages):
-        raise EmptyAnswer(f"{sample.called}: has no answer")
-    return processor.encode(sample.messages, name=sample.called)
 
 
 def _check_answer(sample: Sample, example: Example, task: Judged) -> None:

@@ -18,7 +18,7 @@ from rave_jax.study.decision import points
 from rave_jax.study.summary import ArmSummary, Band, Family, StartSummary
 
 MARKDOWN, HTML, CURVES = "study.md", "study.html", "curves"
-AXES = {"loss": "loss per answer token", "score": "right answers", "on_evidence": "regions on the evidence"}
+AXES = {"loss": "loss per answer token", "score": "right answers"}
 STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;max-width:76rem;margin:2rem auto;padding:0 1rem;color:#212529}"
     "table{border-collapse:collapse;margin:1rem 0;font-variant-numeric:tabular-nums}"
@@ -121,8 +121,8 @@ def _note(family: Family) -> str:
     if not family.alone:
         return said + "Without the correction no arm would be better or worse either."
     names = ", ".join(f"`{name}`" for name in lost)
-    effect = f"not so with it: {names}" if lost else "all of them with it too"
-    return said + f"Each alone, {len(family.alone)} would be better or worse than it; {effect}."
+    effect = f"the correction takes back: {names}" if lost else "the correction takes none of them back"
+    return said + f"As the only comparison, {len(family.alone)} would be better or worse; {effect}."
 
 
 def _table(start: StartSummary) -> Table:

@@ -27,7 +27,6 @@ from rave_jax.parallel.stopping import StopRequest
 from rave_jax.study.config import Cell, Start, Study
 from rave_jax.study.judge import Judge, mean_score
 from rave_jax.study.rows import Row, Rows, claim, made_with
-from rave_jax.training.config import TrainConfig
 from rave_jax.training.directory import RunDirectory
 from rave_jax.training.loop import NonFiniteError
 from rave_jax.training.run import load_run, train
@@ -82,17 +81,26 @@ def run_missing(study: Study, rows: Rows, cells: Sequence[Cell], make: Make, say
     return outcome
 
 
-def make_row(study: Study, cell: Cell, rows: Rows) -> Row:
-    """Train and judge one run: from its start, or from where it was interrupted."""
+def make_row(study: Study, cell: Cell, rows: Rows, stop: StopRequest | None = None) -> Row:
+    """Train and judge one run: from its start, or from where it was interrupted.
+
+    Args:
+        study, cell, rows: which run, and where it is kept.
+        stop: of the job, which has one for all runs: processes would not agree by two.
+
+    Raises:
+        ConfigError, StoreError, NonFiniteError, Interrupted: as `train`.
+        NotFinite: the trained model's answers are not finite.
+    """
     began = time.monotonic()
     start = study.start_of(cell.arm)
-    before = start_from(study, start, cell.seed, rows)
+    before = start_from(study, start, cell.seed, rows, stop)
     since = time.monotonic()
     folder = rows.work(cell) / "run"
     config = dataclasses.replace(study.run_of(cell, str(before)), output_dir=str(folder))
     mesh = make_mesh(config.mesh)
     if cell.arm.trained:
-        _train(config)
+        train(config, stop)
         trained = load_run(folder, mesh)
         model, processor = trained.model, trained.processor
     else:
@@ -106,7 +114,7 @@ def make_row(study: Study, cell: Cell, rows: Rows) -> Row:
         arm=cell.arm.name,
         seed=cell.seed,
         scores=scores,
-        samples={task.name: task.samples for task in study.tasks},
+        samples=judge.samples,
         findings=judge.findings(model),
         curves=_curves(study, cell, folder, judge, config.steps) if cell.arm.trained else {},
         parameters=_parameters(model),
@@ -120,7 +128,7 @@ def make_row(study: Study, cell: Cell, rows: Rows) -> Row:
     )
 
 
-def start_from(study: Study, start: Start, seed: int, rows: Rows) -> Path:
+def start_from(study: Study, start: Start, seed: int, rows: Rows, stop: StopRequest | None = None) -> Path:
     """The directory in HuggingFace format that the phases of a start give under a seed. It is made where it is not
     there yet; where another job makes it, this waits. Without phases nothing is there, and nothing will be read."""
     folder = rows.start(start.name, seed)
@@ -130,29 +138,23 @@ def start_from(study: Study, start: Start, seed: int, rows: Rows) -> Path:
     while start.phases and not agree.on_first(made.is_dir):
         with _claimed(folder) as mine:
             if mine:
-                _make_phases(study, start, seed, folder)
+                _make_phases(study, start, seed, folder, stop)
         if not mine:
             time.sleep(POLL)
     return made
 
 
-def _make_phases(study: Study, start: Start, seed: int, folder: Path) -> None:
+def _make_phases(study: Study, start: Start, seed: int, folder: Path, stop: StopRequest | None) -> None:
     before = ""
     for number in range(len(start.phases)):
         exported, run = folder / f"exported-{number}", folder / f"phase-{number}"
         if not agree.on_first(exported.is_dir):
             phase = dataclasses.replace(study.phase_of(start, number, seed, before), output_dir=str(run))
-            _train(phase)
+            train(phase, stop)
             export_hf(load_run(run, make_mesh(phase.mesh)).model, exported, run / "model")
         before = str(exported)
         if hosts.is_first() and not study.keep_runs:
             shutil.rmtree(run, ignore_errors=True)
-
-
-def _train(config: TrainConfig) -> None:
-    """Run to the end, or save and raise `Interrupted`. A run that is finished is read again and nothing is trained."""
-    with StopRequest(config.hosts.stop_timeout) as stop:
-        train(config, stop)
 
 
 def _curves(study: Study, cell: Cell, folder: Path, judge: Judge, steps: int) -> dict[str, list[list[float]]]:

@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from rave_jax.evaluation.paired import EVERYTHING, Interval, corrected_level, student_interval
+from rave_jax.evaluation.paired import EVERYTHING, Interval, corrected_level, paired_differences, student_interval
 from rave_jax.study.config import OVERALL, Arm, Study
 from rave_jax.study.decision import Comparison, compare
 from rave_jax.study.rows import Row
@@ -113,9 +113,8 @@ def _arm(study: Study, arm: Arm, kept: Kept) -> ArmSummary:
         comparisons = sum(other.control == arm.control for other in study.arms)
         comparison = compare(scores[OVERALL], theirs[OVERALL], comparisons, study.decision)
         for task in study.tasks if comparison is not None else ():
-            found = compare(scores[task.name], theirs[task.name], 1, study.decision)
-            assert found is not None
-            by_task[task.name] = (found.mean, found.student)
+            values = [*paired_differences(scores[task.name], theirs[task.name]).values()]
+            by_task[task.name] = (statistics.mean(values), student_interval(values))
     names = dict.fromkeys(name for row in rows.values() for name in row.findings)
     return ArmSummary(
         arm,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import traceback
 from collections.abc import Callable
 
 import jax
@@ -37,4 +38,11 @@ def run_job(prog: str, config: HostsConfig, simulated_devices: int, work: Callab
         except Interrupted as error:
             print(f"{prog}: {hosts.place()}{error}", file=sys.stderr)
             return error.exit_code
+        except Exception as error:  # a fault of the program: the others would wait for this process
+            if hosts.place().processes == 1:
+                raise
+            traceback.print_exc()
+            return hosts.fail(error, EXIT_FAILED, prog)
+        finally:
+            hosts.farewell()
     return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 from pathlib import Path
 
 import jax
@@ -54,7 +55,7 @@ def study_command(arguments: argparse.Namespace) -> int:
             if jax.config.jax_compilation_cache_dir is None:
                 jax.config.update("jax_compilation_cache_dir", str(folder / COMPILED))
                 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
-            outcome = run_missing(study, rows, cells, make_row, _say)
+            outcome = run_missing(study, rows, cells, functools.partial(make_row, stop=stop), _say)
         if hosts.is_first():
             try:
                 text = write(folder, study, summarise(study, rows.all()))

@@ -13,7 +13,7 @@ from rave_jax.attention import Gaze
 from rave_jax.data.collate import BatchShape, collate
 from rave_jax.data.sample import EmptyAnswer, Example, OverBudget
 from rave_jax.evaluation.answered import with_answer
-from rave_jax.evaluation.forced import ForcedAnswers
+from rave_jax.evaluation.forced import ForcedAnswers, conversation
 from rave_jax.inference import Completion, Generator, NotFinite, Request, Sampling, SlotConfig
 from rave_jax.layout import FixedRegions
 from rave_jax.models.config import ModelOptions
@@ -49,7 +49,7 @@ def test_an_answer_counts_where_every_token_of_it_is_what_generation_writes(mech
         return example._replace(loss_mask=answer.astype(np.float32))
 
     forced = ForcedAnswers(vlm, processor, make_mesh(MeshConfig(), jax.devices()[:2]), SHAPE, 5)
-    found = forced.of_examples([scored(None), scored(0), scored(2)] * 3)
+    found = forced([scored(None), scored(0), scored(2)] * 3)
     assert found.tolist() == [True, False, False] * 3
 
     if not mechanisms:
@@ -59,7 +59,7 @@ def test_an_answer_counts_where_every_token_of_it_is_what_generation_writes(mech
         forced = ForcedAnswers(broken, processor, make_mesh(MeshConfig(), jax.devices()[:2]), SHAPE, 5)
         message = f"^one: the model's logits at position {len(prompt.tokens) - 1} are NaN or infinite"
         with pytest.raises(NotFinite, match=message):
-            forced.of_examples([scored(0), scored(None)], ["one", "two"])
+            forced([scored(0), scored(None)], ["one", "two"])
 
 
 def test_what_cannot_be_asked_is_refused() -> None:
@@ -67,7 +67,7 @@ def test_what_cannot_be_asked_is_refused() -> None:
     forced = ForcedAnswers(vlm, processor, make_mesh(MeshConfig(), jax.devices()[:1]), SHAPE, 8)
     sample = ask("Where?", (16, 16))
     with pytest.raises(EmptyAnswer, match="has no answer"):
-        forced([dataclasses.replace(sample, messages=sample.prompt)])
+        conversation(processor, dataclasses.replace(sample, messages=sample.prompt))
     with pytest.raises(OverBudget):
-        forced([ask("word " * 60, (16, 16))])
+        forced([conversation(processor, ask("word " * 60, (16, 16)))])
     assert forced([]).shape == (0,)

@@ -16,7 +16,8 @@ MASKS = ("random", "packed", "window", "opened", "nobody")
 
 
 class PairBias(NamedTuple):
-    """Operands of RAVE's gate, float32, before they are a score term."""
+    """Operands of RAVE's gate, float32, before they are a score term: of queries and keys, or of one query and keys by
+    region, as `gather_attention` takes them."""
 
     u: Any
     w: Any
@@ -48,23 +49,6 @@ def term_of(bias: PairBias, kind: str) -> Term:
         query_on=bias.query_on,
         key_on=bias.key_on,
     )
-
-
-class RegionBias(NamedTuple):
-    """The same of one query and keys in regions."""
-
-    u: Any
-    w: Any
-    row: Any
-    key: Any
-    gain: Any
-    query_on: Any
-
-
-def region_term_of(bias: RegionBias, kind: str) -> Term:
-    """The gate as a score term of `gather_attention`."""
-    ones = jnp.ones(bias.w.shape[:1] + bias.w.shape[2:4], bool)
-    return term_of(PairBias(*bias, key_on=ones), kind).replace(key_on=None)
 
 
 class Dims(NamedTuple):

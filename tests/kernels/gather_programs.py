@@ -11,8 +11,8 @@ import jax.numpy as jnp
 from rave_jax.kernels.routed import HostRegions, gather_attention, host
 from rave_jax.kernels.routed.gather import pallas_tpu
 from rave_jax.kernels.routed.gather.base import Operands, Stack, listed, union
-from tests.kernels.drawn import RegionBias
-from tests.kernels.score_terms import region_terms_of
+from tests.kernels.drawn import PairBias
+from tests.kernels.score_terms import terms_of
 
 
 def decode(
@@ -39,8 +39,8 @@ def decode(
     if form is not None:
         shapes = [(rows, heads, rank), (*cache, rank), (rows, heads), cache, (heads,)]
         floats = [jax.ShapeDtypeStruct(shape, f32) for shape in shapes]
-        on = jax.ShapeDtypeStruct((rows, heads), jnp.bool_)
-        made = jax.eval_shape(lambda *xs: region_terms_of(RegionBias(*xs), form), *floats, on)
+        on = [jax.ShapeDtypeStruct(shape, jnp.bool_) for shape in ((rows, heads), (rows, regions, entries))]
+        made = jax.eval_shape(lambda *xs: terms_of(PairBias(*xs), form), *floats, *on)
         terms = jax.tree.map(lambda x: place(x.shape if x.ndim < 5 else _flat(x.shape), x.dtype), made)
     widths = head_dim, value_dim or head_dim
     operands = Operands(

@@ -6,12 +6,13 @@ import jax
 import jax.numpy as jnp
 
 from rave_jax.kernels.attention import Term, Tile
-from tests.kernels.drawn import FORMS, PairBias, RegionBias, term_of
+from tests.kernels.drawn import FORMS, PairBias, term_of
 
 
 def distance(tile: Tile) -> jax.Array:
-    """A head's slope times the distance of numbers of query and key, as ALiBi has it."""
-    return -tile.head["gain"] * jnp.abs(tile.query["row"] - tile.key["key"])
+    """A head's slope times the distance of numbers of query and key, as ALiBi has it. Of the score it asks the shape
+    alone."""
+    return jnp.broadcast_to(-tile.head["gain"] * jnp.abs(tile.query["row"] - tile.key["key"]), tile.dot.shape)
 
 
 def bent_score(tile: Tile) -> jax.Array:
@@ -29,12 +30,6 @@ def terms_of(operands: PairBias, names: str) -> tuple[Term, ...]:
     """Terms of functions whose names are joined by +. Each is switched in its own way: by queries and keys, by one of
     them, by none."""
     return tuple(_term(operands, name) for name in names.split("+"))
-
-
-def region_terms_of(operands: RegionBias, names: str) -> tuple[Term, ...]:
-    """The same of one query and keys in regions, for `gather_attention`."""
-    ones = jnp.ones((*operands.w.shape[:1], *operands.w.shape[2:4]), bool)
-    return terms_of(PairBias(*operands, key_on=ones), names)
 
 
 def _term(x: PairBias, name: str) -> Term:

@@ -22,7 +22,7 @@ from rave_jax.kernels.routed.gather.api import OPERATION
 from rave_jax.kernels.support import interpreted
 from rave_jax.parallel.mesh import MeshConfig, make_mesh
 from rave_jax.parallel.sharding import current_mesh, partition_spec, use_mesh
-from tests.kernels.drawn import RegionBias, region_term_of
+from tests.kernels.drawn import PairBias, term_of
 
 B, K, G, R, m, h, c, r = 2, 2, 3, 9, 8, 128, 256, 4
 MOST = 3
@@ -91,7 +91,8 @@ def operands(seed: int, apart: bool, kind: str) -> dict[str, Any]:
     bias = None
     if kind != "none":
         parts = normal(B, K * G, r), normal(B, K, R, m, r), normal(B, K * G), normal(B, K, R, m), normal(K * G)
-        bias = RegionBias(*map(jnp.asarray, parts), jnp.asarray(rng.random((B, K * G)) < 0.7))
+        on = (rng.random(shape) < 0.7 for shape in ((B, K * G), (B, R, m)))
+        bias = PairBias(*map(jnp.asarray, (*parts, *on)))
     return {
         **{"q": jnp.asarray(normal(B, K * G, h)), "k": jnp.asarray(k), "v": jnp.asarray(v)},
         **{"real": jnp.asarray(real), "chosen": jnp.asarray(chosen), "most": MOST, "bias": bias, "form": kind},
@@ -119,7 +120,7 @@ def by_rule(q, k, v, real, chosen, most, bias, form) -> tuple[np.ndarray, np.nda
                 "linear": lambda z: z,
                 "centered_sigmoid": lambda z, gain=float(bias.gain[head]): gain * (2 / (1 + np.exp(-z)) - 1),
             }[form]
-            scores = scores + f(z)
+            scores = scores + np.where([bias.key_on[b, n, s] for n, s in at], f(z), 0.0)
         weights = np.exp(scores)
         out[b, head] = weights @ np.array([v[b, group, n, s] for n, s in at]) / weights.sum()
         lse[b, head] = np.log(weights.sum())
@@ -129,7 +130,7 @@ def by_rule(q, k, v, real, chosen, most, bias, form) -> tuple[np.ndarray, np.nda
 @functools.partial(jax.jit, static_argnames=("most", "form", "implementation"))
 def run(q, k, v, real, chosen, most, bias, form, implementation="auto"):
     with interpreted() if implementation.startswith("pallas") else contextlib.nullcontext():
-        terms = () if bias is None else (region_term_of(bias, form),)
+        terms = () if bias is None else (term_of(bias, form),)
         return gather_attention(q, k, v, real, chosen, most, terms, scale=h**-0.5, implementation=implementation)
 
 

@@ -16,10 +16,10 @@ from rave_jax.kernels.routed.gather import gather_attention, pallas_gpu, referen
 from rave_jax.kernels.routed.gather.api import OPERATION
 from rave_jax.kernels.routed.gather.base import Operands, Stack, listed, union
 from rave_jax.kernels.support import interpreted
-from rave_jax.parallel.mesh import AXES
+from rave_jax.parallel.mesh import AXES, MeshConfig
 from rave_jax.parallel.sharding import use_mesh
-from tests.kernels.drawn import RegionBias
-from tests.kernels.score_terms import region_terms_of
+from tests.kernels.drawn import PairBias
+from tests.kernels.score_terms import terms_of
 
 H100, T4 = "NVIDIA H100 80GB HBM3", "Tesla T4"
 
@@ -61,7 +61,8 @@ def operands(
     terms: Any = ()
     if form is not None:
         parts = normal(*heads, rank), normal(*cache, rank), normal(*heads), normal(*cache), normal(heads[1])
-        terms = region_terms_of(RegionBias(*map(jnp.asarray, parts), jnp.asarray(rng.random(heads) < 0.7)), form)
+        on = (rng.random(shape) < 0.7 for shape in (heads, (rows, regions, entries)))
+        terms = terms_of(PairBias(*map(jnp.asarray, (*parts, *on))), form)
     q = jnp.asarray(normal(rows, kv_heads, group, widths[0]), dtype)
     k, v = map(stack, widths)
     real = jnp.asarray(rng.random((rows, regions, entries)) < 0.8)
@@ -79,9 +80,10 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def on(kind: str, shape: tuple[int, ...] = (1, 1, 1)) -> AbstractMesh:
+def on(kind: str, tensor: int = 1) -> AbstractMesh:
     """A mesh of GPUs that are not there."""
-    return AbstractMesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, abstract_device=AbstractDevice(kind, None, "gpu"))
+    device, sizes = AbstractDevice(kind, None, "gpu"), MeshConfig(tensor=tensor).sizes(tensor)
+    return AbstractMesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), abstract_device=device)
 
 
 def attended(given: Operands, implementation: Any = "auto") -> Any:
@@ -92,16 +94,16 @@ def attended(given: Operands, implementation: Any = "auto") -> Any:
 
 
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
-@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 1, 2)], ids=["one GPU", "two GPUs"])
+@pytest.mark.parametrize("tensor", [1, 2], ids=["one GPU", "two GPUs"])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_it_lowers_for_gpus_and_reads_the_cache_where_it_lies(case: dict[str, Any], shape: tuple[int, ...]) -> None:
+def test_it_lowers_for_gpus_and_reads_the_cache_where_it_lies(case: dict[str, Any], tensor: int) -> None:
     """As `auto` has it on a GPU: one kernel, and nothing else takes the stacks, whole or in part."""
     given = operands(**case)
-    with use_mesh(on(H100, shape)):
+    with use_mesh(on(H100, tensor)):
         text = jax.jit(attended).trace(given).lower(lowering_platforms=("cuda",)).as_text()
     calls = [line for line in text.splitlines() if triton.CUSTOM_CALL_TARGET_NAME in line]
     assert len(calls) == 1 and 'name = "gather_attention"' in calls[0]
-    kv_heads = 2 // shape[2]
+    kv_heads = 2 // tensor
     B, _, R, m, _ = given.k.shape
     for stack in (given.k, given.v):
         kind = {"int8": "i8", "bfloat16": "bf16", "float32": "f32"}[stack.values.dtype.name]

@@ -15,8 +15,8 @@ from rave_jax.kernels.routed.gather import gather_attention, pallas_tpu, referen
 from rave_jax.kernels.routed.gather.base import Operands, Stack, listed, union
 from rave_jax.kernels.support import interpreted
 from rave_jax.tools.tpu import Operand, copied_bytes
-from tests.kernels.drawn import RegionBias
-from tests.kernels.score_terms import region_terms_of
+from tests.kernels.drawn import PairBias
+from tests.kernels.score_terms import terms_of
 
 K, G, R, m, h = 2, 3, 192, 8, 128
 MOST = 40
@@ -32,8 +32,8 @@ def operands(apart: bool, dtype: str = "float32", names: str = "") -> Operands:
     H, r, cache = K * G, 4, (1, K, R, m)
     shapes = (1, H, r), (*cache, r), (1, H), cache, (H,)
     floats = [jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in shapes]
-    bias = RegionBias(*floats, query_on=jnp.asarray(rng.random((1, H)) < 0.7))
-    terms = region_terms_of(bias, names) if names else ()
+    on = (jnp.asarray(rng.random(shape) < 0.7) for shape in ((1, H), (1, R, m)))
+    terms = terms_of(PairBias(*floats, *on), names) if names else ()
     # The second of two layers; the first holds what nobody may read.
     k, v = (Stack(jnp.stack([jnp.full_like(x, jnp.nan), x]), None, jnp.int32(1)) for x in (k, v))
     return Operands(q, k, v, jnp.ones((1, R, m), bool), jnp.asarray(chosen), terms)

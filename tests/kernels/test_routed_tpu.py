@@ -131,6 +131,12 @@ def test_score_terms_are_the_oracles(names: str, rule: RouteRule) -> None:
         stated = expected(*given)
         near(found(*given), stated, atol=5e-5)
         assert {name for name, x in stated[1]["bias"].items() if bool((x != 0).any())} == moved
+    if "distance" in names:
+        # All keys are far from the mean key, at which the term adds too much: the kernel goes the other way.
+        given, floats = operands(13, False)
+        apart = jnp.where(jnp.arange(SIZES.S) % 2, 300.0, -300.0)[:, None]
+        far = given, floats | {"bias": floats["bias"]._replace(key=floats["bias"].key + apart)}
+        near(found(*far)[0], expected(*far)[0], atol=1e-3)
 
 
 MOVED = {

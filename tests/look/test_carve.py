@@ -143,6 +143,7 @@ def test_crops_stay_inside_a_picture_that_is_smaller() -> None:
     ("make", "match"),
     [
         (lambda: VisualFunnel(where="{place}"), "where is .*expected a text whose only name in braces"),
+        (lambda: VisualFunnel(where="{question.text}"), "where is .*expected a text whose only name in braces"),
         (lambda: VisualFunnel(views=()), "views is .*at least one view"),
         (lambda: VisualFunnel(near=(0.0, 1.0)), "near is"),
         (lambda: Carve(fraction=0.0), "fraction is 0.0, expected a number above 0, at most 1"),

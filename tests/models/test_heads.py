@@ -7,7 +7,6 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -16,12 +15,9 @@ from rave_jax.batch import Batch
 from rave_jax.families.qwen2_5_vl.presets import tiny
 from rave_jax.models.config import ModelOptions
 from rave_jax.models.forward import Want
-from rave_jax.models.parameters import shardings
-from rave_jax.models.vlm import Vlm
-from rave_jax.parallel.mesh import MeshConfig, make_mesh
-from rave_jax.parallel.sharding import use_mesh
 from tests.models.layout import Visual, batch, document
 from tests.models.made import model as made
+from tests.models.outcome import MESHES, check_mesh_of_eight, outcome, same
 
 CONFIG = tiny(vocab_size=64, num_layers=4, vision_depth=1, full_attention_blocks=())
 OPTIONS = ModelOptions(
@@ -40,18 +36,6 @@ def rows() -> Batch:
     rng = np.random.default_rng(0)
     made_of = [[document([n, Visual(1, 4, 4), 3], CONFIG, rng), document([4], CONFIG, rng)] for n in range(1, 9)]
     return batch(made_of, CONFIG, tokens=24, patches=16)
-
-
-@jax.jit
-def outcome(model: Vlm, batch: Batch) -> Any:
-    """Logits, losses, gates and gradients."""
-
-    def loss(model: Vlm) -> Any:
-        out = model.forward(batch, Want(losses=True, gates=True))
-        logits = jnp.where((batch.info.document > 0)[..., None], model.logits(out.hidden), 0.0)
-        return jnp.sum(logits**2) / 1e3 + sum(out.losses.values()), (logits, out.losses, out.gates)
-
-    return jax.grad(loss, has_aux=True)(model)
 
 
 @pytest.mark.slow
@@ -81,17 +65,7 @@ def test_remat_and_layers_apart_change_nothing(change: dict[str, Any]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", [{"fsdp": 2, "tensor": 2, "data": 2}, {"fsdp": 2, "tensor": 4}], ids=str)
+@MESHES
 def test_a_mesh_of_eight_gives_the_same_numbers(layout: dict[str, int]) -> None:
     """Heads are split over the tensor axis, and a router compares those of all devices."""
-    mesh, model = make_mesh(MeshConfig(**layout), jax.devices()[:8]), made(CONFIG, OPTIONS)
-    expected = outcome(model, rows())
-    with use_mesh(mesh):
-        placed = jax.device_put(model, shardings(model, mesh))
-        found = jax.jit(lambda m, b: outcome.__wrapped__(m, b))(placed, rows())
-    same(found, expected)
-
-
-def same(found: Any, expected: Any) -> None:
-    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * max(np.abs(b).max(), 1e-6))
+    check_mesh_of_eight(CONFIG, OPTIONS, rows(), layout)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
 
@@ -13,12 +11,8 @@ from rave_jax.attention import Arrow, Pine, Rave, Steer, VisualBias
 from rave_jax.batch import Batch
 from rave_jax.families.qwen2_5_vl.presets import tiny
 from rave_jax.models.config import ModelOptions
-from rave_jax.models.parameters import shardings
-from rave_jax.parallel.mesh import MeshConfig, make_mesh
-from rave_jax.parallel.sharding import use_mesh
 from tests.models.layout import Visual, batch, document
-from tests.models.made import model as made
-from tests.models.test_heads import outcome, same
+from tests.models.outcome import MESHES, check_mesh_of_eight, check_options
 
 CONFIG = tiny(vocab_size=64, num_layers=4, vision_depth=1, full_attention_blocks=())
 OPTIONS = ModelOptions(
@@ -40,18 +34,12 @@ def rows() -> Batch:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", [{"fsdp": 2, "tensor": 2, "data": 2}, {"fsdp": 2, "tensor": 4}], ids=str)
+@MESHES
 def test_a_mesh_of_eight_gives_the_same_numbers(layout: dict[str, int]) -> None:
-    mesh, model = make_mesh(MeshConfig(**layout), jax.devices()[:8]), made(CONFIG, OPTIONS)
-    expected = outcome(model, rows())
-    with use_mesh(mesh):
-        placed = jax.device_put(model, shardings(model, mesh))
-        found = jax.jit(lambda m, b: outcome.__wrapped__(m, b))(placed, rows())
-    same(found, expected)
+    check_mesh_of_eight(CONFIG, OPTIONS, rows(), layout)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("change", [{"remat": "full"}, {"attention": "reference"}], ids=str)
 def test_remat_and_the_reference_change_nothing(change: dict[str, Any]) -> None:
-    expected = outcome(made(CONFIG, OPTIONS), rows())
-    same(outcome(made(CONFIG, dataclasses.replace(OPTIONS, **change)), rows()), expected)
+    check_options(CONFIG, OPTIONS, rows(), change)

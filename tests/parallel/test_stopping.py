@@ -80,6 +80,19 @@ def test_the_loop_is_not_interrupted_and_begins_no_other_step(ends):
     assert ends == []
 
 
+def test_after_a_run_that_has_ended_nothing_is_left_to_save():
+    """A job may train several runs: what the one before had begun says nothing of the next."""
+    with StopRequest(poll=0.02) as stop, pytest.raises(Interrupted, match="SIGTERM: stopped; the same command"):
+        with stop.training():
+            assert stop.may_begin(6)
+            stop.finished()
+        with stop.training():
+            tell("SIGTERM")
+            time.sleep(0.2)
+            assert not stop.is_wanted(0), "the next run goes on for as many steps as the last"
+        time.sleep(30)
+
+
 def test_what_does_not_end_in_time_is_ended_and_named(ends):
     with StopRequest(timeout=0.1, poll=0.02) as stop, stop.training():
         stop.doing = lambda: "the checkpoint of step 7"

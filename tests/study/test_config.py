@@ -80,6 +80,7 @@ def test_behind_phases_an_arm_goes_on_with_other_samples() -> None:
             r"\(a\): steps is 'given', expected None for an",
         ),
         ({"arms": (Arm("a", "scratch", steps=0),)}, r"arms.0 \(a\): steps is 0"),
+        ({"tasks": ()}, r"tasks is \(\), expected at least one"),
         ({"starts": (Start("", (), RECIPE),)}, "starts.0.name is ''"),
         ({"output_dir": "gs://bucket/x"}, "output_dir is 'gs://bucket/x'"),
     ],

@@ -80,7 +80,7 @@ def test_it_says_the_rule_and_what_the_correction_does(page: tuple[Path, str]) -
     _, text = page
     assert "Not decided: arm and control share fewer than 3 seeds." in text
     assert "2 arms are compared with `off`" in text and "at 97.50% each (Bonferroni: 5 % divided by 2)" in text
-    assert "Each alone, 1 would be better or worse than it; all of them with it too." in text
+    assert "As the only comparison, 1 would be better or worse; the correction takes none of them back." in text
     assert "One arm is compared with `learned`, so nothing is corrected." in text
 
 

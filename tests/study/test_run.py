@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import shutil
 import signal
@@ -14,8 +15,11 @@ from typing import Any
 
 import pytest
 
+from rave_jax.attention import Gaze
 from rave_jax.checkpoint.saved_step import steps_in
 from rave_jax.checkpoint.tiny import Tiny
+from rave_jax.layout import FixedRegions
+from rave_jax.models.config import ModelOptions
 from rave_jax.parallel.stopping import Interrupted, StopRequest
 from rave_jax.study import run as run_module
 from rave_jax.study.config import Arm, Cell, Start, Study
@@ -26,7 +30,7 @@ from rave_jax.study.summary import summarise
 from rave_jax.training.config import TrainConfig
 from rave_jax.training.init import FromHF
 from rave_jax.training.loop import NonFiniteError
-from tests.study.small import BIASED, RECIPE, row_of, small
+from tests.study.small import RECIPE, row_of, small
 
 
 def silent(line: str) -> None:
@@ -127,7 +131,7 @@ class Phases:
         patch.setattr(run_module, "export_hf", lambda model, folder, source: folder.mkdir())
         patch.setattr(run_module, "make_mesh", lambda config: None)
 
-    def _train(self, config: TrainConfig, stop: StopRequest) -> None:
+    def _train(self, config: TrainConfig, stop: StopRequest | None) -> None:
         if len(self.runs) == self._end_at:
             raise Interrupted("asked", 143)
         Path(config.output_dir).mkdir(parents=True)
@@ -173,9 +177,10 @@ class Ending(StopRequest):
 
 
 @pytest.mark.slow
-def test_a_small_study_is_run_ended_and_resumed(tmp_path: Path, monkeypatch: Any) -> None:
+def test_a_small_study_is_run_ended_and_resumed(tmp_path: Path) -> None:
     """A run that is ended in its middle gives the row, number for number, that it gives uninterrupted."""
-    arms = (Arm("learned", "learned", trained=False), Arm("on", "learned", "learned", BIASED))
+    routed = ModelOptions(mechanisms=(Gaze(FixedRegions(2, 2), max_regions=4, top_k=1),))
+    arms = (Arm("learned", "learned", trained=False), Arm("on", "learned", "learned", routed))
     study = small(arms=arms, seeds=(0,))
     learned, on = study.cells()
     whole, ended = (Rows(tmp_path / name, study) for name in ("whole", "ended"))
@@ -183,10 +188,8 @@ def test_a_small_study_is_run_ended_and_resumed(tmp_path: Path, monkeypatch: Any
     shutil.copytree(whole.folder, ended.folder)
     assert run_missing(study, whole, [on], make_row, silent) == Outcome([], [])
 
-    with monkeypatch.context() as patched:
-        patched.setattr(run_module, "StopRequest", Ending)
-        with pytest.raises(Interrupted):
-            run_missing(study, ended, [on], make_row, silent)
+    with Ending() as stop, pytest.raises(Interrupted):
+        run_missing(study, ended, [on], functools.partial(make_row, stop=stop), silent)
     assert ended.read(on) is None and steps_in(ended.work(on) / "run" / "checkpoints") == [1]
     assert run_missing(study, ended, [on], make_row, silent) == Outcome([], [])
 
@@ -195,7 +198,11 @@ def test_a_small_study_is_run_ended_and_resumed(tmp_path: Path, monkeypatch: Any
     assert dataclasses.replace(other, seconds=one.seconds) == one
     assert [step for step, _ in one.curves["loss"]] == [1.0, 2.0]
     assert [step for step, _ in one.curves["score"]] == [2.0]
-    assert one.parameters["added"] == 0 and one.findings["mosaic/visual"] == 9
+    assert one.parameters["added"] == 0 and one.samples == {"mosaic": 4}
     base = whole.read(learned)
     assert base is not None and base.curves == {} and base.made_with["trained"] is False
+    assert base.findings == {"mosaic/entries": 9, "mosaic/visual": 9}
+    assert one.findings["mosaic/visual"] == 9 > one.findings["mosaic/entries"]
+    # A cell of a mosaic lies in one region of four.
+    assert one.findings["mosaic/chance"] == 0.25 and 0 <= one.findings["mosaic/on_evidence"] <= 1
     assert "learned" in write(tmp_path, study, summarise(study, whole.all()))

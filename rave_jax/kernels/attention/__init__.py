@@ -1,4 +1,4 @@
-"""Attention with masks as data and an score functions whose biases are never stored."""
+"""Attention with masks as data and score functions whose biases are never stored."""
 
 from rave_jax.kernels.attention.api import OPERATION, attention
 from rave_jax.kernels.attention.base import Implementation, KeyGroups, MaskCodes, Terms

@@ -57,7 +57,8 @@ def check_terms(operation: str, terms: Sequence[Term], shapes: TermShapes, besid
             readers.append(name_of(function))
     if len(readers) > 1:
         raise ValueError(
-            f"{operation} has {len(readers)} score functions that read dot, {' and '.join(readers)}, and only one may"
+            f"{operation} has {len(readers)} score functions that read dot, {' and '.join(readers)}, and only one may: "
+            "write them as one function"
         )
 
 

@@ -8,7 +8,6 @@ is a tile too, whose lanes or sublanes are then summed.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -22,7 +21,8 @@ from rave_jax.kernels.attention.pallas_tpu.operands import Call
 from rave_jax.kernels.attention.pallas_tpu.specs import Inputs
 from rave_jax.kernels.attention.pallas_tpu.terms import TermCall
 from rave_jax.kernels.attention.pallas_tpu.tile import LANES, LOG2E
-from rave_jax.kernels.attention.score import Tile
+from rave_jax.kernels.attention.pallas_tpu.traced import Added, Size, added_of, of_pair, shift_of
+from rave_jax.kernels.attention.score import Slopes, Tile
 from rave_jax.typing import Array, Float
 
 Scratch = dict[str, Any]
@@ -69,15 +69,6 @@ class Keys(NamedTuple):
     """Channels of the products that make gradients."""
     columns: tuple[Float[Array, "1 keys"], ...]
     """Features, then the switch."""
-
-
-class Added(NamedTuple):
-    """A term's part of the backward tile: weight = 2^(x + shift - lse) * factor; None: 0, or 1."""
-
-    shift: Array | None
-    factor: Array | None
-    slopes: Callable[[Array], Tile]
-    """From d score the gradients of the fields, whole tiles; a field without one is None or absent."""
 
 
 @dataclass(frozen=True)
@@ -161,7 +152,7 @@ class Part:
         U = self.of_queries(n, heads)[:, : self.term.split_channels]
         return tile.product(U, keys.W.astype(U.dtype), (1, 0), interpreted=bool(self.call.interpret))
 
-    def _tile(self, dot: Any, keys: Keys, n: Any, heads: int, size: tuple[int, ...]) -> Tile:
+    def _tile(self, dot: Any, keys: Keys, n: Any, heads: int, size: Size) -> Tile:
         """What the function reads; `dot` None where it does not."""
         shape = self.term.shape
 
@@ -173,7 +164,7 @@ class Part:
         of_key = {name: jnp.broadcast_to(x, size) for name, x in zip(shape.key, keys.columns, strict=False)}
         return Tile(dot, pair, columns("rows", shape.query), of_key, columns("heads", shape.head))
 
-    def _on(self, keys: Keys, n: Any, heads: int, size: tuple[int, ...]) -> Array | None:
+    def _on(self, keys: Keys, n: Any, heads: int, size: Size) -> Array | None:
         """Where its bias is not set to 0; None is everywhere."""
         term, found = self.term, None
         if not term.masks:
@@ -187,44 +178,25 @@ class Part:
         assert found is not None
         return found > 0.5
 
-    def shift(self, dot: Array | None, keys: Keys, n: Any, heads: int, size: tuple[int, ...]) -> Array:
+    def shift(self, dot: Array | None, keys: Keys, n: Any, heads: int, size: Size) -> Array:
         """What it adds to the exponents."""
         if self.term.linear:
-            found = self.pair(keys, n, heads)
-        else:
-            found = _whole(self.term.function.log2, size)(self._tile(dot, keys, n, heads, size))
-        on = self._on(keys, n, heads, size)
-        return found if on is None else jnp.where(on, found, 0.0)
+            return self.pair(keys, n, heads)
+        return shift_of(self.term, self._tile(dot, keys, n, heads, size), self._on(keys, n, heads, size), size)
 
-    def added(self, dot: Array | None, keys: Keys, n: Any, size: tuple[int, ...], exact: bool) -> Added:
+    def added(self, dot: Array | None, keys: Keys, n: Any, size: Size, exact: bool) -> Added:
         """The bias and its slopes of one head."""
-        term, on = self.term, self._on(keys, n, 1, size)
-
-        def seen(x: Array, otherwise: float = 0.0) -> Array:
-            return x if on is None else jnp.where(on, x, otherwise)
-
-        if term.linear:
+        if self.term.linear:
             return Added(self.pair(keys, n, 1), None, of_pair)
-        given = self._tile(dot, keys, n, 1, size)
-        if term.factored:
-            found = term.function.factored(
-                _with_dot(given, size), functools.partial(pltpu.reciprocal, approx=not exact)
-            )
-            assert found is not None
-            factor, slopes = found
-            return Added(
-                None, seen(factor, 1.0), lambda d: jax.tree.map(lambda x: jnp.broadcast_to(seen(d) * x, size), slopes)
-            )
-        shift, pull = jax.vjp(_whole(term.function.log2 if term.own_log2 else term.function, size), given)
-        if not term.own_log2:
-            shift = shift * LOG2E
-        return Added(seen(shift), None, lambda d: pull(seen(d))[0])
+        given, on = self._tile(dot, keys, n, 1, size), self._on(keys, n, 1, size)
+        return added_of(self.term, given, on, size, exact=exact)
 
-    def of_dot(self, gradients: Tile) -> Array:
-        """The gradient of scale * <q, k>."""
+    def of_dot(self, gradients: Slopes) -> Array:
+        """The gradient of scale * <q, k>, which the function reads."""
+        assert gradients.dot is not None
         return _times(gradients.dot, self.term.unit)
 
-    def add_gradients(self, gradients: Tile, keys: Keys, n: Any, j: Any) -> None:
+    def add_gradients(self, gradients: Slopes, keys: Keys, n: Any, j: Any) -> None:
         """Sum the gradients of one head and block of keys, times 1 / `unit`."""
         shape, product = self.term.shape, functools.partial(tile.product, interpreted=bool(self.call.interpret))
         if gradients.pair is not None:
@@ -261,25 +233,9 @@ class Part:
             outputs[f"keys.{self.number}"][0, 0] = _times(self.kept("d_keys")[j], term.unit)
 
 
-def of_pair(gradient: Array) -> Tile:
-    """The gradient of a pair product alone."""
-    nothing: Any = None
-    return Tile(nothing, gradient, {}, {}, {})
-
-
 def parts_of(call: Call, inputs: Inputs, scratch: Scratch) -> list[Part]:
     """The call's terms in a kernel."""
     return [Part(n, term, call, inputs, scratch) for n, term in enumerate(call.terms)]
-
-
-def _with_dot(given: Tile, size: tuple[int, ...]) -> Tile:
-    """A function that does not read <q, k> may ask for its shape all the same."""
-    return given if given.dot is not None else given._replace(dot=jnp.zeros(size, jnp.float32))
-
-
-def _whole(function: Callable[[Tile], Array], size: tuple[int, ...]) -> Callable[[Tile], Array]:
-    """A function that gives whole tiles."""
-    return lambda given: jnp.broadcast_to(function(_with_dot(given, size)), size)
 
 
 def _with_channel(rows: Float[Array, "r n"], channels: int, value: float) -> Float[Array, "channels n"]:

@@ -22,12 +22,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from rave_jax.kernels.attention.pallas_tpu import tile
-from rave_jax.kernels.attention.pallas_tpu.added import backward_scratch, of_pair, parts_of
+from rave_jax.kernels.attention.pallas_tpu.added import backward_scratch, parts_of
 from rave_jax.kernels.attention.pallas_tpu.blocks import when_each
 from rave_jax.kernels.attention.pallas_tpu.operands import Call, Codes, Packed, kind
 from rave_jax.kernels.attention.pallas_tpu.padding import pad
 from rave_jax.kernels.attention.pallas_tpu.specs import Inputs, compiler_params, cost, input_specs
 from rave_jax.kernels.attention.pallas_tpu.tile import LANES
+from rave_jax.kernels.attention.pallas_tpu.traced import of_pair
 from rave_jax.typing import Array, Float, Int
 
 OF_KEYS = ("d_k", "d_v", "d_W", "d_keys", "d_key_bias")

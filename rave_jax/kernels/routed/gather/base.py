@@ -132,27 +132,40 @@ def with_terms(
 
 def bias_of(term: Term, index: Int[Array, "B K n"], dot: Float[Array, "B K G nm"]) -> Float[Array, "B K G nm"]:
     """What a term adds to the scores of the listed regions' entries."""
-    (B, K, _), function, pair = index.shape, function_of(term.function), None
-
-    def heads(x: Array) -> Array:
-        return x.reshape(B, K, -1, *x.shape[2:])
-
-    if term.u is not None and term.w is not None:
-        pair = key_products(taken(term.w, index, flat=True), heads(term.u)) + function.OFFSET
+    K = index.shape[1]
     tile = Tile(
         dot,
-        pair,
-        {name: heads(x)[..., None] for name, x in term.query.items()},
+        pair_product(term, index),
+        {name: by_kv_head(x, K)[..., None] for name, x in term.query.items()},
         {name: taken(x, index)[:, :, None] for name, x in term.key.items()},
         {name: x.reshape(1, K, -1, 1) for name, x in term.head.items()},
     )
-    bias = function(tile)
+    bias = function_of(term.function)(tile)
     if term.query_on is not None:
-        bias = jnp.where(heads(term.query_on)[..., None], bias, 0.0)
-    if term.key_on is not None:
-        of_heads = jnp.broadcast_to(term.key_on[:, None], (B, K, *term.key_on.shape[1:]))
-        bias = jnp.where(taken(of_heads, index)[:, :, None], bias, 0.0)
-    return bias
+        bias = jnp.where(by_kv_head(term.query_on, K)[..., None], bias, 0.0)
+    keys_on = switched_on(term, index)
+    return bias if keys_on is None else jnp.where(keys_on, bias, 0.0)
+
+
+def pair_product(term: Term, index: Int[Array, "B K n"]) -> Float[Array, "B K G nm"] | None:
+    """<u, w> + OFFSET of the listed regions' entries; None of a term without."""
+    if term.u is None or term.w is None:
+        return None
+    u = by_kv_head(term.u, index.shape[1])
+    return key_products(taken(term.w, index, flat=True), u) + function_of(term.function).OFFSET
+
+
+def switched_on(term: Term, index: Int[Array, "B K n"]) -> Bool[Array, "B K 1 nm"] | None:
+    """Which of the listed regions' entries a term is switched on for; None is all."""
+    if term.key_on is None:
+        return None
+    (B, K, _), (R, m) = index.shape, term.key_on.shape[1:]
+    return taken(jnp.broadcast_to(term.key_on[:, None], (B, K, R, m)), index)[:, :, None]
+
+
+def by_kv_head(x: Float[Array, "B H *rest"], K: int) -> Float[Array, "B K G *rest"]:
+    """Query heads beside their kv head."""
+    return x.reshape(x.shape[0], K, -1, *x.shape[2:])
 
 
 def key_products(k: Float[Array, "B K S h"], q: Float[Array, "B K G h"]) -> Float[Array, "B K G S"]:

@@ -237,6 +237,7 @@ def _bias(
     query = {name: of_heads(f"query {name}", at) for name in shape.query}
     head = {name: of_heads(f"head {name}", (g, heads)) for name in shape.head}
     u = _rows(given[f"u.{n}"], at, is_head) if shape.pair else None
+    query_on = of_heads("query_on", at) if f"query_on.{n}" in given else None
 
     def of_keys(dot: Array, region: Int[Array, "S"], entry: Int[Array, "S"], live: Bool[Array, "S"]) -> Array:
         where, pair = (b, g, region, entry), None
@@ -244,8 +245,8 @@ def _bias(
         if u is not None:
             pair = _product(u, _rows(given[f"w.{n}"], where, live), 1) + function.OFFSET
         bias = function(Tile(dot, pair, query, key, head))
-        if f"query_on.{n}" in given:
-            bias = jnp.where(of_heads("query_on", at), bias, 0.0)
+        if query_on is not None:
+            bias = jnp.where(query_on, bias, 0.0)
         if f"key_on.{n}" in given:
             bias = jnp.where(_numbers(given[f"key_on.{n}"], (b, region, entry), live)[None], bias, 0.0)
         return bias

@@ -26,7 +26,15 @@ from rave_jax.kernels import support
 from rave_jax.kernels.attention import Term, Tile
 from rave_jax.kernels.attention.pallas_tpu.tile import LANES, MASKED, UNSEEN, product
 from rave_jax.kernels.attention.score import ScoreFunction, Shape, function_of, reads_dot
-from rave_jax.kernels.routed.gather.base import Operands, key_products, listed, taken, union, with_terms
+from rave_jax.kernels.routed.gather.base import (
+    Operands,
+    listed,
+    pair_product,
+    switched_on,
+    taken,
+    union,
+    with_terms,
+)
 from rave_jax.kernels.routed.gather.shards import split
 from rave_jax.kernels.routed.host import HostRegions
 from rave_jax.typing import Array, Float, Int
@@ -112,7 +120,7 @@ def over(
     reader, columns, read = _reader(operands.terms), {}, None
     if reader is not None:
         read = Reader.of(reader)
-        extras |= _of_reader(reader, index, n)
+        extras |= _of_reader(reader, index, n, m)
         columns = _columns(reader, B, K)
     inputs = (q, *columns.values(), *extras.values(), *[k] * n, *[v] * n)
     outputs = (
@@ -221,26 +229,15 @@ def _reader(terms: tuple[Term, ...]) -> Term | None:
     return next((x for x in terms if reads_dot(function_of(x.function), Shape.of(x))), None)
 
 
-def _of_reader(term: Term, index: Int[Array, "B K n"], n: int) -> dict[str, Array]:
+def _of_reader(term: Term, index: Int[Array, "B K n"], n: int, m: int) -> dict[str, Array]:
     """What a function reads of listed entries, and where its bias is not 0."""
-    (B, K, length), function = index.shape, function_of(term.function)
-    found, on = {}, None
-
-    def heads(x: Array) -> Array:
-        return x.reshape(B, K, -1, *x.shape[2:])
-
-    if term.u is not None and term.w is not None:
-        m = term.w.shape[3]
-        pair = key_products(taken(term.w, index, flat=True), heads(term.u)) + function.OFFSET
+    found, pair, on = {}, pair_product(term, index), switched_on(term, index)
+    if pair is not None:
         found["pair"] = _by_step(pair, n, m)
     if term.key:
-        columns = jnp.stack([taken(term.key[name], index) for name in sorted(term.key)], axis=2)
-        found["keys"] = _by_step(columns, n, columns.shape[3] // length)
-    if term.key_on is not None:
-        m = term.key_on.shape[2]
-        of_heads = jnp.broadcast_to(term.key_on[:, None], (B, K, *term.key_on.shape[1:]))
-        on = taken(of_heads, index)[:, :, None].astype(jnp.float32)
-        found["keys_on"] = _by_step(on, n, m)
+        found["keys"] = _by_step(jnp.stack([taken(term.key[name], index) for name in sorted(term.key)], axis=2), n, m)
+    if on is not None:
+        found["keys_on"] = _by_step(on.astype(jnp.float32), n, m)
     return found
 
 

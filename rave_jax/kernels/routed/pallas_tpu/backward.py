@@ -21,7 +21,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from rave_jax.kernels.attention.pallas_tpu.tile import LANES, MASKED, UNSEEN, column, exponent, product, wide
 from rave_jax.kernels.routed.pallas_tpu.lists import CUT, KEY_CODES, PLACE_BITS, WHOLE
-from rave_jax.kernels.routed.pallas_tpu.terms import Added, Sides, TermRows
+from rave_jax.kernels.routed.pallas_tpu.terms import AddedByAll, Sides, TermRows
 from rave_jax.kernels.routed.pallas_tpu.walk import (
     CODES,
     ROWS,
@@ -180,7 +180,7 @@ def _kernel(info, codes_q, lists, q, d_out, numbers_in, k, v, codes_k, *refs, ca
 
         def weigh(begun: Any) -> Any:
             mine, listed, own_q, own_d, x, d_weights, dot, sides = begun
-            added = Added(None, None, ()) if sides is None else sides.added(dot, exact=dtype == jnp.float32)
+            added = AddedByAll(None, None, ()) if sides is None else sides.added(dot, exact=dtype == jnp.float32)
             x = x if added.shift is None else x + added.shift
             both = line_of([numbers[pl.ds(place >> (rows.bit_length() - 2), 2)] for place in mine])
             if kind != WHOLE:

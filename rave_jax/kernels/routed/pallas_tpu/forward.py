@@ -1,9 +1,10 @@
 """The forward kernel: queries are gathered for each tile of region keys, and their sums scattered back.
 
-Weights are powers 2^(x - reference) with a reference for each row that is known beforehand: the largest mean score of
-the regions that it sees. Some score of a region is no less than their mean, so nothing vanishes; and while no score is
-100 above it in log2, nothing overflows. Then neither a running maximum nor a correction of the sums is needed, which is
-a third of the work of an item. `ok` of the caller checks the sums; where one is out of bounds the kernel runs again
+Weights are powers 2^(x - reference) with a reference for each row that is known beforehand: the largest score of the
+mean keys of the regions that it sees. Some product of a region is no less than that of its mean, so nothing vanishes
+(what terms add at the mean may be above what they add at every key); and while no score is 100 above the reference in
+log2, nothing overflows. Then neither a running maximum nor a correction of the sums is needed, which is a third of the
+work of an item. `ok` of the caller checks the sums; where one is out of bounds, to either side, the kernel runs again
 with `online`, a softmax with a running maximum.
 """
 

@@ -19,13 +19,13 @@ from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas import tpu as pltpu
 
 from rave_jax.kernels.attention.base import Terms, group_heads
 from rave_jax.kernels.attention.pallas_tpu.padding import extend, pad, up
 from rave_jax.kernels.attention.pallas_tpu.terms import TermCall, term_calls
 from rave_jax.kernels.attention.pallas_tpu.tile import LANES, LOG2E, product
-from rave_jax.kernels.attention.score import ScoreFunction, Term, Tile
+from rave_jax.kernels.attention.pallas_tpu.traced import Added, added_of, of_pair, shift_of
+from rave_jax.kernels.attention.score import ScoreFunction, Slopes, Term, Tile
 from rave_jax.typing import Array, Float
 
 TermRows = tuple[Array, Array] | tuple[()]
@@ -81,8 +81,8 @@ class RowTerms:
         return bool(self.calls)
 
     @functools.cached_property
-    def lanes(self) -> tuple[Lanes, ...]:
-        """Of each term."""
+    def _laid(self) -> tuple[tuple[Lanes, ...], int]:
+        """Lanes of each term, and how many are used."""
         found, numbers = [], itertools.count()
         for call in self.calls:
             pair = None
@@ -93,18 +93,17 @@ class RowTerms:
             key = {name: next(numbers) for name in call.shape.key}
             query_on, key_on = (next(numbers) if on and call.masks else None for on in (call.query_on, call.key_on))
             found.append(Lanes(pair, query, key, query_on, key_on))
-        return tuple(found)
+        return tuple(found), next(numbers)
+
+    @property
+    def lanes(self) -> tuple[Lanes, ...]:
+        """Of each term."""
+        return self._laid[0]
 
     @property
     def numbers(self) -> int:
         """Lanes that are used."""
-        found = 0
-        for lanes in self.lanes:
-            ends = [lanes.pair[1] - 1] if lanes.pair else []
-            ends += [*lanes.query.values(), *lanes.key.values()]
-            ends += [on for on in (lanes.query_on, lanes.key_on) if on is not None]
-            found = max([found, *(end + 1 for end in ends)])
-        return found
+        return self._laid[1]
 
     @property
     def width(self) -> int:
@@ -172,12 +171,12 @@ class RowTerms:
 NO_TERMS = RowTerms(())
 
 
-class Added(NamedTuple):
-    """What the terms do to a tile of the backward kernel: weight = 2^(x + shift - lse) * factor; None: 0, or 1."""
+class AddedByAll(NamedTuple):
+    """What the terms do to a tile of the backward kernel, as `traced.Added` says of one."""
 
     shift: Array | None
     factor: Array | None
-    slopes: tuple[Callable[[Array], Tile], ...]
+    slopes: tuple[Callable[[Array], Slopes], ...]
     """Of each term: from d score the gradients of its fields, whole tiles; a field without one is None or absent."""
 
 
@@ -226,7 +225,8 @@ class Sides:
         query = {name: self._field(lanes.query[name], of_query=True) for name in call.shape.query}
         key = {name: self._field(lane, of_query=False) for name, lane in lanes.key.items()}
         head = {name: self._field(lanes.query[of_head(name)], of_query=True) for name in call.shape.head}
-        return _made(dot if call.reads_dot else None, pair, query, key, head)
+        read: Any = dot if call.reads_dot else None
+        return Tile(read, pair, query, key, head)
 
     def _on(self, number: int) -> Array | None:
         """Where a term's bias is not set to 0; None is everywhere."""
@@ -240,53 +240,29 @@ class Sides:
 
     def shift(self, dot: Array | None) -> Array:
         """What all terms add to the exponents."""
-        total = None
-        for number, call in enumerate(self.terms.calls):
-            if call.linear:
-                found = self.pair(number) * LOG2E
-            else:
-                found = jnp.broadcast_to(call.function.log2(self._tile(number, dot)), self.size)
-            on = self._on(number)
-            found = found if on is None else jnp.where(on, found, 0.0)
-            total = found if total is None else total + found
-        assert total is not None
-        return total
+        return functools.reduce(jnp.add, (self._shift(number, dot) for number in range(len(self.terms.calls))))
 
-    def added(self, dot: Array | None, *, exact: bool) -> Added:
+    def _shift(self, number: int, dot: Array | None) -> Array:
+        call = self.terms.calls[number]
+        if call.linear:
+            return self.pair(number) * LOG2E
+        return shift_of(call, self._tile(number, dot), self._on(number), self.size)
+
+    def added(self, dot: Array | None, *, exact: bool) -> AddedByAll:
         """The biases and their slopes."""
-        shifts, factors, slopes = [], [], []
-        for number in range(len(self.terms.calls)):
-            found = self._added(number, dot, exact)
-            shifts += [found.shift] if found.shift is not None else []
-            factors += [found.factor] if found.factor is not None else []
-            slopes += found.slopes
-        return Added(_reduced(jnp.add, shifts), _reduced(jnp.multiply, factors), tuple(slopes))
+        found = [self._added(number, dot, exact) for number in range(len(self.terms.calls))]
+        shift = _reduced(jnp.add, [one.shift for one in found])
+        factor = _reduced(jnp.multiply, [one.factor for one in found])
+        return AddedByAll(shift, factor, tuple(one.slopes for one in found))
 
     def _added(self, number: int, dot: Array | None, exact: bool) -> Added:
-        call, on, size = self.terms.calls[number], self._on(number), self.size
-
-        def seen(x: Array, otherwise: float = 0.0) -> Array:
-            return x if on is None else jnp.where(on, x, otherwise)
-
+        call = self.terms.calls[number]
         if call.linear:
-            return Added(self.pair(number) * LOG2E, None, (lambda d: _made(None, d, {}, {}, {}),))
-        given = self._tile(number, dot)
-        if call.factored:
-            found = call.function.factored(given, functools.partial(pltpu.reciprocal, approx=not exact))
-            assert found is not None
-            factor, slopes = found
+            return Added(self.pair(number) * LOG2E, None, of_pair)
+        found = added_of(call, self._tile(number, dot), self._on(number), self.size, exact=exact)
+        return found._replace(slopes=lambda d: found.slopes(d if call.unit == 1 else d * call.unit))
 
-            def scaled(d: Array) -> Tile:
-                return jax.tree.map(lambda x: jnp.broadcast_to(seen(d) * x, size), slopes)
-
-            return Added(None, seen(factor, 1.0), (scaled,))
-        function = call.function.log2 if call.own_log2 else call.function
-        bias, pull = jax.vjp(lambda given: jnp.broadcast_to(function(given), size), given)
-        shift = bias if call.own_log2 else bias * LOG2E
-        unit = call.unit
-        return Added(seen(shift), None, (lambda d: pull(seen(d) * unit)[0],))
-
-    def gradients(self, of: Sequence[Tile]) -> tuple[Array, Array]:
+    def gradients(self, of: Sequence[Slopes]) -> tuple[Array, Array]:
         """Gradients of the rows of queries and of keys from those of the terms' fields; lanes that hold a constant may
         get anything. Keys have to be in the rows of the tile."""
         assert self.turned
@@ -339,8 +315,9 @@ def _split(x: Float[Array, "*axes r"], call: TermCall, side: str) -> Float[Array
     return jnp.concatenate([x - off, x - off, off] if side == "query" else [x - off, off, x - off], axis=-1)
 
 
-def _reduced(join: Callable[[Array, Array], Array], parts: list[Array]) -> Array | None:
-    return functools.reduce(join, parts) if parts else None
+def _reduced(join: Callable[[Array, Array], Array], parts: list[Array | None]) -> Array | None:
+    there = [x for x in parts if x is not None]
+    return functools.reduce(join, there) if there else None
 
 
 def _total(parts: list[Array], shape: tuple[int, ...]) -> Array:
@@ -350,8 +327,3 @@ def _total(parts: list[Array], shape: tuple[int, ...]) -> Array:
 def _ones(lane: int, shape: tuple[int, int], dtype: jnp.dtype) -> Array:
     """Rows with a one in one lane: a product with them sums, and puts the sums into this lane."""
     return jnp.where(jax.lax.broadcasted_iota(jnp.int32, shape, 1) == lane, 1.0, 0.0).astype(dtype)
-
-
-def _made(*fields: Any) -> Tile:
-    """A tile, or its slopes, in which what nobody reads is None."""
-    return Tile(*fields)
