@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from rave_jax import config as configs
+from rave_jax.checkpoint.retention import Retention
 from rave_jax.checkpoint.tiny import Tiny
 from rave_jax.config import ConfigError, check_paths, check_ranges, require
 from rave_jax.data.config import MOST_TOKENS, DataConfig
@@ -26,6 +27,8 @@ OPERATIONAL = frozenset(
         "log_every",
         "save_every",
         "keep",
+        "keep_every",
+        "keep_best",
         "tensorboard",
         "final",
         "output_dir",
@@ -44,6 +47,22 @@ class Extension:
     """Steps that were done before the extension."""
     steps: int = 0
     """`steps` before the extension, which the learning rate followed."""
+
+
+@dataclass(frozen=True)
+class KeepBest:
+    """Checkpoints that are kept for their metric."""
+
+    metric: str = "loss"
+    """A name in metrics.jsonl: `loss`, `accuracy`, or `eval/NAME/...` of an evaluation with `every`. A checkpoint
+    counts where the metric was measured at its step."""
+    largest: bool = False
+    """Is the largest metric the best?"""
+    count: int = 1
+    """Checkpoints that are kept."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self, count=(1, 2**31 - 1))
 
 
 @dataclass(frozen=True)
@@ -82,6 +101,10 @@ class TrainConfig:
     """Steps between two checkpoints; the last step is always saved."""
     keep: int = 2
     """Newest checkpoints that are kept."""
+    keep_every: int = 0
+    """Checkpoints whose step is a multiple of this are kept too; 0 keeps none of them."""
+    keep_best: KeepBest | None = None
+    """Checkpoints with the best metric are kept too."""
     tensorboard: bool = True
     """Write TensorBoard events beside metrics.jsonl?"""
     final: tuple[Eval | Report, ...] = ()
@@ -96,7 +119,7 @@ class TrainConfig:
         check_paths(self)
         # Steps are counted in int32, on the devices too.
         counts = dict.fromkeys(("steps", "log_every", "save_every", "keep"), (1, 2**31 - 1))
-        check_ranges(self, **counts, loss_chunk=(1, MOST_TOKENS))
+        check_ranges(self, **counts, loss_chunk=(1, MOST_TOKENS), keep_every=(0, 2**31 - 1))
         require(self.simulated_devices >= 0, "simulated_devices", self.simulated_devices, "at least 0")
         require(0 <= self.seed < 2**32, "seed", self.seed, "0 to 2^32 - 1")
         warmup = self.optimizer.warmup
@@ -106,9 +129,25 @@ class TrainConfig:
             require(not mechanism.of_prompt, f"model.mechanisms.{number}", mechanism, allowed)
         self._check_evaluations()
 
+    @property
+    def retention(self) -> Retention:
+        """Which checkpoints are kept."""
+        best = self.keep_best
+        if best is None:
+            return Retention(self.keep, self.keep_every)
+        return Retention(self.keep, self.keep_every, best.count, best.largest)
+
     def _check_evaluations(self) -> None:
         """Those that are run between steps have their time, and a folder each."""
         names = [part.name for part in self.final if isinstance(part, Eval)]
+        if self.keep_best is not None:
+            measured = [
+                f"eval/{part.name}/" for part in self.final if isinstance(part, Eval) and part.every is not None
+            ]
+            metric = self.keep_best.metric
+            allowed = " or ".join(("loss", "accuracy", *(f"{name}score" for name in measured)))
+            known = metric in ("loss", "accuracy") or metric.startswith(tuple(measured))
+            require(known, "keep_best.metric", metric, f"a metric that is measured during training, such as {allowed}")
         for number, part in enumerate(self.final):
             if isinstance(part, Eval) and part.every is not None:
                 within = f"at most the run's {self.steps} steps, or None for the last step alone"

@@ -82,6 +82,7 @@ class Loop:
         stop: StopRequest,
         evaluations: StepEvaluations | None = None,
         packing: PackingMeter | None = None,
+        metric: str | None = None,
     ):
         """
         Args:
@@ -95,11 +96,14 @@ class Loop:
             stop: whether the job is to end.
             evaluations: what is evaluated between steps.
             packing: counts how well rows are packed, where they are.
+            metric: name of the one by which the best checkpoints are kept.
         """
         self._packing = packing
         self._session, self._schedule, self._store, self._bad_directory = session, schedule, store, bad_directory
         self._writers, self._progress, self._watchdog, self._stop = writers, progress, watchdog, stop
         self._evaluations = evaluations
+        self._metric = metric
+        self._measured: tuple[int, dict[str, Any]] = (-1, {})
         self._wait = WaitMeter()
         self._tokens, self._waited, self._clock = 0, 0.0, time.monotonic()
         self._saved = -1
@@ -200,7 +204,18 @@ class Loop:
             return
         self._saved = done
         with self._watchdog.during(f"the checkpoint of step {done}", Watchdog.LONG, SLOW_SAVE):
-            self._store.save(done, parameters_of(state), state.optimizer, data)
+            self._store.save(done, parameters_of(state), state.optimizer, data, self._metric_at(done))
+
+    def _metric_at(self, done: int) -> float | None:
+        """The metric by which the best checkpoints are kept, where it was measured at this step."""
+        if self._metric is None:
+            return None
+        step, values = self._measured
+        return agree.from_first(values.get(self._metric) if step == done else None)
+
+    def _measure(self, done: int, values: dict[str, Any]) -> None:
+        step, known = self._measured
+        self._measured = done, (known if step == done else {}) | values
 
     def _is_evaluated(self, done: int) -> bool:
         return self._evaluations is not None and self._evaluations.due(done)
@@ -214,7 +229,12 @@ class Loop:
         if self._evaluations is None or not self._evaluations.due(done):
             return
         began = time.monotonic()
-        write, say = lambda values: self._write(done, values), self._progress.say
+        say = self._progress.say
+
+        def write(values: dict[str, float]) -> None:
+            self._measure(done, values)
+            self._write(done, values)
+
         try:
             with self._watchdog.during(f"the evaluation after step {done}", Watchdog.LONG, SLOW_EVALUATION):
                 self._go_on()
@@ -278,6 +298,7 @@ class Loop:
         self._stop.finished()
         if bad >= 0:
             self._stop_bad(bad, values, state, source, describe)
+        self._measure(done, values)
         self._tokens += values["tokens"]
         if self._packing is not None:
             self._packing.add(step, values["tokens"])

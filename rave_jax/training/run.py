@@ -114,7 +114,7 @@ def _run(config: TrainConfig, directory: RunDirectory, watchdog: Watchdog, stop:
         )
         check_memory(session.state, "parameters and optimizer state")
         check_memory(least_activations(config, vlm, mesh), "the rows of a batch (data.rows, tokens, patches)")
-        kept = min(config.keep, -(-config.steps // config.save_every)) + 1
+        kept = config.retention.most(config.steps, config.save_every)
         check_room(directory.checkpoints, kept * local_bytes(session.state) - _present(directory, claim.steps))
         processor = config.data.processor(claim.model, config.model.layout)
         pipeline = Pipeline(config.data, processor, sources, keeps=hosts.is_first())
@@ -134,7 +134,7 @@ def _run(config: TrainConfig, directory: RunDirectory, watchdog: Watchdog, stop:
         with watchdog.during("the weights to be read", Watchdog.LONG):
             state = _first_or_saved_state(config, session, directory, claim, pipeline)
         pushes = directory.push if hosts.is_first() else None  # metrics go with the state that they lead to
-        with Store(directory.checkpoints, config.keep, saved=pushes) as store:
+        with Store(directory.checkpoints, config.retention, saved=pushes) as store:
             if claim.past is not None:
                 evaluations.continue_after(claim.after_step)
             state = _train(config, session, directory, claim, store, state, pipeline, watchdog, stop, evaluations)
@@ -174,7 +174,7 @@ def _first_or_saved_state(
     source lacks start from the run's seed.
     """
     if claim.steps:
-        with Store(directory.checkpoints, config.keep) as store:
+        with Store(directory.checkpoints, config.retention) as store:
             found = store.restore_newest(parameters_of(session.state), session.state.optimizer)
         if found is not None:
             pipeline.restore(found.data)
@@ -216,8 +216,19 @@ def _train(
             progress.say(f"continuing after step {start} of {config.steps}")
         schedule = Schedule(config.steps, config.log_every, config.save_every)
         packing = PackingMeter(pipeline.plan) if isinstance(pipeline.plan, PackedRows) else None
+        metric = None if config.keep_best is None else config.keep_best.metric
         loop = Loop(
-            session, schedule, store, directory.bad_step, writers, progress, watchdog, stop, evaluations, packing
+            session,
+            schedule,
+            store,
+            directory.bad_step,
+            writers,
+            progress,
+            watchdog,
+            stop,
+            evaluations,
+            packing,
+            metric,
         )
         ahead = Ahead(config.data.prefetch, config.data.workers, config.data.processes)
         state = loop.run(state, pipeline, config.data.rows, lambda step: _describe(config, step), ahead)
