@@ -89,6 +89,9 @@ class TrainConfig:
     """Seed of parameters that the checkpoint does not hold, such as those of mechanisms."""
     loss_chunk: int = 128
     """Tokens of each row whose logits exist at one time."""
+    z_loss: float = 0.0
+    """Coefficient of the z-loss: the mean over target tokens of the squared log-sum-exp of the logits, which keeps it
+    near 0. 1e-4 is usual; 0 adds nothing."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
     """How the devices are arranged."""
     simulated_devices: int = 0
@@ -120,6 +123,7 @@ class TrainConfig:
         # Steps are counted in int32, on the devices too.
         counts = dict.fromkeys(("steps", "log_every", "save_every", "keep"), (1, 2**31 - 1))
         check_ranges(self, **counts, loss_chunk=(1, MOST_TOKENS), keep_every=(0, 2**31 - 1))
+        check_ranges(self, z_loss=(0, 1e6))
         require(self.simulated_devices >= 0, "simulated_devices", self.simulated_devices, "at least 0")
         require(0 <= self.seed < 2**32, "seed", self.seed, "0 to 2^32 - 1")
         warmup = self.optimizer.warmup

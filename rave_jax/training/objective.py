@@ -17,6 +17,8 @@ class TokenSums(NamedTuple):
     loss: Float[Array, ""]
     correct: Float[Array, ""]
     weight: Float[Array, ""]
+    z: Float[Array, ""]
+    """Squared log-sum-exp of the logits, weighted; 0 where it was not asked for."""
 
 
 def chunked_cross_entropy(
@@ -25,6 +27,7 @@ def chunked_cross_entropy(
     targets: Int[Array, "B T"],
     weights: Float[Array, "B T"],
     chunk: int,
+    z_loss: bool = False,
 ) -> TokenSums:
     """Weighted sums of the negative log-likelihood and of right guesses.
 
@@ -37,6 +40,7 @@ def chunked_cross_entropy(
         targets: the id that each position predicts.
         weights: weight of each prediction.
         chunk: tokens of a row per chunk.
+        z_loss: sum the squares of the log-sum-exp too (section 5 of PaLM, arXiv 2204.02311).
     """
     B, T, _ = hidden.shape
     chunk = min(chunk, T)
@@ -52,10 +56,14 @@ def chunked_cross_entropy(
         chosen = jnp.sum(jnp.where(at_target, shifted, 0.0), axis=-1)
         # An id that the vocabulary does not have must not pass for a loss: training stops at NaN.
         chosen = jnp.where((targets >= 0) & (targets < logits.shape[-1]), chosen, jnp.nan)
-        loss = jnp.log(jnp.sum(jnp.exp(shifted), axis=-1)) - chosen
+        log_sum = jnp.log(jnp.sum(jnp.exp(shifted), axis=-1))
+        loss = log_sum - chosen
         weights = weights.astype(jnp.float32)
+        z = jnp.zeros((), jnp.float32)
+        if z_loss:
+            z = jnp.sum(jnp.square(jax.lax.stop_gradient(top) + log_sum) * weights)
         right = jnp.argmax(logits, axis=-1) == targets
-        return TokenSums(jnp.sum(loss * weights), jnp.sum(right * weights), jnp.sum(weights))
+        return TokenSums(jnp.sum(loss * weights), jnp.sum(right * weights), jnp.sum(weights), z)
 
     if chunk == T:
         # One chunk is what the backward pass would hold anyway: keep its logits.
@@ -71,7 +79,7 @@ def chunked_cross_entropy(
         return jnp.moveaxis(parts, 1, 0)
 
     zero = jnp.zeros((), jnp.float32)
-    sums, _ = jax.lax.scan(body, TokenSums(zero, zero, zero), tuple(map(split, (hidden, targets, weights))))
+    sums, _ = jax.lax.scan(body, TokenSums(zero, zero, zero, zero), tuple(map(split, (hidden, targets, weights))))
     if whole < T:
         sums = jax.tree.map(jnp.add, sums, again(hidden[:, whole:], targets[:, whole:], weights[:, whole:]))
     return sums

@@ -111,6 +111,7 @@ def _run(config: TrainConfig, directory: RunDirectory, watchdog: Watchdog, stop:
             steps=config.steps,
             rows=config.data.rows,
             loss_chunk=config.loss_chunk,
+            z_loss=config.z_loss,
         )
         check_memory(session.state, "parameters and optimizer state")
         check_memory(least_activations(config, vlm, mesh), "the rows of a batch (data.rows, tokens, patches)")
