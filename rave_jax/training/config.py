@@ -13,10 +13,12 @@ from rave_jax.config import ConfigError, check_paths, check_ranges, require
 from rave_jax.data.config import MOST_TOKENS, DataConfig
 from rave_jax.evaluation.config import Eval, Report
 from rave_jax.models.config import ModelOptions
+from rave_jax.observe.wandb import Wandb
 from rave_jax.parallel.hosts import HostsConfig
 from rave_jax.parallel.mesh import MeshConfig
 from rave_jax.training.init import FromHF
 from rave_jax.training.optimizers import OptimizerConfig
+from rave_jax.training.profiling import Profile
 
 # Fields that may differ when a run is continued: they change no number of it, or only where it is computed.
 OPERATIONAL = frozenset(
@@ -30,6 +32,8 @@ OPERATIONAL = frozenset(
         "keep_every",
         "keep_best",
         "tensorboard",
+        "wandb",
+        "profile",
         "final",
         "output_dir",
         "extended",
@@ -110,6 +114,10 @@ class TrainConfig:
     """Checkpoints with the best metric are kept too."""
     tensorboard: bool = True
     """Write TensorBoard events beside metrics.jsonl?"""
+    wandb: Wandb | None = None
+    """Send metrics to Weights & Biases too?"""
+    profile: Profile = field(default_factory=lambda: Profile(first=0))
+    """Which steps are profiled, into profile/STEP of the run directory."""
     final: tuple[Eval | Report, ...] = ()
     """Evaluations and reports after the last step, in order. Evaluations with `every` are run between steps too."""
     extended: tuple[Extension, ...] = ()
