@@ -1,4 +1,4 @@
-"""Leaf modules: linear, embeddings, norms, mlps. Weights keep the [out, in] orientation of HF checkpoints."""
+"""Leaf modules: linear, context embedding, norms, mlps. Weights keep the [out, in] orientation of HF checkpoints."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from flax import nnx
 from rave_jax.batch import Kind, TokenInfo
 from rave_jax.models.initial import normal
 from rave_jax.parallel.sharding import shard
-from rave_jax.typing import Array, Float, Int
+from rave_jax.typing import Array, Float
 
 Axes = tuple[str | None, ...]
 
@@ -158,18 +158,6 @@ def whole_gradient(x: Array) -> Array:
 
 
 whole_gradient.defvjp(lambda x: (x, None), lambda _, gradient: (jax.lax.optimization_barrier(gradient),))
-
-
-class Embedding(nnx.Module):
-    """A table [V, D]; also the output head when a model ties the two."""
-
-    def __init__(self, vocab_size: int, width: int, *, dtype: jnp.dtype, key: jax.Array):
-        table = normal(key, (vocab_size, width), 0.02, dtype)
-        self.weight = nnx.Param(table, axes=("vocab", "embed"))
-
-    def __call__(self, tokens: Int[Array, "B T"], dtype: jnp.dtype) -> Float[Array, "B T D"]:
-        """Rows of the table."""
-        return self.weight[...][tokens].astype(dtype)
 
 
 class ContextEmbedding(nnx.Module):

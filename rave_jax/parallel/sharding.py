@@ -7,6 +7,7 @@ Parameters carry their logical axes as `nnx.Param(..., axes=("mlp", "embed"))`; 
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Generator, Mapping
 from contextvars import ContextVar
@@ -70,6 +71,11 @@ def partition_spec(axes: Axes, shape: tuple[int, ...], mesh: Mesh | AbstractMesh
     return PartitionSpec(*entries)
 
 
+def names_of(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The mesh axes of one entry of a PartitionSpec or of RULES."""
+    return (entry,) if isinstance(entry, str) else entry or ()
+
+
 def named_sharding(axes: Axes, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> NamedSharding:
     """`partition_spec` as a NamedSharding."""
     return NamedSharding(mesh, partition_spec(axes, shape, mesh))
@@ -81,6 +87,19 @@ def shard(x: jax.Array, *axes: str | None) -> jax.Array:
     if mesh is None or mesh.size == 1:
         return x
     return jax.lax.with_sharding_constraint(x, named_sharding(axes, x.shape, mesh))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def shard_gradient(x: jax.Array, axes: Axes) -> jax.Array:
+    """x, whose gradient is pinned to its place on the current mesh.
+
+    Said where a parameter is used, it makes the compiler sum the gradient over rows onto the parameter's shards. Said
+    behind a loop over layers, it comes too late: each layer's gradient is then summed whole on every device.
+    """
+    return x
+
+
+shard_gradient.defvjp(lambda x, axes: (x, None), lambda axes, _, gradient: (shard(gradient, *axes),))
 
 
 def current_mesh() -> Mesh | AbstractMesh | None:

@@ -131,7 +131,7 @@ def make_step(
             return jax.tree.map(lambda a, b: a + b.astype(a.dtype), carry, (sums, grads)), None
 
         zero = jnp.zeros((), jnp.float32)
-        nothing = BatchSums(TokenSums(zero, zero, zero), dict.fromkeys(weights.losses, zero))
+        nothing = BatchSums(TokenSums(zero, zero, zero, zero), dict.fromkeys(weights.losses, zero))
         empty = {name: jnp.zeros(x.shape, jnp.float32) for name, x in state.trained.items()}
         (sums, grads), _ = jax.lax.scan(body, (nothing, empty), micro_batches(batch, accumulation))
         return sums, {name: grad.astype(state.trained[name].dtype) for name, grad in grads.items()}
