@@ -180,8 +180,8 @@ class Mechanism(nnx.Module):
     def mask(self, info_q: TokenInfo, info_k: TokenInfo, codes: MaskCodes) -> MaskCodes:
         """Other mask codes. With a cache, `info_k` is 0 in entries that hold nothing yet.
 
-        Mechanisms that own none of the codes are called first, so they get the plain codes: `order` numbers the keys,
-        and `hi` is where the query itself stands among them.
+        Mechanisms that own neither `order` nor `hi` are called first, so they get these plain: `order` numbers the
+        keys, and `hi` is where the query itself stands among them.
         """
         return codes
 

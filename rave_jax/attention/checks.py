@@ -28,7 +28,7 @@ USES = {
     "key_groups": "weighs or measures groups of keys from their log-sum-exps",
     "factor": DOES["factor"],
 }
-"""What a mechanism does that overrides this hook."""
+"""What a mechanism does that overrides this hook; of other hooks the name says it."""
 
 
 def name_of(mechanism: Mechanism) -> str:
@@ -86,8 +86,9 @@ def check_hooks(mechanisms: Sequence[Mechanism]) -> None:
         for other in mechanisms:
             hook = next((hook for hook in mechanism.SHUTS if other is not mechanism and overrides(other, hook)), None)
             if hook is not None:
+                does = USES.get(hook, f"overrides the hook {hook!r}")
                 raise ConfigError(
-                    f"{name_of(mechanism)} cannot share a layer with {name_of(other)}, which {USES[hook]}; "
+                    f"{name_of(mechanism)} cannot share a layer with {name_of(other)}, which {does}; "
                     f"{_remedy((mechanism, other))}"
                 )
 

@@ -16,10 +16,11 @@ import errno
 import logging
 import math
 import os
+import secrets
 import shutil
 import tempfile
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +28,7 @@ import jax
 from orbax.checkpoint import v1 as ocp
 
 from rave_jax.checkpoint import digests, saved_step
+from rave_jax.checkpoint.buckets import folder_at, is_bucket
 from rave_jax.checkpoint.digests import DamageError
 from rave_jax.checkpoint.saved_step import DATA, OPTIMIZER, PARAMETERS, StoreError, first_line
 from rave_jax.parallel import agree
@@ -60,6 +62,9 @@ def check_writable(directory: Path, needed: int) -> None:
     Raises:
         StoreError: read-only, not a directory, or too little space.
     """
+    if is_bucket(directory):
+        _check_bucket(directory)
+        return
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -67,12 +72,24 @@ def check_writable(directory: Path, needed: int) -> None:
     check_room(directory, needed)
 
 
+def _check_bucket(directory: Path) -> None:
+    probe = directory / f".write-test-{secrets.token_hex(8)}"
+    try:
+        probe.write_bytes(b"")
+        probe.unlink()
+    except Exception as error:  # fsspec, gcsfs and google's libraries raise kinds of their own
+        raise StoreError(f"cannot write to {directory}: {first_line(error)}") from error
+
+
 def check_room(directory: Path, needed: int) -> None:
-    """The same proof without making the directory: of the nearest folder above it that is there.
+    """The same proof without making the directory: of the nearest folder above it that is there. A bucket has room.
 
     Raises:
         StoreError: read-only, not a directory, or too little space.
     """
+    if is_bucket(directory):
+        _check_bucket(directory)
+        return
     place = next(folder for folder in (directory, *directory.parents) if folder.exists())
     try:
         with tempfile.NamedTemporaryFile(dir=place, prefix=".write-test-") as file:
@@ -93,18 +110,19 @@ def _gb(count: int) -> str:
 class Store:
     """The checkpoints in one directory. Use as a context manager; all processes of a job call it alike."""
 
-    def __init__(self, directory: Path, keep: int, *, reader: bool = False):
+    def __init__(self, directory: Path, keep: int, *, reader: bool = False, saved: Callable[[], None] | None = None):
         """
         Args:
-            directory: an absolute path after this; made when missing.
+            directory: an absolute path after this, or a folder in a bucket; made when missing.
             keep: newest checkpoints that are kept.
             reader: leave what is there as it is; do not save.
+            saved: called in the background behind each save.
 
         Raises:
             StoreError: the directory cannot be written.
         """
-        self.directory = Path(directory).resolve()
-        self._keep, self._reader = keep, reader
+        self.directory = folder_at(directory)
+        self._keep, self._reader, self._saved = keep, reader, saved
         self._checkpointer: ocp.training.Checkpointer | None = None
         self._save: _Save | None = None
         if not reader:
@@ -146,7 +164,7 @@ class Store:
         if step in agree.from_first(self.steps):
             return
         what = {PARAMETERS: parameters, OPTIMIZER: optimizer, DATA: data}
-        if not self.directory.parent.is_dir():
+        if not is_bucket(self.directory) and not self.directory.parent.is_dir():
             raise StoreError(
                 f"the checkpoint of step {step} could not be written: {self.directory.parent} is gone, moved or "
                 "deleted while the run was under way"
@@ -157,7 +175,7 @@ class Store:
         with _explained(self.directory, step):
             response = self._writer().save_checkpointables_async(step, what)
         assert response is not None, "the policy saves every step that is asked for"
-        self._save = _Save(self.directory, step, response)
+        self._save = _Save(self.directory, step, response, self._saved)
 
     def _writer(self) -> ocp.training.Checkpointer:
         if self._checkpointer is None:
@@ -303,8 +321,8 @@ class Store:
 class _Save:
     """One save under way: a thread waits for orbax and then writes the digests."""
 
-    def __init__(self, directory: Path, step: int, response: Any):
-        self._directory, self._step, self._response = directory, step, response
+    def __init__(self, directory: Path, step: int, response: Any, saved: Callable[[], None] | None):
+        self._directory, self._step, self._response, self._saved = directory, step, response, saved
         self._error: Exception | None = None
         self.thread = threading.Thread(target=self._finish, name="checkpoint digests")
         self.thread.start()
@@ -312,6 +330,8 @@ class _Save:
     def _finish(self) -> None:
         try:
             self._response.result()
+            if self._saved is not None:
+                self._saved()
             digests.write(self._directory / str(self._step), jax.process_index(), jax.process_count())
         except Exception as error:  # the next caller raises it
             self._error = error
@@ -361,11 +381,13 @@ class _explained:
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         if not isinstance(error, Exception):
             return
-        if not self._directory.is_dir():
+        if not is_bucket(self._directory) and not self._directory.is_dir():
             raise StoreError(
                 f"the checkpoint of step {self._step} could not be written: {self._directory} is gone"
             ) from error
-        full = any(code in str(error) for code in (os.strerror(errno.ENOSPC), "ENOSPC", "RESOURCE_EXHAUSTED"))
+        full = not is_bucket(self._directory) and any(
+            code in str(error) for code in (os.strerror(errno.ENOSPC), "ENOSPC", "RESOURCE_EXHAUSTED")
+        )
         why = f"no space is left ({_gb(shutil.disk_usage(self._directory).free)} free)" if full else first_line(error)
         raise StoreError(
             f"the checkpoint of step {self._step} could not be written to {self._directory}: {why}"

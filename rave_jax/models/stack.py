@@ -9,7 +9,6 @@ import jax
 from flax import nnx
 
 from rave_jax.models.config import Remat
-from rave_jax.parallel.sharding import shard_gradient
 
 GROUPED = "grouped_product"
 """Name of the results of grouped matmuls, which "dots" keeps as it keeps those of others."""
@@ -44,22 +43,12 @@ class LayerRun[Layer: nnx.Module](nnx.Module):
         """
 
         def of_layer(carry: Any, scanned: tuple[Any, Any], shared: Any) -> tuple[Any, Any]:
-            return body(with_sharded_gradients(scanned[0]), carry, scanned[1], shared)
+            return body(scanned[0], carry, scanned[1], shared)
 
         step = rematerialised(of_layer, remat)
         if self.stop - self.start == 1:
             step = backward_in_turn(step)
         return jax.lax.scan(lambda carry, scanned: step(carry, scanned, shared), carry, (self.layers, xs))
-
-
-def with_sharded_gradients[Layer: nnx.Module](layer: Layer) -> Layer:
-    """A layer whose parameters' gradients are summed onto the parameters' shards."""
-
-    def placed(param: Any) -> Any:
-        axes = param.get_metadata().get("axes")
-        return param if axes is None else param.replace(shard_gradient(param[...], axes))
-
-    return jax.tree.map(placed, layer, is_leaf=lambda x: isinstance(x, nnx.Variable))
 
 
 def equal_runs(depth: int, join: bool) -> list[tuple[int, int]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 import jax
+import jax.numpy as jnp
 
 from rave_jax.typing import Array
 
@@ -27,11 +28,14 @@ def summed_onto_shard(x: Array, dim: int, axes: MeshAxes, partial: Collection[st
         partial: mesh axes along which devices hold different parts of the sum. Along others x is the same.
     """
     for axis in axes:
+        ways = jax.lax.axis_size(axis)
+        # The shards in front, as an axis of their own: they are sent as they lie. A TPU pads what is split along rows
+        # or lanes to whole tiles, and sums an array whole on every device where the padding would be too much.
+        parts = jnp.moveaxis(x.reshape(*x.shape[:dim], ways, -1, *x.shape[dim + 1 :]), dim, 0)
         if axis in partial:
-            x = jax.lax.psum_scatter(x, axis, scatter_dimension=dim, tiled=True)
+            x = jax.lax.psum_scatter(parts, axis, scatter_dimension=0)
         else:
-            size = x.shape[dim] // jax.lax.axis_size(axis)
-            x = jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(axis) * size, size, axis=dim)
+            x = jax.lax.dynamic_index_in_dim(parts, jax.lax.axis_index(axis), keepdims=False)
     rest = tuple(axis for axis in partial if axis not in axes)
     # Last, when only the shard is left to be sent.
     return jax.lax.psum(x, rest) if rest else x

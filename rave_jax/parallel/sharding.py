@@ -7,7 +7,6 @@ Parameters carry their logical axes as `nnx.Param(..., axes=("mlp", "embed"))`; 
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 from collections.abc import Generator, Mapping
 from contextvars import ContextVar
@@ -18,17 +17,19 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 Axes = tuple[str | None, ...]
 
 RULES: Mapping[str, str | tuple[str, ...] | None] = {
-    # rows
-    "batch": ("data", "fsdp"),
-    "length": None,
+    # rows, and the tokens of a row
+    "batch": ("data", "fsdp", "expert"),
+    "length": "context",
+    "entries": None,
     # parameters and the activations between them
-    "embed": "fsdp",
+    "embed": ("fsdp", "expert", "context"),
+    "expert_embed": ("fsdp", "context"),
     "vocab": "tensor",
     "heads": "tensor",
     "kv_heads": "tensor",
     "mlp": "tensor",
     "channels": "tensor",
-    "experts": "tensor",
+    "experts": ("expert", "tensor"),
     "head_dim": None,
     "rank": None,
     "patch": None,
@@ -56,24 +57,34 @@ def use_mesh(mesh: Mesh | AbstractMesh) -> Generator[None]:
 def partition_spec(axes: Axes, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
     """Where an array with these logical axes goes on the mesh.
 
-    An axis whose size the mesh does not divide is kept whole (4 kv heads on 8 tensor ways, say); the
-    parameter table printed at the start of a run shows it.
+    Where a rule has several mesh axes, the last ones are left out until the rest divides the size. A size that no
+    mesh axis divides is kept whole (4 kv heads on 8 tensor ways, say); the parameter table printed at the start of a
+    run shows it.
 
     Raises:
         KeyError: a logical axis that RULES does not know.
     """
     entries = []
     for name, size in zip(axes, shape, strict=True):
-        rule = None if name is None else RULES[name]
-        names = (rule,) if isinstance(rule, str) else (rule or ())
-        ways = math.prod(mesh.shape[n] for n in names)
-        entries.append(rule if ways > 1 and size % ways == 0 else None)
+        names = () if name is None else mesh_axes(name, mesh)
+        while size % math.prod(mesh.shape[n] for n in names):
+            names = names[:-1]
+        entries.append(names if len(names) > 1 else names[0] if names else None)
     return PartitionSpec(*entries)
 
 
 def names_of(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
     """The mesh axes of one entry of a PartitionSpec or of RULES."""
     return (entry,) if isinstance(entry, str) else entry or ()
+
+
+def mesh_axes(name: str, mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
+    """Axes of the mesh that split a logical axis: those of its rule that are larger than 1.
+
+    Raises:
+        KeyError: RULES does not know the logical axis.
+    """
+    return tuple(n for n in names_of(RULES[name]) if mesh.shape[n] > 1)
 
 
 def named_sharding(axes: Axes, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> NamedSharding:
@@ -87,19 +98,6 @@ def shard(x: jax.Array, *axes: str | None) -> jax.Array:
     if mesh is None or mesh.size == 1:
         return x
     return jax.lax.with_sharding_constraint(x, named_sharding(axes, x.shape, mesh))
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def shard_gradient(x: jax.Array, axes: Axes) -> jax.Array:
-    """x, whose gradient is pinned to its place on the current mesh.
-
-    Said where a parameter is used, it makes the compiler sum the gradient over rows onto the parameter's shards. Said
-    behind a loop over layers, it comes too late: each layer's gradient is then summed whole on every device.
-    """
-    return x
-
-
-shard_gradient.defvjp(lambda x, axes: (x, None), lambda axes, _, gradient: (shard(gradient, *axes),))
 
 
 def current_mesh() -> Mesh | AbstractMesh | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from rave_jax import config as configs
 from rave_jax.checkpoint.tiny import Tiny
@@ -50,8 +50,12 @@ class Extension:
 class TrainConfig:
     """One training run, from a checkpoint to what is done after the last step."""
 
+    url_schemes: ClassVar = ("gs",)
+    """Of `output_dir`."""
+
     output_dir: str = "runs/run"
-    """Run directory: config, metrics, checkpoints, results. An existing run is continued."""
+    """Run directory: config, metrics, checkpoints, results; gs://BUCKET/FOLDER is one too. An existing run is
+    continued."""
     init: FromHF | Tiny = field(default_factory=Tiny)
     """Where the weights come from."""
     model: ModelOptions = field(default_factory=ModelOptions)
@@ -66,6 +70,9 @@ class TrainConfig:
     """Seed of parameters that the checkpoint does not hold, such as those of mechanisms."""
     loss_chunk: int = 128
     """Tokens of each row whose logits exist at one time."""
+    z_loss: float = 0.0
+    """Coefficient of the z-loss: the mean over target tokens of the squared log-sum-exp of the logits, which keeps it
+    near 0. 1e-4 is usual; 0 adds nothing."""
     mesh: MeshConfig = field(default_factory=MeshConfig)
     """How the devices are arranged."""
     simulated_devices: int = 0
@@ -87,10 +94,13 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         require(bool(self.output_dir), "output_dir", self.output_dir, "a directory")
+        there = "a local path or gs://BUCKET/FOLDER: orbax writes no checkpoints to s3://, so mount that bucket"
+        require(not self.output_dir.startswith("s3://"), "output_dir", self.output_dir, there)
         check_paths(self)
         # Steps are counted in int32, on the devices too.
         counts = dict.fromkeys(("steps", "log_every", "save_every", "keep"), (1, 2**31 - 1))
         check_ranges(self, **counts, loss_chunk=(1, MOST_TOKENS))
+        check_ranges(self, z_loss=(0, 1e6))
         require(self.simulated_devices >= 0, "simulated_devices", self.simulated_devices, "at least 0")
         require(0 <= self.seed < 2**32, "seed", self.seed, "0 to 2^32 - 1")
         warmup = self.optimizer.warmup

@@ -85,13 +85,17 @@ def train(config: TrainConfig, stop: StopRequest | None = None) -> None:
         Interrupted: the job was asked to end; the state of the last finished step is saved.
     """
     stop = StopRequest() if stop is None else stop
-    with Watchdog(config.hosts.step_timeout, stop) as watchdog:
-        _run(config, watchdog, stop)
-
-
-def _run(config: TrainConfig, watchdog: Watchdog, stop: StopRequest) -> None:
     check_can_be_read_again(config)
-    directory = run_directory(config.output_dir)
+    with Watchdog(config.hosts.step_timeout, stop) as watchdog:
+        directory = run_directory(config.output_dir)
+        try:
+            _run(config, directory, watchdog, stop)
+        finally:
+            if directory.mirror is not None:
+                directory.mirror.close()
+
+
+def _run(config: TrainConfig, directory: RunDirectory, watchdog: Watchdog, stop: StopRequest) -> None:
     mesh = make_mesh(config.mesh)
     with watchdog.during("the data sources to open", Watchdog.LONG):
         sources = config.data.open_sources()
@@ -107,12 +111,12 @@ def _run(config: TrainConfig, watchdog: Watchdog, stop: StopRequest) -> None:
             steps=config.steps,
             rows=config.data.rows,
             loss_chunk=config.loss_chunk,
+            z_loss=config.z_loss,
         )
         check_memory(session.state, "parameters and optimizer state")
         check_memory(least_activations(config, vlm, mesh), "the rows of a batch (data.rows, tokens, patches)")
         kept = min(config.keep, -(-config.steps // config.save_every)) + 1
-        present = sum(f.stat().st_size for s in claim.steps for f in directory.checkpoint(s).rglob("*") if f.is_file())
-        check_room(directory.checkpoints, kept * local_bytes(session.state) - present)
+        check_room(directory.checkpoints, kept * local_bytes(session.state) - _present(directory, claim.steps))
         processor = config.data.processor(claim.model, config.model.layout)
         pipeline = Pipeline(config.data, processor, sources, keeps=hosts.is_first())
         evaluations = Evaluations(config, sampled, model, processor, mesh, directory)
@@ -130,7 +134,8 @@ def _run(config: TrainConfig, watchdog: Watchdog, stop: StopRequest) -> None:
             print_parameters(group_rows(session, config.optimizer))
         with watchdog.during("the weights to be read", Watchdog.LONG):
             state = _first_or_saved_state(config, session, directory, claim, pipeline)
-        with Store(directory.checkpoints, config.keep) as store:
+        pushes = directory.push if hosts.is_first() else None  # metrics go with the state that they lead to
+        with Store(directory.checkpoints, config.keep, saved=pushes) as store:
             if claim.past is not None:
                 evaluations.continue_after(claim.after_step)
             state = _train(config, session, directory, claim, store, state, pipeline, watchdog, stop, evaluations)
@@ -141,6 +146,13 @@ def _run(config: TrainConfig, watchdog: Watchdog, stop: StopRequest) -> None:
                 finish(config, model, processor, mesh, directory, evaluations)
             except OSError as error:
                 raise StoreError(f"training is done and saved, but the evaluation or report failed: {error}") from error
+
+
+def _present(directory: RunDirectory, steps: list[int]) -> int:
+    """Bytes of the checkpoints that are there; those in a bucket take no room of ours."""
+    if directory.mirror is not None:
+        return 0
+    return sum(f.stat().st_size for s in steps for f in directory.checkpoint(s).rglob("*") if f.is_file())
 
 
 def _check_final(config: TrainConfig, model: VlmConfig) -> dict[int, Source]:
@@ -234,9 +246,7 @@ def _writers(config: TrainConfig, directory: RunDirectory, after_step: int) -> G
             if config.tensorboard:
                 writers.append(TensorBoardWriter(directory.tensorboard, after_step))
         except OSError as error:
-            raise StoreError(
-                f"cannot write to {error.filename or directory.path}: {error.strerror or error}"
-            ) from error
+            raise StoreError(f"cannot write to {error.filename or directory}: {error.strerror or error}") from error
     try:
         yield writers
     finally:
@@ -271,10 +281,12 @@ def finish(
                 if hosts.is_first() and summary is not None:
                     print_summary(summary, console)
                 elif hosts.is_first():
-                    console.print(f"evaluation {part.name} was run before: {out / 'summary.json'}", soft_wrap=True)
+                    before = directory.shown(out / "summary.json")
+                    console.print(f"evaluation {part.name} was run before: {before}", soft_wrap=True)
             case Report():
                 if hosts.is_first():
-                    console.print(f"report: {write_report(part, directory.path)}", soft_wrap=True)
+                    report = directory.shown(write_report(part, directory.path))
+                    console.print(f"report: {report}", soft_wrap=True)
         hosts.barrier(f"final {type(part).__name__}", config.hosts)
 
 
@@ -294,7 +306,7 @@ def load_run(path: str | Path, mesh: MeshConfig | Mesh | None = None, step: int 
     config = directory.read_config()
     devices = mesh if isinstance(mesh, Mesh) else make_mesh(mesh or MeshConfig())
     if not directory.checkpoints.is_dir():
-        raise ConfigError(f"{directory.path} holds no checkpoint yet")
+        raise ConfigError(f"{directory} holds no checkpoint yet")
     graph = ModelGraph(abstract_model(model_config(config.init, directory.model), config.model))
     with Store(directory.checkpoints, config.keep, reader=True) as store:
         target = parameters_target(graph, devices)
@@ -303,7 +315,7 @@ def load_run(path: str | Path, mesh: MeshConfig | Mesh | None = None, step: int 
         elif (found := store.restore_newest(target)) is not None:
             step, parameters = found.step, found.parameters
         else:
-            raise ConfigError(f"{directory.path} holds no checkpoint yet")
+            raise ConfigError(f"{directory} holds no checkpoint yet")
     model = graph.merge(parameters["values"])
     processor = config.data.processor(directory.model, config.model.layout)
     return LoadedRun(config, model, processor, devices, step)

@@ -52,7 +52,14 @@ class Session:
 
 
 def make_session(
-    model: nnx.Module, config: OptimizerConfig, mesh: Mesh, *, steps: int, rows: int, loss_chunk: int
+    model: nnx.Module,
+    config: OptimizerConfig,
+    mesh: Mesh,
+    *,
+    steps: int,
+    rows: int,
+    loss_chunk: int,
+    z_loss: float = 0.0,
 ) -> Session:
     """
     Args:
@@ -62,6 +69,7 @@ def make_session(
         steps: of the whole run.
         rows: of the global batch.
         loss_chunk: tokens of a row whose logits exist at one time.
+        z_loss: coefficient of the z-loss.
 
     Raises:
         ConfigError: a group that matches nothing, everything frozen, or rows that mesh and accumulation do not divide.
@@ -83,7 +91,7 @@ def make_session(
     shapes = jax.eval_shape(lambda: init_state(_empty(graph), groups, optimizer))
     shardings = state_shardings(shapes, graph.shardings(mesh), mesh)
     sizes = {"steps": steps, "accumulation": config.accumulation, "loss_chunk": loss_chunk}
-    step = make_step(graph, groups, optimizer, schedule, **sizes)
+    step = make_step(graph, groups, optimizer, schedule, **sizes, z_loss=z_loss)
     compiled = compile_step(step, shardings, batch_shardings(mesh, rows), replicated(mesh))
     return Session(mesh, graph, groups, optimizer, schedule, abstract(shapes, shardings), compiled)
 

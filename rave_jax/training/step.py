@@ -70,6 +70,9 @@ class BatchWeights(NamedTuple):
     losses: dict[str, Float[Array, ""]]
 
 
+Z_LOSS = "z"
+"""Name of the z-loss among those that are added to the loss."""
+
 Step = Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
 
 
@@ -96,11 +99,12 @@ def make_step(
     steps: int,
     accumulation: int,
     loss_chunk: int,
+    z_loss: float = 0.0,
 ) -> Step:
     """The step as a pure function, not yet compiled.
 
     The loss is the weighted mean over the target tokens of the whole batch, whatever the accumulation, and so are the
-    mechanisms' losses, which are added, each over its own weights. A step
+    mechanisms' losses, which are added, each over its own weights, and the z-loss. A step
     whose loss or gradient is not finite changes nothing but `bad_step`, and neither does any step after it, so
     that the caller, who reads metrics late, still holds the state before the bad update.
     """
@@ -111,13 +115,19 @@ def make_step(
     ) -> tuple[jax.Array, BatchSums]:
         model: Trainable = graph.merge(trained | frozen)
         out = model.forward(batch, Want(losses=True, progress=progress))
-        sums = chunked_cross_entropy(out.hidden, model.head_weight(), batch.targets, batch.loss_weights, loss_chunk)
+        head, of_tokens = model.head_weight(), (batch.targets, batch.loss_weights)
+        sums = chunked_cross_entropy(out.hidden, head, *of_tokens, loss_chunk, z_loss)
         means = {name: x / weights.losses[name] for name, x in out.losses.items()}
-        return functools.reduce(jnp.add, means.values(), sums.loss / weights.targets), BatchSums(sums, means)
+        # The z-loss stands in `sums.loss` with the likelihood, and is told beside it.
+        whole = functools.reduce(jnp.add, means.values(), sums.loss / weights.targets)
+        means |= {Z_LOSS: sums.z / weights.targets} if z_loss > 0 else {}
+        return whole, BatchSums(sums._replace(loss=sums.loss - sums.z), means)
 
     def gradients(state: TrainState, batch: Batch) -> tuple[BatchSums, Params]:
         model: Trainable = graph.merge(state.trained | state.frozen)
-        weights = BatchWeights(jnp.sum(batch.loss_weights, dtype=jnp.float32), model.loss_weights(batch.info))
+        targets = jnp.sum(batch.loss_weights, dtype=jnp.float32)
+        of_losses = model.loss_weights(batch.info) | ({Z_LOSS: targets} if z_loss > 0 else {})
+        weights = BatchWeights(targets, of_losses)
         weights = jax.tree.map(lambda x: jnp.where(x > 0, x, 1.0), weights)
         # Of `steps` steps the first has progress 0 and the last nearly 1.
         progress = state.step.astype(jnp.float32) / steps

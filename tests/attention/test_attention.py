@@ -13,6 +13,7 @@ from hypothesis import given, settings
 
 from rave_jax import attention as at
 from rave_jax.attention.attend import mask_codes, positions
+from rave_jax.attention.checks import check_hooks
 from rave_jax.batch import Kind, TokenInfo
 from rave_jax.config import ConfigError
 from rave_jax.kernels.attention.base import tile_allow
@@ -108,6 +109,25 @@ def test_two_owners_of_one_thing_are_refused_by_name():
     at.build_mechanisms((at.Rave(), at.Rave(rank=4)), DIMS, KEY)
     with pytest.raises(ConfigError, match="TextPositions cannot stand twice in a layer: each sets"):
         at.build_mechanisms((at.TextPositions(), at.TextPositions()), DIMS, KEY)
+
+
+class Shutting(at.Mechanism):
+    """Wants to be alone with key groups."""
+
+    SHUTS = ("merge",)
+
+
+class Merging(at.Mechanism):
+    """Overrides the hook, and changes nothing."""
+
+    def merge(self, x, parts, info_q, info_k):
+        return None
+
+
+def test_a_hook_that_another_shuts_is_refused_by_name():
+    check_hooks([Shutting(), at.SlidingWindow().build(DIMS, KEY)])
+    with pytest.raises(ConfigError, match="Shutting cannot share a layer with Merging, which overrides the hook 'mer"):
+        check_hooks([Merging(), Shutting()])
 
 
 @pytest.mark.parametrize("implementation", (pytest.param("reference", marks=pytest.mark.slow), "xla"))

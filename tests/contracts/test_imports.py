@@ -42,7 +42,8 @@ PARTS: dict[str, set[str]] = {
     "training": AFTER_MODEL | {"look", "evaluation", "observe"},
     "api": AFTER_MODEL | {"look", "tools"},
     "study": AFTER_MODEL | {"look", "evaluation", "training", "observe"},
-    "tools": AFTER_MODEL | {"command_line", "look", "evaluation", "training", "study", "observe"},
+    "plan": AFTER_MODEL | {"training", "observe"},
+    "tools": AFTER_MODEL | {"command_line", "look", "evaluation", "training", "study", "observe", "plan"},
 }
 
 # Libraries that only these parts may import. What is not named here and declared in pyproject.toml is free.
