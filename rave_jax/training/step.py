@@ -125,10 +125,12 @@ def make_step(
         model: Trainable = graph.merge(trained | frozen)
         out = model.forward(batch, Want(losses=True, progress=progress))
         head, of_tokens = model.head_weight(), (batch.targets, batch.loss_weights)
-        sums = chunked_cross_entropy(out.hidden, head, *of_tokens, loss_chunk, z_loss=z_loss > 0)
-        added = out.losses | ({Z_LOSS: z_loss * sums.z} if z_loss > 0 else {})
-        means = {name: x / weights.losses[name] for name, x in added.items()}
-        return functools.reduce(jnp.add, means.values(), sums.loss / weights.targets), BatchSums(sums, means)
+        sums = chunked_cross_entropy(out.hidden, head, *of_tokens, loss_chunk, z_loss)
+        means = {name: x / weights.losses[name] for name, x in out.losses.items()}
+        # The z-loss stands in `sums.loss` with the likelihood, and is told beside it.
+        whole = functools.reduce(jnp.add, means.values(), sums.loss / weights.targets)
+        means |= {Z_LOSS: sums.z / weights.targets} if z_loss > 0 else {}
+        return whole, BatchSums(sums._replace(loss=sums.loss - sums.z), means)
 
     def gradients(state: TrainState, batch: Batch) -> tuple[BatchSums, Params]:
         model: Trainable = graph.merge(state.trained | state.frozen)

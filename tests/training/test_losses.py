@@ -81,10 +81,10 @@ def test_the_step_descends_the_sum_of_all_losses() -> None:
             model = session.graph.merge(trained)
             out = model.forward(batch, Want(losses=True))
             weights = model.loss_weights(batch.info)
-            tokens = chunked_cross_entropy(out.hidden, model.head_weight(), batch.targets, batch.loss_weights, 24, True)
+            of_tokens = batch.targets, batch.loss_weights
+            tokens = chunked_cross_entropy(out.hidden, model.head_weight(), *of_tokens, 24, Z_LOSS)
             means = {name: out.losses[name] / weights[name] for name in weights}
-            means["z"] = Z_LOSS * tokens.z / tokens.weight
-            return tokens.loss / tokens.weight + sum(means.values()), means
+            return tokens.loss / tokens.weight + sum(means.values()), means | {"z": tokens.z / tokens.weight}
 
         (total, means), gradients = jax.value_and_grad(loss, has_aux=True)(trained)
         return total, means, optax.tree.norm(gradients)
