@@ -45,7 +45,7 @@ from rave_jax.parallel.stopping import StopRequest
 from rave_jax.parallel.watchdog import Watchdog
 from rave_jax.training.claim import Claim, claimed
 from rave_jax.training.config import TrainConfig, check_can_be_read_again
-from rave_jax.training.directory import RunDirectory, run_directory
+from rave_jax.training.directory import RunDirectory, opened, run_directory
 from rave_jax.training.evaluations import Evaluations, part_named
 from rave_jax.training.footprint import least_activations, least_spread
 from rave_jax.training.init import model_config, source_of
@@ -93,12 +93,8 @@ def train(config: TrainConfig, stop: StopRequest | None = None) -> None:
     check_can_be_read_again(config)
     goodput = Goodput()
     with Watchdog(config.hosts.step_timeout, stop) as watchdog:
-        directory = run_directory(config.output_dir)
-        try:
+        with opened(config.output_dir) as directory:
             _run(config, directory, watchdog, stop, goodput)
-        finally:
-            if directory.mirror is not None:
-                directory.mirror.close()
 
 
 def _run(config: TrainConfig, directory: RunDirectory, watchdog: Watchdog, stop: StopRequest, goodput: Goodput) -> None:
