@@ -92,9 +92,8 @@ def train(config: TrainConfig, stop: StopRequest | None = None) -> None:
     stop = StopRequest() if stop is None else stop
     check_can_be_read_again(config)
     goodput = Goodput()
-    with Watchdog(config.hosts.step_timeout, stop) as watchdog:
-        with opened(config.output_dir) as directory:
-            _run(config, directory, watchdog, stop, goodput)
+    with Watchdog(config.hosts.step_timeout, stop) as watchdog, opened(config.output_dir) as directory:
+        _run(config, directory, watchdog, stop, goodput)
 
 
 def _run(config: TrainConfig, directory: RunDirectory, watchdog: Watchdog, stop: StopRequest, goodput: Goodput) -> None:
