@@ -27,10 +27,15 @@ def pretend(root: Path, patch: pytest.MonkeyPatch) -> None:
             one = isinstance(path, (str, os.PathLike))
             return super()._join(os.fspath(path).split("://", 1)[-1] if one else path)
 
+        def find(self, path: str, *given: Any, **named: Any) -> Any:
+            found = super().find(path, *given, **named)
+            return [name.removesuffix("/object") for name in found]
+
     def kvstore(path: str) -> dict[str, Any]:
         bucket, name = gcs_utils.parse_gcs_path(path)
-        # In a bucket a slash may end the name of an object.
-        return {"driver": "file", "path": f"{root}/{bucket}/{name}".replace("/_sharding/", "/_sharding")}
+        # In a bucket a slash may end the name of an object, which fsspec then takes for a folder.
+        place = f"{root}/{bucket}/{name}"
+        return {"driver": "file", "path": place.replace("/_sharding/", "/_sharding/object")}
 
     for name in ("gs", "gcs"):
         patch.setitem(_registry, name, Folder)

@@ -62,7 +62,8 @@ def files_under(folder: Path) -> list[str]:
     """Paths of all files below a folder, relative to it, ascending."""
     if is_bucket(folder):
         start = str(folder).removeprefix(f"{SCHEME}://") + "/"
-        return sorted(name.removeprefix(start) for name in file_system().find(str(folder)))
+        names = (name.removeprefix(start) for name in file_system().find(str(folder)))
+        return sorted(name for name in names if name and not name.endswith("/"))
     found = (path for path in folder.rglob("*") if path.is_file())
     return sorted(str(path.relative_to(folder)) for path in found)
 
