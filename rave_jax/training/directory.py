@@ -153,10 +153,10 @@ class RunDirectory:
 
 
 def run_directory(path: str | Path) -> RunDirectory:
-    """The run directory at a path or a gs:// URL, which need not exist yet.
+    """The run directory at a path or the URL of a bucket, which need not exist yet.
 
     Raises:
-        ConfigError: the path is not one of a file system, and no gs:// URL.
+        ConfigError: the path is not one of a file system, and no URL of a bucket.
         StoreError: the bucket cannot be read.
     """
     if is_bucket(path):
