@@ -46,7 +46,7 @@ from rave_jax.parallel.watchdog import Watchdog
 from rave_jax.training.averages import Weights
 from rave_jax.training.claim import Claim, claimed
 from rave_jax.training.config import TrainConfig, check_can_be_read_again
-from rave_jax.training.directory import RunDirectory, run_directory
+from rave_jax.training.directory import RunDirectory, opened, run_directory
 from rave_jax.training.evaluations import Evaluations, part_named
 from rave_jax.training.footprint import least_activations, least_spread
 from rave_jax.training.init import model_config, source_of
@@ -93,13 +93,8 @@ def train(config: TrainConfig, stop: StopRequest | None = None) -> None:
     stop = StopRequest() if stop is None else stop
     check_can_be_read_again(config)
     goodput = Goodput()
-    with Watchdog(config.hosts.step_timeout, stop) as watchdog:
-        directory = run_directory(config.output_dir)
-        try:
-            _run(config, directory, watchdog, stop, goodput)
-        finally:
-            if directory.mirror is not None:
-                directory.mirror.close()
+    with Watchdog(config.hosts.step_timeout, stop) as watchdog, opened(config.output_dir) as directory:
+        _run(config, directory, watchdog, stop, goodput)
 
 
 def _run(config: TrainConfig, directory: RunDirectory, watchdog: Watchdog, stop: StopRequest, goodput: Goodput) -> None:
