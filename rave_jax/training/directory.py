@@ -7,6 +7,8 @@ metrics.jsonl      one row per logged step, and one without a loss per evaluatio
                    rows are moved to metrics.jsonl.rejected
 tensorboard/       the same as events
 checkpoints/STEP/  parameters, optimizer, data state (checkpoint/store.py)
+profile/STEP/      what jax's profiler wrote of a few steps (profiling.py)
+wandb.id, wandb/   the run at Weights & Biases, where metrics go there too
 bad_step/STEP/     the state before a step that was not finite, if there was one
 evaluation/NAME/   what the evaluations after the last step wrote; steps/STEP/ in it, what one with `every` wrote
                    after that step
@@ -72,6 +74,11 @@ class RunDirectory:
     def tensorboard(self) -> Path:
         """Metrics as TensorBoard events."""
         return self.path / "tensorboard"
+
+    @property
+    def profile(self) -> Path:
+        """Profiles of steps."""
+        return self.path / "profile"
 
     @property
     def checkpoints(self) -> Path:

@@ -44,6 +44,11 @@ class StepMetrics(NamedTuple):
         tokens: tokens that are not padding.
         target_tokens: tokens with a loss.
         bad_step: -1, or the step whose loss or gradient was not finite.
+        fill: share of the tokens of all rows that are not padding.
+        images: pictures and videos.
+        group_norms: norm of the gradient of each group of parameters, by its name.
+        mechanisms: root mean square of the mechanisms' trained parameters before the step, over all layers, by the
+            parameter's own name. Those of a gate that starts as nothing tell how far it has opened.
     """
 
     loss: Float[Array, ""]
@@ -54,6 +59,10 @@ class StepMetrics(NamedTuple):
     tokens: Int[Array, ""]
     target_tokens: Int[Array, ""]
     bad_step: Int[Array, ""]
+    fill: Float[Array, ""]
+    images: Int[Array, ""]
+    group_norms: dict[str, Float[Array, ""]]
+    mechanisms: dict[str, Float[Array, ""]]
 
 
 class BatchSums(NamedTuple):
@@ -185,9 +194,28 @@ def make_step(
             tokens=jnp.sum(batch.info.kind != Kind.PAD),
             target_tokens=jnp.sum(batch.loss_weights > 0),
             bad_step=bad_step,
+            fill=jnp.mean(batch.info.kind != Kind.PAD, dtype=jnp.float32),
+            images=jnp.sum(jnp.max(batch.info.image, axis=1)),
+            group_norms=_norms_by_group(grads, groups),
+            mechanisms=_sizes_of_mechanisms(state.trained),
         )
 
     return step
+
+
+def _norms_by_group(grads: Params, groups: Mapping[str, ParameterGroup]) -> dict[str, Float[Array, ""]]:
+    by_group: dict[str, Params] = {}
+    for name, grad in grads.items():
+        by_group.setdefault(groups[name].name, {})[name] = grad.astype(jnp.float32)
+    return {group: optax.tree.norm(part) for group, part in by_group.items()}
+
+
+def _sizes_of_mechanisms(trained: Params) -> dict[str, Float[Array, ""]]:
+    by_name: dict[str, list[jax.Array]] = {}
+    for path, value in trained.items():
+        if ".mechanisms." in path:
+            by_name.setdefault(path.rpartition(".")[2], []).append(value.astype(jnp.float32))
+    return {name: optax.tree.norm(of) / sum(x.size for x in of) ** 0.5 for name, of in by_name.items()}
 
 
 def compile_step(step: Step, states: Any, batches: Any, metrics: jax.sharding.NamedSharding) -> Step:

@@ -144,7 +144,9 @@ def test_a_mechanism_without_losses_adds_nothing_to_the_metrics() -> None:
 
 
 def test_losses_are_logged_by_name() -> None:
-    values = named_values(StepMetrics(*map(np.float32, range(8)))._replace(losses={"avar_enhance": np.float32(0.5)}))
+    empty = StepMetrics(*map(np.float32, range(len(StepMetrics._fields))))
+    of = empty._replace(losses={"avar_enhance": np.float32(0.5)}, group_norms={}, mechanisms={"gain": np.float32(1)})
+    values = named_values(of)
     assert values["loss/avar_enhance"] == 0.5 and values["loss"] == 0 and "losses" not in values
 
 
