@@ -55,6 +55,7 @@ from rave_jax.training.meter import Meter
 from rave_jax.training.profiling import Profiler, on_signal
 from rave_jax.training.session import Session, group_rows, make_session
 from rave_jax.training.state import ModelGraph, TrainState, parameters_of, parameters_target, state_of
+from rave_jax.training.whole import check_split
 
 log = logging.getLogger(__name__)
 
@@ -115,6 +116,7 @@ def _run(config: TrainConfig, directory: RunDirectory, watchdog: Watchdog, stop:
             loss_chunk=config.loss_chunk,
             z_loss=config.z_loss,
         )
+        check_split(session.graph.shapes, session.graph.axes, mesh, allow=config.mesh.allow_whole)
         check_memory(session.state, "parameters and optimizer state")
         check_memory(least_activations(config, vlm, mesh), "the rows of a batch (data.rows, tokens, patches)")
         kept = config.retention.most(config.steps, config.save_every)

@@ -12,6 +12,7 @@ import optax
 
 from rave_jax.batch import Batch, Kind, TokenInfo
 from rave_jax.models.forward import Output, Want
+from rave_jax.parallel.compiler import compiler_options
 from rave_jax.parallel.rows import batch_axis
 from rave_jax.training.averages import Ema
 from rave_jax.training.objective import TokenSums, chunked_cross_entropy
@@ -224,7 +225,7 @@ def _sizes_of_mechanisms(trained: Params) -> dict[str, Float[Array, ""]]:
 
 
 def compile_step(step: Step, states: Any, batches: Any, metrics: jax.sharding.NamedSharding) -> Step:
-    """The step under jit. The state is donated.
+    """The step under jit, with the compiler's options of the chip. The state is donated.
 
     Args:
         step: from `make_step`.
@@ -232,4 +233,10 @@ def compile_step(step: Step, states: Any, batches: Any, metrics: jax.sharding.Na
         batches: shardings of the batch.
         metrics: sharding of every metric.
     """
-    return jax.jit(step, in_shardings=(states, batches), out_shardings=(states, metrics), donate_argnums=0)
+    return jax.jit(
+        step,
+        in_shardings=(states, batches),
+        out_shardings=(states, metrics),
+        donate_argnums=0,
+        compiler_options=compiler_options(metrics.mesh) or None,
+    )
