@@ -109,7 +109,8 @@ class Predictor(ProjectedRouter):
 
     def losses(self, x: Features, parts: Parts, info_q: TokenInfo, info_k: TokenInfo) -> dict[str, Float[Array, ""]]:
         """Cross-entropy of predicted and true shares of blocks, a mean over heads, summed over the asked queries."""
-        pooled = self.pool(Keys(x.k, x.v, (self.remember(x),)), 0, info_k)
+        # x holds all tokens of the rows, in the order of info_q.
+        pooled = self.pool(Keys(x.k, x.v, (self.remember(x),)), 0, info_q)
         if pooled is None:
             return {LOSS: jnp.zeros((), jnp.float32)}
         (of, R), mean = pooled

@@ -54,6 +54,7 @@ from rave_jax.training.loop import Loop, Schedule
 from rave_jax.training.meter import Meter
 from rave_jax.training.profiling import Profiler, on_signal
 from rave_jax.training.session import Session, group_rows, make_session
+from rave_jax.training.splits import check_splits
 from rave_jax.training.state import ModelGraph, TrainState, parameters_of, parameters_target, state_of
 from rave_jax.training.whole import check_split
 
@@ -107,6 +108,7 @@ def _run(config: TrainConfig, directory: RunDirectory, watchdog: Watchdog, stop:
         with watchdog.during("the data of evaluations to open", Watchdog.LONG):
             sampled = _check_final(config, vlm)
         model = abstract_model(vlm, config.model)
+        check_splits(config, model, mesh)
         session = make_session(
             model,
             config.optimizer,

@@ -191,13 +191,19 @@ def loss_and_gradients(model: Vlm, rows) -> tuple[jax.Array, ...]:
 
 
 LAYOUTS = pytest.mark.parametrize(
-    "layout", [{"data": 2, "fsdp": 2, "tensor": 2}, {"data": 1, "fsdp": 1, "tensor": 8}], ids=str
+    "layout",
+    [
+        {"data": 2, "fsdp": 2, "tensor": 2},
+        {"data": 1, "fsdp": 1, "tensor": 8},
+        {"fsdp": 1, "expert": 2, "context": 2, "tensor": 2},
+    ],
+    ids=str,
 )
 
 
 @LAYOUTS
 def test_experts_on_a_mesh_give_the_same_numbers(layout: dict[str, int]) -> None:
-    layer, (x, ct) = a_layer(), arrays(6)
+    layer, (x, ct) = a_layer(), arrays(6, length=8)
     mesh = make_mesh(MeshConfig(**layout), jax.devices()[:8])
     with use_mesh(mesh):
         placed = jax.device_put(layer, shardings(layer, mesh))
@@ -216,6 +222,11 @@ def test_a_model_on_a_mesh_gives_the_same_numbers(layout: dict[str, int]) -> Non
         ours = jax.jit(loss_and_gradients.__wrapped__)(placed, packed)
     gate = named_parameters(placed)["decoder.layer_runs.2.layers.mlp.gate.weight"]
     assert param_axes(gate) == ("layers", "experts", None, "expert_embed")
-    assert gate[...].addressable_shards[0].data.shape == (2, 8 // layout["tensor"], 12, D // layout["fsdp"])
+    assert gate[...].addressable_shards[0].data.shape == (
+        2,
+        8 // (layout["tensor"] * layout.get("expert", 1)),
+        12,
+        D // (layout["fsdp"] * layout.get("context", 1)),
+    )
     for one, other in zip(ours, loss_and_gradients(model, packed), strict=True):
         np.testing.assert_allclose(one, other, atol=2e-5 * max(1, float(jnp.abs(other).max())))

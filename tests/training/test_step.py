@@ -165,6 +165,7 @@ def test_a_phase_ends_without_a_new_program(in_parts):
         pytest.param(MeshConfig(data=8, fsdp=1), id="data"),
         pytest.param(MeshConfig(fsdp=8), id="fsdp"),
         pytest.param(MeshConfig(fsdp=2, tensor=4), id="tensor"),
+        pytest.param(MeshConfig(fsdp=2, context=2, tensor=2), id="context"),
     ],
 )
 def test_meshes_give_the_losses_of_one_device(mesh, one_device):

@@ -1,0 +1,52 @@
+"""What a mesh may split of a model and of rows, known before anything is compiled."""
+
+from __future__ import annotations
+
+from jax.sharding import Mesh
+
+from rave_jax.config import require
+from rave_jax.models.decoder_layer import DeltaLayer
+from rave_jax.models.vlm import Vlm
+from rave_jax.parallel import context
+from rave_jax.training.config import TrainConfig
+
+
+def check_splits(config: TrainConfig, model: Vlm, mesh: Mesh) -> None:
+    """Refuse mesh axes that the model or its rows cannot be split over.
+
+    Args:
+        config: of the run.
+        model: with numbers or without.
+        mesh: of the run.
+
+    Raises:
+        ConfigError: names the axis, or the field of the rows.
+    """
+    _check_context(config, model, mesh.shape["context"])
+    _check_experts(model, mesh.shape["expert"])
+
+
+def _check_context(config: TrainConfig, model: Vlm, parts: int) -> None:
+    if parts == 1:
+        return
+    context.check_tokens(config.data.tokens, parts, "data.tokens")
+    for number, stage in enumerate(config.data.stages):
+        if stage.tokens is not None:
+            context.check_tokens(stage.tokens, parts, f"data.stages.{number}.tokens")
+    if any(isinstance(run.layers, DeltaLayer) for run in model.decoder.layer_runs):
+        expected = "1: the model's layers with the gated delta rule read a row from its first token to its last"
+        require(False, "mesh.context", parts, expected)
+    for one in config.model.mechanisms:
+        expected = f"1: {one.called} lets tokens leave, which is decided over whole rows"
+        require(not one.drops, "mesh.context", parts, expected)
+
+
+def _check_experts(model: Vlm, parts: int) -> None:
+    if parts == 1:
+        return
+    experts = model.decoder.experts
+    count = 0 if experts is None else experts.count
+    require(
+        count > 0, "mesh.expert", parts, "1: the model has no experts, and mesh.fsdp splits rows and parameters too"
+    )
+    require(count % parts == 0, "mesh.expert", parts, f"a divisor of the model's {count} experts")
