@@ -53,8 +53,9 @@ class Split(NamedTuple):
         of_tokens = partition_spec(("batch", "length"), x.shape[:2], mesh)
         rows = tuple(name for entry in of_tokens for name in names_of(entry))
         of_weight = partition_spec(axes, weight.shape, mesh)
-        # Mesh axes that split rows cannot split the width of the same array too.
-        others = [tuple(name for name in names_of(entry) if name not in rows) or None for entry in of_weight]
+        # Mesh axes that split rows cannot split the width of the same array too. Where a rule has some of them and
+        # others, the width stays whole, and `summed_onto_shard` cuts out the shard.
+        others = [None if set(names_of(entry)) & set(rows) else entry for entry in of_weight]
         of_x, of_y = (PartitionSpec(*of_tokens, *part) for part in (others[-num_in:], others[:-num_in]))
         return cls(mesh, of_weight, of_x, of_y, rows) if rows else None
 
