@@ -22,6 +22,14 @@ def steps(group: np.ndarray, shape: np.ndarray) -> int:
     return int(np.minimum(apart, shape - apart).sum(axis=1).max())
 
 
+def tried(count: int) -> list[tuple[int, ...]]:
+    """Sizes of all five axes; of many chips, which take long, of the three that are usual."""
+    if count <= 64:
+        return factorisations(count)
+    threes = factorisations(count, 3)
+    return [sizes_of(data=data, fsdp=fsdp, tensor=tensor) for data, fsdp, tensor in threes if data in (1, 2)]
+
+
 def main() -> None:
     found = {}
     for name in TOPOLOGIES:
@@ -31,7 +39,7 @@ def main() -> None:
             count = len(devices)
             shape = np.array([device.coords for device in devices]).max(axis=0) + 1
             released, how = arrange(sizes_of(fsdp=count // TENSOR, tensor=TENSOR), devices)
-            every = (arrange(sizes, devices)[0] for sizes in factorisations(count) if sizes[0] in (1, 2))
+            every = (arrange(sizes, devices)[0] for sizes in tried(count))
             found[f"{name} x {slices}"] = {
                 "all laid out": all(len(set(map(id, array.flat))) == count for array in every),
                 "released": how,
