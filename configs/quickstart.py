@@ -11,6 +11,7 @@ from rave_jax.data.synthetic import BarChart, Counting, DigitMosaic, MosaicList,
 from rave_jax.evaluation.config import Eval, Floor, Grounding, Report
 from rave_jax.evaluation.grounding import TaskAim
 from rave_jax.models.config import ModelOptions
+from rave_jax.training.algorithms import AdamW
 from rave_jax.training.config import TrainConfig
 from rave_jax.training.init import Tiny
 from rave_jax.training.optimizers import OptimizerConfig, ParameterGroup
@@ -42,7 +43,7 @@ def get_config() -> TrainConfig:
             learning_rate=1e-3,
             warmup=30,
             final_learning_rate=0.05,
-            beta2=0.98,
+            algorithm=AdamW(beta2=0.98),
             weight_decay=0.05,
             groups=(ParameterGroup(name="gate", pattern=GATE_PARAMETERS, learning_rate=2.0, weight_decay=0.0),),
         ),

@@ -11,6 +11,7 @@ from rave_jax.data.packing.config import Packing
 from rave_jax.data.sources import LlavaJson
 from rave_jax.models.config import ModelOptions
 from rave_jax.parallel.mesh import MeshConfig
+from rave_jax.training.algorithms import AdamW
 from rave_jax.training.config import TrainConfig
 from rave_jax.training.init import FromHF
 from rave_jax.training.optimizers import OptimizerConfig, ParameterGroup
@@ -35,7 +36,7 @@ def get_config() -> TrainConfig:
         optimizer=OptimizerConfig(
             learning_rate=1e-5,
             warmup=100,
-            beta2=0.95,
+            algorithm=AdamW(beta2=0.95),
             weight_decay=0.01,
             groups=(
                 ParameterGroup(name="tower", pattern=r"^vision\.", frozen=True),

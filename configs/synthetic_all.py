@@ -8,6 +8,7 @@ from rave_jax.data.config import DataConfig, Stage
 from rave_jax.data.synthetic import BarChart, Counting, DigitMosaic, MosaicList, PositionMosaic, Receipt, Synthetic
 from rave_jax.evaluation.config import Eval, Floor, Grounding, Report
 from rave_jax.models.config import ModelOptions
+from rave_jax.training.algorithms import AdamW
 from rave_jax.training.config import TrainConfig
 from rave_jax.training.init import Tiny
 from rave_jax.training.optimizers import OptimizerConfig, ParameterGroup
@@ -45,7 +46,7 @@ def get_config() -> TrainConfig:
         optimizer=OptimizerConfig(
             learning_rate=1e-3,
             warmup=500,
-            beta2=0.98,
+            algorithm=AdamW(beta2=0.98),
             weight_decay=0.05,
             groups=(ParameterGroup(name="gate", pattern=r"\.mechanisms\.", learning_rate=5.0, weight_decay=0.0),),
         ),

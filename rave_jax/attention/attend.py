@@ -55,8 +55,9 @@ def positions(
 
 
 def mask_codes(mechanisms: Sequence[Mechanism], info_q: TokenInfo, info_k: TokenInfo, codes: MaskCodes) -> MaskCodes:
-    """Mask codes after every mechanism's `mask` hook, whatever the order they are listed in."""
-    for mechanism in sorted(mechanisms, key=lambda mechanism: bool(mechanism.OWNS)):
+    """Mask codes after every mechanism's `mask` hook, whatever the order they are listed in: last comes who owns the
+    order or `hi`, from which the others count."""
+    for mechanism in sorted(mechanisms, key=lambda mechanism: bool({"order", "hi"} & {*mechanism.OWNS})):
         codes = mechanism.mask(info_q, info_k, codes)
     return codes
 

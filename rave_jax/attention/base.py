@@ -180,8 +180,8 @@ class Mechanism(nnx.Module):
     def mask(self, info_q: TokenInfo, info_k: TokenInfo, codes: MaskCodes) -> MaskCodes:
         """Other mask codes. With a cache, `info_k` is 0 in entries that hold nothing yet.
 
-        Mechanisms that own none of the codes are called first, so they get the plain codes: `order` numbers the keys,
-        and `hi` is where the query itself stands among them.
+        Mechanisms that own neither `order` nor `hi` are called first, so they get these plain: `order` numbers the
+        keys, and `hi` is where the query itself stands among them.
         """
         return codes
 
@@ -259,7 +259,7 @@ class Mechanism(nnx.Module):
     def reweigh(self, rows: Float[Array, "B N H S"], info_q: TokenInfo, info_k: TokenInfo) -> Float[Array, "B N H S"]:
         """Other attention weights of N rows, float32, of which those count that `reweighs` names; `rows` is after
         everything that changes weights within the kernel or by key groups. It costs O(N S) for each block of queries
-        in which a row is changed, so it is for decoding, where that is one row."""
+        in which a row is changed, so it is for decoding, where that is one row. One mechanism of a layer may."""
         return rows
 
     def head_gate(self, x: Features, out: Float[Array, "B T H h"], info_q: TokenInfo) -> Float[Array, "#B #T H"] | None:

@@ -15,8 +15,9 @@ from typing import ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
-from rave_jax.attention.base import Features, Keys, Mechanism
+from rave_jax.attention.base import AttentionDims, Features, Keys, Mechanism
 from rave_jax.attention.gaze import descriptors
 from rave_jax.attention.gaze.places import bounds, start_of_document
 from rave_jax.batch import Kind, TokenInfo
@@ -27,6 +28,8 @@ from rave_jax.typing import Array, Float, Int
 
 MAX_BLOCK = 1 << 20
 """Most tokens of a block: more than any row holds."""
+MAX_RANK = 1 << 12
+"""Most channels of learned projections."""
 
 
 class Blocks(NamedTuple):
@@ -134,3 +137,36 @@ class BlockRouter(Mechanism):
         before = jnp.where(routed, own, NOWHERE)
         query = self.routing_queries(x).astype(jnp.float32)
         return Routing(Routes(query, mean, first, last, before, of, None), self.rule, self.size)
+
+
+class ProjectedRouter(BlockRouter):
+    """Ranks blocks by learned projections of queries and keys after RoPE, of r channels. Parameters: query [H,h,r] and
+    key [K,h,r]; at the start one random matrix, so that the product of both is <q, k> on the average."""
+
+    def __init__(
+        self,
+        size: int,
+        rule: RouteRule | None,
+        queries: Literal["all", "text"],
+        rank: int,
+        dims: AttentionDims,
+        key: jax.Array,
+    ):
+        super().__init__(size, rule, queries)
+        H, K, h, _ = dims
+        sketch = jax.random.normal(key, (K, h, rank)) * rank**-0.5
+        self.key = nnx.Param(sketch, axes=("kv_heads", "head_dim", None))
+        self.query = nnx.Param(jnp.repeat(sketch, H // K, axis=0), axes=("heads", "head_dim", None))
+
+    def remember(self, x: Features) -> Float[Array, "B T K r"]:
+        """Projected keys."""
+        return jnp.einsum("BSKh,Khr->BSKr", x.k.astype(jnp.float32), self.key[...].astype(jnp.float32))
+
+    def routing_keys(self, keys: Keys, own: int) -> Float[Array, "B S K r"]:
+        """Projected keys."""
+        return keys.remembered[own]
+
+    def routing_queries(self, x: Features) -> Float[Array, "B T H r"]:
+        """Projected queries, scaled."""
+        W = self.query[...].astype(jnp.float32)
+        return jnp.einsum("BTHh,Hhr->BTHr", x.q.astype(jnp.float32), W) * W.shape[-1] ** -0.5

@@ -28,7 +28,7 @@ USES = {
     "key_groups": "weighs or measures groups of keys from their log-sum-exps",
     "factor": DOES["factor"],
 }
-"""What a mechanism does that overrides this hook."""
+"""What a mechanism does that overrides this hook; of other hooks the name says it."""
 
 
 def name_of(mechanism: Mechanism) -> str:
@@ -77,17 +77,19 @@ def _check_alone(owners: Sequence[Mechanism], does: str) -> None:
 
 
 def check_hooks(mechanisms: Sequence[Mechanism]) -> None:
-    """Refuse a mechanism that overrides a hook which another of the layer shuts.
+    """Refuse two mechanisms that override `reweigh`, and one that overrides a hook which another of the layer shuts.
 
     Raises:
         ConfigError: names the configs, says why, and what to do.
     """
+    _check_alone([mechanism for mechanism in mechanisms if overrides(mechanism, "reweigh")], "changes rows of weights")
     for mechanism in mechanisms:
         for other in mechanisms:
             hook = next((hook for hook in mechanism.SHUTS if other is not mechanism and overrides(other, hook)), None)
             if hook is not None:
+                does = USES.get(hook, f"overrides the hook {hook!r}")
                 raise ConfigError(
-                    f"{name_of(mechanism)} cannot share a layer with {name_of(other)}, which {USES[hook]}; "
+                    f"{name_of(mechanism)} cannot share a layer with {name_of(other)}, which {does}; "
                     f"{_remedy((mechanism, other))}"
                 )
 

@@ -199,12 +199,12 @@ class KvCache(NamedTuple):
 
 def place_keys(x: Array) -> Array:
     """Keys of a cache [L,B,K,S,...] where the sharding rules want them."""
-    return shard(x, "layers", "batch", "kv_heads", "length", *[None] * (x.ndim - 4))
+    return shard(x, "layers", "batch", "kv_heads", "entries", *[None] * (x.ndim - 4))
 
 
 def place_codes(x: Array) -> Array:
     """Token codes of entries [B,S] where the sharding rules want them."""
-    return shard(x, "batch", "length")
+    return shard(x, "batch", "entries")
 
 
 def put_rows[C: Cache](cache: C, part: C, rows: Int[Array, "n"]) -> C:

@@ -26,12 +26,12 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
 from rave_jax.attention.base import AttentionDims, Features, Keys, Parts
-from rave_jax.attention.blocks import MAX_BLOCK, BlockRouter
+from rave_jax.attention.blocks import MAX_BLOCK, MAX_RANK, ProjectedRouter
 from rave_jax.attention.declared import Layers, MechanismConfig
 from rave_jax.attention.scores import pick
+from rave_jax.attention.statistics import BLOCK
 from rave_jax.batch import Kind, TokenInfo
 from rave_jax.config import check_fields, require
 from rave_jax.kernels.attention.base import group_heads
@@ -40,7 +40,6 @@ from rave_jax.typing import Array, Bool, Float, Int
 
 LOSS = "sparsifiner"
 """Name of its loss."""
-MAX_RANK = 1 << 12
 
 
 @dataclass(frozen=True)
@@ -92,38 +91,25 @@ class Asked(NamedTuple):
     earlier: Int[Array, "B N"]
 
 
-class Predictor(BlockRouter):
-    """Ranks blocks by the predicted map. Parameters: query [H,h,r] and key [K,h,r]."""
+class Predictor(ProjectedRouter):
+    """Ranks blocks by the predicted map. Queries and keys get no gradient from it."""
 
     def __init__(self, config: Sparsifiner, dims: AttentionDims, key: jax.Array):
         rule = RouteRule(config.keep, config.share) if config.keep < 1 else None
-        super().__init__(config.block, rule, config.queries)
-        H, K, h, _ = dims
-        sketch = jax.random.normal(key, (K, h, config.rank)) * config.rank**-0.5
-        self.key = nnx.Param(sketch, axes=("kv_heads", "head_dim", None))
-        self.query = nnx.Param(jnp.repeat(sketch, H // K, axis=0), axes=("heads", "head_dim", None))
+        super().__init__(config.block, rule, config.queries, config.rank, dims, key)
         self.config = config
 
     def remember(self, x: Features) -> Float[Array, "B T K r"]:
         """Predicted keys."""
-        return self._keys(x.k)
-
-    def routing_keys(self, keys: Keys, own: int) -> Float[Array, "B S K r"]:
-        """Predicted keys."""
-        return keys.remembered[own]
+        return super().remember(x._replace(k=jax.lax.stop_gradient(x.k)))
 
     def routing_queries(self, x: Features) -> Float[Array, "B T H r"]:
         """Predicted queries, scaled."""
-        q = jax.lax.stop_gradient(x.q).astype(jnp.float32)
-        return jnp.einsum("BTHh,Hhr->BTHr", q, self.query[...].astype(jnp.float32)) * self.config.rank**-0.5
-
-    def _keys(self, k: Float[Array, "B S K h"]) -> Float[Array, "B S K r"]:
-        k = jax.lax.stop_gradient(k).astype(jnp.float32)
-        return jnp.einsum("BSKh,Khr->BSKr", k, self.key[...].astype(jnp.float32))
+        return super().routing_queries(x._replace(q=jax.lax.stop_gradient(x.q)))
 
     def losses(self, x: Features, parts: Parts, info_q: TokenInfo, info_k: TokenInfo) -> dict[str, Float[Array, ""]]:
         """Cross-entropy of predicted and true shares of blocks, a mean over heads, summed over the asked queries."""
-        pooled = self.pool(Keys(x.k, x.v, (self._keys(x.k),)), 0, info_k)
+        pooled = self.pool(Keys(x.k, x.v, (self.remember(x),)), 0, info_k)
         if pooled is None:
             return {LOSS: jnp.zeros((), jnp.float32)}
         (of, R), mean = pooled
@@ -157,13 +143,21 @@ class Predictor(BlockRouter):
     def _shares(
         self, x: Features, asked: Asked, of: Int[Array, "B S"], candidate: Bool[Array, "B 1 1 N R"]
     ) -> Float[Array, "B K G N R"]:
-        """The attention to each candidate over that to all of them, of the plain scores."""
+        """The attention to each candidate over that to all of them, of the plain scores; some queries at a time, since
+        each meets all keys."""
         q, k = (jax.lax.stop_gradient(y).astype(jnp.float32) for y in (pick(x.q, asked.index), x.k))
-        scores = jnp.einsum("BKGNh,BSKh->BKGNS", group_heads(q, k.shape[2]), k) * q.shape[-1] ** -0.5
         member = (of[..., None] == jnp.arange(1, candidate.shape[-1] + 1)).astype(jnp.float32)
-        seen = jnp.einsum("BNR,BSR->BNS", candidate[:, 0, 0].astype(jnp.float32), member)[:, None, None] > 0
-        top = jnp.max(jnp.where(seen, scores, -jnp.inf), axis=-1, keepdims=True)
-        weights = jnp.where(seen, jnp.exp(scores - jnp.where(jnp.isfinite(top), top, 0.0)), 0.0)
-        mass = jnp.einsum("BKGNS,BSR->BKGNR", weights, member)
+
+        def of_query(each: tuple[Float[Array, "B H h"], Bool[Array, "B R"]]) -> Float[Array, "B K G R"]:
+            q, candidate = each
+            query = group_heads(q[:, None], k.shape[2])[..., 0, :]
+            scores = jnp.einsum("BKGh,BSKh->BKGS", query, k) * q.shape[-1] ** -0.5
+            seen = jnp.einsum("BR,BSR->BS", candidate.astype(jnp.float32), member)[:, None, None] > 0
+            top = jnp.max(jnp.where(seen, scores, -jnp.inf), axis=-1, keepdims=True)
+            weights = jnp.where(seen, jnp.exp(scores - jnp.where(jnp.isfinite(top), top, 0.0)), 0.0)
+            return jnp.einsum("BKGS,BSR->BKGR", weights, member)
+
+        each = jnp.moveaxis(q, 1, 0), jnp.moveaxis(candidate[:, 0, 0], 1, 0)
+        mass = jnp.moveaxis(jax.lax.map(of_query, each, batch_size=BLOCK), 0, 3)
         total = jnp.sum(mass, axis=-1, keepdims=True)
         return mass / jnp.where(total > 0, total, 1.0)

@@ -21,17 +21,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import jax
-import jax.numpy as jnp
-from flax import nnx
 
-from rave_jax.attention.base import AttentionDims, Features, Keys
-from rave_jax.attention.blocks import MAX_BLOCK, BlockRouter
+from rave_jax.attention.base import AttentionDims
+from rave_jax.attention.blocks import MAX_BLOCK, MAX_RANK, ProjectedRouter
 from rave_jax.attention.declared import Layers, MechanismConfig
 from rave_jax.config import check_fields, require
 from rave_jax.kernels.routed import RouteRule
-from rave_jax.typing import Array, Float
-
-MAX_RANK = 1 << 12
 
 
 @dataclass(frozen=True)
@@ -69,34 +64,15 @@ class Superlinear(MechanismConfig):
         return Search(self, dims, key)
 
 
-class Search(BlockRouter):
-    """Ranks and weighs spans. Parameters: query [H,h,r] and key [K,h,r]; at the start one random matrix, so that the
-    product of both is <q, k> on the average."""
+class Search(ProjectedRouter):
+    """Ranks and weighs spans."""
 
     SHUTS = ("key_groups", "factor")
 
     def __init__(self, config: Superlinear, dims: AttentionDims, key: jax.Array):
-        super().__init__(config.block, RouteRule(config.spans, choice="spans"), "all")
-        H, K, h, _ = dims
-        sketch = jax.random.normal(key, (K, h, config.rank)) * config.rank**-0.5
-        self.key = nnx.Param(sketch, axes=("kv_heads", "head_dim", None))
-        self.query = nnx.Param(jnp.repeat(sketch, H // K, axis=0), axes=("heads", "head_dim", None))
-        self.config = config
+        super().__init__(config.block, RouteRule(config.spans, choice="spans"), "all", config.rank, dims, key)
 
     @property
     def whole(self) -> int:
         """Documents of one span: others have more than one softmax, however many of them are read."""
         return self.size
-
-    def remember(self, x: Features) -> Float[Array, "B T K r"]:
-        """Keys of the search."""
-        return jnp.einsum("BSKh,Khr->BSKr", x.k.astype(jnp.float32), self.key[...].astype(jnp.float32))
-
-    def routing_keys(self, keys: Keys, own: int) -> Float[Array, "B S K r"]:
-        """Keys of the search."""
-        return keys.remembered[own]
-
-    def routing_queries(self, x: Features) -> Float[Array, "B T H r"]:
-        """Queries of the search, scaled."""
-        q = jnp.einsum("BTHh,Hhr->BTHr", x.q.astype(jnp.float32), self.query[...].astype(jnp.float32))
-        return q * self.config.rank**-0.5

@@ -17,11 +17,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+from rave_jax.checkpoint.buckets import files_under, is_bucket
+
 NAME = re.compile(r"digests\.(\d+)\.sha256")
 _WRITTEN_BY = re.compile(r"(?:^|/)(?:ocdbt\.)?process_(\d+)(?:/|$)")
 _LAST = re.compile(r"# ([0-9a-f]{64}) of the lines above, (\d+) processes")
 _LINE = re.compile(r"([0-9a-f]{64})  (\S.*)")
 _THREADS = 8
+_CHUNK = 2**24
+_EMPTY = hashlib.sha256().hexdigest()
 
 
 class DamageError(Exception):
@@ -54,6 +58,9 @@ def write(folder: Path, process: int = 0, processes: int = 1) -> None:
     names = [name for name in _files(folder) if _writer(name) == process]
     lines = "".join(f"{digest}  {name}\n" for name, digest in _digests(folder, names).items())
     last = f"# {hashlib.sha256(lines.encode()).hexdigest()} of the lines above, {processes} processes\n"
+    if is_bucket(folder):  # an object is there whole or not at all
+        (folder / f"digests.{process}.sha256").write_text(lines + last)
+        return
     partial = folder / f".digests.{process}.partial"
     with partial.open("w", encoding="utf-8") as file:
         file.write(lines + last)
@@ -72,7 +79,7 @@ def read(folder: Path) -> Digests:
     files: dict[str, str] = {}
     processes, found = 0, set()
     for path in folder.glob("digests.*.sha256"):
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+        lines = path.read_bytes().decode("utf-8", "replace").splitlines(keepends=True)
         last = _LAST.fullmatch(lines[-1].removesuffix("\n")) if lines and lines[-1].endswith("\n") else None
         rows = [_LINE.fullmatch(line.removesuffix("\n")) for line in lines[:-1]]
         name = NAME.fullmatch(path.name)
@@ -115,13 +122,13 @@ def check(folder: Path, digests: Digests, names: Collection[str]) -> None:
         raise
     for name, digest in found.items():
         if digest != digests.files[name]:
-            empty = not (folder / name).stat().st_size
+            empty = digest == _EMPTY
             raise DamageError(f"{name} is empty" if empty else f"{name} is not what was saved (its sha256 differs)")
 
 
 def _files(folder: Path) -> list[str]:
-    names = (str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-    return sorted(name for name in names if not (NAME.fullmatch(name) or name.startswith(".digests.")))
+    names = files_under(folder)
+    return [name for name in names if not (NAME.fullmatch(name) or name.startswith(".digests."))]
 
 
 def _writer(name: str) -> int:
@@ -132,7 +139,12 @@ def _writer(name: str) -> int:
 def _digests(folder: Path, names: Collection[str]) -> dict[str, str]:
     def one(name: str) -> str:
         with (folder / name).open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+            if not is_bucket(folder):
+                return hashlib.file_digest(file, "sha256").hexdigest()
+            found = hashlib.sha256()
+            while chunk := file.read(_CHUNK):
+                found.update(chunk)
+            return found.hexdigest()
 
     # hashlib releases the interpreter's lock, so files are read and digested in parallel.
     with ThreadPoolExecutor(_THREADS, thread_name_prefix="digests") as pool:

@@ -15,6 +15,7 @@ import jax
 from orbax.checkpoint import v1 as ocp
 
 from rave_jax.checkpoint import digests, old_names
+from rave_jax.checkpoint.buckets import is_committed
 from rave_jax.checkpoint.digests import DamageError
 from rave_jax.parallel import agree
 
@@ -52,7 +53,8 @@ def steps_in(directory: Path) -> list[int]:
     """Steps of the finished checkpoints in a directory, ascending; an unfinished one has another name."""
     if not directory.is_dir():
         return []
-    return sorted(int(path.name) for path in directory.iterdir() if _STEP.fullmatch(path.name) and path.is_dir())
+    found = [path for path in directory.iterdir() if _STEP.fullmatch(path.name) and path.is_dir()]
+    return sorted(int(path.name) for path in found if is_committed(path))
 
 
 def verify(folder: Path, items: Collection[str]) -> bool:
@@ -104,9 +106,9 @@ def _check_json(path: Path, name: str) -> None:
     if not path.is_file():
         raise DamageError(f"{name} is missing")
     try:
-        found = json.loads(path.read_bytes())
+        found = json.loads(text := path.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise DamageError(f"{name} is {'not JSON' if path.stat().st_size else 'empty'}") from error
+        raise DamageError(f"{name} is {'not JSON' if text else 'empty'}") from error
     if not isinstance(found, dict):
         raise DamageError(f"{name} is not what was saved: it is not a JSON object")
 

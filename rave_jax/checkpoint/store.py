@@ -16,10 +16,11 @@ import errno
 import logging
 import math
 import os
+import secrets
 import shutil
 import tempfile
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +28,9 @@ import jax
 from orbax.checkpoint import v1 as ocp
 
 from rave_jax.checkpoint import digests, saved_step
+from rave_jax.checkpoint.buckets import folder_at, is_bucket
 from rave_jax.checkpoint.digests import DamageError
+from rave_jax.checkpoint.retention import VALUE, Retention
 from rave_jax.checkpoint.saved_step import DATA, OPTIMIZER, PARAMETERS, StoreError, first_line
 from rave_jax.parallel import agree
 
@@ -60,6 +63,9 @@ def check_writable(directory: Path, needed: int) -> None:
     Raises:
         StoreError: read-only, not a directory, or too little space.
     """
+    if is_bucket(directory):
+        _check_bucket(directory)
+        return
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -67,12 +73,24 @@ def check_writable(directory: Path, needed: int) -> None:
     check_room(directory, needed)
 
 
+def _check_bucket(directory: Path) -> None:
+    probe = directory / f".write-test-{secrets.token_hex(8)}"
+    try:
+        probe.write_bytes(b"")
+        probe.unlink()
+    except Exception as error:  # fsspec, gcsfs and google's libraries raise kinds of their own
+        raise StoreError(f"cannot write to {directory}: {first_line(error)}") from error
+
+
 def check_room(directory: Path, needed: int) -> None:
-    """The same proof without making the directory: of the nearest folder above it that is there.
+    """The same proof without making the directory: of the nearest folder above it that is there. A bucket has room.
 
     Raises:
         StoreError: read-only, not a directory, or too little space.
     """
+    if is_bucket(directory):
+        _check_bucket(directory)
+        return
     place = next(folder for folder in (directory, *directory.parents) if folder.exists())
     try:
         with tempfile.NamedTemporaryFile(dir=place, prefix=".write-test-") as file:
@@ -93,18 +111,22 @@ def _gb(count: int) -> str:
 class Store:
     """The checkpoints in one directory. Use as a context manager; all processes of a job call it alike."""
 
-    def __init__(self, directory: Path, keep: int, *, reader: bool = False):
+    def __init__(
+        self, directory: Path, keep: int | Retention, *, reader: bool = False, saved: Callable[[], None] | None = None
+    ):
         """
         Args:
-            directory: an absolute path after this; made when missing.
-            keep: newest checkpoints that are kept.
+            directory: an absolute path after this, or a folder in a bucket; made when missing.
+            keep: which checkpoints are kept; a number: so many of the newest.
             reader: leave what is there as it is; do not save.
+            saved: called in the background behind each save.
 
         Raises:
             StoreError: the directory cannot be written.
         """
-        self.directory = Path(directory).resolve()
-        self._keep, self._reader = keep, reader
+        self.directory = folder_at(directory)
+        self._keep = Retention(keep) if isinstance(keep, int) else keep
+        self._reader, self._saved = reader, saved
         self._checkpointer: ocp.training.Checkpointer | None = None
         self._save: _Save | None = None
         if not reader:
@@ -130,7 +152,9 @@ class Store:
         """Finished steps, ascending."""
         return saved_step.steps_in(self.directory)
 
-    def save(self, step: int, parameters: Any, optimizer: Any, data: dict[str, Any]) -> None:
+    def save(
+        self, step: int, parameters: Any, optimizer: Any, data: dict[str, Any], metric: float | None = None
+    ) -> None:
         """Copy the arrays to the host and write them in the background.
 
         Args:
@@ -138,6 +162,7 @@ class Store:
             parameters: pytree of arrays.
             optimizer: pytree of arrays.
             data: JSON-ready state of the data pipeline.
+            metric: by which the best are kept; the same on all processes. None: it is not known at this step.
 
         Raises:
             StoreError: this save cannot start, or the one before it failed.
@@ -146,25 +171,29 @@ class Store:
         if step in agree.from_first(self.steps):
             return
         what = {PARAMETERS: parameters, OPTIMIZER: optimizer, DATA: data}
-        if not self.directory.parent.is_dir():
+        if not is_bucket(self.directory) and not self.directory.parent.is_dir():
             raise StoreError(
                 f"the checkpoint of step {step} could not be written: {self.directory.parent} is gone, moved or "
                 "deleted while the run was under way"
             )
         # Checked first: orbax, whose threads wait for a directory that cannot be made, would hold up the error
         # and the end of the process for minutes.
-        check_writable(self.directory, local_bytes((parameters, optimizer)))
+        try:
+            check_writable(self.directory, local_bytes((parameters, optimizer)))
+        except StoreError as error:
+            raise StoreError(f"{error}; {_last_good(self.directory)}") from error
+        metrics: Any = None if metric is None else {VALUE: metric}
         with _explained(self.directory, step):
-            response = self._writer().save_checkpointables_async(step, what)
+            response = self._writer().save_checkpointables_async(step, what, metrics=metrics)
         assert response is not None, "the policy saves every step that is asked for"
-        self._save = _Save(self.directory, step, response)
+        self._save = _Save(self.directory, step, response, self._saved)
 
     def _writer(self) -> ocp.training.Checkpointer:
         if self._checkpointer is None:
             policies: Any = {
                 # When to save is the loop's decision.
                 "save_decision_policy": ocp.training.save_decision_policies.FixedIntervalPolicy(1),
-                "preservation_policy": ocp.training.preservation_policies.LatestN(self._keep),
+                "preservation_policy": self._keep.policy(),
             }
             self._checkpointer = ocp.training.Checkpointer(
                 str(self.directory), context=saved_step.context(), **policies, cleanup_tmp_directories=True
@@ -303,8 +332,8 @@ class Store:
 class _Save:
     """One save under way: a thread waits for orbax and then writes the digests."""
 
-    def __init__(self, directory: Path, step: int, response: Any):
-        self._directory, self._step, self._response = directory, step, response
+    def __init__(self, directory: Path, step: int, response: Any, saved: Callable[[], None] | None):
+        self._directory, self._step, self._response, self._saved = directory, step, response, saved
         self._error: Exception | None = None
         self.thread = threading.Thread(target=self._finish, name="checkpoint digests")
         self.thread.start()
@@ -312,6 +341,8 @@ class _Save:
     def _finish(self) -> None:
         try:
             self._response.result()
+            if self._saved is not None:
+                self._saved()
             digests.write(self._directory / str(self._step), jax.process_index(), jax.process_count())
         except Exception as error:  # the next caller raises it
             self._error = error
@@ -361,15 +392,29 @@ class _explained:
     def __exit__(self, _kind: object, error: BaseException | None, _trace: object) -> None:
         if not isinstance(error, Exception):
             return
-        if not self._directory.is_dir():
+        if not is_bucket(self._directory) and not self._directory.is_dir():
             raise StoreError(
                 f"the checkpoint of step {self._step} could not be written: {self._directory} is gone"
             ) from error
-        full = any(code in str(error) for code in (os.strerror(errno.ENOSPC), "ENOSPC", "RESOURCE_EXHAUSTED"))
+        last = _last_good(self._directory)
+        full = not is_bucket(self._directory) and any(
+            code in str(error) for code in (os.strerror(errno.ENOSPC), "ENOSPC", "RESOURCE_EXHAUSTED")
+        )
         why = f"no space is left ({_gb(shutil.disk_usage(self._directory).free)} free)" if full else first_line(error)
         raise StoreError(
-            f"the checkpoint of step {self._step} could not be written to {self._directory}: {why}"
+            f"the checkpoint of step {self._step} could not be written to {self._directory}: {why}; {last}"
         ) from error
+
+
+def _last_good(directory: Path) -> str:
+    """What a run that cannot save has left."""
+    try:
+        steps = saved_step.steps_in(directory)
+    except Exception:  # the place that cannot be written may not be readable either
+        steps = []
+    if not steps:
+        return "no step before it is saved"
+    return f"the last step that is saved is {steps[-1]}, and the same command continues after it"
 
 
 def local_bytes(tree: Any) -> int:

@@ -2,8 +2,9 @@
 
 Every choice is computed: tokens are sorted by expert, and each expert multiplies the rows that it was given
 (`kernels.grouped`). On a mesh the experts are split over the `experts` axis of the sharding rules. A device computes
-what its own experts add to its tokens, and the parts are summed, as those of an mlp that is split over the same mesh
-axis.
+what its own experts add to its tokens, and the parts are summed, as those of an mlp that is split over the mesh axis
+`tensor`. Devices along the mesh axis `expert` have different rows: they gather each other's tokens before, and the sum
+leaves each device those of its own rows.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from rave_jax.kernels.grouped import grouped_product
 from rave_jax.models.initial import normal
 from rave_jax.models.layers import Axes, keep_inputs, product
 from rave_jax.models.stack import GROUPED
-from rave_jax.parallel.sharding import current_mesh, partition_spec, shard
+from rave_jax.parallel.sharding import current_mesh, names_of, partition_spec, shard
 from rave_jax.typing import Array, Bool, Float, Int
 
 
@@ -73,8 +74,8 @@ class Experts(nnx.Module):
     def __init__(self, config: ExpertsConfig, width: int, *, dtype: jnp.dtype, key: jax.Array):
         E, F = config.count, config.mlp_size
         keys = jax.random.split(key, 4)
-        # The mesh axis of "mlp" is that of "experts": an expert is whole on its device.
-        into, out = ("experts", None, "embed"), ("experts", "embed", None)
+        # Among the mesh axes of "experts" is that of "mlp": an expert's width is not split.
+        into, out = ("experts", None, "expert_embed"), ("experts", "expert_embed", None)
         self.router = Router(E, width, dtype=dtype, key=keys[0])
         self.gate = ExpertWeights((E, F, width), into, dtype=dtype, key=keys[1])
         self.up = ExpertWeights((E, F, width), into, dtype=dtype, key=keys[2])
@@ -97,15 +98,20 @@ class Experts(nnx.Module):
         mesh = current_mesh()
         if mesh is None or mesh.size == 1:
             return _of_experts(x, choice.expert, choice.weight, *weights)
-        rows = partition_spec(("batch", None, None), x.shape, mesh)
-        experts = partition_spec(("experts", None, None), weights[0].shape, mesh)
-        axes = experts[0]
+        rows = partition_spec(("batch", "length", None), x.shape, mesh)
+        (axes,) = partition_spec(("experts",), weights[0].shape[:1], mesh)
+        exchanged = tuple(name for name in names_of(axes) if name in names_of(rows[0]))
+        shared = tuple(name for name in names_of(axes) if name not in exchanged)
 
         def on_device(x: Array, expert: Array, weight: Array, *weights: Array) -> Array:
             if axes is None:
                 return _of_experts(x, expert, weight, *weights)
+            if exchanged:
+                x, expert, weight = (jax.lax.all_gather(y, exchanged, tiled=True) for y in (x, expert, weight))
             first = jax.lax.axis_index(axes) * weights[0].shape[0]
-            return jax.lax.psum(_of_experts(x, expert - first, weight, *weights, others=True), axes)
+            made = _of_experts(x, expert - first, weight, *weights, others=True)
+            made = jax.lax.psum_scatter(made, exchanged, tiled=True) if exchanged else made
+            return jax.lax.psum(made, shared) if shared else made
 
         split = jax.shard_map(
             on_device,

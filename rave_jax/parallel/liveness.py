@@ -12,6 +12,7 @@ import contextlib
 import json
 import logging
 import os
+import secrets
 import selectors
 import socket
 import threading
@@ -26,6 +27,8 @@ BEAT, BYE, DEAD = b".", b"b", b"d"
 CONNECT = 10.0
 """Seconds for a connection to process 0."""
 LONGEST_BEAT = 5.0
+LONGEST_HELLO = 1024
+"""Bytes that a peer may send before it has said which process it is."""
 _PORT = "liveness/port"
 
 log = logging.getLogger(__name__)
@@ -37,6 +40,7 @@ class _Peer:
 
     connection: socket.socket
     name: str = ""
+    """Empty until it has said which process it is, with the word of this job; who does not counts for nothing."""
     heard: float = field(default_factory=time.monotonic)
     text: bytes = b""
 
@@ -73,9 +77,10 @@ class Liveness:
             )
             self._server.setblocking(False)
             self._selector.register(self._server, selectors.EVENT_READ)
-            notes.leave(f"{_PORT}/0", str(self._server.getsockname()[1]))
+            self._word = secrets.token_hex(16)
+            notes.leave(f"{_PORT}/0", f"{self._server.getsockname()[1]} {self._word}")
         else:
-            port = notes.gather(_PORT, 1, CONNECT).get("0", "0")
+            port, _, self._word = notes.gather(_PORT, 1, CONNECT).get("0", "0").partition(" ")
             try:
                 connection = socket.create_connection((host, int(port)), timeout=CONNECT)
             except OSError as error:
@@ -89,7 +94,8 @@ class Liveness:
                 )
                 return
             self._add(connection, "process 0")
-        me = {"name": f"process {self._process} (pid {os.getpid()} on {socket.gethostname()})"}
+        name = f"process {self._process} (pid {os.getpid()} on {socket.gethostname()})"
+        me = {"name": name, "word": self._word}
         self._hello = json.dumps(me).encode() + b"\n"
         for peer in self._peers.values():
             self._send(peer, self._hello)
@@ -125,13 +131,13 @@ class Liveness:
                 if self._closed.is_set():
                     return
                 # What has come is heard before anybody is judged: this process may have been stopped itself.
-                found = [dead for key, _ in ready if (dead := self._hear(key.fileobj)) is not None]
+                found = [dead for key, _ in ready if (dead := self._hear(key.fileobj))]
                 now = time.monotonic()
                 found += [
                     f"{peer.name} has sent nothing for {now - peer.heard:.0f} s (hosts.heartbeat_timeout): it is "
                     "stopped, or its machine or network is gone"
                     for peer in self._peers.values()
-                    if now - peer.heard > self._timeout
+                    if peer.name and now - peer.heard > self._timeout
                 ]
                 if now - sent >= self._beat:
                     sent = now
@@ -150,8 +156,7 @@ class Liveness:
         if source is self._server and self._server is not None:
             with contextlib.suppress(OSError):
                 connection, _ = self._server.accept()
-                self._add(connection, "a process that did not say which")
-                self._send(self._peers[connection.fileno()], self._hello)
+                self._add(connection, "")
             return None
         assert isinstance(source, socket.socket)
         peer = self._peers[source.fileno()]
@@ -163,9 +168,13 @@ class Liveness:
             data = b""
         if not data:
             self._drop(peer)
+            if not peer.name:
+                return None
             return f"{peer.name} died: killed (kill -9, out of memory), crashed, or its machine went down"
         peer.heard = time.monotonic()
         *lines, peer.text = (peer.text + data).split(b"\n")
+        if not peer.name and not self._introduced(peer, lines):
+            return None
         for line in lines:
             if line.startswith(DEAD):
                 return line[1:].decode(errors="replace")
@@ -174,6 +183,19 @@ class Liveness:
             elif line.startswith(b"{"):
                 peer.name = json.loads(line)["name"]
         return None
+
+    def _introduced(self, peer: _Peer, lines: list[bytes]) -> bool:
+        """Has it said which process of this job it is? A stranger is hung up on."""
+        if not lines and len(peer.text) <= LONGEST_HELLO:
+            return False
+        with contextlib.suppress(IndexError, ValueError, KeyError, TypeError):
+            said = json.loads(lines[0])
+            if secrets.compare_digest(said["word"], self._word):
+                peer.name = said["name"]
+                self._send(peer, self._hello)
+                return True
+        self._drop(peer)
+        return False
 
     def _drop(self, peer: _Peer) -> None:
         self._selector.unregister(peer.connection)

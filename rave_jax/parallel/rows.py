@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rave_jax.batch import Batch, Patches, TokenInfo
 from rave_jax.config import require
-from rave_jax.parallel.sharding import RULES
+from rave_jax.parallel.sharding import mesh_axes
 
 
 def batch_axis() -> Any:
@@ -32,8 +32,7 @@ def batch_axis() -> Any:
 
 def row_ways(mesh: Mesh) -> int:
     """Into how many shards the mesh splits the rows."""
-    rule = RULES["batch"] or ()
-    return math.prod(mesh.shape[name] for name in ((rule,) if isinstance(rule, str) else rule))
+    return math.prod(mesh.shape[name] for name in mesh_axes("batch", mesh))
 
 
 def batch_shardings(mesh: Mesh, rows: int) -> Any:
@@ -44,10 +43,10 @@ def batch_shardings(mesh: Mesh, rows: int) -> Any:
     """
     ways = row_ways(mesh)
     require(rows % ways == 0, "data rows", rows, f"a multiple of {ways}, the shards into which the mesh splits rows")
-    rule = RULES["batch"]
+    axes = mesh_axes("batch", mesh)
 
     def place(axis: int) -> NamedSharding:
-        return NamedSharding(mesh, PartitionSpec(*[None] * axis, rule))
+        return NamedSharding(mesh, PartitionSpec(*[None] * axis, axes))
 
     return jax.tree.map(place, batch_axis())
 

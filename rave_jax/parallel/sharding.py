@@ -17,17 +17,19 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 Axes = tuple[str | None, ...]
 
 RULES: Mapping[str, str | tuple[str, ...] | None] = {
-    # rows
-    "batch": ("data", "fsdp"),
-    "length": None,
+    # rows, and the tokens of a row
+    "batch": ("data", "fsdp", "expert"),
+    "length": "context",
+    "entries": None,
     # parameters and the activations between them
-    "embed": "fsdp",
+    "embed": ("fsdp", "expert", "context"),
+    "expert_embed": ("fsdp", "context"),
     "vocab": "tensor",
     "heads": "tensor",
     "kv_heads": "tensor",
     "mlp": "tensor",
     "channels": "tensor",
-    "experts": "tensor",
+    "experts": ("expert", "tensor"),
     "head_dim": None,
     "rank": None,
     "patch": None,
@@ -55,19 +57,34 @@ def use_mesh(mesh: Mesh | AbstractMesh) -> Generator[None]:
 def partition_spec(axes: Axes, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
     """Where an array with these logical axes goes on the mesh.
 
-    An axis whose size the mesh does not divide is kept whole (4 kv heads on 8 tensor ways, say); the
-    parameter table printed at the start of a run shows it.
+    Where a rule has several mesh axes, the last ones are left out until the rest divides the size. A size that no
+    mesh axis divides is kept whole (4 kv heads on 8 tensor ways, say); the parameter table printed at the start of a
+    run shows it.
 
     Raises:
         KeyError: a logical axis that RULES does not know.
     """
     entries = []
     for name, size in zip(axes, shape, strict=True):
-        rule = None if name is None else RULES[name]
-        names = (rule,) if isinstance(rule, str) else (rule or ())
-        ways = math.prod(mesh.shape[n] for n in names)
-        entries.append(rule if ways > 1 and size % ways == 0 else None)
+        names = () if name is None else mesh_axes(name, mesh)
+        while size % math.prod(mesh.shape[n] for n in names):
+            names = names[:-1]
+        entries.append(names if len(names) > 1 else names[0] if names else None)
     return PartitionSpec(*entries)
+
+
+def names_of(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The mesh axes of one entry of a PartitionSpec or of RULES."""
+    return (entry,) if isinstance(entry, str) else entry or ()
+
+
+def mesh_axes(name: str, mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
+    """Axes of the mesh that split a logical axis: those of its rule that are larger than 1.
+
+    Raises:
+        KeyError: RULES does not know the logical axis.
+    """
+    return tuple(n for n in names_of(RULES[name]) if mesh.shape[n] > 1)
 
 
 def named_sharding(axes: Axes, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> NamedSharding:

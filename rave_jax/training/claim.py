@@ -21,6 +21,7 @@ from rave_jax.parallel.shared_disk import check_shared
 from rave_jax.training.config import TrainConfig, extension
 from rave_jax.training.directory import RunDirectory
 from rave_jax.training.init import FromHF, prepare, write_small_files
+from rave_jax.training.lease import only_job_in_bucket
 from rave_jax.training.lock import only_job
 
 
@@ -35,8 +36,15 @@ class Claim:
         self._text: str | None = None
         self._copied: Path | None = None
         place = next(path for path in (directory.path, *directory.path.parents) if path.is_dir())
-        with _written(directory):
-            check_shared(place, "output_dir" if place == directory.path else "the folder of output_dir", config.hosts)
+        if directory.mirror is not None:
+            # Before the first collective: the mark of a dead job is watched for longer than the others wait in one.
+            if hosts.is_first():
+                self._lock()
+            hosts.barrier("the lock of output_dir", config.hosts)
+        else:
+            with _written(directory):
+                field = "output_dir" if place == directory.path else "the folder of output_dir"
+                check_shared(place, field, config.hosts)
         found = agree.on_first(self._look, ConfigError, StoreError)
         self.past = None if found["past"] is None else configs.from_json(TrainConfig, found["past"])
         """Config of the run that is continued, or None."""
@@ -50,7 +58,8 @@ class Claim:
     def _look(self) -> dict:
         directory = self._directory
         if directory.path.is_dir():
-            self._lock()
+            if not self._locked:
+                self._lock()
             self._there = {path.name for path in directory.path.iterdir()}
         past = directory.past(self._config)
         self._begun_anew = past is None and directory.config.exists()
@@ -61,8 +70,12 @@ class Claim:
         }
 
     def _lock(self) -> None:
-        with _written(self._directory):
-            self._held.enter_context(only_job(self._directory.path))
+        mirror = self._directory.mirror
+        if mirror is not None:
+            self._held.enter_context(only_job_in_bucket(mirror.url, _lost))
+        else:
+            with _written(self._directory):
+                self._held.enter_context(only_job(self._directory.path))
         self._locked = True
 
     def _small_files(self) -> Path:
@@ -101,9 +114,12 @@ class Claim:
             if not path.is_dir():
                 self._made = [folder for folder in (path, *path.parents) if not folder.exists()]
                 path.mkdir(parents=True, exist_ok=True)
-            check_shared(path, "output_dir", self._config.hosts)
+            if self._directory.mirror is None:
+                check_shared(path, "output_dir", self._config.hosts)
         agree.on_first(self._write, ConfigError, StoreError)
         hosts.barrier("run directory", self._config.hosts)
+        if self._directory.mirror is not None and not hosts.is_first():
+            self._directory.mirror.pull("config.json", "model")
 
     def _write(self) -> None:
         directory = self._directory
@@ -112,13 +128,16 @@ class Claim:
                 self._lock()
                 if directory.config.exists():
                     self._locked = False  # what is here is that job's, and stays
-                    raise ConfigError(f"another job has started in {directory.path}; choose another output_dir")
+                    raise ConfigError(f"another job has started in {directory}; choose another output_dir")
             if self._begun_anew:
                 self._there -= set(OWN)
                 _remove(directory.path, OWN)
             self._text = directory.config.read_text() if directory.config.exists() else None
             directory.write_config(self.text)
             prepare(self._config.init, directory.model)
+        directory.push()
+        if directory.mirror is not None:
+            directory.mirror.start()
 
     def take_back(self) -> None:
         """After an error: remove what a start wrote that did not get to its first step."""
@@ -133,6 +152,8 @@ class Claim:
                     directory.write_config(self._text)
             elif not directory.started and not steps_in(directory.bad_step):
                 _remove(directory.path, [name for name in OWN if name not in self._there])
+        with contextlib.suppress(StoreError):
+            directory.push()
 
     def remove_empty(self) -> None:
         """Remove the folders that this job made, where nothing is in them."""
@@ -165,12 +186,17 @@ def claimed(directory: RunDirectory, config: TrainConfig) -> Generator[Claim]:
             raise
 
 
+def _lost(words: str) -> None:
+    hosts.tell_the_others(words)
+    hosts.end(1, words)
+
+
 @contextlib.contextmanager
 def _written(directory: RunDirectory) -> Generator[None]:
     try:
         yield
     except OSError as error:
-        raise StoreError(f"cannot write to {error.filename or directory.path}: {error.strerror or error}") from error
+        raise StoreError(f"cannot write to {error.filename or directory}: {error.strerror or error}") from error
 
 
 def _remove(folder: Path, names: list[str] | tuple[str, ...]) -> None:

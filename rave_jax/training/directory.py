@@ -7,6 +7,8 @@ metrics.jsonl      one row per logged step, and one without a loss per evaluatio
                    rows are moved to metrics.jsonl.rejected
 tensorboard/       the same as events
 checkpoints/STEP/  parameters, optimizer, data state (checkpoint/store.py)
+profile/STEP/      what jax's profiler wrote of a few steps (profiling.py)
+wandb.id, wandb/   the run at Weights & Biases, where metrics go there too
 bad_step/STEP/     the state before a step that was not finite, if there was one
 evaluation/NAME/   what the evaluations after the last step wrote; steps/STEP/ in it, what one with `every` wrote
                    after that step
@@ -20,10 +22,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rave_jax import config as configs
+from rave_jax.checkpoint.buckets import folder_at, is_bucket
 from rave_jax.checkpoint.saved_step import steps_in
 from rave_jax.config import ConfigError, local_path
 from rave_jax.files import read_text
 from rave_jax.training.config import TrainConfig, check_same_run, differences
+from rave_jax.training.mirror import Mirror
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,25 @@ class RunDirectory:
     """Paths of a run."""
 
     path: Path
-    """The run directory, absolute."""
+    """The run directory, absolute; of a run in a bucket, the local folder that stands for it."""
+    mirror: Mirror | None = None
+    """Of a run in a bucket."""
+
+    def __str__(self) -> str:
+        return str(self.path) if self.mirror is None else self.mirror.url
+
+    def shown(self, path: Path) -> str:
+        """A path in the directory, as messages name it."""
+        return str(path).replace(str(self.path), str(self))
+
+    def push(self) -> None:
+        """Copy what has changed to the bucket, where the run is in one.
+
+        Raises:
+            StoreError: it cannot be written.
+        """
+        if self.mirror is not None:
+            self.mirror.push()
 
     @property
     def config(self) -> Path:
@@ -54,9 +76,14 @@ class RunDirectory:
         return self.path / "tensorboard"
 
     @property
+    def profile(self) -> Path:
+        """Profiles of steps."""
+        return self.path / "profile"
+
+    @property
     def checkpoints(self) -> Path:
         """Directory of the checkpoint store."""
-        return self.path / "checkpoints"
+        return self._stored("checkpoints")
 
     def checkpoint(self, step: int) -> Path:
         """The checkpoint of a step."""
@@ -65,7 +92,10 @@ class RunDirectory:
     @property
     def bad_step(self) -> Path:
         """Store with the state before a step that was not finite."""
-        return self.path / "bad_step"
+        return self._stored("bad_step")
+
+    def _stored(self, name: str) -> Path:
+        return self.path / name if self.mirror is None else folder_at(f"{self.mirror.url}/{name}")
 
     def evaluation(self, name: str) -> Path:
         """What the evaluation of that name wrote."""
@@ -78,7 +108,7 @@ class RunDirectory:
             ConfigError: not a run directory, or its config is not one of ours.
         """
         if not self.config.exists():
-            raise ConfigError(f"{self.path} is not a run directory: it holds no config.json")
+            raise ConfigError(f"{self} is not a run directory: it holds no config.json")
         try:
             text = read_text(self.config)
         except OSError as error:
@@ -106,7 +136,7 @@ class RunDirectory:
         old = self.read_config()
         if not self.started and (differences(old, config) or old.steps != config.steps):
             return None
-        check_same_run(old, config, str(self.path))
+        check_same_run(old, config, str(self))
         return old
 
     def write_config(self, text: str) -> None:
@@ -121,9 +151,14 @@ class RunDirectory:
 
 
 def run_directory(path: str | Path) -> RunDirectory:
-    """The run directory at a path, which need not exist yet.
+    """The run directory at a path or a gs:// URL, which need not exist yet.
 
     Raises:
-        ConfigError: the path is not one of a file system.
+        ConfigError: the path is not one of a file system, and no gs:// URL.
+        StoreError: the bucket cannot be read.
     """
+    if is_bucket(path):
+        mirror = Mirror(str(path))
+        mirror.pull()
+        return RunDirectory(mirror.local, mirror)
     return RunDirectory(local_path(path, "the run directory").expanduser().resolve())

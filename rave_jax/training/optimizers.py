@@ -9,14 +9,16 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from rave_jax.config import ConfigError, check_ranges, require
+from rave_jax.config import TAG, ConfigError, check_ranges, require
+from rave_jax.parallel.sharding import Axes
+from rave_jax.training.algorithms import AdamW, Algorithm, Muon
 
 Schedule = Callable[[jax.Array | int], jax.Array]
 
@@ -56,7 +58,7 @@ UNUSED = ParameterGroup(name="unused", frozen=True)
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW with clipping, a warm-up and a decay."""
+    """An algorithm with clipping, a warm-up and a decay."""
 
     learning_rate: float = 1e-3
     """Peak learning rate."""
@@ -66,18 +68,12 @@ class OptimizerConfig:
     """How the learning rate falls from its peak to the last step."""
     final_learning_rate: float = 0.0
     """Learning rate at the last step, as a share of the peak."""
-    beta1: float = 0.9
-    """Decay of the running mean of gradients."""
-    beta2: float = 0.999
-    """Decay of the running mean of squared gradients."""
-    epsilon: float = 1e-8
-    """Added to the root of the squared gradients."""
+    algorithm: Algorithm = field(default_factory=AdamW)
+    """Which way a step goes from its gradients: AdamW, Adafactor or Muon."""
     weight_decay: float = 0.0
     """Weight decay of matrices, times the learning rate; vectors (norms, biases) do not decay."""
     clip_norm: float | None = 1.0
     """Largest norm of the gradient of all trained parameters together; null does not clip."""
-    first_moment: Literal["float32", "bfloat16"] = "float32"
-    """Number type of the first moment (the mean of gradients)."""
     accumulation: int = 1
     """Micro-batches of one step; the result is that of the whole batch, but for the loss of routers of experts, which
     is of each micro-batch."""
@@ -89,15 +85,22 @@ class OptimizerConfig:
         require(0 <= self.weight_decay < math.inf, "weight_decay", self.weight_decay, "at least 0")
         require(self.warmup >= 0, "warmup", self.warmup, "at least 0 steps")
         require(0 <= self.final_learning_rate <= 1, "final_learning_rate", self.final_learning_rate, "from 0 to 1")
-        require(0 <= self.beta1 < 1, "beta1", self.beta1, "from 0 to below 1")
-        require(0 <= self.beta2 < 1, "beta2", self.beta2, "from 0 to below 1")
-        require(0 < self.epsilon <= 1, "epsilon", self.epsilon, "above 0, at most 1")
         require(self.clip_norm is None or self.clip_norm > 0, "clip_norm", self.clip_norm, "above 0, or null")
         check_ranges(self, accumulation=(1, 2**20))
         names = [group.name for group in self.groups]
         require(
             len(set(names)) == len(names) and REST.name not in names, "groups", names, "different names, not 'rest'"
         )
+
+    @classmethod
+    def from_older(cls, data: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The JSON of one as it is written, from one that has the fields of AdamW beside its own."""
+        if "algorithm" in data:
+            return data
+        older = ("beta1", "beta2", "epsilon", "first_moment")
+        adam = {name: data[name] for name in older if name in data}
+        rest = {name: value for name, value in data.items() if name not in adam}
+        return rest | {"algorithm": {TAG: AdamW.__name__, **adam}}
 
 
 def learning_rate_schedule(config: OptimizerConfig, steps: int) -> Schedule:
@@ -154,34 +157,42 @@ def in_float32(*parts: optax.GradientTransformation) -> optax.GradientTransforma
 
 
 def make_optimizer(
-    config: OptimizerConfig, steps: int, groups: Mapping[str, ParameterGroup], ndims: Mapping[str, int]
+    config: OptimizerConfig, steps: int, groups: Mapping[str, ParameterGroup], axes: Mapping[str, Axes]
 ) -> optax.GradientTransformation:
-    """AdamW over a dict of trained parameters by name.
+    """The optimizer of a dict of trained parameters by name.
 
     Args:
         config: rates and decays.
         steps: steps of the whole run, for the schedule.
         groups: group of each trained parameter.
-        ndims: logical axes of each trained parameter, layers not counted; those with one or none do not decay.
+        axes: logical axes of each trained parameter; those with one or none beside layers do not decay.
     """
     schedule = learning_rate_schedule(config, steps)
 
     def matrices(params: Any) -> dict[str, bool]:
-        return {name: ndims[name] >= 2 for name in params}
+        return {name: sum(axis != "layers" for axis in axes[name]) >= 2 for name in params}
 
-    def of_group(group: ParameterGroup) -> optax.GradientTransformation:
+    def of_group(group: ParameterGroup, rule: Algorithm) -> optax.GradientTransformation:
         decay = config.weight_decay if group.weight_decay is None else group.weight_decay
 
         def rate(count: Any) -> jax.Array:
             return group.learning_rate * schedule(count)
 
         return in_float32(
-            optax.scale_by_adam(config.beta1, config.beta2, config.epsilon, mu_dtype=config.first_moment),
+            *rule.parts(axes),
             optax.add_decayed_weights(decay, mask=matrices),
             optax.scale_by_learning_rate(rate),
         )
 
-    by_group = optax.multi_transform(
-        {group.name: of_group(group) for group in groups.values()}, {name: group.name for name, group in groups.items()}
-    )
+    rules = {name: config.algorithm.rule(name, axes[name]) for name in groups}
+    labels = {name: _label(group, rules[name]) for name, group in groups.items()}
+    transforms: dict[Any, optax.GradientTransformation] = {
+        labels[name]: of_group(group, rules[name]) for name, group in groups.items()
+    }
+    by_group = optax.multi_transform(transforms, labels)
     return by_group if config.clip_norm is None else optax.chain(optax.clip_by_global_norm(config.clip_norm), by_group)
+
+
+def _label(group: ParameterGroup, rule: Algorithm) -> str:
+    """What optimizer state calls the parameters of a group that one rule moves."""
+    return f"{group.name} by Muon" if isinstance(rule, Muon) else group.name

@@ -25,7 +25,7 @@ from rave_jax.training.optimizers import (
     learning_rate_schedule,
     make_optimizer,
 )
-from rave_jax.training.state import ModelGraph, Params, TrainState, init_state, state_shardings
+from rave_jax.training.state import ModelGraph, Params, TrainState, init_state, parameter_of, state_shardings
 from rave_jax.training.step import Step, compile_step, make_step
 
 
@@ -52,7 +52,14 @@ class Session:
 
 
 def make_session(
-    model: nnx.Module, config: OptimizerConfig, mesh: Mesh, *, steps: int, rows: int, loss_chunk: int
+    model: nnx.Module,
+    config: OptimizerConfig,
+    mesh: Mesh,
+    *,
+    steps: int,
+    rows: int,
+    loss_chunk: int,
+    z_loss: float = 0.0,
 ) -> Session:
     """
     Args:
@@ -62,6 +69,7 @@ def make_session(
         steps: of the whole run.
         rows: of the global batch.
         loss_chunk: tokens of a row whose logits exist at one time.
+        z_loss: coefficient of the z-loss.
 
     Raises:
         ConfigError: a group that matches nothing, everything frozen, or rows that mesh and accumulation do not divide.
@@ -78,12 +86,12 @@ def make_session(
         [group.name for group in config.groups],
         "groups that leave something to train",
     )
-    optimizer = make_optimizer(config, steps, trained, graph.logical_ndims)
+    optimizer = make_optimizer(config, steps, trained, graph.axes)
     schedule = learning_rate_schedule(config, steps)
     shapes = jax.eval_shape(lambda: init_state(_empty(graph), groups, optimizer))
     shardings = state_shardings(shapes, graph.shardings(mesh), mesh)
     sizes = {"steps": steps, "accumulation": config.accumulation, "loss_chunk": loss_chunk}
-    step = make_step(graph, groups, optimizer, schedule, **sizes)
+    step = make_step(graph, groups, optimizer, schedule, **sizes, z_loss=z_loss)
     compiled = compile_step(step, shardings, batch_shardings(mesh, rows), replicated(mesh))
     return Session(mesh, graph, groups, optimizer, schedule, abstract(shapes, shardings), compiled)
 
@@ -96,8 +104,9 @@ def group_rows(session: Session, config: OptimizerConfig) -> list[GroupRow]:
     """The parameter table: what trains, what does not, and what it costs."""
     optimizer_bytes: dict[str, int] = {}
     for path, leaf in jax.tree_util.tree_flatten_with_path(session.state.optimizer)[0]:
-        name = getattr(path[-1], "key", "")
-        optimizer_bytes[name] = optimizer_bytes.get(name, 0) + _bytes(leaf)
+        name = parameter_of(path, session.groups)
+        if name is not None:
+            optimizer_bytes[name] = optimizer_bytes.get(name, 0) + _bytes(leaf)
     rows: list[GroupRow] = []
     for group in dict.fromkeys(session.groups.values()):
         for adapters in (False, True):

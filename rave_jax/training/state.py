@@ -6,14 +6,15 @@ path, which parameter groups, optimizer state and checkpoints share.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Container, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rave_jax.models.parameters import is_unused, named_parameters, param_axes
 from rave_jax.parallel.sharding import named_sharding, replicated
@@ -51,7 +52,6 @@ class ModelGraph[M: nnx.Module]:
         """
         named = named_parameters(model)
         self.axes = {name: param_axes(param) for name, param in named.items()}
-        self.logical_ndims = {name: len(param.get_metadata()["axes"]) for name, param in named.items()}
         self.names = tuple(named)
         self.unused = frozenset(name for name, param in named.items() if is_unused(param))
         """Parameters that nothing is computed with."""
@@ -84,13 +84,43 @@ def init_state(
 
 def state_shardings(abstract: TrainState, params: Mapping[str, NamedSharding], mesh: Mesh) -> TrainState:
     """Where each array of a state goes: optimizer state lies with its parameter, and counters are replicated."""
+    shapes = {name: x.shape for name, x in (abstract.trained | abstract.frozen).items()}
 
     def place(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> NamedSharding:
-        # Optimizer state repeats the dict of trained parameters, so the last key of a path names one.
-        name = str(getattr(path[-1], "key", ""))
-        return params[name] if name in params and leaf.ndim else replicated(mesh)
+        name = parameter_of(path, params)
+        return replicated(mesh) if name is None else placed_with(leaf.shape, shapes[name], params[name])
 
     return jax.tree_util.tree_map_with_path(place, abstract)
+
+
+def parameter_of(path: tuple[Any, ...], names: Container[str]) -> str | None:
+    """The parameter that an array of a state belongs to. A state repeats the dict of parameters, so a key names one."""
+    keys = (str(getattr(key, "key", "")) for key in reversed(path))
+    return next((key for key in keys if key in names), None)
+
+
+def placed_with(shape: tuple[int, ...], whole: tuple[int, ...], sharding: NamedSharding) -> NamedSharding:
+    """Where an array goes that belongs to a parameter: numbers of its shape, of blocks along an axis, or without one.
+
+    Args:
+        shape: of the array.
+        whole: of the parameter.
+        sharding: of the parameter.
+    """
+    entries = [*sharding.spec, *[None] * (len(whole) - len(sharding.spec))]
+    if len(shape) == len(whole) - 1:
+        gone = next((n for n in range(len(whole)) if (*whole[:n], *whole[n + 1 :]) == shape), None)
+        entries = [] if gone is None else [*entries[:gone], *entries[gone + 1 :]]
+    elif len(shape) != len(whole):
+        entries = []
+    sized = zip(entries, shape, strict=True) if entries else ()
+    kept = [entry if size % _ways(entry, sharding.mesh) == 0 else None for entry, size in sized]
+    return NamedSharding(sharding.mesh, PartitionSpec(*kept))
+
+
+def _ways(entry: str | tuple[str, ...] | None, mesh: Any) -> int:
+    names = (entry,) if isinstance(entry, str) else entry or ()
+    return math.prod(mesh.shape[name] for name in names)
 
 
 def parameters_of(state: TrainState) -> dict[str, Any]:

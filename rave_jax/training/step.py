@@ -44,6 +44,11 @@ class StepMetrics(NamedTuple):
         tokens: tokens that are not padding.
         target_tokens: tokens with a loss.
         bad_step: -1, or the step whose loss or gradient was not finite.
+        fill: share of the tokens of all rows that are not padding.
+        images: pictures and videos.
+        group_norms: norm of the gradient of each group of parameters, by its name.
+        mechanisms: root mean square of the mechanisms' trained parameters before the step, over all layers, by the
+            parameter's own name. Those of a gate that starts as nothing tell how far it has opened.
     """
 
     loss: Float[Array, ""]
@@ -54,6 +59,10 @@ class StepMetrics(NamedTuple):
     tokens: Int[Array, ""]
     target_tokens: Int[Array, ""]
     bad_step: Int[Array, ""]
+    fill: Float[Array, ""]
+    images: Int[Array, ""]
+    group_norms: dict[str, Float[Array, ""]]
+    mechanisms: dict[str, Float[Array, ""]]
 
 
 class BatchSums(NamedTuple):
@@ -69,6 +78,9 @@ class BatchWeights(NamedTuple):
     targets: Float[Array, ""]
     losses: dict[str, Float[Array, ""]]
 
+
+Z_LOSS = "z"
+"""Name of the z-loss among those that are added to the loss."""
 
 Step = Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
 
@@ -96,11 +108,12 @@ def make_step(
     steps: int,
     accumulation: int,
     loss_chunk: int,
+    z_loss: float = 0.0,
 ) -> Step:
     """The step as a pure function, not yet compiled.
 
     The loss is the weighted mean over the target tokens of the whole batch, whatever the accumulation, and so are the
-    mechanisms' losses, which are added, each over its own weights. A step
+    mechanisms' losses, which are added, each over its own weights, and the z-loss. A step
     whose loss or gradient is not finite changes nothing but `bad_step`, and neither does any step after it, so
     that the caller, who reads metrics late, still holds the state before the bad update.
     """
@@ -111,13 +124,19 @@ def make_step(
     ) -> tuple[jax.Array, BatchSums]:
         model: Trainable = graph.merge(trained | frozen)
         out = model.forward(batch, Want(losses=True, progress=progress))
-        sums = chunked_cross_entropy(out.hidden, model.head_weight(), batch.targets, batch.loss_weights, loss_chunk)
+        head, of_tokens = model.head_weight(), (batch.targets, batch.loss_weights)
+        sums = chunked_cross_entropy(out.hidden, head, *of_tokens, loss_chunk, z_loss)
         means = {name: x / weights.losses[name] for name, x in out.losses.items()}
-        return functools.reduce(jnp.add, means.values(), sums.loss / weights.targets), BatchSums(sums, means)
+        # The z-loss stands in `sums.loss` with the likelihood, and is told beside it.
+        whole = functools.reduce(jnp.add, means.values(), sums.loss / weights.targets)
+        means |= {Z_LOSS: sums.z / weights.targets} if z_loss > 0 else {}
+        return whole, BatchSums(sums._replace(loss=sums.loss - sums.z), means)
 
     def gradients(state: TrainState, batch: Batch) -> tuple[BatchSums, Params]:
         model: Trainable = graph.merge(state.trained | state.frozen)
-        weights = BatchWeights(jnp.sum(batch.loss_weights, dtype=jnp.float32), model.loss_weights(batch.info))
+        targets = jnp.sum(batch.loss_weights, dtype=jnp.float32)
+        of_losses = model.loss_weights(batch.info) | ({Z_LOSS: targets} if z_loss > 0 else {})
+        weights = BatchWeights(targets, of_losses)
         weights = jax.tree.map(lambda x: jnp.where(x > 0, x, 1.0), weights)
         # Of `steps` steps the first has progress 0 and the last nearly 1.
         progress = state.step.astype(jnp.float32) / steps
@@ -131,7 +150,7 @@ def make_step(
             return jax.tree.map(lambda a, b: a + b.astype(a.dtype), carry, (sums, grads)), None
 
         zero = jnp.zeros((), jnp.float32)
-        nothing = BatchSums(TokenSums(zero, zero, zero), dict.fromkeys(weights.losses, zero))
+        nothing = BatchSums(TokenSums(zero, zero, zero, zero), dict.fromkeys(weights.losses, zero))
         empty = {name: jnp.zeros(x.shape, jnp.float32) for name, x in state.trained.items()}
         (sums, grads), _ = jax.lax.scan(body, (nothing, empty), micro_batches(batch, accumulation))
         return sums, {name: grad.astype(state.trained[name].dtype) for name, grad in grads.items()}
@@ -175,9 +194,28 @@ def make_step(
             tokens=jnp.sum(batch.info.kind != Kind.PAD),
             target_tokens=jnp.sum(batch.loss_weights > 0),
             bad_step=bad_step,
+            fill=jnp.mean(batch.info.kind != Kind.PAD, dtype=jnp.float32),
+            images=jnp.sum(jnp.max(batch.info.image, axis=1)),
+            group_norms=_norms_by_group(grads, groups),
+            mechanisms=_sizes_of_mechanisms(state.trained),
         )
 
     return step
+
+
+def _norms_by_group(grads: Params, groups: Mapping[str, ParameterGroup]) -> dict[str, Float[Array, ""]]:
+    by_group: dict[str, Params] = {}
+    for name, grad in grads.items():
+        by_group.setdefault(groups[name].name, {})[name] = grad.astype(jnp.float32)
+    return {group: optax.tree.norm(part) for group, part in by_group.items()}
+
+
+def _sizes_of_mechanisms(trained: Params) -> dict[str, Float[Array, ""]]:
+    by_name: dict[str, list[jax.Array]] = {}
+    for path, value in trained.items():
+        if ".mechanisms." in path:
+            by_name.setdefault(path.rpartition(".")[2], []).append(value.astype(jnp.float32))
+    return {name: optax.tree.norm(of) / sum(x.size for x in of) ** 0.5 for name, of in by_name.items()}
 
 
 def compile_step(step: Step, states: Any, batches: Any, metrics: jax.sharding.NamedSharding) -> Step:

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 
 from rave_jax import attention as at
 from rave_jax.attention.attend import mask_codes, positions
+from rave_jax.attention.checks import check_hooks
 from rave_jax.batch import Kind, TokenInfo
 from rave_jax.config import ConfigError
 from rave_jax.kernels.attention.base import tile_allow
@@ -102,12 +103,38 @@ def test_layers_are_planned_as_runs_of_equal_mechanisms():
     assert [(p.start, p.stop) for p in at.plan_layer_runs((), 5)] == [(0, 5)]
     with pytest.raises(ConfigError, match=r"Rave.layers names \[9\]"):
         at.plan_layer_runs((at.Rave(layers=(0, 9)),), 5)
+    with pytest.raises(ConfigError, match=r"Rave.layers names \[1\] more than once, expected each layer once"):
+        at.plan_layer_runs((at.Rave(layers=(1, 0, 1)),), 5)
+    with pytest.raises(ConfigError, match=r"Gift.saliency_layer names \[14\], expected numbers from 0 to 4"):
+        at.plan_layer_runs((at.Gift(layers=(1,)),), 5)
+    with pytest.raises(ConfigError, match=r"Gift.saliency_layer names \[0\], layers without attention"):
+        at.plan_layer_runs((at.Gift(layers=(1,), saliency_layer=0),), 5, attending=(1, 3))
+    at.plan_layer_runs((at.Gift(alpha=0.0, layers=(1,)),), 5)
 
 
 def test_two_owners_of_one_thing_are_refused_by_name():
     at.build_mechanisms((at.Rave(), at.Rave(rank=4)), DIMS, KEY)
     with pytest.raises(ConfigError, match="TextPositions cannot stand twice in a layer: each sets"):
         at.build_mechanisms((at.TextPositions(), at.TextPositions()), DIMS, KEY)
+
+
+class Shutting(at.Mechanism):
+    """Wants to be alone with key groups."""
+
+    SHUTS = ("merge",)
+
+
+class Merging(at.Mechanism):
+    """Overrides the hook, and changes nothing."""
+
+    def merge(self, x, parts, info_q, info_k):
+        return None
+
+
+def test_a_hook_that_another_shuts_is_refused_by_name():
+    check_hooks([Shutting(), at.SlidingWindow().build(DIMS, KEY)])
+    with pytest.raises(ConfigError, match="Shutting cannot share a layer with Merging, which overrides the hook 'mer"):
+        check_hooks([Merging(), Shutting()])
 
 
 @pytest.mark.parametrize("implementation", (pytest.param("reference", marks=pytest.mark.slow), "xla"))

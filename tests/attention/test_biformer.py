@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -43,12 +44,23 @@ def layer(configs: tuple[MechanismConfig, ...], x: Features, info: TokenInfo) ->
     return found.out, found.attention, codes
 
 
+SLOW = pytest.mark.slow
+
+
 @pytest.mark.parametrize(
-    "company", [(), pytest.param((Croc(),), marks=pytest.mark.slow)], ids=["causal", "both ways, as in the paper"]
+    ("config", "company"),
+    [
+        (CONFIG, ()),
+        pytest.param(CONFIG, (Croc(),), marks=SLOW),
+        pytest.param(dataclasses.replace(CONFIG, text="dense"), (), marks=SLOW),
+    ],
+    ids=["causal", "both ways, as in the paper", "text reads all"],
 )
-def test_a_region_reads_the_best_by_mean_query_and_mean_key(company: tuple[MechanismConfig, ...]) -> None:
+def test_a_region_reads_the_best_by_mean_query_and_mean_key(
+    config: BiFormer, company: tuple[MechanismConfig, ...]
+) -> None:
     batch = rows(order="region")
-    out, weights, codes = jax.tree.map(np.asarray, layer((CONFIG, *company), X, batch.info))
+    out, weights, codes = jax.tree.map(np.asarray, layer((config, *company), X, batch.info))
     info = jax.tree.map(np.asarray, batch.info)
     whole = 0
     for b, t in np.ndindex(2, T):
@@ -57,7 +69,7 @@ def test_a_region_reads_the_best_by_mean_query_and_mean_key(company: tuple[Mecha
         seen = (codes.lo[b, t] <= codes.order[b]) & (codes.order[b] <= codes.hi[b, t])
         mine = info.region[b] == info.region[b, t] if info.region[b, t] else np.arange(T) == t
         regions = [np.flatnonzero(info.region[b] == n) for n in range(1, info.region[b].max() + 1)]
-        able = [keys for keys in regions if seen[keys].all()]
+        able = [keys for keys in regions if seen[keys].all() and (info.region[b, t] or config.text == "routed")]
         picture = [keys for keys in regions if info.image[b, keys[0]] == info.image[b, t]]
         whole += bool(company) and info.image[b, t] > 0 and all(seen[keys].all() for keys in picture)
         for head in range(4):

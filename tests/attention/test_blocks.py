@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from rave_jax import attention as at
+from rave_jax.attention import sparsifiner
 from rave_jax.attention.blocks import blocks_of, read_whole
 from rave_jax.batch import Kind, TokenInfo
 from rave_jax.config import ConfigError
@@ -119,8 +120,9 @@ def test_no_document_has_more_blocks_than_there_is_room_for() -> None:
     assert read_whole(RouteRule(0.6), 3) == 9
 
 
-def test_the_predictor_learns_the_true_shares_of_blocks() -> None:
+def test_the_predictor_learns_the_true_shares_of_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """The stated loss; only the predictor has a gradient, and a step against it lowers the loss."""
+    monkeypatch.setattr(sparsifiner, "BLOCK", 8)  # of twenty queries
     mechanisms = at.build_mechanisms((SPARSIFINER,), DIMS, KEY)
 
     @jax.jit

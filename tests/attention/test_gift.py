@@ -17,6 +17,7 @@ from rave_jax.typing import Array
 from tests.attention.packed import DIMS, KEY, attend, dense_map, features, info_of, outputs
 
 ROWS = (("ssvvvqqaaa",), ("qvvqvqaa",))
+TURNS = ("1111111111", "11112222")
 GIFT = at.Gift(alpha=3.0, beta=1.5, saliency_layer=0, layers=(0,))
 
 
@@ -27,15 +28,15 @@ def given(saliency: Any, config: at.Gift = GIFT) -> at.Mechanism:
     return built
 
 
-def shifted(P: np.ndarray, S: np.ndarray, letters: str) -> np.ndarray:
+def shifted(P: np.ndarray, S: np.ndarray, letters: str, turns: str) -> np.ndarray:
     """Rows [T,H,S] of one document after the stated change."""
     visual = np.array([letter == "v" for letter in letters])
-    asks = np.array([letter == "q" for letter in letters])
     P, H, g = P.copy(), P.shape[1], np.exp(GIFT.alpha * S[: len(letters)])
     for i, letter in enumerate(letters):
         if letter != "a":
             continue
         row = P[i]
+        asks = np.array([other == "q" and turn == turns[i] for other, turn in zip(letters, turns, strict=True)])
         looks = np.argsort(-row[:, visual].sum(-1), kind="stable")[: H // 2]
         reads = np.argsort(-row[:, asks].sum(-1), kind="stable")[: H // 2]
         r = sum((row[h, visual] * g[visual]).sum() for h in looks) / sum(row[h, visual].sum() for h in looks)
@@ -48,14 +49,15 @@ def shifted(P: np.ndarray, S: np.ndarray, letters: str) -> np.ndarray:
 
 
 def test_rows_of_answers_are_the_stated_ones() -> None:
-    """The output, and rows on demand; in two documents, one a row."""
+    """The output, and rows on demand; in two documents, one a row, of which one has two turns."""
     x, info = features(), info_of(*ROWS)
+    info = info._replace(turn=jnp.asarray([[*map(int, turns)] + [0] * (16 - len(turns)) for turns in TURNS]))
     S = np.random.default_rng(1).random((2, 16))
     plain = dense_map((), x, info)
     wanted = plain.copy()
-    for b, (letters,) in enumerate(ROWS):
+    for b, ((letters,), turns) in enumerate(zip(ROWS, TURNS, strict=True)):
         n = len(letters)
-        wanted[b, :n, :, :n] = shifted(plain[b, :n, :, :n], S[b], letters)
+        wanted[b, :n, :, :n] = shifted(plain[b, :n, :, :n], S[b], letters, turns)
     every = jnp.broadcast_to(jnp.arange(16), (2, 16))
 
     @jax.jit
@@ -116,6 +118,8 @@ def test_refusals() -> None:
             jax.eval_shape(lambda x, m=mechanisms: attend(x, info, m), x)
     with pytest.raises(ConfigError, match=r"Gift cannot share a layer with .*, which chooses the regions"):
         at.build_mechanisms((GIFT, at.Gaze(max_regions=4, top_k=1)), DIMS, KEY)
+    with pytest.raises(ConfigError, match=r"Gift cannot stand twice in a layer: each changes rows of weights"):
+        at.build_mechanisms((GIFT, GIFT), DIMS, KEY)
     with pytest.raises(ConfigError, match=r'heads is .*none where choose is "prompt"'):
         at.Vhr(heads=(1,), choose="prompt")
 

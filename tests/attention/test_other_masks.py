@@ -164,6 +164,9 @@ def test_rules_join_in_any_order(row: list[Token], window: int) -> None:
     wanted = expected(row, lambda i, j: (croc_visual(row, i, j) and i - j < window) or asks(row, i, j))
     np.testing.assert_array_equal(allowed(row, *several), wanted)
     np.testing.assert_array_equal(allowed(row, *several[::-1]), wanted)
+    opened = expected(row, lambda i, j: (croc_visual(row, i, j) and i - j < 5) or arrow(row, i, j))
+    np.testing.assert_array_equal(allowed(row, at.Arrow(5, 2), at.Croc()), opened)
+    np.testing.assert_array_equal(allowed(row, at.Croc(), at.Arrow(5, 2)), opened)
     both = expected(row, lambda i, j: cca(row, i, j) or asks(row, i, j))
     np.testing.assert_array_equal(allowed(row, at.Mma(), at.Cca()), both)
     np.testing.assert_array_equal(allowed(row, at.Cca(), at.Mma()), both)
@@ -263,7 +266,8 @@ def test_mechanisms_say_what_they_own() -> None:
     """Who overrides a hook that only one can have, or changes codes that only one may, says so."""
     info = info_of(row_of([tokens_of([(Role.QUESTION, [2, (1, 3, 4), 3]), (Role.RESPONSE, [2])])]))
     plain = at.causal_codes(info)
-    for config in (at.Rave(), at.SlidingWindow(4), at.TextPositions(), at.Mma(), at.Croc(), at.Cca()):
+    masks = (at.SlidingWindow(4), at.Arrow(4, 2), at.Mma(), at.Croc(), at.Cca())
+    for config in (at.Rave(), at.TextPositions(), *masks):
         mechanism = config.build(DIMS, KEY)
         kind = type(mechanism)
         for hook, thing in (("positions", "positions"), ("factor", "factor")):

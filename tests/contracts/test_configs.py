@@ -168,6 +168,8 @@ CHECKED_ELSEWHERE = {
     "data": "the mesh is held against the devices",
     "fsdp": "the mesh is held against the devices",
     "tensor": "the mesh is held against the devices",
+    "context": "the mesh is held against the devices",
+    "expert": "the mesh is held against the devices",
     "simulated_devices": "hosts.start refuses it before a device is made",
     "warmup": "a run has more steps than its warm-up",
     "frame": "a mosaic's frame is held against the size of the picture",

@@ -16,7 +16,7 @@ from rave_jax.kernels.routed.gather import gather_attention, pallas_gpu, referen
 from rave_jax.kernels.routed.gather.api import OPERATION
 from rave_jax.kernels.routed.gather.base import Operands, Stack, listed, union
 from rave_jax.kernels.support import interpreted
-from rave_jax.parallel.mesh import AXES
+from rave_jax.parallel.mesh import AXES, MeshConfig
 from rave_jax.parallel.sharding import use_mesh
 from tests.kernels.drawn import PairBias
 from tests.kernels.score_terms import terms_of
@@ -80,9 +80,10 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def on(kind: str, shape: tuple[int, ...] = (1, 1, 1)) -> AbstractMesh:
+def on(kind: str, tensor: int = 1) -> AbstractMesh:
     """A mesh of GPUs that are not there."""
-    return AbstractMesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, abstract_device=AbstractDevice(kind, None, "gpu"))
+    device, sizes = AbstractDevice(kind, None, "gpu"), MeshConfig(tensor=tensor).sizes(tensor)
+    return AbstractMesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), abstract_device=device)
 
 
 def attended(given: Operands, implementation: Any = "auto") -> Any:
@@ -93,16 +94,16 @@ def attended(given: Operands, implementation: Any = "auto") -> Any:
 
 
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
-@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 1, 2)], ids=["one GPU", "two GPUs"])
+@pytest.mark.parametrize("tensor", [1, 2], ids=["one GPU", "two GPUs"])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_it_lowers_for_gpus_and_reads_the_cache_where_it_lies(case: dict[str, Any], shape: tuple[int, ...]) -> None:
+def test_it_lowers_for_gpus_and_reads_the_cache_where_it_lies(case: dict[str, Any], tensor: int) -> None:
     """As `auto` has it on a GPU: one kernel, and nothing else takes the stacks, whole or in part."""
     given = operands(**case)
-    with use_mesh(on(H100, shape)):
+    with use_mesh(on(H100, tensor)):
         text = jax.jit(attended).trace(given).lower(lowering_platforms=("cuda",)).as_text()
     calls = [line for line in text.splitlines() if triton.CUSTOM_CALL_TARGET_NAME in line]
     assert len(calls) == 1 and 'name = "gather_attention"' in calls[0]
-    kv_heads = 2 // shape[2]
+    kv_heads = 2 // tensor
     B, _, R, m, _ = given.k.shape
     for stack in (given.k, given.v):
         kind = {"int8": "i8", "bfloat16": "bf16", "float32": "f32"}[stack.values.dtype.name]

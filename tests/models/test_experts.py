@@ -215,7 +215,7 @@ def test_a_model_on_a_mesh_gives_the_same_numbers(layout: dict[str, int]) -> Non
         placed = jax.device_put(model, shardings(model, mesh))
         ours = jax.jit(loss_and_gradients.__wrapped__)(placed, packed)
     gate = named_parameters(placed)["decoder.layer_runs.2.layers.mlp.gate.weight"]
-    assert param_axes(gate) == ("layers", "experts", None, "embed")
+    assert param_axes(gate) == ("layers", "experts", None, "expert_embed")
     assert gate[...].addressable_shards[0].data.shape == (2, 8 // layout["tensor"], 12, D // layout["fsdp"])
     for one, other in zip(ours, loss_and_gradients(model, packed), strict=True):
         np.testing.assert_allclose(one, other, atol=2e-5 * max(1, float(jnp.abs(other).max())))

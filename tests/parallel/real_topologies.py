@@ -8,7 +8,7 @@ import numpy as np
 from jax.experimental import topologies
 
 from rave_jax.parallel.mesh import arrange
-from tests.parallel.test_mesh import factorisations
+from tests.parallel.test_mesh import factorisations, sizes_of
 
 TOPOLOGIES = ("v5e:4x4", "v5e:16x16", "v5p:4x4x4", "v5p:8x8x8", "v6e:8x8", "v6e:16x16", "tpu7x:4x4x4")
 TENSOR = 4
@@ -30,7 +30,7 @@ def main() -> None:
             devices = topologies.get_topology_desc(platform="tpu", topology_name=name, **several).devices
             count = len(devices)
             shape = np.array([device.coords for device in devices]).max(axis=0) + 1
-            released, how = arrange((1, count // TENSOR, TENSOR), devices)
+            released, how = arrange(sizes_of(fsdp=count // TENSOR, tensor=TENSOR), devices)
             every = (arrange(sizes, devices)[0] for sizes in factorisations(count) if sizes[0] in (1, 2))
             found[f"{name} x {slices}"] = {
                 "all laid out": all(len(set(map(id, array.flat))) == count for array in every),

@@ -32,7 +32,7 @@ def job(monkeypatch):
 
 
 def connections(one: Liveness) -> list[socket.socket]:
-    while not one._peers:
+    while not one._peers or not all(peer.name for peer in one._peers.values()):
         pass
     return [peer.connection for peer in one._peers.values()]
 
@@ -47,8 +47,7 @@ def test_a_process_whose_connection_ends_is_named_by_all_others(job):
 
 def test_process_0_is_named_too(job):
     processes, told = job(2, timeout=30)
-    while not processes[0]._peers:
-        pass
+    connections(processes[0])
     processes[0]._closed.set()  # its thread sends no farewell
     connections(processes[0])[0].shutdown(socket.SHUT_RDWR)
     assert "process 0 (pid" in told[1].get(timeout=10)
@@ -74,6 +73,21 @@ def test_a_farewell_is_no_death(job):
 
 def test_a_port_that_is_not_open_is_said(job, monkeypatch, caplog):
     job(1, timeout=30)
-    monkeypatch.setattr(liveness.notes, "gather", lambda *_: {"0": "1"})
+    monkeypatch.setattr(liveness.notes, "gather", lambda *_: {"0": "1 word"})
     Liveness(1, 2, 30, print).start("localhost")
     assert "warning: process 1 cannot reach port 1 of process 0 (localhost: Connection refused)" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "said", [b"", b"GET / HTTP/1.1\r\n\r\n", b'{"name": "process 1"}\n', b"x" * 2000, b"d me\n", b"\xff\n"]
+)
+def test_a_stranger_at_the_port_ends_nothing(job, said: bytes):
+    """A scan of ports, say."""
+    processes, told = job(2, timeout=30)
+    connections(processes[0])
+    with socket.create_connection(("localhost", processes[0]._server.getsockname()[1])) as stranger:
+        stranger.sendall(said)
+    with pytest.raises(queue.Empty):
+        told[0].get(timeout=0.2)
+    connections(processes[1])[0].shutdown(socket.SHUT_RDWR)
+    assert "process 1 (pid" in told[0].get(timeout=10)

@@ -20,8 +20,8 @@ from rave_jax.config import ConfigError
 from rave_jax.parallel.mesh import AXES, MeshConfig, abstract_mesh, arrange, make_mesh, mesh_line, ways_over_slices
 
 
-@given(st.tuples(*[st.integers(1, 6)] * 3), st.sampled_from([None, *AXES]))
-def test_the_rest_is_what_remains(sizes: tuple[int, int, int], rest: str | None) -> None:
+@given(st.tuples(*[st.integers(1, 6)] * len(AXES)), st.sampled_from([None, *AXES]))
+def test_the_rest_is_what_remains(sizes: tuple[int, ...], rest: str | None) -> None:
     fields = dict(zip(AXES, sizes, strict=True))
     if rest:
         fields[rest] = -1
@@ -49,6 +49,7 @@ def test_sizes_that_do_not_multiply_to_the_devices_are_refused(config: MeshConfi
         (MeshConfig(data=2, fsdp=2), 8, "what fits: data 4, or fsdp 4, or tensor 2"),
         (MeshConfig(tensor=1000), 96, "what fits: tensor 24 or 32 or 48 or 96"),
         (MeshConfig(data=3, fsdp=5, tensor=7), 8, "what fits: data 1, fsdp -1, tensor 1"),
+        (MeshConfig(context=3), 8, "what fits: context 1 or 2 or 4 or 8"),
     ],
 )
 def test_the_refusal_names_what_would_fit(config: MeshConfig, num_devices: int, fits: str) -> None:
@@ -63,22 +64,28 @@ def test_sizes_that_mean_nothing_are_refused(sizes: tuple[int, int, int]) -> Non
         MeshConfig(*sizes)
 
 
-def test_a_mesh_always_has_all_three_axes() -> None:
+ALONE = dict.fromkeys(AXES, 1)
+
+
+def test_a_mesh_always_has_all_axes() -> None:
     mesh = make_mesh(MeshConfig(data=2, fsdp=-1, tensor=2))
-    assert dict(mesh.shape) == {"data": 2, "fsdp": len(jax.devices()) // 4, "tensor": 2}
+    assert dict(mesh.shape) == ALONE | {"data": 2, "fsdp": len(jax.devices()) // 4, "tensor": 2}
+    split = make_mesh(MeshConfig(fsdp=1, context=4, expert=-1))
+    assert dict(split.shape) == ALONE | {"context": 4, "expert": len(jax.devices()) // 4}
     alone = make_mesh(MeshConfig(), jax.devices()[:1])
-    assert dict(alone.shape) == {"data": 1, "fsdp": 1, "tensor": 1}
+    assert dict(alone.shape) == ALONE
 
 
 def test_neighbouring_devices_share_a_tensor_group() -> None:
-    mesh = make_mesh(MeshConfig(fsdp=-1, tensor=2))
-    assert [d.id for d in mesh.devices[0, 0]] == [0, 1]
+    mesh = make_mesh(MeshConfig(fsdp=-1, context=2, tensor=2))
+    assert [d.id for d in mesh.devices[0, 0, 0].flat] == [0, 1, 2, 3]
+    assert AXES[-1] == "tensor"
 
 
 def test_an_abstract_mesh_has_the_same_shape() -> None:
     config = MeshConfig(data=2, fsdp=-1, tensor=2)
     assert dict(abstract_mesh(config, 8).shape) == dict(make_mesh(config).shape)
-    assert dict(abstract_mesh(config, 1024).shape) == {"data": 2, "fsdp": 256, "tensor": 2}
+    assert dict(abstract_mesh(config, 1024).shape) == ALONE | {"data": 2, "fsdp": 256, "tensor": 2}
 
 
 @dataclass(frozen=True)
@@ -103,9 +110,18 @@ def torus(*shape: int, slices: int = 1, kind: str = "TPU v6 lite") -> list[Chip]
     ]
 
 
-def factorisations(count: int) -> list[tuple[int, int, int]]:
-    pairs = [(a, b) for a in range(1, count + 1) for b in range(1, count + 1) if count % (a * b) == 0]
-    return [(a, b, count // (a * b)) for a, b in pairs]
+def sizes_of(**ways: int) -> tuple[int, ...]:
+    """Sizes of all axes; those that are not named are 1."""
+    assert set(ways) <= set(AXES)
+    return tuple(ways.get(axis, 1) for axis in AXES)
+
+
+def factorisations(count: int, axes: int = len(AXES)) -> list[tuple[int, ...]]:
+    """Every way to split that many devices over so many axes."""
+    if axes == 1:
+        return [(count,)]
+    sizes = (size for size in range(1, count + 1) if count % size == 0)
+    return [(size, *rest) for size in sizes for rest in factorisations(count // size, axes - 1)]
 
 
 @pytest.mark.parametrize("chips", [torus(8, 8), torus(4, 4, 8, kind="TPU v5"), torus(4, 4, slices=2)], ids=len)
@@ -120,7 +136,14 @@ def test_every_factorisation_is_laid_out(chips: list[Chip]) -> None:
 def test_slices_are_outermost() -> None:
     """Tensor groups never cross slices while another axis can; every part of a slice is laid out alike."""
     chips = torus(4, 4, slices=2)
-    for sizes, over in [((1, 8, 4), "fsdp 2"), ((2, 4, 4), "data 2"), ((4, 2, 4), "data 2"), ((1, 1, 32), "tensor 2")]:
+    for ways, over in [
+        ({"fsdp": 8, "tensor": 4}, "fsdp 2"),
+        ({"data": 2, "fsdp": 4, "tensor": 4}, "data 2"),
+        ({"data": 4, "fsdp": 2, "tensor": 4}, "data 2"),
+        ({"expert": 4, "context": 4, "tensor": 2}, "expert 2"),
+        ({"tensor": 32}, "tensor 2"),
+    ]:
+        sizes = sizes_of(**ways)
         array, how = arrange(sizes, chips)
         assert how.startswith(f"2 slices over {over}, and inside a slice")
         index = np.vectorize(lambda chip: chip.slice_index)(array)
@@ -134,7 +157,7 @@ def test_slices_are_outermost() -> None:
 
 def test_slices_of_unequal_size_are_joined_in_order() -> None:
     chips = torus(2, 2, slices=2)[:6]
-    array, how = arrange((1, 6, 1), chips[::-1])
+    array, how = arrange(sizes_of(fsdp=6), chips[::-1])
     assert [chip.slice_index for chip in array.flat] == [0, 0, 0, 0, 1, 1]
     assert how == "2 slices of unequal size, in the order of device numbers"
 
@@ -143,6 +166,7 @@ def test_the_layout_is_one_line() -> None:
     assert mesh_line(MeshConfig(fsdp=-1, tensor=2)) == (
         "mesh: data 1 x fsdp 4 x tensor 2 over 8 devices (cpu), in the order of device numbers"
     )
+    assert mesh_line(MeshConfig(context=2)).startswith("mesh: data 1 x fsdp 4 x context 2 x tensor 1 over 8 devices")
     assert mesh_line(MeshConfig(tensor=4), torus(8, 8, slices=2)) == (
         "mesh: data 1 x fsdp 32 x tensor 4 over 128 devices (TPU v6 lite), 2 slices over fsdp 2, "
         "and inside a slice with an axis of links split in two"

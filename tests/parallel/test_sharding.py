@@ -31,7 +31,18 @@ def test_a_weight_is_split_where_its_size_divides() -> None:
 
 def test_an_axis_that_does_not_divide_stays_whole() -> None:
     assert partition_spec(("kv_heads", "embed"), (3, 32), MESH) == P(None, "fsdp")
-    assert partition_spec(("batch",), (4,), MESH) == P(None)
+    assert partition_spec(("batch",), (3,), MESH) == P(None)
+
+
+def test_of_several_mesh_axes_the_last_are_left_out_until_the_size_divides() -> None:
+    every = abstract_mesh(MeshConfig(data=2, fsdp=4, expert=2, context=2, tensor=2), 64)
+    for size, axes in [(32, ("fsdp", "expert", "context")), (8, ("fsdp", "expert")), (4, "fsdp"), (2, None)]:
+        assert partition_spec(("embed",), (size,), every) == P(axes)
+    assert partition_spec(("batch", "length"), (16, 4), every) == P(("data", "fsdp", "expert"), "context")
+    assert partition_spec(("batch",), (4,), MESH) == P("data")
+    assert partition_spec(("experts", None, "expert_embed"), (8, 3, 32), every) == P(
+        ("expert", "tensor"), None, ("fsdp", "context")
+    )
 
 
 def test_axes_of_size_one_leave_no_trace() -> None:

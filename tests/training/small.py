@@ -124,10 +124,12 @@ def session_of(
     rows: int = 8,
     config: VlmConfig = CONFIG,
     options: ModelOptions = OPTIONS,
+    z_loss: float = 0.0,
 ) -> Session:
     """A session on one device, or on a mesh."""
     mesh = mesh or make_mesh(MeshConfig(), jax.devices()[:1])
-    return make_session(abstract_model(config, options), optimizer, mesh, steps=steps, rows=rows, loss_chunk=10)
+    model = abstract_model(config, options)
+    return make_session(model, optimizer, mesh, steps=steps, rows=rows, loss_chunk=10, z_loss=z_loss)
 
 
 @functools.cache

@@ -41,6 +41,7 @@ MECHANISMS: tuple[MechanismConfig, ...] = (
     ZeroTuning(3.0, heads=(1,), route="after"),
 )
 OPTIONS = ModelOptions(mechanisms=MECHANISMS)
+Z_LOSS = 0.01
 
 
 def told(rows: int = 8) -> Batch:
@@ -67,11 +68,11 @@ def one_step(session: Any, options: ModelOptions = OPTIONS) -> tuple[dict[str, n
 
 @functools.cache
 def whole() -> tuple[dict[str, np.ndarray], StepMetrics]:
-    return one_step(session_of(OptimizerConfig(decay="none"), config=TEXT, options=OPTIONS))
+    return one_step(session_of(OptimizerConfig(decay="none"), config=TEXT, options=OPTIONS, z_loss=Z_LOSS))
 
 
 def test_the_step_descends_the_sum_of_all_losses() -> None:
-    session = session_of(OptimizerConfig(decay="none"), config=TEXT, options=OPTIONS)
+    session = session_of(OptimizerConfig(decay="none"), config=TEXT, options=OPTIONS, z_loss=Z_LOSS)
     batch = jax.tree.map(jnp.asarray, told())
 
     @jax.jit
@@ -80,16 +81,17 @@ def test_the_step_descends_the_sum_of_all_losses() -> None:
             model = session.graph.merge(trained)
             out = model.forward(batch, Want(losses=True))
             weights = model.loss_weights(batch.info)
-            tokens = chunked_cross_entropy(out.hidden, model.head_weight(), batch.targets, batch.loss_weights, 24)
+            of_tokens = batch.targets, batch.loss_weights
+            tokens = chunked_cross_entropy(out.hidden, model.head_weight(), *of_tokens, 24, Z_LOSS)
             means = {name: out.losses[name] / weights[name] for name in weights}
-            return tokens.loss / tokens.weight + sum(means.values()), means
+            return tokens.loss / tokens.weight + sum(means.values()), means | {"z": tokens.z / tokens.weight}
 
         (total, means), gradients = jax.value_and_grad(loss, has_aux=True)(trained)
         return total, means, optax.tree.norm(gradients)
 
     total, means, norm = by_hand(first_state(session, TEXT, OPTIONS).trained)
     metrics = whole()[1]
-    assert set(metrics.losses) == {"avar_enhance", "avar_suppress"} and metrics.bad_step == -1
+    assert set(metrics.losses) == {"avar_enhance", "avar_suppress", "z"} and metrics.bad_step == -1
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), metrics.losses, means)
     np.testing.assert_allclose(metrics.loss + sum(metrics.losses.values()), total, rtol=1e-5)
     np.testing.assert_allclose(metrics.grad_norm, norm, rtol=1e-4)
@@ -106,7 +108,7 @@ def test_accumulation_and_meshes_change_nothing(mesh: MeshConfig | None) -> None
     """Micro-batches have different numbers of documents with each loss, so a mean of means would differ."""
     optimizer = OptimizerConfig(decay="none", accumulation=4 if mesh is None else 2)
     place = None if mesh is None else make_mesh(mesh, jax.devices()[:4])
-    _, metrics = one_step(session_of(optimizer, place, config=TEXT, options=OPTIONS))
+    _, metrics = one_step(session_of(optimizer, place, config=TEXT, options=OPTIONS, z_loss=Z_LOSS))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5), metrics, whole()[1])
 
 
@@ -142,7 +144,9 @@ def test_a_mechanism_without_losses_adds_nothing_to_the_metrics() -> None:
 
 
 def test_losses_are_logged_by_name() -> None:
-    values = named_values(StepMetrics(*map(np.float32, range(8)))._replace(losses={"avar_enhance": np.float32(0.5)}))
+    empty = StepMetrics(*map(np.float32, range(len(StepMetrics._fields))))
+    of = empty._replace(losses={"avar_enhance": np.float32(0.5)}, group_norms={}, mechanisms={"gain": np.float32(1)})
+    values = named_values(of)
     assert values["loss/avar_enhance"] == 0.5 and values["loss"] == 0 and "losses" not in values
 
 

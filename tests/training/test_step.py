@@ -79,7 +79,7 @@ def test_equals_the_step_written_out_by_hand(clipped):
         chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), batch.targets[..., None], -1)[..., 0]
         return -(chosen * batch.loss_weights).sum() / batch.loss_weights.sum()
 
-    matrices = {name: session.graph.logical_ndims[name] >= 2 for name in params}
+    matrices = {name: sum(axis != "layers" for axis in session.graph.axes[name]) >= 2 for name in params}
     optimizer = optax.chain(optax.clip_by_global_norm(0.5), optax.adamw(1e-2, weight_decay=0.1, mask=matrices))
 
     @jax.jit

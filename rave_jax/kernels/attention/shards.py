@@ -12,13 +12,13 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.sharding import AbstractMesh, Mesh, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from rave_jax.kernels import support
 from rave_jax.kernels.attention import pallas_tpu as kernels
 from rave_jax.kernels.attention.base import MaskCodes, Term, Terms
 from rave_jax.kernels.attention.tuning import block_sizes
-from rave_jax.parallel.sharding import RULES, current_mesh
+from rave_jax.parallel.sharding import current_mesh, names_of, partition_spec
 from rave_jax.typing import Array, Float
 
 
@@ -40,9 +40,8 @@ def pallas_tpu(
     if mesh is None or mesh.size == 1:
         return run(q, k, v, codes, terms)
     B, H, K = q.shape[0], q.shape[2], k.shape[2]
-    rows = _axes(mesh, "batch", B)
-    heads, kv_heads = _axes(mesh, "heads", H), _axes(mesh, "kv_heads", K)
-    ways = 1 if heads is None else math.prod(mesh.shape[name] for name in _names(heads))
+    rows, heads, kv_heads = partition_spec(("batch", "heads", "kv_heads"), (B, H, K), mesh)
+    ways = 1 if heads is None else math.prod(mesh.shape[name] for name in names_of(heads))
     one_kv_head = heads is not None and kv_heads is None and ways % K == 0
     if kv_heads is None and not one_kv_head:
         heads = None  # a device's queries would read parts of several kv heads
@@ -50,7 +49,7 @@ def pallas_tpu(
     def on_device(q: Array, k: Array, v: Array, codes: MaskCodes, terms: Terms) -> tuple[Array, Array]:
         if one_kv_head:
             assert heads is not None
-            own = jax.lax.axis_index(_names(heads)) * K // ways
+            own = jax.lax.axis_index(names_of(heads)) * K // ways
 
             def cut(x: Array) -> Array:
                 return jax.lax.dynamic_slice_in_dim(x, own, 1, axis=2)
@@ -85,14 +84,3 @@ def _with_kv_heads(term: Term, change: Callable[[Array], Any]) -> Term:
     """The same with every array changed that has kv heads."""
     w = None if term.w is None else change(term.w)
     return term.replace(w=w, key={name: change(x) for name, x in term.key.items()})
-
-
-def _axes(mesh: Mesh | AbstractMesh, name: str, size: int) -> str | tuple[str, ...] | None:
-    """Mesh axes that a logical axis of this size is split over, None where the mesh does not divide it."""
-    rule = RULES[name]
-    ways = 1 if rule is None else math.prod(mesh.shape[n] for n in _names(rule))
-    return rule if ways > 1 and size % ways == 0 else None
-
-
-def _names(axes: str | tuple[str, ...]) -> tuple[str, ...]:
-    return (axes,) if isinstance(axes, str) else axes

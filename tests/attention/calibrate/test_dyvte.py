@@ -37,7 +37,7 @@ def test_an_answer_stays_where_its_guesses_and_its_loss_do() -> None:
         for b in range(4)
     ]
     found = jax.jit(functools.partial(may_leave, TRAINING))(plain, hidden, answer)
-    assert found.tolist() == expected and expected[0] and expected[3] and not expected[1]
+    assert found.tolist() == expected == [True, False, False, True]
 
 
 @pytest.mark.parametrize(
