@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterator
 from typing import Any
 
 from rave_jax.config import ConfigError
-from rave_jax.parallel.mesh import AXES, MeshConfig
+from rave_jax.parallel.mesh import MeshConfig, abstract_mesh
+from rave_jax.parallel.rows import row_ways
 from rave_jax.plan.chips import Topology
 from rave_jax.plan.compile import AT_ONCE, Wanted, compile_steps
 from rave_jax.plan.result import Step
+from rave_jax.training.algorithms import AdamW
 from rave_jax.training.config import TrainConfig
 
 ENOUGH = 3
-MOST_TRIED = 8
+MOST_TRIED = 9
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Change:
 def changes_that_fit(wanted: Wanted) -> list[Change]:
     """The first changes that fit, at most `ENOUGH`, in the order of what they cost a run."""
     found: list[Change] = []
-    candidates = list(candidate_changes(wanted.config, _devices(wanted.topology)))[:MOST_TRIED]
+    candidates = list(candidate_changes(wanted.config, wanted.topology.devices))[:MOST_TRIED]
     for start in range(0, len(candidates), AT_ONCE):
         some = candidates[start : start + AT_ONCE]
         steps = compile_steps([dataclasses.replace(wanted, config=config, hlo=None) for _, _, config in some])
@@ -64,25 +65,21 @@ def candidate_changes(config: TrainConfig, devices: int) -> Iterator[tuple[str, 
         config: that does not fit.
         devices: of the topology.
     """
-    single = [*_remat(config), *_accumulation(config, devices), *_moments(config), *_mesh(config, devices)]
-    yield from ((flags, why, changed) for flags, why, changed in single)
+    single = [make(config, devices) for make in (_remat, _accumulation, _moments, _mesh)]
+    for changes in single:
+        yield from changes
     together = config
     flags, whys = [], []
-    for make in (_remat, _accumulation_most, _moments):
-        for one, why, changed in make(together, devices) if make is _accumulation_most else make(together):
+    for make in (_remat, _accumulation_most, _smallest_moments):
+        for one, why, changed in make(together, devices):
             together = changed
             flags.append(one)
             whys.append(why)
-            break
     if len(flags) > 1:
         yield " ".join(flags), "; ".join(whys), together
 
 
-def _devices(topology: Topology) -> int:
-    return math.prod(topology.shape) * topology.chip.devices * topology.slices
-
-
-def _remat(config: TrainConfig) -> Iterator[tuple[str, str, TrainConfig]]:
+def _remat(config: TrainConfig, _: int) -> Iterator[tuple[str, str, TrainConfig]]:
     if config.model.remat != "full":
         model = dataclasses.replace(config.model, remat="full")
         yield "--model.remat full", "layers are computed again in the backward pass", _with(config, model=model)
@@ -107,11 +104,25 @@ def _accumulation_most(config: TrainConfig, devices: int) -> Iterator[tuple[str,
     yield from found[-1:]
 
 
-def _moments(config: TrainConfig) -> Iterator[tuple[str, str, TrainConfig]]:
-    if config.optimizer.first_moment != "bfloat16":
-        optimizer = dataclasses.replace(config.optimizer, first_moment="bfloat16")
-        flag = "--optimizer.first-moment bfloat16"
-        yield flag, "the mean of gradients has 8 bits of precision", _with(config, optimizer=optimizer)
+def _moments(config: TrainConfig, _: int) -> Iterator[tuple[str, str, TrainConfig]]:
+    algorithm = config.optimizer.algorithm
+    if not isinstance(algorithm, AdamW):
+        return
+    name = "--optimizer.algorithm"
+    if algorithm.first_moment == "float32":
+        changed = dataclasses.replace(algorithm, first_moment="bfloat16")
+        optimizer = dataclasses.replace(config.optimizer, algorithm=changed)
+        why = "the mean of gradients has 8 bits of precision"
+        yield f"{name}.first-moment bfloat16", why, _with(config, optimizer=optimizer)
+    if "8-bit" not in (algorithm.first_moment, algorithm.second_moment):
+        changed = dataclasses.replace(algorithm, first_moment="8-bit", second_moment="8-bit")
+        optimizer = dataclasses.replace(config.optimizer, algorithm=changed)
+        why = "both moments are kept in blocks of 8-bit numbers"
+        yield f"{name}.first-moment 8-bit {name}.second-moment 8-bit", why, _with(config, optimizer=optimizer)
+
+
+def _smallest_moments(config: TrainConfig, devices: int) -> Iterator[tuple[str, str, TrainConfig]]:
+    yield from list(_moments(config, devices))[-1:]
 
 
 def _mesh(config: TrainConfig, devices: int) -> Iterator[tuple[str, str, TrainConfig]]:
@@ -138,10 +149,9 @@ def _if_it_divides(
 def _row_ways(config: TrainConfig, devices: int) -> int:
     """Shards of rows, or 0 where the mesh does not fit the devices."""
     try:
-        sizes = dict(zip(AXES, config.mesh.sizes(devices), strict=True))
+        return row_ways(abstract_mesh(config.mesh, devices))
     except ConfigError:
         return 0
-    return sizes["data"] * sizes["fsdp"]
 
 
 def _with(config: TrainConfig, **fields: Any) -> TrainConfig:

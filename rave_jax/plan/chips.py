@@ -8,6 +8,7 @@ give the network between slices for a pod, or for a host; here it stands for one
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 from rave_jax.config import ConfigError
@@ -73,6 +74,11 @@ class Topology:
     def __str__(self) -> str:
         slice_name = f"{self.chip.name}:{'x'.join(map(str, self.shape))}"
         return slice_name if self.slices == 1 else f"{self.slices} slices of {slice_name}"
+
+    @property
+    def devices(self) -> int:
+        """Of all slices, as jax counts them."""
+        return math.prod(self.shape) * self.chip.devices * self.slices
 
     @property
     def name(self) -> str:

@@ -82,7 +82,7 @@ def compile_step(wanted: Wanted) -> Step:
             if isinstance(result, ConfigError):
                 raise result
             return result
-        said = libtpu.last_words(stderr)
+        said = (libtpu.last_words(stderr).splitlines() or ["it said nothing"])[-1]
         if not (folder / READY).exists():
             raise libtpu.CompilerUnavailable(f"libtpu does not start for {wanted.topology}: {said}")
         raise RuntimeError(

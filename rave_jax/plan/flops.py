@@ -68,7 +68,7 @@ def step_flops(config: TrainConfig, vlm: VlmConfig, graph: ModelGraph, trained: 
         read = patches / (unit if _is_connector(name) else 1) if part == "tower" else tokens
         share = text.experts.chosen / text.experts.count if text.experts and "experts" in graph.axes[name] else 1.0
         is_gate = ".mechanisms." in name
-        if graph.logical_ndims[name] < 2 or (name.endswith(".bias") and not is_gate):
+        if sum(axis != "layers" for axis in graph.axes[name]) < 2 or (name.endswith(".bias") and not is_gate):
             continue
         flops = 2.0 * math.prod(graph.shapes[name].shape) * share * read * rows
         forward[part] += flops

@@ -145,10 +145,10 @@ def _lines(plan: Plan) -> Iterator[str]:
     yield "least time of a step, by each bound:"
     for name, seconds in found.parts.items():
         if seconds:
-            yield f"  {name:<10}{seconds:>10.4f} s{'   the largest' if name == found.largest else ''}"
-    yield f"  if everything overlaps: at least {found.overlapped:.4f} s, MFU at most {found.mfu:.1%}"
+            yield f"  {name:<10}{seconds:>10.4g} s{'   the largest' if name == found.largest else ''}"
+    yield f"  if everything overlaps: at least {found.overlapped:.4g} s, MFU at most {found.mfu:.1%}"
     yield (
-        f"  if nothing overlaps with synchronous collectives: at least {found.exposed:.4f} s, MFU at most "
+        f"  if nothing overlaps with synchronous collectives: at least {found.exposed:.4g} s, MFU at most "
         f"{found.mfu_exposed:.1%}"
     )
 

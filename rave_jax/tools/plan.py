@@ -50,6 +50,7 @@ def plan(arguments: argparse.Namespace) -> int:
     if flags.topology is None:
         raise ConfigError("--topology is missing, expected CHIP:SHAPE, as --topology v5e:16x16")
     topology = parse_topology(flags.topology, 1 if flags.slices is None else flags.slices)
+    config.mesh.sizes(topology.devices)  # refuses sizes that do not fit before anything is compiled
     vlm, source = model_of(config.init)
     for name in ("json", "hlo"):
         file = getattr(flags, name)

@@ -9,6 +9,7 @@ from rave_jax.data.config import DataConfig
 from rave_jax.models.config import ModelOptions
 from rave_jax.parallel.mesh import MeshConfig
 from rave_jax.plan.changes import candidate_changes
+from rave_jax.training.algorithms import Adafactor
 from rave_jax.training.config import TrainConfig
 
 CONFIG = TrainConfig(data=DataConfig(rows=64), mesh=MeshConfig(data=2, fsdp=-1, tensor=2))
@@ -25,9 +26,16 @@ def test_each_change_is_what_its_flags_say() -> None:
 def test_what_costs_least_comes_first_and_all_kinds_are_tried() -> None:
     flags = [flags for flags, _, _ in candidate_changes(CONFIG, 16)]
     assert flags[0] == "--model.remat full"
-    for part in ("accumulation 2", "data.rows 32", "first-moment bfloat16", "mesh.data 1", "mesh.tensor 4"):
+    for part in (
+        "accumulation 2",
+        "data.rows 32",
+        "first-moment bfloat16",
+        "second-moment 8-bit",
+        "mesh.data 1",
+        "mesh.tensor 4",
+    ):
         assert any(part in one for one in flags), part
-    assert flags[-1].count("--") == 3, "the last are several together"
+    assert flags[-1].count("--") == 4, "the last are several together"
 
 
 def test_nothing_is_tried_that_is_so_already_or_that_rows_do_not_divide() -> None:
@@ -35,7 +43,7 @@ def test_nothing_is_tried_that_is_so_already_or_that_rows_do_not_divide() -> Non
         CONFIG,
         model=ModelOptions(remat="full"),
         data=DataConfig(rows=8),
-        optimizer=dataclasses.replace(CONFIG.optimizer, first_moment="bfloat16"),
+        optimizer=dataclasses.replace(CONFIG.optimizer, algorithm=Adafactor()),
         mesh=MeshConfig(fsdp=8, tensor=2),
     )
     flags = [flags for flags, _, _ in candidate_changes(config, 16)]

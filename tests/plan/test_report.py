@@ -63,7 +63,7 @@ def test_text_and_json_say_the_same_and_call_it_bounds() -> None:
     assert "HBM of one chip: 8.00 GiB at the fullest of 16.00 GiB, 50%: fits" in text
     assert told["hbm_bytes_per_chip"]["share"] == 0.5 and told["fits"]
     assert "of which mechanisms 2.0%" in text
-    assert "compute       0.8000 s   the largest" in text and told["bounds_seconds"]["largest"] == "compute"
+    assert "compute          0.8 s   the largest" in text and told["bounds_seconds"]["largest"] == "compute"
     assert "MFU at most 75.0%" in text and told["bounds_seconds"]["mfu"] == pytest.approx(0.75)
     assert [row["asynchronous"] for row in told["collectives"]] == [True, False]
     assert "pallas_tpu (tuned blocks)" in text and told["attention"] == list(STEP.backends)
