@@ -42,7 +42,7 @@ def rows_of(name: str, topology_name: str, slices: int) -> Iterator[dict[str, An
     yield row(f"{name}: HBM peak", where, plan.share, "of a chip", more, f"<= {MOST_HBM}", plan.share <= MOST_HBM)
     if found is None:
         return
-    parts = {part: round(seconds, 4) for part, seconds in found.parts.items()}
+    parts: dict[str, object] = {part: round(seconds, 4) for part, seconds in found.parts.items()}
     parts |= {"largest": found.largest, "synchronous": round(found.synchronous, 4)}
     aimed = name == "qwen2_5_vl_7b_rave_sft" and topology_name == "v5e:16x16" and slices == 1
     for title, value in (("everything overlapped", found.mfu), ("synchronous collectives exposed", found.mfu_exposed)):
