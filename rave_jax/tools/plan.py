@@ -6,19 +6,24 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
+
+import jax
 
 from rave_jax.command_line import load_command_line
 from rave_jax.config import ConfigError
 from rave_jax.plan.changes import changes_that_fit
 from rave_jax.plan.chips import parse_topology
 from rave_jax.plan.compile import Wanted, compile_step
+from rave_jax.plan.generation import answering
 from rave_jax.plan.libtpu import CompilerUnavailable
 from rave_jax.plan.models import model_of
 from rave_jax.plan.report import Plan, as_json, as_text
 from rave_jax.training.config import TrainConfig
 
 EXIT_DOES_NOT_FIT = 1
-_FLAGS = ("topology", "slices", "json", "hlo", "no_changes")
+EXIT_FITS = 0
+_FLAGS = ("topology", "slices", "json", "hlo", "no_changes", "generation")
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -26,6 +31,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--topology", metavar="CHIP:SHAPE", help="of one slice, as v5e:16x16 or v5p:4x4x4")
     parser.add_argument("--slices", type=int, metavar="N", help="slices of this shape (default: 1)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the plan there as JSON too")
+    parser.add_argument(
+        "--generation", action="store_true", default=None, help="plan answers in place of training, by formula alone"
+    )
     parser.add_argument("--hlo", type=Path, metavar="FILE", help="write the compiled module there as text")
     parser.add_argument(
         "--no-changes", action="store_true", default=None, help="look for no changes of a config that does not fit"
@@ -56,6 +64,13 @@ def plan(arguments: argparse.Namespace) -> int:
         file = getattr(flags, name)
         if file is not None and not file.absolute().parent.is_dir():
             raise ConfigError(f"--{name} is {str(file)!r}, but there is no folder {file.absolute().parent}")
+    if flags.generation:
+        jax.config.update("jax_platforms", "cpu")  # shapes alone: no accelerator of this machine is taken
+        found_answering = answering(config, vlm, topology)
+        print(f"{words[0]} on {topology}, {topology.devices} devices\nmodel: {source}")
+        print("\n".join(found_answering.lines()))
+        _write(flags.json, found_answering.as_json())
+        return EXIT_FITS if found_answering.rows else EXIT_DOES_NOT_FIT
     print(f"compiling the step for {topology}; this takes minutes", file=sys.stderr)
     wanted = Wanted(config, vlm, topology, flags.hlo)
     try:
@@ -70,6 +85,10 @@ def plan(arguments: argparse.Namespace) -> int:
                 print(f"  {change.line(topology)}")
     except (CompilerUnavailable, RuntimeError) as error:
         raise ConfigError(str(error)) from error
-    if flags.json is not None:
-        flags.json.write_text(json.dumps(report, indent=2) + "\n")
-    return 0 if found.step.fits else EXIT_DOES_NOT_FIT
+    _write(flags.json, report)
+    return EXIT_FITS if found.step.fits else EXIT_DOES_NOT_FIT
+
+
+def _write(file: Path | None, report: dict[str, Any]) -> None:
+    if file is not None:
+        file.write_text(json.dumps(report, indent=2) + "\n")
