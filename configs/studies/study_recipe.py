@@ -10,20 +10,19 @@ from functools import partial
 from pathlib import Path
 
 from rave_jax.config import load_file
-from rave_jax.data.config import DataConfig, Stage
-from rave_jax.data.synthetic import DigitMosaic, MosaicList, Synthetic, SyntheticTask
+from rave_jax.data.config import Stage
+from rave_jax.data.synthetic import DigitMosaic, Synthetic, SyntheticTask
 from rave_jax.models.config import ModelOptions
 from rave_jax.study.config import Judged, Start
 from rave_jax.study.decision import Decision
-from rave_jax.training.algorithms import AdamW
 from rave_jax.training.config import TrainConfig
 from rave_jax.training.optimizers import OptimizerConfig, ParameterGroup
 
-QUICKSTART = Path(__file__).resolve().parents[1] / "quickstart_gaze.py"
+QUICKSTART = load_file(Path(__file__).resolve().parents[1] / "quickstart_gaze.py")
 PLAIN = ModelOptions(scan_layers=False)
 """Plain attention; layers apart, which a CPU trains faster."""
-SMALL, LARGE = 48, 128
-"""Sides of pictures in pixels. A visual token is 16 pixels wide."""
+LARGE = 128
+"""Side of the pictures of tasks in pixels. A visual token is 16 pixels wide."""
 TOKENS, PATCHES = 104, 64
 LISTS, READING, ADAPTING = 180, 400, 40
 """Steps of the backbone on lists, all of its steps, and those of an arm on the tasks."""
@@ -37,27 +36,17 @@ def group(name: str, pattern: str, frozen: bool = False, freeze_after: int | Non
 
 def optimizer(*groups: ParameterGroup, warmup: int = 30) -> OptimizerConfig:
     """The optimizer of all runs."""
-    return OptimizerConfig(
-        learning_rate=1e-3,
-        warmup=warmup,
-        final_learning_rate=0.05,
-        algorithm=AdamW(beta2=0.98),
-        weight_decay=0.05,
-        groups=groups,
-    )
+    return replace(QUICKSTART.optimizer, warmup=warmup, groups=groups)
 
 
 def starts() -> tuple[Start, Start]:
     """`learned`: the tasks, from a backbone that has learned to read. `scratch`: both in one run."""
-    reading = (
-        Synthetic(tasks=(MosaicList(min_grid=3),), image_size=SMALL),
-        Synthetic(tasks=(MosaicList(), DigitMosaic()), image_size=SMALL),
-    )
+    reading = QUICKSTART.data.sources[:2]
     asked = Synthetic(tasks=tuple(task for _, task in TASKS), image_size=LARGE)
     small = partial(Stage, tokens=50, patches=12)
-    data = DataConfig(sources=reading, rows=32, tokens=50, patches=12, cache_mb=0)
+    data = replace(QUICKSTART.data, sources=reading, stages=(), tokens=50, patches=12)
     backbone = TrainConfig(
-        init=load_file(QUICKSTART).init,
+        init=QUICKSTART.init,
         model=PLAIN,
         data=replace(data, stages=(Stage(0, (1, 0)), Stage(LISTS, (0, 1)))),
         optimizer=optimizer(),

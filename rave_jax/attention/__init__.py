@@ -48,6 +48,7 @@ from rave_jax.attention.moba import Moba
 from rave_jax.attention.moh import Moh
 from rave_jax.attention.pine import Pine
 from rave_jax.attention.plan import LayerRunPlan, build_mechanisms, plan_layer_runs
+from rave_jax.attention.prompted import Prompted, PromptPass, PromptSizes
 from rave_jax.attention.pruning import Pruning
 from rave_jax.attention.rave import Rave
 from rave_jax.attention.region_cache import check_decoding
@@ -105,6 +106,9 @@ __all__ = [
     "Parts",
     "PicturesBefore",
     "Pine",
+    "PromptPass",
+    "PromptSizes",
+    "Prompted",
     "Pruning",
     "Rave",
     "RegionCache",

@@ -259,7 +259,7 @@ class Mechanism(nnx.Module):
     def reweigh(self, rows: Float[Array, "B N H S"], info_q: TokenInfo, info_k: TokenInfo) -> Float[Array, "B N H S"]:
         """Other attention weights of N rows, float32, of which those count that `reweighs` names; `rows` is after
         everything that changes weights within the kernel or by key groups. It costs O(N S) for each block of queries
-        in which a row is changed, so it is for decoding, where that is one row."""
+        in which a row is changed, so it is for decoding, where that is one row. One mechanism of a layer may."""
         return rows
 
     def head_gate(self, x: Features, out: Float[Array, "B T H h"], info_q: TokenInfo) -> Float[Array, "#B #T H"] | None:

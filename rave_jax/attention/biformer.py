@@ -22,19 +22,19 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from rave_jax.attention.base import AttentionDims, Features, Mechanism
+from rave_jax.attention.base import AttentionDims, Features
 from rave_jax.attention.cost import LayerReading, PicturesBefore
 from rave_jax.attention.declared import Layers, MechanismConfig
 from rave_jax.attention.gaze import descriptors
 from rave_jax.attention.gaze.config import MAX_REGIONS
 from rave_jax.attention.gaze.cost import reading
 from rave_jax.attention.gaze.descriptors import DescriptorName, Summary
-from rave_jax.attention.gaze.places import bounds
+from rave_jax.attention.gaze.regions import RegionRouter
 from rave_jax.batch import Kind, TokenInfo
 from rave_jax.config import check_fields, require
 from rave_jax.kernels.attention import MaskCodes
 from rave_jax.kernels.attention.base import NOWHERE
-from rave_jax.kernels.routed import RouteRule, Routes, Routing
+from rave_jax.kernels.routed import RouteRule, Routing
 from rave_jax.layout import FixedRegions, Regions, VisualLayout
 from rave_jax.typing import Array, Float, Int
 
@@ -101,22 +101,18 @@ class BiFormer(MechanismConfig):
         return RegionQueries(self)
 
 
-class RegionQueries(Mechanism):
+class RegionQueries(RegionRouter):
     """Routes by means of queries. Without parameters."""
 
-    OWNS = ("route",)
     NEEDS = ("query",)
 
     def __init__(self, config: BiFormer):
+        super().__init__(config.rule, config.regions)
         self.config = config
 
     def summarise(self, x: Features, region: Int[Array, "B T"], regions: int) -> Summary:
         """Sums over the keys of each region."""
         return descriptors.summarise("mean", x.k, None, region, regions)
-
-    def combine(self, old: Summary, new: Summary) -> Summary:
-        """Of the keys of both."""
-        return descriptors.combine(old, new)
 
     def route(
         self,
@@ -133,19 +129,12 @@ class RegionQueries(Mechanism):
         if config.all_regions:
             return None
         B, _, K, h = x.k.shape
-        first, last = bounds(codes.order, info_k.region, regions)
         routed = (info_q.kind == Kind.VISUAL) | ((info_q.kind == Kind.TEXT) & (config.text == "routed"))
+        query = _mean_queries(x.q.astype(jnp.float32), info_q.region, regions)
         nowhere = jnp.zeros((B, regions), jnp.int32)
-        routes = Routes(
-            query=_mean_queries(x.q.astype(jnp.float32), info_q.region, regions),
-            descriptor=descriptors.describe("mean", summary, (B, regions, K, h), nowhere),
-            first=first,
-            last=last,
-            before=jnp.where(routed & (info_q.document > 0), codes.hi + 1, NOWHERE),
-            keys=info_k.region,
-            dense=None,
-        )
-        return Routing(routes, config.rule, config.regions.tokens)
+        descriptor = descriptors.describe("mean", summary, (B, regions, K, h), nowhere)
+        before = jnp.where(routed & (info_q.document > 0), codes.hi + 1, NOWHERE)
+        return self.routing(query, descriptor, before, info_k, codes, None)
 
 
 def _mean_queries(q: Float[Array, "B T H h"], region: Int[Array, "B T"], R: int) -> Float[Array, "B T H h"]:

@@ -77,11 +77,12 @@ def _check_alone(owners: Sequence[Mechanism], does: str) -> None:
 
 
 def check_hooks(mechanisms: Sequence[Mechanism]) -> None:
-    """Refuse a mechanism that overrides a hook which another of the layer shuts.
+    """Refuse two mechanisms that override `reweigh`, and one that overrides a hook which another of the layer shuts.
 
     Raises:
         ConfigError: names the configs, says why, and what to do.
     """
+    _check_alone([mechanism for mechanism in mechanisms if overrides(mechanism, "reweigh")], "changes rows of weights")
     for mechanism in mechanisms:
         for other in mechanisms:
             hook = next((hook for hook in mechanism.SHUTS if other is not mechanism and overrides(other, hook)), None)

@@ -7,7 +7,7 @@ each other declaration has a default that fits a mechanism which asks for nothin
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import jax
@@ -32,6 +32,12 @@ class LayeredConfig(ABC):
     def layers_of(self, attending: Sequence[int]) -> Sequence[int]:
         """Those layers by global number, in a decoder whose layers `attending` attend. Read by `plan_layer_runs`."""
         return attending if isinstance(self.layers, str) else self.layers
+
+    @property
+    def other_layers(self) -> Mapping[str, int]:
+        """Fields that name one more layer each, where something is read or found, with its global number. Read by
+        `plan_layer_runs`, which refuses a layer that does not attend."""
+        return {}
 
     @abstractmethod
     def build(self, dims: AttentionDims, key: jax.Array) -> Mechanism:
@@ -85,8 +91,9 @@ class LayeredConfig(ABC):
 
     @property
     def of_prompt(self) -> bool:
-        """Are its numbers found for each prompt before it is read (`attention/prompted.py`)? Generation does so,
-        and evaluations with it; training and other passes over whole rows refuse it."""
+        """Are its numbers found for each prompt before it is read? Its module then is a `Prompted`
+        (`attention/prompted.py`). Generation finds them, and evaluations with it; training and other passes over whole
+        rows refuse it."""
         return False
 
 

@@ -20,15 +20,17 @@ every row behind it. Q of a row is the question of its turn.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
 from rave_jax.attention.base import AttentionDims, Mechanism, Owned
 from rave_jax.attention.declared import Layers, MechanismConfig
-from rave_jax.attention.prompted import Prompted, largest_half
+from rave_jax.attention.prompted import Prompted, PromptPass, PromptSizes, largest_half
+from rave_jax.attention.statistics import WantedStatistics
 from rave_jax.batch import Kind, Role, TokenInfo
 from rave_jax.config import check_fields, require
 from rave_jax.typing import Array, Bool, Float
@@ -61,19 +63,48 @@ class Gift(MechanismConfig):
         """Saliency is found for each prompt."""
         return bool(self.alpha) or self.beta != 1
 
+    @property
+    def other_layers(self) -> Mapping[str, int]:
+        """Where saliency is found."""
+        return {"saliency_layer": self.saliency_layer} if self.of_prompt else {}
+
     def build(self, dims: AttentionDims, key: jax.Array) -> Mechanism:
         """The mechanism of one layer; one that changes nothing if alpha is 0 and beta 1."""
         return GazeShift(self) if self.of_prompt else Mechanism()
 
 
 class GazeShift(Prompted):
-    """Changes the rows of answers; `given` is the saliency of the prompt's tokens by offset, [L,B,S] in a stack."""
+    """Changes the rows of answers; its numbers are the saliency of the prompt's tokens by offset, [B,S]."""
 
     NEEDS: tuple[Owned, ...] = ("route",)
 
     def __init__(self, config: Gift):
         super().__init__()
         self.config = config
+
+    @property
+    def words(self) -> bool:
+        """Are the question's rows those of content words?"""
+        return self.config.words == "content"
+
+    @property
+    def shared(self) -> Mapping[str, Any]:
+        """Saliency is one for all layers."""
+        return {"saliency_layer": self.config.saliency_layer, "words": self.config.words}
+
+    def wanted(self, info: TokenInfo, content: Bool[Array, "N T"] | None) -> WantedStatistics:
+        """Rises along the question."""
+        return WantedStatistics(question_rows(info, content).astype(jnp.float32), rises=True)
+
+    def neutral(self, rows: int, sizes: PromptSizes) -> Float[Array, "rows S"]:
+        """Zeros."""
+        return jnp.zeros((rows, sizes.tokens), jnp.float32)
+
+    def found(self, prompts: PromptPass, sizes: PromptSizes) -> Float[Array, "N S"]:
+        """Saliency of the layer in which it is found."""
+        assert prompts.statistics is not None and prompts.statistics.rises is not None
+        layer = sizes.layers.index(self.config.saliency_layer)
+        return saliency_of(prompts.statistics.rises[layer], prompts.info, sizes.tokens)
 
     def reweighs(self, info_q: TokenInfo) -> Bool[Array, "B T"]:
         """Text of the answer, its header among it."""

@@ -51,7 +51,8 @@ class Moh(MechanismConfig):
     shared: float = 0.5
     """Share of the heads, the first, that every token uses."""
     active: float = 0.25
-    """Share of the heads that each token uses beside these. With `shared` 1 in all: no head is dropped."""
+    """Share of the heads that each token uses beside these. With `shared` 1 in all: no head is dropped. If this is one
+    head, a learned router gives it a weight of 1, and only `balance` trains which."""
     balance: float = 0.0
     """Weight of the loss that spreads tokens over the routed heads; 0 adds none."""
     layers: Layers = "all"

@@ -12,6 +12,7 @@ from rave_jax.attention.base import AttentionDims, Mechanism, overrides
 from rave_jax.attention.checks import check_hooks, check_owners, name_of
 from rave_jax.attention.declared import LayeredConfig
 from rave_jax.attention.functions import terms_of
+from rave_jax.attention.prompted import Prompted
 from rave_jax.config import ConfigError
 from rave_jax.kernels.attention import Term
 from rave_jax.parallel.sharding import RULES
@@ -43,21 +44,17 @@ def plan_layer_runs(
         attending: layers that attend, in order; a config for "all" layers means these. None: every layer does.
 
     Raises:
-        ConfigError: a config names a layer that the model does not have, or one that does not attend, or tokens leave
-            after the last layer.
+        ConfigError: a config names a layer that the model does not have, one that does not attend, or one twice, or
+            tokens leave after the last layer.
     """
     every = range(num_layers) if attending is None else attending
     for config in configs:
         named = () if isinstance(config.layers, str) else config.layers
-        missing = [n for n in named if not 0 <= n < num_layers]
-        if missing:
-            raise ConfigError(f"{config.called}.layers names {missing}, expected numbers from 0 to {num_layers - 1}")
-        elsewhere = sorted({*named} - {*every})
-        if elsewhere:
-            raise ConfigError(
-                f"{config.called}.layers names {elsewhere}, layers without attention, which a mechanism changes; "
-                f"expected some of the layers that attend, {[*every]}, or 'all' of them"
-            )
+        repeated = sorted({n for n in named if named.count(n) > 1})
+        if repeated:
+            raise ConfigError(f"{config.called}.layers names {repeated} more than once, expected each layer once")
+        for field, numbers in {"layers": named, **{name: (n,) for name, n in config.other_layers.items()}}.items():
+            _check_layers(f"{config.called}.{field}", numbers, num_layers, every)
     chosen = [config.layers_of(tuple(every)) for config in configs]
     used = [tuple(c for c, own in zip(configs, chosen, strict=True) if n in own) for n in range(num_layers)]
     late = [config for config in used[-1] if config.drops]
@@ -75,6 +72,19 @@ def plan_layer_runs(
         else:
             plans.append(LayerRunPlan(n, n + 1, mechanisms))
     return tuple(plans)
+
+
+def _check_layers(field: str, named: Sequence[int], num_layers: int, attending: Collection[int]) -> None:
+    """Refuse layers that the model does not have, or that do not attend."""
+    missing = [n for n in named if not 0 <= n < num_layers]
+    if missing:
+        raise ConfigError(f"{field} names {missing}, expected numbers from 0 to {num_layers - 1}")
+    elsewhere = sorted({*named} - {*attending})
+    if elsewhere:
+        raise ConfigError(
+            f"{field} names {elsewhere}, layers without attention, which a mechanism changes; "
+            f"expected some of the layers that attend, {[*attending]}, or 'all' of them"
+        )
 
 
 def build_mechanisms(configs: Sequence[LayeredConfig], dims: AttentionDims, key: jax.Array) -> nnx.List:
@@ -114,6 +124,12 @@ def _built(config: LayeredConfig, dims: AttentionDims, key: jax.Array) -> Mechan
         raise ConfigError(
             f"{config.called}: {type(mechanism).__name__} {'lets' if config.drops is False else 'does not let'} tokens "
             f"leave (the hook 'tokens'), and `stays` of {config.called} says otherwise; expected both or neither"
+        )
+    if isinstance(mechanism, Prompted) != config.of_prompt:
+        is_, says = ("is no", "says") if config.of_prompt else ("is a", "does not say")
+        raise ConfigError(
+            f"{config.called}: {type(mechanism).__name__} {is_} Prompted, whose numbers are found for each prompt, and "
+            f"{config.called} {says} `of_prompt`; expected both or neither"
         )
     _check_parameters(config, mechanism)
     return mechanism

@@ -1,26 +1,65 @@
 """Mechanisms whose numbers are found for each prompt, by a pass of their own before it is read.
 
-The model as built holds no numbers: `given` is None. Generation finds them for every prompt (`inference/prompted.py`),
-keeps them in its slot, and puts them into a copy of the model while a program is traced, every array with the layer
-axis in front. A pass over whole rows has no such numbers, and is refused.
+The model as built holds no numbers: `given` is None. Generation runs one pass over the prompts
+(`inference/prompted.py`), asks each class of such mechanisms what the pass says (`found`), keeps that in the prompt's
+slot, and puts it into a copy of the model while a program is traced, every array with the layer axis in front. All
+mechanisms of one class share what was found. A pass over whole rows has no numbers, and is refused.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from rave_jax.attention.base import Features, Mechanism
+from rave_jax.attention.base import Mechanism
 from rave_jax.attention.checks import name_of
+from rave_jax.attention.statistics import Statistics, WantedStatistics
 from rave_jax.batch import TokenInfo
 from rave_jax.config import ConfigError
-from rave_jax.typing import Array, Float
+from rave_jax.typing import Array, Bool, Float
+
+
+class PromptSizes(NamedTuple):
+    """Sizes that numbers may have.
+
+    Fields:
+        layers: global numbers of the layers that attend.
+        heads: query heads of a layer.
+        tokens: offsets that a prompt and its answer have at most.
+    """
+
+    layers: tuple[int, ...]
+    heads: int
+    tokens: int
+
+
+class PromptPass(NamedTuple):
+    """What the pass says of N prompts, one a row, padding on the right; L counts the layers that attend.
+
+    Fields:
+        info: token codes.
+        hidden: behind the last layer.
+        gates: what the outputs of heads were multiplied by; None where nobody says `GATES`.
+        statistics: what `wanted` asked for; None where nobody asks.
+    """
+
+    info: TokenInfo
+    hidden: Float[Array, "N T D"]
+    gates: Float[Array, "L N T H"] | None
+    statistics: Statistics | None
 
 
 class Prompted(Mechanism):
-    """Asks for numbers of each prompt."""
+    """Asks for numbers of each prompt. `found` has to be written, and `neutral`; the rest has a default."""
+
+    BLIND: ClassVar[bool] = False
+    """Does the pass need the prompts without their pictures too? They stand behind the others, as many rows."""
+    GATES: ClassVar[bool] = False
+    """Does `found` read what heads were multiplied by? Nothing else of the model may have a `head_gate` then."""
 
     given: Any
 
@@ -28,8 +67,46 @@ class Prompted(Mechanism):
         self.given = nnx.data(None)
 
     @property
+    def words(self) -> bool:
+        """Does `wanted` read which tokens belong to content words?"""
+        return False
+
+    @property
+    def shared(self) -> Mapping[str, Any]:
+        """Fields of the config, by name, that have to be equal in all configs of its class, since `found` reads them
+        of one."""
+        return {}
+
+    def wanted(self, info: TokenInfo, content: Bool[Array, "N T"] | None) -> WantedStatistics | None:
+        """Which statistics of the prompts' map are wanted; one class of a model may want some.
+
+        Args:
+            info: of the prompts.
+            content: which tokens belong to content words; None where `words` does not ask for them.
+        """
+        return None
+
+    def finder(self, layers: int) -> Mechanism:
+        """What stands in its place in the pass, in a stack of so many layers, every array of it with the layer axis in
+        front; the default changes nothing."""
+        return Mechanism()
+
+    def neutral(self, rows: int, sizes: PromptSizes) -> Any:
+        """Numbers that change nothing: a pytree of arrays [rows,...] as `found` gives them."""
+        raise NotImplementedError(f"{type(self).__name__} has to say which numbers change nothing (`neutral`)")
+
+    def found(self, prompts: PromptPass, sizes: PromptSizes) -> Any:
+        """The numbers of prompts: a pytree of arrays [N,...]."""
+        raise NotImplementedError(f"{type(self).__name__} has to say what its numbers are (`found`)")
+
+    def of_layers(self, numbers: Any, start: int, count: int) -> Any:
+        """`given` of layers start .. start + count - 1, counting those that attend: arrays [count,B,...]. By default
+        all layers have the same."""
+        return jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape)), numbers)
+
+    @property
     def numbers(self) -> Any:
-        """What was found for the prompts of these rows.
+        """What was found for the prompts of these rows, in one layer.
 
         Raises:
             ConfigError: nothing was.
@@ -40,18 +117,6 @@ class Prompted(Mechanism):
                 "(training, logits, attention of words) have no such numbers: take it out of the model's mechanisms"
             )
         return self.given
-
-
-class PromptedHeads(Prompted):
-    """Heads times numbers of the prompt: [L,B,H] in a stack, [B,H] in its scan."""
-
-    def __init__(self, alpha: float):
-        super().__init__()
-        self.alpha = alpha
-
-    def head_gate(self, x: Features, out: Float[Array, "B T H h"], info_q: TokenInfo) -> Float[Array, "B 1 H"]:
-        """The numbers, for every token of a row."""
-        return self.numbers[:, None]
 
 
 def largest_half(values: Float[Array, "*B H"]) -> Array:

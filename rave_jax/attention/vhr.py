@@ -18,12 +18,17 @@ from dataclasses import dataclass
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
+from flax import nnx
 
-from rave_jax.attention.base import AttentionDims, Mechanism
+from rave_jax.attention.base import AttentionDims, Features, Mechanism
 from rave_jax.attention.declared import MechanismConfig
 from rave_jax.attention.heads import ScaledHeads, check_heads
-from rave_jax.attention.prompted import PromptedHeads
+from rave_jax.attention.prompted import Prompted, PromptPass, PromptSizes
+from rave_jax.attention.scores import pick
+from rave_jax.batch import TokenInfo
 from rave_jax.config import check_fields, require
+from rave_jax.typing import Array, Bool, Float, Int
 
 
 @dataclass(frozen=True)
@@ -71,3 +76,65 @@ class Vhr(MechanismConfig):
             return PromptedHeads(self.alpha)
         scales = tuple(self.alpha if n in self.heads else 1.0 for n in range(dims.num_heads))
         return ScaledHeads(scales) if self.heads and self.alpha != 1 else Mechanism()
+
+
+class PromptedHeads(Prompted):
+    """Heads times numbers of the prompt: [B,L,H] of a model, [B,H] of a layer. The pass that finds them reinforces
+    layer by layer what it finds."""
+
+    BLIND = True
+    GATES = True
+
+    def __init__(self, alpha: float):
+        super().__init__()
+        self.alpha = alpha
+
+    def finder(self, layers: int) -> Reinforcing:
+        """Chooses the heads."""
+        return Reinforcing(self.alpha, jnp.ones(layers, bool))
+
+    def neutral(self, rows: int, sizes: PromptSizes) -> Float[Array, "rows L H"]:
+        """Ones."""
+        return jnp.ones((rows, len(sizes.layers), sizes.heads), jnp.float32)
+
+    def found(self, prompts: PromptPass, sizes: PromptSizes) -> Float[Array, "N L H"]:
+        """What the heads of the prompts were multiplied by."""
+        assert prompts.gates is not None
+        return jnp.swapaxes(prompts.gates[:, :, 0], 0, 1)
+
+    def of_layers(self, numbers: Float[Array, "B L H"], start: int, count: int) -> Float[Array, "count B H"]:
+        """Of these layers."""
+        return jnp.swapaxes(numbers[:, start : start + count], 0, 1)
+
+    def head_gate(self, x: Features, out: Float[Array, "B T H h"], info_q: TokenInfo) -> Float[Array, "B 1 H"]:
+        """The numbers, for every token of a row."""
+        return self.numbers[:, None]
+
+
+class Reinforcing(Mechanism):
+    """Multiplies, in the first half of the rows, the heads that the picture changes most; the second half are the same
+    prompts without it. One document a row, padding on its right."""
+
+    def __init__(self, alpha: float, on: Bool[Array, "*L"]):
+        self.alpha = alpha
+        self.on = nnx.data(on)
+
+    def head_gate(self, x: Features, out: Float[Array, "B T H h"], info_q: TokenInfo) -> Float[Array, "B 1 H"]:
+        """alpha on the chosen heads, in layers that are on."""
+        last: Int[Array, "B 1"] = jnp.sum(info_q.document > 0, axis=1, keepdims=True) - 1
+        seen, blind = jnp.split(pick(out, last)[:, 0].astype(jnp.float32), 2)
+        chosen = above_median(divergence(seen, blind)) & self.on
+        gates = jnp.where(chosen, self.alpha, 1.0)
+        return jnp.concatenate([gates, jnp.ones_like(gates)])[:, None]
+
+
+def divergence(seen: Float[Array, "N H h"], blind: Float[Array, "N H h"]) -> Float[Array, "N H"]:
+    """VHD of each head, 0 for those that surge without the picture."""
+    surge = jnp.linalg.norm(blind, axis=-1) - jnp.linalg.norm(seen, axis=-1)
+    limit = jnp.mean(surge, axis=-1, keepdims=True) + jnp.std(surge, axis=-1, keepdims=True)
+    return jnp.where(surge > limit, 0.0, jnp.linalg.norm(seen - blind, axis=-1))
+
+
+def above_median(values: Float[Array, "N H"]) -> Bool[Array, "N H"]:
+    """Which numbers are above the median of their row."""
+    return values > jnp.median(values, axis=-1, keepdims=True)

@@ -30,6 +30,7 @@ from orbax.checkpoint import v1 as ocp
 from rave_jax.checkpoint import digests, saved_step
 from rave_jax.checkpoint.buckets import folder_at, is_bucket
 from rave_jax.checkpoint.digests import DamageError
+from rave_jax.checkpoint.retention import VALUE, Retention
 from rave_jax.checkpoint.saved_step import DATA, OPTIMIZER, PARAMETERS, StoreError, first_line
 from rave_jax.parallel import agree
 
@@ -110,11 +111,13 @@ def _gb(count: int) -> str:
 class Store:
     """The checkpoints in one directory. Use as a context manager; all processes of a job call it alike."""
 
-    def __init__(self, directory: Path, keep: int, *, reader: bool = False, saved: Callable[[], None] | None = None):
+    def __init__(
+        self, directory: Path, keep: int | Retention, *, reader: bool = False, saved: Callable[[], None] | None = None
+    ):
         """
         Args:
             directory: an absolute path after this, or a folder in a bucket; made when missing.
-            keep: newest checkpoints that are kept.
+            keep: which checkpoints are kept; a number: so many of the newest.
             reader: leave what is there as it is; do not save.
             saved: called in the background behind each save.
 
@@ -122,7 +125,8 @@ class Store:
             StoreError: the directory cannot be written.
         """
         self.directory = folder_at(directory)
-        self._keep, self._reader, self._saved = keep, reader, saved
+        self._keep = Retention(keep) if isinstance(keep, int) else keep
+        self._reader, self._saved = reader, saved
         self._checkpointer: ocp.training.Checkpointer | None = None
         self._save: _Save | None = None
         if not reader:
@@ -148,7 +152,9 @@ class Store:
         """Finished steps, ascending."""
         return saved_step.steps_in(self.directory)
 
-    def save(self, step: int, parameters: Any, optimizer: Any, data: dict[str, Any]) -> None:
+    def save(
+        self, step: int, parameters: Any, optimizer: Any, data: dict[str, Any], metric: float | None = None
+    ) -> None:
         """Copy the arrays to the host and write them in the background.
 
         Args:
@@ -156,6 +162,7 @@ class Store:
             parameters: pytree of arrays.
             optimizer: pytree of arrays.
             data: JSON-ready state of the data pipeline.
+            metric: by which the best are kept; the same on all processes. None: it is not known at this step.
 
         Raises:
             StoreError: this save cannot start, or the one before it failed.
@@ -171,9 +178,13 @@ class Store:
             )
         # Checked first: orbax, whose threads wait for a directory that cannot be made, would hold up the error
         # and the end of the process for minutes.
-        check_writable(self.directory, local_bytes((parameters, optimizer)))
+        try:
+            check_writable(self.directory, local_bytes((parameters, optimizer)))
+        except StoreError as error:
+            raise StoreError(f"{error}; {_last_good(self.directory)}") from error
+        metrics: Any = None if metric is None else {VALUE: metric}
         with _explained(self.directory, step):
-            response = self._writer().save_checkpointables_async(step, what)
+            response = self._writer().save_checkpointables_async(step, what, metrics=metrics)
         assert response is not None, "the policy saves every step that is asked for"
         self._save = _Save(self.directory, step, response, self._saved)
 
@@ -182,7 +193,7 @@ class Store:
             policies: Any = {
                 # When to save is the loop's decision.
                 "save_decision_policy": ocp.training.save_decision_policies.FixedIntervalPolicy(1),
-                "preservation_policy": ocp.training.preservation_policies.LatestN(self._keep),
+                "preservation_policy": self._keep.policy(),
             }
             self._checkpointer = ocp.training.Checkpointer(
                 str(self.directory), context=saved_step.context(), **policies, cleanup_tmp_directories=True
@@ -385,13 +396,25 @@ class _explained:
             raise StoreError(
                 f"the checkpoint of step {self._step} could not be written: {self._directory} is gone"
             ) from error
+        last = _last_good(self._directory)
         full = not is_bucket(self._directory) and any(
             code in str(error) for code in (os.strerror(errno.ENOSPC), "ENOSPC", "RESOURCE_EXHAUSTED")
         )
         why = f"no space is left ({_gb(shutil.disk_usage(self._directory).free)} free)" if full else first_line(error)
         raise StoreError(
-            f"the checkpoint of step {self._step} could not be written to {self._directory}: {why}"
+            f"the checkpoint of step {self._step} could not be written to {self._directory}: {why}; {last}"
         ) from error
+
+
+def _last_good(directory: Path) -> str:
+    """What a run that cannot save has left."""
+    try:
+        steps = saved_step.steps_in(directory)
+    except Exception:  # the place that cannot be written may not be readable either
+        steps = []
+    if not steps:
+        return "no step before it is saved"
+    return f"the last step that is saved is {steps[-1]}, and the same command continues after it"
 
 
 def local_bytes(tree: Any) -> int:

@@ -413,7 +413,7 @@ class ModelSubject:
         """What mechanisms ask of the prompts, as generation finds it."""
         asked = asking(self._model)
         if not asked.anything:
-            return PromptNumbers()
+            return ()
         size = self._shape.tokens + self._sampling.max_new_tokens
         with use_mesh(self._mesh):
             seen, blind, content = self._batch(prompts, self._shape), None, None

@@ -56,7 +56,7 @@ class SlotState(NamedTuple):
     active: Bool[Array, "B"]
     stops: Int[Array, "B E"]
     sampling: RowSampling
-    numbers: PromptNumbers = PromptNumbers()
+    numbers: PromptNumbers = ()
 
 
 class Pictures(NamedTuple):
@@ -173,6 +173,8 @@ def study(
     blind: Chunk | None,
     content: Bool[Array, "N T"] | None,
     slot: Int[Array, "N"],
+    *,
+    most: int,
 ) -> tuple[SlotState]:
     """Find what mechanisms ask of N prompts whose pictures are seen.
 
@@ -183,10 +185,10 @@ def study(
         blind: the same without their pictures; None where nothing asks for them.
         content: which tokens belong to content words; None where nothing asks for it.
         slot: where each will go; rows that hold no prompt have the number of slots.
+        most: tokens that a slot holds.
     """
     features = state.pictures if state.pictures.tokens.shape[1] else None
-    size = 0 if state.numbers.saliency is None else state.numbers.saliency.shape[1]
-    found = found_numbers(model, seen, blind, features, size, content)
+    found = found_numbers(model, seen, blind, features, most, content)
     kept = jax.tree.map(lambda old, new: old.at[slot].set(new, mode="drop"), state.numbers, found)
     return (settled(state._replace(numbers=kept)),)
 

@@ -356,7 +356,7 @@ class Engine:
             self._run("encode_images", pictures.patches.length, _encode_images, pictures)
         if self.asking.anything:
             whole = group.whole(slots, no_slot=self.config.slots)
-            self._run("study", whole[0].tokens.shape[1], _study, *whole)
+            self._run("study", whole[0].tokens.shape[1], _study, *whole, most=self._state_arguments[1])
         regions = group.region_reach
         given = []
         for reach, chunk, admission in group.chunks(slots, no_slot=self.config.slots):
@@ -439,7 +439,7 @@ def _compiled(program: FunctionType, *sizes: str) -> Any:
 
 
 _encode_images = _compiled(encode_images)
-_study = _compiled(study)
+_study = _compiled(study, "most")
 _prefill = _compiled(prefill, "reach", "regions", "lengths")
 _decode = _compiled(decode, "reach", "width", "lengths")
 _clear = _compiled(clear)

@@ -1,4 +1,4 @@
-"""Leaf modules: linear, embeddings, norms, mlps. Weights keep the [out, in] orientation of HF checkpoints."""
+"""Leaf modules: linear, context embedding, norms, mlps. Weights keep the [out, in] orientation of HF checkpoints."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from flax import nnx
 
 from rave_jax.batch import Kind, TokenInfo
 from rave_jax.models.initial import normal
+from rave_jax.models.weight_gradient import on_mesh
 from rave_jax.parallel.sharding import shard
-from rave_jax.typing import Array, Float, Int
+from rave_jax.typing import Array, Float
 
 Axes = tuple[str | None, ...]
 
@@ -44,7 +45,8 @@ class Adapter(nnx.Module):
     def __call__(self, x: Array, n: int | None = None) -> Array:
         """The update of the linear's output for the same x; with n, of entry n of its first axis."""
         up = self.up[...] if n is None else self.up[n]
-        return self.scale * contract(contract(x, self.down[...]), up, 1)
+        of_up = _axes(self.up) if n is None else _axes(self.up)[1:]
+        return self.scale * contract(contract(x, self.down[...], axes=_axes(self.down)), up, 1, of_up)
 
 
 class Linear(nnx.Module):
@@ -85,27 +87,38 @@ class Linear(nnx.Module):
 
     def part(self, x: Array, n: int) -> Array:
         """Entry n of the first output axis, without the others."""
-        y = contract(x, self.weight[n], self.num_in)
+        y = contract(x, self.weight[n], self.num_in, _axes(self.weight)[1:])
         if self.bias is not None:
             y = y + self.bias[n].astype(x.dtype)
         return y if self.adapter is None else y + self.adapter(x, n)
 
     def __call__(self, x: Array) -> Array:
         """Computes in x's number type."""
-        y = contract(x, self.weight[...], self.num_in)
+        y = contract(x, self.weight[...], self.num_in, _axes(self.weight))
         if self.bias is not None:
             y = y + self.bias[...].astype(x.dtype)
         return y if self.adapter is None else y + self.adapter(x)
 
 
-def contract(x: Array, weight: Array, num_in: int | None = None) -> Array:
-    """Sum over the last `num_in` axes of x and of weight; without a number, all of weight's but its first."""
+def _axes(param: nnx.Param) -> Axes:
+    return param.get_metadata()["axes"]
+
+
+def contract(x: Array, weight: Array, num_in: int | None = None, axes: Axes | None = None) -> Array:
+    """Sum over the last `num_in` axes of x and of weight; without a number, all of weight's but its first.
+
+    Where `axes`, the logical axes of the weight, are given, its gradient is summed onto its shards.
+    """
     num_in = weight.ndim - 1 if num_in is None else num_in
-    out, into = weight.shape[:-num_in], weight.shape[-num_in:]
-    rows = x.shape[: x.ndim - num_in]
+    multiply = functools.partial(_as_matrix, num_in=num_in)
+    return whole_gradient(multiply(x, weight) if axes is None else on_mesh(multiply, x, weight, axes, num_in))
+
+
+def _as_matrix(x: Array, weight: Array, num_in: int) -> Array:
+    rows, out, into = x.shape[: x.ndim - num_in], weight.shape[:-num_in], weight.shape[-num_in:]
     # As a plain matrix: with heads as an axis of its own the CPU compiler copies the weight into another order.
     matrix = weight.reshape(math.prod(out), math.prod(into)).astype(x.dtype)
-    return whole_gradient(product(x.reshape(*rows, -1), matrix, x.dtype)).reshape(*rows, *out)
+    return product(x.reshape(*rows, -1), matrix, x.dtype).reshape(*rows, *out)
 
 
 def product(x: Float[Array, "*rows I"], matrix: Float[Array, "O I"], dtype: jnp.dtype) -> Float[Array, "*rows O"]:
@@ -158,18 +171,6 @@ def whole_gradient(x: Array) -> Array:
 
 
 whole_gradient.defvjp(lambda x: (x, None), lambda _, gradient: (jax.lax.optimization_barrier(gradient),))
-
-
-class Embedding(nnx.Module):
-    """A table [V, D]; also the output head when a model ties the two."""
-
-    def __init__(self, vocab_size: int, width: int, *, dtype: jnp.dtype, key: jax.Array):
-        table = normal(key, (vocab_size, width), 0.02, dtype)
-        self.weight = nnx.Param(table, axes=("vocab", "embed"))
-
-    def __call__(self, tokens: Int[Array, "B T"], dtype: jnp.dtype) -> Float[Array, "B T D"]:
-        """Rows of the table."""
-        return self.weight[...][tokens].astype(dtype)
 
 
 class ContextEmbedding(nnx.Module):

@@ -14,8 +14,9 @@ from rave_jax.families.config import VlmConfig
 from rave_jax.models import lora
 from rave_jax.models.config import ModelOptions
 from rave_jax.models.decoder import Decoder
+from rave_jax.models.embedding import Embedding
 from rave_jax.models.forward import HIDDEN, Chunk, Embedded, ImageFeatures, Output, Want
-from rave_jax.models.layers import ContextEmbedding, Embedding, Linear, product
+from rave_jax.models.layers import ContextEmbedding, Linear, product
 from rave_jax.models.tower import Tower
 from rave_jax.parallel.sharding import shard
 from rave_jax.typing import Array, Float, Int

@@ -23,9 +23,21 @@ log = logging.getLogger(__name__)
 
 _BEGIN = b'{"step": '
 
-OF_TIME = ("tokens_per_second", "waited_for_data")
-"""Metrics of how long steps took: tokens in a second, and the share of the time, 0 to 1, that steps waited for data.
-They alone differ when a run is repeated."""
+OF_TIME = (
+    "tokens_per_second",
+    "images_per_second",
+    "step_time",
+    "waited_for_data",
+    "waited_for_saves",
+    "goodput",
+    "mfu",
+    "hbm_gib",
+    "hbm_share",
+)
+"""Metrics of how long steps took and what memory they had: tokens and pictures in a second, seconds of a step, the
+shares of the time that steps waited for data and for saves, the share of the job's time that went into steps, model
+FLOPs over those that the devices can do, and the peak memory of the fullest device. They alone differ when a run is
+repeated."""
 
 
 class MetricsWriter(Protocol):

@@ -7,15 +7,18 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from rave_jax import config as configs
+from rave_jax.checkpoint.retention import Retention
 from rave_jax.checkpoint.tiny import Tiny
 from rave_jax.config import ConfigError, check_paths, check_ranges, require
 from rave_jax.data.config import MOST_TOKENS, DataConfig
 from rave_jax.evaluation.config import Eval, Report
 from rave_jax.models.config import ModelOptions
+from rave_jax.observe.wandb import Wandb
 from rave_jax.parallel.hosts import HostsConfig
 from rave_jax.parallel.mesh import MeshConfig
 from rave_jax.training.init import FromHF
 from rave_jax.training.optimizers import OptimizerConfig
+from rave_jax.training.profiling import Profile
 
 # Fields that may differ when a run is continued: they change no number of it, or only where it is computed.
 OPERATIONAL = frozenset(
@@ -26,7 +29,11 @@ OPERATIONAL = frozenset(
         "log_every",
         "save_every",
         "keep",
+        "keep_every",
+        "keep_best",
         "tensorboard",
+        "wandb",
+        "profile",
         "final",
         "output_dir",
         "extended",
@@ -47,15 +54,31 @@ class Extension:
 
 
 @dataclass(frozen=True)
+class KeepBest:
+    """Checkpoints that are kept for their metric."""
+
+    metric: str = "loss"
+    """A name in metrics.jsonl: `loss`, `accuracy`, or `eval/NAME/...` of an evaluation with `every`. A checkpoint
+    counts where the metric was measured at its step."""
+    largest: bool = False
+    """Is the largest metric the best?"""
+    count: int = 1
+    """Checkpoints that are kept."""
+
+    def __post_init__(self) -> None:
+        check_ranges(self, count=(1, 2**31 - 1))
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """One training run, from a checkpoint to what is done after the last step."""
 
-    url_schemes: ClassVar = ("gs",)
+    url_schemes: ClassVar = ("gs", "s3")
     """Of `output_dir`."""
 
     output_dir: str = "runs/run"
-    """Run directory: config, metrics, checkpoints, results; gs://BUCKET/FOLDER is one too. An existing run is
-    continued."""
+    """Run directory: config, metrics, checkpoints, results. gs://BUCKET/FOLDER and s3://BUCKET/FOLDER are run
+    directories too. An existing run is continued."""
     init: FromHF | Tiny = field(default_factory=Tiny)
     """Where the weights come from."""
     model: ModelOptions = field(default_factory=ModelOptions)
@@ -85,8 +108,16 @@ class TrainConfig:
     """Steps between two checkpoints; the last step is always saved."""
     keep: int = 2
     """Newest checkpoints that are kept."""
+    keep_every: int = 0
+    """Checkpoints whose step is a multiple of this are kept too; 0 keeps none of them."""
+    keep_best: KeepBest | None = None
+    """Checkpoints with the best metric are kept too."""
     tensorboard: bool = True
     """Write TensorBoard events beside metrics.jsonl?"""
+    wandb: Wandb | None = None
+    """Send metrics to Weights & Biases too?"""
+    profile: Profile = field(default_factory=lambda: Profile(first=0))
+    """Which steps are profiled, into profile/STEP of the run directory."""
     final: tuple[Eval | Report, ...] = ()
     """Evaluations and reports after the last step, in order. Evaluations with `every` are run between steps too."""
     extended: tuple[Extension, ...] = ()
@@ -94,12 +125,10 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         require(bool(self.output_dir), "output_dir", self.output_dir, "a directory")
-        there = "a local path or gs://BUCKET/FOLDER: orbax writes no checkpoints to s3://, so mount that bucket"
-        require(not self.output_dir.startswith("s3://"), "output_dir", self.output_dir, there)
         check_paths(self)
         # Steps are counted in int32, on the devices too.
         counts = dict.fromkeys(("steps", "log_every", "save_every", "keep"), (1, 2**31 - 1))
-        check_ranges(self, **counts, loss_chunk=(1, MOST_TOKENS))
+        check_ranges(self, **counts, loss_chunk=(1, MOST_TOKENS), keep_every=(0, 2**31 - 1))
         check_ranges(self, z_loss=(0, 1e6))
         kept = "False: parameters are stored in float32 already (model.param_dtype)"
         masters = self.optimizer.master_copies
@@ -113,9 +142,25 @@ class TrainConfig:
             require(not mechanism.of_prompt, f"model.mechanisms.{number}", mechanism, allowed)
         self._check_evaluations()
 
+    @property
+    def retention(self) -> Retention:
+        """Which checkpoints are kept."""
+        best = self.keep_best
+        if best is None:
+            return Retention(self.keep, self.keep_every)
+        return Retention(self.keep, self.keep_every, best.count, best.largest)
+
     def _check_evaluations(self) -> None:
         """Those that are run between steps have their time, and a folder each."""
         names = [part.name for part in self.final if isinstance(part, Eval)]
+        if self.keep_best is not None:
+            measured = [
+                f"eval/{part.name}/" for part in self.final if isinstance(part, Eval) and part.every is not None
+            ]
+            metric = self.keep_best.metric
+            allowed = " or ".join(("loss", "accuracy", *(f"{name}score" for name in measured)))
+            known = metric in ("loss", "accuracy") or metric.startswith(tuple(measured))
+            require(known, "keep_best.metric", metric, f"a metric that is measured during training, such as {allowed}")
         for number, part in enumerate(self.final):
             if isinstance(part, Eval) and part.every is not None:
                 within = f"at most the run's {self.steps} steps, or None for the last step alone"

@@ -14,6 +14,7 @@ from rave_jax.config import ConfigError
 from rave_jax.data.ahead import AHEAD, Ahead
 from rave_jax.data.packing.report import PackingMeter
 from rave_jax.data.sample import SampleError
+from rave_jax.observe.goodput import Goodput
 from rave_jax.observe.metrics import MetricsWriter
 from rave_jax.observe.progress import ProgressReport
 from rave_jax.observe.waiting import WaitMeter
@@ -22,6 +23,8 @@ from rave_jax.parallel.sharding import use_mesh
 from rave_jax.parallel.stopping import StopRequest
 from rave_jax.parallel.watchdog import Watchdog
 from rave_jax.training.feed import Fed, Feed, RowSource
+from rave_jax.training.meter import Meter
+from rave_jax.training.profiling import Profiler
 from rave_jax.training.session import Session
 from rave_jax.training.state import TrainState, parameters_of
 from rave_jax.training.step import StepMetrics
@@ -82,6 +85,9 @@ class Loop:
         stop: StopRequest,
         evaluations: StepEvaluations | None = None,
         packing: PackingMeter | None = None,
+        metric: str | None = None,
+        meter: Meter | None = None,
+        profiler: Profiler | None = None,
     ):
         """
         Args:
@@ -95,13 +101,19 @@ class Loop:
             stop: whether the job is to end.
             evaluations: what is evaluated between steps.
             packing: counts how well rows are packed, where they are.
+            metric: name of the one by which the best checkpoints are kept.
+            meter: measures the run's speed.
+            profiler: told of each step.
         """
         self._packing = packing
         self._session, self._schedule, self._store, self._bad_directory = session, schedule, store, bad_directory
         self._writers, self._progress, self._watchdog, self._stop = writers, progress, watchdog, stop
         self._evaluations = evaluations
+        self._metric = metric
+        self._measured: tuple[int, dict[str, Any]] = (-1, {})
         self._wait = WaitMeter()
-        self._tokens, self._waited, self._clock = 0, 0.0, time.monotonic()
+        self._meter = Meter(Goodput()) if meter is None else meter
+        self._profiler = profiler
         self._saved = -1
 
     def run(
@@ -129,6 +141,7 @@ class Loop:
             HostsError: the processes stopped with different states, which are not saved.
         """
         start = done = int(state.step)
+        self._meter.goodput.training_begins()
         late: tuple[int, StepMetrics] | None = None
         fed: Fed | None = None
         compiled: set[tuple[int, ...]] = set()
@@ -142,7 +155,7 @@ class Loop:
                 if following is None or not self._stop.may_begin(step):
                     break
                 fed, done = following, step + 1
-                self._waited += fed.waited
+                self._meter.waited(fed.waited)
                 if fed.void:
                     notes.leave(f"stop/void/{step}", str(step))
                 sizes = (*fed.batch.tokens.shape, *fed.batch.patches.pixels.shape)
@@ -151,6 +164,9 @@ class Loop:
                 what, times = (
                     (f"step {done}, which is compiled", Watchdog.LONG) if compiles else (f"step {done}", Watchdog.STEP)
                 )
+                if self._profiler is not None:
+                    self._profiler.before(done)
+                compiling = time.monotonic()
                 with self._watchdog.during(what, times, SLOW_STEP):
                     state, metrics = self._session.step(state, fed.batch)
                 # Reading the metrics of the step before keeps the devices busy and at most two steps in flight.
@@ -160,6 +176,7 @@ class Loop:
                 if compiles:
                     with self._watchdog.during(what, times, SLOW_STEP):
                         jax.block_until_ready(metrics)
+                    self._meter.goodput.add("compile", time.monotonic() - compiling)
                     self._progress.restart_clock(done)
                     self._finish(*late, state, source, describe)
                     late = None
@@ -183,7 +200,8 @@ class Loop:
                     self._save(done, state, source.state(done))
                 else:
                     self._save(done, state, fed.data)
-            with self._watchdog.during(f"the checkpoint of step {done}", Watchdog.LONG, SLOW_SAVE):
+            saving = self._watchdog.during(f"the checkpoint of step {done}", Watchdog.LONG, SLOW_SAVE)
+            with saving, self._meter.goodput.spent("save"):
                 self._store.wait()
             if self._stop.asked is not None:
                 raise self._stop.interrupted(self._where(done))
@@ -199,8 +217,20 @@ class Loop:
         if done == self._saved:
             return
         self._saved = done
-        with self._watchdog.during(f"the checkpoint of step {done}", Watchdog.LONG, SLOW_SAVE):
-            self._store.save(done, parameters_of(state), state.optimizer, data)
+        saving = self._watchdog.during(f"the checkpoint of step {done}", Watchdog.LONG, SLOW_SAVE)
+        with saving, self._meter.goodput.spent("save"):
+            self._store.save(done, parameters_of(state), state.optimizer, data, self._metric_at(done))
+
+    def _metric_at(self, done: int) -> float | None:
+        """The metric by which the best checkpoints are kept, where it was measured at this step."""
+        if self._metric is None:
+            return None
+        step, values = self._measured
+        return agree.from_first(values.get(self._metric) if step == done else None)
+
+    def _measure(self, done: int, values: dict[str, Any]) -> None:
+        step, known = self._measured
+        self._measured = done, (known if step == done else {}) | values
 
     def _is_evaluated(self, done: int) -> bool:
         return self._evaluations is not None and self._evaluations.due(done)
@@ -214,7 +244,12 @@ class Loop:
         if self._evaluations is None or not self._evaluations.due(done):
             return
         began = time.monotonic()
-        write, say = lambda values: self._write(done, values), self._progress.say
+        say = self._progress.say
+
+        def write(values: dict[str, float]) -> None:
+            self._measure(done, values)
+            self._write(done, values)
+
         try:
             with self._watchdog.during(f"the evaluation after step {done}", Watchdog.LONG, SLOW_EVALUATION):
                 self._go_on()
@@ -229,7 +264,7 @@ class Loop:
                 self._store.wait()
                 say(f"the evaluation after step {done} failed, and the state is saved; the same command runs it again")
             raise
-        self._clock += time.monotonic() - began
+        self._meter.evaluated(time.monotonic() - began)
 
     def _go_on(self) -> None:
         """Called between two pieces of an evaluation, by all processes alike.
@@ -278,16 +313,14 @@ class Loop:
         self._stop.finished()
         if bad >= 0:
             self._stop_bad(bad, values, state, source, describe)
-        self._tokens += values["tokens"]
+        self._measure(done, values)
+        images = values.pop("images")
+        self._meter.finished(values["tokens"], images)
         if self._packing is not None:
             self._packing.add(step, values["tokens"])
         logged = done == 1 or done % self._schedule.log_every == 0 or done == self._schedule.steps
         if logged:
-            now = time.monotonic()
-            elapsed = max(now - self._clock, 1e-9)
-            values["tokens_per_second"] = round(self._tokens / elapsed, 1)
-            values["waited_for_data"] = round(min(self._waited / elapsed, 1.0), 4)
-            self._tokens, self._waited, self._clock = 0, 0.0, now
+            values |= self._meter.take()
             if self._packing is not None:
                 values |= self._packing.take()
             self._write(done, values)
@@ -315,7 +348,12 @@ class Loop:
 
 
 def named_values(metrics: StepMetrics) -> dict[str, Any]:
-    """Metrics as plain numbers by the names they are logged under: a mechanism's loss is `loss/NAME`."""
+    """Metrics as plain numbers by the names they are logged under: a mechanism's loss is `loss/NAME`, the
+    gradient's norm of a group `grad_norm/NAME`, the size of a mechanism's parameter `mechanism/NAME`."""
     found = jax.device_get(metrics)._asdict()
     found |= {f"loss/{name}": value for name, value in found.pop("losses").items()}
+    found |= {f"mechanism/{name}": value for name, value in found.pop("mechanisms").items()}
+    by_group = found.pop("group_norms")
+    if len(by_group) > 1:
+        found |= {f"grad_norm/{name}": value for name, value in by_group.items()}
     return {name: value.item() for name, value in found.items()}

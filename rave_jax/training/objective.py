@@ -2,84 +2,211 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
-from rave_jax.models.layers import whole_gradient
+from rave_jax.parallel.exchange import MeshAxes, gathered, summed_onto_shard
+from rave_jax.parallel.sharding import current_mesh, names_of, partition_spec
 from rave_jax.typing import Array, Float, Int
 
 
 class TokenSums(NamedTuple):
-    """Float32 sums over tokens; divide by a total weight to get means."""
+    """Float32 sums over tokens; divide by a total weight to get means. Gradients flow from `loss` alone.
+
+    Fields:
+        loss: negative log-likelihoods and z-loss.
+        correct: right guesses.
+        weight: weights.
+        z: the z-loss in `loss`.
+    """
 
     loss: Float[Array, ""]
     correct: Float[Array, ""]
     weight: Float[Array, ""]
     z: Float[Array, ""]
-    """Squared log-sum-exp of the logits, weighted; 0 where it was not asked for."""
 
 
+class Gradients(NamedTuple):
+    """Of `TokenSums.loss`."""
+
+    hidden: Float[Array, "B T D"]
+    head: Float[Array, "V D"]
+
+
+class Places(NamedTuple):
+    """Mesh axes by what they split; all empty on one device."""
+
+    tokens: MeshAxes = ()
+    """Rows of the batch, or the tokens of a row."""
+    vocab: MeshAxes = ()
+    embed: MeshAxes = ()
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def chunked_cross_entropy(
     hidden: Float[Array, "B T D"],
     head: Float[Array, "V D"],
     targets: Int[Array, "B T"],
     weights: Float[Array, "B T"],
     chunk: int,
-    z_loss: bool = False,
+    z_loss: float = 0.0,
 ) -> TokenSums:
     """Weighted sums of the negative log-likelihood and of right guesses.
 
-    Logits exist for `chunk` tokens of each row at a time, in float32, and are computed again in the backward
-    pass unless one chunk takes all. T need not be a multiple of the chunk.
+    Logits exist for `chunk` tokens of each row at a time, in float32. Where gradients are asked for, they are computed
+    with the loss, chunk by chunk, so that no logits are computed twice. T need not be a multiple of the chunk.
+
+    On a mesh, each device has its rows and its part of the vocabulary. The width of the head is gathered once, in
+    hidden's dtype, and the head's gradient is summed in float32 on each device over all chunks and sent to its shards
+    once. For that a device keeps V/tensor x D numbers in hidden's dtype, and with gradients as many in float32.
 
     Args:
         hidden: output of the final norm.
         head: rows of the vocabulary; taken in hidden's dtype, products summed in float32.
         targets: the id that each position predicts.
-        weights: weight of each prediction.
+        weights: weight of each prediction. They have no gradient.
         chunk: tokens of a row per chunk.
-        z_loss: sum the squares of the log-sum-exp too (section 5 of PaLM, arXiv 2204.02311).
+        z_loss: coefficient of the square of the log-sum-exp, which is added to the negative log-likelihood (section 5
+            of PaLM, arXiv 2204.02311).
     """
-    B, T, _ = hidden.shape
-    chunk = min(chunk, T)
-    head = head.astype(hidden.dtype)
+    return _on_devices(hidden, head, targets, weights, chunk, z_loss, gradients=False)[0]
+
+
+def _forward(
+    hidden: Array, head: Array, targets: Array, weights: Array, chunk: int, z_loss: float
+) -> tuple[TokenSums, Gradients]:
+    sums, gradients = _on_devices(hidden, head, targets, weights, chunk, z_loss, gradients=True)
+    assert gradients is not None
+    return sums, Gradients(gradients.hidden, gradients.head.astype(head.dtype))
+
+
+def _backward(chunk: int, z_loss: float, gradients: Gradients, of_sums: TokenSums) -> tuple[Array, Array, None, None]:
+    hidden, head = ((of_sums.loss * x.astype(jnp.float32)).astype(x.dtype) for x in gradients)
+    return hidden, head, None, None
+
+
+chunked_cross_entropy.defvjp(_forward, _backward)
+
+
+def _on_devices(
+    hidden: Array, head: Array, targets: Array, weights: Array, chunk: int, z_loss: float, *, gradients: bool
+) -> tuple[TokenSums, Gradients | None]:
+    """The sums, and the gradients of the loss, over the current mesh."""
+    mesh = current_mesh()
+    of_device = functools.partial(_of_device, chunk=chunk, z_loss=z_loss, gradients=gradients)
+    if mesh is None or mesh.size == 1:
+        return of_device(hidden, head, targets, weights, places=Places())
+    of_tokens = partition_spec(("batch", "length"), targets.shape, mesh)
+    of_hidden = PartitionSpec(*of_tokens, None)
+    of_head = partition_spec(("vocab", "embed"), head.shape, mesh)
+    rows, length = map(names_of, of_tokens)
+    places = Places(rows + length, *map(names_of, of_head))
+    # Specs stand in the trees of the results, in the place of arrays.
+    whole: Any = PartitionSpec()
+    of_gradients: Any = (of_hidden, of_head)
+    split = jax.shard_map(
+        functools.partial(of_device, places=places),
+        mesh=mesh,
+        in_specs=(of_hidden, of_head, of_tokens, of_tokens),
+        out_specs=(TokenSums(*(whole,) * 4), Gradients(*of_gradients) if gradients else None),
+        check_vma=False,  # that a gathered array is the same on all devices is not inferred
+    )
+    return split(hidden, head, targets, weights)
+
+
+def _of_device(
+    hidden: Float[Array, "B T D"],
+    head: Float[Array, "V D"],
+    targets: Int[Array, "B T"],
+    weights: Float[Array, "B T"],
+    *,
+    chunk: int,
+    z_loss: float,
+    gradients: bool,
+    places: Places,
+) -> tuple[TokenSums, Gradients | None]:
+    """Sums over all devices and gradients of the parts that this one has, from its rows and its part of the head."""
+    T, chunk = hidden.shape[1], min(chunk, hidden.shape[1])
     whole = T // chunk * chunk
+    head = gathered(head.astype(hidden.dtype), 1, places.embed)
+    Total = tuple[TokenSums, Gradients | None]
 
-    def of_chunk(hidden: jax.Array, targets: jax.Array, weights: jax.Array) -> TokenSums:
-        logits = whole_gradient(jnp.einsum("BTD,VD->BTV", hidden, head, preferred_element_type=jnp.float32))
-        top = jnp.max(logits, axis=-1)
-        shifted = logits - jax.lax.stop_gradient(top)[..., None]
-        # A comparison, not a gather: the gradient of a gather is a scatter into a [B,T,V] array of zeros.
-        at_target = jax.lax.broadcasted_iota(targets.dtype, shifted.shape, shifted.ndim - 1) == targets[..., None]
-        chosen = jnp.sum(jnp.where(at_target, shifted, 0.0), axis=-1)
-        # An id that the vocabulary does not have must not pass for a loss: training stops at NaN.
-        chosen = jnp.where((targets >= 0) & (targets < logits.shape[-1]), chosen, jnp.nan)
-        log_sum = jnp.log(jnp.sum(jnp.exp(shifted), axis=-1))
-        loss = log_sum - chosen
-        weights = weights.astype(jnp.float32)
-        z = jnp.zeros((), jnp.float32)
-        if z_loss:
-            z = jnp.sum(jnp.square(jax.lax.stop_gradient(top) + log_sum) * weights)
-        right = jnp.argmax(logits, axis=-1) == targets
-        return TokenSums(jnp.sum(loss * weights), jnp.sum(right * weights), jnp.sum(weights), z)
+    def with_chunk(total: Total, start: Array | int, size: int) -> Total:
+        def cut(x: Array) -> Array:
+            return jax.lax.dynamic_slice_in_dim(x, start, size, axis=1)
 
-    if chunk == T:
-        # One chunk is what the backward pass would hold anyway: keep its logits.
-        return of_chunk(hidden, targets, weights)
-    again = jax.checkpoint(of_chunk)
-
-    def body(sums: TokenSums, part: tuple[jax.Array, ...]) -> tuple[TokenSums, None]:
-        return jax.tree.map(jnp.add, sums, again(*part)), None
-
-    def split(x: jax.Array) -> jax.Array:
-        # Chunks are cut along T so that rows stay on the devices that own them.
-        parts = x[:, :whole].reshape(B, whole // chunk, chunk, *x.shape[2:])
-        return jnp.moveaxis(parts, 1, 0)
+        sums, so_far = total
+        of_tokens = cut(hidden), cut(targets), cut(weights)
+        more, gradient = _of_chunk(*of_tokens, head, z_loss, places.vocab, gradients)
+        sums = jax.tree.map(jnp.add, sums, more)
+        if so_far is None or gradient is None:
+            return sums, None
+        of_hidden = jax.lax.dynamic_update_slice_in_dim(so_far.hidden, gradient.hidden, start, axis=1)
+        return sums, Gradients(of_hidden, so_far.head + gradient.head)
 
     zero = jnp.zeros((), jnp.float32)
-    sums, _ = jax.lax.scan(body, TokenSums(zero, zero, zero, zero), tuple(map(split, (hidden, targets, weights))))
+    nothing = Gradients(jnp.zeros_like(hidden), jnp.zeros(head.shape, jnp.float32)) if gradients else None
+    total: Total = TokenSums(zero, zero, zero, zero), nothing
+    total = jax.lax.fori_loop(0, whole // chunk, lambda n, total: with_chunk(total, n * chunk, chunk), total)
     if whole < T:
-        sums = jax.tree.map(jnp.add, sums, again(hidden[:, whole:], targets[:, whole:], weights[:, whole:]))
-    return sums
+        total = with_chunk(total, whole, T - whole)
+    sums, found = total
+    sums = jax.lax.psum(sums, places.tokens) if places.tokens else sums
+    if found is None:
+        return sums, None
+    of_hidden = jax.lax.psum(found.hidden, places.vocab) if places.vocab else found.hidden
+    return sums, Gradients(of_hidden, summed_onto_shard(found.head, 1, places.embed, places.tokens))
+
+
+def _of_chunk(
+    hidden: Float[Array, "B T D"],
+    targets: Int[Array, "B T"],
+    weights: Float[Array, "B T"],
+    head: Float[Array, "V D"],
+    z_loss: float,
+    vocab: MeshAxes,
+    gradients: bool,
+) -> tuple[TokenSums, Gradients | None]:
+    """One chunk. The sums are over the whole vocabulary; the gradients are those by way of this device's part of it."""
+    V = len(head)
+    ways = jax.lax.axis_size(vocab) if vocab else 1
+    first = jax.lax.axis_index(vocab) * V if vocab else 0
+
+    def over_vocab(x: Array) -> Array:
+        return jax.lax.psum(x, vocab) if vocab else x
+
+    logits = jax.lax.dot_general(hidden, head, (((2,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+    top = jnp.max(logits, axis=-1)
+    guess = first + jnp.argmax(logits, axis=-1).astype(targets.dtype)
+    if vocab:
+        of_device, top = top, jax.lax.pmax(top, vocab)
+        # The first of equal logits, as `argmax` has it.
+        guess = jax.lax.pmin(jnp.where(of_device == top, guess, V * ways), vocab)
+    shifted = logits - top[..., None]
+    # A comparison and not a gather: the gradient needs it too.
+    at_target = first + jax.lax.broadcasted_iota(targets.dtype, logits.shape, 2) == targets[..., None]
+    chosen = over_vocab(jnp.sum(jnp.where(at_target, shifted, 0.0), axis=-1))
+    # An id that the vocabulary does not have must not pass for a loss: training stops at NaN.
+    chosen = jnp.where((targets >= 0) & (targets < V * ways), chosen, jnp.nan)
+    exp = jnp.exp(shifted)
+    total = over_vocab(jnp.sum(exp, axis=-1))
+    log_sum = jnp.log(total)
+    weights = weights.astype(jnp.float32)
+    z = z_loss * jnp.square(top + log_sum) if z_loss else jnp.zeros_like(top)
+    loss = jnp.sum((log_sum - chosen + z) * weights)
+    sums = TokenSums(loss, jnp.sum((guess == targets) * weights), jnp.sum(weights), jnp.sum(z * weights))
+    if not gradients:
+        return sums, None
+    of_log_sum = 1.0 + 2.0 * z_loss * (top + log_sum) if z_loss else 1.0
+    of_logits = exp * (weights * of_log_sum / total)[..., None] - jnp.where(at_target, weights[..., None], 0.0)
+    # Two products read it. Without this the CPU's compiler computes it for each.
+    of_logits = jax.lax.optimization_barrier(of_logits)
+    of_hidden = jax.lax.dot_general(
+        of_logits, head, (((2,), (0,)), ((), ())), preferred_element_type=jnp.float32
+    ).astype(hidden.dtype)
+    of_head = jax.lax.dot_general(of_logits, hidden, (((0, 1), (0, 1)), ((), ())), preferred_element_type=jnp.float32)
+    return sums, Gradients(of_hidden, of_head)

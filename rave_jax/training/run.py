@@ -13,6 +13,7 @@ import jax
 from jax.sharding import Mesh
 from rich.console import Console
 
+from rave_jax import config as configs
 from rave_jax.checkpoint.hf_import import import_hf
 from rave_jax.checkpoint.store import Store, StoreError, check_room, local_bytes
 from rave_jax.checkpoint.target import abstract_model
@@ -31,9 +32,11 @@ from rave_jax.evaluation.suites import evaluate, open_checked
 from rave_jax.evaluation.summary import print_summary
 from rave_jax.families.config import VlmConfig
 from rave_jax.models.vlm import Vlm
-from rave_jax.observe.metrics import JsonlWriter, MetricsWriter, TensorBoardWriter
+from rave_jax.observe.goodput import Goodput
+from rave_jax.observe.metrics import JsonlWriter, MetricsWriter, TensorBoardWriter, read_jsonl
 from rave_jax.observe.progress import CountBar, ProgressReport
 from rave_jax.observe.tables import print_parameters
+from rave_jax.observe.wandb import MissingPackage, WandbWriter
 from rave_jax.parallel import hosts
 from rave_jax.parallel.memory import check_memory
 from rave_jax.parallel.mesh import MeshConfig, make_mesh, mesh_line
@@ -43,13 +46,16 @@ from rave_jax.parallel.watchdog import Watchdog
 from rave_jax.training.averages import Weights
 from rave_jax.training.claim import Claim, claimed
 from rave_jax.training.config import TrainConfig, check_can_be_read_again
-from rave_jax.training.directory import RunDirectory, run_directory
+from rave_jax.training.directory import RunDirectory, opened, run_directory
 from rave_jax.training.evaluations import Evaluations, part_named
 from rave_jax.training.footprint import least_activations, least_spread
 from rave_jax.training.init import model_config, source_of
 from rave_jax.training.loop import Loop, Schedule
+from rave_jax.training.meter import Meter
+from rave_jax.training.profiling import Profiler, on_signal
 from rave_jax.training.session import Session, group_rows, make_session
 from rave_jax.training.state import ModelGraph, TrainState, parameters_of, parameters_target, state_of
+from rave_jax.training.whole import check_split
 
 log = logging.getLogger(__name__)
 
@@ -87,16 +93,12 @@ def train(config: TrainConfig, stop: StopRequest | None = None) -> None:
     """
     stop = StopRequest() if stop is None else stop
     check_can_be_read_again(config)
-    with Watchdog(config.hosts.step_timeout, stop) as watchdog:
-        directory = run_directory(config.output_dir)
-        try:
-            _run(config, directory, watchdog, stop)
-        finally:
-            if directory.mirror is not None:
-                directory.mirror.close()
+    goodput = Goodput()
+    with Watchdog(config.hosts.step_timeout, stop) as watchdog, opened(config.output_dir) as directory:
+        _run(config, directory, watchdog, stop, goodput)
 
 
-def _run(config: TrainConfig, directory: RunDirectory, watchdog: Watchdog, stop: StopRequest) -> None:
+def _run(config: TrainConfig, directory: RunDirectory, watchdog: Watchdog, stop: StopRequest, goodput: Goodput) -> None:
     mesh = make_mesh(config.mesh)
     with watchdog.during("the data sources to open", Watchdog.LONG):
         sources = config.data.open_sources()
@@ -114,9 +116,10 @@ def _run(config: TrainConfig, directory: RunDirectory, watchdog: Watchdog, stop:
             loss_chunk=config.loss_chunk,
             z_loss=config.z_loss,
         )
+        check_split(session.graph.shapes, session.graph.axes, mesh, allow=config.mesh.allow_whole)
         check_memory(session.state, "parameters and optimizer state")
         check_memory(least_activations(config, vlm, mesh), "the rows of a batch (data.rows, tokens, patches)")
-        kept = min(config.keep, -(-config.steps // config.save_every)) + 1
+        kept = config.retention.most(config.steps, config.save_every)
         check_room(directory.checkpoints, kept * local_bytes(session.state) - _present(directory, claim.steps))
         processor = config.data.processor(claim.model, config.model.layout)
         pipeline = Pipeline(config.data, processor, sources, keeps=hosts.is_first())
@@ -136,10 +139,12 @@ def _run(config: TrainConfig, directory: RunDirectory, watchdog: Watchdog, stop:
         with watchdog.during("the weights to be read", Watchdog.LONG):
             state = _first_or_saved_state(config, session, directory, claim, pipeline)
         pushes = directory.push if hosts.is_first() else None  # metrics go with the state that they lead to
-        with Store(directory.checkpoints, config.keep, saved=pushes) as store:
+        with Store(directory.checkpoints, config.retention, saved=pushes) as store:
             if claim.past is not None:
                 evaluations.continue_after(claim.after_step)
-            state = _train(config, session, directory, claim, store, state, pipeline, watchdog, stop, evaluations)
+            state = _train(
+                config, session, directory, claim, store, state, pipeline, watchdog, stop, evaluations, goodput
+            )
         model = session.model(state)
         del state  # the optimizer's part of it is not needed any more
         with watchdog.during("what follows the last step", math.inf):
@@ -176,7 +181,7 @@ def _first_or_saved_state(
     source lacks start from the run's seed.
     """
     if claim.steps:
-        with Store(directory.checkpoints, config.keep) as store:
+        with Store(directory.checkpoints, config.retention) as store:
             found = store.restore_newest(parameters_of(session.state), session.state.optimizer)
         if found is not None:
             pipeline.restore(found.data)
@@ -203,9 +208,11 @@ def _train(
     watchdog: Watchdog,
     stop: StopRequest,
     evaluations: Evaluations,
+    goodput: Goodput,
 ) -> TrainState:
     start = claim.after_step
     first = hosts.is_first()
+    again = _steps_after(directory, start) if first else 0
     with (
         _writers(config, directory, start) as writers,
         ProgressReport(config.steps, start, enabled=first) as progress,
@@ -215,17 +222,43 @@ def _train(
         if claim.past is not None and config.steps > claim.past.steps:
             progress.say(_extended(config, claim.past.steps, start))
         elif start:
-            progress.say(f"continuing after step {start} of {config.steps}")
+            lost = f"; {again} that were done after it are done again" if again else ""
+            progress.say(f"continuing after step {start} of {config.steps}{lost}")
         schedule = Schedule(config.steps, config.log_every, config.save_every)
         packing = PackingMeter(pipeline.plan) if isinstance(pipeline.plan, PackedRows) else None
+        profiler = Profiler(config.profile, directory.profile, lambda text: progress.say(directory.shown(Path(text))))
+        metric = None if config.keep_best is None else config.keep_best.metric
         loop = Loop(
-            session, schedule, store, directory.bad_step, writers, progress, watchdog, stop, evaluations, packing
+            session,
+            schedule,
+            store,
+            directory.bad_step,
+            writers,
+            progress,
+            watchdog,
+            stop,
+            evaluations,
+            packing,
+            metric,
+            Meter(goodput),
+            profiler,
         )
         ahead = Ahead(config.data.prefetch, config.data.workers, config.data.processes)
-        state = loop.run(state, pipeline, config.data.rows, lambda step: _describe(config, step), ahead)
+        with on_signal(profiler):
+            state = loop.run(state, pipeline, config.data.rows, lambda step: _describe(config, step), ahead)
+        progress.say(goodput.line())
         if packing is not None and (summary := packing.summary()):
             progress.say(summary)
         return state
+
+
+def _steps_after(directory: RunDirectory, start: int) -> int:
+    """Steps that were done after the one that the run continues from, as far as its metrics tell."""
+    try:
+        rows = read_jsonl(directory.metrics)
+    except OSError:  # the writer that opens it says so
+        return 0
+    return max(0, max((int(row["step"]) for row in rows), default=0) - start)
 
 
 def _extended(config: TrainConfig, before: int, start: int) -> str:
@@ -246,6 +279,11 @@ def _writers(config: TrainConfig, directory: RunDirectory, after_step: int) -> G
             writers.append(JsonlWriter(directory.metrics, after_step))
             if config.tensorboard:
                 writers.append(TensorBoardWriter(directory.tensorboard, after_step))
+            if config.wandb is not None:
+                settings = configs.to_json(config)
+                writers.append(WandbWriter(config.wandb, directory.path, settings, after_step))
+        except MissingPackage as error:
+            raise ConfigError(str(error)) from error
         except OSError as error:
             raise StoreError(f"cannot write to {error.filename or directory}: {error.strerror or error}") from error
     try:

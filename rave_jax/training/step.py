@@ -12,6 +12,7 @@ import optax
 
 from rave_jax.batch import Batch, Kind, TokenInfo
 from rave_jax.models.forward import Output, Want
+from rave_jax.parallel.compiler import compiler_options
 from rave_jax.parallel.rows import batch_axis
 from rave_jax.training.averages import Ema
 from rave_jax.training.objective import TokenSums, chunked_cross_entropy
@@ -45,6 +46,11 @@ class StepMetrics(NamedTuple):
         tokens: tokens that are not padding.
         target_tokens: tokens with a loss.
         bad_step: -1, or the step whose loss or gradient was not finite.
+        fill: share of the tokens of all rows that are not padding.
+        images: pictures and videos.
+        group_norms: norm of the gradient of each group of parameters, by its name.
+        mechanisms: root mean square of the mechanisms' trained parameters before the step, over all layers, by the
+            parameter's own name. Those of a gate that starts as nothing tell how far it has opened.
     """
 
     loss: Float[Array, ""]
@@ -55,6 +61,10 @@ class StepMetrics(NamedTuple):
     tokens: Int[Array, ""]
     target_tokens: Int[Array, ""]
     bad_step: Int[Array, ""]
+    fill: Float[Array, ""]
+    images: Int[Array, ""]
+    group_norms: dict[str, Float[Array, ""]]
+    mechanisms: dict[str, Float[Array, ""]]
 
 
 class BatchSums(NamedTuple):
@@ -118,10 +128,12 @@ def make_step(
         model: Trainable = graph.merge(trained | frozen)
         out = model.forward(batch, Want(losses=True, progress=progress))
         head, of_tokens = model.head_weight(), (batch.targets, batch.loss_weights)
-        sums = chunked_cross_entropy(out.hidden, head, *of_tokens, loss_chunk, z_loss=z_loss > 0)
-        added = out.losses | ({Z_LOSS: z_loss * sums.z} if z_loss > 0 else {})
-        means = {name: x / weights.losses[name] for name, x in added.items()}
-        return functools.reduce(jnp.add, means.values(), sums.loss / weights.targets), BatchSums(sums, means)
+        sums = chunked_cross_entropy(out.hidden, head, *of_tokens, loss_chunk, z_loss)
+        means = {name: x / weights.losses[name] for name, x in out.losses.items()}
+        # The z-loss stands in `sums.loss` with the likelihood, and is told beside it.
+        whole = functools.reduce(jnp.add, means.values(), sums.loss / weights.targets)
+        means |= {Z_LOSS: sums.z / weights.targets} if z_loss > 0 else {}
+        return whole, BatchSums(sums._replace(loss=sums.loss - sums.z), means)
 
     def gradients(state: TrainState, batch: Batch) -> tuple[BatchSums, Params]:
         # With master copies, gradients are of the copies, in their number type.
@@ -188,6 +200,10 @@ def make_step(
             tokens=jnp.sum(batch.info.kind != Kind.PAD),
             target_tokens=jnp.sum(batch.loss_weights > 0),
             bad_step=bad_step,
+            fill=jnp.mean(batch.info.kind != Kind.PAD, dtype=jnp.float32),
+            images=jnp.sum(jnp.max(batch.info.image, axis=1)),
+            group_norms=_norms_by_group(grads, groups),
+            mechanisms=_sizes_of_mechanisms(state.trained),
         )
 
     return step
@@ -214,8 +230,23 @@ def moved_for_step(step: Step, on_devices: TrainState, at_rest: TrainState) -> S
     return moved
 
 
+def _norms_by_group(grads: Params, groups: Mapping[str, ParameterGroup]) -> dict[str, Float[Array, ""]]:
+    by_group: dict[str, Params] = {}
+    for name, grad in grads.items():
+        by_group.setdefault(groups[name].name, {})[name] = grad.astype(jnp.float32)
+    return {group: optax.tree.norm(part) for group, part in by_group.items()}
+
+
+def _sizes_of_mechanisms(trained: Params) -> dict[str, Float[Array, ""]]:
+    by_name: dict[str, list[jax.Array]] = {}
+    for path, value in trained.items():
+        if ".mechanisms." in path:
+            by_name.setdefault(path.rpartition(".")[2], []).append(value.astype(jnp.float32))
+    return {name: optax.tree.norm(of) / sum(x.size for x in of) ** 0.5 for name, of in by_name.items()}
+
+
 def compile_step(step: Step, states: Any, batches: Any, metrics: jax.sharding.NamedSharding) -> Step:
-    """The step under jit. The state is donated.
+    """The step under jit, with the compiler's options of the chip. The state is donated.
 
     Args:
         step: from `make_step`.
@@ -223,4 +254,10 @@ def compile_step(step: Step, states: Any, batches: Any, metrics: jax.sharding.Na
         batches: shardings of the batch.
         metrics: sharding of every metric.
     """
-    return jax.jit(step, in_shardings=(states, batches), out_shardings=(states, metrics), donate_argnums=0)
+    return jax.jit(
+        step,
+        in_shardings=(states, batches),
+        out_shardings=(states, metrics),
+        donate_argnums=0,
+        compiler_options=compiler_options(metrics.mesh) or None,
+    )

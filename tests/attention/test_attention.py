@@ -103,6 +103,13 @@ def test_layers_are_planned_as_runs_of_equal_mechanisms():
     assert [(p.start, p.stop) for p in at.plan_layer_runs((), 5)] == [(0, 5)]
     with pytest.raises(ConfigError, match=r"Rave.layers names \[9\]"):
         at.plan_layer_runs((at.Rave(layers=(0, 9)),), 5)
+    with pytest.raises(ConfigError, match=r"Rave.layers names \[1\] more than once, expected each layer once"):
+        at.plan_layer_runs((at.Rave(layers=(1, 0, 1)),), 5)
+    with pytest.raises(ConfigError, match=r"Gift.saliency_layer names \[14\], expected numbers from 0 to 4"):
+        at.plan_layer_runs((at.Gift(layers=(1,)),), 5)
+    with pytest.raises(ConfigError, match=r"Gift.saliency_layer names \[0\], layers without attention"):
+        at.plan_layer_runs((at.Gift(layers=(1,), saliency_layer=0),), 5, attending=(1, 3))
+    at.plan_layer_runs((at.Gift(alpha=0.0, layers=(1,)),), 5)
 
 
 def test_two_owners_of_one_thing_are_refused_by_name():

@@ -92,6 +92,46 @@ def test_a_term_that_does_not_fit_is_refused_by_its_config() -> None:
         at.build_mechanisms((Far("of_keys_at_hand"),), DIMS, KEY)
 
 
+OTHERS: dict[str, Any] = {
+    "key_bias": lambda x: at.Score(key_bias=jnp.zeros(x.q.shape[:3])),
+    "channels.k": lambda x: at.Score(channels=at.Channels(x.q, x.k)),
+    "channels.q": lambda x: at.Score(channels=at.Channels(x.k, x.k)),
+}
+
+
+class Giving(at.Mechanism):
+    """Gives of the queries at hand what has to be of all keys, or has too few heads."""
+
+    def __init__(self, given: str):
+        self.given = given
+
+    def score(self, x: at.Features, remembered: None, info_q: TokenInfo, info_k: TokenInfo) -> at.Score:
+        return OTHERS[self.given](x)
+
+
+@dataclass(frozen=True)
+class Give(at.MechanismConfig):
+    """A user's config with a bias or channels that do not fit."""
+
+    given: str = "key_bias"
+
+    def build(self, dims: at.AttentionDims, key: jax.Array) -> at.Mechanism:
+        return Giving(self.given)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("key_bias", r"key_bias has shape \(1, 8, 4\), expected \(1, 16, 4\) .* `remember`"),
+        ("channels.k", r"channels.k has shape \(1, 8, 2, 8\), expected \(1, 16, 2, n\) .* `remember`"),
+        ("channels.q", r"channels.q has shape \(1, 8, 2, 8\), expected \(1, 8, 4, n\)"),
+    ],
+)
+def test_a_bias_or_channels_that_do_not_fit_are_refused_by_their_config(given: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=f"Give: score operand {message}"):
+        at.build_mechanisms((Give(given),), DIMS, KEY)
+
+
 class Holding(at.Mechanism):
     """Its function holds a parameter."""
 

@@ -118,6 +118,8 @@ def test_refusals() -> None:
             jax.eval_shape(lambda x, m=mechanisms: attend(x, info, m), x)
     with pytest.raises(ConfigError, match=r"Gift cannot share a layer with .*, which chooses the regions"):
         at.build_mechanisms((GIFT, at.Gaze(max_regions=4, top_k=1)), DIMS, KEY)
+    with pytest.raises(ConfigError, match=r"Gift cannot stand twice in a layer: each changes rows of weights"):
+        at.build_mechanisms((GIFT, GIFT), DIMS, KEY)
     with pytest.raises(ConfigError, match=r'heads is .*none where choose is "prompt"'):
         at.Vhr(heads=(1,), choose="prompt")
 

@@ -18,6 +18,7 @@ from orbax.checkpoint import v1 as ocp
 
 from rave_jax.checkpoint import saved_step
 from rave_jax.checkpoint.digests import DamageError
+from rave_jax.checkpoint.retention import Retention
 from rave_jax.checkpoint.saved_step import DATA as DATA_ITEM
 from rave_jax.checkpoint.saved_step import OPTIMIZER, PARAMETERS, verify
 from rave_jax.checkpoint.store import Store, StoreError, abstract, check_writable
@@ -66,6 +67,29 @@ def test_keeps_the_newest(tmp_path):
     with Store(tmp_path, 2) as store:
         assert store.steps == [2, 3]
         assert store.latest == 3
+
+
+@pytest.mark.parametrize(
+    ("keep", "steps"),
+    [
+        (Retention(1), [6]),
+        (Retention(1, every=2), [2, 4, 6]),
+        (Retention(1, best=1), [2, 6]),
+        (Retention(1, best=2, largest=True), [1, 4, 6]),
+        (Retention(2, every=3, best=1), [2, 3, 5, 6]),
+    ],
+)
+def test_which_are_kept(tmp_path, keep, steps):
+    """Of step 3 no metric is known. What is kept for its metric stays when the run continues."""
+    tree = parameters(on(MeshConfig()))
+    for part in ((1, 2, 3), (4, 5, 6)):
+        with Store(tmp_path, keep) as store:
+            for step in part:
+                metric = {1: 9.0, 2: 1.0, 4: 8.0, 5: 3.0, 6: 2.0}.get(step) if keep.best else None
+                store.save(step, tree, tree["values"], DATA, metric)
+    with Store(tmp_path, keep, reader=True) as store:
+        assert store.steps == steps
+    assert len(steps) < keep.most(6, 1)
 
 
 def test_saving_a_step_again_leaves_it(tmp_path):
@@ -331,7 +355,9 @@ def test_a_save_that_fails_in_the_background_is_told_of_at_once_by_its_step(tmp_
     small, noise = parameters(sharding), np.random.default_rng(0).normal(size=(64, 64)).astype(np.float32)
     large = {"values": {"a": jax.device_put(noise, sharding)}}
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    expected = pytest.raises(StoreError, match=r"checkpoint of step 2 could not be written to .*: File too large")
+    expected = pytest.raises(
+        StoreError, match=r"step 2 could not be written to .*: File too large.*last step that is saved is 1, and"
+    )
     try:
         with expected, Store(tmp_path, 2) as store:
             store.save(1, small, small["values"], DATA)
@@ -367,12 +393,15 @@ def test_a_disk_without_room_is_refused(tmp_path):
 
 
 def test_a_disk_that_fills_up_is_named(tmp_path, monkeypatch):
-    def full(*_: object) -> None:
+    def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
     with Store(tmp_path, 2) as store:
         monkeypatch.setattr(ocp.training.Checkpointer, "save_checkpointables_async", full)
-        with pytest.raises(StoreError, match=r"checkpoint of step 1 could not be written to .*: no space is left"):
+        with pytest.raises(
+            StoreError,
+            match=r"step 1 could not be written to .*: no space is left .* free.; no step before it is saved",
+        ):
             store.save(1, {}, {}, {})
 
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rave_jax.attention import Gift, MechanismConfig, Moh, Vhr
+from rave_jax.attention import AttentionDims, Gift, Mechanism, MechanismConfig, Moh, Vhr, build_mechanisms
 from rave_jax.attention.calibrate.vhr import reinforcing
 from rave_jax.batch import Batch
 from rave_jax.config import ConfigError
@@ -122,7 +125,7 @@ def test_each_token_is_the_argmax_of_a_whole_pass_with_the_numbers_of_its_prompt
 
 
 def neutral() -> PromptNumbers:
-    return PromptNumbers(*(x * 0 + n for x, n in zip(numbers(), (1, 0), strict=True)))
+    return tuple(x * 0 + n for x, n in zip(numbers(), (1, 0), strict=True))
 
 
 @pytest.mark.slow
@@ -146,7 +149,7 @@ def test_heads_are_those_that_the_search_finds_for_the_prompt_alone() -> None:
 
     @jax.jit
     def search(vlm: Vlm, pair: Batch) -> jax.Array:
-        vlm = with_numbers(vlm, PromptNumbers(jnp.ones((2, 3, 4)), jnp.zeros((2, T))))
+        vlm = with_numbers(vlm, (jnp.ones((2, 3, 4)), jnp.zeros((2, T))))
         decoder = reinforcing(vlm.decoder, 2.0, jnp.asarray([True, False, True]))
         return decoder(vlm.embedded(pair), pair.info, pair.positions, Want(gates=True)).gates
 
@@ -154,10 +157,51 @@ def test_heads_are_those_that_the_search_finds_for_the_prompt_alone() -> None:
     np.testing.assert_array_equal(scales[0], gates)
 
 
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "mechanisms.md"
+OF_PAGE: dict[str, Any] = {"__name__": "tests.page"}
+exec(re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)[2], OF_PAGE)
+Dim: type[MechanismConfig] = OF_PAGE["Dim"]
+"""The page's mechanism of each prompt, whose number is the share of pictures."""
+OWN = (Dim(), Gift(alpha=4.0, saliency_layer=1, layers=(1,)))
+
+
+@pytest.mark.slow
+def test_a_users_own_mechanism_of_each_prompt_beside_a_built_in_one() -> None:
+    vlm, said = a_model(OWN), answers(Engine(a_model(OWN), SIZES, ()), prompts())
+    seen = batch([[doc] for doc in prompts()], CONFIG, T, P)
+    rows = batch([[with_answer(p, a)] for p, a in zip(prompts(), said, strict=True)], CONFIG, T, P)
+
+    @jax.jit
+    def logits(vlm: Vlm, seen: Batch, rows: Batch, content: jax.Array) -> tuple[PromptNumbers, jax.Array]:
+        numbers = found_numbers(vlm, whole(seen), None, vlm.embed_images(seen.patches), T, content)
+        vlm = with_numbers(vlm, numbers)
+        return numbers, vlm.logits(vlm.forward(rows).hidden)
+
+    (shares, _), found = logits(vlm, seen, rows, words(seen.tokens))
+    pictures = [sum(bool(code.get("image")) for code in doc.codes) for doc in prompts()]
+    sizes = [len(doc.tokens) for doc in prompts()]
+    np.testing.assert_allclose(shares, np.divide(pictures, sizes), rtol=1e-6)
+    for row, prompt, answer in zip(np.asarray(found), prompts(), said, strict=True):
+        assert row[len(prompt.tokens) - 1 :][:NEW].argmax(-1).tolist() == answer
+
+
+def test_a_users_own_mechanism_of_each_prompt_says_so_in_its_config() -> None:
+    class Undeclared(MechanismConfig):
+        def build(self, dims: AttentionDims, key: jax.Array) -> Mechanism:
+            return OF_PAGE["Dimming"]()
+
+    asked = asking(abstract((Dim(),)))
+    assert asked.anything and not (asked.blind or asked.words)
+    with pytest.raises(ConfigError, match=r"Undeclared: Dimming is a Prompted, .* Undeclared does not say `of_prompt`"):
+        build_mechanisms((Undeclared(),), AttentionDims(4, 2, 8), jax.random.key(0))
+    with pytest.raises(ConfigError, match=r"model\.mechanisms\.0 is Dim.*decided for each prompt that is answered"):
+        TrainConfig(model=ModelOptions(mechanisms=(Dim(),)))
+
+
 def test_what_cannot_be_found_is_refused_by_its_name() -> None:
     for mechanisms, match in (
+        ((Dim(), *BOTH), "Vhr chooses heads for each prompt, and Dim scales heads too"),
         ((*BOTH, Moh(layers=(1,))), "Vhr chooses heads for each prompt, and Moh scales heads too"),
-        ((Gift(saliency_layer=3, layers=(1,)),), "Gift.saliency_layer is 3, expected one of the layers.*0 to 2"),
         ((Gift(layers=(1,), saliency_layer=0), Gift(layers=(2,), saliency_layer=1)), r"saliency_layer is \[0, 1\]"),
     ):
         with pytest.raises(ConfigError, match=match):

@@ -202,6 +202,17 @@ def of_one_key(tile: Tile):
     return tile.dot[:, 0]
 
 
+TABLE = jnp.arange(3.0)
+
+
+def of_a_table(tile: Tile):
+    return tile.key["loud"] * TABLE[1]
+
+
+def of_an_inner_constant(tile: Tile):
+    return jax.jit(lambda x: x * np.float32([2.0]))(tile.dot)
+
+
 @dataclass
 class Unhashable:
     """Its numbers may change."""
@@ -220,6 +231,8 @@ class Unhashable:
         (of_one_key, r"of_one_key gives shape \(8,\) for a tile \(8, 12\)"),
         (of_the_row, "of_the_row gives a pair another bias in another tile"),
         (Unhashable(), "Unhashable cannot be hashed; make it a function, or a frozen dataclass"),
+        (of_a_table, "of_a_table holds parameters or other arrays of its own, .* constants as Python numbers"),
+        (of_an_inner_constant, "of_an_inner_constant holds parameters or other arrays of its own"),
         (of_another_type, "of_another_type gives bool, expected a float32 array"),
         (infinite, "infinite or its slope is not finite where all features are 0"),
         (steep, "steep or its slope is not finite where all features are 0, or the scores are too"),

@@ -64,7 +64,7 @@ MASKS = (
     (Decomposed(rope="kept"), SlidingWindow(9), Mma(), SINKS),
     (TextPositions(), ZERO(route="merge"), Avar(), LogN(length=5)),
     (Cca(), ZERO(route="channel"), Rave(rank=2, form="centered_sigmoid", queries="text")),
-    (Arrow(9, 2), ZERO(), Moh("learned")),
+    (Arrow(9, 2), ZERO(), Moh("learned", shared=0.25, active=0.5)),
     (Pine(3), Rave(rank=2), SlidingWindow(30)),
 )
 """The mechanisms of each layer that attends."""

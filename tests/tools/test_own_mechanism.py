@@ -26,7 +26,7 @@ from rave_jax.training.run import load_run
 # Three runs of two steps. `tests/test_open_union.py` holds how classes are named, found and refused.
 pytestmark = pytest.mark.slow
 REPO = Path(__file__).resolve().parents[2]
-WRITTEN, USED = re.findall(r"```python\n(.*?)```", (REPO / "docs" / "mechanisms.md").read_text(), re.DOTALL)
+WRITTEN, USED, _ = re.findall(r"```python\n(.*?)```", (REPO / "docs" / "mechanisms.md").read_text(), re.DOTALL)
 """The page's mechanism, and its config."""
 SMALL = """
 import dataclasses

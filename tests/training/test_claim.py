@@ -13,10 +13,12 @@ import pytest
 
 from rave_jax import config as configs
 from rave_jax.checkpoint.hf_import import load_config
+from rave_jax.checkpoint.retention import Retention
 from rave_jax.config import ConfigError
 from rave_jax.data.packing.config import Packing
+from rave_jax.evaluation.config import Eval
 from rave_jax.training.claim import claimed
-from rave_jax.training.config import Extension, TrainConfig
+from rave_jax.training.config import Extension, KeepBest, TrainConfig
 from rave_jax.training.directory import RunDirectory, run_directory
 from rave_jax.training.init import FromHF
 from rave_jax.training.optimizers import OptimizerConfig
@@ -199,3 +201,14 @@ def test_how_data_is_loaded_may_change(directory, config):
 
 def test_config_json_reads_back(config):
     assert configs.loads(TrainConfig, configs.dumps(config)) == config
+
+
+def test_the_best_are_kept_by_a_metric_that_is_measured():
+    every = Eval(name="often", every=2)
+    kept = TrainConfig(
+        steps=6, keep=1, keep_every=3, keep_best=KeepBest("eval/often/score", largest=True), final=(every,)
+    )
+    assert kept.retention == Retention(1, every=3, best=1, largest=True)
+    for final, metric in (((), "eval/often/score"), ((Eval(name="often"),), "eval/often/score"), ((every,), "los")):
+        with pytest.raises(ConfigError, match=rf"keep_best\.metric is '{metric}', expected a metric that is measured"):
+            TrainConfig(steps=6, keep_best=KeepBest(metric), final=final)

@@ -81,10 +81,10 @@ def test_the_step_descends_the_sum_of_all_losses() -> None:
             model = session.graph.merge(trained)
             out = model.forward(batch, Want(losses=True))
             weights = model.loss_weights(batch.info)
-            tokens = chunked_cross_entropy(out.hidden, model.head_weight(), batch.targets, batch.loss_weights, 24, True)
+            of_tokens = batch.targets, batch.loss_weights
+            tokens = chunked_cross_entropy(out.hidden, model.head_weight(), *of_tokens, 24, Z_LOSS)
             means = {name: out.losses[name] / weights[name] for name in weights}
-            means["z"] = Z_LOSS * tokens.z / tokens.weight
-            return tokens.loss / tokens.weight + sum(means.values()), means
+            return tokens.loss / tokens.weight + sum(means.values()), means | {"z": tokens.z / tokens.weight}
 
         (total, means), gradients = jax.value_and_grad(loss, has_aux=True)(trained)
         return total, means, optax.tree.norm(gradients)
@@ -144,7 +144,9 @@ def test_a_mechanism_without_losses_adds_nothing_to_the_metrics() -> None:
 
 
 def test_losses_are_logged_by_name() -> None:
-    values = named_values(StepMetrics(*map(np.float32, range(8)))._replace(losses={"avar_enhance": np.float32(0.5)}))
+    empty = StepMetrics(*map(np.float32, range(len(StepMetrics._fields))))
+    of = empty._replace(losses={"avar_enhance": np.float32(0.5)}, group_norms={}, mechanisms={"gain": np.float32(1)})
+    values = named_values(of)
     assert values["loss/avar_enhance"] == 0.5 and values["loss"] == 0 and "losses" not in values
 
 

@@ -7,15 +7,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rave_jax.parallel.mesh import MeshConfig, make_mesh
+from rave_jax.parallel.sharding import use_mesh
 from rave_jax.training.objective import chunked_cross_entropy
 
 V, D = 17, 6
+Z = 0.1
+"""Coefficient of the z-loss; large, so that its gradient counts."""
 
 
 loss_of = jax.jit(chunked_cross_entropy, static_argnums=(4, 5))
 
 
-def arrays(seed: int, B: int, T: int, dtype=jnp.float32):
+def arrays(seed: int, B: int, T: int, dtype=jnp.float32, V: int = V, D: int = D):
     rng = np.random.default_rng(seed)
     hidden = jnp.asarray(3 * rng.standard_normal((B, T, D)), dtype)
     head = jnp.asarray(rng.standard_normal((V, D)), jnp.float32)
@@ -27,28 +31,52 @@ def arrays(seed: int, B: int, T: int, dtype=jnp.float32):
 def dense(hidden, head, targets, weights):
     logits = jnp.einsum("BTD,VD->BTV", hidden.astype(jnp.float32), head)
     chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], -1)[..., 0]
-    z = (jax.nn.logsumexp(logits, -1) ** 2 * weights).sum()
-    return -(chosen * weights).sum(), ((logits.argmax(-1) == targets) * weights).sum(), weights.sum(), z
+    z = Z * (jax.nn.logsumexp(logits, -1) ** 2 * weights).sum()
+    return z - (chosen * weights).sum(), ((logits.argmax(-1) == targets) * weights).sum(), weights.sum(), z
 
 
 @pytest.mark.parametrize(("T", "chunk"), [(1, 4), (8, 1), (8, 4), (8, 8), (11, 4), (11, 20)])
 def test_equals_dense(T, chunk):
     given_arrays = arrays(T, 2, T)
-    found = loss_of(*given_arrays, chunk, True)
+    found = loss_of(*given_arrays, chunk, Z)
     np.testing.assert_allclose(found, jax.jit(dense)(*given_arrays), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("chunk", [4, 5, 12])
 def test_gradients_equal_dense(chunk):
     given_arrays = arrays(1, 3, 12)
-
-    def both(sums):
-        return sums[0] + 0.1 * sums[3]
-
-    ours = jax.jit(jax.grad(lambda *a: both(chunked_cross_entropy(*a, chunk, True)), argnums=(0, 1)))(*given_arrays)
-    theirs = jax.jit(jax.grad(lambda *a: both(dense(*a)), argnums=(0, 1)))(*given_arrays)
+    ours = jax.jit(jax.grad(lambda *a: chunked_cross_entropy(*a, chunk, Z).loss, argnums=(0, 1)))(*given_arrays)
+    theirs = jax.jit(jax.grad(lambda *a: dense(*a)[0], argnums=(0, 1)))(*given_arrays)
     for a, b in zip(ours, theirs, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "vocab"), [(MeshConfig(data=2, fsdp=2, tensor=2), 24), (MeshConfig(fsdp=4, tensor=2), 25)]
+)
+def test_a_mesh_gives_the_loss_and_the_gradients_of_one_device(mesh, vocab):
+    """With the vocabulary split and, where its size does not divide, whole."""
+    given_arrays = arrays(4, 8, 11, V=vocab, D=8)
+
+    def of(*arrays):
+        sums = chunked_cross_entropy(*arrays, 4, Z)
+        return sums.loss / 3, sums
+
+    program = jax.value_and_grad(of, argnums=(0, 1), has_aux=True)
+    (_, wanted), wanted_gradients = jax.jit(program)(*given_arrays)
+    with use_mesh(make_mesh(mesh)):
+        # A function of its own: the mesh is no part of what jit knows a program by.
+        (_, found), gradients = jax.jit(lambda *a: program(*a))(*given_arrays)
+    np.testing.assert_allclose(found, wanted, rtol=1e-6)
+    for ours, theirs in zip(gradients, wanted_gradients, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_of_equal_logits_on_several_devices_the_first_is_the_guess():
+    hidden, head, targets, weights = arrays(5, 8, 4, V=24, D=8)
+    with use_mesh(make_mesh(MeshConfig(fsdp=4, tensor=2))):
+        found = jax.jit(lambda *a: chunked_cross_entropy(*a, 4))(hidden, 0 * head, 0 * targets, weights)
+    assert found.correct == found.weight > 0
 
 
 def test_huge_logits_stay_finite():

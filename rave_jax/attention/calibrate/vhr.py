@@ -22,18 +22,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
-from rave_jax.attention.base import Features, Mechanism
 from rave_jax.attention.calibrate.tables import heads_and_layers
 from rave_jax.attention.calibrate.traced import Stack, with_mechanism
-from rave_jax.attention.scores import pick
-from rave_jax.attention.vhr import Vhr
-from rave_jax.batch import TokenInfo
+from rave_jax.attention.vhr import Reinforcing, Vhr
 from rave_jax.config import check_fields, require
-from rave_jax.typing import Array, Bool, Float, Int, NpArray
+from rave_jax.typing import Array, Bool, NpArray
 
 
 @dataclass(frozen=True)
@@ -64,35 +59,6 @@ class VhrSearch:
         on[list(self.first)] = True
         require(bool(on.any()), "last", self.last, "at least 1, or layers in `first`")
         return on
-
-
-class Reinforcing(Mechanism):
-    """Multiplies, in the first half of the rows, the heads that the picture changes most; the second half are the same
-    prompts without it. One document a row, padding on its right."""
-
-    def __init__(self, alpha: float, on: Bool[Array, "*L"]):
-        self.alpha = alpha
-        self.on = nnx.data(on)
-
-    def head_gate(self, x: Features, out: Float[Array, "B T H h"], info_q: TokenInfo) -> Float[Array, "B 1 H"]:
-        """alpha on the chosen heads, in layers that are on."""
-        last: Int[Array, "B 1"] = jnp.sum(info_q.document > 0, axis=1, keepdims=True) - 1
-        seen, blind = jnp.split(pick(out, last)[:, 0].astype(jnp.float32), 2)
-        chosen = above_median(divergence(seen, blind)) & self.on
-        gates = jnp.where(chosen, self.alpha, 1.0)
-        return jnp.concatenate([gates, jnp.ones_like(gates)])[:, None]
-
-
-def divergence(seen: Float[Array, "N H h"], blind: Float[Array, "N H h"]) -> Float[Array, "N H"]:
-    """VHD of each head, 0 for those that surge without the picture."""
-    surge = jnp.linalg.norm(blind, axis=-1) - jnp.linalg.norm(seen, axis=-1)
-    limit = jnp.mean(surge, axis=-1, keepdims=True) + jnp.std(surge, axis=-1, keepdims=True)
-    return jnp.where(surge > limit, 0.0, jnp.linalg.norm(seen - blind, axis=-1))
-
-
-def above_median(values: Float[Array, "N H"]) -> Bool[Array, "N H"]:
-    """Which numbers are above the median of their row."""
-    return values > jnp.median(values, axis=-1, keepdims=True)
 
 
 def reinforcing[S: Stack](decoder: S, alpha: float, on: Bool[Array, "L"]) -> S:

@@ -18,18 +18,19 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from rave_jax.attention.base import AttentionDims, Features, Mechanism
+from rave_jax.attention.base import AttentionDims, Features
 from rave_jax.attention.cost import LayerReading, PicturesBefore
 from rave_jax.attention.declared import Layers, MechanismConfig
 from rave_jax.attention.gaze import descriptors
 from rave_jax.attention.gaze.cost import reading
 from rave_jax.attention.gaze.descriptors import DescriptorName, Summary
 from rave_jax.attention.gaze.places import bounds, start_of_document
+from rave_jax.attention.gaze.regions import RegionRouter
 from rave_jax.batch import Kind, TokenInfo
 from rave_jax.config import check_fields, require
 from rave_jax.kernels.attention import MaskCodes
 from rave_jax.kernels.attention.base import NOWHERE
-from rave_jax.kernels.routed import RouteRule, Routes, Routing
+from rave_jax.kernels.routed import RouteRule, Routing
 from rave_jax.layout import FixedRegions, Regions, VisualLayout
 from rave_jax.typing import Array, Bool, Float, Int
 
@@ -146,13 +147,12 @@ class Gaze(MechanismConfig):
         return GazeRouter(self, dims)
 
 
-class GazeRouter(Mechanism):
+class GazeRouter(RegionRouter):
     """Routes the queries of one layer. Parameters: pooling [K,h] of a learned descriptor, zero (the mean) at the start;
     a hard choice gives it no gradient."""
 
-    OWNS = ("route",)
-
     def __init__(self, config: Gaze, dims: AttentionDims):
+        super().__init__(config.rule, config.regions)
         self.config = config
         # Regions are ranked by the query that meets their keys, which another mechanism may make the one before RoPE.
         self.NEEDS = () if config.descriptor_keys == "pre_rope" else ("query",)
@@ -170,10 +170,6 @@ class GazeRouter(Mechanism):
             logits = jnp.einsum("BSKh,Kh->BSK", k.astype(jnp.float32), pooling)
         return descriptors.summarise(self.config.descriptor, k, logits, region, regions)
 
-    def combine(self, old: Summary, new: Summary) -> Summary:
-        """Of the keys of both."""
-        return descriptors.combine(old, new)
-
     def route(
         self,
         x: Features,
@@ -188,21 +184,14 @@ class GazeRouter(Mechanism):
         config = self.config
         q = x.q if config.descriptor_keys == "post_rope" else x.q0
         B, _, _, h = q.shape
-        first, last = bounds(codes.order, info_k.region, regions)
         place, _ = bounds(info_k.offset, info_k.region, regions)
         descriptor = descriptors.describe(config.descriptor, summary, (B, regions, x.k.shape[2], h), place)
         if config.normalise == "keys":
             descriptor = descriptors.evened(descriptor, summary, _begins(info_k, place), config.regions.tokens)
-        routes = Routes(
-            query=descriptors.features(config.descriptor, q, info_q.offset),
-            descriptor=descriptor,
-            first=first,
-            last=last,
-            before=self._before(info_q, info_k, codes, place),
-            keys=info_k.region,
-            dense=None if progress is None else config.schedule.dense(progress),
-        )
-        return Routing(routes, config.rule, config.regions.tokens)
+        query = descriptors.features(config.descriptor, q, info_q.offset)
+        before = self._before(info_q, info_k, codes, place)
+        dense = None if progress is None else config.schedule.dense(progress)
+        return self.routing(query, descriptor, before, info_k, codes, dense)
 
     def _before(
         self, info_q: TokenInfo, info_k: TokenInfo, codes: MaskCodes, place: Int[Array, "B R"]

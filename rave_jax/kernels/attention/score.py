@@ -226,10 +226,15 @@ def check(function: ScoreFunction, shape: Shape) -> None:
         try:
             thread.submit(_try, function, shape).result()
         except jax.errors.UnexpectedTracerError as error:
-            raise ValueError(
-                f"score function {name_of(function)} holds parameters or other arrays of its own, which get no "
-                "gradients there; give them to its term, as u and w or as features by name (query, key, head)"
-            ) from error
+            raise _with_arrays(function) from error
+
+
+def _with_arrays(function: ScoreFunction) -> ValueError:
+    return ValueError(
+        f"score function {name_of(function)} holds parameters or other arrays of its own, which kernels cannot read "
+        "and which get no gradients there; give them to its term, as u and w or as features by name (query, key, "
+        "head), and write constants as Python numbers"
+    )
 
 
 def _try(function: ScoreFunction, shape: Shape) -> None:
@@ -240,7 +245,7 @@ def _try(function: ScoreFunction, shape: Shape) -> None:
 
     tile = shape.tile(draw, keys=12)
     try:
-        given = jax.eval_shape(function, tile)
+        program, given = jax.make_jaxpr(function, return_shape=True)(tile)
     except jax.errors.UnexpectedTracerError:
         raise
     except Exception as error:
@@ -250,6 +255,8 @@ def _try(function: ScoreFunction, shape: Shape) -> None:
             f"score function {called} fails on a tile with features {names}, {'a' if shape.pair else 'no'} pair "
             f"product: {type(error).__name__}: {error}"
         ) from error
+    if _constants(program):
+        raise _with_arrays(function)
     if not isinstance(given, jax.ShapeDtypeStruct) or given.dtype != jnp.float32:
         found = f"{given.dtype}" if isinstance(given, jax.ShapeDtypeStruct) else type(given).__name__
         raise ValueError(f"score function {called} gives {found}, expected a float32 array")
@@ -281,6 +288,12 @@ def _try(function: ScoreFunction, shape: Shape) -> None:
         )
     if function.ZERO_OFF and (off != 0).any():
         raise ValueError(f"score function {called} declares ZERO_OFF, but gives {off.ravel()[0]} where <u, w> is 0")
+
+
+def _constants(program: Any) -> list[Any]:
+    """Arrays that a program holds, those of inner programs among them."""
+    inner = [value for step in program.jaxpr.eqns for value in step.params.values() if hasattr(value, "consts")]
+    return [*program.consts, *(x for each in inner for x in _constants(each))]
 
 
 PART = np.s_[3:, 5:]

@@ -10,7 +10,8 @@ import pytest
 from rave_jax.attention import Vhr
 from rave_jax.attention.base import Features, Mechanism
 from rave_jax.attention.calibrate.traced import with_mechanism, with_scales
-from rave_jax.attention.calibrate.vhr import VhrSearch, configs_of, divergence, reinforcing
+from rave_jax.attention.calibrate.vhr import VhrSearch, configs_of, reinforcing
+from rave_jax.attention.vhr import divergence
 from rave_jax.batch import TokenInfo
 from rave_jax.config import ConfigError
 from rave_jax.families.qwen2_5_vl.presets import tiny

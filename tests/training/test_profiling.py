@@ -1,0 +1,38 @@
+"""Profiles of a few steps: by config, by a signal, and ended with the run."""
+
+from __future__ import annotations
+
+import os
+
+import jax
+import pytest
+
+from rave_jax.training.profiling import SIGNAL, Profile, Profiler, on_signal
+
+
+@pytest.fixture
+def traced(monkeypatch):
+    """What jax's profiler was asked for."""
+    told: list[str] = []
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda folder: told.append(folder))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: told.append("end"))
+    return told
+
+
+def test_the_steps_of_the_config(tmp_path, traced):
+    said: list[str] = []
+    profiler = Profiler(Profile(first=3, steps=2), tmp_path, said.append)
+    at = [(profiler.before(step), len(traced))[1] for step in range(1, 8)]
+    assert at == [0, 0, 1, 1, 2, 2, 2]
+    assert traced == [str(tmp_path / "3"), "end"]
+    assert said == [f"profile: {tmp_path / '3'}"]
+
+
+def test_a_signal_profiles_the_next_steps_and_the_end_ends_it(tmp_path, traced):
+    profiler = Profiler(Profile(first=0), tmp_path, print)
+    with on_signal(profiler):
+        profiler.before(1)
+        os.kill(os.getpid(), SIGNAL)
+        profiler.before(2)
+        profiler.before(3)
+    assert traced == [str(tmp_path / "2"), "end"]
