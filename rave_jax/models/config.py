@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -41,14 +42,16 @@ def window_mechanisms(text: TextConfig) -> tuple[MechanismConfig, ...]:
 
 @dataclass(frozen=True)
 class Lora:
-    """Low-rank adapters on named linear weights: y = x W^T + alpha / rank * (x A^T) B^T, with B = 0 at the start."""
+    """Low-rank adapters on linear weights: y = x W^T + alpha / rank * (x A^T) B^T, with B = 0 at the start."""
 
     rank: int = 8
     """Width of the adapter."""
     alpha: float = 16.0
     """Scale of the adapter's output, divided by the rank."""
     targets: tuple[str, ...] = ("decoder.attention.query", "decoder.attention.key")
-    """Linears that get an adapter, in every layer: `decoder.` or `vision.` and the path inside a layer."""
+    """Regular expressions of linears that get an adapter. Each has to match a whole path: `decoder.` or `vision.` and
+    the path inside a layer, such as `decoder\\.mlp\\..*`, for all layers; or one behind the tower's, such as
+    `vision.merger.first`."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -57,6 +60,12 @@ class Lora:
         require(len(self.targets) > 0, "lora.targets", self.targets, "at least one linear")
         once = len(set(self.targets)) == len(self.targets)
         require(once, "lora.targets", self.targets, "each linear once")
+        for number, target in enumerate(self.targets):
+            try:
+                re.compile(target)
+            except re.error as error:
+                wanted = f"lora.targets.{number} is {target!r}, expected a path or a regular expression: {error}"
+                raise ConfigError(wanted) from error
 
 
 @dataclass(frozen=True)
