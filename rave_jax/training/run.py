@@ -298,9 +298,16 @@ def _writers(config: TrainConfig, directory: RunDirectory, after_step: int) -> G
             raise StoreError(f"cannot write to {error.filename or directory}: {error.strerror or error}") from error
     try:
         yield writers
-    finally:
+    except BaseException:
+        for writer in writers:
+            with contextlib.suppress(OSError):  # what is being raised says more
+                writer.close()
+        raise
+    try:
         for writer in writers:
             writer.close()
+    except OSError as error:
+        raise StoreError(f"the last metrics could not be written to {directory}: {error.strerror or error}") from error
 
 
 def _describe(config: TrainConfig, step: int) -> str:
