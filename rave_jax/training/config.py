@@ -130,6 +130,9 @@ class TrainConfig:
         counts = dict.fromkeys(("steps", "log_every", "save_every", "keep"), (1, 2**31 - 1))
         check_ranges(self, **counts, loss_chunk=(1, MOST_TOKENS), keep_every=(0, 2**31 - 1))
         check_ranges(self, z_loss=(0, 1e6))
+        kept = "False: parameters are stored in float32 already (model.param_dtype)"
+        masters = self.optimizer.master_copies
+        require(not (masters and self.model.param_dtype == "float32"), "optimizer.master_copies", masters, kept)
         require(self.simulated_devices >= 0, "simulated_devices", self.simulated_devices, "at least 0")
         require(0 <= self.seed < 2**32, "seed", self.seed, "0 to 2^32 - 1")
         warmup = self.optimizer.warmup

@@ -36,6 +36,7 @@ from rave_jax.study.config import Study
 from rave_jax.training.config import TrainConfig
 from rave_jax.training.init import FromHF, prepare
 from rave_jax.training.session import make_session
+from rave_jax.training.whole import check_split
 
 REPO = Path(__file__).resolve().parents[2]
 FILES = sorted(p for p in (REPO / "configs").glob("*.py") if "def get_config(" in p.read_text())
@@ -180,6 +181,7 @@ def lowered_on(config: TrainConfig, mesh: Mesh | AbstractMesh) -> str:
         session = make_session(
             model, config.optimizer, mesh, steps=config.steps, rows=config.data.rows, loss_chunk=config.loss_chunk
         )
+        check_split(session.graph.shapes, session.graph.axes, mesh, allow=config.mesh.allow_whole)
         batch = jax.tree.map(
             lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
             abstract_batch(config, vlm),
