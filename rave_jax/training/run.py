@@ -52,7 +52,7 @@ from rave_jax.training.footprint import least_activations, least_spread
 from rave_jax.training.init import model_config, source_of
 from rave_jax.training.loop import Loop, Schedule
 from rave_jax.training.meter import Meter, Work
-from rave_jax.training.profiling import Profiler, on_signal
+from rave_jax.training.profiling import Profiler, early_signals_ignored, on_signal
 from rave_jax.training.session import Session, group_rows, make_session
 from rave_jax.training.state import ModelGraph, TrainState, parameters_of, parameters_target, state_of
 from rave_jax.training.whole import check_split
@@ -99,7 +99,11 @@ def train(config: TrainConfig, stop: StopRequest | None = None, work_of: WorkOf 
     stop = StopRequest() if stop is None else stop
     check_can_be_read_again(config)
     goodput = Goodput()
-    with Watchdog(config.hosts.step_timeout, stop) as watchdog, opened(config.output_dir) as directory:
+    with (
+        early_signals_ignored(),
+        Watchdog(config.hosts.step_timeout, stop) as watchdog,
+        opened(config.output_dir) as directory,
+    ):
         _run(config, directory, watchdog, stop, goodput, work_of)
 
 
