@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rave_jax.families.config import VlmConfig
 from rave_jax.parallel.rows import batch_shardings
+from rave_jax.parallel.sharding import named_sharding
 from rave_jax.training.config import TrainConfig
 
 
@@ -21,7 +22,7 @@ def least_activations(config: TrainConfig, vlm: VlmConfig, mesh: Mesh) -> Any:
     Args:
         config: its largest rows count; of the batch, one micro-batch.
         vlm: the model.
-        mesh: its devices share the rows.
+        mesh: its devices share the rows, and perhaps their tokens.
 
     Returns:
         a pytree of shapes with shardings.
@@ -32,9 +33,10 @@ def least_activations(config: TrainConfig, vlm: VlmConfig, mesh: Mesh) -> Any:
     rows = batch_shardings(mesh, data.rows).tokens.spec
     pixels = (data.rows, patches, vlm.vision.patch_width if vlm.vision else 0)
     inputs = (text.num_layers, data.rows // config.optimizer.accumulation, tokens, text.hidden_size)
+    axes = (None, "batch", "length", None)
     return (
         jax.ShapeDtypeStruct(pixels, jnp.uint8, sharding=NamedSharding(mesh, rows)),
-        jax.ShapeDtypeStruct(inputs, config.model.compute, sharding=NamedSharding(mesh, PartitionSpec(None, *rows))),
+        jax.ShapeDtypeStruct(inputs, config.model.compute, sharding=named_sharding(axes, inputs, mesh)),
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from rave_jax.config import require
 from rave_jax.models.decoder_layer import DeltaLayer
@@ -11,7 +11,7 @@ from rave_jax.parallel import context
 from rave_jax.training.config import TrainConfig
 
 
-def check_splits(config: TrainConfig, model: Vlm, mesh: Mesh) -> None:
+def check_splits(config: TrainConfig, model: Vlm, mesh: Mesh | AbstractMesh) -> None:
     """Refuse mesh axes that the model or its rows cannot be split over.
 
     Args:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rave_jax.kernels import support
+from rave_jax.kernels import saved, support
 from rave_jax.kernels.attention import KeyGroups, MaskCodes
 from rave_jax.kernels.attention import pallas_tpu as dense
 from rave_jax.kernels.attention.base import NOWHERE, Terms, group_heads, of_key_group, tile_bias, ungroup_heads
@@ -302,12 +302,12 @@ def _forward(q, k, v, rows: TermRows, ints: Ints, call: Call):
     far = jnp.abs(lse - ints.reference).reshape(*q.shape[:4])
     ok = jnp.all((far < BOUND) | ~ints.visited) & jnp.all(jnp.isfinite(out))
     out, lse = jax.lax.cond(ok, lambda: (out, lse), lambda: forward(*given, online=True))
-    lse = lse.reshape(q.shape[:4])
+    out, lse = saved.of_attention(out, lse.reshape(q.shape[:4]))
     return (out, lse), (q, k, v, rows, ints, out, lse)
 
 
-def _backward(call: Call, saved, cotangents):
-    q, k, v, rows, ints, out, lse = saved
+def _backward(call: Call, kept, cotangents):
+    q, k, v, rows, ints, out, lse = kept
     d_out, d_lse = cotangents
     delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1) - d_lse * LOG2E
     work = ints.work.lists.reshape(-1), ints.work.info
