@@ -140,7 +140,11 @@ def render(lora: Lora, family: Family, adapted: list[TensorRule], base: str) -> 
         adapted: the weights that it adapts, in every layer.
         base: where PEFT finds the model.
     """
-    names = {re.sub(r"(?<=\\\.)\d+(?=\\\.)", r"\\d+", re.escape(module_names(family, rule)[0])) for rule in adapted}
+    names = set()
+    for rule in adapted:
+        name = re.escape(module_names(family, rule)[0])
+        # All layers have the adapter; of what stands outside them only this one has.
+        names.add(name if rule.stack is None else re.sub(r"(?<=\\\.)\d+(?=\\\.)", r"\\d+", name))
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

@@ -25,6 +25,7 @@ from rave_jax.checkpoint.verify import match_sidecar, refusal
 from rave_jax.families import TensorRule, family_named
 from rave_jax.families.config import VlmConfig
 from rave_jax.models.config import Lora, ModelOptions
+from rave_jax.models.lora import is_projector
 from rave_jax.models.parameters import named_parameters, with_values
 from rave_jax.models.vlm import Vlm
 from rave_jax.typing import NpArray
@@ -90,9 +91,11 @@ class PeftAdapter:
             if rule.entry is not None or rule.path == ROUTER:
                 # PEFT adapts linear layers. In transformers 5 these are none, so targets that name them match nothing.
                 problems += [f"{names[1]}: adapters of experts are not computed; {MERGE_ADVICE}"] if a or b else []
-            elif rule.stack is None:
+            elif rule.stack is None and not is_projector(rule.path):
                 if wanted or a or b:
-                    problems.append(f"{names[0]}: adapters are read on linears of layers alone; {MERGE_ADVICE}")
+                    problems.append(
+                        f"{names[0]}: adapters are read on linears of layers and projectors alone; {MERGE_ADVICE}"
+                    )
             elif a is None or b is None:
                 if wanted or a or b:
                     missing = [f"lora_{part}" for part, x in (("A", a), ("B", b)) if x is None]
@@ -146,7 +149,8 @@ class PeftAdapter:
                             if name in known:  # not every kind of layer has the linear
                                 layer_of(name, kind)
         for rule, a, b, scale in self.linears:
-            name = f"{rule.stack}.layers.{rule.layer}.{rule.path.removesuffix('.weight')}.adapter"
+            place = "" if rule.stack is None else f"{rule.stack}.layers.{rule.layer}."
+            name = f"{place}{rule.path.removesuffix('.weight')}.adapter"
             down, up = layer_of(f"{name}.down", kind), layer_of(f"{name}.up", kind)
             rank = a.shape[0]
             down[:rank] = numbers(a).reshape(rank, *down.shape[1:])
@@ -198,7 +202,8 @@ def import_peft(
 
 
 def _target(rule: TensorRule) -> str:
-    return f"{rule.stack}.{rule.path.removesuffix('.weight')}"
+    path = rule.path.removesuffix(".weight")
+    return path if rule.stack is None else f"{rule.stack}.{path}"
 
 
 def _depth(config: VlmConfig) -> int:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -21,7 +22,7 @@ from rave_jax.kernels.attention import Implementation
 from rave_jax.layout import ContextTokens, VisualLayout
 
 FloatName = Literal["float32", "bfloat16"]
-Remat = Literal["none", "full", "dots"]
+Remat = Literal["none", "full", "attention", "dots", "dots_and_attention", "all_dots", "offload"]
 
 MAX_RANK = 1 << 13
 """The largest rank that is built; a larger one is taken for a typing error."""
@@ -41,14 +42,16 @@ def window_mechanisms(text: TextConfig) -> tuple[MechanismConfig, ...]:
 
 @dataclass(frozen=True)
 class Lora:
-    """Low-rank adapters on named linear weights: y = x W^T + alpha / rank * (x A^T) B^T, with B = 0 at the start."""
+    """Low-rank adapters on linear weights: y = x W^T + alpha / rank * (x A^T) B^T, with B = 0 at the start."""
 
     rank: int = 8
     """Width of the adapter."""
     alpha: float = 16.0
     """Scale of the adapter's output, divided by the rank."""
     targets: tuple[str, ...] = ("decoder.attention.query", "decoder.attention.key")
-    """Linears that get an adapter, in every layer: `decoder.` or `vision.` and the path inside a layer."""
+    """Regular expressions of linears that get an adapter. Each has to match a whole path: `decoder.` or `vision.` and
+    the path inside a layer, such as `decoder\\.mlp\\..*`, for all layers; or one behind the tower's, such as
+    `vision.merger.first`."""
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -57,6 +60,12 @@ class Lora:
         require(len(self.targets) > 0, "lora.targets", self.targets, "at least one linear")
         once = len(set(self.targets)) == len(self.targets)
         require(once, "lora.targets", self.targets, "each linear once")
+        for number, target in enumerate(self.targets):
+            try:
+                re.compile(target)
+            except re.error as error:
+                wanted = f"lora.targets.{number} is {target!r}, expected a path or a regular expression: {error}"
+                raise ConfigError(wanted) from error
 
 
 @dataclass(frozen=True)
@@ -82,8 +91,11 @@ class ModelOptions:
     attention: Implementation = "auto"
     """Attention backend: reference is dense (the oracle), xla is blockwise, auto chooses and logs why."""
     remat: Remat = "none"
-    """What a layer keeps for the backward pass: none recomputes nothing, full keeps only the layer's input, dots
-    keeps the results of weight matmuls."""
+    """What a layer keeps for the backward pass beside its input; the rest is computed again. none keeps everything,
+    full nothing, attention the output of attention, dots the results of weight matmuls, dots_and_attention both,
+    all_dots the results of all matmuls. offload keeps nothing, and moves the layer's input to the host's memory."""
+    vision_remat: Remat | None = None
+    """What a block of the vision tower keeps; None is as `remat`."""
     scan_layers: bool = True
     """Are equal layers stacked and run as one loop? It compiles fast at any depth. Without it every layer has arrays of
     its own and is compiled by itself: nothing is copied out of a stack, which is what decoding waits for on a CPU."""
@@ -126,6 +138,11 @@ class ModelOptions:
         """What context tokens see, as a mechanism; empty without them. It stands last, so that the numbers of
         `mechanisms` in names of parameters do not change with it."""
         return () if self.context is None else (ContextSight(self.context),)
+
+    @property
+    def tower_remat(self) -> Remat:
+        """What a block of the tower keeps."""
+        return self.remat if self.vision_remat is None else self.vision_remat
 
     @property
     def params(self) -> jnp.dtype:

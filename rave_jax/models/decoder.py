@@ -27,6 +27,7 @@ from rave_jax.models.experts import Experts, balance_loss
 from rave_jax.models.forward import HIDDEN, Embedded, Output, Want
 from rave_jax.models.rope import text_frequencies, text_rotation
 from rave_jax.models.stack import LayerRun
+from rave_jax.parallel import context
 from rave_jax.parallel.sharding import current_mesh, shard
 from rave_jax.typing import Array, Float, Int
 
@@ -93,29 +94,39 @@ class Decoder(nnx.Module):
         """
         base, own = attention.causal_codes(info), _indices(info)
         losses, inputs, gates = want.losses, want.inputs, want.gates
-        x, found, left = tokens.x, [], None
+        dealt, found, left = self._deals(want, info.document.shape[1]), [], None
+        x = context.deal(tokens.x) if dealt else tokens.x
+        unit = context.dealt(tokens.unit) if dealt and tokens.unit is not None else tokens.unit
         for run in self.layer_runs:
             at = self._situation(
-                run, base, info, info, positions, own=own, queries=want.queries, progress=want.progress
-            )._replace(unit=tokens.unit, statistics=want.statistics)
+                run, base, info, info, positions, own=own, queries=want.queries, progress=want.progress, dealt=dealt
+            )._replace(unit=unit, statistics=want.statistics)
             at = leaving.with_left(at, left)
             if leaving.drops(run):
                 at = at._replace(deciding=leaving.deciding(info, own, left))
 
             def body(layer: Layer, x: Array, deep: Array | None, at: Situation) -> tuple[Array, Asked]:
-                out = layer(x, at, losses, gates)
+                out = layer(x, at, losses, gates, dealt)
                 after = _added_deep(out.x, deep, at)
                 return after, leaving.decided(layer, after, at, out.asked._replace(inputs=x if inputs else None))
 
             x, of_run = run.scan(body, x, _deep_of(run, tokens), at, self.remat)
             left = leaving.left_behind(left, of_run)
             found.append(of_run)
-        out = _output(self.norm(x), found)
+        out = _output(self.norm(context.gather_in(x) if dealt else x), found)
         routers = [jax.tree.map(lambda x: jnp.sum(x, axis=0), one.router) for one in found if one.router is not None]
         if self.experts is None or not self.balances or not routers:
             return out
         balance = balance_loss(jax.tree.map(lambda *x: sum(x), *routers), self.experts)
         return out._replace(losses=out.losses | {ROUTER: balance})
+
+    def _deals(self, want: Want, tokens: int) -> bool:
+        """Are queries dealt out to the devices of the mesh axis `context`? Not where something is asked for by the
+        places of tokens, nor beside layers that read tokens in turn or let them leave."""
+        by_place = want.queries is not None or want.inputs or want.gates or want.statistics is not None
+        in_turn = any(isinstance(run.layers, DeltaLayer) or leaving.drops(run) for run in self.layer_runs)
+        parts = context.ways()
+        return parts > 1 and tokens % (2 * parts) == 0 and not by_place and not in_turn
 
     def loss_weights(self, info: TokenInfo) -> dict[str, Float[Array, ""]]:
         """What the sums of the mechanisms' and routers' losses over these rows are divided by, by name; empty where
@@ -344,10 +355,15 @@ class Decoder(nnx.Module):
         entries: Any = None,
         queries: Int[Array, "B N"] | None = None,
         progress: Float[Array, ""] | None = None,
+        dealt: bool = False,
     ) -> Situation:
         # The hooks `positions` and `mask` read no parameters, so the stacked mechanisms may answer for all layers.
         mechanisms = run.layers.mechanisms
         placed = attention.positions(mechanisms, info_q, info_k, own, positions)
+        codes = attention.mask_codes(mechanisms, info_q, info_k, base)
+        if dealt:
+            placed, info_q = context.dealt(placed, axis=2), jax.tree.map(context.dealt, info_q)
+            codes = codes._replace(**{name: context.dealt(getattr(codes, name)) for name in ("lo", "hi", "open_q")})
         rotation = text_rotation(
             placed,
             self.rotary_dim,
@@ -357,7 +373,6 @@ class Decoder(nnx.Module):
             scaling=self.rope_scaling,
         )
         rope = Rope(placed, text_frequencies(self.rotary_dim, self.rope_theta, self.rope_scaling))
-        codes = attention.mask_codes(mechanisms, info_q, info_k, base)
         delta = isinstance(run.layers, DeltaLayer)
         turn = in_turn(info_q, by_region=self.layout.regions is not None) if delta else None
         return Situation(rotation, rope, codes, info_q, info_k, entries, queries, progress, turn=turn)

@@ -22,6 +22,7 @@ from rave_jax.models.config import ModelOptions, attention_dims
 from rave_jax.models.delta import Delta, DeltaState, InTurn
 from rave_jax.models.experts import Choice, Experts, RouterSums, router_sums
 from rave_jax.models.layers import Linear, RmsNorm, SwiGlu
+from rave_jax.parallel import context
 from rave_jax.parallel.sharding import shard
 from rave_jax.typing import Array, Bool, Float, Int
 
@@ -162,11 +163,16 @@ class DecoderLayer(nnx.Module):
         lora.attach(self, "decoder.", options.lora, dtype, keys[3])
 
     def __call__(
-        self, x: Float[Array, "B T D"], at: Situation, losses: bool = False, gates: bool = False
+        self, x: Float[Array, "B T D"], at: Situation, losses: bool = False, gates: bool = False, dealt: bool = False
     ) -> LayerOutput:
-        """The layer on whole rows. With `losses` and `gates`, those of its mechanisms are given too."""
+        """The layer on whole rows. With `losses` and `gates`, those of its mechanisms are given too.
+
+        Args:
+            dealt: do x and what `at` says of queries stand in `context.dealt_order`? Keys are put in the order of rows.
+        """
         found, gate = self.attention.project(self.attention_norm(x), x, at)
         keys = attention.remember(self.mechanisms, found)
+        keys = jax.tree.map(context.gather_in, keys) if dealt else keys
         seen = attention.attend(
             found,
             keys._replace(summary=attention.summarise(self.mechanisms, found, at.info_q.region, self.max_regions)),
@@ -230,9 +236,11 @@ class DeltaLayer(nnx.Module):
         lora.attach(self, "decoder.", options.lora, dtype, keys[3])
 
     def __call__(
-        self, x: Float[Array, "B T D"], at: Situation, losses: bool = False, gates: bool = False
+        self, x: Float[Array, "B T D"], at: Situation, losses: bool = False, gates: bool = False, dealt: bool = False
     ) -> LayerOutput:
-        """The layer on whole rows. With `losses`, those of its router are computed too; it has no gates."""
+        """The layer on whole rows. With `losses`, those of its router are computed too; it has no gates, and reads
+        tokens in the order of rows."""
+        assert not dealt
         out, choice, _ = self._read(x, at, self.delta.empty_state(x.shape[0], x.dtype))
         router = router_sums(choice, at.info_q.document > 0) if losses and choice is not None else None
         return LayerOutput(out, Asked(None, {}, None, router=router))

@@ -20,9 +20,9 @@ from jax.sharding import PartitionSpec
 
 from rave_jax.families.config import ExpertsConfig
 from rave_jax.kernels.grouped import grouped_product
+from rave_jax.kernels.saved import GROUPED
 from rave_jax.models.initial import normal
 from rave_jax.models.layers import Axes, keep_inputs, product
-from rave_jax.models.stack import GROUPED
 from rave_jax.parallel.sharding import current_mesh, names_of, partition_spec, shard
 from rave_jax.typing import Array, Bool, Float, Int
 

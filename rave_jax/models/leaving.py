@@ -66,7 +66,9 @@ def decided(layer: Layer, x: Float[Array, "B T D"], at: Situation, asked: Asked)
 
 
 def with_left(at: Situation, left: Bool[Array, "B T"] | None) -> Situation:
-    """Whole rows in which some tokens have left."""
+    """Whole rows in which some tokens have left; None: none has."""
+    if left is None:
+        return at
     info = of_tokens.without(at.info_q, left)
     return at._replace(codes=of_tokens.hidden(at.codes, left), info_q=info, info_k=info)
 

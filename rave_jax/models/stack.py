@@ -2,16 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
+from rave_jax.kernels.saved import ATTENTION, GROUPED, LAYER_INPUT
 from rave_jax.models.config import Remat
 
-GROUPED = "grouped_product"
-"""Name of the results of grouped matmuls, which "dots" keeps as it keeps those of others."""
+_policies = jax.checkpoint_policies
+POLICIES: Mapping[Remat, Callable[..., Any] | None] = {
+    "full": None,
+    "attention": _policies.save_only_these_names(ATTENTION),
+    # Grouped matmuls are matmuls of weights too.
+    "dots": _policies.save_from_both_policies(
+        _policies.dots_with_no_batch_dims_saveable, _policies.save_only_these_names(GROUPED)
+    ),
+    "dots_and_attention": _policies.save_from_both_policies(
+        _policies.dots_with_no_batch_dims_saveable, _policies.save_only_these_names(GROUPED, ATTENTION)
+    ),
+    "all_dots": _policies.save_from_both_policies(
+        _policies.dots_saveable, _policies.save_only_these_names(GROUPED, ATTENTION)
+    ),
+    "offload": _policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[LAYER_INPUT],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
+}
+"""What `jax.checkpoint` keeps under each name of `ModelOptions.remat`; "none" does not come there."""
 
 
 class LayerRun[Layer: nnx.Module](nnx.Module):
@@ -58,15 +80,19 @@ def equal_runs(depth: int, join: bool) -> list[tuple[int, int]]:
 
 def rematerialised(step: Callable, remat: Remat) -> Callable:
     """`step` under a policy of `ModelOptions.remat`. The loop, or `backward_in_turn`, keeps the compiler from
-    undoing it."""
+    undoing it.
+
+    Args:
+        step: its first argument is what enters the layer.
+        remat: name of the policy.
+    """
     if remat == "none":
         return step
-    policies = jax.checkpoint_policies
-    dots = policies.save_from_both_policies(
-        policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(GROUPED)
-    )
-    policy = None if remat == "full" else dots
-    return jax.checkpoint(step, policy=policy, prevent_cse=False)
+
+    def named(carry: Any, *rest: Any) -> Any:
+        return step(jax.tree.map(lambda x: checkpoint_name(x, LAYER_INPUT), carry), *rest)
+
+    return jax.checkpoint(named if remat == "offload" else step, policy=POLICIES[remat], prevent_cse=False)
 
 
 def backward_in_turn[**P, R](step: Callable[P, R]) -> Callable[P, R]:

@@ -110,7 +110,7 @@ class VitTower(nnx.Module):
         joined = D * len(config.feature_layers)
         self.projector = Projector(joined, config.out_size, bias=config.projector_bias, dtype=dtype, key=keys[4])
         self.config = config
-        self.remat = options.remat
+        self.remat = options.tower_remat
         self.compute = options.compute
 
     def __call__(self, patches: Patches) -> Float[Array, "B M O"]:

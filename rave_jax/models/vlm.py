@@ -23,6 +23,8 @@ from rave_jax.typing import Array, Float, Int
 
 CONTEXT_KEY = 4
 """What the model's key is folded with for the context tokens."""
+PROJECTOR_KEY = 5
+"""What the tower's key is folded with for adapters of what stands behind its layers."""
 
 
 class Vlm(nnx.Module):
@@ -55,7 +57,11 @@ class Vlm(nnx.Module):
         )
         runs = [(run.layers, "decoder.") for run in self.decoder.layer_runs]
         runs += [] if self.vision is None else [(run.layers, "vision.") for run in self.vision.layer_runs]
-        linears = (path for layers, prefix in runs for path in lora.linears(layers, prefix))
+        linears = [path for layers, prefix in runs for path in lora.linears(layers, prefix)]
+        if isinstance(self.vision, nnx.Module):
+            behind = lora.projectors(self.vision)
+            lora.adapt(behind, options.lora, dtype, jax.random.fold_in(keys[1], PROJECTOR_KEY))
+            linears += behind
         lora.check_targets(options.lora, linears, (path for run in runs for path in lora.experts(*run)))
 
     def embed_images(self, patches: Patches) -> ImageFeatures:

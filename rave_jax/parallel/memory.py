@@ -25,11 +25,15 @@ def check_memory(tree: Any, what: str) -> None:
         ConfigError: says how much is needed and how much there is.
     """
     needed: dict[jax.Device, int] = {}
+    on_host = 0
     for leaf in jax.tree.leaves(tree):
         shard = math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        if leaf.sharding.memory_kind == "pinned_host":
+            on_host += shard * len(leaf.sharding.addressable_devices)
+            continue
         for device in leaf.sharding.addressable_devices:
             needed[device] = needed.get(device, 0) + shard
-    on_host = sum(size for device, size in needed.items() if device.platform == "cpu")
+    on_host += sum(size for device, size in needed.items() if device.platform == "cpu")
     if on_host > host_memory():
         raise ConfigError(_too_much(what, on_host, "this machine", host_memory()))
     for device, size in needed.items():

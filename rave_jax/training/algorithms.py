@@ -75,7 +75,7 @@ class Adafactor:
         require(0 < self.decay <= 1, "decay", self.decay, "above 0, at most 1")
         require(0 < self.epsilon <= 1, "epsilon", self.epsilon, "above 0, at most 1")
         require(self.clip is None or self.clip > 0, "clip", self.clip, "above 0, or null")
-        require(self.smallest >= 2, "smallest", self.smallest, "at least 2")
+        require(2 <= self.smallest < 2**31, "smallest", self.smallest, "at least 2")
 
     def rule(self, name: str, axes: Axes) -> Adafactor:
         """What moves this parameter."""

@@ -189,6 +189,7 @@ def differences(old: TrainConfig, new: TrainConfig) -> list[str]:
     """The fields that would make another run of it, each as `FIELD is NEW, was OLD`."""
     before, after = (configs.without_folders(configs.to_json(config)) for config in (old, new))
     for config in (before, after):
+        del config["optimizer"]["offload"]  # where its state lies changes no number
         config["data"] = {name: value for name, value in config["data"].items() if name not in OPERATIONAL_DATA}
         if config["data"]["packing"] is not None:
             del config["data"]["packing"]["workers"]

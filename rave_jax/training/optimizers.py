@@ -80,6 +80,9 @@ class OptimizerConfig:
     Without them a step is added in bfloat16, where a change of less than 0.4 % is lost."""
     ema: Ema | None = None
     """A moving average of the trained parameters, or None."""
+    offload: bool = False
+    """Keep optimizer state and average in the hosts' memory between steps? Each step moves them to the devices and
+    back. No number of a run depends on it."""
     accumulation: int = 1
     """Micro-batches of one step; the result is that of the whole batch, but for the loss of routers of experts, which
     is of each micro-batch."""

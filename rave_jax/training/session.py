@@ -26,8 +26,8 @@ from rave_jax.training.optimizers import (
     learning_rate_schedule,
     make_optimizer,
 )
-from rave_jax.training.state import ModelGraph, Params, TrainState, init_state, parameter_of, state_shardings
-from rave_jax.training.step import Step, compile_step, make_step
+from rave_jax.training.state import ModelGraph, Params, TrainState, init_state, on_hosts, parameter_of, state_shardings
+from rave_jax.training.step import Step, compile_step, make_step, moved_for_step
 
 
 @dataclass(frozen=True)
@@ -103,6 +103,9 @@ def make_session(
     shardings = state_shardings(shapes, graph.shardings(mesh), mesh)
     sizes = {"steps": steps, "accumulation": config.accumulation, "loss_chunk": loss_chunk}
     step = make_step(graph, groups, optimizer, schedule, **sizes, z_loss=z_loss, ema=config.ema)
+    if config.offload:
+        on_devices, shardings = shardings, on_hosts(shardings)
+        step = moved_for_step(step, on_devices, shardings)
     compiled = compile_step(step, shardings, batch_shardings(mesh, rows), replicated(mesh))
     return Session(mesh, config, graph, groups, optimizer, schedule, abstract(shapes, shardings), compiled)
 

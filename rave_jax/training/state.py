@@ -23,6 +23,8 @@ from rave_jax.training.optimizers import UNUSED, OptimizerConfig, ParameterGroup
 from rave_jax.typing import Array, Int
 
 Params = dict[str, jax.Array]
+HOST = "pinned_host"
+"""Kind of memory of a host that its devices read and write."""
 
 
 class TrainState(NamedTuple):
@@ -109,6 +111,15 @@ def state_shardings(abstract: TrainState, params: Mapping[str, NamedSharding], m
         return replicated(mesh) if name is None else placed_with(leaf.shape, shapes[name], params[name])
 
     return jax.tree_util.tree_map_with_path(place, abstract)
+
+
+def on_hosts(shardings: TrainState) -> TrainState:
+    """The same places, but optimizer state and average in the memory of the hosts. Counters stay on the devices."""
+
+    def move(tree: Any) -> Any:
+        return jax.tree.map(lambda x: x if x.is_fully_replicated and not x.spec else x.with_memory_kind(HOST), tree)
+
+    return shardings._replace(optimizer=move(shardings.optimizer), ema=move(shardings.ema))
 
 
 def parameter_of(path: tuple[Any, ...], names: Container[str]) -> str | None:

@@ -209,6 +209,27 @@ def make_step(
     return step
 
 
+def moved_for_step(step: Step, on_devices: TrainState, at_rest: TrainState) -> Step:
+    """The step on a state whose optimizer part lies elsewhere between steps: moved in before, and out after.
+
+    Args:
+        step: from `make_step`.
+        on_devices: shardings of the state that `step` takes and gives.
+        at_rest: shardings of the state between steps.
+    """
+
+    def part(state: TrainState) -> Any:
+        return state.optimizer, state.ema
+
+    def moved(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+        optimizer, ema = jax.device_put(part(state), part(on_devices))
+        after, metrics = step(state._replace(optimizer=optimizer, ema=ema), batch)
+        optimizer, ema = jax.device_put(part(after), part(at_rest))
+        return after._replace(optimizer=optimizer, ema=ema), metrics
+
+    return moved
+
+
 def _norms_by_group(grads: Params, groups: Mapping[str, ParameterGroup]) -> dict[str, Float[Array, ""]]:
     by_group: dict[str, Params] = {}
     for name, grad in grads.items():

@@ -26,7 +26,11 @@ from rave_jax.parallel.mesh import MeshConfig, make_mesh
 from rave_jax.tools.convert import from_hf
 from tests.checkpoint.conftest import Write
 
-LORA = Lora(rank=2, alpha=3.0, targets=("vision.attention.qkv", "decoder.attention.output", "decoder.mlp.up"))
+LORA = Lora(
+    rank=2,
+    alpha=3.0,
+    targets=("vision.attention.qkv", "vision.merger.second", "decoder.attention.output", "decoder.mlp.up"),
+)
 OPTIONS = ModelOptions(mechanisms=(Rave(rank=2, layers=(0, 2)),), context=ContextTokens(3), lora=LORA)
 UP = "model.layers.{}.mlp.up_proj"
 IN_TREE = "base_model.model.model.language_model.layers.{}.mlp.up_proj.lora_{}.weight"
@@ -68,7 +72,7 @@ def test_lora_is_merged_and_reads_again_as_a_plain_model(source: Path, model: Vl
         "mlp.up_proj.weight",
         "self_attn.o_proj.weight",
     }
-    assert len(changed) == 3 * 2 + 2
+    assert len(changed) == 3 * 2 + 2 + 1
     for n in range(3):
         down, up = (params[f"decoder.layer_runs.{n}.layers.mlp.up.adapter.{p}"][0] for p in ("down", "up"))
         expected = before[UP.format(n) + ".weight"] + 1.5 * np.asarray(up) @ np.asarray(down)
@@ -182,7 +186,10 @@ def test_ranks_scales_and_layers_as_peft_has_them(
         ({"target_modules": 3}, "target_modules is 3, expected names"),
         ({"rank_pattern": [3]}, r"rank_pattern is \[3\]"),
         ({"exclude_modules": []}, r"model\.visual\.blocks\.0\.mlp\.up_proj: lora_A and lora_B missing"),
-        ({"target_modules": ["up_proj", "lm_head"]}, "lm_head: adapters are read on linears of layers alone"),
+        (
+            {"target_modules": ["up_proj", "lm_head"]},
+            "lm_head: adapters are read on linears of layers and projectors alone",
+        ),
     ],
 )
 def test_adapters_that_are_not_read_are_refused_by_name(

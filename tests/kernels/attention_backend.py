@@ -231,11 +231,16 @@ class AttentionBackend:
 
     @pytest.mark.parametrize(
         "mesh",
-        [(2, 2, 2), *(pytest.param(mesh, marks=pytest.mark.slow) for mesh in ((1, 2, 2), (2, 1, 4), (1, 8, 1)))],
+        [
+            (2, 2, 2),
+            (1, 1, 4, 2),
+            *(pytest.param(mesh, marks=pytest.mark.slow) for mesh in ((1, 2, 2), (2, 1, 4), (1, 8, 1), (1, 4, 1, 2))),
+        ],
         ids=str,
     )
     def test_a_mesh_changes_nothing(self, mesh):
-        """Rows and heads over devices: also where the mesh splits query heads finer than there are kv heads (2)."""
+        """Rows, heads and (the fourth size) tokens over devices: also where the mesh splits query heads finer than
+        there are kv heads (2)."""
         case = Case(Dims(8, 130, 200, 2, 2, 32, 32, 8), "log_gate+distance", key_bias=True)
         drawn = drawn_for(case, np.random.default_rng(2), "random", 0.6)
         alone = program(by_name, self.name, case)(drawn)

@@ -242,10 +242,10 @@ class RoutedBackend:
         near((out[:, later], lse[:, later]), (found[0][:, later], found[1][:, later]))
 
     @pytest.mark.slow
-    def test_a_mesh_changes_nothing(self):
+    @pytest.mark.parametrize("mesh", [(1, 2, 4), (1, 1, 2, 2)], ids=str)
+    def test_a_mesh_changes_nothing(self, mesh):
         """Two rows and two kv heads, each of draws of its own and with a score term, over two devices each; the query
-        heads of a kv head over two more."""
-        mesh = (1, 2, 4)
+        heads of a kv head over two more. With four sizes, the last is of tokens."""
         d, call = self.sizes._replace(B=2, K=2), type(self).call
         given_ = drawn_for(d, 8, biased=True)
         alone = program(call, self.name, d, GROUP)(given_)

@@ -14,7 +14,7 @@ from tests.models.layout import Visual, batch, document
 from tests.models.made import model as made
 
 CONFIG = presets.tiny(vocab_size=64, num_layers=2, vision_depth=1, full_attention_blocks=(0,))
-TARGETS = ("decoder.attention.query", "decoder.attention.key", "decoder.attention.output", "vision.attention.qkv")
+TARGETS = (r"decoder\.attention\.(query|key)", "decoder.attention.output", ".*qkv", "vision.merger.first")
 BATCH = batch([[document([3, Visual(1, 4, 6), 5], CONFIG, np.random.default_rng(0))]], CONFIG, tokens=16, patches=24)
 
 
@@ -33,8 +33,9 @@ def test_adapters_start_as_nothing_and_learn() -> None:
     bare = jax.eval_shape(lambda: Vlm(CONFIG, ModelOptions(), key=jax.random.key(0)))
     plain = with_values(bare, {path: values[path][...] for path in named_parameters(bare)})
     names = set(values) - set(named_parameters(plain))
-    assert {name.split(".layers.")[1] for name in names} == {
-        f"attention.{linear}.adapter.{part}" for linear in ("query", "key", "output", "qkv") for part in ("down", "up")
+    paths = (*(f"attention.{linear}" for linear in ("query", "key", "output", "qkv")), "vision.merger.first")
+    assert {name.split(".layers.")[-1] for name in names} == {
+        f"{path}.adapter.{part}" for path in paths for part in ("down", "up")
     }
     np.testing.assert_array_equal(hidden(plain), hidden(adapted))
 
@@ -62,6 +63,11 @@ def test_an_adapter_equals_the_merged_weight() -> None:
     merged = with_values(model, {path + "weight": params[path + "weight"][...] + update})
     np.testing.assert_allclose(hidden(adapted), hidden(merged), atol=1e-5)
     assert np.abs(hidden(adapted) - hidden(model)).max() > 1e-3
+
+
+def test_a_target_that_is_no_regular_expression_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"lora.targets.1 is '\(', expected a path or a regular expression"):
+        Lora(targets=("decoder.attention.query", "("))
 
 
 def test_an_unknown_target_is_refused() -> None:

@@ -121,7 +121,7 @@ class Tower(nnx.Module):
         self.norm: LayerNorm | None = nnx.data(last)
         self.projector = Projector(config, dtype=dtype, key=keys[4])
         self.config = config
-        self.remat = options.remat
+        self.remat = options.tower_remat
         self.compute = options.compute
 
     def __call__(self, patches: Patches) -> Float[Array, "B M O"]:

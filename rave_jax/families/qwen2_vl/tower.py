@@ -41,7 +41,7 @@ class Tower(nnx.Module):
         norm = LayerNorm(D, eps=NORM_EPS, dtype=dtype)
         self.merger = Merger(norm, D, config.out_size, config.merge_unit, dtype=dtype, key=merger_key)
         self.config = config
-        self.remat = options.remat
+        self.remat = options.tower_remat
         self.compute = options.compute
 
     def __call__(self, patches: Patches) -> Float[Array, "B M O"]:

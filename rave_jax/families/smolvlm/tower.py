@@ -47,7 +47,7 @@ class Tower(nnx.Module):
         shape = (config.out_size,), (D * config.merge_unit,)
         self.projector = Linear(*shape, ("embed", "mlp"), bias=False, dtype=dtype, key=keys[3])
         self.config = config
-        self.remat = options.remat
+        self.remat = options.tower_remat
         self.compute = options.compute
 
     def __call__(self, patches: Patches) -> Float[Array, "B M O"]:

@@ -37,8 +37,8 @@ def _small(q: Array, k: Array, v: Array) -> str | None:
 OPERATION = Operation(
     "attention",
     {
-        "reference": Backend(reference.attention, "the whole map at once"),
-        "xla": Backend(xla.attention, "blockwise"),
+        "reference": Backend(shards.over_context(reference.attention), "the whole map at once"),
+        "xla": Backend(shards.over_context(xla.attention), "blockwise"),
         "pallas_tpu": Backend(shards.pallas_tpu, "tuned blocks", ("tpu",), support.against_pallas_tpu, _small),
     },
 )

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from rave_jax.kernels import saved
 from rave_jax.kernels.attention.base import NOWHERE, MaskCodes, Terms, group_heads, tile_allow, ungroup_heads
 from rave_jax.kernels.attention.score import ScoreFunction, Shape, Slopes, Term, Tile, function_of, reads_dot
 from rave_jax.kernels.attention.slopes import bias_and_pull, reciprocal
@@ -224,12 +225,12 @@ def _forward(q, k, v, added: Added, of_queries: OfQueries, of_keys: OfKeys, stat
     seen = total > 0
     out = out / jnp.where(seen, total, 1.0)[..., None]
     lse = jnp.where(seen, jnp.where(seen, top, 0.0) + jnp.log(jnp.where(seen, total, 1.0)), -jnp.inf)
-    out, lse = ungroup_heads(out).astype(q.dtype), ungroup_heads(lse)
+    out, lse = saved.of_attention(ungroup_heads(out).astype(q.dtype), ungroup_heads(lse))
     return (out, lse), (q, k, v, added, of_queries, of_keys, out, lse)
 
 
-def _backward(static: Static, saved, cotangents):
-    q, k, v, added, of_queries, of_keys, out, lse = saved
+def _backward(static: Static, kept, cotangents):
+    q, k, v, added, of_queries, of_keys, out, lse = kept
     d_out, d_lse = cotangents
     K = k.shape[2]
     qg, d_outg = group_heads(q, K), group_heads(d_out.astype(v.dtype), K)

@@ -12,7 +12,7 @@ from rave_jax.kernels.attention.base import NOWHERE, Terms, of_key_group
 from rave_jax.kernels.attention.checks import TermShapes, check_terms
 from rave_jax.kernels.attention.score import Term
 from rave_jax.kernels.dispatch import Backend, Operation
-from rave_jax.kernels.routed import pallas_tpu, xla
+from rave_jax.kernels.routed import pallas_tpu, shards, xla
 from rave_jax.kernels.routed.base import Routes, Routing
 from rave_jax.typing import Array, Float
 
@@ -34,8 +34,10 @@ def _pallas_tpu(
 OPERATION = Operation(
     "routed attention",
     {
-        "reference": Backend(xla.whole, "all queries at once"),
-        "xla": Backend(xla.attention, "computes every score and masks regions that were not chosen"),
+        "reference": Backend(shards.over_context(xla.whole), "all queries at once"),
+        "xla": Backend(
+            shards.over_context(xla.attention), "computes every score and masks regions that were not chosen"
+        ),
         "pallas_tpu": Backend(
             _pallas_tpu, "queries are gathered for each tile of regions", ("tpu",), _against_pallas_tpu
         ),

@@ -84,8 +84,8 @@ def attention(
 
 
 def _maps(B: int, H: int) -> int:
-    """Maps of all pairs that one device makes at once: a mesh splits rows and heads."""
-    mesh = current_mesh()
+    """Maps of all pairs that one device makes at once: a mesh splits rows and heads, unless they are split already."""
+    mesh = None if jax.sharding.get_abstract_mesh().manual_axes else current_mesh()
     shape = (B, H) if mesh is None else named_sharding(("batch", "heads"), (B, H), mesh).shard_shape((B, H))
     return math.prod(shape)
 

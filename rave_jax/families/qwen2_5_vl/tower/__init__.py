@@ -85,7 +85,7 @@ class Tower(nnx.Module):
         self.merger = Merger(norm, config.hidden_size, config.out_size, unit, dtype=dtype, key=merger_key)
         self.full = tuple(full for *_, full in runs)
         self.config = config
-        self.remat = options.remat
+        self.remat = options.tower_remat
         self.compute = options.compute
 
     def __call__(self, patches: Patches) -> Float[Array, "B M O"]:

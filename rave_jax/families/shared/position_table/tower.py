@@ -74,7 +74,7 @@ class Tower(nnx.Module):
             for k in deep_keys
         )
         self.config = config
-        self.remat = options.remat
+        self.remat = options.tower_remat
         self.compute = options.compute
 
     def __call__(self, patches: Patches) -> ImageFeatures:

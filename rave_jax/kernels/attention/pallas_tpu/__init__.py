@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rave_jax.kernels import saved
 from rave_jax.kernels.attention.base import MaskCodes, Terms
 from rave_jax.kernels.attention.pallas_tpu import operands, tile
 from rave_jax.kernels.attention.pallas_tpu.backward import backward
@@ -54,12 +55,12 @@ def _attention(packed, codes, queries_on, keys_on, call):
 
 def _forward(packed, codes, queries_on, keys_on, call):
     facts = block_facts(codes, queries_on, keys_on, *call.forward)
-    out, lse = forward(packed, operands.pack_codes(codes), facts, call)
+    out, lse = saved.of_attention(*forward(packed, operands.pack_codes(codes), facts, call))
     return (out, lse), (packed, codes, queries_on, keys_on, out, lse)
 
 
-def _backward(call: Call, saved, cotangents):
-    packed, codes, queries_on, keys_on, out, lse = saved
+def _backward(call: Call, kept, cotangents):
+    packed, codes, queries_on, keys_on, out, lse = kept
     d_out, d_lse = cotangents
     delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1)
     delta = pad(delta, 2, call.padded_group) - d_lse * tile.LOG2E

@@ -13,16 +13,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
 
-from rave_jax.kernels import support
+from rave_jax.kernels import saved, support
 from rave_jax.kernels.attention import KeyGroups, MaskCodes
 from rave_jax.kernels.attention import pallas_tpu as dense
 from rave_jax.kernels.attention.base import NOWHERE, Terms, group_heads, of_key_group, tile_bias, ungroup_heads
 from rave_jax.kernels.attention.pallas_tpu.blocks import BlockSizes
 from rave_jax.kernels.attention.pallas_tpu.operands import pad, up
 from rave_jax.kernels.attention.pallas_tpu.tile import LANES, LOG2E, UNSEEN
-from rave_jax.kernels.attention.score import Term
 from rave_jax.kernels.attention.tuning import block_sizes
 from rave_jax.kernels.routed.base import RouteRule, Routes, candidates, choose, region_scores
 from rave_jax.kernels.routed.base import of_regions as of_regions_terms
@@ -33,7 +31,8 @@ from rave_jax.kernels.routed.pallas_tpu.lists import Placed, Tiling, Work
 from rave_jax.kernels.routed.pallas_tpu.sizes import against, choices_of, item_sizes, make_call, tiling_of
 from rave_jax.kernels.routed.pallas_tpu.terms import RowTerms, TermRows, without_key_bias
 from rave_jax.kernels.routed.pallas_tpu.walk import Call, ItemSizes
-from rave_jax.parallel.sharding import current_mesh, partition_spec
+from rave_jax.kernels.routed.shards import split
+from rave_jax.parallel.sharding import current_mesh
 from rave_jax.typing import Array, Bool, Float, Int
 
 __all__ = ["ItemSizes", "against", "attention", "item_sizes"]
@@ -65,32 +64,7 @@ def attention(
     mesh = current_mesh()
     if mesh is None or mesh.size == 1:
         return run(q, k, v, codes, terms, routes)
-    # Kv heads that the mesh does not divide are replicated, with their query heads.
-    rows, heads = partition_spec(("batch", "kv_heads"), (q.shape[0], k.shape[2]), mesh)
-    row: Any = PartitionSpec(rows)
-    of_heads: Any = PartitionSpec(rows, None, heads)
-    dense: Any = None if routes.dense is None else PartitionSpec()
-    of_head: Any = PartitionSpec(heads)
-
-    def of_terms(parts: tuple[Term, ...]) -> Any:
-        """The same of score terms: specs in the place of arrays."""
-        return tuple(
-            jax.tree.map(lambda _: of_heads, term).replace(
-                head=dict.fromkeys(term.head, of_head), key_on=None if term.key_on is None else row
-            )
-            for term in parts
-        )
-
-    added = Terms(of_terms(terms.parts), None if terms.per_key is None else of_heads)
-    specs = Routes(of_heads, of_heads, row, row, row, row, dense, of_terms(routes.bias))
-    split = jax.shard_map(
-        run,
-        mesh=mesh,
-        in_specs=(of_heads, of_heads, of_heads, MaskCodes(*(row,) * len(codes)), added, specs),
-        out_specs=(of_heads, of_heads),
-        check_vma=False,  # kernels do not say how their outputs vary
-    )
-    return split(q, k, v, codes, terms, routes)
+    return split(run, q, k, v, codes, terms, routes)
 
 
 def on_device(
@@ -328,12 +302,12 @@ def _forward(q, k, v, rows: TermRows, ints: Ints, call: Call):
     far = jnp.abs(lse - ints.reference).reshape(*q.shape[:4])
     ok = jnp.all((far < BOUND) | ~ints.visited) & jnp.all(jnp.isfinite(out))
     out, lse = jax.lax.cond(ok, lambda: (out, lse), lambda: forward(*given, online=True))
-    lse = lse.reshape(q.shape[:4])
+    out, lse = saved.of_attention(out, lse.reshape(q.shape[:4]))
     return (out, lse), (q, k, v, rows, ints, out, lse)
 
 
-def _backward(call: Call, saved, cotangents):
-    q, k, v, rows, ints, out, lse = saved
+def _backward(call: Call, kept, cotangents):
+    q, k, v, rows, ints, out, lse = kept
     d_out, d_lse = cotangents
     delta = (d_out.astype(jnp.float32) * out.astype(jnp.float32)).sum(-1) - d_lse * LOG2E
     work = ints.work.lists.reshape(-1), ints.work.info
