@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--patches", type=int, default=0, help="patches of a row; 0 compiles no tower")
     parser.add_argument("--rows", type=int, default=2, help="rows on each shard of the batch")
+    parser.add_argument("--json", type=Path, help="write the rows here too")
     args = parser.parse_args()
     chips = len(topologies.get_topology_desc(platform="tpu", topology_name=args.topology).devices)
     rows = args.rows * chips // args.tensor
@@ -86,6 +88,8 @@ def main() -> None:
     for how in (True, False):
         total = sum(one.sent for one in found if one.asynchronous == how)
         print(f"{'asynchronous' if how else 'synchronous'}: {total / GIB:.3f} GiB sent by each chip in a step")
+    if args.json:
+        args.json.write_text(json.dumps([dataclasses.asdict(one) for one in found], indent=1))
 
 
 if __name__ == "__main__":

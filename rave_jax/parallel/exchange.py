@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 
 import jax
@@ -27,15 +28,19 @@ def summed_onto_shard(x: Array, dim: int, axes: MeshAxes, partial: Collection[st
         axes: mesh axes that split it.
         partial: mesh axes along which devices hold different parts of the sum. Along others x is the same.
     """
+    before, after = x.shape[:dim], x.shape[dim + 1 :]
+    joined = [(math.prod(sizes),) if sizes else () for sizes in (before, after)]
     for axis in axes:
         ways = jax.lax.axis_size(axis)
         # The shards in front, as an axis of their own: they are sent as they lie. A TPU pads what is split along rows
-        # or lanes to whole tiles, and sums an array whole on every device where the padding would be too much.
-        parts = jnp.moveaxis(x.reshape(*x.shape[:dim], ways, -1, *x.shape[dim + 1 :]), dim, 0)
+        # or lanes to whole tiles, and sums an array whole on every device where the padding would be too much. For the
+        # same reason the other axes, such as seven heads of 128, are joined.
+        parts = jnp.moveaxis(x.reshape(*joined[0], ways, -1, *joined[1]), len(joined[0]), 0)
         if axis in partial:
             x = jax.lax.psum_scatter(parts, axis, scatter_dimension=0)
         else:
             x = jax.lax.dynamic_index_in_dim(parts, jax.lax.axis_index(axis), keepdims=False)
+        x = x.reshape(*before, -1, *after)
     rest = tuple(axis for axis in partial if axis not in axes)
     # Last, when only the shard is left to be sent.
     return jax.lax.psum(x, rest) if rest else x
