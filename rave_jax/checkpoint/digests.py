@@ -56,7 +56,8 @@ def write(folder: Path, process: int = 0, processes: int = 1) -> None:
         OSError: a file cannot be read, or the digests cannot be written.
     """
     names = [name for name in _files(folder) if _writer(name) == process]
-    lines = "".join(f"{digest}  {name}\n" for name, digest in _digests(folder, names).items())
+    found = {name: digest for name, digest in _digests(folder, names).items() if digest}
+    lines = "".join(f"{digest}  {name}\n" for name, digest in found.items())
     last = f"# {hashlib.sha256(lines.encode()).hexdigest()} of the lines above, {processes} processes\n"
     if is_bucket(folder):  # an object is there whole or not at all
         (folder / f"digests.{process}.sha256").write_text(lines + last)
@@ -136,16 +137,26 @@ def _writer(name: str) -> int:
     return int(found[1]) if found else 0
 
 
-def _digests(folder: Path, names: Collection[str]) -> dict[str, str]:
-    def one(name: str) -> str:
+def _digests(folder: Path, names: Collection[str]) -> dict[str, str | None]:
+    def one(name: str) -> str | None:
+        if is_bucket(folder):
+            return _of_object(folder / name)
         with (folder / name).open("rb") as file:
-            if not is_bucket(folder):
-                return hashlib.file_digest(file, "sha256").hexdigest()
-            found = hashlib.sha256()
-            while chunk := file.read(_CHUNK):
-                found.update(chunk)
-            return found.hexdigest()
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
     # hashlib releases the interpreter's lock, so files are read and digested in parallel.
     with ThreadPoolExecutor(_THREADS, thread_name_prefix="digests") as pool:
         return dict(zip(names, pool.map(one, names), strict=True))
+
+
+def _of_object(path: Path) -> str | None:
+    """Of an object in a bucket. None of one whose name ends with a slash, which fsspec cannot read: tensorstore calls
+    `_sharding` so there, which no restore needs."""
+    found = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            while chunk := file.read(_CHUNK):
+                found.update(chunk)
+    except (FileNotFoundError, IsADirectoryError):
+        return None
+    return found.hexdigest()

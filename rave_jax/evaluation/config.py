@@ -171,6 +171,8 @@ class Examination:
     """Where to write; empty: into the run, or to `runs/eval-NAME` for an HF directory."""
     step: int | None = None
     """Step of the checkpoint of a run; None takes the newest."""
+    weights: Literal["trained", "ema"] = "trained"
+    """Of a run: the weights of the step, or the moving average of them (`optimizer.ema`)."""
     model: ModelOptions | None = None
     """How to build the model of an HF directory; None: as saved beside it, or the defaults. A run has its own."""
     min_pixels: int | None = None

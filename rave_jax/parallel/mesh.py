@@ -39,6 +39,8 @@ class MeshConfig:
     """Number of shards of the tokens of each row, and of parameters and optimizer state; rows are not split by it."""
     expert: int = 1
     """Number of shards of experts, and of rows, parameters and optimizer state; for models with experts."""
+    allow_whole: bool = False
+    """Train although a large parameter stays whole along an axis of the mesh whose size does not divide it?"""
 
     def __post_init__(self) -> None:
         sizes = self.given()

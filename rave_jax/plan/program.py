@@ -15,6 +15,7 @@ from rave_jax.parallel.rows import batch_axis, batch_shardings
 from rave_jax.parallel.sharding import use_mesh
 from rave_jax.training.config import TrainConfig
 from rave_jax.training.session import Session, make_session
+from rave_jax.training.whole import check_split
 
 
 class Program(NamedTuple):
@@ -59,7 +60,7 @@ def train_program(config: TrainConfig, vlm: VlmConfig, mesh: Any) -> Program:
         mesh: over the devices of a topology, or abstract.
 
     Raises:
-        ConfigError: what `make_session` raises.
+        ConfigError: what `make_session` raises; a large parameter that no axis splits.
     """
     # The devices of a topology compute nothing, so that constants of the trace must not be put on them.
     with use_mesh(mesh.abstract_mesh if isinstance(mesh, Mesh) else mesh):
@@ -70,7 +71,9 @@ def train_program(config: TrainConfig, vlm: VlmConfig, mesh: Any) -> Program:
             steps=config.steps,
             rows=config.data.rows,
             loss_chunk=config.loss_chunk,
+            z_loss=config.z_loss,
         )
+        check_split(session.graph.shapes, session.graph.axes, mesh, allow=config.mesh.allow_whole)
         batch = jax.tree.map(
             lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
             abstract_batch(config, vlm),

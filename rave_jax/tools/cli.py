@@ -77,6 +77,12 @@ def _parser() -> argparse.ArgumentParser:
     to_hf.add_argument("--dtype", choices=DTYPES, help="number type of the weights (default: that of the parameters)")
     to_hf.add_argument("--step", type=int, help="which checkpoint of a run (default: the newest)")
     to_hf.add_argument(
+        "--weights",
+        choices=("trained", "ema"),
+        default="trained",
+        help="of a run: of a step, or their moving average",
+    )
+    to_hf.add_argument(
         "--max-shard-size",
         type=_size,
         default=5 * 10**9,
@@ -396,7 +402,7 @@ def _run(arguments: argparse.Namespace) -> int:
                 from_original(arguments.source, arguments.destination, arguments.tower)
             else:
                 form = HfForm(arguments.dtype, arguments.max_shard_size, arguments.lora, arguments.base)
-                to_hf(arguments.source, arguments.destination, form, arguments.step)
+                to_hf(arguments.source, arguments.destination, form, arguments.step, arguments.weights)
         case "inspect":
             from rave_jax.tools.inspect import inspect
 

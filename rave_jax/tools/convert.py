@@ -26,6 +26,7 @@ from rave_jax.models.config import ModelOptions
 from rave_jax.models.parameters import num_bytes
 from rave_jax.models.vlm import Vlm
 from rave_jax.tools import source as sources
+from rave_jax.training.averages import Weights
 from rave_jax.training.directory import run_directory
 from rave_jax.training.init import FromHF
 
@@ -113,7 +114,7 @@ def from_original(source: Path, destination: Path, tower: Path | None = None) ->
     print(f"{destination}: HuggingFace format, the tower from {tower}")
 
 
-def to_hf(source: Path, destination: Path, form: HfForm, step: int | None = None) -> None:
+def to_hf(source: Path, destination: Path, form: HfForm, step: int | None = None, weights: Weights = "trained") -> None:
     """Write a HuggingFace directory (or a PEFT adapter) of a native checkpoint or of a run, and say what it lacks.
 
     Args:
@@ -121,11 +122,12 @@ def to_hf(source: Path, destination: Path, form: HfForm, step: int | None = None
         destination: not there yet.
         form: how it is written.
         step: of a run; None is the newest.
+        weights: of a run: of the step, or their moving average.
 
     Raises:
         ConfigError: the source cannot be read, or the destination cannot be written.
     """
-    model, directory, origin = _load(source, step)
+    model, directory, origin = _load(source, step, weights)
     if form.lora == "peft":
         base = form.base or _base(source, directory, origin)
         export_peft(model, destination, base, dtype=form.dtype, origin=origin)
@@ -169,17 +171,18 @@ def join(tower: Path, text: Path, destination: Path, seed: int) -> None:
         print(f"left out of the two, since the model does not compute it: {len(made.left_out)} tensors")
 
 
-def _load(source: Path, step: int | None) -> tuple[Vlm, Path, Origin | None]:
+def _load(source: Path, step: int | None, weights: Weights) -> tuple[Vlm, Path, Origin | None]:
     """The model, the directory with its config and tokenizer, and what made it, if a run did."""
     try:
-        loaded = sources.load(source, step, as_stored=True)
+        loaded = sources.load(source, step, as_stored=True, weights=weights)
     except StoreError as error:
         raise CheckpointError(str(error)) from error
     if loaded.step is None:
         return loaded.model, loaded.directory, None
     init = run_directory(source).read_config().init
     base = init.path if isinstance(init, FromHF) else ""
-    return loaded.model, loaded.directory, Origin(base, f"Trained by rave_jax for {loaded.step} steps")
+    averaged = ", the moving average of its weights" if weights == "ema" else ""
+    return loaded.model, loaded.directory, Origin(base, f"Trained by rave_jax for {loaded.step} steps{averaged}")
 
 
 def _base(source: Path, directory: Path, origin: Origin | None) -> Path:

@@ -44,7 +44,7 @@ def load(path: Path, config: Examination, mesh: Mesh) -> tuple[Vlm, Processor]:
         raise ConfigError(f"step is {config.step}, but {path} is not a run: a model in HuggingFace format has no steps")
     if run and (given := [name for name in ("model", "min_pixels", "max_pixels") if getattr(config, name) is not None]):
         raise ConfigError(f"{', '.join(given)}: cannot be set for a run such as {path}, which has its own")
-    model = sources.load(path, config.step, options=config.model, mesh=mesh).model
+    model = sources.load(path, config.step, options=config.model, mesh=mesh, weights=config.weights).model
     special = config.special_tokens_in_text
     if run:
         return model, sources.processor_of(path, special)

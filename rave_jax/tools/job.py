@@ -11,7 +11,7 @@ import jax
 from rave_jax.checkpoint.store import StoreError
 from rave_jax.config import ConfigError
 from rave_jax.data.sample import SampleError
-from rave_jax.parallel import hosts
+from rave_jax.parallel import hosts, preemption
 from rave_jax.parallel.hosts import HostsConfig, HostsError
 from rave_jax.parallel.stopping import Interrupted, StopRequest
 from rave_jax.training.loop import NonFiniteError
@@ -23,7 +23,7 @@ EXIT_CONFIG, EXIT_FAILED = 2, 1
 
 def run_job(prog: str, config: HostsConfig, simulated_devices: int, work: Callable[[StopRequest], None]) -> int:
     """Connect the processes and do the work; returns the exit code. End the program with it by `stopping.leave`."""
-    with StopRequest(config.stop_timeout) as stop:
+    with StopRequest(config.stop_timeout) as stop, preemption.watched(stop.ask):
         try:
             hosts.start(config, simulated_devices)
             work(stop)

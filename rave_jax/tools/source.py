@@ -27,6 +27,7 @@ from rave_jax.models.vlm import Vlm
 from rave_jax.parallel.mesh import MeshConfig, make_mesh
 from rave_jax.parallel.rows import row_ways
 from rave_jax.parallel.sharding import named_sharding
+from rave_jax.training.averages import Weights
 from rave_jax.training.directory import run_directory
 from rave_jax.training.run import load_run
 
@@ -104,6 +105,7 @@ def load(
     *,
     options: ModelOptions | None = None,
     mesh: Mesh | AbstractMesh | None = None,
+    weights: Weights = "trained",
 ) -> Source:
     """The model that a path holds.
 
@@ -115,6 +117,7 @@ def load(
         options: how to build it; None is as it was trained or written. Not for a run.
         mesh: where its parameters go; None is all devices. On an abstract one the model has shapes, number types and
             shardings, and no numbers: no weights are read, and there need be none.
+        weights: of a run; those of the last step, or their average.
 
     Raises:
         ConfigError: it cannot be read, or a step is asked of what has none.
@@ -123,11 +126,13 @@ def load(
     run = is_run(path)
     if step is not None and not run:
         raise ConfigError(f"{path}: step {step} is asked for, but this is not a run directory")
+    if weights != "trained" and not run:
+        raise ConfigError(f"{path}: weights {weights!r} are asked for, but this is not a run directory")
     if isinstance(mesh, AbstractMesh):
         options = dataclasses.replace(options or options_of(path), **(changes or {}))
         return Source(_planned(path, options, mesh), model_directory(path), mesh)
     if run:
-        loaded = load_run(path, mesh, step)
+        loaded = load_run(path, mesh, step, weights=weights, as_stored=as_stored)
         return Source(_changed(loaded.model, changes or {}), model_directory(path), loaded.mesh, loaded.step)
     mesh = all_devices() if mesh is None else mesh
     options = dataclasses.replace(options or options_of(path), **(changes or {}))

@@ -73,12 +73,12 @@ class KeepBest:
 class TrainConfig:
     """One training run, from a checkpoint to what is done after the last step."""
 
-    url_schemes: ClassVar = ("gs",)
+    url_schemes: ClassVar = ("gs", "s3")
     """Of `output_dir`."""
 
     output_dir: str = "runs/run"
-    """Run directory: config, metrics, checkpoints, results; gs://BUCKET/FOLDER is one too. An existing run is
-    continued."""
+    """Run directory: config, metrics, checkpoints, results. gs://BUCKET/FOLDER and s3://BUCKET/FOLDER are run
+    directories too. An existing run is continued."""
     init: FromHF | Tiny = field(default_factory=Tiny)
     """Where the weights come from."""
     model: ModelOptions = field(default_factory=ModelOptions)
@@ -125,13 +125,14 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         require(bool(self.output_dir), "output_dir", self.output_dir, "a directory")
-        there = "a local path or gs://BUCKET/FOLDER: orbax writes no checkpoints to s3://, so mount that bucket"
-        require(not self.output_dir.startswith("s3://"), "output_dir", self.output_dir, there)
         check_paths(self)
         # Steps are counted in int32, on the devices too.
         counts = dict.fromkeys(("steps", "log_every", "save_every", "keep"), (1, 2**31 - 1))
         check_ranges(self, **counts, loss_chunk=(1, MOST_TOKENS), keep_every=(0, 2**31 - 1))
         check_ranges(self, z_loss=(0, 1e6))
+        kept = "False: parameters are stored in float32 already (model.param_dtype)"
+        masters = self.optimizer.master_copies
+        require(not (masters and self.model.param_dtype == "float32"), "optimizer.master_copies", masters, kept)
         require(self.simulated_devices >= 0, "simulated_devices", self.simulated_devices, "at least 0")
         require(0 <= self.seed < 2**32, "seed", self.seed, "0 to 2^32 - 1")
         warmup = self.optimizer.warmup

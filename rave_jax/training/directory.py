@@ -17,13 +17,15 @@ report.md          what `Report` wrote
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
 
 from rave_jax import config as configs
 from rave_jax.checkpoint.buckets import folder_at, is_bucket
-from rave_jax.checkpoint.saved_step import steps_in
+from rave_jax.checkpoint.saved_step import StoreError, steps_in
 from rave_jax.config import ConfigError, local_path
 from rave_jax.files import read_text
 from rave_jax.training.config import TrainConfig, check_same_run, differences
@@ -151,10 +153,10 @@ class RunDirectory:
 
 
 def run_directory(path: str | Path) -> RunDirectory:
-    """The run directory at a path or a gs:// URL, which need not exist yet.
+    """The run directory at a path or the URL of a bucket, which need not exist yet.
 
     Raises:
-        ConfigError: the path is not one of a file system, and no gs:// URL.
+        ConfigError: the path is not one of a file system, and no URL of a bucket.
         StoreError: the bucket cannot be read.
     """
     if is_bucket(path):
@@ -162,3 +164,22 @@ def run_directory(path: str | Path) -> RunDirectory:
         mirror.pull()
         return RunDirectory(mirror.local, mirror)
     return RunDirectory(local_path(path, "the run directory").expanduser().resolve())
+
+
+@contextlib.contextmanager
+def opened(path: str) -> Generator[RunDirectory]:
+    """The run directory for a job that writes there: at the end, what has changed is copied to its bucket.
+
+    Raises:
+        ConfigError, StoreError: as `run_directory`; the bucket cannot be written at the end.
+    """
+    directory = run_directory(path)
+    try:
+        yield directory
+    except BaseException:
+        if directory.mirror is not None:
+            with contextlib.suppress(StoreError):  # what is being raised says more
+                directory.mirror.close()
+        raise
+    if directory.mirror is not None:
+        directory.mirror.close()

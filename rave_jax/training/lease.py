@@ -31,7 +31,7 @@ class _Object:
     """The object in the bucket that the holder writes."""
 
     def __init__(self, url: str):
-        self._fs, self._path = file_system(), f"{url}/{NAME}"
+        self._fs, self._path = file_system(url), f"{url}/{NAME}"
 
     def read(self) -> bytes | None:
         """What it says; None where there is none."""

@@ -253,7 +253,7 @@ class Loop:
         try:
             with self._watchdog.during(f"the evaluation after step {done}", Watchdog.LONG, SLOW_EVALUATION):
                 self._go_on()
-                model = self._session.graph.merge(state.trained | state.frozen)
+                model = self._session.model(state)
                 self._evaluations.run(done, model, self._go_on, say, write)
         except EvaluationEnded:
             say(f"the evaluation after step {done} was ended; the same command runs it")

@@ -32,7 +32,7 @@ class Mirror:
     def __init__(self, url: str):
         """
         Args:
-            url: gs://BUCKET/FOLDER.
+            url: gs://BUCKET/FOLDER or s3://BUCKET/FOLDER.
 
         Raises:
             ConfigError: no such URL, or the package that reads buckets is missing.
@@ -51,7 +51,7 @@ class Mirror:
         Raises:
             StoreError: the bucket cannot be read.
         """
-        fs = file_system()
+        fs = file_system(self.url)
         try:
             with self._lock:
                 for name in files_under(folder_at(self.url)):
@@ -71,7 +71,7 @@ class Mirror:
         Raises:
             StoreError: the bucket cannot be written.
         """
-        fs = file_system()
+        fs = file_system(self.url)
         try:
             with self._lock:
                 there = {name: _stamp(self.local / name) for name in files_under(self.local) if _is_whole(name)}

@@ -19,6 +19,7 @@ import optax
 from rave_jax.config import TAG, ConfigError, check_ranges, require
 from rave_jax.parallel.sharding import Axes
 from rave_jax.training.algorithms import AdamW, Algorithm, Muon
+from rave_jax.training.averages import Ema
 
 Schedule = Callable[[jax.Array | int], jax.Array]
 
@@ -74,6 +75,11 @@ class OptimizerConfig:
     """Weight decay of matrices, times the learning rate; vectors (norms, biases) do not decay."""
     clip_norm: float | None = 1.0
     """Largest norm of the gradient of all trained parameters together; null does not clip."""
+    master_copies: bool = False
+    """Keep trained parameters in float32 between steps, and compute with copies in `model.param_dtype` bfloat16?
+    Without them a step is added in bfloat16, where a change of less than 0.4 % is lost."""
+    ema: Ema | None = None
+    """A moving average of the trained parameters, or None."""
     accumulation: int = 1
     """Micro-batches of one step; the result is that of the whole batch, but for the loss of routers of experts, which
     is of each micro-batch."""

@@ -43,9 +43,10 @@ from rave_jax.parallel.mesh import MeshConfig, make_mesh, mesh_line
 from rave_jax.parallel.sharding import use_mesh
 from rave_jax.parallel.stopping import StopRequest
 from rave_jax.parallel.watchdog import Watchdog
+from rave_jax.training.averages import Weights
 from rave_jax.training.claim import Claim, claimed
 from rave_jax.training.config import TrainConfig, check_can_be_read_again
-from rave_jax.training.directory import RunDirectory, run_directory
+from rave_jax.training.directory import RunDirectory, opened, run_directory
 from rave_jax.training.evaluations import Evaluations, part_named
 from rave_jax.training.footprint import least_activations, least_spread
 from rave_jax.training.init import model_config, source_of
@@ -54,6 +55,7 @@ from rave_jax.training.meter import Meter
 from rave_jax.training.profiling import Profiler, on_signal
 from rave_jax.training.session import Session, group_rows, make_session
 from rave_jax.training.state import ModelGraph, TrainState, parameters_of, parameters_target, state_of
+from rave_jax.training.whole import check_split
 
 log = logging.getLogger(__name__)
 
@@ -92,13 +94,8 @@ def train(config: TrainConfig, stop: StopRequest | None = None) -> None:
     stop = StopRequest() if stop is None else stop
     check_can_be_read_again(config)
     goodput = Goodput()
-    with Watchdog(config.hosts.step_timeout, stop) as watchdog:
-        directory = run_directory(config.output_dir)
-        try:
-            _run(config, directory, watchdog, stop, goodput)
-        finally:
-            if directory.mirror is not None:
-                directory.mirror.close()
+    with Watchdog(config.hosts.step_timeout, stop) as watchdog, opened(config.output_dir) as directory:
+        _run(config, directory, watchdog, stop, goodput)
 
 
 def _run(config: TrainConfig, directory: RunDirectory, watchdog: Watchdog, stop: StopRequest, goodput: Goodput) -> None:
@@ -119,6 +116,7 @@ def _run(config: TrainConfig, directory: RunDirectory, watchdog: Watchdog, stop:
             loss_chunk=config.loss_chunk,
             z_loss=config.z_loss,
         )
+        check_split(session.graph.shapes, session.graph.axes, mesh, allow=config.mesh.allow_whole)
         check_memory(session.state, "parameters and optimizer state")
         check_memory(least_activations(config, vlm, mesh), "the rows of a batch (data.rows, tokens, patches)")
         kept = config.retention.most(config.steps, config.save_every)
@@ -147,7 +145,7 @@ def _run(config: TrainConfig, directory: RunDirectory, watchdog: Watchdog, stop:
             state = _train(
                 config, session, directory, claim, store, state, pipeline, watchdog, stop, evaluations, goodput
             )
-        model = session.graph.merge(state.trained | state.frozen)
+        model = session.model(state)
         del state  # the optimizer's part of it is not needed any more
         with watchdog.during("what follows the last step", math.inf):
             try:
@@ -331,32 +329,44 @@ def finish(
         hosts.barrier(f"final {type(part).__name__}", config.hosts)
 
 
-def load_run(path: str | Path, mesh: MeshConfig | Mesh | None = None, step: int | None = None) -> LoadedRun:
+def load_run(
+    path: str | Path,
+    mesh: MeshConfig | Mesh | None = None,
+    step: int | None = None,
+    *,
+    weights: Weights = "trained",
+    as_stored: bool = False,
+) -> LoadedRun:
     """The model of a run, from its checkpoints. Call `hosts.start` first.
 
     Args:
         path: the run directory.
         mesh: this job's devices, or how to lay them out; default, all of them over fsdp. It need not be the run's.
         step: which checkpoint; default, the newest that is sound.
+        weights: of the last step, or their average.
+        as_stored: keep the number types of the checkpoint, which are those of master copies and of the average.
 
     Raises:
-        ConfigError: not a run directory, or a run without a checkpoint.
+        ConfigError: not a run directory, a run without a checkpoint, or one without an average that is asked for.
         StoreError: the checkpoint cannot be read.
     """
     directory = run_directory(path)
     config = directory.read_config()
+    if weights == "ema" and config.optimizer.ema is None:
+        raise ConfigError(f"weights is 'ema', but {directory.path} has no average (optimizer.ema is None); 'trained'?")
     devices = mesh if isinstance(mesh, Mesh) else make_mesh(mesh or MeshConfig())
     if not directory.checkpoints.is_dir():
         raise ConfigError(f"{directory} holds no checkpoint yet")
     graph = ModelGraph(abstract_model(model_config(config.init, directory.model), config.model))
     with Store(directory.checkpoints, config.keep, reader=True) as store:
-        target = parameters_target(graph, devices)
+        target = parameters_target(graph, devices, config.optimizer)
         if step is not None:
             parameters = store.restore_parameters(step, target)
         elif (found := store.restore_newest(target)) is not None:
             step, parameters = found.step, found.parameters
         else:
             raise ConfigError(f"{directory} holds no checkpoint yet")
-    model = graph.merge(parameters["values"])
+    values = parameters["values"] | (parameters["ema"] if weights == "ema" else {})
+    model = graph.merge(values if as_stored else graph.computed(values))
     processor = config.data.processor(directory.model, config.model.layout)
     return LoadedRun(config, model, processor, devices, step)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import optax
@@ -34,6 +35,7 @@ class Session:
     """What the loop runs. Nothing here holds a parameter's numbers."""
 
     mesh: Mesh
+    config: OptimizerConfig
     graph: ModelGraph
     groups: Mapping[str, ParameterGroup]
     """Group of every parameter."""
@@ -47,8 +49,17 @@ class Session:
     def first_state(self, params: Params) -> TrainState:
         """State before the first step, from parameters that lie on the mesh."""
         shardings = jax.tree.map(lambda x: x.sharding, self.state)
-        fresh = jax.jit(lambda p: init_state(p, self.groups, self.optimizer), out_shardings=shardings, donate_argnums=0)
-        return fresh(params)
+
+        def first(params: Params) -> TrainState:
+            return init_state(params, self.groups, self.optimizer, self.config)
+
+        return jax.jit(first, out_shardings=shardings, donate_argnums=0)(params)
+
+    def model(self, state: TrainState) -> Any:
+        """The module as evaluations take it, in the number types that it is computed with."""
+        ema = self.config.ema
+        averaged = state.ema if ema is not None and ema.evaluate else {}
+        return self.graph.merge(self.graph.computed(state.trained | averaged | state.frozen))
 
 
 def make_session(
@@ -88,22 +99,18 @@ def make_session(
     )
     optimizer = make_optimizer(config, steps, trained, graph.axes)
     schedule = learning_rate_schedule(config, steps)
-    shapes = jax.eval_shape(lambda: init_state(_empty(graph), groups, optimizer))
+    shapes = jax.eval_shape(lambda: init_state(graph.empty(), groups, optimizer, config))
     shardings = state_shardings(shapes, graph.shardings(mesh), mesh)
     sizes = {"steps": steps, "accumulation": config.accumulation, "loss_chunk": loss_chunk}
-    step = make_step(graph, groups, optimizer, schedule, **sizes, z_loss=z_loss)
+    step = make_step(graph, groups, optimizer, schedule, **sizes, z_loss=z_loss, ema=config.ema)
     compiled = compile_step(step, shardings, batch_shardings(mesh, rows), replicated(mesh))
-    return Session(mesh, graph, groups, optimizer, schedule, abstract(shapes, shardings), compiled)
-
-
-def _empty(graph: ModelGraph) -> Params:
-    return {name: jax.numpy.zeros(shape.shape, shape.dtype) for name, shape in graph.shapes.items()}
+    return Session(mesh, config, graph, groups, optimizer, schedule, abstract(shapes, shardings), compiled)
 
 
 def group_rows(session: Session, config: OptimizerConfig) -> list[GroupRow]:
     """The parameter table: what trains, what does not, and what it costs."""
     optimizer_bytes: dict[str, int] = {}
-    for path, leaf in jax.tree_util.tree_flatten_with_path(session.state.optimizer)[0]:
+    for path, leaf in jax.tree_util.tree_flatten_with_path((session.state.optimizer, session.state.ema))[0]:
         name = parameter_of(path, session.groups)
         if name is not None:
             optimizer_bytes[name] = optimizer_bytes.get(name, 0) + _bytes(leaf)
@@ -127,8 +134,8 @@ def _group_row(
     trained: str,
 ) -> GroupRow:
     phase = "" if group.freeze_after is None else f" until step {group.freeze_after}"
-    leaves = [session.graph.shapes[name] for name in names]
     placed = session.state.trained | session.state.frozen
+    leaves = [placed[name] for name in names]
     decay = config.weight_decay if group.weight_decay is None else group.weight_decay
     return GroupRow(
         group=group.name,
@@ -143,5 +150,5 @@ def _group_row(
     )
 
 
-def _bytes(leaf: jax.ShapeDtypeStruct) -> int:
+def _bytes(leaf: jax.ShapeDtypeStruct | jax.Array) -> int:
     return math.prod(leaf.shape) * leaf.dtype.itemsize

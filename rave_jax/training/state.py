@@ -16,9 +16,10 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from rave_jax.checkpoint.store import abstract
 from rave_jax.models.parameters import is_unused, named_parameters, param_axes
 from rave_jax.parallel.sharding import named_sharding, replicated
-from rave_jax.training.optimizers import ParameterGroup
+from rave_jax.training.optimizers import UNUSED, OptimizerConfig, ParameterGroup, assign_groups
 from rave_jax.typing import Array, Int
 
 Params = dict[str, jax.Array]
@@ -30,9 +31,10 @@ class TrainState(NamedTuple):
     Fields:
         step: optimizer steps done.
         bad_step: the step whose loss or gradient was not finite, or -1; from then on the state stands still.
-        trained: parameters with gradients, by canonical path.
+        trained: parameters with gradients, by canonical path; with master copies in float32.
         frozen: parameters without.
         optimizer: optax state of the trained ones.
+        ema: moving average of the trained ones; empty without one.
     """
 
     step: Int[Array, ""]
@@ -40,6 +42,7 @@ class TrainState(NamedTuple):
     trained: Params
     frozen: Params
     optimizer: optax.OptState
+    ema: Params
 
 
 class ModelGraph[M: nnx.Module]:
@@ -60,6 +63,10 @@ class ModelGraph[M: nnx.Module]:
         shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves]
         self.shapes = dict(zip(self.names, shapes, strict=True))
 
+    def empty(self) -> Params:
+        """Zeros in the place of all parameters."""
+        return {name: jnp.zeros(shape.shape, shape.dtype) for name, shape in self.shapes.items()}
+
     def split(self, model: M) -> Params:
         """The numbers of a module of this shape, by name."""
         return dict(zip(self.names, jax.tree.leaves(model), strict=True))
@@ -68,18 +75,29 @@ class ModelGraph[M: nnx.Module]:
         """The module with these numbers."""
         return jax.tree.unflatten(self._treedef, [values[name] for name in self.names])
 
+    def computed(self, values: Mapping[str, jax.Array]) -> Params:
+        """The parameters in the number types that the model computes with."""
+        return {name: x.astype(self.shapes[name].dtype) for name, x in values.items()}
+
     def shardings(self, mesh: Mesh) -> dict[str, NamedSharding]:
         """Where each parameter goes."""
         return {name: named_sharding(self.axes[name], self.shapes[name].shape, mesh) for name in self.names}
 
 
 def init_state(
-    params: Params, groups: Mapping[str, ParameterGroup], optimizer: optax.GradientTransformation
+    params: Params,
+    groups: Mapping[str, ParameterGroup],
+    optimizer: optax.GradientTransformation,
+    config: OptimizerConfig,
 ) -> TrainState:
     """State before the first step. Traceable."""
     trained = {name: value for name, value in params.items() if not groups[name].frozen}
     frozen = {name: value for name, value in params.items() if groups[name].frozen}
-    return TrainState(jnp.zeros((), jnp.int32), jnp.full((), -1, jnp.int32), trained, frozen, optimizer.init(trained))
+    if config.master_copies:
+        trained = {name: value.astype(jnp.float32) for name, value in trained.items()}
+    ema = {} if config.ema is None else config.ema.first(trained)
+    step, bad_step = jnp.zeros((), jnp.int32), jnp.full((), -1, jnp.int32)
+    return TrainState(step, bad_step, trained, frozen, optimizer.init(trained), ema)
 
 
 def state_shardings(abstract: TrainState, params: Mapping[str, NamedSharding], mesh: Mesh) -> TrainState:
@@ -124,18 +142,18 @@ def _ways(entry: str | tuple[str, ...] | None, mesh: Any) -> int:
 
 
 def parameters_of(state: TrainState) -> dict[str, Any]:
-    """The part of a state that a checkpoint keeps as parameters. It does not say which of them were trained."""
-    return {"step": state.step, "values": state.trained | state.frozen}
+    """The part of a state that a checkpoint keeps as parameters. It does not say which of them were trained, and has
+    the average where there is one."""
+    ema = {"ema": state.ema} if state.ema else {}
+    return {"step": state.step, "values": state.trained | state.frozen, **ema}
 
 
-def parameters_target(graph: ModelGraph, mesh: Mesh) -> dict[str, Any]:
+def parameters_target(graph: ModelGraph, mesh: Mesh, config: OptimizerConfig) -> dict[str, Any]:
     """`parameters_of` for a restore without optimizer state: shapes, dtypes and shardings."""
-    shardings = graph.shardings(mesh)
-    values = {
-        name: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=shardings[name])
-        for name, shape in graph.shapes.items()
-    }
-    return {"step": jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh)), "values": values}
+    groups = assign_groups(graph.names, config) | dict.fromkeys(graph.unused, UNUSED)
+    shapes = jax.eval_shape(lambda: init_state(graph.empty(), groups, optax.identity(), config))
+    shardings = state_shardings(shapes, graph.shardings(mesh), mesh)
+    return abstract(parameters_of(shapes), parameters_of(shardings))
 
 
 def state_of(parameters: Mapping[str, Any], optimizer: optax.OptState, like: TrainState) -> TrainState:
@@ -147,4 +165,5 @@ def state_of(parameters: Mapping[str, Any], optimizer: optax.OptState, like: Tra
         trained={name: values[name] for name in like.trained},
         frozen={name: values[name] for name in like.frozen},
         optimizer=optimizer,
+        ema=dict(parameters.get("ema", {})),
     )

@@ -12,7 +12,9 @@ import optax
 
 from rave_jax.batch import Batch, Kind, TokenInfo
 from rave_jax.models.forward import Output, Want
+from rave_jax.parallel.compiler import compiler_options
 from rave_jax.parallel.rows import batch_axis
+from rave_jax.training.averages import Ema
 from rave_jax.training.objective import TokenSums, chunked_cross_entropy
 from rave_jax.training.optimizers import ParameterGroup, Schedule
 from rave_jax.training.state import ModelGraph, Params, TrainState
@@ -109,6 +111,7 @@ def make_step(
     accumulation: int,
     loss_chunk: int,
     z_loss: float = 0.0,
+    ema: Ema | None = None,
 ) -> Step:
     """The step as a pure function, not yet compiled.
 
@@ -133,7 +136,9 @@ def make_step(
         return whole, BatchSums(sums._replace(loss=sums.loss - sums.z), means)
 
     def gradients(state: TrainState, batch: Batch) -> tuple[BatchSums, Params]:
-        model: Trainable = graph.merge(state.trained | state.frozen)
+        # With master copies, gradients are of the copies, in their number type.
+        trained = graph.computed(state.trained)
+        model: Trainable = graph.merge(trained | state.frozen)
         targets = jnp.sum(batch.loss_weights, dtype=jnp.float32)
         of_losses = model.loss_weights(batch.info) | ({Z_LOSS: targets} if z_loss > 0 else {})
         weights = BatchWeights(targets, of_losses)
@@ -142,11 +147,11 @@ def make_step(
         progress = state.step.astype(jnp.float32) / steps
         of_batch = jax.value_and_grad(objective, has_aux=True)
         if accumulation == 1:
-            (_, sums), grads = of_batch(state.trained, state.frozen, batch, weights, progress)
+            (_, sums), grads = of_batch(trained, state.frozen, batch, weights, progress)
             return sums, grads
 
         def body(carry: tuple[BatchSums, Params], micro: Batch) -> tuple[tuple[BatchSums, Params], None]:
-            (_, sums), grads = of_batch(state.trained, state.frozen, micro, weights, progress)
+            (_, sums), grads = of_batch(trained, state.frozen, micro, weights, progress)
             return jax.tree.map(lambda a, b: a + b.astype(a.dtype), carry, (sums, grads)), None
 
         zero = jnp.zeros((), jnp.float32)
@@ -168,7 +173,7 @@ def make_step(
         norm = optax.tree.norm(jax.tree.map(lambda g: g.astype(jnp.float32), grads))
         updates, moments = optimizer.update(grads, state.optimizer, state.trained)
         # Momentum and decay would go on moving a group after its phase: its update is zero too.
-        moved = optax.apply_updates(state.trained, in_phase(updates))
+        moved: Any = optax.apply_updates(state.trained, in_phase(updates))
 
         finite = jnp.isfinite(functools.reduce(jnp.add, losses.values(), sums.loss)) & jnp.isfinite(norm)
         bad_step = jnp.where((state.bad_step < 0) & ~finite, state.step, state.bad_step)
@@ -183,6 +188,7 @@ def make_step(
             trained=jax.tree.map(keep, moved, state.trained),
             frozen=state.frozen,
             optimizer=jax.tree.map(keep, moments, state.optimizer),
+            ema={} if ema is None else jax.tree.map(keep, ema.after(state.ema, moved, state.step), state.ema),
         )
         weight = jnp.where(sums.weight > 0, sums.weight, 1.0)
         return after, StepMetrics(
@@ -219,7 +225,7 @@ def _sizes_of_mechanisms(trained: Params) -> dict[str, Float[Array, ""]]:
 
 
 def compile_step(step: Step, states: Any, batches: Any, metrics: jax.sharding.NamedSharding) -> Step:
-    """The step under jit. The state is donated.
+    """The step under jit, with the compiler's options of the chip. The state is donated.
 
     Args:
         step: from `make_step`.
@@ -227,4 +233,10 @@ def compile_step(step: Step, states: Any, batches: Any, metrics: jax.sharding.Na
         batches: shardings of the batch.
         metrics: sharding of every metric.
     """
-    return jax.jit(step, in_shardings=(states, batches), out_shardings=(states, metrics), donate_argnums=0)
+    return jax.jit(
+        step,
+        in_shardings=(states, batches),
+        out_shardings=(states, metrics),
+        donate_argnums=0,
+        compiler_options=compiler_options(metrics.mesh) or None,
+    )

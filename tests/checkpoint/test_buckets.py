@@ -7,6 +7,8 @@ import logging
 import jax
 import numpy as np
 import pytest
+import tensorstore as ts
+from orbax.checkpoint._src.serialization import tensorstore_utils
 
 from rave_jax.checkpoint import buckets
 from rave_jax.checkpoint.buckets import COMMITTED, files_under, folder_at
@@ -17,6 +19,7 @@ from tests.buckets import pretend
 from tests.checkpoint.test_store import DATA, on, save, target
 
 RUN = "gs://bucket/run/checkpoints"
+S3 = "s3://bucket/run/checkpoints"
 
 
 @pytest.fixture
@@ -25,20 +28,22 @@ def bucket(tmp_path, monkeypatch):
     return tmp_path / "bucket" / "run" / "checkpoints"
 
 
-def restored(tree, reader=False):
+def restored(tree, url=RUN):
     sharding = on(MeshConfig(fsdp=2, tensor=4))
-    with Store(RUN, 2, reader=reader) as store:
+    with Store(url, 2) as store:
         return store.restore_newest(target(tree, sharding), target(tree["values"], sharding))
 
 
-def test_what_was_saved_comes_back_on_another_mesh_and_the_newest_are_kept(bucket):
-    tree = save(RUN, 1, 2, 3)
-    with Store(RUN, 2, reader=True) as store:
+@pytest.mark.parametrize("url", [RUN, S3])
+def test_what_was_saved_comes_back_on_another_mesh_and_the_newest_are_kept(bucket, url):
+    tree = save(url, 1, 2, 3)
+    with Store(url, 2, reader=True) as store:
         assert store.steps == [2, 3]
-    found = restored(tree)
+    found = restored(tree, url)
     assert (found.step, found.data) == (3, DATA)
     jax.tree.map(np.testing.assert_array_equal, (found.parameters, found.optimizer), (tree, tree["values"]))
-    assert "digests.0.sha256" in files_under(folder_at(f"{RUN}/3"))
+    assert "digests.0.sha256" in files_under(folder_at(f"{url}/3"))
+    assert {path.name for path in bucket.iterdir()} == {"2", "3"}
 
 
 def test_one_without_its_commit_is_no_checkpoint(bucket):
@@ -63,7 +68,7 @@ def test_a_bucket_that_takes_no_files_is_one_line(bucket, monkeypatch):
     def denied(*_, **__):
         raise PermissionError(13, "403: no storage.objects.create access")
 
-    monkeypatch.setattr(type(buckets.file_system()), "open", denied)
+    monkeypatch.setattr(type(buckets.file_system(RUN)), "open", denied)
     with pytest.raises(StoreError, match=r"cannot write to gs://bucket/run/checkpoints: .*403: no storage"):
         Store(RUN, 2)
 
@@ -74,7 +79,19 @@ def test_a_url_without_a_folder_is_refused(bucket, url):
         folder_at(url)
 
 
-def test_the_package_that_is_missing_is_named(monkeypatch):
+@pytest.mark.parametrize(("url", "package", "extra"), [(RUN, "gcsfs", "gcs"), (S3, "s3fs", "s3")])
+def test_the_package_that_is_missing_is_named(monkeypatch, url, package, extra):
     monkeypatch.setattr(buckets.importlib.util, "find_spec", lambda _: None)
-    with pytest.raises(ConfigError, match=r"gs:// buckets need the package gcsfs: pip install 'rave-jax\[gcs\]'"):
-        folder_at(RUN)
+    needs = rf"{url[:2]}:// buckets need the package {package}: pip install 'rave-jax\[{extra}\]'"
+    with pytest.raises(ConfigError, match=needs):
+        folder_at(url)
+
+
+def test_tensorstore_has_the_drivers_that_orbax_is_told_of(bucket, monkeypatch):
+    monkeypatch.undo()  # Google's and Amazon's, not the stand-in
+    buckets._let_orbax_write_s3()
+    for url, driver in ((RUN, "gcs"), (S3, "s3")):
+        spec = tensorstore_utils.build_kvstore_tspec(f"{url}/1/parameters", use_ocdbt=True)
+        base = ts.KvStore.Spec(spec["base"]).to_json()
+        assert (base["driver"], base["bucket"]) == (driver, "bucket")
+        assert base["path"].rstrip("/") == "run/checkpoints/1/parameters"

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from rave_jax.batch import Patches
+from rave_jax.checkpoint.retention import Retention
 from rave_jax.checkpoint.store import Store
 from rave_jax.config import ConfigError
 from rave_jax.observe.metrics import OF_TIME, JsonlWriter, TensorBoardWriter, read_jsonl
@@ -48,12 +49,23 @@ def run(
     watchdog: Watchdog | None = None,
     stop: StopRequest | None = None,
     evaluations: StepEvaluations | None = None,
+    keep: int | Retention = 2,
+    metric: str | None = None,
 ) -> TrainState:
-    with Store(folder / "checkpoints", keep=2) as store, stop or StopRequest(poll=0.05) as stop:
+    with Store(folder / "checkpoints", keep=keep) as store, stop or StopRequest(poll=0.05) as stop:
         schedule = Schedule(STEPS, log_every=1, save_every=save_every)
         progress = ProgressReport(STEPS, 0, enabled=False)
         loop = Loop(
-            session, schedule, store, folder / "bad_step", writers, progress, watchdog or Watchdog(0), stop, evaluations
+            session,
+            schedule,
+            store,
+            folder / "bad_step",
+            writers,
+            progress,
+            watchdog or Watchdog(0),
+            stop,
+            evaluations,
+            metric=metric,
         )
         return loop.run(state, source, ROWS, lambda step: f"batch {step}")
 
@@ -117,6 +129,17 @@ def test_metrics_read_back_and_a_resumed_run_reads_as_one(session, tmp_path):
     assert without_time(read_jsonl(broken / "metrics.jsonl")) == without_time(rows)
     last, _ = restored(session, unbroken / "checkpoints")
     jax.tree.map(np.testing.assert_array_equal, resumed, last)
+
+
+@pytest.mark.parametrize("largest", [False, True])
+def test_the_best_is_kept_by_the_metric_of_its_step(session, tmp_path, largest):
+    writer = JsonlWriter(tmp_path / "metrics.jsonl", 0)
+    source, keep = RandomSource(ROWS, patches=0), Retention(1, best=1, largest=largest)
+    run(session, tmp_path, first_state(session, TEXT), source, save_every=1, writers=[writer], keep=keep, metric="loss")
+    losses = {row["step"]: row["loss"] for row in read_jsonl(tmp_path / "metrics.jsonl")}
+    best = (max if largest else min)(losses, key=losses.__getitem__)
+    with Store(tmp_path / "checkpoints", keep=1, reader=True) as store:
+        assert store.steps == sorted({best, STEPS})
 
 
 def test_a_loss_that_is_no_number_stops_with_the_state_before_it(session, tmp_path):
