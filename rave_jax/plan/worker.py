@@ -32,7 +32,7 @@ from rave_jax.plan.result import Hbm, Moved, Placed, Step
 from rave_jax.training.config import TrainConfig
 
 READY, JOB, RESULT = "ready", "job", "result"
-_WANTED = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", re.IGNORECASE)
+_WANTED = re.compile(r"HBM.*?\(?([\d.]+)([KMGT]?)\)? exceeds|Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm", re.DOTALL)
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -85,10 +85,9 @@ def compiled(job: Job, devices: list[jax.Device]) -> Step:
     try:
         executable = program.lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        wanted = _WANTED.search(str(error))
-        if wanted is None:
+        peak = wanted_bytes(str(error))
+        if peak is None:
             raise
-        peak = int(float(wanted[1]) * _UNITS[wanted[2].upper()])
         wants = dataclasses.replace(step.hbm, peak=peak, temporaries=max(0, peak - arguments))
         return dataclasses.replace(step, hbm=wants, seconds=time.perf_counter() - start)
     stats = executable.memory_analysis()
@@ -107,6 +106,19 @@ def compiled(job: Job, devices: list[jax.Device]) -> Step:
         hbm_traffic=float(hbm.hbm_bytes(module)),
         uncounted=tuple(module.uncounted),
     )
+
+
+def wanted_bytes(said: str) -> int | None:
+    """Bytes of HBM that a step wants which the compiler refuses for its size; None where it refuses for another reason.
+
+    Args:
+        said: by the compiler.
+    """
+    found = _WANTED.search(said) if "RESOURCE_EXHAUSTED" in said else None
+    if found is None:
+        return None
+    number, unit = (found[1], found[2]) if found[1] else (found[3], found[4])
+    return int(float(number) * _UNITS[unit])
 
 
 class _Lines(logging.Handler):
