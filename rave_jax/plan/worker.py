@@ -8,9 +8,11 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import os
 import pickle
 import re
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -44,12 +46,14 @@ class Job:
         config: of the run, as JSON.
         vlm: its model.
         topology: the devices.
+        parent: process that waits for the step.
         hlo: file to write the compiled module's text to, or None.
     """
 
     config: str
     vlm: VlmConfig
     topology: Topology
+    parent: int
     hlo: Path | None = None
 
 
@@ -177,9 +181,17 @@ def _moved(collectives: list[Collective], mesh: Mesh, topology: Topology) -> lis
     return [Moved(row, *ways[row.kind, row.axes, row.members, row.asynchronous]) for row in traffic(collectives)]
 
 
+def _end_with(parent: int) -> None:
+    """End this process when its parent is gone: nobody waits for the step, and a compile may take minutes."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
 def main(folder: Path) -> None:
     """Compile the job that lies in `folder`, and leave the step, or the error, beside it."""
     job: Job = pickle.loads((folder / JOB).read_bytes())
+    threading.Thread(target=_end_with, args=(job.parent,), daemon=True).start()
     several = {"num_slices": job.topology.slices} if job.topology.slices > 1 else {}
     try:
         described = topologies.get_topology_desc(platform="tpu", topology_name=job.topology.name, **several)
