@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import pickle
 import subprocess
 import tempfile
@@ -73,7 +74,7 @@ def compile_step(wanted: Wanted) -> Step:
     with tempfile.TemporaryDirectory(prefix="rave_jax_plan_") as name:
         folder = Path(name)
         hlo = None if wanted.hlo is None else wanted.hlo.absolute()
-        job = Job(configs.dumps(wanted.config), wanted.vlm, wanted.topology, hlo)
+        job = Job(configs.dumps(wanted.config), wanted.vlm, wanted.topology, os.getpid(), hlo)
         (folder / JOB).write_bytes(pickle.dumps(job))
         with _ended_with_us(folder) as process:
             _, stderr = process.communicate()

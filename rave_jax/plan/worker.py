@@ -8,9 +8,11 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import os
 import pickle
 import re
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -32,7 +34,7 @@ from rave_jax.plan.result import Hbm, Moved, Placed, Step
 from rave_jax.training.config import TrainConfig
 
 READY, JOB, RESULT = "ready", "job", "result"
-_WANTED = re.compile(r"Used ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?) hbm", re.IGNORECASE)
+_WANTED = re.compile(r"HBM.*?\(?([\d.]+)([KMGT]?)\)? exceeds|Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm", re.DOTALL)
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
@@ -44,12 +46,14 @@ class Job:
         config: of the run, as JSON.
         vlm: its model.
         topology: the devices.
+        parent: process that waits for the step.
         hlo: file to write the compiled module's text to, or None.
     """
 
     config: str
     vlm: VlmConfig
     topology: Topology
+    parent: int
     hlo: Path | None = None
 
 
@@ -85,10 +89,9 @@ def compiled(job: Job, devices: list[jax.Device]) -> Step:
     try:
         executable = program.lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        wanted = _WANTED.search(str(error))
-        if wanted is None:
+        peak = wanted_bytes(str(error))
+        if peak is None:
             raise
-        peak = int(float(wanted[1]) * _UNITS[wanted[2].upper()])
         wants = dataclasses.replace(step.hbm, peak=peak, temporaries=max(0, peak - arguments))
         return dataclasses.replace(step, hbm=wants, seconds=time.perf_counter() - start)
     stats = executable.memory_analysis()
@@ -107,6 +110,19 @@ def compiled(job: Job, devices: list[jax.Device]) -> Step:
         hbm_traffic=float(hbm.hbm_bytes(module)),
         uncounted=tuple(module.uncounted),
     )
+
+
+def wanted_bytes(said: str) -> int | None:
+    """Bytes of HBM that a step wants which the compiler refuses for its size; None where it refuses for another reason.
+
+    Args:
+        said: by the compiler.
+    """
+    found = _WANTED.search(said) if "RESOURCE_EXHAUSTED" in said else None
+    if found is None:
+        return None
+    number, unit = (found[1], found[2]) if found[1] else (found[3], found[4])
+    return int(float(number) * _UNITS[unit])
 
 
 class _Lines(logging.Handler):
@@ -165,9 +181,17 @@ def _moved(collectives: list[Collective], mesh: Mesh, topology: Topology) -> lis
     return [Moved(row, *ways[row.kind, row.axes, row.members, row.asynchronous]) for row in traffic(collectives)]
 
 
+def _end_with(parent: int) -> None:
+    """End this process when its parent is gone: nobody waits for the step, and a compile may take minutes."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
 def main(folder: Path) -> None:
     """Compile the job that lies in `folder`, and leave the step, or the error, beside it."""
     job: Job = pickle.loads((folder / JOB).read_bytes())
+    threading.Thread(target=_end_with, args=(job.parent,), daemon=True).start()
     several = {"num_slices": job.topology.slices} if job.topology.slices > 1 else {}
     try:
         described = topologies.get_topology_desc(platform="tpu", topology_name=job.topology.name, **several)

@@ -71,6 +71,9 @@ def test_a_command_is_run_by_ci_or_would_be_understood(
         case [*settings, "python", script, "--json", _] if script.startswith("benchmarks/"):
             text = (REPO / script).read_text()
             assert "--json" in text and all(setting.split("=")[0] in text for setting in settings)
+        case ["python", script, *words] if script.startswith("benchmarks/"):
+            text = (REPO / script).read_text()
+            assert [word for word in words if word.startswith("--") and f'"{word}"' not in text] == []
         case [setting, "python", *words] if setting.startswith("RAVE_JAX_TORCH_PYTHON="):
             assert shlex.join(words) in CI
         case ["python", "train.py", *words]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from rave_jax.plan import libtpu
@@ -47,3 +49,12 @@ def test_without_the_compiler_it_says_how_to_get_it(capsys, monkeypatch, repo) -
     monkeypatch.setattr(libtpu, "available", lambda: False)
     assert main((*QUICKSTART, "--topology", "v5e:2x2")) == 2
     assert "pip install 'rave-jax[tpu]'" in capsys.readouterr().err
+
+
+def test_answers_are_planned_without_the_compiler(tmp_path, capsys, monkeypatch, repo) -> None:
+    monkeypatch.chdir(repo)
+    monkeypatch.setattr(libtpu, "available", lambda: False)
+    assert main((*QUICKSTART, "--topology", "v5e:2x2", "--generation", "--json", str(tmp_path / "plan.json"))) == 0
+    told = json.loads((tmp_path / "plan.json").read_text())
+    assert told["what"] == "by formula, not compiled and not measured" and told["rows"] > 0
+    assert f"at most {told['rows']:,} at once" in capsys.readouterr().out
