@@ -152,6 +152,10 @@ class Store:
         """Finished steps, ascending."""
         return saved_step.steps_in(self.directory)
 
+    def last_saved(self) -> str:
+        """What a run that cannot write has left, in words."""
+        return _last_good(self.directory)
+
     def save(
         self, step: int, parameters: Any, optimizer: Any, data: dict[str, Any], metric: float | None = None
     ) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, Sharding, SingleDeviceSharding
+from jax.sharding import AbstractMesh, Mesh, Sharding, SingleDeviceSharding
 
 from rave_jax.families.config import VlmConfig
 from rave_jax.models.config import ModelOptions
@@ -21,7 +21,7 @@ def abstract_model(config: VlmConfig, options: ModelOptions) -> Vlm:
     return jax.eval_shape(lambda: Vlm(config, options, key=jax.random.key(0)))
 
 
-def parameter_shardings(model: Vlm, mesh: Mesh | None) -> dict[str, Sharding]:
+def parameter_shardings(model: Vlm, mesh: Mesh | AbstractMesh | None) -> dict[str, Sharding]:
     """Where each parameter goes: by the sharding rules on a mesh, else the first device."""
     params = named_parameters(model)
     if mesh is None:

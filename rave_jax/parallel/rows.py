@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from rave_jax.batch import Batch, Patches, TokenInfo
 from rave_jax.config import require
@@ -30,7 +30,7 @@ def batch_axis() -> Any:
     return Batch(**fields)
 
 
-def row_ways(mesh: Mesh) -> int:
+def row_ways(mesh: Mesh | AbstractMesh) -> int:
     """Into how many shards the mesh splits the rows."""
     return math.prod(mesh.shape[name] for name in mesh_axes("batch", mesh))
 

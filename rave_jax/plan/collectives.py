@@ -1,9 +1,10 @@
 """The collectives of a compiled TPU module: kind, mesh axes, bytes, asynchronous or not, how often.
 
 A TPU module writes an asynchronous collective in one of three ways: as a pair such as `all-gather-start` and
-`all-gather-done`; as `async-start` of a computation that holds it; or as a fusion that holds it before a call of
-`AsyncCollectiveStart`, after which fusions of other work repeat it until one ends in `AsyncCollectiveDone`. Each is
-counted once. Asynchronous means that the chip may compute meanwhile, not that it does.
+`all-gather-done`; as `async-start`, or `call-start` where sparse cores run it, of a computation that holds it; or as a
+fusion that holds it before a call of `AsyncCollectiveStart`, after which fusions of other work repeat it until one
+ends in `AsyncCollectiveDone`. Each is counted once. Asynchronous means that the chip may compute meanwhile, not that
+it does.
 
 A reduce-scatter stands as itself, or as a fusion of an all-reduce of which each chip keeps a slice.
 """
@@ -128,7 +129,7 @@ def read_collectives(text: str, mesh: Mapping[str, int]) -> list[Collective]:
 def collectives_of(module: Module, mesh: Mapping[str, int]) -> list[Collective]:
     """`read_collectives` of a module that is read already."""
     times = module.times
-    started_by = {name for caller, name in module.calls() if caller.opcode == "async-start"}
+    started_by = {name for caller, name in module.calls() if caller.opcode in ("async-start", "call-start")}
     starts = {name for name, body in module.computations.items() if any(_START in one.attributes for one in body)}
     started = {_channel(one) for name in starts for one in module.computations[name] if one.opcode in _KINDS}
     fused = {name for caller, name in module.calls() if caller.opcode == "fusion"}

@@ -191,9 +191,10 @@ def _instruction(match: re.Match[str]) -> Instruction:
 def array_bytes(kind: str) -> list[int]:
     """Bytes of each array of a type, in order, without padding of its layout."""
     return [
-        math.prod(int(n) for n in shape.split(",") if n) * _bits(dtype) // 8 for dtype, shape in _ARRAY.findall(kind)
+        math.prod(int(n) for n in shape.split(",") if n) * bits(dtype) // 8 for dtype, shape in _ARRAY.findall(kind)
     ]
 
 
-def _bits(dtype: str) -> int:
+def bits(dtype: str) -> int:
+    """Of one number."""
     return _BITS.get(dtype) or int(re.findall(r"\d+", dtype)[0])

@@ -1,4 +1,4 @@
-"""`rave-jax`: train, eval, convert, inspect, logits, generate, calibrate, look, data, study.
+"""`rave-jax`: train, eval, convert, inspect, logits, generate, calibrate, look, data, plan, study.
 
 Each subcommand imports what it needs when it runs, so that --help is quick.
 """
@@ -222,6 +222,12 @@ def _parser() -> argparse.ArgumentParser:
     data.add_argument("words", nargs=argparse.REMAINDER, metavar="CONFIG [--field.name value ...]")
     data.late = _data_flags
 
+    plan = commands.add_parser(
+        "plan", help="print what a config's step needs and moves on TPUs, from their own compiler; no TPU is needed"
+    )
+    plan.add_argument("words", nargs=argparse.REMAINDER, metavar="CONFIG [--field.name value ...]")
+    plan.late = _plan_flags
+
     study = commands.add_parser(
         "study", help="run what is missing of a study, and say what its arms' differences decide"
     )
@@ -311,6 +317,12 @@ def _dyvte_flags(parser: argparse.ArgumentParser) -> None:
 
 def _data_flags(parser: argparse.ArgumentParser) -> None:
     from rave_jax.tools.data import add_flags
+
+    add_flags(parser)
+
+
+def _plan_flags(parser: argparse.ArgumentParser) -> None:
+    from rave_jax.tools.plan import add_flags
 
     add_flags(parser)
 
@@ -430,6 +442,10 @@ def _run(arguments: argparse.Namespace) -> int:
             from rave_jax.tools.study import study_command
 
             return study_command(arguments)
+        case "plan":
+            from rave_jax.tools.plan import plan
+
+            return plan(arguments)
         case "data":
             from rave_jax.tools.data import look_at_data
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -333,7 +334,10 @@ class Loop:
         except OSError as error:
             where = error.filename or "the run directory"
             why = error.strerror or error
-            raise StoreError(f"the metrics of step {done} could not be written to {where}: {why}") from error
+            what = f"the metrics of step {done} could not be written to {where}: {why}"
+            with contextlib.suppress(StoreError):  # the save under way may still have room
+                self._store.wait()
+            raise StoreError(f"{what}; {self._store.last_saved()}") from error
 
     def _stop_bad(
         self, step: int, values: dict[str, Any], state: TrainState, source: RowSource, describe: Callable[[int], str]

@@ -73,6 +73,19 @@ class Profiler:
 
 
 @contextlib.contextmanager
+def early_signals_ignored() -> Generator[None]:
+    """Inside, SIGUSR1 does not end the process, as it would by default; for what a run does around its steps."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(SIGNAL, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(SIGNAL, before)
+
+
+@contextlib.contextmanager
 def on_signal(profiler: Profiler) -> Generator[None]:
     """Inside, SIGUSR1 asks for a profile. Outside of the main thread, where Python takes no handlers, it does not."""
     if threading.current_thread() is not threading.main_thread():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,8 +51,8 @@ from rave_jax.training.evaluations import Evaluations, part_named
 from rave_jax.training.footprint import least_activations, least_spread
 from rave_jax.training.init import model_config, source_of
 from rave_jax.training.loop import Loop, Schedule
-from rave_jax.training.meter import Meter
-from rave_jax.training.profiling import Profiler, on_signal
+from rave_jax.training.meter import Meter, Work
+from rave_jax.training.profiling import Profiler, early_signals_ignored, on_signal
 from rave_jax.training.session import Session, group_rows, make_session
 from rave_jax.training.state import ModelGraph, TrainState, parameters_of, parameters_target, state_of
 from rave_jax.training.whole import check_split
@@ -78,12 +78,17 @@ class LoadedRun(NamedTuple):
     step: int
 
 
-def train(config: TrainConfig, stop: StopRequest | None = None) -> None:
+WorkOf = Callable[[TrainConfig, VlmConfig, Session], Work | None]
+"""Finds what a step asks of the devices of a run."""
+
+
+def train(config: TrainConfig, stop: StopRequest | None = None, work_of: WorkOf | None = None) -> None:
     """Run or continue an experiment. Call `hosts.start` first.
 
     Args:
         config: what to run.
         stop: says whether the job is to end; None: it runs to its last step.
+        work_of: what MFU is reckoned with; None: no MFU is in the metrics.
 
     Raises:
         ConfigError: the config does not fit the machine, the checkpoint, the data or the run directory.
@@ -94,11 +99,22 @@ def train(config: TrainConfig, stop: StopRequest | None = None) -> None:
     stop = StopRequest() if stop is None else stop
     check_can_be_read_again(config)
     goodput = Goodput()
-    with Watchdog(config.hosts.step_timeout, stop) as watchdog, opened(config.output_dir) as directory:
-        _run(config, directory, watchdog, stop, goodput)
+    with (
+        early_signals_ignored(),
+        Watchdog(config.hosts.step_timeout, stop) as watchdog,
+        opened(config.output_dir) as directory,
+    ):
+        _run(config, directory, watchdog, stop, goodput, work_of)
 
 
-def _run(config: TrainConfig, directory: RunDirectory, watchdog: Watchdog, stop: StopRequest, goodput: Goodput) -> None:
+def _run(
+    config: TrainConfig,
+    directory: RunDirectory,
+    watchdog: Watchdog,
+    stop: StopRequest,
+    goodput: Goodput,
+    work_of: WorkOf | None,
+) -> None:
     mesh = make_mesh(config.mesh)
     with watchdog.during("the data sources to open", Watchdog.LONG):
         sources = config.data.open_sources()
@@ -138,12 +154,13 @@ def _run(config: TrainConfig, directory: RunDirectory, watchdog: Watchdog, stop:
             print_parameters(group_rows(session, config.optimizer))
         with watchdog.during("the weights to be read", Watchdog.LONG):
             state = _first_or_saved_state(config, session, directory, claim, pipeline)
+        meter = Meter(goodput, None if work_of is None else work_of(config, vlm, session))
         pushes = directory.push if hosts.is_first() else None  # metrics go with the state that they lead to
         with Store(directory.checkpoints, config.retention, saved=pushes) as store:
             if claim.past is not None:
                 evaluations.continue_after(claim.after_step)
             state = _train(
-                config, session, directory, claim, store, state, pipeline, watchdog, stop, evaluations, goodput
+                config, session, directory, claim, store, state, pipeline, watchdog, stop, evaluations, meter
             )
         model = session.model(state)
         del state  # the optimizer's part of it is not needed any more
@@ -208,7 +225,7 @@ def _train(
     watchdog: Watchdog,
     stop: StopRequest,
     evaluations: Evaluations,
-    goodput: Goodput,
+    meter: Meter,
 ) -> TrainState:
     start = claim.after_step
     first = hosts.is_first()
@@ -240,13 +257,13 @@ def _train(
             evaluations,
             packing,
             metric,
-            Meter(goodput),
+            meter,
             profiler,
         )
         ahead = Ahead(config.data.prefetch, config.data.workers, config.data.processes)
         with on_signal(profiler):
             state = loop.run(state, pipeline, config.data.rows, lambda step: _describe(config, step), ahead)
-        progress.say(goodput.line())
+        progress.say(meter.goodput.line())
         if packing is not None and (summary := packing.summary()):
             progress.say(summary)
         return state
@@ -288,9 +305,16 @@ def _writers(config: TrainConfig, directory: RunDirectory, after_step: int) -> G
             raise StoreError(f"cannot write to {error.filename or directory}: {error.strerror or error}") from error
     try:
         yield writers
-    finally:
+    except BaseException:
+        for writer in writers:
+            with contextlib.suppress(OSError):  # what is being raised says more
+                writer.close()
+        raise
+    try:
         for writer in writers:
             writer.close()
+    except OSError as error:
+        raise StoreError(f"the last metrics could not be written to {directory}: {error.strerror or error}") from error
 
 
 def _describe(config: TrainConfig, step: int) -> str:

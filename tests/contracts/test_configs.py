@@ -10,44 +10,26 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
-import jax
 import pytest
 from jax.experimental import topologies
 from jax.sharding import AbstractMesh, Mesh
 
 from rave_jax import config as machinery
-from rave_jax.batch import Batch
 from rave_jax.checkpoint.hf_import import load_config
 from rave_jax.checkpoint.tiny import Tiny
 from rave_jax.command_line import _defaults, _options
-from rave_jax.data.collate import BatchShape, empty_batch, round_up
 from rave_jax.evaluation.config import Examination
 from rave_jax.families.config import VlmConfig
-from rave_jax.families.llava.presets import llava_1_5_7b
-from rave_jax.families.qwen2_5_vl import presets
-from rave_jax.families.qwen3_vl.presets import qwen3_vl_8b
-from rave_jax.families.qwen3_vl_moe.presets import qwen3_vl_30b_a3b
 from rave_jax.kernels.support import SMALL
-from rave_jax.models.vlm import Vlm
 from rave_jax.parallel.mesh import MeshConfig, abstract_mesh, make_mesh
-from rave_jax.parallel.rows import batch_axis, batch_shardings
-from rave_jax.parallel.sharding import use_mesh
+from rave_jax.plan.models import model_of
+from rave_jax.plan.program import largest_row, train_program
 from rave_jax.study.config import Study
 from rave_jax.training.config import TrainConfig
 from rave_jax.training.init import FromHF, prepare
-from rave_jax.training.session import make_session
-from rave_jax.training.whole import check_split
 
 REPO = Path(__file__).resolve().parents[2]
 FILES = sorted(p for p in (REPO / "configs").glob("*.py") if "def get_config(" in p.read_text())
-# Released checkpoints that configs name: their shapes are known, their weights are not needed to lower a step.
-RELEASED = {
-    "Qwen2.5-VL-3B-Instruct": presets.qwen2_5_vl_3b,
-    "Qwen2.5-VL-7B-Instruct": presets.qwen2_5_vl_7b,
-    "Qwen3-VL-8B-Instruct": qwen3_vl_8b,
-    "Qwen3-VL-30B-A3B-Instruct": qwen3_vl_30b_a3b,
-    "llava-1.5-7b-hf": llava_1_5_7b,
-}
 DEVICES = 8
 """Devices of a config that takes as many as there are."""
 
@@ -132,28 +114,7 @@ def model_config(init: FromHF | Tiny) -> VlmConfig:
         with tempfile.TemporaryDirectory() as folder:
             prepare(init, Path(folder) / "model")
             return load_config(Path(folder) / "model")[0]
-    name = Path(init.path).name
-    assert name in RELEASED, f"{name}: tell this test its shapes (RELEASED), or name a checkpoint whose shapes it knows"
-    return RELEASED[name]()
-
-
-def largest_row(config: TrainConfig) -> tuple[int, int]:
-    """Most tokens and patches of a row, over all stages."""
-    data = config.data
-    tokens = [data.tokens if stage.tokens is None else stage.tokens for stage in data.stages]
-    return max(tokens), max(data.patches if stage.patches is None else stage.patches for stage in data.stages)
-
-
-def abstract_batch(config: TrainConfig, vlm: VlmConfig) -> Batch:
-    """Shapes of the global batch; only one row of it is made."""
-    tokens, patches = largest_row(config)
-    sizes = vlm.patch_sizes
-    row = empty_batch(BatchShape(1, tokens, round_up(patches, sizes.window)), sizes.numbers, sizes.mixed)
-
-    def widen(axis: int, x: jax.Array) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((*x.shape[:axis], config.data.rows, *x.shape[axis + 1 :]), x.dtype)
-
-    return jax.tree.map(widen, batch_axis(), row)
+    return model_of(init)[0]
 
 
 LOWERED = ("synthetic_all", "qwen2_5_vl_7b_rave_sft")
@@ -175,19 +136,7 @@ def test_a_config_lowers_to_a_sharded_tpu_program(path: Path) -> None:
 
 def lowered_on(config: TrainConfig, mesh: Mesh | AbstractMesh) -> str:
     """The train step as the TPU would get it, as text."""
-    vlm = model_config(config.init)
-    with use_mesh(mesh):
-        model = jax.eval_shape(lambda key: Vlm(vlm, config.model, key=key), jax.random.key(0))
-        session = make_session(
-            model, config.optimizer, mesh, steps=config.steps, rows=config.data.rows, loss_chunk=config.loss_chunk
-        )
-        check_split(session.graph.shapes, session.graph.axes, mesh, allow=config.mesh.allow_whole)
-        batch = jax.tree.map(
-            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-            abstract_batch(config, vlm),
-            batch_shardings(mesh, config.data.rows),
-        )
-        lowered = session.step.trace(session.state, batch).lower(lowering_platforms=("tpu",))
+    lowered = train_program(config, model_config(config.init), mesh).lowered
     state, metrics = lowered.out_info
     assert state.step.shape == metrics.loss.shape == ()
     return lowered.as_text()
@@ -198,8 +147,6 @@ def lowered_on(config: TrainConfig, mesh: Mesh | AbstractMesh) -> str:
 def test_the_released_config_lowers_on_real_chips(topology: str, slices: int, monkeypatch) -> None:
     """On the devices that libtpu describes, one slice and two. tests/parallel lays out meshes of every chip."""
     monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")
-    # These devices compute nothing, and constants of the trace must not be put on them.
-    monkeypatch.setattr(jax, "set_mesh", lambda mesh: jax.sharding.use_abstract_mesh(mesh.abstract_mesh))
     several = {"num_slices": slices} if slices > 1 else {}
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology, **several).devices
     config = machinery.load_file(REPO / "configs" / "qwen2_5_vl_7b_rave_sft.py")

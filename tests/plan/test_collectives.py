@@ -37,6 +37,26 @@ def test_every_collective_is_found_once(found: list[Collective]) -> None:
     assert the(found, "all-gather", "fsdp").where == "layer/mlp"
 
 
+SPARSE_CORES = """
+%gather (x: bf16[16,8]) -> bf16[32,8] {
+  %x = bf16[16,8]{1,0} parameter(0)
+  ROOT %all-gather = bf16[32,8]{1,0} all-gather(%x), channel_id=1, replica_groups={{0,2},{1,3}}, dimensions={0}
+}, execution_thread="sparsecore"
+
+ENTRY %main (weight: bf16[16,8]) -> bf16[32,8] {
+  %weight = bf16[16,8]{1,0} parameter(0)
+  %start = ((), (), (s32[1]{0})) call-start(), async_execution_thread="sparsecore", to_apply=%gather
+  %update = ((bf16[16,8]{1,0}), bf16[32,8]{1,0}) call-update(%start, %weight)
+  ROOT %done = bf16[32,8]{1,0} call-done(%update)
+}
+"""
+
+
+def test_what_sparse_cores_run_is_asynchronous() -> None:
+    (one,) = read_collectives(SPARSE_CORES, MESH)
+    assert (one.kind, one.axes, one.asynchronous, one.times) == ("all-gather", ("fsdp",), True, 1)
+
+
 def test_bytes_are_those_that_a_chip_sends_round_a_ring(found: list[Collective]) -> None:
     gather = the(found, "all-gather", "fsdp")
     assert (gather.size, gather.sent, gather.sent_in_all) == (128 * 8 * 2, 128 * 8, 27 * 128 * 8)

@@ -18,7 +18,7 @@ import pytest
 
 from rave_jax.batch import Patches
 from rave_jax.checkpoint.retention import Retention
-from rave_jax.checkpoint.store import Store
+from rave_jax.checkpoint.store import Store, StoreError
 from rave_jax.config import ConfigError
 from rave_jax.observe.metrics import OF_TIME, JsonlWriter, TensorBoardWriter, read_jsonl
 from rave_jax.observe.progress import ProgressReport
@@ -312,3 +312,21 @@ def test_a_signal_during_an_evaluation_ends_it_and_saves(session, tmp_path):
         run(session, tmp_path / "again", state, source, save_every=100, evaluations=evaluations)
     assert evaluations.ran == [2, 2] and len(went_on) < 900
     assert not list((tmp_path / "again").glob("checkpoints/*"))
+
+
+def test_metrics_that_cannot_be_written_end_the_run_with_the_step_that_is_saved(session, tmp_path):
+    class Full:
+        def write(self, step, values):
+            if step == 4:
+                raise OSError(28, "No space left on device", "metrics.jsonl")
+
+        def close(self):
+            """Nothing is open."""
+
+    expected = (
+        r"metrics of step 4 could not be written to metrics.jsonl: No space left on device; the last step that is"
+    )
+    with pytest.raises(StoreError, match=rf"{expected} saved is 3, and the same command continues after it"):
+        run(
+            session, tmp_path, first_state(session, TEXT), RandomSource(ROWS, patches=0), save_every=3, writers=[Full()]
+        )

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 
 import jax
 import pytest
 
-from rave_jax.training.profiling import SIGNAL, Profile, Profiler, on_signal
+from rave_jax.training.profiling import SIGNAL, Profile, Profiler, early_signals_ignored, on_signal
 
 
 @pytest.fixture
@@ -36,3 +37,13 @@ def test_a_signal_profiles_the_next_steps_and_the_end_ends_it(tmp_path, traced):
         profiler.before(2)
         profiler.before(3)
     assert traced == [str(tmp_path / "2"), "end"]
+
+
+def test_a_signal_before_the_first_step_ends_nothing(tmp_path, traced):
+    before = signal.getsignal(SIGNAL)
+    with early_signals_ignored():
+        os.kill(os.getpid(), SIGNAL)
+        with on_signal(Profiler(Profile(first=0), tmp_path, print)):
+            pass
+        os.kill(os.getpid(), SIGNAL)
+    assert signal.getsignal(SIGNAL) == before and not traced

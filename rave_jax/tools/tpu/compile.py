@@ -8,17 +8,13 @@ in the next process.
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
-import os
 import pickle
-import re
-import subprocess
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rave_jax.plan.libtpu import INSTALL, CompilerUnavailable, available, ending, last_words, start
 from rave_jax.tools.tpu import dumps
 from rave_jax.tools.tpu.result import Compiled
 
@@ -29,10 +25,6 @@ READY = "ready"
 """File that a worker writes when it has found its compiler."""
 
 _WORKER = "rave_jax.tools.tpu.worker"
-
-
-class CompilerUnavailable(RuntimeError):
-    """libtpu is not installed, or does not start."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,11 +52,6 @@ class Job:
     hlo: bool
     dumps: Path
     limit: float
-
-
-def available() -> bool:
-    """Whether libtpu is installed here. `pip install jax[tpu]` brings the one that belongs to a jax."""
-    return importlib.util.find_spec("libtpu") is not None
 
 
 def compile_cases(
@@ -95,7 +82,7 @@ def compile_cases(
     if len({case.name for case in cases}) != len(cases):
         raise ValueError("two cases have one name")
     if not available():
-        raise CompilerUnavailable("libtpu is not installed: pip install 'jax[tpu]'")
+        raise CompilerUnavailable(INSTALL)
     results: dict[str, Compiled] = {}
     left = tuple(cases)
     while left:
@@ -116,28 +103,13 @@ def _run(job: Job, folder: Path, flags: str) -> tuple[dict[str, Compiled], str]:
     """What one process got done, and how it ended."""
     job.dumps.mkdir()
     (folder / "job").write_bytes(pickle.dumps(job))
-    env = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "JAX_ENABLE_COMPILATION_CACHE": "false",  # a program from a cache leaves no dumps
-        "LIBTPU_INIT_ARGS": f"{os.environ.get('LIBTPU_INIT_ARGS', '')} {flags}".strip(),
-        # Without it the second of two processes at once fails: libtpu takes the machine's TPU for its own by a lock
-        # file, and there is none here to fight over.
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
-        # Else libtpu asks a metadata server of Google's cloud what it runs on, for minutes.
-        "TPU_SKIP_MDS_QUERY": "1",
-        "TPU_ACCELERATOR_TYPE": "v5litepod-8",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-    }
-    command = [sys.executable, "-m", _WORKER, str(folder)]
-    process = subprocess.run(command, env=env, capture_output=True, text=True, errors="replace")
-    fatal = re.findall(r"^F\d{4} .*", process.stderr, re.MULTILINE)  # what libtpu says before it aborts
-    said = fatal[0] if fatal else process.stderr.strip()[-2000:]
+    process = start(_WORKER, [str(folder)], flags)
+    _, stderr = process.communicate()
+    said = last_words(stderr)
     if not (folder / READY).exists():
         raise CompilerUnavailable(f"libtpu does not start for {job.topology}: {said}")
     done = {}
     for number, case in enumerate(job.cases):
         if (file := folder / f"{number}.result").exists():
             done[case.name] = pickle.loads(file.read_bytes())
-    ended = f"signal {-process.returncode}" if process.returncode < 0 else f"code {process.returncode}"
-    return done, f"the compiling process ended with {ended}: {said}"
+    return done, f"the compiling process ended with {ending(process.returncode)}: {said}"

@@ -1,0 +1,158 @@
+"""Changes of a config that make its step fit: each is compiled before it is named."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+from rave_jax.config import ConfigError
+from rave_jax.parallel.mesh import MeshConfig, abstract_mesh
+from rave_jax.parallel.rows import row_ways
+from rave_jax.plan.chips import Topology
+from rave_jax.plan.compile import AT_ONCE, Wanted, compile_steps
+from rave_jax.plan.result import Step
+from rave_jax.training.algorithms import AdamW
+from rave_jax.training.config import TrainConfig
+
+ENOUGH = 3
+MOST_TRIED = 9
+
+
+@dataclasses.dataclass(frozen=True)
+class Change:
+    """A change that fits.
+
+    Args:
+        flags: what to add to the command line.
+        why: what it gives up.
+        step: as it compiled.
+    """
+
+    flags: str
+    why: str
+    step: Step
+
+    def line(self, topology: Topology) -> str:
+        """In one line."""
+        share = self.step.hbm.peak / topology.chip.hbm
+        return f"{self.flags}: {self.step.hbm.peak / 2**30:.2f} GiB of a chip, {share:.0%} ({self.why})"
+
+    def as_json(self) -> dict[str, Any]:
+        """As plain values."""
+        return {"flags": self.flags, "gives_up": self.why, "hbm_peak_bytes_per_chip": self.step.hbm.peak}
+
+
+def changes_that_fit(wanted: Wanted) -> list[Change]:
+    """The first changes that fit, at most `ENOUGH`, in the order of what they cost a run."""
+    found: list[Change] = []
+    candidates = list(candidate_changes(wanted.config, wanted.topology.devices))[:MOST_TRIED]
+    for start in range(0, len(candidates), AT_ONCE):
+        some = candidates[start : start + AT_ONCE]
+        steps = compile_steps([dataclasses.replace(wanted, config=config, hlo=None) for _, _, config in some])
+        for (flags, why, _), step in zip(some, steps, strict=True):
+            if isinstance(step, Step) and step.fits:
+                found.append(Change(flags, why, step))
+        if len(found) >= ENOUGH:
+            break
+    return found[:ENOUGH]
+
+
+def candidate_changes(config: TrainConfig, devices: int) -> Iterator[tuple[str, str, TrainConfig]]:
+    """(flags, what they give up, the changed config), what costs a run least first; then some of them together.
+
+    Args:
+        config: that does not fit.
+        devices: of the topology.
+    """
+    single = [make(config, devices) for make in (_remat, _accumulation, _moments, _mesh)]
+    for changes in single:
+        yield from changes
+    together = config
+    flags, whys = [], []
+    for make in (_remat, _accumulation_most, _smallest_moments):
+        for one, why, changed in make(together, devices):
+            together = changed
+            flags.append(one)
+            whys.append(why)
+    if len(flags) > 1:
+        yield " ".join(flags), "; ".join(whys), together
+
+
+def _remat(config: TrainConfig, _: int) -> Iterator[tuple[str, str, TrainConfig]]:
+    if config.model.remat != "full":
+        model = dataclasses.replace(config.model, remat="full")
+        yield "--model.remat full", "layers are computed again in the backward pass", _with(config, model=model)
+
+
+def _accumulation(config: TrainConfig, devices: int) -> Iterator[tuple[str, str, TrainConfig]]:
+    ways = _row_ways(config, devices)
+    for factor in (2, 4):
+        count = config.optimizer.accumulation * factor
+        if ways and config.data.rows % (ways * count) == 0:
+            optimizer = dataclasses.replace(config.optimizer, accumulation=count)
+            why = f"{count} micro-batches of {config.data.rows // count} rows, and gradients kept between them"
+            yield f"--optimizer.accumulation {count}", why, _with(config, optimizer=optimizer)
+    fewer = config.data.rows // 2
+    if ways and fewer and fewer % (ways * config.optimizer.accumulation) == 0:
+        data = dataclasses.replace(config.data, rows=fewer)
+        yield f"--data.rows {fewer}", "half the rows in a step", _with(config, data=data)
+
+
+def _accumulation_most(config: TrainConfig, devices: int) -> Iterator[tuple[str, str, TrainConfig]]:
+    found = [one for one in _accumulation(config, devices) if "accumulation" in one[0]]
+    yield from found[-1:]
+
+
+def _moments(config: TrainConfig, _: int) -> Iterator[tuple[str, str, TrainConfig]]:
+    algorithm = config.optimizer.algorithm
+    if not isinstance(algorithm, AdamW):
+        return
+    name = "--optimizer.algorithm"
+    if algorithm.first_moment == "float32":
+        changed = dataclasses.replace(algorithm, first_moment="bfloat16")
+        optimizer = dataclasses.replace(config.optimizer, algorithm=changed)
+        why = "the mean of gradients has 8 bits of precision"
+        yield f"{name}.first-moment bfloat16", why, _with(config, optimizer=optimizer)
+    if "8-bit" not in (algorithm.first_moment, algorithm.second_moment):
+        changed = dataclasses.replace(algorithm, first_moment="8-bit", second_moment="8-bit")
+        optimizer = dataclasses.replace(config.optimizer, algorithm=changed)
+        why = "both moments are kept in blocks of 8-bit numbers"
+        yield f"{name}.first-moment 8-bit {name}.second-moment 8-bit", why, _with(config, optimizer=optimizer)
+
+
+def _smallest_moments(config: TrainConfig, devices: int) -> Iterator[tuple[str, str, TrainConfig]]:
+    yield from list(_moments(config, devices))[-1:]
+
+
+def _mesh(config: TrainConfig, devices: int) -> Iterator[tuple[str, str, TrainConfig]]:
+    """More parameters split, and fewer copies: all devices on fsdp, or twice the tensor ways."""
+    mesh = config.mesh
+    if mesh.data > 1:
+        changed = dataclasses.replace(mesh, data=1, fsdp=-1)
+        yield from _if_it_divides(config, changed, devices, "--mesh.data 1 --mesh.fsdp -1", "no copies of parameters")
+    tensor = max(mesh.tensor, 1) * 2
+    changed = dataclasses.replace(mesh, fsdp=-1, tensor=tensor, data=1)
+    flags = f"--mesh.data 1 --mesh.fsdp -1 --mesh.tensor {tensor}"
+    yield from _if_it_divides(config, changed, devices, flags, "more sums between chips in every layer")
+
+
+def _if_it_divides(
+    config: TrainConfig, mesh: MeshConfig, devices: int, flags: str, why: str
+) -> Iterator[tuple[str, str, TrainConfig]]:
+    changed = _with(config, mesh=mesh)
+    ways = _row_ways(changed, devices)
+    if ways and config.data.rows % (ways * config.optimizer.accumulation) == 0:
+        yield flags, why, changed
+
+
+def _row_ways(config: TrainConfig, devices: int) -> int:
+    """Shards of rows, or 0 where the mesh does not fit the devices."""
+    try:
+        return row_ways(abstract_mesh(config.mesh, devices))
+    except ConfigError:
+        return 0
+
+
+def _with(config: TrainConfig, **fields: Any) -> TrainConfig:
+    return dataclasses.replace(config, **fields)

@@ -1,0 +1,84 @@
+"""The train step of a config over devices that need not exist: the training's own session, from shapes alone."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh
+
+from rave_jax.batch import Batch
+from rave_jax.checkpoint.target import abstract_model
+from rave_jax.data.collate import BatchShape, empty_batch, round_up
+from rave_jax.families.config import VlmConfig
+from rave_jax.parallel.rows import batch_axis, batch_shardings
+from rave_jax.parallel.sharding import use_mesh
+from rave_jax.training.config import TrainConfig
+from rave_jax.training.session import Session, make_session
+from rave_jax.training.whole import check_split
+
+
+class Program(NamedTuple):
+    """A step that can be compiled.
+
+    Fields:
+        session: of the run.
+        batch: shapes of the batch, with shardings.
+        lowered: the step.
+    """
+
+    session: Session
+    batch: Batch
+    lowered: Any
+
+
+def largest_row(config: TrainConfig) -> tuple[int, int]:
+    """Most tokens and patches of a row, over all stages."""
+    data = config.data
+    tokens = [data.tokens if stage.tokens is None else stage.tokens for stage in data.stages]
+    return max(tokens), max(data.patches if stage.patches is None else stage.patches for stage in data.stages)
+
+
+def abstract_batch(config: TrainConfig, vlm: VlmConfig) -> Batch:
+    """Shapes of the global batch with the largest rows; only one row of it is made."""
+    tokens, patches = largest_row(config)
+    sizes = vlm.patch_sizes
+    row = empty_batch(BatchShape(1, tokens, round_up(patches, sizes.window)), sizes.numbers, sizes.mixed)
+
+    def widen(axis: int, x: jax.Array) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((*x.shape[:axis], config.data.rows, *x.shape[axis + 1 :]), x.dtype)
+
+    return jax.tree.map(widen, batch_axis(), row)
+
+
+def train_program(config: TrainConfig, vlm: VlmConfig, mesh: Any) -> Program:
+    """The step of a run with these shapes, lowered for TPUs.
+
+    Args:
+        config: of the run.
+        vlm: its model.
+        mesh: over the devices of a topology, or abstract.
+
+    Raises:
+        ConfigError: what `make_session` raises, or the mesh does not split large parameters.
+    """
+    # The devices of a topology compute nothing, so that constants of the trace must not be put on them.
+    with use_mesh(mesh.abstract_mesh if isinstance(mesh, Mesh) else mesh):
+        session = make_session(
+            abstract_model(vlm, config.model),
+            config.optimizer,
+            mesh,
+            steps=config.steps,
+            rows=config.data.rows,
+            loss_chunk=config.loss_chunk,
+            z_loss=config.z_loss,
+        )
+        check_split(session.graph.shapes, session.graph.axes, mesh, allow=config.mesh.allow_whole)
+        batch = jax.tree.map(
+            lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+            abstract_batch(config, vlm),
+            batch_shardings(mesh, config.data.rows),
+        )
+        step: Any = session.step  # under jit
+        lowered = step.trace(session.state, batch).lower(lowering_platforms=("tpu",))
+    return Program(session, batch, lowered)

@@ -1,0 +1,50 @@
+"""Changes that are tried for a config that does not fit; what is compiled of them is in test_compile.py."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from rave_jax.command_line import override
+from rave_jax.data.config import DataConfig
+from rave_jax.models.config import ModelOptions
+from rave_jax.parallel.mesh import MeshConfig
+from rave_jax.plan.changes import candidate_changes
+from rave_jax.training.algorithms import Adafactor
+from rave_jax.training.config import TrainConfig
+
+CONFIG = TrainConfig(data=DataConfig(rows=64), mesh=MeshConfig(data=2, fsdp=-1, tensor=2))
+
+
+def test_each_change_is_what_its_flags_say() -> None:
+    found = list(candidate_changes(CONFIG, 16))
+    assert len(found) >= 5
+    for flags, why, changed in found:
+        assert override(CONFIG, flags.split()) == changed
+        assert changed != CONFIG and why
+
+
+def test_what_costs_least_comes_first_and_all_kinds_are_tried() -> None:
+    flags = [flags for flags, _, _ in candidate_changes(CONFIG, 16)]
+    assert flags[0] == "--model.remat full"
+    for part in (
+        "accumulation 2",
+        "data.rows 32",
+        "first-moment bfloat16",
+        "second-moment 8-bit",
+        "mesh.data 1",
+        "mesh.tensor 4",
+    ):
+        assert any(part in one for one in flags), part
+    assert flags[-1].count("--") == 4, "the last are several together"
+
+
+def test_nothing_is_tried_that_is_so_already_or_that_rows_do_not_divide() -> None:
+    config = dataclasses.replace(
+        CONFIG,
+        model=ModelOptions(remat="full"),
+        data=DataConfig(rows=8),
+        optimizer=dataclasses.replace(CONFIG.optimizer, algorithm=Adafactor()),
+        mesh=MeshConfig(fsdp=8, tensor=2),
+    )
+    flags = [flags for flags, _, _ in candidate_changes(config, 16)]
+    assert flags == ["--mesh.data 1 --mesh.fsdp -1 --mesh.tensor 4"]
