@@ -82,7 +82,7 @@ class OptimizerConfig:
     """A moving average of the trained parameters, or None."""
     offload: bool = False
     """Keep optimizer state and average in the hosts' memory between steps? Each step moves them to the devices and
-    back. No number of a run depends on it."""
+    back, and its update holds all of them at once. No number of a run depends on it."""
     accumulation: int = 1
     """Micro-batches of one step; the result is that of the whole batch, but for the loss of routers of experts, which
     is of each micro-batch."""
