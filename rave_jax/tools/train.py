@@ -9,6 +9,7 @@ from rave_jax.command_line import load_command_line
 from rave_jax.observe.messages import plain_messages
 from rave_jax.parallel import hosts
 from rave_jax.parallel.stopping import StopRequest
+from rave_jax.plan.work import work_of
 from rave_jax.tools.job import run_job
 from rave_jax.training.config import TrainConfig
 from rave_jax.training.run import train
@@ -23,6 +24,6 @@ def main(argv: Sequence[str], prog: str = "train.py") -> int:
         if hosts.is_first():
             # How devices are laid out and which kernels serve attention, each with its reason.
             logging.getLogger("rave_jax").setLevel(logging.INFO)
-        train(config, stop)
+        train(config, stop, work_of)
 
     return run_job(prog, config.hosts, config.simulated_devices, work)
