@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_args, get_type_hints
 
 import pytest
 
@@ -134,7 +134,9 @@ def field_exists(dotted: str) -> bool:
         if part not in fields:
             return False
         default = fields[part].default_factory
-        cls = default if isinstance(default, type) else type(None)
+        # A part that may be absent has the fields of its class.
+        named = [kind for kind in get_args(get_type_hints(cls)[part]) if dataclasses.is_dataclass(kind)]
+        cls = default if isinstance(default, type) else next(iter(named), type(None))
     return True
 
 
