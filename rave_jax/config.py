@@ -45,12 +45,14 @@ class _Short(reprlib.Repr):
 
 
 MOST_BYTES = 40
+MOST_SHOWN = 1500
 _short = _Short(maxlevel=6, maxstring=200, maxother=1000, maxlist=40, maxtuple=40, maxdict=40, maxlong=500)
 
 
 def shown(value: object) -> str:
     """A value as an error shows it: in a line of readable length, however large or deeply nested it is."""
-    return _short.repr(value)
+    text = _short.repr(value)
+    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}..."
 
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/")

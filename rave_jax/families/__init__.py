@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import importlib.util
+from collections.abc import Callable
 
 from rave_jax.config import ConfigError
 from rave_jax.families.base import Family, Original, TensorRule
+from rave_jax.families.config import VlmConfig
 from rave_jax.families.hf import HfConfig
 
-__all__ = ["FAMILIES", "Family", "TensorRule", "family_for", "family_named", "original_of"]
+__all__ = ["FAMILIES", "Family", "TensorRule", "family_for", "family_named", "original_of", "released"]
 
 FOLDERS = (
     "qwen2_5_vl",
@@ -47,6 +50,13 @@ def family_named(model_type: str) -> Family:
     if model_type not in FAMILIES:
         raise ConfigError(f"family is {model_type!r}, expected {' or '.join(map(repr, FAMILIES))}")
     return FAMILIES[model_type]
+
+
+def released() -> dict[str, Callable[[], VlmConfig]]:
+    """Folder name of a released checkpoint -> its shapes: what the presets of all families know."""
+    presets = (f"{__name__}.{name}.presets" for name in FOLDERS)
+    modules = (importlib.import_module(name) for name in presets if importlib.util.find_spec(name) is not None)
+    return {name: shapes for module in modules for name, shapes in getattr(module, "RELEASED", {}).items()}
 
 
 def original_of(hf_config: HfConfig) -> Original | None:

@@ -111,6 +111,8 @@ class Liveness:
                 self._send(peer, BYE + b"\n")
                 with contextlib.suppress(OSError):
                     peer.connection.close()
+            if self._server is not None:
+                self._server.close()
 
     def _add(self, connection: socket.socket, name: str) -> None:
         connection.setblocking(False)

@@ -12,7 +12,7 @@ has not stopped in time.
 from __future__ import annotations
 
 import os
-import select
+import selectors
 import signal
 import sys
 import threading
@@ -149,8 +149,15 @@ class StopRequest:
             raise Interrupted(f"{self.asked}: stopped; the same command starts or continues the run", self.exit_code)
 
     def _watch(self) -> None:
+        # Not `select.select`, which fails where a process has 1,024 files open, as one that reads data may.
+        ready = selectors.DefaultSelector()
+        ready.register(self._pipe[0], selectors.EVENT_READ)
+        with ready:
+            self._watch_pipe(ready)
+
+    def _watch_pipe(self, ready: selectors.BaseSelector) -> None:
         while not self._closed.is_set():
-            if select.select([self._pipe[0]], [], [], self._poll)[0]:
+            if ready.select(self._poll):
                 for number in os.read(self._pipe[0], 64):
                     self._hear(number)
             if self._closed.is_set():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import resource
 import signal
 import time
 
@@ -36,6 +38,20 @@ def test_where_nothing_is_left_to_save_a_signal_interrupts_at_once(name, capfd):
     assert stopped.value.exit_code == EXIT_CODES[name]
     assert signal.getsignal(getattr(signal, name)) == before
     assert f"{name}: stopping; this takes at most 300 s (waits for the weights to be read)" in capfd.readouterr().err
+
+
+def test_a_signal_is_heard_by_a_process_that_has_many_files_open():
+    """A number of a file from 1,024 on is more than `select` takes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(4096, hard), hard))
+    with contextlib.ExitStack() as files:
+        files.callback(resource.setrlimit, resource.RLIMIT_NOFILE, (soft, hard))
+        while (file := files.enter_context(open(os.devnull, "rb"))).fileno() < 1024:
+            pass
+        with StopRequest(poll=0.02), pytest.raises(Interrupted, match="SIGTERM: stopped"):
+            tell("SIGTERM")
+            time.sleep(30)
+    assert file.closed
 
 
 def test_the_signal_that_wakes_the_main_thread_may_come_late(monkeypatch):

@@ -12,9 +12,10 @@ from rave_jax.attention import Rave
 from rave_jax.checkpoint.target import abstract_model
 from rave_jax.checkpoint.tiny import Tiny, tiny_config
 from rave_jax.data.config import DataConfig
+from rave_jax.families import released
 from rave_jax.models.config import ModelOptions
 from rave_jax.plan.flops import StepFlops, step_flops
-from rave_jax.plan.models import RELEASED, model_of
+from rave_jax.plan.models import model_of
 from rave_jax.training.config import TrainConfig
 from rave_jax.training.init import FromHF
 from rave_jax.training.state import ModelGraph
@@ -92,6 +93,6 @@ def test_a_released_model_whose_file_was_not_at_hand_has_its_published_size() ->
 
 
 def test_shapes_are_those_of_the_file_where_there_is_one(tmp_path) -> None:
-    assert model_of(FromHF("nowhere/Qwen3-VL-8B-Instruct"))[0] == RELEASED["Qwen3-VL-8B-Instruct"]()
+    assert model_of(FromHF("nowhere/Qwen3-VL-8B-Instruct"))[0] == released()["Qwen3-VL-8B-Instruct"]()
     config = dataclasses.replace(TrainConfig(), init=Tiny())
     assert model_of(config.init) == (VLM, "the config's own sizes")

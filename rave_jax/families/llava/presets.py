@@ -57,3 +57,10 @@ def llava_1_5_7b() -> VlmConfig:
 def llava_1_5_13b() -> VlmConfig:
     """llava-1.5-13b-hf."""
     return _vicuna(5120, 13824, 40, 40)
+
+
+RELEASED = {
+    "llava-1.5-7b-hf": llava_1_5_7b,
+    "llava-1.5-13b-hf": llava_1_5_13b,
+}
+"""Folder name of a released checkpoint -> its shapes."""

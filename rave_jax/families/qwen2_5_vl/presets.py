@@ -1,12 +1,15 @@
 """Configs by name: the released Qwen2.5-VL sizes whose config.json we have read, and tiny ones.
 
 3B and 7B repeat the `config.json` of Qwen/Qwen2.5-VL-3B-Instruct and Qwen/Qwen2.5-VL-7B-Instruct; a test compares
-them with the files. 32B and 72B are left out: their files were not at hand, and `family_for(config).parse` reads them.
+them with the files. The file of 72B was not at hand: its sizes are those of its report and serve to plan with. 32B is
+left out. `family_for(config).parse` reads the files of all.
 """
 
 from __future__ import annotations
 
-from rave_jax.families.config import TextConfig, VlmConfig
+import dataclasses
+
+from rave_jax.families.config import TextConfig, VlmConfig, tower_of
 from rave_jax.families.qwen2_5_vl.config import MODEL_TYPE, VisionConfig
 from rave_jax.families.shared.grids.hf import EOS_ID, MARKER_IDS
 from rave_jax.families.shared.grids.tiny import mrope_thirds, tiny_model
@@ -68,6 +71,16 @@ def qwen2_5_vl_7b() -> VlmConfig:
     return _released(text, 3584)
 
 
+def qwen2_5_vl_72b() -> VlmConfig:
+    """Qwen2.5-VL-72B-Instruct, by its published sizes; its config.json was not at hand."""
+    model = qwen2_5_vl_7b()
+    text = dataclasses.replace(
+        model.text, hidden_size=8192, num_layers=80, num_heads=64, num_kv_heads=8, mlp_size=29568
+    )
+    tower = dataclasses.replace(tower_of(model, VisionConfig), out_size=8192, mlp_size=3456)
+    return dataclasses.replace(model, text=text, vision=tower)
+
+
 def tiny(
     *,
     vocab_size: int = 512,
@@ -106,3 +119,11 @@ def tiny(
         mrope_section=mrope_thirds(half, (half + 1) // 3),
         tie_embeddings=tie_embeddings,
     )
+
+
+RELEASED = {
+    "Qwen2.5-VL-3B-Instruct": qwen2_5_vl_3b,
+    "Qwen2.5-VL-7B-Instruct": qwen2_5_vl_7b,
+    "Qwen2.5-VL-72B-Instruct": qwen2_5_vl_72b,
+}
+"""Folder name of a released checkpoint -> its shapes."""

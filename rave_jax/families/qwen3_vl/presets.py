@@ -84,3 +84,12 @@ def tiny(
         qk_norm=True,
         tie_embeddings=tie_embeddings,
     )
+
+
+RELEASED = {
+    "Qwen3-VL-2B-Instruct": qwen3_vl_2b,
+    "Qwen3-VL-4B-Instruct": qwen3_vl_4b,
+    "Qwen3-VL-8B-Instruct": qwen3_vl_8b,
+    "Qwen3-VL-32B-Instruct": qwen3_vl_32b,
+}
+"""Folder name of a released checkpoint -> its shapes."""

@@ -33,3 +33,10 @@ def qwen3_vl_30b_a3b() -> VlmConfig:
 def qwen3_vl_235b_a22b() -> VlmConfig:
     """Qwen3-VL-235B-A22B-Instruct."""
     return _released(4096, 94, 64, 12288, 1536)
+
+
+RELEASED = {
+    "Qwen3-VL-30B-A3B-Instruct": qwen3_vl_30b_a3b,
+    "Qwen3-VL-235B-A22B-Instruct": qwen3_vl_235b_a22b,
+}
+"""Folder name of a released checkpoint -> its shapes."""
