@@ -14,9 +14,7 @@ from rave_jax.families.config import VlmConfig
 from rave_jax.parallel.rows import batch_axis, batch_shardings
 from rave_jax.parallel.sharding import use_mesh
 from rave_jax.training.config import TrainConfig
-from rave_jax.training.session import Session, make_session
-from rave_jax.training.splits import check_splits
-from rave_jax.training.whole import check_split
+from rave_jax.training.session import Session, session_of
 
 
 class Program(NamedTuple):
@@ -61,22 +59,11 @@ def train_program(config: TrainConfig, vlm: VlmConfig, mesh: Any) -> Program:
         mesh: over the devices of a topology, or abstract.
 
     Raises:
-        ConfigError: what `check_splits` and `make_session` raise, or the mesh does not split large parameters.
+        ConfigError: what `session_of` raises.
     """
     # The devices of a topology compute nothing, so that constants of the trace must not be put on them.
     with use_mesh(mesh.abstract_mesh if isinstance(mesh, Mesh) else mesh):
-        model = abstract_model(vlm, config.model)
-        check_splits(config, model, mesh)
-        session = make_session(
-            model,
-            config.optimizer,
-            mesh,
-            steps=config.steps,
-            rows=config.data.rows,
-            loss_chunk=config.loss_chunk,
-            z_loss=config.z_loss,
-        )
-        check_split(session.graph.shapes, session.graph.axes, mesh, allow=config.mesh.allow_whole)
+        session = session_of(config, abstract_model(vlm, config.model), mesh)
         batch = jax.tree.map(
             lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
             abstract_batch(config, vlm),

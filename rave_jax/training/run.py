@@ -53,10 +53,8 @@ from rave_jax.training.init import model_config, source_of
 from rave_jax.training.loop import Loop, Schedule
 from rave_jax.training.meter import Meter, Work
 from rave_jax.training.profiling import Profiler, early_signals_ignored, on_signal
-from rave_jax.training.session import Session, group_rows, make_session
-from rave_jax.training.splits import check_splits
+from rave_jax.training.session import Session, group_rows, session_of
 from rave_jax.training.state import ModelGraph, TrainState, parameters_of, parameters_target, state_of
-from rave_jax.training.whole import check_split
 
 log = logging.getLogger(__name__)
 
@@ -124,17 +122,7 @@ def _run(
         with watchdog.during("the data of evaluations to open", Watchdog.LONG):
             sampled = _check_final(config, vlm)
         model = abstract_model(vlm, config.model)
-        check_splits(config, model, mesh)
-        session = make_session(
-            model,
-            config.optimizer,
-            mesh,
-            steps=config.steps,
-            rows=config.data.rows,
-            loss_chunk=config.loss_chunk,
-            z_loss=config.z_loss,
-        )
-        check_split(session.graph.shapes, session.graph.axes, mesh, allow=config.mesh.allow_whole)
+        session = session_of(config, model, mesh)
         check_memory(session.state, "parameters and optimizer state")
         check_memory(least_activations(config, vlm, mesh), "the rows of a batch (data.rows, tokens, patches)")
         kept = config.retention.most(config.steps, config.save_every)

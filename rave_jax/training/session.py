@@ -14,9 +14,11 @@ from jax.sharding import Mesh
 
 from rave_jax.checkpoint.store import abstract
 from rave_jax.config import require
+from rave_jax.models.vlm import Vlm
 from rave_jax.observe.tables import GroupRow
 from rave_jax.parallel.rows import batch_shardings, row_ways
 from rave_jax.parallel.sharding import replicated
+from rave_jax.training.config import TrainConfig
 from rave_jax.training.optimizers import (
     UNUSED,
     OptimizerConfig,
@@ -26,8 +28,10 @@ from rave_jax.training.optimizers import (
     learning_rate_schedule,
     make_optimizer,
 )
+from rave_jax.training.splits import check_splits
 from rave_jax.training.state import ModelGraph, Params, TrainState, init_state, on_hosts, parameter_of, state_shardings
 from rave_jax.training.step import Step, compile_step, make_step, moved_for_step
+from rave_jax.training.whole import check_whole
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,31 @@ class Session:
         ema = self.config.ema
         averaged = state.ema if ema is not None and ema.evaluate else {}
         return self.graph.merge(self.graph.computed(state.trained | averaged | state.frozen))
+
+
+def session_of(config: TrainConfig, model: Vlm, mesh: Mesh) -> Session:
+    """The session of a run, of a mesh that can split its model and its rows.
+
+    Args:
+        config: of the run.
+        model: abstract.
+        mesh: where the run lives.
+
+    Raises:
+        ConfigError: what `make_session` raises, or the mesh does not fit the model or its rows.
+    """
+    check_splits(config, model, mesh)
+    session = make_session(
+        model,
+        config.optimizer,
+        mesh,
+        steps=config.steps,
+        rows=config.data.rows,
+        loss_chunk=config.loss_chunk,
+        z_loss=config.z_loss,
+    )
+    check_whole(session.graph.shapes, session.graph.axes, mesh, allow=config.mesh.allow_whole)
+    return session
 
 
 def make_session(

@@ -17,7 +17,7 @@ BY_DESIGN = ("kv_heads",)
 """Logical axes that may stay whole: devices with query heads of one kv head share it."""
 
 
-def check_split(
+def check_whole(
     shapes: Mapping[str, jax.ShapeDtypeStruct], axes: Mapping[str, Axes], mesh: Mesh | AbstractMesh, *, allow: bool
 ) -> None:
     """Refuse parameters that a mesh axis of their rule does not split.
