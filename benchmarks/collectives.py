@@ -10,30 +10,18 @@ import dataclasses
 import json
 import os
 from pathlib import Path
-from typing import Any
-from unittest import mock
 
-# libtpu reads them when it is loaded. It is to ask no metadata server, and to share the machine with others like it.
-os.environ |= {
-    "JAX_PLATFORMS": "cpu",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-}
+from rave_jax.plan.libtpu import environment
 
-import jax
+os.environ.update(environment())  # libtpu reads it when it is loaded
+
 from jax.experimental import topologies
 
 from rave_jax import config as configs
-from rave_jax.data.collate import BatchShape, empty_batch
 from rave_jax.families.qwen2_5_vl.presets import qwen2_5_vl_7b
-from rave_jax.models.vlm import Vlm
 from rave_jax.parallel.mesh import MeshConfig, make_mesh
-from rave_jax.parallel.rows import batch_axis, batch_shardings
-from rave_jax.parallel.sharding import use_mesh
 from rave_jax.plan.collectives import read_collectives, traffic
-from rave_jax.training.session import make_session
+from rave_jax.plan.program import train_program
 
 CONFIG = Path(__file__).resolve().parents[1] / "configs" / "qwen2_5_vl_7b_rave_sft.py"
 GIB = 2**30
@@ -44,26 +32,13 @@ def compiled_step(
 ) -> tuple[str, int, dict]:
     """Text of the module, bytes of HBM at its peak, and the mesh's axes."""
     config = configs.load_file(CONFIG)
+    config = dataclasses.replace(
+        config, mesh=mesh_config, data=dataclasses.replace(config.data, rows=rows, patches=patches, stages=())
+    )
     vlm = qwen2_5_vl_7b()
     vlm = dataclasses.replace(vlm, text=dataclasses.replace(vlm.text, num_layers=layers))
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    mesh = make_mesh(mesh_config, devices)
-    # These devices compute nothing: constants of the trace must not be put on them.
-    of_shapes = mock.patch.object(jax, "set_mesh", lambda mesh: jax.sharding.use_abstract_mesh(mesh.abstract_mesh))
-    with of_shapes, use_mesh(mesh):
-        model = jax.eval_shape(lambda key: Vlm(vlm, config.model, key=key), jax.random.key(0))
-        session = make_session(
-            model, config.optimizer, mesh, steps=config.steps, rows=rows, loss_chunk=config.loss_chunk
-        )
-        row = empty_batch(BatchShape(1, config.data.tokens, patches), vlm.patch_sizes.numbers, vlm.patch_sizes.mixed)
-
-        def placed(axis: int, x: jax.Array, place: jax.sharding.NamedSharding) -> jax.ShapeDtypeStruct:
-            shape = (*x.shape[:axis], rows, *x.shape[axis + 1 :])
-            return jax.ShapeDtypeStruct(shape, x.dtype, sharding=place)
-
-        batch = jax.tree.map(placed, batch_axis(), row, batch_shardings(mesh, rows))
-        step: Any = session.step
-        compiled = step.trace(session.state, batch).lower().compile()
+    mesh = make_mesh(mesh_config, topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
+    compiled = train_program(config, vlm, mesh).lowered.compile()
     return compiled.as_text(), compiled.memory_analysis().peak_memory_in_bytes, dict(mesh.shape)
 
 
