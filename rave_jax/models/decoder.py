@@ -43,7 +43,7 @@ class Decoder(nnx.Module):
     """
 
     def __init__(self, config: TextConfig, options: ModelOptions, deep_layers: int = 0, *, key: jax.Array):
-        mechanisms = (*window_mechanisms(config), *options.mechanisms, *options.context_mechanisms)
+        mechanisms = (*window_mechanisms(config), *options.laid_out, *options.context_mechanisms)
         keys = jax.random.split(key, config.num_layers)
         leaves = next((one.called for one in options.mechanisms if one.drops), None)
         if config.delta is not None and leaves is not None:
