@@ -31,7 +31,6 @@ from rave_jax.attention.base import (
     overrides,
 )
 from rave_jax.attention.checks import name_of
-from rave_jax.attention.prompted import Prompted, PromptSizes
 from rave_jax.attention.rotation import Rope
 from rave_jax.batch import TokenInfo
 from rave_jax.config import ConfigError, shown
@@ -88,10 +87,8 @@ class Trial:
         self.mechanism = mechanism
         H, K, h, D = dims
         self.sizes = SIZES | {"3": 3, "H": H, "K": K, "h": h, "D": D}
-        if isinstance(mechanism, Prompted):
-            sizes = PromptSizes((0,), dims.num_heads, SIZES["S"])
-            numbers = mechanism.of_layers(self.call("neutral", SIZES["B"], sizes), 0, 1)
-            mechanism.given = jax.tree.map(lambda x: x[0], numbers)
+        with failing(f"{name_of(mechanism)}: its numbers that change nothing (`neutral`) cannot be used"):
+            mechanism.try_on(SIZES["B"], H, SIZES["S"])
 
     def run(self) -> None:
         """Every hook that is overridden."""
