@@ -37,7 +37,7 @@ class Wanted:
         vlm: its model.
         topology: the devices.
         hlo: file to write the compiled module's text to, or None.
-        full: compile all layers, where those of fewer would do.
+        full: compile all layers, where those of fewer would do, and to the end, so that the size of the code is known.
         plain: without the mechanisms.
     """
 
@@ -100,7 +100,16 @@ def _compiled(wanted: Wanted, layers: int | None) -> Step:
     with _TURNS, tempfile.TemporaryDirectory(prefix="rave_jax_plan_") as name:
         folder = Path(name)
         hlo = None if wanted.hlo is None else wanted.hlo.absolute()
-        job = Job(configs.dumps(wanted.config), wanted.vlm, wanted.topology, os.getpid(), hlo, layers, wanted.plain)
+        job = Job(
+            configs.dumps(wanted.config),
+            wanted.vlm,
+            wanted.topology,
+            os.getpid(),
+            hlo,
+            layers,
+            wanted.plain,
+            wanted.full,
+        )
         (folder / JOB).write_bytes(pickle.dumps(job))
         with _ended_with_us(folder) as process:
             _, stderr = process.communicate()

@@ -121,6 +121,8 @@ def _lines(plan: Plan) -> Iterator[str]:
     elif plan.bounds is None:
         yield "  the compiler refuses the step; what it wanted is the sum"
     for name in ("parameters", "optimizer", "batch", "temporaries", "code"):
+        if name == "code" and not step.hbm.code:
+            continue
         yield f"  {_WORDS[name]:<44}{_gib(getattr(step.hbm, name)):>12}"
     if step.hbm.host:
         moved = f"{_gib(step.host_traffic)} go there and back in a step" if step.host_traffic else "not compiled"

@@ -17,7 +17,7 @@ class Hbm:
         optimizer: its state, and the counters of a run.
         batch: one, on the device.
         temporaries: what the program takes beside its arguments at its fullest: activations, gradients, workspace.
-        code: the program itself.
+        code: the program itself; 0 where none was made.
         peak: all of it at its fullest. Where the step does not fit, what the compiler wanted.
         host: not of the chip, but of its share of the host's memory: optimizer state and activations that wait there.
     """

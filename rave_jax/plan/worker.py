@@ -26,6 +26,7 @@ from rave_jax.config import ConfigError
 from rave_jax.families.config import VlmConfig
 from rave_jax.parallel.mesh import make_mesh, mesh_line
 from rave_jax.plan import chips, hbm, hlo
+from rave_jax.plan.assigned import dump_flags, read_assigned, until_assigned
 from rave_jax.plan.chips import Topology
 from rave_jax.plan.collectives import Collective, collectives_of, traffic
 from rave_jax.plan.depth import shortened
@@ -36,7 +37,7 @@ from rave_jax.plan.result import Hbm, Moved, Placed, Step
 from rave_jax.training.config import TrainConfig
 from rave_jax.training.state import HOST
 
-READY, JOB, RESULT = "ready", "job", "result"
+READY, JOB, RESULT, DUMPS = "ready", "job", "result", "dumps"
 _WANTED = re.compile(r"HBM.*?\(?([\d.]+)([KMGT]?)\)? exceeds|Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm", re.DOTALL)
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
@@ -53,6 +54,7 @@ class Job:
         hlo: file to write the compiled module's text to, or None.
         layers: compile so many of the decoder's, the first; None: all. Parameters and FLOPs are of all anyway.
         plain: without the mechanisms.
+        to_the_end: make code of the step too, after which the size of the code is known.
     """
 
     config: str
@@ -62,10 +64,16 @@ class Job:
     hlo: Path | None = None
     layers: int | None = None
     plain: bool = False
+    to_the_end: bool = False
 
 
-def compiled(job: Job, devices: list[jax.Device]) -> Step:
+def compiled(job: Job, devices: list[jax.Device], dumps: Path) -> Step:
     """Compile a step and read what it needs and moves.
+
+    Args:
+        job: what to compile.
+        devices: of its topology.
+        dumps: folder to which the compiler writes, by the flags of this process.
 
     Raises:
         ConfigError: config, mesh and devices do not go together.
@@ -108,28 +116,27 @@ def compiled(job: Job, devices: list[jax.Device]) -> Step:
         return dataclasses.replace(step, hbm=dataclasses.replace(hbm, peak=peak), seconds=seconds, **more)
 
     try:
-        executable = lowered.compile()
+        executable = lowered.compile() if job.to_the_end else None
+        assigned = until_assigned(lowered.compile, dumps) if executable is None else read_assigned(dumps)
     except jax.errors.JaxRuntimeError as error:
         peak = wanted_bytes(str(error))
         if peak is None:
             raise
         return ended(peak - arguments, 0)
-    stats = executable.memory_analysis()
-    text = executable.as_text()
+    assert assigned is not None
     if job.hlo is not None:
-        job.hlo.write_text(text)
-    module = hlo.read(text)
-    # Donated arguments are outputs too, and the compiler does not count the program's own text into the peak.
+        job.hlo.write_text(assigned.text)
+    module = hlo.read(assigned.text)
     done = ended(
-        stats.peak_memory_in_bytes - arguments,
-        stats.generated_code_size_in_bytes,
+        assigned.hbm - arguments,
+        0 if executable is None else executable.memory_analysis().generated_code_size_in_bytes,
         moved=tuple(_moved(collectives_of(module, dict(mesh.shape)), mesh, job.topology)),
         hbm_traffic=float(hbm.hbm_bytes(module)),
         host_traffic=float(hbm.host_bytes(module)),
         uncounted=tuple(module.uncounted),
     )
-    waiting = dataclasses.replace(done.hbm, host=done.hbm.host + stats.host_temp_size_in_bytes)
-    return dataclasses.replace(done, hbm=waiting, fits=waiting.peak <= job.topology.chip.hbm)
+    waiting = dataclasses.replace(done.hbm, host=max(done.hbm.host, assigned.host))
+    return dataclasses.replace(done, hbm=waiting, fits=waiting.peak <= job.topology.chip.usable)
 
 
 def wanted_bytes(said: str) -> int | None:
@@ -212,6 +219,7 @@ def _end_with(parent: int) -> None:
 def main(folder: Path) -> None:
     """Compile the job that lies in `folder`, and leave the step, or the error, beside it."""
     job: Job = pickle.loads((folder / JOB).read_bytes())
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {dump_flags(folder / DUMPS, 'step')}"
     threading.Thread(target=_end_with, args=(job.parent,), daemon=True).start()
     several = {"num_slices": job.topology.slices} if job.topology.slices > 1 else {}
     try:
@@ -222,10 +230,11 @@ def main(folder: Path) -> None:
         return
     (folder / READY).touch()
     try:
-        result = compiled(job, list(described.devices))
+        result = compiled(job, list(described.devices), folder / DUMPS)
     except ConfigError as error:
         result = error
     (folder / RESULT).write_bytes(pickle.dumps(result))
+    os._exit(0)  # a compile that goes on is not waited for
 
 
 if __name__ == "__main__":

@@ -36,9 +36,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--generation", action="store_true", default=None, help="plan answers in place of training, by formula alone"
     )
     parser.add_argument("--hlo", type=Path, metavar="FILE", help="write the compiled module there as text")
-    parser.add_argument(
-        "--full", action="store_true", default=None, help="compile all layers, where a line through fewer would do"
-    )
+    parser.add_argument("--full", action="store_true", default=None, help="compile all layers, to the end: slow")
     parser.add_argument(
         "--compare-plain", action="store_true", default=None, help="compile the step without its mechanisms too"
     )
@@ -78,7 +76,7 @@ def plan(arguments: argparse.Namespace) -> int:
         print("\n".join(found_answering.lines()))
         _write(flags.json, found_answering.as_json())
         return EXIT_FITS if found_answering.rows else EXIT_DOES_NOT_FIT
-    print(f"compiling the step for {topology}; this takes minutes", file=sys.stderr)
+    print(f"compiling the step for {topology}; this takes a minute or so", file=sys.stderr)
     wanted = Wanted(config, vlm, topology, flags.hlo, bool(flags.full))
     plain = [dataclasses.replace(wanted, hlo=None, plain=True)] if flags.compare_plain else []
     try:
