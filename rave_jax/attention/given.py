@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import traceback
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Hashable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -65,6 +65,9 @@ def check_given(mechanism: Mechanism, dims: AttentionDims) -> None:
     """
     if not any(overrides(mechanism, hook) for hook in TRIED):
         return
+    known = _key(mechanism, dims)
+    if known in _fitting:
+        return
     program, parameters = nnx.split(mechanism)
 
     def tried(parameters: Any) -> None:
@@ -72,6 +75,22 @@ def check_given(mechanism: Mechanism, dims: AttentionDims) -> None:
         Trial(again, dims).run()
 
     jax.eval_shape(tried, parameters)
+    if known is not None:
+        _fitting.add(known)
+
+
+_fitting: set[Hashable] = set()
+"""What was tried and fits: a model of many layer runs has most configs in several, and a process many models."""
+
+
+def _key(mechanism: Mechanism, dims: AttentionDims) -> Hashable:
+    """What the shapes that hooks give depend on; None where it cannot be looked up."""
+    key = (mechanism.declared, type(mechanism), dims)
+    try:
+        hash(key)
+    except TypeError:
+        return None
+    return None if mechanism.declared is None else key
 
 
 TRIED = (
