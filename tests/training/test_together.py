@@ -99,7 +99,7 @@ def test_an_export_has_the_precision_of_the_master_copies_and_the_logits_of_the_
         stored = load_run(run, as_stored=True, weights=weights).model
         values = {name: np.asarray(param[...]) for name, param in named_parameters(stored).items()}
         tensors = {name: x for file in out.glob("*.safetensors") for name, x in load_file(file).items()}
-        embedding = values["decoder.embed_tokens.weight"]
+        embedding = values["embed.weight"]
         assert embedding.dtype == np.float32
         (written,) = (x for name, x in tensors.items() if name.endswith("embed_tokens.weight"))
         np.testing.assert_array_equal(written, embedding)
