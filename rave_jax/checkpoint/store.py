@@ -232,10 +232,26 @@ class Store:
         """
         try:
             self.wait()
-        finally:
-            checkpointer, self._checkpointer = self._checkpointer, None
-            if checkpointer is not None:
-                _close(checkpointer)
+        except StoreError:
+            with contextlib.suppress(StoreError):  # the first error says more
+                self._release()
+            raise
+        self._release()
+
+    def _release(self) -> None:
+        checkpointer, self._checkpointer = self._checkpointer, None
+        if checkpointer is None:
+            return
+        # A failed save is raised once to each thread that waits for it. It has been reported, and would keep the rest
+        # from being closed.
+        with contextlib.suppress(Exception):
+            checkpointer.wait()
+        try:
+            checkpointer.close()
+        except Exception as error:  # what orbax writes about its files, on a full disk
+            raise StoreError(
+                f"checkpoints could not be written to {self.directory}: {first_line(error)}; {self.last_saved()}"
+            ) from error
 
     def restore(self, step: int, parameters: Any, optimizer: Any) -> tuple[Any, Any, dict[str, Any]]:
         """(parameters, optimizer, data) of a step, on the shardings of the abstract targets.
@@ -356,14 +372,6 @@ class _Save:
         if self._error is not None:
             with _explained(self._directory, self._step):
                 raise self._error
-
-
-def _close(checkpointer: ocp.training.Checkpointer) -> None:
-    # A failed save is raised once to each thread that waits for it. It has been reported, and would keep the rest from
-    # being closed.
-    with contextlib.suppress(Exception):
-        checkpointer.wait()
-    checkpointer.close()
 
 
 def _set_aside(folder: Path) -> Path:

@@ -405,6 +405,22 @@ def test_a_disk_that_fills_up_is_named(tmp_path, monkeypatch):
             store.save(1, {}, {}, {})
 
 
+def test_a_disk_that_is_full_when_orbax_ends_is_named_and_hides_no_other_error(tmp_path, monkeypatch):
+    close, small = ocp.training.Checkpointer.close, parameters(on(MeshConfig()))
+
+    def full(checkpointer: ocp.training.Checkpointer) -> None:
+        close(checkpointer)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(ocp.training.Checkpointer, "close", full)
+    with pytest.raises(KeyError), Store(tmp_path, 2) as store:
+        store.save(1, small, small["values"], DATA)
+        raise KeyError
+    said = r"checkpoints could not be written to .*: .*No space left.*; the last step that is saved is 2, and"
+    with pytest.raises(StoreError, match=said), Store(tmp_path, 2) as store:
+        store.save(2, small, small["values"], DATA)
+
+
 def test_a_directory_that_vanished_is_named_at_once(tmp_path):
     """Left to orbax, the error would come after minutes."""
     with Store(tmp_path / "checkpoints", 1) as store:
