@@ -98,6 +98,15 @@ def test_saving_a_step_again_leaves_it(tmp_path):
         assert store.steps == [1]
 
 
+def test_what_leads_to_a_state_is_written_before_it(tmp_path):
+    """A process may be killed as soon as a checkpoint is there."""
+    small, there = parameters(on(MeshConfig())), []
+    with Store(tmp_path, 2, before=lambda: there.append(saved_step.steps_in(tmp_path))) as store:
+        for step in (1, 2):
+            store.save(step, small, small["values"], DATA)
+    assert there == [[], [1]]
+
+
 def test_an_unfinished_save_is_no_checkpoint(tmp_path):
     """As a killed process leaves it: in a directory that has not got its name yet."""
     save(tmp_path, 1)
