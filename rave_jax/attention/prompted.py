@@ -8,6 +8,7 @@ mechanisms of one class share what was found. A pass over whole rows has no numb
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
@@ -45,12 +46,15 @@ class PromptPass(NamedTuple):
         hidden: behind the last layer.
         gates: what the outputs of heads were multiplied by; None where nobody says `GATES`.
         statistics: what `wanted` asked for; None where nobody asks.
+        looks: the attention that the vision tower's class token gives each visual token, summed over heads, in its
+            first block and in its last but one; 0 of other tokens. None where no config says `reads_class_token`.
     """
 
     info: TokenInfo
     hidden: Float[Array, "N T D"]
     gates: Float[Array, "L N T H"] | None
     statistics: Statistics | None
+    looks: Float[Array, "N T 2"] | None = None
 
 
 class Prompted(Mechanism):
@@ -91,18 +95,23 @@ class Prompted(Mechanism):
         front; the default changes nothing."""
         return Mechanism()
 
+    @abstractmethod
     def neutral(self, rows: int, sizes: PromptSizes) -> Any:
         """Numbers that change nothing: a pytree of arrays [rows,...] as `found` gives them."""
-        raise NotImplementedError(f"{type(self).__name__} has to say which numbers change nothing (`neutral`)")
 
+    @abstractmethod
     def found(self, prompts: PromptPass, sizes: PromptSizes) -> Any:
         """The numbers of prompts: a pytree of arrays [N,...]."""
-        raise NotImplementedError(f"{type(self).__name__} has to say what its numbers are (`found`)")
 
     def of_layers(self, numbers: Any, start: int, count: int) -> Any:
         """`given` of layers start .. start + count - 1, counting those that attend: arrays [count,B,...]. By default
         all layers have the same."""
         return jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape)), numbers)
+
+    def try_on(self, rows: int, heads: int, tokens: int) -> None:
+        """With numbers that change nothing."""
+        numbers = self.of_layers(self.neutral(rows, PromptSizes((0,), heads, tokens)), 0, 1)
+        self.given = jax.tree.map(lambda x: x[0], numbers)
 
     @property
     def numbers(self) -> Any:
