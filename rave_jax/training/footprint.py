@@ -33,7 +33,7 @@ def least_activations(config: TrainConfig, vlm: VlmConfig, mesh: Mesh) -> Any:
     rows = batch_shardings(mesh, data.rows).tokens.spec
     pixels = (data.rows, patches, vlm.vision.patch_width if vlm.vision else 0)
     inputs = (text.num_layers, data.rows // config.optimizer.accumulation, tokens, text.hidden_size)
-    axes = (None, "batch", "length", None)
+    axes = (None, "batch", "residual", None)
     return (
         jax.ShapeDtypeStruct(pixels, jnp.uint8, sharding=NamedSharding(mesh, rows)),
         jax.ShapeDtypeStruct(inputs, config.model.compute, sharding=named_sharding(axes, inputs, mesh)),
