@@ -86,6 +86,15 @@ class FixedRegions:
         t, h, w = grid
         return min(t, self.frames) * min(h, self.height) * min(w, self.width)
 
+    def most_beside(self, layout: VisualLayout) -> int:
+        """The most such regions of a row that has no more than the regions of this layout."""
+        regions = layout.regions
+        assert regions is not None
+        if not isinstance(regions, FixedRegions):
+            return layout.max_regions * regions.tokens
+        cut = -(-regions.frames // self.frames), -(-regions.height // self.height), -(-regions.width // self.width)
+        return layout.max_regions * math.prod(cut)
+
 
 @dataclass(frozen=True)
 class AdaptiveRegions:

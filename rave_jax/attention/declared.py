@@ -14,6 +14,7 @@ import jax
 
 from rave_jax.attention.base import AttentionDims, Mechanism
 from rave_jax.attention.cost import LayerReading, PicturesBefore
+from rave_jax.config import ConfigError
 from rave_jax.layout import VisualLayout
 from rave_jax.open_union import OpenUnion
 
@@ -106,6 +107,22 @@ class MechanismConfig(LayeredConfig, OpenUnion):
         """The regions that it wants visual tokens grouped in; the default asks for none. `ModelOptions.layout` has them
         for data, cache and kernels. Context tokens are an option of the model and stay None here."""
         return VisualLayout()
+
+    def in_layout(self, layout: VisualLayout) -> LayeredConfig:
+        """What builds its layers in a model of this layout, that of the first mechanism with regions; the default
+        reads the regions of the layout alone, and is refused where it wants others.
+
+        Raises:
+            ConfigError: names both layouts.
+        """
+        if self.layout.regions is not None and self.layout != layout:
+            raise ConfigError(
+                f"mechanisms: {self.called} asks for other regions than the model's layout ({self.layout.regions}, "
+                f"max_regions {self.layout.max_regions}, and {layout.regions}, max_regions {layout.max_regions}), and "
+                f"reads those of the layout alone; give it the same regions and max_regions, or put it first among the "
+                "mechanisms, where the other is a Gaze"
+            )
+        return self
 
     @property
     def against_kernels(self) -> str | None:

@@ -11,12 +11,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from rave_jax.attention.base import AttentionDims, Features, Mechanism, Score, overrides
+from rave_jax.attention.base import AttentionDims, Features, Mechanism, overrides
 from rave_jax.attention.rotation import Rope
 from rave_jax.batch import TokenInfo
 from rave_jax.kernels import support
 from rave_jax.kernels.attention import ScoreFunction, Term
-from rave_jax.kernels.attention.checks import TermShapes, check_terms, refuse
+from rave_jax.kernels.attention.checks import TermShapes, check_terms
 from rave_jax.kernels.attention.score import Shape, function_of, name_of, reads_dot
 from rave_jax.typing import Array
 
@@ -53,7 +53,7 @@ def terms_of(mechanism: Mechanism, dims: AttentionDims) -> tuple[Term, ...]:
     """The score terms that it adds in a layer of these sizes, with the shapes of their operands in place of arrays.
 
     Raises:
-        ValueError: an operand, a key bias or channels do not fit, or a function does not give what it should.
+        ValueError: an operand does not fit, or a function does not give what it should.
     """
     if not overrides(mechanism, "score"):
         return ()
@@ -72,51 +72,20 @@ def terms_of(mechanism: Mechanism, dims: AttentionDims) -> tuple[Term, ...]:
         codes = {name: jax.ShapeDtypeStruct((1, tokens), jnp.int32) for name in TokenInfo._fields}
         return codes, Features(queries, keys, keys, queries, keys, of(max(D, 1)), rope)
 
-    def added(parameters: Any, queries: Any, keys: Any) -> tuple[tuple[Term, ...], tuple[Any, Any]]:
+    def added(parameters: Any, queries: Any, keys: Any) -> tuple[Term, ...]:
         mechanism: Mechanism = nnx.merge(program, parameters)
         (codes_q, x), (codes_k, x_k) = queries, keys
         score = mechanism.score(x, mechanism.remember(x_k), TokenInfo(**codes_q), TokenInfo(**codes_k))
-        terms = () if score is None else score.terms if isinstance(score, Score) else None
-        if not isinstance(terms, tuple | list) or not all(isinstance(term, Term) for term in terms):
-            found = type(score if terms is None else terms).__name__
-            where = "the hook `score` gave" if terms is None else "`terms` of what the hook `score` gave is"
-            raise ValueError(
-                f"{where} an object of class {found}, expected Score(terms=(Term(...),)), or None for no change"
-            )
-        others = (None, None) if score is None else (score.key_bias, score.channels)
-        return tuple(spread(term, H, K) for term in terms), others
+        return () if score is None else tuple(spread(term, H, K) for term in score.terms)
 
     # As beside a cache, there are more keys than queries.
-    terms, others = jax.eval_shape(added, parameters, of_tokens(TOKENS), of_tokens(KEYS))
+    terms = jax.eval_shape(added, parameters, of_tokens(TOKENS), of_tokens(KEYS))
     beside = (
         f"for {TOKENS} queries, {KEYS} keys, {H} query heads and {K} kv heads (what a key has of the layer's features "
         "comes from `remember`)"
     )
     check_terms("score", terms, TermShapes((1, TOKENS, H), (1, KEYS, K), (1, KEYS), H), beside)
-    _check_others(dims, beside, *others)
     return terms
-
-
-def _check_others(dims: AttentionDims, beside: str, key_bias: Any, channels: Any) -> None:
-    """Refuse a key bias, or channels, of shapes that a pass over other keys than the queries would not take.
-
-    Raises:
-        ValueError: names the operand.
-    """
-    H, K = dims.num_heads, dims.num_kv_heads
-    if key_bias is not None:
-        refuse("score", {"key_bias": (key_bias, (1, KEYS, H), "float32")}, beside)
-    for side, tokens, heads in (("q", TOKENS, H), ("k", KEYS, K)) if channels is not None else ():
-        x = getattr(channels, side)
-        if x.shape[:-1] != (1, tokens, heads):
-            raise ValueError(
-                f"score operand channels.{side} has shape {x.shape}, expected (1, {tokens}, {heads}, n) {beside}"
-            )
-    if channels is not None and channels.q.shape[-1] != channels.k.shape[-1]:
-        raise ValueError(
-            f"score operand channels has {channels.q.shape[-1]} columns for queries and {channels.k.shape[-1]} for "
-            "keys, expected as many"
-        )
 
 
 def reads_score(terms: tuple[Term, ...]) -> bool:

@@ -12,6 +12,7 @@ from rave_jax.attention.base import AttentionDims, Mechanism, overrides
 from rave_jax.attention.checks import check_hooks, check_owners, name_of
 from rave_jax.attention.declared import LayeredConfig
 from rave_jax.attention.functions import terms_of
+from rave_jax.attention.given import check_given, failing
 from rave_jax.attention.prompted import Prompted
 from rave_jax.config import ConfigError
 from rave_jax.kernels.attention import Term
@@ -91,25 +92,30 @@ def build_mechanisms(configs: Sequence[LayeredConfig], dims: AttentionDims, key:
     """The mechanisms of one layer, in the order of their configs.
 
     Raises:
-        ConfigError: two of them cannot share a layer (`check_owners`), `build` of a config gave no mechanism, or one
-            adds a score term that does not fit (`terms_of`).
+        ConfigError: two of them cannot share a layer (`check_owners`), `build` of a config failed or gave no
+            mechanism, or a hook fails or gives what the layer cannot take (`check_given`, `terms_of`).
     """
     keys = jax.random.split(key, max(len(configs), 1))
     mechanisms = [_built(config, dims, k) for config, k in zip(configs, keys, strict=False)]
+    for mechanism in mechanisms:
+        check_given(mechanism, dims)
     check_owners(mechanisms, [_terms(mechanism, dims) for mechanism in mechanisms])
     check_hooks(mechanisms)
     return nnx.List(mechanisms)
 
 
 def _terms(mechanism: Mechanism, dims: AttentionDims) -> tuple[Term, ...]:
-    try:
-        return terms_of(mechanism, dims)
-    except ValueError as error:
-        raise ConfigError(f"{name_of(mechanism)}: {error}") from error
+    name = name_of(mechanism)
+    with failing(f"{name}: a term that the hook `score` gave cannot be used"):
+        try:
+            return terms_of(mechanism, dims)
+        except ValueError as error:
+            raise ConfigError(f"{name}: {error}") from error
 
 
 def _built(config: LayeredConfig, dims: AttentionDims, key: jax.Array) -> Mechanism:
-    mechanism = config.build(dims, key)
+    with failing(f"{config.called}: its `build` fails"):
+        mechanism = config.build(dims, key)
     if not isinstance(mechanism, Mechanism):
         found = type(mechanism).__name__
         raise ConfigError(f"build of {config.called} returned an object of class {found}, expected a Mechanism")

@@ -8,6 +8,7 @@ mechanisms of one class share what was found. A pass over whole rows has no numb
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar, NamedTuple
 
@@ -91,13 +92,13 @@ class Prompted(Mechanism):
         front; the default changes nothing."""
         return Mechanism()
 
+    @abstractmethod
     def neutral(self, rows: int, sizes: PromptSizes) -> Any:
         """Numbers that change nothing: a pytree of arrays [rows,...] as `found` gives them."""
-        raise NotImplementedError(f"{type(self).__name__} has to say which numbers change nothing (`neutral`)")
 
+    @abstractmethod
     def found(self, prompts: PromptPass, sizes: PromptSizes) -> Any:
         """The numbers of prompts: a pytree of arrays [N,...]."""
-        raise NotImplementedError(f"{type(self).__name__} has to say what its numbers are (`found`)")
 
     def of_layers(self, numbers: Any, start: int, count: int) -> Any:
         """`given` of layers start .. start + count - 1, counting those that attend: arrays [count,B,...]. By default

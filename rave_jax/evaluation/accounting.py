@@ -11,7 +11,8 @@ H, K and h are query heads, kv heads and head_dim, e the entries of one layer, a
                 2 h b K m n        routed: for each kv head n regions of m entries, padding of smaller ones read too:
                                    all that one of its query heads chose (`kernels/routed/gather`), which is n = k
                                    where they share a choice, and otherwise at most n = min(k H / K, R), as counted here
-                                   (ranking by mass and a soft bias read all keys, as plain attention does)
+                                   (ranking by mass, a soft bias and regions that are not the layout's read all keys,
+                                   as plain attention does)
                 4 c K R            descriptors, float32
 
 Which regions are read depends on the query, so where their sizes differ the mean takes all candidates for equally
@@ -27,11 +28,14 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
-from rave_jax.attention import LayerReading, PicturesBefore
+from rave_jax.attention import AttentionDims, LayerReading, MechanismConfig, PicturesBefore
+from rave_jax.attention.gaze.elsewhere import regions_of
 from rave_jax.batch import Kind, TokenInfo
 from rave_jax.families.config import TextConfig
+from rave_jax.layout import FixedRegions, Regions
 from rave_jax.models.config import ModelOptions, attention_dims
 from rave_jax.typing import Bool, Int, NpArray
 
@@ -94,6 +98,13 @@ class _Row:
         self.candidates: Bool[NpArray, "N R"] = self._before(np.array(lasts, np.int64))[self.queries]
         """Regions that stand whole before each query."""
 
+    def over(self, regions: Regions) -> _Row:
+        """The same row with other regions."""
+        assert isinstance(regions, FixedRegions)
+        row = TokenInfo(*(jnp.asarray(self._codes[name])[None] for name in TokenInfo._fields))
+        row = row._replace(region=regions_of(row, regions))
+        return _Row(TokenInfo(*(code[0] for code in row)))
+
     def _numbers(self) -> range:
         return range(1, len(self.sizes) + 1)
 
@@ -119,9 +130,8 @@ def account(info: TokenInfo, text: TextConfig, options: ModelOptions, number_byt
     H, K, h, _ = dims
     plain = LayerReading(row.visual, row.visual, np.zeros(len(row.queries)), 2 * h * number_bytes * K * row.visual)
     layers = dict.fromkeys(text.attention_layers, plain)
-    before = PicturesBefore(row.visual, row.sizes, row.candidates)
     for mechanism in options.mechanisms:
-        reading = mechanism.reading(before, dims, number_bytes)
+        reading = _reading(mechanism, options, row, dims, number_bytes)
         for n in mechanism.layers_of(text.attention_layers):
             layers[n] = layers[n] if reading is None else reading
     mean, routing, read = (
@@ -139,6 +149,19 @@ def account(info: TokenInfo, text: TextConfig, options: ModelOptions, number_byt
         dense_attention=float(np.mean(4 * H * h * len(layers) * row.visual)),
         dense_bytes=float(np.mean(len(layers) * 2 * h * number_bytes * K * row.visual)),
     )
+
+
+def _reading(
+    mechanism: MechanismConfig, options: ModelOptions, row: _Row, dims: AttentionDims, number_bytes: int
+) -> LayerReading | None:
+    """What one layer reads. Regions that are not those of the layout are no order of the cache: all keys are read."""
+    regions = mechanism.layout.regions
+    if regions in (None, options.layout.regions):
+        return mechanism.reading(PicturesBefore(row.visual, row.sizes, row.candidates), dims, number_bytes)
+    own = row.over(regions)
+    found = mechanism.reading(PicturesBefore(own.visual, own.sizes, own.candidates), dims, number_bytes)
+    read = 2 * dims.head_dim * number_bytes * dims.num_kv_heads * row.visual
+    return None if found is None else found._replace(bytes=read)
 
 
 def mean_reading(readings: list[Reading]) -> Reading | None:

@@ -18,7 +18,7 @@ from rave_jax.attention import Prompted, PromptPass, PromptSizes, WantedStatisti
 from rave_jax.attention.base import overrides
 from rave_jax.attention.checks import name_of
 from rave_jax.batch import TokenInfo
-from rave_jax.config import ConfigError
+from rave_jax.config import ConfigError, shown
 from rave_jax.models.decoder_layer import DecoderLayer
 from rave_jax.models.forward import Chunk, ImageFeatures, Want
 from rave_jax.models.vlm import Vlm
@@ -94,7 +94,7 @@ def found_numbers(
         content: which tokens belong to content words; None where `asking` does not ask for them.
 
     Raises:
-        ConfigError: two kinds of mechanisms want statistics.
+        ConfigError: two kinds of mechanisms want statistics, or one finds other numbers than those of its `neutral`.
     """
     askers, rows = _askers(model), seen.tokens.shape[0]
     info, tokens, positions, index = seen.info, seen.tokens, seen.positions, seen.visual_index
@@ -112,7 +112,7 @@ def found_numbers(
     out = _finding(model).decoder(embedded, info, positions, want)
     gates, statistics = jax.tree.map(lambda x: x[:, :rows], (out.gates, out.statistics))
     found, sizes = PromptPass(seen.info, out.hidden[:rows], gates, statistics), _sizes(model, size)
-    return tuple(m.found(found, sizes) for m in askers)
+    return tuple(_fitting(m, m.found(found, sizes), m.neutral(rows, sizes)) for m in askers)
 
 
 def with_numbers(model: Vlm, numbers: PromptNumbers) -> Vlm:
@@ -137,6 +137,17 @@ def _askers(model: Vlm) -> Sequence[Prompted]:
             if isinstance(mechanism, Prompted):
                 found.setdefault(type(mechanism), mechanism)
     return [*found.values()]
+
+
+def _fitting(mechanism: Prompted, found: Any, neutral: Any) -> Any:
+    """What was found, if slots can hold it: they are made of what changes nothing."""
+    of_found, of_neutral = (jax.tree.map(lambda x: f"{x.dtype}{list(x.shape)}", tree) for tree in (found, neutral))
+    if of_found != of_neutral:
+        raise ConfigError(
+            f"{name_of(mechanism)}: the hook `found` gave {shown(of_found)}, expected the arrays of its `neutral`, "
+            f"{shown(of_neutral)}"
+        )
+    return found
 
 
 def _wanted(askers: Sequence[Prompted], info: TokenInfo, content: Bool[Array, "B T"] | None) -> WantedStatistics | None:

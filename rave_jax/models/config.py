@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from rave_jax import open_union
 from rave_jax.attention import AttentionDims, ContextSight, MechanismConfig, SlidingWindow
+from rave_jax.attention.declared import LayeredConfig
 from rave_jax.config import ConfigError, check_fields, require
 from rave_jax.families.config import TextConfig
 from rave_jax.kernels.attention import Implementation
@@ -134,6 +135,12 @@ class ModelOptions:
         return dataclasses.replace(layout, context=self.context)
 
     @property
+    def laid_out(self) -> tuple[LayeredConfig, ...]:
+        """The mechanisms as they are built beside that layout: some may make other regions for themselves."""
+        layout = dataclasses.replace(self.layout, context=None)
+        return tuple(mechanism.in_layout(layout) for mechanism in self.mechanisms)
+
+    @property
     def context_mechanisms(self) -> tuple[ContextSight, ...]:
         """What context tokens see, as a mechanism; empty without them. It stands last, so that the numbers of
         `mechanisms` in names of parameters do not change with it."""
@@ -156,16 +163,10 @@ class ModelOptions:
 
 
 def _check_layouts(mechanisms: Sequence[MechanismConfig]) -> None:
-    """Refuse mechanisms that ask for different regions, or that cannot stand in a model with regions."""
+    """Refuse mechanisms that ask for regions that they cannot have, or that cannot stand in a model with regions."""
     asking = [mechanism for mechanism in mechanisms if mechanism.layout.regions is not None]
     for other in asking[1:]:
-        if other.layout != asking[0].layout:
-            raise ConfigError(
-                f"mechanisms: {asking[0].called} and {other.called} ask for different regions "
-                f"({asking[0].layout.regions}, max_regions {asking[0].layout.max_regions}, and {other.layout.regions}, "
-                f"max_regions {other.layout.max_regions}): a picture has one layout of regions in all layers; give "
-                "both the same regions and max_regions"
-            )
+        other.in_layout(asking[0].layout)
     counted = [mechanism for mechanism in mechanisms if type(mechanism).reading is not MechanismConfig.reading]
     for first, second in itertools.combinations(counted, 2):
         if "all" in (first.layers, second.layers) or set(first.layers) & set(second.layers):

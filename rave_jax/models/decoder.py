@@ -43,7 +43,7 @@ class Decoder(nnx.Module):
     """
 
     def __init__(self, config: TextConfig, options: ModelOptions, deep_layers: int = 0, *, key: jax.Array):
-        mechanisms = (*window_mechanisms(config), *options.mechanisms, *options.context_mechanisms)
+        mechanisms = (*window_mechanisms(config), *options.laid_out, *options.context_mechanisms)
         keys = jax.random.split(key, config.num_layers)
         leaves = next((one.called for one in options.mechanisms if one.drops), None)
         if config.delta is not None and leaves is not None:
@@ -65,9 +65,14 @@ class Decoder(nnx.Module):
                 return functools.partial(DeltaLayer, config, kind, options)
             return functools.partial(DecoderLayer, config, kind, chosen, options)
 
-        self.layer_runs = nnx.List(
-            LayerRun(start, stop, made(layer_kinds[start], chosen), keys) for start, stop, chosen in plans
-        )
+        def run(start: int, stop: int, chosen: Sequence[LayeredConfig]) -> LayerRun[Layer]:
+            try:
+                return LayerRun(start, stop, made(layer_kinds[start], chosen), keys)
+            except ConfigError as error:
+                layers = f"layer {start}" if stop - start == 1 else f"layers {start} to {stop - 1}"
+                raise ConfigError(f"decoder {layers}: {error}") from error
+
+        self.layer_runs = nnx.List(run(*plan) for plan in plans)
         self.norm = norm(config.hidden_size, config, options.params)
         self.experts = config.experts
         self.balances = config.experts is not None and config.experts.balance > 0

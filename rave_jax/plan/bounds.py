@@ -2,9 +2,9 @@
 
 Compute: what the chips compute, at their peak. HBM: what the module moves, at its bandwidth. Links between chips
 (ICI): what collectives send, each over all links that its axes can use, one collective at a time. Network between
-slices (DCN): what groups that go over slices must send between them. With everything overlapped a step takes at least
-the longest of the four. What is synchronous overlaps with nothing, so that it stands beside the computation in the
-second bound.
+slices (DCN): what groups that go over slices must send between them. Host: what goes to the memory of the host and
+back, half of it each way. With everything overlapped a step takes at least the longest of the five. What is
+synchronous overlaps with nothing, so that it stands beside the computation in the second bound.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class Bounds:
     """Least seconds of a step.
 
     Args:
-        compute, hbm, ici, dcn: of each part by itself.
+        compute, hbm, ici, dcn, host: of each part by itself.
         synchronous: the part of `ici` and `dcn` that is synchronous.
         mfu: largest share of the peak that the model's FLOPs can reach if everything overlaps.
         mfu_exposed: the same if nothing overlaps with what is synchronous.
@@ -33,11 +33,12 @@ class Bounds:
     synchronous: float
     mfu: float
     mfu_exposed: float
+    host: float = 0.0
 
     @property
     def parts(self) -> dict[str, float]:
         """Name -> seconds."""
-        return {"compute": self.compute, "HBM": self.hbm, "ICI": self.ici, "DCN": self.dcn}
+        return {"compute": self.compute, "HBM": self.hbm, "ICI": self.ici, "DCN": self.dcn, "host": self.host}
 
     @property
     def largest(self) -> str:
@@ -69,6 +70,7 @@ def bounds(step: Step, topology: Topology) -> Bounds:
         synchronous=ici[False] + dcn[False],
         mfu=0.0,
         mfu_exposed=0.0,
+        host=step.host_traffic / 2 / chip.host_bandwidth,
     )
     least = step.flops.model / peak
     return dataclasses.replace(found, mfu=least / found.overlapped, mfu_exposed=least / found.exposed)

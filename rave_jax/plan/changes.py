@@ -16,7 +16,7 @@ from rave_jax.training.algorithms import AdamW
 from rave_jax.training.config import TrainConfig
 
 ENOUGH = 3
-MOST_TRIED = 9
+MOST_TRIED = 12
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,22 +65,24 @@ def candidate_changes(config: TrainConfig, devices: int) -> Iterator[tuple[str, 
         config: that does not fit.
         devices: of the topology.
     """
-    single = [make(config, devices) for make in (_remat, _accumulation, _moments, _mesh)]
-    for changes in single:
-        yield from changes
-    together = config
-    flags, whys = [], []
-    for make in (_remat, _accumulation_most, _smallest_moments):
-        for one, why, changed in make(together, devices):
-            together = changed
-            flags.append(one)
-            whys.append(why)
-    if len(flags) > 1:
-        yield " ".join(flags), "; ".join(whys), together
+    for make in (_remat, _accumulation, _mesh, _moments, _offload):
+        yield from make(config, devices)
+    for together in (
+        (_remat, _accumulation_most, _smallest_moments),
+        (_accumulation_most, _smallest_moments, _waiting),
+    ):
+        changed, flags, whys = config, [], []
+        for make in together:
+            for one, why, config_with in make(changed, devices):
+                changed = config_with
+                flags.append(one)
+                whys.append(why)
+        if len(flags) > 1:
+            yield " ".join(flags), "; ".join(whys), changed
 
 
 def _remat(config: TrainConfig, _: int) -> Iterator[tuple[str, str, TrainConfig]]:
-    if config.model.remat != "full":
+    if config.model.remat not in ("full", "offload"):
         model = dataclasses.replace(config.model, remat="full")
         yield "--model.remat full", "layers are computed again in the backward pass", _with(config, model=model)
 
@@ -123,6 +125,27 @@ def _moments(config: TrainConfig, _: int) -> Iterator[tuple[str, str, TrainConfi
 
 def _smallest_moments(config: TrainConfig, devices: int) -> Iterator[tuple[str, str, TrainConfig]]:
     yield from list(_moments(config, devices))[-1:]
+
+
+def _offload(config: TrainConfig, _: int) -> Iterator[tuple[str, str, TrainConfig]]:
+    """What waits in the memory of the host: it comes back through a slow link in every step."""
+    if config.model.remat == "full":
+        model = dataclasses.replace(config.model, remat="offload")
+        why = "inputs of layers go to the host and back in each step"
+        yield "--model.remat offload", why, _with(config, model=model)
+    if not config.optimizer.offload:
+        optimizer = dataclasses.replace(config.optimizer, offload=True)
+        why = "optimizer state comes from the host and goes back in each step"
+        yield "--optimizer.offload True", why, _with(config, optimizer=optimizer)
+
+
+def _waiting(config: TrainConfig, _: int) -> Iterator[tuple[str, str, TrainConfig]]:
+    """Activations and optimizer state at once."""
+    if config.model.remat != "offload" or not config.optimizer.offload:
+        model = dataclasses.replace(config.model, remat="offload")
+        optimizer = dataclasses.replace(config.optimizer, offload=True)
+        why = "inputs of layers and optimizer state wait at the host"
+        yield "--model.remat offload --optimizer.offload True", why, _with(config, model=model, optimizer=optimizer)
 
 
 def _mesh(config: TrainConfig, devices: int) -> Iterator[tuple[str, str, TrainConfig]]:

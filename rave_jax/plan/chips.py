@@ -2,7 +2,8 @@
 
 Sources: docs.cloud.google.com/tpu/docs/v5e, v5p, v6e and tpu7x; for links, jax-ml.github.io/scaling-book/tpus. Those
 pages give the interconnect of a chip as the sum over its links; here it stands for one link and one direction. They
-give the network between slices for a pod, or for a host; here it stands for one chip.
+give the network between slices for a pod, or for a host; here it stands for one chip. The link of a chip to its host
+(PCIe) is by the same book, which gives none for tpu7x: that of v6e stands there.
 """
 
 from __future__ import annotations
@@ -22,10 +23,12 @@ class Chip:
         name: as in `v5e:16x16`.
         kind: jax's `device_kind`.
         flops: bfloat16 FLOP/s.
-        hbm: bytes of HBM. The compiler keeps a little of it for itself.
+        hbm: bytes of HBM.
+        usable: bytes that the compiler gives to a program; its errors say so.
         hbm_bandwidth: bytes/s.
         link_bandwidth: bytes/s of one link to a neighbour, in one direction.
         dcn_bandwidth: bytes/s between slices, in one direction.
+        host_bandwidth: bytes/s between a device and the memory of its host, in one direction.
         axes: dimensions of the torus.
         devices: of a chip.
         example: of a topology.
@@ -35,9 +38,11 @@ class Chip:
     kind: str
     flops: float
     hbm: int
+    usable: int
     hbm_bandwidth: float
     link_bandwidth: float
     dcn_bandwidth: float
+    host_bandwidth: float
     axes: int
     devices: int
     example: str
@@ -46,14 +51,14 @@ class Chip:
 GIB = 2**30
 CHIPS = (
     # 197 TFLOP/s, 16 GB, 819 GB/s; four links, 400 GB/s in both directions together; 6.4 Tbit/s for 256 chips.
-    Chip("v5e", "TPU v5 lite", 197e12, 16 * GIB, 819e9, 50e9, 3.125e9, 2, 1, "v5e:16x16"),
+    Chip("v5e", "TPU v5 lite", 197e12, 16 * GIB, int(15.75 * GIB), 819e9, 50e9, 3.125e9, 16e9, 2, 1, "v5e:16x16"),
     # 459 TFLOP/s, 95 GiB, 2765 GB/s; six links, 1200 GB/s in both directions together; 50 Gbit/s a chip.
-    Chip("v5p", "TPU v5", 459e12, 95 * GIB, 2765e9, 100e9, 6.25e9, 3, 1, "v5p:4x4x4"),
+    Chip("v5p", "TPU v5", 459e12, 95 * GIB, 95 * GIB, 2765e9, 100e9, 6.25e9, 16e9, 3, 1, "v5p:4x4x4"),
     # 918 TFLOP/s, 32 GB, 1600 GB/s; four links, 800 GB/s in both directions together; 25.6 Tbit/s for 256 chips.
-    Chip("v6e", "TPU v6 lite", 918e12, 32 * GIB, 1600e9, 100e9, 12.5e9, 2, 1, "v6e:8x8"),
+    Chip("v6e", "TPU v6 lite", 918e12, 32 * GIB, int(31.24 * GIB), 1600e9, 100e9, 12.5e9, 32e9, 2, 1, "v6e:8x8"),
     # 2307 TFLOP/s, 192 GiB, 7380 GB/s; six links, 1200 GB/s in both directions together; 100 Gbit/s a chip; each chip
     # is two devices, which share its links.
-    Chip("tpu7x", "TPU7x", 1153.5e12, 96 * GIB, 3690e9, 50e9, 6.25e9, 3, 2, "tpu7x:4x4x4"),
+    Chip("tpu7x", "TPU7x", 1153.5e12, 96 * GIB, int(94.74 * GIB), 3690e9, 50e9, 6.25e9, 32e9, 3, 2, "tpu7x:4x4x4"),
 )
 
 

@@ -8,6 +8,7 @@ import os
 import pickle
 import subprocess
 import tempfile
+import threading
 from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,12 +18,14 @@ from rave_jax.config import ConfigError
 from rave_jax.families.config import VlmConfig
 from rave_jax.plan import libtpu
 from rave_jax.plan.chips import Topology
+from rave_jax.plan.depth import depths, extrapolated
 from rave_jax.plan.result import Step
 from rave_jax.plan.worker import JOB, READY, RESULT, Job
 from rave_jax.training.config import TrainConfig
 
 AT_ONCE = 2
 """Processes: a compile takes 1 to 3 GB of memory, and most of it runs on one core."""
+_TURNS = threading.BoundedSemaphore(AT_ONCE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,12 +37,16 @@ class Wanted:
         vlm: its model.
         topology: the devices.
         hlo: file to write the compiled module's text to, or None.
+        full: compile all layers, where those of fewer would do, and to the end, so that the size of the code is known.
+        plain: without the mechanisms.
     """
 
     config: TrainConfig
     vlm: VlmConfig
     topology: Topology
     hlo: Path | None = None
+    full: bool = False
+    plain: bool = False
 
 
 def compile_steps(wanted: Sequence[Wanted]) -> list[Step | Exception]:
@@ -61,8 +68,18 @@ def compile_steps(wanted: Sequence[Wanted]) -> list[Step | Exception]:
         return list(pool.map(attempt, wanted))
 
 
+def compile_all(wanted: Sequence[Wanted]) -> list[Step]:
+    """Compile steps, each of which is needed.
+
+    Raises:
+        ConfigError, CompilerUnavailable, RuntimeError: what `compile_step` raises for the first that fails.
+    """
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        return list(pool.map(compile_step, wanted))
+
+
 def compile_step(wanted: Wanted) -> Step:
-    """Compile one step.
+    """Compile one step, or where its layers are compiled one by one, two of fewer layers, of which it follows.
 
     Raises:
         ConfigError: config, mesh and devices do not go together, or there is no such topology.
@@ -71,10 +88,28 @@ def compile_step(wanted: Wanted) -> Step:
     """
     if not libtpu.available():
         raise libtpu.CompilerUnavailable(libtpu.INSTALL)
-    with tempfile.TemporaryDirectory(prefix="rave_jax_plan_") as name:
+    two = None if wanted.full or wanted.hlo is not None else depths(wanted.vlm, wanted.config.model)
+    if two is None:
+        return _compiled(wanted, None)
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        few, more = pool.map(lambda layers: _compiled(wanted, layers), two)
+    return extrapolated(few, more, two, wanted.vlm.text.num_layers, wanted.topology.chip.hbm)
+
+
+def _compiled(wanted: Wanted, layers: int | None) -> Step:
+    with _TURNS, tempfile.TemporaryDirectory(prefix="rave_jax_plan_") as name:
         folder = Path(name)
         hlo = None if wanted.hlo is None else wanted.hlo.absolute()
-        job = Job(configs.dumps(wanted.config), wanted.vlm, wanted.topology, os.getpid(), hlo)
+        job = Job(
+            configs.dumps(wanted.config),
+            wanted.vlm,
+            wanted.topology,
+            os.getpid(),
+            hlo,
+            layers,
+            wanted.plain,
+            wanted.full,
+        )
         (folder / JOB).write_bytes(pickle.dumps(job))
         with _ended_with_us(folder) as process:
             _, stderr = process.communicate()

@@ -143,6 +143,9 @@ def _read(config: TrainConfig, vlm: VlmConfig, visual: int, size: int, dims: Any
     each = 2 * text.num_kv_heads * text.head_dim * size * visual
     layers = dict.fromkeys(text.attention_layers, float(each))
     for mechanism in config.model.mechanisms:
+        # A layer with other regions than those of the layout reads all visual keys.
+        if mechanism.layout.regions not in (None, regions):
+            continue
         found: LayerReading | None = mechanism.reading(before, dims, size)
         for n in mechanism.layers_of(text.attention_layers) if found is not None else ():
             assert found is not None

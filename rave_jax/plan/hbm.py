@@ -14,6 +14,8 @@ from rave_jax.plan.hlo import Instruction, Module, bits
 
 _ARRAY = re.compile(r"\b(pred|bf16|[csuf]\d+\w*)\[([\d,]*)\](?:\{([^}]*)\})?")
 _SPACE = re.compile(r"S\((\d+)\)")
+_HOST = "5"
+"""The space of the host's memory, as modules number it."""
 _FREE = {
     "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all",
     "partition-id", "replica-id", "opt-barrier", "custom-call-done",
@@ -24,7 +26,7 @@ _SLICES = ("dynamic-slice", "slice", "gather")
 
 def hbm_bytes(module: Module) -> int:
     """Bytes read and written by one chip in one run of the module."""
-    inside = {name for caller, name in module.calls() if caller.opcode not in ("while", "conditional", "call")}
+    inside = _inside(module)
     total = 0
     for name, body in module.computations.items():
         if name in inside or not module.times[name]:
@@ -32,6 +34,41 @@ def hbm_bytes(module: Module) -> int:
         here = {one.name: one for one in body}
         total += module.times[name] * sum(_moved(one, here, module) for one in body)
     return total
+
+
+def host_bytes(module: Module) -> int:
+    """Bytes that go between one chip and its host in one run of the module, both ways together: of an instruction that
+    has arrays here and there, the fewer of the two."""
+    inside = _inside(module)
+    total = 0
+    for name, body in module.computations.items():
+        if name in inside or not module.times[name]:
+            continue
+        here = {one.name: one for one in body}
+        for one in body:
+            if one.opcode in _FREE or one.opcode.endswith("-done"):
+                continue
+            # The type of what is started holds its operands too.
+            operands = () if one.opcode.endswith("-start") else one.operands
+            kinds = [one.type, *(here[name].type for name in operands if name in here)]
+            there, present = (sum(_in_space(kind, host) for kind in kinds) for host in (True, False))
+            total += module.times[name] * min(there, present)
+    return total
+
+
+def _in_space(kind: str, host: bool) -> int:
+    """Bytes of the arrays of a type that lie in the host's memory, or that lie elsewhere; of numbers alone, none."""
+    total = 0
+    for dtype, shape, layout in _ARRAY.findall(kind):
+        space = _SPACE.search(layout)
+        if shape and (space is not None and space[1] == _HOST) == host:
+            total += math.prod(int(n) for n in shape.split(",") if n) * bits(dtype) // 8
+    return total
+
+
+def _inside(module: Module) -> set[str]:
+    """Computations that are part of an instruction, such as a fusion's."""
+    return {name for caller, name in module.calls() if caller.opcode not in ("while", "conditional", "call")}
 
 
 def in_hbm(kind: str) -> int:

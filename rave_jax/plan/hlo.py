@@ -1,7 +1,8 @@
 """Reads the text of a compiled module: its computations, their instructions, and how often each is executed.
 
-Only what `Compiled.as_text` of a scheduled TPU module writes is understood. Times are counted from the loops that
-contain a computation; each branch of a conditional counts as taken. Jax counts its loops in steps of 1.
+Only what `Compiled.as_text` of a scheduled TPU module writes is understood, and what the compiler dumps, where
+`%name#1` stands for an instruction that takes part 1 of a tuple: it gets one of its own here. Times are counted from
+the loops that contain a computation; each branch of a conditional counts as taken. Jax counts its loops in steps of 1.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ _CALLED = re.compile(
     r"\b(calls|to_apply|body|condition|true_computation|false_computation|branch_computations|called_computations)="
     r"(?:\{([^}]*)\}|%?([\w.\-]+))"
 )
-_NAME = re.compile(r"%([\w.\-]+)")
+_NAME = re.compile(r"%([\w.\-]+(?:#\d+)*)")
 _ARRAY = re.compile(r"\b(pred|bf16|[csuf]\d+\w*)\[([\d,]*)\]")
 _BITS = {"pred": 8, "bf16": 16}
 
@@ -160,20 +161,23 @@ def read(text: str) -> Module:
     Raises:
         ValueError: the text has no entry computation.
     """
-    computations: dict[str, list[Instruction]] = {}
+    computations: dict[str, dict[str, Instruction]] = {}
     entry, current = None, None
     for line in text.splitlines():
         if current is not None and line.startswith("}"):
             current = None
         elif current is not None:
             if match := _INSTRUCTION.match(line):
-                current.append(_instruction(match))
+                one = _instruction(match)
+                for name in one.operands:
+                    _take_part(name, current)
+                current[one.name] = one
         elif match := _COMPUTATION.match(line):
-            current = computations.setdefault(match[2], [])
+            current = computations.setdefault(match[2], {})
             entry = match[2] if match[1] else entry
     if entry is None:
         raise ValueError("no text of a compiled module: it has no ENTRY computation")
-    return Module(computations, entry)
+    return Module({name: list(body.values()) for name, body in computations.items()}, entry)
 
 
 def _instruction(match: re.Match[str]) -> Instruction:
@@ -186,6 +190,26 @@ def _instruction(match: re.Match[str]) -> Instruction:
             break
     argument = rest[:end]
     return Instruction(name, kind, opcode, tuple(_NAME.findall(argument)), argument, rest[end + 1 :], root is not None)
+
+
+def _take_part(name: str, body: dict[str, Instruction]) -> None:
+    """Add the instruction that a name such as `loop#2` stands for to its computation, where it is not there."""
+    if "#" in name and name not in body:
+        whole, _, place = name.rpartition("#")
+        _take_part(whole, body)
+        kind = tuple_parts(body[whole].type)[int(place)]
+        body[name] = Instruction(name, kind, "get-tuple-element", (whole,), f"%{whole}", f", index={place}", False)
+
+
+def tuple_parts(kind: str) -> list[str]:
+    """Types of the parts of a tuple type, as written."""
+    parts, depth, start = [], 0, 1
+    for place, letter in enumerate(kind):
+        depth += (letter in "({[") - (letter in ")}]")
+        if (letter == "," and depth == 1) or (letter == ")" and depth == 0):
+            parts.append(kind[start:place].strip())
+            start = place + 1
+    return parts
 
 
 def array_bytes(kind: str) -> list[int]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import dataclasses
+import functools
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -17,18 +19,27 @@ from rave_jax.training.config import TrainConfig
 from rave_jax.training.session import Session, session_of
 
 
-class Program(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Program:
     """A step that can be compiled.
 
-    Fields:
+    Args:
         session: of the run.
         batch: shapes of the batch, with shardings.
-        lowered: the step.
+        mesh: without devices: those of a topology compute nothing, so that constants of the trace must not be put on
+            them.
     """
 
     session: Session
     batch: Batch
-    lowered: Any
+    mesh: Any
+
+    @functools.cached_property
+    def lowered(self) -> Any:
+        """The step, traced and lowered for TPUs at the first call."""
+        step: Any = self.session.step  # under jit
+        with use_mesh(self.mesh):
+            return step.trace(self.session.state, self.batch).lower(lowering_platforms=("tpu",))
 
 
 def largest_row(config: TrainConfig) -> tuple[int, int]:
@@ -51,7 +62,7 @@ def abstract_batch(config: TrainConfig, vlm: VlmConfig) -> Batch:
 
 
 def train_program(config: TrainConfig, vlm: VlmConfig, mesh: Any) -> Program:
-    """The step of a run with these shapes, lowered for TPUs.
+    """The step of a run with these shapes.
 
     Args:
         config: of the run.
@@ -61,14 +72,12 @@ def train_program(config: TrainConfig, vlm: VlmConfig, mesh: Any) -> Program:
     Raises:
         ConfigError: what `session_of` raises.
     """
-    # The devices of a topology compute nothing, so that constants of the trace must not be put on them.
-    with use_mesh(mesh.abstract_mesh if isinstance(mesh, Mesh) else mesh):
+    places = mesh.abstract_mesh if isinstance(mesh, Mesh) else mesh
+    with use_mesh(places):
         session = session_of(config, abstract_model(vlm, config.model), mesh)
         batch = jax.tree.map(
             lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
             abstract_batch(config, vlm),
             batch_shardings(mesh, config.data.rows),
         )
-        step: Any = session.step  # under jit
-        lowered = step.trace(session.state, batch).lower(lowering_platforms=("tpu",))
-    return Program(session, batch, lowered)
+    return Program(session, batch, places)

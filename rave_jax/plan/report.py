@@ -23,17 +23,32 @@ class Plan:
         model: where its shapes are from.
         topology: the devices.
         step: as it was compiled.
+        plain: the step without the mechanisms, where it was asked for.
     """
 
     config: str
     model: str
     topology: Topology
     step: Step
+    plain: Step | None = None
 
     @property
     def bounds(self) -> Bounds | None:
         """None where the step does not fit: nothing was compiled."""
         return bounds(self.step, self.topology) if self.step.moved or self.step.hbm_traffic else None
+
+    @property
+    def added(self) -> dict[str, float] | None:
+        """What the mechanisms add to the least time of a step, to that without them: overlapped, and with synchronous
+        collectives exposed. None where the two were not compiled, or do not fit."""
+        found = self.bounds
+        if found is None or self.plain is None or not self.plain.hbm_traffic:
+            return None
+        plain = bounds(self.plain, self.topology)
+        return {
+            "overlapped": found.overlapped / plain.overlapped - 1,
+            "synchronous_exposed": found.exposed / plain.exposed - 1,
+        }
 
     @property
     def share(self) -> float:
@@ -55,9 +70,12 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "hbm_bytes_per_chip": dataclasses.asdict(step.hbm) | {"capacity": chip.hbm, "share": plan.share},
         "flops_per_step": dataclasses.asdict(step.flops),
         "bounds_seconds": None if found is None else _bounds(found),
+        "mechanisms_add_to_bounds": plan.added,
         "parameters": [dataclasses.asdict(row) for row in step.placed],
         "collectives": [_moved(row) for row in step.moved],
         "attention": list(step.backends),
+        "bytes_to_host_and_back_per_chip": step.host_traffic,
+        "layers_compiled": None if step.depths is None else list(step.depths[:2]),
         "loops_counted_once": list(step.uncounted),
     }
 
@@ -97,10 +115,18 @@ def _lines(plan: Plan) -> Iterator[str]:
     yield ""
     fits = "fits" if step.fits else "DOES NOT FIT"
     yield f"HBM of one chip: {_gib(step.hbm.peak)} at the fullest of {_gib(chip.hbm)}, {plan.share:.0%}: {fits}"
-    if plan.bounds is None:
+    if step.depths is not None:
+        few, more, layers = step.depths
+        yield f"  {few} and {more} of {layers} layers were compiled; a line through both gives what all need and move"
+    elif plan.bounds is None:
         yield "  the compiler refuses the step; what it wanted is the sum"
     for name in ("parameters", "optimizer", "batch", "temporaries", "code"):
+        if name == "code" and not step.hbm.code:
+            continue
         yield f"  {_WORDS[name]:<44}{_gib(getattr(step.hbm, name)):>12}"
+    if step.hbm.host:
+        moved = f"{_gib(step.host_traffic)} go there and back in a step" if step.host_traffic else "not compiled"
+        yield f"memory of the host, for each chip: {_gib(step.hbm.host)}; {moved}"
     yield ""
     flops = step.flops
     added = flops.mechanisms / flops.model
@@ -151,6 +177,11 @@ def _lines(plan: Plan) -> Iterator[str]:
         f"  if nothing overlaps with synchronous collectives: at least {found.exposed:.4g} s, MFU at most "
         f"{found.mfu_exposed:.1%}"
     )
+    if (added := plan.added) is not None:
+        yield (
+            f"  mechanisms add {added['overlapped']:.1%} to the time without them if everything overlaps, and "
+            f"{added['synchronous_exposed']:.1%} if not"
+        )
 
 
 _WORDS = {

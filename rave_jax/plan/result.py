@@ -17,8 +17,9 @@ class Hbm:
         optimizer: its state, and the counters of a run.
         batch: one, on the device.
         temporaries: what the program takes beside its arguments at its fullest: activations, gradients, workspace.
-        code: the program itself.
+        code: the program itself; 0 where none was made.
         peak: all of it at its fullest. Where the step does not fit, what the compiler wanted.
+        host: not of the chip, but of its share of the host's memory: optimizer state and activations that wait there.
     """
 
     parameters: int
@@ -27,6 +28,7 @@ class Hbm:
     temporaries: int
     code: int
     peak: int
+    host: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,6 +94,8 @@ class Step:
         backends: which implementation each operation takes, and why.
         moved: collectives; none where it does not fit.
         hbm_traffic: bytes between a chip and its HBM in one step, at the least.
+        host_traffic: bytes between a chip and its host in one step, both ways together.
+        depths: where not all layers were compiled: the two numbers of layers that were, and that of all.
         uncounted: loops whose trips are not known before the run; what is in them counts once.
     """
 
@@ -105,4 +109,6 @@ class Step:
     backends: tuple[str, ...]
     moved: tuple[Moved, ...] = ()
     hbm_traffic: float = 0.0
+    host_traffic: float = 0.0
+    depths: tuple[int, int, int] | None = None
     uncounted: tuple[str, ...] = ()

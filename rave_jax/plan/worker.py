@@ -26,14 +26,18 @@ from rave_jax.config import ConfigError
 from rave_jax.families.config import VlmConfig
 from rave_jax.parallel.mesh import make_mesh, mesh_line
 from rave_jax.plan import chips, hbm, hlo
+from rave_jax.plan.assigned import dump_flags, read_assigned, until_assigned
 from rave_jax.plan.chips import Topology
 from rave_jax.plan.collectives import Collective, collectives_of, traffic
+from rave_jax.plan.depth import shortened
 from rave_jax.plan.flops import step_flops
+from rave_jax.plan.plain import without_mechanisms
 from rave_jax.plan.program import Program, train_program
 from rave_jax.plan.result import Hbm, Moved, Placed, Step
 from rave_jax.training.config import TrainConfig
+from rave_jax.training.state import HOST
 
-READY, JOB, RESULT = "ready", "job", "result"
+READY, JOB, RESULT, DUMPS = "ready", "job", "result", "dumps"
 _WANTED = re.compile(r"HBM.*?\(?([\d.]+)([KMGT]?)\)? exceeds|Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm", re.DOTALL)
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
@@ -48,6 +52,9 @@ class Job:
         topology: the devices.
         parent: process that waits for the step.
         hlo: file to write the compiled module's text to, or None.
+        layers: compile so many of the decoder's, the first; None: all. Parameters and FLOPs are of all anyway.
+        plain: without the mechanisms.
+        to_the_end: make code of the step too, after which the size of the code is known.
     """
 
     config: str
@@ -55,10 +62,18 @@ class Job:
     topology: Topology
     parent: int
     hlo: Path | None = None
+    layers: int | None = None
+    plain: bool = False
+    to_the_end: bool = False
 
 
-def compiled(job: Job, devices: list[jax.Device]) -> Step:
+def compiled(job: Job, devices: list[jax.Device], dumps: Path) -> Step:
     """Compile a step and read what it needs and moves.
+
+    Args:
+        job: what to compile.
+        devices: of its topology.
+        dumps: folder to which the compiler writes, by the flags of this process.
 
     Raises:
         ConfigError: config, mesh and devices do not go together.
@@ -69,47 +84,59 @@ def compiled(job: Job, devices: list[jax.Device]) -> Step:
     logging.getLogger("rave_jax.kernels").addHandler(said)
     logging.getLogger("rave_jax.kernels").setLevel(logging.INFO)
     config = configs.loads(TrainConfig, job.config, where="config")
+    if job.plain:
+        config = without_mechanisms(config, job.vlm)
     mesh = make_mesh(config.mesh, devices)
     program = train_program(config, job.vlm, mesh)
     session = program.session
     trained = {name: not group.frozen for name, group in session.groups.items()}
     parameters = _local(session.state.trained) + _local(session.state.frozen)
     batch = _local(program.batch)
-    arguments = _local(session.state) + batch
+    optimizer = _local(session.state) - parameters
     step = Step(
         fits=False,
-        hbm=Hbm(parameters, arguments - parameters - batch, batch, 0, 0, 0),
+        hbm=Hbm(parameters, optimizer, batch, 0, 0, 0, host=_local(session.state, HOST)),
         seconds=0.0,
         mesh=mesh_line(config.mesh, devices),
         placed=tuple(_placed(program)),
         flops=step_flops(config, job.vlm, session.graph, trained),
         devices=len(devices),
-        backends=tuple(dict.fromkeys(said.lines)),
+        backends=(),
     )
+    if job.layers is not None:
+        program = train_program(config, shortened(job.vlm, job.layers), mesh)
+    arguments = _local(program.session.state) + _local(program.batch)
+    lowered = program.lowered
+    step = dataclasses.replace(step, backends=tuple(dict.fromkeys(said.lines)))
+
+    def ended(temporaries: int, code: int, **more: Any) -> Step:
+        hbm = dataclasses.replace(step.hbm, temporaries=max(0, temporaries), code=code)
+        peak = parameters + optimizer + batch + hbm.temporaries + code
+        seconds = time.perf_counter() - start
+        return dataclasses.replace(step, hbm=dataclasses.replace(hbm, peak=peak), seconds=seconds, **more)
+
     try:
-        executable = program.lowered.compile()
+        executable = lowered.compile() if job.to_the_end else None
+        assigned = until_assigned(lowered.compile, dumps) if executable is None else read_assigned(dumps)
     except jax.errors.JaxRuntimeError as error:
         peak = wanted_bytes(str(error))
         if peak is None:
             raise
-        wants = dataclasses.replace(step.hbm, peak=peak, temporaries=max(0, peak - arguments))
-        return dataclasses.replace(step, hbm=wants, seconds=time.perf_counter() - start)
-    stats = executable.memory_analysis()
-    text = executable.as_text()
+        return ended(peak - arguments, 0)
+    assert assigned is not None
     if job.hlo is not None:
-        job.hlo.write_text(text)
-    module = hlo.read(text)
-    code, peak = stats.generated_code_size_in_bytes, stats.peak_memory_in_bytes
-    return dataclasses.replace(
-        step,
-        # Donated arguments are outputs too, and the compiler does not count the program's own text into the peak.
-        fits=peak + code <= job.topology.chip.hbm,
-        hbm=dataclasses.replace(step.hbm, temporaries=max(0, peak - arguments), code=code, peak=peak + code),
-        seconds=time.perf_counter() - start,
+        job.hlo.write_text(assigned.text)
+    module = hlo.read(assigned.text)
+    done = ended(
+        assigned.hbm - arguments,
+        0 if executable is None else executable.memory_analysis().generated_code_size_in_bytes,
         moved=tuple(_moved(collectives_of(module, dict(mesh.shape)), mesh, job.topology)),
         hbm_traffic=float(hbm.hbm_bytes(module)),
+        host_traffic=float(hbm.host_bytes(module)),
         uncounted=tuple(module.uncounted),
     )
+    waiting = dataclasses.replace(done.hbm, host=max(done.hbm.host, assigned.host))
+    return dataclasses.replace(done, hbm=waiting, fits=waiting.peak <= job.topology.chip.usable)
 
 
 def wanted_bytes(said: str) -> int | None:
@@ -136,9 +163,10 @@ class _Lines(logging.Handler):
         self.lines.append(record.getMessage())
 
 
-def _local(tree: Any) -> int:
-    """Bytes of the arrays of a tree on one device."""
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+def _local(tree: Any, memory: str | None = None) -> int:
+    """Bytes of the arrays of a tree on one device, or of its share of another memory."""
+    arrays = [x for x in jax.tree.leaves(tree) if (x.sharding.memory_kind == HOST) == (memory == HOST)]
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in arrays)
 
 
 def _placed(program: Program) -> list[Placed]:
@@ -191,6 +219,7 @@ def _end_with(parent: int) -> None:
 def main(folder: Path) -> None:
     """Compile the job that lies in `folder`, and leave the step, or the error, beside it."""
     job: Job = pickle.loads((folder / JOB).read_bytes())
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {dump_flags(folder / DUMPS, 'step')}"
     threading.Thread(target=_end_with, args=(job.parent,), daemon=True).start()
     several = {"num_slices": job.topology.slices} if job.topology.slices > 1 else {}
     try:
@@ -201,10 +230,11 @@ def main(folder: Path) -> None:
         return
     (folder / READY).touch()
     try:
-        result = compiled(job, list(described.devices))
+        result = compiled(job, list(described.devices), folder / DUMPS)
     except ConfigError as error:
         result = error
     (folder / RESULT).write_bytes(pickle.dumps(result))
+    os._exit(0)  # a compile that goes on is not waited for
 
 
 if __name__ == "__main__":

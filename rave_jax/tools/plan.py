@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from rave_jax.command_line import load_command_line
 from rave_jax.config import ConfigError
 from rave_jax.plan.changes import changes_that_fit
 from rave_jax.plan.chips import parse_topology
-from rave_jax.plan.compile import Wanted, compile_step
+from rave_jax.plan.compile import Wanted, compile_all
 from rave_jax.plan.generation import answering
 from rave_jax.plan.libtpu import CompilerUnavailable
 from rave_jax.plan.models import model_of
@@ -23,7 +24,7 @@ from rave_jax.training.config import TrainConfig
 
 EXIT_DOES_NOT_FIT = 1
 EXIT_FITS = 0
-_FLAGS = ("topology", "slices", "json", "hlo", "no_changes", "generation")
+_FLAGS = ("topology", "slices", "json", "hlo", "no_changes", "generation", "full", "compare_plain")
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -35,6 +36,10 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         "--generation", action="store_true", default=None, help="plan answers in place of training, by formula alone"
     )
     parser.add_argument("--hlo", type=Path, metavar="FILE", help="write the compiled module there as text")
+    parser.add_argument("--full", action="store_true", default=None, help="compile all layers, to the end: slow")
+    parser.add_argument(
+        "--compare-plain", action="store_true", default=None, help="compile the step without its mechanisms too"
+    )
     parser.add_argument(
         "--no-changes", action="store_true", default=None, help="look for no changes of a config that does not fit"
     )
@@ -71,10 +76,11 @@ def plan(arguments: argparse.Namespace) -> int:
         print("\n".join(found_answering.lines()))
         _write(flags.json, found_answering.as_json())
         return EXIT_FITS if found_answering.rows else EXIT_DOES_NOT_FIT
-    print(f"compiling the step for {topology}; this takes minutes", file=sys.stderr)
-    wanted = Wanted(config, vlm, topology, flags.hlo)
+    print(f"compiling the step for {topology}; this takes a minute or so", file=sys.stderr)
+    wanted = Wanted(config, vlm, topology, flags.hlo, bool(flags.full))
+    plain = [dataclasses.replace(wanted, hlo=None, plain=True)] if flags.compare_plain else []
     try:
-        found = Plan(words[0], source, topology, compile_step(wanted))
+        found = Plan(words[0], source, topology, *compile_all([wanted, *plain]))
         print(as_text(found))
         report = as_json(found)
         if not found.step.fits and not flags.no_changes:

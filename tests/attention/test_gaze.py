@@ -27,7 +27,7 @@ from rave_jax.data.sample import Example
 from rave_jax.families.qwen2_5_vl import presets
 from rave_jax.kernels.attention import Implementation
 from rave_jax.kernels.support import interpreted
-from rave_jax.layout import AdaptiveRegions, FixedRegions, VisualLayout
+from rave_jax.layout import FixedRegions, VisualLayout
 from rave_jax.models.config import ModelOptions
 from rave_jax.models.forward import Embedded, Want
 from rave_jax.models.vlm import Vlm
@@ -343,8 +343,6 @@ def test_wrong_settings_and_company_are_refused() -> None:
             Gaze(**wrong)
     with pytest.raises(ConfigError, match="until"):
         TopKSchedule(until=0)
-    with pytest.raises(ConfigError, match="Gaze and Gaze ask for different regions"):
-        ModelOptions(mechanisms=(Gaze(layers=(0,)), Gaze(AdaptiveRegions(), layers=(1,))))
     with pytest.raises(ConfigError, match="Gaze cannot share a layer with Decomposed, which lets other queries"):
         a_model(gaze(), Decomposed())
     a_model(gaze(descriptor_keys="pre_rope"), Decomposed())

@@ -118,6 +118,16 @@ def test_ragged_regions_are_counted_by_their_sizes_and_read_with_their_padding()
         assert found.bytes >= found.dense_bytes == key_and_value * 2 * 15, "decoding gathers nothing"
 
 
+def test_other_regions_of_a_layer_are_counted_by_their_own_sizes_and_all_keys_are_read() -> None:
+    """A 3 x 5 grid in regions of 3 x 2 has sizes 6, 6, 3."""
+    text = TextConfig(num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8)
+    first, second = Gaze(FixedRegions(2, 2), 8, top_k=8, layers=(0,)), Gaze(FixedRegions(3, 2), 8, top_k=2, layers=(1,))
+    found = reading([(1, 3, 5)], text, ModelOptions((first, second)))
+    assert found.entries == (15 + 2 * 15 / 3) / 2 and found.most == 15
+    alone = reading([(1, 3, 5)], text, ModelOptions((dataclasses.replace(first, layers=(0, 1)),)))
+    assert found.bytes == alone.bytes / 2 + 2 * 8 * 2 * 2 * 15
+
+
 def test_queries_between_pictures_choose_among_those_before_them() -> None:
     text = TextConfig(num_layers=2, num_heads=2, num_kv_heads=2, head_dim=4)
     gaze = Gaze(regions=FixedRegions(2, 2), max_regions=8, top_k=0.5, layers=(1,))

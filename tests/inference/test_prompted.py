@@ -198,6 +198,22 @@ def test_a_users_own_mechanism_of_each_prompt_says_so_in_its_config() -> None:
         TrainConfig(model=ModelOptions(mechanisms=(Dim(),)))
 
 
+def test_numbers_that_slots_cannot_hold_are_refused_by_their_config() -> None:
+    class Counting(OF_PAGE["Dimming"]):
+        def found(self, prompts: Any, sizes: Any) -> jax.Array:
+            return jnp.sum(prompts.info.document > 0, axis=1)
+
+    class Counted(Dim):
+        def build(self, dims: AttentionDims, key: jax.Array) -> Mechanism:
+            return Counting()
+
+    seen = batch([[doc] for doc in prompts()], CONFIG, T, P)
+    with pytest.raises(ConfigError, match=r"Counted: the hook `found` gave 'int32\[4\]', expected .* 'float32\[4\]'"):
+        jax.eval_shape(
+            lambda vlm: found_numbers(vlm, whole(seen), None, vlm.embed_images(seen.patches), T), abstract((Counted(),))
+        )
+
+
 def test_what_cannot_be_found_is_refused_by_its_name() -> None:
     for mechanisms, match in (
         ((Dim(), *BOTH), "Vhr chooses heads for each prompt, and Dim scales heads too"),

@@ -140,6 +140,13 @@ SETTINGS: dict[str, tuple[MechanismConfig, ...]] = {
         Gaze(FixedRegions(2, 2), max_regions=12, top_k=2, normalise="keys", layers=(1,)),
         Superlinear(5, spans=1, rank=4, layers=(2,)),
     ),
+    "other regions in other layers": (
+        Gaze(FixedRegions(2, 2), max_regions=12, top_k=2, layers=(1,)),
+        Gaze(FixedRegions(2, 3), max_regions=12, top_k=2, rank_with_bias=True, layers=(0,)),
+        Gaze(FixedRegions(1, 2), max_regions=24, top_k=3, descriptor="spread", descriptor_keys="pre_rope", layers=(2,)),
+        Rave(rank=4, layers=(0,)),
+        SlidingWindow(window=40, layers=(1,)),
+    ),
     "gaze for study": (
         Gaze(FixedRegions(1, 3), 16, top_k=1, descriptor="spread", layers=(0,)),
         Gaze(FixedRegions(1, 3), 16, top_k=1, descriptor="oracle", layers=(1,)),

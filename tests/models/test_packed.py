@@ -81,6 +81,7 @@ REGIONS = (
     (GAZE(descriptor="random"), TextPositions(), SINKS),
     (GAZE(normalise="keys", visual_queries="frame+routed"), Cca(), ZERO(route="after")),
     (BiFormer(FixedRegions(2, 1), 96, top_k=2), Croc()),
+    (Gaze(FixedRegions(3, 2), 96, top_k=2, descriptor="min_max"), Rave(rank=2)),
 )
 DROPS = (
     (Pruning(keep=0.6, slope=1.0), Rave(rank=2)),

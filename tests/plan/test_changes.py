@@ -29,13 +29,25 @@ def test_what_costs_least_comes_first_and_all_kinds_are_tried() -> None:
     for part in (
         "accumulation 2",
         "data.rows 32",
-        "first-moment bfloat16",
-        "second-moment 8-bit",
         "mesh.data 1",
         "mesh.tensor 4",
+        "first-moment bfloat16",
+        "second-moment 8-bit",
+        "optimizer.offload",
     ):
         assert any(part in one for one in flags), part
-    assert flags[-1].count("--") == 4, "the last are several together"
+    first = [
+        next(n for n, one in enumerate(flags) if part in one) for part in ("remat", "accum", "mesh", "mom", "offl")
+    ]
+    assert first == sorted(first)
+    assert all(one.count("--") >= 4 for one in flags[-2:]), "the last are several together"
+
+
+def test_activations_wait_at_the_host_where_rematerialisation_is_not_enough() -> None:
+    full = dataclasses.replace(CONFIG, model=ModelOptions(remat="full"))
+    flags = [flags for flags, _, _ in candidate_changes(full, 16)]
+    assert "--model.remat offload" in flags and not any("remat full" in one for one in flags)
+    assert "--model.remat offload --optimizer.offload True" in flags[-1]
 
 
 def test_nothing_is_tried_that_is_so_already_or_that_rows_do_not_divide() -> None:
@@ -47,4 +59,8 @@ def test_nothing_is_tried_that_is_so_already_or_that_rows_do_not_divide() -> Non
         mesh=MeshConfig(fsdp=8, tensor=2),
     )
     flags = [flags for flags, _, _ in candidate_changes(config, 16)]
-    assert flags == ["--mesh.data 1 --mesh.fsdp -1 --mesh.tensor 4"]
+    assert flags == [
+        "--mesh.data 1 --mesh.fsdp -1 --mesh.tensor 4",
+        "--model.remat offload",
+        "--optimizer.offload True",
+    ]

@@ -117,6 +117,21 @@ def test_a_loop_whose_end_is_not_a_constant_counts_once_and_is_named() -> None:
     assert hlo.read(MODULE).uncounted == []
 
 
+def test_a_part_of_a_tuple_may_stand_by_its_place_alone() -> None:
+    """As in what the compiler dumps: `%loop#1#0` is an instruction that takes a part, and so is what it takes it of."""
+    text = """
+ENTRY %main (p: (s32[], (f32[8,4], bf16[2]))) -> f32[8,4] {
+  %p = (s32[]{:T(128)}, (f32[8,4]{1,0:T(8,128)(2,1)}, bf16[2]{0})) parameter(0)
+  ROOT %sum = f32[8,4]{1,0:T(8,128)} add(%p#1#0, %p#1#0)
+}
+"""
+    parameter, part, number, total = hlo.read(text).computations["main"]
+    assert (part.name, part.opcode, part.operands) == ("p#1", "get-tuple-element", ("p",))
+    assert (number.operands, number.type) == (("p#1",), "f32[8,4]{1,0:T(8,128)(2,1)}")
+    assert number.attribute(r"index=(\d+)") == "0" and total.operands == ("p#1#0", "p#1#0")
+    assert hlo.tuple_parts(parameter.type) == ["s32[]{:T(128)}", part.type]
+
+
 def test_a_text_that_is_no_module_is_refused() -> None:
     with pytest.raises(ValueError, match="no ENTRY computation"):
         read_collectives("module @jit_step {}", MESH)

@@ -52,6 +52,18 @@ def test_a_small_config_is_planned(tmp_path, capsys) -> None:
     assert 0 < bounds["mfu_exposed"] <= bounds["mfu"] < 1 and bounds["hbm"] > 0 and told["loops_counted_once"] == []
 
 
+def test_making_code_changes_nothing_that_a_plan_says(tmp_path) -> None:
+    """The program's own size apart, which --full adds."""
+    plain = "--model.attention", "xla"  # the code of the fused kernels takes a minute
+    (_, found), (_, full) = planned(tmp_path, 4, *plain), planned(tmp_path, 4, *plain, "--full")
+    code = full["hbm_bytes_per_chip"].pop("code")
+    assert code > 0 and found["hbm_bytes_per_chip"].pop("code") == 0
+    for plan in (found, full):
+        del plan["seconds_to_compile"], plan["hbm_bytes_per_chip"]["share"]
+    full["hbm_bytes_per_chip"]["peak"] -= code
+    assert found == full
+
+
 def test_what_does_not_fit_comes_with_changes_that_do(tmp_path, monkeypatch, capsys) -> None:
     """Only two of the changes are compiled here: rematerialisation, which is not enough, and micro-batches."""
     every = changes.candidate_changes

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from rave_jax.plan import hlo
-from rave_jax.plan.hbm import hbm_bytes, in_hbm
+from rave_jax.plan.hbm import hbm_bytes, host_bytes, in_hbm
 
 MODULE = """
 %slice_of_stack (p.0: f32[8,64], p.1: s32[]) -> f32[1,64] {
@@ -60,3 +60,17 @@ def test_an_update_in_place_counts_with_what_it_changes() -> None:
 def test_vector_memory_counts_nothing() -> None:
     assert moved("ROOT %sum = f32[1,64]{1,0:T(8,128)S(1)} add(%b, %b)") == 2 * ROW
     assert in_hbm("(bf16[4,8]{1,0:T(8,128)(2,1)}, bf16[4,8]{1,0:T(8,128)(2,1)S(1)}, u32[]{:S(2)})") == 64
+
+
+def test_what_goes_to_the_host_and_back_counts_once() -> None:
+    """Space 5 is the memory of the host: a copy counts with its array, a slice of a stack there with the slice."""
+    there = "f32[1,64]{1,0:S(5)}"
+    away = f"%away = ({there}, f32[1,64]{{1,0}}, u32[]) copy-start(%b)"
+    ended = f"%there = {there} copy-done(%away)"
+    back = "ROOT %back = f32[1,64]{1,0} copy(%there)"
+    module = MODULE.replace("BODY", "\n  ".join([away, ended, back]))
+    assert host_bytes(hlo.read(module)) == 2 * ROW
+    stack = MODULE.replace("%a = f32[8,64]{1,0} parameter(0)", "%a = f32[8,64]{1,0:S(5)} parameter(0)")
+    cut = "ROOT %one = f32[1,64]{1,0} fusion(%a, %i), kind=kLoop, calls=%slice_of_stack"
+    assert host_bytes(hlo.read(stack.replace("BODY", cut))) == ROW
+    assert host_bytes(hlo.read(MODULE.replace("BODY", cut))) == 0

@@ -35,7 +35,7 @@ PLAN = Plan("seven", "the released one", TOPOLOGY, STEP)
 
 def test_bounds_are_seconds_at_the_peaks_of_the_chip() -> None:
     found = bounds(STEP, TOPOLOGY)
-    assert found.parts == pytest.approx({"compute": 0.8, "HBM": 0.3, "ICI": 0.05 + 0.2, "DCN": 0})
+    assert found.parts == pytest.approx({"compute": 0.8, "HBM": 0.3, "ICI": 0.05 + 0.2, "DCN": 0, "host": 0})
     assert (found.largest, found.overlapped, found.mfu) == ("compute", pytest.approx(0.8), pytest.approx(0.75))
     assert (found.exposed, found.mfu_exposed) == (pytest.approx(1.0), pytest.approx(0.6))
 
@@ -68,6 +68,27 @@ def test_text_and_json_say_the_same_and_call_it_bounds() -> None:
     assert [row["asynchronous"] for row in told["collectives"]] == [True, False]
     assert "pallas_tpu (tuned blocks)" in text and told["attention"] == list(STEP.backends)
     assert told["parameters"][0]["axes"] == "fsdp, tensor"
+
+
+def test_what_waits_at_the_host_is_told_and_its_way_is_a_bound() -> None:
+    """There and back at once: half of the bytes each way."""
+    waiting = dataclasses.replace(
+        STEP, hbm=dataclasses.replace(STEP.hbm, host=3 * 2**30), host_traffic=6 * CHIP.host_bandwidth
+    )
+    found = bounds(waiting, TOPOLOGY)
+    assert (found.largest, found.overlapped) == ("host", pytest.approx(3))
+    text, told = as_text(dataclasses.replace(PLAN, step=waiting)), as_json(dataclasses.replace(PLAN, step=waiting))
+    assert "memory of the host, for each chip: 3.00 GiB" in text and "host" not in as_text(PLAN)
+    assert told["hbm_bytes_per_chip"]["host"] == 3 * 2**30
+    assert told["bytes_to_host_and_back_per_chip"] == 6 * CHIP.host_bandwidth
+
+
+def test_what_mechanisms_add_is_against_the_step_without_them() -> None:
+    less = dataclasses.replace(STEP, flops=dataclasses.replace(STEP.flops, again=0.18 * 16 * CHIP.flops))
+    both = dataclasses.replace(PLAN, plain=less)
+    added = as_json(both)["mechanisms_add_to_bounds"]
+    assert added == pytest.approx({"overlapped": 0.8 / 0.78 - 1, "synchronous_exposed": 1.0 / 0.98 - 1})
+    assert "mechanisms add 2.6% to the time" in as_text(both) and as_json(PLAN)["mechanisms_add_to_bounds"] is None
 
 
 def test_a_step_that_does_not_fit_has_no_bounds() -> None:
