@@ -1,4 +1,4 @@
-"""Collectives of the train step of Qwen2.5-VL-7B with RAVE on a mesh of TPUs, read from the compiled module.
+"""Collectives of the train step of Qwen2.5-VL-7B with RAVE on a mesh of TPUs, read from the compiler's module.
 
 The step is that of configs/qwen2_5_vl_7b_rave_sft.py at the model's true widths, with few layers: layers are one loop.
 """
@@ -8,38 +8,17 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 from pathlib import Path
 
-from rave_jax.plan.libtpu import environment
-
-os.environ.update(environment())  # libtpu reads it when it is loaded
-
-from jax.experimental import topologies
-
-from rave_jax import config as configs
+from rave_jax.command_line import config_file
+from rave_jax.config import load_file
 from rave_jax.families.qwen2_5_vl.presets import qwen2_5_vl_7b
-from rave_jax.parallel.mesh import MeshConfig, make_mesh
-from rave_jax.plan.collectives import read_collectives, traffic
-from rave_jax.plan.program import train_program
+from rave_jax.parallel.mesh import MeshConfig
+from rave_jax.plan.chips import parse_topology
+from rave_jax.plan.compile import Wanted, compile_step
+from rave_jax.plan.depth import shortened
 
-CONFIG = Path(__file__).resolve().parents[1] / "configs" / "qwen2_5_vl_7b_rave_sft.py"
 GIB = 2**30
-
-
-def compiled_step(
-    topology: str, mesh_config: MeshConfig, layers: int, patches: int, rows: int
-) -> tuple[str, int, dict]:
-    """Text of the module, bytes of HBM at its peak, and the mesh's axes."""
-    config = configs.load_file(CONFIG)
-    config = dataclasses.replace(
-        config, mesh=mesh_config, data=dataclasses.replace(config.data, rows=rows, patches=patches, stages=())
-    )
-    vlm = qwen2_5_vl_7b()
-    vlm = dataclasses.replace(vlm, text=dataclasses.replace(vlm.text, num_layers=layers))
-    mesh = make_mesh(mesh_config, topologies.get_topology_desc(platform="tpu", topology_name=topology).devices)
-    compiled = train_program(config, vlm, mesh).lowered.compile()
-    return compiled.as_text(), compiled.memory_analysis().peak_memory_in_bytes, dict(mesh.shape)
 
 
 def main() -> None:
@@ -51,12 +30,14 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=2, help="rows on each shard of the batch")
     parser.add_argument("--json", type=Path, help="write the rows here too")
     args = parser.parse_args()
-    chips = len(topologies.get_topology_desc(platform="tpu", topology_name=args.topology).devices)
-    rows = args.rows * chips // args.tensor
-    mesh = MeshConfig(fsdp=-1, tensor=args.tensor)
-    text, peak, axes = compiled_step(args.topology, mesh, args.layers, args.patches, rows)
-    found = traffic(read_collectives(text, axes))
-    print(f"{args.topology}, {axes}, {args.layers} layers: peak {peak / GIB:.2f} GiB of HBM")
+    topology = parse_topology(args.topology)
+    config = load_file(config_file("qwen2_5_vl_7b_rave_sft"))
+    rows = args.rows * topology.devices // args.tensor
+    data = dataclasses.replace(config.data, rows=rows, patches=args.patches, stages=())
+    config = dataclasses.replace(config, mesh=MeshConfig(fsdp=-1, tensor=args.tensor), data=data)
+    step = compile_step(Wanted(config, shortened(qwen2_5_vl_7b(), args.layers), topology))
+    found = [one.traffic for one in step.moved]
+    print(f"{topology}, {step.mesh}, {args.layers} layers: {step.hbm.peak / GIB:.2f} GiB of HBM")
     for one in found:
         how = "asynchronous" if one.asynchronous else "synchronous"
         print(f"{one.kind:>20} over {'+'.join(one.axes):<16} {how:<13} {one.times:5d} times {one.sent / GIB:7.3f} GiB")

@@ -221,6 +221,7 @@ def moved_for_step(step: Step, on_devices: TrainState, at_rest: TrainState) -> S
     def part(state: TrainState) -> Any:
         return state.optimizer, state.ema
 
+    @functools.wraps(step)  # a program is found by its name, and this is the step still
     def moved(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         optimizer, ema = jax.device_put(part(state), part(on_devices))
         after, metrics = step(state._replace(optimizer=optimizer, ema=ema), batch)
