@@ -16,6 +16,7 @@ import math
 from collections.abc import Mapping
 
 from rave_jax.families.config import VlmConfig
+from rave_jax.models.config import Remat
 from rave_jax.plan.program import largest_row
 from rave_jax.training.config import TrainConfig
 from rave_jax.training.state import ModelGraph
@@ -89,12 +90,24 @@ def step_flops(config: TrainConfig, vlm: VlmConfig, graph: ModelGraph, trained: 
     total += 3 * (attention + gates) + of_tower * (3 if in_blocks else 1)
     mechanisms += 3 * gates
 
-    remat = config.model.remat
-    kept = {"none": 0.0, "full": forward["decoder"] + attention + gates, "dots": attention + gates}
-    again = kept.get(remat, kept["full"]) + forward["head"]
-    if in_blocks and remat != "none":
-        again += (forward["tower"] if remat != "dots" else 0.0) + of_tower
+    # The loss computes its gradients with its logits: nothing of the head is computed again.
+    again = _again(config.model.remat, forward["decoder"], attention + gates)
+    if in_blocks:
+        again += _again(config.model.tower_remat, forward["tower"], of_tower)
     return StepFlops(total, mechanisms, again)
+
+
+def _again(remat: Remat, matrices: float, pairs: float) -> float:
+    """What a policy of rematerialisation computes again of the forward pass.
+
+    Args:
+        remat: the policy.
+        matrices: FLOPs of products with weights.
+        pairs: FLOPs of attention.
+    """
+    keeps_matrices = remat in ("none", "dots", "dots_and_attention", "all_dots")
+    keeps_pairs = remat in ("none", "attention", "dots_and_attention", "all_dots")
+    return (0.0 if keeps_matrices else matrices) + (0.0 if keeps_pairs else pairs)
 
 
 def _is_connector(name: str) -> bool:

@@ -82,6 +82,8 @@ def test_mechanisms_add_their_matrices_and_pair_products() -> None:
 def test_rematerialisation_computes_the_layers_again() -> None:
     none, dots, full = (flops(remat=remat).again for remat in ("none", "dots", "full"))
     assert none < dots < full
+    assert flops(remat="attention").again + dots == full == flops(remat="offload").again
+    assert flops(remat="dots_and_attention").again == none == 0
     assert full - none == pytest.approx(
         2 * ROWS * TOKENS * numbers("decoder.") + 4 * TEXT.num_heads * TEXT.head_dim * TEXT.num_layers * pairs()
     )
