@@ -90,24 +90,18 @@ def step_flops(config: TrainConfig, vlm: VlmConfig, graph: ModelGraph, trained: 
     total += 3 * (attention + gates) + of_tower * (3 if in_blocks else 1)
     mechanisms += 3 * gates
 
-    # The loss computes its gradients with its logits: nothing of the head is computed again.
     again = _again(config.model.remat, forward["decoder"], attention + gates)
     if in_blocks:
         again += _again(config.model.tower_remat, forward["tower"], of_tower)
     return StepFlops(total, mechanisms, again)
 
 
-def _again(remat: Remat, matrices: float, pairs: float) -> float:
-    """What a policy of rematerialisation computes again of the forward pass.
-
-    Args:
-        remat: the policy.
-        matrices: FLOPs of products with weights.
-        pairs: FLOPs of attention.
-    """
-    keeps_matrices = remat in ("none", "dots", "dots_and_attention", "all_dots")
-    keeps_pairs = remat in ("none", "attention", "dots_and_attention", "all_dots")
-    return (0.0 if keeps_matrices else matrices) + (0.0 if keeps_pairs else pairs)
+def _again(remat: Remat, matmuls: float, attention: float) -> float:
+    """What layers compute again: all that `POLICIES` of `models/stack.py` do not keep. The loss computes no logits
+    twice."""
+    kept_matmuls = remat in ("none", "dots", "dots_and_attention", "all_dots")
+    kept_attention = remat in ("none", "attention", "dots_and_attention", "all_dots")
+    return (0.0 if kept_matmuls else matmuls) + (0.0 if kept_attention else attention)
 
 
 def _is_connector(name: str) -> bool:

@@ -23,7 +23,7 @@ from tests.training.small import TEXT, random_batch, session_of
 
 SHAPE = {"vocab_size": 1024, "hidden_size": 256, "num_layers": 2, "num_heads": 4, "num_kv_heads": 2, "head_dim": 64}
 MODEL = dataclasses.replace(TEXT, text=dataclasses.replace(TEXT.text, **SHAPE, mlp_size=512))
-OPTIONS = ModelOptions(compute_dtype="bfloat16", remat="full")
+OPTIONS = ModelOptions(compute_dtype="bfloat16", remat="full", sequence_parallel=True)
 CHIPS = {"v5e:4x4": MeshConfig(fsdp=4, tensor=4), "v6e:4x4": MeshConfig(fsdp=16)}
 ROWS, TOKENS = 32, 64
 
