@@ -130,7 +130,7 @@ def compiled(job: Job, devices: list[jax.Device], dumps: Path) -> Step:
     done = ended(
         assigned.hbm - arguments,
         0 if executable is None else executable.memory_analysis().generated_code_size_in_bytes,
-        moved=tuple(_moved(collectives_of(module, dict(mesh.shape)), mesh, job.topology)),
+        moved=tuple(_moved(collectives_of(module, dict(mesh.shape), _slices(mesh)), mesh, job.topology)),
         hbm_traffic=float(hbm.hbm_bytes(module)),
         host_traffic=float(hbm.host_bytes(module)),
         uncounted=tuple(module.uncounted),
@@ -191,6 +191,11 @@ def _axes(value: Any) -> str:
     assert isinstance(sharding, NamedSharding)
     parts = [" x ".join(part) if isinstance(part, tuple) else part for part in sharding.spec if part]
     return ", ".join(parts) or "whole on each chip"
+
+
+def _slices(mesh: Mesh) -> list[int]:
+    """Of each device, in the order of the mesh."""
+    return [getattr(device, "slice_index", 0) or 0 for device in mesh.devices.flat]
 
 
 def _moved(collectives: list[Collective], mesh: Mesh, topology: Topology) -> list[Moved]:

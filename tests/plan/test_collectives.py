@@ -117,6 +117,24 @@ def test_a_loop_whose_end_is_not_a_constant_counts_once_and_is_named() -> None:
     assert hlo.read(MODULE).uncounted == []
 
 
+def test_what_goes_between_slices_is_sent_by_way_of_the_hosts() -> None:
+    """Two slices of two chips: each chip sends its array to the one in its place, asynchronously."""
+    sent = '_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_megascale_transfer_type="ALL_REDUCE"'
+    text = f"""
+ENTRY %main (a: bf16[8,128]) -> token[] {{
+  %a = bf16[8,128]{{1,0}} parameter(0)
+  %t = token[] after-all()
+  %s = (bf16[8,128]{{1,0}}, u32[]{{:S(2)}}, token[]) send(%a, %t), channel_id=1, frontend_attributes={{{sent}}}
+  ROOT %done = token[] send-done(%s), channel_id=1
+}}
+"""
+    (one,) = read_collectives(text, {"data": 2, "fsdp": 2}, slices=[0, 0, 1, 1])
+    assert (one.kind, one.axes, one.members, one.asynchronous) == ("all-reduce", ("data",), 2, True)
+    assert one.groups.tolist() == [[0, 2], [1, 3]] and one.size == one.sent == 8 * 128 * 2
+    with pytest.raises(ValueError, match="kind not known here: BROADCAST"):
+        read_collectives(text.replace("ALL_REDUCE", "BROADCAST"), {"data": 2, "fsdp": 2}, slices=[0, 0, 1, 1])
+
+
 def test_a_part_of_a_tuple_may_stand_by_its_place_alone() -> None:
     """As in what the compiler dumps: `%loop#1#0` is an instruction that takes a part, and so is what it takes it of."""
     text = """
