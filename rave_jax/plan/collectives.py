@@ -134,7 +134,9 @@ def read_collectives(text: str, mesh: Mapping[str, int], slices: Sequence[int] =
 def collectives_of(module: Module, mesh: Mapping[str, int], slices: Sequence[int] = ()) -> list[Collective]:
     """`read_collectives` of a module that is read already."""
     times = module.times
-    started_by = {name for caller, name in module.calls() if caller.opcode in ("async-start", "call-start")}
+    started_by = module.with_called(
+        name for caller, name in module.calls() if caller.opcode in ("async-start", "call-start")
+    )
     starts = {name for name, body in module.computations.items() if any(_START in one.attributes for one in body)}
     started = {_channel(one) for name in starts for one in module.computations[name] if one.opcode in _KINDS}
     fused = {name for caller, name in module.calls() if caller.opcode == "fusion"}
