@@ -4,7 +4,7 @@ The first table is of arms that train the whole model with a mechanism, against 
 second is of models that have learned the tasks with plain attention and are judged with a mechanism and without. What
 a search would find in each model (heads of VHR and of SADS, gammas of ZeroTuning: `rave-jax calibrate`) has one setting
 for all seeds here. Left out: VAR, whose sink dimensions are those of one model; DyVTE, whose routers learn from a
-procedure of their own; GIFT, which is found for a prompt in generation; PINE, which is for several pictures.
+procedure of their own; GIFT and PAINT, which are found for a prompt in generation; PINE, which is for several pictures.
 """
 
 from dataclasses import replace

@@ -46,6 +46,7 @@ from rave_jax.attention.masks import block_diagonal_codes, cached_codes, causal_
 from rave_jax.attention.mma import Mma
 from rave_jax.attention.moba import Moba
 from rave_jax.attention.moh import Moh
+from rave_jax.attention.paint import Paint
 from rave_jax.attention.pine import Pine
 from rave_jax.attention.plan import LayerRunPlan, build_mechanisms, plan_layer_runs
 from rave_jax.attention.prompted import Prompted, PromptPass, PromptSizes
@@ -103,6 +104,7 @@ __all__ = [
     "Moh",
     "OtherQuery",
     "Owned",
+    "Paint",
     "Parts",
     "PicturesBefore",
     "Pine",

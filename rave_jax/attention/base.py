@@ -171,6 +171,9 @@ class Mechanism(nnx.Module):
     declared: LayeredConfig | None = None
     """The config that it was built from; None where it was made by hand."""
 
+    def try_on(self, rows: int, heads: int, tokens: int) -> None:
+        """Get ready for a build that tries the hooks on so many rows, heads and tokens, without data."""
+
     def positions(
         self, info_q: TokenInfo, info_k: TokenInfo, own: Int[Array, "B T"], positions: Int[Array, "3 B T"]
     ) -> Int[Array, "3 B T"]:

@@ -91,6 +91,12 @@ class LayeredConfig(ABC):
         return False
 
     @property
+    def reads_class_token(self) -> bool:
+        """Does it read what the vision tower's class token looks at (`PromptPass.looks`)? Models whose tower has none
+        refuse it."""
+        return False
+
+    @property
     def of_prompt(self) -> bool:
         """Are its numbers found for each prompt before it is read? Its module then is a `Prompted`
         (`attention/prompted.py`). Generation finds them, and evaluations with it; training and other passes over whole

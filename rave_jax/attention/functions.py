@@ -74,6 +74,7 @@ def terms_of(mechanism: Mechanism, dims: AttentionDims) -> tuple[Term, ...]:
 
     def added(parameters: Any, queries: Any, keys: Any) -> tuple[Term, ...]:
         mechanism: Mechanism = nnx.merge(program, parameters)
+        mechanism.try_on(1, H, KEYS)
         (codes_q, x), (codes_k, x_k) = queries, keys
         score = mechanism.score(x, mechanism.remember(x_k), TokenInfo(**codes_q), TokenInfo(**codes_k))
         return () if score is None else tuple(spread(term, H, K) for term in score.terms)

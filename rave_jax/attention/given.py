@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import traceback
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Hashable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -31,7 +31,6 @@ from rave_jax.attention.base import (
     overrides,
 )
 from rave_jax.attention.checks import name_of
-from rave_jax.attention.prompted import Prompted, PromptSizes
 from rave_jax.attention.rotation import Rope
 from rave_jax.batch import TokenInfo
 from rave_jax.config import ConfigError, shown
@@ -66,6 +65,9 @@ def check_given(mechanism: Mechanism, dims: AttentionDims) -> None:
     """
     if not any(overrides(mechanism, hook) for hook in TRIED):
         return
+    known = _key(mechanism, dims)
+    if known in _fitting:
+        return
     program, parameters = nnx.split(mechanism)
 
     def tried(parameters: Any) -> None:
@@ -73,6 +75,22 @@ def check_given(mechanism: Mechanism, dims: AttentionDims) -> None:
         Trial(again, dims).run()
 
     jax.eval_shape(tried, parameters)
+    if known is not None:
+        _fitting.add(known)
+
+
+_fitting: set[Hashable] = set()
+"""What was tried and fits: a model of many layer runs has most configs in several, and a process many models."""
+
+
+def _key(mechanism: Mechanism, dims: AttentionDims) -> Hashable:
+    """What the shapes that hooks give depend on; None where it cannot be looked up."""
+    key = (mechanism.declared, type(mechanism), dims)
+    try:
+        hash(key)
+    except TypeError:
+        return None
+    return None if mechanism.declared is None else key
 
 
 TRIED = (
@@ -88,10 +106,8 @@ class Trial:
         self.mechanism = mechanism
         H, K, h, D = dims
         self.sizes = SIZES | {"3": 3, "H": H, "K": K, "h": h, "D": D}
-        if isinstance(mechanism, Prompted):
-            sizes = PromptSizes((0,), dims.num_heads, SIZES["S"])
-            numbers = mechanism.of_layers(self.call("neutral", SIZES["B"], sizes), 0, 1)
-            mechanism.given = jax.tree.map(lambda x: x[0], numbers)
+        with failing(f"{name_of(mechanism)}: its numbers that change nothing (`neutral`) cannot be used"):
+            mechanism.try_on(SIZES["B"], H, SIZES["S"])
 
     def run(self) -> None:
         """Every hook that is overridden."""

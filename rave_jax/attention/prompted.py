@@ -46,12 +46,15 @@ class PromptPass(NamedTuple):
         hidden: behind the last layer.
         gates: what the outputs of heads were multiplied by; None where nobody says `GATES`.
         statistics: what `wanted` asked for; None where nobody asks.
+        looks: the attention that the vision tower's class token gives each visual token, summed over heads, in its
+            first block and in its last but one; 0 of other tokens. None where no config says `reads_class_token`.
     """
 
     info: TokenInfo
     hidden: Float[Array, "N T D"]
     gates: Float[Array, "L N T H"] | None
     statistics: Statistics | None
+    looks: Float[Array, "N T 2"] | None = None
 
 
 class Prompted(Mechanism):
@@ -104,6 +107,11 @@ class Prompted(Mechanism):
         """`given` of layers start .. start + count - 1, counting those that attend: arrays [count,B,...]. By default
         all layers have the same."""
         return jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape)), numbers)
+
+    def try_on(self, rows: int, heads: int, tokens: int) -> None:
+        """With numbers that change nothing."""
+        numbers = self.of_layers(self.neutral(rows, PromptSizes((0,), heads, tokens)), 0, 1)
+        self.given = jax.tree.map(lambda x: x[0], numbers)
 
     @property
     def numbers(self) -> Any:

@@ -11,8 +11,8 @@ rows. With s = scale <q, k>, for every head:
 b(s) = s moves a negative score away from the picture; the other two never do.
 
 Our reading: the rows that predict an answer are those of role response, its header too, while PAI changes the last row
-of what is read at once: header rows before the last differ. PAINT gives two strengths to two sets of visual tokens that
-a CLIP tower's class token attends to; one strength for all of them is what is here.
+of what is read at once: header rows before the last differ. PAINT gives two strengths to two sets of visual tokens
+(`paint.py`); one strength for all of them is what is here.
 """
 
 from __future__ import annotations

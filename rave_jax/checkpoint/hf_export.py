@@ -9,7 +9,7 @@ import itertools
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
 
@@ -90,7 +90,8 @@ def export_hf(
         destination: a directory to make; it must not exist or must be empty.
         source: the directory that the model came from: its config, tokenizer and processor files are carried along
             byte for byte, and its style of keys is kept. None writes a config made from ours, and no tokenizer.
-        dtype: number type of what is written, "float32" or "bfloat16"; None writes each parameter as it is.
+        dtype: number type of what is written, "float32" or "bfloat16"; None writes each parameter as it is, and what
+            adapters are merged into in the wider of both types.
         max_shard_bytes: a file takes no more, unless one tensor alone does.
         lora: adapters are merged into the weights, or written beside weights that they leave as they are.
         origin: what is known of the model's making, for its card.
@@ -111,9 +112,10 @@ def export_hf(
     def item(rules: tuple[TensorRule, ...]) -> Item:
         first = rules[0]
         location = locate(model, first)
-        stored = np.dtype(params[location.path].dtype)
+        adapter = adapter_of(location.path, params) if merges else None
+        stored = _widest(params, (location.path, *(adapter or ())))
         planned = Planned(rename(first.hf_key), stored if target is None else target, first.shape)
-        return Item(planned, location, adapter_of(location.path, params) if merges else None, rules)
+        return Item(planned, location, adapter, rules)
 
     extras = [path for path in extra_parameters(model) if not (merges and is_adapter(path))]
     rules = rules_of(model, tensor_format(model, source))
@@ -195,8 +197,18 @@ def divide[T: Written](items: list[T], limit: int) -> dict[str, list[T]]:
 
 def rounding(model: Vlm, dtype: str | None) -> str | None:
     """The number type below float32 that merged weights are rounded to, or None."""
-    name = dtype or str(np.dtype(model.embed.weight.dtype))
-    return None if name == "float32" else name
+    if dtype is not None:
+        return None if dtype == "float32" else dtype
+    params = named_parameters(model)
+    merges = [(path, *adapter) for path in params if (adapter := adapter_of(path, params))]
+    kinds = {str(_widest(params, paths)) for paths in merges}
+    return next((name for name in sorted(kinds) if name != "float32"), None)
+
+
+def _widest(params: Mapping[str, nnx.Param], paths: Iterable[str]) -> np.dtype:
+    """The number type that holds all of these parameters: an adapter's master copy in float32 is finer than the weight
+    that it is merged into."""
+    return functools.reduce(np.promote_types, (np.dtype(params[path].dtype) for path in paths))
 
 
 def write_tensors(path: Path | None, items: list[Item], model: Vlm) -> None:

@@ -23,6 +23,8 @@ PARAMETERS, OPTIMIZER, DATA = "parameters", "optimizer", "data"
 
 _METADATA = "_CHECKPOINT_METADATA"
 _LONGEST = 200
+_SMALLEST_SHARE = 2**20
+"""Bytes. Replicas share the writing of an array where each writes at least these; a share is a program of its own."""
 _STEP = re.compile(r"0|[1-9][0-9]{0,17}")
 """How a step is written as the name of a folder; others, such as 0010, are none of ours."""
 _OS_ERROR = re.compile(r"os_error_code='(\d+)'")
@@ -43,6 +45,7 @@ logging.getLogger("absl").addFilter(_is_ours)
 def context() -> ocp.Context:
     """How orbax reads and writes the parts of a checkpoint."""
     made = ocp.Context()
+    made.array.saving.min_slice_bytes_for_replica_parallel = _SMALLEST_SHARE
     made.checkpointables.registry = ocp.handlers.local_registry().add(
         ocp.handlers.JsonHandler, checkpointable_name=DATA
     )

@@ -112,21 +112,21 @@ class Store:
     """The checkpoints in one directory. Use as a context manager; all processes of a job call it alike."""
 
     def __init__(
-        self, directory: Path, keep: int | Retention, *, reader: bool = False, saved: Callable[[], None] | None = None
+        self, directory: Path, keep: int | Retention, *, reader: bool = False, before: Callable[[], None] | None = None
     ):
         """
         Args:
             directory: an absolute path after this, or a folder in a bucket; made when missing.
             keep: which checkpoints are kept; a number: so many of the newest.
             reader: leave what is there as it is; do not save.
-            saved: called in the background behind each save.
+            before: called before each save, which fails with it.
 
         Raises:
             StoreError: the directory cannot be written.
         """
         self.directory = folder_at(directory)
         self._keep = Retention(keep) if isinstance(keep, int) else keep
-        self._reader, self._saved = reader, saved
+        self._reader, self._before = reader, before
         self._checkpointer: ocp.training.Checkpointer | None = None
         self._save: _Save | None = None
         if not reader:
@@ -186,11 +186,13 @@ class Store:
             check_writable(self.directory, local_bytes((parameters, optimizer)))
         except StoreError as error:
             raise StoreError(f"{error}; {_last_good(self.directory)}") from error
+        if self._before is not None:
+            self._before()
         metrics: Any = None if metric is None else {VALUE: metric}
         with _explained(self.directory, step):
             response = self._writer().save_checkpointables_async(step, what, metrics=metrics)
         assert response is not None, "the policy saves every step that is asked for"
-        self._save = _Save(self.directory, step, response, self._saved)
+        self._save = _Save(self.directory, step, response)
 
     def _writer(self) -> ocp.training.Checkpointer:
         if self._checkpointer is None:
@@ -232,10 +234,26 @@ class Store:
         """
         try:
             self.wait()
-        finally:
-            checkpointer, self._checkpointer = self._checkpointer, None
-            if checkpointer is not None:
-                _close(checkpointer)
+        except StoreError:
+            with contextlib.suppress(StoreError):  # the first error says more
+                self._release()
+            raise
+        self._release()
+
+    def _release(self) -> None:
+        checkpointer, self._checkpointer = self._checkpointer, None
+        if checkpointer is None:
+            return
+        # A failed save is raised once to each thread that waits for it. It has been reported, and would keep the rest
+        # from being closed.
+        with contextlib.suppress(Exception):
+            checkpointer.wait()
+        try:
+            checkpointer.close()
+        except Exception as error:  # what orbax writes about its files, on a full disk
+            raise StoreError(
+                f"checkpoints could not be written to {self.directory}: {first_line(error)}; {self.last_saved()}"
+            ) from error
 
     def restore(self, step: int, parameters: Any, optimizer: Any) -> tuple[Any, Any, dict[str, Any]]:
         """(parameters, optimizer, data) of a step, on the shardings of the abstract targets.
@@ -336,8 +354,8 @@ class Store:
 class _Save:
     """One save under way: a thread waits for orbax and then writes the digests."""
 
-    def __init__(self, directory: Path, step: int, response: Any, saved: Callable[[], None] | None):
-        self._directory, self._step, self._response, self._saved = directory, step, response, saved
+    def __init__(self, directory: Path, step: int, response: Any):
+        self._directory, self._step, self._response = directory, step, response
         self._error: Exception | None = None
         self.thread = threading.Thread(target=self._finish, name="checkpoint digests")
         self.thread.start()
@@ -345,8 +363,6 @@ class _Save:
     def _finish(self) -> None:
         try:
             self._response.result()
-            if self._saved is not None:
-                self._saved()
             digests.write(self._directory / str(self._step), jax.process_index(), jax.process_count())
         except Exception as error:  # the next caller raises it
             self._error = error
@@ -356,14 +372,6 @@ class _Save:
         if self._error is not None:
             with _explained(self._directory, self._step):
                 raise self._error
-
-
-def _close(checkpointer: ocp.training.Checkpointer) -> None:
-    # A failed save is raised once to each thread that waits for it. It has been reported, and would keep the rest from
-    # being closed.
-    with contextlib.suppress(Exception):
-        checkpointer.wait()
-    checkpointer.close()
 
 
 def _set_aside(folder: Path) -> Path:

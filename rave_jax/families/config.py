@@ -326,6 +326,11 @@ class TowerConfig(ABC):
         """C: numbers in a flattened patch."""
 
     @property
+    def class_looks(self) -> bool:
+        """Can its tower say what its class token looks at (`ImageFeatures.looks`)?"""
+        return False
+
+    @property
     def merge_unit(self) -> int:
         """Patches that become one visual token."""
         return 1

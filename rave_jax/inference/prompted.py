@@ -17,12 +17,12 @@ import jax.numpy as jnp
 from rave_jax.attention import Prompted, PromptPass, PromptSizes, WantedStatistics
 from rave_jax.attention.base import overrides
 from rave_jax.attention.checks import name_of
-from rave_jax.batch import TokenInfo
+from rave_jax.batch import Kind, TokenInfo
 from rave_jax.config import ConfigError, shown
 from rave_jax.models.decoder_layer import DecoderLayer
 from rave_jax.models.forward import Chunk, ImageFeatures, Want
 from rave_jax.models.vlm import Vlm
-from rave_jax.typing import Array, Bool
+from rave_jax.typing import Array, Bool, Float
 
 PromptNumbers = tuple[Any, ...]
 """Of each prompt or slot: what each class of mechanisms found, arrays [B,...], in the order of `askers`."""
@@ -98,7 +98,7 @@ def found_numbers(
     """
     askers, rows = _askers(model), seen.tokens.shape[0]
     info, tokens, positions, index = seen.info, seen.tokens, seen.positions, seen.visual_index
-    wanted = _wanted(askers, seen.info, content)
+    wanted, looks = _wanted(askers, seen.info, content), _looks(seen, features)
     if blind is not None:
         info, tokens = (jax.tree.map(_behind, a, b) for a, b in ((info, blind.info), (tokens, blind.tokens)))
         positions = jnp.concatenate([positions, blind.positions], axis=1)
@@ -111,7 +111,7 @@ def found_numbers(
     want = Want(gates=any(m.GATES for m in askers), statistics=wanted)
     out = _finding(model).decoder(embedded, info, positions, want)
     gates, statistics = jax.tree.map(lambda x: x[:, :rows], (out.gates, out.statistics))
-    found, sizes = PromptPass(seen.info, out.hidden[:rows], gates, statistics), _sizes(model, size)
+    found, sizes = PromptPass(seen.info, out.hidden[:rows], gates, statistics, looks), _sizes(model, size)
     return tuple(_fitting(m, m.found(found, sizes), m.neutral(rows, sizes)) for m in askers)
 
 
@@ -137,6 +137,14 @@ def _askers(model: Vlm) -> Sequence[Prompted]:
             if isinstance(mechanism, Prompted):
                 found.setdefault(type(mechanism), mechanism)
     return [*found.values()]
+
+
+def _looks(seen: Chunk, features: ImageFeatures | None) -> Float[Array, "N T 2"] | None:
+    """What the class token of the tower looks at, token by token."""
+    if features is None or features.looks is None or seen.visual_index is None:
+        return None
+    of_tokens = jnp.take_along_axis(features.looks, seen.visual_index[..., None], axis=1, mode="clip")
+    return jnp.where((seen.info.kind == Kind.VISUAL)[..., None], of_tokens, 0.0)
 
 
 def _fitting(mechanism: Prompted, found: Any, neutral: Any) -> Any:

@@ -147,6 +147,11 @@ class ModelOptions:
         return () if self.context is None else (ContextSight(self.context),)
 
     @property
+    def reads_class_token(self) -> bool:
+        """Does a mechanism read what the vision tower's class token looks at?"""
+        return any(mechanism.reads_class_token for mechanism in self.mechanisms)
+
+    @property
     def tower_remat(self) -> Remat:
         """What a block of the tower keeps."""
         return self.remat if self.vision_remat is None else self.vision_remat

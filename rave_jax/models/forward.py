@@ -19,10 +19,13 @@ class ImageFeatures(NamedTuple):
         tokens: the visual token of each merge unit.
         deep: what is added to the visual tokens behind each of the first decoder layers (DeepStack, arXiv 2406.04334);
             empty where the tower gives none.
+        looks: the attention that the tower's class token gives each merge unit, summed over heads, in its first block
+            and in its last but one; None where no mechanism reads it.
     """
 
     tokens: Float[Array, "B U D"]
     deep: tuple[Float[Array, "B U D"], ...] = ()
+    looks: Float[Array, "B U 2"] | None = None
 
 
 class Embedded(NamedTuple):

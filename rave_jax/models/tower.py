@@ -40,7 +40,8 @@ class Tower(Protocol):
     def __call__(self, patches: Patches) -> Float[Array, "B M O"] | ImageFeatures:
         """The visual tokens of rows of patches: P / merge_unit of them in the order of their patches, or where the
         config's `mixed` is above 0, the M that `patches.source` says (`mixed_units`). With them what is added in the
-        decoder where the config's `deep_layers` is above 0."""
+        decoder where the config's `deep_layers` is above 0, and what the class token looks at where a mechanism reads
+        that and the config's `class_looks` says it can."""
         ...
 
 

@@ -22,13 +22,14 @@ from rave_jax.kernels import attention as attention_kernels
 from rave_jax.kernels.attention import Implementation, MaskCodes
 from rave_jax.models import lora
 from rave_jax.models.config import ModelOptions
+from rave_jax.models.forward import ImageFeatures
 from rave_jax.models.initial import normal
 from rave_jax.models.layers import LayerNorm, Linear, Mlp
 from rave_jax.models.parameters import mark_unused
 from rave_jax.models.stack import LayerRun
 from rave_jax.models.tower import check_patches, mixed_units, normalised
 from rave_jax.parallel.sharding import shard
-from rave_jax.typing import Array, Float
+from rave_jax.typing import Array, Bool, Float, Int
 
 
 class VitAttention(nnx.Module):
@@ -71,6 +72,29 @@ class VitBlock(nnx.Module):
         x = shard(x + self.attention(self.attention_norm(x), codes, self.implementation), "batch", "length", None)
         return shard(x + self.mlp(self.mlp_norm(x)), "batch", "length", None)
 
+    def class_looks(
+        self, x: Float[Array, "B P D"], frame: Int[Array, "B P"], first: Bool[Array, "B P"]
+    ) -> Float[Array, "B P"]:
+        """The attention that the class token of each picture gives its patches, summed over heads, float32; 0 of class
+        tokens and padding.
+
+        Args:
+            x: what enters the block.
+            frame: the picture of each patch, from 1; 0 is padding.
+            first: is it a class token?
+        """
+        x, most = self.attention_norm(x), x.shape[1] + 1
+        q, k = self.attention.query(x), self.attention.key(x)
+
+        def of_row(q: Array, k: Array, frame: Array, first: Array) -> Array:
+            place = jax.ops.segment_max(jnp.where(first, jnp.arange(len(frame)), -1), frame, most)[frame]
+            score = jnp.einsum("PHh,PHh->PH", q[place], k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+            weight = jnp.exp(score - jax.ops.segment_max(score, frame, most)[frame])
+            share = weight / jax.ops.segment_sum(weight, frame, most)[frame]
+            return jnp.where(first | (frame == 0), 0.0, jnp.sum(share, axis=-1))
+
+        return jax.vmap(of_row)(q, k, frame, first)
+
 
 class Projector(nnx.Module):
     """Two linears with an exact GELU between them."""
@@ -99,12 +123,15 @@ class VitTower(nnx.Module):
         )
         self.pre_norm: LayerNorm | None = nnx.data(LayerNorm(D, eps=eps, dtype=dtype) if config.class_token else None)
         blocks = jax.random.split(keys[3], config.depth)
+        # Whose blocks' class tokens are read: the first, and the last but one.
+        self.looking = (0, config.depth - 2) if options.reads_class_token and config.class_looks else ()
+        cuts = (*config.feature_layers, *self.looking)
         self.layer_runs = nnx.List(
             LayerRun(start, stop, lambda k: VitBlock(config, options, k), blocks)
-            for start, stop in block_runs(config.depth, config.feature_layers, options.scan_layers)
+            for start, stop in block_runs(config.depth, cuts, options.scan_layers)
         )
         self.post_norm = LayerNorm(D, eps=eps, dtype=dtype)
-        self.read = max(config.feature_layers)
+        self.read = max(cuts)
         for unused in (self.post_norm, *(run for run in self.layer_runs if run.start >= self.read)):
             mark_unused(unused)
         joined = D * len(config.feature_layers)
@@ -113,18 +140,37 @@ class VitTower(nnx.Module):
         self.remat = options.tower_remat
         self.compute = options.compute
 
-    def __call__(self, patches: Patches) -> Float[Array, "B M O"]:
+    def __call__(self, patches: Patches) -> Float[Array, "B M O"] | ImageFeatures:
         """Visual tokens of these patches [B,P, ...].
 
         Raises:
             ValueError: C is not what the patch projection reads.
         """
-        return mixed_units(self.units(patches), patches)
+        taken = self.states(patches)
+        tokens = mixed_units(self.projected(taken), patches)
+        return ImageFeatures(tokens, looks=mixed_units(self.looks(taken, patches), patches)) if self.looking else tokens
 
     def units(self, patches: Patches) -> Float[Array, "B P O"]:
         """What the projector makes of each patch."""
+        return self.projected(self.states(patches))
+
+    def projected(self, taken: dict[int, Float[Array, "B P D"]]) -> Float[Array, "B P O"]:
+        """The same, from the states."""
+        return self.projector(jnp.concatenate([taken[n] for n in self.config.feature_layers], axis=-1))
+
+    def looks(self, taken: dict[int, Float[Array, "B P D"]], patches: Patches) -> Float[Array, "B P 2"]:
+        """The attention that each picture's class token gives its patches in two blocks."""
+        found = []
+        for n in self.looking:
+            run = next(run for run in self.layer_runs if run.start == n)
+            block: VitBlock = jax.tree.map(lambda stacked: stacked[0], run.layers)
+            found.append(block.class_looks(taken[n], patches.frame, patches.place[..., 0] < 0))
+        return jnp.stack(found, axis=-1)
+
+    def states(self, patches: Patches) -> dict[int, Float[Array, "B P D"]]:
+        """Hidden states, by the number of blocks before them, at the ends of all runs that are read."""
         check_patches(patches, self.config)
-        layers, codes = self.config.feature_layers, block_diagonal_codes(patches.frame)
+        codes = block_diagonal_codes(patches.frame)
         x = shard(self.embedded(patches), "batch", "length", None)
         taken = {0: x}
         for run in self.layer_runs:
@@ -136,7 +182,7 @@ class VitTower(nnx.Module):
 
             x, _ = run.scan(body, x, None, codes, self.remat)
             taken[run.stop] = x
-        return self.projector(jnp.concatenate([taken[n] for n in layers], axis=-1))
+        return taken
 
     def embedded(self, patches: Patches) -> Float[Array, "B P D"]:
         """What enters the first block."""

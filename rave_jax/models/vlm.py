@@ -8,7 +8,7 @@ from flax import nnx
 
 from rave_jax.attention import Cache, CacheType, RegionMemory
 from rave_jax.batch import Batch, Kind, Patches, TokenInfo
-from rave_jax.config import require
+from rave_jax.config import ConfigError, require
 from rave_jax.families import family_named
 from rave_jax.families.config import VlmConfig
 from rave_jax.models import lora
@@ -78,7 +78,8 @@ class Vlm(nnx.Module):
     def empty_features(self, rows: int, units: int) -> ImageFeatures:
         """Zeros in the shape of the features of this many rows and merge units, in the compute type."""
         zeros = jnp.zeros((rows, units, self.config.text.hidden_size), self.options.compute)
-        return ImageFeatures(zeros, (zeros,) * self.config.deep_layers)
+        looks = jnp.zeros((rows, units, 2)) if self.options.reads_class_token else None
+        return ImageFeatures(zeros, (zeros,) * self.config.deep_layers, looks)
 
     def embed_tokens(
         self,
@@ -215,6 +216,13 @@ class Vlm(nnx.Module):
 
 
 def _tower(config: VlmConfig, options: ModelOptions, key: jax.Array) -> Tower | None:
+    reading = next((mechanism.called for mechanism in options.mechanisms if mechanism.reads_class_token), None)
+    if reading is not None and (config.vision is None or not config.vision.class_looks):
+        raise ConfigError(
+            f"mechanisms: {reading} reads what the class token of the vision tower looks at, and that of this "
+            f"{config.family} model has none, or does not say; remove {reading}, or take a LLaVA model whose tower is "
+            "CLIP's"
+        )
     return None if config.vision is None else family_named(config.family).load_tower()(config.vision, options, key=key)
 
 

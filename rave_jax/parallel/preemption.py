@@ -7,6 +7,7 @@ job then stops as after SIGTERM, which such a machine may get late or never.
 from __future__ import annotations
 
 import contextlib
+import http.client
 import os
 import threading
 import urllib.request
@@ -17,6 +18,8 @@ PRODUCT = Path("/sys/class/dmi/id/product_name")
 EVERY = 5.0
 """Seconds between two questions."""
 EXIT_CODE = 143
+# A proxy that a user has set for the internet does not reach the server of this machine, and would answer for it.
+_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 _NOTICES = {"instance/preempted": ("TRUE",), "instance/maintenance-event": ("TERMINATE_ON_HOST_MAINTENANCE",)}
 
 
@@ -62,7 +65,8 @@ def _notice(server: str) -> str | None:
     for key, values in _NOTICES.items():
         url = f"http://{server}/computeMetadata/v1/{key}"
         asked = urllib.request.Request(url, headers={"Metadata-Flavor": "Google"})
-        with contextlib.suppress(OSError), urllib.request.urlopen(asked, timeout=3) as answer:
+        # What is no answer of HTTP is none; the next may be.
+        with contextlib.suppress(OSError, http.client.HTTPException), _DIRECT.open(asked, timeout=3) as answer:
             found = answer.read(200).decode(errors="replace").strip()
             if found in values:
                 return f"this machine is about to be taken away ({key} is {found})"

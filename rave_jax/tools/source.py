@@ -132,7 +132,9 @@ def load(
         options = dataclasses.replace(options or options_of(path), **(changes or {}))
         return Source(_planned(path, options, mesh), model_directory(path), mesh)
     if run:
-        loaded = load_run(path, mesh, step, weights=weights, as_stored=as_stored)
+        # Master copies have bits that the model's own number type has not.
+        precise = as_stored or (changes or {}).get("param_dtype") == "float32"
+        loaded = load_run(path, mesh, step, weights=weights, as_stored=precise)
         return Source(_changed(loaded.model, changes or {}), model_directory(path), loaded.mesh, loaded.step)
     mesh = all_devices() if mesh is None else mesh
     options = dataclasses.replace(options or options_of(path), **(changes or {}))

@@ -140,6 +140,8 @@ class TrainConfig:
         for number, mechanism in enumerate(self.model.mechanisms):
             allowed = "a mechanism that training can use: this one is decided for each prompt that is answered"
             require(not mechanism.of_prompt, f"model.mechanisms.{number}", mechanism, allowed)
+        within = f"at most the run's {self.steps} steps, or 0 for SIGUSR1 alone"
+        require(self.profile.first <= self.steps, "profile.first", self.profile.first, within)
         self._check_evaluations()
 
     @property

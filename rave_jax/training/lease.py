@@ -128,11 +128,18 @@ def _wait_until_abandoned(place: _Object, url: str) -> None:
         if found is None:
             return
         if found != first:
-            raise InUse(
-                f"{url} is in use by another job ({_who(found)}): wait until it ends, end it, or choose another "
-                "output_dir"
-            )
+            raise _in_use(url, found)
+    # Others may have watched the same mark: what one of them has put in its place stays.
+    found = place.read()
+    if found is not None and found != first:
+        raise _in_use(url, found)
     place.remove()
+
+
+def _in_use(url: str, found: bytes) -> InUse:
+    return InUse(
+        f"{url} is in use by another job ({_who(found)}): wait until it ends, end it, or choose another output_dir"
+    )
 
 
 def _parsed(found: bytes) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 
+from rave_jax.checkpoint.saved_step import first_line
 from rave_jax.config import check_ranges
 from rave_jax.parallel import hosts
 
@@ -57,8 +58,9 @@ class Profiler:
             self._at = self._directory / str(step)
             if here.processes > 1:
                 self._at = self._at / f"process_{here.process}"
-            self._until = step + self._config.steps
-            jax.profiler.start_trace(str(self._at))
+            with self._unharmed():
+                jax.profiler.start_trace(str(self._at))
+                self._until = step + self._config.steps
 
     def ask(self) -> None:
         """Profile the next steps."""
@@ -68,8 +70,17 @@ class Profiler:
         """End a profile that is under way."""
         if self._until:
             self._until = 0
-            jax.profiler.stop_trace()
-            self._say(f"profile: {self._at}")
+            with self._unharmed():
+                jax.profiler.stop_trace()
+                self._say(f"profile: {self._at}")
+
+    @contextlib.contextmanager
+    def _unharmed(self) -> Generator[None]:
+        """A profile that cannot be made or written, as on a full disk, is no reason to end a run."""
+        try:
+            yield
+        except Exception as error:  # jax, XLA and file systems raise kinds of their own
+            self._say(f"warning: there is no profile in {self._at}: {first_line(error)}")
 
 
 @contextlib.contextmanager

@@ -145,8 +145,9 @@ def _run(
         with watchdog.during("the weights to be read", Watchdog.LONG):
             state = _first_or_saved_state(config, session, directory, claim, pipeline)
         meter = Meter(goodput, None if work_of is None else work_of(config, vlm, session))
-        pushes = directory.push if hosts.is_first() else None  # metrics go with the state that they lead to
-        with Store(directory.checkpoints, config.retention, saved=pushes) as store:
+        # A run that is killed goes on from its newest state, and must find the metrics that led to it.
+        pushes = directory.push if hosts.is_first() else None
+        with Store(directory.checkpoints, config.retention, before=pushes) as store:
             if claim.past is not None:
                 evaluations.continue_after(claim.after_step)
             state = _train(

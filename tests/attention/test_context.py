@@ -299,7 +299,7 @@ def test_every_mechanism_is_tried_beside_context_tokens() -> None:
     # What heads give is scaled token by token, whatever a token is.
     tried |= {at.Moh, at.Sads, at.Vhr}
     # It weighs visual tokens and those of the question, and they are neither.
-    tried |= {at.Gift}
+    tried |= {at.Gift, at.Paint}
     # They change no mask, and documents with context tokens are packed with them in `tests/models/test_packed.py`.
     tried |= {at.Moba, at.BiFormer, at.Sparsifiner, at.Superlinear, at.Pruning, at.Dyvte}
     assert tried == set(BUILT_IN)

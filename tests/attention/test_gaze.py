@@ -26,6 +26,7 @@ from rave_jax.data.patches import empty_patches
 from rave_jax.data.sample import Example
 from rave_jax.families.qwen2_5_vl import presets
 from rave_jax.kernels.attention import Implementation
+from rave_jax.kernels.routed.pallas_tpu.sizes import BY_DEVICE_KIND, ItemSizes
 from rave_jax.kernels.support import interpreted
 from rave_jax.layout import FixedRegions, VisualLayout
 from rave_jax.models.config import ModelOptions
@@ -154,8 +155,14 @@ def test_tokens_may_lie_region_by_region(config: Gaze) -> None:
 @pytest.mark.parametrize(
     "mechanisms", [(gaze(share="group"),), (gaze(rank_with_bias=True), Rave(rank=4))], ids=["group", "heads and a gate"]
 )
-def test_the_fused_kernels_are_the_blockwise_attention(mechanisms: tuple[MechanismConfig, ...]) -> None:
-    """Hidden states and gradients, half way through the schedule and at its end, compiled once."""
+def test_the_fused_kernels_are_the_blockwise_attention(
+    mechanisms: tuple[MechanismConfig, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hidden states and gradients, half way through the schedule and at its end, compiled once.
+
+    With few queries in an item of work: what an interpreter takes to compile grows with them.
+    """
+    monkeypatch.setitem(BY_DEVICE_KIND, jax.devices()[0].device_kind, ItemSizes(32, 16, 32, (16, 16)))
     given = rows(order="region")
     real = (given.info.document > 0)[..., None]
 

@@ -158,6 +158,14 @@ def test_in_parts_it_is_the_whole(mechanisms, parts, cuts) -> None:
     np.testing.assert_allclose(found, whole, atol=2e-5)
 
 
+def test_other_regions_in_another_layer_are_in_parts_what_they_are_in_the_whole() -> None:
+    config = presets.tiny(vocab_size=64, num_layers=2, vision_depth=1, full_attention_blocks=())
+    layers = Gaze(FixedRegions(2, 2), 16, top_k=1, layers=(0,)), Gaze(FixedRegions(3, 1), 32, top_k=2, layers=(1,))
+    vlm = model(config, ModelOptions(layers), seed=1)
+    found, whole, _ = read(vlm, document(PICTURE, config, np.random.default_rng(0)), [20, 21])
+    np.testing.assert_allclose(found, whole, atol=2e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("parts", [[3, Visual(2, 4, 4, video=True), 2, Visual(1, 8, 6), 6], [Visual(1, 8, 8), 7]])
 def test_beside_what_sees_ahead_or_reweighs_a_cache_is_the_whole(parts) -> None:

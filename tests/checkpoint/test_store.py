@@ -98,6 +98,15 @@ def test_saving_a_step_again_leaves_it(tmp_path):
         assert store.steps == [1]
 
 
+def test_what_leads_to_a_state_is_written_before_it(tmp_path):
+    """A process may be killed as soon as a checkpoint is there."""
+    small, there = parameters(on(MeshConfig())), []
+    with Store(tmp_path, 2, before=lambda: there.append(saved_step.steps_in(tmp_path))) as store:
+        for step in (1, 2):
+            store.save(step, small, small["values"], DATA)
+    assert there == [[], [1]]
+
+
 def test_an_unfinished_save_is_no_checkpoint(tmp_path):
     """As a killed process leaves it: in a directory that has not got its name yet."""
     save(tmp_path, 1)
@@ -403,6 +412,22 @@ def test_a_disk_that_fills_up_is_named(tmp_path, monkeypatch):
             match=r"step 1 could not be written to .*: no space is left .* free.; no step before it is saved",
         ):
             store.save(1, {}, {}, {})
+
+
+def test_a_disk_that_is_full_when_orbax_ends_is_named_and_hides_no_other_error(tmp_path, monkeypatch):
+    close, small = ocp.training.Checkpointer.close, parameters(on(MeshConfig()))
+
+    def full(checkpointer: ocp.training.Checkpointer) -> None:
+        close(checkpointer)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(ocp.training.Checkpointer, "close", full)
+    with pytest.raises(KeyError), Store(tmp_path, 2) as store:
+        store.save(1, small, small["values"], DATA)
+        raise KeyError
+    said = r"checkpoints could not be written to .*: .*No space left.*; the last step that is saved is 2, and"
+    with pytest.raises(StoreError, match=said), Store(tmp_path, 2) as store:
+        store.save(2, small, small["values"], DATA)
 
 
 def test_a_directory_that_vanished_is_named_at_once(tmp_path):

@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from rave_jax.attention import Dyvte, Gift, Pine, Var
+from rave_jax.attention import Dyvte, Gift, Paint, Pine, Var
 from rave_jax.checkpoint.naming import extra_parameters
 from rave_jax.checkpoint.tiny import Tiny, tiny_config, write_tiny_files
 from rave_jax.config import load_file
@@ -96,7 +96,7 @@ def test_the_study_of_rave_has_every_form_and_its_controls_of_equal_size() -> No
 def test_the_mechanisms_of_the_study_are_those_of_the_package() -> None:
     study = study_of("mechanisms")
     used = {type(m) for arm in study.arms if arm.model is not None for m in arm.model.mechanisms}
-    assert set(BUILT_IN) - used == {Dyvte, Gift, Pine, Var}, "the study says why these are left out"
+    assert set(BUILT_IN) - used == {Dyvte, Gift, Paint, Pine, Var}, "the study says why these are left out"
     assert {arm.trained for arm in study.arms if arm.start == "tasks"} == {False}
 
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
-import jax
+from tests import programs
 
 PROCESSES = 2
-OPTIMISED = "JAX_DISABLE_MOST_OPTIMIZATIONS"
 
 
 def run_job(repo: Path, module: str, folder: Path) -> list[str]:
@@ -23,14 +21,11 @@ def run_job(repo: Path, module: str, folder: Path) -> list[str]:
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
-    # Compiled as the tests here are: the numbers of both are compared.
-    quick = str(int(jax.config.read("jax_disable_most_optimizations")))
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(repo), OPTIMISED: quick}
     jobs = [
         subprocess.Popen(
             [sys.executable, "-m", module, str(n), str(PROCESSES), str(port), str(folder)],
             cwd=repo,
-            env=environment,
+            env=programs.environment(),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

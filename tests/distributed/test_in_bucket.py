@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -12,6 +11,7 @@ import time
 import pytest
 
 from rave_jax.observe.metrics import read_jsonl
+from tests import programs
 
 # Whole programs.
 pytestmark = pytest.mark.slow
@@ -31,7 +31,7 @@ def start(repo, folder, steps):
     for number in range(2):
         own = folder / f"host{number}"
         own.mkdir(exist_ok=True)
-        there = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(repo), "TMPDIR": str(own), "HOME": str(own)}
+        there = programs.environment(TMPDIR=str(own), HOME=str(own))
         words = [*command, "--hosts.process", str(number)]
         job = subprocess.Popen(words, cwd=repo, env=there, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         running.append(job)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import socket
 import subprocess
@@ -11,12 +10,13 @@ import sys
 import numpy as np
 import pytest
 
+from tests import programs
 from tests.resume.test_kill import CONFIG, curve, finish, signal_at, start
 
 # Four whole programs.
 pytestmark = pytest.mark.slow
 
-STEPS = ("--steps", "150")
+STEPS = ("--steps", "100", "--save_every", "25")
 
 
 def test_the_numbers_are_those_of_one_host(repo, tmp_path):
@@ -25,7 +25,7 @@ def test_the_numbers_are_those_of_one_host(repo, tmp_path):
         port = free.getsockname()[1]
     command = [sys.executable, "train.py", CONFIG, "--output_dir", str(tmp_path / "run"), "--simulated_devices", "2"]
     command += [*STEPS, "--hosts.processes", "2", "--hosts.coordinator", f"localhost:{port}", "--hosts.process"]
-    there = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(repo)}
+    there = programs.environment()
     pair = [
         subprocess.Popen(
             [*command, str(number)], cwd=repo, env=there, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -41,8 +41,8 @@ def test_the_numbers_are_those_of_one_host(repo, tmp_path):
     assert [process.returncode for process in pair] == [143, 143], outputs
     assert all("which is saved; the same command continues" in output for output in outputs)
     stopped = len(curve(tmp_path / "run"))
-    assert 3 <= stopped < 150
-    assert f"continuing after step {stopped} of 150" in finish(start(repo, tmp_path / "run", *STEPS))
+    assert 3 <= stopped < 100
+    assert f"continuing after step {stopped} of 100" in finish(start(repo, tmp_path / "run", *STEPS))
     finish(start(repo, tmp_path / "alone", *STEPS))
     continued, alone = curve(tmp_path / "run"), curve(tmp_path / "alone")
     for exact in ("step", "tokens", "target_tokens", "fill"):

@@ -21,6 +21,7 @@ from rave_jax.evaluation.config import Eval, Examination, Grounding
 from rave_jax.tools import study
 from rave_jax.tools.cli import _parser
 from rave_jax.training.config import TrainConfig
+from tests import programs
 
 REPO = Path(__file__).resolve().parents[2]
 PAGES = [REPO / "README.md", REPO / "BENCHMARKS.md", *sorted((REPO / "docs").glob("*.md"))]
@@ -103,7 +104,7 @@ RUN = {page: "".join(b.body for b in BLOCKS if b.run and b.page == page) for pag
 def test_commands_of_a_page_run_as_they_stand(page: str, tmp_path: Path) -> None:
     for name in ("train.py", "eval.py", "configs"):
         (tmp_path / name).symlink_to(REPO / name)
-    environment = dict(os.environ)
+    environment = programs.environment()
     environment.pop("JAX_PLATFORMS", None)  # a newcomer has not set it
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     done = subprocess.run(

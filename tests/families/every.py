@@ -60,9 +60,9 @@ class Small(NamedTuple):
         return self.processor.encode(messages, add_generation_prompt=generation)
 
 
-def small(family: str, options: ModelOptions) -> Small:
-    """The small model of a family, as it is used with these options."""
-    sizes = Tiny(**{**SIZES, **OTHER.get(family, {}), "family": family})
+def small(family: str, options: ModelOptions, **other: Any) -> Small:
+    """The small model of a family, as it is used with these options; `other` are sizes in place of those above."""
+    sizes = Tiny(**{**SIZES, **OTHER.get(family, {}), **other, "family": family})
     with tempfile.TemporaryDirectory() as folder:
         write_tiny_files(Path(folder), sizes)
         processor = Processor.from_hf(folder, layout=options.layout)

@@ -144,7 +144,8 @@ def test_heads_are_those_that_the_search_finds_for_the_prompt_alone() -> None:
     assert np.all(scales[3] == 1) and np.all(saliency[3] == 0)
     for doc, mine in zip(prompts()[:3], saliency[:3], strict=True):
         visual = [n for n, code in enumerate(doc.codes) if code.get("image")]
-        assert mine[visual].min() == 0 and mine[visual].max() == 1 and np.delete(mine, visual).max() == 0
+        assert mine[visual].min() == 0 and np.delete(mine, visual).max() == 0
+        np.testing.assert_allclose(mine[visual].max(), 1, rtol=1e-6)
     pair = batch([[prompts()[0]], [without(prompts()[0])]], CONFIG, T, P)
 
     @jax.jit

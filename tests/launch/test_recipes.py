@@ -15,6 +15,7 @@ import yaml
 from rave_jax.command_line import load_command_line
 from rave_jax.observe.metrics import read_jsonl
 from rave_jax.training.config import TrainConfig
+from tests import programs
 
 BEHIND = {"CONFIG": "configs/qwen2_5_vl_7b_rave_sft.py", "OUTPUT": "gs://bucket/runs/one"}
 
@@ -75,8 +76,7 @@ def test_what_runs_on_the_hosts_of_a_tpu(repo, tmp_path):
 def test_slurm_runs_with_a_stand_in_for_srun(repo, tmp_path):
     (tmp_path / "python").symlink_to(sys.executable)
     path = f"{repo / 'tests' / 'launch'}:{os.path.dirname(sys.executable)}:{os.environ['PATH']}"
-    there = os.environ | {"PATH": path, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(repo)}
-    there |= {"CONFIG": "tests/resume/small_run.py", "OUTPUT": str(tmp_path / "run")}
+    there = programs.environment(PATH=path, CONFIG="tests/resume/small_run.py", OUTPUT=str(tmp_path / "run"))
     script = ["bash", "launch/slurm.sh", "--simulated-devices", "2", "--steps", "4"]
     done = subprocess.run(script, cwd=repo, env=there, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]

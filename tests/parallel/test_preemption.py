@@ -25,6 +25,12 @@ def answers(monkeypatch):
             self.end_headers()
             self.wfile.write((found or "").encode())
 
+        def parse_request(self):
+            if not said:  # what is no HTTP at all
+                self.wfile.write(b"garbage\r\n")
+                return False
+            return super().parse_request()
+
         def log_message(self, *_):
             pass
 
@@ -50,6 +56,16 @@ def test_a_notice_asks_the_job_to_end(answers, key, value):
         answers[key] = value
         assert told.get(timeout=10) == (f"this machine is about to be taken away ({key} is {value})", 143)
     assert told.empty(), "once"
+
+
+def test_neither_a_proxy_nor_an_answer_that_is_none_hides_a_notice(answers, monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://localhost:9")
+    told = queue.Queue()
+    with watched(lambda *words: told.put(words)):
+        with pytest.raises(queue.Empty):
+            told.get(timeout=0.3)
+        answers["instance/preempted"] = "TRUE"
+        assert told.get(timeout=10)[1] == 143
 
 
 def test_on_other_machines_nothing_is_asked(monkeypatch, tmp_path):

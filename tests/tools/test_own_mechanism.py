@@ -22,6 +22,7 @@ from rave_jax.tools import eval as evaluation
 from rave_jax.tools.job import EXIT_CONFIG
 from rave_jax.training.config import TrainConfig
 from rave_jax.training.run import load_run
+from tests import programs
 
 # Three runs of two steps. `tests/test_open_union.py` holds how classes are named, found and refused.
 pytestmark = pytest.mark.slow
@@ -159,7 +160,7 @@ def test_another_process_needs_the_folder_of_a_package_on_its_path(tmp_path: Pat
     (tmp_path / "small.py").write_text("from my_lab.mechanisms import Tilt\n" + SMALL)
 
     def command(*words: str, path: str) -> subprocess.CompletedProcess[str]:
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(REPO), path])}
+        environment = programs.environment(PYTHONPATH=os.pathsep.join([str(REPO), path]))
         return subprocess.run(
             [sys.executable, "-m", "rave_jax.tools.cli", *words], env=environment, capture_output=True, text=True
         )

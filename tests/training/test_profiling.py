@@ -8,6 +8,8 @@ import signal
 import jax
 import pytest
 
+from rave_jax.config import ConfigError
+from rave_jax.training.config import TrainConfig
 from rave_jax.training.profiling import SIGNAL, Profile, Profiler, early_signals_ignored, on_signal
 
 
@@ -37,6 +39,22 @@ def test_a_signal_profiles_the_next_steps_and_the_end_ends_it(tmp_path, traced):
         profiler.before(2)
         profiler.before(3)
     assert traced == [str(tmp_path / "2"), "end"]
+
+
+def test_a_run_goes_on_without_a_profile_that_cannot_be_written(tmp_path):
+    """By jax's own profiler."""
+    (tmp_path / "file").write_text("")
+    said: list[str] = []
+    profiler = Profiler(Profile(first=1, steps=1), tmp_path / "file", said.append)
+    for step in range(1, 4):
+        profiler.before(step)
+    (line,) = said
+    assert line.startswith(f"warning: there is no profile in {tmp_path / 'file' / '1'}: ")
+
+
+def test_a_step_behind_the_last_cannot_be_profiled():
+    with pytest.raises(ConfigError, match=r"profile\.first is 11, expected at most the run's 10 steps, or 0"):
+        TrainConfig(steps=10, profile=Profile(first=11))
 
 
 def test_a_signal_before_the_first_step_ends_nothing(tmp_path, traced):

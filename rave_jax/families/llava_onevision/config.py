@@ -50,6 +50,11 @@ class AnyresConfig(VitConfig):
     most_tiles: int = MOST_TILES
     """Visual tokens of a tiled picture, counted in tiles, above which they are interpolated to fewer."""
 
+    @property
+    def class_looks(self) -> bool:
+        """Units of tiles are interpolated, which attention to patches cannot be."""
+        return False
+
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.kind == "siglip", "kind", self.kind, "siglip")

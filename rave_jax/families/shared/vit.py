@@ -95,6 +95,11 @@ class VitConfig(TowerConfig):
         return self.kind == "clip"
 
     @property
+    def class_looks(self) -> bool:
+        """Where there is one, and a block before the last."""
+        return self.class_token and self.depth > 1
+
+    @property
     def side(self) -> int:
         """Patches along the side of a picture."""
         return self.image_size // self.patch_size
