@@ -27,8 +27,8 @@ from rave_jax.models.experts import Experts, balance_loss
 from rave_jax.models.forward import HIDDEN, Embedded, Output, Want
 from rave_jax.models.rope import text_frequencies, text_rotation
 from rave_jax.models.stack import LayerRun
-from rave_jax.parallel import context
-from rave_jax.parallel.sharding import current_mesh, shard
+from rave_jax.parallel import context, residual
+from rave_jax.parallel.sharding import current_mesh
 from rave_jax.typing import Array, Float, Int
 
 ROUTER = "router"
@@ -395,7 +395,7 @@ def _added_deep(x: Float[Array, "B T D"], deep: Float[Array, "B U D"] | None, at
         return x
     # Tokens that get nothing have a unit beyond the last, which is filled with zeros and has no gradient.
     of_tokens = jnp.take_along_axis(deep, at.unit[..., None], axis=1, mode="fill", fill_value=0)
-    return shard(x + of_tokens.astype(x.dtype), "batch", "length", None)
+    return residual.placed(x + of_tokens.astype(x.dtype))
 
 
 def _output(hidden: Float[Array, "B N D"], found: Sequence[Asked]) -> Output:

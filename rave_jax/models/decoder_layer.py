@@ -22,7 +22,7 @@ from rave_jax.models.config import ModelOptions, attention_dims
 from rave_jax.models.delta import Delta, DeltaState, InTurn
 from rave_jax.models.experts import Choice, Experts, RouterSums, router_sums
 from rave_jax.models.layers import Linear, RmsNorm, SwiGlu
-from rave_jax.parallel import context
+from rave_jax.parallel import context, residual
 from rave_jax.parallel.sharding import shard
 from rave_jax.typing import Array, Bool, Float, Int
 
@@ -170,7 +170,7 @@ class DecoderLayer(nnx.Module):
         Args:
             dealt: do x and what `at` says of queries stand in `context.dealt_order`? Keys are put in the order of rows.
         """
-        found, gate = self.attention.project(self.attention_norm(x), x, at)
+        found, gate = self.attention.project(residual.gathered(self.attention_norm(x)), x, at)
         keys = attention.remember(self.mechanisms, found)
         keys = jax.tree.map(context.gather_in, keys) if dealt else keys
         seen = attention.attend(
@@ -199,7 +199,7 @@ class DecoderLayer(nnx.Module):
     def extend(self, x: Float[Array, "B T D"], at: Situation, cache: LayerCache) -> tuple[LayerOutput, LayerKeys]:
         """The layer on tokens that follow what a cache holds, and what the run's layers keep, with the tokens in it."""
         assert not isinstance(cache.stored, StoredStates)
-        found, gate = self.attention.project(self.attention_norm(x), x, at)
+        found, gate = self.attention.project(residual.gathered(self.attention_norm(x)), x, at)
         seen, stored = cache.stored.attend(
             found,
             attention.remember(self.mechanisms, found),
@@ -255,7 +255,7 @@ class DeltaLayer(nnx.Module):
         self, x: Float[Array, "B T D"], at: Situation, state: DeltaState
     ) -> tuple[Float[Array, "B N D"], Choice | None, DeltaState]:
         assert at.turn is not None
-        heads, state = self.delta(self.delta_norm(x), at.turn, state)
+        heads, state = self.delta(residual.gathered(self.delta_norm(x)), at.turn, state)
         return *_after(self, self.delta.output, x, heads, at.wanted), state
 
 
@@ -278,14 +278,14 @@ def _after(
     if wanted is not None:
         x, heads = attention.pick(x, wanted), attention.pick(heads, wanted)
     heads = shard(heads, "batch", "length", "heads", None)
-    x = shard(x + output(heads), "batch", "length", None)
+    x = residual.placed(x + residual.scattered(output(heads)))
     hidden, mlp = layer.mlp_norm(x), layer.mlp
     if layer.extra_mlp is not None:
         x = x + layer.extra_mlp(hidden)
     if isinstance(mlp, Experts):
         choice = mlp.choose(hidden)
-        return shard(x + mlp(hidden, choice), "batch", "length", None), choice
-    return shard(x + mlp(hidden), "batch", "length", None), None
+        return residual.placed(x + mlp(hidden, choice)), choice
+    return residual.placed(x + mlp(hidden)), None
 
 
 def _mlp(config: TextConfig, kind: LayerKind, dtype: jnp.dtype, key: jax.Array) -> SwiGlu | Experts:

@@ -28,6 +28,7 @@ from rave_jax.models.layers import LayerNorm, Linear, Mlp
 from rave_jax.models.parameters import mark_unused
 from rave_jax.models.stack import LayerRun
 from rave_jax.models.tower import check_patches, mixed_units, normalised
+from rave_jax.parallel import residual
 from rave_jax.parallel.sharding import shard
 from rave_jax.typing import Array, Bool, Float, Int
 
@@ -49,9 +50,10 @@ class VitAttention(nnx.Module):
         self, x: Float[Array, "B P D"], codes: MaskCodes, implementation: Implementation
     ) -> Float[Array, "B P D"]:
         """The same shape as x."""
+        x = residual.gathered(x)
         q, k, v = (shard(one(x), "batch", "length", "heads", None) for one in (self.query, self.key, self.value))
         out, _ = attention_kernels.attention(q, k, v, codes, scale=q.shape[-1] ** -0.5, implementation=implementation)
-        return self.output(out)
+        return residual.scattered(self.output(out))
 
 
 class VitBlock(nnx.Module):
@@ -69,8 +71,8 @@ class VitBlock(nnx.Module):
 
     def __call__(self, x: Float[Array, "B P D"], codes: MaskCodes) -> Float[Array, "B P D"]:
         """The same shape as x."""
-        x = shard(x + self.attention(self.attention_norm(x), codes, self.implementation), "batch", "length", None)
-        return shard(x + self.mlp(self.mlp_norm(x)), "batch", "length", None)
+        x = residual.placed(x + self.attention(self.attention_norm(x), codes, self.implementation))
+        return residual.placed(x + self.mlp(self.mlp_norm(x)))
 
     def class_looks(
         self, x: Float[Array, "B P D"], frame: Int[Array, "B P"], first: Bool[Array, "B P"]
@@ -106,7 +108,7 @@ class Projector(nnx.Module):
 
     def __call__(self, x: Float[Array, "B P D"]) -> Float[Array, "B P O"]:
         """Visual tokens."""
-        return self.second(jax.nn.gelu(self.first(x), approximate=False))
+        return self.second(jax.nn.gelu(self.first(residual.gathered(x)), approximate=False))
 
 
 class VitTower(nnx.Module):
@@ -171,7 +173,7 @@ class VitTower(nnx.Module):
         """Hidden states, by the number of blocks before them, at the ends of all runs that are read."""
         check_patches(patches, self.config)
         codes = block_diagonal_codes(patches.frame)
-        x = shard(self.embedded(patches), "batch", "length", None)
+        x = residual.placed(self.embedded(patches))
         taken = {0: x}
         for run in self.layer_runs:
             if run.start >= self.read:
