@@ -43,7 +43,7 @@ def get_config() -> TrainConfig:
                 ParameterGroup(name="gate", pattern=r"\.mechanisms\.", learning_rate=5.0, weight_decay=0.0),
             ),
         ),
-        mesh=MeshConfig(fsdp=-1, tensor=4),
+        mesh=MeshConfig(fsdp=-1, tensor=2),
         steps=5000,
         loss_chunk=512,
         log_every=10,

@@ -13,8 +13,10 @@ from rave_jax.training.config import TrainConfig
 
 def get_config() -> TrainConfig:
     """A row is packed with conversations, at most 4,096 tokens with pictures of at most 1,024 visual tokens each."""
+    base = qwen2_5_vl_7b_rave_sft.get_config()
     return dataclasses.replace(
-        qwen2_5_vl_7b_rave_sft.get_config(),
+        base,
         output_dir="runs/qwen2_5_vl_7b_rave_sft_slices",
-        mesh=MeshConfig(data=2, fsdp=-1, tensor=4),
+        data=dataclasses.replace(base.data, rows=256),
+        mesh=MeshConfig(data=2, fsdp=-1, tensor=2),
     )
