@@ -16,6 +16,7 @@ import math
 from collections.abc import Mapping
 
 from rave_jax.families.config import VlmConfig
+from rave_jax.models.config import Remat
 from rave_jax.plan.program import largest_row
 from rave_jax.training.config import TrainConfig
 from rave_jax.training.state import ModelGraph
@@ -89,12 +90,18 @@ def step_flops(config: TrainConfig, vlm: VlmConfig, graph: ModelGraph, trained: 
     total += 3 * (attention + gates) + of_tower * (3 if in_blocks else 1)
     mechanisms += 3 * gates
 
-    remat = config.model.remat
-    kept = {"none": 0.0, "full": forward["decoder"] + attention + gates, "dots": attention + gates}
-    again = kept.get(remat, kept["full"]) + forward["head"]
-    if in_blocks and remat != "none":
-        again += (forward["tower"] if remat != "dots" else 0.0) + of_tower
+    again = _again(config.model.remat, forward["decoder"], attention + gates)
+    if in_blocks:
+        again += _again(config.model.tower_remat, forward["tower"], of_tower)
     return StepFlops(total, mechanisms, again)
+
+
+def _again(remat: Remat, matmuls: float, attention: float) -> float:
+    """What layers compute again: all that `POLICIES` of `models/stack.py` do not keep. The loss computes no logits
+    twice."""
+    kept_matmuls = remat in ("none", "dots", "dots_and_attention", "all_dots")
+    kept_attention = remat in ("none", "attention", "dots_and_attention", "all_dots")
+    return (0.0 if kept_matmuls else matmuls) + (0.0 if kept_attention else attention)
 
 
 def _is_connector(name: str) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from typing import get_args
 
 import pytest
 
@@ -13,7 +14,7 @@ from rave_jax.checkpoint.target import abstract_model
 from rave_jax.checkpoint.tiny import Tiny, tiny_config
 from rave_jax.data.config import DataConfig
 from rave_jax.families import released
-from rave_jax.models.config import ModelOptions
+from rave_jax.models.config import ModelOptions, Remat
 from rave_jax.plan.flops import StepFlops, step_flops
 from rave_jax.plan.models import model_of
 from rave_jax.training.config import TrainConfig
@@ -79,12 +80,16 @@ def test_mechanisms_add_their_matrices_and_pair_products() -> None:
     assert gated.mechanisms == pytest.approx(6 * (matrices * ROWS * TOKENS + scores))
 
 
-def test_rematerialisation_computes_the_layers_again() -> None:
-    none, dots, full = (flops(remat=remat).again for remat in ("none", "dots", "full"))
-    assert none < dots < full
-    assert full - none == pytest.approx(
-        2 * ROWS * TOKENS * numbers("decoder.") + 4 * TEXT.num_heads * TEXT.head_dim * TEXT.num_layers * pairs()
-    )
+def test_rematerialisation_computes_again_what_a_layer_does_not_keep() -> None:
+    matmuls = 2 * ROWS * TOKENS * numbers("decoder.")
+    attention = 4 * TEXT.num_heads * TEXT.head_dim * TEXT.num_layers * pairs()
+    expected = {"full": matmuls + attention, "offload": matmuls + attention, "attention": matmuls, "dots": attention}
+    expected |= dict.fromkeys(("none", "dots_and_attention", "all_dots"), 0.0)
+    assert set(expected) == set(get_args(Remat)), "the loss computes no logits again"
+    for remat, again in expected.items():
+        assert flops(remat=remat).again == pytest.approx(again)
+    tower = (flops(frozen="nothing").model - flops().model) / 2
+    assert flops(frozen="nothing", remat="none", vision_remat="full").again == pytest.approx(tower)
 
 
 def test_a_released_model_whose_file_was_not_at_hand_has_its_published_size() -> None:
