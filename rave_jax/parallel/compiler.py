@@ -17,9 +17,10 @@ _SPARSE_CORES = {
 OPTIONS: Mapping[str, Mapping[str, bool | int]] = {
     # The compiler of this chip starts gathers of weights early by default.
     "TPU v5 lite": {},
-    # Without them no collective of this chip is asynchronous: its sparse cores run them beside the matmuls.
+    # Without them no collective of these chips is asynchronous: their sparse cores run them beside the matmuls.
+    "TPU v5": _SPARSE_CORES | _GATHERED_FIRST,
     "TPU v6 lite": _SPARSE_CORES | _GATHERED_FIRST,
-    "TPU v5": _GATHERED_FIRST,
+    # This one does so by default.
     "TPU7x": _GATHERED_FIRST,
 }
 """`device_kind` -> options. Only those that change the collectives of a compiled step; BENCHMARKS.md says how."""
