@@ -23,6 +23,9 @@ from rave_jax.kernels.grouped import grouped_product
 from rave_jax.kernels.saved import GROUPED
 from rave_jax.models.initial import normal
 from rave_jax.models.layers import Axes, keep_inputs, product
+from rave_jax.parallel import residual
+from rave_jax.parallel.exchange import gathered
+from rave_jax.parallel.residual import WHOLE, Stream
 from rave_jax.parallel.sharding import current_mesh, names_of, partition_spec, shard
 from rave_jax.typing import Array, Bool, Float, Int
 
@@ -92,8 +95,8 @@ class Experts(nnx.Module):
             weight = weight / jnp.sum(weight, axis=-1, keepdims=True)
         return Choice(expert, weight, probability)
 
-    def __call__(self, x: Float[Array, "B T D"], choice: Choice) -> Float[Array, "B T D"]:
-        """What the chosen experts make of each token, in x's number type."""
+    def __call__(self, x: Float[Array, "B T D"], choice: Choice, stream: Stream = WHOLE) -> Float[Array, "B T D"]:
+        """What the chosen experts make of each token, in x's number type. Tokens lie as `stream` says, and stay so."""
         weights = [part.weight[...].astype(x.dtype) for part in (self.gate, self.up, self.down)]
         mesh = current_mesh()
         if mesh is None or mesh.size == 1:
@@ -102,25 +105,30 @@ class Experts(nnx.Module):
         (axes,) = partition_spec(("experts",), weights[0].shape[:1], mesh)
         exchanged = tuple(name for name in names_of(axes) if name in names_of(rows[0]))
         shared = tuple(name for name in names_of(axes) if name not in exchanged)
+        split = shared if stream.splits(x) and shared == (residual.AXIS,) else ()
 
         def on_device(x: Array, expert: Array, weight: Array, *weights: Array) -> Array:
             if axes is None:
                 return _of_experts(x, expert, weight, *weights)
+            x = gathered(x, 1, split)
             if exchanged:
                 x, expert, weight = (jax.lax.all_gather(y, exchanged, tiled=True) for y in (x, expert, weight))
             first = jax.lax.axis_index(axes) * weights[0].shape[0]
             made = _of_experts(x, expert - first, weight, *weights, others=True)
             made = jax.lax.psum_scatter(made, exchanged, tiled=True) if exchanged else made
+            if split:
+                return jax.lax.psum_scatter(made, split, scatter_dimension=1, tiled=True)
             return jax.lax.psum(made, shared) if shared else made
 
-        split = jax.shard_map(
+        of_x = partition_spec(("batch", stream.tokens, None), x.shape, mesh) if split else rows
+        run = jax.shard_map(
             on_device,
             mesh=mesh,
-            in_specs=(rows, rows, rows, *(PartitionSpec(axes),) * 3),
-            out_specs=rows,
+            in_specs=(of_x, rows, rows, *(PartitionSpec(axes),) * 3),
+            out_specs=of_x,
             check_vma=False,  # loops over blocks of rows do not say how their results vary
         )
-        return split(x, choice.expert, choice.weight, *weights)
+        return run(x, choice.expert, choice.weight, *weights)
 
 
 def router_sums(choice: Choice, real: Bool[Array, "B T"]) -> RouterSums:

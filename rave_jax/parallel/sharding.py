@@ -20,6 +20,8 @@ RULES: Mapping[str, str | tuple[str, ...] | None] = {
     # rows, and the tokens of a row
     "batch": ("data", "fsdp", "expert"),
     "length": "context",
+    # tokens of the residual stream, between the matmuls of a layer
+    "residual": ("context", "tensor"),
     "entries": None,
     # parameters and the activations between them
     "embed": ("fsdp", "expert", "context"),

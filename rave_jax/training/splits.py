@@ -7,7 +7,7 @@ from jax.sharding import AbstractMesh, Mesh
 from rave_jax.config import require
 from rave_jax.models.decoder_layer import DeltaLayer
 from rave_jax.models.vlm import Vlm
-from rave_jax.parallel import context
+from rave_jax.parallel import context, residual
 from rave_jax.training.config import TrainConfig
 
 
@@ -22,17 +22,23 @@ def check_splits(config: TrainConfig, model: Vlm, mesh: Mesh | AbstractMesh) -> 
     Raises:
         ConfigError: names the axis, or the field of the rows.
     """
+    _check_tokens(config, mesh)
     _check_context(config, model, mesh.shape["context"])
     _check_experts(model, mesh.shape["expert"])
+
+
+def _check_tokens(config: TrainConfig, mesh: Mesh | AbstractMesh) -> None:
+    stages = {f"data.stages.{number}.tokens": stage.tokens for number, stage in enumerate(config.data.stages)}
+    rows = {"data.tokens": config.data.tokens} | {field: n for field, n in stages.items() if n is not None}
+    for field, tokens in rows.items():
+        context.check_tokens(tokens, mesh.shape["context"], field)
+        if config.model.sequence_parallel:
+            residual.check_tokens(tokens, mesh.shape["context"], mesh.shape["tensor"], field)
 
 
 def _check_context(config: TrainConfig, model: Vlm, parts: int) -> None:
     if parts == 1:
         return
-    context.check_tokens(config.data.tokens, parts, "data.tokens")
-    for number, stage in enumerate(config.data.stages):
-        if stage.tokens is not None:
-            context.check_tokens(stage.tokens, parts, f"data.stages.{number}.tokens")
     if any(isinstance(run.layers, DeltaLayer) for run in model.decoder.layer_runs):
         expected = "1: the model's layers with the gated delta rule read a row from its first token to its last"
         require(False, "mesh.context", parts, expected)
