@@ -17,6 +17,7 @@ from rave_jax.kernels.attention import KeyGroups, MaskCodes, Term
 from tests.attention.packed import DIMS, KEY
 
 Hook = Callable[..., Any]
+WIDE = DIMS._replace(hidden_size=5)
 
 
 @dataclass(frozen=True)
@@ -165,7 +166,7 @@ WRONG: dict[str, tuple[dict[str, Hook], str]] = {
 @pytest.mark.parametrize(("hooks", "said"), WRONG.values(), ids=WRONG)
 def test_a_hook_that_gives_what_it_should_not_is_refused_by_its_config(hooks: dict[str, Hook], said: str) -> None:
     with pytest.raises(ConfigError, match=f"^Wrong: the hook {said}"):
-        at.build_mechanisms((Wrong(hooks),), DIMS._replace(hidden_size=5), KEY)
+        at.build_mechanisms((Wrong(hooks),), WIDE, KEY)
 
 
 def test_what_fits_is_left_alone() -> None:
@@ -175,15 +176,15 @@ def test_what_fits_is_left_alone() -> None:
         "loss_weights": lambda self, info: {"mass": jnp.float32(1)},
         "remember": lambda self, x: {"k0": x.k0, "nothing": None},
     }
-    (built,) = at.build_mechanisms((Wrong(hooks),), DIMS, KEY)
+    (built,) = at.build_mechanisms((Wrong(hooks),), WIDE, KEY)
     assert type(built).__name__ == "Mine"
 
 
 def test_a_prompted_mechanism_without_its_numbers_names_what_is_missing() -> None:
     neutral: dict[str, Hook] = {"neutral": lambda self, rows, sizes: jnp.zeros(rows)}
     with pytest.raises(ConfigError, match=r"Wrong: its `build` fails at .*: TypeError: .*class Mine .*method 'found'"):
-        at.build_mechanisms((Wrong(neutral, at.Prompted),), DIMS, KEY)
+        at.build_mechanisms((Wrong(neutral, at.Prompted),), WIDE, KEY)
     found: dict[str, Hook] = {"found": lambda self, prompts, sizes: jnp.zeros(1)}
     gates: dict[str, Hook] = {"head_gate": lambda self, x, out, info_q: self.numbers}
     with pytest.raises(ConfigError, match=r"`head_gate` gave float32 of shape \(3,\), expected float32 \[#B, #T, H\]"):
-        at.build_mechanisms((Wrong(neutral | found | gates, at.Prompted),), DIMS, KEY)
+        at.build_mechanisms((Wrong(neutral | found | gates, at.Prompted),), WIDE, KEY)
