@@ -7,15 +7,19 @@ import dataclasses
 
 import qwen2_5_vl_7b_rave_sft
 
+from rave_jax.parallel.mesh import MeshConfig
 from rave_jax.training.config import TrainConfig
 from rave_jax.training.init import FromHF
 
 
 def get_config() -> TrainConfig:
     """One row is packed with conversations, at most 4,096 tokens with pictures of at most 1,024 visual tokens each."""
+    base = qwen2_5_vl_7b_rave_sft.get_config()
     return dataclasses.replace(
-        qwen2_5_vl_7b_rave_sft.get_config(),
+        base,
         output_dir="runs/qwen2_5_vl_3b_rave_sft",
         init=FromHF("checkpoints/Qwen2.5-VL-3B-Instruct"),
-        data=dataclasses.replace(qwen2_5_vl_7b_rave_sft.get_config().data, rows=16),
+        model=dataclasses.replace(base.model, remat="full"),
+        data=dataclasses.replace(base.data, rows=16),
+        mesh=MeshConfig(fsdp=-1, tensor=4),
     )

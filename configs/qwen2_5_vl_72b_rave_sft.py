@@ -15,9 +15,11 @@ from rave_jax.training.init import FromHF
 
 def get_config() -> TrainConfig:
     """One row is packed with conversations, at most 4,096 tokens with pictures of at most 1,024 visual tokens each."""
+    base = qwen2_5_vl_7b_rave_sft.get_config()
     return dataclasses.replace(
-        qwen2_5_vl_7b_rave_sft.get_config(),
+        base,
         output_dir="runs/qwen2_5_vl_72b_rave_sft",
         init=FromHF("checkpoints/Qwen2.5-VL-72B-Instruct"),
+        model=dataclasses.replace(base.model, remat="full"),
         mesh=MeshConfig(fsdp=-1, tensor=8),
     )

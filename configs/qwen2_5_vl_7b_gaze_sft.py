@@ -12,6 +12,7 @@ import qwen2_5_vl_7b_rave_sft
 
 from rave_jax.attention import Gaze
 from rave_jax.layout import ContextTokens, FixedRegions
+from rave_jax.parallel.mesh import MeshConfig
 from rave_jax.training.config import TrainConfig
 from rave_jax.training.optimizers import ParameterGroup
 
@@ -26,6 +27,7 @@ def get_config() -> TrainConfig:
     return dataclasses.replace(
         base,
         output_dir="runs/qwen2_5_vl_7b_gaze_sft",
-        model=dataclasses.replace(base.model, mechanisms=(gaze,), context=ContextTokens(4)),
+        model=dataclasses.replace(base.model, mechanisms=(gaze,), context=ContextTokens(4), remat="full"),
+        mesh=MeshConfig(fsdp=-1, tensor=4),
         optimizer=dataclasses.replace(base.optimizer, groups=(tower, context)),
     )

@@ -97,6 +97,9 @@ class ModelOptions:
     all_dots the results of all matmuls. offload keeps nothing, and moves the layer's input to the host's memory."""
     vision_remat: Remat | None = None
     """What a block of the vision tower keeps; None is as `remat`."""
+    sequence_parallel: bool = False
+    """Are tokens of the decoder's residual stream split over the mesh axis `tensor`? What a layer keeps for the
+    backward pass is then divided by `tensor`. Without that axis it changes nothing."""
     scan_layers: bool = True
     """Are equal layers stacked and run as one loop? It compiles fast at any depth. Without it every layer has arrays of
     its own and is compiled by itself: nothing is copied out of a stack, which is what decoding waits for on a CPU."""

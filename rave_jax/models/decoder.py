@@ -27,7 +27,8 @@ from rave_jax.models.experts import Experts, balance_loss
 from rave_jax.models.forward import HIDDEN, Embedded, Output, Want
 from rave_jax.models.rope import text_frequencies, text_rotation
 from rave_jax.models.stack import LayerRun
-from rave_jax.parallel import context, residual
+from rave_jax.parallel import context
+from rave_jax.parallel.residual import Stream
 from rave_jax.parallel.sharding import current_mesh
 from rave_jax.typing import Array, Float, Int
 
@@ -112,7 +113,7 @@ class Decoder(nnx.Module):
 
             def body(layer: Layer, x: Array, deep: Array | None, at: Situation) -> tuple[Array, Asked]:
                 out = layer(x, at, losses, gates, dealt)
-                after = _added_deep(out.x, deep, at)
+                after = _added_deep(out.x, deep, at, layer.stream)
                 return after, leaving.decided(layer, after, at, out.asked._replace(inputs=x if inputs else None))
 
             x, of_run = run.scan(body, x, _deep_of(run, tokens), at, self.remat)
@@ -241,7 +242,7 @@ class Decoder(nnx.Module):
             # A carry keeps its shape.
             if at.wanted is not None:
                 return (x, kept), (asked, out.x)
-            after = _added_deep(out.x, each[1], at)
+            after = _added_deep(out.x, each[1], at, layer.stream)
             return (after, kept), (leaving.decided(layer, after, at, asked), None)
 
         # The keys ride in the carry: each layer writes its new ones in place, nothing else is copied.
@@ -389,13 +390,15 @@ def _deep_of(run: LayerRun[Layer], tokens: Embedded) -> Float[Array, "L B U D"] 
     return jnp.stack(of_layers) if of_layers else None
 
 
-def _added_deep(x: Float[Array, "B T D"], deep: Float[Array, "B U D"] | None, at: Situation) -> Float[Array, "B T D"]:
+def _added_deep(
+    x: Float[Array, "B T D"], deep: Float[Array, "B U D"] | None, at: Situation, stream: Stream
+) -> Float[Array, "B T D"]:
     """What a layer gives, with the features of their merge unit added to the visual tokens."""
     if deep is None or at.unit is None:
         return x
     # Tokens that get nothing have a unit beyond the last, which is filled with zeros and has no gradient.
     of_tokens = jnp.take_along_axis(deep, at.unit[..., None], axis=1, mode="fill", fill_value=0)
-    return residual.placed(x + of_tokens.astype(x.dtype))
+    return stream.placed(x + of_tokens.astype(x.dtype))
 
 
 def _output(hidden: Float[Array, "B N D"], found: Sequence[Asked]) -> Output:

@@ -22,7 +22,8 @@ from rave_jax.models.config import ModelOptions, attention_dims
 from rave_jax.models.delta import Delta, DeltaState, InTurn
 from rave_jax.models.experts import Choice, Experts, RouterSums, router_sums
 from rave_jax.models.layers import Linear, RmsNorm, SwiGlu
-from rave_jax.parallel import context, residual
+from rave_jax.parallel import context
+from rave_jax.parallel.residual import Stream
 from rave_jax.parallel.sharding import shard
 from rave_jax.typing import Array, Bool, Float, Int
 
@@ -158,6 +159,7 @@ class DecoderLayer(nnx.Module):
         self.mechanisms = attention.build_mechanisms(mechanisms, attention_dims(config), keys[2])
         attention.check_kernels(self.mechanisms, options.attention, attention_dims(config))
         self.implementation = options.attention
+        self.stream = Stream(options.sequence_parallel)
         self.max_regions = options.layout.max_regions
         self.extra_mlp = nnx.data(extra_mlp.made(options.extra_mlp, D, dtype, keys[3]))
         lora.attach(self, "decoder.", options.lora, dtype, keys[3])
@@ -170,7 +172,7 @@ class DecoderLayer(nnx.Module):
         Args:
             dealt: do x and what `at` says of queries stand in `context.dealt_order`? Keys are put in the order of rows.
         """
-        found, gate = self.attention.project(residual.gathered(self.attention_norm(x)), x, at)
+        found, gate = self.attention.project(self.stream.gathered(self.attention_norm(x)), x, at)
         keys = attention.remember(self.mechanisms, found)
         keys = jax.tree.map(context.gather_in, keys) if dealt else keys
         seen = attention.attend(
@@ -199,7 +201,7 @@ class DecoderLayer(nnx.Module):
     def extend(self, x: Float[Array, "B T D"], at: Situation, cache: LayerCache) -> tuple[LayerOutput, LayerKeys]:
         """The layer on tokens that follow what a cache holds, and what the run's layers keep, with the tokens in it."""
         assert not isinstance(cache.stored, StoredStates)
-        found, gate = self.attention.project(residual.gathered(self.attention_norm(x)), x, at)
+        found, gate = self.attention.project(self.stream.gathered(self.attention_norm(x)), x, at)
         seen, stored = cache.stored.attend(
             found,
             attention.remember(self.mechanisms, found),
@@ -232,6 +234,7 @@ class DeltaLayer(nnx.Module):
         self.mlp = _mlp(config, kind, dtype, keys[1])
         self.delta_norm, self.mlp_norm = norm(D, config, dtype), norm(D, config, dtype)
         self.mechanisms = nnx.List([])
+        self.stream = Stream(options.sequence_parallel)
         self.extra_mlp = nnx.data(extra_mlp.made(options.extra_mlp, D, dtype, keys[3]))
         lora.attach(self, "decoder.", options.lora, dtype, keys[3])
 
@@ -255,7 +258,7 @@ class DeltaLayer(nnx.Module):
         self, x: Float[Array, "B T D"], at: Situation, state: DeltaState
     ) -> tuple[Float[Array, "B N D"], Choice | None, DeltaState]:
         assert at.turn is not None
-        heads, state = self.delta(residual.gathered(self.delta_norm(x)), at.turn, state)
+        heads, state = self.delta(self.stream.gathered(self.delta_norm(x)), at.turn, state)
         return *_after(self, self.delta.output, x, heads, at.wanted), state
 
 
@@ -278,14 +281,15 @@ def _after(
     if wanted is not None:
         x, heads = attention.pick(x, wanted), attention.pick(heads, wanted)
     heads = shard(heads, "batch", "length", "heads", None)
-    x = residual.placed(x + residual.scattered(output(heads)))
+    x = layer.stream.placed(x + layer.stream.scattered(output(heads)))
     hidden, mlp = layer.mlp_norm(x), layer.mlp
     if layer.extra_mlp is not None:
         x = x + layer.extra_mlp(hidden)
     if isinstance(mlp, Experts):
         choice = mlp.choose(hidden)
-        return residual.placed(x + mlp(hidden, choice)), choice
-    return residual.placed(x + mlp(hidden)), None
+        return layer.stream.placed(x + mlp(hidden, choice, layer.stream)), choice
+    added = layer.stream.scattered(mlp(layer.stream.gathered(hidden)))
+    return layer.stream.placed(x + added), None
 
 
 def _mlp(config: TextConfig, kind: LayerKind, dtype: jnp.dtype, key: jax.Array) -> SwiGlu | Experts:

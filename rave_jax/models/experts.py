@@ -25,6 +25,7 @@ from rave_jax.models.initial import normal
 from rave_jax.models.layers import Axes, keep_inputs, product
 from rave_jax.parallel import residual
 from rave_jax.parallel.exchange import gathered
+from rave_jax.parallel.residual import WHOLE, Stream
 from rave_jax.parallel.sharding import current_mesh, names_of, partition_spec, shard
 from rave_jax.typing import Array, Bool, Float, Int
 
@@ -94,8 +95,8 @@ class Experts(nnx.Module):
             weight = weight / jnp.sum(weight, axis=-1, keepdims=True)
         return Choice(expert, weight, probability)
 
-    def __call__(self, x: Float[Array, "B T D"], choice: Choice) -> Float[Array, "B T D"]:
-        """What the chosen experts make of each token, in x's number type."""
+    def __call__(self, x: Float[Array, "B T D"], choice: Choice, stream: Stream = WHOLE) -> Float[Array, "B T D"]:
+        """What the chosen experts make of each token, in x's number type. Tokens lie as `stream` says, and stay so."""
         weights = [part.weight[...].astype(x.dtype) for part in (self.gate, self.up, self.down)]
         mesh = current_mesh()
         if mesh is None or mesh.size == 1:
@@ -104,9 +105,7 @@ class Experts(nnx.Module):
         (axes,) = partition_spec(("experts",), weights[0].shape[:1], mesh)
         exchanged = tuple(name for name in names_of(axes) if name in names_of(rows[0]))
         shared = tuple(name for name in names_of(axes) if name not in exchanged)
-        # Devices that share tokens take them from the residual stream, of which each has its own.
-        stream = partition_spec(("batch", "residual", None), x.shape, mesh)
-        split = shared if residual.splits(x) and shared == (residual.AXIS,) else ()
+        split = shared if stream.splits(x) and shared == (residual.AXIS,) else ()
 
         def on_device(x: Array, expert: Array, weight: Array, *weights: Array) -> Array:
             if axes is None:
@@ -121,7 +120,7 @@ class Experts(nnx.Module):
                 return jax.lax.psum_scatter(made, split, scatter_dimension=1, tiled=True)
             return jax.lax.psum(made, shared) if shared else made
 
-        of_x = stream if split else rows
+        of_x = partition_spec(("batch", stream.tokens, None), x.shape, mesh) if split else rows
         run = jax.shard_map(
             on_device,
             mesh=mesh,

@@ -13,7 +13,6 @@ from flax import nnx
 from rave_jax.batch import Kind, TokenInfo
 from rave_jax.models.initial import normal
 from rave_jax.models.weight_gradient import on_mesh
-from rave_jax.parallel import residual
 from rave_jax.parallel.sharding import shard
 from rave_jax.typing import Array, Float
 
@@ -266,7 +265,7 @@ class Mlp(nnx.Module):
         def rest(hidden: Array) -> Array:
             return self.second(shard(ACTIVATIONS[self.activation](hidden), "batch", "length", "mlp"))
 
-        return residual.scattered(keep_inputs(rest)(self.first(residual.gathered(x))))
+        return keep_inputs(rest)(self.first(x))
 
 
 class SwiGlu(nnx.Module):
@@ -284,5 +283,4 @@ class SwiGlu(nnx.Module):
         def rest(gate: Array, up: Array) -> Array:
             return self.down(shard(jax.nn.silu(gate) * up, "batch", "length", "mlp"))
 
-        x = residual.gathered(x)
-        return residual.scattered(keep_inputs(rest)(self.gate(x), self.up(x)))
+        return keep_inputs(rest)(self.gate(x), self.up(x))

@@ -23,7 +23,6 @@ from rave_jax.models.config import ModelOptions
 from rave_jax.models.forward import ImageFeatures
 from rave_jax.models.layers import LayerNorm, Linear, Mlp
 from rave_jax.models.stack import LayerRun
-from rave_jax.parallel import residual
 from rave_jax.parallel.sharding import shard
 from rave_jax.typing import Array, Float, UInt8
 
@@ -92,13 +91,12 @@ class JointAttention(nnx.Module):
         """The same shape as x."""
         q, k, v = self.heads(x, rotation)
         out, _ = attention_kernels.attention(q, k, v, codes, scale=q.shape[-1] ** -0.5, implementation=implementation)
-        return residual.scattered(self.output(out))
+        return self.output(out)
 
     def heads(
         self, x: Float[Array, "B P D"], rotation: Rotation
     ) -> tuple[Float[Array, "B P H h"], Float[Array, "B P H h"], Float[Array, "B P H h"]]:
         """Queries, keys and values; the first two rotated."""
-        x = residual.gathered(x)
         q, k, v = (shard(self.qkv.part(x, n), "batch", "length", "heads", None) for n in range(3))
         return rotate(q, rotation), rotate(k, rotation), v
 
@@ -126,8 +124,8 @@ class FrameBlock(nnx.Module):
     def __call__(self, x: Float[Array, "B P D"], rotation: Rotation, codes: MaskCodes) -> Float[Array, "B P D"]:
         """The same shape as x."""
         x = x + self.attention(self.attention_norm(x), rotation, codes, self.implementation)
-        x = residual.placed(x)
-        return residual.placed(x + self.mlp(self.mlp_norm(x)))
+        x = shard(x, "batch", "length", None)
+        return shard(x + self.mlp(self.mlp_norm(x)), "batch", "length", None)
 
 
 class Merger(nnx.Module):
@@ -151,7 +149,7 @@ class Merger(nnx.Module):
         """M = P / unit visual tokens of width O = out_size."""
         x = self.norm(x)
         x = x.reshape(x.shape[0], -1, self.first.in_shape[0])
-        return self.second(jax.nn.gelu(self.first(residual.gathered(x)), approximate=False))
+        return self.second(jax.nn.gelu(self.first(x), approximate=False))
 
 
 def check_patches(patches: Patches, config: TowerConfig) -> None:

@@ -28,7 +28,6 @@ from rave_jax.models.layers import LayerNorm, Linear, Mlp
 from rave_jax.models.parameters import mark_unused
 from rave_jax.models.stack import LayerRun
 from rave_jax.models.tower import check_patches, mixed_units, normalised
-from rave_jax.parallel import residual
 from rave_jax.parallel.sharding import shard
 from rave_jax.typing import Array, Bool, Float, Int
 
@@ -50,10 +49,9 @@ class VitAttention(nnx.Module):
         self, x: Float[Array, "B P D"], codes: MaskCodes, implementation: Implementation
     ) -> Float[Array, "B P D"]:
         """The same shape as x."""
-        x = residual.gathered(x)
         q, k, v = (shard(one(x), "batch", "length", "heads", None) for one in (self.query, self.key, self.value))
         out, _ = attention_kernels.attention(q, k, v, codes, scale=q.shape[-1] ** -0.5, implementation=implementation)
-        return residual.scattered(self.output(out))
+        return self.output(out)
 
 
 class VitBlock(nnx.Module):
@@ -71,8 +69,8 @@ class VitBlock(nnx.Module):
 
     def __call__(self, x: Float[Array, "B P D"], codes: MaskCodes) -> Float[Array, "B P D"]:
         """The same shape as x."""
-        x = residual.placed(x + self.attention(self.attention_norm(x), codes, self.implementation))
-        return residual.placed(x + self.mlp(self.mlp_norm(x)))
+        x = shard(x + self.attention(self.attention_norm(x), codes, self.implementation), "batch", "length", None)
+        return shard(x + self.mlp(self.mlp_norm(x)), "batch", "length", None)
 
     def class_looks(
         self, x: Float[Array, "B P D"], frame: Int[Array, "B P"], first: Bool[Array, "B P"]
@@ -108,7 +106,7 @@ class Projector(nnx.Module):
 
     def __call__(self, x: Float[Array, "B P D"]) -> Float[Array, "B P O"]:
         """Visual tokens."""
-        return self.second(jax.nn.gelu(self.first(residual.gathered(x)), approximate=False))
+        return self.second(jax.nn.gelu(self.first(x), approximate=False))
 
 
 class VitTower(nnx.Module):
@@ -173,7 +171,7 @@ class VitTower(nnx.Module):
         """Hidden states, by the number of blocks before them, at the ends of all runs that are read."""
         check_patches(patches, self.config)
         codes = block_diagonal_codes(patches.frame)
-        x = residual.placed(self.embedded(patches))
+        x = shard(self.embedded(patches), "batch", "length", None)
         taken = {0: x}
         for run in self.layer_runs:
             if run.start >= self.read:

@@ -18,7 +18,7 @@ from rave_jax.models.embedding import Embedding
 from rave_jax.models.forward import HIDDEN, Chunk, Embedded, ImageFeatures, Output, Want
 from rave_jax.models.layers import ContextEmbedding, Linear, product
 from rave_jax.models.tower import Tower
-from rave_jax.parallel import residual
+from rave_jax.parallel.sharding import shard
 from rave_jax.typing import Array, Float, Int
 
 CONTEXT_KEY = 4
@@ -105,13 +105,13 @@ class Vlm(nnx.Module):
         if visual_index is not None and self.context is not None:
             x = self.context(x, info)
         if visual_index is None or features is None:
-            return Embedded(residual.placed(x))
+            return Embedded(shard(x, "batch", "length", None))
         wanted = self.config.deep_layers
         if len(features.deep) != wanted:
             raise ValueError(f"the features have additions to {len(features.deep)} layers, expected {wanted}")
         visual = info.kind == Kind.VISUAL
         placed = jnp.take_along_axis(features.tokens, visual_index[..., None], axis=1, mode="clip")
-        x = residual.placed(jnp.where(visual[..., None], placed, x))
+        x = shard(jnp.where(visual[..., None], placed, x), "batch", "length", None)
         unit = jnp.where(visual, visual_index, features.tokens.shape[1])
         return Embedded(x, features.deep, unit) if wanted else Embedded(x)
 

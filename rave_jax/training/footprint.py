@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rave_jax.families.config import VlmConfig
+from rave_jax.parallel.residual import Stream
 from rave_jax.parallel.rows import batch_shardings
 from rave_jax.parallel.sharding import named_sharding
 from rave_jax.training.config import TrainConfig
@@ -33,7 +34,7 @@ def least_activations(config: TrainConfig, vlm: VlmConfig, mesh: Mesh) -> Any:
     rows = batch_shardings(mesh, data.rows).tokens.spec
     pixels = (data.rows, patches, vlm.vision.patch_width if vlm.vision else 0)
     inputs = (text.num_layers, data.rows // config.optimizer.accumulation, tokens, text.hidden_size)
-    axes = (None, "batch", "length", None)
+    axes = (None, "batch", Stream(config.model.sequence_parallel).tokens, None)
     return (
         jax.ShapeDtypeStruct(pixels, jnp.uint8, sharding=NamedSharding(mesh, rows)),
         jax.ShapeDtypeStruct(inputs, config.model.compute, sharding=named_sharding(axes, inputs, mesh)),

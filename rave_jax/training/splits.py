@@ -32,7 +32,8 @@ def _check_tokens(config: TrainConfig, mesh: Mesh | AbstractMesh) -> None:
     rows = {"data.tokens": config.data.tokens} | {field: n for field, n in stages.items() if n is not None}
     for field, tokens in rows.items():
         context.check_tokens(tokens, mesh.shape["context"], field)
-        residual.check_tokens(tokens, mesh.shape["context"], mesh.shape["tensor"], field)
+        if config.model.sequence_parallel:
+            residual.check_tokens(tokens, mesh.shape["context"], mesh.shape["tensor"], field)
 
 
 def _check_context(config: TrainConfig, model: Vlm, parts: int) -> None:

@@ -43,9 +43,10 @@ def same(found: Any, expected: Any) -> None:
 
 
 def check_mesh_of_eight(config: VlmConfig, options: ModelOptions, batch: Batch, layout: dict[str, int]) -> Any:
-    """Devices that share parameters, heads and rows find what one finds; returns that."""
-    mesh, model = make_mesh(MeshConfig(**layout), jax.devices()[:8]), made(config, options)
-    expected = outcome(model, batch)
+    """Devices that share parameters, heads and rows find what one finds; returns that. Four that share heads share the
+    tokens of the residual stream too."""
+    mesh, expected = make_mesh(MeshConfig(**layout), jax.devices()[:8]), outcome(made(config, options), batch)
+    model = made(config, dataclasses.replace(options, sequence_parallel=layout["tensor"] == 4))
     with use_mesh(mesh):
         placed = jax.device_put(model, shardings(model, mesh))
         # Traced anew: the program above knows nothing of the mesh.

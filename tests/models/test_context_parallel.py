@@ -23,7 +23,8 @@ from tests.models.outcome import same
 from tests.models.test_routing import CONFIG, rows
 
 OPTIONS = ModelOptions(
-    (Rave(rank=2, start="random", layers=(0, 1)), Gaze(FixedRegions(2, 2), top_k=1, choice="soft_bias", layers=(1, 2)))
+    (Rave(rank=2, start="random", layers=(0, 1)), Gaze(FixedRegions(2, 2), top_k=1, choice="soft_bias", layers=(1, 2))),
+    sequence_parallel=True,
 )
 
 

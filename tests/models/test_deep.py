@@ -149,7 +149,7 @@ def test_every_parameter_learns_alike_whatever_is_kept(remat: Remat) -> None:
 @pytest.mark.slow
 def test_a_mesh_gives_the_same_numbers() -> None:
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2), jax.devices()[:8])
-    vlm = a_model()
+    vlm = a_model(ModelOptions(sequence_parallel=True))
     rows = jax.tree.map(lambda x: jnp.concatenate([x] * 4, axis=1 if x.shape[0] == 3 else 0), a_row(vlm))
     with use_mesh(mesh):
         ours = jax.jit(lambda m, b: m.forward(b).hidden)(jax.device_put(vlm, shardings(vlm, mesh)), rows)

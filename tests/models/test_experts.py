@@ -215,7 +215,7 @@ def test_experts_on_a_mesh_give_the_same_numbers(layout: dict[str, int]) -> None
 @pytest.mark.slow
 @LAYOUTS
 def test_a_model_on_a_mesh_gives_the_same_numbers(layout: dict[str, int]) -> None:
-    model, packed = a_model(), rows(4)
+    model, packed = a_model(ModelOptions(sequence_parallel=True)), rows(4)
     mesh = make_mesh(MeshConfig(**layout), jax.devices()[:8])
     with use_mesh(mesh):
         placed = jax.device_put(model, shardings(model, mesh))

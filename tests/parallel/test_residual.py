@@ -19,11 +19,14 @@ MLP = SwiGlu(WIDTH, 32, bias=True, dtype=jnp.float32, key=jax.random.key(0))
 X = jax.random.normal(jax.random.key(1), (ROWS, TOKENS, WIDTH))
 
 
+STREAM = residual.Stream(split=True)
+
+
 def block(layers: tuple[RmsNorm, SwiGlu], x: jax.Array) -> jax.Array:
-    """What a layer adds to the stream, and the stream."""
+    """The stream and what the mlp of a layer adds to it."""
     norm, mlp = layers
-    x = residual.placed(x)
-    return residual.placed(x + mlp(norm(x)))
+    x = STREAM.placed(x)
+    return STREAM.placed(x + STREAM.scattered(mlp(STREAM.gathered(norm(x)))))
 
 
 def gradients(layers: tuple[RmsNorm, SwiGlu], x: jax.Array) -> tuple[tuple[RmsNorm, SwiGlu], jax.Array]:

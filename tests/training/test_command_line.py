@@ -195,9 +195,9 @@ def test_a_misspelt_key_of_a_config_file_exits_2_with_a_suggestion(run, tmp_path
             "data.tokens is 130, expected a multiple of 8: two pieces of a row for each of mesh.context 4",
         ),
         (
-            ["--mesh.tensor", "4", "--data.tokens", "130"],
+            ["--model.sequence_parallel", "True", "--mesh.tensor", "4", "--data.tokens", "130"],
             EXIT_CONFIG,
-            "data.tokens is 130, expected a multiple of 4: a share of a row for each of mesh.tensor 4",
+            "data.tokens is 130, expected a multiple of 4: model.sequence_parallel gives a share of a row to each",
         ),
         (["--mesh.expert", "2"], EXIT_CONFIG, "mesh.expert is 2, expected 1: the model has no experts"),
         (["--data.rows", "12"], EXIT_CONFIG, "data rows is 12, expected a multiple of 8"),

@@ -25,7 +25,6 @@ from rave_jax.models.initial import normal
 from rave_jax.models.layers import ACTIVATIONS, LayerNorm, Linear, Mlp, RmsNorm
 from rave_jax.models.stack import LayerRun, equal_runs
 from rave_jax.models.tower import by_tile, check_patches, normalised
-from rave_jax.parallel import residual
 from rave_jax.parallel.sharding import shard
 from rave_jax.typing import Array, Float
 
@@ -53,11 +52,10 @@ class VisionAttention(nnx.Module):
         self, x: Float[Array, "B P D"], codes: MaskCodes, implementation: Implementation
     ) -> Float[Array, "B P D"]:
         """The same shape as x."""
-        x = residual.gathered(x)
         q, k = _normed(self.query(x), self.query_norm), _normed(self.key(x), self.key_norm)
         q, k, v = (shard(one, "batch", "length", "heads", None) for one in (q, k, self.value(x)))
         out, _ = attention_kernels.attention(q, k, v, codes, scale=q.shape[-1] ** -0.5, implementation=implementation)
-        return residual.scattered(self.output(out))
+        return self.output(out)
 
 
 def _normed(x: Float[Array, "B P H h"], norm: RmsNorm | None) -> Float[Array, "B P H h"]:
@@ -82,9 +80,9 @@ class VisionBlock(nnx.Module):
     def __call__(self, x: Float[Array, "B P D"], codes: MaskCodes) -> Float[Array, "B P D"]:
         """The same shape as x."""
         update = self.attention(self.attention_norm(x), codes, self.implementation)
-        x = residual.placed(x + self.attention_scale[...].astype(x.dtype) * update)
+        x = shard(x + self.attention_scale[...].astype(x.dtype) * update, "batch", "length", None)
         update = self.mlp(self.mlp_norm(x))
-        return residual.placed(x + self.mlp_scale[...].astype(x.dtype) * update)
+        return shard(x + self.mlp_scale[...].astype(x.dtype) * update, "batch", "length", None)
 
 
 class Projector(nnx.Module):
@@ -134,7 +132,7 @@ class Tower(nnx.Module):
         """
         check_patches(patches, self.config)
         x = self.embedded(by_tile(normalised(patches.pixels, self.config, self.compute), self.config.window_patches))
-        x = residual.placed(x)
+        x = shard(x, "batch", "length", None)
         codes = block_diagonal_codes(jnp.ones(x.shape[:2], jnp.int32))
 
         def body(block: VisionBlock, x: Array, _: None, codes: MaskCodes) -> tuple[Array, None]:

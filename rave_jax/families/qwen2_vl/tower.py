@@ -19,7 +19,7 @@ from rave_jax.models.layers import LayerNorm, Linear
 from rave_jax.models.rope import patch_rotation
 from rave_jax.models.stack import LayerRun, equal_runs
 from rave_jax.models.tower import FrameBlock, Merger, check_patches, normalised
-from rave_jax.parallel import residual
+from rave_jax.parallel.sharding import shard
 from rave_jax.typing import Array, Float
 
 NORM_EPS = 1e-6
@@ -53,7 +53,7 @@ class Tower(nnx.Module):
         check_patches(patches, self.config)
         rotation = patch_rotation(patches.place, self.config.head_dim, self.config.rope_theta)
         shared = rotation, block_diagonal_codes(patches.frame)
-        x = residual.placed(self.patch(normalised(patches.pixels, self.config, self.compute)))
+        x = shard(self.patch(normalised(patches.pixels, self.config, self.compute)), "batch", "length", None)
 
         def body(block: FrameBlock, x: Array, _: None, at: tuple[Rotation, MaskCodes]) -> tuple[Array, None]:
             return block(x, *at), None

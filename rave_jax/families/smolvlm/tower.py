@@ -26,7 +26,7 @@ from rave_jax.models.layers import LayerNorm, Linear
 from rave_jax.models.stack import LayerRun, equal_runs
 from rave_jax.models.tower import by_tile, check_patches, normalised
 from rave_jax.models.vit import VitBlock
-from rave_jax.parallel import residual
+from rave_jax.parallel.sharding import shard
 from rave_jax.typing import Array, Float
 
 
@@ -61,7 +61,7 @@ class Tower(nnx.Module):
         x = self.patch(by_tile(normalised(patches.pixels, config, self.compute), config.window_patches))
         row, col = tile_places(config.side, config.merge_size).T
         x = x + self.position[...][row * config.side + col].astype(x.dtype)
-        x = residual.placed(x)
+        x = shard(x, "batch", "length", None)
         codes = block_diagonal_codes(jnp.ones(x.shape[:2], jnp.int32))
 
         def body(block: VitBlock, x: Array, _: None, codes: MaskCodes) -> tuple[Array, None]:

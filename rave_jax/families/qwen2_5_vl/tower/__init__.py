@@ -24,7 +24,7 @@ from rave_jax.models.layers import Linear, RmsNorm, SwiGlu
 from rave_jax.models.rope import patch_rotation
 from rave_jax.models.stack import LayerRun
 from rave_jax.models.tower import JointAttention, Merger, check_patches, normalised
-from rave_jax.parallel import residual
+from rave_jax.parallel.sharding import shard
 from rave_jax.typing import Array, Float
 
 
@@ -42,7 +42,7 @@ class WindowAttention(JointAttention):
         """The same shape as x."""
         if chunk is None:
             return self(x, rotation, codes, implementation)
-        return residual.scattered(self.output(window_attention(*self.heads(x, rotation), codes, chunk, implementation)))
+        return self.output(window_attention(*self.heads(x, rotation), codes, chunk, implementation))
 
 
 class VisionBlock(nnx.Module):
@@ -63,8 +63,8 @@ class VisionBlock(nnx.Module):
     ) -> Float[Array, "B P D"]:
         """The same shape as x."""
         x = x + self.attention.inside(self.attention_norm(x), rotation, codes, chunk, self.implementation)
-        x = residual.placed(x)
-        return residual.placed(x + self.mlp(self.mlp_norm(x)))
+        x = shard(x, "batch", "length", None)
+        return shard(x + self.mlp(self.mlp_norm(x)), "batch", "length", None)
 
 
 class Tower(nnx.Module):
@@ -101,7 +101,7 @@ class Tower(nnx.Module):
         chunk = chunk_size(P, config.window_patches)
         local, whole = window_codes(patches.window, chunk), block_diagonal_codes(patches.frame)
         rotation = patch_rotation(patches.place, config.head_dim, config.rope_theta)
-        x = residual.placed(self.patch(normalised(patches.pixels, config, self.compute)))
+        x = shard(self.patch(normalised(patches.pixels, config, self.compute)), "batch", "length", None)
         for run, full in zip(self.layer_runs, self.full, strict=True):
             codes, width = (whole, None) if full else (local, chunk)
 

@@ -23,7 +23,7 @@ from rave_jax.models.layers import LayerNorm, Linear
 from rave_jax.models.rope import patch_rotation
 from rave_jax.models.stack import LayerRun
 from rave_jax.models.tower import FrameBlock, Merger, check_patches, normalised
-from rave_jax.parallel import residual
+from rave_jax.parallel.sharding import shard
 from rave_jax.typing import Array, Float, Int
 
 
@@ -89,7 +89,7 @@ class Tower(nnx.Module):
         rotation = patch_rotation(patches.place, config.head_dim, config.rope_theta)
         x = self.patch(normalised(patches.pixels, config, self.compute))
         x = x + self.table(patches.place, frame_sizes(patches)).astype(x.dtype)
-        x = residual.placed(x)
+        x = shard(x, "batch", "length", None)
         deep, mergers = [], iter(self.deep_mergers)
         for run in self.layer_runs:
 
