@@ -52,6 +52,17 @@ def test_a_small_config_is_planned(tmp_path, capsys) -> None:
     assert 0 < bounds["mfu_exposed"] <= bounds["mfu"] < 1 and bounds["hbm"] > 0 and told["loops_counted_once"] == []
 
 
+def test_state_that_waits_at_the_host_is_no_part_of_the_chips_memory(tmp_path, capsys) -> None:
+    code, told = planned(tmp_path, 4, "--optimizer.offload", "True")
+    hbm = told["hbm_bytes_per_chip"]
+    assert code == 0 and hbm["optimizer"] < 1000, "counters alone"
+    state = 2 * hbm["parameters"]
+    assert state <= hbm["host"] <= 2 * state, "padded to tiles"
+    moved = told["bytes_to_host_and_back_per_chip"]
+    assert 2 * state <= moved <= 2 * hbm["host"], "there and back"
+    assert told["bounds_seconds"]["host"] > 0 and "memory of the host" in capsys.readouterr().out
+
+
 def test_making_code_changes_nothing_that_a_plan_says(tmp_path) -> None:
     """The program's own size apart, which --full adds."""
     plain = "--model.attention", "xla"  # the code of the fused kernels takes a minute
