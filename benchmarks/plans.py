@@ -25,7 +25,7 @@ from rave_jax.plan.report import Plan
 PLANS = (
     ("qwen2_5_vl_7b_rave_sft", "v5e:16x16", 1),
     ("qwen2_5_vl_7b_rave_sft", "v6e:8x8", 1),
-    ("qwen2_5_vl_7b_rave_sft", "v5e:16x16", 2),
+    ("qwen2_5_vl_7b_rave_sft_slices", "v5e:16x16", 2),
     ("qwen3_vl_8b_rave_sft", "v5e:16x16", 1),
     ("qwen3_vl_8b_rave_sft", "v6e:8x8", 1),
     ("qwen2_5_vl_7b_gaze_video_sft", "v5p:4x4x4", 1),

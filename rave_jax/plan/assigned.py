@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ _HBM, _HOST = 0, 5
 """The compiler's numbers of the memories."""
 _OFTEN = 0.1
 """Seconds between two looks."""
+_STILL = 0.5
+"""Seconds for which a file has not changed that is written to the end."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,14 +50,15 @@ def dump_flags(folder: Path, module: str) -> str:
 
 def read_assigned(folder: Path) -> Assigned | None:
     """What the compiler wrote down of a module, once it has written all of it; None before."""
-    # It is written after the two that are read.
-    if not any(folder.glob("*.after_optimizations_after_buffer_assignment.txt")):
+    # The module's text is written after the report.
+    found = list(folder.glob("*.after_optimizations.txt"))
+    if not found or time.time() - found[0].stat().st_mtime < _STILL:
         return None
-    (text,), (report,) = (
-        list(folder.glob(f"*.after_optimizations{ending}.txt")) for ending in ("", "-memory-usage-report")
-    )
+    text, report = found[0].read_text(), found[0].with_name(found[0].stem + "-memory-usage-report.txt")
+    if not text.rstrip().endswith("}"):
+        return None
     spaces = {int(number): int(size) for number, size in _SPACE.findall(report.read_text())}
-    return Assigned(text.read_text(), spaces[_HBM], spaces.get(_HOST, 0))
+    return Assigned(text, spaces[_HBM], spaces.get(_HOST, 0))
 
 
 def until_assigned(compile_it: Callable[[], Any], folder: Path) -> Assigned:
@@ -83,6 +87,8 @@ def until_assigned(compile_it: Callable[[], Any], folder: Path) -> Assigned:
         ended = not thread.is_alive()
         if failed:
             raise failed[0]
+        if ended:
+            time.sleep(2 * _STILL)
         if (found := read_assigned(folder)) is not None:
             return found
         if ended:

@@ -46,7 +46,7 @@ class Change:
 def changes_that_fit(wanted: Wanted) -> list[Change]:
     """The first changes that fit, at most `ENOUGH`, in the order of what they cost a run."""
     found: list[Change] = []
-    candidates = list(candidate_changes(wanted.config, wanted.topology.devices))[:MOST_TRIED]
+    candidates = list(candidate_changes(wanted.config, wanted.topology.devices, wanted.topology.slices))[:MOST_TRIED]
     for start in range(0, len(candidates), AT_ONCE):
         some = candidates[start : start + AT_ONCE]
         steps = compile_steps([dataclasses.replace(wanted, config=config, hlo=None) for _, _, config in some])
@@ -58,13 +58,18 @@ def changes_that_fit(wanted: Wanted) -> list[Change]:
     return found[:ENOUGH]
 
 
-def candidate_changes(config: TrainConfig, devices: int) -> Iterator[tuple[str, str, TrainConfig]]:
+def candidate_changes(config: TrainConfig, devices: int, slices: int = 1) -> Iterator[tuple[str, str, TrainConfig]]:
     """(flags, what they give up, the changed config), what costs a run least first; then some of them together.
 
     Args:
         config: that does not fit.
         devices: of the topology.
+        slices: of it.
     """
+    if slices > 1 and config.mesh.data == 1:
+        apart = dataclasses.replace(config.mesh, data=slices, fsdp=-1)
+        flags, why = f"--mesh.data {slices} --mesh.fsdp -1", "a copy of parameters and state in every slice"
+        yield from _if_it_divides(config, apart, devices, flags, why)
     for make in (_remat, _accumulation, _mesh, _moments, _offload):
         yield from make(config, devices)
     for together in (

@@ -6,6 +6,9 @@ fusion that holds it before a call of `AsyncCollectiveStart`, after which fusion
 ends in `AsyncCollectiveDone`. Each is counted once. Asynchronous means that the chip may compute meanwhile, not that
 it does.
 
+Between slices the compiler leaves a collective to the runtime: the chip sends to its host, which sums or gathers with
+the hosts of other slices, and receives. That is asynchronous, of the chips that have one place in each slice.
+
 A reduce-scatter stands as itself, or as a fusion of an all-reduce of which each chip keeps a slice.
 """
 
@@ -33,6 +36,7 @@ _KINDS: dict[str, Kind] = {
     "collective-permute": "collective-permute",
 }
 _START, _DONE = 'custom_call_target="AsyncCollectiveStart"', 'custom_call_target="AsyncCollectiveDone"'
+_BETWEEN_SLICES = re.compile(r'_xla_megascale_transfer_type="(\w+)"')
 _IOTA = re.compile(r"^\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
 _MESH = re.compile(r"^mesh\[([^\]]*)\] \{([^}]*)\}")
 _MESH_AXIS = re.compile(r"'([^']+)'(?::\((\d+)\)(\d+))?")
@@ -113,29 +117,35 @@ def traffic(collectives: Iterable[Collective]) -> list[Traffic]:
     return sorted(rows, key=lambda row: row.sent, reverse=True)
 
 
-def read_collectives(text: str, mesh: Mapping[str, int]) -> list[Collective]:
+def read_collectives(text: str, mesh: Mapping[str, int], slices: Sequence[int] = ()) -> list[Collective]:
     """The collectives of a compiled module, without those of a single chip.
 
     Args:
         text: `compiled.as_text()` of a program for TPUs.
         mesh: axis -> size, in the order of the mesh.
+        slices: of each chip, in the order of the mesh; empty where there is one slice.
 
     Raises:
         ValueError: the text is not in the form known here, or its chips are not those of the mesh.
     """
-    return collectives_of(hlo.read(text), mesh)
+    return collectives_of(hlo.read(text), mesh, slices)
 
 
-def collectives_of(module: Module, mesh: Mapping[str, int]) -> list[Collective]:
+def collectives_of(module: Module, mesh: Mapping[str, int], slices: Sequence[int] = ()) -> list[Collective]:
     """`read_collectives` of a module that is read already."""
     times = module.times
-    started_by = {name for caller, name in module.calls() if caller.opcode in ("async-start", "call-start")}
+    started_by = module.with_called(
+        name for caller, name in module.calls() if caller.opcode in ("async-start", "call-start")
+    )
     starts = {name for name, body in module.computations.items() if any(_START in one.attributes for one in body)}
     started = {_channel(one) for name in starts for one in module.computations[name] if one.opcode in _KINDS}
     fused = {name for caller, name in module.calls() if caller.opcode == "fusion"}
     found = []
     for name, body in module.computations.items():
         for one in body if times[name] else ():
+            if one.opcode == "send" and (transfer := one.attribute(_BETWEEN_SLICES.pattern)) is not None:
+                found.append(_between_slices(one, transfer, slices, mesh, times[name]))
+                continue
             opcode = one.opcode.removesuffix("-start")
             if opcode not in _KINDS:
                 continue
@@ -162,6 +172,18 @@ def collectives_of(module: Module, mesh: Mapping[str, int]) -> list[Collective]:
                 )
             )
     return found
+
+
+def _between_slices(
+    one: Instruction, transfer: str, slices: Sequence[int], mesh: Mapping[str, int], times: int
+) -> Collective:
+    if (kind := _KINDS.get(transfer.lower().replace("_", "-"))) is None:
+        raise ValueError(f"{one.name}: a transfer between slices of a kind not known here: {transfer}")
+    numbers = np.asarray(slices)
+    groups = np.stack([np.flatnonzero(numbers == number) for number in np.unique(numbers)], axis=1)
+    # The operand stands first in the type, beside two of the transfer's own.
+    size = hlo.array_bytes(one.type)[0] * (groups.shape[1] if kind in ("all-gather", "reduce-scatter") else 1)
+    return Collective(kind, size, groups, axes_of(groups, mesh), True, times, shapes=one.type)
 
 
 def axes_of(groups: np.ndarray, mesh: Mapping[str, int]) -> tuple[str, ...]:

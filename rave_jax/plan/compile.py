@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import os
 import pickle
+import re
 import subprocess
 import tempfile
 import threading
@@ -118,13 +119,24 @@ def _compiled(wanted: Wanted, layers: int | None) -> Step:
             if isinstance(result, ConfigError):
                 raise result
             return result
-        said = (libtpu.last_words(stderr).splitlines() or ["it said nothing"])[-1]
+        said = why(libtpu.last_words(stderr))
         if not (folder / READY).exists():
             raise libtpu.CompilerUnavailable(f"libtpu does not start for {wanted.topology}: {said}")
         raise RuntimeError(
             f"the compiler of TPUs could not compile the step for {wanted.topology}; its process ended with "
             f"{libtpu.ending(process.returncode)}: {said}"
         )
+
+
+def why(words: str) -> str:
+    """The line that says why a process ended: that of an exception, if there is one, or the last.
+
+    Args:
+        words: the end of what it wrote.
+    """
+    lines = [line for line in words.splitlines() if line.strip()]
+    raised = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)]
+    return (raised or lines or ["it said nothing"])[-1]
 
 
 @contextlib.contextmanager

@@ -46,7 +46,7 @@ def host_bytes(module: Module) -> int:
             continue
         here = {one.name: one for one in body}
         for one in body:
-            if one.opcode in _FREE or one.opcode.endswith("-done"):
+            if _is_free(one):
                 continue
             # The type of what is started holds its operands too.
             operands = () if one.opcode.endswith("-start") else one.operands
@@ -54,6 +54,11 @@ def host_bytes(module: Module) -> int:
             there, present = (sum(_in_space(kind, host) for kind in kinds) for host in (True, False))
             total += module.times[name] * min(there, present)
     return total
+
+
+def _is_free(one: Instruction) -> bool:
+    """Does it move nothing? What is asynchronous counts where it starts."""
+    return one.opcode in _FREE or one.opcode == "async-update" or one.opcode.endswith("-done")
 
 
 def _in_space(kind: str, host: bool) -> int:
@@ -67,8 +72,10 @@ def _in_space(kind: str, host: bool) -> int:
 
 
 def _inside(module: Module) -> set[str]:
-    """Computations that are part of an instruction, such as a fusion's."""
-    return {name for caller, name in module.calls() if caller.opcode not in ("while", "conditional", "call")}
+    """Computations that are part of an instruction, such as a fusion's or one that is started."""
+    return module.with_called(
+        name for caller, name in module.calls() if caller.opcode not in ("while", "conditional", "call")
+    )
 
 
 def in_hbm(kind: str) -> int:
@@ -82,13 +89,13 @@ def in_hbm(kind: str) -> int:
 
 def _moved(one: Instruction, here: dict[str, Instruction], module: Module) -> int:
     operands = [here[name].type for name in one.operands if name in here]
-    if one.opcode in _FREE or one.opcode.endswith("-done"):
+    if _is_free(one):
         return 0
     if one.opcode in _SLICES:
         return 2 * in_hbm(one.type)
     if one.opcode == "dynamic-update-slice":
         return 2 * in_hbm(operands[1])
-    if one.opcode.endswith("-start"):  # the type holds what goes in and what comes out
+    if one.opcode.endswith(("-start", "call-update")):  # the type holds what goes in and what comes out
         return in_hbm(one.type)
     if (fusion := _called(one, module)) is not None:
         return _of_fusion(one, operands, fusion)

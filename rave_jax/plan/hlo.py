@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{\s*$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][a-z0-9\-]*)\((.*)$")
@@ -93,6 +93,17 @@ class Module:
                 for called in instruction.called.values():
                     for name in called:
                         yield instruction, name
+
+    def with_called(self, names: Iterable[str]) -> set[str]:
+        """These computations and all that they call, and so on."""
+        found = set(names)
+        # What is called stands before what calls it.
+        for name in reversed(self.computations):
+            if name in found:
+                found |= {
+                    callee for one in self.computations[name] for called in one.called.values() for callee in called
+                }
+        return found
 
     @functools.cached_property
     def uncounted(self) -> list[str]:

@@ -26,7 +26,7 @@ from rave_jax.config import ConfigError
 from rave_jax.families.config import VlmConfig
 from rave_jax.parallel.mesh import make_mesh, mesh_line
 from rave_jax.plan import chips, hbm, hlo
-from rave_jax.plan.assigned import dump_flags, read_assigned, until_assigned
+from rave_jax.plan.assigned import dump_flags, until_assigned
 from rave_jax.plan.chips import Topology
 from rave_jax.plan.collectives import Collective, collectives_of, traffic
 from rave_jax.plan.depth import shortened
@@ -117,20 +117,19 @@ def compiled(job: Job, devices: list[jax.Device], dumps: Path) -> Step:
 
     try:
         executable = lowered.compile() if job.to_the_end else None
-        assigned = until_assigned(lowered.compile, dumps) if executable is None else read_assigned(dumps)
+        assigned = until_assigned(lowered.compile if executable is None else lambda: None, dumps)
     except jax.errors.JaxRuntimeError as error:
         peak = wanted_bytes(str(error))
         if peak is None:
             raise
         return ended(peak - arguments, 0)
-    assert assigned is not None
     if job.hlo is not None:
         job.hlo.write_text(assigned.text)
     module = hlo.read(assigned.text)
     done = ended(
         assigned.hbm - arguments,
         0 if executable is None else executable.memory_analysis().generated_code_size_in_bytes,
-        moved=tuple(_moved(collectives_of(module, dict(mesh.shape)), mesh, job.topology)),
+        moved=tuple(_moved(collectives_of(module, dict(mesh.shape), _slices(mesh)), mesh, job.topology)),
         hbm_traffic=float(hbm.hbm_bytes(module)),
         host_traffic=float(hbm.host_bytes(module)),
         uncounted=tuple(module.uncounted),
@@ -191,6 +190,11 @@ def _axes(value: Any) -> str:
     assert isinstance(sharding, NamedSharding)
     parts = [" x ".join(part) if isinstance(part, tuple) else part for part in sharding.spec if part]
     return ", ".join(parts) or "whole on each chip"
+
+
+def _slices(mesh: Mesh) -> list[int]:
+    """Of each device, in the order of the mesh."""
+    return [getattr(device, "slice_index", 0) or 0 for device in mesh.devices.flat]
 
 
 def _moved(collectives: list[Collective], mesh: Mesh, topology: Topology) -> list[Moved]:

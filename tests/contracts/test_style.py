@@ -32,6 +32,12 @@ def test_nothing_is_left_to_do() -> None:
     assert [f"{p.relative_to(REPO)}: {c}" for p in FILES for c in comments(p) if marker.search(c)] == []
 
 
+def test_parity_has_a_folder() -> None:
+    """CI looks nowhere else for it."""
+    marked = [p for p in FILES if re.search(r"mark\.parity\b", p.read_text(encoding="utf-8"))]
+    assert marked and all(p.is_relative_to(REPO / "tests" / "parity") for p in marked)
+
+
 @pytest.mark.parametrize("path", PACKAGE, ids=lambda p: str(p.relative_to(REPO)))
 def test_a_module_says_what_it_is_and_stays_short(path: Path) -> None:
     text = path.read_text(encoding="utf-8")

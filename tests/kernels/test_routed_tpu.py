@@ -70,6 +70,12 @@ class TestPallasTpu(BesideTheOracle):
     slow = tuple(f"{test}[{HEADS}]" for test in ("test_it_is_the_stated_rule", "test_every_gradient_is_the_oracles"))
 
     @pytest.mark.slow
+    @pytest.mark.parametrize("mesh", [(1, 2, 4)], ids=str)
+    def test_a_mesh_changes_nothing(self, mesh: tuple[int, ...]) -> None:
+        """One of two: what is cut how is decided before a backend is called."""
+        super().test_a_mesh_changes_nothing(mesh)
+
+    @pytest.mark.slow
     def test_the_interpreter_that_watches_memory_finds_the_same(self) -> None:
         given = self.drawn(0)
         call = functools.partial(with_items, interpret=pltpu.InterpretParams())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from pathlib import Path
 
@@ -18,26 +19,33 @@ Total bytes: 33554432 (32.00MiB)
 Memory Space: cmem (color=5)
 Total bytes: 4096 (4.0KiB)
 """
+MODULE = "HloModule jit_step\n\nENTRY %main () -> f32[] {\n}\n"
 PART = "module_0000.jit_step.cl_1.after_optimizations"
 
 
 def write(folder: Path, *endings: str) -> None:
     for ending in endings:
-        (folder / f"{PART}{ending}.txt").write_text(REPORT if "report" in ending else "HloModule jit_step")
+        (folder / f"{PART}{ending}.txt").write_text(REPORT if "report" in ending else MODULE)
 
 
 def test_nothing_is_read_before_all_of_it_is_there(tmp_path) -> None:
-    write(tmp_path, "_before_buffer_assignment", "-memory-usage-report", "")
+    write(tmp_path, "_before_buffer_assignment", "-memory-usage-report")
     assert read_assigned(tmp_path) is None and read_assigned(tmp_path / "none") is None
-    write(tmp_path, "_after_buffer_assignment")
-    assert read_assigned(tmp_path) == Assigned("HloModule jit_step", 9299968, 4096)
+    write(tmp_path, "")
+    module = tmp_path / f"{PART}.txt"
+    assert read_assigned(tmp_path) is None, "it was written just now, and there may be more"
+    os.utime(module, (0, 0))
+    assert read_assigned(tmp_path) == Assigned(MODULE, 9299968, 4096)
+    module.write_text(MODULE[:30])
+    os.utime(module, (0, 0))
+    assert read_assigned(tmp_path) is None, "a half"
 
 
 def test_a_compile_is_not_waited_for_once_arrays_have_their_places(tmp_path) -> None:
     ends = threading.Event()
 
     def compile_it() -> None:
-        write(tmp_path, "-memory-usage-report", "", "_after_buffer_assignment")
+        write(tmp_path, "-memory-usage-report", "")
         ends.wait(60)
 
     assert until_assigned(compile_it, tmp_path).hbm == 9299968

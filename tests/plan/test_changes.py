@@ -64,3 +64,9 @@ def test_nothing_is_tried_that_is_so_already_or_that_rows_do_not_divide() -> Non
         "--model.remat offload",
         "--optimizer.offload True",
     ]
+
+
+def test_slices_keep_a_copy_each_before_anything_else_is_tried() -> None:
+    config = dataclasses.replace(CONFIG, mesh=MeshConfig(fsdp=-1, tensor=2))
+    flags, _, changed = next(candidate_changes(config, 16, slices=2))
+    assert flags == "--mesh.data 2 --mesh.fsdp -1" and override(config, flags.split()) == changed

@@ -9,6 +9,7 @@ import pytest
 
 from rave_jax.plan import hlo
 from rave_jax.plan.collectives import Collective, axes_of, read_collectives, traffic
+from rave_jax.plan.hbm import hbm_bytes
 
 MESH = {"data": 1, "fsdp": 2, "tensor": 2}
 MODULE = (Path(__file__).parent / "module.hlo").read_text()
@@ -115,6 +116,51 @@ def test_a_loop_whose_end_is_not_a_constant_counts_once_and_is_named() -> None:
     assert module.uncounted == ["while.1"]
     assert module.times["body"] == 1
     assert hlo.read(MODULE).uncounted == []
+
+
+STARTED = """
+%gathered (p.0: bf16[2,8]) -> bf16[8,8] {
+  %p.0 = bf16[2,8]{1,0} parameter(0)
+  ROOT %all-gather.1 = bf16[8,8]{1,0} all-gather(%p.0), channel_id=1, replica_groups={{0,1,2,3}}, dimensions={0}
+}
+
+%wrapped (p.1: bf16[2,8]) -> bf16[8,8] {
+  %p.1 = bf16[2,8]{1,0} parameter(0)
+  ROOT %call.1 = bf16[8,8]{1,0} call(%p.1), to_apply=%gathered
+}
+
+ENTRY %main (a: bf16[2,8]) -> bf16[8,8] {
+  %a = bf16[2,8]{1,0} parameter(0)
+  %start = ((bf16[2,8]{1,0}), bf16[8,8]{1,0}) async-start(%a), calls=%wrapped
+  %update = ((bf16[2,8]{1,0}), bf16[8,8]{1,0}) async-update(%start)
+  ROOT %done = bf16[8,8]{1,0} async-done(%update)
+}
+"""
+
+
+def test_what_is_called_by_what_is_started_is_asynchronous_and_moves_its_bytes_once() -> None:
+    (one,) = read_collectives(STARTED, {"fsdp": 4})
+    assert one.asynchronous and one.times == 1
+    assert hbm_bytes(hlo.read(STARTED)) == 2 * 8 * 2 + 8 * 8 * 2
+    assert hbm_bytes(hlo.read(SPARSE_CORES)) == 16 * 8 * 2 + 32 * 8 * 2 + 4, "and a number of its own"
+
+
+def test_what_goes_between_slices_is_sent_by_way_of_the_hosts() -> None:
+    """Two slices of two chips: each chip sends its array to the one in its place, asynchronously."""
+    sent = '_xla_host_transfer_handler_name="xla_megascale_runtime",_xla_megascale_transfer_type="ALL_REDUCE"'
+    text = f"""
+ENTRY %main (a: bf16[8,128]) -> token[] {{
+  %a = bf16[8,128]{{1,0}} parameter(0)
+  %t = token[] after-all()
+  %s = (bf16[8,128]{{1,0}}, u32[]{{:S(2)}}, token[]) send(%a, %t), channel_id=1, frontend_attributes={{{sent}}}
+  ROOT %done = token[] send-done(%s), channel_id=1
+}}
+"""
+    (one,) = read_collectives(text, {"data": 2, "fsdp": 2}, slices=[0, 0, 1, 1])
+    assert (one.kind, one.axes, one.members, one.asynchronous) == ("all-reduce", ("data",), 2, True)
+    assert one.groups.tolist() == [[0, 2], [1, 3]] and one.size == one.sent == 8 * 128 * 2
+    with pytest.raises(ValueError, match="kind not known here: BROADCAST"):
+        read_collectives(text.replace("ALL_REDUCE", "BROADCAST"), {"data": 2, "fsdp": 2}, slices=[0, 0, 1, 1])
 
 
 def test_a_part_of_a_tuple_may_stand_by_its_place_alone() -> None:

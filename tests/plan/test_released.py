@@ -13,9 +13,7 @@ from rave_jax.plan.models import model_of
 from rave_jax.plan.record import differences, record_of
 from rave_jax.plan.report import Plan
 
-NAMES = [
-    "qwen2_5_vl_7b_rave_sft v5e:16x16 1",
-]
+NAMES = ["qwen2_5_vl_7b_rave_sft v5e:16x16 1", "qwen2_5_vl_3b_rave_sft v5e:4x4 1"]
 """`python benchmarks/plans.py --check` does the same for all."""
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
+from types import SimpleNamespace
 
 import pytest
 
@@ -86,6 +87,24 @@ def test_what_a_dead_job_left_is_taken_after_a_while(bucket, caplog):
     with only_job_in_bucket(URL, print):
         assert "has the mark of another job (process 7 on host); it is watched for up to" in caplog.text
     assert not (bucket / ".lock").exists()
+
+
+def test_of_two_jobs_that_waited_for_a_dead_one_the_later_leaves_what_the_first_has_put_there(bucket, monkeypatch):
+    """Between the last look at the dead job's mark and its removal."""
+    bucket.mkdir(parents=True)
+    (bucket / ".lock").write_text('{"holder": "dead"}')
+    looks = iter((0.0, 0.0))
+
+    def monotonic():
+        if (now := next(looks, None)) is None:
+            (bucket / ".lock").write_text('{"holder": "b", "who": "process 8 on host"}')
+            return 1.0
+        return now
+
+    monkeypatch.setattr(lease, "time", SimpleNamespace(sleep=lambda _seconds: None, monotonic=monotonic))
+    with pytest.raises(InUse, match=r"in use by another job \(process 8 on host\)"), only_job_in_bucket(URL, print):
+        pass
+    assert "process 8" in (bucket / ".lock").read_text()
 
 
 def test_a_job_that_lost_its_directory_is_told(bucket):
