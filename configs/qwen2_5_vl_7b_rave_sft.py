@@ -22,12 +22,9 @@ def get_config() -> TrainConfig:
     return TrainConfig(
         output_dir="runs/qwen2_5_vl_7b_rave_sft",
         init=FromHF("checkpoints/Qwen2.5-VL-7B-Instruct"),
-        # Nothing is computed again, and 256 chips of v5e have room for it (BENCHMARKS.md, meshes of the 7B).
+        # dots_and_attention computes nothing again: v5e:16x16 has room for it, v6e:8x8 hardly (BENCHMARKS.md).
         model=ModelOptions(
-            mechanisms=(Rave(rank=16),),
-            remat="dots_and_attention",
-            param_dtype="float32",
-            compute_dtype="bfloat16",
+            mechanisms=(Rave(rank=16),), remat="attention", param_dtype="float32", compute_dtype="bfloat16"
         ),
         data=DataConfig(
             sources=(LlavaJson(path="data/conversations.json", image_dir="data/images"),),
@@ -49,7 +46,7 @@ def get_config() -> TrainConfig:
                 ParameterGroup(name="gate", pattern=r"\.mechanisms\.", learning_rate=5.0, weight_decay=0.0),
             ),
         ),
-        # Sums over two devices send a third of those over four (BENCHMARKS.md, meshes of the 7B).
+        # Sums over two devices send a third of those over four (BENCHMARKS.md).
         mesh=MeshConfig(fsdp=-1, tensor=2),
         steps=5000,
         loss_chunk=512,
