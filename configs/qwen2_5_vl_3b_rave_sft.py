@@ -7,7 +7,6 @@ import dataclasses
 
 import qwen2_5_vl_7b_rave_sft
 
-from rave_jax.parallel.mesh import MeshConfig
 from rave_jax.training.config import TrainConfig
 from rave_jax.training.init import FromHF
 
@@ -19,7 +18,5 @@ def get_config() -> TrainConfig:
         base,
         output_dir="runs/qwen2_5_vl_3b_rave_sft",
         init=FromHF("checkpoints/Qwen2.5-VL-3B-Instruct"),
-        model=dataclasses.replace(base.model, remat="full"),
         data=dataclasses.replace(base.data, rows=16),
-        mesh=MeshConfig(fsdp=-1, tensor=4),
     )

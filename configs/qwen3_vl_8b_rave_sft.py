@@ -8,7 +8,6 @@ import dataclasses
 
 import qwen2_5_vl_7b_rave_sft
 
-from rave_jax.parallel.mesh import MeshConfig
 from rave_jax.training.config import TrainConfig
 from rave_jax.training.init import FromHF
 
@@ -20,8 +19,6 @@ def get_config() -> TrainConfig:
         base,
         output_dir="runs/qwen3_vl_8b_rave_sft",
         init=FromHF("checkpoints/Qwen3-VL-8B-Instruct"),
-        model=dataclasses.replace(base.model, remat="full"),
         # A visual token is 32 x 32 pixels: four patches of 16 x 16.
         data=dataclasses.replace(base.data, max_pixels=1024 * 32 * 32),
-        mesh=MeshConfig(fsdp=-1, tensor=4),
     )

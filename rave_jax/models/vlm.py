@@ -220,8 +220,8 @@ def _tower(config: VlmConfig, options: ModelOptions, key: jax.Array) -> Tower | 
     if reading is not None and (config.vision is None or not config.vision.class_looks):
         raise ConfigError(
             f"mechanisms: {reading} reads what the class token of the vision tower looks at, and that of this "
-            f"{config.family} model has none, or does not say; remove {reading}, or take a LLaVA model whose tower is "
-            "CLIP's"
+            f"{config.family} model has none, or does not say; remove {reading}, or take a model that says it "
+            "(docs/attention.md, the mechanisms)"
         )
     return None if config.vision is None else family_named(config.family).load_tower()(config.vision, options, key=key)
 
