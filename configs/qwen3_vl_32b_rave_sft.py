@@ -8,6 +8,7 @@ import dataclasses
 
 import qwen3_vl_8b_rave_sft
 
+from rave_jax.parallel.mesh import MeshConfig
 from rave_jax.training.config import TrainConfig
 from rave_jax.training.init import FromHF
 
@@ -18,4 +19,5 @@ def get_config() -> TrainConfig:
         qwen3_vl_8b_rave_sft.get_config(),
         output_dir="runs/qwen3_vl_32b_rave_sft",
         init=FromHF("checkpoints/Qwen3-VL-32B-Instruct"),
+        mesh=MeshConfig(fsdp=-1, tensor=4),
     )
