@@ -43,7 +43,7 @@ gc.collect()
 gc.freeze()
 gc.set_threshold(100_000, 50, 100)
 
-MAPS, MOST_MAPS = Path("/proc/self/maps"), 32_000
+MAPS, MOST_MAPS, MOST_IN_A_FILE = Path("/proc/self/maps"), 32_000, 48_000
 
 TORCH_PYTHON = "RAVE_JAX_TORCH_PYTHON"
 DATA = "RAVE_JAX_DATA"
@@ -77,11 +77,13 @@ def _begins(item: pytest.Item) -> int:
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
     """Let go of compiled programs before the system's limit of memory maps (65,530 as Linux comes) ends the process.
 
-    Each holds several, and a worker runs many hundred tests. They come back from the compilation cache; only between
-    files, since tests of one file count what they compile.
+    Each holds several, and a worker runs many hundred tests. They come back from the compilation cache. Between files
+    it is done early: tests of one file count what they compile, and a file may come near the limit by itself.
     """
     between = nextitem is None or nextitem.path != item.path
-    if between and MAPS.is_file() and MAPS.read_bytes().count(b"\n") > MOST_MAPS:
+    # Maps take a while to count, so inside a file they are counted behind tests that compile much.
+    counted = MAPS.is_file() and (between or item.get_closest_marker("slow") is not None)
+    if counted and MAPS.read_bytes().count(b"\n") > (MOST_MAPS if between else MOST_IN_A_FILE):
         jax.clear_caches()
         gc.collect()
 
