@@ -94,7 +94,7 @@ def compile_step(wanted: Wanted) -> Step:
         return _compiled(wanted, None)
     with ThreadPoolExecutor(AT_ONCE) as pool:
         few, more = pool.map(lambda layers: _compiled(wanted, layers), two)
-    return extrapolated(few, more, two, wanted.vlm.text.num_layers, wanted.topology.chip.hbm)
+    return extrapolated(few, more, two, wanted.vlm.text.num_layers, wanted.topology.chip.usable)
 
 
 def _compiled(wanted: Wanted, layers: int | None) -> Step:

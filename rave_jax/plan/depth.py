@@ -63,7 +63,7 @@ def extrapolated(few: Step, more: Step, depths: tuple[int, int], layers: int, ca
         few, more: steps of one config with as many layers compiled as `depths` says.
         depths: of the two.
         layers: of the model.
-        capacity: bytes of a chip's HBM.
+        capacity: bytes that the compiler gives to a program.
     """
     turns = (layers - depths[0]) / (depths[1] - depths[0])
 

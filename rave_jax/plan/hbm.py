@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterator
 
 from rave_jax.plan.hlo import Instruction, Module, bits
 
@@ -26,34 +27,33 @@ _SLICES = ("dynamic-slice", "slice", "gather")
 
 def hbm_bytes(module: Module) -> int:
     """Bytes read and written by one chip in one run of the module."""
-    inside = _inside(module)
-    total = 0
-    for name, body in module.computations.items():
-        if name in inside or not module.times[name]:
-            continue
-        here = {one.name: one for one in body}
-        total += module.times[name] * sum(_moved(one, here, module) for one in body)
-    return total
+    return sum(times * _moved(one, here, module) for times, one, here in _run(module))
 
 
 def host_bytes(module: Module) -> int:
     """Bytes that go between one chip and its host in one run of the module, both ways together: of an instruction that
     has arrays here and there, the fewer of the two."""
-    inside = _inside(module)
     total = 0
+    for times, one, here in _run(module):
+        if _is_free(one):
+            continue
+        # The type of what is started holds its operands too.
+        operands = () if one.opcode.endswith("-start") else one.operands
+        kinds = [one.type, *(here[name].type for name in operands if name in here)]
+        there, present = (sum(_in_space(kind, host) for kind in kinds) for host in (True, False))
+        total += times * min(there, present)
+    return total
+
+
+def _run(module: Module) -> Iterator[tuple[int, Instruction, dict[str, Instruction]]]:
+    """(how often it runs, instruction, all of its computation by name), without what is part of an instruction."""
+    inside = _inside(module)
     for name, body in module.computations.items():
         if name in inside or not module.times[name]:
             continue
         here = {one.name: one for one in body}
         for one in body:
-            if _is_free(one):
-                continue
-            # The type of what is started holds its operands too.
-            operands = () if one.opcode.endswith("-start") else one.operands
-            kinds = [one.type, *(here[name].type for name in operands if name in here)]
-            there, present = (sum(_in_space(kind, host) for kind in kinds) for host in (True, False))
-            total += module.times[name] * min(there, present)
-    return total
+            yield module.times[name], one, here
 
 
 def _is_free(one: Instruction) -> bool:

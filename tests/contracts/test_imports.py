@@ -178,7 +178,6 @@ def test_every_library_is_declared_and_every_declared_one_is_used() -> None:
     project = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
     declared = {re.split(r"[^\w-]", requirement, maxsplit=1)[0].lower() for requirement in project["dependencies"]}
     used = {module.split(".")[0] for p in SOURCES for _, module in imports(p) if not module.startswith(".")}
-    used.add("sklearn")  # its file of digits is read
     used -= {*sys.stdlib_module_names, "rave_jax"}
     assert {DISTRIBUTIONS.get(name, name).lower() for name in used} == declared
 

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import functools
-import gzip
-import importlib.util
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -17,13 +14,12 @@ from rave_jax.typing import Int, NpArray, UInt8
 @functools.cache
 def load() -> tuple[UInt8[NpArray, "N 8 8"], Int[NpArray, " N"]]:
     """All digits as ink 0..255, and their labels 0..9."""
-    # The file alone: to import scikit-learn takes a second of every process.
-    package = importlib.util.find_spec("sklearn")
-    assert package is not None and package.origin is not None, "it is among our dependencies"
-    with gzip.open(Path(package.origin).parent / "datasets" / "data" / "digits.csv.gz") as file:
-        table = np.loadtxt(file, delimiter=",")
-    ink = np.round(table[:, :-1].reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
-    return ink, table[:, -1].astype(int)
+    # Imported here: scikit-learn takes a second, and runs without synthetic data do not need it.
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    ink = np.round(np.asarray(data.images) * (255 / 16)).astype(np.uint8)
+    return ink, np.asarray(data.target)
 
 
 @functools.cache

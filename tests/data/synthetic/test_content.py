@@ -6,7 +6,6 @@ import collections
 
 import numpy as np
 import pytest
-from sklearn.datasets import load_digits
 
 from rave_jax.data.synthetic import (
     Album,
@@ -31,13 +30,6 @@ from tests.data.synthetic.cases import TASKS, scenes
 def _both(task, number, content):
     """The content of many scenes of each split."""
     return [{c for scene, _, _ in scenes(task, split, number) for c in content(scene)} for split in SPLITS]
-
-
-def test_digits_are_those_of_scikit_learn():
-    ink, labels = digits.load()
-    known = load_digits()
-    np.testing.assert_array_equal(ink, np.round(known.images * 255 / 16))
-    np.testing.assert_array_equal(labels, known.target)
 
 
 def test_digit_pictures_are_disjoint():
