@@ -117,7 +117,7 @@ def _lines(plan: Plan) -> Iterator[str]:
     yield f"HBM of one chip: {_gib(step.hbm.peak)} at the fullest of {_gib(chip.hbm)}, {plan.share:.0%}: {fits}"
     if step.depths is not None:
         few, more, layers = step.depths
-        yield f"  {few} and {more} of {layers} layers were compiled; a line through both estimates all, --full compiles them"
+        yield f"  {few} and {more} of {layers} layers were compiled, an estimate of all; --full compiles all"
     elif plan.bounds is None:
         yield "  the compiler refuses the step; what it wanted is the sum"
     for name in ("parameters", "optimizer", "batch", "temporaries", "code"):
