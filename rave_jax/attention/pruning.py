@@ -17,14 +17,14 @@ by its own places; places count frame by frame and row by row. Left out: the sou
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 
 from rave_jax.attention.base import AttentionDims, Candidates, Mechanism
-from rave_jax.attention.declared import Layers, MechanismConfig
+from rave_jax.attention.declared import ALL_BUT_LAST, Layers, MechanismConfig
 from rave_jax.batch import TokenInfo
 from rave_jax.config import check_fields, require
 from rave_jax.typing import Array, Bool, Float, Int
@@ -34,6 +34,7 @@ from rave_jax.typing import Array, Bool, Float, Int
 class Pruning(MechanismConfig):
     """Visual tokens that get little attention leave after a layer (FastV, attention debiasing)."""
 
+    WORDS: ClassVar = {"all": ALL_BUT_LAST}
     keep: float = 0.5
     """Share of the visual tokens there are that stay behind each layer of `layers`, to the nearest number; 1 changes
     nothing."""
@@ -48,10 +49,6 @@ class Pruning(MechanismConfig):
         check_fields(self)
         require(0 <= self.keep <= 1, "keep", self.keep, "a share from 0 to 1")
         require(abs(self.slope) <= 30, "slope", self.slope, "a number from -30 to 30")
-
-    def layers_of(self, attending: Sequence[int]) -> Sequence[int]:
-        """All but the last, or those that are named."""
-        return attending[:-1] if isinstance(self.layers, str) else self.layers
 
     @property
     def looks_ahead(self) -> bool:
