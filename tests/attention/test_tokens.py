@@ -194,7 +194,7 @@ def test_what_cannot_be_is_refused_by_name() -> None:
     with pytest.raises(ConfigError, match=r"keep is 1.5, expected a share from 0 to 1"):
         at.Pruning(keep=1.5)
     with pytest.raises(ConfigError, match=r"Pruning\.layers is 'all', all .* but the last, and the model has only 1 "):
-        at.plan_layer_runs((Pruning(layers="all"),), 1)
+        plan_layer_runs((at.Pruning(layers="all"),), 1)
     with pytest.raises(ConfigError, match=r"Pruning\.layers names 3, the last layer"):
         plan_layer_runs((at.Pruning(layers=(3,)),), 4)
     assert [run.stop - run.start for run in plan_layer_runs((at.Dyvte(),), 4)] == [1, 1, 1, 1]
