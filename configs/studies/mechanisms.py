@@ -81,7 +81,7 @@ UNTRAINED: dict[str, tuple[MechanismConfig, ...]] = {
 
 
 def get_config() -> Study:
-    """One training each at three seeds, and ten judgements of one trained model."""
+    """One training of each at three seeds, and judgements of one trained model for each seed."""
     learned, _ = base.starts()
     trained = Start("tasks", (*learned.phases, learned.recipe), learned.recipe)
     arms = [Arm(f"{OFF}@learned", "learned"), Arm(f"{OFF}@tasks", "tasks", trained=False)]

@@ -12,7 +12,8 @@ for every head, with s = scale <q, k>. Certain: all of it, from the code; quarti
 
 Our reading: rows are those of the answer, with the header of its message; the source changes the last row of what is
 read at once. A visual token that is a sum of several patches has the sum of their attention. Left out: the third set of
-its code (spatial, off by default), and the modulation by heads that its abstract names and its code does not have.
+its code (spatial, off by default), which sums the first block's whole map over one axis, we do not know which; and the
+modulation by heads that its abstract names and its code does not have.
 """
 
 from __future__ import annotations
