@@ -147,7 +147,7 @@ def _run(
             state = _first_or_saved_state(config, session, directory, claim, pipeline)
         meter = Meter(goodput, None if work_of is None else work_of(config, vlm, session))
         # A run that is killed goes on from its newest state, and must find the metrics that led to it.
-        pushes = directory.push if hosts.is_first() else None
+        pushes = directory.push if hosts.is_first() and directory.mirror is not None else None
         with Store(directory.checkpoints, config.retention, before=pushes) as store:
             if claim.past is not None:
                 evaluations.continue_after(claim.after_step)
