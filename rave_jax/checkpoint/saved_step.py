@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from orbax.checkpoint import v1 as ocp
 from rave_jax.checkpoint import digests, old_names
 from rave_jax.checkpoint.buckets import is_committed
 from rave_jax.checkpoint.digests import DamageError
+from rave_jax.checkpoint.gated import json_behind
 from rave_jax.parallel import agree
 
 PARAMETERS, OPTIMIZER, DATA = "parameters", "optimizer", "data"
@@ -42,12 +43,16 @@ def _is_ours(record: logging.LogRecord) -> bool:
 logging.getLogger("absl").addFilter(_is_ours)
 
 
-def context() -> ocp.Context:
-    """How orbax reads and writes the parts of a checkpoint."""
+def context(before: Callable[[], None] | None = None) -> ocp.Context:
+    """How orbax reads and writes the parts of a checkpoint.
+
+    Args:
+        before: what is done beside each save, and before which the checkpoint is not finished.
+    """
     made = ocp.Context()
     made.array.saving.min_slice_bytes_for_replica_parallel = _SMALLEST_SHARE
     made.checkpointables.registry = ocp.handlers.local_registry().add(
-        ocp.handlers.JsonHandler, checkpointable_name=DATA
+        ocp.handlers.JsonHandler if before is None else json_behind(before), checkpointable_name=DATA
     )
     return made
 

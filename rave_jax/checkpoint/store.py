@@ -119,7 +119,7 @@ class Store:
             directory: an absolute path after this, or a folder in a bucket; made when missing.
             keep: which checkpoints are kept; a number: so many of the newest.
             reader: leave what is there as it is; do not save.
-            before: called before each save, which fails with it.
+            before: called beside each save, in a thread; a checkpoint is finished after it, and the save fails with it.
 
         Raises:
             StoreError: the directory cannot be written.
@@ -186,8 +186,6 @@ class Store:
             check_writable(self.directory, local_bytes((parameters, optimizer)))
         except StoreError as error:
             raise StoreError(f"{error}; {_last_good(self.directory)}") from error
-        if self._before is not None:
-            self._before()
         metrics: Any = None if metric is None else {VALUE: metric}
         with _explained(self.directory, step):
             response = self._writer().save_checkpointables_async(step, what, metrics=metrics)
@@ -202,7 +200,7 @@ class Store:
                 "preservation_policy": self._keep.policy(),
             }
             self._checkpointer = ocp.training.Checkpointer(
-                str(self.directory), context=saved_step.context(), **policies, cleanup_tmp_directories=True
+                str(self.directory), context=saved_step.context(self._before), **policies, cleanup_tmp_directories=True
             )
         return self._checkpointer
 

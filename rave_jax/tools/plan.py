@@ -85,7 +85,7 @@ def plan(arguments: argparse.Namespace) -> int:
         report = as_json(found)
         if not found.step.fits and not flags.no_changes:
             print("it does not fit; compiling changes of it, two at a time", file=sys.stderr)
-            changes = changes_that_fit(wanted)
+            changes = changes_that_fit(wanted, found.step.hbm)
             report["changes_that_fit"] = [change.as_json() for change in changes]
             print("\nchanges that fit, each compiled:" if changes else "\nno change that was tried fits")
             for change in changes:

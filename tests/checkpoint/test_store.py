@@ -6,6 +6,7 @@ import hashlib
 import random
 import resource
 import shutil
+import threading
 import time
 from pathlib import Path
 
@@ -98,13 +99,31 @@ def test_saving_a_step_again_leaves_it(tmp_path):
         assert store.steps == [1]
 
 
-def test_what_leads_to_a_state_is_written_before_it(tmp_path):
+def test_what_leads_to_a_state_is_written_before_it_and_beside_the_loop(tmp_path):
     """A process may be killed as soon as a checkpoint is there."""
-    small, there = parameters(on(MeshConfig())), []
-    with Store(tmp_path, 2, before=lambda: there.append(saved_step.steps_in(tmp_path))) as store:
-        for step in (1, 2):
-            store.save(step, small, small["values"], DATA)
+    small, there, go_on = parameters(on(MeshConfig())), [], threading.Event()
+
+    def before():
+        assert go_on.wait(60)
+        there.append(saved_step.steps_in(tmp_path))
+
+    with Store(tmp_path, 2, before=before) as store:
+        store.save(1, small, small["values"], DATA)
+        assert there == [], "the save has returned"
+        go_on.set()
+        store.save(2, small, small["values"], DATA)
     assert there == [[], [1]]
+
+
+def test_a_save_fails_with_what_is_written_before_it(tmp_path):
+    def before():
+        raise StoreError("cannot write to gs://bucket/run: it is gone")
+
+    small = parameters(on(MeshConfig()))
+    failed = r"step 1 could not be written to .*: cannot write to gs://bucket/run: it is gone; no step before it is"
+    with pytest.raises(StoreError, match=failed), Store(tmp_path, 2, before=before) as store:
+        store.save(1, small, small["values"], DATA)
+    assert saved_step.steps_in(tmp_path) == []
 
 
 def test_an_unfinished_save_is_no_checkpoint(tmp_path):
