@@ -44,7 +44,7 @@ class DebiasSearch:
     @property
     def undebiased(self) -> Pruning:
         """The mechanism without a curve."""
-        return Pruning(self.keep, layers=(self.layer,))
+        return Pruning(self.keep, padding="leaves", layers=(self.layer,))
 
     def config_of(self, curve: Curve) -> Pruning:
         """The mechanism to put into a model's config."""
