@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from orbax.checkpoint import v1 as ocp
 from rave_jax.checkpoint import digests, old_names
 from rave_jax.checkpoint.buckets import is_committed
 from rave_jax.checkpoint.digests import DamageError
-from rave_jax.checkpoint.gated import json_behind
+from rave_jax.checkpoint.part_handlers import Hooks, hooked
 from rave_jax.parallel import agree
 
 PARAMETERS, OPTIMIZER, DATA = "parameters", "optimizer", "data"
@@ -43,17 +43,23 @@ def _is_ours(record: logging.LogRecord) -> bool:
 logging.getLogger("absl").addFilter(_is_ours)
 
 
-def context(before: Callable[[], None] | None = None) -> ocp.Context:
+def context(hooks: Hooks | None = None) -> ocp.Context:
     """How orbax reads and writes the parts of a checkpoint.
 
     Args:
-        before: what is done beside each save, and before which the checkpoint is not finished.
+        hooks: of saves; None to read.
     """
     made = ocp.Context()
     made.array.saving.min_slice_bytes_for_replica_parallel = _SMALLEST_SHARE
-    made.checkpointables.registry = ocp.handlers.local_registry().add(
-        ocp.handlers.JsonHandler if before is None else json_behind(before), checkpointable_name=DATA
-    )
+    registry = ocp.handlers.local_registry()
+    json, tree = ocp.handlers.JsonHandler, ocp.handlers.PyTreeHandler
+    if hooks is None:
+        registry.add(json, checkpointable_name=DATA)
+    else:
+        registry.add(hooked(json, hooks, waits=True), checkpointable_name=DATA)
+        for name in (PARAMETERS, OPTIMIZER):
+            registry.add(hooked(tree, hooks), checkpointable_name=name)
+    made.checkpointables.registry = registry
     return made
 
 
