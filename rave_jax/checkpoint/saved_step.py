@@ -136,11 +136,28 @@ def load(folder: Path, targets: Mapping[str, Any], *, verified: bool) -> dict[st
         verified: its files are known to be what was saved, so that what fails is no damage.
 
     Raises:
-        DamageError: not verified, and it cannot be read.
+        DamageError: not verified, and it cannot be read; the same on all processes.
         StoreError: it holds another model, or cannot be read for another reason than damage.
     """
+    if verified:
+        return _load(folder, targets, context(), verified=True)
+    # Each process by itself: a barrier of orbax would keep those that can read their shards from one that cannot.
+    alone = context()
+    alone.multiprocessing.primary_host = jax.process_index()
+    alone.multiprocessing.active_processes = {jax.process_index()}
+    found, damage = {}, ""
     try:
-        with context():
+        found = _load(folder, targets, alone, verified=False)
+    except DamageError as error:
+        damage = str(error)
+    if damages := [damage for damage in agree.from_all(damage) if damage]:
+        raise DamageError(damages[0])
+    return found
+
+
+def _load(folder: Path, targets: Mapping[str, Any], how: ocp.Context, *, verified: bool) -> dict[str, Any]:
+    try:
+        with how:
             stored = ocp.checkpointables_metadata(str(folder)).metadata
             for name in targets:
                 if stored.get(name) is None and name != DATA:
