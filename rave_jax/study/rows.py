@@ -24,7 +24,7 @@ from rave_jax import config as configs
 from rave_jax.config import ConfigError, require
 from rave_jax.files import read_text
 from rave_jax.study.config import Cell, Judged, Start, Study
-from rave_jax.training.config import TrainConfig, differences, differing
+from rave_jax.training.config import TrainConfig, differences
 from rave_jax.training.lock import InUse, only_job
 
 FORMAT = 1
@@ -239,7 +239,7 @@ def _other(old: Mapping[str, Any], new: Mapping[str, Any], where: str) -> str:
             what = "run" if number == len(after) - 1 else f"phases.{number}"
             return "; ".join(f"{what}.{line}" for line in lines[:3])
     rest = [name for name in new if name not in ("phases", "run")]
-    lines = [line for name in rest for line in differing(name, _normal(old.get(name)), _normal(new[name]))]
+    lines = [line for name in rest for line in configs.differing(name, _normal(old.get(name)), _normal(new[name]))]
     return "; ".join(lines[:3])
 
 
