@@ -89,7 +89,8 @@ class Views(NamedTuple):
 class Score(NamedTuple):
     """What a mechanism changes of the scores before the softmax. Key biases (float32, finite) and channels of several
     mechanisms add up, and scales, which <q, k> of a query is multiplied by before they are added, multiply; the other
-    query, or the views, have one owner.
+    query, or the views, have one owner. What is hidden from queries belongs in `mask`: where a row sees nothing but
+    keys whose bias is far below -1e4, gradients are wrong.
 
     Score terms add too (`kernels.attention.Term`). Their operands may be of any type, and what has no axis of heads is
     for all heads: query features [B,T], key features [B,S], switches of queries [B,T]. All functions read the same

@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import MappingProxyType
 
 import hypothesis.strategies as st
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from rave_jax.kernels.attention import OPERATION, KeyGroups, attention
 from rave_jax.kernels.attention.base import tile_allow
 from tests.kernels.attention_backend import EVERY_GRADIENT, AttentionBackend, BackendBesideTheOracle, Case
-from tests.kernels.drawn import FORMS, Dims, random_codes, random_operands, term_of
+from tests.kernels.drawn import FORMS, Dims, codes_of, random_codes, random_operands, term_of
 
 B, H, K, h, c, r = 2, 4, 2, 8, 6, 4  # c: width of values
 SHAPES = ((1, 1), (7, 300), (300, 300))
@@ -65,6 +66,25 @@ def test_the_mask_is_the_stated_predicate(seed):
     allow = np.asarray(tile_allow(codes))[:, 0, 0]
     for b, i, j in np.ndindex(B, 5, 9):
         assert allow[b, i, j] == (lo[b, i] <= order[b, j] <= hi[b, i] or open_q[b, i] == open_k[b, j])
+
+
+def test_a_row_whose_keys_all_have_a_bias_of_minus_10000_has_gradients_to_three_digits():
+    """Of a lower bias its log-sum-exp has too few digits: docs/your_attention.md says so."""
+    rng, d = np.random.default_rng(0), dims(6, 6)
+    q, k, v, _ = random_operands(rng, d, 0.5)
+    place = np.arange(6)
+    codes = codes_of(B, 0 * place, place, place, 0 * place - 1, 0 * place - 2)
+    hidden = jnp.where(jnp.arange(6) < 3, -1e4, 0.0)[None, :, None] * jnp.ones((B, 6, H))
+
+    def gradients(implementation):
+        def loss(*operands):
+            out, _ = attention(*operands, codes, scale=0.3, key_bias=hidden, implementation=implementation)
+            return jnp.sum(jnp.sin(out))
+
+        return jax.jit(jax.grad(loss, (0, 1, 2)))(q, k, v)
+
+    for found, expected in zip(gradients("xla"), gradients("reference"), strict=True):
+        np.testing.assert_allclose(found, expected, atol=1e-3 * float(jnp.abs(expected).max()))
 
 
 def test_operands_that_do_not_fit_are_named():
