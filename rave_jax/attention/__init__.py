@@ -35,7 +35,7 @@ from rave_jax.attention.checks import check_kernels, check_owners
 from rave_jax.attention.context import ContextSight
 from rave_jax.attention.cost import LayerReading, PicturesBefore
 from rave_jax.attention.croc import Croc
-from rave_jax.attention.declared import LayeredConfig, Layers, MechanismConfig
+from rave_jax.attention.declared import LayeredConfig, Layers, MechanismConfig, NamedLayers
 from rave_jax.attention.decomposed import Decomposed
 from rave_jax.attention.dyvte import Dyvte
 from rave_jax.attention.gaze import Gaze, TopKSchedule
@@ -102,6 +102,7 @@ __all__ = [
     "Mma",
     "Moba",
     "Moh",
+    "NamedLayers",
     "OtherQuery",
     "Owned",
     "Paint",

@@ -203,6 +203,18 @@ def test_who_shows_later_tokens_says_that_it_looks_ahead() -> None:
         at.build_mechanisms((Wrong({"mask": lambda self, info_q, info_k, codes: codes}, kind),), WIDE, KEY)
 
 
+@dataclass(frozen=True)
+class Somewhere(Wrong):
+    """One whose word for layers nobody knows."""
+
+    layers: str = "some"
+
+
+def test_a_word_for_layers_that_nobody_knows_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"Somewhere.layers is 'some', expected numbers of layers or one of all"):
+        at.plan_layer_runs((Somewhere(),), 3)
+
+
 def test_what_fits_is_left_alone() -> None:
     hooks: dict[str, Hook] = {
         "head_gate": lambda self, x, out, info_q: jnp.ones((1, 1, out.shape[2])),
