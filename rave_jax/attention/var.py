@@ -51,7 +51,7 @@ class Var(MechanismConfig):
     }
     dims: tuple[int, ...] = ()
     """Sink dimensions of the base model, at least one: 1415, 2533 of LLaMA2-7B; 2100, 4743 of LLaMA2-13B; 458, 2570 of
-    Qwen2-VL-7B; 3584 of InternVL2-8B. For others `attention.calibrate.sinks` finds them."""
+    Qwen2-VL-7B; 3584 of InternVL2-8B. For others `rave-jax calibrate var` finds them."""
     tau: float = 20.0
     """A token whose largest sink dimension is above tau times the root mean square of all is a sink."""
     rho: float = 0.5
@@ -79,7 +79,7 @@ class Var(MechanismConfig):
             ConfigError: no sink dimensions.
         """
         needed = "at least one sink dimension of the base model: the help of Var.dims lists those of some models, and "
-        needed += "rave_jax.attention.calibrate.sinks finds others"
+        needed += "`rave-jax calibrate var` finds others"
         require(len(self.dims) > 0, "dims", self.dims, needed)
         return Redistribution(self) if self.move_fraction > 0 else Mechanism()
 

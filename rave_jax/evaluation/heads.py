@@ -116,6 +116,20 @@ def visual_mass(
     return np.mean(np.concatenate(found, axis=1), axis=1)
 
 
+def first_inputs(
+    model: Vlm, processor: Processor, examples: Sequence[Example], mesh: Mesh, rows: int
+) -> Float[NpArray, "L N D"]:
+    """What enters each layer of the first token of each sample.
+
+    Arguments and errors are those of `head_stats`.
+    """
+    found = []
+    with use_mesh(mesh):
+        for span, batch in blocks(processor, examples, mesh, rows):
+            found.append(np.asarray(_first_inputs(model, batch))[:, : len(examples[span])])
+    return np.concatenate(found, axis=1)
+
+
 def reinforced(
     model: Vlm, processor: Processor, pairs: Sequence[Pair], mesh: Mesh, rows: int, alpha: float, on: Bool[NpArray, "L"]
 ) -> Bool[NpArray, "N L H"]:
@@ -187,6 +201,13 @@ def _mass(model: Vlm, batch: Batch, queries: Int[Array, "B M"], asked: Bool[Arra
     weights = asked / jnp.maximum(jnp.sum(asked, axis=1, keepdims=True), 1)
     visual = (batch.info.kind == Kind.VISUAL).astype(jnp.float32)
     return shard(jnp.einsum("BN,BS,LBNHS->LBH", weights, visual, out.attention), None, None, None)
+
+
+@jax.jit
+def _first_inputs(model: Vlm, batch: Batch) -> Float[Array, "L B D"]:
+    out = model.decoder(model.embedded(batch), batch.info, batch.positions, Want(inputs=True))
+    assert out.inputs is not None
+    return shard(out.inputs[:, :, 0].astype(jnp.float32), None, None, None)
 
 
 def _variance(keys: Float[Array, "L B T K h"], visual: Bool[Array, "B T"]) -> Float[Array, "L B"]:

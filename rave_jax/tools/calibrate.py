@@ -6,11 +6,13 @@ What all of `rave-jax calibrate` shares is here too: `Subject`, which is loaded 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import jax
 import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -25,6 +27,8 @@ from rave_jax.data.processor import Processor
 from rave_jax.data.sample import Sample, SampleError
 from rave_jax.data.sources import QaJsonl, SourceConfig, Synthetic
 from rave_jax.evaluation.calibration import CalibrationSet, encoded
+from rave_jax.models.config import ModelOptions
+from rave_jax.models.vlm import Vlm
 from rave_jax.parallel.mesh import MeshConfig, make_mesh
 from rave_jax.tools import source as sources
 from rave_jax.tools.flags import add_fields, given_fields
@@ -116,6 +120,17 @@ class Subject[Encoded]:
     def sizes(self) -> tuple[int, int]:
         """Layers and heads."""
         return self.model.config.text.num_layers, self.model.config.text.num_heads
+
+    def with_mechanism(self, mechanism: MechanismConfig) -> ModelOptions:
+        """The options of the model with one more mechanism, tried before the work.
+
+        Raises:
+            ConfigError: it cannot stand in the model.
+        """
+        options = self.model.options
+        options = dataclasses.replace(options, mechanisms=(*options.mechanisms, mechanism))
+        jax.eval_shape(lambda: Vlm(self.model.config, options, key=jax.random.key(0)))
+        return options
 
     def write(self, configs: Sequence[MechanismConfig]) -> None:
         """The mechanisms as JSON: the whole file, or what was there before."""

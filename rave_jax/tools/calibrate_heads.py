@@ -1,15 +1,26 @@
-"""`rave-jax calibrate sads`, `vhr` and `rave`: which heads to change, from what they do on a calibration set."""
+"""`rave-jax calibrate sads`, `vhr`, `rave` and `var`: which heads to change, from what they do on a calibration set,
+and which dimensions say that a token is a sink."""
 
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 import numpy as np
 
-from rave_jax.attention import Rave, Sads, Vhr
+from rave_jax.attention import Rave, Sads, Var, Vhr
 from rave_jax.attention.calibrate import rave, vhr
 from rave_jax.attention.calibrate.sads import SadsSearch, Sparsified, sparsify
-from rave_jax.evaluation.heads import head_stats, reinforced, visual_mass, with_and_without, with_answer
+from rave_jax.attention.calibrate.sinks import VarSearch, strengths
+from rave_jax.evaluation.calibration import encoded
+from rave_jax.evaluation.heads import (
+    first_inputs,
+    head_stats,
+    reinforced,
+    visual_mass,
+    with_and_without,
+    with_answer,
+)
 from rave_jax.tools.calibrate import Subject
 from rave_jax.tools.flags import add_fields, given_fields
 
@@ -27,6 +38,11 @@ def add_vhr_flags(parser: argparse.ArgumentParser) -> None:
 def add_rave_flags(parser: argparse.ArgumentParser) -> None:
     """How many heads get a gate."""
     add_fields(parser, rave.RaveSearch, "the search")
+
+
+def add_var_flags(parser: argparse.ArgumentParser) -> None:
+    """How many sink dimensions there are."""
+    add_fields(parser, VarSearch, "the search")
 
 
 def calibrate_sads(arguments: argparse.Namespace) -> None:
@@ -79,6 +95,27 @@ def calibrate_rave(arguments: argparse.Namespace) -> None:
         f"{mass[chosen].mean():.1%} of their attention to visual tokens, and {mass.mean():.1%} of that of all heads."
     )
     subject.write(rave.configs_of(chosen))
+
+
+def calibrate_var(arguments: argparse.Namespace) -> None:
+    """Run the command: print what was found and write the mechanism as JSON.
+
+    Raises:
+        ConfigError: the flags, the model or the samples cannot be used, or the file cannot be written.
+    """
+    search = VarSearch(**given_fields(arguments, VarSearch))
+    subject = Subject(arguments, Var, lambda processor, sample: encoded(processor, sample, "entropy"))
+    subject.with_mechanism(Var(dims=(0,)))
+    hidden: Any = first_inputs(subject.model, subject.processor, subject.samples, subject.mesh, arguments.rows)
+    found, strength = search.config_of(hidden), strengths(hidden)
+    sizes = ", ".join(f"{n} ({strength[n]:.1f})" for n in found.dims)
+    rest = np.delete(strength, found.dims)
+    print(
+        f"{len(subject.samples):,} samples. Sink dimensions, and how many times the root mean square of first tokens "
+        f"they are: {sizes}; the next largest {rest.max(initial=0.0):.1f}. A token is a sink above {found.tau:g} "
+        "(Var.tau)."
+    )
+    subject.write((found,))
 
 
 def show(found: Sparsified, samples: int) -> None:

@@ -171,12 +171,15 @@ def _parser() -> argparse.ArgumentParser:
     generate.late = _generation_flags
 
     calibrate = commands.add_parser("calibrate", help="find settings of a mechanism by running a model")
-    kinds = calibrate.add_subparsers(dest="mechanism", required=True, metavar="zero-tuning|sads|vhr|rave|debias|dyvte")
+    kinds = calibrate.add_subparsers(
+        dest="mechanism", required=True, metavar="zero-tuning|sads|vhr|rave|var|debias|dyvte"
+    )
     for name, summary, late in (
         ("zero-tuning", "find heads and gamma of ZeroTuning", _calibration_flags),
         ("sads", "find the heads that SADS drops", _sads_flags),
         ("vhr", "find the heads that VHR multiplies", _vhr_flags),
         ("rave", "choose the heads that get a RAVE gate", _rave_flags),
+        ("var", "find the sink dimensions that VAR reads", _var_flags),
         ("debias", "fit the bias for places that Pruning takes out", _debias_flags),
         ("dyvte", "train the routers of Dyvte; OUT is a new directory for the model with them", _dyvte_flags),
     ):
@@ -301,6 +304,12 @@ def _rave_flags(parser: argparse.ArgumentParser) -> None:
     from rave_jax.tools.calibrate_heads import add_rave_flags
 
     add_rave_flags(parser)
+
+
+def _var_flags(parser: argparse.ArgumentParser) -> None:
+    from rave_jax.tools.calibrate_heads import add_var_flags
+
+    add_var_flags(parser)
 
 
 def _debias_flags(parser: argparse.ArgumentParser) -> None:
@@ -430,6 +439,7 @@ def _run(arguments: argparse.Namespace) -> int:
                 "sads": calibrate_heads.calibrate_sads,
                 "vhr": calibrate_heads.calibrate_vhr,
                 "rave": calibrate_heads.calibrate_rave,
+                "var": calibrate_heads.calibrate_var,
                 "debias": calibrate_tokens.calibrate_debias,
                 "dyvte": calibrate_tokens.calibrate_dyvte,
             }

@@ -1,21 +1,24 @@
-"""`rave-jax calibrate sads`, `vhr` and `rave`: the files go into a model's options, and misuse is one line."""
+"""`rave-jax calibrate sads`, `vhr`, `rave` and `var`: the files go into a model's options, and misuse is one line."""
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
 from rave_jax import config as machinery
-from rave_jax.attention import MechanismConfig, Rave, Sads, Vhr
+from rave_jax.attention import MechanismConfig, Rave, Sads, Var, Vhr
 from rave_jax.attention.calibrate.sads import HeadStats, SadsSearch, sparsify
 from rave_jax.checkpoint.hf_import import import_hf
 from rave_jax.checkpoint.sidecar import options_text
 from rave_jax.checkpoint.tiny import write_tiny
 from rave_jax.data.synthetic import Synthetic
-from rave_jax.evaluation.heads import head_stats, visual_mass, with_answer
+from rave_jax.evaluation.heads import blocks, head_stats, visual_mass, with_answer
 from rave_jax.models.config import ModelOptions
+from rave_jax.models.forward import Want
 from rave_jax.parallel.mesh import MeshConfig, make_mesh
 from rave_jax.tools import source as sources
 from rave_jax.tools.cli import main
@@ -48,6 +51,25 @@ def test_what_is_found_goes_into_a_models_options(
 
 
 @pytest.mark.slow
+def test_sink_dimensions_are_those_in_which_the_first_token_stands_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_tiny(tmp_path / "model", dataclasses.replace(SMALL, num_layers=4))
+    out, mesh = tmp_path / "found.json", make_mesh(MeshConfig())
+    assert main(["calibrate", "var", str(folder), str(out), "--samples", "2", "--rows", "8", "--count", "3"]) == 0
+    (found,) = machinery.loads(tuple[MechanismConfig, ...], out.read_text())
+    # What enters the second and the third layer of the first token, which sees itself alone.
+    processor, model = sources.processor_of(folder), import_hf(folder, ModelOptions(), mesh)
+    (_, batch), *_ = blocks(processor, [with_answer(processor, Synthetic(split="heldout").build()[0])], mesh, 8)
+    inputs = jax.jit(lambda model, batch: model.forward(batch, Want(inputs=True)).inputs)(model, batch)
+    middle = np.asarray(inputs)[1:3, 0, 0]
+    strength = np.mean(np.abs(middle) / np.sqrt(np.mean(middle**2, -1, keepdims=True)), 0)
+    assert found == Var(tuple(np.argsort(-strength)[:3].tolist()))
+    assert f"{found.dims[0]} ({strength.max():.1f})" in capsys.readouterr().out
+    import_hf(folder, ModelOptions(mechanisms=(found,)), mesh)
+
+
+@pytest.mark.slow
 def test_blocks_of_samples_change_nothing(folder: Path) -> None:
     """What is measured of samples together is the mean of what is measured of each."""
     processor, mesh = sources.processor_of(folder), make_mesh(MeshConfig())
@@ -73,6 +95,8 @@ def test_blocks_of_samples_change_nothing(folder: Path) -> None:
         (["sads", "--keep", "all"], "all"),
         (["vhr", "--last", "-1"], "last"),
         (["rave", "--fraction", "0"], "fraction"),
+        (["var", "--count", "0"], "count"),
+        (["var"], "Var.layers is 'inner', all layers that attend but the first two and the last"),
         (["vhr", "--data", "{tmp}/text.jsonl"], "has no picture"),
     ],
 )
