@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from rave_jax.batch import Batch
+from rave_jax.checkpoint.store import saved_bytes
 from rave_jax.config import ConfigError
 from rave_jax.parallel import agree, hosts, shared_disk
 from rave_jax.parallel.mesh import MeshConfig, make_mesh
@@ -40,6 +41,7 @@ def seen(layout: MeshConfig) -> dict:
     with use_mesh(mesh):
         batch = global_batch(lambda span: rows_of(whole, span.start, span.stop), mesh, ROWS)
         number = int(weighed(batch))
+    assert saved_bytes(batch.tokens) == 4 * whole.tokens.size, "the disk has to take what all processes write"
     return {"rows": [[span.start, span.stop] for span in owned_rows(mesh, ROWS)], "number": number}
 
 
