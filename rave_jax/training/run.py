@@ -118,6 +118,7 @@ def _run(
     agree.check_same_config(config, "hosts", "output_dir")  # whether that is one place is asked of the place itself
     with watchdog.during("the data sources to open", Watchdog.LONG):
         sources = config.data.open_sources()
+        agree.check_same_files({f"data.sources.{n} ({one.name})": one.fingerprint for n, one in enumerate(sources)})
     with use_mesh(mesh), claimed(directory, config) as claim:
         vlm = model_config(config.init, claim.model)
         with watchdog.during("the data of evaluations to open", Watchdog.LONG):

@@ -9,6 +9,7 @@ import dataclasses
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -56,10 +57,10 @@ def shared(directory: Path, config: hosts.HostsConfig) -> str:
     return "; ".join(path.name for path in directory.iterdir() if path.name.startswith(".seen"))
 
 
-def said_of_configs(config: MeshConfig, *aside: str) -> str:
-    """What the check of the processes' configs says."""
+def said(check: Callable[..., None], *given: object) -> str:
+    """What a check of what the processes have says."""
     try:
-        agree.check_same_config(config, *aside)
+        check(*given)
     except ConfigError as error:
         return str(error)
     return ""
@@ -71,7 +72,9 @@ def main(process: int, processes: int, port: str, folder: Path) -> None:
     results: dict = {name: seen(layout) for name, layout in MESHES.items()}
     results["shared"] = [shared(folder, config), shared(folder / f"of process {process}", config)]
     layout = MeshConfig(fsdp=2 - process, tensor=1 + process)
-    results["config"] = [said_of_configs(layout), said_of_configs(layout, "fsdp", "tensor")]
+    results["config"] = [said(agree.check_same_config, layout, *aside) for aside in ((), ("fsdp", "tensor"))]
+    same, other = {"data.sources.0": "abc"}, {"data.sources.0": "abc", "data.sources.1": str(process)}
+    results["files"] = [said(agree.check_same_files, files) for files in (same, other)]
     hosts.barrier("met", config)
     if process == 0:
         began = time.monotonic()
