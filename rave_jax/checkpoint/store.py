@@ -59,7 +59,7 @@ def check_writable(directory: Path, needed: int) -> None:
 
     Args:
         directory: where checkpoints will be.
-        needed: bytes that this machine will write there.
+        needed: bytes that the job will write there.
 
     Raises:
         StoreError: read-only, not a directory, or too little space.
@@ -185,7 +185,7 @@ class Store:
         # Checked first: orbax, whose threads wait for a directory that cannot be made, would hold up the error
         # and the end of the process for minutes.
         try:
-            check_writable(self.directory, local_bytes((parameters, optimizer)))
+            check_writable(self.directory, saved_bytes((parameters, optimizer)))
         except StoreError as error:
             raise StoreError(f"{error}; {_last_good(self.directory)}") from error
         metrics: Any = None if metric is None else {VALUE: metric}
@@ -459,14 +459,10 @@ def _last_good(directory: Path) -> str:
     return f"the last step that is saved is {steps[-1]}, and the same command continues after it"
 
 
-def local_bytes(tree: Any) -> int:
-    """Bytes that this process writes when it saves a pytree of arrays, or of abstract ones with shardings."""
-    total = 0
-    for leaf in jax.tree.leaves(tree):
-        places = leaf.sharding.addressable_devices_indices_map(leaf.shape).values()
-        shard = math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        total += shard * len({str(place) for place in places})  # replicas are written once
-    return total
+def saved_bytes(tree: Any) -> int:
+    """Bytes that a job writes to its disk, which all processes share, when it saves a pytree of arrays, or of abstract
+    ones. Replicas are written once."""
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def abstract(tree: Any, shardings: Any) -> Any:

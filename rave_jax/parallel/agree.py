@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -83,4 +83,22 @@ def check_same_config(config: Any, *aside: str) -> None:
             raise ConfigError(
                 f"process {process} has another config than process 0: {'; '.join(lines[:MOST_NAMED])}{more}; start "
                 "all processes with one command and one copy of the code"
+            )
+
+
+def check_same_files(found: Mapping[str, str]) -> None:
+    """Refuse a job whose processes read different files under the same paths: rows would come from other samples.
+
+    Args:
+        found: what this process reads -> a fingerprint of it.
+
+    Raises:
+        ConfigError: names a process and what differs; the same on all processes.
+    """
+    first, *others = from_all(dict(found))
+    for process, theirs in enumerate(others, 1):
+        if differ := [name for name in first if theirs.get(name) != first[name]]:
+            raise ConfigError(
+                f"{', '.join(differ)}: process {process} reads other records than process 0; all processes need the "
+                "same files under the same path"
             )

@@ -104,6 +104,8 @@ def start(config: HostsConfig, simulated_devices: int = 0) -> None:
     require(bool(coordinator), "hosts.coordinator", coordinator, "address:port, or JAX_COORDINATOR_ADDRESS to be set")
     _check_address(coordinator)
     require(0 <= process < count, "hosts.process", process, f"0 to {count - 1}")
+    if process == 0:
+        _check_port(coordinator)
     _set_place(process, count)
     try:
         with _limited(config, coordinator):
@@ -175,6 +177,23 @@ def _check_address(coordinator: str) -> None:
     host, colon, port = coordinator.rpartition(":")
     good = bool(colon and host and port.isdecimal() and 0 < int(port[:6]) < 65536)
     require(good, "hosts.coordinator", coordinator, "address:port, with a port of 1 to 65535")
+
+
+def _check_port(coordinator: str) -> None:
+    """Is the port of process 0 free on this machine? The coordinator would share it, and mix processes of two jobs.
+
+    Raises:
+        HostsError: it is taken.
+    """
+    family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
+    port = int(coordinator.rpartition(":")[2])
+    try:
+        socket.create_server(("", port), family=family, dualstack_ipv6=family == socket.AF_INET6).close()
+    except OSError as error:
+        raise HostsError(
+            f"port {port} of hosts.coordinator cannot be opened here ({error.strerror}): does another job use it, or "
+            "is hosts.process 0 for two processes? end the other, or choose another port"
+        ) from error
 
 
 def _first_line(error: BaseException) -> str:

@@ -205,7 +205,9 @@ class StopRequest:
             if key.startswith("stop/asked/") and self.asked is None:
                 code, why = text.split(" ", 1)
                 process = key.removeprefix("stop/asked/")
-                self._accept(f"{why} at process {process}" if why in EXIT_CODES else why, int(code))
+                self._accept(
+                    f"{why} at process {process}" if why in EXIT_CODES else f"process {process}: {why}", int(code)
+                )
         begun = [int(text) for key, text in found.items() if key.startswith("stop/begun/")]
         if self._last is None and begun and len(begun) == hosts.place().processes:
             with self._change:

@@ -3,8 +3,8 @@
 Nothing is compiled here. An entry of the cache is the key and value of one token in every layer that attends; layers of
 the gated delta rule keep one float32 state for a row. Kv heads are split over the mesh axis `tensor` where it divides
 them, rows over the axes that split rows. A decoding step reads the weights of its chip once, without the tower and
-the embedding table, and of each row what the
-mechanisms say that a query reads (`rave_jax/attention/cost.py`).
+the embedding table, and of each row what the mechanisms say that a query reads (`rave_jax/attention/cost.py`). What
+axes that split rows hold of these weights elsewhere comes over the links between chips in every step.
 """
 
 from __future__ import annotations
@@ -15,15 +15,18 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+from flax import nnx
+from jax.sharding import AbstractMesh
 
 from rave_jax.attention import LayerReading, PicturesBefore
 from rave_jax.checkpoint.target import abstract_model, parameter_shardings
 from rave_jax.config import require
 from rave_jax.families.config import VlmConfig
 from rave_jax.models.config import attention_dims
-from rave_jax.models.parameters import named_parameters
+from rave_jax.models.parameters import named_parameters, param_axes
 from rave_jax.parallel.mesh import abstract_mesh
 from rave_jax.parallel.rows import row_ways
+from rave_jax.parallel.sharding import names_of, partition_spec
 from rave_jax.plan.chips import Topology
 from rave_jax.plan.program import largest_row
 from rave_jax.training.config import TrainConfig
@@ -40,6 +43,7 @@ class Answering:
     Args:
         weights: in the number type that the model computes in.
         decoded: those of them that a decoding step reads.
+        gathered: weights that come from other chips in a decoding step.
         entry: of the cache, for one token.
         state: of a row, whatever its length.
         context, visual: tokens of a row, and the visual tokens among them.
@@ -48,10 +52,12 @@ class Answering:
         longest: the longest context of one row for each part of the mesh; 0 likewise.
         dense, sparse: bytes that a decoding step of these rows reads, without mechanisms that skip, and with them.
         capacity, bandwidth: of the chip's HBM.
+        links: bytes/s of all links of a chip to its neighbours, in one direction.
     """
 
     weights: int
     decoded: int
+    gathered: int
     entry: float
     state: int
     context: int
@@ -63,6 +69,7 @@ class Answering:
     sparse: float
     capacity: int
     bandwidth: float
+    links: float
 
     def as_json(self) -> dict[str, Any]:
         """As plain values."""
@@ -83,6 +90,9 @@ class Answering:
         if self.sparse < self.dense:
             read = f"{self.sparse / gib:.4g} GiB: at least {self.sparse / self.bandwidth:.4g} s"
             yield f"  without the visual tokens that mechanisms skip, {read}"
+        if self.gathered:
+            come = f"{self.gathered / gib:.4g} GiB: at least {self.gathered / self.links:.4g} s"
+            yield f"  weights that come from other chips in a step, {come}; with mesh.tensor alone none do"
 
 
 def answering(config: TrainConfig, vlm: VlmConfig, topology: Topology) -> Answering:
@@ -94,13 +104,15 @@ def answering(config: TrainConfig, vlm: VlmConfig, topology: Topology) -> Answer
     require(config.mesh.context == 1, "mesh.context", config.mesh.context, "1: the cache is not split over it")
     mesh = abstract_mesh(config.mesh, topology.devices)
     model, text, size = abstract_model(vlm, config.model), vlm.text, config.model.compute.itemsize
+    params = named_parameters(model)
     places = parameter_shardings(model, mesh)
-    held = {
-        path: math.prod(places[path].shard_shape(param.shape)) * size for path, param in named_parameters(model).items()
-    }
+    held = {path: math.prod(places[path].shard_shape(param.shape)) * size for path, param in params.items()}
     weights = sum(held.values())
-    aside = sum(count for path, count in held.items() if path.startswith("vision."))
-    aside += 0 if text.tie_embeddings else held["embed.weight"]
+    table = set() if text.tie_embeddings else {"embed.weight"}
+    aside = {path for path in held if path.startswith("vision.")} | table
+    decoded = {path: count for path, count in held.items() if path not in aside}
+    gathered = sum(count * (_ways_of_rows(params[path], mesh) - 1) for path, count in decoded.items())
+    neighbours = sum(min(size - 1, 2) for size in topology.shape)
     dims, split = attention_dims(text), mesh.shape["tensor"]
     split = split if text.num_kv_heads % split == 0 else 1
     entry = 2 * text.num_kv_heads * text.head_dim * size * len(text.attention_layers) / split
@@ -113,7 +125,8 @@ def answering(config: TrainConfig, vlm: VlmConfig, topology: Topology) -> Answer
     of_row = entry * context + state
     return Answering(
         weights=weights,
-        decoded=weights - aside,
+        decoded=sum(decoded.values()),
+        gathered=gathered,
         entry=entry,
         state=state,
         context=context,
@@ -121,11 +134,20 @@ def answering(config: TrainConfig, vlm: VlmConfig, topology: Topology) -> Answer
         row_ways=ways,
         rows=each * ways,
         longest=min(MOST_CONTEXT, max(0, int((room - state) // entry))),
-        dense=weights - aside + each * of_row,
-        sparse=weights - aside + each * (of_row - entry * visual + skipped),
+        dense=sum(decoded.values()) + each * of_row,
+        sparse=sum(decoded.values()) + each * (of_row - entry * visual + skipped),
         capacity=topology.chip.hbm,
         bandwidth=topology.chip.hbm_bandwidth,
+        links=max(1, neighbours) * topology.chip.link_bandwidth,
     )
+
+
+def _ways_of_rows(param: nnx.Param, mesh: AbstractMesh) -> int:
+    """Into how many parts axes that split rows too split a parameter."""
+    axes = param_axes(param)
+    spec = partition_spec(axes, param.shape, mesh)
+    split = [entry for name, entry in zip(axes, spec, strict=True) if name in ("embed", "expert_embed")]
+    return math.prod(mesh.shape[axis] for entry in split for axis in names_of(entry))
 
 
 def _state(vlm: VlmConfig) -> int:

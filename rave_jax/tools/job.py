@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import jax
 
-from rave_jax.checkpoint.store import StoreError
+from rave_jax.checkpoint.saved_step import StoreError, first_line
 from rave_jax.config import ConfigError
 from rave_jax.data.sample import SampleError
 from rave_jax.parallel import hosts, preemption
@@ -19,6 +19,7 @@ from rave_jax.training.loop import NonFiniteError
 # What the shell sees: 2 for a config that cannot be used, 1 for a run that failed. `Interrupted` has its own: 143 after
 # SIGTERM, 130 after Ctrl-C, 75 after a hang.
 EXIT_CONFIG, EXIT_FAILED = 2, 1
+LESS = "fewer rows or tokens at one time take less, and docs/troubleshooting.md says what else does"
 
 
 def run_job(prog: str, config: HostsConfig, simulated_devices: int, work: Callable[[StopRequest], None]) -> int:
@@ -32,6 +33,9 @@ def run_job(prog: str, config: HostsConfig, simulated_devices: int, work: Callab
         except (StoreError, NonFiniteError, SampleError, HostsError, OSError) as error:
             return hosts.fail(error, EXIT_FAILED, prog)
         except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" in str(error):
+                said = f"the memory of the devices ran out: {first_line(error)}; {LESS}"
+                return hosts.fail(HostsError(said), EXIT_FAILED, prog)
             if hosts.place().processes == 1:
                 raise
             return hosts.fail(hosts.of_devices(error), EXIT_FAILED, prog)

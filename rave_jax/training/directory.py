@@ -168,18 +168,23 @@ def run_directory(path: str | Path) -> RunDirectory:
 
 @contextlib.contextmanager
 def opened(path: str) -> Generator[RunDirectory]:
-    """The run directory for a job that writes there: at the end, what has changed is copied to its bucket.
+    """The run directory for a job that writes there: at the end, what has changed is copied to its bucket, and the
+    local copy is removed.
 
     Raises:
         ConfigError, StoreError: as `run_directory`; the bucket cannot be written at the end.
     """
     directory = run_directory(path)
+    if directory.mirror is None:
+        yield directory
+        return
     try:
         yield directory
     except BaseException:
-        if directory.mirror is not None:
-            with contextlib.suppress(StoreError):  # what is being raised says more
-                directory.mirror.close()
+        with contextlib.suppress(StoreError):  # what is being raised says more
+            directory.mirror.close()
         raise
-    if directory.mirror is not None:
+    else:
         directory.mirror.close()
+    finally:
+        directory.mirror.discard()

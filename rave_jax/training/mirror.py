@@ -113,6 +113,10 @@ class Mirror:
             self._thread.join()
             self.push()
 
+    def discard(self) -> None:
+        """Remove the local copy."""
+        self._held.cleanup()
+
 
 def _is_whole(name: str) -> bool:
     return not any(part.endswith(UNFINISHED) for part in name.split("/"))

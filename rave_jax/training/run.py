@@ -15,7 +15,7 @@ from rich.console import Console
 
 from rave_jax import config as configs
 from rave_jax.checkpoint.hf_import import import_hf
-from rave_jax.checkpoint.store import Store, StoreError, check_room, local_bytes
+from rave_jax.checkpoint.store import Store, StoreError, check_room, saved_bytes
 from rave_jax.checkpoint.target import abstract_model
 from rave_jax.checkpoint.tiny import Tiny
 from rave_jax.config import ConfigError
@@ -118,6 +118,7 @@ def _run(
     agree.check_same_config(config, "hosts", "output_dir")  # whether that is one place is asked of the place itself
     with watchdog.during("the data sources to open", Watchdog.LONG):
         sources = config.data.open_sources()
+        agree.check_same_files({f"data.sources.{n} ({one.name})": one.fingerprint for n, one in enumerate(sources)})
     with use_mesh(mesh), claimed(directory, config) as claim:
         vlm = model_config(config.init, claim.model)
         with watchdog.during("the data of evaluations to open", Watchdog.LONG):
@@ -127,7 +128,7 @@ def _run(
         check_memory(session.state, "parameters and optimizer state")
         check_memory(least_activations(config, vlm, mesh), "the rows of a batch (data.rows, tokens, patches)")
         kept = config.retention.most(config.steps, config.save_every)
-        check_room(directory.checkpoints, kept * local_bytes(session.state) - _present(directory, claim.steps))
+        check_room(directory.checkpoints, kept * saved_bytes(session.state) - _present(directory, claim.steps))
         processor = config.data.processor(claim.model, config.model.layout)
         pipeline = Pipeline(config.data, processor, sources, keeps=hosts.is_first())
         evaluations = Evaluations(config, sampled, model, processor, mesh, directory)

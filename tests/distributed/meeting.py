@@ -9,12 +9,14 @@ import dataclasses
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 
 from rave_jax.batch import Batch
+from rave_jax.checkpoint.store import saved_bytes
 from rave_jax.config import ConfigError
 from rave_jax.parallel import agree, hosts, shared_disk
 from rave_jax.parallel.mesh import MeshConfig, make_mesh
@@ -40,6 +42,7 @@ def seen(layout: MeshConfig) -> dict:
     with use_mesh(mesh):
         batch = global_batch(lambda span: rows_of(whole, span.start, span.stop), mesh, ROWS)
         number = int(weighed(batch))
+    assert saved_bytes(batch.tokens) == 4 * whole.tokens.size, "the disk has to take what all processes write"
     return {"rows": [[span.start, span.stop] for span in owned_rows(mesh, ROWS)], "number": number}
 
 
@@ -54,10 +57,10 @@ def shared(directory: Path, config: hosts.HostsConfig) -> str:
     return "; ".join(path.name for path in directory.iterdir() if path.name.startswith(".seen"))
 
 
-def said_of_configs(config: MeshConfig, *aside: str) -> str:
-    """What the check of the processes' configs says."""
+def said(check: Callable[..., None], *given: object) -> str:
+    """What a check of what the processes have says."""
     try:
-        agree.check_same_config(config, *aside)
+        check(*given)
     except ConfigError as error:
         return str(error)
     return ""
@@ -69,7 +72,9 @@ def main(process: int, processes: int, port: str, folder: Path) -> None:
     results: dict = {name: seen(layout) for name, layout in MESHES.items()}
     results["shared"] = [shared(folder, config), shared(folder / f"of process {process}", config)]
     layout = MeshConfig(fsdp=2 - process, tensor=1 + process)
-    results["config"] = [said_of_configs(layout), said_of_configs(layout, "fsdp", "tensor")]
+    results["config"] = [said(agree.check_same_config, layout, *aside) for aside in ((), ("fsdp", "tensor"))]
+    same, other = {"data.sources.0": "abc"}, {"data.sources.0": "abc", "data.sources.1": str(process)}
+    results["files"] = [said(agree.check_same_files, files) for files in (same, other)]
     hosts.barrier("met", config)
     if process == 0:
         began = time.monotonic()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import socket
+
 import pytest
 
 from rave_jax.config import ConfigError
@@ -49,6 +51,13 @@ def test_limits_are_seconds_that_jax_can_count(field, seconds):
 def test_numbers_of_processes_are_bounded(field, number):
     with pytest.raises(ConfigError, match=f"{field} is {number}, expected -1.* to 6553"):
         HostsConfig(**{field: number})
+
+
+def test_a_port_that_another_job_has_is_named():
+    with socket.create_server(("", 0)) as other:
+        port = other.getsockname()[1]
+        with pytest.raises(hosts.HostsError, match=rf"^port {port} of hosts.coordinator cannot be opened here \(Ad"):
+            hosts.start(HostsConfig(f"localhost:{port}", 2, 0))
 
 
 def test_one_process_needs_no_barrier():

@@ -97,6 +97,12 @@ def test_configs_that_differ_are_refused_on_every_process(met):
         assert set_aside == ""
 
 
+def test_other_files_under_the_same_path_are_refused_on_every_process(met):
+    for result in met:
+        same, other = result["files"]
+        assert same == "" and other.startswith("data.sources.1: process 1 reads other records than process 0; all")
+
+
 def test_a_directory_that_not_all_see_is_said_on_every_process(met):
     for process, result in enumerate(met):
         together, apart = result["shared"]

@@ -39,6 +39,9 @@ def test_both_save_the_same_and_end_in_time(results, name):
         told, heard = (first, second) if case.to == 0 else (second, first)
         assert told["message"].startswith(f"{case.signal}: stopped")
         assert heard["message"].startswith(f"{case.signal} at process {case.to}: stopped")
+    else:
+        assert second["message"].startswith("waited ")
+        assert first["message"].startswith("process 1: waited "), "the process that hangs is named"
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.hangs and case.at])

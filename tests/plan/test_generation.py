@@ -49,6 +49,16 @@ def test_a_step_reads_weights_and_cache_and_gaze_a_quarter_of_the_pictures(gaze:
     assert "by formula, not compiled and not measured" in text and "that mechanisms skip" in text
 
 
+def test_what_axes_of_rows_hold_comes_over_the_links_in_each_step(gaze: Answering) -> None:
+    """Over two chips in each dimension a chip has a link in both."""
+    split = planned("qwen2_5_vl_7b_gaze_video_sft", mesh=MeshConfig(fsdp=-1))
+    assert gaze.gathered == 0 and "from other chips" not in "\n".join(gaze.lines())
+    assert split.decoded == pytest.approx(gaze.decoded, rel=0.01)
+    assert split.gathered == pytest.approx(3 * split.decoded, rel=0.01)
+    assert split.links == 2 * TOPOLOGY.chip.link_bandwidth
+    assert "weights that come from other chips in a step, " in "\n".join(split.lines())
+
+
 def test_what_does_not_fit_has_no_rows() -> None:
     found = planned("qwen2_5_vl_72b_rave_sft")
     assert (found.rows, found.longest) == (0, 0)

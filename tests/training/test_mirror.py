@@ -13,7 +13,7 @@ from rave_jax.checkpoint.saved_step import StoreError
 from rave_jax.config import ConfigError
 from rave_jax.training import lease
 from rave_jax.training.config import TrainConfig
-from rave_jax.training.directory import run_directory
+from rave_jax.training.directory import opened, run_directory
 from rave_jax.training.lease import only_job_in_bucket
 from rave_jax.training.lock import InUse
 from rave_jax.training.mirror import Mirror
@@ -52,6 +52,9 @@ def test_a_start_finds_all_but_checkpoints_and_events(bucket):
     directory = run_directory(URL)
     assert {path.name for path in directory.path.iterdir()} == {"config.json", "evaluation"}
     assert str(directory.checkpoint(1)) == "gs://bucket/run/checkpoints/1"
+    with opened(URL) as again:
+        assert again.config.exists()
+    assert not again.path.exists()
     assert directory.shown(directory.path / "report.md") == "gs://bucket/run/report.md"
 
 
