@@ -14,6 +14,7 @@ from rave_jax.attention import ChoiceSums
 from rave_jax.attention.choices import figures
 from rave_jax.batch import Batch, Kind, TokenInfo
 from rave_jax.models.forward import Output, Want
+from rave_jax.models.layers import LowRank
 from rave_jax.parallel.compiler import compiler_options
 from rave_jax.parallel.rows import batch_axis
 from rave_jax.training.averages import Ema
@@ -34,6 +35,9 @@ class Trainable(Protocol):
 
     def head_weight(self) -> jax.Array:
         """[V,D]."""
+
+    def head_adapter(self) -> LowRank | None:
+        """What LoRA adds to it; None without LoRA."""
 
 
 class StepMetrics(NamedTuple):
@@ -135,7 +139,7 @@ def make_step(
         model: Trainable = graph.merge(trained | frozen)
         out = model.forward(batch, Want(losses=True, choices=True, progress=progress))
         head, of_tokens = model.head_weight(), (batch.targets, batch.loss_weights)
-        sums = chunked_cross_entropy(out.hidden, head, *of_tokens, loss_chunk, z_loss)
+        sums = chunked_cross_entropy(out.hidden, head, *of_tokens, loss_chunk, z_loss, model.head_adapter())
         means = {name: x / weights.losses[name] for name, x in out.losses.items()}
         # The z-loss stands in `sums.loss` with the likelihood, and is told beside it.
         whole = functools.reduce(jnp.add, means.values(), sums.loss / weights.targets)
