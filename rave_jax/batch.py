@@ -49,6 +49,8 @@ class TokenInfo(NamedTuple):
         grid_t, grid_h, grid_w: size of that merged grid; 0 where `image` is.
         region: region of a visual token in the row, counted from 1; 0 for other tokens, and where no mechanism of the
             model asks for regions.
+        padded: 1 on a visual token that shows more of the border that was added to a picture than of the picture; else
+            0.
     """
 
     document: Int[Array, "B T"]
@@ -64,6 +66,7 @@ class TokenInfo(NamedTuple):
     grid_h: Int[Array, "B T"]
     grid_w: Int[Array, "B T"]
     region: Int[Array, "B T"]
+    padded: Int[Array, "B T"]
 
 
 UNMIXED: Any = np.zeros((0, 0), np.int32)

@@ -404,8 +404,12 @@ def config_names(under: str = "") -> list[str]:
     return sorted((Path(under) / path.stem).as_posix() for path in files if "def get_config(" in path.read_text())
 
 
-def config_file(given: str) -> Path:
+def config_file(given: str, wanted: str = "") -> Path:
     """The file of a config: the path as it is, or the file of a named config.
+
+    Args:
+        given: path or name.
+        wanted: folder of the configs that an error lists, in that of configs.
 
     Raises:
         ConfigError: neither is there.
@@ -423,11 +427,12 @@ def config_file(given: str) -> Path:
     for folder in CONFIGS:
         if name in (*config_names(), *config_names(STUDIES)) and (folder / f"{name}.py").is_file():
             return folder / f"{name}.py"
-    close = difflib.get_close_matches(path.stem, config_names(), 1)
+    names = config_names(wanted)
+    close = difflib.get_close_matches(f"{wanted}/{path.stem}" if wanted else path.stem, names, 1)
     hint = f"; did you mean {close[0]}?" if close else ""
     raise ConfigError(
         f"{given}: no such config file, and no config of this name comes with the package "
-        f"({', '.join(config_names()) or 'there is none'}){hint}"
+        f"({', '.join(names) or 'there is none'}){hint}"
     )
 
 

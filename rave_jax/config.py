@@ -192,6 +192,32 @@ def without_folders(data: Any) -> Any:
     return [without_folders(item) for item in data] if isinstance(data, list) else data
 
 
+def differing(where: str, old: Any, new: Any, before: str = "was") -> list[str]:
+    """Where two values of `to_json` differ, each as `FIELD is NEW, was OLD`.
+
+    Args:
+        where: name of the whole.
+        old, new: the values.
+        before: stands for `was`.
+    """
+    if old == new:
+        return []
+    if isinstance(old, dict) and isinstance(new, dict) and old.get(TAG) == new.get(TAG):
+        both = [(f"{where}.{key}", old.get(key), new.get(key)) for key in old | new]
+        return [line for name, *pair in both for line in differing(name, *pair, before)]
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        pairs = enumerate(zip(old, new, strict=True))
+        return [line for number, pair in pairs for line in differing(f"{where}.{number}", *pair, before)]
+    return [f"{where} is {_in_brief(new)}, {before} {_in_brief(old)}"]
+
+
+def _in_brief(value: Any) -> str:
+    if isinstance(value, dict) and TAG in value:
+        fields = ", ".join(f"{key}={_in_brief(item)}" for key, item in value.items() if key != TAG)
+        return f"{value[TAG]}({fields})"
+    return f"[{', '.join(map(_in_brief, value))}]" if isinstance(value, list) else repr(value)
+
+
 def from_json(cls: Any, data: Any, where: str = "config") -> Any:
     """The inverse of `to_json`, strict.
 

@@ -2,8 +2,8 @@
 
 A backbone that has learned to read mosaics goes on to lists of everything in these pictures, and then to lists and
 questions; arms go on from there with questions alone. How hard a task is: the numbers of objects, lines, pictures and
-bars below. The steps of the second phase are a guess that no run has confirmed: where plain attention does not stand at
-60 to 90 %, the page says that nothing is decided, and they or those numbers have to change.
+bars below, and its share of the samples. Trials with seed 0 led to these: 3 to 8 lines in equal shares gave plain
+attention 31 to 39 % on receipts, 2 to 4 lines in larger shares 98 %.
 """
 
 from dataclasses import replace
@@ -17,15 +17,17 @@ from rave_jax.study.config import Judged, Start, Study
 
 TASKS: dict[str, tuple[SyntheticTask, int]] = {
     "scatter": (Scatter(min_objects=6, max_objects=12, kinds=2, grid=6, size=1.0), 96),
-    "receipt": (LongReceipt(min_lines=4, max_lines=8), 128),
-    "album": (Album(min_pictures=2, max_pictures=3), 64),
-    "chart": (BarChart(), 96),
+    "receipt": (LongReceipt(min_lines=3, max_lines=5, width=0.6), 80),
+    "album": (Album(min_pictures=2, max_pictures=2), 64),
+    "chart": (BarChart(max_bars=3, max_value=5), 64),
 }
 """What is asked, and the side of its pictures in pixels."""
-LISTED = ("scatter", "receipt", "album")
-"""Tasks that can also ask for everything there is."""
-TOKENS, PATCHES = 112, 48
-LISTS, LEARNING, ADAPTING = 300, 900, 100
+LIST_SHARES = {"scatter": 0.5, "receipt": 0.7, "album": 1.0}
+"""Tasks that can also ask for everything there is, and shares of such lists beside questions."""
+SHARES = {"scatter": 1.0, "receipt": 1.5, "album": 3.0, "chart": 0.5}
+"""Shares of questions beside lists."""
+TOKENS, PATCHES = 104, 36
+LISTS, LEARNING, ADAPTING = 300, 1600, 60
 """Steps of the second phase on lists, all of its steps, and those of an arm."""
 
 
@@ -37,17 +39,17 @@ def source(name: str, everything: bool = False) -> Synthetic:
 
 def judged(name: str) -> Judged:
     """The task, held out."""
-    return Judged(name, replace(source(name), split="heldout"), 512, 64, TOKENS, PATCHES)
+    return Judged(name, replace(source(name), split="heldout"), 256, 64, TOKENS, PATCHES)
 
 
 def learned() -> Start:
     """Reading, then these tasks; arms answer questions."""
     reading, _ = base.starts()
-    lists = tuple(source(name, everything=True) for name in LISTED)
+    lists = tuple(source(name, everything=True) for name in LIST_SHARES)
     questions = tuple(source(name) for name in TASKS)
     data = replace(reading.recipe.data, sources=(*lists, *questions), tokens=TOKENS, patches=PATCHES)
     listed = Stage(0, (1.0,) * len(lists) + (0.0,) * len(questions))
-    stages = (listed, Stage(LISTS, (1.0,) * (len(lists) + len(questions))))
+    stages = (listed, Stage(LISTS, (*LIST_SHARES.values(), *map(SHARES.__getitem__, TASKS))))
     second = replace(reading.recipe, data=replace(data, stages=stages), steps=LEARNING, optimizer=base.optimizer())
     recipe = replace(reading.recipe, data=replace(data, sources=questions, stages=()), steps=ADAPTING)
     return Start("learned", (*reading.phases, second), recipe, score_every=ADAPTING // 4)

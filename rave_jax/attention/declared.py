@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import ClassVar, Literal, NamedTuple
 
 import jax
 
@@ -21,18 +21,48 @@ from rave_jax.open_union import OpenUnion
 Layers = Literal["all"] | tuple[int, ...]
 
 
+class NamedLayers(NamedTuple):
+    """What a word of `layers` means: a part of the layers that attend, and that part in words."""
+
+    part: slice
+    said: str
+
+
+ALL = NamedLayers(slice(None), "all layers that attend")
+ALL_BUT_LAST = NamedLayers(slice(-1), "all layers that attend but the last")
+
+
 class LayeredConfig(ABC):
     """What stands in some layers of a decoder."""
 
+    WORDS: ClassVar[Mapping[str, NamedLayers]] = {"all": ALL}
+    """What `layers` may be beside numbers."""
+
     @property
     def layers(self) -> str | tuple[int, ...]:
-        """Global numbers of the decoder layers that use it, or a word that `layers_of` knows; most configs have a field
-        of this name."""
+        """Global numbers of the decoder layers that use it, or one of `WORDS`; most configs have a field of this
+        name."""
         return "all"
 
     def layers_of(self, attending: Sequence[int]) -> Sequence[int]:
-        """Those layers by global number, in a decoder whose layers `attending` attend. Read by `plan_layer_runs`."""
-        return attending if isinstance(self.layers, str) else self.layers
+        """Those layers by global number, in a decoder whose layers `attending` attend. Read by `plan_layer_runs`.
+
+        Raises:
+            ConfigError: no such word, or the model has none of the layers that it means.
+        """
+        if not isinstance(self.layers, str):
+            return self.layers
+        if self.layers not in self.WORDS:
+            raise ConfigError(
+                f"{self.called}.layers is {self.layers!r}, expected numbers of layers or one of {', '.join(self.WORDS)}"
+            )
+        part, said = self.WORDS[self.layers]
+        if attending and not attending[part]:
+            raise ConfigError(
+                f"{self.called}.layers is {self.layers!r}, {said}, and the model has only {len(attending)} of them; "
+                "expected numbers of layers"
+            )
+        return attending[part]
 
     @property
     def other_layers(self) -> Mapping[str, int]:

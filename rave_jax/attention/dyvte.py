@@ -15,15 +15,15 @@ is 0 where no text is between.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from rave_jax.attention.base import AttentionDims, Candidates, Mechanism
-from rave_jax.attention.declared import Layers, MechanismConfig
+from rave_jax.attention.declared import ALL_BUT_LAST, Layers, MechanismConfig
 from rave_jax.attention.scores import pick
 from rave_jax.attention.tokens import of_each_decider
 from rave_jax.batch import Kind, TokenInfo
@@ -35,6 +35,7 @@ from rave_jax.typing import Array, Bool, Float, Int
 class Dyvte(MechanismConfig):
     """All visual tokens leave after a layer that a router chooses (DyVTE)."""
 
+    WORDS: ClassVar = {"all": ALL_BUT_LAST}
     width: int = 2048
     """Hidden width of the routers."""
     layers: Layers = "all"
@@ -44,10 +45,6 @@ class Dyvte(MechanismConfig):
     def __post_init__(self) -> None:
         check_fields(self)
         require(1 <= self.width <= 2**20, "width", self.width, "a number from 1 to 1,048,576")
-
-    def layers_of(self, attending: Sequence[int]) -> Sequence[int]:
-        """All but the last, or those that are named."""
-        return attending[:-1] if isinstance(self.layers, str) else self.layers
 
     @property
     def looks_ahead(self) -> bool:

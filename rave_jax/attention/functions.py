@@ -30,8 +30,10 @@ def spread(term: Term, num_heads: int, num_kv_heads: int) -> Term:
     def of(heads: int) -> Callable[[Array], Array]:
         def wide(x: Array) -> Array:
             x = jnp.asarray(x)
-            x = x if x.ndim == 3 else jnp.broadcast_to(x[..., None], (*x.shape, heads))
-            return x if x.dtype == bool else x.astype(jnp.float32)
+            # What fits no query or key stays as it was given: `check_terms` says what it is.
+            x = jnp.broadcast_to(x[..., None], (*x.shape, heads)) if x.ndim == 2 else x
+            real = jnp.issubdtype(x.dtype, jnp.floating) or jnp.issubdtype(x.dtype, jnp.integer)
+            return x.astype(jnp.float32) if real else x
 
         return wide
 

@@ -116,6 +116,12 @@ class Trial:
         remembered = self.call("remember", self.features("S"))
         for leaf in jax.tree.leaves(remembered):
             self.array("remember", "an array of it", leaf, "B S K ...", None)
+        reading = [hook for hook in ("factor", "merge", "reweigh") if self.overrides(hook)]
+        if reading and self.skips_keys:
+            raise ConfigError(
+                f"{name_of(self.mechanism)} says `skips_keys`, but its hook `{reading[0]}` needs all keys; take one of "
+                "them away"
+            )
         if self.overrides("positions"):
             own, positions = self.zeros("B T", jnp.int32), self.zeros("3 B T", jnp.int32)
             given = self.call("positions", info_q, info_k, own, positions)
@@ -154,6 +160,9 @@ class Trial:
         """The parts of a `Score`; whether the operands of its terms fit is what `terms_of` looks at."""
         if self.of_class("score", given, Score) is None:
             return
+        beside = [name for name, part in given._asdict().items() if name != "terms" and part is not None]
+        if beside and self.skips_keys:
+            self.refuse("score", beside[0], "terms alone, since its config says `skips_keys`")
         terms = self.of_class("score", given.terms, Sequence, "terms")
         for n, term in enumerate(terms or ()):
             self.of_class("score", term, Term, f"terms[{n}]")
@@ -285,6 +294,11 @@ class Trial:
     def refuse(self, hook: str, gave: str, expected: str) -> Any:
         """One error."""
         raise ConfigError(f"{name_of(self.mechanism)}: the hook `{hook}` gave {gave}, expected {expected}")
+
+    @property
+    def skips_keys(self) -> bool:
+        """May a decoding step leave keys out?"""
+        return self.mechanism.declared is not None and self.mechanism.declared.skips_keys
 
     def overrides(self, hook: str) -> bool:
         """Is the hook the mechanism's own?"""

@@ -17,20 +17,19 @@ its code (spatial, off by default), and the modulation by heads that its abstrac
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 
 from rave_jax.attention.base import AttentionDims, Features, Mechanism, Score
-from rave_jax.attention.declared import Layers, MechanismConfig
+from rave_jax.attention.declared import ALL, Layers, MechanismConfig, NamedLayers
 from rave_jax.attention.prompted import Prompted, PromptPass, PromptSizes
 from rave_jax.attention.pruning import ranks
 from rave_jax.attention.steer import Part
 from rave_jax.batch import Kind, Role, TokenInfo
-from rave_jax.config import ConfigError, check_fields, require
+from rave_jax.config import check_fields, require
 from rave_jax.kernels.attention import Term
 from rave_jax.typing import Array, Bool, Float, Int
 
@@ -39,6 +38,7 @@ from rave_jax.typing import Array, Bool, Float, Int
 class Paint(MechanismConfig):
     """Scores of the visual tokens that the vision tower's class token looks at rise (PAINT); found for each prompt."""
 
+    WORDS: ClassVar = {"all": ALL, "later": NamedLayers(slice(2, None), "all layers that attend but the first two")}
     local: float = 0.7
     """alpha: strength on the tokens that the first block looks at. The paper says that 0.8 breaks the answers."""
     summary: float = 0.3
@@ -54,21 +54,6 @@ class Paint(MechanismConfig):
         for name in ("local", "summary"):
             require(0 <= getattr(self, name) <= 1e3, name, getattr(self, name), "a number from 0 to 1000")
         require(0 <= self.share <= 1, "share", self.share, "a share from 0 to 1")
-
-    def layers_of(self, attending: Sequence[int]) -> Sequence[int]:
-        """Of the layers that attend, those that the config means.
-
-        Raises:
-            ConfigError: no layer is a later one.
-        """
-        if self.layers != "later":
-            return super().layers_of(attending)
-        if len(attending) < 3:
-            raise ConfigError(
-                f"Paint.layers is 'later', all layers that attend but the first two, and the model has only "
-                f"{len(attending)} of them; expected numbers of layers, or 'all'"
-            )
-        return attending[2:]
 
     @property
     def of_prompt(self) -> bool:

@@ -126,6 +126,11 @@ def _built(config: LayeredConfig, dims: AttentionDims, key: jax.Array) -> Mechan
                 f"{config.called}: {type(mechanism).__name__} overrides the hook {hook!r}, which only one mechanism of "
                 f"a layer may; say so in the class: OWNS = ({hook!r},)"
             )
+    if "hi" in mechanism.OWNS and not config.looks_ahead:
+        raise ConfigError(
+            f"{config.called}: {type(mechanism).__name__} owns 'hi', so tokens see later ones, and generation would "
+            "read prompts in pieces; let the config's `looks_ahead` be True"
+        )
     if overrides(mechanism, "tokens") != config.drops:
         raise ConfigError(
             f"{config.called}: {type(mechanism).__name__} {'lets' if config.drops is False else 'does not let'} tokens "

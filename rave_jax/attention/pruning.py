@@ -7,24 +7,24 @@ e75ebe7): that attention grows with the token's place in the picture whatever is
     a_i / f(i / L)        f(x) = mu exp(sigma x)
 
 with i the place of the token among the L of its picture. mu changes no rank. `rave-jax calibrate debias` fits sigma
-(`rave_jax/attention/calibrate/debias.py`); sigma 0 is FastV.
+(`rave_jax/attention/calibrate/debias.py`); sigma 0 is FastV. What is left on padding, patches of more than half of
+which is the border of a picture, is then set to 0, and no more tokens stay than there are others.
 
 Ours: which token is the last one of a prompt (`tokens.py`); several pictures of a prompt are ranked together, each
-by its own places; places count frame by frame and row by row. Left out: the source also sets the padding of pictures to
-0. Of the families here LLaVA alone pads (`do_pad`), and token codes do not say which visual tokens that made.
+by its own places; places count frame by frame and row by row. A share is of all visual tokens, padding among them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 
 from rave_jax.attention.base import AttentionDims, Candidates, Mechanism
-from rave_jax.attention.declared import Layers, MechanismConfig
+from rave_jax.attention.declared import ALL_BUT_LAST, Layers, MechanismConfig
 from rave_jax.batch import TokenInfo
 from rave_jax.config import check_fields, require
 from rave_jax.typing import Array, Bool, Float, Int
@@ -34,12 +34,16 @@ from rave_jax.typing import Array, Bool, Float, Int
 class Pruning(MechanismConfig):
     """Visual tokens that get little attention leave after a layer (FastV, attention debiasing)."""
 
+    WORDS: ClassVar = {"all": ALL_BUT_LAST}
     keep: float = 0.5
     """Share of the visual tokens there are that stay behind each layer of `layers`, to the nearest number; 1 changes
     nothing."""
     slope: float = 0.0
     """sigma of the bias for places that is taken out, as `rave-jax calibrate debias` finds it; 0 ranks by attention
     as it is."""
+    padding: Literal["ranked", "leaves"] = "ranked"
+    """What becomes of visual tokens that show more of the border of a picture than of the picture, as LLaVA's `do_pad`
+    makes them: they are ranked as all others (FastV), or they leave, before all others (debiasing)."""
     layers: Layers = (1,)
     """Decoder layers, by global number, whose attention ranks and behind which tokens leave; FastV has the second. All
     means all but the last."""
@@ -48,10 +52,6 @@ class Pruning(MechanismConfig):
         check_fields(self)
         require(0 <= self.keep <= 1, "keep", self.keep, "a share from 0 to 1")
         require(abs(self.slope) <= 30, "slope", self.slope, "a number from -30 to 30")
-
-    def layers_of(self, attending: Sequence[int]) -> Sequence[int]:
-        """All but the last, or those that are named."""
-        return attending[:-1] if isinstance(self.layers, str) else self.layers
 
     @property
     def looks_ahead(self) -> bool:
@@ -65,7 +65,7 @@ class Pruning(MechanismConfig):
 
     def build(self, dims: AttentionDims, key: jax.Array) -> Mechanism:
         """The mechanism of one layer; one that changes nothing if all stay."""
-        return Mechanism() if self.keep == 1 else Pruner(self.keep, self.slope)
+        return Mechanism() if self.keep == 1 else Pruner(self)
 
 
 class Pruner(Mechanism):
@@ -74,17 +74,21 @@ class Pruner(Mechanism):
     OWNS = ("tokens",)
     RANKS = True
 
-    def __init__(self, keep: float, slope: float):
-        self.keep = keep
-        self.slope = slope
+    def __init__(self, config: Pruning):
+        self.config = config
 
     def tokens(self, given: Candidates) -> Bool[Array, "B T"]:
         """The first of each prompt."""
         assert given.received is not None
+        config, leaves = self.config, jnp.zeros(given.by.shape, bool)
         # By the log: a quotient of small numbers would round to one rank.
-        debiased = jnp.log(given.received) - self.slope * place_of(given.info)
+        debiased = jnp.log(given.received) - config.slope * place_of(given.info)
+        if config.padding == "leaves":
+            # Behind a token without attention too.
+            leaves = given.info.padded > 0
+            debiased = jnp.where(leaves, -jnp.inf, jnp.maximum(debiased, jnp.finfo(jnp.float32).min))
         rank, count = ranks(debiased, given.by)
-        return rank < jnp.floor(self.keep * count + 0.5)
+        return (rank < jnp.floor(config.keep * count + 0.5)) & ~leaves
 
 
 def place_of(info: TokenInfo) -> Float[Array, "B T"]:

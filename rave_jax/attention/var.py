@@ -23,18 +23,17 @@ too. "No visual sink in the layer, nothing changes" is asked of what a row sees,
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 
 from rave_jax.attention.base import AttentionDims, Features, Mechanism, Parts
-from rave_jax.attention.declared import MechanismConfig
+from rave_jax.attention.declared import ALL, MechanismConfig, NamedLayers
 from rave_jax.attention.merge import log_sum_exp
 from rave_jax.batch import Kind, Role, TokenInfo
-from rave_jax.config import ConfigError, check_fields, require
+from rave_jax.config import check_fields, require
 from rave_jax.kernels.attention import KeyGroups
 from rave_jax.typing import Array, Bool, Float
 
@@ -46,6 +45,10 @@ OTHER, TEXT_SINK, VISUAL, VISUAL_SINK, COUNT = 0, 1, 2, 3, 4
 class Var(MechanismConfig):
     """Redistribute attention from sinks to visual tokens, where a head looks at the picture (VAR)."""
 
+    WORDS: ClassVar = {
+        "all": ALL,
+        "inner": NamedLayers(slice(2, -1), "all layers that attend but the first two and the last"),
+    }
     dims: tuple[int, ...] = ()
     """Sink dimensions of the base model, at least one: 1415, 2533 of LLaMA2-7B; 2100, 4743 of LLaMA2-13B; 458, 2570 of
     Qwen2-VL-7B; 3584 of InternVL2-8B. For others `attention.calibrate.sinks` finds them."""
@@ -68,21 +71,6 @@ class Var(MechanismConfig):
         require(0 < self.tau <= 1e30, "tau", self.tau, "a positive number, at most 1e30")
         for name in ("rho", "summ", "move_fraction"):
             require(0 <= getattr(self, name) <= 1, name, getattr(self, name), "a share between 0 and 1")
-
-    def layers_of(self, attending: Sequence[int]) -> Sequence[int]:
-        """Of the layers that attend, those that the config means.
-
-        Raises:
-            ConfigError: no layer is an inner one.
-        """
-        if self.layers != "inner":
-            return super().layers_of(attending)
-        if len(attending) < 4:
-            raise ConfigError(
-                f"Var.layers is 'inner', all layers that attend but the first two and the last, and the model has only "
-                f"{len(attending)} of them; expected numbers of layers, or 'all'"
-            )
-        return attending[2:-1]
 
     def build(self, dims: AttentionDims, key: jax.Array) -> Mechanism:
         """The mechanism of one layer; one that changes nothing if nothing is moved.

@@ -55,7 +55,7 @@ class Vhr(MechanismConfig):
         require(given, "heads", self.heads, 'none where choose is "prompt", which finds them')
 
     def layers_of(self, attending: Sequence[int]) -> Sequence[int]:
-        """Of the layers that attend, those that the config means."""
+        """Late ones are two parts of the layers that attend."""
         if self.layers != "late":
             return super().layers_of(attending)
         return sorted({*attending[1:2], *attending[-14:]})

@@ -31,6 +31,9 @@ from rave_jax.config import check_fields, require
 from rave_jax.kernels.attention import KeyGroups
 from rave_jax.typing import Array, Bool, Float, Int
 
+LEAST, MOST = 1e-30, 1e30
+"""Gammas that float32 holds, and their logs."""
+
 
 @dataclass(frozen=True)
 class ZeroTuning(MechanismConfig):
@@ -51,7 +54,8 @@ class ZeroTuning(MechanismConfig):
     def __post_init__(self) -> None:
         check_fields(self)
         given = self.gamma if isinstance(self.gamma, tuple) else (self.gamma,)
-        require(all(1e-30 <= g <= 1e30 for g in given), "gamma", self.gamma, "numbers above 0, from 1e-30 to 1e30")
+        known = all(LEAST <= gamma <= MOST for gamma in given)
+        require(known, "gamma", self.gamma, f"numbers above 0, from {LEAST:g} to {MOST:g}")
         near = self.route != "after" or all(1e-3 <= gamma <= 1e3 for gamma in given)
         require(near, "gamma", self.gamma, "numbers from 0.001 to 1000 with route 'after'; others need another route")
         fits = self.heads == "all" or len(given) == len(self.heads) or not isinstance(self.gamma, tuple)

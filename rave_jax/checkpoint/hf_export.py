@@ -7,11 +7,12 @@ import dataclasses
 import functools
 import itertools
 import json
+import math
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
 import ml_dtypes
@@ -136,7 +137,8 @@ def export_hf(
         if folder is not None:
             write_index(folder, {name: items for name, items in files.items() if name != SIDECAR})
             options = dataclasses.replace(model.options, lora=None) if merges else model.options
-            _write_config(folder, model, config, source, options)
+            number = number_type([item.planned for item in backbone])
+            _write_config(folder, model, config, source, options, number)
             sentences = notes(options, model.options.lora, lora, rounding(model, dtype))
             if sentences or origin is not None:
                 vision, name = model.config.vision is not None, Path(destination).name
@@ -289,14 +291,15 @@ def write_index[T: Written](folder: Path, files: dict[str, list[T]]) -> None:
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _write_config(folder: Path, model: Vlm, written: VlmConfig, source: Path | None, options: ModelOptions) -> None:
+def _write_config(
+    folder: Path, model: Vlm, written: VlmConfig, source: Path | None, options: ModelOptions, dtype: str
+) -> None:
     """config.json and its like, and the side-car's options. `written` is what the weights are of."""
     if source is None:
-        config = family_named(model.config.family).render(written)
-        config["dtype"] = str(np.dtype(model.embed.weight.dtype))
+        config = family_named(model.config.family).render(written) | {"dtype": dtype}
         (folder / CONFIG).write_text(json.dumps(with_stated(config, options), indent=2) + "\n", encoding="utf-8")
     else:
-        copy_small_files(source, folder, options)
+        copy_small_files(source, folder, options, dtype)
         if written.text.tie_embeddings != model.config.text.tie_embeddings:
             _untie(folder / CONFIG)
     if sidecar.needs_sidecar(options):
@@ -311,13 +314,34 @@ def _untie(file: Path) -> None:
     file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def copy_small_files(source: Path, folder: Path, options: ModelOptions) -> None:
-    """Config, tokenizer, processor and licence files, byte for byte; but config.json says of what these options add to
-    the backbone, and of nothing else."""
+def number_type(tensors: Sequence[Planned]) -> str:
+    """The number type that config.json states, in which transformers then loads all of the weights: the widest that
+    more than a hundredth of the numbers have. A few vectors are often kept wider than the rest."""
+    counts: dict[np.dtype, int] = {}
+    for one in tensors:
+        counts[one.dtype] = counts.get(one.dtype, 0) + math.prod(one.shape)
+    common = [dtype for dtype, count in counts.items() if 100 * count > sum(counts.values())]
+    return str(max(common, key=lambda dtype: dtype.itemsize))
+
+
+def _with_dtype(config: dict[str, Any], dtype: str) -> dict[str, Any]:
+    """The same where it states one, under both of its names, for the whole and for parts such as the tower."""
+
+    def said(key: str, value: Any) -> Any:
+        if isinstance(value, dict):
+            return _with_dtype(value, dtype)
+        return dtype if key in ("dtype", "torch_dtype") and isinstance(value, str) else value
+
+    return {key: said(key, value) for key, value in config.items()}
+
+
+def copy_small_files(source: Path, folder: Path, options: ModelOptions, dtype: str | None = None) -> None:
+    """Config, tokenizer, processor and licence files, byte for byte; but config.json says what these options add to the
+    backbone, and the number type of its weights where one is given."""
     for file in carried_files(source):
         shutil.copyfile(file, folder / file.name)
     config = read_json(source / CONFIG)
-    says = with_stated(config, options)
+    says = with_stated(config if dtype is None else _with_dtype(config, dtype), options)
     if says != config:
         (folder / CONFIG).write_text(json.dumps(says, indent=2) + "\n", encoding="utf-8")
 

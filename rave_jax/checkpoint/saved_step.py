@@ -17,6 +17,7 @@ from orbax.checkpoint import v1 as ocp
 from rave_jax.checkpoint import digests, old_names
 from rave_jax.checkpoint.buckets import is_committed
 from rave_jax.checkpoint.digests import DamageError
+from rave_jax.checkpoint.part_handlers import Hooks, hooked
 from rave_jax.parallel import agree
 
 PARAMETERS, OPTIMIZER, DATA = "parameters", "optimizer", "data"
@@ -42,13 +43,23 @@ def _is_ours(record: logging.LogRecord) -> bool:
 logging.getLogger("absl").addFilter(_is_ours)
 
 
-def context() -> ocp.Context:
-    """How orbax reads and writes the parts of a checkpoint."""
+def context(hooks: Hooks | None = None) -> ocp.Context:
+    """How orbax reads and writes the parts of a checkpoint.
+
+    Args:
+        hooks: of saves; None to read.
+    """
     made = ocp.Context()
     made.array.saving.min_slice_bytes_for_replica_parallel = _SMALLEST_SHARE
-    made.checkpointables.registry = ocp.handlers.local_registry().add(
-        ocp.handlers.JsonHandler, checkpointable_name=DATA
-    )
+    registry = ocp.handlers.local_registry()
+    json, tree = ocp.handlers.JsonHandler, ocp.handlers.PyTreeHandler
+    if hooks is None:
+        registry.add(json, checkpointable_name=DATA)
+    else:
+        registry.add(hooked(json, hooks, waits=True), checkpointable_name=DATA)
+        for name in (PARAMETERS, OPTIMIZER):
+            registry.add(hooked(tree, hooks), checkpointable_name=name)
+    made.checkpointables.registry = registry
     return made
 
 
@@ -125,11 +136,28 @@ def load(folder: Path, targets: Mapping[str, Any], *, verified: bool) -> dict[st
         verified: its files are known to be what was saved, so that what fails is no damage.
 
     Raises:
-        DamageError: not verified, and it cannot be read.
+        DamageError: not verified, and it cannot be read; the same on all processes.
         StoreError: it holds another model, or cannot be read for another reason than damage.
     """
+    if verified:
+        return _load(folder, targets, context(), verified=True)
+    # Each process by itself: a barrier of orbax would keep those that can read their shards from one that cannot.
+    alone = context()
+    alone.multiprocessing.primary_host = jax.process_index()
+    alone.multiprocessing.active_processes = {jax.process_index()}
+    found, damage = {}, ""
     try:
-        with context():
+        found = _load(folder, targets, alone, verified=False)
+    except DamageError as error:
+        damage = str(error)
+    if damages := [damage for damage in agree.from_all(damage) if damage]:
+        raise DamageError(damages[0])
+    return found
+
+
+def _load(folder: Path, targets: Mapping[str, Any], how: ocp.Context, *, verified: bool) -> dict[str, Any]:
+    try:
+        with how:
             stored = ocp.checkpointables_metadata(str(folder)).metadata
             for name in targets:
                 if stored.get(name) is None and name != DATA:

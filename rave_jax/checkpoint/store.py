@@ -30,6 +30,7 @@ from orbax.checkpoint import v1 as ocp
 from rave_jax.checkpoint import digests, saved_step
 from rave_jax.checkpoint.buckets import folder_at, is_bucket
 from rave_jax.checkpoint.digests import DamageError
+from rave_jax.checkpoint.part_handlers import Hooks
 from rave_jax.checkpoint.retention import VALUE, Retention
 from rave_jax.checkpoint.saved_step import DATA, OPTIMIZER, PARAMETERS, StoreError, first_line
 from rave_jax.parallel import agree
@@ -119,7 +120,7 @@ class Store:
             directory: an absolute path after this, or a folder in a bucket; made when missing.
             keep: which checkpoints are kept; a number: so many of the newest.
             reader: leave what is there as it is; do not save.
-            before: called before each save, which fails with it.
+            before: called beside each save, in a thread; a checkpoint is finished after it, and the save fails with it.
 
         Raises:
             StoreError: the directory cannot be written.
@@ -129,6 +130,7 @@ class Store:
         self._reader, self._before = reader, before
         self._checkpointer: ocp.training.Checkpointer | None = None
         self._save: _Save | None = None
+        self._failed = False
         if not reader:
             check_writable(self.directory, 0)
 
@@ -186,13 +188,16 @@ class Store:
             check_writable(self.directory, local_bytes((parameters, optimizer)))
         except StoreError as error:
             raise StoreError(f"{error}; {_last_good(self.directory)}") from error
-        if self._before is not None:
-            self._before()
         metrics: Any = None if metric is None else {VALUE: metric}
-        with _explained(self.directory, step):
-            response = self._writer().save_checkpointables_async(step, what, metrics=metrics)
+        save = self._save = _Save(self.directory, step)
+        try:
+            with _explained(self.directory, step):
+                response = self._writer().save_checkpointables_async(step, what, metrics=metrics)
+        except StoreError:
+            self._save, self._failed = None, True
+            raise
         assert response is not None, "the policy saves every step that is asked for"
-        self._save = _Save(self.directory, step, response)
+        save.follow(response)
 
     def _writer(self) -> ocp.training.Checkpointer:
         if self._checkpointer is None:
@@ -202,9 +207,16 @@ class Store:
                 "preservation_policy": self._keep.policy(),
             }
             self._checkpointer = ocp.training.Checkpointer(
-                str(self.directory), context=saved_step.context(), **policies, cleanup_tmp_directories=True
+                str(self.directory),
+                context=saved_step.context(Hooks(self._part_failed, self._before)),
+                **policies,
+                cleanup_tmp_directories=True,
             )
         return self._checkpointer
+
+    def _part_failed(self, error: BaseException) -> None:
+        if self._save is not None:
+            self._save.fail(error)
 
     def check(self) -> None:
         """Has the save that runs in the background failed? Returns at once.
@@ -223,8 +235,11 @@ class Store:
         """
         save, self._save = self._save, None
         if save is not None:
-            save.thread.join()
-            save.check()
+            try:
+                save.wait()
+            except StoreError:
+                self._failed = True
+                raise
 
     def close(self) -> None:
         """Wait, then release what orbax holds.
@@ -242,7 +257,8 @@ class Store:
 
     def _release(self) -> None:
         checkpointer, self._checkpointer = self._checkpointer, None
-        if checkpointer is None:
+        # In a job of several processes, orbax's threads wait for the others, who do not come; the job is about to end.
+        if checkpointer is None or (self._failed and jax.process_count() > 1):
             return
         # A failed save is raised once to each thread that waits for it. It has been reported, and would keep the rest
         # from being closed.
@@ -354,18 +370,32 @@ class Store:
 class _Save:
     """One save under way: a thread waits for orbax and then writes the digests."""
 
-    def __init__(self, directory: Path, step: int, response: Any):
-        self._directory, self._step, self._response = directory, step, response
-        self._error: Exception | None = None
-        self.thread = threading.Thread(target=self._finish, name="checkpoint digests")
-        self.thread.start()
+    def __init__(self, directory: Path, step: int):
+        self._directory, self._step = directory, step
+        self._error: BaseException | None = None
+        self._ended = threading.Event()
 
-    def _finish(self) -> None:
+    def follow(self, response: Any) -> None:
+        """Wait for what orbax has begun."""
+        threading.Thread(target=self._finish, args=(response,), name="checkpoint digests").start()
+
+    def _finish(self, response: Any) -> None:
         try:
-            self._response.result()
+            response.result()
             digests.write(self._directory / str(self._step), jax.process_index(), jax.process_count())
-        except Exception as error:  # the next caller raises it
-            self._error = error
+        except Exception as error:
+            self.fail(error)
+        self._ended.set()
+
+    def fail(self, error: BaseException) -> None:
+        """It failed, and nobody need wait any longer: the next caller raises the first error."""
+        self._error = self._error or error
+        self._ended.set()
+
+    def wait(self) -> None:
+        """Until it is done; raise StoreError if it failed."""
+        self._ended.wait()
+        self.check()
 
     def check(self) -> None:
         """Raise StoreError if it failed."""

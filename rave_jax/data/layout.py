@@ -156,6 +156,7 @@ def _with_context(example: Example, layout: VisualLayout, one_axis: bool) -> Exa
         "kind": np.where(added, Kind.CONTEXT, codes.kind),
         "row": np.where(added, nth, codes.row),
         "col": np.where(added, 0, codes.col),
+        "padded": np.where(added, 0, codes.padded),
     }
     return example._replace(
         tokens=example.tokens[take],

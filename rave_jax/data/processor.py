@@ -17,6 +17,7 @@ from rave_jax.config import ConfigError
 from rave_jax.data.chat import ChatTemplate, Run, SpecialTokens, read_template
 from rave_jax.data.images import cut_image, image_grid
 from rave_jax.data.layout import check_region_sizes, lay_out
+from rave_jax.data.padding import padded
 from rave_jax.data.patches import join_patches
 from rave_jax.data.sample import Example, ImageError, Message, OverBudget, SampleError
 from rave_jax.data.video import cut_video, used_frames, video_grid
@@ -344,19 +345,22 @@ class Processor:
                 start += len(piece.tokens)
         self._check_longest(len(tokens))
         info, visual_index = _visual_codes(len(tokens), visuals, cuts)
-        info = info._replace(role=spread([int(run.role) for run in runs]), turn=spread(turn))
+        patches = join_patches([cut.patches for cut in cuts], self.rules.patch_sizes)
+        shown = tuple(
+            Shown(number, box)
+            for number, (cut, mine) in enumerate(zip(cuts, pieces, strict=True), start=1)
+            for box in cut.shown or [WHOLE for piece in mine if piece.grid is not None]
+        )
+        border: Any = padded(info, shown, visual_index, patches)
+        info = info._replace(role=spread([int(run.role) for run in runs]), turn=spread(turn), padded=border)
         example = Example(
             tokens=tokens,
             loss_mask=np.repeat(learn, repeats),
             info=info,
             positions=self.rules.positions(len(tokens), visuals),
             visual_index=visual_index,
-            patches=join_patches([cut.patches for cut in cuts], self.rules.patch_sizes),
-            shown=tuple(
-                Shown(number, box)
-                for number, (cut, mine) in enumerate(zip(cuts, pieces, strict=True), start=1)
-                for box in cut.shown or [WHOLE for piece in mine if piece.grid is not None]
-            ),
+            patches=patches,
+            shown=shown,
         )
         return lay_out(example, self.layout, one_axis=not self.rules.config.text.mrope_section)
 

@@ -10,6 +10,9 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from rave_jax import config as configs
+from rave_jax.config import ConfigError
+
 
 def from_first[T](value: T) -> T:
     """The first process's value, on every process. JSON-ready; every process calls it."""
@@ -50,3 +53,34 @@ def on_first[T](work: Callable[[], T], *errors: type[Exception]) -> T:
     if "kind" in answer:
         raise errors[answer["kind"]](answer["message"])
     return answer["value"]
+
+
+MOST_NAMED = 3
+"""Fields that a message names."""
+
+
+def check_same_config(config: Any, *aside: str) -> None:
+    """Refuse a job whose processes have different configs: each traces its own program, and nothing else would tell.
+
+    Args:
+        config: of this process.
+        aside: fields that may differ.
+
+    Raises:
+        ConfigError: names a process and the fields; the same on all processes.
+    """
+    if jax.process_count() == 1:
+        return
+    found = from_all({k: v for k, v in configs.without_folders(configs.to_json(config)).items() if k not in aside})
+    for process, theirs in enumerate(found):
+        lines = [
+            line
+            for name in found[0]
+            for line in configs.differing(name, found[0][name], theirs.get(name), "on process 0")
+        ]
+        if lines:
+            more = f" and {len(lines) - MOST_NAMED} more" if len(lines) > MOST_NAMED else ""
+            raise ConfigError(
+                f"process {process} has another config than process 0: {'; '.join(lines[:MOST_NAMED])}{more}; start "
+                "all processes with one command and one copy of the code"
+            )

@@ -247,15 +247,15 @@ def fail(error: BaseException, code: int, prog: str) -> int:
     if here.processes == 1:
         return code
     failing.set()
-    notes.leave(f"failed/{here.process}", str(error))
+    notes.leave(f"failed/{here.process}", f"{code} {error}")
     notes.gather("failed", here.processes, LAST_WORDS)
     end(code, "")
 
 
-def tell_the_others(why: str) -> None:
-    """Leave the reason why this process ends. It takes a second at most, whatever hangs."""
+def tell_the_others(why: str, code: int) -> None:
+    """Leave the reason why this process ends, and the exit code. It takes a second at most, whatever hangs."""
     failing.set()
-    told = threading.Thread(target=notes.leave, args=(f"failed/{place().process}", why), daemon=True)
+    told = threading.Thread(target=notes.leave, args=(f"failed/{place().process}", f"{code} {why}"), daemon=True)
     told.start()
     told.join(1.0)
 

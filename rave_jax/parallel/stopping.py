@@ -198,7 +198,9 @@ class StopRequest:
         if not hosts.failing.is_set():
             for key, text in found.items():
                 if key.startswith("failed/") and key != f"failed/{here}":
-                    hosts.end(1, f"process {key.removeprefix('failed/')} ended with an error: {text}")
+                    # With its exit code: a scheduler that sees any of them knows whether to start the job again.
+                    code, why = text.split(" ", 1)
+                    hosts.end(int(code), f"process {key.removeprefix('failed/')} ended with an error: {why}")
         for key, text in found.items():
             if key.startswith("stop/asked/") and self.asked is None:
                 code, why = text.split(" ", 1)
@@ -241,8 +243,17 @@ class StopRequest:
         print(f"{hosts.place()}{text}", file=sys.stderr, flush=True)
 
 
-def leave(code: int, seconds: float = 10.0) -> NoReturn:
-    """End the program with this code, in time: threads that wait for a dead disk would hold up the interpreter."""
+def leave(code: int, seconds: float = 10.0, late: float = 30.0) -> NoReturn:
+    """End the program with this code, in time: threads that wait for a dead disk would hold up the interpreter.
+
+    In a job of several processes, jax aborts those that still live when process 0 has ended, with a stack of C++ and
+    another exit code. So process 0 is the last.
+
+    Args:
+        code: of the program.
+        seconds: for the interpreter to end.
+        late: seconds that process 0 waits for the others.
+    """
 
     def end() -> None:
         time.sleep(seconds)
@@ -250,5 +261,12 @@ def leave(code: int, seconds: float = 10.0) -> NoReturn:
 
     sys.stdout.flush()
     sys.stderr.flush()
+    here = hosts.place()
+    if here.processes > 1 and notes.is_open():
+        notes.leave(f"left/{here.process}", str(code))
+        if here.process == 0:
+            notes.gather("left", here.processes, late)
+            time.sleep(0.5)  # from the note of another to its end
+        os._exit(code)
     threading.Thread(target=end, name="end", daemon=True).start()
     sys.exit(code)

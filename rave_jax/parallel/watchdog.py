@@ -119,5 +119,5 @@ class Watchdog:
             print(f"{hosts.place()}{message}; ending the process; its threads are in:", file=sys.stderr)
             faulthandler.dump_traceback(all_threads=True)
             sys.stderr.flush()
-            hosts.tell_the_others(message)
+            hosts.tell_the_others(message, self.EXIT_CODE)
             hosts.end(self.EXIT_CODE, "")

@@ -11,12 +11,14 @@ from rave_jax.parallel.mesh import MeshConfig, abstract_mesh
 from rave_jax.parallel.rows import row_ways
 from rave_jax.plan.chips import Topology
 from rave_jax.plan.compile import AT_ONCE, Wanted, compile_steps
-from rave_jax.plan.result import Step
+from rave_jax.plan.result import Hbm, Step
 from rave_jax.training.algorithms import AdamW
 from rave_jax.training.config import TrainConfig
 
 ENOUGH = 3
-MOST_TRIED = 12
+MOST_TRIED = 16
+OF_A_KIND = 2
+"""Sizes of micro-batches, or numbers of rows, that are tried."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,10 +45,17 @@ class Change:
         return {"flags": self.flags, "gives_up": self.why, "hbm_peak_bytes_per_chip": self.step.hbm.peak}
 
 
-def changes_that_fit(wanted: Wanted) -> list[Change]:
-    """The first changes that fit, at most `ENOUGH`, in the order of what they cost a run."""
+def changes_that_fit(wanted: Wanted, hbm: Hbm) -> list[Change]:
+    """The first changes that fit, at most `ENOUGH`, in the order of what they cost a run.
+
+    Args:
+        wanted: the step that does not fit.
+        hbm: what it wants.
+    """
     found: list[Change] = []
-    candidates = list(candidate_changes(wanted.config, wanted.topology.devices, wanted.topology.slices))[:MOST_TRIED]
+    topology = wanted.topology
+    room = Room(hbm, topology.chip.usable)
+    candidates = list(candidate_changes(wanted.config, topology.devices, topology.slices, room))[:MOST_TRIED]
     for start in range(0, len(candidates), AT_ONCE):
         some = candidates[start : start + AT_ONCE]
         steps = compile_steps([dataclasses.replace(wanted, config=config, hlo=None) for _, _, config in some])
@@ -58,23 +67,54 @@ def changes_that_fit(wanted: Wanted) -> list[Change]:
     return found[:ENOUGH]
 
 
-def candidate_changes(config: TrainConfig, devices: int, slices: int = 1) -> Iterator[tuple[str, str, TrainConfig]]:
+@dataclasses.dataclass(frozen=True)
+class Room:
+    """What a step that does not fit wants, from which follows what cannot be enough and is not compiled.
+
+    Args:
+        hbm: of a chip.
+        usable: bytes of it.
+    """
+
+    hbm: Hbm
+    usable: int
+
+    def may_do(self, parts: int) -> bool:
+        """Can it be enough to have so many times fewer rows at one time? Parameters and their state stay."""
+        stays = self.hbm.parameters + self.hbm.optimizer
+        return stays + (self.hbm.peak - stays) / parts <= self.usable
+
+
+def candidate_changes(
+    config: TrainConfig, devices: int, slices: int = 1, room: Room | None = None
+) -> Iterator[tuple[str, str, TrainConfig]]:
     """(flags, what they give up, the changed config), what costs a run least first; then some of them together.
 
     Args:
         config: that does not fit.
         devices: of the topology.
         slices: of it.
+        room: leaves out what cannot be enough; None leaves out nothing.
     """
+
+    def micro_batches(config: TrainConfig, devices: int) -> Iterator[tuple[str, str, TrainConfig]]:
+        yield from _accumulation(config, devices, room)
+
+    def smallest_micro_batches(config: TrainConfig, devices: int) -> Iterator[tuple[str, str, TrainConfig]]:
+        yield from list(micro_batches(config, devices))[-1:]
+
+    def fewer_rows(config: TrainConfig, devices: int) -> Iterator[tuple[str, str, TrainConfig]]:
+        yield from _rows(config, devices, room)
+
     if slices > 1 and config.mesh.data == 1:
         apart = dataclasses.replace(config.mesh, data=slices, fsdp=-1)
         flags, why = f"--mesh.data {slices} --mesh.fsdp -1", "a copy of parameters and state in every slice"
         yield from _if_it_divides(config, apart, devices, flags, why)
-    for make in (_remat, _accumulation, _mesh, _moments, _offload):
+    for make in (_remat, micro_batches, fewer_rows, _mesh, _moments, _offload):
         yield from make(config, devices)
     for together in (
-        (_remat, _accumulation_most, _smallest_moments),
-        (_accumulation_most, _smallest_moments, _waiting),
+        (_remat, smallest_micro_batches, _smallest_moments),
+        (smallest_micro_batches, _smallest_moments, _waiting),
     ):
         changed, flags, whys = config, [], []
         for make in together:
@@ -92,23 +132,28 @@ def _remat(config: TrainConfig, _: int) -> Iterator[tuple[str, str, TrainConfig]
         yield "--model.remat full", "layers are computed again in the backward pass", _with(config, model=model)
 
 
-def _accumulation(config: TrainConfig, devices: int) -> Iterator[tuple[str, str, TrainConfig]]:
-    ways = _row_ways(config, devices)
-    for factor in (2, 4):
+def _accumulation(config: TrainConfig, devices: int, room: Room | None) -> Iterator[tuple[str, str, TrainConfig]]:
+    for factor in _factors(config, devices, room):
         count = config.optimizer.accumulation * factor
-        if ways and config.data.rows % (ways * count) == 0:
-            optimizer = dataclasses.replace(config.optimizer, accumulation=count)
-            why = f"{count} micro-batches of {config.data.rows // count} rows, and gradients kept between them"
-            yield f"--optimizer.accumulation {count}", why, _with(config, optimizer=optimizer)
-    fewer = config.data.rows // 2
-    if ways and fewer and fewer % (ways * config.optimizer.accumulation) == 0:
+        optimizer = dataclasses.replace(config.optimizer, accumulation=count)
+        why = f"{count} micro-batches of {config.data.rows // count} rows, and gradients kept between them"
+        yield f"--optimizer.accumulation {count}", why, _with(config, optimizer=optimizer)
+
+
+def _rows(config: TrainConfig, devices: int, room: Room | None) -> Iterator[tuple[str, str, TrainConfig]]:
+    for factor in _factors(config, devices, room):
+        fewer = config.data.rows // factor
         data = dataclasses.replace(config.data, rows=fewer)
-        yield f"--data.rows {fewer}", "half the rows in a step", _with(config, data=data)
+        why = f"{'half' if factor == 2 else f'1/{factor} of'} the rows in a step"
+        yield f"--data.rows {fewer}", why, _with(config, data=data)
 
 
-def _accumulation_most(config: TrainConfig, devices: int) -> Iterator[tuple[str, str, TrainConfig]]:
-    found = [one for one in _accumulation(config, devices) if "accumulation" in one[0]]
-    yield from found[-1:]
+def _factors(config: TrainConfig, devices: int, room: Room | None) -> list[int]:
+    """By how much the rows of one time may be divided, the smallest that may be enough first."""
+    ways = _row_ways(config, devices) * config.optimizer.accumulation
+    each = config.data.rows // ways if ways and config.data.rows % ways == 0 else 1
+    powers = (2**n for n in range(1, each.bit_length()) if each % 2**n == 0)
+    return [factor for factor in powers if room is None or room.may_do(factor)][:OF_A_KIND]
 
 
 def _moments(config: TrainConfig, _: int) -> Iterator[tuple[str, str, TrainConfig]]:

@@ -49,6 +49,8 @@ class Chip:
 
 
 GIB = 2**30
+MOST_DEVICES = 2**17
+"""More than any job has. Each is described before anything is compiled."""
 CHIPS = (
     # 197 TFLOP/s, 16 GB, 819 GB/s; four links, 400 GB/s in both directions together; 6.4 Tbit/s for 256 chips.
     Chip("v5e", "TPU v5 lite", 197e12, 16 * GIB, int(15.75 * GIB), 819e9, 50e9, 3.125e9, 16e9, 2, 1, "v5e:16x16"),
@@ -113,7 +115,10 @@ def parse_topology(text: str, slices: int = 1) -> Topology:
         )
     if slices < 1:
         raise ConfigError(f"--slices is {slices}, expected at least 1")
-    return Topology(chip, sizes, slices)
+    topology = Topology(chip, sizes, slices)
+    if topology.devices > MOST_DEVICES:
+        raise ConfigError(f"{topology} have {topology.devices:,} devices, expected at most {MOST_DEVICES:,}")
+    return topology
 
 
 def links(coordinates: Sequence[Sequence[int]], shape: Sequence[int]) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from rave_jax.config import ConfigError, check_paths, check_ranges, require
+from rave_jax.config import ConfigError, check_fields, check_paths, check_ranges, require
 from rave_jax.data.config import MOST_PATCHES, MOST_TOKENS, DataConfig
 from rave_jax.data.sources import SourceConfig, Synthetic
 from rave_jax.evaluation.config import MOST_AT_ONCE, MOST_SAMPLES
@@ -43,6 +43,7 @@ class Start:
     for each of them until the row is written."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         check_ranges(self, score_every=(1, 2**31 - 1))
 
 
@@ -66,6 +67,9 @@ class Arm:
     """Optimizer steps; None takes the recipe's."""
     trained: bool = True
     """Is the arm trained? Without, what the start's phases give is judged under the arm's `model` as it is."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
 
 @dataclass(frozen=True)
@@ -91,6 +95,7 @@ class Judged:
     lie on the evidence; 0 counts none."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         _check_name("name", self.name)
         require(self.name != OVERALL, "name", self.name, f"another name: {OVERALL!r} is the mean over all tasks")
         check_ranges(self, samples=(1, MOST_SAMPLES), rows=(1, MOST_AT_ONCE), tokens=(1, MOST_TOKENS))
@@ -142,12 +147,13 @@ class Study:
     """Processes of one job that make every run together. Several jobs share a study by its folder alone."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         check_paths(self)
         require(bool(self.output_dir), "output_dir", self.output_dir, "a directory")
         check_ranges(self, score_samples=(1, MOST_SAMPLES))
         require(self.simulated_devices >= 0, "simulated_devices", self.simulated_devices, "at least 0")
         good = len(self.seeds) > 0 and len(set(self.seeds)) == len(self.seeds)
-        good = good and all(type(seed) is int and 0 <= seed < 2**31 for seed in self.seeds)
+        good = good and all(0 <= seed < 2**31 for seed in self.seeds)
         require(good, "seeds", self.seeds, f"different numbers from 0 to {2**31 - 1:,}, at least one")
         for what in ("starts", "arms", "tasks"):
             names = [one.name for one in getattr(self, what)]
@@ -160,7 +166,8 @@ class Study:
 
     def _check_arm(self, where: str, arm: Arm) -> None:
         starts = {start.name: start for start in self.starts}
-        require(arm.start in starts, f"{where}: start", arm.start, f"one of {', '.join(starts) or 'starts'}")
+        known = f"one of {', '.join(starts)}" if starts else "a start of the study, whose `starts` are empty"
+        require(arm.start in starts, f"{where}: start", arm.start, known)
         of_start = [other.name for other in self.arms if other.start == arm.start and other.name != arm.name]
         expected = f"empty, or an arm of the start {arm.start!r}: {', '.join(of_start) or 'there is no other'}"
         require(arm.control in ("", *of_start), f"{where}: control", arm.control, expected)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field
@@ -23,7 +24,7 @@ from rave_jax import config as configs
 from rave_jax.config import ConfigError, require
 from rave_jax.files import read_text
 from rave_jax.study.config import Cell, Judged, Start, Study
-from rave_jax.training.config import TrainConfig, differences, differing
+from rave_jax.training.config import TrainConfig, differences
 from rave_jax.training.lock import InUse, only_job
 
 FORMAT = 1
@@ -126,14 +127,16 @@ class Rows:
             raise ConfigError(
                 f"{file}: cannot be read as a row of a study ({error}); remove it to run it again"
             ) from error
-        names = {f.name for f in dataclasses.fields(Row)}
-        ours = isinstance(data, dict) and data.pop("format", None) == FORMAT and set(data) == names
-        ours = ours and isinstance(data["scores"], dict) and bool(data["scores"])
-        require(ours, str(file), "no row of a study in this format", "what `rave-jax study` writes; remove the file")
+        ours = isinstance(data, dict) and data.pop("format", None) == FORMAT and _is_row(data)
+        expected = "what `rave-jax study` writes; remove the file"
+        require(ours, str(file), "no row of a study in this format", expected)
         row = Row(**data)
         fault = _other(row.made_with, made_with(self._study, cell), str(file))
         if fault:
             raise ConfigError(f"{file} is a row of another study ({fault}); give another --out, or remove the file")
+        asked = {task.name for task in self._study.tasks}
+        shares = set(row.scores) == asked and all(0 <= score <= 1 for score in row.scores.values())
+        require(shares and (row.arm, row.seed) == (cell.arm.name, cell.seed), str(file), "no row of this run", expected)
         return row
 
     def write(self, cell: Cell, row: Row) -> None:
@@ -179,6 +182,23 @@ class Rows:
         return found
 
 
+def _is_row(data: Mapping[str, Any]) -> bool:
+    """Has what was read the fields of a row, with values of their types?"""
+    if set(data) != {f.name for f in dataclasses.fields(Row)}:
+        return False
+    tables = [data[name] for name in ("scores", "samples", "findings", "parameters", "seconds")]
+    mappings = all(isinstance(one, dict) for one in (*tables, data["curves"], data["made_with"]))
+    numbers = mappings and all(_finite(x) for table in tables for x in table.values())
+    curves = mappings and all(isinstance(points, list) for points in data["curves"].values())
+    points = [point for one in data["curves"].values() for point in one] if curves else []
+    pairs = all(isinstance(point, list) and len(point) == 2 and all(map(_finite, point)) for point in points)
+    return numbers and curves and pairs and {"all", "added"} <= set(data["parameters"])
+
+
+def _finite(x: Any) -> bool:
+    return isinstance(x, (int, float)) and math.isfinite(x)
+
+
 def _write(file: Path, text: str) -> None:
     """Put a file in place, in one step."""
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -219,7 +239,7 @@ def _other(old: Mapping[str, Any], new: Mapping[str, Any], where: str) -> str:
             what = "run" if number == len(after) - 1 else f"phases.{number}"
             return "; ".join(f"{what}.{line}" for line in lines[:3])
     rest = [name for name in new if name not in ("phases", "run")]
-    lines = [line for name in rest for line in differing(name, _normal(old.get(name)), _normal(new[name]))]
+    lines = [line for name in rest for line in configs.differing(name, _normal(old.get(name)), _normal(new[name]))]
     return "; ".join(lines[:3])
 
 

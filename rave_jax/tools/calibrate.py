@@ -126,7 +126,7 @@ class Subject[Encoded]:
         except OSError as error:
             part.unlink(missing_ok=True)
             raise ConfigError(f"cannot write {self._out}: {error.strerror or error}") from error
-        print(f"{self._out}: {len(configs)} mechanisms")
+        print(f"{self._out}: {len(configs)} mechanism{'s' * (len(configs) != 1)}")
 
 
 def _usable[Encoded](data: SourceConfig, encode: Callable[[Sample], Encoded], samples: int) -> list[Encoded]:

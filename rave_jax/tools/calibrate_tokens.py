@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
-from rave_jax.attention import Dyvte, Pruning
+from rave_jax.attention import Dyvte, MechanismConfig, Pruning
 from rave_jax.attention.calibrate.debias import DebiasSearch, fitted
 from rave_jax.attention.calibrate.dyvte import DyvteTraining, Routers
 from rave_jax.checkpoint.hf_export import export_hf
@@ -19,6 +20,7 @@ from rave_jax.checkpoint.recut import recut
 from rave_jax.config import ConfigError
 from rave_jax.evaluation.heads import with_answer
 from rave_jax.evaluation.leaving import attention_by_place
+from rave_jax.models.config import ModelOptions
 from rave_jax.models.vlm import Vlm
 from rave_jax.tools import source as sources
 from rave_jax.tools.calibrate import Subject
@@ -45,6 +47,7 @@ def calibrate_debias(arguments: argparse.Namespace) -> None:
     """
     search = DebiasSearch(**given_fields(arguments, DebiasSearch))
     subject = Subject(arguments, Pruning, with_answer)
+    _with(subject, search.undebiased)
     found = attention_by_place(
         subject.model, subject.processor, subject.samples, subject.mesh, arguments.rows, search.layer
     )
@@ -67,11 +70,7 @@ def calibrate_dyvte(arguments: argparse.Namespace) -> None:
     if arguments.out.exists():
         raise ConfigError(f"cannot write {arguments.out}: it exists; expected a new directory for model and routers")
     subject = Subject(arguments, Dyvte, with_answer)
-    # Refused before the training: a model that routers cannot stand in.
-    options = dataclasses.replace(
-        subject.model.options, mechanisms=(*subject.model.options.mechanisms, Dyvte(training.width))
-    )
-    jax.eval_shape(lambda: Vlm(subject.model.config, options, key=jax.random.key(0)))
+    options = _with(subject, Dyvte(training.width))
     console = Console(stderr=True)
     with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
         task = progress.add_task("steps", total=training.steps)
@@ -88,6 +87,13 @@ def calibrate_dyvte(arguments: argparse.Namespace) -> None:
     model = recut(subject.model, options, functools.partial(value_of, found.routers))
     export_hf(model, arguments.out, sources.model_directory(arguments.model))
     print(f"{arguments.out}: the model with its routers, in HuggingFace format")
+
+
+def _with(subject: Subject[Any], mechanism: MechanismConfig) -> ModelOptions:
+    """The options of the model with one more mechanism; a model that it cannot stand in is refused before the work."""
+    options = dataclasses.replace(subject.model.options, mechanisms=(*subject.model.options.mechanisms, mechanism))
+    jax.eval_shape(lambda: Vlm(subject.model.config, options, key=jax.random.key(0)))
+    return options
 
 
 def value_of(routers: Routers, name: str) -> NpArray:

@@ -19,7 +19,7 @@ from rave_jax.evaluation.suites import evaluate
 from rave_jax.evaluation.summary import print_summary
 from rave_jax.models.vlm import Vlm
 from rave_jax.observe.messages import plain_messages
-from rave_jax.parallel import hosts
+from rave_jax.parallel import agree, hosts
 from rave_jax.parallel.mesh import make_mesh
 from rave_jax.tools import source as sources
 from rave_jax.tools.job import EXIT_CONFIG, run_job
@@ -76,6 +76,7 @@ def examine(path: Path, config: Examination) -> None:
         SampleError: a sample cannot be asked, and the evaluation is to stop then.
     """
     mesh = make_mesh(config.mesh)
+    agree.check_same_config(config, "hosts")
     out = Path(config.output_dir or (path if is_run(path) else f"runs/eval-{path.resolve().name}"))
     check_writable(out, 0)
     model, processor = load(path, config, mesh)

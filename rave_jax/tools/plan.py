@@ -24,6 +24,7 @@ from rave_jax.training.config import TrainConfig
 
 EXIT_DOES_NOT_FIT = 1
 EXIT_FITS = 0
+_COMPILES = ("hlo", "full", "compare_plain", "no_changes")
 _FLAGS = ("topology", "slices", "json", "hlo", "no_changes", "generation", "full", "compare_plain")
 
 
@@ -66,10 +67,12 @@ def plan(arguments: argparse.Namespace) -> int:
     config.mesh.sizes(topology.devices)  # refuses sizes that do not fit before anything is compiled
     vlm, source = model_of(config.init)
     for name in ("json", "hlo"):
-        file = getattr(flags, name)
-        if file is not None and not file.absolute().parent.is_dir():
-            raise ConfigError(f"--{name} is {str(file)!r}, but there is no folder {file.absolute().parent}")
+        if getattr(flags, name) is not None:
+            _check_writable(name, getattr(flags, name))
     if flags.generation:
+        idle = [f"--{name.replace('_', '-')}" for name in _COMPILES if getattr(flags, name)]
+        if idle:
+            raise ConfigError(f"--generation compiles nothing, so that {' and '.join(idle)} cannot stand beside it")
         jax.config.update("jax_platforms", "cpu")  # shapes alone: no accelerator of this machine is taken
         found_answering = answering(config, vlm, topology)
         print(f"{words[0]} on {topology}, {topology.devices} devices\nmodel: {source}")
@@ -85,7 +88,7 @@ def plan(arguments: argparse.Namespace) -> int:
         report = as_json(found)
         if not found.step.fits and not flags.no_changes:
             print("it does not fit; compiling changes of it, two at a time", file=sys.stderr)
-            changes = changes_that_fit(wanted)
+            changes = changes_that_fit(wanted, found.step.hbm)
             report["changes_that_fit"] = [change.as_json() for change in changes]
             print("\nchanges that fit, each compiled:" if changes else "\nno change that was tried fits")
             for change in changes:
@@ -94,6 +97,18 @@ def plan(arguments: argparse.Namespace) -> int:
         raise ConfigError(str(error)) from error
     _write(flags.json, report)
     return EXIT_FITS if found.step.fits else EXIT_DOES_NOT_FIT
+
+
+def _check_writable(name: str, file: Path) -> None:
+    """Known before a compile that takes minutes."""
+    there = file.exists()
+    try:
+        file.open("a").close()
+        if not there:
+            file.unlink()
+    except OSError as error:
+        why = error.strerror or error
+        raise ConfigError(f"--{name} is {str(file)!r}, a file that cannot be written: {why}") from error
 
 
 def _write(file: Path | None, report: dict[str, Any]) -> None:

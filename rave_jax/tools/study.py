@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 
 from rave_jax.checkpoint.store import StoreError
-from rave_jax.command_line import config_file
+from rave_jax.command_line import STUDIES, config_file
 from rave_jax.config import load_file, local_path, require
 from rave_jax.observe.messages import plain_messages
 from rave_jax.parallel import hosts
@@ -33,9 +33,10 @@ def load(config: str, out: Path | None) -> Study:
     Raises:
         ConfigError: there is no such file, or it holds no study.
     """
-    path = config_file(config)
+    path = config_file(config, STUDIES)
     study = load_file(path)
     require(isinstance(study, Study), f"get_config() of {path}", study, "a Study; `rave-jax train` takes a TrainConfig")
+    require(bool(study.arms), f"{path}: arms", study.arms, "at least one arm to run")
     return study if out is None else dataclasses.replace(study, output_dir=str(out))
 
 

@@ -187,7 +187,7 @@ def claimed(directory: RunDirectory, config: TrainConfig) -> Generator[Claim]:
 
 
 def _lost(words: str) -> None:
-    hosts.tell_the_others(words)
+    hosts.tell_the_others(words, 1)
     hosts.end(1, words)
 
 

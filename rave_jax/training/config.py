@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from rave_jax import config as configs
 from rave_jax.checkpoint.retention import Retention
@@ -196,26 +196,7 @@ def differences(old: TrainConfig, new: TrainConfig) -> list[str]:
         if config["data"]["packing"] is not None:
             del config["data"]["packing"]["workers"]
     names = [f.name for f in dataclasses.fields(TrainConfig) if f.name not in OPERATIONAL | {"steps"}]
-    return [line for name in names for line in differing(name, before[name], after[name])]
-
-
-def differing(where: str, old: Any, new: Any) -> list[str]:
-    """Where two values of `to_json` differ, each as `FIELD is NEW, was OLD`; `where` is the name of the whole."""
-    if old == new:
-        return []
-    if isinstance(old, dict) and isinstance(new, dict) and old.get(configs.TAG) == new.get(configs.TAG):
-        return [line for key in old for line in differing(f"{where}.{key}", old[key], new[key])]
-    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        pairs = enumerate(zip(old, new, strict=True))
-        return [line for number, pair in pairs for line in differing(f"{where}.{number}", *pair)]
-    return [f"{where} is {_short(new)}, was {_short(old)}"]
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, dict) and configs.TAG in value:
-        fields = ", ".join(f"{key}={_short(item)}" for key, item in value.items() if key != configs.TAG)
-        return f"{value[configs.TAG]}({fields})"
-    return f"[{', '.join(map(_short, value))}]" if isinstance(value, list) else repr(value)
+    return [line for name in names for line in configs.differing(name, before[name], after[name])]
 
 
 def extension(old: TrainConfig, new: TrainConfig, after_step: int) -> TrainConfig:

@@ -2,7 +2,7 @@
 
 Checkpoints are written to the bucket and read from there by all processes. Whatever else a run writes (config, metrics,
 model files, evaluations, report) goes into a local folder that ends with the process, and process 0 copies what has
-changed to the bucket: in the background, before every checkpoint, and at the end. A start copies it from there, so
+changed to the bucket: in the background, beside every save, and at the end. A start copies it from there, so
 hosts need no common disk.
 """
 

@@ -37,7 +37,7 @@ from rave_jax.observe.metrics import JsonlWriter, MetricsWriter, TensorBoardWrit
 from rave_jax.observe.progress import CountBar, ProgressReport
 from rave_jax.observe.tables import print_parameters
 from rave_jax.observe.wandb import MissingPackage, WandbWriter
-from rave_jax.parallel import hosts
+from rave_jax.parallel import agree, hosts
 from rave_jax.parallel.memory import check_memory
 from rave_jax.parallel.mesh import MeshConfig, make_mesh, mesh_line
 from rave_jax.parallel.sharding import use_mesh
@@ -115,6 +115,7 @@ def _run(
     work_of: WorkOf | None,
 ) -> None:
     mesh = make_mesh(config.mesh)
+    agree.check_same_config(config, "hosts", "output_dir")  # whether that is one place is asked of the place itself
     with watchdog.during("the data sources to open", Watchdog.LONG):
         sources = config.data.open_sources()
     with use_mesh(mesh), claimed(directory, config) as claim:
@@ -146,7 +147,7 @@ def _run(
             state = _first_or_saved_state(config, session, directory, claim, pipeline)
         meter = Meter(goodput, None if work_of is None else work_of(config, vlm, session))
         # A run that is killed goes on from its newest state, and must find the metrics that led to it.
-        pushes = directory.push if hosts.is_first() else None
+        pushes = directory.push if hosts.is_first() and directory.mirror is not None else None
         with Store(directory.checkpoints, config.retention, before=pushes) as store:
             if claim.past is not None:
                 evaluations.continue_after(claim.after_step)

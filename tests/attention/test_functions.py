@@ -57,6 +57,16 @@ def of_keys_at_hand(info_q: TokenInfo, info_k: TokenInfo) -> Term:
     return of_places(info_q, info_k).replace(key={"at": info_q.offset})
 
 
+def of_one_row(info_q: TokenInfo, info_k: TokenInfo) -> Term:
+    """Without the axis of rows."""
+    return of_places(info_q, info_k).replace(query={"at": info_q.offset[0]})
+
+
+def of_pairs(info_q: TokenInfo, info_k: TokenInfo) -> Term:
+    """Of complex numbers."""
+    return of_places(info_q, info_k).replace(query={"at": info_q.offset + 1j})
+
+
 def of_ranks(info_q: TokenInfo, info_k: TokenInfo) -> Term:
     return Term(ranked)
 
@@ -89,6 +99,10 @@ def test_a_term_that_does_not_fit_is_refused_by_its_config() -> None:
         at.build_mechanisms((Far("without_its_key"),), DIMS, KEY)
     with pytest.raises(ConfigError, match=r"key\['at'\] has shape \(1, 8, 2\), expected \(1, 16, 2\) .* `remember`"):
         at.build_mechanisms((Far("of_keys_at_hand"),), DIMS, KEY)
+    with pytest.raises(ConfigError, match=r"query\['at'\] has shape \(8,\), expected \(1, 8, 4\)"):
+        at.build_mechanisms((Far("of_one_row"),), DIMS, KEY)
+    with pytest.raises(ConfigError, match=r"query\['at'\] is complex64, expected float32"):
+        at.build_mechanisms((Far("of_pairs"),), DIMS, KEY)
 
 
 class Holding(at.Mechanism):

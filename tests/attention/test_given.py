@@ -29,13 +29,13 @@ class Wrong(at.MechanismConfig):
 
     @property
     def of_prompt(self) -> bool:
-        return self.kind is not at.Mechanism
+        return issubclass(self.kind, at.Prompted)
 
     def stays(self, visual: int, pictures: int) -> tuple[int, ...] | None:
         return (visual,) if "tokens" in self.hooks else None
 
     def build(self, dims: at.AttentionDims, key: jax.Array) -> at.Mechanism:
-        owns = tuple({"positions", "factor", "route", "tokens"} & {*self.hooks})
+        owns = (*self.kind.OWNS, *({"positions", "factor", "route", "tokens"} & {*self.hooks}))
         return type("Mine", (self.kind,), {**self.hooks, "OWNS": owns})()
 
 
@@ -167,6 +167,40 @@ WRONG: dict[str, tuple[dict[str, Hook], str]] = {
 def test_a_hook_that_gives_what_it_should_not_is_refused_by_its_config(hooks: dict[str, Hook], said: str) -> None:
     with pytest.raises(ConfigError, match=f"^Wrong: the hook {said}"):
         at.build_mechanisms((Wrong(hooks),), WIDE, KEY)
+
+
+@dataclass(frozen=True)
+class Skips(Wrong):
+    """One that says that keys may be left out."""
+
+    @property
+    def skips_keys(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(
+    ("hooks", "said"),
+    [
+        (
+            score(lambda x, q, k: at.Score(key_bias=jnp.zeros((*k.kind.shape, x.q.shape[2])))),
+            "the hook `score` gave key_bias, expected terms alone, since its config says `skips_keys`",
+        ),
+        (
+            {"merge": lambda self, x, parts, info_q, info_k: parts.groups},
+            "says `skips_keys`, but its hook `merge` needs all keys",
+        ),
+    ],
+    ids=["a bias of keys", "a merge"],
+)
+def test_keys_are_left_out_for_score_terms_alone(hooks: dict[str, Hook], said: str) -> None:
+    with pytest.raises(ConfigError, match=f"^Skips:? {said}"):
+        at.build_mechanisms((Skips(hooks),), WIDE, KEY)
+
+
+def test_who_shows_later_tokens_says_that_it_looks_ahead() -> None:
+    kind = type("Ahead", (at.Mechanism,), {"OWNS": ("hi",)})
+    with pytest.raises(ConfigError, match=r"Wrong: Mine owns 'hi', .* let the config's `looks_ahead` be True"):
+        at.build_mechanisms((Wrong({"mask": lambda self, info_q, info_k, codes: codes}, kind),), WIDE, KEY)
 
 
 def test_what_fits_is_left_alone() -> None:

@@ -106,6 +106,25 @@ def test_pruning_ranks_by_the_last_row_without_the_bias_of_places() -> None:
         np.testing.assert_array_equal(alone[0, :length], stays[b, start : start + length])
 
 
+def test_padding_leaves_before_all_else_and_no_more_stay_than_show_the_picture() -> None:
+    """As the debiasing: a_i / exp(sigma i / L), then 0 on padding; of K tokens no padding stays."""
+    x, info = features(rows=2, length=T), rows()
+    by = np.asarray(jax.jit(tokens.deciders)(info))
+    padded = np.zeros((2, T), np.int32)
+    padded[0, [3, 10]], padded[1, 9:12] = 1, 1
+    found, stays = kept(
+        (at.Pruning(keep=0.5, slope=1.5, padding="leaves", layers=(0,)),), x, info._replace(padded=jnp.asarray(padded))
+    )
+    for b in range(2):
+        for decider in {*by[b].tolist()} - {T}:
+            mine = np.flatnonzero(by[b] == decider)
+            place = np.asarray(info.col)[b, mine] / np.asarray(info.grid_w)[b, mine]
+            score = np.where(padded[b, mine] > 0, 0, np.asarray(found)[b, mine] / np.exp(1.5 * place))
+            count = min(math.floor(0.5 * len(mine) + 0.5), int(np.sum(padded[b, mine] == 0)))
+            assert {*mine[np.argsort(-score)[:count]].tolist()} == {*mine[np.asarray(stays)[b, mine]].tolist()}
+    assert not np.asarray(stays)[1, 9:12].any(), "all of a picture, where all is padding"
+
+
 def _documents() -> list[tuple[int, int, int]]:
     """(row, first token, number of tokens) of each document."""
     found = []
@@ -193,6 +212,8 @@ def test_no_more_stay_than_is_said(keep: float, visual: int, pictures: int) -> N
 def test_what_cannot_be_is_refused_by_name() -> None:
     with pytest.raises(ConfigError, match=r"keep is 1.5, expected a share from 0 to 1"):
         at.Pruning(keep=1.5)
+    with pytest.raises(ConfigError, match=r"Pruning\.layers is 'all', all .* but the last, and the model has only 1 "):
+        plan_layer_runs((at.Pruning(layers="all"),), 1)
     with pytest.raises(ConfigError, match=r"Pruning\.layers names 3, the last layer"):
         plan_layer_runs((at.Pruning(layers=(3,)),), 4)
     assert [run.stop - run.start for run in plan_layer_runs((at.Dyvte(),), 4)] == [1, 1, 1, 1]

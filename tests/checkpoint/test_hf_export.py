@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 
 import jax
+import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -16,9 +17,9 @@ from safetensors.numpy import load_file
 from rave_jax.attention import Rave
 from rave_jax.checkpoint import native
 from rave_jax.checkpoint.card import Origin
-from rave_jax.checkpoint.hf_export import copy_small_files, export_hf
+from rave_jax.checkpoint.hf_export import copy_small_files, export_hf, number_type
 from rave_jax.checkpoint.hf_import import import_hf
-from rave_jax.checkpoint.safetensors_file import CheckpointError
+from rave_jax.checkpoint.safetensors_file import CheckpointError, Planned
 from rave_jax.checkpoint.written_whole import written_whole
 from rave_jax.layout import ContextTokens
 from rave_jax.models.config import Lora, ModelOptions
@@ -90,6 +91,19 @@ def test_a_cast_there_and_back_loses_nothing(write: Write, tmp_path: Path) -> No
     source = write(bfloat16=True)
     out = export_hf(import_hf(source, ModelOptions()), tmp_path / "out", source, dtype="bfloat16")
     assert_same_bytes(all_tensors(out), all_tensors(source))
+
+
+def test_the_config_states_the_number_type_of_what_is_written(write: Write, tmp_path: Path) -> None:
+    """transformers rounds to what is stated, for which older configs have another name, and parts one of their own."""
+    source = write(bfloat16=True)
+    config = json.loads((source / "config.json").read_text()) | {"torch_dtype": "bfloat16"}
+    config["vision_config"]["dtype"] = "bfloat16"
+    (source / "config.json").write_text(json.dumps(config))
+    out = export_hf(import_hf(source, ModelOptions()), tmp_path / "out", source)
+    says = json.loads((out / "config.json").read_text())
+    assert says["torch_dtype"] == says["vision_config"]["dtype"] == "float32"
+    few, many = (Planned("key", np.dtype(kind), (n,)) for kind, n in (("float32", 3), (ml_dtypes.bfloat16, 300)))
+    assert number_type([few, many]) == "bfloat16" and number_type([few, many, few]) == "float32"
 
 
 def test_the_sidecar_brings_everything_back(write: Write, tmp_path: Path) -> None:

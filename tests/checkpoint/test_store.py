@@ -6,6 +6,7 @@ import hashlib
 import random
 import resource
 import shutil
+import threading
 import time
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 from orbax.checkpoint import v1 as ocp
+from orbax.checkpoint._src.futures import synchronization
 
 from rave_jax.checkpoint import saved_step
 from rave_jax.checkpoint.digests import DamageError
@@ -98,13 +100,49 @@ def test_saving_a_step_again_leaves_it(tmp_path):
         assert store.steps == [1]
 
 
-def test_what_leads_to_a_state_is_written_before_it(tmp_path):
+def test_what_leads_to_a_state_is_written_before_it_and_beside_the_loop(tmp_path):
     """A process may be killed as soon as a checkpoint is there."""
-    small, there = parameters(on(MeshConfig())), []
-    with Store(tmp_path, 2, before=lambda: there.append(saved_step.steps_in(tmp_path))) as store:
-        for step in (1, 2):
-            store.save(step, small, small["values"], DATA)
+    small, there, go_on = parameters(on(MeshConfig())), [], threading.Event()
+
+    def before():
+        assert go_on.wait(60)
+        there.append(saved_step.steps_in(tmp_path))
+
+    with Store(tmp_path, 2, before=before) as store:
+        store.save(1, small, small["values"], DATA)
+        assert there == [], "the save has returned"
+        go_on.set()
+        store.save(2, small, small["values"], DATA)
     assert there == [[], [1]]
+
+
+def test_a_save_fails_with_what_is_written_before_it(tmp_path):
+    def before():
+        raise StoreError("cannot write to gs://bucket/run: it is gone")
+
+    small = parameters(on(MeshConfig()))
+    failed = r"step 1 could not be written to .*: cannot write to gs://bucket/run: it is gone; no step before it is"
+    with pytest.raises(StoreError, match=failed), Store(tmp_path, 2, before=before) as store:
+        store.save(1, small, small["values"], DATA)
+    assert saved_step.steps_in(tmp_path) == []
+
+
+def test_a_part_that_cannot_be_written_is_told_while_orbax_waits_for_other_processes(tmp_path, monkeypatch):
+    """orbax raises it behind a barrier of all processes, and where one fails the others do not come to it."""
+    come, at_barrier = threading.Event(), synchronization.MultihostSynchronizedValue.set
+
+    def waits(self, value):
+        assert value or come.wait(60)
+        at_barrier(self, value)
+
+    monkeypatch.setattr(synchronization.MultihostSynchronizedValue, "set", waits)
+    small = parameters(on(MeshConfig()))
+    with Store(tmp_path, 2, before=lambda: (tmp_path / "none" / "file").write_text("")) as store:
+        store.save(1, small, small["values"], DATA)
+        with pytest.raises(StoreError, match=r"step 1 could not be written to .*No such file"):
+            store.wait()
+        assert not come.is_set(), "orbax still waits"
+        come.set()
 
 
 def test_an_unfinished_save_is_no_checkpoint(tmp_path):

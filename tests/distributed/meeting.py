@@ -16,10 +16,11 @@ import jax.numpy as jnp
 
 from rave_jax.batch import Batch
 from rave_jax.config import ConfigError
-from rave_jax.parallel import hosts, shared_disk
+from rave_jax.parallel import agree, hosts, shared_disk
 from rave_jax.parallel.mesh import MeshConfig, make_mesh
 from rave_jax.parallel.rows import global_batch, owned_rows
 from rave_jax.parallel.sharding import use_mesh
+from rave_jax.parallel.stopping import leave
 from tests.training.small import random_batch, rows_of
 
 ROWS = 8
@@ -53,11 +54,22 @@ def shared(directory: Path, config: hosts.HostsConfig) -> str:
     return "; ".join(path.name for path in directory.iterdir() if path.name.startswith(".seen"))
 
 
+def said_of_configs(config: MeshConfig, *aside: str) -> str:
+    """What the check of the processes' configs says."""
+    try:
+        agree.check_same_config(config, *aside)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
 def main(process: int, processes: int, port: str, folder: Path) -> None:
     config = hosts.HostsConfig(f"localhost:{port}", processes, process, start_timeout=60, heartbeat_timeout=30)
     hosts.start(config, simulated_devices=2)
     results: dict = {name: seen(layout) for name, layout in MESHES.items()}
     results["shared"] = [shared(folder, config), shared(folder / f"of process {process}", config)]
+    layout = MeshConfig(fsdp=2 - process, tensor=1 + process)
+    results["config"] = [said_of_configs(layout), said_of_configs(layout, "fsdp", "tensor")]
     hosts.barrier("met", config)
     if process == 0:
         began = time.monotonic()
@@ -68,6 +80,7 @@ def main(process: int, processes: int, port: str, folder: Path) -> None:
     else:
         time.sleep(3)  # does not come
     (folder / f"{process}.json").write_text(json.dumps(results))
+    leave(0, seconds=0.5)  # process 0, while the other sleeps, which jax would abort then
 
 
 if __name__ == "__main__":

@@ -90,6 +90,13 @@ def test_a_signal_to_one_process_ends_both_while_the_other_waits_for_data(result
     assert first["digest"] == second["digest"]
 
 
+def test_configs_that_differ_are_refused_on_every_process(met):
+    for result in met:
+        differs, set_aside = result["config"]
+        assert differs.startswith("process 1 has another config than process 0: fsdp is 1, on process 0 2; tensor is")
+        assert set_aside == ""
+
+
 def test_a_directory_that_not_all_see_is_said_on_every_process(met):
     for process, result in enumerate(met):
         together, apart = result["shared"]

@@ -14,6 +14,7 @@ import yaml
 
 from rave_jax.command_line import load_command_line
 from rave_jax.observe.metrics import read_jsonl
+from rave_jax.tools.job import EXIT_CONFIG
 from rave_jax.training.config import TrainConfig
 from tests import programs
 
@@ -46,7 +47,12 @@ def test_jobset(repo):
     config = taken(repo, words)
     assert config.hosts.processes == -1 and config.output_dir.startswith("gs://")
     assert pod["terminationGracePeriodSeconds"] > config.hosts.stop_timeout
-    assert jobset["spec"]["failurePolicy"]["maxRestarts"] > 0
+    policy = jobset["spec"]["failurePolicy"]
+    (ends,), (rule,) = policy["rules"], job["podFailurePolicy"]["rules"]
+    assert policy["maxRestarts"] > 0 and pod["restartPolicy"] == "Never"  # the rules ask for the latter
+    assert (ends["action"], ends["onJobFailureReasons"]) == ("FailJobSet", ["PodFailurePolicy"])
+    assert rule["action"] == "FailJob"
+    assert rule["onExitCodes"] == {"containerName": container["name"], "operator": "In", "values": [EXIT_CONFIG]}
 
 
 def test_slurm_gives_a_run_the_time_to_save(repo):

@@ -8,7 +8,8 @@ from rave_jax.command_line import override
 from rave_jax.data.config import DataConfig
 from rave_jax.models.config import ModelOptions
 from rave_jax.parallel.mesh import MeshConfig
-from rave_jax.plan.changes import candidate_changes
+from rave_jax.plan.changes import Room, candidate_changes
+from rave_jax.plan.result import Hbm
 from rave_jax.training.algorithms import Adafactor
 from rave_jax.training.config import TrainConfig
 
@@ -70,3 +71,15 @@ def test_slices_keep_a_copy_each_before_anything_else_is_tried() -> None:
     config = dataclasses.replace(CONFIG, mesh=MeshConfig(fsdp=-1, tensor=2))
     flags, _, changed = next(candidate_changes(config, 16, slices=2))
     assert flags == "--mesh.data 2 --mesh.fsdp -1" and override(config, flags.split()) == changed
+
+
+def test_rows_are_divided_until_it_may_be_enough() -> None:
+    """State of 6 bytes and 48 that grow with the rows, where there are 20: four parts may be enough, two cannot be."""
+    room = Room(Hbm(parameters=2, optimizer=4, batch=0, temporaries=48, code=0, peak=54), usable=20)
+    config = dataclasses.replace(CONFIG, data=DataConfig(rows=256))
+    flags = [flags for flags, _, _ in candidate_changes(config, 16, room=room)]
+    assert [one for one in flags if one.startswith("--optimizer.accumulation")][:2] == [
+        "--optimizer.accumulation 4",
+        "--optimizer.accumulation 8",
+    ]
+    assert [one for one in flags if one.startswith("--data.rows")] == ["--data.rows 64", "--data.rows 32"]

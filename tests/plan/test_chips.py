@@ -32,6 +32,7 @@ def test_a_topology_is_named_by_chip_and_shape() -> None:
         ("v5e:4x0", 1, "--topology is 'v5e:4x0', expected a shape of 2 sizes"),
         ("v5p:4x4", 1, "chips of v5p lie in 3 dimensions: expected a shape as v5p:4x4x4"),
         ("v5e:4x4", 0, "--slices is 0, expected at least 1"),
+        ("v5e:16x16", 10_000, "10000 slices of v5e:16x16 have 2,560,000 devices, expected at most 131,072"),
     ],
 )
 def test_what_is_no_topology_is_refused_by_its_flag(text: str, slices: int, says: str) -> None:

@@ -12,18 +12,18 @@ from rave_jax.plan.compile import Wanted, compile_step
 from rave_jax.plan.models import model_of
 from rave_jax.plan.record import differences, record_of
 from rave_jax.plan.report import Plan
+from tests.conftest import REPO
 
-NAMES = ["qwen2_5_vl_7b_rave_sft v5e:16x16 1", "qwen2_5_vl_3b_rave_sft v5e:4x4 1"]
-"""`python benchmarks/plans.py --check` does the same for all."""
+KEPT = json.loads((REPO / "benchmarks" / "plans.json").read_text())
+"""What `python benchmarks/plans.py --keep` wrote: by config, topology and number of slices."""
 
 
 @pytest.mark.tpu_compiler
-@pytest.mark.parametrize("name", NAMES)
-def test_memory_and_collectives_are_those_that_are_kept(repo, name: str) -> None:
-    kept = json.loads((repo / "benchmarks" / "plans.json").read_text())[name]
+@pytest.mark.parametrize("name", KEPT)
+def test_memory_and_collectives_are_those_that_are_kept(name: str) -> None:
     config_name, topology_name, slices = name.split()
-    config, topology = load_file(repo / "configs" / f"{config_name}.py"), parse_topology(topology_name, int(slices))
+    config, topology = load_file(REPO / "configs" / f"{config_name}.py"), parse_topology(topology_name, int(slices))
     vlm, source = model_of(config.init)
     plan = Plan(config_name, source, topology, compile_step(Wanted(config, vlm, topology)))
-    assert differences(kept, record_of(plan)) == [], "python benchmarks/plans.py --keep writes what is expected"
+    assert differences(KEPT[name], record_of(plan)) == [], "python benchmarks/plans.py --keep writes what is expected"
     assert plan.share <= 0.85

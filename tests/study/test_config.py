@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -80,6 +81,7 @@ def test_behind_phases_an_arm_goes_on_with_other_samples() -> None:
             r"\(a\): steps is 'given', expected None for an",
         ),
         ({"arms": (Arm("a", "scratch", steps=0),)}, r"arms.0 \(a\): steps is 0"),
+        ({"starts": ()}, r"start is 'scratch', expected a start of the study, whose `starts` are empty"),
         ({"tasks": ()}, r"tasks is \(\), expected at least one"),
         ({"starts": (Start("", (), RECIPE),)}, "starts.0.name is ''"),
         ({"output_dir": "gs://bucket/x"}, "output_dir is 'gs://bucket/x'"),
@@ -88,6 +90,21 @@ def test_behind_phases_an_arm_goes_on_with_other_samples() -> None:
 def test_what_is_no_study_is_refused_by_its_field(changes: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         small(**changes)
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: Start("s", RECIPE), "phases is TrainConfig.*, expected a tuple, each item a TrainConfig"),
+        (lambda: Arm("a", "s", model=BIASED.mechanisms), "model is .*, expected a ModelOptions or None"),
+        (lambda: Judged(data="heldout.jsonl"), "data is 'heldout.jsonl', expected a"),
+        (lambda: small(arms=Arm("a", "scratch")), "arms is .*, expected a tuple, each item a"),
+        (lambda: small(seeds=[0, 1]), r"seeds is \[0, 1\], expected a tuple, each item an integer"),
+    ],
+)
+def test_a_value_of_another_type_is_refused_by_its_field(make: Callable[[], Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=f"(?s){said}"):
+        make()
 
 
 def test_a_task_may_not_have_the_name_of_their_mean() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -63,6 +64,30 @@ def test_a_file_that_is_no_row_is_named(tmp_path: Path, text: str) -> None:
     rows.file(cell).parent.mkdir(parents=True)
     rows.file(cell).write_bytes(text.encode("latin-1"))
     with pytest.raises(ConfigError, match=r"off-0.json.* row"):
+        rows.read(cell)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("scores", {"mosaic": "high"}, "format"),
+        ("scores", {"mosaic": float("nan")}, "format"),
+        ("scores", {"mosaic": 7}, "of this run"),
+        ("scores", {"other": 0.5}, "of this run"),
+        ("seed", 1, "of this run"),
+        ("parameters", {"all": 3}, "format"),
+        ("curves", {"loss": [[1]]}, "format"),
+        ("findings", [1], "format"),
+        ("made_with", 3, "format"),
+    ],
+)
+def test_a_row_that_was_damaged_is_named(tmp_path: Path, field: str, value: Any, said: str) -> None:
+    study = small()
+    rows, cell = Rows(tmp_path, study), study.cells()[0]
+    rows.write(cell, row_of(study, cell, 0.5))
+    data = json.loads(rows.file(cell).read_text())
+    rows.file(cell).write_text(json.dumps(data | {field: value}))
+    with pytest.raises(ConfigError, match=f"off-0.json is 'no row.* {said}', expected .*remove the file"):
         rows.read(cell)
 
 

@@ -73,6 +73,7 @@ def test_a_file_of_questions_where_nothing_helps_changes_nothing(
     [
         (["--grid", "2"], "grid"),
         (["--grid", "much"], "grid"),
+        (["--grid", "1e-40", "--grid", "1"], "expected numbers from 1e-30 to 1e+30, 1 (no change) among them"),
         (["--samples", "0"], "samples"),
         (["--data", "{tmp}/nowhere.jsonl"], "nowhere.jsonl"),
         (["--data", "{tmp}/unanswered.jsonl"], "no sample of"),

@@ -36,6 +36,14 @@ def test_the_bias_goes_into_a_models_options(folder: Path, tmp_path: Path, capsy
     import_hf(folder, ModelOptions(mechanisms=(found,)), make_mesh(MeshConfig()))
 
 
+def test_a_layer_that_nothing_stands_behind_is_refused_before_anything_is_measured(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--samples", "1", "--layer", str(SMALL.num_layers - 1)]
+    assert main(["calibrate", "debias", str(folder), str(tmp_path / "found.json"), *flags]) == 2
+    assert "Pruning.layers names 1, the last layer" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_routers_are_trained_and_written_with_their_model(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

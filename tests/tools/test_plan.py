@@ -27,6 +27,14 @@ QUICKSTART = ("plan", "configs/quickstart.py")
             "needed), or one with the name of a released model: Qwen2.5-VL-3B-Instruct",
         ),
         ((*QUICKSTART, "--topology", "v5e:2x2", "--json", "nowhere/plan.json"), "--json is 'nowhere/plan.json'"),
+        (
+            (*QUICKSTART, "--topology", "v5e:2x2", "--json", "docs"),
+            "--json is 'docs', a file that cannot be written: Is",
+        ),
+        (
+            (*QUICKSTART, "--topology", "v5e:2x2", "--generation", "--full"),
+            "--generation compiles nothing, so that --full cannot stand beside it",
+        ),
     ],
 )
 def test_what_cannot_be_planned_is_one_line(words: tuple[str, ...], says: str, capsys, monkeypatch, repo) -> None:

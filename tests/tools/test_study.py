@@ -57,8 +57,12 @@ def test_bad_words_are_one_line(config: Path, words: list[str], said: str, capsy
 def test_a_config_that_is_no_study_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["study", "quickstart"]) == 2
     assert "expected a Study; `rave-jax train` takes a TrainConfig" in capsys.readouterr().err
-    assert main(["study", str(tmp_path / "none.py")]) == 2
-    assert "no such config file" in capsys.readouterr().err
+    assert main(["study", str(tmp_path / "rav.py")]) == 2
+    said = capsys.readouterr().err
+    assert "no such config file" in said and "did you mean studies/rave?" in said and "quickstart" not in said
+    (tmp_path / "empty.py").write_text("from rave_jax.study.config import Study as get_config\n")
+    assert main(["study", str(tmp_path / "empty.py")]) == 2
+    assert "arms is (), expected at least one arm to run" in capsys.readouterr().err
 
 
 def test_a_row_of_another_study_ends_it_before_anything_is_run(

@@ -11,6 +11,7 @@ which counts by the tokens in it; the repository's own file for FastV is a splin
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -40,9 +41,14 @@ class DebiasSearch:
         require(self.layer >= 0, "layer", self.layer, "a number of a layer, from 0")
         require(0 <= self.keep < 1, "keep", self.keep, "a share from 0 to below 1")
 
+    @property
+    def undebiased(self) -> Pruning:
+        """The mechanism without a curve."""
+        return Pruning(self.keep, padding="leaves", layers=(self.layer,))
+
     def config_of(self, curve: Curve) -> Pruning:
         """The mechanism to put into a model's config."""
-        return Pruning(self.keep, round(curve.sigma, 6), (self.layer,))
+        return dataclasses.replace(self.undebiased, slope=round(curve.sigma, 6))
 
 
 class Curve(NamedTuple):

@@ -28,7 +28,7 @@ from typing import Any, Literal, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from rave_jax.attention.zero_tuning import ZeroTuning
+from rave_jax.attention.zero_tuning import LEAST, MOST, ZeroTuning
 from rave_jax.config import ConfigError, check_fields, require
 from rave_jax.typing import Array, Bool, Float, NpArray
 
@@ -56,10 +56,10 @@ class ZeroTuningSearch:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        require(self.probe > 1, "probe", self.probe, "a number above 1")
+        require(1 < self.probe <= MOST, "probe", self.probe, f"a number above 1, at most {MOST:g}")
         require(0 < self.fraction <= 1, "fraction", self.fraction, "a number above 0, at most 1")
-        usable = all(gamma > 0 for gamma in self.grid) and 1.0 in self.grid
-        require(usable, "grid", self.grid, "numbers above 0, 1 (no change) among them")
+        usable = all(LEAST <= gamma <= MOST for gamma in self.grid) and 1.0 in self.grid
+        require(usable, "grid", self.grid, f"numbers from {LEAST:g} to {MOST:g}, 1 (no change) among them")
 
 
 class Profile(NamedTuple):

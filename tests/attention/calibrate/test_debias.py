@@ -20,7 +20,7 @@ def test_a_curve_is_found_from_its_own_numbers(sigma: float) -> None:
     assert found.sigma == pytest.approx(sigma, abs=0.03) and found.mu == pytest.approx(0.002, rel=0.05)
     assert found.explained > 0.9 or sigma == 0
     config = DebiasSearch(layer=2, keep=0.25).config_of(found)
-    assert config == Pruning(0.25, round(found.sigma, 6), (2,))
+    assert config == Pruning(0.25, round(found.sigma, 6), "leaves", (2,))
 
 
 def test_the_curve_has_the_least_squares() -> None:

@@ -16,6 +16,7 @@ from rave_jax.data.processor import Processor
 from rave_jax.data.survey import measure
 from rave_jax.families.directory import picture_rules
 from rave_jax.families.llava.pictures import Pictures
+from rave_jax.layout import ContextTokens, VisualLayout
 from tests.data.pictures import noise
 
 SIDE = 56
@@ -118,6 +119,23 @@ def test_a_placeholder_becomes_the_tokens_of_a_picture(directory: Path, full: bo
 def test_processing_that_is_not_done_is_refused(directory: Path, change: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=f"preprocessor_config.json: {message}"):
         rules_of(with_processor(directory, **change))
+
+
+@pytest.mark.parametrize("pads", [True, False])
+def test_tokens_that_show_more_border_than_picture_say_so(directory: Path, pads: bool) -> None:
+    """As many as there are patches of which more than half has the colour of the border; context tokens are none."""
+    folder = with_processor(directory, image_processor_type="LlavaImageProcessor", do_pad=pads)
+    rules = rules_of(folder)
+    processor = Processor.from_hf(folder, layout=VisualLayout(context=ContextTokens(1)))
+    images = [np.full((*size, 3), 255, np.uint8) for size in ((20, 56), (56, 30), (5, 56), (56, 56))]
+    example = processor.encode([{"role": "user", "content": [{"type": "image", "image": image} for image in images]}])
+    expected = []
+    for image in images:
+        cells = rules.resized(Image.fromarray(image)).reshape(4, 14, 4, 14, 3).min(-1) < 200
+        expected.append(cells.mean((1, 3)).ravel() > 0.5)
+    visual = example.info.kind == Kind.VISUAL
+    np.testing.assert_array_equal(example.info.padded[visual], np.concatenate(expected))
+    assert not example.info.padded[~visual].any() and example.info.padded.any() == pads
 
 
 def test_thin_pictures_and_videos_are_refused(directory: Path) -> None:
