@@ -11,6 +11,7 @@ from rave_jax.attention.attend import (
     mask_codes,
     positions,
     remember,
+    router_of,
     summarise,
 )
 from rave_jax.attention.avar import Avar
@@ -31,7 +32,8 @@ from rave_jax.attention.base import (
 from rave_jax.attention.biformer import BiFormer
 from rave_jax.attention.cache import Cache, CacheType, LayerKeys, RegionMemory, RegionReach
 from rave_jax.attention.cca import Cca
-from rave_jax.attention.checks import check_kernels, check_owners
+from rave_jax.attention.checks import check_kernels, check_owners, name_of
+from rave_jax.attention.choices import ChoiceSums
 from rave_jax.attention.context import ContextSight
 from rave_jax.attention.cost import LayerReading, PicturesBefore
 from rave_jax.attention.croc import Croc
@@ -81,6 +83,7 @@ __all__ = [
     "Candidates",
     "Cca",
     "Channels",
+    "ChoiceSums",
     "ContextSight",
     "Croc",
     "Decomposed",
@@ -149,10 +152,12 @@ __all__ = [
     "empty_cache",
     "empty_region_cache",
     "mask_codes",
+    "name_of",
     "pick",
     "plan_layer_runs",
     "positions",
     "remember",
+    "router_of",
     "summarise",
     "with_short_keys",
 ]

@@ -6,15 +6,15 @@ import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 
 from rave_jax.attention.base import Features, KeyFactor, Keys, Mechanism, Parts, overrides
+from rave_jax.attention.choices import ChoiceSums, choice_sums
 from rave_jax.attention.heads import head_gates, scaled
 from rave_jax.attention.merge import log_weights, merged, partition_of, parts_of, with_factor
 from rave_jax.attention.queries import QueryChoice, attention_of, choice_of_queries, chosen_regions
 from rave_jax.attention.reweigh import reweighed, reweighing, with_reweighed
-from rave_jax.attention.scores import Scores, by_view, scores_of
+from rave_jax.attention.scores import Scores, by_view, scores_of, without_gradient
 from rave_jax.attention.statistics import Statistics, WantedStatistics, statistics_of
 from rave_jax.attention.tokens import Deciding, received
 from rave_jax.batch import TokenInfo
@@ -29,7 +29,8 @@ class AttentionOutput(NamedTuple):
     """What `attend` gives: heads' outputs, of the asked-for queries the attention over all keys and which regions
     they chose (None if not asked, or where nothing routes), the sums of the mechanisms' losses by name (none if not
     asked), what heads were multiplied by (None if not asked), sums over rows and columns of the map (None if not
-    asked), and the attention that tokens get from those that decide about them (None where no mechanism ranks by it).
+    asked), the attention that tokens get from those that decide about them (None where no mechanism ranks by it), and
+    sums over what all queries choose (None if not asked, or where nothing routes).
     """
 
     out: Float[Array, "B T H h"]
@@ -39,6 +40,7 @@ class AttentionOutput(NamedTuple):
     gates: Float[Array, "B T H"] | None = None
     statistics: Statistics | None = None
     received: Float[Array, "B T"] | None = None
+    choices: ChoiceSums | None = None
 
 
 def positions(
@@ -100,6 +102,8 @@ def attend(
     regions: int = 0,
     progress: Float[Array, ""] | None = None,
     deciding: Deciding | None = None,
+    choices: bool = False,
+    dealt: bool = False,
 ) -> AttentionOutput:
     """Attention of one layer under its mechanisms.
 
@@ -117,6 +121,8 @@ def attend(
         regions: R, the most regions that keys can be in.
         progress: of the training run, 0 to 1, for what is scheduled; None is its end.
         deciding: which tokens decide about which, where some may leave after the layer.
+        choices: are sums wanted over what queries choose?
+        dealt: do queries stand in `context.dealt_order`?
 
     Returns:
         outputs before the output projection, the queries' attention and the regions they chose, the losses and the
@@ -172,9 +178,11 @@ def attend(
     if statistics is not None:
         given = given._replace(statistics=statistics_of(rows_of, info_q, info_k, statistics, scores.q.shape[2]))
     if deciding is not None and any(mechanism.RANKS for mechanism in mechanisms):
-        of, norm, key, parts, logs = _without_gradient((scores, lse, factor, groups, weights))
+        of, norm, key, parts, logs = without_gradient((scores, lse, factor, groups, weights))
         ranked = received(lambda some: attention_of(of, norm, some, key, parts, logs), deciding)
         given = given._replace(received=ranked)
+    if choices and routing is not None:
+        given = given._replace(choices=choice_sums(scores, info_k, routing, dealt=dealt))
     if queries is None:
         return given
     asked = choice_of(queries)
@@ -183,10 +191,6 @@ def attend(
     of_layout = asked is not None and router is not None and not router.OWN_REGIONS
     chosen = chosen_regions(asked, scores.q.shape[2]) if of_layout else None
     return given._replace(attention=wanted, chosen=chosen)
-
-
-def _without_gradient(tree: Any) -> Any:
-    return jax.tree.map(lambda x: jax.lax.stop_gradient(x) if isinstance(x, jax.Array) else x, tree)
 
 
 def routing_of(

@@ -139,3 +139,8 @@ def of_keys(scores: Scores, key: Int[Array, "B T"]) -> tuple[Float[Array, "B T H
 def map_queries(codes: MaskCodes, rows: Array) -> MaskCodes:
     """The codes of some queries, by index."""
     return codes._replace(lo=pick(codes.lo, rows), hi=pick(codes.hi, rows), open_q=pick(codes.open_q, rows))
+
+
+def without_gradient[Tree](tree: Tree) -> Tree:
+    """The same arrays, through which no gradient goes."""
+    return jax.tree.map(lambda x: jax.lax.stop_gradient(x) if isinstance(x, jax.Array) else x, tree)

@@ -10,7 +10,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -35,11 +35,12 @@ from rave_jax.checkpoint.hf_files import (
     read_weights,
 )
 from rave_jax.checkpoint.merging import adapter_of, is_adapter, merged
-from rave_jax.checkpoint.naming import extra_parameters, global_names, rules_of
+from rave_jax.checkpoint.naming import extra_parameters, global_names
 from rave_jax.checkpoint.parts import joined, place_of
 from rave_jax.checkpoint.safetensors_file import Planned, write_header, write_tensor
 from rave_jax.checkpoint.written_whole import written_whole
 from rave_jax.families import TensorRule, family_named
+from rave_jax.families.config import VlmConfig
 from rave_jax.models.config import ModelOptions
 from rave_jax.models.parameters import Location, locate, named_parameters
 from rave_jax.models.vlm import Vlm
@@ -47,6 +48,7 @@ from rave_jax.parallel.sharding import replicated
 from rave_jax.typing import NpArray
 
 MAX_SHARD_BYTES = 5_000_000_000
+EMBEDDING, HEAD, TIED_HEAD = "embed.weight", "lm_head.weight", "tied_head.weight"
 DTYPE_NAMES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
 
@@ -58,20 +60,24 @@ class Written(Protocol):
 
 
 class Item(NamedTuple):
-    """A tensor to be written and where its numbers are; with an adapter, (down, up), it is merged into them.
+    """A tensor to be written and where its numbers are.
 
     Fields:
         planned: the tensor.
         location: of its numbers.
-        adapter: paths of what is merged into them.
+        merges: are adapters merged into them?
         rules: how several parameters make the tensor, or how it stands in one; () where it is one layer of a
             parameter, or all of it.
+        sources, join: parameters, or one layer of each, and what makes the tensor of them all; None where the fields
+            before say it.
     """
 
     planned: Planned
     location: Location
-    adapter: tuple[str, str] | None = None
+    merges: bool = False
     rules: tuple[TensorRule, ...] = ()
+    sources: tuple[Location, ...] = ()
+    join: Callable[..., NpArray] | None = None
 
 
 def export_hf(
@@ -112,14 +118,15 @@ def export_hf(
 
     def item(rules: tuple[TensorRule, ...]) -> Item:
         first = rules[0]
-        location = locate(model, first)
-        adapter = adapter_of(location.path, params) if merges else None
-        stored = _widest(params, (location.path, *(adapter or ())))
+        weights = [weight_of(model, rule) for rule in rules]
+        adapters = [adapter_of(path, params) or () for _, path in weights] if merges else []
+        stored = _widest(params, (weights[0][0].path, *itertools.chain(*adapters)))
         planned = Planned(rename(first.hf_key), stored if target is None else target, first.shape)
-        return Item(planned, location, adapter, rules)
+        return Item(planned, weights[0][0], merges, rules)
 
     extras = [path for path in extra_parameters(model) if not (merges and is_adapter(path))]
-    rules = rules_of(model, tensor_format(model, source))
+    config = merged_config(model) if merges else model.config
+    rules = family.formats[tensor_format(model, source)](config)
     backbone = [item(tuple(group)) for _, group in itertools.groupby(rules, lambda rule: rule.hf_key)]
     beside = beside_items(model, extras)
     files = divide(backbone, max_shard_bytes) | ({SIDECAR: beside} if beside else {})
@@ -130,7 +137,8 @@ def export_hf(
         if folder is not None:
             write_index(folder, {name: items for name, items in files.items() if name != SIDECAR})
             options = dataclasses.replace(model.options, lora=None) if merges else model.options
-            _write_config(folder, model, source, options, number_type([item.planned for item in backbone]))
+            number = number_type([item.planned for item in backbone])
+            _write_config(folder, model, config, source, options, number)
             sentences = notes(options, model.options.lora, lora, rounding(model, dtype))
             if sentences or origin is not None:
                 vision, name = model.config.vision is not None, Path(destination).name
@@ -201,7 +209,8 @@ def rounding(model: Vlm, dtype: str | None) -> str | None:
     if dtype is not None:
         return None if dtype == "float32" else dtype
     params = named_parameters(model)
-    merges = [(path, *adapter) for path in params if (adapter := adapter_of(path, params))]
+    weights = [(path, path) for path in params] + [(EMBEDDING, TIED_HEAD)]
+    merges = [(path, *adapter) for path, known_as in weights if (adapter := adapter_of(known_as, params))]
     kinds = {str(_widest(params, paths)) for paths in merges}
     return next((name for name in sorted(kinds) if name != "float32"), None)
 
@@ -227,11 +236,8 @@ def write_tensors(path: Path | None, items: list[Item], model: Vlm) -> None:
         file = None if path is None else stack.enter_context(path.open("wb"))
         if file is not None:
             write_header(file, [i.planned for i in items])
-        for planned, location, adapter, rules in items:
-            value = _value(model, params, location, rules)
-            if adapter is not None and model.options.lora is not None:
-                down, up = (gather(params[p][...], location.index) for p in adapter)
-                value = merged(value, down, up, model.options.lora)
+        for item in items:
+            planned, value = item.planned, _value(model, params, item)
             if file is not None:
                 write_tensor(file, value.reshape(planned.shape).astype(planned.dtype, copy=False))
         if file is not None:
@@ -239,13 +245,41 @@ def write_tensors(path: Path | None, items: list[Item], model: Vlm) -> None:
             os.fsync(file.fileno())
 
 
-def _value(model: Vlm, params: Mapping[str, nnx.Param], location: Location, rules: tuple[TensorRule, ...]) -> NpArray:
+def _value(model: Vlm, params: Mapping[str, nnx.Param], item: Item) -> NpArray:
     """The numbers of a tensor on the host; each process gathers the same ones."""
-    if not rules:
-        return gather(params[location.path][...], location.index)
-    places = [locate(model, rule) for rule in rules]
-    parts = [gather(params[p][...], n, rule.entry) for (p, n), rule in zip(places, rules, strict=True)]
-    return joined(parts, rules)
+    if item.join is not None:
+        return item.join(*(gather(params[path][...], n) for path, n in item.sources))
+    if not item.rules:
+        return gather(params[item.location.path][...], item.location.index)
+
+    def of_rule(rule: TensorRule) -> NpArray:
+        (path, n), known_as = weight_of(model, rule)
+        value = gather(params[path][...], n, rule.entry)
+        adapter = adapter_of(known_as, params) if item.merges else None
+        if adapter is None or model.options.lora is None:
+            return value
+        return merged(value, *(gather(params[p][...], n, rule.entry) for p in adapter), model.options.lora)
+
+    return joined([of_rule(rule) for rule in item.rules], item.rules)
+
+
+def weight_of(model: Vlm, rule: TensorRule) -> tuple[Location, str]:
+    """Where the numbers of a tensor are, and by which path an adapter of it is found: a tied head has the numbers of
+    the embedding and an adapter of its own."""
+    location = locate(model, rule)
+    if rule.path == HEAD and model.lm_head is None:
+        return Location(EMBEDDING, None), TIED_HEAD
+    return location, location.path
+
+
+def merged_config(model: Vlm) -> VlmConfig:
+    """The config of a model whose adapters are merged: an embedding and a head that one of them changes are no longer
+    tied."""
+    config = model.config
+    changed = any(f"{name}.adapter.down" in named_parameters(model) for name in ("tied_head", "embed"))
+    if not (config.text.tie_embeddings and changed):
+        return config
+    return dataclasses.replace(config, text=dataclasses.replace(config.text, tie_embeddings=False))
 
 
 def write_index[T: Written](folder: Path, files: dict[str, list[T]]) -> None:
@@ -257,15 +291,27 @@ def write_index[T: Written](folder: Path, files: dict[str, list[T]]) -> None:
         (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _write_config(folder: Path, model: Vlm, source: Path | None, options: ModelOptions, dtype: str) -> None:
-    """config.json and its like, and the side-car's options."""
+def _write_config(
+    folder: Path, model: Vlm, written: VlmConfig, source: Path | None, options: ModelOptions, dtype: str
+) -> None:
+    """config.json and its like, and the side-car's options. `written` is what the weights are of."""
     if source is None:
-        config = family_named(model.config.family).render(model.config) | {"dtype": dtype}
+        config = family_named(model.config.family).render(written) | {"dtype": dtype}
         (folder / CONFIG).write_text(json.dumps(with_stated(config, options), indent=2) + "\n", encoding="utf-8")
     else:
         copy_small_files(source, folder, options, dtype)
+        if written.text.tie_embeddings != model.config.text.tie_embeddings:
+            _untie(folder / CONFIG)
     if sidecar.needs_sidecar(options):
         (folder / SIDECAR_JSON).write_text(sidecar.options_text(options))
+
+
+def _untie(file: Path) -> None:
+    config = read_json(file)
+    config["tie_word_embeddings"] = False
+    if isinstance(config.get("text_config"), dict):
+        config["text_config"]["tie_word_embeddings"] = False
+    file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def number_type(tensors: Sequence[Planned]) -> str:

@@ -34,12 +34,14 @@ def merged(weight: NpArray, down: NpArray, up: NpArray, lora: Lora) -> NpArray:
     """The weight with its adapter in it, float32.
 
     Args:
-        weight: [*out, *in].
-        down: [rank, *in].
-        up: [*out, rank].
+        weight: [*out, *in], or [E, out, in] of experts.
+        down: [rank, *in], or [E, rank, in].
+        up: [*out, rank], or [E, out, rank].
         lora: gives the scale.
     """
-    update = np.float32(lora.alpha / lora.rank) * (_matrix(up, -1) @ _matrix(down, 1))
+    of_experts = down.ndim + up.ndim - 2 > weight.ndim
+    factors = (up.astype(np.float32), down.astype(np.float32)) if of_experts else (_matrix(up, -1), _matrix(down, 1))
+    update = np.float32(lora.alpha / lora.rank) * np.matmul(*factors)
     return weight.astype(np.float32) + update.reshape(weight.shape)
 
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from rave_jax.checkpoint.hf_files import ADAPTER_CONFIG, read_json
+from rave_jax.checkpoint.peft_places import Place
 from rave_jax.checkpoint.safetensors_file import CheckpointError
-from rave_jax.families import Family, TensorRule
 from rave_jax.models.config import MAX_RANK, Lora
 
 MERGE_ADVICE = "merge it with PEFT (`merge_and_unload()`, `save_pretrained`) and read the merged directory"
@@ -26,7 +26,7 @@ ONLY: dict[str, tuple[Any, ...]] = {
     "use_qalora": (False, None),
     "lora_bias": (False, None),
     "modules_to_save": (None, []),
-    "target_parameters": (None, []),
+    "ensure_weight_tying": (False, None),
     "trainable_token_indices": (None, [], {}),
     "layer_replication": (None, []),
     "alora_invocation_tokens": (None, []),
@@ -57,6 +57,9 @@ class AdapterConfig:
         names = isinstance(targets, list) and all(isinstance(name, str) for name in targets)
         if not (isinstance(targets, str) or names):
             raise CheckpointError(f"{self.file}: target_modules is {targets!r}, expected names of linears or a regex")
+        parameters = data.get("target_parameters") or []
+        if not isinstance(parameters, list) or not all(isinstance(name, str) for name in parameters):
+            raise CheckpointError(f"{self.file}: target_parameters is {parameters!r}, expected names of parameters")
         for key in ("rank_pattern", "alpha_pattern"):
             pattern = data.get(key) or {}
             if not isinstance(pattern, dict) or not all(type(n) in (int, float) for n in pattern.values()):
@@ -109,6 +112,10 @@ class AdapterConfig:
             return False
         return _named(self.data["target_modules"], name)
 
+    def targets_parameter(self, name: str) -> bool:
+        """Does the config put an adapter on this parameter, by its place in the module tree?"""
+        return any(name == one or name.endswith(f".{one}") for one in self.data.get("target_parameters") or ())
+
 
 def _named(wanted: Any, name: str) -> bool:
     if wanted == "all-linear":
@@ -125,26 +132,25 @@ def _by_pattern(patterns: Any, name: str, default: float) -> float:
     return default
 
 
-def module_names(family: Family, rule: TensorRule) -> tuple[str, str]:
-    """A weight's linear in the module tree of transformers 5, and in that of older releases."""
-    name = rule.hf_key.removesuffix(".weight")
-    return family.other_key(name), name
-
-
-def render(lora: Lora, family: Family, adapted: list[TensorRule], base: str) -> dict[str, Any]:
-    """adapter_config.json of an adapter on these weights.
+def render(lora: Lora, adapted: list[tuple[Place, int]], base: str) -> dict[str, Any]:
+    """adapter_config.json of an adapter on these places.
 
     Args:
         lora: the adapter.
-        family: names the linears.
-        adapted: the weights that it adapts, in every layer.
+        adapted: what it adapts, in every layer, and the rank there.
         base: where PEFT finds the model.
     """
-    names = set()
-    for rule in adapted:
-        name = re.escape(module_names(family, rule)[0])
+    modules, parameters, ranks, alphas = set(), set(), {}, {}
+    for place, rank in adapted:
+        if place.parameter is not None:
+            parameters.add(place.parameter)
+            if rank != lora.rank:
+                pattern = rf".*\.{re.escape(place.parameter.rpartition('.')[2])}"
+                ranks[pattern], alphas[pattern] = rank, lora.alpha * rank / lora.rank
+            continue
+        name = re.escape(place.names[0])
         # All layers have the adapter; of what stands outside them only this one has.
-        names.add(name if rule.stack is None else re.sub(r"(?<=\\\.)\d+(?=\\\.)", r"\\d+", name))
+        modules.add(re.sub(r"(?<=\\\.)\d+(?=\\\.)", r"\\d+", name) if place.everywhere else name)
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -154,7 +160,8 @@ def render(lora: Lora, family: Family, adapted: list[TensorRule], base: str) -> 
         "r": lora.rank,
         "lora_alpha": lora.alpha,
         "lora_dropout": 0.0,
-        "target_modules": "|".join(sorted(names)),
+        "target_modules": "|".join(sorted(modules)) or [],
+        "target_parameters": sorted(parameters) or None,
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,
@@ -163,6 +170,6 @@ def render(lora: Lora, family: Family, adapted: list[TensorRule], base: str) -> 
         "modules_to_save": None,
         "layers_to_transform": None,
         "layers_pattern": None,
-        "rank_pattern": {},
-        "alpha_pattern": {},
+        "rank_pattern": ranks,
+        "alpha_pattern": alphas,
     }

@@ -6,6 +6,7 @@ What PEFT cannot hold of a model (mechanisms, context tokens) lies beside the ad
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 
@@ -16,12 +17,13 @@ from rave_jax.checkpoint.card import Origin, adapter_card, notes, write_card
 from rave_jax.checkpoint.hf_export import DTYPE_NAMES, Item, beside_items, gather, tensor_format, write_tensors
 from rave_jax.checkpoint.hf_files import ADAPTER, ADAPTER_CONFIG, SIDECAR, SIDECAR_JSON
 from rave_jax.checkpoint.hf_import import load_config
-from rave_jax.checkpoint.merging import adapter_of, is_adapter
-from rave_jax.checkpoint.naming import extra_parameters, rules_of
+from rave_jax.checkpoint.merging import is_adapter
+from rave_jax.checkpoint.naming import extra_parameters, locations, rules_of
 from rave_jax.checkpoint.native import is_native
 from rave_jax.checkpoint.parts import part_numbers, place_of
-from rave_jax.checkpoint.peft_config import module_names, render
+from rave_jax.checkpoint.peft_config import render
 from rave_jax.checkpoint.peft_import import PREFIX
+from rave_jax.checkpoint.peft_places import Pair, Part, Place, places_of
 from rave_jax.checkpoint.safetensors_file import CheckpointError, Planned
 from rave_jax.checkpoint.target import abstract_model
 from rave_jax.checkpoint.verify import match
@@ -29,6 +31,7 @@ from rave_jax.checkpoint.written_whole import written_whole
 from rave_jax.families import family_named
 from rave_jax.models.parameters import Location, locate, named_parameters
 from rave_jax.models.vlm import Vlm
+from rave_jax.typing import NpArray
 
 NAMED = 3
 """Differing weights that an error names."""
@@ -57,26 +60,27 @@ def export_peft(
     if lora is None:
         raise CheckpointError("the model has no LoRA, so there is no adapter to write")
     check_base(model, base)
-    params, family = named_parameters(model), family_named(model.config.family)
+    params = named_parameters(model)
+    places = _adapted(model)
+    outer = {place.layer for place, _ in places if place.kind == "down"}
     adapted, adapters = [], []
-    for rule in rules_of(model):
-        location = locate(model, rule)
-        paths = adapter_of(location.path, params)
-        if paths is None:
-            continue
-        adapted.append(rule)
-        out, into = rule.shape
-        for path, name, shape in zip(paths, "AB", ((lora.rank, into), (out, lora.rank)), strict=True):
-            kind = np.dtype(params[path].dtype) if dtype is None else DTYPE_NAMES[dtype]
-            key = f"{PREFIX}{module_names(family, rule)[0]}.lora_{name}.weight"
-            adapters.append(Item(Planned(key, kind, shape), Location(path, location.index)))
+    for place, sources in places:
+        rank = lora.rank * len(sources)
+        adapted.append((place, rank))
+        before = place.keys(inside=place.kind == "gate_up" and place.layer in outer)[0]
+        factors_at = tuple(location for pair in sources.values() for location in pair)
+        for number, (part, shape) in enumerate(zip("AB", place.shapes(rank), strict=True)):
+            kind = np.dtype(params[factors_at[number].path].dtype) if dtype is None else DTYPE_NAMES[dtype]
+            planned = Planned(f"{PREFIX}{before}.{place.suffix(part)}", kind, shape)
+            join = functools.partial(_theirs, place, tuple(sources), number)
+            adapters.append(Item(planned, factors_at[0], sources=factors_at, join=join))
     rest = [path for path in extra_parameters(model) if not is_adapter(path)]
     files = {ADAPTER: adapters} | ({SIDECAR: beside_items(model, rest)} if rest else {})
     with written_whole(destination, sum(i.planned.nbytes for items in files.values() for i in items)) as folder:
         for name, items in files.items():
             write_tensors(None if folder is None else folder / name, items, model)
         if folder is not None:
-            config = render(lora, family, adapted, str(base.resolve()))
+            config = render(lora, adapted, str(base.resolve()))
             (folder / ADAPTER_CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
             options = dataclasses.replace(model.options, lora=None)
             if sidecar.needs_sidecar(options):
@@ -86,6 +90,28 @@ def export_peft(
             card = adapter_card(destination.name, sentences, origin or Origin(str(base)), vision=vision)
             write_card(folder, None, card)
     return destination
+
+
+def _adapted(model: Vlm) -> list[tuple[Place, dict[Part, tuple[Location, Location]]]]:
+    """Where the model has adapters, and where each of their factors, down and up, stands."""
+    known, found = locations(model), []
+    for place in places_of(family_named(model.config.family), model.config)[0]:
+        names = {part: (f"{part.name}.adapter.down", f"{part.name}.adapter.up") for part in place.parts}
+        own = {part: (known[down], known[up]) for part, (down, up) in names.items() if down in known}
+        # Of experts the tensors are made of all at once.
+        if own and place.kind != "expert":
+            found.append((place, own))
+    return found
+
+
+def _theirs(place: Place, parts: tuple[Part, ...], number: int, *factors: NpArray) -> NpArray:
+    """lora_A (0) or lora_B (1) of a place, from down and up of each part in turn."""
+    pairs = {}
+    for part, down, up in zip(parts, factors[::2], factors[1::2], strict=True):
+        stacked = place.kind in ("gate_up", "down")
+        flat = Pair(down, up) if stacked else Pair(down.reshape(len(down), -1), up.reshape(-1, up.shape[-1]))
+        pairs[part] = flat
+    return place.theirs(pairs)[number]
 
 
 def check_base(model: Vlm, base: Path) -> None:

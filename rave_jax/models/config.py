@@ -51,8 +51,8 @@ class Lora:
     """Scale of the adapter's output, divided by the rank."""
     targets: tuple[str, ...] = ("decoder.attention.query", "decoder.attention.key")
     """Regular expressions of linears that get an adapter. Each has to match a whole path: `decoder.` or `vision.` and
-    the path inside a layer, such as `decoder\\.mlp\\..*`, for all layers; or one behind the tower's, such as
-    `vision.merger.first`."""
+    the path inside a layer, such as `decoder\\.mlp\\..*`, for all layers, experts and router among them; one behind the
+    tower's, such as `vision.merger.first`; `lm_head`, also where the head is the embedding table; or `embed`."""
 
     def __post_init__(self) -> None:
         check_fields(self)

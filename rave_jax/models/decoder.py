@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from rave_jax import attention
-from rave_jax.attention import Cache, CacheType, Features, Keys, RegionMemory, ShortKeys, StoredStates
+from rave_jax.attention import Cache, CacheType, ChoiceSums, Features, Keys, RegionMemory, ShortKeys, StoredStates
 from rave_jax.attention.plan import LayeredConfig
 from rave_jax.attention.rotation import Rope
 from rave_jax.batch import TokenInfo
@@ -99,7 +99,7 @@ class Decoder(nnx.Module):
             want: what is asked for beside hidden states.
         """
         base, own = attention.causal_codes(info), _indices(info)
-        losses, inputs, gates = want.losses, want.inputs, want.gates
+        losses, inputs, gates, choices = want.losses, want.inputs, want.gates, want.choices
         dealt, found, left = self._deals(want, info.document.shape[1]), [], None
         x = context.deal(tokens.x) if dealt else tokens.x
         unit = context.dealt(tokens.unit) if dealt and tokens.unit is not None else tokens.unit
@@ -112,7 +112,7 @@ class Decoder(nnx.Module):
                 at = at._replace(deciding=leaving.deciding(info, own, left))
 
             def body(layer: Layer, x: Array, deep: Array | None, at: Situation) -> tuple[Array, Asked]:
-                out = layer(x, at, losses, gates, dealt)
+                out = layer(x, at, losses, gates, dealt, choices)
                 after = _added_deep(out.x, deep, at, layer.stream)
                 return after, leaving.decided(layer, after, at, out.asked._replace(inputs=x if inputs else None))
 
@@ -120,6 +120,7 @@ class Decoder(nnx.Module):
             left = leaving.left_behind(left, of_run)
             found.append(of_run)
         out = _output(self.norm(context.gather_in(x) if dealt else x), found)
+        out = out._replace(choices=_choices(self.layer_runs, found) if choices else None)
         routers = [jax.tree.map(lambda x: jnp.sum(x, axis=0), one.router) for one in found if one.router is not None]
         if self.experts is None or not self.balances or not routers:
             return out
@@ -181,12 +182,12 @@ class Decoder(nnx.Module):
             queries over the entries of `cache.codes`, and the cache with the tokens in it.
 
         Raises:
-            ValueError: losses, gates or statistics are asked for.
+            ValueError: losses, gates, statistics or sums over choices are asked for.
         """
-        if want.losses or want.gates or want.statistics is not None:
+        if want.losses or want.gates or want.choices or want.statistics is not None:
             raise ValueError(
-                "losses or gates of mechanisms were asked for beside a cache, or statistics of the map; they are of "
-                "whole documents: call forward"
+                "losses, gates or choices of mechanisms were asked for beside a cache, or statistics of the map; they "
+                "are of whole documents: call forward"
             )
         entered = cache.admit(info, region_offset, self._summaries_of_nothing)
         base = attention.cached_codes(info, entered.info)
@@ -417,6 +418,26 @@ def _output(hidden: Float[Array, "B N D"], found: Sequence[Asked]) -> Output:
     counted = [one.statistics for one in found if one.statistics is not None]
     statistics = jax.tree.map(lambda *x: jnp.concatenate(x), *counted) if counted else None
     return Output(hidden, attention, chosen, total, inputs, gates, statistics)
+
+
+def _choices(runs: Sequence[LayerRun[Layer]], found: Sequence[Asked]) -> dict[str, ChoiceSums]:
+    """Sums over choices [L] by the mechanism that routes; of several of one class, the first layer is part of each
+    name."""
+    by_mechanism: list[tuple[Any, str, int, list[ChoiceSums]]] = []
+    for run, one in zip(runs, found, strict=True):
+        router = attention.router_of(run.layers.mechanisms)
+        if one.choices is None or router is None:
+            continue
+        same = next((sums for config, _, _, sums in by_mechanism if config == router.declared), None)
+        if same is None:
+            same = []
+            by_mechanism.append((router.declared, attention.name_of(router), run.start, same))
+        same.append(one.choices.over_rows())
+    called = [name for _, name, _, _ in by_mechanism]
+    return {
+        name if called.count(name) == 1 else f"{name}/{start}": jax.tree.map(lambda *x: jnp.concatenate(x), *sums)
+        for _, name, start, sums in by_mechanism
+    }
 
 
 def _indices(info: TokenInfo) -> Int[Array, "B T"]:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from rave_jax import attention
-from rave_jax.attention import Features, LayerKeys, Statistics, StoredStates, WantedStatistics
+from rave_jax.attention import ChoiceSums, Features, LayerKeys, Statistics, StoredStates, WantedStatistics
 from rave_jax.attention.plan import LayeredConfig
 from rave_jax.attention.rotation import Rope, Rotation, rotate
 from rave_jax.attention.tokens import Deciding
@@ -85,6 +85,8 @@ class Asked(NamedTuple):
     """As in `AttentionOutput`."""
     kept: Bool[Array, "B T"] | None = None
     """Which tokens stay behind the layer; None where all do."""
+    choices: ChoiceSums | None = None
+    """Sums over what queries chose."""
 
 
 class LayerOutput(NamedTuple):
@@ -165,9 +167,15 @@ class DecoderLayer(nnx.Module):
         lora.attach(self, "decoder.", options.lora, dtype, keys[3])
 
     def __call__(
-        self, x: Float[Array, "B T D"], at: Situation, losses: bool = False, gates: bool = False, dealt: bool = False
+        self,
+        x: Float[Array, "B T D"],
+        at: Situation,
+        losses: bool = False,
+        gates: bool = False,
+        dealt: bool = False,
+        choices: bool = False,
     ) -> LayerOutput:
-        """The layer on whole rows. With `losses` and `gates`, those of its mechanisms are given too.
+        """The layer on whole rows. With `losses`, `gates` and `choices`, those of its mechanisms are given too.
 
         Args:
             dealt: do x and what `at` says of queries stand in `context.dealt_order`? Keys are put in the order of rows.
@@ -190,12 +198,14 @@ class DecoderLayer(nnx.Module):
             regions=self.max_regions,
             progress=at.progress,
             deciding=at.deciding,
+            choices=choices,
+            dealt=dealt,
         )
         heads = self.attention.gated(seen.out, gate)
         out, choice = _after(self, self.attention.output, x, heads, at.wanted)
         router = router_sums(choice, at.info_q.document > 0) if losses and choice is not None else None
         asked = Asked(seen.attention, seen.losses, seen.chosen, None, router, seen.gates, seen.statistics)
-        asked = asked._replace(received=seen.received)
+        asked = asked._replace(received=seen.received, choices=seen.choices)
         return LayerOutput(out, asked)
 
     def extend(self, x: Float[Array, "B T D"], at: Situation, cache: LayerCache) -> tuple[LayerOutput, LayerKeys]:
@@ -239,10 +249,16 @@ class DeltaLayer(nnx.Module):
         lora.attach(self, "decoder.", options.lora, dtype, keys[3])
 
     def __call__(
-        self, x: Float[Array, "B T D"], at: Situation, losses: bool = False, gates: bool = False, dealt: bool = False
+        self,
+        x: Float[Array, "B T D"],
+        at: Situation,
+        losses: bool = False,
+        gates: bool = False,
+        dealt: bool = False,
+        choices: bool = False,
     ) -> LayerOutput:
-        """The layer on whole rows. With `losses`, those of its router are computed too; it has no gates, and reads
-        tokens in the order of rows."""
+        """The layer on whole rows. With `losses`, those of its router are computed too; it has no gates and no choices,
+        and reads tokens in the order of rows."""
         assert not dealt
         out, choice, _ = self._read(x, at, self.delta.empty_state(x.shape[0], x.dtype))
         router = router_sums(choice, at.info_q.document > 0) if losses and choice is not None else None

@@ -12,6 +12,7 @@ from flax import nnx
 from jax.sharding import AbstractMesh, Mesh, PartitionSpec
 
 from rave_jax.models.initial import normal
+from rave_jax.models.layers import Adapter
 from rave_jax.parallel.exchange import MeshAxes, gathered, summed_onto_shard
 from rave_jax.parallel.sharding import current_mesh, names_of, partition_spec
 from rave_jax.typing import Array, Float, Int
@@ -20,18 +21,30 @@ AXES = ("vocab", "embed")
 
 
 class Embedding(nnx.Module):
-    """A table [V, D]; also the output head when a model ties the two."""
+    """A table [V, D]; also the output head when a model ties the two. An adapter changes the embedding of tokens alone:
+    up [V,r] is a table too, and down [r,D] makes rows of it as wide as those of this one."""
 
     def __init__(self, vocab_size: int, width: int, *, dtype: jnp.dtype, key: jax.Array):
         table = normal(key, (vocab_size, width), 0.02, dtype)
         self.weight = nnx.Param(table, axes=AXES)
+        self.adapter: Adapter | None = nnx.data(None)
+
+    def adapt(self, rank: int, scale: float, dtype: jnp.dtype, key: jax.Array) -> None:
+        """Add an adapter."""
+        V, D = self.weight.shape
+        self.adapter = Adapter((V,), (D,), AXES, rank=rank, scale=scale, dtype=dtype, key=key)
 
     def __call__(self, tokens: Int[Array, "B T"], dtype: jnp.dtype) -> Float[Array, "B T D"]:
         """Rows of the table in this number type."""
-        table, mesh = self.weight[...], current_mesh()
-        if mesh is None or mesh.size == 1:
-            return table[tokens].astype(dtype)
-        return _of_mesh(table, tokens, jnp.dtype(dtype))
+        rows = _rows(self.weight[...], tokens, dtype)
+        return rows if self.adapter is None else rows + self.adapter.times(_rows(self.adapter.up[...], tokens, dtype))
+
+
+def _rows(table: Float[Array, "V D"], tokens: Int[Array, "B T"], dtype: jnp.dtype) -> Float[Array, "B T D"]:
+    mesh = current_mesh()
+    if mesh is None or mesh.size == 1:
+        return table[tokens].astype(dtype)
+    return _of_mesh(table, tokens, jnp.dtype(dtype))
 
 
 class Split(NamedTuple):

@@ -22,7 +22,7 @@ from rave_jax.families.config import ExpertsConfig
 from rave_jax.kernels.grouped import grouped_product
 from rave_jax.kernels.saved import GROUPED
 from rave_jax.models.initial import normal
-from rave_jax.models.layers import Axes, keep_inputs, product
+from rave_jax.models.layers import Adapter, Axes, keep_inputs, product
 from rave_jax.parallel import residual
 from rave_jax.parallel.exchange import gathered
 from rave_jax.parallel.residual import WHOLE, Stream
@@ -56,11 +56,50 @@ class RouterSums(NamedTuple):
     probability: Float[Array, "E"]
 
 
+class ExpertMatrix(NamedTuple):
+    """A matrix [out, in] for each of E experts, as they are multiplied: weight + up down.
+
+    Fields:
+        weight: without an adapter.
+        down, up: low-rank factors of what an adapter adds to each, the scale in `up`; None without one.
+    """
+
+    weight: Float[Array, "E O I"]
+    down: Float[Array, "E r I"] | None = None
+    up: Float[Array, "E O r"] | None = None
+
+
+class ExpertAdapter(nnx.Module):
+    """A low-rank update of the matrix of each expert: down [E,r,in], up [E,out,r], up zero at the start."""
+
+    def __init__(
+        self, shape: tuple[int, ...], axes: Axes, *, rank: int, scale: float, dtype: jnp.dtype, key: jax.Array
+    ):
+        (E, out, into), (of_experts, of_out, of_into) = shape, axes
+        self.down = nnx.Param(normal(key, (E, rank, into), into**-0.5, dtype), axes=(of_experts, "rank", of_into))
+        self.up = nnx.Param(jnp.zeros((E, out, rank), dtype), axes=(of_experts, of_out, "rank"))
+        self.scale = scale
+
+
 class ExpertWeights(nnx.Module):
-    """A matrix [out, in] for each of E experts. It takes no adapter."""
+    """A matrix [out, in] for each of E experts."""
 
     def __init__(self, shape: tuple[int, int, int], axes: Axes, *, dtype: jnp.dtype, key: jax.Array):
         self.weight = nnx.Param(normal(key, shape, shape[-1] ** -0.5, dtype), axes=axes)
+        self.adapter: ExpertAdapter | None = nnx.data(None)
+
+    def adapt(self, rank: int, scale: float, dtype: jnp.dtype, key: jax.Array) -> None:
+        """Add an adapter of its own to each expert."""
+        shape, axes = self.weight.shape, self.weight.get_metadata()["axes"]
+        self.adapter = ExpertAdapter(shape, axes, rank=rank, scale=scale, dtype=dtype, key=key)
+
+    def matrix(self, dtype: jnp.dtype) -> ExpertMatrix:
+        """All of it in this number type."""
+        weight = self.weight[...].astype(dtype)
+        if self.adapter is None:
+            return ExpertMatrix(weight)
+        up = self.adapter.scale * self.adapter.up[...].astype(jnp.float32)
+        return ExpertMatrix(weight, self.adapter.down[...].astype(dtype), up.astype(dtype))
 
 
 class Router(nnx.Module):
@@ -69,6 +108,17 @@ class Router(nnx.Module):
     def __init__(self, count: int, width: int, *, dtype: jnp.dtype, key: jax.Array):
         # A row for each expert: whole on every device but for its width.
         self.weight = nnx.Param(normal(key, (count, width), width**-0.5, dtype), axes=(None, "embed"))
+        self.adapter: Adapter | None = nnx.data(None)
+
+    def adapt(self, rank: int, scale: float, dtype: jnp.dtype, key: jax.Array) -> None:
+        """Add an adapter."""
+        (E, D), axes = self.weight.shape, self.weight.get_metadata()["axes"]
+        self.adapter = Adapter((E,), (D,), axes, rank=rank, scale=scale, dtype=dtype, key=key)
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T E"]:
+        """Float32 scores."""
+        scores = product(x, self.weight[...].astype(x.dtype), jnp.dtype(jnp.float32))
+        return scores if self.adapter is None else scores + self.adapter(x).astype(jnp.float32)
 
 
 class Experts(nnx.Module):
@@ -88,8 +138,7 @@ class Experts(nnx.Module):
 
     def choose(self, x: Float[Array, "B T D"]) -> Choice:
         """The experts of each token, and what they count. Scores and probabilities are float32."""
-        scores = product(x, self.router.weight[...].astype(x.dtype), jnp.dtype(jnp.float32))
-        probability = jax.nn.softmax(shard(scores, "batch", "length", None), axis=-1)
+        probability = jax.nn.softmax(shard(self.router(x), "batch", "length", None), axis=-1)
         weight, expert = jax.lax.top_k(probability, self.chosen)
         if self.normalise:
             weight = weight / jnp.sum(weight, axis=-1, keepdims=True)
@@ -97,24 +146,24 @@ class Experts(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T D"], choice: Choice, stream: Stream = WHOLE) -> Float[Array, "B T D"]:
         """What the chosen experts make of each token, in x's number type. Tokens lie as `stream` says, and stay so."""
-        weights = [part.weight[...].astype(x.dtype) for part in (self.gate, self.up, self.down)]
+        matrices = [part.matrix(x.dtype) for part in (self.gate, self.up, self.down)]
         mesh = current_mesh()
         if mesh is None or mesh.size == 1:
-            return _of_experts(x, choice.expert, choice.weight, *weights)
+            return _of_experts(x, choice.expert, choice.weight, *matrices)
         rows = partition_spec(("batch", "length", None), x.shape, mesh)
-        (axes,) = partition_spec(("experts",), weights[0].shape[:1], mesh)
+        (axes,) = partition_spec(("experts",), matrices[0].weight.shape[:1], mesh)
         exchanged = tuple(name for name in names_of(axes) if name in names_of(rows[0]))
         shared = tuple(name for name in names_of(axes) if name not in exchanged)
         split = shared if stream.splits(x) and shared == (residual.AXIS,) else ()
 
-        def on_device(x: Array, expert: Array, weight: Array, *weights: Array) -> Array:
+        def on_device(x: Array, expert: Array, weight: Array, *own: ExpertMatrix) -> Array:
             if axes is None:
-                return _of_experts(x, expert, weight, *weights)
+                return _of_experts(x, expert, weight, *own)
             x = gathered(x, 1, split)
             if exchanged:
                 x, expert, weight = (jax.lax.all_gather(y, exchanged, tiled=True) for y in (x, expert, weight))
-            first = jax.lax.axis_index(axes) * weights[0].shape[0]
-            made = _of_experts(x, expert - first, weight, *weights, others=True)
+            first = jax.lax.axis_index(axes) * own[0].weight.shape[0]
+            made = _of_experts(x, expert - first, weight, *own, others=True)
             made = jax.lax.psum_scatter(made, exchanged, tiled=True) if exchanged else made
             if split:
                 return jax.lax.psum_scatter(made, split, scatter_dimension=1, tiled=True)
@@ -128,7 +177,7 @@ class Experts(nnx.Module):
             out_specs=of_x,
             check_vma=False,  # loops over blocks of rows do not say how their results vary
         )
-        return run(x, choice.expert, choice.weight, *weights)
+        return run(x, choice.expert, choice.weight, *matrices)
 
 
 def router_sums(choice: Choice, real: Bool[Array, "B T"]) -> RouterSums:
@@ -157,9 +206,9 @@ def _of_experts(
     x: Float[Array, "B T D"],
     expert: Int[Array, "B T N"],
     weight: Float[Array, "B T N"],
-    gate: Float[Array, "E F D"],
-    up: Float[Array, "E F D"],
-    down: Float[Array, "E D F"],
+    gate: ExpertMatrix,
+    up: ExpertMatrix,
+    down: ExpertMatrix,
     *,
     others: bool = False,
 ) -> Float[Array, "B T D"]:
@@ -169,7 +218,7 @@ def _of_experts(
         expert: numbers of the chosen experts, of which those from 0 to E - 1 are these.
         others: may there be other numbers?
     """
-    E, N = gate.shape[0], expert.shape[-1]
+    E, N = gate.weight.shape[0], expert.shape[-1]
     number = expert.reshape(-1)
     number = jnp.where((number >= 0) & (number < E), number, E) if others else number
     order = jnp.argsort(number, stable=True)
@@ -181,13 +230,19 @@ def _of_experts(
         # Rows behind all groups are undefined after a product, and so are their gradients.
         return rows if mine is None else jnp.where(mine, rows, 0)
 
+    def multiplied(rows: Array, by: ExpertMatrix) -> Array:
+        made = own(grouped_product(rows, by.weight, sizes))
+        if by.down is None or by.up is None:
+            return made
+        return made + own(grouped_product(own(grouped_product(rows, by.down, sizes)), by.up, sizes))
+
     rows = own(_to_experts(x.reshape(-1, x.shape[-1]), order, place, N))
     counts = own(weight.reshape(-1)[order].astype(x.dtype)[:, None])
 
     def rest(gated: Array, upped: Array) -> Array:
-        return own(grouped_product(jax.nn.silu(gated) * upped * counts, down, sizes))
+        return multiplied(jax.nn.silu(gated) * upped * counts, down)
 
-    both = (checkpoint_name(own(grouped_product(rows, weight, sizes)), GROUPED) for weight in (gate, up))
+    both = (checkpoint_name(multiplied(rows, matrix), GROUPED) for matrix in (gate, up))
     made = keep_inputs(rest)(*both)
     return _to_tokens(made, order, place, N).reshape(x.shape)
 

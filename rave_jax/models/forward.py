@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import jax
 
-from rave_jax.attention import Statistics, WantedStatistics
+from rave_jax.attention import ChoiceSums, Statistics, WantedStatistics
 from rave_jax.batch import TokenInfo
 from rave_jax.typing import Array, Bool, Float, Int
 
@@ -75,6 +75,8 @@ class Want:
     """Is it wanted what the outputs of heads are multiplied by?"""
     statistics: WantedStatistics | None = None
     """Which sums over rows and columns of the map are wanted in every layer."""
+    choices: bool = field(default=False, metadata={"static": True})
+    """Are sums wanted over what queries choose, where layers route?"""
     progress: Float[Array, ""] | None = None
     """How far the training run is, 0 to 1, for what mechanisms schedule; None is its end."""
 
@@ -98,6 +100,8 @@ class Output(NamedTuple):
         gates: what the mechanisms multiply the outputs of heads by, in the layers that have attention; None if not
             asked for.
         statistics: sums over rows and columns of the map, in the layers that have attention; None if not asked for.
+        choices: sums [L] over what queries choose, of the layers of each mechanism that routes, by its name; None if
+            not asked for.
     """
 
     hidden: Float[Array, "B T D"]
@@ -107,3 +111,4 @@ class Output(NamedTuple):
     inputs: Float[Array, "L B T D"] | None
     gates: Float[Array, "L B T H"] | None = None
     statistics: Statistics | None = None
+    choices: dict[str, ChoiceSums] | None = None

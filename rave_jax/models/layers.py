@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +49,22 @@ class Adapter(nnx.Module):
         of_up = _axes(self.up) if n is None else _axes(self.up)[1:]
         return self.scale * contract(contract(x, self.down[...], axes=_axes(self.down)), up, 1, of_up)
 
+    def times(self, x: Array) -> Array:
+        """The update of rows of a table, from the same rows x of `up`."""
+        return self.scale * product(x, self.down[...].T.astype(x.dtype), x.dtype)
+
+    def low_rank(self) -> LowRank:
+        """The update as a matrix [O,I] of one axis each, with the scale in it."""
+        up = self.up[...]
+        return LowRank(self.down[...], (self.scale * up.astype(jnp.float32)).astype(up.dtype))
+
+
+class LowRank(NamedTuple):
+    """A matrix [O,I] as up [O,r] times down [r,I]."""
+
+    down: Float[Array, "r I"]
+    up: Float[Array, "O r"]
+
 
 class Linear(nnx.Module):
     """y[..., *out] = sum over *in of weight[*out, *in] x[..., *in], plus bias[*out].
@@ -85,6 +102,11 @@ class Linear(nnx.Module):
         """Axes that are summed over."""
         return self.weight.shape[-self.num_in :]
 
+    def adapt(self, rank: int, scale: float, dtype: jnp.dtype, key: jax.Array) -> None:
+        """Add an adapter."""
+        axes = _axes(self.weight)
+        self.adapter = Adapter(self.out_shape, self.in_shape, axes, rank=rank, scale=scale, dtype=dtype, key=key)
+
     def part(self, x: Array, n: int) -> Array:
         """Entry n of the first output axis, without the others."""
         y = contract(x, self.weight[n], self.num_in, _axes(self.weight)[1:])
@@ -98,6 +120,20 @@ class Linear(nnx.Module):
         if self.bias is not None:
             y = y + self.bias[...].astype(x.dtype)
         return y if self.adapter is None else y + self.adapter(x)
+
+
+class TiedHead(nnx.Module):
+    """The output head of a model whose head is the embedding table: of its own it has an adapter at most, which the
+    embedding of tokens does not see."""
+
+    def __init__(self, vocab_size: int, width: int):
+        self.shape = (vocab_size, width)
+        self.adapter: Adapter | None = nnx.data(None)
+
+    def adapt(self, rank: int, scale: float, dtype: jnp.dtype, key: jax.Array) -> None:
+        """Add an adapter."""
+        (V, D), axes = self.shape, ("vocab", "embed")
+        self.adapter = Adapter((V,), (D,), axes, rank=rank, scale=scale, dtype=dtype, key=key)
 
 
 def _axes(param: nnx.Param) -> Axes:

@@ -1,4 +1,5 @@
-"""LoRA: where adapters go. The adapter itself is `layers.Adapter`; a linear adds it to its output."""
+"""LoRA: where adapters go. The adapter itself is `layers.Adapter`, or `experts.ExpertAdapter` of a layer's experts;
+what has a matrix adds it to its output."""
 
 from __future__ import annotations
 
@@ -12,8 +13,12 @@ from flax import nnx
 
 from rave_jax.config import ConfigError
 from rave_jax.models.config import Lora
-from rave_jax.models.experts import Experts
-from rave_jax.models.layers import Adapter, Linear
+from rave_jax.models.embedding import Embedding
+from rave_jax.models.experts import ExpertWeights, Router
+from rave_jax.models.layers import Linear, TiedHead
+
+Adapted = Linear | ExpertWeights | Router | Embedding | TiedHead
+"""What takes an adapter."""
 
 PROJECTORS = ("vision.merger.", "vision.deep_mergers.", "vision.projector.")
 """Where linears stand that lead from the tower to the decoder."""
@@ -24,9 +29,9 @@ def is_projector(path: str) -> bool:
     return path.startswith(PROJECTORS)
 
 
-def projectors(tower: nnx.Module) -> dict[str, Linear]:
+def projectors(tower: nnx.Module) -> dict[str, Adapted]:
     """Every linear of a tower that stands behind its layers, by path."""
-    found: dict[str, Linear] = {}
+    found: dict[str, Adapted] = {}
     for name, child in vars(tower).items():
         if not is_projector(f"vision.{name}."):
             continue
@@ -39,11 +44,11 @@ def projectors(tower: nnx.Module) -> dict[str, Linear]:
     return found
 
 
-def linears(module: nnx.Module, prefix: str) -> dict[str, Linear]:
-    """Every linear below `module`, by dotted path with `prefix` in front."""
-    found: dict[str, Linear] = {}
+def linears(module: nnx.Module, prefix: str) -> dict[str, Adapted]:
+    """Every linear below `module`, those of experts and routers among them, by dotted path with `prefix` in front."""
+    found: dict[str, Adapted] = {}
     for name, child in vars(module).items():
-        if isinstance(child, Linear):
+        if isinstance(child, Linear | ExpertWeights | Router):
             found[prefix + name] = child
         elif isinstance(child, nnx.Module):
             found |= linears(child, f"{prefix}{name}.")
@@ -61,7 +66,7 @@ def attach(layer: nnx.Module, prefix: str, lora: Lora | None, dtype: jnp.dtype, 
     adapt(linears(layer, prefix), lora, dtype, key)
 
 
-def adapt(known: Mapping[str, Linear], lora: Lora | None, dtype: jnp.dtype, key: jax.Array) -> None:
+def adapt(known: Mapping[str, Adapted], lora: Lora | None, dtype: jnp.dtype, key: jax.Array) -> None:
     """Give each linear whose whole path a target matches its adapter.
 
     Args:
@@ -74,52 +79,20 @@ def adapt(known: Mapping[str, Linear], lora: Lora | None, dtype: jnp.dtype, key:
         return
     for path, linear in known.items():
         if any(re.fullmatch(target, path) for target in lora.targets):
-            linear.adapter = Adapter(
-                linear.out_shape,
-                linear.in_shape,
-                linear.weight.get_metadata()["axes"],
-                rank=lora.rank,
-                scale=lora.alpha / lora.rank,
-                dtype=dtype,
-                key=jax.random.fold_in(key, zlib.crc32(path.encode())),
-            )
+            linear.adapt(lora.rank, lora.alpha / lora.rank, dtype, jax.random.fold_in(key, zlib.crc32(path.encode())))
 
 
-def experts(module: nnx.Module, prefix: str) -> list[str]:
-    """Dotted paths, with `prefix` in front, of what belongs to experts below `module`."""
-    found: list[str] = []
-    for name, child in vars(module).items():
-        if isinstance(child, Experts):
-            found += [f"{prefix}{name}.{part}" for part, one in vars(child).items() if isinstance(one, nnx.Module)]
-        elif isinstance(child, nnx.Module):
-            found += experts(child, f"{prefix}{name}.")
-    return found
-
-
-def check_targets(lora: Lora | None, known: Iterable[str], of_experts: Iterable[str] = ()) -> None:
+def check_targets(lora: Lora | None, known: Iterable[str]) -> None:
     """Refuse targets that name no linear.
 
     Args:
         lora: the adapters.
         known: paths of linears.
-        of_experts: paths of what belongs to experts.
 
     Raises:
-        ConfigError: names the unknown targets, those of experts, and all that are known.
+        ConfigError: names the unknown targets, and all that are known.
     """
-    of_experts = set(of_experts)
-    known = [path for path in dict.fromkeys(known) if path not in of_experts]
-
-    def found(target: str, paths: Iterable[str]) -> bool:
-        return any(re.fullmatch(target, path) for path in paths)
-
-    targets = () if lora is None else lora.targets
-    refused = [target for target in targets if found(target, of_experts) and not found(target, known)]
-    if refused:
-        raise ConfigError(
-            f"lora.targets names {', '.join(refused)}, which are parts of experts and take no adapter; expected some "
-            f"of {', '.join(known)}"
-        )
-    unknown = [target for target in targets if not found(target, known)]
+    known, targets = list(dict.fromkeys(known)), () if lora is None else lora.targets
+    unknown = [target for target in targets if not any(re.fullmatch(target, path) for path in known)]
     if unknown:
         raise ConfigError(f"lora.targets names {', '.join(unknown)}, expected some of {', '.join(known)}")

@@ -30,6 +30,8 @@ front of the shape given here; biases exist where the family has them):
     vision.table.weight [side * side,D]                                         with a table of positions
     vision.deep_mergers.{n}.norm.{weight,bias}   .{first,second}.{weight,bias}    with DeepStack
     <any linear of a layer>.adapter.{down [r,*in], up [*out,r]}                 with LoRA
+    <gate, up or down of experts>.adapter.{down [E,r,in], up [E,out,r]}
+    {embed,lm_head}.adapter.{down [r,D], up [V,r]}                              of a tied head: tied_head.adapter
 """
 
 from __future__ import annotations

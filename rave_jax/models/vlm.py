@@ -16,7 +16,7 @@ from rave_jax.models.config import ModelOptions
 from rave_jax.models.decoder import Decoder
 from rave_jax.models.embedding import Embedding
 from rave_jax.models.forward import HIDDEN, Chunk, Embedded, ImageFeatures, Output, Want
-from rave_jax.models.layers import ContextEmbedding, Linear, product
+from rave_jax.models.layers import ContextEmbedding, Linear, LowRank, TiedHead, product
 from rave_jax.models.tower import Tower
 from rave_jax.parallel.sharding import shard
 from rave_jax.typing import Array, Float, Int
@@ -25,6 +25,10 @@ CONTEXT_KEY = 4
 """What the model's key is folded with for the context tokens."""
 PROJECTOR_KEY = 5
 """What the tower's key is folded with for adapters of what stands behind its layers."""
+AROUND_KEY = 6
+"""What the model's key is folded with for adapters of the embedding and of the head."""
+EMBEDDING, HEAD = "embed", "lm_head"
+"""What LoRA's targets call these two."""
 
 
 class Vlm(nnx.Module):
@@ -36,6 +40,7 @@ class Vlm(nnx.Module):
         vision: tower and merger, or None.
         decoder: text decoder.
         lm_head: output head, or None when it is the embedding table.
+        tied_head: what the output head then has of its own, an adapter.
 
     Raises:
         ConfigError: a mechanism or adapter names something the model does not have, two mechanisms own one thing, or
@@ -51,10 +56,12 @@ class Vlm(nnx.Module):
         self.context: ContextEmbedding | None = nnx.data(_context_embedding(config, options, key))
         self.vision: Tower | None = nnx.data(_tower(config, options, keys[1]))
         self.decoder = Decoder(text, options, config.deep_layers, key=keys[2])
-        head = (text.vocab_size,), (text.hidden_size,)
+        sizes = (text.vocab_size,), (text.hidden_size,)
         self.lm_head: Linear | None = nnx.data(
-            None if text.tie_embeddings else Linear(*head, ("vocab", "embed"), bias=False, dtype=dtype, key=keys[3])
+            None if text.tie_embeddings else Linear(*sizes, ("vocab", "embed"), bias=False, dtype=dtype, key=keys[3])
         )
+        tied = TiedHead(text.vocab_size, text.hidden_size) if text.tie_embeddings else None
+        self.tied_head: TiedHead | None = nnx.data(tied)
         runs = [(run.layers, "decoder.") for run in self.decoder.layer_runs]
         runs += [] if self.vision is None else [(run.layers, "vision.") for run in self.vision.layer_runs]
         linears = [path for layers, prefix in runs for path in lora.linears(layers, prefix)]
@@ -62,7 +69,11 @@ class Vlm(nnx.Module):
             behind = lora.projectors(self.vision)
             lora.adapt(behind, options.lora, dtype, jax.random.fold_in(keys[1], PROJECTOR_KEY))
             linears += behind
-        lora.check_targets(options.lora, linears, (path for run in runs for path in lora.experts(*run)))
+        head = self.tied_head if self.lm_head is None else self.lm_head
+        assert head is not None
+        around = {EMBEDDING: self.embed, HEAD: head}
+        lora.adapt(around, options.lora, dtype, jax.random.fold_in(key, AROUND_KEY))
+        lora.check_targets(options.lora, (*linears, *around))
 
     def embed_images(self, patches: Patches) -> ImageFeatures:
         """What the tower makes of rows of patches [B,P, ...].
@@ -194,9 +205,19 @@ class Vlm(nnx.Module):
         """The output head's weight: the embedding table when they are tied."""
         return self.embed.weight[...] if self.lm_head is None else self.lm_head.weight[...]
 
+    def head_adapter(self) -> LowRank | None:
+        """What LoRA adds to the output head's weight; None without it."""
+        head = self.tied_head if self.lm_head is None else self.lm_head
+        return None if head is None or head.adapter is None else head.adapter.low_rank()
+
     def logits(self, hidden: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
         """Float32 scores of every token."""
-        return product(hidden, self.head_weight().astype(hidden.dtype), jnp.dtype(jnp.float32))
+        wide, adapter = jnp.dtype(jnp.float32), self.head_adapter()
+        scores = product(hidden, self.head_weight().astype(hidden.dtype), wide)
+        if adapter is None:
+            return scores
+        low = product(hidden, adapter.down.astype(hidden.dtype), hidden.dtype)
+        return scores + product(low, adapter.up.astype(hidden.dtype), wide)
 
     def empty_cache(
         self,

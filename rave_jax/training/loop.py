@@ -353,10 +353,12 @@ class Loop:
 
 def named_values(metrics: StepMetrics) -> dict[str, Any]:
     """Metrics as plain numbers by the names they are logged under: a mechanism's loss is `loss/NAME`, the
-    gradient's norm of a group `grad_norm/NAME`, the size of a mechanism's parameter `mechanism/NAME`."""
+    gradient's norm of a group `grad_norm/NAME`, the size of a mechanism's parameter `mechanism/NAME`, a figure of what
+    a mechanism chooses `routing/MECHANISM/FIGURE`."""
     found = jax.device_get(metrics)._asdict()
     found |= {f"loss/{name}": value for name, value in found.pop("losses").items()}
     found |= {f"mechanism/{name}": value for name, value in found.pop("mechanisms").items()}
+    found |= {f"routing/{name}": value for name, value in found.pop("routing").items()}
     by_group = found.pop("group_norms")
     if len(by_group) > 1:
         found |= {f"grad_norm/{name}": value for name, value in by_group.items()}

@@ -10,8 +10,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from rave_jax.attention import ChoiceSums
+from rave_jax.attention.choices import figures
 from rave_jax.batch import Batch, Kind, TokenInfo
 from rave_jax.models.forward import Output, Want
+from rave_jax.models.layers import LowRank
 from rave_jax.parallel.compiler import compiler_options
 from rave_jax.parallel.rows import batch_axis
 from rave_jax.training.averages import Ema
@@ -33,6 +36,9 @@ class Trainable(Protocol):
     def head_weight(self) -> jax.Array:
         """[V,D]."""
 
+    def head_adapter(self) -> LowRank | None:
+        """What LoRA adds to it; None without LoRA."""
+
 
 class StepMetrics(NamedTuple):
     """What one step reports, over the whole batch.
@@ -51,6 +57,7 @@ class StepMetrics(NamedTuple):
         group_norms: norm of the gradient of each group of parameters, by its name.
         mechanisms: root mean square of the mechanisms' trained parameters before the step, over all layers, by the
             parameter's own name. Those of a gate that starts as nothing tell how far it has opened.
+        routing: what queries choose, by the mechanism and the figure (`attention/choices.py`).
     """
 
     loss: Float[Array, ""]
@@ -65,6 +72,10 @@ class StepMetrics(NamedTuple):
     images: Int[Array, ""]
     group_norms: dict[str, Float[Array, ""]]
     mechanisms: dict[str, Float[Array, ""]]
+    routing: dict[str, Float[Array, ""]]
+
+
+Choices = dict[str, ChoiceSums]
 
 
 class BatchSums(NamedTuple):
@@ -124,18 +135,18 @@ def make_step(
 
     def objective(
         trained: Params, frozen: Params, batch: Batch, weights: BatchWeights, progress: jax.Array
-    ) -> tuple[jax.Array, BatchSums]:
+    ) -> tuple[jax.Array, tuple[BatchSums, Choices]]:
         model: Trainable = graph.merge(trained | frozen)
-        out = model.forward(batch, Want(losses=True, progress=progress))
+        out = model.forward(batch, Want(losses=True, choices=True, progress=progress))
         head, of_tokens = model.head_weight(), (batch.targets, batch.loss_weights)
-        sums = chunked_cross_entropy(out.hidden, head, *of_tokens, loss_chunk, z_loss)
+        sums = chunked_cross_entropy(out.hidden, head, *of_tokens, loss_chunk, z_loss, model.head_adapter())
         means = {name: x / weights.losses[name] for name, x in out.losses.items()}
         # The z-loss stands in `sums.loss` with the likelihood, and is told beside it.
         whole = functools.reduce(jnp.add, means.values(), sums.loss / weights.targets)
         means |= {Z_LOSS: sums.z / weights.targets} if z_loss > 0 else {}
-        return whole, BatchSums(sums._replace(loss=sums.loss - sums.z), means)
+        return whole, (BatchSums(sums._replace(loss=sums.loss - sums.z), means), out.choices or {})
 
-    def gradients(state: TrainState, batch: Batch) -> tuple[BatchSums, Params]:
+    def gradients(state: TrainState, batch: Batch) -> tuple[BatchSums, Choices, Params]:
         # With master copies, gradients are of the copies, in their number type.
         trained = graph.computed(state.trained)
         model: Trainable = graph.merge(trained | state.frozen)
@@ -147,21 +158,22 @@ def make_step(
         progress = state.step.astype(jnp.float32) / steps
         of_batch = jax.value_and_grad(objective, has_aux=True)
         if accumulation == 1:
-            (_, sums), grads = of_batch(trained, state.frozen, batch, weights, progress)
-            return sums, grads
+            (_, (sums, choices)), grads = of_batch(trained, state.frozen, batch, weights, progress)
+            return sums, choices, grads
 
-        def body(carry: tuple[BatchSums, Params], micro: Batch) -> tuple[tuple[BatchSums, Params], None]:
-            (_, sums), grads = of_batch(trained, state.frozen, micro, weights, progress)
-            return jax.tree.map(lambda a, b: a + b.astype(a.dtype), carry, (sums, grads)), None
+        def body(carry: tuple[BatchSums, Params], micro: Batch) -> tuple[tuple[BatchSums, Params], Choices]:
+            (_, (sums, choices)), grads = of_batch(trained, state.frozen, micro, weights, progress)
+            return jax.tree.map(lambda a, b: a + b.astype(a.dtype), carry, (sums, grads)), choices
 
         zero = jnp.zeros((), jnp.float32)
         nothing = BatchSums(TokenSums(zero, zero, zero, zero), dict.fromkeys(weights.losses, zero))
         empty = {name: jnp.zeros(x.shape, jnp.float32) for name, x in state.trained.items()}
-        (sums, grads), _ = jax.lax.scan(body, (nothing, empty), micro_batches(batch, accumulation))
-        return sums, {name: grad.astype(state.trained[name].dtype) for name, grad in grads.items()}
+        (sums, grads), choices = jax.lax.scan(body, (nothing, empty), micro_batches(batch, accumulation))
+        choices = jax.tree.map(lambda x: jnp.sum(x, axis=0), choices)
+        return sums, choices, {name: grad.astype(state.trained[name].dtype) for name, grad in grads.items()}
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
-        (sums, losses), grads = gradients(state, batch)
+        (sums, losses), choices, grads = gradients(state, batch)
 
         def in_phase(tree: Any) -> Params:
             return {
@@ -204,6 +216,7 @@ def make_step(
             images=jnp.sum(jnp.max(batch.info.image, axis=1)),
             group_norms=_norms_by_group(grads, groups),
             mechanisms=_sizes_of_mechanisms(state.trained),
+            routing=figures(choices),
         )
 
     return step

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -26,6 +27,7 @@ from rave_jax.families.shared.decoder import decoder_tensors
 from rave_jax.families.shared.experts import fused_swapped
 from rave_jax.models.config import Lora, ModelOptions
 from rave_jax.models.parameters import named_parameters, with_values
+from rave_jax.models.vlm import Vlm
 from rave_jax.parallel.mesh import MeshConfig, make_mesh
 from rave_jax.tools.convert import from_hf
 from tests.models.made import model as made
@@ -47,6 +49,11 @@ FAMILY = FAMILIES["qwen3_moe"]
 CONFIG = VlmConfig(text=TEXT, eos_token_ids=(3,), family="qwen3_moe")
 GATE, UP, DOWN = (f"decoder.layer_runs.0.layers.mlp.{name}.weight" for name in ("gate", "up", "down"))
 LAYER = "model.layers.0.mlp.experts"
+PARTS = ("gate", "up", "down", "router")
+
+
+def weights_of(model: Vlm) -> dict[str, jax.Array]:
+    return {path: x[...] for path, x in named_parameters(model).items()}
 
 
 @pytest.fixture
@@ -196,13 +203,87 @@ def test_adapters_are_merged_and_written_beside_experts(tmp_path: Path, released
             np.testing.assert_array_equal(named_parameters(again)[path][...], value)
 
 
-def test_an_adapter_of_experts_is_refused_by_name(tmp_path: Path, released: Path) -> None:
+EVERYTHING = Lora(rank=2, alpha=3.0, targets=(r"decoder\.mlp\..*", "lm_head", "embed"))
+UNTIED = dataclasses.replace(CONFIG, text=dataclasses.replace(TEXT, tie_embeddings=False))
+
+
+@pytest.mark.parametrize(("config", "made_as"), [(CONFIG, "separate"), (UNTIED, "fused")])
+def test_adapters_of_experts_head_and_embedding_are_merged_and_come_back(
+    tmp_path: Path, config: VlmConfig, made_as: str
+) -> None:
+    """A tied head and the embedding are two tensors once an adapter is in one of them."""
+    plain = export_hf(made(config), tmp_path / "plain")
+    given = directory(tmp_path / made_as, plain, made_as)
+    model = import_hf(given, ModelOptions(lora=EVERYTHING))
+    rng, known = np.random.default_rng(2), named_parameters(model)
+    adapters = {path: rng.standard_normal(x.shape, np.float32) for path, x in known.items() if ".adapter." in path}
+    model = with_values(model, {path: jnp.asarray(x) for path, x in adapters.items()})
+    values = {path: np.asarray(x[...]) for path, x in named_parameters(made(config)).items()}
+    values.setdefault("lm_head.weight", values["embed.weight"])
+    for down in [path for path in adapters if path.endswith("down")]:
+        weight, up = down.replace("adapter.down", "weight").replace("tied", "lm"), f"{down.removesuffix('down')}up"
+        update = 1.5 * np.einsum("...or,...ri->...oi", adapters[up], adapters[down])
+        values[weight] = values[weight] + update
+    merged = named_parameters(import_hf(export_hf(model, tmp_path / "merged", given)))
+    assert merged.keys() == values.keys()
+    for path, value in values.items():
+        np.testing.assert_allclose(merged[path][...], value, rtol=1e-5, atol=1e-5, err_msg=path)
+
+    again = import_peft(export_peft(model, tmp_path / "adapter", given), given)
+    beside = import_hf(export_hf(model, tmp_path / "beside", given, lora="beside"), model.options)
+    assert set(again.options.lora.targets) == {*(f"decoder.mlp.{x}" for x in PARTS), "lm_head", "embed"}
+    assert (again.options.lora.rank, again.options.lora.alpha) == (2, 3.0)
+    for path, value in adapters.items():
+        for found in (again, beside):
+            np.testing.assert_array_equal(named_parameters(found)[path][...], value)
+
+
+def test_an_adapter_of_the_gates_alone_leaves_the_other_half(tmp_path: Path, released: Path) -> None:
+    model = made(CONFIG, ModelOptions(lora=Lora(rank=2, targets=("decoder.mlp.gate",))))
+    beside = export_peft(with_values(model, weights_of(import_hf(released))), tmp_path / "adapter", released)
+    assert json.loads((beside / "adapter_config.json").read_text())["target_parameters"] == ["mlp.experts.gate_up_proj"]
+    stored = load_file(beside / "adapter_model.safetensors")
+    assert stored[f"base_model.model.{LAYER}.lora_A.weight"].shape == (E * 2, D)
+    assert not stored[f"base_model.model.{LAYER}.lora_B.weight"][F:].any()
+    again = named_parameters(import_peft(beside, released))
+    for part in ("down", "up"):
+        path = GATE.replace("weight", f"adapter.{part}")
+        np.testing.assert_array_equal(again[path][...], named_parameters(model)[path][...])
+    assert not again[UP.replace("weight", "adapter.up")][...].any()
+
+
+def test_adapters_of_single_experts_are_read(tmp_path: Path, released: Path) -> None:
+    """As older releases of transformers have them: a linear for each expert."""
     options = ModelOptions(lora=Lora(rank=2, targets=("decoder.attention.query",)))
     beside = export_peft(import_hf(released, options), tmp_path / "adapter", released)
-    adapter = beside / "adapter_model.safetensors"
-    tensors = load_file(adapter)
-    key = f"base_model.model.{LAYER}.0.gate_proj"
-    more = {f"{key}.lora_A.weight": np.zeros((2, D), np.float32), f"{key}.lora_B.weight": np.zeros((F, 2), np.float32)}
-    save_file(tensors | more, adapter, {"format": "pt"})
-    with pytest.raises(CheckpointError, match=rf"{LAYER}\.0\.gate_proj: adapters of experts are not computed"):
+    adapter, rng = beside / "adapter_model.safetensors", np.random.default_rng(3)
+    a, b = rng.standard_normal((2, D), np.float32), rng.standard_normal((F, 2), np.float32)
+    key = f"base_model.model.{LAYER}.2.gate_proj"
+    save_file(load_file(adapter) | {f"{key}.lora_A.weight": a, f"{key}.lora_B.weight": b}, adapter)
+    params = named_parameters(import_peft(beside, released))
+    for path, value in {"down": a, "up": b}.items():
+        found = np.asarray(params[GATE.replace("weight", f"adapter.{path}")][...])
+        np.testing.assert_array_equal(found[0, 2], value)
+        assert not np.delete(found[0], 2, axis=0).any()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({f"{LAYER}.lora_A.weight": (E * 2, F + 1)}, rf"{LAYER}\.lora_A.* \[8, 7\], expected \[8, 6\]"),
+        ({f"{LAYER}.lora_B.weight": None}, rf"{LAYER}\.down_proj: lora_B missing"),
+        ({"lm_head.base_layer.weight": (32, D)}, r"lm_head\.base_layer\.weight .*: differs from embed\.weight"),
+    ],
+)
+def test_an_adapter_that_does_not_fit_is_refused_by_name(
+    tmp_path: Path, released: Path, change: dict[str, Any], message: str
+) -> None:
+    model = with_values(made(CONFIG, ModelOptions(lora=EVERYTHING)), weights_of(import_hf(released)))
+    beside = export_peft(model, tmp_path / "adapter", released)
+    tensors = load_file(beside / "adapter_model.safetensors")
+    for key, shape in change.items():
+        tensors.pop(f"base_model.model.{key}", None)
+        tensors |= {} if shape is None else {f"base_model.model.{key}": np.ones(shape, np.float32)}
+    save_file(tensors, beside / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match=message):
         import_peft(beside, released)

@@ -180,6 +180,8 @@ def test_ranks_scales_and_layers_as_peft_has_them(
         ({"use_dora": True}, "use_dora is True, expected False"),
         ({"modules_to_save": ["lm_head"]}, r"modules_to_save is \['lm_head'\], expected None"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa'"),
+        ({"ensure_weight_tying": True}, "ensure_weight_tying is True, expected False"),
+        ({"target_parameters": "experts"}, "target_parameters is 'experts', expected names of parameters"),
         ({"r": "8"}, "r is '8', expected an integer"),
         ({"lora_alpha": None}, "lora_alpha is None, expected a number"),
         ({"target_modules": "("}, r"'\(' is not a valid regex"),
@@ -188,7 +190,7 @@ def test_ranks_scales_and_layers_as_peft_has_them(
         ({"exclude_modules": []}, r"model\.visual\.blocks\.0\.mlp\.up_proj: lora_A and lora_B missing"),
         (
             {"target_modules": ["up_proj", "lm_head"]},
-            "lm_head: adapters are read on linears of layers and projectors alone",
+            "lm_head: lora_A and lora_B missing",
         ),
     ],
 )

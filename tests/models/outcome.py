@@ -26,12 +26,12 @@ MESHES = pytest.mark.parametrize("layout", [{"fsdp": 2, "tensor": 2, "data": 2},
 
 @jax.jit
 def outcome(model: Vlm, batch: Batch) -> Any:
-    """Gradients, and of the forward pass logits, losses and gates."""
+    """Gradients, and of the forward pass logits, losses, gates and what queries choose."""
 
     def loss(model: Vlm) -> Any:
-        out = model.forward(batch, Want(losses=True, gates=True))
+        out = model.forward(batch, Want(losses=True, gates=True, choices=True))
         logits = jnp.where((batch.info.document > 0)[..., None], model.logits(out.hidden), 0.0)
-        return jnp.sum(logits**2) / 1e3 + sum(out.losses.values()), (logits, out.losses, out.gates)
+        return jnp.sum(logits**2) / 1e3 + sum(out.losses.values()), (logits, out.losses, out.gates, out.choices)
 
     return jax.grad(loss, has_aux=True)(model)
 

@@ -29,12 +29,12 @@ OPTIONS = ModelOptions(
 
 
 def learned(model: Vlm, batch: Batch) -> Any:
-    """Gradients, logits and losses, of a forward pass that asks for nothing by the places of tokens."""
+    """Gradients, logits, losses and sums over choices, of a forward pass that asks for nothing by places of tokens."""
 
     def loss(model: Vlm) -> Any:
-        out = model.forward(batch, Want(losses=True))
+        out = model.forward(batch, Want(losses=True, choices=True))
         logits = jnp.where((batch.info.document > 0)[..., None], model.logits(out.hidden), 0.0)
-        return jnp.sum(logits**2) / 1e3 + sum(out.losses.values()), (logits, out.losses)
+        return jnp.sum(logits**2) / 1e3 + sum(out.losses.values()), (logits, out.losses, out.choices)
 
     return jax.grad(loss, has_aux=True)(model)
 

@@ -11,7 +11,7 @@ import pytest
 
 from rave_jax.config import ConfigError
 from rave_jax.families.config import ExpertsConfig, LayerKind, TextConfig, VlmConfig
-from rave_jax.models.config import Lora, ModelOptions, Remat
+from rave_jax.models.config import ModelOptions, Remat
 from rave_jax.models.experts import Choice, Experts, balance_loss, router_sums
 from rave_jax.models.forward import Want
 from rave_jax.models.parameters import named_parameters, param_axes, shardings
@@ -163,14 +163,6 @@ def test_layers_have_experts_where_the_config_says_so() -> None:
 def test_numbers_that_make_no_layer_are_refused_by_name(fields: dict, name: str) -> None:
     with pytest.raises(ConfigError, match=f"^{name} is "):
         ExpertsConfig(**{"count": 8, "chosen": 2, "mlp_size": 12, **fields})
-
-
-def test_adapters_on_experts_are_refused_by_name() -> None:
-    options = ModelOptions(lora=Lora(targets=("decoder.attention.query", "decoder.mlp.gate", "decoder.mlp.router")))
-    with pytest.raises(
-        ConfigError, match=r"lora\.targets names decoder\.mlp\.gate, decoder\.mlp\.router, which are .* experts"
-    ):
-        jax.eval_shape(lambda: Vlm(MODEL, options, key=jax.random.key(0)))
 
 
 def rows(count: int):

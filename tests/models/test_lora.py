@@ -1,15 +1,20 @@
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from rave_jax.config import ConfigError
+from rave_jax.families.config import ExpertsConfig, TextConfig, VlmConfig
 from rave_jax.families.qwen2_5_vl import presets
 from rave_jax.models.config import Lora, ModelOptions
-from rave_jax.models.parameters import named_parameters, with_values
+from rave_jax.models.parameters import named_parameters, shardings, with_values
 from rave_jax.models.vlm import Vlm
+from rave_jax.parallel.mesh import MeshConfig, make_mesh
+from rave_jax.parallel.sharding import use_mesh
 from tests.models.layout import Visual, batch, document
 from tests.models.made import model as made
 
@@ -63,6 +68,103 @@ def test_an_adapter_equals_the_merged_weight() -> None:
     merged = with_values(model, {path + "weight": params[path + "weight"][...] + update})
     np.testing.assert_allclose(hidden(adapted), hidden(merged), atol=1e-5)
     assert np.abs(hidden(adapted) - hidden(model)).max() > 1e-3
+
+
+EXPERTS = VlmConfig(
+    text=TextConfig(
+        vocab_size=64,
+        hidden_size=16,
+        num_layers=2,
+        num_heads=2,
+        num_kv_heads=2,
+        head_dim=8,
+        mlp_size=24,
+        qkv_bias=False,
+        tie_embeddings=False,
+        experts=ExpertsConfig(count=4, chosen=2, mlp_size=8, dense_layers=(0,)),
+    ),
+    family="qwen3_moe",
+)
+TIED = dataclasses.replace(EXPERTS, text=dataclasses.replace(EXPERTS.text, tie_embeddings=True))
+AROUND = Lora(rank=3, alpha=4.5, targets=(r"decoder\.mlp\..*", "lm_head", "embed"))
+ROWS = batch(
+    [
+        [document([3 + n], EXPERTS, np.random.default_rng(n)), document([9 - n], EXPERTS, np.random.default_rng(9))]
+        for n in range(4)
+    ],
+    EXPERTS,
+    tokens=12,
+    patches=0,
+)
+
+
+@jax.jit
+def learned(model: Vlm) -> tuple[jax.Array, jax.Array, Vlm]:
+    """Logits, the loss by them, and its gradients."""
+
+    def loss(model: Vlm) -> tuple[jax.Array, jax.Array]:
+        logits = model.logits(model.forward(ROWS).hidden)
+        chosen = jnp.take_along_axis(jax.nn.log_softmax(logits), ROWS.targets[..., None], axis=-1)[..., 0]
+        return -jnp.sum(chosen * ROWS.loss_weights), logits
+
+    (value, logits), gradients = jax.value_and_grad(loss, has_aux=True)(model)
+    return logits, value, gradients
+
+
+def updated(model: Vlm) -> tuple[Vlm, dict[str, tuple[str, str, str]]]:
+    """The model without adapters whose weights they are in, by einsum, and which (weight, down, up) belong together."""
+    params = {path: np.float64(x[...]) for path, x in named_parameters(model).items()}
+    plain = made(EXPERTS)  # with a head of its own, as a tied model has it once an adapter is in it
+    values = {path: params.get(path, params["embed.weight"]) for path in named_parameters(plain)}
+    pairs = {}
+    for down in [path for path in params if path.endswith("adapter.down")]:
+        up, weight = f"{down.removesuffix('down')}up", down.replace("adapter.down", "weight").replace("tied", "lm")
+        factors = params[up], params[down]
+        pairs[down.removesuffix(".adapter.down")] = weight, down, up
+        values[weight] = values[weight] + 1.5 * np.einsum("...or,...ri->...oi", *factors)
+    return with_values(plain, {path: jnp.float32(x) for path, x in values.items()}), pairs
+
+
+@pytest.mark.parametrize("config", [EXPERTS, pytest.param(TIED, marks=pytest.mark.slow)], ids=["untied", "tied"])
+def test_adapters_of_experts_router_head_and_embedding_equal_merged_weights(config: VlmConfig) -> None:
+    """With gradients by the chain rule: of up, scale * dW down^T, and of down, scale * up^T dW."""
+    model = made(config, ModelOptions(lora=AROUND))
+    merged, pairs = updated(model)
+    head = "lm_head" if config is EXPERTS else "tied_head"
+    of_layers = {f"decoder.layer_runs.{n}.layers.mlp.{name}" for n in (0, 1) for name in ("gate", "up", "down")}
+    assert set(pairs) == {*of_layers, "decoder.layer_runs.1.layers.mlp.router", "embed", head}
+    (logits, value, ours), (wanted, expected, theirs) = learned(model), learned(merged)
+    np.testing.assert_allclose(logits, wanted, atol=2e-5)
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    params, ours, theirs = named_parameters(model), named_parameters(ours), named_parameters(theirs)
+    for name, (weight, down, up) in pairs.items():
+        of = np.float64(theirs[weight][...])
+        chained = {
+            up: np.einsum("...oi,...ri->...or", of, params[down][...]),
+            down: np.einsum("...oi,...or->...ri", of, params[up][...]),
+        }
+        for path, gradient in chained.items():
+            near = 1e-4 * np.abs(gradient).max()
+            np.testing.assert_allclose(ours[path][...], 1.5 * gradient, atol=near, err_msg=name)
+
+
+def test_adapters_of_experts_and_of_the_head_on_a_mesh_of_eight() -> None:
+    model = made(EXPERTS, ModelOptions(lora=AROUND))
+    mesh = make_mesh(MeshConfig(data=1, fsdp=2, expert=2, tensor=2), jax.devices()[:8])
+    with use_mesh(mesh):
+        placed = jax.device_put(model, shardings(model, mesh))
+        found = jax.jit(lambda model: learned.__wrapped__(model))(placed)
+    up = named_parameters(placed)["decoder.layer_runs.1.layers.mlp.gate.adapter.up"][...]
+    assert up.addressable_shards[0].data.shape == (1, 1, 8, 3)
+    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(learned(model)), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-4 * np.abs(theirs).max())
+
+
+def test_an_adapter_of_a_tied_head_leaves_the_embedding_as_it_is() -> None:
+    model, plain = (made(TIED, ModelOptions(lora=lora)) for lora in (Lora(targets=("lm_head",)), None))
+    x = jnp.ones((1, 2, 16))
+    np.testing.assert_array_equal(model.embed(ROWS.tokens, x.dtype), plain.embed(ROWS.tokens, x.dtype))
+    assert np.abs(model.logits(x) - plain.logits(x)).max() > 0.1
 
 
 def test_a_target_that_is_no_regular_expression_is_refused() -> None:

@@ -42,7 +42,7 @@ def rows() -> Batch:
 @pytest.mark.slow
 @MESHES
 def test_a_mesh_of_eight_gives_the_same_numbers(layout: dict[str, int]) -> None:
-    _, (_, losses, _) = check_mesh_of_eight(CONFIG, OPTIONS, rows(), layout)
+    _, (_, losses, _, _) = check_mesh_of_eight(CONFIG, OPTIONS, rows(), layout)
     assert losses["sparsifiner"] > 0
 
 

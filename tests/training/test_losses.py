@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 
-from rave_jax.attention import Avar, MechanismConfig, SlidingWindow, ZeroTuning
+from rave_jax.attention import Avar, MechanismConfig, Moba, SlidingWindow, ZeroTuning
 from rave_jax.batch import Batch, Kind, Role
 from rave_jax.families.config import ExpertsConfig
 from rave_jax.models.config import ModelOptions, Remat
@@ -39,6 +39,7 @@ MECHANISMS: tuple[MechanismConfig, ...] = (
     Avar(enhance=0.5),
     ZeroTuning(0.5, route="merge"),
     ZeroTuning(3.0, heads=(1,), route="after"),
+    Moba(4, top_k=2),
 )
 OPTIONS = ModelOptions(mechanisms=MECHANISMS)
 Z_LOSS = 0.01
@@ -92,6 +93,7 @@ def test_the_step_descends_the_sum_of_all_losses() -> None:
     total, means, norm = by_hand(first_state(session, TEXT, OPTIONS).trained)
     metrics = whole()[1]
     assert set(metrics.losses) == {"avar_enhance", "avar_suppress", "z"} and metrics.bad_step == -1
+    assert 0 < metrics.routing["Moba/read"] < metrics.routing["Moba/effective"] < 1
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), metrics.losses, means)
     np.testing.assert_allclose(metrics.loss + sum(metrics.losses.values()), total, rtol=1e-5)
     np.testing.assert_allclose(metrics.grad_norm, norm, rtol=1e-4)
@@ -146,8 +148,9 @@ def test_a_mechanism_without_losses_adds_nothing_to_the_metrics() -> None:
 def test_losses_are_logged_by_name() -> None:
     empty = StepMetrics(*map(np.float32, range(len(StepMetrics._fields))))
     of = empty._replace(losses={"avar_enhance": np.float32(0.5)}, group_norms={}, mechanisms={"gain": np.float32(1)})
+    of = of._replace(routing={"Gaze/read": np.float32(0.25)})
     values = named_values(of)
-    assert values["loss/avar_enhance"] == 0.5 and values["loss"] == 0 and "losses" not in values
+    assert values["loss/avar_enhance"] == 0.5 and values["routing/Gaze/read"] == 0.25 and "losses" not in values
 
 
 @functools.cache

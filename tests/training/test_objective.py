@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rave_jax.models.layers import LowRank
 from rave_jax.parallel.mesh import MeshConfig, make_mesh
 from rave_jax.parallel.sharding import use_mesh
 from rave_jax.training.objective import chunked_cross_entropy
@@ -70,6 +73,25 @@ def test_a_mesh_gives_the_loss_and_the_gradients_of_one_device(mesh, vocab):
     np.testing.assert_allclose(found, wanted, rtol=1e-6)
     for ours, theirs in zip(gradients, wanted_gradients, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("mesh", [None, MeshConfig(data=2, fsdp=2, tensor=2)], ids=["one device", "mesh"])
+def test_an_adapter_of_the_head_is_part_of_the_loss_and_of_the_gradients(mesh):
+    """Equal to the dense loss of the sum of both, with gradients of hidden states, head and both factors."""
+    (hidden, head, targets, weights), rng = arrays(6, 8, 11, V=24, D=8), np.random.default_rng(0)
+    adapter = LowRank(*(jnp.float32(rng.standard_normal(shape)) for shape in ((3, 8), (24, 3))))
+
+    def ours(hidden, head, adapter):
+        return chunked_cross_entropy(hidden, head, targets, weights, 4, Z, adapter).loss
+
+    def theirs(hidden, head, adapter):
+        return dense(hidden, head + adapter.up @ adapter.down, targets, weights)[0]
+
+    wanted = jax.jit(jax.value_and_grad(theirs, argnums=(0, 1, 2)))(hidden, head, adapter)
+    with contextlib.nullcontext() if mesh is None else use_mesh(make_mesh(mesh)):
+        found = jax.jit(jax.value_and_grad(ours, argnums=(0, 1, 2)))(hidden, head, adapter)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5 * np.abs(b).max())
 
 
 def test_of_equal_logits_on_several_devices_the_first_is_the_guess():
