@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from flax import nnx
 from jax.sharding import AbstractMesh
 
 from rave_jax.attention import LayerReading, PicturesBefore
@@ -26,7 +25,7 @@ from rave_jax.models.config import attention_dims
 from rave_jax.models.parameters import named_parameters, param_axes
 from rave_jax.parallel.mesh import abstract_mesh
 from rave_jax.parallel.rows import row_ways
-from rave_jax.parallel.sharding import names_of, partition_spec
+from rave_jax.parallel.sharding import Axes, names_of, partition_spec
 from rave_jax.plan.chips import Topology
 from rave_jax.plan.program import largest_row
 from rave_jax.training.config import TrainConfig
@@ -111,7 +110,10 @@ def answering(config: TrainConfig, vlm: VlmConfig, topology: Topology) -> Answer
     table = set() if text.tie_embeddings else {"embed.weight"}
     aside = {path for path in held if path.startswith("vision.")} | table
     decoded = {path: count for path, count in held.items() if path not in aside}
-    gathered = sum(count * (_ways_of_rows(params[path], mesh) - 1) for path, count in decoded.items())
+    gathered = sum(
+        count * (_ways_of_rows(param_axes(params[path]), params[path].shape, mesh) - 1)
+        for path, count in decoded.items()
+    )
     neighbours = sum(min(size - 1, 2) for size in topology.shape)
     dims, split = attention_dims(text), mesh.shape["tensor"]
     split = split if text.num_kv_heads % split == 0 else 1
@@ -142,10 +144,9 @@ def answering(config: TrainConfig, vlm: VlmConfig, topology: Topology) -> Answer
     )
 
 
-def _ways_of_rows(param: nnx.Param, mesh: AbstractMesh) -> int:
+def _ways_of_rows(axes: Axes, shape: tuple[int, ...], mesh: AbstractMesh) -> int:
     """Into how many parts axes that split rows too split a parameter."""
-    axes = param_axes(param)
-    spec = partition_spec(axes, param.shape, mesh)
+    spec = partition_spec(axes, shape, mesh)
     split = [entry for name, entry in zip(axes, spec, strict=True) if name in ("embed", "expert_embed")]
     return math.prod(mesh.shape[axis] for entry in split for axis in names_of(entry))
 

@@ -30,8 +30,8 @@ BY_NAME: dict[str, set[str]] = {
     "models/config.py": {"SlidingWindow"},
     # What a search of ZeroTuning's gammas starts from and returns.
     "tools/calibrate.py": {"ZeroTuning"},
-    # Which heads are dropped, multiplied, or get a gate.
-    "tools/calibrate_heads.py": {"Rave", "Sads", "Vhr"},
+    # Which heads are dropped, multiplied, or get a gate, and which dimensions say that a token is a sink.
+    "tools/calibrate_heads.py": {"Rave", "Sads", "Var", "Vhr"},
     # What takes out the bias for places, and what the routers are of.
     "tools/calibrate_tokens.py": {"Dyvte", "Pruning"},
 }
