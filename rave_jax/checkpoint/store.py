@@ -233,13 +233,15 @@ class Store:
         Raises:
             StoreError: it failed.
         """
-        save, self._save = self._save, None
-        if save is not None:
-            try:
-                save.wait()
-            except StoreError:
-                self._failed = True
-                raise
+        if self._save is None:
+            return
+        try:
+            self._save.wait()
+        except StoreError:
+            self._failed = True
+            raise
+        finally:
+            self._save = None  # not before: it is told of parts that fail in the meantime
 
     def close(self) -> None:
         """Wait, then release what orbax holds.

@@ -122,7 +122,7 @@ def test_attention_choices_and_inputs_are_given_beside_a_cache_too(mechanism) ->
             np.testing.assert_array_equal(out.chosen[:, :, 0, :, :regions], whole.chosen[:, :, n])
             assert out.chosen.any()
         np.testing.assert_allclose(out.inputs, whole.inputs[:, :, cut], atol=2e-5)
-    with pytest.raises(ValueError, match="losses or gates of mechanisms were asked for beside a cache"):
+    with pytest.raises(ValueError, match="losses, gates or choices of mechanisms were asked for beside a cache"):
         extend(vlm, *read, None, losses=True)
 
 

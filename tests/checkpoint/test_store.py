@@ -135,9 +135,13 @@ def test_a_part_that_cannot_be_written_is_told_while_orbax_waits_for_other_proce
         assert value or come.wait(60)
         at_barrier(self, value)
 
+    def before():
+        time.sleep(0.2)  # until somebody waits
+        (tmp_path / "none" / "file").write_text("")
+
     monkeypatch.setattr(synchronization.MultihostSynchronizedValue, "set", waits)
     small = parameters(on(MeshConfig()))
-    with Store(tmp_path, 2, before=lambda: (tmp_path / "none" / "file").write_text("")) as store:
+    with Store(tmp_path, 2, before=before) as store:
         store.save(1, small, small["values"], DATA)
         with pytest.raises(StoreError, match=r"step 1 could not be written to .*No such file"):
             store.wait()
