@@ -106,12 +106,10 @@ def _adapted(model: Vlm) -> list[tuple[Place, dict[Part, tuple[Location, Locatio
 
 def _theirs(place: Place, parts: tuple[Part, ...], number: int, *factors: NpArray) -> NpArray:
     """lora_A (0) or lora_B (1) of a place, from down and up of each part in turn."""
-    pairs = {}
-    for part, down, up in zip(parts, factors[::2], factors[1::2], strict=True):
-        stacked = place.kind in ("gate_up", "down")
-        flat = Pair(down, up) if stacked else Pair(down.reshape(len(down), -1), up.reshape(-1, up.shape[-1]))
-        pairs[part] = flat
-    return place.theirs(pairs)[number]
+    pairs = map(Pair, factors[::2], factors[1::2])
+    if not place.of_experts:
+        pairs = (Pair(down.reshape(len(down), -1), up.reshape(-1, up.shape[-1])) for down, up in pairs)
+    return place.theirs(dict(zip(parts, pairs, strict=True)))[number]
 
 
 def check_base(model: Vlm, base: Path) -> None:

@@ -228,7 +228,7 @@ def _key(place: Place, found: Mapping[tuple[str, str], Stored]) -> str:
     """Under which name an adapter file has the pair of a place: gate_up_proj stands inside where both parameters of
     experts have a pair, and one alone is known by its shapes."""
     inside, outside = place.keys(True)[1], place.keys(False)[1]
-    if place.kind not in ("gate_up", "down"):
+    if not place.of_experts:
         return outside
     if any((inside, part) in found for part in "AB"):
         return inside if place.kind == "gate_up" else outside

@@ -70,11 +70,16 @@ class Place:
     """Have other layers it too?"""
 
     @property
+    def of_experts(self) -> bool:
+        """Is the pair of all experts of a layer at once?"""
+        return self.kind in ("gate_up", "down")
+
+    @property
     def parameter(self) -> str | None:
         """What stands behind the layer in `target_parameters`; None for modules."""
         if self.kind == "router":
             return f"{self._tail}.weight"
-        return self._tail if self.kind in ("gate_up", "down") else None
+        return self._tail if self.of_experts else None
 
     @property
     def _tail(self) -> str:
@@ -82,7 +87,7 @@ class Place:
 
     def keys(self, inside: bool) -> tuple[str, str]:
         """What stands before `lora_A` in the file, of both names. `inside`: in the wrapper of another parameter."""
-        if self.kind not in ("gate_up", "down"):
+        if not self.of_experts:
             return self.names
         tree, canonical = (name.rpartition(".")[0] + (".base_layer" if inside else "") for name in self.names)
         return tree, canonical
@@ -105,7 +110,7 @@ class Place:
         """What a pair of PEFT is of each matrix."""
         if self.kind == "embedding":
             return {self.parts[0]: Pair(b.T, a.T)}
-        if self.kind not in ("gate_up", "down"):
+        if not self.of_experts:
             return {self.parts[0]: Pair(a, b)}
         E, rank = self.experts, len(a) // self.experts
         down = a.reshape(E, rank, -1)
@@ -126,7 +131,7 @@ class Place:
         downs, ups = zip(*pairs.values(), strict=True)
         if self.kind == "embedding":
             return ups[0].T, downs[0].T
-        if self.kind not in ("gate_up", "down"):
+        if not self.of_experts:
             return downs[0], ups[0]
         down, (out, into) = np.concatenate(downs, axis=1), self.shape
         rank = down.shape[1]
@@ -166,7 +171,8 @@ def places_of(family: Family, config: VlmConfig) -> tuple[list[Place], list[Tens
         part = _part(rule, name, rule.entry)
         part = part._replace(name=TIED_HEAD) if tied else part
         out, into = rule.shape
-        found.append(Place(kind, _names(family, name_of(rule)), rule.layer, (part,), (out, into), 1, _stacked(rule)))
+        everywhere = rule.stack is not None
+        found.append(Place(kind, _names(family, name_of(rule)), rule.layer, (part,), (out, into), 1, everywhere))
     return found, others
 
 
@@ -177,10 +183,6 @@ def name_of(rule: TensorRule) -> str:
 
 def _names(family: Family, name: str) -> tuple[str, str]:
     return family.other_key(name), name
-
-
-def _stacked(rule: TensorRule) -> bool:
-    return rule.stack is not None
 
 
 def _part(rule: TensorRule, name: str, entry: int | None = None) -> Part:
