@@ -3,19 +3,21 @@
 Source: arXiv 2603.03825 and its released code (the AGTO losses, weights 0.15 each, eps 1e-6). For a sample whose rows
 are R, visual keys V and system keys SYS, with P the attention of one layer and head:
 
-    L_enh = - mean over layers and heads of  log( 1 / (|R| |V|)   sum over R and V of P )
+    L_enh = - mean over layers and heads of  log( 1 / (|R| |V|)   sum over R and V of P    + eps )
     L_sup =   mean over layers and heads of  log( 1 / (|R| |SYS|) sum over R and SYS of P  + eps )
 
 averaged over samples. Sums of P come from the log-sum-exps of the key groups V, SYS and the rest, so no map is made.
 
 R is the user's turn, from the first user message to the answer, its picture among it: so it is in the code that was
-released for training. What the paper says R is could not be read; with `rows="response"` R is the answer.
+released for training, where R goes on through the answer's header, which here is the answer's. What the paper says R is
+could not be read; with `rows="response"` R is the answer. The code leaves a BOS token out of SYS where a tokenizer has
+one (Qwen's has none); here it is in SYS.
 
 Our reading: a sample is a document of a packed row, and one with several pictures, questions or answers has all of them
 in V and R. R is every token of role question, or of role response, the answer's header too, and SYS the text of role
 system. A document without rows or picture has no L_enh, and one without rows or system prompt no L_sup: the means are
-over those that have. Where no row sees any of the picture, as under a window, L_enh is 0. P is the attention after all
-mechanisms of the layer, and layers that do not use it do not count. At inference it does nothing and costs nothing.
+over those that have. P is the attention after all mechanisms of the layer, and layers that do not use it do not count.
+At inference it does nothing and costs nothing.
 """
 
 from __future__ import annotations
@@ -49,7 +51,7 @@ class Avar(MechanismConfig):
     suppress: float = 0.15
     """Weight of L_sup, which lowers attention to the system prompt."""
     eps: float = 1e-6
-    """Added to the mean attention to the system prompt before its logarithm."""
+    """Added to the mean attention to the picture, and to the system prompt, before its logarithm."""
     rows: Literal["prompt", "response"] = "prompt"
     """Whose attention counts: of the user's turns with their pictures, as in the released code, or of the answers."""
     layers: Layers = "all"
@@ -88,15 +90,15 @@ class AvarLosses(Mechanism):
         """Both losses, summed over documents and heads."""
         config, rows = self.config, info_q.role == self.role
         mass = sums_by_document(jnp.where(rows[..., None, None], parts.mass, 0.0), info_q.document)
-        picture = _mean_attention(mass[:, :, VISUAL], self._pairs(info_q, info_k, VISUAL))
-        prompt = _mean_attention(mass[:, :, SYSTEM], self._pairs(info_q, info_k, SYSTEM))
-        seen = picture > 0
-        enhance = -jnp.log(jnp.where(seen, picture, 1.0))
-        suppress = jnp.log(prompt + config.eps)
-        has_prompt = self._pairs(info_q, info_k, SYSTEM)[..., None] > 0
+
+        def log_mean(group: int) -> Float[Array, "B N H"]:
+            pairs = self._pairs(info_q, info_k, group)
+            log = jnp.log(_mean_attention(mass[:, :, group], pairs) + config.eps)
+            return jnp.where(pairs[..., None] > 0, log, 0.0)
+
         return {
-            "avar_enhance": config.enhance * jnp.sum(enhance),
-            "avar_suppress": config.suppress * jnp.sum(jnp.where(has_prompt, suppress, 0.0)),
+            "avar_enhance": -config.enhance * jnp.sum(log_mean(VISUAL)),
+            "avar_suppress": config.suppress * jnp.sum(log_mean(SYSTEM)),
         }
 
     def loss_weights(self, info: TokenInfo) -> dict[str, Float[Array, ""]]:

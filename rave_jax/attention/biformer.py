@@ -4,7 +4,8 @@ Source: BiFormer, arXiv 2303.08810, and its released code (`bra_legacy.py`), a v
 
     Q_r, K_r = means of queries and keys over region r        A = Q_r K_s^T        I_r = the top_k largest of row r
 
-and the tokens of region r attend to all tokens of the regions I_r; no gradient goes through the choice.
+and the tokens of region r attend to all tokens of the regions I_r; no gradient goes through the choice. The code
+divides scores by the root of all heads' channels together; here attention stays the decoder's, the root of head_dim.
 
 In a decoder the mask stays, so a region is a candidate for a query that sees it whole, and what a query sees in part is
 left to the mask. Under a causal mask a visual token so chooses among what lies before it. Beside `Croc`, where a

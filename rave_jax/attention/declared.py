@@ -117,7 +117,8 @@ class LayeredConfig(ABC):
     @property
     def skips_keys(self) -> bool:
         """May a decoding step leave out the keys of regions that were not chosen? So where all that is added to scores
-        is a pair term, or regions are ranked without their keys' scores. Read by `region_cache.against_gathering`."""
+        is a pair term, or regions are ranked without their keys' scores. `score` is then called with the keys of no
+        region and with those of regions apart. Read by `region_cache.against_gathering`."""
         return False
 
     @property

@@ -20,8 +20,8 @@ from rave_jax.kernels.attention.checks import TermShapes, check_terms
 from rave_jax.kernels.attention.score import Shape, function_of, name_of, reads_dot
 from rave_jax.typing import Array
 
-TOKENS, KEYS = 8, 16
-"""Queries and keys that hooks are traced with."""
+ROWS, TOKENS, KEYS = 2, 8, 16
+"""Rows, queries and keys that hooks are traced with."""
 
 
 def spread(term: Term, num_heads: int, num_kv_heads: int) -> Term:
@@ -65,18 +65,18 @@ def terms_of(mechanism: Mechanism, dims: AttentionDims) -> tuple[Term, ...]:
     # Shapes stand in the places of arrays.
     def of_tokens(tokens: int) -> tuple[dict[str, Any], Features]:
         def of(*shape: int) -> Any:
-            return jax.ShapeDtypeStruct((1, tokens, *shape), jnp.float32)
+            return jax.ShapeDtypeStruct((ROWS, tokens, *shape), jnp.float32)
 
         queries, keys = of(H, h), of(K, h)
-        positions: Any = jax.ShapeDtypeStruct((3, 1, tokens), jnp.int32)
+        positions: Any = jax.ShapeDtypeStruct((3, ROWS, tokens), jnp.int32)
         frequencies: Any = jax.ShapeDtypeStruct((h // 2,), jnp.float32)
         rope = Rope(positions, frequencies)
-        codes = {name: jax.ShapeDtypeStruct((1, tokens), jnp.int32) for name in TokenInfo._fields}
+        codes = {name: jax.ShapeDtypeStruct((ROWS, tokens), jnp.int32) for name in TokenInfo._fields}
         return codes, Features(queries, keys, keys, queries, keys, of(max(D, 1)), rope)
 
     def added(parameters: Any, queries: Any, keys: Any) -> tuple[Term, ...]:
         mechanism: Mechanism = nnx.merge(program, parameters)
-        mechanism.try_on(1, H, KEYS)
+        mechanism.try_on(ROWS, H, KEYS)
         (codes_q, x), (codes_k, x_k) = queries, keys
         score = mechanism.score(x, mechanism.remember(x_k), TokenInfo(**codes_q), TokenInfo(**codes_k))
         return () if score is None else tuple(spread(term, H, K) for term in score.terms)
@@ -84,10 +84,10 @@ def terms_of(mechanism: Mechanism, dims: AttentionDims) -> tuple[Term, ...]:
     # As beside a cache, there are more keys than queries.
     terms = jax.eval_shape(added, parameters, of_tokens(TOKENS), of_tokens(KEYS))
     beside = (
-        f"for {TOKENS} queries, {KEYS} keys, {H} query heads and {K} kv heads (what a key has of the layer's features "
-        "comes from `remember`)"
+        f"for {ROWS} rows, {TOKENS} queries, {KEYS} keys, {H} query heads and {K} kv heads (what a key has of the "
+        "layer's features comes from `remember`)"
     )
-    check_terms("score", terms, TermShapes((1, TOKENS, H), (1, KEYS, K), (1, KEYS), H), beside)
+    check_terms("score", terms, TermShapes((ROWS, TOKENS, H), (ROWS, KEYS, K), (ROWS, KEYS), H), beside)
     return terms
 
 

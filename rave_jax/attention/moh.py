@@ -23,6 +23,7 @@ saved.
 from __future__ import annotations
 
 import abc
+import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -72,14 +73,22 @@ class Moh(MechanismConfig):
             ConfigError: the shares leave no head active, or the learned router does not know the hidden size.
         """
         heads = dims.num_heads
-        shared, both = round(self.shared * heads), round((self.shared + self.active) * heads)
-        require(both > 0, "active", self.active, f"with shared at least one of {heads} heads")
-        counts = Counts(heads, shared, both - shared)
+        # Rounded down, as in the released code; but what is asked for is one head at least.
+        shared, active = _part(self.shared, heads), max(_part(self.active, heads), int(self.active > 0))
+        if self.shared + self.active == 1:
+            active = heads - shared
+        require(shared + active > 0, "active", self.active, f"with shared at least one of {heads} heads")
+        counts = Counts(heads, shared, active)
         if self.router == "query_norm":
             return QueryNormRouter(self, counts) if counts.active < counts.routed or self.balance else Mechanism()
         known = "'query_norm': the hidden size of the layer is not known"
         require(dims.hidden_size > 0, "router", self.router, known)
         return LearnedRouter(self, counts, dims.hidden_size)
+
+
+def _part(share: float, heads: int) -> int:
+    """A share of the heads, rounded down."""
+    return math.floor(share * heads + 1e-9)  # 0.29 of 100 heads is 28.999... in floats
 
 
 class Counts(NamedTuple):

@@ -10,6 +10,8 @@ rows. With s = scale <q, k>, for every head:
 
 b(s) = s moves a negative score away from the picture; the other two never do.
 
+PAI's code has a strength of 0.2 in layers 2 to 31 of 32; here `layers` are all until they are named.
+
 Our reading: the rows that predict an answer are those of role response, its header too, while PAI changes the last row
 of what is read at once: header rows before the last differ. PAINT gives two strengths to two sets of visual tokens
 (`paint.py`); one strength for all of them is what is here.

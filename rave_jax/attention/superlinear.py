@@ -1,10 +1,10 @@
 """Superlinear attention's spans: a query searches spans of earlier tokens and merges them by its search scores.
 
-Source: Superlinear multi-step attention, arXiv 2601.18401, known to us from a summary and its README; the layout of its
-anchors and how the window is merged are not known to us. There, keys of a linear recurrence (Mamba-2) stand at anchors
-in strides that grow by a power law; a query of its own projection scores the anchors and takes the best few; plain
-causal attention runs over a span of tokens around each, and the spans' outputs are merged by the softmax over the
-search scores, which so get a gradient.
+Source: Superlinear multi-step attention, arXiv 2601.18401, known to us from a summary, its README and a public copy of
+its code. There, keys of a linear recurrence (Mamba-2) stand at anchors n^2 - 1 tokens back, n = 1, 2, ..., behind a
+window; a query of its own projection scores the anchors and takes the best few; plain causal attention runs over a span
+of tokens before each and the window beside it, and the spans' outputs are merged by the softmax over the search scores,
+which so get a gradient.
 
 Here is what fits a layer of a decoder that has no recurrence. With blocks I_n of b tokens as spans:
 
@@ -12,7 +12,8 @@ Here is what fits a layer of a decoder that has no recurrence. With blocks I_n o
     out_i = sum_n softmax_n(s_i) attention_i(I_n)           over its own, up to the query, and the best `spans` others
 
 attention_i(I) is plain attention to the keys of I alone. So the spans do not overlap, anchors lie in equal strides, the
-window is the own block and has a search score of 0, and a learned projection of the keys stands for the recurrence.
+window is the own block, a span of its own with a search score of 0, and a learned projection of the keys stands for the
+recurrence.
 With b about the root of a row's length both steps cost its power 1.5. All of it has a gradient but the choice of spans.
 """
 

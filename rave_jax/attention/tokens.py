@@ -1,9 +1,9 @@
 """After a layer: tokens that leave, and what the layers behind it have of those that stay.
 
 Visual tokens alone may leave, those of a prompt. What decides about a picture is the last token of the prompt that
-holds it: of its document, the last one before the next answer. So an answer depends on nothing behind it, and one rule
-serves training, a prompt that ends a conversation, and one with answers in it. That token and the first one of a
-document stay.
+holds it: of its document, the last one before the next answer and its header. So an answer depends on nothing behind
+it, and one rule serves training, a prompt that ends a conversation, and one with answers in it. That token and the
+first one of a document stay. The released code of FastV and DyVTE reads the last token that is given, the header's.
 
 Whole rows keep their shape: a token that left is hidden from all queries of the layers behind, and goes on as padding.
 Beside a cache, tokens that stay are gathered into a shorter chunk, and the layers behind keep entries for them alone

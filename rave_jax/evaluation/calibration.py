@@ -160,11 +160,12 @@ def measured(model: Vlm, gammas: Float[Array, "L H"], asked: Asked, criterion: C
     decoder = with_gammas(model.decoder, gammas)
     hidden = decoder(asked.tokens, asked.info, asked.positions).hidden
     logits = model.logits(jnp.take_along_axis(hidden, asked.at[..., None], axis=1))
+    # NaN, which a search refuses: over logits that are not finite an entropy would be 0, and an argmax a wrong answer.
+    finite = jnp.all(jnp.isfinite(logits), axis=-1)
     if criterion == "entropy":
-        return shard(entropy(jax.nn.log_softmax(logits[:, 0])), None)
+        return shard(jnp.where(finite[:, 0], entropy(jax.nn.log_softmax(logits[:, 0])), jnp.nan), None)
     right = jnp.argmax(logits, axis=-1) == asked.answer
-    # NaN, which a search refuses: an argmax over numbers that are not finite would count as a wrong answer.
-    sound = jnp.all(jnp.all(jnp.isfinite(logits), axis=-1) | (asked.answer == NOTHING), axis=1)
+    sound = jnp.all(finite | (asked.answer == NOTHING), axis=1)
     return shard(jnp.where(sound, jnp.all(right | (asked.answer == NOTHING), axis=1), jnp.nan), None)
 
 

@@ -1,14 +1,15 @@
 """Secondary sinks: tokens whose hidden state takes the direction of the first token's for some layers.
 
-Source: arXiv 2512.22213 and its released code. With x^l_j the hidden state of token j that enters layer l, and x^L what
-leaves the final norm:
+Source: arXiv 2512.22213 and its released code (`hidden_state_base.py`, with a chat template). With x^l_j the hidden
+state of token j that leaves layer l of L, counted from 0, the last one after the final norm:
 
     BOS: of the first three tokens the one with the largest mean norm
-    active layers: from the largest increase of |x_BOS| from one layer to the next, up to before its largest decrease
-    j is a sink of an active layer if |cos(x_j, x_BOS)| > 0.9
-    lifetime of j: in how many layers it is one.   > L - 15: like BOS.   5 to L - 15: secondary.   up to 4: noise
+    active layers: from the one with the largest increase of |x_BOS| over the layer before, up to before the one with
+                   the largest decrease behind it
+    j, BOS or behind it, is a sink of an active layer if |cos(x_j, x_BOS)| > 0.9
+    lifetime of j: in how many layers it is one.   L - 15 and more: like BOS.   5 to L - 16: secondary.   up to 4: noise
 
-The rule needs a model of at least 20 layers: in others no lifetime is secondary. It looks at hidden states alone, so it
+The rule needs a model of at least 21 layers: in others no lifetime is secondary. It looks at hidden states alone, so it
 is the same for any attention.
 """
 
@@ -31,8 +32,8 @@ from rave_jax.models.vlm import Vlm
 from rave_jax.typing import Array, Bool, Float, Int, NpArray
 
 FIRST, ALIKE, NOISE, SHORT_OF = 3, 0.9, 4, 15
-"""Tokens among which BOS is; the cosine of a sink; the longest lifetime of noise; how much shorter than the model a
-secondary sink's lifetime is."""
+"""Tokens among which BOS is; the cosine of a sink; the longest lifetime of noise; how much shorter than the model the
+lifetime of what is like BOS may be."""
 LEVELS = 5
 """Pairs of first layer and lifetime that are reported, the most frequent first."""
 
@@ -59,7 +60,7 @@ def check_depth(layers: int) -> None:
     Raises:
         ConfigError: names the field `sinks`.
     """
-    least = NOISE + 1 + SHORT_OF
+    least = NOISE + 2 + SHORT_OF
     if layers < least:
         raise ConfigError(
             f"sinks is above 0, but the model has {layers} layers, and the rule for secondary sinks needs at least "
@@ -77,7 +78,8 @@ def hidden_states(model: Vlm, batch: Batch, answer: Bool[Array, "B T"]) -> Hidde
     """
     out = model.forward(batch, Want(inputs=True))
     assert out.inputs is not None
-    x = jnp.concatenate([out.inputs, out.hidden[None].astype(out.inputs.dtype)])
+    # What enters a layer left the one before.
+    x = jnp.concatenate([out.inputs[1:], out.hidden[None].astype(out.inputs.dtype)])
     norms = jnp.linalg.norm(x.astype(jnp.float32), axis=-1)
     first = x[:, :, :FIRST]
     products = jnp.einsum("LBMD,LBTD->LBMT", first, x, preferred_element_type=jnp.float32)
@@ -96,9 +98,13 @@ def sinks_of(states: HiddenStates) -> Sinks:
     norms = np.asarray(states.norms, np.float64)
     bos = int(np.argmax(norms.mean(axis=0)))
     steps = np.diff(norms[:, bos])
+    start = int(np.argmax(steps)) + 1
+    # Where the last layer has the largest increase, nothing decreases behind it.
+    end = start + 1 + (int(np.argmin(steps[start:])) if start < len(steps) else 0)
     active = np.zeros(len(norms), bool)
-    active[int(np.argmax(steps)) + 1 : int(np.argmin(steps)) + 1] = True
+    active[start:end] = True
     sink = active[:, None] & (np.asarray(states.alike)[:, bos] > ALIKE) & np.asarray(states.real)
+    sink[:, :bos] = False
     return Sinks(sink.sum(axis=0), np.argmax(sink, axis=0))
 
 
@@ -148,7 +154,7 @@ class SinkProbe:
         for block in answered.blocks(self.samples):
             for states in answered.subject.per_sample(hidden_states, block.samples, block.answers) or ():
                 life, first = sinks_of(states)
-                lasting = life > max(len(states.norms) - 1 - SHORT_OF, 0)
+                lasting = life >= len(states.norms) - SHORT_OF
                 secondary = (life > NOISE) & ~lasting
                 kinds.append((int(lasting.sum()), int(secondary.sum()), int((life > 0).sum())))
                 visual += int((secondary & np.asarray(states.visual)).sum())

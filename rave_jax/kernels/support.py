@@ -7,11 +7,12 @@ import re
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import ContextVar
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
 from jax.sharding import AbstractDevice, AbstractMesh
 
 from rave_jax.parallel.sharding import current_mesh
@@ -77,18 +78,57 @@ def against_pallas_tpu(q: Array, k: Array, v: Array) -> str | None:
     return None
 
 
-def against_lowering(function: Callable[[Any], Array], tile: Any) -> str | None:
-    """Why a score function cannot be traced into the Pallas TPU kernels, or None. Found by lowering it and its slope in
-    a small kernel for the platform "tpu", which needs no TPU.
+class _Kernels(NamedTuple):
+    """Pallas kernels of one kind, as a small one is lowered for them.
+
+    Fields:
+        called: in errors.
+        lowering: in errors of jax.
+        platform: that jax lowers for.
+        device: one of theirs.
+        slopes: do kernels trace the slopes of score functions?
+        params: of the kernel.
+    """
+
+    called: str
+    lowering: str
+    platform: str
+    device: AbstractDevice
+    slopes: bool
+    params: Any
+
+
+_KERNELS = {
+    "tpu": _Kernels("TPU", "TPU", "tpu", AbstractDevice("TPU v5 lite", num_cores=1, platform="tpu"), True, None),
+    "gpu": _Kernels(
+        "GPU",
+        "Triton",
+        "cuda",
+        AbstractDevice("NVIDIA H100 80GB HBM3", num_cores=None, platform="gpu"),
+        False,
+        triton.CompilerParams(),
+    ),
+}
+
+
+def against_lowering(
+    function: Callable[[Any], Array], tile: Any, platform: Literal["tpu", "gpu"] = "tpu"
+) -> str | None:
+    """Why a score function cannot be traced into the Pallas kernels of a platform, or None. Found by lowering it in a
+    small kernel, which needs no such device: for TPUs its slope too. GPUs have kernels for decoding alone.
 
     Args:
         function: of a tile; a `ScoreFunction`, whose `log2` and `factored` are tried as well, or a plain one.
         tile: a `Tile` of arrays or of their shapes, such as `Shape.of(term).tile(...)` gives; its fields are taken as
             whole tiles, as the kernels give them.
+        platform: whose kernels.
     """
+    kernels = _KERNELS[platform]
     bias, factored = (getattr(function, name, None) for name in ("log2", "factored"))
 
     def everything(given: Any) -> Any:
+        if not kernels.slopes:
+            return jnp.broadcast_to(function(given), TILE)
         found, pull = jax.vjp(lambda given: jnp.broadcast_to((bias or function)(given), TILE), given)
         return found, pull(found), factored and factored(given, jnp.reciprocal)
 
@@ -98,37 +138,36 @@ def against_lowering(function: Callable[[Any], Array], tile: Any) -> str | None:
     def of_leaves(*leaves: Array) -> list[Array]:
         return jax.tree.leaves(everything(tree.unflatten(leaves)))
 
-    why = _against(of_leaves, whole)
+    why = _against(kernels, of_leaves, whole)
     if why is None:
         return None
     if "captures constants" in why:
         return "it holds arrays of its own, which belong among the features of its term"
-    missing = re.search(r"Unimplemented primitive in Pallas TPU lowering[^:]*: (\w+)", why)
+    missing = re.search(rf"Unimplemented primitive in Pallas {kernels.lowering} lowering[^:]*: (\w+)", why)
     if missing:
-        return f"TPU kernels have no operation {missing[1]}"
+        return f"{kernels.called} kernels have no operation {missing[1]}"
     for step in _steps(jax.make_jaxpr(of_leaves)(*whole).jaxpr):
-        if _against(*_alone(step)) is not None:
-            return f"TPU kernels cannot lower its operation {step.primitive.name} ({why})"
-    return f"TPU kernels cannot lower it ({why})"
+        if _against(kernels, *_alone(step)) is not None:
+            return f"{kernels.called} kernels cannot lower its operation {step.primitive.name} ({why})"
+    return f"{kernels.called} kernels cannot lower it ({why})"
 
 
 TILE = (8, 128)
 
 
-def _against(run: Callable[..., Any], inputs: list[jax.ShapeDtypeStruct]) -> str | None:
+def _against(kernels: _Kernels, run: Callable[..., Any], inputs: list[jax.ShapeDtypeStruct]) -> str | None:
     """What lowering a kernel of these inputs says, None if it goes well."""
 
     def kernel(*refs: Any) -> None:
         found = jax.tree.leaves(run(*(ref[...] for ref in refs[:-1])))
         refs[-1][...] = sum(jnp.broadcast_to(x.astype(jnp.float32), TILE) for x in found)
 
-    call = pl.pallas_call(kernel, out_shape=jax.ShapeDtypeStruct(TILE, jnp.float32))
-    device = AbstractDevice("TPU v5 lite", num_cores=1, platform="tpu")
+    call = pl.pallas_call(kernel, out_shape=jax.ShapeDtypeStruct(TILE, jnp.float32), compiler_params=kernels.params)
 
     def lowered() -> str | None:
-        with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=device)):
+        with jax.sharding.use_abstract_mesh(AbstractMesh((1,), ("x",), abstract_device=kernels.device)):
             try:
-                jax.jit(call).trace(*inputs).lower(lowering_platforms=("tpu",))
+                jax.jit(call).trace(*inputs).lower(lowering_platforms=(kernels.platform,))
             except Exception as error:
                 return (str(error).strip() or type(error).__name__).splitlines()[0]
         return None

@@ -5,6 +5,8 @@ the intervals of all comparisons with that control hold at once (Bonferroni). Th
 
     fewer seeds than `seeds`                       not decided
     the control's mean is not in [floor, ceiling]  not decided: it cannot do the task, or leaves no room
+    all seeds differ by the same, and not by 0     not decided: scores are shares of few questions, so equal differences
+                                                   happen, and their spread says nothing of the next seed
     the interval lies above 0                      better
     the interval lies below 0                      worse
     the interval lies within -margin .. margin     the same within the margin
@@ -46,6 +48,9 @@ class Decision:
         check_ranges(self, seeds=(2, 10**6), floor=(0, 1), ceiling=(0, 1), margin=(0, 1))
         require(self.floor < self.ceiling, "floor", self.floor, f"below the ceiling of {self.ceiling}")
 
+
+ROUNDING = 1e-9
+"""Scores that differ by less are equal: one question of a million is more."""
 
 Verdict = Literal["better", "worse", "same", "not decided"]
 
@@ -117,6 +122,8 @@ def decide(interval: Interval, seeds: int, control: float, rule: Decision) -> tu
         return "not decided", f"the control's {control:.1%} is below {rule.floor:.0%}"
     if control > rule.ceiling:
         return "not decided", f"the control's {control:.1%} is above {rule.ceiling:.0%}"
+    if interval.high - interval.low < ROUNDING < max(interval.low, -interval.high):
+        return "not decided", "all seeds differ by the same, which says nothing of another one"
     if interval.low > 0:
         return "better", ""
     if interval.high < 0:

@@ -90,8 +90,8 @@ class Judge:
         return found
 
     def findings(self, model: Vlm) -> dict[str, float]:
-        """Of tasks with `routes`: entries that text queries read, visual tokens there are, and how many of the chosen
-        regions lie on the evidence, each as `TASK/NAME`."""
+        """Of tasks with `routes`, means over their first so many samples: entries that text queries read, visual tokens
+        there are, and how many of the chosen regions lie on the evidence, each as `TASK/NAME`."""
         return {
             f"{asked.task.name}/{name}": value
             for asked in self._tasks
@@ -101,11 +101,12 @@ class Judge:
 
     def _read_of(self, model: Vlm, asked: Asked) -> dict[str, float]:
         samples = asked.samples[: asked.task.routes]
-        prompt = self._processor.encode(samples[0].prompt, add_generation_prompt=True)
-        reading = account(prompt.info, model.config.text, model.options)
-        if reading is None:
+        prompts = [self._processor.encode(sample.prompt, add_generation_prompt=True) for sample in samples]
+        readings = [account(prompt.info, model.config.text, model.options) for prompt in prompts]
+        known = [reading for reading in readings if reading is not None]
+        if not known:
             return {}
-        found = {"entries": float(reading.entries), "visual": float(reading.visual)}
+        found = {name: float(np.mean([getattr(one, name) for one in known])) for name in ("entries", "visual")}
         if model.options.layout.regions is None:
             return found
         subject = ModelSubject(model, self._processor, self._mesh, asked.shape, asked.task.answer_tokens)

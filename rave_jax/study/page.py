@@ -128,8 +128,14 @@ def _note(family: Family) -> str:
 def _table(start: StartSummary) -> Table:
     names = list(dict.fromkeys(name for one in start.arms for name in one.findings))
     header = ["arm", "added parameters", "seeds", "score (95 %)", "against", "difference (95 %)", "bootstrap 95 %"]
-    header += ["corrected", "decision", *[name.rpartition("/")[2].replace("_", " ") for name in names], "missing"]
+    header += ["corrected", "decision", *_called(names), "missing"]
     return Table(header, [_line(one, names) for one in start.arms])
+
+
+def _called(names: Sequence[str]) -> list[str]:
+    """Headers of findings, each `TASK/NAME`; the task is left out where there is one."""
+    tasks = {name.rpartition("/")[0] for name in names}
+    return [(name if len(tasks) > 1 else name.rpartition("/")[2]).replace("_", " ") for name in names]
 
 
 def _line(one: ArmSummary, names: Sequence[str]) -> list[str]:

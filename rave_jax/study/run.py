@@ -27,6 +27,7 @@ from rave_jax.parallel.stopping import StopRequest
 from rave_jax.study.config import Cell, Start, Study
 from rave_jax.study.judge import Judge, mean_score
 from rave_jax.study.rows import Row, Rows, claim, made_with
+from rave_jax.training.config import TrainConfig
 from rave_jax.training.directory import RunDirectory
 from rave_jax.training.loop import NonFiniteError
 from rave_jax.training.run import load_run, train
@@ -98,6 +99,7 @@ def make_row(study: Study, cell: Cell, rows: Rows, stop: StopRequest | None = No
     since = time.monotonic()
     folder = rows.work(cell) / "run"
     config = dataclasses.replace(study.run_of(cell, str(before)), output_dir=str(folder))
+    agree.on_first(lambda: _forget_moved(folder, config), ConfigError, OSError)
     mesh = make_mesh(config.mesh)
     if cell.arm.trained:
         train(config, stop)
@@ -155,6 +157,15 @@ def _make_phases(study: Study, start: Start, seed: int, folder: Path, stop: Stop
         before = str(exported)
         if hosts.is_first() and not study.keep_runs:
             shutil.rmtree(run, ignore_errors=True)
+
+
+def _forget_moved(folder: Path, config: TrainConfig) -> None:
+    """Remove an unfinished run that names other weights than these: the study was begun at another path, so the run
+    could not go on."""
+    directory = RunDirectory(folder)
+    if directory.config.exists() and directory.read_config().init != config.init:
+        print(f"{folder}: the study was moved since this run began, so the run begins anew")
+        shutil.rmtree(folder)
 
 
 def _curves(study: Study, cell: Cell, folder: Path, judge: Judge, steps: int) -> dict[str, list[list[float]]]:

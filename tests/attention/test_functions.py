@@ -62,6 +62,11 @@ def of_one_row(info_q: TokenInfo, info_k: TokenInfo) -> Term:
     return of_places(info_q, info_k).replace(query={"at": info_q.offset[0]})
 
 
+def of_the_first_row(info_q: TokenInfo, info_k: TokenInfo) -> Term:
+    """The first row's places for all rows."""
+    return of_places(info_q, info_k).replace(query={"at": info_q.offset[:1]})
+
+
 def of_pairs(info_q: TokenInfo, info_k: TokenInfo) -> Term:
     """Of complex numbers."""
     return of_places(info_q, info_k).replace(query={"at": info_q.offset + 1j})
@@ -89,7 +94,7 @@ def test_what_has_no_axis_of_heads_is_for_all_and_becomes_float32() -> None:
     np.testing.assert_array_equal(term.query["at"], np.broadcast_to(info.offset[..., None], (B, T, 4)))
     assert term.key["at"].shape == (B, T, 2) and term.query_on is not None and term.query_on.shape == (B, T, 4)
     (traced,) = terms_of(Adding(of_places), DIMS)
-    assert traced.function is far and traced.key["at"].shape == (1, 16, 2)
+    assert traced.function is far and traced.key["at"].shape == (2, 16, 2)
 
 
 def test_a_term_that_does_not_fit_is_refused_by_its_config() -> None:
@@ -97,10 +102,12 @@ def test_a_term_that_does_not_fit_is_refused_by_its_config() -> None:
         at.build_mechanisms((Far("of_another_shape"),), DIMS, KEY)
     with pytest.raises(ConfigError, match=r"Far: score function far fails .* KeyError: 'at'"):
         at.build_mechanisms((Far("without_its_key"),), DIMS, KEY)
-    with pytest.raises(ConfigError, match=r"key\['at'\] has shape \(1, 8, 2\), expected \(1, 16, 2\) .* `remember`"):
+    with pytest.raises(ConfigError, match=r"key\['at'\] has shape \(2, 8, 2\), expected \(2, 16, 2\) .* `remember`"):
         at.build_mechanisms((Far("of_keys_at_hand"),), DIMS, KEY)
-    with pytest.raises(ConfigError, match=r"query\['at'\] has shape \(8,\), expected \(1, 8, 4\)"):
+    with pytest.raises(ConfigError, match=r"query\['at'\] has shape \(8,\), expected \(2, 8, 4\)"):
         at.build_mechanisms((Far("of_one_row"),), DIMS, KEY)
+    with pytest.raises(ConfigError, match=r"query\['at'\] has shape \(1, 8, 4\), expected \(2, 8, 4\) for 2 rows"):
+        at.build_mechanisms((Far("of_the_first_row"),), DIMS, KEY)
     with pytest.raises(ConfigError, match=r"query\['at'\] is complex64, expected float32"):
         at.build_mechanisms((Far("of_pairs"),), DIMS, KEY)
 

@@ -12,6 +12,7 @@ import pytest
 from flax import nnx
 
 from rave_jax import attention as at
+from rave_jax.attention.moh import HeadRouter
 from rave_jax.batch import TokenInfo
 from rave_jax.config import ConfigError
 from tests.attention.packed import DIMS, KEY, ROWS, attend, everything, features, info_of
@@ -149,6 +150,16 @@ def test_the_loss_balances_the_heads_of_each_document(router: Any) -> None:
     assert losses(x, empty, mechanism) == {"moh_balance": 0}
     silent = moh(dataclasses.replace(config, balance=0.0))
     assert silent.loss_weights(info) == {} == losses(x, info, silent)
+
+
+@pytest.mark.parametrize(
+    ("heads", "shared", "active", "counts"),
+    [(15, 0.5, 0.25, (7, 3)), (100, 0.29, 0.57, (29, 57)), (15, 0.5, 0.5, (7, 8)), (3, 0.5, 0.25, (1, 1))],
+)
+def test_shares_of_heads_are_rounded_down(heads: int, shared: float, active: float, counts: tuple[int, int]) -> None:
+    """As the released code rounds; but shares of 1 in all drop no head, and what is asked for is one head at least."""
+    built = at.Moh(shared=shared, active=active, balance=1.0).build(DIMS._replace(num_heads=heads, num_kv_heads=1), KEY)
+    assert isinstance(built, HeadRouter) and built.counts == (heads, *counts)
 
 
 def test_bad_shares_name_the_field() -> None:

@@ -99,6 +99,8 @@ def test_entropy_is_of_the_first_token_and_needs_no_labels(vlm: Vlm, processor: 
     found = measuring(vlm, processor, examples, "entropy")
     np.testing.assert_allclose(found(PLAIN), wanted, rtol=1e-5)
     assert np.abs(found(3 * PLAIN) - wanted).max() > 1e-4
+    with pytest.raises(ConfigError, match=r"for 3 of 3 samples .* are NaN or infinite, first for sample 0"):
+        found(np.nan * PLAIN)
     np.testing.assert_allclose(measuring(vlm, processor, examples, "entropy", 4)(PLAIN), wanted, rtol=1e-5)
 
 

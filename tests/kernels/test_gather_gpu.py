@@ -12,6 +12,7 @@ import pytest
 from jax.experimental.pallas import triton
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
+from rave_jax.kernels.attention import Term, Tile
 from rave_jax.kernels.routed.gather import gather_attention, pallas_gpu, reference
 from rave_jax.kernels.routed.gather.api import OPERATION
 from rave_jax.kernels.routed.gather.base import Operands, Stack, listed, union
@@ -19,7 +20,7 @@ from rave_jax.kernels.support import interpreted
 from rave_jax.parallel.mesh import AXES, MeshConfig
 from rave_jax.parallel.sharding import use_mesh
 from tests.kernels.drawn import PairBias
-from tests.kernels.score_terms import terms_of
+from tests.kernels.score_terms import soft_cap, terms_of
 
 H100, T4 = "NVIDIA H100 80GB HBM3", "Tesla T4"
 
@@ -78,6 +79,11 @@ CASES: dict[str, dict[str, Any]] = {
     "int8": {"dtype": "bfloat16", "widths": (128, 128), "int8": True, "apart": True},
     "no power of two": {"widths": (80, 96), "entries": 5, "int8": True, "rows": 2},
 }
+
+
+def with_term(given: Operands, function: Any) -> Operands:
+    """With a function of the score alone."""
+    return given._replace(terms=(Term(function),))
 
 
 def on(kind: str, tensor: int = 1) -> AbstractMesh:
@@ -168,6 +174,12 @@ def test_nothing_is_read_behind_the_end_of_the_list() -> None:
         np.testing.assert_array_equal(x, y)
 
 
+def rounded(tile: Tile) -> Any:
+    """What Triton kernels do not lower."""
+    return jnp.round(tile.dot)
+
+
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
 def test_what_it_cannot_do_is_said() -> None:
     def refused(match: str, given: Operands, kind: str = H100) -> None:
         with use_mesh(on(kind)):
@@ -189,6 +201,9 @@ def test_what_it_cannot_do_is_said() -> None:
         "v must have q's dtype, float32, or be int8 with scales, not bfloat16",
         given._replace(v=given.v._replace(values=given.v.values.astype(jnp.bfloat16))),
     )
+    refused("score function rounded does not fit: GPU kernels have no operation round", with_term(given, rounded))
+    with use_mesh(on(H100)):
+        assert OPERATION.choose("auto", with_term(given, soft_cap), 7) == "pallas_gpu"
     refused("q must be bfloat16 or float32, not float16", operands(dtype="float16"))
     refused("33 query heads share a kv head, at most 32 can", operands(group=33))
     refused("may have 256 channels, not 64 and 257", operands(widths=(64, 257)))

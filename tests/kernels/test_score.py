@@ -223,6 +223,21 @@ class Unhashable:
         return self.a * tile.dot
 
 
+class Undecorated(ScoreFunction):
+    """Equal to any other by its fields, of which it has none."""
+
+    def __init__(self, a: float):
+        self.a = a
+
+    def __call__(self, tile: Tile):
+        return self.a * tile.dot
+
+
+def behind(tile: Tile):
+    """Finite for keys that lie behind their query alone."""
+    return -tile.head["slope"] * jnp.log(1.0 + tile.query["at"] - tile.key["at"])
+
+
 @pytest.mark.parametrize(
     ("function", "message"),
     [
@@ -231,6 +246,7 @@ class Unhashable:
         (of_one_key, r"of_one_key gives shape \(8,\) for a tile \(8, 12\)"),
         (of_the_row, "of_the_row gives a pair another bias in another tile"),
         (Unhashable(), "Unhashable cannot be hashed; make it a function, or a frozen dataclass"),
+        (Undecorated(2.0), r"Undecorated keeps a beside the fields .* make its class a frozen dataclass"),
         (of_a_table, "of_a_table holds parameters or other arrays of its own, .* constants as Python numbers"),
         (of_an_inner_constant, "of_an_inner_constant holds parameters or other arrays of its own"),
         (of_another_type, "of_another_type gives bool, expected a float32 array"),
@@ -245,6 +261,28 @@ def test_a_function_that_does_not_give_what_it_should_is_named(function, message
     q, k, v, codes, (_, loud), _ = operands()
     with pytest.raises(ValueError, match=message):
         attention(q, k, v, codes, [loud.replace(function=function)], scale=SCALE)
+
+
+def test_a_function_that_is_finite_for_keys_behind_alone_is_refused():
+    """It is computed at masked pairs, where a key lies ahead."""
+    q, k, v, codes, (far, _), _ = operands()
+    with pytest.raises(ValueError, match=r"behind or its slope is not finite at some pair .* at masked pairs too"):
+        attention(q, k, v, codes, [far.replace(function=behind)], scale=SCALE)
+
+
+@pytest.mark.parametrize("name", ["reference", "xla", "pallas_tpu"])
+def test_features_that_are_not_finite_give_nan_and_no_zeros(name):
+    q, k, v, codes, (far, _), _ = operands()
+    far = far.replace(query={"at": far.query["at"].at[:, 3].set(jnp.nan)}, key_on=None)
+
+    @jax.jit
+    def run(q, k, v, far):
+        with interpreted():
+            return attention(q, k, v, codes, [far], scale=SCALE, implementation=name)
+
+    out, lse = map(np.asarray, run(q, k, v, far))
+    seen = [n for n in range(DIMS.T) if n != 3]
+    assert np.isnan(out[:, 3]).all() and np.isnan(lse[:, 3]).all() and np.isfinite(out[:, seen]).all()
 
 
 def test_one_function_alone_may_read_the_score():

@@ -40,6 +40,13 @@ def test_what_they_cannot_is_named(function, why):
     assert against_lowering(function, TILE) == why
 
 
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
+def test_gpu_kernels_lower_other_operations():
+    for function in FUNCTIONS.values():
+        assert against_lowering(function, TILE, "gpu") is None
+    assert against_lowering(lambda tile: jnp.round(tile.dot), TILE, "gpu") == "GPU kernels have no operation round"
+
+
 def test_a_mesh_of_the_caller_changes_nothing():
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((2,), ("fsdp",))):
         assert against_lowering(soft_cap, TILE) is None

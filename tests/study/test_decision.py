@@ -20,6 +20,7 @@ RULE = Decision(seeds=3, floor=0.5, ceiling=0.9, margin=0.02)
         (Interval(0.01, 0.05), 3, 0.7, "better", ""),
         (Interval(-0.05, -0.001), 3, 0.7, "worse", ""),
         (Interval(-0.019, 0.019), 3, 0.7, "same", "within 2 points"),
+        (Interval(0.0, 0.0), 3, 0.7, "same", "within 2 points"),
         (Interval(0.0, 0.05), 3, 0.7, "not decided", "the interval holds 0"),
         (Interval(-0.02, 0.019), 3, 0.7, "not decided", "the interval holds 0"),
         (Interval(0.01, 0.05), 2, 0.7, "not decided", "2 seeds of at least 3"),
@@ -51,6 +52,15 @@ def test_the_control_is_taken_over_the_seeds_that_both_have() -> None:
     found = compare({0: 0.8, 1: 0.8, 2: 0.81}, control, 1, RULE)
     assert found is not None and list(found.differences) == [0, 1, 2] and found.verdict == "better"
     assert compare({0: 0.8}, {1: 0.7}, 1, RULE) is None
+
+
+@pytest.mark.parametrize("gain", [1 / 1024, -0.05])
+def test_equal_differences_decide_nothing(gain: float) -> None:
+    """Scores are shares of few questions: three seeds may differ by one question each, and a fourth by none."""
+    control = {0: 0.7, 1: 0.75, 2: 0.8125}
+    found = compare({seed: score + gain for seed, score in control.items()}, control, 23, RULE)
+    assert found is not None and found.verdict == found.alone == "not decided"
+    assert found.why == "all seeds differ by the same, which says nothing of another one"
 
 
 @given(st.lists(st.floats(-0.1, 0.1), min_size=3, max_size=6), st.integers(1, 40))

@@ -145,6 +145,18 @@ def test_several_tasks_have_their_own_differences(tmp_path: Path) -> None:
     assert tasks == ["| `biased` | 90.0%, +10.0 (+10.0 to +10.0) | 41.0%, +0.0 (+0.0 to +0.0) |"]
 
 
+@pytest.mark.parametrize(
+    ("findings", "headers"),
+    [(["easy/on_evidence"], ["on evidence"]), (["easy/visual", "hard/visual"], ["easy/visual", "hard/visual"])],
+)
+def test_findings_of_several_tasks_name_their_task(tmp_path: Path, findings: list[str], headers: list[str]) -> None:
+    study = small()
+    row = row_of(study, study.cells(("off",), (0,))[0], 0.7, findings=dict.fromkeys(findings, 3.0))
+    text = write(tmp_path, study, summarise(study, {"off": {0: row}}))
+    header = next(row for row in text.splitlines() if row.startswith("| arm |"))
+    assert f"| decision | {' | '.join(headers)} | missing |" in header
+
+
 def test_a_band_is_of_the_steps_that_all_seeds_have() -> None:
     study = small()
     cells = study.cells(("off",))

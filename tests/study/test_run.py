@@ -177,8 +177,9 @@ class Ending(StopRequest):
 
 
 @pytest.mark.slow
-def test_a_small_study_is_run_ended_and_resumed(tmp_path: Path) -> None:
-    """A run that is ended in its middle gives the row, number for number, that it gives uninterrupted."""
+def test_a_small_study_is_run_ended_and_resumed(tmp_path: Path, capsys: Any) -> None:
+    """A run that is ended in its middle gives the row, number for number, that it gives uninterrupted; so does one in a
+    study that was moved since, where it begins anew."""
     routed = ModelOptions(mechanisms=(Gaze(FixedRegions(2, 2), max_regions=4, top_k=1),))
     arms = (Arm("learned", "learned", trained=False), Arm("on", "learned", "learned", routed))
     study = small(arms=arms, seeds=(0,))
@@ -191,11 +192,17 @@ def test_a_small_study_is_run_ended_and_resumed(tmp_path: Path) -> None:
     with Ending() as stop, pytest.raises(Interrupted):
         run_missing(study, ended, [on], functools.partial(make_row, stop=stop), silent)
     assert ended.read(on) is None and steps_in(ended.work(on) / "run" / "checkpoints") == [1]
+    shutil.copytree(ended.folder, tmp_path / "moved")
+    moved = Rows(tmp_path / "moved", study)
     assert run_missing(study, ended, [on], make_row, silent) == Outcome([], [])
+    assert "was moved" not in capsys.readouterr().out
+    assert run_missing(study, moved, [on], make_row, silent) == Outcome([], [])
+    assert "the study was moved since this run began, so the run begins anew" in capsys.readouterr().out
 
-    one, other = whole.read(on), ended.read(on)
-    assert one is not None and other is not None
-    assert dataclasses.replace(other, seconds=one.seconds) == one
+    one = whole.read(on)
+    assert one is not None
+    for other in (ended.read(on), moved.read(on)):
+        assert other is not None and dataclasses.replace(other, seconds=one.seconds) == one
     assert [step for step, _ in one.curves["loss"]] == [1.0, 2.0]
     assert [step for step, _ in one.curves["score"]] == [2.0]
     assert one.parameters["added"] == 0 and one.samples == {"mosaic": 4}

@@ -31,7 +31,7 @@ def attention(
     top = jax.lax.stop_gradient(jnp.maximum(scores.max(-1, keepdims=True), jnp.finfo(jnp.float32).min))
     weights = jnp.where(allow, jnp.exp(scores - top), 0.0)
     total = weights.sum(-1)
-    seen = total > 0
+    seen = total != 0  # NaN counts as seen, and stays
     safe = jnp.where(seen, total, 1.0)
     out = jnp.einsum("BKGTS,BSKc->BKGTc", (weights / safe[..., None]).astype(v.dtype), v)
     lse = jnp.where(seen, jnp.log(safe) + top[..., 0], -jnp.inf)

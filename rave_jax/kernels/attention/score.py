@@ -4,8 +4,8 @@
                                                                                          else exactly 0
 
 A function is jax operations, elementwise in the tile. It is computed at every pair of a tile, those that are switched
-off, masked or padding (whose features are 0) included: it has to be finite there, and so has its slope. Gradients of
-all float operands come from its vjp, which is traced into the tile as well.
+off, masked (as keys ahead of the query are) or padding (whose features are 0) included: it has to be finite there, and
+so has its slope. Gradients of all float operands come from its vjp, which is traced into the tile as well.
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ class Slopes(NamedTuple):
 @dataclasses.dataclass(frozen=True)
 class ScoreFunction(ABC):
     """A score function with what kernels may know of it beforehand. A frozen dataclass whose fields are numbers or
-    words: it is compared and hashed, and holds no arrays. A plain function of a `Tile` does as well (`function_of`)."""
+    words: it is compared and hashed by them, and holds no arrays. A plain function of a `Tile` does as well
+    (`function_of`)."""
 
     OFFSET: ClassVar[float] = 0.0
     """Added to <u, w> everywhere, switched on or off."""
@@ -123,7 +124,8 @@ def function_of(function: ScoreFunction | Callable[[Tile], Array]) -> ScoreFunct
     """What kernels take: a plain function is wrapped.
 
     Raises:
-        ValueError: it cannot be hashed, so no compiled program could be found by it.
+        ValueError: it cannot be hashed, so no compiled program could be found by it; or it keeps something beside its
+            fields, by which alone it is compared, and another's program would be found.
     """
     try:
         hash(function)
@@ -132,7 +134,18 @@ def function_of(function: ScoreFunction | Callable[[Tile], Array]) -> ScoreFunct
             f"score function {name_of(function)} cannot be hashed; make it a function, or a frozen dataclass whose "
             "fields are numbers or words"
         ) from error
-    return function if isinstance(function, ScoreFunction) else Plain(function)
+    if not isinstance(function, ScoreFunction):
+        return Plain(function)
+    fields = {field.name for field in dataclasses.fields(function)}
+    # A `cached_property` keeps its value under its own name in the class.
+    beside = [name for name in vars(function) if name not in fields and not hasattr(type(function), name)]
+    if beside:
+        raise ValueError(
+            f"score function {name_of(function)} keeps {', '.join(beside)} beside the fields of a dataclass, by which "
+            "score functions are told apart; make its class a frozen dataclass (@dataclass(frozen=True)) with a field "
+            "for each"
+        )
+    return function
 
 
 @functools.partial(
@@ -269,7 +282,7 @@ def _try(function: ScoreFunction, shape: Shape) -> None:
         )
     if function.ZERO_OFF and tile.pair is None:
         raise ValueError(f"score function {called} declares ZERO_OFF, but its term has no u and w")
-    found, off, empty, part = jax.device_get(jax.jit(functools.partial(_tried, function))(tile))
+    found, off, empty, ordered, part = jax.device_get(jax.jit(functools.partial(_tried, function))(tile))
     if not np.allclose(np.broadcast_to(found, whole)[PART], part, 1e-3, 1e-3, equal_nan=True):
         raise ValueError(
             f"score function {called} gives a pair another bias in another tile, expected one that depends on the pair "
@@ -286,6 +299,12 @@ def _try(function: ScoreFunction, shape: Shape) -> None:
             f"score function {called} or its slope is not finite where all features are 0, or the scores are too, as "
             "those of empty entries of a cache are; bound what it divides by, and what it takes roots and logarithms of"
         )
+    if not all(np.isfinite(x).all() for x in jax.tree.leaves(ordered)):
+        raise ValueError(
+            f"score function {called} or its slope is not finite at some pair of queries with features 0 to 7 and keys "
+            "with features 0 to 11; it is computed at masked pairs too, where a key may lie ahead of its query: bound "
+            "what it divides by, and what it takes roots and logarithms of, as in log(1 + max(i - j, 0))"
+        )
     if function.ZERO_OFF and (off != 0).any():
         raise ValueError(f"score function {called} declares ZERO_OFF, but gives {off.ravel()[0]} where <u, w> is 0")
 
@@ -300,14 +319,27 @@ PART = np.s_[3:, 5:]
 """Of the tile that functions are tried on."""
 
 
-def _tried(function: ScoreFunction, tile: Tile) -> tuple[Array, Array, Any, Array]:
+def _tried(function: ScoreFunction, tile: Tile) -> tuple[Array, Array, Any, Any, Array]:
     """The bias of a tile; where the pair product is 0; with its slopes where all features of tokens are 0, and of half
-    of the keys the products too; and the bias of a part of the tile alone."""
+    of the keys the products too; with its slopes where features are small counts, as places are, in every order; and
+    the bias of a part of the tile alone."""
+
+    def with_slopes(tile: Tile) -> tuple[Array, Tile]:
+        bias, pull = jax.vjp(lambda tile: function(tile), tile)
+        return bias, pull(jnp.ones_like(bias))[0]
+
     query, key = ({name: jnp.zeros_like(x) for name, x in side.items()} for side in (tile.query, tile.key))
     dot = tile.dot.at[:, ::2].set(0.0)
+    nothing = None if tile.pair is None else jnp.full_like(tile.pair, function.OFFSET)
     pair = None if tile.pair is None else tile.pair.at[:, ::2].set(function.OFFSET)
-    unfilled = tile._replace(dot=dot, pair=pair, query=query, key=key)
-    empty, pull = jax.vjp(lambda tile: function(tile), unfilled)
+    empty = with_slopes(tile._replace(dot=dot, pair=pair, query=query, key=key))
+    ordered = tile._replace(
+        dot=jnp.zeros_like(dot),
+        pair=nothing,
+        query={name: jnp.arange(x.size, dtype=jnp.float32).reshape(x.shape) for name, x in query.items()},
+        key={name: jnp.arange(x.size, dtype=jnp.float32).reshape(x.shape) for name, x in key.items()},
+        head={name: jnp.ones_like(x) for name, x in tile.head.items()},
+    )
     rows, columns = PART
     part = tile._replace(
         dot=tile.dot[PART],
@@ -315,9 +347,9 @@ def _tried(function: ScoreFunction, tile: Tile) -> tuple[Array, Array, Any, Arra
         query={name: x[rows] for name, x in tile.query.items()},
         key={name: x[:, columns] for name, x in tile.key.items()},
     )
-    off = tile._replace(pair=None if tile.pair is None else jnp.full_like(tile.pair, function.OFFSET))
+    off = tile._replace(pair=nothing)
     of_part = jnp.broadcast_to(function(part), part.dot.shape)
-    return function(tile), function(off), (empty, pull(jnp.ones_like(empty))), of_part
+    return function(tile), function(off), empty, with_slopes(ordered), of_part
 
 
 def name_of(function: ScoreFunction | Callable[[Tile], Array]) -> str:

@@ -222,7 +222,7 @@ def _forward(q, k, v, added: Added, of_queries: OfQueries, of_keys: OfKeys, stat
         jnp.zeros((B, K, G, T), jnp.float32),
     )
     out, top, total = _scan_blocks(visit, start, k.shape[1], static.block)[0]
-    seen = total > 0
+    seen = total != 0  # NaN counts as seen, and stays
     out = out / jnp.where(seen, total, 1.0)[..., None]
     lse = jnp.where(seen, jnp.where(seen, top, 0.0) + jnp.log(jnp.where(seen, total, 1.0)), -jnp.inf)
     out, lse = saved.of_attention(ungroup_heads(out).astype(q.dtype), ungroup_heads(lse))

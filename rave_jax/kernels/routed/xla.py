@@ -111,7 +111,7 @@ def whole(
     top = jax.lax.stop_gradient(jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), jnp.finfo(jnp.float32).min))
     weights = jnp.where(allow, jnp.exp(scores - top), 0.0)
     total = jnp.sum(weights, axis=-1)
-    seen = total > 0
+    seen = total != 0  # NaN counts as seen, and stays
     safe = jnp.where(seen, total, 1.0)
     out = jnp.einsum("BKGTS,BSKc->BKGTc", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
     lse = jnp.where(seen, jnp.log(safe) + top[..., 0], -jnp.inf)

@@ -152,7 +152,9 @@ def pair_product(term: Term, index: Int[Array, "B K n"]) -> Float[Array, "B K G 
     if term.u is None or term.w is None:
         return None
     u = by_kv_head(term.u, index.shape[1])
-    return key_products(taken(term.w, index, flat=True), u) + function_of(term.function).OFFSET
+    # As in training: rounded to bfloat16, u and w are too coarse for a bias.
+    found = key_products(taken(term.w, index, flat=True), u, precision=jax.lax.Precision.HIGHEST)
+    return found + function_of(term.function).OFFSET
 
 
 def switched_on(term: Term, index: Int[Array, "B K n"]) -> Bool[Array, "B K 1 nm"] | None:
@@ -168,10 +170,13 @@ def by_kv_head(x: Float[Array, "B H *rest"], K: int) -> Float[Array, "B K G *res
     return x.reshape(x.shape[0], K, -1, *x.shape[2:])
 
 
-def key_products(k: Float[Array, "B K S h"], q: Float[Array, "B K G h"]) -> Float[Array, "B K G S"]:
+def key_products(
+    k: Float[Array, "B K S h"], q: Float[Array, "B K G h"], precision: jax.lax.Precision | None = None
+) -> Float[Array, "B K G S"]:
     """<q, k> of every head and key, float32. The keys stand on the left of the product: on the right of one with few
     rows a CPU copies them first."""
-    return jnp.swapaxes(jnp.einsum("BKSh,BKGh->BKSG", k, q, preferred_element_type=jnp.float32), 2, 3)
+    found = jnp.einsum("BKSh,BKGh->BKSG", k, q, precision=precision, preferred_element_type=jnp.float32)
+    return jnp.swapaxes(found, 2, 3)
 
 
 def softmax_over(
@@ -190,7 +195,7 @@ def finished(
     part: Float[Array, "B K G c"], top: Float[Array, "B K G"], total: Float[Array, "B K G"]
 ) -> tuple[Float[Array, "B K G c"], Float[Array, "B K G"]]:
     """Output and log-sum-exp of what `softmax_over` gives."""
-    seen = total > 0
+    seen = total != 0  # NaN counts as seen, and stays
     safe = jnp.where(seen, total, 1.0)
     lse = jnp.where(seen, jnp.where(seen, top, 0.0) + jnp.log(safe), -jnp.inf)
     return jnp.where(seen[..., None], part / safe[..., None], 0.0), lse

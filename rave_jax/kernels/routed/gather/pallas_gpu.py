@@ -25,7 +25,7 @@ from jax.experimental.pallas import triton
 
 from rave_jax.kernels import support
 from rave_jax.kernels.attention import Term, Tile
-from rave_jax.kernels.attention.score import ScoreFunction, Shape, function_of
+from rave_jax.kernels.attention.score import ScoreFunction, Shape, function_of, name_of
 from rave_jax.kernels.routed.gather.base import Operands, finished, listed, union
 from rave_jax.kernels.routed.gather.shards import split
 from rave_jax.kernels.routed.host import HostRegions
@@ -66,13 +66,26 @@ def against(operands: Operands, most: int) -> str | None:
         return f"{q.shape[2]} query heads share a kv head, at most {MOST_ROWS} can"
     if max(k.shape[-1], v.shape[-1]) > MOST_CHANNELS:
         return f"keys and values may have {MOST_CHANNELS} channels, not {k.shape[-1]} and {v.shape[-1]}"
-    return _against_device()
-
-
-def _against_device() -> str | None:
-    platform = support.target().platform
-    if platform == "any" or support.interpreter():
+    if support.target().platform == "any" or support.interpreter():
         return None
+    return _against_device(support.target().platform) or _against_functions(operands.terms)
+
+
+def _against_functions(terms: tuple[Term, ...]) -> str | None:
+    for term in terms:
+        why = _against_function(function_of(term.function), Shape.of(term))
+        if why is not None:
+            return f"score function {name_of(term.function)} does not fit: {why}"
+    return None
+
+
+@functools.cache
+def _against_function(function: ScoreFunction, shape: Shape) -> str | None:
+    tile = shape.tile(lambda size: jax.ShapeDtypeStruct(size, jnp.float32))
+    return support.against_lowering(function, tile, "gpu")
+
+
+def _against_device(platform: str) -> str | None:
     if platform not in ("gpu", "cuda"):
         return f"its kernel runs on NVIDIA GPUs, and the devices are {platform}"
     try:

@@ -293,10 +293,11 @@ def _kernel(_index, count, _layers, q, *refs, names: tuple[str, ...], n: int, K:
     @pl.when(i == pl.num_programs(2) - 1)
     def _finish():
         top, total = top_ref[...], total_ref[...]
-        seen = top > MASKED / 2
+        # NaN, which a maximum may lose, counts as seen, and stays.
+        seen = (top > MASKED / 2) | (total != total)
         safe = jnp.where(seen, total, 1.0)
         lse_ref[...] = jnp.where(seen, top + jnp.log(safe), UNSEEN)
-        out_ref[...] = jnp.where(top[:, :1] > MASKED / 2, sum_ref[...] / safe[:, :1], 0.0)
+        out_ref[...] = jnp.where((top[:, :1] > MASKED / 2) | (total != total)[:, :1], sum_ref[...] / safe[:, :1], 0.0)
 
 
 class Reader(NamedTuple):

@@ -35,7 +35,7 @@ def attention(operands: Operands, most: int, scale: float) -> tuple[Float[Array,
     top = jnp.maximum(jnp.max(scores, axis=-1, keepdims=True), jnp.finfo(jnp.float32).min)
     weights = jnp.where(open_, jnp.exp(scores - top), 0.0)
     total = jnp.sum(weights, axis=-1)
-    seen = total > 0
+    seen = total != 0  # NaN counts as seen, and stays
     safe = jnp.where(seen, total, 1.0)
     out = jnp.einsum("BKGS,BSKc->BKGc", weights / safe[..., None], keys(v))
     return out, jnp.where(seen, jnp.log(safe) + top[..., 0], -jnp.inf)
