@@ -99,7 +99,6 @@ class Decoder(nnx.Module):
             want: what is asked for beside hidden states.
         """
         base, own = attention.causal_codes(info), _indices(info)
-        losses, inputs, gates, choices = want.losses, want.inputs, want.gates, want.choices
         dealt, found, left = self._deals(want, info.document.shape[1]), [], None
         x = context.deal(tokens.x) if dealt else tokens.x
         unit = context.dealt(tokens.unit) if dealt and tokens.unit is not None else tokens.unit
@@ -112,15 +111,15 @@ class Decoder(nnx.Module):
                 at = at._replace(deciding=leaving.deciding(info, own, left))
 
             def body(layer: Layer, x: Array, deep: Array | None, at: Situation) -> tuple[Array, Asked]:
-                out = layer(x, at, losses, gates, dealt, choices)
+                out = layer(x, at, want, dealt)
                 after = _added_deep(out.x, deep, at, layer.stream)
-                return after, leaving.decided(layer, after, at, out.asked._replace(inputs=x if inputs else None))
+                return after, leaving.decided(layer, after, at, out.asked._replace(inputs=x if want.inputs else None))
 
             x, of_run = run.scan(body, x, _deep_of(run, tokens), at, self.remat)
             left = leaving.left_behind(left, of_run)
             found.append(of_run)
         out = _output(self.norm(context.gather_in(x) if dealt else x), found)
-        out = out._replace(choices=_choices(self.layer_runs, found) if choices else None)
+        out = out._replace(choices=_choices(self.layer_runs, found) if want.choices else None)
         routers = [jax.tree.map(lambda x: jnp.sum(x, axis=0), one.router) for one in found if one.router is not None]
         if self.experts is None or not self.balances or not routers:
             return out

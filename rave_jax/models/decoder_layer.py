@@ -21,6 +21,7 @@ from rave_jax.models import extra_mlp, lora
 from rave_jax.models.config import ModelOptions, attention_dims
 from rave_jax.models.delta import Delta, DeltaState, InTurn
 from rave_jax.models.experts import Choice, Experts, RouterSums, router_sums
+from rave_jax.models.forward import HIDDEN, Want
 from rave_jax.models.layers import Linear, RmsNorm, SwiGlu
 from rave_jax.parallel import context
 from rave_jax.parallel.residual import Stream
@@ -170,14 +171,15 @@ class DecoderLayer(nnx.Module):
         self,
         x: Float[Array, "B T D"],
         at: Situation,
-        losses: bool = False,
-        gates: bool = False,
+        want: Want = HIDDEN,
         dealt: bool = False,
-        choices: bool = False,
     ) -> LayerOutput:
-        """The layer on whole rows. With `losses`, `gates` and `choices`, those of its mechanisms are given too.
+        """The layer on whole rows.
 
         Args:
+            x: hidden states that enter it.
+            at: what all layers of a run share.
+            want: its `losses`, `gates` and `choices` say which of its mechanisms' are given too.
             dealt: do x and what `at` says of queries stand in `context.dealt_order`? Keys are put in the order of rows.
         """
         found, gate = self.attention.project(self.stream.gathered(self.attention_norm(x)), x, at)
@@ -192,18 +194,18 @@ class DecoderLayer(nnx.Module):
             self.mechanisms,
             implementation=self.implementation,
             queries=at.queries,
-            losses=losses,
-            gates=gates,
+            losses=want.losses,
+            gates=want.gates,
             statistics=at.statistics,
             regions=self.max_regions,
             progress=at.progress,
             deciding=at.deciding,
-            choices=choices,
+            choices=want.choices,
             dealt=dealt,
         )
         heads = self.attention.gated(seen.out, gate)
         out, choice = _after(self, self.attention.output, x, heads, at.wanted)
-        router = router_sums(choice, at.info_q.document > 0) if losses and choice is not None else None
+        router = router_sums(choice, at.info_q.document > 0) if want.losses and choice is not None else None
         asked = Asked(seen.attention, seen.losses, seen.chosen, None, router, seen.gates, seen.statistics)
         asked = asked._replace(received=seen.received, choices=seen.choices)
         return LayerOutput(out, asked)
@@ -252,16 +254,14 @@ class DeltaLayer(nnx.Module):
         self,
         x: Float[Array, "B T D"],
         at: Situation,
-        losses: bool = False,
-        gates: bool = False,
+        want: Want = HIDDEN,
         dealt: bool = False,
-        choices: bool = False,
     ) -> LayerOutput:
-        """The layer on whole rows. With `losses`, those of its router are computed too; it has no gates and no choices,
-        and reads tokens in the order of rows."""
+        """The layer on whole rows. If `want` asks for losses, those of its router are computed too; it has no gates and
+        no choices, and reads tokens in the order of rows."""
         assert not dealt
         out, choice, _ = self._read(x, at, self.delta.empty_state(x.shape[0], x.dtype))
-        router = router_sums(choice, at.info_q.document > 0) if losses and choice is not None else None
+        router = router_sums(choice, at.info_q.document > 0) if want.losses and choice is not None else None
         return LayerOutput(out, Asked(None, {}, None, router=router))
 
     def extend(self, x: Float[Array, "B T D"], at: Situation, cache: LayerCache) -> tuple[LayerOutput, StoredStates]:
