@@ -2,10 +2,10 @@
 
 A backbone that has learned to read mosaics goes on to lists of everything in these pictures, and then to lists and
 questions; arms go on from there with questions alone. How hard a task is: the numbers of objects, lines, pictures and
-bars below, and its share of the samples. Trials with seed 0 led to these. Receipts are too hard still (docs/results.md),
-and no number of lines lies between: a backbone has found how to get from a code to its price, or guesses among the
-prices. 3 to 8 lines in equal shares gave plain attention 31 to 39 %, 2 to 5 lines 45 %, 2 to 4 lines 42 to 47 %, also
-where a phase of 500 steps had them alone, and once 98 %.
+bars below, and its share of the samples. Trials with seed 0 led to these. Receipts are too hard still for most seeds
+(docs/results.md), and no number of lines lies between: a backbone has found how to get from a code to its price, or
+guesses among the prices. 3 to 8 lines in equal shares gave plain attention 31 to 39 %, 2 to 5 lines 45 %, 2 to 4 lines
+42 to 47 %, also where a phase of 500 steps had them alone, and once 98 %.
 """
 
 from dataclasses import replace

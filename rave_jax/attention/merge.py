@@ -141,5 +141,5 @@ def log_sum_exp(x: Float[Array, "..."], axes: tuple[int, ...]) -> Float[Array, "
     top = jax.lax.stop_gradient(jnp.max(x, axis=axes, keepdims=True))
     anchor = jnp.where(top == -jnp.inf, 0.0, top)
     total = jnp.sum(jnp.exp(x - anchor), axis=axes)
-    seen = total > 0
+    seen = total != 0  # NaN counts as seen, and stays
     return jnp.where(seen, jnp.log(jnp.where(seen, total, 1.0)) + jnp.squeeze(anchor, axes), -jnp.inf)

@@ -50,10 +50,10 @@ class Moh(MechanismConfig):
     """How heads are chosen and weighed: by the size of their queries, without parameters and with gates of 0 and 1; or
     by learned scores, which also weigh the heads."""
     shared: float = 0.5
-    """Share of the heads, the first, that every token uses."""
+    """Share of the heads, the first, that every token uses; rounded down."""
     active: float = 0.25
-    """Share of the heads that each token uses beside these. With `shared` 1 in all: no head is dropped. If this is one
-    head, a learned router gives it a weight of 1, and only `balance` trains which."""
+    """Share of the heads that each token uses beside these; rounded down, but to one at least. With `shared` 1 in all:
+    no head is dropped. If this is one head, a learned router gives it a weight of 1 and only `balance` trains which."""
     balance: float = 0.0
     """Weight of the loss that spreads tokens over the routed heads; 0 adds none."""
     layers: Layers = "all"
@@ -73,7 +73,7 @@ class Moh(MechanismConfig):
             ConfigError: the shares leave no head active, or the learned router does not know the hidden size.
         """
         heads = dims.num_heads
-        # Rounded down, as in the released code; but what is asked for is one head at least.
+        # Rounded down, as in the released code; but heads that are to be chosen are one at least.
         shared, active = _part(self.shared, heads), max(_part(self.active, heads), int(self.active > 0))
         if self.shared + self.active == 1:
             active = heads - shared

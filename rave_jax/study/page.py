@@ -97,6 +97,8 @@ def _rule(study: Study) -> list[Block]:
                 f"Not decided: arm and control share fewer than {rule.seeds} seeds.",
                 f"Not decided: the control's mean score is not from {rule.floor:.0%} to {rule.ceiling:.0%}: it cannot "
                 "do the task, or leaves no room to be better.",
+                "Not decided: all seeds differ by exactly the same, and not by 0. Scores are shares of few questions, "
+                "so this happens, and it says nothing of another seed.",
                 "Better, or worse: the corrected interval of the paired difference lies above 0, or below 0.",
                 f"The same: it lies within {points(rule.margin)} of 0.",
                 "Not decided: all else.",

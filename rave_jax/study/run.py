@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import shutil
 import time
 from collections.abc import Callable, Generator, Sequence
@@ -99,7 +100,8 @@ def make_row(study: Study, cell: Cell, rows: Rows, stop: StopRequest | None = No
     since = time.monotonic()
     folder = rows.work(cell) / "run"
     config = dataclasses.replace(study.run_of(cell, str(before)), output_dir=str(folder))
-    agree.on_first(lambda: _forget_moved(folder, config), ConfigError, OSError)
+    if start.phases:
+        agree.on_first(lambda: _forget_moved(folder, config), ConfigError, OSError)
     mesh = make_mesh(config.mesh)
     if cell.arm.trained:
         train(config, stop)
@@ -152,6 +154,8 @@ def _make_phases(study: Study, start: Start, seed: int, folder: Path, stop: Stop
         exported, run = folder / f"exported-{number}", folder / f"phase-{number}"
         if not agree.on_first(exported.is_dir):
             phase = dataclasses.replace(study.phase_of(start, number, seed, before), output_dir=str(run))
+            if before:
+                agree.on_first(functools.partial(_forget_moved, run, phase), ConfigError, OSError)
             train(phase, stop)
             export_hf(load_run(run, make_mesh(phase.mesh)).model, exported, run / "model")
         before = str(exported)
@@ -160,8 +164,8 @@ def _make_phases(study: Study, start: Start, seed: int, folder: Path, stop: Stop
 
 
 def _forget_moved(folder: Path, config: TrainConfig) -> None:
-    """Remove an unfinished run that names other weights than these: the study was begun at another path, so the run
-    could not go on."""
+    """Remove an unfinished run that began from what phases gave, and names it by another path than this: the study was
+    moved, so the run could not go on."""
     directory = RunDirectory(folder)
     if directory.config.exists() and directory.read_config().init != config.init:
         print(f"{folder}: the study was moved since this run began, so the run begins anew")

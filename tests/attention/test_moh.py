@@ -157,7 +157,7 @@ def test_the_loss_balances_the_heads_of_each_document(router: Any) -> None:
     [(15, 0.5, 0.25, (7, 3)), (100, 0.29, 0.57, (29, 57)), (15, 0.5, 0.5, (7, 8)), (3, 0.5, 0.25, (1, 1))],
 )
 def test_shares_of_heads_are_rounded_down(heads: int, shared: float, active: float, counts: tuple[int, int]) -> None:
-    """As the released code rounds; but shares of 1 in all drop no head, and what is asked for is one head at least."""
+    """As the released code rounds; but shares of 1 in all drop no head, and heads to choose are one at least."""
     built = at.Moh(shared=shared, active=active, balance=1.0).build(DIMS._replace(num_heads=heads, num_kv_heads=1), KEY)
     assert isinstance(built, HeadRouter) and built.counts == (heads, *counts)
 

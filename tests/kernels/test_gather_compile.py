@@ -39,5 +39,5 @@ def test_the_kernel_compiles(chip: str) -> None:
             assert not re.search(rf"bf16\[1,2,{LONG},40,128\]\S*( copy|.* copy-start)", result.hlo), name
             # With terms, what is gathered of them is there beside, its lanes padded, and on v5p a second time for the
             # product of float32 numbers: 47.1 MB.
-            keys, share = 2 * LONG * 40 * 128 * 2, 1.2 if chip == "v5p" else 0.75
+            keys, share = 2 * LONG * 40 * 128 * 2, 1.2 if chip == "v5p" and "form" in CASES[name] else 0.75
             assert result.memory is not None and result.memory.temporaries < share * keys, name

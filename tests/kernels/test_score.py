@@ -226,6 +226,8 @@ class Unhashable:
 class Undecorated(ScoreFunction):
     """Equal to any other by its fields, of which it has none."""
 
+    a: float = 1.0
+
     def __init__(self, a: float):
         self.a = a
 
@@ -266,8 +268,20 @@ def test_a_function_that_does_not_give_what_it_should_is_named(function, message
 def test_a_function_that_is_finite_for_keys_behind_alone_is_refused():
     """It is computed at masked pairs, where a key lies ahead."""
     q, k, v, codes, (far, _), _ = operands()
-    with pytest.raises(ValueError, match=r"behind or its slope is not finite at some pair .* at masked pairs too"):
+    with pytest.raises(ValueError, match=r"behind is finite where .* at least .* not where they are less"):
         attention(q, k, v, codes, [far.replace(function=behind)], scale=SCALE)
+
+
+def of_shares(tile: Tile):
+    """Finite where features are shares, 0 to 1."""
+    return jnp.log(1.001 - tile.query["at"] * tile.key["at"]) * tile.head["slope"]
+
+
+def test_features_that_are_no_places_are_not_tried_as_places():
+    q, k, v, codes, (far, _), _ = operands()
+    shares = {"query": {"at": jax.nn.sigmoid(far.query["at"])}, "key": {"at": jax.nn.sigmoid(far.key["at"])}}
+    out, _ = attention(q, k, v, codes, [far.replace(function=of_shares, **shares)], scale=SCALE)
+    assert np.isfinite(out).all()
 
 
 @pytest.mark.parametrize("name", ["reference", "xla", "pallas_tpu"])

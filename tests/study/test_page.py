@@ -79,6 +79,7 @@ def test_the_table_has_means_differences_and_verdicts(page: tuple[Path, str]) ->
 def test_it_says_the_rule_and_what_the_correction_does(page: tuple[Path, str]) -> None:
     _, text = page
     assert "Not decided: arm and control share fewer than 3 seeds." in text
+    assert "Not decided: all seeds differ by exactly the same, and not by 0." in text
     assert "2 arms are compared with `off`" in text and "at 97.50% each (Bonferroni: 5 % divided by 2)" in text
     assert "As the only comparison, 1 would be better or worse; the correction takes none of them back." in text
     assert "One arm is compared with `learned`, so nothing is corrected." in text

@@ -137,8 +137,11 @@ def function_of(function: ScoreFunction | Callable[[Tile], Array]) -> ScoreFunct
     if not isinstance(function, ScoreFunction):
         return Plain(function)
     fields = {field.name for field in dataclasses.fields(function)}
-    # A `cached_property` keeps its value under its own name in the class.
-    beside = [name for name in vars(function) if name not in fields and not hasattr(type(function), name)]
+
+    def cached(name: str) -> bool:
+        return isinstance(getattr(type(function), name, None), functools.cached_property)
+
+    beside = [name for name in vars(function) if name not in fields and not cached(name)]
     if beside:
         raise ValueError(
             f"score function {name_of(function)} keeps {', '.join(beside)} beside the fields of a dataclass, by which "
@@ -299,11 +302,14 @@ def _try(function: ScoreFunction, shape: Shape) -> None:
             f"score function {called} or its slope is not finite where all features are 0, or the scores are too, as "
             "those of empty entries of a cache are; bound what it divides by, and what it takes roots and logarithms of"
         )
-    if not all(np.isfinite(x).all() for x in jax.tree.leaves(ordered)):
+    # Features for which it is not finite either where no key is ahead are no places: nothing is known of them.
+    behind = np.arange(whole[0])[:, None] >= np.arange(whole[1])
+    places = np.isfinite(np.broadcast_to(ordered[0], whole)[behind]).all()
+    if places and not all(np.isfinite(x).all() for x in jax.tree.leaves(ordered)):
         raise ValueError(
-            f"score function {called} or its slope is not finite at some pair of queries with features 0 to 7 and keys "
-            "with features 0 to 11; it is computed at masked pairs too, where a key may lie ahead of its query: bound "
-            "what it divides by, and what it takes roots and logarithms of, as in log(1 + max(i - j, 0))"
+            f"score function {called} is finite where the features of a query are at least those of a key, and it or "
+            "its slope is not where they are less; it is computed at masked pairs too, where a key lies ahead of its "
+            "query: bound what it divides by, and what it takes roots and logarithms of, as in log(1 + max(i - j, 0))"
         )
     if function.ZERO_OFF and (off != 0).any():
         raise ValueError(f"score function {called} declares ZERO_OFF, but gives {off.ravel()[0]} where <u, w> is 0")
