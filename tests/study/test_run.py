@@ -18,6 +18,7 @@ import pytest
 from rave_jax.attention import Gaze
 from rave_jax.checkpoint.saved_step import steps_in
 from rave_jax.checkpoint.tiny import Tiny
+from rave_jax.config import dumps
 from rave_jax.layout import FixedRegions
 from rave_jax.models.config import ModelOptions
 from rave_jax.parallel.stopping import Interrupted, StopRequest
@@ -156,6 +157,23 @@ def test_phases_are_made_once_one_from_the_other(tmp_path: Path, monkeypatch: py
         "exported-1",
         "phases.json",
     ]
+
+
+def test_what_a_moved_study_left_unfinished_is_begun_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A phase that names the one before by another path could not go on; one that begins from nothing could."""
+    study = small(starts=(Start("two", (RECIPE, RECIPE)),), arms=())
+    phases, (start,) = Phases(monkeypatch), study.starts
+    rows = Rows(tmp_path, study)
+    begun = [rows.start("two", 4) / f"phase-{number}" for number in (0, 1)]
+    elsewhere = study.phase_of(start, 1, 4, "/elsewhere/exported-0")
+    for folder, config in zip(begun, (study.phase_of(start, 0, 4, ""), elsewhere), strict=True):
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text(dumps(config))
+    with pytest.raises(FileExistsError, match="phase-0"):
+        start_from(study, start, 4, rows)
+    shutil.rmtree(begun[0])
+    start_from(study, start, 4, rows)
+    assert [Path(run.output_dir) for run in phases.runs] == begun
 
 
 def test_a_start_without_phases_makes_nothing(tmp_path: Path) -> None:
