@@ -78,7 +78,7 @@ def our_pass(chip: str, which: str, length: int, linear: Gate) -> Pass:
     """All that is to know of one of our kernels.
 
     Raises:
-        RuntimeError: one does not compile.
+        RuntimeError: one has no estimate.
     """
     sizes = block_sizes(KINDS[chip])
     blocks = sizes.forward if which == "forward" else sizes.backward
@@ -87,7 +87,9 @@ def our_pass(chip: str, which: str, length: int, linear: Gate) -> Pass:
         kernel = ours(which, gate, tiles, choices)
         best, _ = cost(chip, kernel, length, choices)
         if best is None:
-            raise RuntimeError(f"{kernel.label} with blocks {choices} does not compile for {chip}")
+            raise RuntimeError(
+                f"{kernel.label} with blocks {choices} has no estimate for {chip} at T {length}; a line above says why"
+            )
         return best
 
     gates: tuple[Gate, ...] = ("none", "log_gate", "tanh", linear)

@@ -123,7 +123,7 @@ class GazeShift(Prompted):
         looks = largest_half(before)
         total = jnp.sum(jnp.where(looks, before, 0.0), axis=-1, keepdims=True)
         more = jnp.sum(jnp.where(looks, after, 0.0), axis=-1, keepdims=True)
-        ratio = jnp.where(total != 0, more / jnp.where(total != 0, total, 1.0), 1.0)
+        ratio = jnp.where(total > 0, more / jnp.where(total > 0, total, 1.0), 1.0)
         reads = largest_half(jnp.sum(jnp.where(asks, rows, 0.0), axis=-1))
         made = jnp.where(looks[..., None], stronger, rows)
         made = made * jnp.where(asks & reads[..., None], config.beta * ratio[..., None], 1.0)

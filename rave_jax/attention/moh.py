@@ -75,7 +75,7 @@ class Moh(MechanismConfig):
         heads = dims.num_heads
         # Rounded down, as in the released code; but heads that are to be chosen are one at least.
         shared, active = _part(self.shared, heads), max(_part(self.active, heads), int(self.active > 0))
-        if self.shared + self.active == 1:
+        if math.isclose(self.shared + self.active, 1):
             active = heads - shared
         require(shared + active > 0, "active", self.active, f"with shared at least one of {heads} heads")
         counts = Counts(heads, shared, active)

@@ -132,3 +132,7 @@ def test_a_sum_over_nothing_has_a_gradient() -> None:
     value, pull = jax.vjp(lambda x: log_sum_exp(x, (1,)), x)
     np.testing.assert_allclose(value, [-np.inf, 2, 1e4 + np.log(2)])
     np.testing.assert_allclose(pull(jnp.ones(3))[0], [[0, 0], [0, 1], [0.5, 0.5]])
+
+
+def test_a_sum_over_nan_is_nan() -> None:
+    np.testing.assert_array_equal(log_sum_exp(jnp.array([[jnp.nan, 1.0], [0.0, -jnp.inf]]), (1,)), [np.nan, 0.0])

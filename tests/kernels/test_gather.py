@@ -190,6 +190,27 @@ def test_a_list_without_room_for_all_heads_is_nan_for_each(implementation: str) 
     np.testing.assert_array_equal(np.isnan(out), np.broadcast_to(broken[..., None], out.shape))
 
 
+@pytest.mark.parametrize("implementation", BACKENDS)
+def test_a_head_whose_scores_are_not_finite_is_nan_and_no_zeros(implementation: str) -> None:
+    given_ = operands(2, True, "log_gate")
+    bias, real, chosen = given_["bias"], given_["real"], np.asarray(given_["chosen"])
+    bias = bias._replace(row=bias.row.at[:, 0].set(jnp.nan), query_on=jnp.ones_like(bias.query_on))
+    bias = bias._replace(key_on=jnp.ones_like(bias.key_on))
+    out, lse = run(**(given_ | {"bias": bias}), implementation=implementation)
+    broken = np.zeros((B, K * G), bool)
+    broken[:, 0] = np.any(chosen[:, 0, 0, :, None] & np.asarray(real), axis=(1, 2))
+    assert broken.any()
+    np.testing.assert_array_equal(np.isnan(lse), broken)
+    np.testing.assert_array_equal(np.isnan(out), np.broadcast_to(broken[..., None], out.shape))
+
+
+def test_a_pair_product_is_not_rounded_to_bfloat16() -> None:
+    """A CPU computes float32 whatever is asked for; TPUs and GPUs do not."""
+    operands_ = operands(2, True, "log_gate")
+    program = jax.make_jaxpr(functools.partial(run, implementation="xla"), static_argnums=(5, 7))(*operands_.values())
+    assert "Precision.HIGHEST" in str(program)
+
+
 @pytest.mark.parametrize(("implementation", "apart"), slow_where(in_groups, BACKENDS[1:], APART))
 def test_what_is_not_chosen_touches_nothing(apart: str, implementation: str) -> None:
     """Not one bit of it: regions that nobody chose may hold NaN."""

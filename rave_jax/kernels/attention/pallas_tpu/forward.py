@@ -151,7 +151,7 @@ def _kernel(*refs, call: Call, visit: Any, facts: int, names: tuple[str, ...], s
             top = scratch["top"][n]
             total = jnp.broadcast_to(jnp.sum(scratch["total"][n], axis=1, keepdims=True), top.shape)
             # NaN, which a maximum may lose, counts as seen, and stays.
-            seen = ((top > MASKED / 2) & (total > 0)) | (total != total)
+            seen = (top > MASKED / 2) | (total != total)
             safe = jnp.where(seen, total, 1.0)
             part = jnp.where(tile.wide(seen.astype(jnp.float32), call.c) > 0, scratch["sum"][n], 0.0)
             out_ref[0, 0, n] = (part / tile.wide(safe, call.c)).astype(out_ref.dtype)
